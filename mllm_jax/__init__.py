@@ -1,0 +1,38 @@
+"""mllm_jax: open up LLaVA-style multimodal language models in JAX.
+
+A forward pass is a pure function of (model, batch, edits), and what you want back is reduced
+where it is computed. Start with `load`, `run` and the edits below; sites are in
+`mllm_jax.sites`, token kinds in `mllm_jax.tokens`.
+"""
+
+from mllm_jax import sites, tokens
+from mllm_jax.checkpoints.load import load
+from mllm_jax.checkpoints.save import save_hf
+from mllm_jax.evaluation.generate import generate
+from mllm_jax.evaluation.score import score
+from mllm_jax.interventions.captures import keep, lens, mean, stats
+from mllm_jax.interventions.compiles import compiles
+from mllm_jax.interventions.edits import ablate, add, project_out, replace, scale
+from mllm_jax.interventions.reduce import reduce
+from mllm_jax.interventions.run import run
+
+__all__ = [
+    "ablate",
+    "add",
+    "compiles",
+    "generate",
+    "keep",
+    "lens",
+    "load",
+    "mean",
+    "project_out",
+    "reduce",
+    "replace",
+    "run",
+    "save_hf",
+    "scale",
+    "score",
+    "sites",
+    "stats",
+    "tokens",
+]

@@ -1,0 +1,176 @@
+"""Domain-specific neurons by the entropy of their activation probability over domains (DAPE).
+
+A neuron that fires in one domain and hardly in the others has a low entropy; one that fires alike
+in all of them has the highest, ln D_. Method: MMNeuron (Huo et al., EMNLP 2024), after LAPE (Tang
+et al., ACL 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What `select` found in one module. D_ domains, L layers, F neurons.
+
+    Attributes:
+        entropy: float64[L, F], nats; +inf where a neuron was filtered out. The entropy before the
+            filter is `entropy(found.probability)`.
+        probability: float64[D_, L, F], share of a domain's tokens on which the neuron is active.
+        selected: bool[L, F], the neurons of lowest entropy: `k` of them, or all candidates if those
+            are fewer.
+        mask: bool[D_, L, F], the domains of each selected neuron. A neuron may have several; a
+            domain may have none and keeps its place.
+        threshold: a neuron whose probability exceeds this in no domain is no candidate.
+        bar: a selected neuron belongs to the domains in which its probability exceeds this.
+        k: how many neurons `top_rate` asked for.
+    """
+
+    entropy: np.ndarray
+    probability: np.ndarray
+    selected: np.ndarray
+    mask: np.ndarray
+    threshold: float
+    bar: float
+    k: int
+
+
+def select(
+    counts: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    top_rate: float = 0.01,
+    filter_rate: float = 0.95,
+    bar_rate: float = 0.95,
+    names: Sequence[str] = (),
+) -> Found:
+    """Selects the domain-specific neurons of one module.
+
+    Rates become ranks by Python's `round` (half to even), ranks count from the smallest value,
+    comparisons are strict, and equal entropies are taken in (layer, neuron) order.
+
+    Args:
+        counts: int[D_, L, F], tokens of each domain on which a neuron is active.
+        tokens: int[D_], tokens of each domain.
+        top_rate: share of all neurons of the module to keep, in (0, 1].
+        filter_rate: quantile of all probabilities (layers, neurons, domains) that a candidate must
+            exceed in some domain.
+        bar_rate: quantile that a selected neuron must exceed in a domain to belong to it.
+        names: the domains' names, for error messages only.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: fewer than two domains, a domain without tokens, shapes that do not fit, counts
+            that are no counts, or a rate outside (0, 1].
+    """
+    counts, tokens = _checked(counts, tokens, names)
+    for name, rate in {"top": top_rate, "filter": filter_rate, "bar": bar_rate}.items():
+        if not 0 < rate <= 1:
+            raise ValueError(f"{name}_rate={rate} lies outside (0, 1]; 0.01 means one percent")
+
+    probability = counts / tokens[:, None, None]
+    threshold = _quantile(probability, filter_rate, "filter_rate")
+    bar = _quantile(probability, bar_rate, "bar_rate")
+
+    candidate = (probability > threshold).any(axis=0)
+    filtered = np.where(candidate, entropy(probability), np.inf)
+    k = round(top_rate * filtered.size)
+    lowest = np.argsort(filtered, axis=None, kind="stable")[:k]
+    selected = np.zeros(filtered.shape, bool)
+    selected.flat[lowest] = True
+    selected &= candidate
+    return Found(filtered, probability, selected, selected & (probability > bar), threshold, bar, k)
+
+
+def entropy(probability: np.ndarray) -> np.ndarray:
+    """Entropy of each neuron's activation probabilities, normalised over the domains (DAPE).
+
+    Args:
+        probability: float64[D_, L, F].
+
+    Returns:
+        float64[L, F], nats, between 0 and ln D_; 0 for a neuron that is never active.
+    """
+    total = probability.sum(axis=0)
+    share = np.divide(probability, total, out=np.zeros_like(probability), where=total > 0)
+    return 0.0 - (share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(axis=0)
+
+
+def random_like(found: Found, key: int | jax.Array) -> np.ndarray:
+    """A random control: as many neurons in every layer of every domain, without replacement.
+
+    The draw is over all neurons of the layer; those that were found are not excluded, so that the
+    control is the plain null hypothesis "any neurons of these layers".
+
+    Args:
+        found: the neurons to match.
+        key: an int seed or a JAX PRNG key. The same key gives the same neurons.
+
+    Returns:
+        bool[D_, L, F].
+    """
+    seed = key if isinstance(key, int) else [int(word) for word in jax.random.key_data(key).ravel()]
+    neurons = np.broadcast_to(np.arange(found.mask.shape[-1]), found.mask.shape)
+    return np.random.default_rng(seed).permuted(neurons, axis=-1) < per_layer(found)[..., None]
+
+
+def per_layer(found: Found) -> np.ndarray:
+    """int64[D_, L]: number of neurons of each domain in each layer."""
+    return found.mask.sum(axis=-1)
+
+
+def domains_per_neuron(found: Found) -> np.ndarray:
+    """int64[D_ + 1]: number of selected neurons that belong to 0, 1, ... D_ domains."""
+    return np.bincount(found.mask.sum(axis=0)[found.selected], minlength=len(found.mask) + 1)
+
+
+def overlap(found: Found) -> np.ndarray:
+    """float64[D_, D_]: Jaccard index of the neurons of two domains; 0 where both have none."""
+    members = found.mask.reshape(len(found.mask), -1).astype(np.int64)
+    both = members @ members.T
+    sizes = members.sum(axis=1)
+    either = sizes[:, None] + sizes[None, :] - both
+    return both / np.maximum(either, 1)
+
+
+def _quantile(probability: np.ndarray, rate: float, name: str) -> float:
+    """The round(rate * size)-th smallest value."""
+    rank = round(rate * probability.size)
+    if rank == 0:
+        raise ValueError(
+            f"{name}={rate} of {probability.size} values rounds to rank 0; raise {name}"
+        )
+    return float(np.partition(probability, rank - 1, axis=None)[rank - 1])
+
+
+def _checked(counts, tokens, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    counts, tokens = np.asarray(counts), np.asarray(tokens)
+    if counts.ndim != 3 or 0 in counts.shape[1:]:
+        raise ValueError(f"counts must be [domains, layers, neurons], not of shape {counts.shape}")
+    if tokens.shape != counts.shape[:1]:
+        raise ValueError(
+            f"tokens must be [{len(counts)}], one number a domain, not of shape {tokens.shape}"
+        )
+    if len(counts) < 2:
+        raise ValueError(f"domain-specific neurons need at least two domains, got {len(counts)}")
+    if names and len(names) != len(counts):
+        raise ValueError(f"{len(names)} names for {len(counts)} domains")
+    if not all(np.issubdtype(array.dtype, np.integer) for array in (counts, tokens)):
+        raise ValueError(
+            f"counts and tokens must be integers, not {counts.dtype} and {tokens.dtype}"
+        )
+    if (counts < 0).any():
+        raise ValueError("counts has negative entries; were they summed in a type too narrow?")
+    for domain in np.flatnonzero(tokens <= 0):
+        name = repr(names[domain]) if names else domain
+        raise ValueError(
+            f"domain {name} has {tokens[domain]} tokens; leave it out or give it examples"
+        )
+    return counts, tokens

@@ -1,0 +1,163 @@
+"""Bootstrap intervals over examples, a paired test, and Holm's correction for many tests.
+
+Everything is seeded and free of BLAS, so the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A value and its percentile interval; floats, or float64 arrays of one shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def excludes_zero(self) -> np.ndarray:
+        """Whether zero lies outside."""
+        return (self.low > 0) | (self.high < 0)
+
+
+def draws(examples: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each example is drawn in each bootstrap resample: int64[resamples, examples]."""
+    if examples < 1:
+        raise ValueError("a bootstrap needs at least one example, got none")
+    equal = np.full(examples, 1 / examples)
+    return np.random.default_rng(seed).multinomial(examples, equal, size=resamples)
+
+
+def percentiles(
+    samples: np.ndarray, *, level: float = LEVEL, **how
+) -> tuple[np.ndarray, np.ndarray]:
+    """The central interval of the samples on the first axis: (low, high)."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
+    tail = (1 - level) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail], axis=0, **how)
+    return low, high
+
+
+def ratio(
+    sums: np.ndarray,
+    weights: np.ndarray,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of two totals, such as entropy per token, with an interval over examples.
+
+    Args:
+        sums: float[N, ...], each example's sum.
+        weights: float[N, ...], each example's weight (its number of tokens), or 1 on an axis.
+        level: mass of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resamples. Equal seeds resample alike, which pairs two calls.
+
+    Returns:
+        The interval of sum(sums) / sum(weights), shape of sums without its first axis.
+    """
+    sums, weights = _finite(sums, "sums"), _finite(weights, "weights")
+    if len(sums) != len(weights):
+        raise ValueError(f"{len(sums)} sums for {len(weights)} weights")
+    drawn = draws(len(sums), resamples=resamples, seed=seed)
+    if not (weights.sum(axis=0) > 0).all():
+        raise ValueError("weights sum to zero: no example has a token of this kind")
+
+    totals = np.einsum("rn,n...->r...", drawn, weights)
+    with np.errstate(invalid="ignore"):  # a resample may miss every example that has tokens
+        samples = np.einsum("rn,n...->r...", drawn, sums) / totals
+    value = sums.sum(axis=0) / weights.sum(axis=0)
+    return Interval(value, *percentiles(np.where(totals > 0, samples, value), level=level))
+
+
+def mean(values: np.ndarray, **options) -> Interval:
+    """Mean over examples, such as accuracy.
+
+    Args:
+        values: float[N, ...], one value (or array of values) an example.
+        **options: level, resamples and seed, as in `ratio`.
+
+    Returns:
+        The interval of the mean, shape of values without its first axis.
+    """
+    values = _finite(values, "values")
+    return ratio(values, np.ones((len(values),) + (1,) * (values.ndim - 1)), **options)
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray, **options) -> Interval:
+    """Mean of after - before over the same examples, such as a change of accuracy.
+
+    Args:
+        before: float[N, ...], one value an example.
+        after: float[N, ...], of the same examples in the same order.
+        **options: level, resamples and seed, as in `ratio`.
+
+    Returns:
+        The interval of the difference.
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"before and after must pair up, got shapes {before.shape} and {after.shape}"
+        )
+    return mean(after - before, **options)
+
+
+def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value that paired differences have mean zero, by flipping their signs at random.
+
+    Args:
+        differences: float[N], after - before of each example.
+        resamples: number of random flips; the smallest p-value is 1 / (resamples + 1).
+        seed: of the flips.
+
+    Returns:
+        The p-value, in (0, 1].
+    """
+    differences = _finite(differences, "differences")
+    changed = differences[differences != 0]
+    if not changed.size:
+        return 1.0
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, changed.size))
+    flipped = np.abs(np.einsum("rn,n->r", signs, changed))
+    # sums that are equal but for rounding count as equal
+    as_large = flipped >= np.abs(changed.sum()) * (1 - 1e-12)
+    return float((1 + as_large.sum()) / (1 + resamples))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted for their number: reject where they fall below the level (Holm 1979).
+
+    Args:
+        p_values: float[...], of one family of tests.
+
+    Returns:
+        float64[...], same shape.
+    """
+    p_values = _finite(p_values, "p_values")
+    if ((p_values < 0) | (p_values > 1)).any():
+        raise ValueError("p_values must lie in [0, 1]")
+    order = np.argsort(p_values, axis=None, kind="stable")
+    steps = p_values.flat[order] * np.arange(p_values.size, 0, -1)
+    adjusted = np.empty(p_values.shape)
+    adjusted.flat[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def _finite(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim == 0:
+        raise ValueError(f"{name} must have an axis of examples, got a single number")
+    if not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise ValueError(f"{name}{where} is {values[tuple(where)]}; every value must be finite")
+    return values

@@ -1,0 +1,34 @@
+"""The axis letters of the library, and the array types used in signatures.
+
+Every shape in a docstring, an einsum, a site or a sharding rule is spelled with these letters:
+
+    B batch               T query positions     S key positions      L layers (always leading)
+    D LM width            E vision width        N query heads        K key-value heads
+    H head width          F MLP neurons         V vocabulary         P patches
+    I image tiles         Q query tokens        R edits in a sweep   C classes
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float, Int
+
+LETTERS = {
+    "B": "batch",
+    "T": "query positions",
+    "S": "key positions",
+    "L": "layers",
+    "D": "LM width",
+    "E": "vision width",
+    "N": "query heads",
+    "K": "key-value heads",
+    "H": "head width",
+    "F": "MLP neurons",
+    "V": "vocabulary",
+    "P": "patches",
+    "I": "image tiles",
+    "Q": "query tokens",
+    "R": "edits in a sweep",
+    "C": "classes",
+}
+
+__all__ = ["LETTERS", "Array", "Bool", "Float", "Int"]

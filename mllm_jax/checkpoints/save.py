@@ -1,0 +1,144 @@
+"""Writes a model back as a Hugging Face checkpoint, through the tables that read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mllm_jax.checkpoints import config as configs
+from mllm_jax.checkpoints import load, tables, tensors
+from mllm_jax.models import llava
+
+if TYPE_CHECKING:
+    from mllm_jax.data.processor import Processor
+
+_PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+
+def save_hf(
+    model: llava.Llava, processor: Processor | None, directory: str | os.PathLike
+) -> pathlib.Path:
+    """Writes a model as a checkpoint that transformers loads.
+
+    The vision tower ends at the layer that is read (`vision_feature_layer` becomes -1): those above
+    were never loaded. Its final norm, which LLaVA does not use, is written as the identity. A model
+    that folds patches, or whose projector is not two maps deep, is written too, with our fields
+    `projector_fold` and `projector_depth`: we load that one, transformers cannot.
+
+    Args:
+        model: the model.
+        processor: where the tokenizer and image settings come from; None writes none.
+        directory: a new or empty directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: the directory holds files.
+    """
+    directory = pathlib.Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    arrays = _arrays(model) | _identity_norm(model)
+    source = None if processor is None else pathlib.Path(processor.directory)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        tensors.write(arrays, partial / "model.safetensors")
+        fields = _merge(_source_config(source), configs.to_hf(model.config))
+        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if source is not None:
+            for name in _PROCESSOR_FILES:
+                if (source / name).exists():
+                    shutil.copyfile(source / name, partial / name)
+        partial.chmod(0o755)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def projector_tensors(model: llava.Llava) -> dict[str, np.ndarray]:
+    """The projector under its Hugging Face keys: `multi_modal_projector.linear_1.weight`, ..."""
+    return {k: v for k, v in _arrays(model).items() if k.startswith("multi_modal_projector.")}
+
+
+def write_projector(
+    model: llava.Llava, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
+) -> None:
+    """Writes the projector alone, as `load(..., projector=path)` reads it.
+
+    Args:
+        model: the model.
+        path: a `.safetensors` file; replaced when it exists.
+        dtype: on disk.
+
+    Raises:
+        ValueError: a weight does not fit into dtype.
+    """
+    path = pathlib.Path(path)
+    with np.errstate(over="ignore"):  # looked for below
+        arrays = {key: value.astype(dtype) for key, value in projector_tensors(model).items()}
+    if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"{path}: not finite as {np.dtype(dtype).name}: {', '.join(bad)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors.write(arrays, path)
+
+
+def _arrays(model: llava.Llava) -> dict[str, np.ndarray]:
+    """Hugging Face key -> array."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    arrays = {load.dotted(path): np.asarray(param[...]) for path, param in state}
+    shapes = {path: array.shape for path, array in arrays.items()}
+    return {
+        slot.key: np.ascontiguousarray(
+            slot.transform.hf(arrays[slot.path][... if slot.layer is None else slot.layer])
+        )
+        for slot in tables.slots(shapes, model.config.projector.depth)
+    }
+
+
+def _identity_norm(model: llava.Llava) -> dict[str, np.ndarray]:
+    name, width = "vision_tower.vision_model.post_layernorm", model.config.vision.width
+    dtype = model.vision.cls.dtype
+    return {f"{name}.weight": np.ones(width, dtype), f"{name}.bias": np.zeros(width, dtype)}
+
+
+def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
+    """What the source says beyond our config: special token ids, context length and the like."""
+    if source is None or not (source / "config.json").exists():
+        return {}
+    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "image_token_id"):
+            part.pop(name, None)  # said otherwise, or not true any more
+    return fields
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = _merge(old, value) if both else value
+    return merged

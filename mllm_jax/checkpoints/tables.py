@@ -1,0 +1,269 @@
+"""Key tables: which Hugging Face tensor is which of our parameters, and how its axes are turned.
+
+Our parameters are named by dotted path (`lm.layers.attn.q.kernel`); those of layers are stacked on
+a leading axis L. Hugging Face tensors are named in one canonical spelling, that of the LLaVA files
+on the hub, which transformers 4 and 5 both read; `canonical` brings the other spellings to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from mllm_jax.models.llava import LlavaConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How the axes of one tensor are turned, from Hugging Face to us and back."""
+
+    name: str
+    ours: Callable[[np.ndarray], np.ndarray]
+    hf: Callable[[np.ndarray], np.ndarray]
+
+
+def _patches_from_conv(weight: np.ndarray) -> np.ndarray:
+    """[E, 3, row, column] -> [row * column * 3, E]."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
+
+
+def _conv_from_patches(kernel: np.ndarray) -> np.ndarray:
+    pixels, width = kernel.shape
+    side = math.isqrt(pixels // 3)
+    return kernel.reshape(side, side, 3, width).transpose(3, 2, 0, 1)
+
+
+COPY = Transform("copy", lambda x: x, lambda x: x)
+LINEAR = Transform("linear", np.transpose, np.transpose)  # [out, in] <-> [in, out]
+PATCHES = Transform("patches", _patches_from_conv, _conv_from_patches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        key: Hugging Face key, with `{layer}` where it has a layer number.
+        path: our path.
+        transform: how the axes are turned.
+    """
+
+    key: str
+    path: str
+    transform: Transform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place of one Hugging Face tensor in our parameters.
+
+    Attributes:
+        key: Hugging Face key.
+        path: our path. layer: index on its L axis, or None when it has none.
+        shape: the shape of the Hugging Face tensor.
+        transform: how the axes are turned.
+    """
+
+    key: str
+    path: str
+    layer: int | None
+    shape: Shape
+    transform: Transform
+
+
+def _rows(hf: str, ours: str, *rows: tuple[str, str, Transform]) -> tuple[Row, ...]:
+    return tuple(Row(f"{hf}.{key}", f"{ours}.{path}", transform) for key, path, transform in rows)
+
+
+def _linear(hf: str, ours: str) -> tuple[tuple[str, str, Transform], ...]:
+    return (f"{hf}.weight", f"{ours}.kernel", LINEAR), (f"{hf}.bias", f"{ours}.bias", COPY)
+
+
+def _norm(hf: str, ours: str) -> tuple[tuple[str, str, Transform], ...]:
+    return (f"{hf}.weight", f"{ours}.scale", COPY), (f"{hf}.bias", f"{ours}.bias", COPY)
+
+
+CLIP = _rows(
+    "vision_tower.vision_model",
+    "vision",
+    ("embeddings.class_embedding", "cls", COPY),
+    ("embeddings.patch_embedding.weight", "patch.kernel", PATCHES),
+    ("embeddings.position_embedding.weight", "position", COPY),
+    *_norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
+) + _rows(
+    "vision_tower.vision_model.encoder.layers.{layer}",
+    "vision.layers",
+    *_norm("layer_norm1", "norm1"),
+    *_linear("self_attn.q_proj", "attn.q"),
+    *_linear("self_attn.k_proj", "attn.k"),
+    *_linear("self_attn.v_proj", "attn.v"),
+    *_linear("self_attn.out_proj", "attn.o"),
+    *_norm("layer_norm2", "norm2"),
+    *_linear("mlp.fc1", "mlp.up"),
+    *_linear("mlp.fc2", "mlp.down"),
+)
+
+LLAMA = _rows(
+    "language_model",
+    "lm",
+    ("model.embed_tokens.weight", "embed", COPY),
+    ("model.norm.weight", "norm.scale", COPY),
+    ("lm_head.weight", "head.kernel", LINEAR),
+) + _rows(
+    "language_model.model.layers.{layer}",
+    "lm.layers",
+    ("input_layernorm.weight", "attn_norm.scale", COPY),
+    ("self_attn.q_proj.weight", "attn.q.kernel", LINEAR),
+    ("self_attn.k_proj.weight", "attn.k.kernel", LINEAR),
+    ("self_attn.v_proj.weight", "attn.v.kernel", LINEAR),
+    ("self_attn.o_proj.weight", "attn.o.kernel", LINEAR),
+    ("post_attention_layernorm.weight", "mlp_norm.scale", COPY),
+    ("mlp.gate_proj.weight", "mlp.gate.kernel", LINEAR),
+    ("mlp.up_proj.weight", "mlp.up.kernel", LINEAR),
+    ("mlp.down_proj.weight", "mlp.down.kernel", LINEAR),
+)
+
+
+def projector(depth: int) -> tuple[Row, ...]:
+    """The table of a projector of `depth` linear maps; HF counts them from 1."""
+    names = (_linear(f"linear_{n + 1}", f"linears.{n}") for n in range(depth))
+    return _rows("multi_modal_projector", "projector", *(row for pair in names for row in pair))
+
+
+def slots(shapes: Mapping[str, Shape], depth: int) -> list[Slot]:
+    """The place of every tensor of a LLaVA model.
+
+    Args:
+        shapes: our path -> shape, of all parameters, L axis included. Rows of parameters that the
+            model does not have (a tied head, biases) fall away.
+        depth: linear maps in the projector.
+
+    Returns:
+        The slots, those of one path next to each other.
+    """
+    table = [row for row in CLIP + projector(depth) + LLAMA if row.path in shapes]
+    if unknown := set(shapes) - {row.path for row in table}:
+        raise ValueError(f"parameters without a row in the key tables: {sorted(unknown)}")
+    return [slot for row in table for slot in _slots(row, shapes[row.path])]
+
+
+def _slots(row: Row, shape: Shape) -> list[Slot]:
+    stacked = "{layer}" in row.key
+    hf_shape = row.transform.hf(np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)).shape
+    return [
+        Slot(
+            key=row.key.format(layer=layer),
+            path=row.path,
+            layer=layer,
+            shape=hf_shape,
+            transform=row.transform,
+        )
+        for layer in (range(shape[0]) if stacked else [None])
+    ]
+
+
+_SPELLINGS = (  # the first prefix that fits
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower.vision_model."),  # original
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # late transformers 4
+    ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 in memory
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
+    ("vision_tower.", "vision_tower.vision_model."),  # transformers 5 on disk
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),  # original
+)
+_ORIGINAL_PROJECTOR = re.compile(r"model\.mm_projector\.(?:(\d+)\.)?(weight|bias)")
+
+
+def canonical(key: str) -> str:
+    """The canonical spelling of a Hugging Face or original-LLaVA key; others come back as they are.
+
+    Original LLaVA (Liu et al. 2023) numbers the modules of its projector, activations included:
+    `model.mm_projector.0`, `.2`, or no number when it is one linear map.
+    """
+    if match := _ORIGINAL_PROJECTOR.fullmatch(key):
+        number, kind = match.groups()
+        return f"multi_modal_projector.linear_{int(number or 0) // 2 + 1}.{kind}"
+    for prefix, spelling in _SPELLINGS:
+        if key.startswith(prefix):
+            return spelling + key.removeprefix(prefix)
+    return key
+
+
+_BUFFER = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
+_VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\..*")
+EMBEDDING = "language_model.model.embed_tokens.weight"
+TIED_HEAD = "language_model.lm_head.weight"
+
+
+def unused(key: str, config: LlavaConfig) -> bool:
+    """Whether a checkpoint may hold this tensor although the model does not.
+
+    Args:
+        key: in canonical spelling.
+        config: of the model.
+
+    Returns:
+        True for buffers, for what comes after the vision layer that is read, and for the second
+        copy of a tied embedding.
+    """
+    if match := _VISION_LAYER.fullmatch(key):
+        return config.vision.run_layers <= int(match[1]) < config.vision.layers
+    return bool(
+        _BUFFER.fullmatch(key)
+        or key.startswith("vision_tower.vision_model.post_layernorm.")
+        or (config.lm.tied and key == TIED_HEAD)
+    )
+
+
+def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfig) -> None:
+    """Compares the tensors of a checkpoint with the slots of a model.
+
+    Args:
+        found: canonical key -> shape.
+        wanted: the slots.
+        config: of the model.
+
+    Raises:
+        ValueError: everything missing, left over or of another shape, in one line.
+    """
+    wanted = {slot.key: slot.shape for slot in wanted}
+    missing = [key for key in wanted if key not in found]
+    leftover = [key for key in found if key not in wanted and not unused(key, config)]
+    misshapen = [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in wanted.items()
+        if key in found and tuple(found[key]) != shape
+    ]
+    parts = [
+        f"{len(keys)} {word}: {', '.join(_brief(keys) if fold else keys)}"
+        for word, keys, fold in (
+            ("missing", missing, True),
+            ("left over", leftover, True),
+            ("of another shape", misshapen, False),
+        )
+        if keys
+    ]
+    if parts:
+        raise ValueError(f"tensors do not fit the config: {'; '.join(parts)}")
+
+
+def _brief(keys: Iterable[str]) -> list[str]:
+    """Keys that differ in the layer number alone, in one: `layers.{0,1,2}.mlp.fc1.weight`."""
+    layers: dict[str, list[str]] = {}
+    for key in keys:
+        number = re.search(r"(?<=layers\.)\d+", key)
+        layers.setdefault(re.sub(r"(?<=layers\.)\d+", "{}", key, count=1), []).append(
+            number[0] if number else ""
+        )
+    return [
+        pattern.replace("{}", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
+        for pattern, numbers in layers.items()
+    ]

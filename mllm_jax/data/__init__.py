@@ -1,0 +1,1 @@
+"""Visual domains, the processor, and sequences of batches."""

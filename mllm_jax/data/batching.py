@@ -1,0 +1,148 @@
+"""Sequences of batches: made when asked for, always the same at the same place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.data.processor import Processor
+
+
+def interleave(lists: Sequence[Sequence]) -> list:
+    """One of each in turn, spread evenly: long lists do not come last."""
+    placed = [
+        ((i + 0.5) / len(items), number, item)
+        for number, items in enumerate(lists)
+        for i, item in enumerate(items)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Training batches: several questions of one picture in a row, the picture read once.
+
+    Attributes:
+      examples: with questions. features: float[N, P, E] of them.
+      size: pictures in a batch. steps: batches. questions: of each picture, chosen anew each epoch.
+      seed: of the order; None goes through the examples as they stand, first questions first.
+    """
+
+    processor: Processor
+    examples: Sequence[Any]
+    features: np.ndarray
+    size: int
+    steps: int
+    questions: int
+    seed: int | None
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int):
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        at = np.arange(step * self.size, (step + 1) * self.size)
+        epochs, places = np.divmod(at, len(self.examples))
+        rows = [self._order(epoch)[i] for epoch, i in zip(epochs, places, strict=True)]
+        turns = [self._turns(row, step) for row in rows]
+        features = np.stack([self.features[row] for row in rows])
+        return self.processor.pack(None, turns, features=features, length=self._length)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(len(self.examples))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+
+    def _turns(self, row: int, step: int) -> list[tuple[str, str]]:
+        asked = self.examples[row].questions
+        chosen = np.arange(len(asked))
+        if self.seed is not None:
+            chosen = np.random.default_rng([self.seed, row, step]).permutation(chosen)
+        return [(asked[i].prompt, asked[i].answer) for i in chosen[: self.questions]]
+
+    @functools.cached_property
+    def _length(self) -> int:
+        """One length for all batches, so that training compiles once."""
+        return longest(self.processor, self.examples, self.questions)
+
+
+def longest(processor: Processor, examples: Sequence[Any], questions: int) -> int:
+    """Tokens of the longest packed row, rounded up to a multiple of 8."""
+    most = 0
+    blank = np.zeros((1, 1, 1), np.float32)
+    shared = None
+    sizes: dict[tuple[str, str], int] = {}
+    for example in examples:
+        lengths = []
+        for question in example.questions:
+            pair = (question.prompt, question.answer)
+            if pair not in sizes:
+                batch = processor.pack(None, [[pair]], features=blank)
+                sizes[pair] = int((batch.segment > 0).sum())
+                shared = int(batch.valid.sum()) - sizes[pair]
+            lengths.append(sizes[pair])
+        most = max(most, sum(sorted(lengths)[-questions:]))
+    return -(-((shared or 0) + most) // 8) * 8
+
+
+def ask(examples: Sequence[Any], styles: Sequence[str]) -> list[tuple[Any, Any]]:
+    """(example, question) pairs: each example one question, the styles in turn."""
+    pairs = []
+    for i, example in enumerate(examples):
+        style = styles[i % len(styles)]
+        asked = [q for q in example.questions if q.style == style]
+        if not asked:
+            raise ValueError(f"{example.domain}/{example.id} has no question of style '{style}'")
+        pairs.append((example, asked[i // len(styles) % len(asked)]))
+    return pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Batches of one question a row, all of one shape; the last is filled up with empty rows.
+
+    Attributes:
+      pairs: (example, question), see `ask`.
+      size: rows of a batch. length: tokens of a row.
+    """
+
+    processor: Processor
+    pairs: Sequence[tuple[Any, Any]]
+    size: int
+    length: int | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.pairs) // self.size)
+
+    def __getitem__(self, number: int):
+        rows = self.rows(number)
+        images = [example.image for example, _ in rows]
+        prompts = [question.prompt for _, question in rows]
+        return self.processor(images, prompts, rows=self.size, length=self.length)
+
+    def rows(self, number: int) -> Sequence[tuple[Any, Any]]:
+        """The pairs of a batch."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"batch {number} of {len(self)}")
+        return self.pairs[number * self.size : (number + 1) * self.size]
+
+    def candidates(self, number: int) -> list[tuple[str, ...]]:
+        """The options of each row."""
+        return [question.options for _, question in self.rows(number)]
+
+    def right(self, number: int) -> np.ndarray:
+        """int[rows]: which option is the right one."""
+        return np.array([q.options.index(q.answer) for _, q in self.rows(number)])
+
+
+def row_length(processor: Processor, pairs: Sequence[tuple[Any, Any]]) -> int:
+    """Tokens of the longest prompt of all pairs, rounded up to a multiple of 8."""
+    prompts = list({question.prompt for _, question in pairs})
+    blank = np.zeros((len(prompts), 1, 1), np.float32)
+    longest = processor(None, prompts, features=blank).valid.sum(-1).max()
+    return int(-(-longest // 8) * 8)

@@ -1,0 +1,1 @@
+"""The five embedded domains: real images out of packages, one module each."""

@@ -1,0 +1,118 @@
+"""Questions about an image, made from its label alone: the same four styles in every domain.
+
+Domain and answer style must not be the same thing, or "domain neurons" could be answer-style
+neurons. Every image is asked what kind of picture it is, what it shows, two yes/no questions (one
+of each answer) and a multiple choice. Wrong options come from the same family of labels, so that
+neither the prompt nor the frequency of an answer gives it away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+
+# The answer to "What kind of picture is this?", by domain.
+KINDS = {
+    "objects": "a picture of an object",
+    "medical": "a medical scan",
+    "satellite": "a satellite image",
+    "documents": "a document",
+    "astronomy": "an astronomy photograph",
+}
+STYLES = ("kind", "category", "yesno", "choice")
+
+PROMPTS = {
+    "kind": (
+        "What kind of picture is this?",
+        "What type of image is this?",
+        "What sort of picture do you see?",
+        "How would you describe this kind of image?",
+    ),
+    "category": (
+        "What is shown in the picture?",
+        "What does the image show?",
+        "What can be seen here?",
+        "What is this a picture of?",
+    ),
+    "yesno": ("Is this {}?", "Does the picture show {}?", "Is {} shown here?"),
+    "choice": (
+        "Which is shown: {}?",
+        "What do you see: {}?",
+        "What is in the picture: {}?",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question about one image.
+
+    Attributes:
+      style: "kind", "category", "yesno" or "choice" (a user's own style is as good).
+      prompt: the question, without `<image>`.
+      answer: the right answer.
+      options: candidate answers, the right one among them; for scoring.
+    """
+
+    style: str
+    prompt: str
+    answer: str
+    options: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.answer not in self.options:
+            raise ValueError(
+                f"question {self.prompt!r}: the answer {self.answer!r} is not among its options "
+                f"{list(self.options)}"
+            )
+
+
+def shuffled(items: Iterable[str], key: str) -> list[str]:
+    """The items in an order that depends on nothing but themselves and the key."""
+    return sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest())
+
+
+def options_for(answer: str, family: Iterable[str], key: str, count: int = 4) -> tuple[str, ...]:
+    """The answer and `count - 1` others of its family, in a shuffled order."""
+    wrong = shuffled({*family} - {answer}, f"{key} wrong")[: count - 1]
+    return tuple(shuffled([answer, *wrong], f"{key} order"))
+
+
+def questions_for(
+    key: str, label: str, family: Sequence[str], kind: str | None = None
+) -> tuple[Question, ...]:
+    """All questions about one image.
+
+    Args:
+      key: the example's id; with it the wording and the options are fixed.
+      label: what the image shows, "a galaxy".
+      family: labels that may stand in for it, the label itself among them.
+      kind: what kind of picture it is, one of KINDS; None asks no such question.
+
+    Returns:
+      The questions, in the order of STYLES.
+    """
+
+    def prompt(style: str, salt: str = "") -> str:
+        return shuffled(PROMPTS[style], f"{key} {style} {salt}")[0]
+
+    made = []
+    if kind is not None:
+        options = options_for(kind, KINDS.values(), f"{key} kind")
+        made.append(Question("kind", prompt("kind"), kind, options))
+    options = options_for(label, family, f"{key} category")
+    made.append(Question("category", prompt("category"), label, options))
+    if len({*family}) > 1:
+        wrong = shuffled({*family} - {label}, f"{key} yesno")[0]
+        for answer, shown in (("yes", label), ("no", wrong)):
+            asked = _capitalised(prompt("yesno", answer).format(shown))
+            made.append(Question("yesno", asked, answer, ("yes", "no")))
+        options = options_for(label, family, f"{key} choice")
+        listed = ", ".join(options[:-1]) + f" or {options[-1]}"
+        made.append(Question("choice", prompt("choice").format(listed), label, options))
+    return tuple(made)
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]

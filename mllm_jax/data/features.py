@@ -1,0 +1,54 @@
+"""Vision features of a data set, computed once and kept: the tower is frozen."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from mllm_jax.data.processor import Processor
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.workdir import atomic_json, read_json
+
+
+def vision_features(
+    model,
+    processor: Processor,
+    examples: Sequence,
+    path: str | pathlib.Path,
+    *,
+    batch_size: int = 8,
+    label: str = "vision features",
+) -> np.ndarray:
+    """float32[N, P, E]: what the vision tower gives for each example, in a mapped file.
+
+    A killed run continues where it stopped.
+
+    Args:
+      examples: each with an `image`.
+      path: the .npy file; beside it a .json says how much of it is done.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    progress = path.with_suffix(".json")
+    vision = model.config.vision
+    tokens = vision.grid**2 + (vision.select == "full")
+    shape = (len(examples), tokens, vision.width)
+    done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
+    mode = "r+" if done else "w+"
+    kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+    encode = jax.jit(lambda model, batch: model.features(batch, Taps()))
+    with tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar:
+        while done < len(examples):
+            some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
+            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
+            values = encode(model, batch.replace(processor=None))
+            kept[done : done + len(some)] = values[: len(some)]
+            kept.flush()
+            done += len(some)
+            atomic_json(progress, {"done": done})
+            bar.update(len(some))
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,1 @@
+"""Edits and captures as pytrees, and the passes that take them."""

@@ -1,0 +1,359 @@
+"""Captures: what to bring back from a forward pass, reduced where it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import sites, tokens
+from mllm_jax.interventions import edits
+from mllm_jax.sites import Address
+
+# The kinds a module's tokens can have: statistics are split by these.
+KINDS_OF = {
+    "vision": ("cls", "image"),
+    "projector": ("cls", "image"),
+    "lm": ("system", "question", "image", "newline", "answer"),
+    "logits": ("system", "question", "image", "newline", "answer"),
+}
+LENS_CHUNK = 128  # tokens whose logits exist at one time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What to read at a site. Made by `keep`, `mean`, `stats` and `lens`.
+
+    Attributes:
+      form: how it is reduced. Static.
+      address: the site, its layers and units.
+      where: which tokens.
+      by: kinds of token that the result is split by, or None. Static.
+      k: how many words a lens names. Static.
+    """
+
+    form: str = dataclasses.field(metadata={"static": True})
+    address: Address
+    where: tokens.Where
+    by: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    k: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+def _capture(form, target, where, by=None, k=0) -> Capture:
+    return Capture(form, Address.of(target), tokens.of(where), by, k)
+
+
+def keep(target, *, where=None) -> Capture:
+    """The raw values: [L, B, T, F], or [B, T, F] of one layer; zero where not selected.
+
+    One layer is carried through the scan, not stacked.
+    """
+    return _capture("keep", target, where)
+
+
+def mean(target, *, where=None) -> Capture:
+    """The mean over the selected tokens of each row: float32[L, B, F]."""
+    return _capture("mean", target, where)
+
+
+def stats(target, *, by=None, where=None) -> Capture:
+    """Statistics over rows and tokens, see `Stats`.
+
+    Args:
+      by: `tokens.kind` to split them by kind of token, or some names of it.
+    """
+    return _capture("stats", target, where, _split(target, by))
+
+
+def lens(target, *, k: int = 10, by=None, where=None) -> Capture:
+    """The logit lens, see `Lens`; with `by`, its entropy summed by row and kind, see `Entropy`.
+
+    Args:
+      k: how many most probable words.
+      by: `tokens.kind`, or some names of it.
+    """
+    return _capture("lens" if by is None else "entropy", target, where, _split(target, by), k)
+
+
+def _split(target, by) -> tuple[str, ...] | None:
+    if by is None:
+        return None
+    by = (by,) if isinstance(by, str) else tuple(by)
+    return tuple(kind for kind in KINDS_OF[Address.of(target).site.module] if kind in by)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Statistics of every unit. With `by`, a last axis of kinds; the layer axis leads.
+
+    Attributes:
+      positive: int32[L, F, kinds], how often the value was above zero.
+      sum, squares: float32[L, F, kinds], of the value and of its square.
+      max: float32[L, F, kinds], -inf where there was no token.
+      tokens: int32[L, kinds], how many there were.
+      kinds: what the last axis means; empty without `by`. Static.
+    """
+
+    positive: Any
+    sum: Any
+    squares: Any
+    max: Any
+    tokens: Any
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def merge(self, other: Stats) -> Stats:
+        """Of both sets of tokens. Integers are exact, in any order."""
+        return Stats(
+            positive=self.positive + other.positive,
+            sum=self.sum + other.sum,
+            squares=self.squares + other.squares,
+            max=np.maximum(self.max, other.max),
+            tokens=self.tokens + other.tokens,
+            kinds=self.kinds,
+        )
+
+    def wide(self) -> Stats:
+        """The same in int64 and float64 on the host, to be added up over a data set."""
+        return Stats(
+            positive=np.asarray(self.positive, np.int64),
+            sum=np.asarray(self.sum, np.float64),
+            squares=np.asarray(self.squares, np.float64),
+            max=np.asarray(self.max, np.float32),
+            tokens=np.asarray(self.tokens, np.int64),
+            kinds=self.kinds,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lens:
+    """What each token's residual says through the head.
+
+    Attributes:
+      ids: int32[L, B, T, k], most probable words, best first; -1 where not selected.
+      log_probs: float32[L, B, T, k], natural logarithm; 0 where not selected.
+      entropy: float32[L, B, T], nats; 0 where not selected.
+    """
+
+    ids: Any
+    log_probs: Any
+    entropy: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+    """Entropy of the lens, summed over the tokens of each row by kind.
+
+    Attributes:
+      sum: float32[L, B, kinds], nats.
+      top: float32[L, B, kinds], probability of the most probable word, summed.
+      tokens: int32[L, B, kinds].
+      kinds: what the last axis means. Static.
+    """
+
+    sum: Any
+    top: Any
+    tokens: Any
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def merge(self, other: Entropy) -> Entropy:
+        """Of the rows of both."""
+        pairs = zip(self._arrays(), other._arrays(), strict=True)
+        both = [np.concatenate(pair, -2) for pair in pairs]
+        return Entropy(*both, self.kinds)
+
+    def wide(self) -> Entropy:
+        return Entropy(*(np.asarray(a) for a in self._arrays()), self.kinds)
+
+    def _arrays(self):
+        return self.sum, self.top, self.tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundCapture:
+    """A capture in the shapes of a model and a batch.
+
+    Attributes:
+      slots: int32[L], where a layer's result is carried, `count` for nowhere; None stacks all.
+      count: how many layers are carried. Static.
+      single: whether the layer axis is dropped at the end. Static.
+      units: int32[n] of the units brought back, or None for all.
+      tokens: bool[B, T]. kind: int8[B, T].
+    """
+
+    form: str = dataclasses.field(metadata={"static": True})
+    site: sites.Site = dataclasses.field(metadata={"static": True})
+    by: tuple[str, ...] | None = dataclasses.field(metadata={"static": True})
+    k: int = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})
+    single: bool = dataclasses.field(metadata={"static": True})
+    slots: Any
+    units: Any
+    tokens: Any
+    kind: Any
+
+    def read(self, x: jax.Array, lens: Callable | None) -> Any:
+        """The result of one layer."""
+        if self.units is not None:
+            x = jnp.take(x, self.units, axis=edits.unit_axis(self.site))
+        return READ[self.form](self, x, lens)
+
+
+def bind(
+    captures: dict[str, Capture] | None,
+    shapes: dict[str, edits.SiteShape],
+    maps: dict[str, tokens.TokenMap],
+) -> dict[str, BoundCapture]:
+    """Captures in the shapes of a model and a batch; errors as in `edits.bind`."""
+    return {name: _bind(c, shapes, maps) for name, c in (captures or {}).items()}
+
+
+def _bind(capture: Capture, shapes, maps) -> BoundCapture:
+    address, site = capture.address, capture.address.site
+    spec = edits.look_up(site, shapes)
+    if capture.form in ("lens", "entropy") and spec.shape[-1] != shapes["lm.norm"].shape[-1]:
+        raise ValueError(
+            f"a lens reads tensors of the LM's width {shapes['lm.norm'].shape[-1]}; "
+            f"{site.name} has {spec.shape[-1]}"
+        )
+    slots, count, single = None, spec.layers, not site.stacked
+    if site.stacked and address.layers.form != "all":
+        chosen = address.layers.indices(spec.layers, f"{site.name}: layer")
+        count, single = len(chosen), address.layers.form == "one"
+        if not count:
+            raise ValueError(f"the capture of {site.name} selects no layer")
+        slots = _slots(chosen, spec.layers)
+    units = None
+    if address.units.form != "all":
+        units = address.units.indices(spec.shape[edits.unit_axis(site)], f"{site.name}: unit")
+    map_ = maps[site.module]
+    return BoundCapture(
+        capture.form, site, capture.by, capture.k, count, single,
+        slots, units, capture.where.mask(map_), map_.kind,
+    )  # fmt: skip
+
+
+def _slots(chosen, layers: int):
+    if isinstance(chosen, np.ndarray):
+        slots = np.full((layers,), len(chosen), np.int32)
+        slots[chosen] = np.arange(len(chosen))
+        return slots
+    return jnp.full((layers,), len(chosen), jnp.int32).at[chosen].set(jnp.arange(len(chosen)))
+
+
+def _read_keep(capture: BoundCapture, x, lens):
+    return jnp.where(_along_tokens(capture.site, capture.tokens, x.ndim), x, 0)
+
+
+def _along_tokens(site: sites.Site, mask, rank: int):
+    """A mask [B, T] with ones for the other axes of the site."""
+    axis = edits.token_axis(site)
+    return mask.reshape(mask.shape[0], *(1,) * (axis - 1), mask.shape[1], *(1,) * (rank - axis - 1))
+
+
+def _read_mean(capture: BoundCapture, x, lens):
+    weight = capture.tokens.astype(jnp.float32)
+    total = jnp.einsum("BT...,BT->B...", x.astype(jnp.float32), weight)
+    count = jnp.maximum(weight.sum(-1), 1)
+    return total / count.reshape(-1, *(1,) * (total.ndim - 1))
+
+
+def _one_hot(capture: BoundCapture):
+    """float32[B, T, kinds]: the selected tokens by kind; one kind without `by`."""
+    selected = capture.tokens[..., None]
+    if capture.by is not None:
+        codes = np.array([tokens.CODE[kind] for kind in capture.by], np.int8)
+        selected = selected & (capture.kind[..., None] == codes)
+    return selected.astype(jnp.float32)
+
+
+def _read_stats(capture: BoundCapture, x, lens):
+    hot = _one_hot(capture)
+    values = x.astype(jnp.float32)
+
+    def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one batch
+        return jnp.einsum("BT...,BTk->...k", of, hot, precision=jax.lax.Precision.HIGHEST)
+
+    def highest(column):
+        seen = column.reshape(*column.shape, *(1,) * (values.ndim - 2)) > 0
+        return jnp.max(jnp.where(seen, values, -jnp.inf), (0, 1))
+
+    result = Stats(
+        positive=total((values > 0).astype(jnp.float32)).astype(jnp.int32),
+        sum=total(values),
+        squares=total(values * values),
+        max=jnp.stack([highest(hot[..., i]) for i in range(hot.shape[-1])], -1),
+        tokens=hot.sum((0, 1)).astype(jnp.int32),
+        kinds=capture.by or (),
+    )
+    return result if capture.by is not None else jax.tree.map(lambda a: a[..., 0], result)
+
+
+def _read_lens(capture: BoundCapture, x, lens):
+    return _lens_by_chunks(capture, x, lens, max(capture.k, 1))
+
+
+def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
+    """The selected tokens first, in chunks; chunks without a selected token are not computed."""
+    B, T, D = x.shape
+    mask = capture.tokens.reshape(-1)
+    chunk = min(LENS_CHUNK, B * T)
+    fill = -(B * T) % chunk
+    order = jnp.argsort(~mask, stable=True)
+    states = jnp.pad(x.reshape(-1, D)[order], ((0, fill), (0, 0)))
+    chosen = jnp.pad(mask[order], (0, fill))
+
+    def one(args):
+        states, chosen = args
+        skipped = Lens(
+            jnp.full((chunk, k), -1, jnp.int32), jnp.zeros((chunk, k)), jnp.zeros((chunk,))
+        )
+        return jax.lax.cond(chosen.any(), lambda: _lens(lens(states), chosen, k), lambda: skipped)
+
+    parts = jax.lax.map(one, (states.reshape(-1, chunk, D), chosen.reshape(-1, chunk)))
+    inverse = jnp.argsort(order)
+
+    def unsort(part):
+        flat = part.reshape(-1, *part.shape[2:])[: B * T]
+        return flat[inverse].reshape(B, T, *part.shape[2:])
+
+    return jax.tree.map(unsort, parts)
+
+
+def _lens(logits, chosen, k: int) -> Lens:
+    best, ids = jax.lax.top_k(logits, k)
+    total = jax.nn.logsumexp(logits, -1)
+    entropy = total - jnp.sum(jnp.exp(logits - total[:, None]) * logits, -1)
+    return Lens(
+        ids=jnp.where(chosen[:, None], ids.astype(jnp.int32), -1),
+        log_probs=jnp.where(chosen[:, None], best - total[:, None], 0),
+        entropy=jnp.where(chosen, entropy, 0),
+    )
+
+
+def _read_entropy(capture: BoundCapture, x, lens):
+    result = _lens_by_chunks(capture, x, lens, 1)
+    hot = _one_hot(capture)
+    return Entropy(
+        sum=jnp.einsum("BT,BTk->Bk", result.entropy, hot),
+        top=jnp.einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        tokens=hot.sum(1).astype(jnp.int32),
+        kinds=capture.by or (),
+    )
+
+
+READ: dict[str, Callable] = {
+    "keep": _read_keep,
+    "mean": _read_mean,
+    "stats": _read_stats,
+    "lens": _read_lens,
+    "entropy": _read_entropy,
+}

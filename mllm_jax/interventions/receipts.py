@@ -1,0 +1,53 @@
+"""Receipts: what an edit did, reported by the edit itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What one edit did, per layer. Padding never counts.
+
+    Attributes:
+      edit: its kind and site. Static.
+      tokens: int32[L], tokens it matched.
+      elements: int32[L], elements whose value changed.
+      norm: float32[L], root of the summed squares of the change.
+    """
+
+    edit: str = dataclasses.field(metadata={"static": True})
+    tokens: Any
+    elements: Any
+    norm: Any
+
+    def __str__(self) -> str:
+        elements, norm = np.asarray(self.elements), np.asarray(self.norm)
+        layers = np.flatnonzero(np.asarray(self.tokens))
+        span = f"layers {layers.min()}-{layers.max()}" if len(layers) else "no layer"
+        return (
+            f"{self.edit}: {span}, {int(np.max(self.tokens, initial=0))} tokens, "
+            f"{int(elements.sum())} elements changed, norm {float(np.sqrt((norm**2).sum())):.4g}"
+        )
+
+
+def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tuple[int, ...]):
+    """(tokens, elements, norm) of one edit in one layer.
+
+    Args:
+      mask: bool, broadcastable to the site, True where the edit acts.
+      token_axes: the axes of the site that are rows and tokens.
+    """
+    rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
+    change = (after - before).astype(jnp.float32)
+    return (
+        jnp.sum(mask.any(rest), dtype=jnp.int32),
+        jnp.sum(after != before, dtype=jnp.int32),
+        jnp.sqrt(jnp.sum(change * change)),
+    )

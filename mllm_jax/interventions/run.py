@@ -1,0 +1,136 @@
+"""One forward pass: a pure function of (model, batch, edits), and what was asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.interventions import captures as captures_
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.captures import BoundCapture, Capture
+from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
+from mllm_jax.interventions.receipts import Receipt
+from mllm_jax.interventions.tap import Taps
+
+LOGITS = ("last", "all", "none")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Out:
+    """What a pass brings back.
+
+    Attributes:
+      logits: float32[B, V] at each row's last token; [B, T, V] for "all"; None for "none".
+      captures: by name; `out["name"]` for short.
+      receipts: one for each edit, in order.
+    """
+
+    logits: Any
+    captures: dict[str, Any]
+    receipts: tuple[Receipt, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.captures:
+            known = ", ".join(self.captures) or "none"
+            raise KeyError(f"no capture '{name}'; this pass has: {known}")
+        return self.captures[name]
+
+
+def run(
+    model,
+    batch,
+    edits: Edits | None = None,
+    captures: dict[str, Capture] | None = None,
+    *,
+    logits: str = "last",
+    remat: bool = False,
+) -> Out:
+    """One forward pass.
+
+    Pure: it can stand inside `jax.jit`, `vmap` and `grad`. Called on its own, it compiles once
+    per structure and keeps the program.
+
+    Args:
+      model: a network with sites. batch: what it reads.
+      edits: what to change. captures: what to bring back, by name.
+      logits: "last" at each row's last token, "all", or "none".
+      remat: compute a layer's tensors again in the backward pass instead of keeping them.
+
+    Raises:
+      ValueError: an edit or capture that does not fit, or that selects nothing.
+    """
+    if logits not in LOGITS:
+        raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
+    batch = batch.replace(processor=None)
+    bound, asked = bind(model, batch, edits, captures)
+    return _run(model, batch, bound, asked, logits=logits, remat=remat)
+
+
+def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
+    """Edits and captures in the shapes of this model and batch. See `edits.bind`."""
+    if not edits and not captures:
+        return (), {}
+    shapes, maps = site_shapes(model, batch), model.token_maps(batch)
+    return edits_.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+
+
+def forward(model, batch, taps: Taps, logits: str = "last"):
+    """The pass itself, while it is traced: logits, and the cache of every token."""
+    x, cache = model(batch, taps)
+    if logits == "none":
+        return None, cache
+    if logits == "all":
+        return model.logits(x, taps), cache
+    return at_last(model, batch, x, taps), cache
+
+
+def at_last(model, batch, x, taps: Taps):
+    """float32[B, V]: logits at each row's last token."""
+    last = jnp.take_along_axis(x, batch.last[:, None, None], 1)
+    return model.logits(last, _moved(taps, batch))[:, 0]
+
+
+def _moved(taps: Taps, batch) -> Taps:
+    """The taps with the masks of the logits site at each row's last token only."""
+
+    def pick(array):
+        return jnp.take_along_axis(jnp.asarray(array), batch.last[:, None], 1)
+
+    def one(item):
+        if item.site.module != "logits":
+            return item
+        fields = {f.name: pick(getattr(item, f.name)) for f in dataclasses.fields(item)
+                  if f.name in ("tokens", "kind")}  # fmt: skip
+        return dataclasses.replace(item, **fields)
+
+    taps.edits = tuple(one(edit) for edit in taps.edits)
+    taps.captures = {name: one(capture) for name, capture in taps.captures.items()}
+    return taps
+
+
+@functools.partial(jax.jit, static_argnames=("logits", "remat"))
+def _run(model, batch, edits, captures, *, logits, remat) -> Out:
+    taps = Taps(edits, captures, remat=remat)
+    scores, _ = forward(model, batch, taps, logits)
+    return Out(scores, taps.captured, taps.receipt_list())
+
+
+_SHAPES: dict[Any, dict[str, SiteShape]] = {}
+
+
+def site_shapes(model, batch) -> dict[str, SiteShape]:
+    """The sites that a pass of this batch runs through, found without computing anything."""
+    key = jax.tree.structure((model, batch)), tuple(
+        (leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves((model, batch))
+    )
+    if key not in _SHAPES:
+        taps = Taps()
+        jax.eval_shape(lambda m, b: forward(m, b, taps, "all")[0], model, batch)
+        _SHAPES[key] = taps.shapes
+    return _SHAPES[key]

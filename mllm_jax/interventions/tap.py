@@ -1,0 +1,304 @@
+"""Taps: how a network offers its sites.
+
+A network calls `x = tap(site, x)` where it computes the tensor of a site. While a program is
+traced, the tap applies the edits of that site and reads its captures; it leaves nothing behind
+when there are none. Taps live during one trace: they are how a pure function is written, not
+state that outlives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax import sites
+from mllm_jax.interventions import captures as captures_
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions import receipts
+
+
+class Taps:
+    """What one forward pass was asked, and what it found.
+
+    Attributes:
+      edits, captures: bound to the shapes of this pass.
+      at: int32[], the position of the first token of this pass in the token masks: not 0 when
+        a cached pass reads on.
+      clean: layers of each module below which no edit acts: they are scanned without edits.
+      remat: whether a layer's tensors are computed again in the backward pass.
+      shapes: the sites met, by name.
+      receipts: by number of the edit. captured: by name of the capture.
+    """
+
+    def __init__(
+        self,
+        edits: tuple[edits_.BoundEdit, ...] = (),
+        captures: dict[str, captures_.BoundCapture] | None = None,
+        *,
+        at: Any = 0,
+        clean: dict[str, int] | None = None,
+        remat: bool = False,
+    ):
+        self.edits = edits
+        self.captures = captures or {}
+        self.at = at
+        self.clean = clean or {}
+        self.remat = remat
+        self.shapes: dict[str, edits_.SiteShape] = {}
+        self.receipts: dict[int, Any] = {}
+        self.captured: dict[str, Any] = {}
+
+    def module(self, name: str, lens: Callable | None = None) -> ModuleTap:
+        """The taps of one module; `lens` turns its residual into logits."""
+        return ModuleTap(self, name, lens)
+
+    def receipt_list(self) -> tuple[receipts.Receipt, ...]:
+        """In the order of the edits."""
+        return tuple(
+            receipts.Receipt(f"{edit.kind} {edit.site.name}", *self.receipts[i])
+            for i, edit in enumerate(self.edits)
+        )
+
+
+@dataclasses.dataclass
+class Tap:
+    """The taps of one layer while it is traced: edits and captures are those of this layer."""
+
+    taps: Taps
+    lens: Callable | None
+    layers: int
+    edits: dict[int, edits_.BoundEdit]
+    captures: dict[str, captures_.BoundCapture]
+    receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
+    captured: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
+        self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)
+        for number, edit in self.edits.items():
+            if edit.site == site:
+                x = self._edit(number, edit, x)
+        for name, capture in self.captures.items():
+            if capture.site == site:
+                self.captured[name] = self._read(capture, x)
+        return x
+
+    def _edit(self, number: int, edit: edits_.BoundEdit, x: jax.Array) -> jax.Array:
+        rank, units, along = x.ndim, edits_.unit_axis(edit.site), edits_.token_axis(edit.site)
+        length = x.shape[along]
+        where = self._window(edit.tokens, 1, length)
+        mask = captures_._along_tokens(edit.site, where, rank)
+        mask = mask & edit.units.reshape(*(1,) * units, -1, *(1,) * (rank - units - 1))
+        values = {
+            name: self._window(value, along, length) if value.ndim == rank else value
+            for name, value in edit.values.items()
+        }
+        y = dataclasses.replace(edit, values=values).apply(x, mask)
+        self.receipts[number] = receipts.measure(x, y, mask, (0, along))
+        return y
+
+    def _read(self, capture: captures_.BoundCapture, x: jax.Array) -> Any:
+        length = x.shape[edits_.token_axis(capture.site)]
+        capture = dataclasses.replace(
+            capture,
+            tokens=self._window(capture.tokens, 1, length),
+            kind=self._window(capture.kind, 1, length),
+        )
+        if capture.slots is None:
+            return capture.read(x, self.lens)
+        shape = jax.eval_shape(lambda: capture.read(x, self.lens))
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        asked = capture.slots < capture.count
+        return jax.lax.cond(asked, lambda: capture.read(x, self.lens), lambda: nothing)
+
+    def _window(self, array, axis: int, length: int):
+        """The part of an array over all tokens that this pass computes."""
+        if array.shape[axis] in (1, length):
+            return array
+        return jax.lax.dynamic_slice_in_dim(array, self.taps.at, length, axis)
+
+
+class ModuleTap:
+    """The taps of one module: called for the sites it has once, scanned over its layers."""
+
+    def __init__(self, taps: Taps, name: str, lens: Callable | None):
+        self.taps, self.name, self.lens = taps, name, lens
+        self.edits = {i: e for i, e in enumerate(taps.edits) if e.site.module == name}
+        self.captures = {n: c for n, c in taps.captures.items() if c.site.module == name}
+
+    def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
+        tap = self._tap(1, _first(_at(self.edits, False)), _at(self.captures, False))
+        x = tap(site, x)
+        self.taps.receipts |= _add_axis(tap.receipts)
+        self.taps.captured |= tap.captured
+        return x
+
+    def scan(self, step: Callable, layers: Any, x: jax.Array, extra: Any = None):
+        """x through every layer, one compiled body.
+
+        Args:
+          step: (layer, x, tap, extra) -> (x, out).
+          layers: a module whose arrays lead with L.
+          x: what enters the first layer.
+          extra: further arrays that lead with L, one slice a step.
+
+        Returns:
+          x after the last layer, and the stacked outs [L, ...].
+        """
+        count = jax.tree.leaves(layers)[0].shape[0]
+        edits, captures = _at(self.edits, True), _at(self.captures, True)
+        kept = self._empty(step, layers, x, extra, edits, captures, count)
+        split = min(self.taps.clean.get(self.name, 0), count - 1) if edits else 0
+        parts = [(0, split), (split, count)] if split else [(0, count)]
+        outs, receipts_, captured = [], [], []
+        for start, stop in parts:
+            now = edits if stop == count else {}
+            x, kept, (out, found) = self._segment(
+                step, layers, x, extra, now, captures, kept, (start, stop, count)
+            )
+            outs.append(out)
+            receipts_.append(found[0])
+            captured.append(found[1])
+        if split:
+            receipts_[0] = jax.tree.map(
+                lambda r: jnp.zeros((split, *r.shape[1:]), r.dtype), receipts_[1]
+            )
+        self.taps.receipts |= _concatenate(receipts_)
+        self.taps.captured |= _concatenate(captured) | self._carried(kept, captures)
+        return x, _concatenate(outs)
+
+    def _segment(self, step, layers, x, extra, edits, captures, kept, span):
+        start, stop, count = span
+        whole = stop - start == count
+        part = jax.tree.map(lambda a: a[start:stop], (_stacked(edits), _slots(captures)))
+        index = jnp.arange(start, stop)
+        # As scan inputs, layers get their gradients stacked; by index, a part is not copied.
+        sliced = (layers, extra) if whole else None
+
+        def body(carry, inputs):
+            x, kept = carry
+            i, arrays, (edit_arrays, slots) = inputs
+            layer, more = arrays if whole else jax.tree.map(lambda a: a[i], (layers, extra))
+            tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
+            x, out = self._step(step)(layer, x, tap, more)
+            kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
+            return (x, kept), (out, (tap.receipts, tap.captured))
+
+        (x, kept), found = jax.lax.scan(body, (x, kept), (index, sliced, part))
+        return x, kept, found
+
+    def _step(self, step: Callable) -> Callable:
+        if not self.taps.remat:
+            return step
+
+        def again(layer, x, tap, extra):
+            # The tap collects while it is traced; what it collects must leave through the outputs.
+            def pure(layer, x, extra):
+                inside = dataclasses.replace(tap, receipts={}, captured={})
+                out = step(layer, x, inside, extra)
+                return out, inside.receipts, inside.captured
+
+            out, tap.receipts, tap.captured = jax.checkpoint(pure)(layer, x, extra)
+            return out
+
+        return again
+
+    def loop(self, step: Callable, layers: list, x: jax.Array) -> jax.Array:
+        """As `scan`, for a few layers of unequal shape: step is (layer, x, tap) -> x."""
+        edits, captures = _at(self.edits, True), _at(self.captures, True)
+        arrays, slots = _stacked(edits), _slots(captures)
+        kept, found = {}, []
+        for i, layer in enumerate(layers):
+            now = _unstack(edits, jax.tree.map(lambda a, i=i: a[i], arrays))
+            here = _with_slots(captures, {name: s[i] for name, s in slots.items()})
+            tap = self._tap(len(layers), now, here)
+            x = step(layer, x, tap)
+            for name in slots:
+                value = tap.captured.pop(name)
+                if name not in kept:
+                    kept[name] = _room(value, captures[name].count)
+                kept[name] = _put(kept[name], value, slots[name][i])
+            found.append((tap.receipts, tap.captured))
+        if found:
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *found)
+            self.taps.receipts |= stacked[0]
+            self.taps.captured |= stacked[1] | self._carried(kept, captures)
+        return x
+
+    def _tap(self, layers: int, edits: dict, captures: dict) -> Tap:
+        return Tap(self.taps, self.lens, layers, edits, captures)
+
+    def _empty(self, step, layers, x, extra, edits, captures, count):
+        """Room for the captures that are carried, found by shape alone."""
+        slots = _slots(captures)
+        if not slots:
+            return {}
+
+        def first():
+            layer, more, arrays, at = jax.tree.map(
+                lambda a: a[0], (layers, extra, _stacked(edits), slots)
+            )
+            tap = self._tap(count, _unstack(edits, arrays), _with_slots(captures, at))
+            step(layer, x, tap, more)
+            return {name: tap.captured[name] for name in slots}
+
+        return {name: _room(s, captures[name].count) for name, s in jax.eval_shape(first).items()}
+
+    @staticmethod
+    def _carried(kept, captures) -> dict[str, Any]:
+        def finish(name):
+            count, single = captures[name].count, captures[name].single
+            return jax.tree.map(lambda a: a[0] if single else a[:count], kept[name])
+
+        return {name: finish(name) for name in kept}
+
+
+def _at(items: dict, stacked: bool) -> dict:
+    return {key: item for key, item in items.items() if item.site.stacked == stacked}
+
+
+def _stacked(edits: dict) -> dict:
+    """The arrays of edits that lead with L."""
+    return {i: (edit.units, edit.values) for i, edit in edits.items()}
+
+
+def _unstack(edits: dict, arrays: dict) -> dict:
+    """Edits with the arrays of one layer."""
+    return {
+        i: dataclasses.replace(edit, units=arrays[i][0], values=arrays[i][1])
+        for i, edit in edits.items()
+    }
+
+
+def _first(edits: dict) -> dict:
+    return _unstack(edits, jax.tree.map(lambda a: a[0], _stacked(edits)))
+
+
+def _slots(captures: dict) -> dict:
+    return {name: c.slots for name, c in captures.items() if c.slots is not None}
+
+
+def _with_slots(captures: dict, slots: dict) -> dict:
+    return {name: dataclasses.replace(c, slots=slots.get(name)) for name, c in captures.items()}
+
+
+def _room(value: Any, count: int) -> Any:
+    """Zeros for `count` layers and one place for what is not asked."""
+    return jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), value)
+
+
+def _put(room: Any, value: Any, slot) -> Any:
+    return jax.tree.map(lambda r, v: r.at[slot].set(v), room, value)
+
+
+def _add_axis(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a[None], tree)
+
+
+def _concatenate(parts: list) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)

@@ -1,0 +1,47 @@
+"""The key-value cache: what the language model has already read, as a plain pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.axes import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values by layer. A slot is a place in the cache; its position is the token's own.
+
+    Attributes:
+      key, value: float[L, B, S, K, H].
+      position: int32[B, S].
+      valid: bool[B, S], False for padding and for slots not yet written.
+    """
+
+    key: Float[Array, "L B S K H"]
+    value: Float[Array, "L B S K H"]
+    position: Int[Array, "B S"]
+    valid: Bool[Array, "B S"]
+
+    def extended(self, slots: int) -> Cache:
+        """With `slots` empty slots at the end."""
+        return Cache(
+            *(jnp.pad(a, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))) for a in (self.key, self.value)),
+            *(jnp.pad(a, ((0, 0), (0, slots))) for a in (self.position, self.valid)),
+        )
+
+    def write(self, new: Cache, slot: Int[Array, ""]) -> Cache:
+        """With the slots of `new` written from `slot` on."""
+
+        def at(old, fresh, axis):
+            return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), slot, axis)
+
+        return Cache(
+            at(self.key, new.key, 2),
+            at(self.value, new.value, 2),
+            at(self.position, new.position, 1),
+            at(self.valid, new.valid, 1),
+        )

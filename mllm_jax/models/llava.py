@@ -1,0 +1,161 @@
+"""LLaVA (Liu et al. 2023): vision tower, projector, language model, image tokens in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax import sites, tokens
+from mllm_jax.axes import Array, Float
+from mllm_jax.models.cache import Cache
+from mllm_jax.models.clip import ClipConfig, ClipVision
+from mllm_jax.models.llama import Llama, LlamaConfig
+from mllm_jax.models.projector import Projector, ProjectorConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """A LLaVA model.
+
+    Attributes:
+      vision, projector, lm: the parts.
+      image_token: id that stands for an image token in the text.
+    """
+
+    vision: ClipConfig
+    projector: ProjectorConfig
+    lm: LlamaConfig
+    image_token: int = 32000
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image in the LM."""
+        patches = self.vision.grid**2 // self.projector.fold**2
+        return patches + (self.vision.select == "full")
+
+    @classmethod
+    def of(cls, vision: ClipConfig, lm: LlamaConfig, *, fold: int = 1, **fields) -> LlavaConfig:
+        """A LLaVA of these two, with the usual two-layer projector between them."""
+        projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
+        return cls(vision=vision, projector=projector, lm=lm, **fields)
+
+    @classmethod
+    def llava_1_5_7b(cls) -> LlavaConfig:
+        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+
+    @classmethod
+    def llava_1_5_13b(cls) -> LlavaConfig:
+        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+
+    @classmethod
+    def embedded(cls) -> LlavaConfig:
+        vision, lm = ClipConfig.vit_b_16(), LlamaConfig.smollm2_135m()
+        return cls.of(vision, lm, fold=2, image_token=49152)
+
+    @classmethod
+    def tiny(cls) -> LlavaConfig:
+        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), fold=2, image_token=95)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads. Made by a processor; shapes are padded to a few lengths.
+
+    Attributes:
+      ids: int32[B, T], image placeholders included.
+      position: int32[B, T], of each token in its row.
+      tokens: the token map of the LM.
+      image_at: int32[B, T], which image token stands here, counted through all images; -1 for text.
+      pixels: float32[I, row, column, 3], normalised; I images over all rows.
+      tile: int16[I], number of the image within its row.
+      real: bool[I], False for images that only fill the batch.
+      features: float[I, P, E] or None: vision features computed before; then pixels are not read.
+      segment: int32[B, T] or None. Several questions on one picture share a row: a token sees
+        segment 0 (the picture) and its own.
+      labels: int32[B, A] or None, where the answer tokens are, -1 to fill up.
+      processor: made the batch; turns tokens into text. Static.
+    """
+
+    ids: Any
+    position: Any
+    tokens: tokens.TokenMap
+    image_at: Any
+    pixels: Any
+    tile: Any
+    real: Any
+    features: Any = None
+    segment: Any = None
+    labels: Any = None
+    processor: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def valid(self) -> Any:
+        """bool[B, T], False for padding."""
+        return self.tokens.kind != tokens.CODE["pad"]
+
+    @property
+    def last(self) -> Any:
+        """int32[B], where each row's prompt ends."""
+        return self.tokens.last.argmax(-1)
+
+    def replace(self, **fields) -> Batch:
+        return dataclasses.replace(self, **fields)
+
+
+class Llava(nnx.Module):
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.projector = Projector(config.projector, rngs=rngs)
+        self.lm = Llama(config.lm, rngs=rngs)
+
+    def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
+        """The token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
+        vision, fold = self.config.vision, self.config.projector.fold
+        grid, folded = (vision.grid,) * 2, (vision.grid // fold,) * 2
+        full = vision.select == "full"
+        maps = {
+            "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.real),
+            "projector": tokens.TokenMap.grid(batch.tile, folded, full, batch.real),
+        }
+        return maps | dict.fromkeys(("lm", "logits"), batch.tokens)
+
+    def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
+        """What the vision tower gives to the projector."""
+        if batch.features is not None:
+            return batch.features
+        return self.vision(batch.pixels.astype(self.vision.cls.dtype), taps.module("vision"))
+
+    def embed(self, batch: Batch, taps) -> Float[Array, "B T D"]:
+        """Word embeddings with the image tokens merged in place."""
+        words = self.lm.embeddings(batch.ids)
+        tap = taps.module("lm", lens=self.lm.lens)
+        if not len(batch.real):  # text alone: neither vision nor projector are run
+            return tap(sites.lm.embed, words)
+        features = self.features(batch, taps)
+        images = self.projector(features, taps.module("projector", lens=self.lm.lens))
+        images = images.reshape(-1, images.shape[-1]).astype(words.dtype)
+        at = batch.image_at
+        merged = jnp.where((at >= 0)[..., None], images[jnp.maximum(at, 0)], words)
+        return tap(sites.lm.embed, merged)
+
+    def __call__(
+        self, batch: Batch, taps, past: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Final normed states of every token, and the cache."""
+        x = self.embed(batch, taps)
+        return self.read(x, batch.position, batch.valid, taps, past, batch.segment)
+
+    def read(self, x, position, valid, taps, past=None, segment=None):
+        """The language model on embeddings that are merged already."""
+        tap = taps.module("lm", lens=self.lm.lens)
+        return self.lm(x, position, valid, tap, past, segment)
+
+    def logits(self, x: Float[Array, "B T D"], taps) -> Float[Array, "B T V"]:
+        """float32 logits of normed states."""
+        return taps.module("logits")(sites.logits, self.lm.logits(x))

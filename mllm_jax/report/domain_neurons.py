@@ -1,0 +1,537 @@
+"""The report of the domain-neuron study: figures, tables and a page from its results.json.
+
+`write` is a pure function of the results and of the pictures they name: it can be run again at any
+time and leaves the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mllm_jax.report import figures, page, tables
+
+NAMES = {
+    "vision": "Vision encoder",
+    "qformer": "Q-Former",
+    "projector": "Projector",
+    "lm": "Language model",
+    "all": "All modules",
+}
+KEYS = (
+    "model", "domains", "modules", "tokens", "selection", "baseline", "ablation", "lens", "stages",
+    "pictures",
+)  # fmt: skip
+
+
+def write(workdir: str | os.PathLike, results: Mapping) -> None:
+    """Writes figures/*.png, tables/*.csv and, last of all, index.html.
+
+    Args:
+        workdir: the study's folder, which holds the pictures that the results name.
+        results: what results.json holds. A part that is empty has no section on the page.
+    """
+    missing = [key for key in KEYS if key not in results]
+    if missing:
+        raise ValueError(
+            f"results of domain_neurons lack {', '.join(missing)}; run the study again"
+        )
+    folder = pathlib.Path(workdir)
+    parts = (_accuracy, _neurons, _overlap, _ablation, _deviation, _lens, _pictures)
+    sections = [section for part in parts if (section := part(folder, results))]
+    content = page.Page(
+        title="Domain-specific neurons",
+        lead=f"Which neurons of {results['model']} fire in one visual domain and hardly in the "
+        "others, what happens when they are switched off, and what image tokens say on their way "
+        f"up? Domains: {_listed(results['domains'])}.",
+        facts=_facts(results),
+        figure=_overview(folder, results),
+        sections=sections,
+        data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+    )
+    page.write(folder / "index.html", content)
+
+
+def _facts(results: Mapping) -> list[tuple[str, str]]:
+    chosen = sum(found["selected"] for found in results["selection"].values())
+    of = sum(shape["layers"] * shape["width"] for shape in results["modules"].values())
+    tokens = sum(sum(by_domain.values()) for by_domain in results["tokens"].values())
+    questions = sum(score["n"] for score in results["baseline"].values())
+    facts = [
+        (f"{len(results['domains'])}", "domains"),
+        (f"{tokens:,}", "tokens counted"),
+        (f"{chosen:,}", f"of {of:,} neurons selected"),
+        (f"{questions:,}", "test questions"),
+        (f"{len(results['ablation']):,}", "ablation runs"),
+    ]
+    return [fact for fact in facts if fact[0] != "0"]
+
+
+def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure | None:
+    module, lens = _widest(results), results["lens"]
+    if module is None or not lens:
+        return None
+    kind, name = _kinds(lens)[0], _name(module).lower()
+    tokens = None
+    if results["pictures"]:
+        shown = results["pictures"][0]
+        title = f"Image tokens at layer {shown['layers'][-1]}"
+        tokens = (_picture(folder, shown), shown["words"][-1], shown["entropy"][-1], title)
+    figure = figures.overview(
+        tokens,
+        {domain: curves[kind] for domain, curves in lens.items() if kind in curves},
+        results["stages"]["all"],
+        *_matrix(results, module, control=False),
+        {"curves": f"Entropy of {kind} tokens", "matrix": f"Accuracy change, {name}"},
+    )
+    words = "Left: the most likely word at each image token, the surer the deeper. Then: e"
+    return _png(
+        folder,
+        "overview",
+        figure,
+        "Words read from image tokens, entropy by layer, and the ablation matrix",
+        f"{words if tokens else 'E'}ntropy of the logit lens by layer and domain, with stage "
+        f"boundaries. Right: change of accuracy, in points, with a domain's neurons off in {name}; "
+        "* marks intervals that exclude zero.",
+    )
+
+
+def _accuracy(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    baseline = results["baseline"]
+    if not baseline:
+        return None
+    columns = ["accuracy", "low", "high", "chance", "n"]
+    rows = [[domain, *(score[c] for c in columns)] for domain, score in baseline.items()]
+    above = sum(score["low"] > score["chance"] for score in baseline.values())
+
+    def extreme(pick: Callable) -> str:
+        domain = pick(baseline, key=lambda d: baseline[d]["accuracy"])
+        score = baseline[domain]
+        return f"{domain} ({_percent(score['accuracy'])}, chance {_percent(score['chance'])})"
+
+    return page.Section(
+        title="The model answers",
+        reading=f"Unedited, the model beats chance in {above} of {len(baseline)} domains; it is "
+        f"best in {extreme(max)} and worst in {extreme(min)}.",
+        figures=[
+            _png(
+                folder,
+                "accuracy",
+                figures.accuracy(baseline),
+                "Accuracy of each domain, its interval, and chance",
+            )
+        ],
+        note="Bars are 95 % bootstrap intervals over questions. A domain beats chance if its "
+        "interval lies above chance.",
+        data=[_csv(folder, "accuracy", ["domain", *columns], rows)],
+    )
+
+
+def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
+    selection, modules, domains = results["selection"], results["modules"], results["domains"]
+    shape, chosen = ["site", "layers", "width"], ["k", "threshold", "bar", "selected", "share"]
+    selected_rows = [
+        [module, *(modules[module][c] for c in shape), *(found[c] for c in chosen)]
+        for module, found in selection.items()
+    ]
+    layer_rows = [
+        [module, domain, layer, count]
+        for module, found in selection.items()
+        for domain, counts in found["per_layer"].items()
+        for layer, count in enumerate(counts)
+    ]
+    token_rows = [
+        [module, domain, count]
+        for module, by_domain in results["tokens"].items()
+        for domain, count in by_domain.items()
+    ]
+    table = [
+        [
+            _name(module),
+            f"{modules[module]['layers'] * modules[module]['width']:,}",
+            f"{found['selected']:,}",
+            f"{100 * found['share']:.2f} %",
+            *(f"{found['neurons_per_domain'][domain]:,}" for domain in domains),
+        ]
+        for module, found in selection.items()
+    ]
+    figure = figures.neurons_per_layer(
+        {_name(module): found["per_layer"] for module, found in selection.items()},
+        {
+            _name(module): f"{size['site']} · {size['layers']} × {size['width']:,}"
+            for module, size in modules.items()
+        },
+    )
+    deepest = max(selection, key=lambda module: modules[module]["layers"])
+    totals = {d: sum(s["neurons_per_domain"][d] for s in selection.values()) for d in domains}
+    most, least = max(totals, key=totals.get), min(totals, key=totals.get)
+    return page.Section(
+        title="Where the neurons are",
+        reading=f"{_thirds(selection[deepest], _name(deepest).lower())} Most neurons belong to "
+        f"{most} ({totals[most]:,}), fewest to {least} ({totals[least]:,}).",
+        figures=[_png(folder, "neurons", figure, "Neurons of each domain by module and layer")],
+        table=page.Table(["module", "neurons", "selected", "share", *domains], table),
+        note="Selected are the neurons whose probability of being active, normalised over the "
+        "domains, has the lowest entropy (DAPE), among those that are often active in some domain. "
+        "A neuron belongs to every domain in which it passes the bar, so the domains may add up to "
+        "more than the selection.",
+        data=[
+            _csv(folder, "selection", ["module", *shape, *chosen], selected_rows),
+            _csv(folder, "neurons_per_layer", ["module", "domain", "layer", "neurons"], layer_rows),
+            _csv(folder, "tokens", ["module", "domain", "tokens"], token_rows),
+        ],
+    )
+
+
+def _thirds(found: Mapping, name: str) -> str:
+    """How the neurons of a module lie over its layers."""
+    counts = np.array(list(found["per_layer"].values())).sum(axis=0)
+    if not counts.sum():
+        return f"The {name} has no domain-specific neuron."
+    first, middle, last = (
+        _percent(part.sum() / counts.sum()) for part in np.array_split(counts, 3)
+    )
+    return (
+        f"In the {name}, {first} of the domain-specific neurons lie in the first third of the "
+        f"layers, {middle} in the middle and {last} in the last; the peak is "
+        f"layer {counts.argmax()}."
+    )
+
+
+def _overlap(folder: pathlib.Path, results: Mapping) -> page.Section:
+    selection, domains = results["selection"], results["domains"]
+    pairs = [
+        [module, first, domains[j], found["overlap"][i][j]]
+        for module, found in selection.items()
+        for i, first in enumerate(domains)
+        for j in range(i + 1, len(domains))
+    ]
+    counts = {
+        module: [found["domains_per_neuron"].get(str(n), 0) for n in range(len(domains) + 1)]
+        for module, found in selection.items()
+    }
+    figure = figures.overlap(
+        {_name(module): np.array(found["overlap"]) for module, found in selection.items()},
+        {_name(module): count for module, count in counts.items()},
+        domains,
+    )
+    one = sum(count[1] for count in counts.values())
+    every = max(1, sum(found["selected"] for found in selection.values()))
+    module, first, second, value = max(pairs, key=lambda pair: pair[3])
+    return page.Section(
+        title="How domains share neurons",
+        reading=f"{_percent(one / every)} of the selected neurons belong to exactly one domain; "
+        f"the closest pair is {first} and {second} in the {_name(module).lower()}, with a Jaccard "
+        f"index of {value:.2f}.",
+        figures=[
+            _png(folder, "overlap", figure, "Overlap of domains, and number of domains per neuron")
+        ],
+        note="The Jaccard index is the share of common neurons among the neurons of either domain.",
+        data=[
+            _csv(folder, "overlap", ["module", "domain", "other", "jaccard"], pairs),
+            _csv(
+                folder,
+                "domains_per_neuron",
+                ["module", "domains", "neurons"],
+                [[module, n, c] for module, count in counts.items() for n, c in enumerate(count)],
+            ),
+        ],
+    )
+
+
+def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    runs = results["ablation"]
+    if not runs:
+        return None
+    columns = [
+        "module", "mask", "data", "neurons", "control", "accuracy", "difference", "low", "high",
+    ]  # fmt: skip
+    modules = list(dict.fromkeys(run["module"] for run in runs))
+    selected = {module: _matrix(results, module, control=False) for module in modules}
+    control = {module: _matrix(results, module, control=True)[0] for module in modules}
+    draws = len({run["control"] for run in runs} - {None})
+    figure = figures.ablation_matrix(
+        {_name(module): change for module, (change, _) in selected.items()},
+        {_name(module): change for module, change in control.items() if draws},
+        {_name(module): star for module, (_, star) in selected.items()},
+        results["domains"],
+        "random neurons off" + (f"\n(mean of {draws} draws)" if draws > 1 else ""),
+    )
+
+    own = np.eye(len(results["domains"]), dtype=bool)
+    rows = [
+        [
+            _name(module),
+            *(_points(values) for values in (change[own], change[~own])),
+            *(_points(values) for values in (control[module][own], control[module][~own])),
+            *(f"{star[of].sum()} of {(~np.isnan(change[of])).sum()}" for of in (own, ~own)),
+        ]
+        for module, (change, star) in selected.items()
+    ]
+    module = _widest(results)
+    change, star = selected[module]
+    measured = (~np.isnan(change[own])).sum()
+    random = f" (as many random neurons: {_points(control[module][own])})" if draws else ""
+    return page.Section(
+        title="Switching them off",
+        reading=f"With its own neurons off in {_name(module).lower()}, accuracy on a domain "
+        f"changes by {_points(change[own])} points on average{random}, on other domains by "
+        f"{_points(change[~own])}; in {star[own].sum()} of {measured} domains the interval of the "
+        "change excludes zero.",
+        figures=[_png(folder, "ablation", figure, "Accuracy change by mask, data and module")],
+        table=page.Table(
+            [
+                "module", "own domain, points", "other domains", "random, own", "random, others",
+                "own beyond zero", "others beyond zero",
+            ],
+            rows,
+        ),
+        note="Rows: the domain whose neurons are set to zero, at every token and every step. "
+        "Columns: the domain tested. Random neurons match in number, layer and module. Intervals "
+        "are 95 % paired bootstrap intervals over questions, not corrected for the number of "
+        "cells.",
+        data=[_csv(folder, "ablation", columns, [[run[c] for c in columns] for run in runs])],
+    )  # fmt: skip
+
+
+def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    runs = [run for run in results["ablation"] if run["deviation"]]
+    own = [run for run in runs if run["mask"] == run["data"] and run["control"] is None]
+    random = [run for run in runs if run["mask"] == run["data"] and run["control"] is not None]
+    if not own:
+        return None
+    measures = {"relative_l2": "relative L2", "cosine": "1 − cosine"}
+    columns = ["module", "mask", "data", "control"]
+    all_rows = [
+        [*(run[c] for c in columns), kind, *(moved[measure] for measure in measures)]
+        for run in runs
+        for kind, moved in run["deviation"].items()
+    ]
+    selected, control = _moved(own), _moved(random)
+    figure = figures.deviation(selected, control, measures)
+
+    def mean(source: Mapping, module: str, kind: str, measure: str) -> str:
+        values = [m[measure] for m in source.get(module, {}).get(kind, {}).values()]
+        return _small(np.mean(values)) if values else "–"
+
+    rows = [
+        [
+            module,
+            kind,
+            *(mean(source, module, kind, m) for m in measures for source in (selected, control)),
+        ]
+        for module, by_kind in selected.items()
+        for kind in by_kind
+    ]
+    module, kind = _name(_widest(results)), _kinds(selected)[0]
+    moved, by_chance = (mean(s, module, kind, "relative_l2") for s in (selected, control))
+    return page.Section(
+        title="How far hidden states move",
+        reading=f"Switching off a domain's own neurons ({module.lower()}) moves the hidden states "
+        f"of {kind} tokens by {moved} of their norm; random neurons, by {by_chance}.",
+        figures=[
+            _png(folder, "deviation", figure, "Hidden-state deviation by module and token kind")
+        ],
+        table=page.Table(
+            ["module", "tokens", "relative L2", "random", "1 − cosine", "random"], rows
+        ),
+        note="Each domain tested on its own data; means over tokens and, for random neurons, over "
+        "draws. The scale is logarithmic.",
+        data=[_csv(folder, "deviation", [*columns, "kind", *measures], all_rows)],
+    )
+
+
+def _moved(runs: Iterable[Mapping]) -> dict:
+    """Mean over runs: {module name: {kind: {domain: {measure: float}}}}."""
+    gathered: dict[tuple, list[float]] = {}
+    for run in runs:
+        for kind, moved in run["deviation"].items():
+            for measure, value in moved.items():
+                gathered.setdefault((run["module"], kind, run["data"], measure), []).append(value)
+    means: dict = {}
+    for (module, kind, domain, measure), values in gathered.items():
+        by_domain = means.setdefault(_name(module), {}).setdefault(kind, {})
+        by_domain.setdefault(domain, {})[measure] = float(np.mean(values))
+    return means
+
+
+def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    lens, stages = results["lens"], results["stages"]
+    if not lens:
+        return None
+    curve_rows = [
+        [domain, kind, layer, *values]
+        for domain, by_kind in lens.items()
+        for kind, curve in by_kind.items()
+        for layer, values in enumerate(
+            zip(*(curve[c] for c in ("mean", "low", "high")), strict=True)
+        )
+    ]
+    found = {**stages["by_domain"], "all domains": stages["all"]}
+    stage_rows = [
+        [
+            name,
+            *(
+                stage[c][i] if stage[c] else None
+                for i in (0, 1)
+                for c in ("boundaries", "low", "high")
+            ),
+            stage["verdict"],
+        ]
+        for name, stage in found.items()
+    ]
+    kind = _kinds(lens)[0]
+    figure = figures.entropy_curves(lens, stages["by_domain"], stages["all"], staged_kind=kind)
+    curve = np.mean([curves[kind]["mean"] for curves in lens.values() if kind in curves], axis=0)
+    decided = sum(stage["boundaries"] is not None for stage in stages["by_domain"].values())
+    return page.Section(
+        title="Layers and stages",
+        reading=f"The entropy of {kind} tokens starts at {curve[0]:.1f} nats, is lowest at layer "
+        f"{curve.argmin()} ({curve.min():.1f}) and ends at {curve[-1]:.1f}. All domains together: "
+        f"{stages['all']['verdict']}; alone, boundaries are decided in {decided} of "
+        f"{len(stages['by_domain'])} domains.",
+        figures=[
+            _png(
+                folder,
+                "lens",
+                figure,
+                "Entropy of the logit lens by layer, with stage boundaries",
+            )
+        ],
+        table=page.Table(
+            ["domain", "second stage from layer", "third from layer", "verdict"],
+            [[name, *_boundaries(stage), stage["verdict"]] for name, stage in found.items()],
+        ),
+        note="Bands and brackets are 95 % bootstrap intervals over examples. Rule for the "
+        f"boundaries: {stages['rule']}.",
+        data=[
+            _csv(folder, "lens", ["domain", "kind", "layer", "mean", "low", "high"], curve_rows),
+            _csv(
+                folder,
+                "stages",
+                [
+                    "domain", "first", "first_low", "first_high", "second", "second_low",
+                    "second_high", "verdict",
+                ],
+                stage_rows,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _boundaries(stage: Mapping) -> list[str]:
+    if stage["boundaries"] is None:
+        return ["–", "–"]
+    triples = zip(stage["boundaries"], stage["low"], stage["high"], strict=True)
+    return [f"{boundary} [{low}, {high}]" for boundary, low, high in triples]
+
+
+def _pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    pictures = results["pictures"]
+    if not pictures:
+        return None
+    drawn = [
+        _png(
+            folder,
+            f"tokens-{i}",
+            figures.token_map(
+                _picture(folder, shown),
+                shown["words"],
+                shown["entropy"],
+                [f"layer {layer}" for layer in shown["layers"]],
+            ),
+            f"Most likely word of each image token of {shown['id']}",
+            f"{shown['domain']}, {shown['id']}. Question: {shown['question']} "
+            f"Expected: {shown['answer']}. Generated: {shown['generated']}",
+        )
+        for i, shown in enumerate(pictures)
+    ]
+    first, last = (np.mean([np.mean(shown["entropy"][i]) for shown in pictures]) for i in (0, -1))
+    return page.Section(
+        title="Words on the picture",
+        reading="The word that a logit lens finds most likely at each image token. From layer "
+        f"{pictures[0]['layers'][0]} to layer {pictures[0]['layers'][-1]} the mean entropy goes "
+        f"from {first:.1f} to {last:.1f} nats.",
+        figures=drawn,
+        note="The surer the lens, the deeper the colour. ↵ is a line break, ␣ white space, ▯ a "
+        "sign that the font lacks; long words are cut.",
+    )
+
+
+def _matrix(results: Mapping, module: str, *, control: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy differences (the mean over draws, for controls) and where intervals exclude zero."""
+    place = {domain: i for i, domain in enumerate(results["domains"])}
+    shape = (len(place), len(place))
+    total, runs, star = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    for run in results["ablation"]:
+        if run["module"] == module and (run["control"] is not None) == control:
+            cell = place[run["mask"]], place[run["data"]]
+            total[cell] += run["difference"]
+            runs[cell] += 1
+            star[cell] = run["low"] > 0 or run["high"] < 0
+    return np.divide(total, runs, out=np.full(shape, np.nan), where=runs > 0), star
+
+
+def _widest(results: Mapping) -> str | None:
+    """The module whose ablation says most: all of them together, if that was run."""
+    modules = [run["module"] for run in results["ablation"]]
+    return "all" if "all" in modules else modules[-1] if modules else None
+
+
+def _kinds(by_name: Mapping[str, Mapping]) -> list[str]:
+    """The token kinds of {name: {kind: ...}}, images first."""
+    kinds = dict.fromkeys(kind for by_kind in by_name.values() for kind in by_kind)
+    return sorted(kinds, key=lambda kind: kind != "image")
+
+
+def _picture(folder: pathlib.Path, shown: Mapping) -> np.ndarray:
+    path = folder / shown["image"]
+    if not path.exists():
+        raise FileNotFoundError(f"picture of {shown['id']} is missing: {path}; run the study again")
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _png(
+    folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
+) -> page.Figure:
+    path = f"figures/{name}.png"
+    figures.save(figure, folder / path)
+    return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
+
+
+def _csv(
+    folder: pathlib.Path, name: str, columns: Sequence[str], rows: Sequence[Sequence]
+) -> tuple[str, str]:
+    path = f"tables/{name}.csv"
+    tables.write(folder / path, columns, rows)
+    return f"{name}.csv", path
+
+
+def _name(module: str) -> str:
+    return NAMES.get(module, module)
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def _points(differences: np.ndarray) -> str:
+    """Mean difference of accuracy in percentage points; a dash where nothing was measured."""
+    differences = differences[~np.isnan(differences)]
+    return f"{100 * differences.mean():+.1f}".replace("-", "−") if differences.size else "–"
+
+
+def _small(value: float) -> str:
+    """Two digits, never an exponent."""
+    return np.format_float_positional(value, 2, unique=False, fractional=False, trim="-")

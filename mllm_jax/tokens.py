@@ -1,0 +1,177 @@
+"""Token kinds: which tokens an edit or a capture means.
+
+A token map travels with every module of a batch and says of each position what it is. A
+selector such as `tokens.image`, `tokens.text & ~tokens.last` or `tokens.row(3)` is resolved
+against that map, so user code does no index arithmetic, and no padding is ever selected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
+CODE = {name: code for code, name in enumerate(KINDS)}
+TEXT = ("system", "question", "answer")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenMap:
+    """What each token of one module is. B is rows, or image tiles for the vision side.
+
+    Attributes:
+      kind: int8[B, T], a code of KINDS.
+      row: int16[B, T], row on the patch grid, -1 elsewhere.
+      column: int16[B, T], column on the patch grid, -1 elsewhere.
+      tile: int16[B, T], image tile within the row, -1 elsewhere.
+      last: bool[B, T], the last token of the prompt.
+    """
+
+    kind: Any
+    row: Any
+    column: Any
+    tile: Any
+    last: Any
+
+    @classmethod
+    def grid(cls, tiles: Any, side: tuple[int, int], cls_token: bool, real: Any) -> TokenMap:
+        """The map of image tiles: a grid of patches, with or without a CLS token before it.
+
+        Args:
+          tiles: int[I], number of the tile within its row of the batch.
+          side: rows and columns of the grid.
+          cls_token: whether position 0 is CLS.
+          real: bool[I], False for tiles that only fill the batch.
+        """
+        rows, columns = np.divmod(np.arange(side[0] * side[1]), side[1])
+        kind = np.full(rows.shape, CODE["image"])
+        if cls_token:
+            rows, columns = np.append(-1, rows), np.append(-1, columns)
+            kind = np.append(CODE["cls"], kind)
+        xp = np if isinstance(real, np.ndarray) else jax.numpy
+        shape = (len(tiles), len(rows))
+        return cls(
+            kind=xp.where(real[:, None], kind[None], CODE["pad"]).astype(np.int8),
+            row=xp.broadcast_to(rows.astype(np.int16), shape),
+            column=xp.broadcast_to(columns.astype(np.int16), shape),
+            tile=xp.broadcast_to(xp.asarray(tiles)[:, None].astype(np.int16), shape),
+            last=xp.zeros(shape, bool),
+        )
+
+    def extended(self, steps: int) -> TokenMap:
+        """With `steps` generated tokens after the prompt, each of kind answer."""
+        fill = {"kind": CODE["answer"], "row": -1, "column": -1, "tile": -1, "last": False}
+        return TokenMap(
+            **{
+                name: _pad_right(getattr(self, name), steps, value)
+                for name, value in fill.items()
+            }
+        )
+
+
+def _pad_right(array, steps: int, value):
+    xp = np if isinstance(array, np.ndarray) else jax.numpy
+    return xp.pad(array, ((0, 0), (0, steps)), constant_values=value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Some tokens. Combine with |, & and ~.
+
+    Attributes:
+      form: how it is resolved. Static.
+      parts: selectors it is made of.
+      value: data: kind codes, an index, or an explicit mask bool[B, T].
+    """
+
+    form: str = dataclasses.field(metadata={"static": True})
+    parts: tuple[Where, ...] = ()
+    value: Any = None
+
+    def __or__(self, other: Where) -> Where:
+        return Where("or", (self, other))
+
+    def __and__(self, other: Where) -> Where:
+        return Where("and", (self, other))
+
+    def __invert__(self) -> Where:
+        return Where("not", (self,))
+
+    def mask(self, tokens: TokenMap) -> Any:
+        """bool[B, T]: the selected tokens, padding excluded."""
+        return self._resolve(tokens) & (tokens.kind != CODE["pad"])
+
+    def _resolve(self, tokens: TokenMap) -> Any:
+        parts = [part._resolve(tokens) for part in self.parts]
+        if self.form == "or":
+            return parts[0] | parts[1]
+        if self.form == "and":
+            return parts[0] & parts[1]
+        if self.form == "not":
+            return ~parts[0]
+        if self.form == "last":
+            return tokens.last
+        if self.form == "mask":
+            if tuple(self.value.shape) != tuple(tokens.kind.shape):
+                raise ValueError(
+                    f"the token mask is {tuple(self.value.shape)}, "
+                    f"the batch has tokens {tuple(tokens.kind.shape)}"
+                )
+            return self.value
+        if self.form == "kind":
+            return (tokens.kind[..., None] == self.value).any(-1)
+        return getattr(tokens, self.form) == self.value
+
+
+def _kinds(*names: str) -> Where:
+    codes = np.full(len(KINDS), -1, np.int8)  # one length, so that kinds are data, not structure
+    codes[: len(names)] = [CODE[name] for name in names]
+    return Where("kind", value=codes)
+
+
+system, question, image, newline, answer, cls, query = (_kinds(name) for name in KINDS[1:])
+text = _kinds(*TEXT)
+all = _kinds(*KINDS[1:])
+last = Where("last")
+kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
+
+
+def row(index) -> Where:
+    """Image tokens in one row of the patch grid."""
+    return Where("row", value=np.asarray(index, np.int16))
+
+
+def column(index) -> Where:
+    """Image tokens in one column of the patch grid."""
+    return Where("column", value=np.asarray(index, np.int16))
+
+
+def tile(index) -> Where:
+    """Image tokens of one tile."""
+    return Where("tile", value=np.asarray(index, np.int16))
+
+
+def mask(array) -> Where:
+    """Exactly these tokens: bool[B, T]."""
+    return Where("mask", value=array)
+
+
+def of(selector) -> Where:
+    """A selector from what a user may give: a selector, a mask, or nothing (all tokens)."""
+    if selector is None:
+        return all
+    if isinstance(selector, Where):
+        return selector
+    if isinstance(selector, str):
+        if selector not in NAMED:
+            raise KeyError(f"unknown token kind '{selector}'; known: {', '.join(NAMED)}")
+        return NAMED[selector]
+    return mask(selector)
+
+
+NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last")}

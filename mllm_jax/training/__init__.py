@@ -1,0 +1,1 @@
+"""Fine-tuning: which parts train, what is minimised, and the loop."""

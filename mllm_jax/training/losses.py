@@ -1,0 +1,35 @@
+"""Losses: next-token likelihood of the answer, logits at label positions only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.interventions.tap import Taps
+
+
+def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of the answer tokens, in nats: its sum float32[B], and their number.
+
+    Verma et al. 2024, section 2: the likelihood of the label given picture and question.
+
+    Args:
+      batch: with answers.
+      remat: compute a layer's tensors again in the backward pass.
+    """
+    taps = Taps(remat=remat)
+    x, _ = model(batch, taps)
+    labels = jnp.asarray(batch.labels)
+    real = labels >= 0
+    before = jnp.maximum(labels - 1, 0)  # a token is predicted where the one before it stands
+    states = jnp.take_along_axis(x, before[..., None], 1)
+    wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
+    log_probs = jax.nn.log_softmax(model.logits(states, taps))
+    said = jnp.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
+    return -jnp.where(real, said, 0).sum(-1), real.sum(-1)
+
+
+def mean_answer_nll(model, batch, *, remat: bool = False) -> jax.Array:
+    """Nats per answer token, over the whole batch."""
+    nll, count = answer_nll(model, batch, remat=remat)
+    return nll.sum() / jnp.maximum(count.sum(), 1)

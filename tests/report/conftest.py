@@ -1,0 +1,185 @@
+"""A study's results as they would be, made up from a seed."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+DOMAINS = ["objects", "medical", "satellite", "documents", "astronomy"]
+MODULES = {
+    "vision": {"site": "vision.mlp.act", "layers": 11, "width": 3072},
+    "projector": {"site": "projector.act", "layers": 1, "width": 576},
+    "lm": {"site": "lm.mlp.act", "layers": 30, "width": 1536},
+}
+# what a lens really brings up: pieces of words, signs, scripts no font of a figure has
+WORDS = [
+    " the", " galaxy", " brain", " red", "ing", " guitar", "\n", " $", "的", " stars", " animal",
+    " coast", " page", "", " photograph", " Mediterranean", "<|im_end|>", " slice", " white", "_x_",
+]  # fmt: skip
+
+
+def picture(seed: int, size: int = 224) -> np.ndarray:
+    """A round object on a ground of two colours: uint8[size, size, 3]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    sky, ground, body = rng.integers(40, 230, (3, 3))
+    image = np.where(
+        (y > 0.55 + 0.05 * np.sin(9 * x))[..., None], ground, sky * (1 - 0.4 * y)[..., None]
+    )
+    distance = np.hypot(x - 0.5, (y - 0.5) * 1.2)
+    light = np.clip(1.25 - 2 * np.hypot(x - 0.42, y - 0.38), 0.2, 1)
+    image = np.where((distance < 0.28)[..., None], body * light[..., None], image)
+    return np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+
+
+def interval(value, half):
+    return {"low": value - half, "high": value + half}
+
+
+def fake_results(seed: int = 0, grids: tuple[int, ...] = (7, 14)) -> dict:
+    """A results.json of five domains, vision 11 x 3072, projector 1 x 576, lm 30 x 1536."""
+    rng = np.random.default_rng(seed)
+    count = len(DOMAINS)
+
+    selection = {}
+    for module, shape in MODULES.items():
+        layers, size = shape["layers"], shape["layers"] * shape["width"]
+        k = round(0.01 * size)
+        depth = np.linspace(0, 1, layers)
+        profiles = 0.2 + np.stack(
+            [
+                a * np.exp(-8 * depth) + b * np.exp(-(((depth - c) / 0.12) ** 2)) + d * depth**3
+                for a, b, c, d in rng.uniform(0.1, 1, (count, 4))
+            ]
+        )
+        weights = profiles / profiles.sum() * rng.uniform(0.5, 1.5, (count, 1))
+        per_layer = rng.poisson(1.25 * k * weights)
+        members = per_layer.sum(axis=1)
+        members_of = rng.multinomial(k, [0.02, 0.72, 0.18, 0.06, 0.02, 0.0])
+        overlap = rng.uniform(0, 0.18, (count, count))
+        overlap = np.triu(overlap, 1) + np.triu(overlap, 1).T + np.eye(count)
+        selection[module] = {
+            "k": k, "threshold": 0.61, "bar": 0.61, "selected": k, "share": k / size,
+            "neurons_per_domain": dict(zip(DOMAINS, members.tolist(), strict=True)),
+            "domains_per_neuron": {str(i): int(n) for i, n in enumerate(members_of)},
+            "per_layer": dict(zip(DOMAINS, per_layer.tolist(), strict=True)),
+            "overlap": overlap.tolist(),
+        }  # fmt: skip
+
+    effect = {"vision": 0.09, "projector": 0.015, "lm": 0.05, "all": 0.14}
+    ablation = []
+    for module, size in effect.items():
+        for i, mask in enumerate(DOMAINS):
+            neurons = sum(
+                s["neurons_per_domain"][mask] for m, s in selection.items() if module in (m, "all")
+            )
+            for j, data in enumerate(DOMAINS):
+                for control in (None, 0, 1, 2):
+                    scale = (2.0 if i == j else 0.5) if control is None else 0.15
+                    difference = round(240 * -size * scale * rng.uniform(0.2, 1.2)) / 240
+                    moved = size * (1.6 if i == j else 0.9) * (1 if control is None else 0.35)
+                    ablation.append({
+                        "module": module, "mask": mask, "data": data, "neurons": neurons,
+                        "control": control, "accuracy": 0.7 + difference, "difference": difference,
+                        **interval(difference, 0.025 + 0.15 * abs(difference)),
+                        "deviation": {
+                            kind: {
+                                "relative_l2": float(moved * k * rng.uniform(0.7, 1.3)),
+                                "cosine": float(moved**2 * k / 2 * rng.uniform(0.7, 1.3)),
+                            }
+                            for kind, k in {"image": 2.0, "text": 1.2, "last": 0.8}.items()
+                        },
+                    })  # fmt: skip
+
+    x = np.arange(30)
+    lens = {}
+    for i, domain in enumerate(DOMAINS):
+        image = np.select(
+            [x < 7, x < 23], [8.6 - 0.03 * x, 8.4 - 0.22 * (x - 7)], 4.9 + 0.12 * (x - 23)
+        )
+        curves = {
+            "image": image + 0.25 * np.sin(x / 4 + i) + 0.3 * (i - 2),
+            "text": 8.2
+            - 5.5 / (1 + np.exp(-(x - 14) / 3))
+            + 0.15 * (i - 2)
+            + 0.1 * np.cos(x / 3 + i),
+        }
+        lens[domain] = {
+            kind: {"mean": mean.tolist(), "low": (mean - w).tolist(), "high": (mean + w).tolist()}
+            for kind, mean in curves.items()
+            for w in [0.08 + 0.12 * rng.random() * (1 + np.sin(x / 5))]
+        }
+    by_domain = {
+        domain: {
+            "boundaries": [7 + int(a), 22 + int(b)],
+            "low": [6 + int(a), 21 + int(b)],
+            "high": [8 + int(a) + i % 2, 24 + int(b)],
+            "verdict": "three stages as claimed (flat, falling, rising)",
+        }
+        for i, (domain, (a, b)) in enumerate(
+            zip(DOMAINS, rng.integers(-1, 2, (count, 2)), strict=True)
+        )
+    }
+    by_domain["documents"] = {
+        "boundaries": None, "low": [4, 14], "high": [12, 26],
+        "verdict": "undecided: the boundaries run into each other (up to 15, from 14)",
+    }  # fmt: skip
+    stages = {
+        "rule": "least-squares fit of three free straight segments to the mean entropy",
+        "by_domain": by_domain,
+        "all": {
+            "boundaries": [7, 22], "low": [6, 21], "high": [8, 24],
+            "verdict": "three stages as claimed (flat, falling, rising)",
+        },
+    }  # fmt: skip
+
+    pictures = []
+    for i, grid in enumerate(grids):
+        layers = [4, 14, 29]
+        y, x = np.mgrid[:grid, :grid] / grid
+        centre = np.exp(-8 * ((x - 0.45) ** 2 + (y - 0.45) ** 2))
+        entropy = [
+            9 - 2 * layer / 15 - 3 * centre * layer / 30 + rng.normal(0, 0.3, (grid, grid))
+            for layer in layers
+        ]
+        pictures.append({
+            "domain": DOMAINS[i], "id": f"{DOMAINS[i]}/{i:04d}", "question": "What is shown?",
+            "answer": "a ball <round>", "generated": "A ball & its shadow.",
+            "image": f"figures/picture-{i}.png", "layers": layers,
+            "words": rng.choice(WORDS, (len(layers), grid, grid)).tolist(),
+            "entropy": [e.tolist() for e in entropy],
+        })  # fmt: skip
+
+    accuracy = [0.74, 0.61, 0.69, 0.43, 0.82]
+    return {
+        "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
+        "domains": DOMAINS, "modules": MODULES,
+        "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in DOMAINS} for m in MODULES},
+        "selection": selection,
+        "baseline": {
+            d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c}
+            for d, a, c in zip(DOMAINS, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=True)
+        },
+        "ablation": ablation, "lens": lens, "stages": stages, "pictures": pictures,
+    }  # fmt: skip
+
+
+def write_pictures(workdir: pathlib.Path, results: dict) -> None:
+    for i, shown in enumerate(results["pictures"]):
+        path = workdir / shown["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i)).save(path)
+
+
+@pytest.fixture(scope="session")
+def results() -> dict:
+    return fake_results()
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory, results) -> pathlib.Path:
+    """A folder with the pictures that the study itself writes."""
+    folder = tmp_path_factory.mktemp("study")
+    write_pictures(folder, results)
+    return folder
