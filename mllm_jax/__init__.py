@@ -10,21 +10,34 @@ from mllm_jax.checkpoints.load import load
 from mllm_jax.checkpoints.save import save_hf
 from mllm_jax.evaluation.generate import generate
 from mllm_jax.evaluation.score import score
-from mllm_jax.interventions.captures import keep, lens, mean, stats
+from mllm_jax.interventions.captures import keep, lens, mass, mean, stats
 from mllm_jax.interventions.compiles import compiles
-from mllm_jax.interventions.edits import ablate, add, project_out, replace, scale
+from mllm_jax.interventions.edits import (
+    ablate,
+    add,
+    call,
+    knockout,
+    patch,
+    project_out,
+    replace,
+    scale,
+)
 from mllm_jax.interventions.reduce import reduce
 from mllm_jax.interventions.run import run
 
 __all__ = [
     "ablate",
     "add",
+    "call",
     "compiles",
     "generate",
     "keep",
+    "knockout",
     "lens",
     "load",
+    "mass",
     "mean",
+    "patch",
     "project_out",
     "reduce",
     "replace",

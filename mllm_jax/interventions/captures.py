@@ -35,6 +35,7 @@ class Capture:
       where: which tokens.
       by: kinds of token that the result is split by, or None. Static.
       k: how many words a lens names. Static.
+      on: of an attention mass: the keys.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -42,6 +43,7 @@ class Capture:
     where: tokens.Where
     by: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     k: int = dataclasses.field(default=0, metadata={"static": True})
+    on: tokens.Where | None = None
 
 
 def _capture(form, target, where, by=None, k=0) -> Capture:
@@ -59,6 +61,16 @@ def keep(target, *, where=None) -> Capture:
 def mean(target, *, where=None) -> Capture:
     """The mean over the selected tokens of each row: float32[L, B, F]."""
     return _capture("mean", target, where)
+
+
+def mass(target, *, on, where=None) -> Capture:
+    """Attention mass: float32[L, B, N], what the selected queries put on some keys, on average.
+
+    Args:
+      target: `sites.lm.attn.pattern`, or layers and heads of it.
+      on: the tokens looked at. where: the tokens that look.
+    """
+    return dataclasses.replace(_capture("mass", target, where), on=tokens.of(on))
 
 
 def stats(target, *, by=None, where=None) -> Capture:
@@ -186,7 +198,7 @@ class BoundCapture:
       count: how many layers are carried. Static.
       single: whether the layer axis is dropped at the end. Static.
       units: int32[n] of the units brought back, or None for all.
-      tokens: bool[B, T]. kind: int8[B, T].
+      tokens: bool[B, T]. kind: int8[B, T]. on: bool[B, S] or None.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -199,6 +211,7 @@ class BoundCapture:
     units: Any
     tokens: Any
     kind: Any
+    on: Any
 
     def read(self, x: jax.Array, lens: Callable | None) -> Any:
         """The result of one layer."""
@@ -219,6 +232,8 @@ def bind(
 def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     address, site = capture.address, capture.address.site
     spec = edits.look_up(site, shapes)
+    if (capture.form == "mass") != (site == sites.lm.attn.pattern) and capture.form != "keep":
+        raise ValueError(f"{capture.form} does not read {site.name}; mass reads lm.attn.pattern")
     if capture.form in ("lens", "entropy") and spec.shape[-1] != shapes["lm.norm"].shape[-1]:
         raise ValueError(
             f"a lens reads tensors of the LM's width {shapes['lm.norm'].shape[-1]}; "
@@ -238,6 +253,7 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     return BoundCapture(
         capture.form, site, capture.by, capture.k, count, single,
         slots, units, capture.where.mask(map_), map_.kind,
+        None if capture.on is None else capture.on.mask(map_),
     )  # fmt: skip
 
 
@@ -264,6 +280,12 @@ def _read_mean(capture: BoundCapture, x, lens):
     total = jnp.einsum("BT...,BT->B...", x.astype(jnp.float32), weight)
     count = jnp.maximum(weight.sum(-1), 1)
     return total / count.reshape(-1, *(1,) * (total.ndim - 1))
+
+
+def _read_mass(capture: BoundCapture, x, lens):
+    on = jnp.einsum("BNTS,BS->BNT", x, capture.on.astype(x.dtype))
+    weight = capture.tokens.astype(x.dtype)
+    return jnp.einsum("BNT,BT->BN", on, weight) / jnp.maximum(weight.sum(-1), 1)[:, None]
 
 
 def _one_hot(capture: BoundCapture):
@@ -353,6 +375,7 @@ def _read_entropy(capture: BoundCapture, x, lens):
 READ: dict[str, Callable] = {
     "keep": _read_keep,
     "mean": _read_mean,
+    "mass": _read_mass,
     "stats": _read_stats,
     "lens": _read_lens,
     "entropy": _read_entropy,

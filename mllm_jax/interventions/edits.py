@@ -29,8 +29,10 @@ class Edit:
       kind: a name of KINDS. Static.
       address: the site, its layers and units.
       where: which tokens.
-      values: arrays by name, in the shapes that `KINDS` allows.
+      values: arrays by name, in the shapes that the kind allows.
       fn: the function of a `call`. Static.
+      route: of a patch: the row that is read and the row that is written.
+      on: of a knockout: the keys that are hidden.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -38,6 +40,8 @@ class Edit:
     where: tokens.Where
     values: dict[str, Any]
     fn: Callable | None = dataclasses.field(default=None, metadata={"static": True})
+    route: tuple[Any, Any] | None = None
+    on: tokens.Where | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +61,13 @@ class Edits:
         return len(self.items)
 
 
-def _one(kind: str, target, where, fn=None, **values) -> Edits:
+def _one(kind: str, target, where, values=None, **how) -> Edits:
     address = Address.of(target)
-    return Edits((Edit(kind, address, tokens.of(where), values, fn),))
+    if (kind == "knockout") != (address.site == sites.lm.attn.mask):
+        raise ValueError(
+            f"{kind} does not apply to {address.site}: only lm.attn takes knockout"
+        )
+    return Edits((Edit(kind, address, tokens.of(where), values or {}, **how),))
 
 
 def ablate(target, *, where=None) -> Edits:
@@ -74,17 +82,17 @@ def ablate(target, *, where=None) -> Edits:
 
 def scale(target, by, *, where=None) -> Edits:
     """Multiply: `by` is a scalar, or [F], [L, F], [B, T, F], [L, B, T, F] (1 where it repeats)."""
-    return _one("scale", target, where, value=by)
+    return _one("scale", target, where, {"value": by})
 
 
 def add(target, value, *, where=None) -> Edits:
     """Add a vector (steering); shapes as in `scale`."""
-    return _one("add", target, where, value=value)
+    return _one("add", target, where, {"value": value})
 
 
 def replace(target, value, *, where=None) -> Edits:
     """Set to a value, such as a mean; shapes as in `scale`."""
-    return _one("replace", target, where, value=value)
+    return _one("replace", target, where, {"value": value})
 
 
 def project_out(target, basis, *, where=None) -> Edits:
@@ -93,11 +101,54 @@ def project_out(target, basis, *, where=None) -> Edits:
     Args:
       basis: [D] or [D, r] directions, not necessarily orthonormal.
     """
-    return _one("project_out", target, where, basis=basis)
+    return _one("project_out", target, where, {"basis": basis})
+
+
+def patch(target, source, into, *, where=None, basis=None) -> Edits:
+    """Row `into` reads row `source` of the same batch: activation patching without a stored cache.
+
+    The selected tokens of both rows are matched in order, so rows may differ in length.
+
+    Args:
+      source, into: rows of the batch.
+      basis: [D] or [D, r]: only this subspace is exchanged (interchange, DAS); all by default.
+    """
+    values = {} if basis is None else {"basis": basis}
+    return _one("patch", target, where, values, route=(np.int32(source), np.int32(into)))
+
+
+def knockout(target, *, to=None, on=None) -> Edits:
+    """Hide keys from queries, in the boolean attention mask.
+
+    Args:
+      target: `sites.lm.attn`, or layers and heads of it: `sites.lm.attn[10:, [0, 3]]`.
+      to: the tokens that look. on: the tokens that they no longer see.
+    """
+    return _one("knockout", target, to, on=tokens.of(on))
+
+
+def call(target, fn: Callable, *, where=None, **arrays) -> Edits:
+    """What none of the others says: fn(x, **arrays) -> x at the site.
+
+    Args:
+      fn: pure, of jax.numpy; one function is one program, so make it once and pass what varies.
+      arrays: in the shapes of `scale`, then given to fn with the rank of the site.
+    """
+    return _one("call", target, where, arrays, fn=fn)
 
 
 def _project_out(x, basis):
-    return x - jnp.einsum("...D,Dr,dr->...d", x, basis, basis)
+    return x - _onto(x, basis)
+
+
+def _onto(x, basis):
+    """The part of x within the span of orthonormal columns."""
+    return jnp.einsum("...D,Dr,dr->...d", x, basis, basis)
+
+
+def _patch(x, basis=None, *, row, at):
+    read = x[row, at]
+    return read if basis is None else x + _onto(read - x, basis)
 
 
 KINDS: dict[str, Callable] = {
@@ -106,6 +157,8 @@ KINDS: dict[str, Callable] = {
     "add": lambda x, value: x + value,
     "replace": lambda x, value: jnp.broadcast_to(value, x.shape),
     "project_out": _project_out,
+    "patch": _patch,
+    "knockout": lambda x, *, hidden: x & ~hidden[:, None, None, :],
 }
 
 
@@ -128,6 +181,7 @@ class BoundEdit:
       units: bool[L, F], or bool[L, 1] for all units; L is 1 where a site is not per layer.
       tokens: bool[B, T].
       values: arrays with a leading L axis and then the rank of the site.
+      along: arrays [B, T] that follow the tokens: what a patch reads, what a knockout hides.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -136,10 +190,11 @@ class BoundEdit:
     units: Any
     tokens: Any
     values: dict[str, Any]
+    along: dict[str, Any]
 
     def apply(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x, changed where the mask is True. The values are those of one layer."""
-        new = KINDS[self.kind](x, **self.values) if self.fn is None else self.fn(x, **self.values)
+        new = (self.fn or KINDS[self.kind])(x, **self.values, **self.along)
         return jnp.where(mask, new.astype(x.dtype), x)
 
 
@@ -183,7 +238,39 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     values = {
         name: _value(name, value, edit.address, spec) for name, value in edit.values.items()
     }
-    return BoundEdit(edit.kind, site, edit.fn, units, where, values)
+    along = {}
+    if edit.route is not None:
+        where, along = _route(site, where, *edit.route)
+    if edit.on is not None:
+        along = {"hidden": edit.on.mask(maps[site.module])}
+        _refuse_nothing(site, units, along["hidden"])
+    return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
+
+
+def _route(site, where, source, into):
+    """Where a patch writes, bool[B, T], and which row and token is read there, int32[B, T]."""
+    xp = np if isinstance(where, np.ndarray) and isinstance(into, np.generic) else jnp
+    rows, _ = where.shape
+    if xp is np:
+        if not (0 <= source < rows and 0 <= into < rows):
+            raise ValueError(
+                f"the patch of {site.name} reads row {source} and writes row {into}: "
+                f"the batch has rows 0 to {rows - 1}"
+            )
+        n, m = int(where[source].sum()), int(where[into].sum())
+        if n != m or not n:
+            raise ValueError(
+                f"the patch of {site.name} matches {n} tokens of row {source} with {m} of row "
+                f"{into}: they must be as many, and some"
+            )
+    order = xp.argsort(~where[source], stable=True)
+    at = order[xp.maximum(xp.cumsum(where[into]) - 1, 0)]
+    written = where & (xp.arange(rows) == into)[:, None]
+    shape = where.shape
+    return written, {
+        "row": xp.broadcast_to(xp.asarray(source, xp.int32), shape),
+        "at": xp.broadcast_to(at.astype(xp.int32), shape),
+    }
 
 
 def _refuse_nothing(site, units, where) -> None:
@@ -203,8 +290,12 @@ def _value(name: str, value, address: Address, spec: SiteShape):
     if name == "basis":
         return _per_layer(_orthonormal(array, spec, address.site), spec.layers)
     array = _scatter_units(array, address, spec)
-    if array.ndim == 2 and rank > 2:  # [L, F]
-        array = array.reshape(array.shape[0], *(1,) * (rank - 2), array.shape[1])
+    after = rank - 1 - unit_axis(address.site)
+    if after and 0 < array.ndim <= 2 and array.shape[-1] == spec.shape[-1 - after]:
+        array = array.reshape(*array.shape, *(1,) * after)  # one value a head
+        array = array if array.ndim > 1 + after else array[None]
+    if array.ndim == 2 + after and rank > 2:  # [L, F]
+        array = array.reshape(array.shape[0], *(1,) * (rank - 1 - after), *array.shape[1:])
     elif array.ndim <= rank:  # a scalar, [F] or [B, T, F]
         array = array.reshape(1, *(1,) * (rank - array.ndim), *array.shape)
     want = (spec.layers, *spec.shape)

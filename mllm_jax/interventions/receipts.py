@@ -45,7 +45,7 @@ def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tu
       token_axes: the axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
-    change = (after - before).astype(jnp.float32)
+    change = after.astype(jnp.float32) - before.astype(jnp.float32)
     return (
         jnp.sum(mask.any(rest), dtype=jnp.int32),
         jnp.sum(after != before, dtype=jnp.int32),

@@ -96,7 +96,11 @@ class Tap:
             name: self._window(value, along, length) if value.ndim == rank else value
             for name, value in edit.values.items()
         }
-        y = dataclasses.replace(edit, values=values).apply(x, mask)
+        along_tokens = {
+            name: self._keys(a, x) if name == "hidden" else self._window(a, 1, length)
+            for name, a in edit.along.items()
+        }
+        y = dataclasses.replace(edit, values=values, along=along_tokens).apply(x, mask)
         self.receipts[number] = receipts.measure(x, y, mask, (0, along))
         return y
 
@@ -113,6 +117,11 @@ class Tap:
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         asked = capture.slots < capture.count
         return jax.lax.cond(asked, lambda: capture.read(x, self.lens), lambda: nothing)
+
+    def _keys(self, array, mask: jax.Array):
+        """The part of an array over all tokens that the keys of an attention mask are."""
+        *_, T, S = mask.shape
+        return jnp.concatenate([array[:, : S - T], self._window(array, 1, T)], 1)
 
     def _window(self, array, axis: int, length: int):
         """The part of an array over all tokens that this pass computes."""

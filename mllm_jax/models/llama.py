@@ -72,6 +72,7 @@ class Attention(nnx.Module):
         keys, values = k, v
         if past is not None:
             keys, values = (jnp.concatenate(pair, 1) for pair in zip(past, (k, v), strict=True))
+        mask = jnp.broadcast_to(mask, (B, self.heads, *mask.shape[2:]))
         mask = tap(S.attn.mask, mask)
         heads = layers.attention(q, keys, values, mask, lambda p: tap(S.attn.pattern, p))
         heads = tap(S.attn.heads, heads)

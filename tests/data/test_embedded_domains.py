@@ -254,5 +254,6 @@ class TestSatellite:
         assert row[180 + 100] == places["Asia"]
         assert row[180 + 10] == places["Africa"]
         assert row[180 - 45] == -1
-        assert row[180 - 110] == 0
+        assert row[180 - 110] == -1
+        assert row[180 - 80] == 0
         assert not grid[120].any()

@@ -113,9 +113,7 @@ def test_a_failing_apt_says_why(monkeypatch):
 
 def test_a_wheel_that_is_not_installed_is_named_with_the_mend():
     wheel = packages.Wheel("no-such-package", "1.2", "MIT", "https://example.org")
-    with pytest.raises(
-        packages.MissingPackage, match="pip install --no-deps no-such-package==1.2"
-    ):
+    with pytest.raises(packages.MissingPackage, match="pip install --no-deps no-such-package==1.2"):
         wheel.file("a.png")
 
 

@@ -19,7 +19,9 @@ def painted(seed: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(noise).resize((recipe.SIZE, recipe.SIZE))
 
 
-def candidate(number: int, label: str, group: str | None = None, split: str | None = None, image=None):
+def candidate(
+    number: int, label: str, group: str | None = None, split: str | None = None, image=None
+):
     image = image or (lambda: painted(number))
     return recipe.Candidate(f"c{number}", label, group or f"g{number}", "here", "CC0", image, split)
 
@@ -100,9 +102,7 @@ def test_a_missing_part_is_named_and_the_rest_is_kept():
     def absent():
         raise packages.MissingPackage("package 'x' is not installed")
 
-    half = recipe.Recipe(
-        "toys", made([]).families, (), (lambda: [candidate(0, "a")], absent), ""
-    )
+    half = recipe.Recipe("toys", made([]).families, (), (lambda: [candidate(0, "a")], absent), "")
     found, missing = recipe.find(half)
     assert len(found) == 1
     assert missing == ["package 'x' is not installed"]

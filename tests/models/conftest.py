@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="package")
 def _quick_to_compile():
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

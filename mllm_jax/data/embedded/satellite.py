@@ -32,8 +32,9 @@ URAL_DEGREES = 60.0
 POLAR_DEGREES = 58.0
 # Tiles whose grey levels spread less are blank: another place, but the same picture.
 BLANK = 2.5
-# Countries that do not look like their continent, or have none: tiles with them are left out.
-UNLABELLED = {"Greenland", "Fr. S. Antarctic Lands"}
+# Countries that do not look like their continent; tiles with them are left out, as are islands of
+# no continent.
+UNLABELLED = {"Greenland"}
 
 CONTINENTS = {
     "Africa": "land in Africa",
@@ -57,8 +58,9 @@ def continent_map(width: int, height: int) -> np.ndarray:
     names = list(CONTINENTS)
     with shapefile.Reader(str(path)) as reader:
         for entry in reader.iterShapeRecords():
-            unlabelled = entry.record["name"] in UNLABELLED
-            value = -1 if unlabelled else 1 + names.index(entry.record["continent"])
+            continent = entry.record["continent"]
+            known = continent in CONTINENTS and entry.record["name"] not in UNLABELLED
+            value = 1 + names.index(continent) if known else -1
             starts = [*entry.shape.parts, len(entry.shape.points)]
             for first, last in itertools.pairwise(starts):
                 ring = entry.shape.points[first:last]
