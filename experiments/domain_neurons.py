@@ -228,9 +228,8 @@ class Measure:
                 batch = batch.replace(features=features)
             some = self.asked.candidates(i)
             ids = score.candidate_ids(
-                self.this.processor, [*some, *[()] * (len(batch.ids) - len(some))],
-                len(batch.ids), length=self.answers,
-            )  # fmt: skip
+                self.this.processor, some, len(batch.ids), length=self.answers
+            )
             out = score.score_with(self.this.model, batch, ids, edits, {"last": mj.keep(LAST)})
             right.append(np.asarray(out.values)[: len(some)].argmax(-1) == self.asked.right(i))
             sums.append(_deviation(last, out.captures["last"], batch, len(some)))

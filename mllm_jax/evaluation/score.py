@@ -72,7 +72,7 @@ def candidate_ids(
 
     Args:
       candidates: strings for all rows, or a list of strings for each row.
-      rows: B; rows without candidates are all -1.
+      rows: B; rows beyond those that have candidates are all -1.
       length: A; by default the longest, rounded up so that few programs are compiled.
     """
     if not candidates:

@@ -163,7 +163,9 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
     figure = figures.neurons_per_layer(
         {_name(module): found["per_layer"] for module, found in selection.items()},
         {
-            _name(module): f"{size['site']} · {size['layers']} × {size['width']:,}"
+            _name(
+                module
+            ): f"{size['site']} · {size['layers']} \N{MULTIPLICATION SIGN} {size['width']:,}"
             for module, size in modules.items()
         },
     )
@@ -305,7 +307,7 @@ def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     random = [run for run in runs if run["mask"] == run["data"] and run["control"] is not None]
     if not own:
         return None
-    measures = {"relative_l2": "relative L2", "cosine": "1 − cosine"}
+    measures = {"relative_l2": "relative L2", "cosine": f"1 {page.MINUS} cosine"}
     columns = ["module", "mask", "data", "control"]
     all_rows = [
         [*(run[c] for c in columns), kind, *(moved[measure] for measure in measures)]
@@ -317,7 +319,7 @@ def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
     def mean(source: Mapping, module: str, kind: str, measure: str) -> str:
         values = [m[measure] for m in source.get(module, {}).get(kind, {}).values()]
-        return _small(np.mean(values)) if values else "–"
+        return _small(np.mean(values)) if values else page.DASH
 
     rows = [
         [
@@ -338,7 +340,7 @@ def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             _png(folder, "deviation", figure, "Hidden-state deviation by module and token kind")
         ],
         table=page.Table(
-            ["module", "tokens", "relative L2", "random", "1 − cosine", "random"], rows
+            ["module", "tokens", "relative L2", "random", f"1 {page.MINUS} cosine", "random"], rows
         ),
         note="Each domain tested on its own data; means over tokens and, for random neurons, over "
         "draws. The scale is logarithmic.",
@@ -426,7 +428,7 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 def _boundaries(stage: Mapping) -> list[str]:
     if stage["boundaries"] is None:
-        return ["–", "–"]
+        return [page.DASH, page.DASH]
     triples = zip(stage["boundaries"], stage["low"], stage["high"], strict=True)
     return [f"{boundary} [{low}, {high}]" for boundary, low, high in triples]
 
@@ -529,7 +531,11 @@ def _percent(share: float) -> str:
 def _points(differences: np.ndarray) -> str:
     """Mean difference of accuracy in percentage points; a dash where nothing was measured."""
     differences = differences[~np.isnan(differences)]
-    return f"{100 * differences.mean():+.1f}".replace("-", "−") if differences.size else "–"
+    return (
+        f"{100 * differences.mean():+.1f}".replace("-", page.MINUS)
+        if differences.size
+        else page.DASH
+    )
 
 
 def _small(value: float) -> str:

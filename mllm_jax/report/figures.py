@@ -696,7 +696,7 @@ def _points(value: float) -> str:
     """A difference of accuracy in percentage points."""
     points = 100 * value
     text = f"{points:+.0f}" if abs(points) >= 9.95 else f"{points:+.1f}"
-    return "0" if float(text) == 0 else text.replace("-", "−")
+    return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _round_below(value: int) -> int:

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from mllm_jax.report import files
 
 
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
+
+
 @dataclasses.dataclass(frozen=True)
 class Figure:
     """An image file beside the page.
@@ -163,7 +166,7 @@ def _table(table: Table) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] in ("+", "−", "–")
+    return cell[:1].isdigit() or cell[:1] in ("+", MINUS, DASH)
 
 
 def _links(data: Sequence[tuple[str, str]]) -> str:

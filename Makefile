@@ -1,0 +1,45 @@
+# make demo   fresh environment, install, paper A on the embedded model: results/demo/index.html
+# make test   the quick test suite
+# make slow   the slow checks (real weights, kills and restarts)
+# make lint   ruff
+
+PYTHON ?= python3
+VENV ?= .venv
+RESULTS ?= results/demo
+BIN := $(VENV)/bin
+# For parity tests only; `make test TORCH=` goes without and skips them.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test slow lint install clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python setup.py requirements-embedded.txt
+	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[embedded]'
+	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps -r requirements-embedded.txt
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[test]' $(TORCH)
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=$(RESULTS)
+	@echo "open $(RESULTS)/index.html"
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.tested
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) results build *.egg-info

@@ -1,0 +1,176 @@
+import copy
+import csv
+import json
+
+import fake_study
+import numpy as np
+import pytest
+import test_page
+
+from mllm_jax.report import domain_neurons, figures
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def study(folder, **options):
+    results = json.loads(json.dumps(fake_study.fake_results(**options)))
+    fake_study.write_pictures(folder, results)
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "manifest.json").write_text("{}")
+    return results
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    results = study(folder)
+    domain_neurons.write(folder, results)
+    return folder, results
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made, but not rendered: the page does not look at them."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_link_leads_to_a_file(written):
+    folder, _ = written
+    reader = test_page.Reader((folder / "index.html").read_text(encoding="utf-8"))
+    assert reader.open == []
+    links = {link for link in reader.links if not link.startswith("#")}
+    assert links and all((folder / link).is_file() for link in links)
+    made = {name for name in contents(folder) if not name.startswith("figures/picture")}
+    assert made == links | {"index.html"}
+    assert reader.tags.count("section") == 7
+
+
+def test_figures_are_png_of_a_legible_size(written):
+    for path in (written[0] / "figures").glob("*.png"):
+        with fake_study.Image.open(path) as image:
+            assert image.format == "PNG" and image.width >= 224
+
+
+def test_tables_hold_the_numbers_exactly(written):
+    folder, results = written
+    table = rows(folder / "tables/ablation.csv")
+    assert len(table) == len(results["ablation"])
+    for row, run in zip(table, results["ablation"], strict=True):
+        assert float(row["difference"]) == run["difference"]
+        assert row["control"] == ("" if run["control"] is None else str(run["control"]))
+    per_layer = rows(folder / "tables/neurons_per_layer.csv")
+    assert len(per_layer) == 5 * (11 + 1 + 30)
+    assert sum(int(row["neurons"]) for row in per_layer) == sum(
+        sum(found["neurons_per_domain"].values()) for found in results["selection"].values()
+    )
+    undecided = rows(folder / "tables/stages.csv")[4]
+    assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
+    assert {path.name for path in (folder / "tables").iterdir()} == {
+        "ablation.csv", "accuracy.csv", "deviation.csv", "domains_per_neuron.csv", "lens.csv",
+        "neurons_per_layer.csv", "overlap.csv", "selection.csv", "stages.csv", "tokens.csv",
+    }  # fmt: skip
+
+
+def test_sentences_follow_from_the_numbers(written):
+    folder, results = written
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    own = [
+        run["difference"]
+        for run in results["ablation"]
+        if run["module"] == "all" and run["control"] is None and run["mask"] == run["data"]
+    ]
+    assert f"changes by {100 * np.mean(own):+.1f} points".replace("-", "−") in text
+    assert "beats chance in 5 of 5 domains" in text
+    assert "best in astronomy (82\N{NO-BREAK SPACE}%" in text
+    assert "boundaries are decided in 4 of 5 domains" in text
+    assert "a ball &lt;round&gt;" in text and "A ball &amp; its shadow." in text
+
+
+def test_written_again_the_bytes_are_the_same(tmp_path):
+    results = study(tmp_path, domains=["cats", "dogs"], grids=(4,))
+    domain_neurons.write(tmp_path, results)
+    first = contents(tmp_path)
+    assert len(first) > 15
+    domain_neurons.write(tmp_path, results)
+    assert contents(tmp_path) == first
+
+
+def without(results, key):
+    results[key] = type(results[key])()
+
+
+def without_controls(results):
+    results["ablation"] = [run for run in results["ablation"] if run["control"] is None]
+
+
+def with_one_cell_only(results):
+    results["ablation"] = results["ablation"][:1]
+
+
+def without_deviation(results):
+    for run in results["ablation"]:
+        run["deviation"] = {}
+
+
+def without_neurons(results):
+    for found in results["selection"].values():
+        found.update(selected=0, share=0.0, domains_per_neuron={})
+        found["neurons_per_domain"] = dict.fromkeys(found["neurons_per_domain"], 0)
+        found["per_layer"] = {d: [0] * len(n) for d, n in found["per_layer"].items()}
+        found["overlap"] = np.zeros_like(found["overlap"]).tolist()
+
+
+def without_stages(results):
+    nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers"}
+    results["stages"]["all"] = nothing
+    results["stages"]["by_domain"] = dict.fromkeys(results["domains"], nothing)
+
+
+@pytest.mark.parametrize(
+    "change, sections",
+    [
+        (without_controls, 7),
+        (with_one_cell_only, 7),
+        (without_deviation, 6),
+        (without_neurons, 7),
+        (without_stages, 7),
+        (lambda results: without(results, "ablation"), 5),
+        (lambda results: without(results, "pictures"), 6),
+        (lambda results: without(results, "lens"), 6),
+        (lambda results: without(results, "baseline"), 6),
+    ],
+    ids=[
+        "no controls", "one cell", "no deviation", "no neurons", "no stages", "no ablation",
+        "no pictures", "no lens", "no baseline",
+    ],
+)  # fmt: skip
+def test_a_study_that_lacks_a_part(tmp_path, undrawn, change, sections):
+    results = study(tmp_path, domains=["cats", "dogs"], grids=(2,))
+    change(results)
+    domain_neurons.write(tmp_path, results)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert test_page.Reader(text).tags.count("section") == sections
+    assert "nan" not in text.replace("Nan", "")
+
+
+def test_missing_keys_are_named(tmp_path):
+    results = copy.deepcopy(fake_study.fake_results(grids=()))
+    del results["lens"], results["stages"]
+    with pytest.raises(ValueError, match="lack lens, stages; run the study again"):
+        domain_neurons.write(tmp_path, results)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_picture_is_named(tmp_path, undrawn):
+    results = fake_study.fake_results(domains=["cats", "dogs"], grids=(2,))
+    with pytest.raises(FileNotFoundError, match=r"picture of cats/0000 is missing.*picture-0\.png"):
+        domain_neurons.write(tmp_path, results)

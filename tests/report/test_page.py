@@ -1,0 +1,84 @@
+import html.parser
+
+from mllm_jax.report import page
+
+VOID = {"meta", "img", "link", "br"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Follows the tags, gathers links and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.text, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+SECTION = page.Section(
+    title="A <b>",
+    reading="Rises & falls.",
+    figures=[page.Figure("figures/a.png", 'the "a"', "Caption", width=800)],
+    table=page.Table(["name", "points"], [["x < y", "−1.5"], ["z", "–"]]),
+    data=[("a.csv", "tables/a.csv")],
+    note="How.",
+)
+
+
+def read(**changes):
+    content = {"title": "T & T", "lead": "Why?", "sections": [SECTION], **changes}
+    return Reader(page.render(page.Page(**content)))
+
+
+def test_is_well_formed_and_escaped():
+    reader = read(facts=[("5", "domains")], data=[("results.json", "results.json")])
+    assert reader.open == []
+    text = " ".join(reader.text)
+    for shown in (
+        "T & T",
+        "A <b>",
+        "Rises & falls.",
+        "x < y",
+        "−1.5",
+        "Caption",
+        "How.",
+        "domains",
+    ):
+        assert shown in text
+    assert "b" not in reader.tags
+
+
+def test_links_are_relative_and_nothing_is_fetched():
+    reader = read()
+    links = [link for link in reader.links if not link.startswith("#")]
+    assert links == ["figures/a.png", "figures/a.png", "tables/a.csv"]
+    assert not {"script", "link", "iframe"} & set(reader.tags)
+    assert "url(" not in page.STYLE and "@import" not in page.STYLE
+
+
+def test_dark_mode_and_numbers_on_the_right():
+    text = page.render(page.Page("t", "l", sections=[SECTION]))
+    assert "prefers-color-scheme: dark" in text
+    assert "<td>x &lt; y</td><td class=number>−1.5</td>" in text
+
+
+def test_a_page_of_nothing_is_a_page():
+    assert read(sections=[]).open == []
+
+
+def test_writes_a_file(tmp_path):
+    content = page.Page("t", "l", sections=[SECTION])
+    page.write(tmp_path / "index.html", content)
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == page.render(content)
