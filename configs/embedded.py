@@ -12,7 +12,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/embedded.py:{size} is none of full, quick")
     config = ml_collections.ConfigDict()
     config.model = "embedded"
-    config.domains = ()  # all five
+    config.domains = ()  # some of the embedded domains; all five by default
+    config.paths = ()  # or own domains: folders, .csv or .jsonl files
     config.styles = ("category", "choice", "yesno", "kind")  # one question a picture, in turn
     config.scope = "all"  # tokens that are counted: all, image, question, system
     config.top_rate = 0.01

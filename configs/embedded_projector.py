@@ -10,7 +10,8 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = "embedded"
     config.projector = "random"
-    config.domains = ()  # all
+    config.domains = ()  # some of the embedded domains; all five by default
+    config.paths = ()  # or own domains: folders, .csv or .jsonl files
     config.train_per_domain = 500
     config.test_per_domain = 60
     config.batch_size = 4  # pictures; each with `questions` questions in one row

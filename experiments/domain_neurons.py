@@ -63,9 +63,8 @@ class Study:
 
 def run(config, workdir: workdir_.Workdir) -> None:
     model, processor = mj.load(config.model)
-    names = tuple(config.domains) or None
-    train = _first(domains.embedded("train", domains=names), config.train_per_domain)
-    test = _first(domains.embedded("test", domains=names), config.test_per_domain)
+    train = _first(study.domains_of(config, "train"), config.train_per_domain)
+    test = _first(study.domains_of(config, "test"), config.test_per_domain)
     domains.require_domains(train)
     this = Study(config, workdir, model, processor, train, test)
 

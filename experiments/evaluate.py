@@ -15,14 +15,14 @@ import mllm_jax as mj
 from experiments import study
 from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import intervals
-from mllm_jax.data import batching, domains
+from mllm_jax.data import batching
 from mllm_jax.evaluation import score
 from mllm_jax.report import figures, tables
 
 
 def run(config, workdir: workdir_.Workdir) -> None:
     model, processor = mj.load(config.model)
-    found = domains.embedded("test", domains=tuple(config.domains) or None)
+    found = study.domains_of(config, "test")
     rows = {}
     for name, domain in found.items():
         examples = list(domain)[: config.test_per_domain]

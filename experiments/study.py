@@ -8,11 +8,19 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
+from mllm_jax.data import domains
 from mllm_jax.workdir import Workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
 EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
+
+
+def domains_of(config, split: str) -> dict[str, domains.Domain]:
+    """The domains of a config: the embedded ones, or the user's own where `paths` names some."""
+    if config.paths:
+        return domains.own(config.paths, split)
+    return domains.embedded(split, domains=tuple(config.domains) or None)
 
 
 def main(run: Callable) -> None:

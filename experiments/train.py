@@ -15,7 +15,7 @@ import mllm_jax as mj
 from experiments import study
 from mllm_jax import workdir as workdir_
 from mllm_jax.checkpoints import save
-from mllm_jax.data import batching, domains, features
+from mllm_jax.data import batching, features
 from mllm_jax.report import figures, tables, training
 from mllm_jax.training import fit, parts, start
 
@@ -72,7 +72,7 @@ def run(config, workdir: workdir_.Workdir) -> None:
 
 def _examples(config, split: str, per_domain: int) -> list:
     """Examples of all domains in turn, so that neighbours in a batch differ in domain."""
-    found = domains.embedded(split, domains=config.domains or None)
+    found = study.domains_of(config, split)
     return batching.interleave([list(domain)[:per_domain] for domain in found.values()])
 
 

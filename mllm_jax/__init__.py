@@ -24,6 +24,7 @@ from mllm_jax.interventions.edits import (
 )
 from mllm_jax.interventions.reduce import reduce
 from mllm_jax.interventions.run import run
+from mllm_jax.interventions.sweep import stack, sweep
 
 __all__ = [
     "ablate",
@@ -46,6 +47,8 @@ __all__ = [
     "scale",
     "score",
     "sites",
+    "stack",
     "stats",
+    "sweep",
     "tokens",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+_ABOVE = "; layers above the feature layer never reach the LM, so they are not run"
 _END = 2**30  # an open end of a slice
 
 
@@ -108,7 +109,10 @@ class Selection:
         index = xp.atleast_1d(self.value)
         if xp is np and index.size and (index.min() < -size or index.max() >= size):
             wrong = index[(index < -size) | (index >= size)][0]
-            raise ValueError(f"{what} {wrong} is out of range: the model has {size} (0 to {size - 1})")
+            note = _ABOVE if what.startswith("vision.") and what.endswith("layer") else ""
+            raise ValueError(
+                f"{what} {wrong} is out of range: the model has {size} (0 to {size - 1}){note}"
+            )
         return (xp.arange(size)[:, None] == index[None, :] % size).any(1)
 
     def indices(self, size: int, what: str) -> np.ndarray:
@@ -140,7 +144,7 @@ class Address:
             return cls(target)
         if isinstance(target, Namespace):
             return cls(target._own_site())
-        if getattr(target, "dtype", None) == bool:
+        if _is_mask(target):
             return lm.mlp.act[target]
         raise TypeError(
             f"expected a site such as sites.lm.mlp.act, an address or a mask bool[L, F], "
@@ -157,7 +161,7 @@ class Address:
         if len(parts) > 2:
             raise IndexError(f"an address is {site}[layers, neurons], got {len(parts)} parts")
         first = parts[0]
-        if getattr(first, "dtype", None) == bool and first.ndim == 2:
+        if _is_mask(first) and first.ndim == 2:
             if len(parts) > 1:
                 raise IndexError(f"{site}[mask] with a mask bool[L, F] takes no second part")
             return cls(site, units=Selection("mask", first))
@@ -178,6 +182,10 @@ class Address:
         if units.form == "all":
             return rows
         return rows & units.mask(width, f"{name}: unit")[None, :]
+
+
+def _is_mask(value) -> bool:
+    return hasattr(value, "dtype") and value.dtype == np.bool_
 
 
 def _concrete(value) -> bool:
@@ -207,7 +215,8 @@ class Namespace:
     def _own_site(self) -> Site:
         # `lm.attn[10:]` in a knockout means the attention mask of those layers.
         if "mask" not in self._entries:
-            raise AttributeError(f"'{self._prefix}' is a group of sites: {', '.join(self._entries)}")
+            known = ", ".join(self._entries)
+            raise AttributeError(f"'{self._prefix}' is a group of sites: {known}")
         return self._entries["mask"]
 
     def __repr__(self) -> str:

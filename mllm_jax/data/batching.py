@@ -91,14 +91,17 @@ def longest(processor: Processor, examples: Sequence[Any], questions: int) -> in
 
 
 def ask(examples: Sequence[Any], styles: Sequence[str]) -> list[tuple[Any, Any]]:
-    """(example, question) pairs: each example one question, the styles in turn."""
+    """(example, question) pairs: each example one question, the styles that it has in turn."""
     pairs = []
     for i, example in enumerate(examples):
-        style = styles[i % len(styles)]
+        has = [style for style in styles if any(q.style == style for q in example.questions)]
+        if not has:
+            raise ValueError(
+                f"{example.domain}/{example.id} has no question of style {' or '.join(styles)}"
+            )
+        style = has[i % len(has)]
         asked = [q for q in example.questions if q.style == style]
-        if not asked:
-            raise ValueError(f"{example.domain}/{example.id} has no question of style '{style}'")
-        pairs.append((example, asked[i // len(styles) % len(asked)]))
+        pairs.append((example, asked[i // len(has) % len(asked)]))
     return pairs
 
 

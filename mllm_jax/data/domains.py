@@ -272,6 +272,35 @@ def embedded(
     return found
 
 
+def own(paths: Sequence[str | os.PathLike], split: str = "test") -> dict[str, Domain]:
+    """A user's domains: each path is a folder, a .csv or a .jsonl, named by its stem.
+
+    A quarter of the examples, chosen by the hash of their id, is the test split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; own domains have {list(SPLITS)}")
+    found = {}
+    for path in map(pathlib.Path, paths):
+        made = _READERS.get(path.suffix, Domain.from_folder)(path, split=split)
+        if made.name in found:
+            raise ValueError(f"two domains are named {made.name!r}; rename one of {list(paths)}")
+        half = [e for e in made if (_hash(e.id) % 4 == 0) == (split == "test")]
+        if not half:
+            raise ValueError(
+                f"domain {made.name!r} is empty in its {split} split: {path} has only {len(made)} "
+                "examples, and a quarter of them is for testing"
+            )
+        found[made.name] = Domain(made.name, split, half)
+    return found
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+_READERS = {".csv": Domain.from_csv, ".jsonl": Domain.from_jsonl}
+
+
 def default_root() -> pathlib.Path:
     return packages.cache_directory() / "domains" / VERSION
 

@@ -28,9 +28,12 @@ class Cache:
 
     def extended(self, slots: int) -> Cache:
         """With `slots` empty slots at the end."""
+
+        def wider(a, axis):
+            return jnp.pad(a, [(0, slots if i == axis else 0) for i in range(a.ndim)])
+
         return Cache(
-            *(jnp.pad(a, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))) for a in (self.key, self.value)),
-            *(jnp.pad(a, ((0, 0), (0, slots))) for a in (self.position, self.valid)),
+            wider(self.key, 2), wider(self.value, 2), wider(self.position, 1), wider(self.valid, 1)
         )
 
     def write(self, new: Cache, slot: Int[Array, ""]) -> Cache:

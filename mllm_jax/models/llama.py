@@ -161,10 +161,8 @@ class Llama(nnx.Module):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits of normed states, float32."""
-        if self.config.tied:
-            out = jnp.einsum("...D,VD->...V", x, self.embed[...])
-        else:
-            out = self.head(x)
+        tied = self.config.tied
+        out = jnp.einsum("...D,VD->...V", x, self.embed[...]) if tied else self.head(x)
         return out.astype(jnp.float32)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from mllm_jax.report import files
 
-
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
 
 

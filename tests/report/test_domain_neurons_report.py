@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_page
 
-from mllm_jax.report import domain_neurons, figures
+from mllm_jax.report import domain_neurons, figures, page
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -88,7 +88,7 @@ def test_sentences_follow_from_the_numbers(written):
         for run in results["ablation"]
         if run["module"] == "all" and run["control"] is None and run["mask"] == run["data"]
     ]
-    assert f"changes by {100 * np.mean(own):+.1f} points".replace("-", "−") in text
+    assert f"changes by {100 * np.mean(own):+.1f} points".replace("-", page.MINUS) in text
     assert "beats chance in 5 of 5 domains" in text
     assert "best in astronomy (82\N{NO-BREAK SPACE}%" in text
     assert "boundaries are decided in 4 of 5 domains" in text

@@ -2,7 +2,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from mllm_jax.report import figures
+from mllm_jax.report import figures, page
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -43,7 +43,7 @@ def test_ablation_matrix_marks_stars_and_gaps():
     shown = texts(
         figures.ablation_matrix({"lm": change}, {}, {"lm": star}, ["cats", "dogs"], "random")
     )
-    assert "−20*" in shown and "+0.4" in shown and "0" in shown
+    assert f"{page.MINUS}20*" in shown and "+0.4" in shown and "0" in shown
     assert "nan" not in " ".join(shown) and "random" not in shown
 
 

@@ -1,0 +1,106 @@
+"""A tiny checkpoint and three tiny domains in folders, for the binaries to run on."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import tokenizers
+from flax import nnx
+
+from mllm_jax.checkpoints import save
+from mllm_jax.models import llava
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}user {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+LABELS = ("a circle", "a square", "a stripe", "a dot")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+    """A random tiny LLaVA whose tokenizer knows bytes."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    lm = llava.LlamaConfig(
+        vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
+    )
+    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), lm, fold=2, image_token=257)
+    save.save_hf(llava.Llava(config, rngs=nnx.Rngs(0)), None, folder)
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"},
+    )
+    size = config.vision.image_size
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+        },
+    )
+    return folder
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> list[pathlib.Path]:
+    """Three domains: pictures of one colour each, labels in folders."""
+    root = tmp_path_factory.mktemp("domains")
+    random = np.random.default_rng(0)
+    for channel, name in enumerate(("reds", "greens", "blues")):
+        for label in LABELS:
+            folder = root / name / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                pixels = random.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+    return [root / name for name in ("reds", "greens", "blues")]
+
+
+@pytest.fixture(scope="session")
+def command(checkpoint, folders):
+    """The command of a study on the tiny checkpoint and domains: command(study, workdir, ...)."""
+
+    def make(study: str, config: str, workdir: pathlib.Path, *more: str) -> list[str]:
+        paths = ",".join(repr(str(folder)) for folder in folders)
+        return [
+            sys.executable, "-m", f"experiments.{study}", f"--config={ROOT / config}",
+            f"--workdir={workdir}", f"--config.model={checkpoint}", f"--config.paths=({paths})",
+            *more,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def execute():
+    """Runs a command in the checkout; its result with the text of both streams."""
+
+    def run(command: list[str], **how) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **how
+        )
+
+    return run
