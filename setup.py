@@ -19,6 +19,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "array_record>=0.8",
+        "filelock",
         "flax>=0.12.8",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets writes with it and does not say so

@@ -103,7 +103,7 @@ class Selection:
         if self.form == "range":
             start, stop, step = self.value[0], self.value[1], self.value[2]
             at = xp.arange(size)
-            start = xp.where(start < 0, start + size, start)
+            start = xp.maximum(xp.where(start < 0, start + size, start), 0)
             stop = xp.where(stop < 0, stop + size, stop)
             return (at >= start) & (at < stop) & ((at - start) % step == 0)
         index = xp.atleast_1d(self.value)
@@ -171,14 +171,14 @@ class Address:
         """bool[L, width], or bool[L, 1] where all units are meant; NumPy where it can be."""
         name = self.site.name
         units = self.units
+        rows = self.layers.mask(layers, f"{name}: layer")[:, None]
         if units.form == "mask" and units.value.ndim == 2:
             if tuple(units.value.shape) != (layers, width):
                 raise ValueError(
                     f"{name}: the mask is {tuple(units.value.shape)}, "
                     f"the model has {layers} layers of {width}"
                 )
-            return units.value
-        rows = self.layers.mask(layers, f"{name}: layer")[:, None]
+            return rows & units.value
         if units.form == "all":
             return rows
         return rows & units.mask(width, f"{name}: unit")[None, :]

@@ -63,19 +63,19 @@ class TokenMap:
         )
 
     def extended(self, steps: int) -> TokenMap:
-        """With `steps` generated tokens after the prompt, each of kind answer."""
-        fill = {"kind": CODE["answer"], "row": -1, "column": -1, "tile": -1, "last": False}
-        return TokenMap(
-            **{
-                name: _pad_right(getattr(self, name), steps, value)
-                for name, value in fill.items()
-            }
-        )
+        """With `steps` generated tokens after the prompt: of kind answer, but in empty rows."""
+        xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
+        real = (self.kind != CODE["pad"]).any(-1, keepdims=True)
+        fill = {
+            "kind": xp.where(real, CODE["answer"], CODE["pad"]),
+            "row": -1, "column": -1, "tile": -1, "last": False,
+        }  # fmt: skip
 
+        def longer(array, value):
+            new = xp.broadcast_to(xp.asarray(value, array.dtype), (len(array), steps))
+            return xp.concatenate([array, new], 1)
 
-def _pad_right(array, steps: int, value):
-    xp = np if isinstance(array, np.ndarray) else jax.numpy
-    return xp.pad(array, ((0, 0), (0, steps)), constant_values=value)
+        return TokenMap(**{name: longer(getattr(self, name), fill[name]) for name in fill})
 
 
 @jax.tree_util.register_dataclass
@@ -143,21 +143,32 @@ kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
 
 def row(index) -> Where:
     """Image tokens in one row of the patch grid."""
-    return Where("row", value=np.asarray(index, np.int16))
+    return _grid("row", index)
 
 
 def column(index) -> Where:
     """Image tokens in one column of the patch grid."""
-    return Where("column", value=np.asarray(index, np.int16))
+    return _grid("column", index)
 
 
 def tile(index) -> Where:
     """Image tokens of one tile."""
-    return Where("tile", value=np.asarray(index, np.int16))
+    return _grid("tile", index)
+
+
+def _grid(form: str, index) -> Where:
+    if isinstance(index, jax.Array):
+        return Where(form, value=index.astype(np.int16))
+    if index < 0:
+        raise ValueError(f"{form} {index}: they are counted from 0")
+    return Where(form, value=np.int16(index))
 
 
 def mask(array) -> Where:
     """Exactly these tokens: bool[B, T]."""
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if array.dtype != bool:
+        raise TypeError(f"a token mask is bool[B, T], not {array.dtype}")
     return Where("mask", value=array)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -222,6 +223,7 @@ def _matrix(
         mark = "*" if star is not None and star[row, column] else ""
         ax.text(
             column, row, f"{_points(value)}{mark}", ha="center", va="center", fontsize=7.5,
+            in_layout=False,
             color=_ink_on(image.cmap(image.norm(value))), fontweight="bold" if mark else "normal",
         )  # fmt: skip
     for own in range(min(values.shape)):
@@ -290,9 +292,9 @@ def deviation(
             ax.set_yticklabels(kinds)
             ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
             ax.set(xscale="log", xlim=(floor * 0.9, max(values.max(initial=1e-9), floor) * 1.3))
+            ticks = _log_ticks(1.5 * floor, ax.get_xlim()[1])
             zero = [floor] if (values <= 0).any() else []
-            decades = 10.0 ** np.arange(np.ceil(np.log10(floor * 1.5)), np.log10(ax.get_xlim()[1]))
-            ax.set_xticks([*zero, *decades], [*("0" for _ in zero), *(f"{d:g}" for d in decades)])
+            ax.set_xticks([*zero, *ticks], [*("0" for _ in zero), *(f"{tick:g}" for tick in ticks)])
             ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             ax.grid(axis="x")
             for line in np.arange(0.5, len(kinds) - 1):
@@ -535,7 +537,7 @@ def _words(
         ground = 0.62 * np.array(image.cmap(image.norm(value))[:3]) + 0.38 * cell.mean()
         ax.text(
             (column + 0.5) * width / columns, (row + 0.5) * height / rows, word,
-            ha="center", va="center", color=_ink_on(ground),
+            ha="center", va="center", color=_ink_on(ground), in_layout=False,
             fontsize=min(8, across / (0.62 * len(word))),
         )  # fmt: skip
 
@@ -703,6 +705,17 @@ def _round_below(value: int) -> int:
     """The largest of 1, 2, 5, 10, 20, 50 ... that is not above the value."""
     power = 10 ** (len(str(int(value))) - 1)
     return max(step * power for step in (1, 2, 5) if step * power <= value)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between the two; steps of 1, 2, 5 where those are fewer than two."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5)):
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 1:
+            break
+    return ticks
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:

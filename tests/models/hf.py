@@ -19,13 +19,15 @@ from mllm_jax.models import llava
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+modeling_llava = pytest.importorskip("transformers.models.llava.modeling_llava")
 
 ATTENTION = {"attn_implementation": "eager"}  # the others have no attention weights
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what they call ours, where it differs
 SELECT = {"patch": "default", "full": "full"}
 
 
-def llama(config: llava.LlamaConfig) -> transformers.LlamaConfig:
+def llama_config(config: llava.LlamaConfig) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         vocab_size=config.vocab,
         hidden_size=config.width,
@@ -42,7 +44,7 @@ def llama(config: llava.LlamaConfig) -> transformers.LlamaConfig:
     )
 
 
-def clip(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
+def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     return transformers.CLIPVisionConfig(
         hidden_size=config.width,
         num_hidden_layers=config.layers,
@@ -56,10 +58,10 @@ def clip(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     )
 
 
-def llava_(config: llava.LlavaConfig) -> transformers.LlavaConfig:
+def llava_config(config: llava.LlavaConfig) -> transformers.LlavaConfig:
     return transformers.LlavaConfig(
-        vision_config=clip(config.vision),
-        text_config=llama(config.lm),
+        vision_config=clip_config(config.vision),
+        text_config=llama_config(config.lm),
         image_token_index=config.image_token,
         projector_hidden_act=ACTIVATIONS.get(config.projector.act, config.projector.act),
         multimodal_projector_bias=config.projector.bias,

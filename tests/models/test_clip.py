@@ -8,8 +8,6 @@ import hf
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from mllm_jax import sites
 from mllm_jax.interventions import captures, run
@@ -26,8 +24,8 @@ def config_of(**vision) -> llava.LlavaConfig:
     return llava.LlavaConfig.of(vision, llava.LlamaConfig.tiny(), image_token=95)
 
 
-def network(config: llava.LlavaConfig) -> transformers.CLIPVisionModel:
-    return hf.random(transformers.CLIPVisionModel(hf.clip(config.vision)))
+def network(config: llava.LlavaConfig) -> hf.transformers.CLIPVisionModel:
+    return hf.random(hf.transformers.CLIPVisionModel(hf.clip_config(config.vision)))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +50,8 @@ def test_every_site(act, at, run_layers, make_batch):
     want = {"vision.embed": want["vision.embed"]} | run_here
     hf.assert_equal(ours, batch, want)
     # The last that is run is the one that HF reads.
-    with torch.no_grad():
-        states = theirs(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
+    with hf.torch.no_grad():
+        states = theirs(hf.torch.from_numpy(pixels), output_hidden_states=True).hidden_states
     last = want["vision.resid_post"][-1] if run_layers else want["vision.embed"]
     np.testing.assert_array_equal(last, states[at].numpy())
 

@@ -8,9 +8,6 @@ import functools
 import hf
 import numpy as np
 import pytest
-import torch
-import transformers
-from transformers.models.llama import modeling_llama
 
 from mllm_jax.models import layers, llava
 
@@ -31,10 +28,10 @@ PADDED = {"none": (12, 12, 12), "right": (12, 5, 9), "left": (12, 5, 9)}
 
 
 @functools.cache
-def pair(name: str) -> tuple[transformers.LlamaForCausalLM, llava.Llava]:
+def pair(name: str) -> tuple[hf.transformers.LlamaForCausalLM, llava.Llava]:
     config = llava.LlavaConfig.tiny()
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, **CONFIGS[name]))
-    theirs = hf.random(transformers.LlamaForCausalLM(hf.llama(config.lm)))
+    theirs = hf.random(hf.transformers.LlamaForCausalLM(hf.llama_config(config.lm)))
     return theirs, hf.transfer(config, theirs)
 
 
@@ -68,8 +65,8 @@ def test_what_padding_holds_changes_nothing(make_batch):
 def test_rotary_angles_far_along_the_row(width, theta):
     config = llava.LlamaConfig(head_width=width, rope_theta=theta)
     position = np.arange(0, 8192, 7)[None]
-    theirs = modeling_llama.LlamaRotaryEmbedding(hf.llama(config))
-    want = theirs(torch.zeros(1), torch.from_numpy(position))
+    theirs = hf.modeling_llama.LlamaRotaryEmbedding(hf.llama_config(config))
+    want = theirs(hf.torch.zeros(1), hf.torch.from_numpy(position))
     got = layers.rotary(position, width, theta)
     for ours, reference in zip(got, want, strict=True):
         np.testing.assert_allclose(ours[:, :, 0], reference.numpy(), rtol=0, atol=1e-6)

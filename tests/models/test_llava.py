@@ -10,8 +10,6 @@ import hf
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from mllm_jax.interventions import run, tap
@@ -25,10 +23,10 @@ SITES = (
 
 
 @functools.cache
-def pair(select: str) -> tuple[transformers.LlavaForConditionalGeneration, llava.Llava]:
+def pair(select: str) -> tuple[hf.transformers.LlavaForConditionalGeneration, llava.Llava]:
     vision = dataclasses.replace(llava.ClipConfig.tiny(), select=select)
     config = llava.LlavaConfig.of(vision, llava.LlamaConfig.tiny(), image_token=95)
-    theirs = hf.random(transformers.LlavaForConditionalGeneration(hf.llava_(config)))
+    theirs = hf.random(hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config)))
     return theirs, hf.transfer(config, theirs)
 
 
@@ -96,8 +94,8 @@ def test_features_stand_in_for_pixels(make_batch, tiny_model):
     ],
 )
 def test_size_of_the_real_ones(config, known):
-    with torch.device("meta"):
-        theirs = transformers.LlavaForConditionalGeneration(hf.llava_(config))
+    with hf.torch.device("meta"):
+        theirs = hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config))
     sizes = {name: p.numel() for name, p in theirs.named_parameters()}
     assert sum(sizes.values()) == known
     above = [n for n in sizes if "post_layernorm" in n or "encoder.layers.23." in n]

@@ -7,8 +7,6 @@ import dataclasses
 import hf
 import numpy as np
 import pytest
-import torch
-from transformers.models.llava import modeling_llava
 
 from mllm_jax.interventions import run
 from mllm_jax.models import llava, projector
@@ -32,7 +30,7 @@ def with_features(batch: llava.Batch, config: llava.LlavaConfig, seed: int = 0) 
 @pytest.mark.parametrize("bias", [True, False])
 def test_two_maps_as_hf(bias, act, make_batch):
     config = config_of(bias=bias, act=act)
-    theirs = hf.random(modeling_llava.LlavaMultiModalProjector(hf.llava_(config)))
+    theirs = hf.random(hf.modeling_llava.LlavaMultiModalProjector(hf.llava_config(config)))
     ours = hf.transfer(config, theirs, "multi_modal_projector.")
     batch = with_features(make_batch(config, images=(1, 2)), config)
     names = ("projector.act", "projector.out")
@@ -45,19 +43,19 @@ def test_another_depth_as_the_original(depth, make_batch):
     # LLaVA's own builder: nn.Linear, then (nn.GELU, nn.Linear) for "mlpNx_gelu".
     config = config_of(depth=depth)
     E, D = config.vision.width, config.lm.width
-    modules = [torch.nn.Linear(E, D)]
+    modules = [hf.torch.nn.Linear(E, D)]
     for _ in range(depth - 1):
-        modules += [torch.nn.GELU(), torch.nn.Linear(D, D)]
-    theirs = hf.random(torch.nn.Sequential(*modules))
+        modules += [hf.torch.nn.GELU(), hf.torch.nn.Linear(D, D)]
+    theirs = hf.random(hf.torch.nn.Sequential(*modules))
     prefix = "model.mm_projector" + (".0." if depth == 1 else ".")
     weights = theirs[0] if depth == 1 else theirs
     ours = hf.transfer(config, weights, prefix)
     batch = with_features(make_batch(config, images=(1, 2)), config)
-    x, acts = torch.from_numpy(batch.features), []
-    with torch.no_grad():
+    x, acts = hf.torch.from_numpy(batch.features), []
+    with hf.torch.no_grad():
         for module in theirs:
             x = module(x)
-            acts += [x.numpy()] if isinstance(module, torch.nn.GELU) else []
+            acts += [x.numpy()] if isinstance(module, hf.torch.nn.GELU) else []
     want = {"projector.out": x.numpy()} | ({"projector.act": np.stack(acts)} if acts else {})
     hf.assert_equal(ours, batch, want)
     assert ("projector.act" in run.site_shapes(ours, batch)) == (depth > 1)

@@ -31,7 +31,7 @@ SECTION = page.Section(
     title="A <b>",
     reading="Rises & falls.",
     figures=[page.Figure("figures/a.png", 'the "a"', "Caption", width=800)],
-    table=page.Table(["name", "points"], [["x < y", "−1.5"], ["z", "–"]]),
+    table=page.Table(["name", "points"], [["x < y", f"{page.MINUS}1.5"], ["z", page.DASH]]),
     data=[("a.csv", "tables/a.csv")],
     note="How.",
 )
@@ -51,7 +51,7 @@ def test_is_well_formed_and_escaped():
         "A <b>",
         "Rises & falls.",
         "x < y",
-        "−1.5",
+        f"{page.MINUS}1.5",
         "Caption",
         "How.",
         "domains",
@@ -71,7 +71,7 @@ def test_links_are_relative_and_nothing_is_fetched():
 def test_dark_mode_and_numbers_on_the_right():
     text = page.render(page.Page("t", "l", sections=[SECTION]))
     assert "prefers-color-scheme: dark" in text
-    assert "<td>x &lt; y</td><td class=number>−1.5</td>" in text
+    assert f"<td>x &lt; y</td><td class=number>{page.MINUS}1.5</td>" in text
 
 
 def test_a_page_of_nothing_is_a_page():

@@ -1,0 +1,503 @@
+"""Every edit at every site is what NumPy does there in a plain loop over layers."""
+
+from __future__ import annotations
+
+import oracle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
+from mllm_jax.interventions import run
+
+pytestmark = pytest.mark.usefixtures("op_by_op")
+
+PAD, CLS, IMAGE = (tok.CODE[name] for name in ("pad", "cls", "image"))
+VALUED = [site for site in S.TABLE if site is not S.lm.attn.mask]
+LAST_LAYER = {"vision": 1, "projector": 0, "lm": 2}
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+    return make_batch(fill=1)  # right-padded, and a tile that is nobody's
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_model, batch):
+    return oracle.forward(tiny_model, batch)[1]
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_model, batch):
+    return np.asarray(mj.run(tiny_model, batch, logits="all").logits)
+
+
+def logits(model, batch, edits):
+    out = mj.run(model, batch, edits, logits="all")
+    return np.asarray(out.logits), out.receipts
+
+
+def image_tokens(site, batch) -> np.ndarray:
+    """bool[B, T], by hand: patches of real tiles, without CLS; image tokens of the LM."""
+    if site.module in ("lm", "logits"):
+        return batch.tokens.kind == IMAGE
+    patches = np.ones((len(batch.real), 17 if site.module == "vision" else 4), bool)
+    patches[:, 0] = site.module != "vision"
+    return patches & batch.real[:, None]
+
+
+def some_units(width: int) -> np.ndarray:
+    return np.arange(width) % 3 != 1
+
+
+def columns(width: int) -> np.ndarray:
+    return np.random.default_rng(width).normal(size=(width, 2)).astype(np.float32)
+
+
+def project_out(x):
+    q, _ = np.linalg.qr(columns(x.shape[-1]))
+    return x - x @ q @ q.T
+
+
+def ramp(x, axis):
+    """A value for every unit of the site, laid along its axis."""
+    values = np.linspace(-1, 2, x.shape[axis], dtype=np.float32)
+    return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+
+def patched(x, mask, source=0, into=1):
+    """As many image tokens in both rows: those of one are written to the other."""
+    y = x.copy()
+    y[into, mask[into]] = x[source, mask[source]]
+    return y
+
+
+# What the user writes, given an address, its width and image tokens; and what NumPy does.
+KINDS = {
+    "ablate": (lambda at, n: mj.ablate(at, where=tok.image), lambda x, u, m: np.zeros_like(x)),
+    "scale": (
+        lambda at, n: mj.scale(at, np.linspace(-1, 2, n), where=tok.image),
+        lambda x, u, m: x * ramp(x, u),
+    ),
+    "add": (
+        lambda at, n: mj.add(at, np.linspace(-1, 2, n), where=tok.image),
+        lambda x, u, m: x + ramp(x, u),
+    ),
+    "replace": (
+        lambda at, n: mj.replace(at, np.linspace(-1, 2, n), where=tok.image),
+        lambda x, u, m: np.broadcast_to(ramp(x, u), x.shape),
+    ),
+    "project_out": (
+        lambda at, n: mj.project_out(at, columns(n), where=tok.image),
+        lambda x, u, m: project_out(x),
+    ),
+    "patch": (
+        lambda at, n: mj.patch(at, 0, 1, where=tok.image),
+        lambda x, u, m: patched(x, m),
+    ),
+    "call": (
+        lambda at, n: mj.call(at, lambda x, a: jnp.sin(x) + a, where=tok.image, a=0.5),
+        lambda x, u, m: np.sin(x) + 0.5,
+    ),
+}  # fmt: skip
+LAST_AXIS_ONLY = ("project_out",)  # a basis is one of the last axis
+
+
+@pytest.mark.parametrize("site", VALUED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pair_is_the_oracle(kind, site, tiny_model, batch, seen, clean):
+    edit, numpy = KINDS[kind]
+    if kind == "patch" and site is S.lm.attn.pattern:
+        pytest.skip("refused: see test_a_patch_of_the_pattern")
+    layer = LAST_LAYER[site.module] if site.stacked else None
+    before = seen[site.name][layer or 0]
+    axis = next(i for i, a in enumerate(site.axes) if a in "EDFNV")
+    units = some_units(before.shape[axis])
+    width = before.shape[-1 if kind in LAST_AXIS_ONLY else axis]
+    tokens = image_tokens(site, batch)
+    mask = oracle.spread(site.axes, tokens, units)
+
+    def change(x):
+        return np.where(mask, numpy(x, axis, tokens), x)
+
+    want, _ = oracle.forward(tiny_model, batch, [(site.name, layer, change)])
+    address = site[units] if layer is None else site[layer, units]
+    got, (receipt,) = logits(tiny_model, batch, edit(address, width))
+    valid = batch.valid
+    np.testing.assert_allclose(got[valid], want[valid], rtol=0, atol=1e-5)
+    if site is S.logits or site is S.lm.norm:  # what comes before reaches the last token
+        assert (got != clean)[tokens].any()
+    else:
+        assert (got[:, -1] != clean[:, -1]).any() or (got[1] != clean[1]).any()
+
+    after = change(before)
+    written = tokens & (np.arange(len(tokens)) == 1)[:, None] if kind == "patch" else tokens
+    at = layer or 0
+    assert receipt.edit == f"{kind} {site.name}"
+    np.testing.assert_array_equal(np.delete(receipt.tokens, at), 0)
+    assert receipt.tokens[at] == written.sum() > 0
+    np.testing.assert_allclose(receipt.elements[at], (after != before).sum(), rtol=0.001)
+    np.testing.assert_allclose(receipt.norm[at], np.linalg.norm(after - before), rtol=1e-4)
+    assert receipt.norm[at] > 0 and (np.delete(receipt.norm, at) == 0).all()
+
+
+@pytest.mark.parametrize("heads", [None, [0, 3]])
+def test_knockout_is_the_oracle(heads, tiny_model, batch, clean):
+    hidden, looks = batch.tokens.kind == IMAGE, batch.tokens.last
+    chosen = np.isin(np.arange(4), heads if heads else np.arange(4))
+
+    def change(mask):
+        cut = looks[:, None, :, None] & hidden[:, None, None, :] & chosen[:, None, None]
+        return mask & ~cut
+
+    changes = [("lm.attn.mask", layer, change) for layer in (1, 2)]
+    want, seen = oracle.forward(tiny_model, batch, changes)
+    target = S.lm.attn[1:3] if heads is None else S.lm.attn[1:3, heads]
+    got, (receipt,) = logits(tiny_model, batch, mj.knockout(target, to=tok.last, on=tok.image))
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-5)
+    assert abs(got - clean)[looks].max() > 1e-3
+    np.testing.assert_array_equal(got[~looks], clean[~looks])
+    # 2 rows, each 4 image tokens and one that looks, in each head
+    np.testing.assert_array_equal(receipt.elements, np.array([0, 1, 1, 0]) * 8 * chosen.sum())
+    np.testing.assert_array_equal(receipt.tokens, [0, 2, 2, 0])
+
+
+def test_a_query_that_may_look_nowhere_gets_zeros(tiny_model, batch):
+    edit = mj.knockout(S.lm.attn[2], to=tok.last, on=tok.all)
+    out = mj.run(tiny_model, batch, edit, {"heads": mj.keep(S.lm.attn.heads[2], where=tok.last)})
+    assert np.isfinite(out.logits).all() and not np.asarray(out["heads"]).any()
+
+
+# Values in every shape that fits, where they vary along what they name.
+B, T, L, F, N, H = 2, 15, 4, 48, 4, 8
+SHAPES = {
+    "scalar": (), "F": (F,), "L F": (L, F), "B T F": (B, T, F), "B 1 F": (B, 1, F),
+    "1 T 1": (1, T, 1), "L B T F": (L, B, T, F), "L 1 1 1": (L, 1, 1, 1), "L 1": (L, 1),
+}  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_any_edit_of_neurons_is_the_oracle(data, tiny_model, batch):
+    kind = data.draw(st.sampled_from(["ablate", "scale", "add", "replace"]))
+    shape = SHAPES[data.draw(st.sampled_from(list(SHAPES)))]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    value, mask = rng.normal(size=shape).astype(np.float32), rng.random((L, F)) < 0.2
+    tokens = rng.random(batch.valid.shape) < 0.5
+    name = data.draw(st.sampled_from(["question", "image", "last", "text", "all"]))
+    where = tok.mask(tokens) | tok.NAMED[name]
+    picked = (tokens | tok.NAMED[name].mask(batch.tokens)) & batch.valid
+    full = np.broadcast_to(_lead(value), (L, B, T, F))
+    fn = {"ablate": lambda x, v: 0 * x, "scale": np.multiply, "add": np.add}
+    fn = fn.get(kind, lambda x, v: v)
+
+    def change(layer):
+        at = picked[:, :, None] & mask[layer]
+        return lambda x: np.where(at, fn(x, full[layer]), x)
+
+    changes = [("lm.mlp.act", layer, change(layer)) for layer in range(L)]
+    want, _ = oracle.forward(tiny_model, batch, changes)
+    given_ = () if kind == "ablate" else (value,)
+    got, (receipt,) = logits(tiny_model, batch, getattr(mj, kind)(mask, *given_, where=where))
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(receipt.tokens, picked.sum() * mask.any(1))
+
+
+def _lead(value):
+    """[L, B, T, F] from the shapes of SHAPES; two axes are layers and neurons."""
+    if value.ndim == 2:
+        return value[:, None, None]
+    return value.reshape(*(1,) * (4 - value.ndim), *value.shape)
+
+
+def test_values_for_the_chosen_units_alone(tiny_model, batch):
+    chosen = [7, 3, -1]
+    full = np.zeros(F, np.float32)
+    full[chosen] = [1.0, -2.0, 3.0]
+    some = mj.add(S.lm.mlp.act[1, chosen], [1.0, -2.0, 3.0])
+    same(tiny_model, batch, some, mj.add(S.lm.mlp.act[1, chosen], full))
+
+
+def test_values_of_heads(tiny_model, batch):
+    heads = S.lm.attn.heads
+    gates = np.array([1.0, 0.5, -1.0, 0.0], np.float32)  # [N]
+    by_head = mj.scale(heads[2, [2]], -1.0) >> mj.scale(heads[2, [1]], 0.5) >> mj.ablate(heads[2, 3])
+    same(tiny_model, batch, mj.scale(heads[2], gates), by_head)
+    by_layer = np.ones((L, N), np.float32)
+    by_layer[2] = gates
+    same(tiny_model, batch, mj.scale(heads, by_layer), by_head)
+    same(tiny_model, batch, mj.scale(heads[2, [2, 1, 3]], [-1.0, 0.5, 0.0]), by_head)
+    full = np.broadcast_to(gates[:, None], (N, H))  # [N, H]
+    same(tiny_model, batch, mj.scale(heads[2], full), by_head)
+
+
+def same(model, batch, a, b, atol=1e-6):
+    ours, theirs = (logits(model, batch, edits)[0] for edits in (a, b))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
+# Algebra.
+
+ACT, RESID = S.lm.mlp.act[1:3], S.lm.resid_post[1]
+V = np.random.default_rng(1).normal(size=32).astype(np.float32)
+WHERE = (None, tok.image, tok.last)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_edits_that_say_nothing_are_bitwise_clean(where, tiny_model, batch, clean):
+    identities = [
+        mj.scale(ACT, 1.0, where=where),
+        mj.add(RESID, 0.0 * V, where=where),
+        mj.call(RESID, lambda x: x, where=where),
+        mj.scale(ACT, np.ones((L, F))),
+    ]
+    for edits in identities:
+        got, (receipt,) = logits(tiny_model, batch, edits)
+        np.testing.assert_array_equal(got, clean)
+        assert receipt.tokens.any() and not receipt.elements.any() and not receipt.norm.any()
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (lambda w: mj.add(RESID, V, where=w) >> mj.add(RESID, -V, where=w), None),
+        (lambda w: mj.scale(ACT, 0.0, where=w), lambda w: mj.ablate(ACT, where=w)),
+        (lambda w: mj.replace(ACT, 0.0, where=w), lambda w: mj.ablate(ACT, where=w)),
+        (
+            lambda w: mj.scale(ACT, 3.0, where=w) >> mj.scale(ACT, -0.5, where=w),
+            lambda w: mj.scale(ACT, -1.5, where=w),
+        ),
+        (
+            lambda w: mj.add(RESID, V, where=w) >> mj.replace(RESID, 2 * V, where=w),
+            lambda w: mj.replace(RESID, 2 * V, where=w),
+        ),
+        (
+            lambda w: mj.replace(RESID, 2 * V, where=w) >> mj.add(RESID, V, where=w),
+            lambda w: mj.replace(RESID, 3 * V, where=w),
+        ),
+        (
+            lambda w: mj.project_out(RESID, V, where=w) >> mj.project_out(RESID, V, where=w),
+            lambda w: mj.project_out(RESID, -2 * V, where=w),
+        ),
+        (
+            lambda w: mj.add(RESID, V, where=w) >> mj.project_out(RESID, V, where=w),
+            lambda w: mj.project_out(RESID, V, where=w),
+        ),
+        (
+            lambda w: mj.project_out(RESID, np.eye(32), where=w),
+            lambda w: mj.ablate(RESID, where=w),
+        ),
+    ],
+    ids=["add -add", "scale 0", "replace 0", "scale scale", "replace wins", "replace add",
+         "project twice", "project takes what is added", "project all"],
+)  # fmt: skip
+def test_algebra(left, right, where, tiny_model, batch, clean):
+    got, _ = logits(tiny_model, batch, left(where))
+    want = clean if right is None else logits(tiny_model, batch, right(where))[0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_order_is_respected(tiny_model, batch):
+    scale, add = mj.scale(RESID, -2.0), mj.add(RESID, V)
+    first, second = (logits(tiny_model, batch, e)[0] for e in (scale >> add, add >> scale))
+    assert abs(first - second).max() > 1e-2
+    same(tiny_model, batch, scale >> add, mj.call(RESID, lambda x, v: -2 * x + v, v=V), 1e-5)
+    same(tiny_model, batch, add >> scale, mj.call(RESID, lambda x, v: -2 * (x + v), v=V), 1e-5)
+    three = mj.ablate(ACT) >> scale >> add
+    assert [edit.kind for edit in three] == ["ablate", "scale", "add"] and len(three) == 3
+    _, receipts = logits(tiny_model, batch, three)
+    assert [r.edit for r in receipts] == [
+        "ablate lm.mlp.act", "scale lm.resid_post", "add lm.resid_post"
+    ]  # fmt: skip
+
+
+def test_patch_there_is_replace_with_what_was_seen(tiny_model, batch, seen):
+    image = np.flatnonzero(batch.tokens.kind[0] == IMAGE)
+    basis, _ = np.linalg.qr(columns(32))
+    x = seen["lm.resid_post"][1]
+    value = np.zeros_like(x)
+    value[1, image] = x[0, image]
+    at = np.zeros(batch.valid.shape, bool)
+    at[1, image] = True
+    patch = mj.patch(RESID, 0, 1, where=tok.image)
+    same(tiny_model, batch, patch, mj.replace(RESID, value, where=at), 1e-5)
+    value[1, image] = x[1, image] + (x[0, image] - x[1, image]) @ basis @ basis.T
+    subspace = mj.patch(RESID, 0, 1, where=tok.image, basis=3 * columns(32))
+    same(tiny_model, batch, subspace, mj.replace(RESID, value, where=at), 1e-5)
+
+
+def test_patch_matches_tokens_in_order_in_rows_of_unequal_length(tiny_model, make_batch, clean):
+    """A row patched at every last token from the other row says what the other row says."""
+    patch = mj.patch(S.lm.norm, 0, 1, where=tok.last)
+    for pad in ("left", "right"):
+        batch = make_batch(pad=pad)
+        out, unedited = (mj.run(tiny_model, batch, e).logits for e in (patch, None))
+        np.testing.assert_allclose(out[1], unedited[0], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(out[0], unedited[0])
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("site", [S.lm.mlp.act, S.lm.resid_post, S.lm.embed], ids=str)
+def test_padding_is_never_edited(site, pad, tiny_model, make_batch):
+    batch = make_batch(pad=pad)
+    where = ~batch.valid
+    where[1, batch.last[1]] = True
+    edits = [mj.add(site, 5.0, where=w) for w in (where, tok.last & tok.mask(where))]
+    (a, (first,)), (b, (second,)) = (logits(tiny_model, batch, e) for e in edits)
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(first.tokens, 1)
+    np.testing.assert_array_equal(first.elements, second.elements)
+
+
+def test_only_padding_changes_nothing_where_it_cannot_be_refused(tiny_model, batch, clean):
+    (bound,), _ = run.bind(tiny_model, batch, mj.ablate(S.lm.resid_post), None)
+    nowhere = mj.interventions.edits.dataclasses.replace(bound, tokens=np.zeros_like(bound.tokens))
+    out = run._run(tiny_model, batch, (nowhere,), {}, logits="all", remat=False)
+    np.testing.assert_array_equal(out.logits, clean)
+    assert not out.receipts[0].tokens.any() and not out.receipts[0].elements.any()
+
+
+SELECTORS = {
+    "system": lambda t: t.kind == tok.CODE["system"],
+    "question": lambda t: t.kind == tok.CODE["question"],
+    "image": lambda t: t.kind == tok.CODE["image"],
+    "text": lambda t: np.isin(t.kind, [tok.CODE["system"], tok.CODE["question"]]),
+    "last": lambda t: t.last,
+    "all": lambda t: t.kind != PAD,
+}
+WHERES = [(tok.NAMED[name], want) for name, want in SELECTORS.items()] + [
+    (tok.row(1), lambda t: t.row == 1),
+    (tok.column(0), lambda t: t.column == 0),
+    (tok.tile(0), lambda t: t.tile == 0),
+    (tok.image & ~tok.row(0), lambda t: t.row == 1),
+    (tok.last | tok.column(1), lambda t: t.last | (t.column == 1)),
+    (~tok.text, lambda t: t.kind == tok.CODE["image"]),
+]
+
+
+@pytest.mark.parametrize(("where", "want"), WHERES)
+def test_where(where, want, tiny_model, batch):
+    """Exactly the tokens meant change at the site, and the receipt says how many."""
+    captures = {"x": mj.keep(S.lm.mlp.out[1])}
+    edit = mj.add(S.lm.mlp.out[1], 1.0, where=where)
+    out = mj.run(tiny_model, batch, edit, captures, logits="none")
+    before = mj.run(tiny_model, batch, None, captures, logits="none")["x"]
+    changed = (np.asarray(out["x"]) - np.asarray(before)).round(5)
+    mask = want(batch.tokens)
+    np.testing.assert_array_equal(changed, np.broadcast_to(mask[..., None], changed.shape))
+    assert 0 < out.receipts[0].tokens[1] == mask.sum()
+
+
+def test_where_of_pictures(tiny_model, make_batch):
+    """Tiles, rows and columns of the vision tower, of two pictures in a row."""
+    batch = make_batch(images=(2, 1), words=(5, 5))
+    out = mj.run(tiny_model, batch, None, {"x": mj.keep(S.vision.mlp.out[0])}, logits="none")
+    tiles, grid = np.array([0, 1, 0]), np.arange(17) - 1
+    for where, want in [
+        (tok.tile(1), np.broadcast_to((tiles == 1)[:, None], (3, 17))),
+        (tok.row(2), np.broadcast_to((grid >= 0) & (grid // 4 == 2), (3, 17))),
+        (tok.column(3), np.broadcast_to((grid >= 0) & (grid % 4 == 3), (3, 17))),
+        (tok.cls, np.broadcast_to(grid < 0, (3, 17))),
+        (tok.image, np.broadcast_to(grid >= 0, (3, 17))),
+    ]:
+        edit = mj.add(S.vision.mlp.out[0], 1.0, where=where)
+        got = mj.run(tiny_model, batch, edit, {"x": mj.keep(S.vision.mlp.out[0])}, logits="none")
+        changed = (np.asarray(got["x"]) - np.asarray(out["x"])).round(5)[..., 0]
+        np.testing.assert_array_equal(changed, want)
+        np.testing.assert_array_equal(got.receipts[0].tokens, [want.sum(), 0])
+
+
+# Weights.
+
+
+def test_ablating_a_neuron_is_zeroing_its_row_of_the_down_map(tiny_model, random_model, batch):
+    neurons = {"lm": (2, 7), "vision": (1, 11), "projector": (0, 20)}
+    for module, (layer, unit) in neurons.items():
+        changed = random_model(tiny_model.config)
+        if module == "projector":
+            kernel = changed.projector.linears[1].kernel
+            kernel[...] = kernel[...].at[unit].set(0)
+            address = S.projector.act[0, unit]
+        else:
+            kernel = getattr(changed, module).layers.mlp.down.kernel
+            kernel[...] = kernel[...].at[layer, unit].set(0)
+            address = getattr(S, module).mlp.act[layer, unit]
+        got, _ = logits(tiny_model, batch, mj.ablate(address))
+        want, _ = logits(changed, batch, None)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        assert (got != logits(tiny_model, batch, None)[0]).any()
+
+
+def test_a_replaced_head_result_does_not_depend_on_the_half_precision_of_its_basis(tiny_model):
+    """A basis is made orthonormal in float32, whatever the model computes in."""
+    from mllm_jax.interventions import edits
+
+    shape = {"lm.resid_post": edits.SiteShape(4, (2, 15, 32), jnp.bfloat16)}
+    map_ = tok.TokenMap.grid(np.zeros(2, int), (3, 5), False, np.ones(2, bool))
+    (bound,) = edits.bind(mj.project_out(RESID, V), shape, {"lm": map_})
+    basis = np.asarray(bound.values["basis"][1, :, 0], np.float32)
+    assert bound.values["basis"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(abs(basis), abs(V) / np.linalg.norm(V), rtol=0.01)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mj.ablate(S.lm.mlp.act[9]), "lm.mlp.act: layer 9 is out of range: the model has 4"),
+        (lambda: mj.ablate(S.vision.mlp.act[2]), "vision.mlp.act: layer 2 .* feature layer never"),
+        (lambda: mj.ablate(S.lm.mlp.act[1, 48]), "lm.mlp.act: unit 48 is out of range"),
+        (lambda: mj.ablate(np.ones((4, 5), bool)), r"lm.mlp.act: the mask is \(4, 5\), the model "),
+        (lambda: mj.ablate(S.lm.resid_post, where=np.ones((2, 3), bool)), r"mask is \(2, 3\), the b"),
+        (lambda: mj.ablate(S.lm.resid_post, where=tok.answer),
+         r"the edit of lm.resid_post selects no token of this batch \(see where=\)"),
+        (lambda: mj.ablate(S.lm.mlp.act[1, []]), "the edit of lm.mlp.act selects no layer or unit"),
+        (lambda: mj.ablate(S.lm.mlp.act[5:]), "the edit of lm.mlp.act selects no layer or unit"),
+        (lambda: mj.knockout(S.lm.attn, to=tok.last, on=tok.answer), "selects no token"),
+        (lambda: mj.add(S.lm.resid_post, np.ones(31)),
+         r"lm.resid_post: a value of shape \(31,\) does not fit; the site is "
+         r"\[L B T D\] = \[4, 2, 15, 32\]"),
+        (lambda: mj.scale(S.lm.mlp.act[1, [3, 5]], np.ones(3)), r"shape \(3,\) does not fit"),
+        (lambda: mj.add(S.lm.resid_post[1:3], np.ones((2, 32))), r"shape \(2, 32\) does not fit"),
+        (lambda: mj.project_out(S.lm.resid_post, np.ones((31, 2))),
+         r"lm.resid_post: the basis is \(31, 2\), expected \[32, directions\]"),
+        (lambda: mj.project_out(S.lm.resid_post, np.ones((32, 2))),
+         "lm.resid_post: the 2 directions of the basis span only 1"),
+        (lambda: mj.project_out(S.lm.resid_post, np.zeros(32)), "span only 0"),
+        (lambda: mj.patch(S.lm.resid_post, 0, 2), "writes row 2: the batch has rows 0 to 1"),
+        (lambda: mj.patch(S.lm.resid_post, 0, 1),
+         "the patch of lm.resid_post matches 15 tokens of row 0 with 12 of row 1"),
+        (lambda: mj.patch(S.lm.resid_post, 0, 1, where=np.eye(2, 15, dtype=bool)[:, ::-1]),
+         "matches 1 tokens of row 0 with 0 of row 1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_in_one_line(make, message, tiny_model, batch):
+    with pytest.raises(ValueError, match=message) as caught:
+        mj.run(tiny_model, batch, make())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mj.knockout(S.lm.resid_post), "knockout does not apply to lm.resid_post: only lm.attn"),
+        (lambda: mj.ablate(S.lm.attn), "ablate does not apply to lm.attn.mask"),
+        (lambda: mj.patch(S.lm.attn.pattern, 0, 1), "patch does not apply to lm.attn.pattern"),
+    ],
+)
+def test_kinds_have_their_sites(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_pass_without_the_site(tiny_model, make_batch):
+    text = make_batch(images=(0, 0))
+    with pytest.raises(ValueError, match=r"this pass has no site vision.mlp.act; it has: lm\.embed"):
+        mj.run(tiny_model, text, mj.ablate(S.vision.mlp.act))

@@ -1,0 +1,159 @@
+"""A file is whole or not there; a study's folder belongs to one config."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mllm_jax import workdir
+from mllm_jax.workdir import Workdir
+
+
+def files(path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_write_that_is_broken_off_leaves_what_was(tmp_path, old):
+    path = tmp_path / "result.json"
+    if old:
+        path.write_text(old)
+
+    def break_off():
+        with workdir.atomic(path) as file:
+            file.write(b"half of")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert files(tmp_path) == (["result.json"] if old else [])
+    assert not old or path.read_text() == old
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace", "open"])
+def test_a_full_disk(tmp_path, monkeypatch, step):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if step == "write":
+        monkeypatch.setattr(workdir.json, "dumps", lambda *_, **__: _Text(full))
+    elif step == "open":
+        monkeypatch.setattr("builtins.open", full)
+    else:
+        monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match=r"cannot write .*result.json: No space left on device; free"):
+        workdir.atomic_json(path, {"new": 1})
+    monkeypatch.undo()
+    assert path.read_text() == "old" and files(tmp_path) == ["result.json"]
+
+
+class _Text(str):
+    """Text that cannot be written: its bytes do not fit on the disk."""
+
+    def __new__(cls, full):
+        text = super().__new__(cls, "x")
+        text.encode = full
+        return text
+
+    def __add__(self, other):
+        return self
+
+
+def test_a_file_is_as_readable_as_others(tmp_path):
+    (tmp_path / "plain").write_text("")
+    workdir.atomic_text(tmp_path / "deep" / "atomic", "text")
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(modes) == 1
+    assert (tmp_path / "deep" / "atomic").read_text() == "text"
+
+
+def test_the_same_value_is_the_same_bytes(tmp_path):
+    workdir.atomic_json(tmp_path / "a", {"x": 1, "y": [2.5, None]})
+    workdir.atomic_json(tmp_path / "b", {"y": [2.5, None], "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert workdir.read_json(tmp_path / "a") == {"x": 1, "y": [2.5, None]}
+    with pytest.raises(ValueError):
+        workdir.atomic_json(tmp_path / "a", {"x": float("nan")})  # no JSON
+    assert workdir.read_json(tmp_path / "a")["x"] == 1
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    config = {"seed": 1, "layers": (1, 2), "rate": 0.5}
+    Workdir(tmp_path / "study", config)
+    Workdir(tmp_path / "study", dict(reversed(config.items())))
+    message = r"study belongs to another config \(it differs in rate, seed\): choose another --workdir"
+    with pytest.raises(ValueError, match=message):
+        Workdir(tmp_path / "study", {"seed": 2, "layers": [1, 2]})
+    assert json.loads((tmp_path / "study" / "config.json").read_text())["seed"] == 1
+
+
+def test_a_step_is_done_once(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return {"a": np.arange(3), "b": np.ones((2, 2), np.float32)}
+
+    for _ in range(2):  # as after a kill
+        found = Workdir(tmp_path, {}).arrays("counts", make)
+        np.testing.assert_array_equal(found["a"], [0, 1, 2])
+        assert found["b"].dtype == np.float32
+    assert len(calls) == 1
+    assert [Workdir(tmp_path, {}).json("n", lambda n=n: {"n": n}) for n in (1, 2)] == [{"n": 1}] * 2
+    assert files(tmp_path) == ["config.json", "steps/counts.npz", "steps/n.json"]
+
+
+def test_a_step_that_fails_is_done_again(tmp_path):
+    study = Workdir(tmp_path, {})
+
+    def fail():
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        study.arrays("counts", fail)
+    assert study.arrays("counts", lambda: {"a": np.ones(1)})["a"] == 1
+
+
+def test_pickles_are_not_read(tmp_path):
+    (tmp_path / "steps").mkdir()
+    np.savez(tmp_path / "steps" / "bad.npz", a=np.array([{}], object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        Workdir(tmp_path, {}).arrays("bad", dict)
+
+
+def test_pictures(tmp_path):
+    picture = PIL.Image.new("RGB", (2, 1), (1, 2, 3))
+    name = workdir.relative_picture(Workdir(tmp_path, {}), "one.png", picture)
+    assert name == "figures/one.png"
+    read = PIL.Image.open(io.BytesIO((tmp_path / name).read_bytes()))
+    assert read.getpixel((1, 0)) == (1, 2, 3)
+
+
+def test_fingerprints_tell_arrays_apart():
+    same = [workdir.fingerprint({"a": np.arange(4.0), "b": 1}) for _ in range(2)]
+    assert same[0] == same[1]
+    others = [
+        {"a": np.arange(4.0), "b": 2},
+        {"a": np.arange(4.0).reshape(2, 2), "b": 1},
+        {"a": np.arange(4.0, dtype=np.float32), "b": 1},
+        {"c": np.arange(4.0), "b": 1},
+        {"a": np.arange(8.0)[::2] / 2, "b": 3},
+    ]
+    assert len({same[0], *map(workdir.fingerprint, others)}) == 6
+
+
+def test_a_manifest_says_what_made_the_result(tmp_path):
+    workdir.manifest(Workdir(tmp_path, {"seed": 3}), model="abc")
+    found = workdir.read_json(tmp_path / "manifest.json")
+    assert found["config"] == {"seed": 3} and found["model"] == "abc"
+    assert {"jax", "numpy"} <= set(found["versions"])
