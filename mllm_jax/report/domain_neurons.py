@@ -89,7 +89,10 @@ def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure | None:
         *_matrix(results, module, control=False),
         {"curves": f"Entropy of {kind} tokens", "matrix": f"Accuracy change, {name}"},
     )
-    words = "Left: the most likely word at each image token, the surer the deeper. Then: e"
+    words = (
+        "Left: image tokens, the surer the lens the deeper, with its most likely word where there "
+        "is room. Then: e"
+    )
     return _png(
         folder,
         "overview",
@@ -475,7 +478,7 @@ def _matrix(results: Mapping, module: str, *, control: bool) -> tuple[np.ndarray
             cell = place[run["mask"]], place[run["data"]]
             total[cell] += run["difference"]
             runs[cell] += 1
-            star[cell] = run["low"] > 0 or run["high"] < 0
+            star[cell] = run["low"] > 0
     return np.divide(total, runs, out=np.full(shape, np.nan), where=runs > 0), star
 
 

@@ -16,15 +16,19 @@ STEPS = 8
 
 
 @jax.jit
-def read(lm, x, position, valid, past=None):
-    return lm(x, position, valid, tap.Taps().module("lm"), past)
+def read(lm, ids, position, valid, past=None):
+    return lm(lm.embeddings(ids), position, valid, tap.Taps().module("lm"), past)
 
 
 @jax.jit
-def step(lm, x, position, past, slot):
+def step(lm, ids, position, past, slot):
     """One token a row, and the cache with it."""
-    out, new = read(lm, x, position, jnp.ones(position.shape, bool), past)
+    out, new = read(lm, ids, position, jnp.ones(position.shape, bool), past)
     return out, past.write(new, slot)
+
+
+def numpy(tree):
+    return jax.tree.map(np.asarray, tree)
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])
@@ -32,24 +36,25 @@ def test_token_by_token_is_the_full_pass(pad, make_batch, tiny_model):
     lm, words = tiny_model.lm, (12, 5, 9)
     prompt = make_batch(images=(0, 0, 0), words=words, pad=pad)
     T = prompt.ids.shape[1]
-    answer = np.random.default_rng(1).integers(0, lm.config.vocab, (len(words), STEPS))
+    answer = np.random.default_rng(1).integers(0, lm.config.vocab, (len(words), STEPS), np.int32)
 
-    out, past = read(lm, lm.embeddings(prompt.ids), prompt.position, prompt.valid)
+    out, past = read(lm, prompt.ids, prompt.position, prompt.valid)
     past = past.extended(STEPS)
     outs = [out]
     for i in range(STEPS):
         position = np.array(words, np.int32)[:, None] + i
-        new, past = step(lm, lm.embeddings(answer[:, i : i + 1]), position, past, T + i)
+        new, past = step(lm, answer[:, i : i + 1], position, past, T + i)
         outs.append(new)
-    outs, real = np.concatenate(outs, 1), np.asarray(past.valid)
+    outs, past = np.concatenate(outs, 1), numpy(past)
+    real = past.valid
     np.testing.assert_array_equal(real[:, :T], prompt.valid)
 
     whole = make_batch(images=(0, 0, 0), words=[n + STEPS for n in words])  # in one go
     for row, n in enumerate(words):
         whole.ids[row, : n + STEPS] = [*prompt.ids[row][prompt.valid[row]], *answer[row]]
-    want, full = read(lm, lm.embeddings(whole.ids), whole.position, whole.valid)
+    want, full = numpy(read(lm, whole.ids, whole.position, whole.valid))
     np.testing.assert_allclose(outs[real], want[whole.valid], rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(past.position[real], full.position[whole.valid])
+    np.testing.assert_array_equal(past.position[real], whole.position[whole.valid])
     for ours, theirs in ((past.key, full.key), (past.value, full.value)):
         np.testing.assert_allclose(ours[:, real], theirs[:, whole.valid], rtol=0, atol=1e-5)
 
@@ -57,12 +62,12 @@ def test_token_by_token_is_the_full_pass(pad, make_batch, tiny_model):
 def test_several_tokens_at_once_after_slots_not_written(make_batch, tiny_model):
     lm = tiny_model.lm
     batch = make_batch(images=(0, 0, 0), words=(12, 5, 9), pad="left")
-    inputs = lm.embeddings(batch.ids), batch.position, batch.valid
-    want, _ = read(lm, *inputs)
+    inputs = batch.ids, batch.position, batch.valid
+    want, _ = numpy(read(lm, *inputs))
     _, past = read(lm, *(a[:, :7] for a in inputs))
     past = past.extended(3)
     past = dataclasses.replace(past, key=past.key.at[:, :, 7:].set(9.0))  # never to be seen
-    got, new = read(lm, *(a[:, 7:] for a in inputs), past)
+    got, new = numpy(read(lm, *(a[:, 7:] for a in inputs), past))
     valid = batch.valid[:, 7:]
     np.testing.assert_allclose(got[valid], want[:, 7:][valid], rtol=0, atol=1e-5)
     assert new.key.shape[2] == 5
