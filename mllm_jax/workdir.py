@@ -1,4 +1,4 @@
-"""The folder of a study: atomic files, steps that are done once, and a manifest.
+"""Files: atomic writes, the user's cache, and the folder of a study with its steps.
 
 A step writes one file; a killed study finds the files of its finished steps and continues, and
 since every later step reads those files, it ends with the same bytes.
@@ -58,6 +58,14 @@ def read_json(path: str | pathlib.Path) -> Any:
 def atomic_npz(path: str | pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     with atomic(path) as file:
         np.savez(file, **arrays)
+
+
+def cache_directory() -> pathlib.Path:
+    """The folder for files that can be made again: `MLLM_JAX_CACHE`, or the user's cache."""
+    if own := os.environ.get("MLLM_JAX_CACHE"):
+        return pathlib.Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "mllm_jax"
 
 
 class Workdir:

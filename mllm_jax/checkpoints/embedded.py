@@ -27,6 +27,7 @@ import numpy as np
 import tokenizers
 
 from mllm_jax.checkpoints import tensors
+from mllm_jax.workdir import cache_directory
 
 if TYPE_CHECKING:
     from mllm_jax.checkpoints import read_gguf
@@ -82,7 +83,7 @@ def directory() -> pathlib.Path:
         ValueError: a weight file, or the finished directory, is not what it should be.
         OSError: the cache cannot be written, or the disk has no room.
     """
-    final = cache() / NAME
+    final = cache_directory() / NAME
     if not final.exists():
         # One process converts, the others wait; a half-written directory never has the final name.
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -91,14 +92,6 @@ def directory() -> pathlib.Path:
                 _convert(final)
     _check(final)
     return final
-
-
-def cache() -> pathlib.Path:
-    """The folder for files that can be made again: `MLLM_JAX_CACHE`, or the user's cache."""
-    if own := os.environ.get("MLLM_JAX_CACHE"):
-        return pathlib.Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "mllm_jax"
 
 
 def projector_file() -> pathlib.Path:

@@ -18,17 +18,11 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from mllm_jax.workdir import cache_directory
+
 
 class MissingPackage(ImportError):
     """A package that a domain is built from is not here; the message says how to get it."""
-
-
-def cache_directory() -> pathlib.Path:
-    """The folder for files that can be made again: `MLLM_JAX_CACHE`, or the user's cache."""
-    if own := os.environ.get("MLLM_JAX_CACHE"):
-        return pathlib.Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "mllm_jax"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -478,7 +478,7 @@ def _matrix(results: Mapping, module: str, *, control: bool) -> tuple[np.ndarray
             cell = place[run["mask"]], place[run["data"]]
             total[cell] += run["difference"]
             runs[cell] += 1
-            star[cell] = run["low"] > 0
+            star[cell] = run["low"] > 0 or run["high"] < 0
     return np.divide(total, runs, out=np.full(shape, np.nan), where=runs > 0), star
 
 

@@ -9,13 +9,13 @@ import jax
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def op_by_op():
     with jax.disable_jit():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_to_compile():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

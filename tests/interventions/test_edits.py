@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import oracle
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
