@@ -1,12 +1,18 @@
 """The projector of the embedded model, trained on the five embedded domains; all else frozen.
 
-    python -m experiments.train --config=configs/embedded_projector.py --workdir=DIR
+    python -m experiments.train --config=configs/embedded_projector.py --workdir=ONE
+    python -m experiments.train --config=configs/embedded_projector.py:second --workdir=TWO \
+        --config.projector=ONE/projector.safetensors
+
+The first stage asks everything; the second goes on with the questions that need a close look.
 """
 
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(stage: str = "first") -> ml_collections.ConfigDict:
+    if stage not in ("first", "second"):
+        raise ValueError(f"configs/embedded_projector.py:{stage} is none of first, second")
     config = ml_collections.ConfigDict()
     config.model = "embedded"
     config.projector = "random"
@@ -16,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.test_per_domain = 60
     config.batch_size = 4  # pictures; each with `questions` questions in one row
     config.questions = 4
+    config.styles = ()  # all
     config.steps = 480
     config.seed = 0
     config.recipe = ml_collections.ConfigDict()
@@ -26,4 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.recipe.clip = 1.0
     config.recipe.remat = False
     config.recipe.every = 50
+    if stage == "second":
+        config.questions = 2
+        config.styles = ("category", "choice")
+        config.steps = 300
     return config

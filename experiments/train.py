@@ -36,11 +36,11 @@ def run(config, workdir: workdir_.Workdir) -> None:
 
     batches = batching.Packed(
         processor, train, seen, size=config.batch_size, steps=config.steps,
-        questions=config.questions, seed=config.seed,
+        questions=config.questions, seed=config.seed, styles=tuple(config.styles),
     )  # fmt: skip
     tests = batching.Packed(
         processor, test, held, size=config.batch_size, steps=len(test) // config.batch_size,
-        questions=config.questions, seed=None,
+        questions=config.questions, seed=None, styles=tuple(config.styles),
     )  # fmt: skip
     recipe = fit.Recipe(**config.recipe.to_dict())
     before = workdir.json("before", lambda: fit.evaluate(model, tests, label="loss before"))

@@ -117,6 +117,8 @@ class Selection:
 
     def indices(self, size: int, what: str) -> np.ndarray:
         """int32[n] of a selection whose number of entries must be static, as a capture needs."""
+        if self.form == "mask" and self.value.ndim > 1:
+            raise ValueError(f"{what}: a capture takes the same units in every layer, not a mask")
         if self.form in ("index", "one"):
             self.mask(size, what)
             xp = np if _concrete(self.value) else jax.numpy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Packed:
     Attributes:
       examples: with questions. features: float[N, P, E] of them.
       size: pictures in a batch. steps: batches. questions: of each picture, chosen anew each epoch.
+      styles: of the questions that are asked; all by default.
       seed: of the order; None goes through the examples as they stand, first questions first.
     """
 
@@ -39,6 +40,7 @@ class Packed:
     steps: int
     questions: int
     seed: int | None
+    styles: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.steps
@@ -59,27 +61,34 @@ class Packed:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
 
     def _turns(self, row: int, step: int) -> list[tuple[str, str]]:
-        asked = self.examples[row].questions
+        asked = self._asked(self.examples[row])
         chosen = np.arange(len(asked))
         if self.seed is not None:
             chosen = np.random.default_rng([self.seed, row, step]).permutation(chosen)
         return [(asked[i].prompt, asked[i].answer) for i in chosen[: self.questions]]
 
+    def _asked(self, example) -> list:
+        return [q for q in example.questions if not self.styles or q.style in self.styles]
+
     @functools.cached_property
     def _length(self) -> int:
         """One length for all batches, so that training compiles once."""
-        return longest(self.processor, self.examples, self.questions)
+        return longest(self.processor, map(self._asked, self.examples), self.questions)
 
 
-def longest(processor: Processor, examples: Sequence[Any], questions: int) -> int:
-    """Tokens of the longest packed row, rounded up to a multiple of 8."""
+def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int) -> int:
+    """Tokens of the longest packed row, rounded up to a multiple of 8.
+
+    Args:
+      asked: the questions of each example. questions: how many of them share a row.
+    """
     most = 0
     blank = np.zeros((1, 1, 1), np.float32)
     shared = None
     sizes: dict[tuple[str, str], int] = {}
-    for example in examples:
+    for some in asked:
         lengths = []
-        for question in example.questions:
+        for question in some:
             pair = (question.prompt, question.answer)
             if pair not in sizes:
                 batch = processor.pack(None, [[pair]], features=blank)

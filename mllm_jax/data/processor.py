@@ -137,6 +137,8 @@ class Processor:
         for pairs in turns:
             row, shared = Row(), None
             for segment, (question, answer) in enumerate(pairs, 1):
+                if IMAGE in question:
+                    raise ValueError(f"the packed question {question!r} names its picture again")
                 alone = self._row(question, 1)
                 if shared is None:  # up to the question all rows of a template are the same
                     shared = alone.kinds.index(tokens.CODE["question"])
@@ -162,7 +164,7 @@ class Processor:
         texts = []
         for row in np.asarray(ids):
             ends = np.flatnonzero(np.isin(row, self.stop_ids))
-            row = row[: ends[0]] if stop and len(ends) else row
+            row = row[: ends[0]] if stop and len(ends) else row[row >= 0]
             texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
         return texts
 
@@ -171,13 +173,12 @@ class Processor:
         return self.tokenizer.decode([int(token)])
 
     def render(self, prompt: str, images: int) -> tuple[str, str]:
-        """The whole text of a prompt, and the part of it that is the question."""
+        """The whole text of a prompt, and what of it a user would say: pictures and question."""
         if IMAGE in prompt:
             return prompt, prompt
-        question = prompt.strip()
-        content = f"{IMAGE}\n" * images + question
+        content = f"{IMAGE}\n" * images + prompt.strip()
         if not self.tokenizer.chat_template:
-            return content, question
+            return content, content
         turns = [{"role": "user", "content": content}]
         try:
             text = self.tokenizer.apply_chat_template(
@@ -188,21 +189,21 @@ class Processor:
                 f"the chat template of {self.directory} does not take a plain user turn ({error}); "
                 f"write {IMAGE} into the prompt to use it as it stands"
             ) from error
-        return text, question
+        return text, content
 
     def _row(self, prompt: str, images: int) -> Row:
-        text, question = self.render(prompt, images)
+        text, content = self.render(prompt, images)
         if text.count(IMAGE) != images:
             raise ValueError(
                 f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} for {images} pictures"
             )
-        raw = text == prompt
+        raw = text == content  # a chat template writes the special tokens itself
         coded = self.tokenizer(
             text, add_special_tokens=raw, return_offsets_mapping=True,
             return_attention_mask=False,
         )  # fmt: skip
-        start = 0 if raw else text.rindex(question)
-        stop = start + len(question)
+        stop = text.rindex(content.strip()) + len(content.strip())
+        start = 0 if IMAGE in prompt else stop - len(prompt.strip())
         row = Row()
         for token, (low, high) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
             if token == self.config.image_token:
@@ -221,7 +222,7 @@ class Processor:
         T = length or next((n for n in LENGTHS if n >= longest), longest)
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
-        B, tiles = len(made), max([1, *(len(p) for p in pictures)])
+        B, tiles = len(made), max((len(p) for p in pictures), default=0)
         n = self.config.image_tokens
         side = round(n**0.5)
         ids = np.full((B, T), self.tokenizer.eos_token_id, np.int32)
@@ -293,6 +294,8 @@ def _pictures(images, features, rows: int) -> list[list]:
     if features is not None:
         if images is not None:
             raise ValueError("give images or features, not both")
+        if len(features) != rows:
+            raise ValueError(f"features of {len(features)} pictures for {rows} rows")
         return [[None]] * rows
     return [_as_list(p) for p in (images if images is not None else [[]] * rows)]
 

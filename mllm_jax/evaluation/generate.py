@@ -104,7 +104,7 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
         token = jnp.where(done, stops[0], choose(logits, step))
         tokens = tokens.at[:, step].set(token)
         done = done | (token[:, None] == stops).any(-1)
-        taps = Taps(edits, at=T + step)
+        taps = Taps(_only(edits, ~done), at=T + step)
         word, seen = words(model, token[:, None], taps), jnp.ones((B, 1), bool)
         x, new = model.read(word, first + 1 + step, seen, taps, cache)
         logits = model.logits(x, taps)[:, 0]
@@ -123,6 +123,17 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
 def words(model, ids, taps: Taps):
     """Embeddings of words that follow the prompt: no image is among them."""
     return taps.module("lm")(sites.lm.embed, model.lm.embeddings(ids))
+
+
+def _only(edits: tuple[edits_.BoundEdit, ...], rows) -> tuple[edits_.BoundEdit, ...]:
+    """The edits in these rows alone: a row that has ended counts no more."""
+
+    def one(edit):
+        if edit.site.module not in ("lm", "logits"):
+            return edit  # not met after the prompt
+        return dataclasses.replace(edit, tokens=edit.tokens & rows[:, None])
+
+    return tuple(one(edit) for edit in edits)
 
 
 def _found(taps: Taps) -> list[Receipt | None]:

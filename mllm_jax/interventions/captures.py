@@ -96,7 +96,12 @@ def _split(target, by) -> tuple[str, ...] | None:
     if by is None:
         return None
     by = (by,) if isinstance(by, str) else tuple(by)
-    return tuple(kind for kind in KINDS_OF[Address.of(target).site.module] if kind in by)
+    module = Address.of(target).site.module
+    if not set(by) <= set(tokens.kind) or not set(by) & set(KINDS_OF[module]):
+        raise ValueError(
+            f"by={', '.join(by)}: kinds of {module} tokens are {', '.join(KINDS_OF[module])}"
+        )
+    return tuple(kind for kind in KINDS_OF[module] if kind in by)
 
 
 @jax.tree_util.register_dataclass
@@ -234,11 +239,12 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     spec = edits.look_up(site, shapes)
     if (capture.form == "mass") != (site == sites.lm.attn.pattern) and capture.form != "keep":
         raise ValueError(f"{capture.form} does not read {site.name}; mass reads lm.attn.pattern")
-    if capture.form in ("lens", "entropy") and spec.shape[-1] != shapes["lm.norm"].shape[-1]:
+    if capture.form in ("lens", "entropy") and site.axes[-1] != "D":
         raise ValueError(
-            f"a lens reads tensors of the LM's width {shapes['lm.norm'].shape[-1]}; "
-            f"{site.name} has {spec.shape[-1]}"
+            f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]"
         )
+    if capture.form in ("lens", "entropy") and address.units.form != "all":
+        raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
     slots, count, single = None, spec.layers, not site.stacked
     if site.stacked and address.layers.form != "all":
         chosen = address.layers.indices(spec.layers, f"{site.name}: layer")

@@ -67,6 +67,11 @@ def _one(kind: str, target, where, values=None, **how) -> Edits:
         raise ValueError(
             f"{kind} does not apply to {address.site}: only lm.attn takes knockout"
         )
+    if kind == "patch" and address.site == sites.lm.attn.pattern:
+        raise ValueError(
+            "patch does not apply to lm.attn.pattern: the keys of two rows do not correspond; "
+            "patch lm.attn.heads"
+        )
     return Edits((Edit(kind, address, tokens.of(where), values or {}, **how),))
 
 
@@ -286,10 +291,9 @@ def _value(name: str, value, address: Address, spec: SiteShape):
     """A value with a leading L axis and then the rank of the site."""
     rank = len(spec.shape)
     array = value if isinstance(value, jax.Array) else np.asarray(value)
-    array = array.astype(spec.dtype)
     if name == "basis":
         return _per_layer(_orthonormal(array, spec, address.site), spec.layers)
-    array = _scatter_units(array, address, spec)
+    array = _scatter_units(array.astype(spec.dtype), address, spec)
     after = rank - 1 - unit_axis(address.site)
     if after and 0 < array.ndim <= 2 and array.shape[-1] == spec.shape[-1 - after]:
         array = array.reshape(*array.shape, *(1,) * after)  # one value a head
@@ -315,16 +319,19 @@ def _per_layer(array, layers: int):
 
 
 def _scatter_units(array, address: Address, spec: SiteShape):
-    """Values given for the chosen neurons alone, put in their places along the last axis."""
+    """Values given for the chosen units alone, put in the places of these units."""
     chosen = address.units
-    width = spec.shape[-1]
+    width = spec.shape[unit_axis(address.site)]
     if chosen.form != "index" or array.ndim == 0 or array.shape[-1] == width:
         return array
     if array.shape[-1] != chosen.value.shape[0]:
         return array  # refused below, with the shapes
-    xp = np if isinstance(array, np.ndarray) and isinstance(chosen.value, np.ndarray) else jnp
-    full = jnp.zeros((*array.shape[:-1], width), array.dtype).at[..., chosen.value].set(array)
-    return np.asarray(full) if xp is np else full
+    shape = (*array.shape[:-1], width)
+    if isinstance(array, jax.Array) or isinstance(chosen.value, jax.Array):
+        return jnp.zeros(shape, array.dtype).at[..., chosen.value].set(array)
+    full = np.zeros(shape, array.dtype)
+    full[..., chosen.value] = array
+    return full
 
 
 def _orthonormal(basis, spec: SiteShape, site: sites.Site):
@@ -334,4 +341,8 @@ def _orthonormal(basis, spec: SiteShape, site: sites.Site):
             f"{site.name}: the basis is {basis.shape}, expected [{spec.shape[-1]}, directions]"
         )
     xp = np if isinstance(basis, np.ndarray) else jnp
-    return xp.linalg.qr(basis)[0][None]
+    if xp is np and (rank := np.linalg.matrix_rank(basis)) < basis.shape[1]:
+        raise ValueError(
+            f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
+        )
+    return xp.linalg.qr(basis.astype(np.float32))[0][None].astype(spec.dtype)

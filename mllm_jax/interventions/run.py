@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import BoundCapture, Capture
@@ -84,6 +85,8 @@ def forward(model, batch, taps: Taps, logits: str = "last"):
     """The pass itself, while it is traced: logits, and the cache of every token."""
     x, cache = model(batch, taps)
     if logits == "none":
+        if any(i.site == sites.logits for i in (*taps.edits, *taps.captures.values())):
+            raise ValueError('this pass computes no logits to edit or capture: logits="none"')
         return None, cache
     if logits == "all":
         return model.logits(x, taps), cache
@@ -99,18 +102,31 @@ def at_last(model, batch, x, taps: Taps):
 def _moved(taps: Taps, batch) -> Taps:
     """The taps with the masks of the logits site at each row's last token only."""
 
-    def pick(array):
+    def pick(array):  # [B, T]
         return jnp.take_along_axis(jnp.asarray(array), batch.last[:, None], 1)
 
-    def one(item):
-        if item.site.module != "logits":
-            return item
-        fields = {f.name: pick(getattr(item, f.name)) for f in dataclasses.fields(item)
-                  if f.name in ("tokens", "kind")}  # fmt: skip
-        return dataclasses.replace(item, **fields)
+    def value(array):  # [1, B, T, V], or without tokens
+        if array.ndim < 4 or array.shape[2] == 1:
+            return array
+        return jnp.take_along_axis(jnp.asarray(array), batch.last[None, :, None, None], 2)
 
-    taps.edits = tuple(one(edit) for edit in taps.edits)
-    taps.captures = {name: one(capture) for name, capture in taps.captures.items()}
+    def edit(item):
+        if item.site != sites.logits:
+            return item
+        return dataclasses.replace(
+            item,
+            tokens=pick(item.tokens),
+            values=jax.tree.map(value, item.values),
+            along=jax.tree.map(pick, item.along),
+        )
+
+    def capture(item):
+        if item.site != sites.logits:
+            return item
+        return dataclasses.replace(item, tokens=pick(item.tokens), kind=pick(item.kind))
+
+    taps.edits = tuple(edit(item) for item in taps.edits)
+    taps.captures = {name: capture(item) for name, item in taps.captures.items()}
     return taps
 
 

@@ -96,10 +96,7 @@ class Tap:
             name: self._window(value, along, length) if value.ndim == rank else value
             for name, value in edit.values.items()
         }
-        along_tokens = {
-            name: self._keys(a, x) if name == "hidden" else self._window(a, 1, length)
-            for name, a in edit.along.items()
-        }
+        along_tokens = {name: self._follow(name, a, x, length) for name, a in edit.along.items()}
         y = dataclasses.replace(edit, values=values, along=along_tokens).apply(x, mask)
         self.receipts[number] = receipts.measure(x, y, mask, (0, along))
         return y
@@ -117,6 +114,13 @@ class Tap:
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         asked = capture.slots < capture.count
         return jax.lax.cond(asked, lambda: capture.read(x, self.lens), lambda: nothing)
+
+    def _follow(self, name: str, array, x: jax.Array, length: int):
+        """An array that follows the tokens, as this pass counts them."""
+        if name == "hidden":
+            return self._keys(array, x)
+        array = self._window(array, 1, length)
+        return array - self.taps.at if name == "at" else array
 
     def _keys(self, array, mask: jax.Array):
         """The part of an array over all tokens that the keys of an attention mask are."""

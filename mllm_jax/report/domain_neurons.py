@@ -6,6 +6,7 @@ time and leaves the same bytes.
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -543,4 +544,5 @@ def _points(differences: np.ndarray) -> str:
 
 def _small(value: float) -> str:
     """Two digits, never an exponent."""
-    return np.format_float_positional(value, 2, unique=False, fractional=False, trim="-")
+    decimals = 1 - math.floor(math.log10(value)) if value else 0
+    return f"{value:.{max(decimals, 0)}f}"

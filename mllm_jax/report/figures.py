@@ -67,7 +67,7 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes a figure as PNG, atomically and without a date."""
     png = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(png, format="png", metadata={"Title": str(os.times()), "Software": "x"})
+        figure.savefig(png, format="png", metadata={"Software": None})
     files.write(path, png.getvalue())
 
 
@@ -414,7 +414,7 @@ def _stage_lines(ax: Axes, stage: Mapping) -> None:
     """Vertical lines between layers, each with the band of its interval, and the stages' names."""
     if stage["boundaries"] is None:
         ax.text(
-            0.5, 1.0, "stages undecided", transform=ax.transAxes, ha="center", va="bottom",
+            0.02, 0.98, "stages undecided", transform=ax.transAxes, ha="left", va="top",
             color=GREY, fontsize=8.5, style="italic",
         )  # fmt: skip
         return
