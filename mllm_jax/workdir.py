@@ -41,14 +41,15 @@ def atomic(path: str | pathlib.Path):
         raise
 
 
-def atomic_text(path: str | pathlib.Path, text: str) -> None:
+def write(path: str | pathlib.Path, content: str | bytes) -> None:
+    """A whole file or none: bytes, or text in UTF-8."""
     with atomic(path) as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def atomic_json(path: str | pathlib.Path, value: Any) -> None:
     """Sorted keys and no time in it: the same value is the same bytes."""
-    atomic_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: str | pathlib.Path) -> Any:
@@ -115,8 +116,7 @@ def relative_picture(workdir: Workdir, name: str, picture) -> str:
     """Writes a PIL picture into the figures; its path as seen from the workdir."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
-    with atomic(workdir / "figures" / name) as file:
-        file.write(encoded.getvalue())
+    write(workdir / "figures" / name, encoded.getvalue())
     return f"figures/{name}"
 
 

@@ -71,7 +71,7 @@ class _Text(str):
 
 def test_a_file_is_as_readable_as_others(tmp_path):
     (tmp_path / "plain").write_text("")
-    workdir.atomic_text(tmp_path / "deep" / "atomic", "text")
+    workdir.write(tmp_path / "deep" / "atomic", "text")
     modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
     assert len(modes) == 1
     assert (tmp_path / "deep" / "atomic").read_text() == "text"

@@ -245,6 +245,8 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
         )
     if capture.form in ("lens", "entropy") and address.units.form != "all":
         raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
+    if capture.form in ("lens", "entropy") and site == sites.lm.norm:
+        raise ValueError("a lens norms what it reads, and lm.norm is normed already: read logits")
     slots, count, single = None, spec.layers, not site.stacked
     if site.stacked and address.layers.form != "all":
         chosen = address.layers.indices(spec.layers, f"{site.name}: layer")

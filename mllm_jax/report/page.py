@@ -11,7 +11,7 @@ import html
 import os
 from collections.abc import Sequence
 
-from mllm_jax.report import files
+from mllm_jax import workdir
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
 
@@ -85,7 +85,7 @@ class Page:
 
 def write(path: str | os.PathLike, page: Page) -> None:
     """Writes the page as one HTML file, atomically."""
-    files.write(path, render(page))
+    workdir.write(path, render(page))
 
 
 def render(page: Page) -> str:

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 
-from mllm_jax.report import files
+from mllm_jax import workdir
 
 
 def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -25,4 +25,4 @@ def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequen
         if len(row) != len(columns):
             raise ValueError(f"{path}: a row of {len(row)} values under {len(columns)} columns")
         writer.writerow(row)
-    files.write(path, text.getvalue())
+    workdir.write(path, text.getvalue())
