@@ -1,0 +1,59 @@
+"""A tiny processor for the tiny model: forty words, a chat template, pictures made small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import tokenizers
+import transformers
+
+from mllm_jax.data.processor import Processor
+from mllm_jax.models import llava
+
+TEXT = (
+    "what is shown in the picture ? a an cat dog ship tree star cell page yes no of which one . "
+    "user assistant red green blue small large left right first second kind : or and not it"
+)
+SPECIAL = ("<unk>", "<s>", "<eos>", "<|start|>", "<|end|>", "<image>")
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True):
+    """Words and line ends are tokens; `<s>` begins a text unless it is told not to."""
+    vocab = {"<image>": config.image_token}
+    for word in (*SPECIAL[:-1], "\n", *TEXT.split()):
+        vocab.setdefault(word, len(vocab) - 1)
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    words = tokenizers.Regex(r"\n|\w+|[^\w\s]")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, "removed", invert=True)
+    core.add_special_tokens(list(SPECIAL))
+    if begin:
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", chat_template=template
+    )
+
+
+def shrink(pictures: Sequence[PIL.Image.Image], size: int) -> dict[str, np.ndarray]:
+    """As an image processor of transformers does: float32[n, 3, size, size]."""
+    small = [np.asarray(p.resize((size, size)), np.float32) / 255 for p in pictures]
+    return {"pixel_values": np.stack(small).transpose(0, 3, 1, 2)}
+
+
+def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how) -> Processor:
+    def make():
+        return lambda pictures, return_tensors: shrink(pictures, config.vision.image_size)
+
+    return Processor(tokenizer(config, template, **how), make, config)
+
+
+def picture(seed: int, size: int = 24) -> PIL.Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(noise)

@@ -1,0 +1,157 @@
+"""Only the chosen part trains; a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllm_jax.training import fit, losses, parts
+
+RECIPE = fit.Recipe(rate=0.02, warmup=0.1, every=3)
+
+
+def arrays(model) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def trained(model, batches):
+    return fit.fit(model, batches, RECIPE)
+
+
+def test_the_loss_falls_and_the_rest_is_frozen(model, batches, trained):
+    after, curve = trained
+    assert curve.dtype == np.float32 and curve.shape == (len(batches),)
+    assert np.isfinite(curve).all() and curve[-2:].mean() < 0.5 * curve[:2].mean()
+    np.testing.assert_allclose(curve[0], losses.mean_answer_nll(model, batches[0]), rtol=1e-5)
+    assert losses.mean_answer_nll(after, batches[0]) < 0.5 * curve[0]
+    before, after = arrays(model), arrays(after)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert np.array_equal(array, after[name]) == ("projector" not in name), name
+
+
+def test_the_optimiser_knows_the_projector_alone(model):
+    merge, trains, frozen = parts.split(model, "projector")
+    projector = sum(a.size for a in jax.tree.leaves(model.projector))
+    assert parts.size(trains) == projector
+    assert parts.size(trains) + parts.size(frozen) == parts.size(model)
+    state = jax.tree.leaves(RECIPE.optimiser(10).init(trains))
+    assert sum(a.size for a in state if a.ndim) == 2 * projector
+    assert sum(a.size for a in state if not a.ndim) <= 3  # counts of steps
+    for (name, a), b in zip(arrays(model).items(), arrays(merge(trains, frozen)).values(), strict=True):
+        assert np.array_equal(a, b), name
+
+
+@pytest.mark.parametrize("part", ["lm", "projector+lm"])
+def test_other_parts(part, model):
+    _, trains, frozen = parts.split(model, part)
+    names = {jax.tree_util.keystr(p[:1]) for p, _ in jax.tree_util.tree_flatten_with_path(trains)[0]}
+    assert names == {f"['{name}']" for name in part.split("+")}
+    assert parts.size(trains) + parts.size(frozen) == parts.size(model)
+    with pytest.raises(ValueError, match='part="vison" is none of projector, lm, projector.lm'):
+        parts.split(model, "vison")
+
+
+class Killed(BaseException):
+    pass
+
+
+class Until(list):
+    """Batches that are there until the run is killed."""
+
+    stop = 10**9
+
+    def __getitem__(self, step):
+        if step == self.stop:
+            raise Killed
+        return super().__getitem__(step)
+
+
+@pytest.mark.parametrize("after", [7, 1])
+def test_killed_and_restarted_it_ends_with_the_same_bytes(after, model, batches, trained, tmp_path):
+    """Seven steps: two checkpoints and one step lost. One step: no checkpoint yet."""
+    killed = Until(batches)
+    killed.stop = after
+    with pytest.raises(Killed):
+        fit.fit(model, killed, RECIPE, save=tmp_path)
+    again, curve = fit.fit(model, batches, RECIPE, save=tmp_path)
+    np.testing.assert_array_equal(curve, trained[1])
+    for (name, a), b in zip(arrays(again).items(), arrays(trained[0]).values(), strict=True):
+        assert a.tobytes() == b.tobytes(), name
+    if after == 7:
+        finished, curve = fit.fit(model, Untouchable(batches), RECIPE, save=tmp_path)
+        np.testing.assert_array_equal(curve, trained[1])
+        np.testing.assert_array_equal(
+            finished.projector.linears[0].kernel[...], again.projector.linears[0].kernel[...]
+        )
+
+
+class Untouchable(list):
+    def __getitem__(self, step):
+        raise AssertionError(f"step {step} was done already")
+
+
+def test_a_loss_that_is_not_a_number(model, batches, tmp_path):
+    def loss(model, batch, *, remat):
+        kernel = model.projector.linears[0].kernel[...]
+        return jnp.sqrt(jnp.sum(kernel) - 1e9)
+
+    message = r"train: the loss of step 0 is nan; lower the learning rate \(now 0.02\) or look at"
+    with pytest.raises(FloatingPointError, match=message):
+        fit.fit(model, batches, RECIPE, loss=loss, save=tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # nothing of it is kept
+
+
+def test_rematerialised_it_is_the_same(model, batches):
+    def value_and_slope(remat):
+        merge, trains, frozen = parts.split(model, "projector")
+
+        def loss(trains):
+            return losses.mean_answer_nll(merge(trains, frozen), batches[0], remat=remat)
+
+        return jax.jit(jax.value_and_grad(loss))(trains)
+
+    for a, b in zip(*(jax.tree.leaves(value_and_slope(r)) for r in (False, True)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_the_projector_is_that_of_central_differences(model, batches, monkeypatch):
+    """All in float64, or differences would have no digits left."""
+    with jax.enable_x64(True):
+        monkeypatch.setattr(jnp, "float32", jnp.float64)
+        merge, trains, frozen = parts.split(_double(model), "projector")
+        batch = _double(batches[0].replace(processor=None))
+        loss = jax.jit(lambda trains: losses.mean_answer_nll(merge(trains, frozen), batch))
+        slope = jax.jit(jax.grad(loss))(trains)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            way = jax.tree.map(lambda a: rng.normal(size=a.shape), trains)
+            up, down = (
+                loss(jax.tree.map(lambda a, w, s=step: a + s * w, trains, way))
+                for step in (1e-6, -1e-6)
+            )
+            along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (slope, way)), strict=True))
+            np.testing.assert_allclose(along, (up - down) / 2e-6, rtol=1e-6)
+
+
+def _double(tree):
+    def one(a):
+        return a.astype(np.float64) if a.dtype == np.float32 else a
+
+    return jax.tree.map(one, tree)
+
+
+def test_right_and_wrong_pictures(model, batches):
+    two = [batch.replace(processor=None) for batch in batches[:2]]
+    right, wrong = fit.evaluate(model, two)
+    nll = [losses.answer_nll(model, b) for b in two]
+    other = [losses.answer_nll(model, b.replace(features=b.features[::-1])) for b in two]
+    for got, want in ((right, nll), (wrong, other)):
+        np.testing.assert_allclose(
+            got, sum(n.sum() for n, _ in want) / sum(c.sum() for _, c in want), rtol=1e-5
+        )
+    assert abs(right - wrong) > 1e-3

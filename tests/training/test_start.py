@@ -1,0 +1,30 @@
+"""A projector that starts at the scale of words."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.models import projector
+from mllm_jax.training import start
+
+
+def test_features_come_in_standardised_and_words_come_out(tiny_config, random_model):
+    model = random_model(tiny_config)
+    before = jax.tree.map(np.asarray, model)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(8, 16, 32)) * rng.uniform(0.1, 9, 32) + rng.normal(size=32)
+    features = features.astype(np.float32)
+    after = start.scale_projector(model, features, gain=3.0)
+    out = after.projector(features, Taps().module("projector"))
+    words = np.std(np.asarray(after.lm.embed[...]))
+    # the bias of the last map is not scaled: it is small beside what is
+    np.testing.assert_allclose(np.std(np.asarray(out)), 3 * words, rtol=0.05)
+
+    flat = np.asarray(projector.fold(features, 2)).reshape(-1, 128).astype(np.float64)
+    first = after.projector.linears[0]
+    standard = (flat - flat.mean(0)) / flat.std(0)
+    want = standard @ np.asarray(before.projector.linears[0].kernel[...])
+    got = flat @ np.asarray(first.kernel[...]) + np.asarray(first.bias[...])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
