@@ -14,6 +14,7 @@ from mllm_jax import tokens
 from mllm_jax.models.llava import Batch, LlavaConfig
 
 IMAGE = "<image>"
+PLACE = "[what the user says]"  # stands for it while a chat template is looked at
 # Rows are padded to one of these lengths, so that batches share a few compiled programs.
 LENGTHS = (
     32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096,
@@ -172,45 +173,49 @@ class Processor:
         """One token as it is read."""
         return self.tokenizer.decode([int(token)])
 
-    def render(self, prompt: str, images: int) -> tuple[str, str]:
-        """The whole text of a prompt, and what of it a user would say: pictures and question."""
+    def render(self, prompt: str, images: int) -> tuple[str, slice]:
+        """The whole text of a prompt, and which part of it is the question."""
         if IMAGE in prompt:
-            return prompt, prompt
-        content = f"{IMAGE}\n" * images + prompt.strip()
-        if not self.tokenizer.chat_template:
-            return content, content
-        turns = [{"role": "user", "content": content}]
+            return prompt, slice(0, len(prompt))
+        question, pictures = prompt.strip(), f"{IMAGE}\n" * images
+        before, after = self._turn() if self.tokenizer.chat_template else ("", "")
+        start = len(before) + len(pictures)
+        return before + pictures + question + after, slice(start, start + len(question))
+
+    def _turn(self) -> tuple[str, str]:
+        """What the chat template puts before and after what a user says."""
+        turns = [{"role": "user", "content": PLACE}]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
+            before, after = text.split(PLACE)
         except Exception as error:
             raise ValueError(
                 f"the chat template of {self.directory} does not take a plain user turn ({error}); "
                 f"write {IMAGE} into the prompt to use it as it stands"
             ) from error
-        return text, content
+        return before, after
 
     def _row(self, prompt: str, images: int) -> Row:
-        text, content = self.render(prompt, images)
+        text, question = self.render(prompt, images)
         if text.count(IMAGE) != images:
             raise ValueError(
                 f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} for {images} pictures"
             )
-        raw = text == content  # a chat template writes the special tokens itself
+        # A chat template writes the special tokens itself.
+        raw = IMAGE in prompt or not self.tokenizer.chat_template
         coded = self.tokenizer(
             text, add_special_tokens=raw, return_offsets_mapping=True,
             return_attention_mask=False,
         )  # fmt: skip
-        stop = text.rindex(content.strip()) + len(content.strip())
-        start = 0 if IMAGE in prompt else stop - len(prompt.strip())
         row = Row()
         for token, (low, high) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
             if token == self.config.image_token:
                 count = self.config.image_tokens
                 row.add([token] * count, [tokens.CODE["image"]] * count)
             else:
-                asked = low < stop and high > start and high > low
+                asked = low < question.stop and high > question.start and high > low
                 row.add([token], [tokens.CODE["question" if asked else "system"]])
         row.prompt = len(row.ids)
         return row

@@ -103,8 +103,8 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
         step, cache, logits, tokens, done, receipts = state
         token = jnp.where(done, stops[0], choose(logits, step))
         tokens = tokens.at[:, step].set(token)
-        done = done | (token[:, None] == stops).any(-1)
         taps = Taps(_only(edits, ~done), at=T + step)
+        done = done | (token[:, None] == stops).any(-1)
         word, seen = words(model, token[:, None], taps), jnp.ones((B, 1), bool)
         x, new = model.read(word, first + 1 + step, seen, taps, cache)
         logits = model.logits(x, taps)[:, 0]
