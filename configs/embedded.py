@@ -1,7 +1,7 @@
 """Paper A (MMNeuron) on the embedded model and the five embedded domains.
 
-    python -m experiments.domain_neurons --config=configs/embedded.py --workdir=DIR
-    python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=DIR
+python -m experiments.domain_neurons --config=configs/embedded.py --workdir=DIR
+python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=DIR
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Held-out accuracy of the embedded model.
 
-    python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR
+python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR
 """
 
 import ml_collections

@@ -27,7 +27,11 @@ def test_every_site_is_an_attribute_and_a_name():
 
 @pytest.mark.parametrize(
     "wrong, near",
-    [("lm.mlp.akt", "lm.mlp.act"), ("lm.resid_pots", "lm.resid_post"), ("vison.embed", "vision.embed")],
+    [
+        ("lm.mlp.akt", "lm.mlp.act"),
+        ("lm.resid_pots", "lm.resid_post"),
+        ("vison.embed", "vision.embed"),
+    ],
 )
 def test_an_unknown_site_names_the_nearest(wrong, near):
     with pytest.raises(KeyError, match=f"unknown site '{wrong}'; nearest: .*{near}"):
@@ -100,7 +104,9 @@ def test_a_mask_of_layers_and_units():
 def test_the_address_of_a_site_without_layers_is_its_units():
     mask = S.projector.out[[2, -1]].mask(1, 5)
     np.testing.assert_array_equal(mask, [[0, 0, 1, 0, 1]])
-    with pytest.raises(IndexError, match=r"projector.out exists once, not per layer: .* \[neurons\]"):
+    with pytest.raises(
+        IndexError, match=r"projector.out exists once, not per layer: .* \[neurons\]"
+    ):
         S.projector.out[0, 1]
 
 

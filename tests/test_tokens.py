@@ -73,7 +73,9 @@ def test_padding_is_never_selected(words):
     real = words.kind != PAD
     everything = tok.mask(np.ones(words.kind.shape, bool))
     np.testing.assert_array_equal(everything.mask(words), real)
-    np.testing.assert_array_equal((~tok.image).mask(words), real & (words.kind != tok.CODE["image"]))
+    np.testing.assert_array_equal(
+        (~tok.image).mask(words), real & (words.kind != tok.CODE["image"])
+    )
 
 
 leaves = st.sampled_from([tok.image, tok.question, tok.text, tok.last, tok.row(0), tok.tile(1)])
@@ -136,7 +138,9 @@ def test_an_empty_row_generates_nothing(patches):
 def test_errors(words):
     with pytest.raises(ValueError, match=r"the token mask is \(2, 3\), the batch has tokens \(2, "):
         tok.mask(np.ones((2, 3), bool)).mask(words)
-    with pytest.raises(KeyError, match="unknown token kind 'imgae'; known: system, question, image"):
+    with pytest.raises(
+        KeyError, match="unknown token kind 'imgae'; known: system, question, image"
+    ):
         tok.of("imgae")
     with pytest.raises(TypeError, match=r"a token mask is bool\[B, T\], not int"):
         tok.mask(np.ones(words.kind.shape, int))

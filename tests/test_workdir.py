@@ -91,7 +91,9 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     config = {"seed": 1, "layers": (1, 2), "rate": 0.5}
     Workdir(tmp_path / "study", config)
     Workdir(tmp_path / "study", dict(reversed(config.items())))
-    message = r"study belongs to another config \(it differs in rate, seed\): choose another --workdir"
+    message = (
+        r"study belongs to another config \(it differs in rate, seed\): choose another --workdir"
+    )
     with pytest.raises(ValueError, match=message):
         Workdir(tmp_path / "study", {"seed": 2, "layers": [1, 2]})
     assert json.loads((tmp_path / "study" / "config.json").read_text())["seed"] == 1

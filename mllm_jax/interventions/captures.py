@@ -240,9 +240,7 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     if (capture.form == "mass") != (site == sites.lm.attn.pattern) and capture.form != "keep":
         raise ValueError(f"{capture.form} does not read {site.name}; mass reads lm.attn.pattern")
     if capture.form in ("lens", "entropy") and site.axes[-1] != "D":
-        raise ValueError(
-            f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]"
-        )
+        raise ValueError(f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]")
     if capture.form in ("lens", "entropy") and address.units.form != "all":
         raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
     if capture.form in ("lens", "entropy") and site == sites.lm.norm:
@@ -334,7 +332,7 @@ def _read_lens(capture: BoundCapture, x, lens):
 def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
     """The selected tokens first, in chunks; chunks without a selected token are not computed."""
     B, T, D = x.shape
-    mask = capture.tokens.reshape(-1)
+    mask = jnp.asarray(capture.tokens).reshape(-1)
     chunk = min(LENS_CHUNK, B * T)
     fill = -(B * T) % chunk
     order = jnp.argsort(~mask, stable=True)

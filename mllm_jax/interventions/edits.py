@@ -64,9 +64,7 @@ class Edits:
 def _one(kind: str, target, where, values=None, **how) -> Edits:
     address = Address.of(target)
     if (kind == "knockout") != (address.site == sites.lm.attn.mask):
-        raise ValueError(
-            f"{kind} does not apply to {address.site}: only lm.attn takes knockout"
-        )
+        raise ValueError(f"{kind} does not apply to {address.site}: only lm.attn takes knockout")
     if kind == "patch" and address.site == sites.lm.attn.pattern:
         raise ValueError(
             "patch does not apply to lm.attn.pattern: the keys of two rows do not correspond; "
@@ -240,9 +238,7 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     units = edit.address.mask(spec.layers, spec.shape[unit_axis(site)])
     where = edit.where.mask(maps[site.module])
     _refuse_nothing(site, units, where)
-    values = {
-        name: _value(name, value, edit.address, spec) for name, value in edit.values.items()
-    }
+    values = {name: _value(name, value, edit.address, spec) for name, value in edit.values.items()}
     along = {}
     if edit.route is not None:
         where, along = _route(site, where, *edit.route)

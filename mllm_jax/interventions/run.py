@@ -142,8 +142,9 @@ _SHAPES: dict[Any, dict[str, SiteShape]] = {}
 
 def site_shapes(model, batch) -> dict[str, SiteShape]:
     """The sites that a pass of this batch runs through, found without computing anything."""
-    key = jax.tree.structure((model, batch)), tuple(
-        (leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves((model, batch))
+    key = (
+        jax.tree.structure((model, batch)),
+        tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves((model, batch))),
     )
     if key not in _SHAPES:
         taps = Taps()

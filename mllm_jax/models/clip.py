@@ -110,9 +110,7 @@ class ClipVision(nnx.Module):
         self.cls = nnx.Param(normal(rngs.params(), (config.width,)))
         self.position = nnx.Param(normal(rngs.params(), (config.grid**2 + 1, config.width)))
         self.pre_norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
-        self.layers = layers.stack(
-            lambda keys: Block(config, rngs=keys), config.run_layers, rngs
-        )
+        self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.run_layers, rngs)
 
     def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:
         """Features of the selected layer, without CLS unless `select` is "full".

@@ -93,7 +93,9 @@ def test_all_batches_have_one_shape(processor):
 
 def test_questions_are_chosen_anew_each_epoch(processor):
     lessons = packed(processor, questions=1, steps=40)
-    answers = {said(lessons[s], which(lessons[s]).index(0)) for s in range(40) if 0 in which(lessons[s])}
+    answers = {
+        said(lessons[s], which(lessons[s]).index(0)) for s in range(40) if 0 in which(lessons[s])
+    }
     assert answers == {"a cat", "yes", "no"}
     batch = lessons[0]
     assert batch.segment.max() == 1

@@ -73,8 +73,10 @@ def test_without_a_template(bare):
 
 def test_a_question_is_found_where_the_user_says_it(processor):
     """Not where the template says the same."""
-    batch = processor(None, ["assistant"])
+    batch = processor([tiny.picture(0)], ["assistant"])
     assert words(processor, batch).count("assistant") == 2
+    assert kinds(batch)[:14] == "SSSIIIISQSSSSS"
+    batch = processor(None, ["assistant"])
     assert kinds(batch)[:9] == "SSSQSSSSS"
     batch = processor([tiny.picture(0)], ["user"])
     assert kinds(batch)[:14] == "SSSIIIISQSSSSS"
@@ -276,5 +278,7 @@ def test_errors(call, error, message, processor):
 
 def test_a_template_that_wants_something_else(tiny_config):
     strict = tiny.processor(tiny_config, "{{ raise_exception('only tools') }}")
-    with pytest.raises(ValueError, match=r"does not take a plain user turn \(only tools\); write <im"):
+    with pytest.raises(
+        ValueError, match=r"does not take a plain user turn \(only tools\); write <im"
+    ):
         strict(None, ["what ?"])

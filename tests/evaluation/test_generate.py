@@ -40,7 +40,9 @@ def test_cached_is_recomputed(pad, edits, tiny_model, make_batch):
         logits = np.stack([seen[row, 0] for seen in SEEN[:STEPS]])
         np.testing.assert_allclose(logits, want.logits[row, at], rtol=0, atol=1e-4)
         np.testing.assert_array_equal(said[row], logits.argmax(-1))
-        np.testing.assert_allclose(SEEN[STEPS][row, 0], want.logits[row, at[-1] + 1], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            SEEN[STEPS][row, 0], want.logits[row, at[-1] + 1], rtol=0, atol=1e-4
+        )
     for ours, theirs in zip(out.receipts[:4], want.receipts[:4], strict=True):
         assert ours.edit == theirs.edit
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)

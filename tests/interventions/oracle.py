@@ -56,7 +56,9 @@ def spread(axes: Sequence[str], tokens: np.ndarray, units: np.ndarray) -> np.nda
     """A mask of tokens [B, T] and a mask of units, laid along the axes of a site."""
     T = "P" if "P" in axes else "T"
     unit = next(a for a in axes if a in "EDFNV")
-    shape = [n if a in ("B", "I", T) else 1 for a, n in zip(axes, _sizes(axes, tokens), strict=True)]
+    shape = [
+        n if a in ("B", "I", T) else 1 for a, n in zip(axes, _sizes(axes, tokens), strict=True)
+    ]
     return tokens.reshape(shape) & units.reshape([-1 if a == unit else 1 for a in axes])
 
 

@@ -243,7 +243,9 @@ def test_values_for_the_chosen_units_alone(model, batch):
 def test_values_of_heads(model, batch):
     heads = S.lm.attn.heads
     gates = np.array([1.0, 0.5, -1.0, 0.0], np.float32)  # [N]
-    by_head = mj.scale(heads[2, [2]], -1.0) >> mj.scale(heads[2, [1]], 0.5) >> mj.ablate(heads[2, 3])
+    by_head = (
+        mj.scale(heads[2, [2]], -1.0) >> mj.scale(heads[2, [1]], 0.5) >> mj.ablate(heads[2, 3])
+    )
     same(model, batch, mj.scale(heads[2], gates), by_head)
     by_layer = np.ones((L, N), np.float32)
     by_layer[2] = gates
@@ -503,7 +505,10 @@ def test_what_does_not_fit_is_said_in_one_line(make, message, model, pictures):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mj.knockout(S.lm.resid_post), "knockout does not apply to lm.resid_post: only lm.attn"),
+        (
+            lambda: mj.knockout(S.lm.resid_post),
+            "knockout does not apply to lm.resid_post: only lm.attn",
+        ),
         (lambda: mj.ablate(S.lm.attn), "ablate does not apply to lm.attn.mask"),
         (lambda: mj.patch(S.lm.attn.pattern, 0, 1), "patch does not apply to lm.attn.pattern"),
     ],
@@ -515,5 +520,7 @@ def test_kinds_have_their_sites(make, message):
 
 def test_a_pass_without_the_site(model, make_batch):
     text = make_batch(images=(0, 0))
-    with pytest.raises(ValueError, match=r"this pass has no site vision.mlp.act; it has: lm\.embed"):
+    with pytest.raises(
+        ValueError, match=r"this pass has no site vision.mlp.act; it has: lm\.embed"
+    ):
         mj.run(model, text, mj.ablate(S.vision.mlp.act))

@@ -70,3 +70,9 @@ def test_rotary_angles_far_along_the_row(width, theta):
     got = layers.rotary(position, width, theta)
     for ours, reference in zip(got, want, strict=True):
         np.testing.assert_allclose(ours[:, :, 0], reference.numpy(), rtol=0, atol=1e-6)
+
+
+def test_ids_outside_the_vocabulary_are_read_as_id_0(tiny_model):
+    ids = np.array([[0, -1, -200, 96, 10**6, 3]], np.int32)
+    got = np.asarray(tiny_model.lm.embeddings(ids))[0]
+    np.testing.assert_array_equal(got, tiny_model.lm.embed[...][np.array([0, 0, 0, 0, 0, 3])])

@@ -42,14 +42,18 @@ def test_the_optimiser_knows_the_projector_alone(model):
     state = jax.tree.leaves(RECIPE.optimiser(10).init(trains))
     assert sum(a.size for a in state if a.ndim) == 2 * projector
     assert sum(a.size for a in state if not a.ndim) <= 3  # counts of steps
-    for (name, a), b in zip(arrays(model).items(), arrays(merge(trains, frozen)).values(), strict=True):
+    for (name, a), b in zip(
+        arrays(model).items(), arrays(merge(trains, frozen)).values(), strict=True
+    ):
         assert np.array_equal(a, b), name
 
 
 @pytest.mark.parametrize("part", ["lm", "projector+lm"])
 def test_other_parts(part, model):
     _, trains, frozen = parts.split(model, part)
-    names = {jax.tree_util.keystr(p[:1]) for p, _ in jax.tree_util.tree_flatten_with_path(trains)[0]}
+    names = {
+        jax.tree_util.keystr(p[:1]) for p, _ in jax.tree_util.tree_flatten_with_path(trains)[0]
+    }
     assert names == {f"['{name}']" for name in part.split("+")}
     assert parts.size(trains) + parts.size(frozen) == parts.size(model)
     with pytest.raises(ValueError, match='part="vison" is none of projector, lm, projector.lm'):
@@ -134,7 +138,9 @@ def test_the_gradient_of_the_projector_is_that_of_central_differences(model, bat
                 loss(jax.tree.map(lambda a, w, s=step: a + s * w, trains, way))
                 for step in (1e-6, -1e-6)
             )
-            along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (slope, way)), strict=True))
+            along = sum(
+                jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (slope, way)), strict=True)
+            )
             np.testing.assert_allclose(along, (up - down) / 2e-6, rtol=1e-6)
 
 

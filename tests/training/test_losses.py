@@ -55,9 +55,7 @@ def test_without_segments_they_would(model, processor, features, alone):
 def test_it_is_the_likelihood_of_the_full_pass(left, model, processor, features, alone):
     """Of unequal rows; logits of every token, and a plain loop over the answer."""
     asked, said = ["what is shown ?", "is it a cat ?"], ["a cat", "no"]
-    batch = processor(
-        None, asked, answers=said, features=features[[0, 2]], left=left, length=32
-    )
+    batch = processor(None, asked, answers=said, features=features[[0, 2]], left=left, length=32)
     logits = np.asarray(mj.run(model, batch, logits="all").logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll, count = losses.answer_nll(model, batch)
