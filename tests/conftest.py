@@ -159,8 +159,6 @@ UNSETTLED = {
     "test_rematerialised_it_is_the_same",
     "test_taps_leave_nothing_behind",
     "test_the_loss_falls_and_the_rest_is_frozen",
-    "test_killed_and_restarted_it_ends_with_the_same_bytes",
-    "test_features_come_in_standardised_and_words_come_out",
     "test_one_domain_is_too_few",
 }
 

@@ -123,7 +123,9 @@ class _Checkpoints:
 
     @staticmethod
     def _tree(leaves, curve):
-        return {"leaves": {str(i): leaf for i, leaf in enumerate(leaves)}, "curve": curve}
+        # Orbax restores an array that knows where it lives; one of NumPy does not.
+        named = {str(i): leaf for i, leaf in enumerate(leaves)}
+        return {"leaves": named, "curve": jnp.asarray(curve)}
 
 
 def ocp_abstract(leaf):

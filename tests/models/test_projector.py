@@ -26,8 +26,7 @@ def with_features(batch: llava.Batch, config: llava.LlavaConfig, seed: int = 0) 
     return batch.replace(features=features)
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "act"), [(True, "gelu"), (False, "gelu_tanh"), (True, "relu")])
 def test_two_maps_as_hf(bias, act, make_batch):
     config = config_of(bias=bias, act=act)
     theirs = hf.random(hf.modeling_llava.LlavaMultiModalProjector(hf.llava_config(config)))
