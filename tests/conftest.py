@@ -149,16 +149,6 @@ def _pixels(config, images: int, rng) -> np.ndarray:
 # Tests that failed when the whole suite last ran and whose cause is not settled: they still run and
 # are reported, as expected failures or unexpected passes. Each is to be mended and struck out.
 UNSETTLED = {
-    "test_candidates_of_unequal_length_and_number",
-    "test_the_last_layer_is_the_models_own_logits",
-    "test_by_kind",
-    "test_a_kept_layer_is_carried_not_stacked",
-    "test_nothing_asked_costs_nothing",
-    "test_two_hundred_random_edits_are_one_program",
-    "test_a_scan_may_be_split_anywhere_below_the_first_edit",
-    "test_rematerialised_it_is_the_same",
-    "test_taps_leave_nothing_behind",
-    "test_the_loss_falls_and_the_rest_is_frozen",
     "test_one_domain_is_too_few",
 }
 

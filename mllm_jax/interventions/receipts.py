@@ -45,11 +45,11 @@ def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tu
       token_axes: the axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
-    # No gradient: that of a root at 0, which an edit without effect has, is not a number.
-    before, after = jax.lax.stop_gradient((before, after))
     change = after.astype(jnp.float32) - before.astype(jnp.float32)
+    squares = jnp.sum(change * change)
+    changed = squares > 0  # a root has no slope at 0, which is where an edit without effect is
     return (
         jnp.sum(mask.any(rest), dtype=jnp.int32),
         jnp.sum(after != before, dtype=jnp.int32),
-        jnp.sqrt(jnp.sum(change * change)),
+        jnp.where(changed, jnp.sqrt(jnp.where(changed, squares, 1)), 0),
     )

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import cases
 import jax
 import pytest
-
-
-@pytest.fixture(params=cases.CASES.values(), ids=cases.CASES, scope="session")
-def edits(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -2,70 +2,69 @@
 
 from __future__ import annotations
 
+import cases
 import numpy as np
 import pytest
 from longer import continued, places
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax import tokens as tok
 from mllm_jax.evaluation import score
 
+LENGTHS = np.random.default_rng(1).integers(1, 5, (2, 11))  # more than are scored together
+LENGTHS[:, :3] = 4
+LENGTHS[1, 7:] = 0  # row 1 has seven candidates
 
-def candidates(lengths, seed=0):
+
+def candidates(lengths) -> np.ndarray:
     """int32[B, C, A] of random tokens, filled up with -1."""
-    lengths = np.asarray(lengths)
-    ids = np.random.default_rng(seed).integers(0, 95, (*lengths.shape, lengths.max()))
-    return np.where(np.arange(lengths.max()) < lengths[..., None], ids, -1).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, 95, (*lengths.shape, 4))
+    return np.where(np.arange(4) < lengths[..., None], ids, -1).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def prompts(make_batch):
+    return {pad: make_batch(pad=pad, length=16) for pad in ("left", "right")}
+
+
+ASKED = {"x": mj.keep(S.lm.resid_post[2])}
 
 
 def full(model, batch, said, edits):
-    """Log-likelihood of said tokens in each row, by one pass over everything."""
-    logits = np.asarray(mj.run(model, continued(batch, said), edits, logits="all").logits, float)
+    """Log-likelihood [B, A] of each said token by one pass over everything, and that pass."""
+    out = mj.run(model, continued(batch, said), edits, ASKED, logits="all")
+    logits = np.asarray(out.logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = places(batch, said)
-    return [log_probs[row, at[row], s].sum() for row, s in enumerate(said)]
+    return np.stack([log_probs[row, at[row], s] for row, s in enumerate(said)]), out
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])
-def test_scores_with_edits(pad, edits, tiny_model, make_batch):
-    batch = make_batch(pad=pad, length=16)
-    ids = candidates([[4, 4, 4], [4, 4, 4]])
-    got = mj.score(tiny_model, batch, ids, edits)
-    want = np.stack([full(tiny_model, batch, ids[:, c], edits) for c in range(3)], 1)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
-    assert got.shape == (2, 3) and got.dtype == np.float32
+@pytest.mark.parametrize("case", cases.CASES)
+def test_scores_with_edits(case, pad, tiny_model, prompts):
+    batch, edits, ids = prompts[pad], cases.CASES[case], candidates(LENGTHS)
+    got = score.score_with(tiny_model, batch, ids, edits, ASKED)
+    assert got.values.shape == (2, 11) and got.values.dtype == np.float32
+    for c in range(3):
+        want, out = full(tiny_model, batch, ids[:, c], edits)
+        np.testing.assert_allclose(got.values[:, c], want.sum(-1), rtol=0, atol=1e-4)
+    for row, valid in enumerate(batch.valid):  # captures and receipts are of the prompt
+        want = out["x"][row, : valid.sum()]
+        np.testing.assert_allclose(got.captures["x"][row, valid], want, rtol=0, atol=1e-4)
+    if case == "ablate":
+        np.testing.assert_array_equal(got.receipts[0].tokens, [0, 15 + 12, 15 + 12, 0])
 
 
-def test_candidates_of_unequal_length_and_number(tiny_model, make_batch):
-    """Eleven: more than are scored together."""
-    batch = make_batch(length=16)
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(1, 5, (2, 11))
-    lengths[1, 7:] = 0  # row 1 has seven
-    ids = candidates(lengths)
-    edits = mj.add(S.lm.resid_post[1], 1.0, where=tok.answer | tok.last)
-    got = np.asarray(mj.score(tiny_model, batch, ids, edits))
+def test_candidates_of_unequal_length_and_number(tiny_model, prompts):
+    """What comes after a short candidate in the full pass cannot be seen by it."""
+    batch, ids, edits = prompts["right"], candidates(LENGTHS), cases.CASES["add answer"]
+    got = np.asarray(score.score_with(tiny_model, batch, ids, edits, ASKED).values)
     for c in range(11):
-        said = [row[row >= 0] for row in ids[:, c]]
-        want = full(tiny_model, batch, [np.append(s, [0] * (4 - len(s))) for s in said], edits)
-        lone = [full(tiny_model, batch, [s, s], edits) for s in said if len(s)]
-        for row in range(2):
-            if lengths[row, c]:
-                np.testing.assert_allclose(got[row, c], lone[row][row], rtol=0, atol=1e-4)
-                assert np.isfinite(want[row])
-    np.testing.assert_array_equal(got[1, 7:], -np.inf)
-
-
-def test_captures_and_receipts_are_of_the_prompt(tiny_model, make_batch):
-    batch, ids = make_batch(length=16), candidates([[4, 2], [1, 3]])
-    edits = mj.scale(S.lm.mlp.act[1], 2.0)
-    asked = {"x": mj.keep(S.lm.resid_post[2]), "n": mj.stats(S.lm.mlp.act)}
-    got = score.score_with(tiny_model, batch, ids, edits, asked)
-    want = mj.run(tiny_model, batch, edits, asked)
-    np.testing.assert_allclose(got.captures["x"], want["x"], rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(got.captures["n"].tokens, want["n"].tokens)
-    np.testing.assert_array_equal(got.receipts[0].tokens, want.receipts[0].tokens)
+        want, _ = full(tiny_model, batch, np.maximum(ids[:, c], 0), edits)
+        want = np.where(ids[:, c] >= 0, want, 0).sum(-1)
+        want = np.where(LENGTHS[:, c] > 0, want, -np.inf)
+        np.testing.assert_allclose(got[:, c], want, rtol=0, atol=1e-4)
+    assert np.isinf(got).sum() == 4
 
 
 class Letters:
@@ -84,13 +83,6 @@ def test_candidates_as_text():
     shared = score.candidate_ids(Letters(), ["AB", "C"], 2, length=5)
     assert shared.shape == (2, 2, 5)
     np.testing.assert_array_equal(shared[0], shared[1])
-
-
-def test_text_is_scored_as_its_tokens(tiny_model, make_batch):
-    batch = make_batch(length=16)
-    got = mj.score(tiny_model, batch.replace(processor=Letters()), ["ABC", "B"])
-    ids = score.candidate_ids(Letters(), ["ABC", "B"], 2)
-    np.testing.assert_array_equal(got, mj.score(tiny_model, batch, ids))
 
 
 def test_errors(tiny_model, make_batch):

@@ -19,14 +19,14 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def batch(make_batch):
-    return make_batch(images=(2, 1, 0), words=(6, 5, 8), fill=1)
+def batch(mixed):
+    return mixed
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_model, batch, op_by_op):
+def seen(model, batch, op_by_op):
     """[L, B, T, ...] by site."""
-    found = oracle.forward(tiny_model, batch)[1]
+    found = oracle.forward(model, batch)[1]
     return {name: np.stack(layers) for name, layers in found.items()}
 
 
@@ -47,8 +47,8 @@ def laid(site, mask):
     return mask.reshape([next(shape) if a in "BITP" else 1 for a in site.axes])
 
 
-def test_keep_brings_back_every_site(tiny_model, batch, seen):
-    found = read(tiny_model, batch, **{site.name: mj.keep(site) for site in S.TABLE})
+def test_keep_brings_back_every_site(model, batch, seen):
+    found = read(model, batch, **{site.name: mj.keep(site) for site in S.TABLE})
     assert set(found) == set(seen) == {site.name for site in S.TABLE}
     for site in S.TABLE:
         want = np.where(laid(site, tokens_of(site, batch)), seen[site.name], 0)
@@ -57,22 +57,22 @@ def test_keep_brings_back_every_site(tiny_model, batch, seen):
 
 
 @pytest.mark.parametrize("where", [None, tok.image, tok.last | tok.row(1)])
-def test_keep_of_layers_units_and_tokens(where, tiny_model, batch, seen):
+def test_keep_of_layers_units_and_tokens(where, model, batch, seen):
     act, heads = S.lm.mlp.act, S.lm.attn.heads
     asked = {
         "one": act[2],
         "last": act[-1],
-        "list": act[[3, 1]],
+        "list": act[[2, 0]],
         "range": act[1:3],
-        "mask": act[np.array([True, False, False, True])],
+        "mask": act[np.array([True, False, True])],
         "units": act[2, [5, 3]],
         "unit": act[:, 7],
         "heads": heads[1:, [3, 0]],
     }
-    found = read(tiny_model, batch, **{n: mj.keep(at, where=where) for n, at in asked.items()})
+    found = read(model, batch, **{n: mj.keep(at, where=where) for n, at in asked.items()})
     x, h = seen["lm.mlp.act"], seen["lm.attn.heads"]
     want = {
-        "one": x[2], "last": x[3], "list": x[[3, 1]], "range": x[1:3], "mask": x[[0, 3]],
+        "one": x[2], "last": x[2], "list": x[[2, 0]], "range": x[1:3], "mask": x[[0, 2]],
         "units": x[2][..., [5, 3]], "unit": x[..., [7]], "heads": h[1:][..., [3, 0], :],
     }  # fmt: skip
     mask = tok.of(where).mask(batch.tokens)
@@ -82,15 +82,15 @@ def test_keep_of_layers_units_and_tokens(where, tiny_model, batch, seen):
         np.testing.assert_allclose(found[name], np.where(chosen, value, 0), err_msg=name, **CLOSE)
 
 
-def test_mean_is_over_the_selected_tokens_of_each_row(tiny_model, batch, seen):
+def test_mean_is_over_the_selected_tokens_of_each_row(model, batch, seen):
     found = read(
-        tiny_model, batch,
+        model, batch,
         all=mj.mean(S.lm.resid_post), image=mj.mean(S.lm.resid_post[2], where=tok.image),
         heads=mj.mean(S.lm.attn.heads[[1]], where=tok.last), tiles=mj.mean(S.vision.resid_post[0]),
     )  # fmt: skip
     kind = batch.tokens.kind
     x = seen["lm.resid_post"]
-    for row in range(3):
+    for row in range(8):
         real, image = kind[row] > 0, kind[row] == tok.CODE["image"]
         np.testing.assert_allclose(found["all"][:, row], x[:, row][:, real].mean(1), **CLOSE)
         want = x[2, row][image].mean(0) if image.any() else np.zeros(32)
@@ -101,21 +101,21 @@ def test_mean_is_over_the_selected_tokens_of_each_row(tiny_model, batch, seen):
     np.testing.assert_allclose(found["tiles"], want, **CLOSE)
 
 
-def test_mass_is_what_queries_put_on_keys(tiny_model, batch, seen):
+def test_mass_is_what_queries_put_on_keys(model, batch, seen):
     found = read(
-        tiny_model, batch,
+        model, batch,
         all=mj.mass(S.lm.attn.pattern, on=tok.image),
         some=mj.mass(S.lm.attn.pattern[2, [3, 1]], on=tok.image, where=tok.last),
         one=mj.mass(S.lm.attn.pattern, on=tok.all),
     )  # fmt: skip
     pattern, image = seen["lm.attn.pattern"], batch.tokens.kind == tok.CODE["image"]
     on = (pattern * image[:, None, None]).sum(-1)  # [L, B, N, T]
-    for row in range(3):
+    for row in range(8):
         real, last = batch.valid[row], batch.tokens.last[row]
         np.testing.assert_allclose(found["all"][:, row], on[:, row][..., real].mean(-1), **CLOSE)
         want = on[2, row][[3, 1]][:, last][:, 0]
         np.testing.assert_allclose(found["some"][row], want, **CLOSE)
-    np.testing.assert_allclose(found["one"], np.ones((4, 3, 4)), **CLOSE)
+    np.testing.assert_allclose(found["one"], np.ones((3, 8, 4)), **CLOSE)
 
 
 def numpy_stats(x, masks):
@@ -139,28 +139,28 @@ def assert_stats(found, want):
 
 @pytest.mark.parametrize("site", [S.lm.mlp.act, S.lm.resid_post, S.vision.mlp.act, S.projector.act],
                          ids=str)  # fmt: skip
-def test_stats_by_kind(site, tiny_model, batch, seen):
+def test_stats_by_kind(site, model, batch, seen):
     kinds = captures.KINDS_OF[site.module]
     kind = batch.tokens.kind
     if site.module != "lm":
-        kind = np.full((4, 17 if site.module == "vision" else 4), tok.CODE["image"])
+        kind = np.full((9, 17 if site.module == "vision" else 4), tok.CODE["image"])
         kind[:, : site.module == "vision"] = tok.CODE["cls"]
         kind[~batch.real] = tok.CODE["pad"]
     masks = np.stack([kind == tok.CODE[k] for k in kinds])
-    found = read(tiny_model, batch, x=mj.stats(site, by=tok.kind))["x"]
+    found = read(model, batch, x=mj.stats(site, by=tok.kind))["x"]
     assert found.kinds == kinds and found.positive.dtype == np.int32
     assert_stats(found, numpy_stats(seen[site.name], masks))
     assert (np.asarray(found.max)[..., ~masks.any((1, 2))] == -np.inf).all()
 
-    whole = read(tiny_model, batch, x=mj.stats(site))["x"]
+    whole = read(model, batch, x=mj.stats(site))["x"]
     total = {n: v[..., 0] for n, v in numpy_stats(seen[site.name], masks.any(0)[None]).items()}
     assert whole.kinds == ()
     assert_stats(whole, total)
 
 
-def test_stats_of_layers_units_and_tokens(tiny_model, batch, seen):
+def test_stats_of_layers_units_and_tokens(model, batch, seen):
     found = read(
-        tiny_model, batch,
+        model, batch,
         one=mj.stats(S.lm.mlp.act[2, [7, 1]], by=("image", "question")),
         heads=mj.stats(S.lm.attn.heads[1:, [2]], where=tok.last),
         once=mj.stats(S.lm.embed, by="image"),
@@ -176,80 +176,19 @@ def test_stats_of_layers_units_and_tokens(tiny_model, batch, seen):
     assert_stats(found["once"], {name: value[0] for name, value in want.items()})
 
 
-@pytest.mark.parametrize("pad", ["left", "right"])
-def test_a_padded_batch_has_the_numbers_of_its_rows_alone(pad, tiny_model, make_batch):
-    """With rows, and a tile, that only fill the batch."""
-    rows = {"images": (2, 1), "words": (6, 9)}
-    asked = {
-        "fire": mj.stats(S.lm.mlp.act, by=tok.kind),
-        "tower": mj.stats(S.vision.mlp.act, by=tok.kind),
-        "lens": mj.lens(S.lm.resid_post, by=tok.kind),
-        "mean": mj.mean(S.lm.resid_post),
-    }
-    whole = make_batch(**rows, pad=pad, length=22, fill=1)
-    together = mj.run(tiny_model, with_empty_row(whole), None, asked)
-    alone = []
-    for row in range(2):
-        batch = jax.tree.map(lambda a, r=row: a[[r]], make_batch(**rows, pad=pad))
-        valid = batch.valid[0]
-        words = jax.tree.map(lambda a, v=valid: a[:, v], (batch.ids, batch.position, batch.tokens))
-        first, count = (0, 2) if row == 0 else (2, 1)
-        at = batch.image_at[:, valid]
-        pick = slice(first, first + count)
-        batch = batch.replace(
-            ids=words[0], position=words[1], tokens=words[2],
-            image_at=np.where(at < 0, -1, at - 4 * first),
-            pixels=make_batch(**rows).pixels[pick], tile=np.arange(count, dtype=np.int16),
-            real=np.ones(count, bool),
-        )  # fmt: skip
-        alone.append(mj.run(tiny_model, batch, None, asked))
-    for row in range(2):
-        np.testing.assert_allclose(together.logits[row], alone[row].logits[0], **CLOSE)
-        np.testing.assert_allclose(together["mean"][:, row], alone[row]["mean"][:, 0], **CLOSE)
-        for name in ("sum", "top", "tokens"):
-            ours, theirs = (getattr(o["lens"], name) for o in (together, alone[row]))
-            np.testing.assert_allclose(ours[:, row], theirs[:, 0], rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(together["lens"].tokens[:, 2], 0)
-    np.testing.assert_array_equal(together["mean"][:, 2], 0)
-    for name in ("fire", "tower"):
-        want = alone[0][name].merge(alone[1][name])
-        np.testing.assert_array_equal(together[name].positive, want.positive)
-        np.testing.assert_array_equal(together[name].tokens, want.tokens)
-        np.testing.assert_allclose(together[name].sum, want.sum, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(together[name].max, want.max, **CLOSE)
-
-
-def with_empty_row(batch):
-    """The batch with a row of padding at its end."""
-
-    def more(a, fill):
-        return np.concatenate([a, np.full_like(a[:1], fill)])
-
-    map_ = tok.TokenMap(
-        kind=more(batch.tokens.kind, tok.CODE["pad"]), row=more(batch.tokens.row, -1),
-        column=more(batch.tokens.column, -1), tile=more(batch.tokens.tile, -1),
-        last=more(batch.tokens.last, False),
-    )  # fmt: skip
-    return batch.replace(
-        ids=more(batch.ids, 3), position=more(batch.position, 0),
-        image_at=more(batch.image_at, -1), tokens=map_,
-    )  # fmt: skip
-
-
-def test_merging_is_exact_in_any_order(tiny_model, batch, make_batch):
+def test_merging_is_exact_in_any_order(model, batch, pictures):
     asked = {"x": mj.stats(S.lm.mlp.act, by=tok.kind)}
-    other = make_batch(images=(2, 1, 0), words=(6, 5, 8), fill=1, seed=7)
-    a, b = (mj.run(tiny_model, x, None, asked)["x"].wide() for x in (batch, other))
+    a, b = (mj.run(model, x, None, asked)["x"].wide() for x in (batch, pictures))
     ab, ba = a.merge(b), b.merge(a)
     assert ab.positive.dtype == ab.tokens.dtype == np.int64 and ab.sum.dtype == np.float64
     for name in ("positive", "tokens", "sum", "max"):
         np.testing.assert_array_equal(getattr(ab, name), getattr(ba, name))
 
 
-def test_a_layer_of_a_capture_may_be_traced(tiny_model, batch, seen):
-    bound = run.bind(tiny_model, batch, None, {"x": mj.keep(S.lm.resid_post[2])})[1]["x"]
+def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
+    bound = run.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[2])})[1]["x"]
     traced = jax.eval_shape(  # the shapes are known, the layer is not
-        lambda at: run.bind(tiny_model, batch, None, {"x": mj.keep(S.lm.resid_post[at])})[1]["x"], 2
+        lambda at: run.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[at])})[1]["x"], 2
     )
     assert jax.tree.structure(traced) == jax.tree.structure(bound)
     assert traced.slots.shape == bound.slots.shape
@@ -258,10 +197,10 @@ def test_a_layer_of_a_capture_may_be_traced(tiny_model, batch, seen):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: mj.keep(S.lm.mlp.act[4]), ValueError, "lm.mlp.act: layer 4 is out of range"),
+        (lambda: mj.keep(S.lm.mlp.act[3]), ValueError, "lm.mlp.act: layer 3 is out of range"),
         (lambda: mj.keep(S.lm.mlp.act[0, 48]), ValueError, "lm.mlp.act: unit 48 is out of range"),
         (lambda: mj.keep(S.lm.mlp.act[9:]), ValueError, "capture of lm.mlp.act selects no layer"),
-        (lambda: mj.keep(S.lm.mlp.act[np.ones((4, 48), bool)]), ValueError,
+        (lambda: mj.keep(S.lm.mlp.act[np.ones((3, 48), bool)]), ValueError,
          "lm.mlp.act: unit: a capture takes the same units in every layer"),
         (lambda: mj.keep(S.lm.akt), AttributeError, "unknown site 'lm.akt'; nearest: .*lm.mlp.act"),
         (lambda: mj.stats(S.lm.attn.pattern), ValueError, "stats does not read lm.attn.pattern"),
@@ -277,13 +216,13 @@ def test_a_layer_of_a_capture_may_be_traced(tiny_model, batch, seen):
         (lambda: mj.stats(S.lm.mlp.act, by=("cls",)), ValueError, "by=cls: kinds of lm tokens are"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_said_in_one_line(make, error, message, tiny_model, batch):
+def test_what_does_not_fit_is_said_in_one_line(make, error, message, model, batch):
     with pytest.raises(error, match=message) as caught:
-        mj.run(tiny_model, batch, None, {"x": make()})
+        mj.run(model, batch, None, {"x": make()})
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_capture(tiny_model, batch):
-    out = mj.run(tiny_model, batch, None, {"x": mj.mean(S.lm.embed)})
+def test_an_unknown_capture(model, batch):
+    out = mj.run(model, batch, None, {"x": mj.mean(S.lm.embed)})
     with pytest.raises(KeyError, match="no capture 'y'; this pass has: x"):
         out["y"]

@@ -16,37 +16,25 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import run
-from mllm_jax.models import llava
+from mllm_jax.interventions.edits import Edits
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
 L = 3
-PAD, CLS, IMAGE = (tok.CODE[name] for name in ("pad", "cls", "image"))
+PAD, IMAGE = tok.CODE["pad"], tok.CODE["image"]
 VALUED = [site for site in S.TABLE if site is not S.lm.attn.mask]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_config, random_model):
-    """The tiny model with one layer of vision and three of language: there are many passes."""
-    vision = dataclasses.replace(tiny_config.vision, layers=2)
-    lm = dataclasses.replace(tiny_config.lm, layers=L)
-    return random_model(llava.LlavaConfig.of(vision, lm, fold=2, image_token=95))
-
-
-@pytest.fixture(scope="module")
-def pictures(make_batch):
-    return make_batch(fill=1)  # right-padded, and a tile that is nobody's
-
-
-@pytest.fixture(scope="module")
-def batch(pictures, model, op_by_op):
-    """The same, with vision features: the tower is not run."""
-    return pictures.replace(features=model.features(pictures, oracle.Plain()))
-
-
-@pytest.fixture(scope="module")
-def clean(model, batch):
+def clean(model, batch, op_by_op):
     return np.asarray(mj.run(model, batch, logits="all").logits)
+
+
+@pytest.fixture(scope="module")
+def rows(batch, make_batch):
+    """The batch, padded on either side."""
+    left = make_batch(images=(1,) * 8, words=(11, 8) * 4, fill=1, pad="left")
+    return {"right": batch, "left": left.replace(features=batch.features)}.get
 
 
 @pytest.fixture(scope="module")
@@ -84,83 +72,83 @@ def project_out(x):
 
 def ramp(x, axis):
     """A value for every unit of the site, laid along its axis."""
-    values = np.linspace(-1, 2, x.shape[axis], dtype=np.float32)
-    return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    return line(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def patched(x, mask, source=0, into=1):
-    """As many image tokens in both rows: those of one are written to the other."""
+def line(n: int) -> np.ndarray:
+    return np.linspace(-1, 2, n, dtype=np.float32)
+
+
+def patched(x, tokens):
+    """Row 6 has the tokens of row 7, in their order; both have as many."""
     y = x.copy()
-    y[into, mask[into]] = x[source, mask[source]]
+    y[6, tokens[6]] = x[7, tokens[7]]
     return y
 
 
-# What the user writes, given an address, its width and image tokens; and what NumPy does.
+# What the user writes, given an address, its width and tokens; what NumPy does, given a tensor and
+# the axis of its units. A patch reads the same tokens of the last row.
 KINDS = {
-    "ablate": (lambda at, n: mj.ablate(at, where=tok.image), lambda x, u, m: np.zeros_like(x)),
-    "scale": (
-        lambda at, n: mj.scale(at, np.linspace(-1, 2, n), where=tok.image),
-        lambda x, u, m: x * ramp(x, u),
-    ),
-    "add": (
-        lambda at, n: mj.add(at, np.linspace(-1, 2, n), where=tok.image),
-        lambda x, u, m: x + ramp(x, u),
-    ),
+    "ablate": (lambda at, n, w: mj.ablate(at, where=w), lambda x, u: np.zeros_like(x)),
+    "scale": (lambda at, n, w: mj.scale(at, line(n), where=w), lambda x, u: x * ramp(x, u)),
+    "add": (lambda at, n, w: mj.add(at, line(n), where=w), lambda x, u: x + ramp(x, u)),
     "replace": (
-        lambda at, n: mj.replace(at, np.linspace(-1, 2, n), where=tok.image),
-        lambda x, u, m: np.broadcast_to(ramp(x, u), x.shape),
-    ),
-    "project_out": (
-        lambda at, n: mj.project_out(at, columns(n), where=tok.image),
-        lambda x, u, m: project_out(x),
-    ),
-    "patch": (
-        lambda at, n: mj.patch(at, 0, 1, where=tok.image),
-        lambda x, u, m: patched(x, m),
+        lambda at, n, w: mj.replace(at, line(n), where=w),
+        lambda x, u: np.broadcast_to(ramp(x, u), x.shape),
     ),
     "call": (
-        lambda at, n: mj.call(at, lambda x, a: jnp.sin(x) + a, where=tok.image, a=0.5),
-        lambda x, u, m: np.sin(x) + 0.5,
+        lambda at, n, w: mj.call(at, lambda x, a: jnp.sin(x) + a, where=w, a=0.5),
+        lambda x, u: np.sin(x) + 0.5,
     ),
-}  # fmt: skip
+    "project_out": (
+        lambda at, n, w: mj.project_out(at, columns(n), where=w),
+        lambda x, u: project_out(x),
+    ),
+    "patch": (lambda at, n, w: mj.patch(at, 7, 6, where=w), None),
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "site"),
-    [(k, s) for k in KINDS for s in VALUED if (k, s) != ("patch", S.lm.attn.pattern)],
-    ids=str,
-)
-def test_every_pair_is_the_oracle(kind, site, model, pictures, batch, unedited):
+@pytest.mark.parametrize("site", VALUED, ids=str)
+def test_every_pair_is_the_oracle(site, model, pictures, batch, unedited):
+    """Each kind edits a row, or a tile, of its own; all in one pass."""
     batch = pictures if site.module == "vision" else batch
-    edit, numpy = KINDS[kind]
     clean, seen = unedited
     layer = len(seen[site.name]) - 1 if site.stacked else None
     before = seen[site.name][-1]
     axis = next(i for i, a in enumerate(site.axes) if a in "EDFNV")
     units = some_units(before.shape[axis])
-    width = before.shape[-1 if kind == "project_out" else axis]  # a basis is of the last axis
+    address = site[units] if layer is None else site[layer, units]
     tokens = image_tokens(site, batch)
-    mask = oracle.spread(site.axes, tokens, units)
+    kinds = [k for k in KINDS if (k, site) != ("patch", S.lm.attn.pattern)]
+    rows = [tokens & (np.arange(len(tokens)) == row)[:, None] for row in range(8)]
 
     def change(x):
-        return np.where(mask, numpy(x, axis, tokens), x)
+        y = x.copy()
+        for kind, here in zip(kinds, rows, strict=False):
+            new = patched(x, tokens) if kind == "patch" else KINDS[kind][1](x, axis)
+            y = np.where(oracle.spread(site.axes, here, units), new, y)
+        return y
 
+    edits = Edits()
+    for kind, here in zip(kinds, rows, strict=False):
+        width = before.shape[-1 if kind == "project_out" else axis]  # a basis is of the last axis
+        where = here | rows[7] if kind == "patch" else here
+        edits = edits >> KINDS[kind][0](address, width, where)
     want, _ = oracle.forward(model, batch, [(site.name, layer, change)])
-    address = site[units] if layer is None else site[layer, units]
-    got, (receipt,) = logits(model, batch, edit(address, width))
-    valid = batch.valid
-    np.testing.assert_allclose(got[valid], want[valid], rtol=0, atol=1e-5)
-    assert abs(got - clean)[valid].max() > 1e-3
+    got, receipts = logits(model, batch, edits)
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-5)
 
-    after = change(before)
-    written = tokens & (np.arange(len(tokens)) == 1)[:, None] if kind == "patch" else tokens
-    at = layer or 0
-    assert receipt.edit == f"{kind} {site.name}"
-    np.testing.assert_array_equal(np.delete(receipt.tokens, at), 0)
-    assert receipt.tokens[at] == written.sum() > 0
-    np.testing.assert_allclose(receipt.elements[at], (after != before).sum(), rtol=0.001)
-    np.testing.assert_allclose(receipt.norm[at], np.linalg.norm(after - before), rtol=1e-4)
-    assert receipt.norm[at] > 0 and (np.delete(receipt.norm, at) == 0).all()
+    change_ = change(before) - before
+    for row, (kind, receipt) in enumerate(zip(kinds, receipts, strict=True)):
+        assert abs(got - clean)[row][batch.valid[row]].max() > 1e-3, kind
+        changed = change_[row]
+        at = layer or 0
+        assert receipt.edit == f"{kind} {site.name}"
+        assert receipt.tokens[at] == rows[row].sum() > 0, kind
+        np.testing.assert_allclose(receipt.elements[at], (changed != 0).sum(), rtol=0.001)
+        np.testing.assert_allclose(receipt.norm[at], np.linalg.norm(changed), rtol=1e-4)
+        for values in (receipt.tokens, receipt.elements, receipt.norm):  # of the other layers
+            assert values[at] > 0 and not np.delete(values, at).any()
 
 
 @pytest.mark.parametrize("heads", [None, [0, 3]])
@@ -179,9 +167,9 @@ def test_knockout_is_the_oracle(heads, model, batch, clean):
     np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-5)
     assert abs(got - clean)[looks].max() > 1e-3
     np.testing.assert_array_equal(got[~looks], clean[~looks])
-    # 2 rows, each 4 image tokens and one that looks, in each head
-    np.testing.assert_array_equal(receipt.elements, np.array([0, 1, 1]) * 8 * chosen.sum())
-    np.testing.assert_array_equal(receipt.tokens, [0, 2, 2])
+    # 8 rows, each 4 image tokens and one that looks, in each head
+    np.testing.assert_array_equal(receipt.elements, np.array([0, 1, 1]) * 32 * chosen.sum())
+    np.testing.assert_array_equal(receipt.tokens, [0, 8, 8])
 
 
 def test_a_query_that_may_look_nowhere_gets_zeros(model, batch):
@@ -191,7 +179,7 @@ def test_a_query_that_may_look_nowhere_gets_zeros(model, batch):
 
 
 # Values in every shape that fits, where they vary along what they name.
-B, T, F, N, H = 2, 15, 48, 4, 8
+B, T, F, N, H = 8, 15, 48, 4, 8
 SHAPES = {
     "scalar": (), "F": (F,), "L F": (L, F), "B T F": (B, T, F), "B 1 F": (B, 1, F),
     "1 T 1": (1, T, 1), "L B T F": (L, B, T, F), "L 1 1 1": (L, 1, 1, 1), "L 1": (L, 1),
@@ -351,20 +339,20 @@ def test_patch_is_replace_with_what_was_seen(model, batch):
     same(model, batch, subspace, mj.replace(RESID, value, where=at), 1e-5)
 
 
-def test_patch_matches_tokens_in_order_in_rows_of_unequal_length(model, make_batch, clean):
-    """A row patched at every last token from the other row says what the other row says."""
-    patch = mj.patch(S.lm.norm, 0, 1, where=tok.last)
-    for pad in ("left", "right"):
-        batch = make_batch(pad=pad)
-        out, unedited = (mj.run(model, batch, e).logits for e in (patch, None))
-        np.testing.assert_allclose(out[1], unedited[0], rtol=0, atol=1e-5)
-        np.testing.assert_array_equal(out[0], unedited[0])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_patch_matches_tokens_in_rows_of_unequal_length(pad, model, rows, clean):
+    """A row patched at its last token from another row says what the other row says."""
+    batch = rows(pad)
+    got, _ = logits(model, batch, mj.patch(S.lm.norm, 0, 1, where=tok.last))
+    was, now = clean[rows("right").tokens.last], got[batch.tokens.last]
+    np.testing.assert_allclose(now[1], was[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.delete(now, 1, 0), np.delete(was, 1, 0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("site", [S.lm.mlp.act, S.lm.resid_post, S.lm.embed], ids=str)
-def test_padding_is_never_edited(site, pad, model, make_batch):
-    batch = make_batch(pad=pad)
+def test_padding_is_never_edited(site, pad, model, rows):
+    batch = rows(pad)
     where = ~batch.valid
     where[1, batch.last[1]] = True
     edits = [mj.add(site, 5.0, where=w) for w in (where, tok.last & tok.mask(where))]
@@ -401,35 +389,35 @@ WHERES = [(tok.NAMED[name], want) for name, want in SELECTORS.items()] + [
 
 
 @pytest.mark.parametrize(("where", "want"), WHERES)
-def test_where(where, want, model, batch):
+def test_where(where, want, model, batch, unedited):
     """Exactly the tokens meant change at the site, and the receipt says how many."""
-    captures = {"x": mj.keep(S.lm.mlp.out[1])}
     edit = mj.add(S.lm.mlp.out[1], 1.0, where=where)
-    out = mj.run(model, batch, edit, captures, logits="none")
-    before = mj.run(model, batch, None, captures, logits="none")["x"]
-    changed = (np.asarray(out["x"]) - np.asarray(before)).round(5)
+    out = mj.run(model, batch, edit, {"x": mj.keep(S.lm.mlp.out[1])}, logits="none")
+    before = np.where(batch.valid[..., None], unedited[1]["lm.mlp.out"][1], 0)
+    changed = (np.asarray(out["x"]) - before).round(4)
     mask = want(batch.tokens)
     np.testing.assert_array_equal(changed, np.broadcast_to(mask[..., None], changed.shape))
     assert 0 < out.receipts[0].tokens[1] == mask.sum()
 
 
-def test_where_of_pictures(model, make_batch):
+def test_where_of_pictures(model, mixed):
     """Tiles, rows and columns of the vision tower, of two pictures in a row."""
-    batch = make_batch(images=(2, 1), words=(5, 5))
-    out = mj.run(model, batch, None, {"x": mj.keep(S.vision.mlp.out[0])}, logits="none")
-    tiles, grid = np.array([0, 1, 0]), np.arange(17) - 1
+    asked = {"x": mj.keep(S.vision.mlp.out)}
+    before = np.asarray(mj.run(model, mixed, None, asked, logits="none")["x"])
+    tiles, grid = np.array([0, 1, *[0] * 7])[:, None], np.arange(17) - 1
+    real = mixed.real[:, None]
     for where, want in [
-        (tok.tile(1), np.broadcast_to((tiles == 1)[:, None], (3, 17))),
-        (tok.row(2), np.broadcast_to((grid >= 0) & (grid // 4 == 2), (3, 17))),
-        (tok.column(3), np.broadcast_to((grid >= 0) & (grid % 4 == 3), (3, 17))),
-        (tok.cls, np.broadcast_to(grid < 0, (3, 17))),
-        (tok.image, np.broadcast_to(grid >= 0, (3, 17))),
+        (tok.tile(1), tiles == 1),
+        (tok.row(2), (grid >= 0) & (grid // 4 == 2)),
+        (tok.column(3), (grid >= 0) & (grid % 4 == 3)),
+        (tok.cls, grid < 0),
+        (tok.image & tok.tile(0), (tiles == 0) & (grid >= 0)),
     ]:
-        edit = mj.add(S.vision.mlp.out[0], 1.0, where=where)
-        got = mj.run(model, batch, edit, {"x": mj.keep(S.vision.mlp.out[0])}, logits="none")
-        changed = (np.asarray(got["x"]) - np.asarray(out["x"])).round(5)[..., 0]
-        np.testing.assert_array_equal(changed, want)
-        np.testing.assert_array_equal(got.receipts[0].tokens, [want.sum()])
+        edit = mj.add(S.vision.mlp.out, 1.0, where=where)
+        out = mj.run(model, mixed, edit, asked, logits="none")
+        changed = (np.asarray(out["x"]) - before).round(5)[0, ..., 0]
+        np.testing.assert_array_equal(changed, want & real & np.ones(17, bool))
+        assert out.receipts[0].tokens[0] == changed.sum() > 0
 
 
 # Weights.
@@ -481,7 +469,7 @@ def test_a_basis_is_made_orthonormal_in_float32():
         (lambda: mj.knockout(S.lm.attn, to=tok.last, on=tok.answer), "selects no token"),
         (lambda: mj.add(S.lm.resid_post, np.ones(31)),
          r"lm.resid_post: a value of shape \(31,\) does not fit; the site is "
-         r"\[L B T D\] = \[3, 2, 15, 32\]"),
+         r"\[L B T D\] = \[3, 8, 15, 32\]"),
         (lambda: mj.scale(S.lm.mlp.act[1, [3, 5]], np.ones(3)), r"shape \(3,\) does not fit"),
         (lambda: mj.add(S.lm.resid_post[1:3], np.ones((2, 32))), r"shape \(2, 32\) does not fit"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((31, 2))),
@@ -489,10 +477,10 @@ def test_a_basis_is_made_orthonormal_in_float32():
         (lambda: mj.project_out(S.lm.resid_post, np.ones((32, 2))),
          "lm.resid_post: the 2 directions of the basis span only 1"),
         (lambda: mj.project_out(S.lm.resid_post, np.zeros(32)), "span only 0"),
-        (lambda: mj.patch(S.lm.resid_post, 0, 2), "writes row 2: the batch has rows 0 to 1"),
+        (lambda: mj.patch(S.lm.resid_post, 0, 8), "writes row 8: the batch has rows 0 to 7"),
         (lambda: mj.patch(S.lm.resid_post, 0, 1),
          "the patch of lm.resid_post matches 15 tokens of row 0 with 12 of row 1"),
-        (lambda: mj.patch(S.lm.resid_post, 0, 1, where=np.eye(2, 15, dtype=bool)[:, ::-1]),
+        (lambda: mj.patch(S.lm.resid_post, 0, 1, where=np.eye(8, 15, dtype=bool)[:, ::-1]),
          "matches 1 tokens of row 0 with 0 of row 1"),
     ],
 )  # fmt: skip

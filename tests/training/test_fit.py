@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mllm_jax.interventions.tap import Taps
 from mllm_jax.training import fit, losses, parts
 
 RECIPE = fit.Recipe(rate=0.1, warmup=0.1, every=3)
@@ -35,7 +36,7 @@ def trained(model, batches):
 def test_the_loss_falls_and_the_rest_is_frozen(model, batches, trained):
     after, curve = trained
     assert curve.dtype == np.float32 and curve.shape == (len(batches),)
-    assert np.isfinite(curve).all() and curve[-2:].mean() < 0.8 * curve[:2].mean()
+    assert np.isfinite(curve).all() and curve[-2:].mean() < curve[:2].mean() - 0.2
     np.testing.assert_allclose(curve[0], mean_nll(model, batches[0]), rtol=1e-5)
     assert mean_nll(after, batches[0]) < curve[-2]
     before, after = arrays(model), arrays(after)
@@ -85,20 +86,24 @@ class Until(list):
         return super().__getitem__(step)
 
 
-def test_killed_and_restarted_it_ends_with_the_same_bytes(model, batches, trained, tmp_path):
+def distance(model, batch, *, remat):
+    """A loss that is quickly compiled: how far image tokens are from 1."""
+    tap = Taps().module("projector")
+    return jnp.mean((model.projector(batch.features, tap) - 1) ** 2)
+
+
+def test_killed_and_restarted_it_ends_with_the_same_bytes(model, batches, tmp_path):
     """After seven steps: there are two checkpoints, and one step is lost."""
+    want, whole = fit.fit(model, batches, RECIPE, loss=distance)
     killed = Until(batches)
     killed.stop = 7
     with pytest.raises(Killed):
-        fit.fit(model, killed, RECIPE, save=tmp_path)
-    again, curve = fit.fit(model, batches, RECIPE, save=tmp_path)
-    np.testing.assert_array_equal(curve, trained[1])
-    for (name, a), b in zip(arrays(again).items(), arrays(trained[0]).values(), strict=True):
-        assert a.tobytes() == b.tobytes(), name
-    finished, curve = fit.fit(model, Untouchable(batches), RECIPE, save=tmp_path)
-    np.testing.assert_array_equal(curve, trained[1])
-    kernels = (m.projector.linears[0].kernel[...] for m in (finished, again))
-    np.testing.assert_array_equal(*kernels)
+        fit.fit(model, killed, RECIPE, loss=distance, save=tmp_path)
+    for rest in (batches, Untouchable(batches)):
+        got, curve = fit.fit(model, rest, RECIPE, loss=distance, save=tmp_path)
+        np.testing.assert_array_equal(curve, whole)
+        for (name, a), b in zip(arrays(got).items(), arrays(want).values(), strict=True):
+            assert a.tobytes() == b.tobytes(), name
 
 
 class Untouchable(list):
@@ -127,7 +132,7 @@ def test_the_gradient_of_the_projector_is_that_of_central_differences(model, bat
         def loss(trains, remat=False):
             return losses.mean_answer_nll(merge(trains, frozen), batch, remat=remat)
 
-        slopes = [jax.jit(jax.grad(loss), static_argnums=1)(trains, r) for r in (False, True)]
+        slope = jax.jit(jax.grad(lambda trains: loss(trains, remat=True)))(trains)
         loss = jax.jit(loss)
         rng = np.random.default_rng(0)
         for _ in range(3):
@@ -136,10 +141,9 @@ def test_the_gradient_of_the_projector_is_that_of_central_differences(model, bat
                 loss(jax.tree.map(lambda a, w, s=step: a + s * w, trains, way))
                 for step in (1e-6, -1e-6)
             )
-            for slope in slopes:
-                pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(way), strict=True)
-                along = sum(np.vdot(a, b) for a, b in pairs)
-                np.testing.assert_allclose(along, (up - down) / 2e-6, rtol=1e-6)
+            pairs = zip(jax.tree.leaves(slope), jax.tree.leaves(way), strict=True)
+            along = sum(np.vdot(a, b) for a, b in pairs)
+            np.testing.assert_allclose(along, (up - down) / 2e-6, rtol=1e-6)
 
 
 def _double(tree):
