@@ -207,31 +207,34 @@ class Measure:
         self.chance = float(np.mean([1 / len(some) for some in options]))
 
     @functools.cached_property
-    def clean(self) -> list[tuple[Any, Any, Any]]:
-        """(batch, vision features, last residual) of each batch, without an edit."""
+    def clean(self) -> list[tuple[Any, Any, Any, Any]]:
+        """(batch, vision features, candidates, last residual) of each batch, without an edit."""
         kept = []
         for i in range(len(self.asked)):
             batch = self.asked[i]
             features = _features(self.this.model, batch.replace(processor=None))
-            seen = batch.replace(features=features)
-            out = mj.run(self.this.model, seen, None, {"last": mj.keep(LAST)}, logits="none")
-            kept.append((batch, features, out["last"]))
+            ids = score.candidate_ids(
+                self.this.processor, self.asked.candidates(i), len(batch.ids), length=self.answers
+            )
+            # By the program that measures the edits, so that no edit is no deviation.
+            out = self._score(batch.replace(features=features), ids, None)
+            kept.append((batch, features, ids, out.captures["last"]))
         return kept
+
+    def _score(self, batch, ids, edits) -> score.Scores:
+        return score.score_with(self.this.model, batch, ids, edits, {"last": mj.keep(LAST)})
 
     def __call__(self, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Of one edit: bool[N] right, and deviation sums by kind and example."""
         edits = _compose(masks)
         right, sums = [], []
-        for i, (batch, features, last) in enumerate(self.clean):
+        for i, (batch, features, ids, last) in enumerate(self.clean):
             if "vision" not in masks:  # the tower's features are what they were
                 batch = batch.replace(features=features)
-            some = self.asked.candidates(i)
-            ids = score.candidate_ids(
-                self.this.processor, some, len(batch.ids), length=self.answers
-            )
-            out = score.score_with(self.this.model, batch, ids, edits, {"last": mj.keep(LAST)})
-            right.append(np.asarray(out.values)[: len(some)].argmax(-1) == self.asked.right(i))
-            sums.append(_deviation(last, out.captures["last"], batch, len(some)))
+            rows = len(self.asked.rows(i))
+            out = self._score(batch, ids, edits)
+            right.append(np.asarray(out.values)[:rows].argmax(-1) == self.asked.right(i))
+            sums.append(_deviation(last, out.captures["last"], batch, rows))
         total = deviation.join(sums)
         return {"right": np.concatenate(right), **total._asdict()}
 

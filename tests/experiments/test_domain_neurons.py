@@ -72,9 +72,8 @@ def test_unknown_field_is_named(command, execute, tmp_path):
     assert done.returncode != 0 and "tope_rate" in done.stderr
 
 
-def test_one_domain_is_too_few(command, execute, tmp_path, folders):
-    one = f"--config.paths=({str(folders[0])!r},)"
-    done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, one))
+def test_one_domain_is_too_few(command, execute, tmp_path):
+    done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, count=1))
     assert done.returncode == 1 and "needs 2 or more" in done.stderr.splitlines()[-1]
 
 
