@@ -1,15 +1,20 @@
 """Sweeps: many edits of one structure on one batch, in parallel lanes of one program.
 
-What no edit of the sweep reaches is computed once for all lanes: vmap leaves the vision tower and
-the projector unbatched where they are untouched, and the layers of the LM below the first edited
-one are scanned before the lanes part. That layer is rounded down to a multiple of BUCKET, so that
-sweeps over layers share a few programs.
+What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them:
+
+* the vision tower, when no edit is in it;
+* the layers below the first edited one, by lane: lanes are ordered by that layer and each chunk
+  goes on from the state that enters its lowest. Where it goes on is data, so that one program
+  serves every chunk;
+* the keys and values of the tokens before the first that any edit or capture reaches, such as
+  those of the picture when the text alone is edited.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +24,14 @@ import numpy as np
 import tqdm
 
 from mllm_jax.interventions import run as run_
+from mllm_jax.interventions import trunk as trunk_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.run import Out
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.workdir import atomic_npz, fingerprint
 
-BUCKET = 4  # layers
-BUDGET = 2**30  # bytes of one layer's tensors over all lanes of a chunk
+BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,78 +75,139 @@ def sweep(
     *,
     logits: str = "last",
     chunk: int | None = None,
+    share: bool = True,
+    save: str | pathlib.Path | None = None,
     label: str = "sweep",
 ) -> Any:
-    """`metric(run(model, batch, edit, captures))` for each edit, stacked: [R, ...].
+    """`metric(run(model, batch, edit, captures))` for each edit, stacked: [R, ...] on the host.
 
     Args:
       metric: of one pass, such as `lambda out: out.logits[:, token]`. Pure; one function is one
         program, so define it once.
       edits: see `stack`.
       captures, logits: as in `run`.
-      chunk: lanes at one time; by default as many as keep the widest tensor of a layer under
-        BUDGET bytes.
+      chunk: lanes at one time; by default the power of two that computes the fewest layers, of
+        those that keep the widest tensor of a layer under BUDGET bytes. A chunk costs one lane
+        more than it has.
+      share: whether what is clean is computed once; False runs each lane whole.
+      save: an .npz file that finished rows are written to; a killed sweep continues from it.
       label: of the progress bar.
+
+    Raises:
+      ValueError: an edit does not fit, or `save` holds the rows of another sweep.
     """
     edits = edits if isinstance(edits, Stack) else stack(edits)
     batch = batch.replace(processor=None)
     bound = [run_.bind(model, batch, item, None)[0] for item in edits.items]
     asked = run_.bind(model, batch, None, captures)[1]
-    lanes = _lanes(bound)
-    clean = _clean(bound)
-    chunk = min(len(edits), chunk or _chunk(run_.site_shapes(model, batch)))
-    rows = []
-    with tqdm.tqdm(total=len(edits), desc=label, leave=False, disable=chunk >= len(edits)) as bar:
-        for start in range(0, len(edits), chunk):
-            some = jax.tree.map(lambda a, s=start: _take(a, s, chunk), lanes)
-            found = _sweep(model, batch, some, asked, metric=metric, clean=clean, logits=logits)
-            rows.append(jax.tree.map(lambda a, s=start: a[: len(edits) - s], found))
-            bar.update(min(chunk, len(edits) - start))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
+        raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
+    whole = trunk_.Trunk(batch, np.zeros(len(bound), int))
+    trunk = trunk_.grow(model, batch, bound, asked, logits) if share else whole
+    most = _most_lanes(run_.site_shapes(model, batch))
+    chunk = min(chunk or _chunk(trunk.first, trunk.layers, most), len(bound))
+    widths = _common_shapes(bound)
+
+    def lanes(numbers):
+        filled = np.resize(numbers, chunk)  # the first lanes again where there are no more
+        return jax.tree.map(
+            lambda shape, *leaves: np.stack([np.broadcast_to(leaf, shape) for leaf in leaves]),
+            widths, *(bound[i] for i in filled), is_leaf=_is_shape,
+        )  # fmt: skip
+
+    def program(numbers):
+        start = int(trunk.first[numbers].min())
+        return functools.partial(
+            _lanes, model, trunk.batch, lanes(numbers), asked, trunk.resume(start), trunk.past,
+            metric=metric, logits=logits, prefix=trunk.prefix,
+        )  # fmt: skip
+
+    order = np.argsort(trunk.first, kind="stable")
+    rows = _Rows(jax.eval_shape(program(order[:1])), len(bound), save, (model, batch, bound, asked))
+    left = order[~rows.done[order]]
+    chunks = [left[i : i + chunk] for i in range(0, len(left), chunk)]
+    with tqdm.tqdm(
+        total=len(bound), initial=len(bound) - len(left), desc=label, leave=False,
+        disable=len(chunks) < 2,
+    ) as bar:  # fmt: skip
+        for numbers in chunks:
+            rows.write(numbers, program(numbers)())
+            bar.update(len(numbers))
+    return rows.values
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "clean", "logits"))
-def _sweep(model, batch, lanes, captures, *, metric, clean, logits):
+@functools.partial(jax.jit, static_argnames=("metric", "logits", "prefix"))
+def _lanes(model, batch, lanes, captures, resume, past, *, metric, logits, prefix):
     def lane(edits):
-        taps = Taps(edits, captures, clean=dict(clean))
-        scores, _ = run_.forward(model, batch, taps, logits)
+        taps = Taps(edits, captures, resume=resume, at=prefix)
+        if past is None:
+            scores, _ = run_.forward(model, batch, taps, logits)
+        else:
+            rest = (a[:, prefix:] for a in (batch.position, batch.valid))
+            x, _ = model.read(resume["lm"].x, *rest, taps, past)
+            x = jnp.pad(x, ((0, 0), (prefix, 0), (0, 0)))  # places are counted from the first token
+            scores = run_.at_last(model, batch, x, taps) if logits == "last" else None
         return metric(Out(scores, taps.captured, taps.receipt_list()))
 
     return jax.vmap(lane)(lanes)
 
 
-def _lanes(bound: list[tuple[BoundEdit, ...]]) -> tuple[BoundEdit, ...]:
-    """Bound edits with a leading R axis; masks that differ in shape (all units) are spread."""
-
-    def join(*leaves):
-        shape = np.broadcast_shapes(*(np.shape(leaf) for leaf in leaves))
-        traced = any(isinstance(leaf, jax.Array) for leaf in leaves)
-        xp = jnp if traced else np
-        return xp.stack([xp.broadcast_to(leaf, shape) for leaf in leaves])
-
-    return jax.tree.map(join, *bound)
+def _common_shapes(bound: list[tuple[BoundEdit, ...]]) -> Any:
+    """The shape of each array over all lanes; masks that differ (all units) are spread."""
+    return jax.tree.map(
+        lambda *leaves: np.broadcast_shapes(*(np.shape(leaf) for leaf in leaves)), *bound
+    )
 
 
-def _take(array, start: int, count: int):
-    """`count` lanes from `start` on; the last one again where there are no more."""
-    at = np.minimum(np.arange(start, start + count), len(array) - 1)
-    return array[at]
+def _is_shape(node) -> bool:
+    return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
-def _clean(bound: list[tuple[BoundEdit, ...]]) -> tuple[tuple[str, int], ...]:
-    """(module, layers that no edit reaches), where the masks are known."""
-    first: dict[str, int] = {}
-    for edits in bound:
-        for edit in edits:
-            module = edit.site.module
-            layers = [0]
-            if edit.site.stacked and isinstance(edit.units, np.ndarray):
-                layers = np.flatnonzero(edit.units.any(-1))
-            if edit.site.stacked:
-                first[module] = min(first.get(module, 2**30), int(layers[0]))
-    return tuple((name, at // BUCKET * BUCKET) for name, at in sorted(first.items()))
-
-
-def _chunk(shapes: dict[str, SiteShape]) -> int:
+def _most_lanes(shapes: dict[str, SiteShape]) -> int:
     sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
     return max(1, BUDGET // int(max(size for name, size in sizes.items() if name != "logits")))
+
+
+def _chunk(first: np.ndarray, layers: int, most: int) -> int:
+    """The power of two, at most `most`, that computes the fewest layers; see `sweep`."""
+    ordered = np.sort(first)
+    sizes = [2**i for i in range(int(np.log2(min(most, len(first)))) + 1)]
+
+    def cost(size: int) -> int:
+        return int(sum((size + 1) * (layers - start) for start in ordered[::size]))
+
+    return min(sizes, key=lambda size: (cost(size), -size))
+
+
+class _Rows:
+    """The results of the lanes, filled in any order and kept on disk if asked."""
+
+    def __init__(self, shape: Any, count: int, save, asked: Any):
+        self.values = jax.tree.map(lambda s: np.zeros((count, *s.shape[1:]), s.dtype), shape)
+        self.done = np.zeros(count, bool)
+        self.path = None if save is None else pathlib.Path(save)
+        if self.path is None:
+            return
+        self.asked = f"{fingerprint(asked)} {jax.tree.structure((shape, asked))}"
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        with np.load(self.path, allow_pickle=False) as file:
+            if str(file["asked"]) != self.asked:
+                raise ValueError(
+                    f"{self.path} holds the rows of another sweep: remove it, or save elsewhere"
+                )
+            self.done = file["done"]
+            for i, leaf in enumerate(jax.tree.leaves(self.values)):
+                leaf[...] = file[str(i)]
+
+    def write(self, numbers: np.ndarray, found: Any) -> None:
+        def put(all_, some):
+            all_[numbers] = np.asarray(some)[: len(numbers)]
+
+        jax.tree.map(put, self.values, found)
+        self.done[numbers] = True
+        if self.path is not None:
+            leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.values))}
+            atomic_npz(self.path, leaves | {"done": self.done, "asked": np.array(self.asked)})

@@ -21,6 +21,22 @@ from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Where a pass goes on in the middle of a module's layers.
+
+    Attributes:
+      start: int32[], the first layer to run.
+      x: what enters it.
+      captured: what the captures found in a pass through all layers: those below stay.
+    """
+
+    start: Any
+    x: Any
+    captured: dict[str, Any]
+
+
 class Taps:
     """What one forward pass was asked, and what it found.
 
@@ -28,7 +44,7 @@ class Taps:
       edits, captures: bound to the shapes of this pass.
       at: int32[], the position of the first token of this pass in the token masks: not 0 when
         a cached pass reads on.
-      clean: layers of each module below which no edit acts: they are scanned without edits.
+      resume: of a module whose lower layers were run before: where to go on.
       remat: whether a layer's tensors are computed again in the backward pass.
       shapes: the sites met, by name.
       receipts: by number of the edit. captured: by name of the capture.
@@ -40,13 +56,13 @@ class Taps:
         captures: dict[str, captures_.BoundCapture] | None = None,
         *,
         at: Any = 0,
-        clean: dict[str, int] | None = None,
+        resume: dict[str, Resume] | None = None,
         remat: bool = False,
     ):
         self.edits = edits
         self.captures = captures or {}
         self.at = at
-        self.clean = clean or {}
+        self.resume = resume or {}
         self.remat = remat
         self.shapes: dict[str, edits_.SiteShape] = {}
         self.receipts: dict[int, Any] = {}
@@ -163,45 +179,52 @@ class ModuleTap:
         """
         count = jax.tree.leaves(layers)[0].shape[0]
         edits, captures = _at(self.edits, True), _at(self.captures, True)
-        kept = self._empty(step, layers, x, extra, edits, captures, count)
-        split = min(self.taps.clean.get(self.name, 0), count - 1) if edits else 0
-        parts = [(0, split), (split, count)] if split else [(0, count)]
-        outs, receipts_, captured = [], [], []
-        for start, stop in parts:
-            now = edits if stop == count else {}
-            x, kept, (out, found) = self._segment(
-                step, layers, x, extra, now, captures, kept, (start, stop, count)
-            )
-            outs.append(out)
-            receipts_.append(found[0])
-            captured.append(found[1])
-        if split:
-            receipts_[0] = jax.tree.map(
-                lambda r: jnp.zeros((split, *r.shape[1:]), r.dtype), receipts_[1]
-            )
-        self.taps.receipts |= _concatenate(receipts_)
-        self.taps.captured |= _concatenate(captured) | self._carried(kept, captures)
-        return x, _concatenate(outs)
-
-    def _segment(self, step, layers, x, extra, edits, captures, kept, span):
-        start, stop, count = span
-        whole = stop - start == count
-        part = jax.tree.map(lambda a: a[start:stop], (_stacked(edits), _slots(captures)))
-        index = jnp.arange(start, stop)
-        # As scan inputs, layers get their gradients stacked; by index, a part is not copied.
-        sliced = (layers, extra) if whole else None
+        arrays = _stacked(edits), _slots(captures)
+        if self.name in self.taps.resume:
+            return self._resumed(step, layers, extra, edits, captures, arrays, count)
 
         def body(carry, inputs):
             x, kept = carry
-            i, arrays, (edit_arrays, slots) = inputs
-            layer, more = arrays if whole else jax.tree.map(lambda a: a[i], (layers, extra))
+            layer, more, (edit_arrays, slots) = inputs
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
             x, out = self._step(step)(layer, x, tap, more)
             kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
             return (x, kept), (out, (tap.receipts, tap.captured))
 
-        (x, kept), found = jax.lax.scan(body, (x, kept), (index, sliced, part))
-        return x, kept, found
+        kept = self._empty(step, layers, x, extra, edits, captures, count)
+        (x, kept), (out, found) = jax.lax.scan(body, (x, kept), (layers, extra, arrays))
+        self.taps.receipts |= found[0]
+        self.taps.captured |= found[1] | self._carried(kept, captures)
+        return x, out
+
+    def _resumed(self, step, layers, extra, edits, captures, arrays, count):
+        """The layers from `resume.start` on, which is data: one program for every start."""
+        resume = self.taps.resume[self.name]
+
+        def one(i, x):
+            layer, more, (edit_arrays, slots) = jax.tree.map(
+                lambda a: a[i], (layers, extra, arrays)
+            )
+            tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
+            x, out = step(layer, x, tap, more)
+            at = {name: slots.get(name, i) for name in captures}
+            return x, tap.receipts, tap.captured, at, out
+
+        def body(i, carry):
+            x, receipts_, captured = carry
+            x, receipt, found, at, _ = one(i, x)
+            captured = {n: _put(captured[n], found[n], at[n]) for n in captured}
+            return x, _put(receipts_, receipt, i), captured
+
+        _, receipt, _, _, out = jax.eval_shape(one, 0, resume.x)
+        receipts_ = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), receipt)
+        before = {n: _reopened(resume.captured[n], captures[n]) for n in captures}
+        carry = (resume.x, receipts_, before)
+        x, receipts_, captured = jax.lax.fori_loop(resume.start, count, body, carry)
+        kept = {n: captured.pop(n) for n in arrays[1]}
+        self.taps.receipts |= receipts_
+        self.taps.captured |= captured | self._carried(kept, captures)
+        return x, jax.tree.map(lambda _: None, out)  # of some layers there is none
 
     def _step(self, step: Callable) -> Callable:
         if not self.taps.remat:
@@ -311,7 +334,9 @@ def _add_axis(tree: Any) -> Any:
     return jax.tree.map(lambda a: a[None], tree)
 
 
-def _concatenate(parts: list) -> Any:
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+def _reopened(value: Any, capture: captures_.BoundCapture) -> Any:
+    """What `_carried` has finished, with the place of the layers that are not asked again."""
+    if capture.slots is None:
+        return value
+    value = _add_axis(value) if capture.single else value
+    return jax.tree.map(lambda a: jnp.pad(a, ((0, 1), *((0, 0),) * (a.ndim - 1))), value)

@@ -36,6 +36,13 @@ class Cache:
             wider(self.key, 2), wider(self.value, 2), wider(self.position, 1), wider(self.valid, 1)
         )
 
+    def first(self, slots: int) -> Cache:
+        """The first `slots` slots."""
+        return Cache(
+            self.key[:, :, :slots], self.value[:, :, :slots],
+            self.position[:, :slots], self.valid[:, :slots],
+        )  # fmt: skip
+
     def write(self, new: Cache, slot: Int[Array, ""]) -> Cache:
         """With the slots of `new` written from `slot` on."""
 

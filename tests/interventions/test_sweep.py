@@ -9,6 +9,9 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.interventions import run, sweep, trunk
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def metric(out):
@@ -46,6 +49,120 @@ def test_another_sweep_of_the_same_structure_does_not_recompile(tiny_model, make
     again = [mj.ablate(S.lm.mlp.act[layer, [5, 6, 7]], where=tok.image) for layer in (3, 0, 1)]
     jax.block_until_ready(mj.sweep(metric, tiny_model, batch, again))
     assert mj.compiles() == before
+
+
+def everything(out):
+    return out.logits, out.captures, out.receipts
+
+
+ASKED = {
+    "one": mj.keep(S.lm.resid_post[1]),
+    "some": mj.keep(S.lm.attn_out[[3, 0]]),
+    "fire": mj.stats(S.lm.mlp.act, by=tok.kind),
+    "normed": mj.mean(S.lm.norm),
+    "tower": mj.mean(S.vision.resid_post),
+}
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["layers and neurons", "vision", "two edits"])
+def test_shared_is_bitwise_unshared(name, tiny_model, make_batch):
+    batch, edits = make_batch(images=(1, 0)), EDITS[name]
+    a, b = (
+        mj.sweep(everything, tiny_model, batch, edits, ASKED, share=share)
+        for share in (True, False)
+    )
+    same((a[0], a[2]), (b[0], b[2]))
+    # Statistics of a clean layer are summed once, not in lanes: in another order.
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_captures_are_those_of_a_run(tiny_model, make_batch):
+    batch, edits = make_batch(), EDITS["layers and neurons"]
+    rows = mj.sweep(everything, tiny_model, batch, edits, ASKED)
+    for i, edit in enumerate(edits):
+        alone = everything(mj.run(tiny_model, batch, edit, ASKED))
+        for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(x[i], y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
+    """Edits of the last tokens leave a prefix clean, whose keys and values all lanes share."""
+    batch = make_batch(images=(4, 3), words=(21, 23), pad=pad)
+    late = np.arange(batch.ids.shape[1]) >= 32
+    where = tok.mask(late & batch.valid)
+    edits = {
+        "layers": [mj.ablate(S.lm.mlp.act[i], where=where) for i in (0, 2, 3)],
+        "tokens": [mj.add(S.lm.resid_pre[1], 2.0, where=w) for w in (where, tok.last)],
+        "heads": [mj.scale(S.lm.attn.heads[i, [0]], 3.0, where=where) for i in (0, 3)],
+        "cut": [mj.knockout(S.lm.attn[i:], to=tok.last, on=tok.image) for i in (0, 2)],
+        "rows": [mj.patch(S.lm.resid_post[i], 0, 1, where=tok.last) for i in (0, 2)],
+    }
+    asked = {"mean": mj.mean(S.lm.resid_post, where=where), "norm": mj.mean(S.lm.norm, where=where)}
+    for swept in edits.values():
+        bound = [run.bind(tiny_model, batch, edit, None)[0] for edit in swept]
+        bound_asked = run.bind(tiny_model, batch, None, asked)[1]
+        assert trunk.prefix_length(batch, bound, bound_asked, "last") in (16, 32)
+        rows = mj.sweep(everything, tiny_model, batch, swept, asked)
+        for i, edit in enumerate(swept):
+            alone = everything(mj.run(tiny_model, batch, edit, asked))
+            for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(alone), strict=True):
+                np.testing.assert_allclose(x[i], y, atol=2e-5, rtol=1e-5)
+
+
+def test_a_prefix_that_something_reads_is_not_clean(tiny_model, make_batch):
+    batch = make_batch(images=(4, 3), words=(21, 23))
+
+    def prefix(edit, asked=None, logits="last"):
+        bound = run.bind(tiny_model, batch, edit, asked)
+        return trunk.prefix_length(batch, [bound[0]], bound[1], logits)
+
+    late = mj.ablate(S.lm.mlp.act[1], where=tok.last)
+    assert prefix(late) >= 16
+    assert prefix(mj.ablate(S.lm.mlp.act[1], where=tok.image)) == 0
+    assert prefix(late, logits="all") == 0
+    assert prefix(late, {"x": mj.keep(S.lm.resid_post[0], where=tok.last)}) == 0
+    assert prefix(late, {"x": mj.mean(S.lm.resid_post, where=tok.image)}) == 0
+    assert prefix(late, {"x": mj.mean(S.projector.out)}) == 0
+
+
+def test_a_killed_sweep_continues(tmp_path, monkeypatch, tiny_model, make_batch):
+    batch = make_batch()
+    swept = [mj.ablate(S.lm.mlp.act[i, [i]]) for i in (3, 1, 0, 2, 1)]
+    path = tmp_path / "rows.npz"
+    write, written = sweep._Rows.write, []
+
+    def killed_after(count):
+        def put(self, numbers, found):
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(sorted(numbers.tolist()))
+            write(self, numbers, found)
+
+        return put
+
+    monkeypatch.setattr(sweep._Rows, "write", killed_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        mj.sweep(metric, tiny_model, batch, swept, chunk=2, save=path)
+    monkeypatch.setattr(sweep._Rows, "write", killed_after(99))
+    rows = mj.sweep(metric, tiny_model, batch, swept, chunk=2, save=path)
+    assert sorted(i for some in written for i in some) == [0, 1, 2, 3, 4] and len(written) == 3
+    same(rows, mj.sweep(metric, tiny_model, batch, swept, chunk=2))
+    with pytest.raises(ValueError, match="the rows of another sweep"):
+        mj.sweep(metric, tiny_model, batch, swept[:2], chunk=2, save=path)
+
+
+def test_lanes_of_a_chunk_begin_near_each_other():
+    firsts = np.repeat(np.arange(30), 3)
+    assert sweep._chunk(firsts, 30, most=64) in (4, 8)
+    assert sweep._chunk(np.zeros(96, int), 30, most=64) == 32
 
 
 def test_edits_of_two_structures_are_refused():
