@@ -31,5 +31,5 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.train_per_domain = 16
         config.test_per_domain = 8
         config.lens_per_domain = 8
-        config.modules = ("lm", "all")
+        config.modules = ("all",)
     return config

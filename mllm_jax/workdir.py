@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,13 @@ def fingerprint(*trees: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
+
+
+def structure(*trees: Any) -> str:
+    """What is static in some pytrees, as text: functions by name, not by where they lie."""
+    import jax
+
+    return re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(trees)))
 
 
 def manifest(workdir: Workdir, **fields: Any) -> None:

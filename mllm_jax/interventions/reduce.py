@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.workdir import atomic_npz
+from mllm_jax.workdir import atomic_npz, fingerprint, structure
 
 
 def reduce(
@@ -44,7 +42,7 @@ def reduce(
                 f"capture '{name}' ({capture.form}) cannot be added up over batches; "
                 "use stats(...), or lens(..., by=tokens.kind)"
             )
-    store = _Store(save, captures, edits)
+    store = _Store(save, model, captures, edits)
     done, total = store.load()
     count = len(batches) if hasattr(batches, "__len__") else None
     rest = (
@@ -68,11 +66,10 @@ def reduce(
 class _Store:
     """Sums on disk, with the structure they belong to."""
 
-    def __init__(self, path, captures, edits):
+    def __init__(self, path, model, captures, edits):
         self.path = pathlib.Path(path) if path else None
-        text = str(jax.tree.structure((captures, edits)))
-        leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((captures, edits))]
-        self.asked = hashlib.sha256(b"".join([text.encode(), *leaves])).hexdigest()
+        asked = model, captures, edits
+        self.asked = "" if path is None else f"{fingerprint(asked)} {structure(*asked)}"
 
     def load(self) -> tuple[int, dict[str, Any] | None]:
         if self.path is None or not self.path.exists():
@@ -80,7 +77,7 @@ class _Store:
         with np.load(self.path, allow_pickle=False) as file:
             if str(file["asked"]) != self.asked:
                 raise ValueError(
-                    f"{self.path} holds sums of other captures or edits: remove it, "
+                    f"{self.path} holds sums of another model, captures or edits: remove it, "
                     "or save elsewhere"
                 )
             arrays = {name: file[name] for name in file.files}

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from mllm_jax import workdir
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions import trunk as trunk_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.run import Out
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.workdir import atomic_npz, fingerprint
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
@@ -83,7 +83,8 @@ def sweep(
 
     Args:
       metric: of one pass, such as `lambda out: out.logits[:, token]`. Pure; one function is one
-        program, so define it once.
+        program, so define it once, and give it the arrays that vary by batch as
+        `jax.tree_util.Partial(metric, ids=...)`.
       edits: see `stack`.
       captures, logits: as in `run`.
       chunk: lanes at one time; by default the power of two that computes the fewest layers, of
@@ -97,6 +98,7 @@ def sweep(
       ValueError: an edit does not fit, or `save` holds the rows of another sweep.
     """
     edits = edits if isinstance(edits, Stack) else stack(edits)
+    metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
     batch = batch.replace(processor=None)
     bound = [run_.bind(model, batch, item, None)[0] for item in edits.items]
     asked = run_.bind(model, batch, None, captures)[1]
@@ -118,12 +120,13 @@ def sweep(
     def program(numbers):
         start = int(trunk.first[numbers].min())
         return functools.partial(
-            _lanes, model, trunk.batch, lanes(numbers), asked, trunk.resume(start), trunk.past,
-            metric=metric, logits=logits, prefix=trunk.prefix,
+            _lanes, metric, model, trunk.batch, lanes(numbers), asked, trunk.resume(start),
+            trunk.past, logits=logits, prefix=trunk.prefix,
         )  # fmt: skip
 
     order = np.argsort(trunk.first, kind="stable")
-    rows = _Rows(jax.eval_shape(program(order[:1])), len(bound), save, (model, batch, bound, asked))
+    shape = jax.eval_shape(program(order[:1]))
+    rows = _Rows(shape, len(bound), save, (metric, model, batch, bound, asked))
     left = order[~rows.done[order]]
     chunks = [left[i : i + chunk] for i in range(0, len(left), chunk)]
     with tqdm.tqdm(
@@ -136,8 +139,8 @@ def sweep(
     return rows.values
 
 
-@functools.partial(jax.jit, static_argnames=("metric", "logits", "prefix"))
-def _lanes(model, batch, lanes, captures, resume, past, *, metric, logits, prefix):
+@functools.partial(jax.jit, static_argnames=("logits", "prefix"))
+def _lanes(metric, model, batch, lanes, captures, resume, past, *, logits, prefix):
     def lane(edits):
         taps = Taps(edits, captures, resume=resume, at=prefix)
         if past is None:
@@ -188,7 +191,7 @@ class _Rows:
         self.path = None if save is None else pathlib.Path(save)
         if self.path is None:
             return
-        self.asked = f"{fingerprint(asked)} {jax.tree.structure((shape, asked))}"
+        self.asked = f"{workdir.fingerprint(asked)} {workdir.structure(shape, asked)}"
         if self.path.exists():
             self._read()
 
@@ -209,5 +212,6 @@ class _Rows:
         jax.tree.map(put, self.values, found)
         self.done[numbers] = True
         if self.path is not None:
-            leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.values))}
-            atomic_npz(self.path, leaves | {"done": self.done, "asked": np.array(self.asked)})
+            arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.values))}
+            arrays |= {"done": self.done, "asked": np.array(self.asked)}
+            workdir.atomic_npz(self.path, arrays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -93,14 +94,41 @@ def command(checkpoint, folders):
     return make
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.fixture(scope="session")
 def execute():
     """Runs a command in the checkout; its result with the text of both streams."""
 
     def run(command: list[str], **how) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | ENVIRONMENT
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **how
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def survive():
+    """Runs a command that is killed (SIGKILL) at random moments, until it ends by itself."""
+
+    def run(command: list[str], *, between: tuple[float, float], kills: int = 3) -> None:
+        dice = random.Random(0)
+        for number in range(kills + 1):
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | ENVIRONMENT,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            try:
+                code = process.wait(dice.uniform(*between) if number < kills else 600)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                continue
+            assert code == 0
+            assert number, "it ended before it was killed once: kill it earlier"
+            return
 
     return run

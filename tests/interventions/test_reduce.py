@@ -114,7 +114,9 @@ def test_sums_of_something_else_are_refused(asked, edits, tiny_model, batches, t
     save = tmp_path / "sums.npz"
     mj.reduce({"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}, tiny_model, batches[:1], save=save)
     before = save.read_bytes()
-    with pytest.raises(ValueError, match=r"sums.npz holds sums of other captures or edits: remove"):
+    with pytest.raises(
+        ValueError, match=r"sums.npz holds sums of another model, captures or edits: remove"
+    ):
         mj.reduce(asked, tiny_model, batches[:1], edits, save=save)
     assert save.read_bytes() == before
 

@@ -51,6 +51,20 @@ def test_another_sweep_of_the_same_structure_does_not_recompile(tiny_model, make
     assert mj.compiles() == before
 
 
+def one_word(out, word):
+    return out.logits[:, word]
+
+
+def test_a_metric_may_hold_arrays(tiny_model, make_batch):
+    batch, edits = make_batch(), EDITS["strengths"]
+    whole = mj.sweep(metric, tiny_model, batch, edits)["logits"]
+    mj.sweep(jax.tree_util.Partial(one_word, word=np.int32(2)), tiny_model, batch, edits)
+    before = mj.compiles()
+    rows = mj.sweep(jax.tree_util.Partial(one_word, word=np.int32(5)), tiny_model, batch, edits)
+    np.testing.assert_allclose(rows, whole[..., 5], atol=1e-6)
+    assert mj.compiles() == before
+
+
 def everything(out):
     return out.logits, out.captures, out.receipts
 
