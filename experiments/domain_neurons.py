@@ -354,7 +354,8 @@ def picture(this: Study, number: int, name: str) -> dict[str, Any]:
         layers = [int(layer) for layer in layers.round()]
         capture = mj.lens(S.lm.resid_post[layers], k=1, where=tok.image)
         found = mj.run(this.model, batch, None, {"lens": capture}, logits="none")["lens"]
-        at = np.flatnonzero(batch.tokens.kind[0] == tok.CODE["image"])
+        seen = batch.tokens
+        at = np.flatnonzero((seen.tile[0] == 0) & (seen.row[0] >= 0))  # the whole, not its parts
         side = round(len(at) ** 0.5)
         ids = np.asarray(found.ids)[:, 0, at, 0].reshape(len(layers), side, side)
         entropy = np.asarray(found.entropy)[:, 0, at].reshape(len(layers), side, side)

@@ -25,9 +25,11 @@ class TokenMap:
 
     Attributes:
       kind: int8[B, T], a code of KINDS.
-      row: int16[B, T], row on the patch grid, -1 elsewhere.
-      column: int16[B, T], column on the patch grid, -1 elsewhere.
-      tile: int16[B, T], image tile within the row, -1 elsewhere.
+      row: int16[B, T], row on the patch grid of the tile, -1 elsewhere.
+      column: int16[B, T], column on that grid, -1 elsewhere.
+      tile: int16[B, T], image tile within the row, -1 elsewhere. LLaVA: the number of the picture.
+        LLaVA-NeXT: 0 is the whole picture made small, and its parts follow in reading order; the
+        next picture of the row begins at `config.tiles`, however many parts the first has.
       last: bool[B, T], the last token of the prompt.
     """
 

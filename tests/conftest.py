@@ -57,7 +57,7 @@ def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
             return jnp.asarray(0.7 * noise / np.sqrt(leaf.shape[-2]))
         return jnp.asarray(noise if "embed" in name else 0.2 * noise)
 
-    abstract = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 

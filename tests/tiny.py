@@ -23,7 +23,9 @@ TEMPLATE = (
 )
 
 
-def tokenizer(config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True):
+def tokenizer(
+    config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True, **special
+):
     """Words and line ends are tokens; `<s>` begins a text unless it is told not to."""
     vocab = {"<image>": config.image_token}
     for word in (*SPECIAL[:-1], "\n", *TEXT.split()):
@@ -37,8 +39,9 @@ def tokenizer(config: llava.LlavaConfig, template: str | None = TEMPLATE, begin:
             single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", chat_template=template
-    )
+        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", chat_template=template,
+        **special,
+    )  # fmt: skip
 
 
 def shrink(pictures: Sequence[PIL.Image.Image], size: int) -> dict[str, np.ndarray]:
@@ -48,12 +51,20 @@ def shrink(pictures: Sequence[PIL.Image.Image], size: int) -> dict[str, np.ndarr
 
 
 def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how) -> Processor:
+    side = config.vision.image_size
+
     def make():
-        return lambda pictures, return_tensors: shrink(pictures, config.vision.image_size)
+        if not config.pinpoints:
+            return lambda pictures, return_tensors: shrink(pictures, side)
+        return transformers.LlavaNextImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+            image_grid_pinpoints=[list(size) for size in config.pinpoints],
+        )  # fmt: skip
 
     return Processor(tokenizer(config, template, **how), make, config)
 
 
-def picture(seed: int, size: int = 24) -> PIL.Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def picture(seed: int, height: int = 24, width: int | None = None) -> PIL.Image.Image:
+    shape = (height, width or height, 3)
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return PIL.Image.fromarray(noise)

@@ -13,6 +13,7 @@ from typing import Any
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.llama import LlamaConfig
 from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.models.llava_next import LlavaNextConfig
 from mllm_jax.models.projector import ProjectorConfig
 
 # The fields we read, with the value HF gives to a field that is not there.
@@ -29,6 +30,7 @@ _LLAVA = {
     "projector_fold": 1,
     "projector_depth": 2,
 }
+_LLAVA_NEXT = _LLAVA | {"image_grid_pinpoints": None}
 _CLIP = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -61,9 +63,20 @@ _LLAMA = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
 }
+_MISTRAL = _LLAMA | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+}
 
 # The fields that may hold one thing only, because we have no other.
 _LLAVA_FIXED = {"model_type": ("llava",)}
+_LLAVA_NEXT_FIXED = {
+    "model_type": ("llava_next",),
+    "vision_feature_select_strategy": ("default",),
+    "use_image_newline_parameter": (True,),
+}
 _CLIP_FIXED = {"model_type": ("clip_vision_model",), "num_channels": (3,)}
 _LLAMA_FIXED = {
     "model_type": ("llama",),
@@ -72,6 +85,7 @@ _LLAMA_FIXED = {
     "mlp_bias": (False,),
     "sliding_window": (None,),
 }
+_MISTRAL_FIXED = {"model_type": ("mistral",), "hidden_act": ("silu", "swish")}
 
 # The fields that do not change what a trained model computes here.
 _IGNORED = frozenset(
@@ -111,7 +125,7 @@ _SELECT = {"default": "patch", "full": "full"}
 
 
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaConfig:
-    """Reads the config of a LLaVA checkpoint.
+    """Reads the config of a LLaVA or LLaVA-NeXT checkpoint.
 
     Args:
         fields: the content of `config.json`. Both `rope_theta` and `rope_parameters` are read.
@@ -132,7 +146,9 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
     fields = dict(fields)
     if "image_token_id" in fields:
         fields.setdefault("image_token_index", fields.pop("image_token_id"))
-    llava = _read(fields, _LLAVA, _LLAVA_FIXED, _LLAVA_IGNORED, "", problems)
+    tiled = fields.get("model_type") == "llava_next"
+    known, fixed = (_LLAVA_NEXT, _LLAVA_NEXT_FIXED) if tiled else (_LLAVA, _LLAVA_FIXED)
+    llava = _read(fields, known, fixed, _LLAVA_IGNORED, "", problems)
     vision_defaults = _CLIP if llava["vision_config"] else _CLIP | _LLAVA_CLIP
     clip = _read(
         llava["vision_config"] or {},
@@ -142,10 +158,13 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         "vision_config.",
         problems,
     )
-    llama = _read(
-        llava["text_config"] or {}, _LLAMA, _LLAMA_FIXED, _IGNORED, "text_config.", problems
-    )
+    text = llava["text_config"] or {}
+    mistral = text.get("model_type") == "mistral"
+    known, fixed = (_MISTRAL, _MISTRAL_FIXED) if mistral else (_LLAMA, _LLAMA_FIXED)
+    llama = _read(text, known, fixed, _IGNORED, "text_config.", problems)
     theta = _rope_theta(llama, problems)
+    if mistral:
+        _check_window(llama, problems)
     _check_choice(llava, "projector_hidden_act", _ACTIVATIONS, "", problems)
     _check_choice(llava, "vision_feature_select_strategy", _SELECT, "", problems)
     _check_choice(clip, "hidden_act", _ACTIVATIONS, "vision_config.", problems)
@@ -154,10 +173,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
     _check_integer(clip, "patch_size", "vision_config.", problems)
     if not problems:
         _check_feature_layer(llava, clip, problems)
+        tiling = _pinpoints(llava, clip, problems) if tiled else {}
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
 
-    return LlavaConfig(
+    return (LlavaNextConfig if tiled else LlavaConfig)(
         vision=ClipConfig(
             width=clip["hidden_size"],
             layers=clip["num_hidden_layers"],
@@ -191,13 +211,15 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
             tied=bool(llava["tie_word_embeddings"] or llama["tie_word_embeddings"]),
         ),
         image_token=llava["image_token_index"],
+        **tiling,
     )
 
 
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
-    """Writes our config as the fields of a LLaVA `config.json`; the inverse of `from_hf`.
+    """Writes our config as the fields of a `config.json`; the inverse of `from_hf`.
 
-    The vision tower ends at the layer that is read, because the layers above are never loaded.
+    The vision tower ends at the layer that is read, because the layers above are never loaded. A
+    Mistral without a window is written as what it is, a Llama.
 
     Args:
         config: the model.
@@ -209,8 +231,7 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
     vision, projector, lm = config.vision, config.projector, config.lm
     ours = {"projector_fold": projector.fold, "projector_depth": projector.depth}
     return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        **_kind(config),
         "image_token_index": config.image_token,
         "projector_hidden_act": _HF_ACTIVATIONS[projector.act],
         "multimodal_projector_bias": projector.bias,
@@ -242,6 +263,18 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
             "rope_theta": lm.rope_theta,
             "tie_word_embeddings": lm.tied,
         },
+    }
+
+
+def _kind(config: LlavaConfig) -> dict[str, Any]:
+    """The fields that tell LLaVA from LLaVA-NeXT."""
+    if not config.pinpoints:
+        return {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    return {
+        "model_type": "llava_next",
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "image_grid_pinpoints": [list(size) for size in config.pinpoints],
+        "use_image_newline_parameter": True,
     }
 
 
@@ -285,6 +318,32 @@ def _rope_theta(llama: Mapping[str, Any], problems: list[str]) -> float:
     if len(thetas) > 1:
         problems.append(f"text_config has two values of rope_theta: {sorted(thetas)}")
     return float(next(iter(thetas), 10000.0))
+
+
+def _check_window(llama: Mapping[str, Any], problems: list[str]) -> None:
+    """A window as long as the longest row hides nothing; a shorter one we do not have."""
+    window, longest = llama["sliding_window"], llama["max_position_embeddings"]
+    if window is not None and window < longest:
+        problems.append(
+            f"text_config.sliding_window={window} is not supported where rows may have "
+            f"max_position_embeddings={longest} tokens, only None"
+        )
+
+
+def _pinpoints(
+    llava: Mapping[str, Any], clip: Mapping[str, Any], problems: list[str]
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The field of LlavaNextConfig; its default where HF's config names none."""
+    given, side = llava["image_grid_pinpoints"], clip["image_size"]
+    if given is None:
+        return {}
+    pairs = [tuple(size) if isinstance(size, (list, tuple)) else () for size in given]
+    if not pairs or any(len(p) != 2 or min(p) < 1 or any(n % side for n in p) for p in pairs):
+        problems.append(
+            f"image_grid_pinpoints={given!r} is not supported, only pairs of multiples of "
+            f"vision_config.image_size={side}"
+        )
+    return {"pinpoints": tuple(pairs)}
 
 
 def _check_choice(

@@ -36,6 +36,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     projector: str | os.PathLike | None = None,
     seed: int = 0,
+    image_aspect_ratio: str | None = None,
 ) -> tuple[llava.Llava, Processor]:
     """Loads a model and its processor.
 
@@ -46,6 +47,8 @@ def load(
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
             package), "random" a new one, anything else is a safetensors file with one.
         seed: of a random projector.
+        image_aspect_ratio: "pad" shows LLaVA-1.5 a picture as it was trained, with bars to make it
+            square; None as the checkpoint says, see `Processor`.
 
     Returns:
         The model and its processor.
@@ -67,7 +70,9 @@ def load(
                 ' (or load with projector="random")'
             )
     model = read_model(directory, dtype=dtype, projector=projector, seed=seed)
-    return model, Processor.from_directory(directory, model.config)
+    return model, Processor.from_directory(
+        directory, model.config, image_aspect_ratio=image_aspect_ratio
+    )
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
@@ -120,7 +125,7 @@ def read_model(
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     config = read_config(directory)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     abstract = dict(nnx.to_flat_state(abstract))
     slots = tables.slots(
         {dotted(path): param.shape for path, param in abstract.items()}, config.projector.depth

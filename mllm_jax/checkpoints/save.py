@@ -33,6 +33,15 @@ _PROCESSOR_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+# Fields of the source that our config says otherwise, or that are not true any more.
+_SAID_OTHERWISE = (
+    "dtype",
+    "image_token_id",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "torch_dtype",
+)
 
 
 def save_hf(
@@ -130,8 +139,8 @@ def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
         return {}
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-        for name in ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "image_token_id"):
-            part.pop(name, None)  # said otherwise, or not true any more
+        for name in _SAID_OTHERWISE:
+            part.pop(name, None)
     return fields
 
 

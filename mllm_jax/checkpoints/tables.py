@@ -109,6 +109,8 @@ CLIP = _rows(
     *_linear("mlp.fc2", "mlp.down"),
 )
 
+NEWLINE = (Row("image_newline", "newline", COPY),)  # of LLaVA-NeXT
+
 LLAMA = _rows(
     "language_model",
     "lm",
@@ -147,7 +149,7 @@ def slots(shapes: Mapping[str, Shape], depth: int) -> list[Slot]:
     Returns:
         The slots, those of one path next to each other.
     """
-    table = [row for row in CLIP + projector(depth) + LLAMA if row.path in shapes]
+    table = [row for row in CLIP + projector(depth) + NEWLINE + LLAMA if row.path in shapes]
     if unknown := set(shapes) - {row.path for row in table}:
         raise ValueError(f"parameters without a row in the key tables: {sorted(unknown)}")
     return [slot for row in table for slot in _slots(row, shapes[row.path])]
@@ -175,6 +177,7 @@ _SPELLINGS = (  # the first prefix that fits
     ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
     ("vision_tower.", "vision_tower.vision_model."),  # transformers 5 on disk
     ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),  # original

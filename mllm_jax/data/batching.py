@@ -83,7 +83,7 @@ def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int
       asked: the questions of each example. questions: how many of them share a row.
     """
     most = 0
-    blank = np.zeros((1, 1, 1), np.float32)
+    one = _blank(processor, 1)
     shared = None
     sizes: dict[tuple[str, str], int] = {}
     for some in asked:
@@ -91,7 +91,7 @@ def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int
         for question in some:
             pair = (question.prompt, question.answer)
             if pair not in sizes:
-                batch = processor.pack(None, [[pair]], features=blank)
+                batch = processor.pack(None, [[pair]], **one)
                 sizes[pair] = int((batch.segment > 0).sum())
                 shared = int(batch.valid.sum()) - sizes[pair]
             lengths.append(sizes[pair])
@@ -155,6 +155,11 @@ class Asked:
 def row_length(processor: Processor, pairs: Sequence[tuple[Any, Any]]) -> int:
     """Tokens of the longest prompt of all pairs, rounded up to a multiple of 8."""
     prompts = list({question.prompt for _, question in pairs})
-    blank = np.zeros((len(prompts), 1, 1), np.float32)
-    longest = processor(None, prompts, features=blank).valid.sum(-1).max()
+    longest = processor(None, prompts, **_blank(processor, len(prompts))).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
+
+
+def _blank(processor: Processor, pictures: int) -> dict[str, Any]:
+    """What stands for pictures while tokens are counted: the largest that there are."""
+    features = np.zeros((pictures, processor.config.tiles, 1), np.float32)
+    return {"features": features, "sizes": [processor.config.largest] * pictures}

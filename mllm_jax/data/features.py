@@ -25,6 +25,8 @@ def vision_features(
 ) -> np.ndarray:
     """float32[N, P, E]: what the vision tower gives for each example, in a mapped file.
 
+    P counts the patches of all places that a picture has for tiles.
+
     A killed run continues where it stopped.
 
     Args:
@@ -35,7 +37,7 @@ def vision_features(
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = path.with_suffix(".json")
     vision = model.config.vision
-    tokens = vision.grid**2 + (vision.select == "full")
+    tokens = model.config.tiles * (vision.grid**2 + (vision.select == "full"))
     shape = (len(examples), tokens, vision.width)
     done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
     mode = "r+" if done else "w+"
@@ -45,7 +47,7 @@ def vision_features(
         while done < len(examples):
             some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
-            values = encode(model, batch.replace(processor=None))
+            values = encode(model, batch.replace(processor=None)).reshape(batch_size, *shape[1:])
             kept[done : done + len(some)] = values[: len(some)]
             kept.flush()
             done += len(some)

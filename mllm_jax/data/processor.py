@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +12,28 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.models.llava import Batch, LlavaConfig
+from mllm_jax.models.llava import Batch, Layout, LlavaConfig
 
 IMAGE = "<image>"
 PLACE = "[what the user says]"  # stands for it while a chat template is looked at
 # Rows are padded to one of these lengths, so that batches share a few compiled programs.
 LENGTHS = (
-    32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096,
+    32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 2560, 3072, 4096,
 )  # fmt: skip
+LONGER = 1024  # beyond those, to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One picture of a row.
+
+    Attributes:
+      image: in RGB, or None where features stand for it.
+      layout: how the model reads it.
+    """
+
+    image: Any
+    layout: Layout
 
 
 @dataclasses.dataclass
@@ -27,15 +42,19 @@ class Row:
 
     ids: list[int] = dataclasses.field(default_factory=list)
     kinds: list[int] = dataclasses.field(default_factory=list)
+    patches: list[int] = dataclasses.field(default_factory=list)  # through all its tiles, or -1
     positions: list[int] = dataclasses.field(default_factory=list)
     segments: list[int] = dataclasses.field(default_factory=list)
     prompt: int = 0  # tokens of the prompt, or of the first of several
 
-    def add(self, ids: Sequence[int], kinds: Sequence[int], *, segment: int = 0, at=None) -> None:
+    def add(
+        self, ids: Sequence[int], kinds: Sequence[int], patches=None, *, segment: int = 0, at=None
+    ) -> None:
         """Appends tokens; `at` is the position of the first, if it is not the next."""
         start = len(self.ids) if at is None else at
         self.ids.extend(ids)
         self.kinds.extend(kinds)
+        self.patches.extend([-1] * len(ids) if patches is None else patches)
         self.positions.extend(range(start, start + len(ids)))
         self.segments.extend([segment] * len(ids))
 
@@ -46,18 +65,42 @@ class Processor:
     Args:
       tokenizer: of transformers, fast (it must give character offsets).
       pictures: makes the image processor of transformers (PIL backend) when first needed.
-      config: of the model: which id is the image token, and how many tokens an image is.
+      config: of the model: which id is the image token, and how a picture is read.
+      directory: where all this comes from.
+      image_aspect_ratio: what the original LLaVA calls so. "square" leaves a picture to the image
+        processor, which crops it; "pad" first makes it square with bars of the mean colour, as
+        LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "square", or "anyres" there.
     """
 
-    def __init__(self, tokenizer, pictures, config: LlavaConfig, directory=None):
+    def __init__(
+        self,
+        tokenizer,
+        pictures,
+        config: LlavaConfig,
+        directory=None,
+        *,
+        image_aspect_ratio: str | None = None,
+    ):
+        known = ("anyres",) if config.pinpoints else ("square", "pad")
+        image_aspect_ratio = image_aspect_ratio or known[0]
+        if image_aspect_ratio not in known:
+            raise ValueError(
+                f"image_aspect_ratio={image_aspect_ratio!r}: this model has {' and '.join(known)}"
+            )
         self.tokenizer = tokenizer
         self.config = config
         self.directory = directory
+        self.image_aspect_ratio = image_aspect_ratio
         self._pictures = pictures
 
     @classmethod
-    def from_directory(cls, directory, config: LlavaConfig) -> Processor:
-        """Of a local checkpoint directory in the layout of HF transformers."""
+    def from_directory(cls, directory, config: LlavaConfig, **how) -> Processor:
+        """Of a local checkpoint directory in the layout of HF transformers.
+
+        Args:
+          directory: of the checkpoint. config: of the model.
+          how: `image_aspect_ratio`.
+        """
         from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
 
         directory = pathlib.Path(directory)
@@ -66,14 +109,20 @@ class Processor:
                 f"{directory} has no tokenizer.json: save the tokenizer there with save_pretrained"
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-        template = directory / "chat_template.jinja"
-        if tokenizer.chat_template is None and template.exists():
-            tokenizer.chat_template = template.read_text()
-        return cls(tokenizer, functools.partial(_image_processor, directory), config, directory)
+        tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
+        pictures = functools.partial(_image_processor, directory)
+        return cls(tokenizer, pictures, config, directory, **how)
 
     @functools.cached_property
     def image_processor(self):
-        return self._pictures()
+        made = self._pictures()
+        cuts = tuple(map(tuple, getattr(made, "image_grid_pinpoints", None) or ()))
+        if cuts != self.config.pinpoints:
+            raise ValueError(
+                f"{self.directory}: the image processor cuts pictures at {cuts}, the model at "
+                f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
+            )
+        return made
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
@@ -87,6 +136,7 @@ class Processor:
         *,
         answers: Sequence[str] | None = None,
         features: np.ndarray | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
         rows: int | None = None,
         length: int | None = None,
         left: bool = False,
@@ -98,19 +148,19 @@ class Processor:
           prompts: with `<image>` in it a prompt is used as it stands; without, it is set into
             the chat template, pictures first.
           answers: read after the prompt, with an end of turn; of kind answer.
-          features: float[B, P, E], vision features of one picture a row, in place of images.
+          features: float[B, P, E], vision features of one picture a row, of all its places for
+            tiles, in place of images.
+          sizes: (height, width) of those pictures, where the model reads them by their size.
           rows: fill up with empty rows to this many.
           length: pad to this length instead of the nearest of LENGTHS.
           left: pad on the left.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of strings, one a row; got one string")
-        pictures = _pictures(images, features, len(prompts))
-        if len(pictures) != len(prompts):
-            raise ValueError(f"{len(pictures)} rows of pictures for {len(prompts)} prompts")
+        pictures = self._read(images, features, sizes, len(prompts))
         if answers is not None and len(answers) != len(prompts):
             raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts")
-        made = [self._row(prompt, len(p)) for prompt, p in zip(prompts, pictures, strict=True)]
+        made = [self._row(prompt, p) for prompt, p in zip(prompts, pictures, strict=True)]
         for row, answer in zip(made, answers or (), strict=False):
             self._answer(row, answer)
         return self._batch(made, pictures, features, rows, length, left)
@@ -121,6 +171,7 @@ class Processor:
         turns: Sequence[Sequence[tuple[str, str]]],
         *,
         features: np.ndarray | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
         rows: int | None = None,
         length: int | None = None,
     ) -> Batch:
@@ -132,23 +183,23 @@ class Processor:
         Args:
           images: one picture a row.
           turns: (question, answer) pairs of each row.
-          features, rows, length: as in a call.
+          features, sizes, rows, length: as in a call.
         """
+        pictures = self._read(images, features, sizes, len(turns))
         made = []
-        for pairs in turns:
+        for pairs, shown in zip(turns, pictures, strict=True):
             row, shared = Row(), None
             for segment, (question, answer) in enumerate(pairs, 1):
                 if IMAGE in question:
                     raise ValueError(f"the packed question {question!r} names its picture again")
-                alone = self._row(question, 1)
+                alone = self._row(question, shown)
                 if shared is None:  # up to the question all rows of a template are the same
                     shared = alone.kinds.index(tokens.CODE["question"])
-                    row.add(alone.ids[:shared], alone.kinds[:shared])
+                    row.add(alone.ids[:shared], alone.kinds[:shared], alone.patches[:shared])
                     row.prompt = len(alone.ids)
                 row.add(alone.ids[shared:], alone.kinds[shared:], segment=segment, at=shared)
                 self._answer(row, answer, segment=segment, at=len(alone.ids))
             made.append(row)
-        pictures = _pictures(images, features, len(turns))
         return self._batch(made, pictures, features, rows, length, False)
 
     def _answer(self, row: Row, answer: str, *, segment: int = 0, at: int | None = None) -> None:
@@ -177,19 +228,21 @@ class Processor:
         """The whole text of a prompt, and which part of it is the question."""
         if IMAGE in prompt:
             return prompt, slice(0, len(prompt))
-        question, pictures = prompt.strip(), f"{IMAGE}\n" * images
-        before, after = self._turn() if self.tokenizer.chat_template else ("", "")
-        start = len(before) + len(pictures)
-        return before + pictures + question + after, slice(start, start + len(question))
+        question = prompt.strip()
+        before, after = self._around(images)
+        return before + question + after, slice(len(before), len(before) + len(question))
 
-    def _turn(self) -> tuple[str, str]:
-        """What the chat template puts before and after what a user says."""
-        turns = [{"role": "user", "content": PLACE}]
+    def _around(self, images: int) -> tuple[str, str]:
+        """What stands before and after what a user says, pictures before."""
+        pictures = f"{IMAGE}\n" * images
+        if not self.tokenizer.chat_template:
+            return pictures, ""
+        if not self._in_parts:
+            before, after = self._turn(PLACE).split(PLACE)
+            return before + pictures, after
+        parts = [{"type": "image"}] * images + [{"type": "text", "text": PLACE}]
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-            before, after = text.split(PLACE)
+            before, after = self._turn(parts).split(PLACE)
         except Exception as error:
             raise ValueError(
                 f"the chat template of {self.directory} does not take a plain user turn ({error}); "
@@ -197,23 +250,49 @@ class Processor:
             ) from error
         return before, after
 
-    def _row(self, prompt: str, images: int) -> Row:
-        text, question = self.render(prompt, images)
-        if text.count(IMAGE) != images:
+    @functools.cached_property
+    def _in_parts(self) -> bool:
+        """Whether the chat template wants pictures and text apart: it is a processor's then."""
+        if not self.tokenizer.chat_template:
+            return False
+        try:
+            return self._turn(PLACE).count(PLACE) != 1
+        except Exception:  # whatever a template raises
+            return True
+
+    def _turn(self, content: str | list[dict[str, str]]) -> str:
+        """One user turn in the chat template."""
+        turns = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _bare(self, prompt: str, text: str) -> bool:
+        """Whether the special tokens of a row are still to be added to its text."""
+        if IMAGE in prompt or not self.tokenizer.chat_template:
+            return True
+        # A tokenizer's template writes them itself; a processor's may leave them to the tokenizer.
+        begin = self.tokenizer.bos_token
+        return self._in_parts and not (begin and text.startswith(begin))
+
+    def _row(self, prompt: str, pictures: Sequence[Picture]) -> Row:
+        text, question = self.render(prompt, len(pictures))
+        if text.count(IMAGE) != len(pictures):
             raise ValueError(
-                f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} for {images} pictures"
+                f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} "
+                f"for {len(pictures)} pictures"
             )
-        # A chat template writes the special tokens itself.
-        raw = IMAGE in prompt or not self.tokenizer.chat_template
         coded = self.tokenizer(
-            text, add_special_tokens=raw, return_offsets_mapping=True,
+            text, add_special_tokens=self._bare(prompt, text), return_offsets_mapping=True,
             return_attention_mask=False,
         )  # fmt: skip
-        row = Row()
+        row, places = Row(), self.config.tiles * self.config.image_tokens
+        layouts = enumerate(picture.layout for picture in pictures)
         for token, (low, high) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
             if token == self.config.image_token:
-                count = self.config.image_tokens
-                row.add([token] * count, [tokens.CODE["image"]] * count)
+                number, layout = next(layouts)
+                patches = layout.patches
+                kinds = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
+                patches = np.where(patches < 0, -1, number * places + patches)
+                row.add([token] * len(patches), kinds.tolist(), patches.tolist())
             else:
                 asked = low < question.stop and high > question.start and high > low
                 row.add([token], [tokens.CODE["question" if asked else "system"]])
@@ -224,10 +303,11 @@ class Processor:
         missing = max(0, (rows or 0) - len(made))
         made, pictures = made + [Row()] * missing, pictures + [[]] * missing
         longest = max(len(row.ids) for row in made)
-        T = length or next((n for n in LENGTHS if n >= longest), longest)
+        T = length or next((n for n in LENGTHS if n >= longest), -(-longest // LONGER) * LONGER)
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
-        B, tiles = len(made), max((len(p) for p in pictures), default=0)
+        # Every row has as many places for pictures, every picture as many for tiles: few shapes.
+        B, tiles = len(made), self.config.tiles * max((len(p) for p in pictures), default=0)
         n = self.config.image_tokens
         side = round(n**0.5)
         ids = np.full((B, T), self.tokenizer.eos_token_id, np.int32)
@@ -244,8 +324,9 @@ class Processor:
             ids[b, at], kind[b, at] = row.ids, row.kinds
             position[b, at], segment[b, at] = row.positions, row.segments
             last[b, at[row.prompt - 1]] = True
-            places = at[np.array(row.kinds) == tokens.CODE["image"]]
-            number = np.arange(len(places))
+            kinds, patches = np.array(row.kinds), np.array(row.patches)
+            image_at[b, at[kinds == tokens.CODE["newline"]]] = B * tiles * n
+            places, number = at[patches >= 0], patches[patches >= 0]
             image_at[b, places] = b * tiles * n + number
             patch = number % n - (n - side**2)  # a CLS token, where it is kept, is at -1
             grid["tile"][b, places] = number // n
@@ -254,6 +335,7 @@ class Processor:
         pixels, real = self._pixels(pictures, tiles, features is None)
         if features is not None:
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
+            features = features.reshape(len(real), -1, features.shape[-1])
         return Batch(
             ids=ids,
             position=position,
@@ -268,17 +350,63 @@ class Processor:
             processor=self,
         )
 
-    def _pixels(self, pictures: list[list], tiles: int, read: bool):
-        size = self.config.vision.image_size if read else 0
-        pixels = np.zeros((len(pictures) * tiles, size, size, 3), np.float32)
-        real = np.zeros((len(pixels),), bool)
-        places = [b * tiles + i for b, row in enumerate(pictures) for i in range(len(row))]
-        real[places] = True
-        if read and places:
-            flat = [_open(picture) for row in pictures for picture in row]
-            values = self.image_processor(flat, return_tensors="np")["pixel_values"]
-            pixels[places] = np.moveaxis(values, 1, -1)
+    def _read(self, images, features, sizes, rows: int) -> list[list[Picture]]:
+        """The pictures of each row; where features are given, one that nobody needs to see."""
+        layout = self.config.layout
+        if features is not None:
+            if images is not None:
+                raise ValueError("give images or features, not both")
+            if len(features) != rows:
+                raise ValueError(f"features of {len(features)} pictures for {rows} rows")
+            sizes = [None] * rows if sizes is None else sizes
+            pictures = [[Picture(None, layout(size))] for size in sizes]
+        elif sizes is not None:
+            raise ValueError("sizes= goes with features=: pictures say how large they are")
+        else:
+            images = [[]] * rows if images is None else images
+            opened = [[_open(p) for p in _as_list(row)] for row in images]
+            # PIL says the width first.
+            pictures = [[Picture(p, layout(p.size[::-1])) for p in row] for row in opened]
+        if len(pictures) != rows:
+            raise ValueError(f"{len(pictures)} rows of pictures for {rows} prompts")
+        return pictures
+
+    def _pixels(self, pictures: list[list[Picture]], tiles: int, read: bool):
+        """Pixels [I, row, column, 3] of `tiles` places a row, and which of the I are real."""
+        each, size = self.config.tiles, self.config.vision.image_size if read else 0
+        real = np.zeros((len(pictures), tiles), bool)
+        for places, row in zip(real, pictures, strict=True):
+            for first, picture in zip(range(0, tiles, each), row, strict=False):
+                places[first : first + picture.layout.tiles] = True
+        real = real.reshape(-1)
+        pixels = np.zeros((len(real), size, size, 3), np.float32)
+        flat = [picture for row in pictures for picture in row]
+        if read and flat:
+            values = self._prepare([picture.image for picture in flat])
+            own = [v[: picture.layout.tiles] for v, picture in zip(values, flat, strict=True)]
+            pixels[real] = np.moveaxis(np.concatenate(own), 1, -1)
         return pixels, real
+
+    def _prepare(self, images: list) -> np.ndarray:
+        """float32[n, tiles, 3, row, column]: normalised by the checkpoint's image processor."""
+        if self.image_aspect_ratio == "pad":
+            images = [squared(image, self.image_processor.image_mean) for image in images]
+        values = self.image_processor(images, return_tensors="np")["pixel_values"]
+        return values.reshape(len(images), -1, *values.shape[-3:])
+
+
+def squared(image, mean: Sequence[float]):
+    """A picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
+
+    Args:
+      image: of PIL, in RGB. mean: of each channel, 0 to 1.
+    """
+    import PIL.Image
+
+    side = max(image.size)
+    square = PIL.Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _labels(kind: np.ndarray) -> np.ndarray | None:
@@ -292,17 +420,6 @@ def _labels(kind: np.ndarray) -> np.ndarray | None:
         places = np.flatnonzero(found)
         row[: len(places)] = places
     return labels
-
-
-def _pictures(images, features, rows: int) -> list[list]:
-    """The pictures of each row; where features are given, one that nobody needs to see."""
-    if features is not None:
-        if images is not None:
-            raise ValueError("give images or features, not both")
-        if len(features) != rows:
-            raise ValueError(f"features of {len(features)} pictures for {rows} rows")
-        return [[None]] * rows
-    return [_as_list(p) for p in (images if images is not None else [[]] * rows)]
 
 
 def _as_list(pictures) -> list:
@@ -319,6 +436,16 @@ def _open(picture):
         except OSError as error:
             raise ValueError(f"cannot read the picture {picture}: {error}") from error
     return picture.convert("RGB")
+
+
+def _chat_template(directory: pathlib.Path) -> str | None:
+    """The chat template in a file of its own; older checkpoints wrap it in JSON."""
+    plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
+    if plain.exists():
+        return plain.read_text(encoding="utf-8")
+    if wrapped.exists():
+        return json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"]
+    return None
 
 
 def _image_processor(directory: pathlib.Path):

@@ -43,6 +43,11 @@ class LlamaConfig:
         return cls(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 
     @classmethod
+    def mistral_7b(cls) -> LlamaConfig:
+        """Version 0.2, which has no window: it is a Llama."""
+        return cls(kv_heads=8, mlp=14336, rope_theta=1000000.0)
+
+    @classmethod
     def smollm2_135m(cls) -> LlamaConfig:
         return cls(
             vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, mlp=1536,

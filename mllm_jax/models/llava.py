@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mllm_jax import sites, tokens
@@ -17,6 +18,20 @@ from mllm_jax.models.llama import Llama, LlamaConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one picture is read.
+
+    Attributes:
+      tiles: squares of it that the vision tower sees.
+      patches: int32[n], which patch each of its tokens in the LM is, counted through its tiles; -1
+        for a newline.
+    """
+
+    tiles: int
+    patches: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
     """A LLaVA model.
@@ -24,18 +39,39 @@ class LlavaConfig:
     Attributes:
       vision, projector, lm: the parts.
       image_token: id that stands for an image token in the text.
+      pinpoints: (height, width) that a picture may be cut at; LLaVA reads all as one square.
     """
 
     vision: ClipConfig
     projector: ProjectorConfig
     lm: LlamaConfig
     image_token: int = 32000
+    pinpoints: ClassVar[tuple[tuple[int, int], ...]] = ()
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one image in the LM."""
+        """Tokens of one tile in the LM."""
         patches = self.vision.grid**2 // self.projector.fold**2
         return patches + (self.vision.select == "full")
+
+    @property
+    def tiles(self) -> int:
+        """Places for tiles that a picture has in a batch."""
+        return 1
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """(height, width) of a picture with as many tokens as one can have."""
+        return (self.vision.image_size,) * 2
+
+    def layout(self, size: tuple[int, int] | None = None) -> Layout:
+        """How a picture of this (height, width) is read; here all are alike."""
+        del size
+        return Layout(1, np.arange(self.image_tokens))
+
+    def build(self, *, rngs: nnx.Rngs) -> Llava:
+        """The network."""
+        return Llava(self, rngs=rngs)
 
     @classmethod
     def of(cls, vision: ClipConfig, lm: LlamaConfig, *, fold: int = 1, **fields) -> LlavaConfig:
@@ -70,10 +106,11 @@ class Batch:
       ids: int32[B, T], image placeholders included.
       position: int32[B, T], of each token in its row.
       tokens: the token map of the LM.
-      image_at: int32[B, T], which image token stands here, counted through all images; -1 for text.
-      pixels: float32[I, row, column, 3], normalised; I images over all rows.
-      tile: int16[I], number of the image within its row.
-      real: bool[I], False for images that only fill the batch.
+      image_at: int32[B, T], which image token stands here, counted through all tiles, and after
+        the last of them the newline; -1 for text.
+      pixels: float32[I, row, column, 3], normalised; I tiles over all rows, as many for each row.
+      tile: int16[I], number of the tile within its row.
+      real: bool[I], False for tiles that only fill the batch.
       features: float[I, P, E] or None: vision features computed before; then pixels are not read.
       segment: int32[B, T] or None. Several questions on one picture share a row: a token sees
         segment 0 (the picture) and its own.
@@ -131,15 +168,19 @@ class Llava(nnx.Module):
             return batch.features
         return self.vision(batch.pixels.astype(self.vision.cls.dtype), taps.module("vision"))
 
+    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        """The image tokens of all tiles, one after the other: what `image_at` counts."""
+        features = self.features(batch, taps)
+        images = self.projector(features, taps.module("projector", lens=self.lm.lens))
+        return images.reshape(-1, images.shape[-1])
+
     def embed(self, batch: Batch, taps) -> Float[Array, "B T D"]:
         """Word embeddings with the image tokens merged in place."""
         words = self.lm.embeddings(batch.ids)
         tap = taps.module("lm", lens=self.lm.lens)
         if not len(batch.real):  # text alone: neither vision nor projector are run
             return tap(sites.lm.embed, words)
-        features = self.features(batch, taps)
-        images = self.projector(features, taps.module("projector", lens=self.lm.lens))
-        images = images.reshape(-1, images.shape[-1]).astype(words.dtype)
+        images = self.images(batch, taps).astype(words.dtype)
         at = batch.image_at
         merged = jnp.where((at >= 0)[..., None], images[jnp.maximum(at, 0)], words)
         return tap(sites.lm.embed, merged)

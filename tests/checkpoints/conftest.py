@@ -16,7 +16,7 @@ def random_model():
 
     def build(config: llava.LlavaConfig) -> llava.Llava:
         rng = np.random.default_rng(0)
-        abstract = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
         return jax.tree.map(
             lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype)), abstract
         )

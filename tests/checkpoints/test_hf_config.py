@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mllm_jax.checkpoints import config
-from mllm_jax.models import llava
+from mllm_jax.models import llava, llava_next
 
 # config.json of llava-hf/llava-1.5-7b-hf: what equals HF's defaults of the time is not in it.
 LLAVA_1_5_7B = {
@@ -42,9 +44,35 @@ LLAVA_1_5_7B = {
 }
 
 
-def changed(**parts):
-    """LLAVA_1_5_7B with fields changed: of the whole, `text_config` or `vision_config`."""
-    fields = dict(LLAVA_1_5_7B)
+# config.json of llava-hf/llava-v1.6-vicuna-7b-hf and llava-hf/llava-v1.6-mistral-7b-hf.
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+NEXT_VICUNA_7B = LLAVA_1_5_7B | {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": PINPOINTS,
+    "image_seq_length": 576,
+    "model_type": "llava_next",
+    "use_image_newline_parameter": True,
+}
+NEXT_MISTRAL_7B = NEXT_VICUNA_7B | {
+    "text_config": {
+        "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "architectures": ["MistralForCausalLM"],
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32064,
+    },
+}
+
+
+def changed(base=LLAVA_1_5_7B, **parts):
+    """A config with fields changed: of the whole, `text_config` or `vision_config`."""
+    fields = dict(base)
     for name, value in parts.items():
         fields[name] = fields[name] | value if isinstance(fields.get(name), dict) else value
     return fields
@@ -52,6 +80,30 @@ def changed(**parts):
 
 def test_llava_1_5_7b():
     assert config.from_hf(LLAVA_1_5_7B) == llava.LlavaConfig.llava_1_5_7b()
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        (NEXT_VICUNA_7B, llava_next.LlavaNextConfig.vicuna_7b()),
+        (NEXT_MISTRAL_7B, llava_next.LlavaNextConfig.mistral_7b()),
+        (
+            changed(NEXT_VICUNA_7B, image_grid_pinpoints=None),
+            llava_next.LlavaNextConfig.vicuna_7b(),
+        ),
+        # A window as long as a row hides nothing.
+        (
+            changed(
+                NEXT_MISTRAL_7B,
+                text_config={"sliding_window": 4096, "max_position_embeddings": 4096},
+            ),
+            llava_next.LlavaNextConfig.mistral_7b(),
+        ),
+    ],
+)
+def test_llava_next(fields, known):
+    found = config.from_hf(fields)
+    assert found == known and type(found) is llava_next.LlavaNextConfig
 
 
 def test_no_vision_config_is_llavas_own_default():
@@ -68,6 +120,27 @@ def test_defaults_are_those_of_transformers():
     assert config.from_hf(hf.to_dict()) == config.from_hf(empty)
 
 
+def test_defaults_of_llava_next_and_mistral():
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(),
+        text_config=transformers.MistralConfig(sliding_window=None),
+        image_grid_pinpoints=[[224, 448]],
+    )
+    empty = {
+        "model_type": "llava_next",
+        "vision_config": {"model_type": "clip_vision_model"},
+        "text_config": {"model_type": "mistral", "sliding_window": None},
+        "image_grid_pinpoints": [[224, 448]],
+    }
+    assert config.from_hf(hf.to_dict()) == config.from_hf(empty)
+    given = transformers.MistralConfig()
+    assert given.sliding_window < given.max_position_embeddings  # and so it is refused
+    del empty["text_config"]["sliding_window"]
+    with pytest.raises(ValueError, match=r"text_config.sliding_window=4096 is not supported where"):
+        config.from_hf(empty)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -81,15 +154,19 @@ def test_spellings_of_rope(rope):
     assert config.from_hf(changed(text_config=rope)).lm.rope_theta == 5e5
 
 
-@pytest.mark.parametrize("tiny", [llava.LlavaConfig.tiny(), llava.LlavaConfig.embedded()])
-def test_to_hf_and_back_changes_only_the_unread_layers(tiny):
-    back = config.from_hf(config.to_hf(tiny))
-    assert back.vision.run_layers == back.vision.layers == tiny.vision.run_layers
-    assert (back.projector, back.lm, back.image_token) == (
-        tiny.projector,
-        tiny.lm,
-        tiny.image_token,
-    )
+@pytest.mark.parametrize(
+    "ours",
+    [
+        llava.LlavaConfig.tiny(),
+        llava.LlavaConfig.embedded(),
+        llava_next.LlavaNextConfig.tiny(),
+        llava_next.LlavaNextConfig.mistral_7b(),
+    ],
+)
+def test_to_hf_and_back_changes_only_the_unread_layers(ours):
+    back = config.from_hf(config.to_hf(ours))
+    assert back.vision.run_layers == back.vision.layers == ours.vision.run_layers
+    assert dataclasses.replace(back, vision=ours.vision) == ours
 
 
 @pytest.mark.parametrize(
@@ -120,6 +197,25 @@ def test_to_hf_and_back_changes_only_the_unread_layers(tiny):
         (changed(vision_feature_layer=-30), "the vision tower has 24 layers"),
         (changed(vision_feature_select_strategy="cls"), "only default, full"),
         (changed(quantization_config={"bits": 4}), "unknown field quantization_config"),
+        (changed(image_grid_pinpoints=PINPOINTS), "unknown field image_grid_pinpoints"),
+        (
+            changed(NEXT_VICUNA_7B, image_grid_pinpoints=[[336, 600]]),
+            "only pairs of multiples of vision_config.image_size=336",
+        ),
+        (changed(NEXT_VICUNA_7B, image_grid_pinpoints=[336]), "image_grid_pinpoints=[336]"),
+        (changed(NEXT_VICUNA_7B, image_grid_pinpoints=[]), "image_grid_pinpoints=[]"),
+        (
+            changed(NEXT_VICUNA_7B, use_image_newline_parameter=False),
+            "use_image_newline_parameter=False is not supported",
+        ),
+        (
+            changed(NEXT_VICUNA_7B, vision_feature_select_strategy="full"),
+            "vision_feature_select_strategy='full' is not supported, only 'default'",
+        ),
+        (
+            changed(NEXT_MISTRAL_7B, text_config={"sliding_window": 4096}),
+            "sliding_window=4096 is not supported where rows may have max_position_embeddings=32768",
+        ),
         ({"model_type": "llama", "hidden_size": 4096}, "model_type='llama' is not supported"),
         ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, "the original LLaVA code"),
     ],

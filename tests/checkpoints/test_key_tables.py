@@ -5,18 +5,24 @@ import pytest
 from flax import nnx
 
 from mllm_jax.checkpoints import load, tables
-from mllm_jax.models import llava
+from mllm_jax.models import llava, llava_next
 
 TINY = llava.LlavaConfig.tiny()
 
 
 def shapes_of(config):
-    state = nnx.state(nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     return {load.dotted(path): param.shape for path, param in nnx.to_flat_state(state)}
 
 
 @pytest.mark.parametrize(
-    "make", [llava.LlavaConfig.tiny, llava.LlavaConfig.embedded, llava.LlavaConfig.llava_1_5_13b]
+    "make",
+    [
+        llava.LlavaConfig.tiny,
+        llava.LlavaConfig.embedded,
+        llava.LlavaConfig.llava_1_5_13b,
+        llava_next.LlavaNextConfig.mistral_7b,
+    ],
 )
 def test_every_parameter_has_its_place(make):
     shapes = shapes_of(make())
@@ -57,6 +63,7 @@ LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
         ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
         ("model.language_model.layers.0.mlp.up_proj.weight", LAYER),
         ("lm_head.weight", "language_model.lm_head.weight"),
+        ("model.image_newline", "image_newline"),
         # transformers 5 on disk
         ("vision_tower.encoder.layers.3.mlp.fc1.bias", VISION),
         (LAYER, LAYER),

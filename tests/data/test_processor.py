@@ -8,9 +8,12 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import transformers
 
 import mllm_jax as mj
-from mllm_jax.data.processor import LENGTHS, Processor
+from mllm_jax import tokens as tok
+from mllm_jax.data.processor import LENGTHS, Processor, squared
+from mllm_jax.models.llava_next import LlavaNextConfig
 from tests import tiny
 
 
@@ -25,8 +28,14 @@ def bare(tiny_config):
     return tiny.processor(tiny_config, None)
 
 
+@pytest.fixture(scope="module")
+def cutter():
+    """Of a LLaVA-NeXT: pictures of 4 x 4 patches a tile, 5 places for tiles."""
+    return tiny.processor(LlavaNextConfig.tiny())
+
+
 def kinds(batch, row=0) -> str:
-    """One letter a token: Pad, System, Question, Image, Answer."""
+    """One letter a token: Pad, System, Question, Image, Newline, Answer."""
     return "".join("PSQINA.."[k] for k in batch.tokens.kind[row])
 
 
@@ -113,6 +122,70 @@ def test_a_cls_token_of_the_features(tiny_config):
     assert config.image_tokens == 17 and kinds(batch)[:19] == "S" + "I" * 17 + "P"
     np.testing.assert_array_equal(batch.tokens.row[0, 1:18], [-1, *np.arange(16) // 4])
     np.testing.assert_array_equal(batch.tokens.column[0, 1:18], [-1, *np.arange(16) % 4])
+
+
+def test_tiles_and_newlines(cutter):
+    """A picture of 12 x 24: the whole in tile 0, then its halves side by side."""
+    batch = cutter([tiny.picture(0, 12, 24)], ["<image> what"])
+    assert kinds(batch).rstrip("P") == "S" + "I" * 16 + ("I" * 8 + "N") * 4 + "Q"
+    seen, at = batch.tokens, np.arange(17, 53).reshape(4, 9)
+    assert (seen.tile[0, 1:17] == 0).all()
+    np.testing.assert_array_equal(seen.row[0, 1:17], np.arange(16) // 4)
+    np.testing.assert_array_equal(seen.column[0, 1:17], np.arange(16) % 4)
+    for row, line in enumerate(at):
+        np.testing.assert_array_equal(seen.tile[0, line], [1] * 4 + [2] * 4 + [-1])
+        np.testing.assert_array_equal(seen.row[0, line], [row] * 8 + [-1])
+        np.testing.assert_array_equal(seen.column[0, line], [0, 1, 2, 3] * 2 + [-1])
+        want = [*range(16 + 4 * row, 20 + 4 * row), *range(32 + 4 * row, 36 + 4 * row), 5 * 16]
+        np.testing.assert_array_equal(batch.image_at[0, line], want)
+    np.testing.assert_array_equal(batch.image_at[0, 1:17], np.arange(16))
+    assert (batch.ids[0, 1:53] == 95).all()
+    assert batch.pixels.shape == (5, 24, 24, 3)
+    assert batch.real.tolist() == [True] * 3 + [False] * 2 and batch.tile.tolist() == [*range(5)]
+    assert tok.newline.mask(seen).sum() == 4 and tok.tile(2).mask(seen).sum() == 16
+
+
+def test_rows_of_pictures_of_many_shapes(cutter):
+    pictures = [[tiny.picture(0, 48, 48), tiny.picture(1, 70, 24)], tiny.picture(2, 12, 24), []]
+    batch = cutter(pictures, ["<image> <image> what", "<image> what", "what ?"], rows=4)
+    assert batch.pixels.shape == (40, 24, 24, 3)
+    counts = [[5, 4], [3, 0], [0, 0], [0, 0]]
+    real = np.arange(5) < np.array(counts)[:, :, None]
+    np.testing.assert_array_equal(batch.real, real.ravel())
+    np.testing.assert_array_equal(batch.tile, [*range(10)] * 4)
+    assert batch.pixels[batch.real].any((1, 2, 3)).all() and not batch.pixels[~batch.real].any()
+    tile = batch.tokens.tile
+    assert [np.unique(row).tolist() for row in tile[:2]] == [[-1, *range(9)], [-1, 0, 1, 2]]
+    image = batch.tokens.kind == tok.CODE["image"]
+    place = np.arange(4)[:, None] * 10 + tile  # every patch is of the tile that it says
+    np.testing.assert_array_equal(batch.image_at[image] // 16, place[image])
+    assert (batch.image_at[batch.tokens.kind == tok.CODE["newline"]] == 40 * 16).all()
+    single = cutter([tiny.picture(2, 12, 24)], ["<image> what"])
+    np.testing.assert_array_equal(batch.pixels[10:13], single.pixels[:3])
+
+
+def test_features_of_pictures_that_are_cut(cutter):
+    """In place of pictures they need to know how large those were."""
+    shapes, prompts = [(12, 24), (48, 48)], ["what ?", "is it ?"]
+    batch = cutter([tiny.picture(0, *shape) for shape in shapes], prompts, rows=3)
+    features = np.random.default_rng(0).normal(size=(2, 5 * 16, 32)).astype(np.float32)
+    given = cutter(None, prompts, features=features, sizes=shapes, rows=3)
+    for name in ("ids", "image_at", "real", "tile"):
+        np.testing.assert_array_equal(getattr(given, name), getattr(batch, name))
+    assert given.features.shape == (15, 16, 32)
+    np.testing.assert_array_equal(given.features[5:10].reshape(80, 32), features[1])
+    turns = [[(prompt, "yes")] for prompt in prompts]
+    pack = cutter.pack(None, turns, features=features, sizes=shapes, rows=3)
+    for row, length in enumerate(batch.valid.sum(-1)[:2]):
+        for name in ("ids", "image_at"):
+            ours, theirs = (getattr(x, name)[row, :length] for x in (pack, batch))
+            np.testing.assert_array_equal(ours, theirs)
+        assert kinds(pack, row).rstrip("P") == kinds(batch, row).rstrip("P") + "AA"
+
+
+def test_rows_longer_than_the_longest_of_lengths(processor):
+    assert processor(None, ["yes " * 4100]).ids.shape[1] == 5 * 1024
+    assert processor(None, ["yes " * 5200]).ids.shape[1] == 6 * 1024
 
 
 def test_answers(processor):
@@ -229,6 +302,32 @@ def test_pixels_are_those_of_the_checkpoint(shape, tiny_config, tmp_path):
     assert processor.directory == tmp_path
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (60, 40), (17, 90), (1, 30)])
+def test_padded_to_a_square(shape, tiny_config, tmp_path):
+    """As the original LLaVA, and as transformers can be told to."""
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    )
+    tiny.tokenizer(tiny_config).save_pretrained(tmp_path)
+    images.save_pretrained(tmp_path)
+    read = Processor.from_directory(tmp_path, tiny_config, image_aspect_ratio="pad")
+    picture = tiny.picture(0, *shape)
+    want = transformers.LlavaImageProcessorPil(**images.to_dict() | {"do_pad": True})
+    want = want(picture, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(read([picture], ["what ?"]).pixels, want)
+    cropped = Processor.from_directory(tmp_path, tiny_config)([picture], ["what ?"]).pixels
+    assert np.array_equal(cropped, want) == (shape == (24, 24))
+
+
+def test_bars_have_the_mean_colour():
+    square = np.asarray(squared(tiny.picture(0, 3, 8), [0.5, 0.25, 0.1]))
+    np.testing.assert_array_equal(square[2:5], np.asarray(tiny.picture(0, 3, 8)))
+    bars = np.concatenate([square[:2], square[5:]])
+    np.testing.assert_array_equal(bars, np.broadcast_to([127, 63, 25], (5, 8, 3)))
+    tall = np.asarray(squared(tiny.picture(0, 8, 4), [0, 0, 0]))
+    np.testing.assert_array_equal(tall[:, 2:6], np.asarray(tiny.picture(0, 8, 4)))
+
+
 def test_a_template_in_a_file_of_its_own(tiny_config, tmp_path):
     tiny.tokenizer(tiny_config, None).save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("user {{ messages[0]['content'] }} assistant")
@@ -268,6 +367,33 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
 def test_errors(call, error, message, processor):
     with pytest.raises(error, match=message):
         call(processor)
+
+
+def test_errors_of_pictures_that_are_cut(cutter):
+    features = np.ones((1, 80, 32), np.float32)
+    with pytest.raises(
+        ValueError, match=r"cuts a picture by its size: beside features= give sizes"
+    ):
+        cutter(None, ["a"], features=features)
+    with pytest.raises(ValueError, match="2 rows of pictures for 1 prompts"):
+        cutter(None, ["a"], features=features, sizes=[(24, 24)] * 2)
+    with pytest.raises(ValueError, match="sizes= goes with features="):
+        cutter([tiny.picture(0)], ["a"], sizes=[(24, 24)])
+    config = cutter.config
+    with pytest.raises(ValueError, match="image_aspect_ratio='pad': this model has anyres"):
+        Processor(cutter.tokenizer, None, config, image_aspect_ratio="pad")
+    other = dataclasses.replace(config, pinpoints=((24, 48),))
+    with pytest.raises(
+        ValueError, match=r"cuts pictures at \(\(24, 48\), .*the model at \(\(24, 48"
+    ):
+        Processor(cutter.tokenizer, lambda: cutter.image_processor, other)([tiny.picture(0)], ["a"])
+
+
+def test_an_unknown_aspect_ratio(processor):
+    with pytest.raises(
+        ValueError, match="image_aspect_ratio='crop': this model has square and pad"
+    ):
+        Processor(processor.tokenizer, None, processor.config, image_aspect_ratio="crop")
 
 
 def test_a_template_that_wants_something_else(tiny_config):

@@ -27,8 +27,9 @@ ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what they call ours, where i
 SELECT = {"patch": "default", "full": "full"}
 
 
-def llama_config(config: llava.LlamaConfig) -> transformers.LlamaConfig:
-    return transformers.LlamaConfig(
+def llama_config(config: llava.LlamaConfig, kind=transformers.LlamaConfig, **fields):
+    """Of a Llama, or of a `kind` that has its fields."""
+    return kind(
         vocab_size=config.vocab,
         hidden_size=config.width,
         num_hidden_layers=config.layers,
@@ -40,6 +41,7 @@ def llama_config(config: llava.LlamaConfig) -> transformers.LlamaConfig:
         rms_norm_eps=config.eps,
         tie_word_embeddings=config.tied,
         pad_token_id=None,
+        **fields,
         **ATTENTION,
     )
 
@@ -58,16 +60,22 @@ def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     )
 
 
-def llava_config(config: llava.LlavaConfig) -> transformers.LlavaConfig:
-    return transformers.LlavaConfig(
+def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTrainedConfig:
+    """Of a LLaVA or a LLaVA-NeXT; `text` is of its LM, where that is no Llama."""
+    kind, fields = transformers.LlavaConfig, {}
+    if config.pinpoints:
+        kind = transformers.LlavaNextConfig
+        fields = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+    return kind(
         vision_config=clip_config(config.vision),
-        text_config=llama_config(config.lm),
+        text_config=text or llama_config(config.lm),
         image_token_index=config.image_token,
         projector_hidden_act=ACTIVATIONS.get(config.projector.act, config.projector.act),
         multimodal_projector_bias=config.projector.bias,
         vision_feature_layer=config.vision.feature_layer,
         vision_feature_select_strategy=SELECT[config.vision.select],
         tie_word_embeddings=config.lm.tied,
+        **fields,
         **ATTENTION,
     )
 
@@ -96,7 +104,7 @@ def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = 
       config: ours.
       network: theirs, a LLaVA or a part of one. prefix: of its keys within a LLaVA.
     """
-    abstract = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
 
     def name(path) -> str:
         return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
