@@ -75,7 +75,7 @@ class Selection:
                 raise ValueError(f"slice {item} of an address: the step must be positive")
             stop = _END if item.stop is None else item.stop
             return cls("range", np.array([item.start or 0, stop, item.step or 1], np.int32))
-        array = item if isinstance(item, jax.Array) else np.asarray(item)
+        array = as_array(item)
         if array.dtype == bool:
             return cls("mask", array)
         if array.size == 0:
@@ -192,6 +192,15 @@ def _is_mask(value) -> bool:
 
 def _concrete(value) -> bool:
     return not isinstance(value, jax.core.Tracer)
+
+
+def as_array(value) -> Any:
+    """What a user gave as an array: NumPy's, or JAX's where it is one or holds traced values."""
+    if isinstance(value, jax.Array):
+        return value
+    if all(_concrete(leaf) for leaf in jax.tree.leaves(value)):
+        return np.asarray(value)
+    return jax.numpy.asarray(value)
 
 
 class Namespace:

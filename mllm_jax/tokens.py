@@ -31,6 +31,7 @@ class TokenMap:
         LLaVA-NeXT: 0 is the whole picture made small, and its parts follow in reading order; the
         next picture of the row begins at `config.tiles`, however many parts the first has.
       last: bool[B, T], the last token of the prompt.
+      added: how many of the T were added after the prompt, to be generated or scored. Static.
     """
 
     kind: Any
@@ -38,6 +39,7 @@ class TokenMap:
     column: Any
     tile: Any
     last: Any
+    added: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def grid(cls, tiles: Any, side: tuple[int, int], cls_token: bool, real: Any) -> TokenMap:
@@ -77,7 +79,22 @@ class TokenMap:
             new = xp.broadcast_to(xp.asarray(value, array.dtype), (len(array), steps))
             return xp.concatenate([array, new], 1)
 
-        return TokenMap(**{name: longer(getattr(self, name), fill[name]) for name in fill})
+        columns = {name: longer(getattr(self, name), fill[name]) for name in fill}
+        return TokenMap(**columns, added=self.added + steps)
+
+    @property
+    def step(self) -> Any:
+        """int32[B, T], the step of generation that reads a token.
+
+        Step 0 reads the prompt and chooses the first token of the answer; step i reads the i-th
+        token of the answer and chooses the next.
+        """
+        xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
+        said = self.kind == CODE["answer"]
+        count = xp.cumsum(said, -1, dtype=np.int32)
+        # Several questions may share a row: after every token of a prompt the count begins anew.
+        prompt = xp.where(said | (self.kind == CODE["pad"]), 0, count)
+        return count - (np.maximum.accumulate if xp is np else jax.lax.cummax)(prompt, axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -119,15 +136,22 @@ class Where:
         if self.form == "last":
             return tokens.last
         if self.form == "mask":
-            if tuple(self.value.shape) != tuple(tokens.kind.shape):
-                raise ValueError(
-                    f"the token mask is {tuple(self.value.shape)}, "
-                    f"the batch has tokens {tuple(tokens.kind.shape)}"
-                )
-            return self.value
+            return _prompt_mask(self.value, tokens)
         if self.form == "kind":
             return (tokens.kind[..., None] == self.value).any(-1)
         return getattr(tokens, self.form) == self.value
+
+
+def _prompt_mask(mask, tokens: TokenMap) -> Any:
+    """An explicit mask bool[B, T]; one of the prompt alone selects nothing after it."""
+    rows, length = tokens.kind.shape
+    prompt = length - tokens.added
+    if tuple(mask.shape) not in ((rows, length), (rows, prompt)):
+        raise ValueError(
+            f"the token mask is {tuple(mask.shape)}, the batch has tokens {(rows, prompt)}"
+        )
+    xp = np if isinstance(mask, np.ndarray) else jax.numpy
+    return xp.pad(mask, ((0, 0), (0, length - mask.shape[1])))
 
 
 def _kinds(*names: str) -> Where:

@@ -25,7 +25,8 @@ class Generation:
     Attributes:
       tokens: int32[B, N]; after a stop, the stop token again.
       text: a string a row, or None where the batch knows no processor.
-      receipts: of each edit over prompt and generated tokens together.
+      receipts: of each edit over all that was read: the prompt, and each row's generated tokens
+        but the last, after which there is nothing to choose.
     """
 
     tokens: Any
@@ -46,7 +47,9 @@ def generate(
     """Continue each row's prompt, greedily or by seeded sampling.
 
     An edit means the same as in `run`: its `where` is taken at absolute positions, and what is
-    generated is of kind answer.
+    generated is of kind answer. A mask bool[B, T] selects nothing after the prompt; a value with
+    a token axis [B, T, F] goes on with that of the row's last prompt token; `per_step` gives
+    each step a strength of its own.
 
     Args:
       max_new_tokens: N.
@@ -54,6 +57,8 @@ def generate(
       temperature: 0 is greedy; above, tokens are sampled and `key` is needed.
       key: a `jax.random.key`.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: one or more can be generated")
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is below 0")
     if temperature and key is None:
@@ -77,7 +82,32 @@ def bind(model, batch, edits: Edits | None, steps: int) -> tuple[edits_.BoundEdi
         return ()
     maps = model.token_maps(batch)
     maps |= {name: maps[name].extended(steps) for name in ("lm", "logits")}
-    return edits_.bind(edits, run_.site_shapes(model, batch), maps)
+    bound = edits_.bind(edits, run_.site_shapes(model, batch), maps)
+    return tuple(_continued(edit, batch.last, steps) for edit in bound)
+
+
+def _continued(edit: edits_.BoundEdit, last, steps: int) -> edits_.BoundEdit:
+    """Values with a token axis go on after the prompt with the value at its last token."""
+    site = edit.site
+    if site.module not in ("lm", "logits"):
+        return edit
+    axis, rank = 1 + edits_.token_axis(site), 1 + len(site.axes)
+
+    def longer(value):
+        if value.ndim != rank or value.shape[axis] == 1:
+            return value
+        xp = np if isinstance(value, np.ndarray) and isinstance(last, np.ndarray) else jnp
+        at = last.reshape(1, -1, *(1,) * (rank - 2))
+        by_row = xp.broadcast_to(value, (value.shape[0], at.shape[1], *value.shape[2:]))
+        end = xp.take_along_axis(by_row, at, axis)
+        return xp.concatenate([by_row, xp.repeat(end, steps, axis)], axis)
+
+    if "S" in site.axes and any(v.ndim == rank and v.shape[-1] > 1 for v in edit.values.values()):
+        raise ValueError(
+            f"{edit.kind} {site.name}: a value with the axis S is of the prompt's keys, and in "
+            "generation there come more; give one without (1 in its place)"
+        )
+    return dataclasses.replace(edit, values=jax.tree.map(longer, edit.values))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "greedy"))
@@ -95,28 +125,33 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
         chosen = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
         return chosen.astype(jnp.int32)
 
+    def say(logits, step, done, tokens):
+        """One more token in each row, and which rows have ended with it."""
+        token = jnp.where(done, stops[0], choose(logits, step))
+        done = done | (token[:, None] == stops).any(-1)
+        return token, done, tokens.at[:, step].set(token)
+
     def unfinished(state):
-        step, _, _, _, done, _ = state
+        step, _, _, done, *_ = state
         return (step < steps) & ~done.all()
 
     def advance(state):
-        step, cache, logits, tokens, done, receipts = state
-        token = jnp.where(done, stops[0], choose(logits, step))
-        tokens = tokens.at[:, step].set(token)
-        taps = Taps(_only(edits, ~done), at=T + step)
-        done = done | (token[:, None] == stops).any(-1)
+        step, cache, token, done, tokens, receipts = state
+        at = T + step - 1
+        taps = Taps(_only(edits, ~done), at=at)
         word, seen = words(model, token[:, None], taps), jnp.ones((B, 1), bool)
-        x, new = model.read(word, first + 1 + step, seen, taps, cache)
-        logits = model.logits(x, taps)[:, 0]
+        x, new = model.read(word, first + step, seen, taps, cache)
+        token, done, tokens = say(model.logits(x, taps)[:, 0], step, done, tokens)
         receipts = tuple(
             old if new is None else _sum(old, new)
             for old, new in zip(receipts, _found(taps), strict=True)
         )
-        return step + 1, cache.write(new, T + step), logits, tokens, done, receipts
+        return step + 1, cache.write(new, at), token, done, tokens, receipts
 
-    rows = jnp.asarray(batch.valid).any(-1)
-    state = (0, cache.extended(steps), logits, jnp.full((B, steps), stops[0]), ~rows, receipts)
-    *_, tokens, _, receipts = jax.lax.while_loop(unfinished, advance, state)
+    empty = ~jnp.asarray(batch.valid).any(-1)
+    said = say(logits, 0, empty, jnp.full((B, steps), stops[0]))
+    state = (1, cache.extended(steps - 1), *said, receipts)
+    *_, tokens, receipts = jax.lax.while_loop(unfinished, advance, state)
     return tokens, receipts
 
 

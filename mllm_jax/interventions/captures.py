@@ -12,6 +12,7 @@ import numpy as np
 
 from mllm_jax import sites, tokens
 from mllm_jax.interventions import edits
+from mllm_jax.precision import at_least_float32
 from mllm_jax.sites import Address
 
 # The kinds a module's tokens can have: statistics are split by these.
@@ -200,7 +201,8 @@ class BoundCapture:
 
     Attributes:
       slots: int32[L], where a layer's result is carried, `count` for nowhere; None stacks all.
-      count: how many layers are carried. Static.
+      order: int32[count], the slots of the layers asked; a layer asked twice has one slot.
+      count: how many layers are asked. Static.
       single: whether the layer axis is dropped at the end. Static.
       units: int32[n] of the units brought back, or None for all.
       tokens: bool[B, T]. kind: int8[B, T]. on: bool[B, S] or None.
@@ -213,6 +215,7 @@ class BoundCapture:
     count: int = dataclasses.field(metadata={"static": True})
     single: bool = dataclasses.field(metadata={"static": True})
     slots: Any
+    order: Any
     units: Any
     tokens: Any
     kind: Any
@@ -245,20 +248,21 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
         raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
     if capture.form in ("lens", "entropy") and site == sites.lm.norm:
         raise ValueError("a lens norms what it reads, and lm.norm is normed already: read logits")
-    slots, count, single = None, spec.layers, not site.stacked
+    slots, order, count, single = None, None, spec.layers, not site.stacked
     if site.stacked and address.layers.form != "all":
         chosen = address.layers.indices(spec.layers, f"{site.name}: layer")
         count, single = len(chosen), address.layers.form == "one"
         if not count:
             raise ValueError(f"the capture of {site.name} selects no layer")
         slots = _slots(chosen, spec.layers)
+        order = slots[chosen]
     units = None
     if address.units.form != "all":
         units = address.units.indices(spec.shape[edits.unit_axis(site)], f"{site.name}: unit")
     map_ = maps[site.module]
     return BoundCapture(
         capture.form, site, capture.by, capture.k, count, single,
-        slots, units, capture.where.mask(map_), map_.kind,
+        slots, order, units, capture.where.mask(map_), map_.kind,
         None if capture.on is None else capture.on.mask(map_),
     )  # fmt: skip
 
@@ -272,18 +276,19 @@ def _slots(chosen, layers: int):
 
 
 def _read_keep(capture: BoundCapture, x, lens):
-    return jnp.where(_along_tokens(capture.site, capture.tokens, x.ndim), x, 0)
+    mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
+    return jnp.where(mask, x, 0)
 
 
-def _along_tokens(site: sites.Site, mask, rank: int):
-    """A mask [B, T] with ones for the other axes of the site."""
-    axis = edits.token_axis(site)
-    return mask.reshape(mask.shape[0], *(1,) * (axis - 1), mask.shape[1], *(1,) * (rank - axis - 1))
+def along_tokens(array, axis: int, rank: int):
+    """An array [B, T] with ones for the other axes of a site whose tokens are on `axis`."""
+    B, T = array.shape
+    return array.reshape(B, *(1,) * (axis - 1), T, *(1,) * (rank - axis - 1))
 
 
 def _read_mean(capture: BoundCapture, x, lens):
     weight = capture.tokens.astype(jnp.float32)
-    total = jnp.einsum("BT...,BT->B...", x.astype(jnp.float32), weight)
+    total = jnp.einsum("BT...,BT->B...", at_least_float32(x), weight)
     count = jnp.maximum(weight.sum(-1), 1)
     return total / count.reshape(-1, *(1,) * (total.ndim - 1))
 
@@ -305,7 +310,7 @@ def _one_hot(capture: BoundCapture):
 
 def _read_stats(capture: BoundCapture, x, lens):
     hot = _one_hot(capture)
-    values = x.astype(jnp.float32)
+    values = at_least_float32(x)
 
     def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one batch
         return jnp.einsum("BT...,BTk->...k", of, hot, precision=jax.lax.Precision.HIGHEST)
@@ -338,11 +343,14 @@ def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
     order = jnp.argsort(~mask, stable=True)
     states = jnp.pad(x.reshape(-1, D)[order], ((0, fill), (0, 0)))
     chosen = jnp.pad(mask[order], (0, fill))
+    dtype = jax.eval_shape(lens, states[:chunk]).dtype
 
     def one(args):
         states, chosen = args
         skipped = Lens(
-            jnp.full((chunk, k), -1, jnp.int32), jnp.zeros((chunk, k)), jnp.zeros((chunk,))
+            jnp.full((chunk, k), -1, jnp.int32),
+            jnp.zeros((chunk, k), dtype),
+            jnp.zeros((chunk,), dtype),
         )
         return jax.lax.cond(chosen.any(), lambda: _lens(lens(states), chosen, k), lambda: skipped)
 

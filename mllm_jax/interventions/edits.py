@@ -31,8 +31,9 @@ class Edit:
       where: which tokens.
       values: arrays by name, in the shapes that the kind allows.
       fn: the function of a `call`. Static.
-      route: of a patch: the row that is read and the row that is written.
+      route: of a patch: the rows that are read and the rows that are written.
       on: of a knockout: the keys that are hidden.
+      strengths: float[steps], by step of generation; see `per_step`.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -42,6 +43,7 @@ class Edit:
     fn: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     route: tuple[Any, Any] | None = None
     on: tokens.Where | None = None
+    strengths: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +86,15 @@ def ablate(target, *, where=None) -> Edits:
 
 
 def scale(target, by, *, where=None) -> Edits:
-    """Multiply: `by` is a scalar, or [F], [L, F], [B, T, F], [L, B, T, F] (1 where it repeats)."""
+    """Multiply by a value.
+
+    Args:
+      by: a scalar, one value a unit [F] or [L, F], or with all axes of the site [B, T, F] or
+        [L, B, T, F]; 1 where it repeats. At `lm.attn.heads`, where a unit is a head, that is
+        [N], [L, N], [N, H], [L, N, H], [B, T, N, H] or [L, B, T, N, H]. Where units are listed,
+        `act[12, [7, 3]]`, as many values as are listed follow the list. In generation a token
+        that is said takes the value at the last token of its row's prompt.
+    """
     return _one("scale", target, where, {"value": by})
 
 
@@ -113,11 +123,13 @@ def patch(target, source, into, *, where=None, basis=None) -> Edits:
     The selected tokens of both rows are matched in order, so rows may differ in length.
 
     Args:
-      source, into: rows of the batch.
+      source, into: rows of the batch; lists of rows for several pairs, which all read what was
+        there before the patch.
       basis: [D] or [D, r]: only this subspace is exchanged (interchange, DAS); all by default.
     """
     values = {} if basis is None else {"basis": basis}
-    return _one("patch", target, where, values, route=(np.int32(source), np.int32(into)))
+    route = tuple(sites.as_array(rows).astype(np.int32) for rows in (source, into))
+    return _one("patch", target, where, values, route=route)
 
 
 def knockout(target, *, to=None, on=None) -> Edits:
@@ -138,6 +150,26 @@ def call(target, fn: Callable, *, where=None, **arrays) -> Edits:
       arrays: in the shapes of `scale`, then given to fn with the rank of the site.
     """
     return _one("call", target, where, arrays, fn=fn)
+
+
+def per_step(edits: Edits, strengths) -> Edits:
+    """Edits whose effect has its own strength at each step of generation: x + s (edit(x) - x).
+
+    Step 0 reads the prompt, step i the i-th token of the answer; a pass over prompt and answer
+    means the same. After the last strength given, that one holds on.
+
+    Args:
+      strengths: float[steps]: 0 leaves x as it is, 1 is the edit.
+    """
+    strengths = sites.as_array(strengths)
+    if strengths.ndim != 1 or not len(strengths):
+        raise ValueError(f"per_step takes strengths [steps], got shape {strengths.shape}")
+    for edit in edits:
+        if edit.kind == "knockout":
+            raise ValueError("a knockout is a boolean mask, which has no strength for per_step")
+        if edit.strengths is not None:
+            raise ValueError(f"the {edit.kind} of {edit.address.site} has strengths already")
+    return Edits(tuple(dataclasses.replace(edit, strengths=strengths) for edit in edits))
 
 
 def _project_out(x, basis):
@@ -165,6 +197,9 @@ KINDS: dict[str, Callable] = {
 }
 
 
+SUBSPACES = ("project_out", "patch")  # kinds whose value is a basis
+
+
 @dataclasses.dataclass(frozen=True)
 class SiteShape:
     """A site in a model: how many layers have it, and its shape and dtype in one layer."""
@@ -184,7 +219,8 @@ class BoundEdit:
       units: bool[L, F], or bool[L, 1] for all units; L is 1 where a site is not per layer.
       tokens: bool[B, T].
       values: arrays with a leading L axis and then the rank of the site.
-      along: arrays [B, T] that follow the tokens: what a patch reads, what a knockout hides.
+      along: arrays [B, T] that follow the tokens: what a patch reads, what a knockout hides,
+        the strength of any edit.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -197,7 +233,11 @@ class BoundEdit:
 
     def apply(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x, changed where the mask is True. The values are those of one layer."""
-        new = (self.fn or KINDS[self.kind])(x, **self.values, **self.along)
+        along = dict(self.along)
+        strength = along.pop("strength", None)
+        new = (self.fn or KINDS[self.kind])(x, **self.values, **along)
+        if strength is not None:
+            new = x + strength * (new - x)
         return jnp.where(mask, new.astype(x.dtype), x)
 
 
@@ -238,40 +278,57 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     units = edit.address.mask(spec.layers, spec.shape[unit_axis(site)])
     where = edit.where.mask(maps[site.module])
     _refuse_nothing(site, units, where)
-    values = {name: _value(name, value, edit.address, spec) for name, value in edit.values.items()}
+    fit = _value if edit.kind not in SUBSPACES else _basis
+    values = {
+        name: fit(sites.as_array(value), edit.address, spec) for name, value in edit.values.items()
+    }
     along = {}
     if edit.route is not None:
         where, along = _route(site, where, *edit.route)
     if edit.on is not None:
         along = {"hidden": edit.on.mask(maps[site.module])}
         _refuse_nothing(site, units, along["hidden"])
+    if edit.strengths is not None:
+        step = maps[site.module].step.clip(0, len(edit.strengths) - 1)
+        known = isinstance(step, np.ndarray) and isinstance(edit.strengths, np.ndarray)
+        along["strength"] = (np if known else jnp).take(edit.strengths, step).astype(spec.dtype)
     return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
 
 
 def _route(site, where, source, into):
     """Where a patch writes, bool[B, T], and which row and token is read there, int32[B, T]."""
-    xp = np if isinstance(where, np.ndarray) and isinstance(into, np.generic) else jnp
-    rows, _ = where.shape
+    arrays = (where, source, into)
+    xp = np if all(isinstance(array, (np.ndarray, np.generic)) for array in arrays) else jnp
+    source, into = xp.broadcast_arrays(*map(xp.atleast_1d, (source, into)))
     if xp is np:
-        if not (0 <= source < rows and 0 <= into < rows):
+        _refuse_route(site, where, source, into)
+    rows = len(where)
+    # by row: which one is read, and its selected tokens first
+    read = (into == xp.arange(rows)[:, None]) @ source
+    order = xp.argsort(~where[read], axis=1, stable=True)
+    at = xp.take_along_axis(order, xp.maximum(xp.cumsum(where, 1) - 1, 0), 1)
+    written = where & (xp.arange(rows)[:, None] == into).any(1, keepdims=True)
+    return written, {
+        "row": xp.broadcast_to(read[:, None], where.shape).astype(xp.int32),
+        "at": at.astype(xp.int32),
+    }
+
+
+def _refuse_route(site, where, source, into) -> None:
+    rows, counts = len(where), where.sum(1)
+    if len(set(into.tolist())) < len(into):
+        raise ValueError(f"the patch of {site.name} writes a row twice: {into.tolist()}")
+    for a, b in zip(source, into, strict=True):
+        if not (0 <= a < rows and 0 <= b < rows):
             raise ValueError(
-                f"the patch of {site.name} reads row {source} and writes row {into}: "
+                f"the patch of {site.name} reads row {a} and writes row {b}: "
                 f"the batch has rows 0 to {rows - 1}"
             )
-        n, m = int(where[source].sum()), int(where[into].sum())
-        if n != m or not n:
+        if counts[a] != counts[b] or not counts[a]:
             raise ValueError(
-                f"the patch of {site.name} matches {n} tokens of row {source} with {m} of row "
-                f"{into}: they must be as many, and some"
+                f"the patch of {site.name} matches {counts[a]} tokens of row {a} with {counts[b]} "
+                f"of row {b}: they must be as many, and some"
             )
-    order = xp.argsort(~where[source], stable=True)
-    at = order[xp.maximum(xp.cumsum(where[into]) - 1, 0)]
-    written = where & (xp.arange(rows) == into)[:, None]
-    shape = where.shape
-    return written, {
-        "row": xp.broadcast_to(xp.asarray(source, xp.int32), shape),
-        "at": xp.broadcast_to(at.astype(xp.int32), shape),
-    }
 
 
 def _refuse_nothing(site, units, where) -> None:
@@ -283,28 +340,48 @@ def _refuse_nothing(site, units, where) -> None:
         raise ValueError(f"the edit of {site.name} selects no token of this batch (see where=)")
 
 
-def _value(name: str, value, address: Address, spec: SiteShape):
+def _value(value, address: Address, spec: SiteShape):
     """A value with a leading L axis and then the rank of the site."""
-    rank = len(spec.shape)
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-    if name == "basis":
-        return _per_layer(_orthonormal(array, spec, address.site), spec.layers)
-    array = _scatter_units(array.astype(spec.dtype), address, spec)
-    after = rank - 1 - unit_axis(address.site)
-    if after and 0 < array.ndim <= 2 and array.shape[-1] == spec.shape[-1 - after]:
-        array = array.reshape(*array.shape, *(1,) * after)  # one value a head
-        array = array if array.ndim > 1 + after else array[None]
-    if array.ndim == 2 + after and rank > 2:  # [L, F]
-        array = array.reshape(array.shape[0], *(1,) * (rank - 1 - after), *array.shape[1:])
-    elif array.ndim <= rank:  # a scalar, [F] or [B, T, F]
-        array = array.reshape(1, *(1,) * (rank - array.ndim), *array.shape)
-    want = (spec.layers, *spec.shape)
-    if array.ndim != len(want) or any(n not in (1, m) for n, m in zip(array.shape, want)):
+    shape = _reading(value.shape, address, spec)
+    value = _scatter_units(value.astype(spec.dtype).reshape(shape), address, spec)
+    return _per_layer(value, spec.layers)
+
+
+def _reading(given: tuple[int, ...], address: Address, spec: SiteShape) -> tuple[int, ...]:
+    """The shape of a value with all axes of the site, 1 where it repeats.
+
+    Which axes were given is told by their number and lengths; there must be one way to read them.
+    """
+    site = address.site
+    letters, full = ("L", *site.axes), (spec.layers, *spec.shape)
+    unit, every = 1 + unit_axis(site), tuple(range(len(full)))
+    forms = ((), (unit,), (0, unit), every[unit:], (0, *every[unit:]), every[1:], every)
+
+    def fits(n: int, axis: int) -> bool:
+        return n in (1, full[axis]) or (axis == unit and n == _listed(address))
+
+    readings = {}
+    for axes in forms:
+        if len(axes) == len(given) and all(map(fits, given, axes)):
+            lengths = dict(zip(axes, given, strict=True))
+            readings[tuple(lengths.get(axis, 1) for axis in every)] = axes
+    if not readings:
         raise ValueError(
-            f"{address.site.name}: a value of shape {np.shape(value)} does not fit; the site is "
-            f"[{' '.join(('L', *address.site.axes))}] = {list(want)}"
+            f"{site.name}: a value of shape {given} does not fit; the site is "
+            f"[{' '.join(letters)}] = {list(full)}"
         )
-    return _per_layer(array, spec.layers)
+    if len(readings) > 1:
+        names = " or ".join(f"[{' '.join(letters[a] for a in axes)}]" for axes in readings.values())
+        raise ValueError(
+            f"{site.name}: a value of shape {given} may be {names}; write it with all axes of "
+            f"[{' '.join(letters)}]: {' or '.join(str(list(shape)) for shape in readings)}"
+        )
+    return next(iter(readings))
+
+
+def _listed(address: Address) -> int | None:
+    """How many units the address lists, if it does."""
+    return len(address.units.value) if address.units.form == "index" else None
 
 
 def _per_layer(array, layers: int):
@@ -314,23 +391,24 @@ def _per_layer(array, layers: int):
     return xp.broadcast_to(array, (layers, *array.shape[1:]))
 
 
-def _scatter_units(array, address: Address, spec: SiteShape):
-    """Values given for the chosen units alone, put in the places of these units."""
-    chosen = address.units
-    width = spec.shape[unit_axis(address.site)]
-    if chosen.form != "index" or array.ndim == 0 or array.shape[-1] == width:
-        return array
-    if array.shape[-1] != chosen.value.shape[0]:
-        return array  # refused below, with the shapes
-    shape = (*array.shape[:-1], width)
-    if isinstance(array, jax.Array) or isinstance(chosen.value, jax.Array):
-        return jnp.zeros(shape, array.dtype).at[..., chosen.value].set(array)
-    full = np.zeros(shape, array.dtype)
-    full[..., chosen.value] = array
+def _scatter_units(value, address: Address, spec: SiteShape):
+    """Values given for the listed units alone, put in the places of these units."""
+    axis = 1 + unit_axis(address.site)
+    if value.shape[axis] == 1 or value.shape[axis] != _listed(address):
+        return value
+    units = address.units.value
+    shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))
+    at = (*(slice(None),) * axis, units)
+    if isinstance(value, jax.Array) or isinstance(units, jax.Array):
+        return jnp.zeros(shape, value.dtype).at[at].set(value)
+    full = np.zeros(shape, value.dtype)
+    full[at] = value
     return full
 
 
-def _orthonormal(basis, spec: SiteShape, site: sites.Site):
+def _basis(basis, address: Address, spec: SiteShape):
+    """[L, D, r], orthonormal columns that span those given."""
+    site = address.site
     basis = basis[:, None] if basis.ndim == 1 else basis
     if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
         raise ValueError(
@@ -341,4 +419,5 @@ def _orthonormal(basis, spec: SiteShape, site: sites.Site):
         raise ValueError(
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
         )
-    return xp.linalg.qr(basis.astype(np.float32))[0][None].astype(spec.dtype)
+    basis = basis.astype(jnp.promote_types(spec.dtype, jnp.float32))
+    return _per_layer(xp.linalg.qr(basis)[0][None].astype(spec.dtype), spec.layers)

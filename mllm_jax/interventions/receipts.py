@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.precision import at_least_float32
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tu
       token_axes: the axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
-    change = after.astype(jnp.float32) - before.astype(jnp.float32)
+    change = at_least_float32(after) - at_least_float32(before)
     squares = jnp.sum(change * change)
     changed = squares > 0  # a root has no slope at 0, which is where an edit without effect is
     return (

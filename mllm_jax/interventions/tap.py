@@ -106,14 +106,14 @@ class Tap:
         rank, units, along = x.ndim, edits_.unit_axis(edit.site), edits_.token_axis(edit.site)
         length = x.shape[along]
         where = self._window(edit.tokens, 1, length)
-        mask = captures_._along_tokens(edit.site, where, rank)
+        mask = captures_.along_tokens(where, along, rank)
         mask = mask & edit.units.reshape(*(1,) * units, -1, *(1,) * (rank - units - 1))
         values = {
             name: self._window(value, along, length) if value.ndim == rank else value
             for name, value in edit.values.items()
         }
-        along_tokens = {name: self._follow(name, a, x, length) for name, a in edit.along.items()}
-        y = dataclasses.replace(edit, values=values, along=along_tokens).apply(x, mask)
+        follow = {name: self._follow(name, array, x, along) for name, array in edit.along.items()}
+        y = dataclasses.replace(edit, values=values, along=follow).apply(x, mask)
         self.receipts[number] = receipts.measure(x, y, mask, (0, along))
         return y
 
@@ -131,11 +131,13 @@ class Tap:
         asked = capture.slots < capture.count
         return jax.lax.cond(asked, lambda: capture.read(x, self.lens), lambda: nothing)
 
-    def _follow(self, name: str, array, x: jax.Array, length: int):
+    def _follow(self, name: str, array, x: jax.Array, along: int):
         """An array that follows the tokens, as this pass counts them."""
         if name == "hidden":
             return self._keys(array, x)
-        array = self._window(array, 1, length)
+        array = self._window(array, 1, x.shape[along])
+        if name == "strength":
+            return captures_.along_tokens(array, along, x.ndim)
         return array - self.taps.at if name == "at" else array
 
     def _keys(self, array, mask: jax.Array):
@@ -286,8 +288,8 @@ class ModuleTap:
     @staticmethod
     def _carried(kept, captures) -> dict[str, Any]:
         def finish(name):
-            count, single = captures[name].count, captures[name].single
-            return jax.tree.map(lambda a: a[0] if single else a[:count], kept[name])
+            order, single = captures[name].order, captures[name].single
+            return jax.tree.map(lambda a: a[0] if single else a[order], kept[name])
 
         return {name: finish(name) for name in kept}
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax.axes import Array, Bool, Float, Int
+from mllm_jax.precision import at_least_float32
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -21,17 +22,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class LayerNorm(nnx.LayerNorm):
-    """(x - mean) / std * scale + bias, in float32."""
+    """(x - mean) / std * scale + bias, in float32 or better."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         super().__init__(width, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+        return super().__call__(at_least_float32(x)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32."""
+    """x / rms(x) * scale, in float32 or better."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         del rngs  # starts at one
@@ -39,7 +40,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        y = x.astype(jnp.float32)
+        y = at_least_float32(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
@@ -67,7 +68,7 @@ def attention(
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     grouped = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key).astype(jnp.float32) * H**-0.5
+    scores = at_least_float32(jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key)) * H**-0.5
     scores = scores.reshape(B, N, T, S)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)

@@ -10,6 +10,7 @@ from flax import nnx
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
+from mllm_jax.precision import at_least_float32
 from mllm_jax.sites import lm as S
 
 
@@ -165,10 +166,10 @@ class Llama(nnx.Module):
         return tap(S.norm, self.norm(x)), Cache(key, value, position, valid)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits of normed states, float32."""
+        """Next-token logits of normed states, in float32 or better."""
         tied = self.config.tied
         out = jnp.einsum("...D,VD->...V", x, self.embed[...]) if tied else self.head(x)
-        return out.astype(jnp.float32)
+        return at_least_float32(out)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The logit lens: logits of a residual, as if it were the last (nostalgebraist 2020)."""

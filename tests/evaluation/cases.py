@@ -27,6 +27,51 @@ def chain(
     )
 
 
+STRENGTHS = np.array([0.5, -1.0, 0.0, 2.0], np.float32)
+
+
+def stepped(strengths, value):
+    """Edits of three kinds with strengths by step, and one with a value by token [B, T, D]."""
+    some = (
+        mj.ablate(S.lm.mlp.act[1, :20])
+        >> mj.add(S.lm.resid_post[2], V, where=tok.answer | tok.image)
+        >> mj.project_out(S.lm.resid_mid[[0, 3]], V, where=tok.text)
+    )
+    return mj.per_step(some, strengths) >> mj.add(S.lm.mlp.out[1], value)
+
+
+def by_token(batch) -> np.ndarray:
+    """A value for every token of the prompt; that of padding must never be seen."""
+    noise = np.random.default_rng(2).normal(size=(*batch.valid.shape, 32))
+    return np.where(batch.valid[..., None], noise, 1e3).astype(np.float32)
+
+
+def carried(batch, longer, value) -> np.ndarray:
+    """The values of a prompt in the places of a longer batch, the last holding on."""
+    out = np.zeros((*longer.valid.shape, 32), np.float32)
+    for b, valid in enumerate(batch.valid):
+        out[b, : valid.sum()] = value[b, valid]
+        out[b, valid.sum() :] = value[b, batch.last[b]]
+    return out
+
+
+def stepped_by_hand(longer, strengths, value):
+    """`stepped` with the strength of every token written out."""
+    step = np.maximum(np.cumsum(longer.tokens.kind == tok.CODE["answer"], 1), 0)
+    at = strengths[np.minimum(step, len(strengths) - 1)][..., None]  # [B, T, 1]
+    unit = V / np.linalg.norm(V)
+    return (
+        mj.scale(S.lm.mlp.act[1, :20], 1 - at)
+        >> mj.add(S.lm.resid_post[2], at * V, where=tok.answer | tok.image)
+        >> mj.call(S.lm.resid_mid[[0, 3]], _part, where=tok.text, at=at, unit=unit)
+        >> mj.add(S.lm.mlp.out[1], value)
+    )
+
+
+def _part(x, at, unit):
+    return x - at * (x * unit).sum(-1, keepdims=True) * unit
+
+
 CASES = {
     "nothing": chain(),
     "ablate": chain(scale=(0.0, tok.all)),

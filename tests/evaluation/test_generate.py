@@ -48,20 +48,58 @@ def test_cached_is_recomputed(case, pad, tiny_model, prompts, clean):
     out = mj.generate(tiny_model, batch, edits, max_new_tokens=STEPS)
     jax.effects_barrier()
     said, seen = np.asarray(out.tokens), list(SEEN)
-    assert said.shape == (2, STEPS) and len(seen) == STEPS + 1 and out.text is None
+    assert said.shape == (2, STEPS) and out.text is None
     assert np.array_equal(said, clean) == (case == "nothing")  # else it would show nothing
+    assert_recomputed(tiny_model, batch, out, seen, edits)
 
-    want = mj.run(tiny_model, continued(batch, said), edits, logits="all")
+
+def assert_recomputed(model, batch, out, seen, edits):
+    """What was said and reported is that of one pass over all that was read, with `edits`."""
+    said = np.asarray(out.tokens)
+    assert len(seen) == said.shape[1]  # one pass a token, and none after the last
+    want = mj.run(model, continued(batch, said[:, :-1]), edits, logits="all")
     for row, at in enumerate(places(batch, said)):
         logits = np.stack([x[row, 0] for x in seen])
-        at = np.append(at, at[-1] + 1)
         np.testing.assert_allclose(logits, want.logits[row, at], rtol=0, atol=1e-4)
-        np.testing.assert_array_equal(said[row], logits[:-1].argmax(-1))
-    for ours, theirs in zip(out.receipts[:4], want.receipts[:4], strict=True):
+        np.testing.assert_array_equal(said[row], logits.argmax(-1))
+    for ours, theirs in zip(out.receipts, want.receipts, strict=True):
         assert ours.edit == theirs.edit
+        if ours.edit == "call logits":  # the last pass has one position a row, the whole has all
+            continue
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         np.testing.assert_array_equal(ours.elements, theirs.elements)
         np.testing.assert_allclose(ours.norm, theirs.norm, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_strengths_by_step_and_values_by_token(pad, tiny_model, prompts, clean):
+    """Step 0 is the prompt's; the last strength and the value at the last token hold on."""
+    batch = prompts[pad]
+    strengths, value = cases.STRENGTHS, cases.by_token(batch)
+    SEEN.clear()
+    edits = cases.stepped(strengths, value) >> mj.call(S.logits, record)
+    out = mj.generate(tiny_model, batch, edits, max_new_tokens=8)
+    jax.effects_barrier()
+    seen = list(SEEN)
+    assert not np.array_equal(out.tokens, clean[:, :8])
+    longer = continued(batch, np.asarray(out.tokens)[:, :-1])
+    value = cases.carried(batch, longer, value)
+    again = cases.stepped(strengths, value)
+    by_hand = cases.stepped_by_hand(longer, strengths, value)
+    assert_recomputed(tiny_model, batch, out, seen, again >> mj.call(S.logits, record))
+    a, b = (mj.run(tiny_model, longer, e, logits="all").logits for e in (again, by_hand))
+    np.testing.assert_allclose(a[longer.valid], b[longer.valid], rtol=0, atol=1e-5)
+
+
+def test_a_mask_of_the_prompt_means_the_prompt(tiny_model, prompts):
+    batch = prompts["right"]
+    steer = mj.add(S.lm.resid_post[1], cases.V, where=tok.question & tok.mask(batch.tokens.last))
+    same = mj.add(S.lm.resid_post[1], cases.V, where=tok.last)
+    a, b = (mj.generate(tiny_model, batch, e, max_new_tokens=4) for e in (steer, same))
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.receipts[0].tokens, [0, 2, 0, 0])
+    with pytest.raises(ValueError, match=r"mask is \(2, 9\), the batch has tokens \(2, 16\)"):
+        mj.generate(tiny_model, batch, mj.ablate(S.lm.embed, where=np.ones((2, 9), bool)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +125,7 @@ def test_a_row_stops_at_its_stop_token(tiny_model, prompts, clean):
         np.testing.assert_array_equal(out.tokens[row, end + 1 :], stop)
     assert out.text == processor.text(out.tokens, stop=True)
     # what a row did after its end, while others went on, is not in the receipt
-    words = 15 + 12 + sum(end + 1 for end in first)
+    words = 15 + 12 + sum(first)  # the last token said is not read
     np.testing.assert_array_equal(out.receipts[0].tokens, [0, words, words, 0])
     with pytest.raises(ValueError, match="stop=True needs a batch made by a processor"):
         mj.generate(tiny_model, prompts["right"], stop=True)
@@ -111,7 +149,7 @@ def test_a_row_that_only_fills_the_batch_says_nothing(tiny_model, prompts, clean
     out = mj.generate(tiny_model, batch.replace(tokens=empty), edited("nothing"))
     np.testing.assert_array_equal(out.tokens[0], clean[0])
     np.testing.assert_array_equal(out.tokens[1], -1)
-    np.testing.assert_array_equal(out.receipts[0].tokens, np.array([0, 1, 1, 0]) * (15 + STEPS))
+    np.testing.assert_array_equal(out.receipts[0].tokens, np.array([0, 1, 1, 0]) * (15 + STEPS - 1))
 
 
 def test_samples_are_by_their_key_and_have_the_models_probabilities(tiny_model, make_batch):
@@ -137,6 +175,11 @@ def test_samples_are_by_their_key_and_have_the_models_probabilities(tiny_model, 
     ("how", "message"),
     [
         ({"temperature": -0.5}, "temperature=-0.5 is below 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: one or more can be generated"),
+        (
+            {"edits": mj.add(S.lm.attn.pattern, np.ones((4, 15, 15)))},
+            "add lm.attn.pattern: a value with the axis S is of the prompt's keys",
+        ),
         ({"temperature": 1.0}, r"sampling needs key=jax.random.key\(seed\)"),
     ],
 )

@@ -55,6 +55,18 @@ def test_scores_with_edits(case, pad, tiny_model, prompts):
         np.testing.assert_array_equal(got.receipts[0].tokens, [0, 15 + 12, 15 + 12, 0])
 
 
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_strengths_by_step_and_values_by_token(pad, tiny_model, prompts):
+    batch, ids, value = prompts[pad], candidates(LENGTHS), cases.by_token(prompts[pad])
+    got = mj.score(tiny_model, batch, ids, cases.stepped(cases.STRENGTHS, value))
+    for c in range(2):
+        longer = continued(batch, ids[:, c])
+        value_ = cases.carried(batch, longer, value)
+        edits = cases.stepped_by_hand(longer, cases.STRENGTHS, value_)
+        want, _ = full(tiny_model, batch, ids[:, c], edits)
+        np.testing.assert_allclose(got[:, c], want.sum(-1), rtol=0, atol=1e-4)
+
+
 def test_candidates_of_unequal_length_and_number(tiny_model, prompts):
     """What comes after a short candidate in the full pass cannot be seen by it."""
     batch, ids, edits = prompts["right"], candidates(LENGTHS), cases.CASES["add answer"]

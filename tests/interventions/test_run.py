@@ -171,34 +171,6 @@ def test_in_jit_and_in_vmap_it_is_a_loop(tiny_model, text):
     assert jitted._cache_size() == 1
 
 
-def test_gradients_of_gates(tiny_model, text, monkeypatch):
-    """Against central differences of the whole program in float64.
-
-    Norms, softmax and logits are in float32 by design; here all is in float64, or differences
-    would have no digits left.
-    """
-    with jax.enable_x64(True):
-        monkeypatch.setattr(jnp, "float32", jnp.float64)
-        model = jax.tree.map(lambda a: a.astype(jnp.float64), tiny_model)
-
-        @jax.jit
-        def metric(gates):
-            out = mj.run(model, text, mj.scale(S.lm.mlp.act, gates))
-            values = jnp.sum(out.logits[0] ** 2) + jnp.sum(jnp.sin(out.logits[1]))
-            return values + jnp.sum(out.receipts[0].norm)
-
-        rng = np.random.default_rng(0)
-        gates = rng.uniform(0.5, 1.5, (4, 48))
-        gradient = jax.jit(jax.grad(metric))
-        assert np.isfinite(gradient(np.ones((4, 48)))).all()  # where the edit changes nothing
-        slope = gradient(gates)
-        assert slope.dtype == np.float64
-        for _ in range(4):
-            way, step = rng.normal(size=gates.shape), 1e-5
-            difference = (metric(gates + step * way) - metric(gates - step * way)) / (2 * step)
-            np.testing.assert_allclose((slope * way).sum(), difference, rtol=1e-6)
-
-
 # Receipts.
 
 
