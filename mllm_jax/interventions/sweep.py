@@ -3,11 +3,11 @@
 What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them:
 
 * the vision tower, when no edit is in it;
-* the layers below the first edited one, by lane: lanes are ordered by that layer and each chunk
-  goes on from the state that enters its lowest. Where it goes on is data, so that one program
-  serves every chunk;
-* the keys and values of the tokens before the first that any edit or capture reaches, such as
-  those of the picture when the text alone is edited.
+* the layers below the first edited one: lanes are ordered by that layer and each chunk goes on
+  from the state that enters its lowest. Where it goes on is data, so that one program serves
+  every chunk;
+* the keys and values of the tokens before the first that an edit or capture reaches, such as
+  those of the picture when the text alone is edited. Lanes with one such prefix share a chunk.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def sweep(
         `jax.tree_util.Partial(metric, ids=...)`.
       edits: see `stack`.
       captures, logits: as in `run`.
-      chunk: lanes at one time; by default the power of two that computes the fewest layers, of
-        those that keep the widest tensor of a layer under BUDGET bytes. A chunk costs one lane
-        more than it has.
+      chunk: lanes at one time; by default the power of two that computes the fewest layers and
+        tokens, of those that keep the widest tensor of a layer under BUDGET bytes. A chunk is
+        taken to cost one lane more than it has.
       share: whether what is clean is computed once; False runs each lane whole.
       save: an .npz file that finished rows are written to; a killed sweep continues from it.
       label: of the progress bar.
@@ -104,10 +104,8 @@ def sweep(
     asked = run_.bind(model, batch, None, captures)[1]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
-    whole = trunk_.Trunk(batch, np.zeros(len(bound), int))
-    trunk = trunk_.grow(model, batch, bound, asked, logits) if share else whole
-    most = _most_lanes(run_.site_shapes(model, batch))
-    chunk = min(chunk or _chunk(trunk.first, trunk.layers, most), len(bound))
+    trunk = (trunk_.grow if share else _whole)(model, batch, bound, asked, logits)
+    chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch)), len(bound))
     widths = _common_shapes(bound)
 
     def lanes(numbers):
@@ -118,25 +116,29 @@ def sweep(
         )  # fmt: skip
 
     def program(numbers):
-        start = int(trunk.first[numbers].min())
+        prefix = int(trunk.prefix[numbers[0]])
+        resume, past = trunk.resume(int(trunk.first[numbers].min()), prefix)
         return functools.partial(
-            _lanes, metric, model, trunk.batch, lanes(numbers), asked, trunk.resume(start),
-            trunk.past, logits=logits, prefix=trunk.prefix,
+            _lanes, metric, model, trunk.batch, lanes(numbers), asked, resume, past,
+            logits=logits, prefix=prefix,
         )  # fmt: skip
 
-    order = np.argsort(trunk.first, kind="stable")
-    shape = jax.eval_shape(program(order[:1]))
+    shape = jax.eval_shape(program(np.arange(1)))
     rows = _Rows(shape, len(bound), save, (metric, model, batch, bound, asked))
-    left = order[~rows.done[order]]
-    chunks = [left[i : i + chunk] for i in range(0, len(left), chunk)]
+    chunks = [numbers for numbers in trunk.chunks(chunk) if not rows.done[numbers].all()]
+    left = sum(len(numbers) for numbers in chunks)
     with tqdm.tqdm(
-        total=len(bound), initial=len(bound) - len(left), desc=label, leave=False,
+        total=len(bound), initial=len(bound) - left, desc=label, leave=False,
         disable=len(chunks) < 2,
     ) as bar:  # fmt: skip
         for numbers in chunks:
             rows.write(numbers, program(numbers)())
             bar.update(len(numbers))
     return rows.values
+
+
+def _whole(model, batch, bound, asked, logits) -> trunk_.Trunk:
+    return trunk_.whole(batch, len(bound))
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))
@@ -166,20 +168,12 @@ def _is_shape(node) -> bool:
     return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
-def _most_lanes(shapes: dict[str, SiteShape]) -> int:
+def _chunk(trunk: trunk_.Trunk, shapes: dict[str, SiteShape]) -> int:
+    """Lanes at one time: a power of two within BUDGET, see `sweep`."""
     sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
-    return max(1, BUDGET // int(max(size for name, size in sizes.items() if name != "logits")))
-
-
-def _chunk(first: np.ndarray, layers: int, most: int) -> int:
-    """The power of two, at most `most`, that computes the fewest layers; see `sweep`."""
-    ordered = np.sort(first)
-    sizes = [2**i for i in range(int(np.log2(min(most, len(first)))) + 1)]
-
-    def cost(size: int) -> int:
-        return int(sum((size + 1) * (layers - start) for start in ordered[::size]))
-
-    return min(sizes, key=lambda size: (cost(size), -size))
+    widest = int(max(size for name, size in sizes.items() if name != "logits"))
+    most = max(1, min(BUDGET // widest, len(trunk.first)))
+    return min((2**i for i in range(most.bit_length())), key=lambda n: (trunk.cost(n), -n))
 
 
 class _Rows:

@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}user {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-LABELS = ("a circle", "a square", "a stripe", "a dot")
+LABELS = ("circle", "square", "stripe", "dot")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -123,7 +125,7 @@ def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
     for swept in edits.values():
         bound = [run.bind(tiny_model, batch, edit, None)[0] for edit in swept]
         bound_asked = run.bind(tiny_model, batch, None, asked)[1]
-        assert trunk.prefix_length(batch, bound, bound_asked, "last") in (16, 32)
+        assert all(trunk.prefix_length(batch, b, bound_asked, "last") in (16, 32) for b in bound)
         rows = mj.sweep(everything, tiny_model, batch, swept, asked)
         for i, edit in enumerate(swept):
             alone = everything(mj.run(tiny_model, batch, edit, asked))
@@ -136,7 +138,7 @@ def test_a_prefix_that_something_reads_is_not_clean(tiny_model, make_batch):
 
     def prefix(edit, asked=None, logits="last"):
         bound = run.bind(tiny_model, batch, edit, asked)
-        return trunk.prefix_length(batch, [bound[0]], bound[1], logits)
+        return trunk.prefix_length(batch, *bound, logits)
 
     late = mj.ablate(S.lm.mlp.act[1], where=tok.last)
     assert prefix(late) >= 16
@@ -173,10 +175,11 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, tiny_model, make_batch)
         mj.sweep(metric, tiny_model, batch, swept[:2], chunk=2, save=path)
 
 
-def test_lanes_of_a_chunk_begin_near_each_other():
-    firsts = np.repeat(np.arange(30), 3)
-    assert sweep._chunk(firsts, 30, most=64) in (4, 8)
-    assert sweep._chunk(np.zeros(96, int), 30, most=64) == 32
+def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():
+    first, prefix = np.array([5, 0, 3, 5, 4, 1]), np.array([0, 0, 16, 16, 0, 0])
+    grown = trunk.Trunk(types.SimpleNamespace(ids=np.zeros((1, 32))), first, prefix, layers=6)
+    assert [c.tolist() for c in grown.chunks(2)] == [[1, 5], [4, 0], [2, 3]]
+    assert grown.cost(2) == 3 * (6 * 32 + 2 * 32 + 3 * 16)
 
 
 def test_edits_of_two_structures_are_refused():
