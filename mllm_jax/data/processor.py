@@ -94,13 +94,10 @@ class Processor:
         self._pictures = pictures
 
     @classmethod
-    def from_directory(cls, directory, config: LlavaConfig, **how) -> Processor:
-        """Of a local checkpoint directory in the layout of HF transformers.
-
-        Args:
-          directory: of the checkpoint. config: of the model.
-          how: `image_aspect_ratio`.
-        """
+    def from_directory(
+        cls, directory, config: LlavaConfig, *, image_aspect_ratio: str | None = None
+    ) -> Processor:
+        """Of a local checkpoint directory in the layout of HF transformers."""
         from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
 
         directory = pathlib.Path(directory)
@@ -111,7 +108,7 @@ class Processor:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
         pictures = functools.partial(_image_processor, directory)
-        return cls(tokenizer, pictures, config, directory, **how)
+        return cls(tokenizer, pictures, config, directory, image_aspect_ratio=image_aspect_ratio)
 
     @functools.cached_property
     def image_processor(self):
