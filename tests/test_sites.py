@@ -119,6 +119,8 @@ def test_indices_may_be_traced():
     want[2, [1, 47]] = True
     np.testing.assert_array_equal(masks(2, np.array([1, -1])), want)
     assert masks._cache_size() == 1
+    listed = jax.jit(lambda a, b: S.lm.mlp.act[[a], [1, b]].mask(L, F))  # lists that hold them
+    np.testing.assert_array_equal(listed(2, -1), want)
 
 
 @pytest.mark.parametrize(

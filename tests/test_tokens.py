@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import jax
@@ -25,6 +26,18 @@ def words(make_batch) -> tok.TokenMap:
 def patches() -> tok.TokenMap:
     """Of three tiles of 2 x 3 patches and a CLS token; the last tile only fills up."""
     return tok.TokenMap.grid(np.array([0, 1, 0]), (2, 3), True, np.array([True, True, False]))
+
+
+def test_steps_are_counted_from_the_prompt(words):
+    """Padding on either side, two answers in a row, and what is added after the prompt."""
+    s, q, a, p = (tok.CODE[name] for name in ("system", "question", "answer", "pad"))
+    kind = np.array([[s, q, a, a, q, a, a, p], [p, p, s, q, q, a, p, p]], np.int8)
+    map_ = dataclasses.replace(words, **{name: np.zeros((2, 8), np.int16) for name in vars(words)})
+    map_ = dataclasses.replace(map_, kind=kind, added=0)
+    want = np.array([[0, 0, 1, 2, 0, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 1, 1, 1, 2, 3]])
+    real = np.pad(kind != p, ((0, 0), (0, 2)), constant_values=True)
+    for step in (map_.extended(2).step, jax.jit(lambda m: m.extended(2).step)(map_)):
+        np.testing.assert_array_equal(np.asarray(step)[real], want[real])
 
 
 def test_the_map_of_a_grid(patches):

@@ -1,28 +1,66 @@
-"""Edits as strings, for the command line, and as JSON, to stand beside a result.
+"""Edits and captures as strings, for the command line, and as JSON, to stand beside a result.
 
     ablate lm.mlp.act[12,@neurons.json] >> add lm.resid_post[18:24] @v.npy*4 where=text
+    fire=stats lm.mlp.act by=kind; lens=lens lm.resid_post[18:24] k=5 where=image
 
-A string is a chain of edits: kind, site with its address, values, then `name=value` options.
-A value is a number, or an array in a file (`@file.npy`, `@file.json`), times a number if wanted.
-A selector is a name of `tokens.NAMED`, `row(3)`, `column(3)`, `tile(0)` or `@mask.npy`, joined by
-`|` and `&` (which binds closer), turned around by `~`.
+Edits are a chain, each its kind, its site with an address, a value if the kind takes one, then
+`name=value` options. Captures are named and parted by `;`, each its form, its site, then options.
+
+An address is as in Python, but that a list is `1+5+9` (of one entry `1+`) or in a file.
+A value is a number, numbers `0.5,1,2`, or an array in a file (`@file.npy`, `@file.json`), times a
+number if wanted. A selector is a name of `tokens.NAMED`, `row(3)`, `column(3)`, `tile(0)` or
+`@mask.npy`, joined by `|` and `&` (which binds closer), turned around by `~`.
+
+| edit | value | options |
+|---|---|---|
+| ablate | | where, steps |
+| scale, add, replace | value | where, steps |
+| project_out | basis | where, steps |
+| patch | | source, into (rows), basis, where, steps |
+| knockout | | to, on |
+
+| capture | options |
+|---|---|
+| keep, mean | where |
+| mass | on, where |
+| stats | by (`kind`, or kinds `image,question`), where |
+| lens | k, by, where |
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
+import hashlib
 import json
+import operator
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mllm_jax import sites, tokens
+from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edit, Edits
 
-VALUES = {"scale": "value", "add": "value", "replace": "value", "project_out": "basis"}
+# What each function of a kind or form takes: its value, by the name of its parameter, and options.
+VALUES = {"scale": "by", "add": "value", "replace": "value", "project_out": "basis"}
+OPTIONS = dict.fromkeys(("ablate", *VALUES), ("where", "steps")) | {
+    "patch": ("source", "into", "basis", "where", "steps"),
+    "knockout": ("to", "on"),
+}
+CAPTURES = {
+    "keep": ("where",),
+    "mean": ("where",),
+    "mass": ("on", "where"),
+    "stats": ("by", "where"),
+    "lens": ("k", "by", "where"),
+}
 _ITEM = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
 
 
@@ -37,38 +75,77 @@ def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
     """
     chain = Edits()
     for number, part in enumerate(text.split(">>"), 1):
-        try:
-            chain = chain >> _parse(part.split(), pathlib.Path(root))
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-            reason = error.args[0] if isinstance(error, KeyError) else error
-            raise ValueError(f"edit {number}, '{part.strip()}': {reason}") from error
+        with _named(f"edit {number}, '{part.strip()}'"):
+            chain = chain >> _edit(part.split(), pathlib.Path(root))
     return chain
 
 
-def _parse(words: list[str], root: pathlib.Path) -> Edits:
-    kinds = ("ablate", "patch", "knockout", *VALUES)
-    if not words or words[0] not in kinds:
-        raise ValueError(f"an edit begins with one of {', '.join(kinds)}")
-    kind, target, *rest = words if len(words) > 1 else [*words, ""]
-    options = dict(word.split("=", 1) for word in rest if "=" in word)
-    values = [word for word in rest if "=" not in word]
-    address = _address(target, root)
+def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Capture]:
+    """Captures of a string, by name; as `parse`."""
+    found: dict[str, Capture] = {}
+    for part in text.split(";"):
+        with _named(f"capture '{part.strip()}'"):
+            name, _, rest = (piece.strip() for piece in part.partition("="))
+            if not name.isidentifier():
+                raise ValueError(
+                    f"a capture begins with its name: fire=stats lm.mlp.act, not '{name}'"
+                )
+            if name in found:
+                raise ValueError(f"there is a capture '{name}' already")
+            found[name] = _capture(rest.split(), pathlib.Path(root))
+    return found
+
+
+@contextlib.contextmanager
+def _named(place: str):
+    """Errors of what stands here, as one that says where."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(f"{place}: {reason}") from error
+
+
+def _edit(words: list[str], root: pathlib.Path) -> Edits:
+    kind, target, values, options = _words(words, "an edit", OPTIONS)
+    given = _options(options, root)
     if kind in VALUES:
         if len(values) != 1:
             raise ValueError(f"{kind} takes one value, such as 2.0 or @file.npy*0.5")
-        given: dict[str, Any] = {VALUES[kind]: _value(values[0], root)}
-        if kind == "scale":
-            given = {"by": given["value"]}
+        given[VALUES[kind]] = _value(values[0], root)
     elif values:
         raise ValueError(f"{kind} takes no value, got {' '.join(values)}")
-    else:
-        given = {}
-    names = {"knockout": ("to", "on"), "patch": ("where", "source", "into")}.get(kind, ("where",))
-    for name, text in options.items():
-        if name not in names:
-            raise ValueError(f"{kind} has no option '{name}'; it has: {', '.join(names)}")
-        given[name] = int(text) if name in ("source", "into") else _where(text, root)
-    return getattr(edits_, kind)(address, **given)
+    steps = given.pop("steps", None)
+    edit = getattr(edits_, kind)(_address(target, root), **given)
+    return edit if steps is None else edits_.per_step(edit, steps)
+
+
+def _capture(words: list[str], root: pathlib.Path) -> Capture:
+    form, target, values, options = _words(words, "a capture", CAPTURES)
+    if values:
+        raise ValueError(f"{form} takes no value, got {' '.join(values)}")
+    return getattr(captures_, form)(_address(target, root), **_options(options, root))
+
+
+def _words(words: list[str], what: str, known: dict[str, tuple[str, ...]]):
+    """(kind, target, values, options by name) of one edit or capture."""
+    if not words or words[0] not in known:
+        raise ValueError(f"{what} begins with one of {', '.join(known)}")
+    kind, target, *rest = words if len(words) > 1 else [*words, ""]
+    options = dict(word.split("=", 1) for word in rest if "=" in word)
+    for name in options:
+        if name not in known[kind]:
+            raise ValueError(f"{kind} has no option '{name}'; it has: {', '.join(known[kind])}")
+    return kind, target, [word for word in rest if "=" not in word], options
+
+
+def _options(options: dict[str, str], root: pathlib.Path) -> dict[str, Any]:
+    read = dict.fromkeys(("where", "to", "on"), _where) | {
+        "source": _index, "into": _index, "basis": _value, "steps": _value,
+        "by": lambda text, _: tokens.kind if text == "kind" else tuple(text.split(",")),
+        "k": lambda text, _: int(text),
+    }  # fmt: skip
+    return {name: read[name](text, root) for name, text in options.items()}
 
 
 def _address(text: str, root: pathlib.Path):
@@ -79,12 +156,7 @@ def _address(text: str, root: pathlib.Path):
     site = sites.lm.attn.mask if name == "lm.attn" else sites.get(name)
     if match["at"] is None:
         return sites.Address.of(site)
-    return site[tuple(_index(part, root) for part in _commas(match["at"]))]
-
-
-def _commas(text: str) -> list[str]:
-    """Split at commas; `1+5+9` is a list of indices, so that commas only part the axes."""
-    return [part.strip() for part in text.split(",")]
+    return site[tuple(_index(part.strip(), root) for part in match["at"].split(","))]
 
 
 def _index(text: str, root: pathlib.Path):
@@ -94,13 +166,15 @@ def _index(text: str, root: pathlib.Path):
         return slice(None)
     if ":" in text:
         return slice(*(int(part) if part else None for part in text.split(":")))
-    parts = [int(part) for part in text.split("+")]
-    return parts[0] if len(parts) == 1 else np.array(parts)
+    if "+" in text:
+        return np.array([int(part) for part in text.split("+") if part])
+    return int(text)
 
 
 def _value(text: str, root: pathlib.Path):
     if not text.startswith("@"):
-        return np.float32(text)
+        numbers = np.array([float(part) for part in text.split(",")], np.float32)
+        return numbers if "," in text else numbers[0]
     file, _, factor = text[1:].partition("*")
     return np.asarray(_file(file, root), np.float32) * np.float32(factor or 1)
 
@@ -115,16 +189,9 @@ def _file(name: str, root: pathlib.Path):
 
 
 def _where(text: str, root: pathlib.Path) -> tokens.Where:
-    if "|" in text:
-        first, *rest = (_where(part, root) for part in text.split("|"))
-        for part in rest:
-            first = first | part
-        return first
-    if "&" in text:
-        first, *rest = (_where(part, root) for part in text.split("&"))
-        for part in rest:
-            first = first & part
-        return first
+    for sign, join in (("|", operator.or_), ("&", operator.and_)):
+        if sign in text:
+            return functools.reduce(join, (_where(part, root) for part in text.split(sign)))
     if text.startswith("~"):
         return ~_where(text[1:], root)
     if text.startswith("@"):
@@ -135,13 +202,27 @@ def _where(text: str, root: pathlib.Path) -> tokens.Where:
     return tokens.of(text)
 
 
-def to_json(edits: Edits) -> list[dict[str, Any]]:
-    """Plain values that `from_json` turns back into the same edits, bit for bit."""
-    return [_edit_json(edit) for edit in edits]
+def to_json(asked: Edits | dict[str, Capture]) -> Any:
+    """Edits as a list of plain values, captures as a dictionary of them.
+
+    `from_json` turns them back into the same edits and captures, bit for bit.
+    """
+    if isinstance(asked, Edits):
+        return [_edit_json(edit) for edit in asked]
+    return {name: _capture_json(capture) for name, capture in asked.items()}
 
 
-def from_json(items: list[dict[str, Any]]) -> Edits:
-    return Edits(tuple(_edit_of(item) for item in items))
+def from_json(items: Any) -> Edits | dict[str, Capture]:
+    """What `to_json` was given."""
+    if isinstance(items, list):
+        return Edits(tuple(_edit_of(item) for item in items))
+    return {name: _capture_of(item) for name, item in items.items()}
+
+
+def digest(asked: Edits | dict[str, Capture]) -> str:
+    """A short hash of edits or captures and all their arrays, to know a result by."""
+    text = json.dumps(to_json(asked), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _edit_json(edit: Edit) -> dict[str, Any]:
@@ -149,51 +230,86 @@ def _edit_json(edit: Edit) -> dict[str, Any]:
         raise ValueError(f"a call of {edit.fn} is code and cannot be written as data")
     return {
         "kind": edit.kind,
-        "site": edit.address.site.name,
-        "layers": _selection_json(edit.address.layers),
-        "units": _selection_json(edit.address.units),
+        **_address_json(edit.address),
         "where": _where_json(edit.where),
         "values": {name: _array_json(value) for name, value in edit.values.items()},
-        "route": None if edit.route is None else [int(row) for row in edit.route],
-        "on": None if edit.on is None else _where_json(edit.on),
+        "route": None if edit.route is None else [_array_json(rows) for rows in edit.route],
+        "on": _maybe(_where_json, edit.on),
+        "strengths": _maybe(_array_json, edit.strengths),
     }
 
 
 def _edit_of(item: dict[str, Any]) -> Edit:
-    address = sites.Address(
-        sites.get(item["site"]), _selection_of(item["layers"]), _selection_of(item["units"])
-    )
     return Edit(
         kind=item["kind"],
-        address=address,
+        address=_address_of(item),
         where=_where_of(item["where"]),
         values={name: _array_of(value) for name, value in item["values"].items()},
-        route=None if item["route"] is None else tuple(np.int32(row) for row in item["route"]),
-        on=None if item["on"] is None else _where_of(item["on"]),
+        route=None if item["route"] is None else tuple(map(_array_of, item["route"])),
+        on=_maybe(_where_of, item["on"]),
+        strengths=_maybe(_array_of, item["strengths"]),
+    )
+
+
+def _capture_json(capture: Capture) -> dict[str, Any]:
+    return {
+        "form": capture.form,
+        **_address_json(capture.address),
+        "where": _where_json(capture.where),
+        "by": _maybe(list, capture.by),
+        "k": capture.k,
+        "on": _maybe(_where_json, capture.on),
+    }
+
+
+def _capture_of(item: dict[str, Any]) -> Capture:
+    return Capture(
+        form=item["form"],
+        address=_address_of(item),
+        where=_where_of(item["where"]),
+        by=_maybe(tuple, item["by"]),
+        k=item["k"],
+        on=_maybe(_where_of, item["on"]),
+    )
+
+
+def _maybe(turn: Callable, value):
+    return None if value is None else turn(value)
+
+
+def _address_json(address: sites.Address) -> dict[str, Any]:
+    return {
+        "site": address.site.name,
+        "layers": _selection_json(address.layers),
+        "units": _selection_json(address.units),
+    }
+
+
+def _address_of(item: dict[str, Any]) -> sites.Address:
+    return sites.Address(
+        sites.get(item["site"]), _selection_of(item["layers"]), _selection_of(item["units"])
     )
 
 
 def _selection_json(selection: sites.Selection) -> dict[str, Any]:
-    value = selection.value
-    return {"form": selection.form, "value": None if value is None else _array_json(value)}
+    return {"form": selection.form, "value": _maybe(_array_json, selection.value)}
 
 
 def _selection_of(item: dict[str, Any]) -> sites.Selection:
-    value = None if item["value"] is None else _array_of(item["value"])
-    return sites.Selection(item["form"], value)
+    return sites.Selection(item["form"], _maybe(_array_of, item["value"]))
 
 
 def _where_json(where: tokens.Where) -> dict[str, Any]:
     return {
         "form": where.form,
         "parts": [_where_json(part) for part in where.parts],
-        "value": None if where.value is None else _array_json(where.value),
+        "value": _maybe(_array_json, where.value),
     }
 
 
 def _where_of(item: dict[str, Any]) -> tokens.Where:
-    value = None if item["value"] is None else _array_of(item["value"])
-    return tokens.Where(item["form"], tuple(_where_of(part) for part in item["parts"]), value)
+    parts = tuple(_where_of(part) for part in item["parts"])
+    return tokens.Where(item["form"], parts, _maybe(_array_of, item["value"]))
 
 
 def _array_json(value) -> dict[str, Any]:

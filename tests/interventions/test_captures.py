@@ -63,6 +63,7 @@ def test_keep_of_layers_units_and_tokens(where, model, batch, seen):
         "one": act[2],
         "last": act[-1],
         "list": act[[2, 0]],
+        "twice": act[[1, 2, 1]],
         "range": act[1:3],
         "mask": act[np.array([True, False, True])],
         "units": act[2, [5, 3]],
@@ -72,7 +73,7 @@ def test_keep_of_layers_units_and_tokens(where, model, batch, seen):
     found = read(model, batch, **{n: mj.keep(at, where=where) for n, at in asked.items()})
     x, h = seen["lm.mlp.act"], seen["lm.attn.heads"]
     want = {
-        "one": x[2], "last": x[2], "list": x[[2, 0]], "range": x[1:3], "mask": x[[0, 2]],
+        "one": x[2], "last": x[2], "list": x[[2, 0]], "twice": x[[1, 2, 1]], "range": x[1:3], "mask": x[[0, 2]],
         "units": x[2][..., [5, 3]], "unit": x[..., [7]], "heads": h[1:][..., [3, 0], :],
     }  # fmt: skip
     mask = tok.of(where).mask(batch.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -86,6 +87,10 @@ def patched(x, tokens):
     return y
 
 
+def wave(x, a):
+    return jnp.sin(x) + a
+
+
 # What the user writes, given an address, its width and tokens; what NumPy does, given a tensor and
 # the axis of its units. A patch reads the same tokens of the last row.
 KINDS = {
@@ -97,7 +102,7 @@ KINDS = {
         lambda x, u: np.broadcast_to(ramp(x, u), x.shape),
     ),
     "call": (
-        lambda at, n, w: mj.call(at, lambda x, a: jnp.sin(x) + a, where=w, a=0.5),
+        lambda at, n, w: mj.call(at, wave, where=w, a=0.5),
         lambda x, u: np.sin(x) + 0.5,
     ),
     "project_out": (
@@ -149,6 +154,22 @@ def test_every_pair_is_the_oracle(site, model, pictures, batch, unedited):
         np.testing.assert_allclose(receipt.norm[at], np.linalg.norm(changed), rtol=1e-4)
         for values in (receipt.tokens, receipt.elements, receipt.norm):  # of the other layers
             assert values[at] > 0 and not np.delete(values, at).any()
+
+
+def test_head_gates_are_the_oracle(model, batch):
+    gates = np.random.default_rng(3).normal(size=(L, 4)).astype(np.float32)
+    changes = [
+        ("lm.attn.heads", layer, lambda x, layer=layer: x * gates[layer, :, None])
+        for layer in range(L)
+    ]
+    want, seen = oracle.forward(model, batch, changes)
+    got, (receipt,) = logits(model, batch, mj.scale(S.lm.attn.heads, gates))
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-5)
+    after = np.stack(seen["lm.attn.heads"])[:, batch.valid]  # [L, tokens, N, H]
+    change = after - after / gates[:, None, :, None]
+    np.testing.assert_array_equal(receipt.tokens, batch.valid.sum())
+    np.testing.assert_array_equal(receipt.elements, batch.valid.sum() * 4 * 8)
+    np.testing.assert_allclose(receipt.norm, np.sqrt((change**2).sum((1, 2, 3))), rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [None, [0, 3]])
@@ -241,6 +262,59 @@ def test_values_of_heads(model, batch):
     same(model, batch, mj.scale(heads[2, [2, 1, 3]], [-1.0, 0.5, 0.0]), by_head)
     full = np.broadcast_to(gates[:, None], (N, H))  # [N, H]
     same(model, batch, mj.scale(heads[2], full), by_head)
+
+
+def test_listed_values_follow_the_list(model, batch):
+    heads = S.lm.attn.heads
+    by_unit = mj.scale(heads[2], [0.0, 2.0, -1.0, 0.5])
+    same(model, batch, mj.scale(heads[2, [3, 0, 2, 1]], [0.5, 0.0, -1.0, 2.0]), by_unit)
+    vectors = np.random.default_rng(0).normal(size=(2, H)).astype(np.float32)
+    two = mj.add(heads[2, [3, 0]], vectors)
+    same(model, batch, two, mj.add(heads[2], np.stack([vectors[1], *np.zeros((2, H)), vectors[0]])))
+
+
+SQUARE = {  # as many heads as channels a head; as many layers, or not
+    layers: {"lm.attn.heads": edits_.SiteShape(layers, (2, 9, 4, 4), np.float32),
+             "lm.attn.pattern": edits_.SiteShape(layers, (2, 4, 9, 9), np.float32)}
+    for layers in (2, 3, 4)
+}  # fmt: skip
+MAPS = {"lm": tok.TokenMap.grid(np.zeros(2, int), (3, 3), False, np.ones(2, bool))}
+
+
+@pytest.mark.parametrize(
+    ("layers", "site", "given", "read"),
+    [
+        (3, "heads", (), (1, 1, 1, 1, 1)), (3, "heads", (1,), (1, 1, 1, 1, 1)),
+        (4, "heads", (4,), (1, 1, 1, 4, 1)), (3, "heads", (3, 4), (3, 1, 1, 4, 1)),
+        (3, "heads", (4, 4), (1, 1, 1, 4, 4)), (4, "heads", (4, 1, 4), (4, 1, 1, 1, 4)),
+        (4, "heads", (2, 9, 1, 4), (1, 2, 9, 1, 4)), (4, "heads", (4, 4, 4), (4, 1, 1, 4, 4)),
+        (3, "pattern", (2, 4, 9, 9), (1, 2, 4, 9, 9)),
+        (3, "pattern", (3, 4, 1, 9), (3, 1, 4, 1, 9)),
+    ],
+)  # fmt: skip
+def test_how_values_are_read(layers, site, given, read):
+    """[L B T N H] and [L B N T S], 1 where a value repeats."""
+    value = np.random.default_rng(0).normal(size=given).astype(np.float32)
+    (bound,) = edits_.bind(mj.add(S.get(f"lm.attn.{site}"), value), SQUARE[layers], MAPS)
+    want = np.broadcast_to(value.reshape(read), (layers, *read[1:]))
+    np.testing.assert_array_equal(bound.values["value"], want)
+
+
+@pytest.mark.parametrize(
+    ("layers", "site", "given", "message"),
+    [
+        (4, "heads", (4, 4), r"may be \[L N\] or \[N H\]; write it with all axes of "
+         r"\[L B T N H\]: \[4, 1, 1, 4, 1\] or \[1, 1, 1, 4, 4\]"),
+        (3, "heads", (1, 4), r"may be \[L N\] or \[N H\]"),
+        (4, "heads", (4, 1), r"may be \[L N\] or \[N H\]"),
+        (2, "pattern", (2, 4, 9, 9), r"may be \[L N T S\] or \[B N T S\]"),
+        (3, "heads", (5,), r"a value of shape \(5,\) does not fit; the site is \[L B T N H\]"),
+        (3, "heads", (9, 4, 4), r"shape \(9, 4, 4\) does not fit"),
+    ],
+)  # fmt: skip
+def test_values_without_one_reading_are_refused(layers, site, given, message):
+    with pytest.raises(ValueError, match=message):
+        edits_.bind(mj.add(S.get(f"lm.attn.{site}"), np.ones(given)), SQUARE[layers], MAPS)
 
 
 def same(model, batch, a, b, atol=1e-6):
@@ -339,6 +413,18 @@ def test_patch_is_replace_with_what_was_seen(model, batch):
     same(model, batch, subspace, mj.replace(RESID, value, where=at), 1e-5)
 
 
+def test_a_patch_of_several_rows_reads_what_was_there(model, batch):
+    """Rows that swap, a row read twice, and a row that only reads."""
+    pairs = mj.patch(RESID, [1, 3, 3], [3, 1, 5], where=tok.image)
+    value = oracle.forward(model, batch)[1]["lm.resid_post"][1]
+    value[[3, 1, 5]] = value[[1, 3, 3]]
+    at = np.isin(np.arange(8), [1, 3, 5])[:, None] & (batch.tokens.kind == IMAGE)
+    same(model, batch, pairs, mj.replace(RESID, value, where=at), 1e-5)
+    one_to_all = mj.patch(RESID, 1, [3, 5], where=tok.image)
+    same(model, batch, one_to_all, mj.patch(RESID, 1, 3, where=tok.image)
+         >> mj.patch(RESID, 1, 5, where=tok.image))  # fmt: skip
+
+
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_patch_matches_tokens_in_rows_of_unequal_length(pad, model, rows, clean):
     """A row patched at its last token from another row says what the other row says."""
@@ -398,6 +484,33 @@ def test_where(where, want, model, batch, unedited):
     mask = want(batch.tokens)
     np.testing.assert_array_equal(changed, np.broadcast_to(mask[..., None], changed.shape))
     assert 0 < out.receipts[0].tokens[1] == mask.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_with_every_selector(kind, model, batch, clean, unedited):
+    """Compiled, one program for all selectors of a kind; a patch reads a row of equal length."""
+    site, layer = S.lm.mlp.out, 1
+    before, some = unedited[1][site.name][layer], np.random.default_rng(0).random((B, T)) < 0.5
+    some[6] = some[0]
+    last = clean[batch.tokens.last]
+    asked = {"x": mj.keep(site[layer])}
+    for where, want in [*WHERES, (some, lambda t: some & (t.kind != PAD))]:
+        mask = want(batch.tokens)
+        if kind == "patch":
+            edit, new = mj.patch(site[layer], 0, 6, where=where), before[[*range(6), 0, 7]]
+            mask = mask & (np.arange(B) == 6)[:, None]
+        else:
+            make, change = KINDS[kind]
+            edit, new = make(site[layer], 32, where), change(before, 2)
+        with jax.disable_jit(False):
+            out = mj.run(model, batch, edit, asked)
+        after = np.where(mask[..., None], new, before)
+        np.testing.assert_allclose(out["x"][batch.valid], after[batch.valid], rtol=0, atol=1e-5)
+        assert abs(out.logits - last).max() > 1e-3
+        (receipt,), change_ = out.receipts, (after - before)[batch.valid]
+        np.testing.assert_array_equal(receipt.tokens, [0, mask.sum(), 0])
+        np.testing.assert_allclose(receipt.elements[layer], (change_ != 0).sum(), rtol=0.001)
+        np.testing.assert_allclose(receipt.norm[layer], np.linalg.norm(change_), rtol=1e-4)
 
 
 def test_where_of_pictures(model, mixed):
@@ -478,6 +591,7 @@ def test_a_basis_is_made_orthonormal_in_float32():
          "lm.resid_post: the 2 directions of the basis span only 1"),
         (lambda: mj.project_out(S.lm.resid_post, np.zeros(32)), "span only 0"),
         (lambda: mj.patch(S.lm.resid_post, 0, 8), "writes row 8: the batch has rows 0 to 7"),
+        (lambda: mj.patch(S.lm.resid_post, [0, 2], [4, 4]), r"writes a row twice: \[4, 4\]"),
         (lambda: mj.patch(S.lm.resid_post, 0, 1),
          "the patch of lm.resid_post matches 15 tokens of row 0 with 12 of row 1"),
         (lambda: mj.patch(S.lm.resid_post, 0, 1, where=np.eye(8, 15, dtype=bool)[:, ::-1]),
@@ -499,9 +613,15 @@ def test_what_does_not_fit_is_said_in_one_line(make, message, model, pictures):
         ),
         (lambda: mj.ablate(S.lm.attn), "ablate does not apply to lm.attn.mask"),
         (lambda: mj.patch(S.lm.attn.pattern, 0, 1), "patch does not apply to lm.attn.pattern"),
+        (lambda: mj.per_step(mj.ablate(RESID), 2.0), r"strengths \[steps\], got shape \(\)"),
+        (lambda: mj.per_step(mj.knockout(S.lm.attn), [1.0]), "a knockout is a boolean mask"),
+        (
+            lambda: mj.per_step(mj.per_step(mj.ablate(RESID), [1.0]), [1.0]),
+            "the ablate of lm.resid_post has strengths already",
+        ),
     ],
 )
-def test_kinds_have_their_sites(make, message):
+def test_kinds_have_their_sites_and_shapes(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

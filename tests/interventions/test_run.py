@@ -147,7 +147,7 @@ def test_in_jit_and_in_vmap_it_is_a_loop(tiny_model, text):
         edits = (
             mj.scale(mask, gate, where=tok.mask(tokens))
             >> mj.project_out(S.lm.resid_post[layer], basis)
-            >> mj.ablate(S.lm.mlp.gated[layer, jnp.array([3, layer])])
+            >> mj.ablate(S.lm.mlp.gated[layer, [3, layer]])
             >> mj.knockout(S.lm.attn[layer], to=tok.last, on=tok.mask(tokens))
         )
         out = mj.run(tiny_model, text, edits, {"x": mj.keep(S.lm.resid_post[layer])})

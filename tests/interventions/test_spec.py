@@ -1,4 +1,4 @@
-"""Strings and JSON of edits."""
+"""Strings and JSON of edits and captures say what they say, and come back bit for bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mllm_jax as mj
 from mllm_jax import sites as S
@@ -14,6 +16,8 @@ from mllm_jax import tokens as tok
 from mllm_jax.interventions import spec
 
 RAMP = np.arange(32, dtype=np.float32)
+GATES = np.array([0, 0.5, 1, 2], np.float32)
+KINDS = ("image", "question")
 
 
 def same(a, b) -> bool:
@@ -40,6 +44,7 @@ def root(tmp_path):
         ),
         ("scale projector.act[0,:] 0.5", mj.scale(S.projector.act[0, :], np.float32(0.5))),
         ("ablate lm.mlp.act[1+5+9]", mj.ablate(S.lm.mlp.act[np.array([1, 5, 9])])),
+        ("scale lm.attn.heads[2,1+] 0,0.5,1,2", mj.scale(S.lm.attn.heads[2, [1]], GATES)),
         (
             "knockout lm.attn[10:] to=last on=image&~row(3)",
             mj.knockout(S.lm.attn[10:], to=tok.last, on=tok.image & ~tok.row(3)),
@@ -47,6 +52,15 @@ def root(tmp_path):
         (
             "patch lm.resid_post[20] source=0 into=1 where=question|answer",
             mj.patch(S.lm.resid_post[20], 0, 1, where=tok.question | tok.answer),
+        ),
+        (
+            "patch lm.resid_mid source=0+2 into=1+3 basis=@v.npy",
+            mj.patch(S.lm.resid_mid, [0, 2], [1, 3], basis=RAMP),
+        ),
+        (
+            "add lm.embed 1 where=answer steps=0,0.5,1,2 >> ablate lm.norm",
+            mj.per_step(mj.add(S.lm.embed, np.float32(1), where=tok.answer), GATES)
+            >> mj.ablate(S.lm.norm),
         ),
         (
             "ablate lm.attn_out[0] >> replace lm.embed 0 where=image",
@@ -58,11 +72,183 @@ def test_a_string_is_the_edit_it_says(text, edits, root):
     assert same(spec.parse(text, root), edits)
 
 
-def test_json_round_trip_is_exact(root):
-    text = "add lm.resid_post[18:24] @v.npy*0.1 where=~text >> ablate vision.mlp.act[2]"
-    edits = spec.parse(text, root) >> mj.knockout(S.lm.attn[3, [0, 1]], to=tok.last, on=tok.image)
-    edits = edits >> mj.patch(S.lm.resid_post, 0, 1, basis=np.ones(32))
-    assert same(spec.from_json(json.loads(json.dumps(spec.to_json(edits)))), edits)
+@pytest.mark.parametrize(
+    ("text", "captures"),
+    [
+        (
+            "fire=stats lm.mlp.act by=kind; lens = lens lm.resid_post[1:] k=5 where=image",
+            {
+                "fire": mj.stats(S.lm.mlp.act, by=tok.kind),
+                "lens": mj.lens(S.lm.resid_post[1:], k=5, where=tok.image),
+            },
+        ),
+        ("e=lens lm.resid_post by=image,question", {"e": mj.lens(S.lm.resid_post, by=KINDS)}),
+        (
+            "a=mass lm.attn.pattern[3,0+2] on=image where=last;b=keep lm.embed;c=mean logits",
+            {
+                "a": mj.mass(S.lm.attn.pattern[3, [0, 2]], on=tok.image, where=tok.last),
+                "b": mj.keep(S.lm.embed),
+                "c": mj.mean(S.logits),
+            },
+        ),
+    ],
+)
+def test_a_string_is_the_captures_it_says(text, captures, root):
+    found = spec.parse_captures(text, root)
+    assert list(found) == list(captures) and same(found, captures)
+
+
+def came_back(asked) -> bool:
+    """Through JSON text, with the same digest."""
+    again = spec.from_json(json.loads(json.dumps(spec.to_json(asked))))
+    return same(again, asked) and spec.digest(again) == spec.digest(asked)
+
+
+# Strings with what they mean, drawn together.
+
+FILES = {
+    "v.npy": RAMP,
+    "mask.npy": np.arange(4 * 48).reshape(4, 48) % 3 == 0,
+    "tokens.npy": np.arange(30).reshape(2, 15) % 4 == 0,
+    "basis.npy": np.eye(32, 2, dtype=np.float64),
+}
+INDICES = {
+    ":": slice(None), "2": 2, "-1": -1, "1:3": slice(1, 3), "::2": slice(None, None, 2),
+    "0+3": np.array([0, 3]), "1+": np.array([1]), "@neurons.json": np.array([3, 1, 4]),
+}  # fmt: skip
+VALUES = {
+    "0": np.float32(0), "-2.5": np.float32(-2.5), "0,0.5,1,2": GATES, "@v.npy": RAMP,
+    "@v.npy*0.1": RAMP * np.float32(0.1),
+}  # fmt: skip
+BASES = {"@v.npy": RAMP, "@basis.npy": np.eye(32, 2, dtype=np.float32)}
+WHERES = tok.NAMED | {
+    "row(3)": tok.row(3), "column(0)": tok.column(0), "tile(1)": tok.tile(1),
+    "~last": ~tok.last, "image&~row(0)": tok.image & ~tok.row(0),
+    "text|@tokens.npy&image": tok.text | tok.mask(FILES["tokens.npy"]) & tok.image,
+}  # fmt: skip
+KINDS_ = {"kind": tok.kind, "image,question": KINDS, "system": ("system",)}
+TAKES = {  # what each option of each kind may be
+    "where": WHERES, "to": WHERES, "on": WHERES, "basis": BASES, "steps": {"0,0.5,1,2": GATES},
+    "source": {"0": 0, "1+3": [1, 3]}, "into": {"2": 2, "0+2": [0, 2]}, "by": KINDS_,
+    "k": {"1": 1, "7": 7},
+}  # fmt: skip
+NEEDED = {"source", "into"}
+
+
+@st.composite
+def addresses(draw, kind):
+    """(string, address) of a site that the kind can be of."""
+    if kind == "knockout":
+        text, site = "lm.attn", S.lm.attn
+    elif kind == "mass":
+        text, site = "lm.attn.pattern", S.lm.attn.pattern
+    else:
+        able = [s for s in S.TABLE if "S" not in s.axes]
+        if kind in spec.CAPTURES:  # the kinds of `by` are of the LM
+            able = [s for s in able if s.module in ("lm", "logits")]
+        site = draw(st.sampled_from(able))
+        text = site.name
+    once = isinstance(site, S.Site) and not site.stacked
+    form = draw(
+        st.sampled_from(["whole", "layers"] if once else ["whole", "layers", "both", "mask"])
+    )
+    a, b = (draw(st.sampled_from(list(INDICES))) for _ in range(2))
+    if form == "whole":
+        return text, site
+    if form == "mask":
+        return f"{text}[@mask.npy]", site[FILES["mask.npy"]]
+    if form == "layers":
+        return f"{text}[{a}]", site[INDICES[a]]
+    return f"{text}[{a}, {b}]".replace(", ", ","), site[INDICES[a], INDICES[b]]
+
+
+@st.composite
+def said(draw, kind, options, value=None):
+    """(string, what it means) of one edit or capture."""
+    text, target = draw(addresses(kind))
+    words, given = [kind, text], {}
+    if value is not None:
+        choices = BASES if kind == "project_out" else VALUES
+        word = draw(st.sampled_from(list(choices)))
+        words, given[value] = [*words, word], choices[word]
+    for option in options:
+        if option in NEEDED or (kind, option) == ("mass", "on") or draw(st.booleans()):
+            word = draw(st.sampled_from(list(TAKES[option])))
+            words, given[option] = [*words, f"{option}={word}"], TAKES[option][word]
+    steps = given.pop("steps", None)
+    made = getattr(mj, kind)(target, **given)
+    return " ".join(words), made if steps is None else mj.per_step(made, steps)
+
+
+FEW = settings(max_examples=30, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name, array in FILES.items():
+        np.save(folder / name, array)
+    (folder / "neurons.json").write_text("[3, 1, 4]")
+    return folder
+
+
+@pytest.mark.parametrize("kind", spec.OPTIONS)
+@FEW
+@given(data=st.data())
+def test_every_kind_of_edit_comes_back(kind, data, files):
+    first = data.draw(said(kind, spec.OPTIONS[kind], spec.VALUES.get(kind)))
+    other = data.draw(st.sampled_from(list(spec.OPTIONS)))
+    second = data.draw(said(other, spec.OPTIONS[other], spec.VALUES.get(other)))
+    found = spec.parse(f"{first[0]} >> {second[0]}", files)
+    assert same(found, first[1] >> second[1])
+    assert came_back(found)
+
+
+@pytest.mark.parametrize("form", spec.CAPTURES)
+@FEW
+@given(data=st.data())
+def test_every_form_of_capture_comes_back(form, data, files):
+    first = data.draw(said(form, spec.CAPTURES[form]))
+    second = data.draw(said("keep", spec.CAPTURES["keep"]))
+    found = spec.parse_captures(f"one={first[0]}; two = {second[0]}", files)
+    assert same(found, {"one": first[1], "two": second[1]})
+    assert came_back(found)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        mj.scale(S.lm.mlp.act[2], 2.0), mj.add(S.lm.mlp.act[1], 2.0), mj.scale(S.lm.mlp.act[1], 3.0),
+        mj.scale(S.lm.mlp.act[[1]], 2.0), mj.scale(S.lm.mlp.act[1], 2.0, where=tok.image),
+        mj.per_step(mj.scale(S.lm.mlp.act[1], 2.0), [1.0]),
+    ],
+)  # fmt: skip
+def test_other_edits_have_another_digest(other):
+    edits = mj.scale(S.lm.mlp.act[1], 2.0)
+    assert spec.digest(edits) == spec.digest(mj.scale(S.lm.mlp.act[1], 2.0)) != spec.digest(other)
+
+
+def test_whatever_dtype_an_array_has_it_comes_back():
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert came_back(mj.add(S.lm.embed, jax.numpy.ones(32, jax.numpy.dtype(dtype))))
+    assert came_back(mj.add(S.lm.embed, np.linspace(0, 1, 32)[::2]))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stats lm.mlp.act", "begins with its name: fire=stats lm.mlp.act, not 'stats lm.mlp.act'"),
+        ("a=stat lm.mlp.act", "capture 'a=stat lm.mlp.act': a capture begins with one of keep"),
+        ("a=keep lm.mlp.akt", "nearest: lm.mlp.act"),
+        ("a=keep lm.embed 3", "keep takes no value, got 3"),
+        ("a=keep lm.embed; a=keep lm.norm", "there is a capture 'a' already"),
+        ("a=lens lm.resid_post k=five", "capture 'a=lens lm.resid_post k=five': invalid literal"),
+        ("a=mean lm.embed by=kind", "mean has no option 'by'; it has: where"),
+    ],
+)
+def test_captures_that_are_not_understood_are_said(text, says, root):
+    with pytest.raises(ValueError, match=says):
+        spec.parse_captures(text, root)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +261,7 @@ def test_json_round_trip_is_exact(root):
         ("ablate lm.mlp.act wher=text", "no option 'wher'"),
         ("ablate lm.mlp.act where=imagee", "unknown token kind 'imagee'"),
         ("ablate lm.mlp.act >> add lm.embed @missing.npy", "edit 2"),
+        ("knockout lm.attn steps=1,2", "knockout has no option 'steps'; it has: to, on"),
     ],
 )
 def test_what_is_not_understood_is_said(text, says, root):
