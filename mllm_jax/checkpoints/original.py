@@ -58,9 +58,9 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     fields = {name: value for name, value in fields.items() if name not in _IGNORED}
     vision = tower.get("vision_config", tower)
     problems = [
-        f"{name}={fields[name]!r} is not supported, only {_FIXED[name][0]!r}"
-        for name in _FIXED
-        if fields.pop(name, None) not in _FIXED[name]
+        f"{name}={value!r} is not supported, only {only[0]!r}"
+        for name, only in _FIXED.items()
+        if (value := fields.pop(name, None)) not in only
     ]
     kind = fields.pop("mm_projector_type", "linear")
     depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, tables, tensors, torch_file
+from mllm_jax.checkpoints import load, original, tables, tensors, torch_file
 from mllm_jax.models import llava
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _SAID_OTHERWISE = (
     "sliding_window",
     "torch_dtype",
 )
+_OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
 
 
 def save_hf(
@@ -123,9 +124,9 @@ def write_projector(
 
 @dataclasses.dataclass(frozen=True)
 class _Turned:
-    """A tensor as Hugging Face has it; NumPy makes it when it is asked for the array."""
+    """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
 
-    ours: np.ndarray
+    array: np.ndarray
     slot: tables.Slot
 
     @property
@@ -134,21 +135,20 @@ class _Turned:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.ours.dtype
+        return self.array.dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        turned = self.slot.transform.hf(self.ours)
-        return np.ascontiguousarray(turned, dtype)
+        return np.ascontiguousarray(self.slot.transform.hf(self.array), dtype)
 
 
 def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
     """Hugging Face key -> tensor, of the model or of one part of it."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    arrays = {
-        load.dotted(path): np.asarray(param[...])
-        for path, param in state
+    params = {
+        load.dotted(path): param
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
         if part in (None, path[0])
     }
+    arrays = {path: np.asarray(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
     return {
         slot.key: _Turned(arrays[slot.path][... if slot.layer is None else slot.layer], slot)
@@ -167,6 +167,8 @@ def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
     if source is None or not (source / "config.json").exists():
         return {}
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if original.is_original(fields):
+        return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in _SAID_OTHERWISE:
             part.pop(name, None)
