@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -76,9 +77,12 @@ def load(
                 ' (or load with projector="random")'
             )
     model = read_model(directory, dtype=dtype, projector=projector, seed=seed)
-    return model, Processor.from_directory(
-        directory, model.config, image_aspect_ratio=image_aspect_ratio
-    )
+    fields, how = _read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
+    if original.is_original(fields):
+        tower = _part(directory, fields, "mm_vision_tower", weights=False)
+        how["pictures"] = functools.partial(original.image_processor, tower, model.config)
+        how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
+    return model, Processor.from_directory(directory, model.config, **how)
 
 
 def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:

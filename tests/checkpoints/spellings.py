@@ -30,6 +30,7 @@ SPELLINGS: dict[str, Rename] = {
         (r"^vision_tower\.", "model.vision_tower.vision_tower."),
         (r"^multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
         (r"^multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+        (r"^image_newline", "model.image_newline"),
         (r"^language_model\.model\.", "model."),
         (r"^language_model\.lm_head\.", "lm_head."),
     ),

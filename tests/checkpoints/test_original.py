@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import types
 
 import jax
@@ -14,8 +13,10 @@ import safetensors.numpy
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import load, original, save, tables
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import config as configs
+from mllm_jax.checkpoints import load, original, save, tables, torch_file
+from mllm_jax.models import llava, llava_next
+from tests import tiny
 from tests.checkpoints import spellings
 
 
@@ -143,23 +144,19 @@ def test_projector_file_both_ways(torch, expected, root, tmp_path):
 
 
 def test_a_linear_projector(tmp_path, random_model):
-    tiny = llava.LlavaConfig.tiny()
+    config = llava.LlavaConfig.tiny()
     for depth, keys in ((1, {"model.mm_projector.weight", "model.mm_projector.bias"}), (3, None)):
         projector = llava.ProjectorConfig(in_width=32, out_width=32, depth=depth)
-        model = random_model(llava.LlavaConfig(vision=tiny.vision, lm=tiny.lm, projector=projector))
+        model = random_model(
+            llava.LlavaConfig(vision=config.vision, lm=config.lm, projector=projector)
+        )
         mj.write_projector(model, tmp_path / "mm_projector.bin", dtype=np.float32)
-        found = set(original_keys(tmp_path / "mm_projector.bin"))
+        found = set(torch_file.read(tmp_path / "mm_projector.bin"))
         assert found == (keys or {f"model.mm_projector.{n}.{k}" for n in (0, 2, 4) for k in
                                   ("weight", "bias")})  # fmt: skip
         blank = jax.tree.map(jnp.zeros_like, model)
         merged = mj.read_projector(blank, tmp_path / "mm_projector.bin")
         assert_equal(merged.projector, model.projector)
-
-
-def original_keys(path: pathlib.Path):
-    from mllm_jax.checkpoints import torch_file
-
-    return torch_file.read(path)
 
 
 def test_wrong_projectors(expected, tmp_path, root):
@@ -212,6 +209,56 @@ def test_no_tower(copy, monkeypatch):
     assert str(error.value).endswith("it may be a local directory")
 
 
+def test_pictures_and_prompts(root, copy):
+    """No file of the original layout says what `<image>` is, or how a picture is prepared."""
+    directory = copy(mm_vision_tower="../clip")
+    tiny.tokenizer(llava.LlavaConfig.tiny()).save_pretrained(directory)
+    saved = json.loads((directory / "tokenizer.json").read_text())
+    saved["added_tokens"] = [t for t in saved["added_tokens"] if t["content"] != "<image>"]
+    del saved["model"]["vocab"]["<image>"]
+    (directory / "tokenizer.json").write_text(json.dumps(saved))
+    settings = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    (directory.parent / "clip" / "preprocessor_config.json").write_text(json.dumps(settings))
+    model, processor = mj.load(directory)
+    assert processor.image_aspect_ratio == "pad"
+    assert mj.load(directory, image_aspect_ratio="square")[1].image_aspect_ratio == "square"
+    wide = tiny.picture(0, 24, 48)
+    batch = processor([wide], ["<image> what is shown ?"])
+    assert (batch.tokens.kind == mj.tokens.CODE["image"]).sum() == model.config.image_tokens == 16
+    bars = batch.pixels[0, [0, -1]]  # of the mean colour: zero once normalised
+    np.testing.assert_allclose(bars, 0, atol=0.02)
+    assert np.abs(batch.pixels).max() > 1
+
+
+def test_llava_next_in_the_original_layout(tmp_path, random_model):
+    """Its tower is within the checkpoint, in safetensors, as `liuhaotian/llava-v1.6-...` has it."""
+    config = llava_next.LlavaNextConfig.tiny()
+    model = random_model(config)
+    saved = save.save_hf(model, None, tmp_path / "hf")
+    tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+    fields = json.loads((saved / "config.json").read_text())
+    directory = spellings.write_original(tensors, fields, tmp_path / "new", torch_file.write)
+    (directory / "pytorch_model.bin.index.json").unlink()
+    safetensors.numpy.save_file(
+        spellings.spell(tensors, "original"), directory / "model.safetensors"
+    )
+    mine = json.loads((directory / "config.json").read_text()) | {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": [list(size) for size in config.pinpoints],
+        "mm_patch_merge_type": "spatial_unpad",
+    }
+    (directory / "config.json").write_text(json.dumps(mine))
+    again = load.read_model(directory, dtype=jnp.float32)
+    assert_equal(again, model)
+    assert isinstance(again, llava_next.LlavaNext)
+    assert again.config.pinpoints == config.pinpoints
+    settings = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    (tmp_path / "new" / "clip" / "preprocessor_config.json").write_text(json.dumps(settings))
+    made = original.image_processor(tmp_path / "new" / "clip", config)
+    pixels = made([tiny.picture(0, 48)], return_tensors="np")["pixel_values"]
+    assert pixels.shape == (1, 5, 3, 24, 24)
+
+
 def test_fields_of_the_released_model():
     """`liuhaotian/llava-v1.5-7b` is the released LLaVA-1.5, with a vocabulary not padded."""
     fields = {
@@ -236,9 +283,7 @@ def test_fields_of_the_released_model():
         "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
         "patch_size": 14, "projection_dim": 768,
     }  # fmt: skip
-    from mllm_jax.checkpoints import config
-
-    found = config.from_hf(original.to_hf(fields, {"vision_config": tower}, "config.json"))
+    found = configs.from_hf(original.to_hf(fields, {"vision_config": tower}, "config.json"))
     released = llava.LlavaConfig.llava_1_5_7b()
     assert found.vision == released.vision and found.projector == released.projector
     assert found.lm == llava.LlamaConfig(vocab=32000)
