@@ -6,8 +6,8 @@ where it is computed. Start with `load`, `run` and the edits below; sites are in
 """
 
 from mllm_jax import sites, tokens
-from mllm_jax.checkpoints.load import load
-from mllm_jax.checkpoints.save import save_hf
+from mllm_jax.checkpoints.load import load, read_projector
+from mllm_jax.checkpoints.save import save_hf, write_projector
 from mllm_jax.evaluation.generate import generate
 from mllm_jax.evaluation.score import score
 from mllm_jax.interventions.captures import keep, lens, mass, mean, stats
@@ -42,6 +42,7 @@ __all__ = [
     "patch",
     "per_step",
     "project_out",
+    "read_projector",
     "reduce",
     "replace",
     "run",
@@ -53,4 +54,5 @@ __all__ = [
     "stats",
     "sweep",
     "tokens",
+    "write_projector",
 ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import jax
@@ -18,14 +18,18 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import embedded, tables, tensors
+from mllm_jax.checkpoints import embedded, original, tables, tensors
+from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
 
 if TYPE_CHECKING:
     from mllm_jax.data.processor import Processor
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_HUB_SETTINGS = ["*.json", "*.jinja", "*.model"]
+_HUB_WEIGHTS = ["*.safetensors"]
+_HUB_PICKLES = ["pytorch_model*.bin", original.PROJECTOR]  # where there are no safetensors
+_STRIP = 16  # rows of a file's matrix that are turned at a time
 _TRAIN_PROJECTOR = "python -m experiments.train --config=configs/embedded_projector.py"
 
 
@@ -41,11 +45,13 @@ def load(
     """Loads a model and its processor.
 
     Args:
-        name: "embedded", a directory in the form of a Hugging Face LLaVA checkpoint, or a hub id.
+        name: "embedded", a directory, or a hub id, of a LLaVA checkpoint in the layout of
+            transformers or of the original code.
         dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere.
         mesh: not supported yet, must be None.
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
-            package), "random" a new one, anything else is a safetensors file with one.
+            package), "random" a new one, anything else is a file with one: safetensors, or the
+            `mm_projector.bin` of the original code, or a directory with that.
         seed: of a random projector.
         image_aspect_ratio: "pad" shows LLaVA-1.5 a picture as it was trained, with bars to make it
             square; None as the checkpoint says, see `Processor`.
@@ -55,7 +61,8 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: the config or the tensors are not those of a model we have.
+        ValueError: the config or the tensors are not those of a model we have; all that is wrong
+            with the tensors in one line.
     """
     from mllm_jax.data.processor import Processor  # `data` reads checkpoints too
 
@@ -70,39 +77,73 @@ def load(
                 ' (or load with projector="random")'
             )
     model = read_model(directory, dtype=dtype, projector=projector, seed=seed)
-    return model, Processor.from_directory(
-        directory, model.config, image_aspect_ratio=image_aspect_ratio
-    )
+    fields, how = _read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
+    if original.is_original(fields):
+        tower = _part(directory, fields, "mm_vision_tower", weights=False)
+        how["pictures"] = functools.partial(original.image_processor, tower, model.config)
+        how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
+    return model, Processor.from_directory(directory, model.config, **how)
 
 
-def locate(name: str | os.PathLike) -> pathlib.Path:
-    """The directory of a checkpoint, made or fetched if need be; see `load`."""
+def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
+    """The directory of a checkpoint, made or fetched if need be; see `load`.
+
+    Args:
+        name: as `load` has it. weights: whether they are fetched too, or the settings alone.
+    """
     if name == "embedded":
         return embedded.directory()
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         return path
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(os.fspath(name), allow_patterns=_HUB_FILES)
-        )
+        found = _fetch(name, _HUB_WEIGHTS if weights else [])
+        if weights and not any(found.glob("*.safetensors")):
+            found = _fetch(name, _HUB_PICKLES)
     except (OSError, ValueError) as error:  # offline, no such name, not a name at all
         first, *_ = str(error).splitlines()
         raise FileNotFoundError(
             f"{os.fspath(name)!r} is neither a directory nor to be had from the hub: {first}"
         ) from error
+    return found
+
+
+def _fetch(name: str | os.PathLike, more: list[str]) -> pathlib.Path:
+    patterns = [*_HUB_SETTINGS, *more]
+    return pathlib.Path(huggingface_hub.snapshot_download(os.fspath(name), allow_patterns=patterns))
 
 
 def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
     """Reads `config.json` of a checkpoint directory."""
+    path, fields = directory / "config.json", _read_fields(directory)
+    if original.is_original(fields):
+        tower = _part(directory, fields, "mm_vision_tower", weights=False)
+        fields = original.to_hf(fields, _read_fields(tower), path)
+    return configs.from_hf(fields, path)
+
+
+def _read_fields(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: missing, so this is not a checkpoint") from error
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    return configs.from_hf(fields, path)
+
+
+def _part(
+    directory: pathlib.Path, fields: Mapping[str, Any], field: str, *, weights: bool
+) -> pathlib.Path:
+    """The directory of another checkpoint that a config names, seen from there or as in `load`."""
+    name = fields.get(field) or ""
+    try:
+        near = directory / name
+        return near if near.is_dir() else locate(name, weights=weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{directory / 'config.json'}: {field}: {error}; it may be a local directory"
+        ) from error
 
 
 def read_model(
@@ -127,28 +168,57 @@ def read_model(
     config = read_config(directory)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     abstract = dict(nnx.to_flat_state(abstract))
-    slots = tables.slots(
-        {dotted(path): param.shape for path, param in abstract.items()}, config.projector.depth
-    )
-    with contextlib.ExitStack() as files:
-        stored = tensors.open_directory(directory, files)
-        if projector is None:
-            _check(stored, slots, config, directory)
-            arrays = _fill(stored, slots, abstract, dtype)
-        else:
-            own = [slot for slot in slots if slot.path.startswith("projector.")]
-            rest = [slot for slot in slots if slot not in own]
-            _check(_without_projector(stored), rest, config, directory)
-            arrays = _fill(stored, rest, abstract, dtype)
-            if projector == "random":
-                arrays |= _random_projector(config, dtype, seed)
-            else:
-                overlay = tensors.open_files([pathlib.Path(projector)], files)
-                _check(overlay, own, config, projector)
-                arrays |= _fill(overlay, own, abstract, dtype)
-        _check_tied(stored, config, directory)
+    shapes = {dotted(path): param.shape for path, param in abstract.items()}
+    slots = tables.slots(shapes, config.projector.depth)
+
+    problems: list[Exception] = []
+    stored = _open(directory, problems)
+    if projector is None and not any(map(_of_projector, stored)):
+        beside = directory / original.PROJECTOR
+        projector = beside if beside.exists() else None
+    if projector is not None:
+        stored = {key: tensor for key, tensor in stored.items() if not _of_projector(key)}
+        own = [slot for slot in slots if _of_projector(slot.key)]
+        slots = [slot for slot in slots if not _of_projector(slot.key)]
+    if stored or not problems:
+        _check(stored, slots, config, directory, problems)
+    if projector not in (None, "random"):
+        overlay = _open_projector(projector, own, config, problems)
+        stored, slots = stored | overlay, slots + own
+    _raise(problems)
+    _check_tied(stored, config, directory)
+    arrays = _fill(stored, slots, shapes, dtype)
+    if projector == "random":
+        arrays |= _random_projector(config, dtype, seed)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
+    """The model with the projector of a file in place of its own; all else is shared.
+
+    Args:
+        model: stays as it is.
+        path: a file of `write_projector`, or the `mm_projector.bin` of the original LLaVA code.
+
+    Returns:
+        The new model; its projector has the dtype of the old one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no projector, or not one of this model.
+    """
+    graph, state = nnx.split(model)
+    state = dict(nnx.to_flat_state(state))
+    own = {dotted(at): param for at, param in state.items() if at[0] == "projector"}
+    shapes = {name: param.shape for name, param in own.items()}
+    slots = tables.slots(shapes, model.config.projector.depth)
+    problems: list[Exception] = []
+    overlay = _open_projector(path, slots, model.config, problems)
+    _raise(problems)
+    arrays = _fill(overlay, slots, shapes, next(iter(own.values())).dtype)
+    new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in state.items()}
+    return nnx.merge(graph, nnx.from_flat_state(new))
 
 
 def dotted(path: tuple) -> str:
@@ -156,24 +226,84 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _without_projector(stored: Mapping[str, tensors.Stored]) -> dict[str, tensors.Stored]:
-    return {k: v for k, v in stored.items() if not k.startswith("multi_modal_projector.")}
+def _of_projector(key: str) -> bool:
+    return key.startswith("multi_modal_projector.")
+
+
+def _open(directory: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
+    """The tensors of a checkpoint; in the original layout, from all places it keeps them in.
+
+    None at all where a file without an index cannot be opened: nobody knows what is missing then.
+    """
+    fields = _read_fields(directory)
+    if not original.is_original(fields):
+        return tensors.open_directory(directory, problems)
+    only_projector = (directory / original.PROJECTOR).exists() and not tensors.has_weights(
+        directory
+    )
+    if only_projector:
+        base = _part(directory, fields, "_name_or_path", weights=True)
+        found = tensors.open_directory(base, problems)
+        found = {key: tensor for key, tensor in found.items() if not _of_projector(key)}
+    else:
+        found = tensors.open_directory(directory, problems)
+    if any(key.startswith("vision_tower.") for key in found):
+        return found
+    tower = _part(directory, fields, "mm_vision_tower", weights=True)
+    theirs = tensors.open_directory(tower, problems)
+    named = {name: t for key, t in theirs.items() if (name := tables.of_tower(key))}
+    return found | named if found and named else {}
+
+
+def _open_projector(
+    path: str | os.PathLike,
+    slots: list[tables.Slot],
+    config: llava.LlavaConfig,
+    problems: list[Exception],
+) -> dict[str, Stored]:
+    """The tensors of a file with a projector, or of the one in a directory of the original code."""
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        path /= original.PROJECTOR
+    try:
+        found = tensors.by_name(tensors.open_file(path), problems)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+        return {}
+    _check(found, slots, config, path, problems)
+    return found
 
 
 def _check(
-    stored: Mapping[str, tensors.Stored],
+    stored: Mapping[str, Stored | None],
     slots: list[tables.Slot],
     config: llava.LlavaConfig,
     source: str | os.PathLike,
+    problems: list[Exception],
 ) -> None:
+    """Compares tensors with the slots of a model; one that could not be opened fits."""
+    wanted = {slot.key: slot.shape for slot in slots}
+    shapes = {key: wanted.get(key) if t is None else t.shape for key, t in stored.items()}
     try:
-        tables.check({key: tensor.shape for key, tensor in stored.items()}, slots, config)
+        tables.check(shapes, slots, config)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(source)}: {error}") from error
+        problems.append(ValueError(f"{os.fspath(source)}: {error}"))
+    problems += [
+        ValueError(f"{tensor.path}: {tensor.key} holds {tensor.dtype}, expected floating point")
+        for key, tensor in stored.items()
+        if key in wanted and tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]
+
+
+def _raise(problems: list[Exception]) -> None:
+    if problems:
+        missing = any(isinstance(problem, FileNotFoundError) for problem in problems)
+        kind = FileNotFoundError if missing else ValueError
+        raise kind("; ".join(map(str, problems))) from problems[0]
 
 
 def _check_tied(
-    stored: Mapping[str, tensors.Stored], config: llava.LlavaConfig, directory: pathlib.Path
+    stored: Mapping[str, Stored], config: llava.LlavaConfig, directory: pathlib.Path
 ) -> None:
     """A tied model may come with its head, if that is the embedding once more."""
     if config.lm.tied and tables.TIED_HEAD in stored:
@@ -186,21 +316,31 @@ def _check_tied(
 
 
 def _fill(
-    stored: Mapping[str, tensors.Stored],
+    stored: Mapping[str, Stored],
     slots: list[tables.Slot],
-    abstract: Mapping[tuple, nnx.Variable],
+    shapes: Mapping[str, tables.Shape],
     dtype: np.dtype,
 ) -> dict[str, jax.Array]:
     """Our path -> array, each read into its place on the L axis."""
-    shapes = {dotted(path): param.shape for path, param in abstract.items()}
     arrays = {}
     for path, group in itertools.groupby(slots, lambda slot: slot.path):
         array = _empty(shapes[path], dtype)
         for slot in group:
             place = ... if slot.layer is None else slot.layer
-            array[place] = slot.transform.ours(stored[slot.key].read())
+            _copy(array[place], slot.transform.ours(stored[slot.key].read()))
         arrays[path] = jax.device_put(array, may_alias=True)
     return arrays
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies and converts, a turned matrix in strips: four times as fast, as they stay in cache."""
+    if source.dtype == target.dtype:  # NumPy moves its own types faster
+        target, source = (array.view(f"u{array.itemsize}") for array in (target, source))
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, source.shape[1], _STRIP):
+        target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
 
 
 def _empty(shape: tables.Shape, dtype: np.dtype) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, tables, tensors
+from mllm_jax.checkpoints import load, original, tables, tensors, torch_file
 from mllm_jax.models import llava
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _SAID_OTHERWISE = (
     "sliding_window",
     "torch_dtype",
 )
+_OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
 
 
 def save_hf(
@@ -69,7 +71,7 @@ def save_hf(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    arrays = _arrays(model) | _identity_norm(model)
+    arrays = _tensors(model) | _identity_norm(model)
     source = None if processor is None else pathlib.Path(processor.directory)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -89,40 +91,67 @@ def save_hf(
 
 def projector_tensors(model: llava.Llava) -> dict[str, np.ndarray]:
     """The projector under its Hugging Face keys: `multi_modal_projector.linear_1.weight`, ..."""
-    return {k: v for k, v in _arrays(model).items() if k.startswith("multi_modal_projector.")}
+    return {key: np.asarray(value) for key, value in _tensors(model, "projector").items()}
 
 
 def write_projector(
     model: llava.Llava, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
 ) -> None:
-    """Writes the projector alone, as `load(..., projector=path)` reads it.
+    """Writes the projector alone, as `load(..., projector=path)` and `read_projector` read it.
 
     Args:
         model: the model.
-        path: a `.safetensors` file; replaced when it exists.
+        path: a `.safetensors` file with Hugging Face keys, or a `.bin` file as the original LLaVA
+            code has it, `mm_projector.bin`; replaced when it exists.
         dtype: on disk.
 
     Raises:
-        ValueError: a weight does not fit into dtype.
+        ValueError: the file is of neither kind, or a weight does not fit into dtype.
     """
     path = pathlib.Path(path)
     with np.errstate(over="ignore"):  # looked for below
         arrays = {key: value.astype(dtype) for key, value in projector_tensors(model).items()}
     if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
         raise ValueError(f"{path}: not finite as {np.dtype(dtype).name}: {', '.join(bad)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors.write(arrays, path)
+    if path.suffix == ".safetensors":
+        tensors.write(arrays, path)
+    elif path.suffix == ".bin":
+        names = tables.original_projector(arrays)
+        torch_file.write({names[key]: value for key, value in arrays.items()}, path)
+    else:
+        raise ValueError(f"{path}: a projector is written as .safetensors or .bin")
 
 
-def _arrays(model: llava.Llava) -> dict[str, np.ndarray]:
-    """Hugging Face key -> array."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    arrays = {load.dotted(path): np.asarray(param[...]) for path, param in state}
+@dataclasses.dataclass(frozen=True)
+class _Turned:
+    """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
+
+    array: np.ndarray
+    slot: tables.Slot
+
+    @property
+    def shape(self) -> tables.Shape:
+        return self.slot.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.ascontiguousarray(self.slot.transform.hf(self.array), dtype)
+
+
+def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
+    """Hugging Face key -> tensor, of the model or of one part of it."""
+    params = {
+        load.dotted(path): param
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if part in (None, path[0])
+    }
+    arrays = {path: np.asarray(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
     return {
-        slot.key: np.ascontiguousarray(
-            slot.transform.hf(arrays[slot.path][... if slot.layer is None else slot.layer])
-        )
+        slot.key: _Turned(arrays[slot.path][... if slot.layer is None else slot.layer], slot)
         for slot in tables.slots(shapes, model.config.projector.depth)
     }
 
@@ -138,6 +167,8 @@ def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
     if source is None or not (source / "config.json").exists():
         return {}
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if original.is_original(fields):
+        return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in _SAID_OTHERWISE:
             part.pop(name, None)

@@ -183,6 +183,9 @@ _SPELLINGS = (  # the first prefix that fits
     ("model.", "language_model.model."),  # original
 )
 _ORIGINAL_PROJECTOR = re.compile(r"model\.mm_projector\.(?:(\d+)\.)?(weight|bias)")
+_PROJECTOR = re.compile(r"multi_modal_projector\.linear_(\d+)\.(weight|bias)")
+_TOWER = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)")
+_OF_TEXT = re.compile(r"text_model\..*|(text_projection|visual_projection)\.weight|logit_scale")
 
 
 def canonical(key: str) -> str:
@@ -198,6 +201,23 @@ def canonical(key: str) -> str:
         if key.startswith(prefix):
             return spelling + key.removeprefix(prefix)
     return key
+
+
+def original_projector(keys: Iterable[str]) -> dict[str, str]:
+    """Canonical key -> key in the original code, of all tensors of a projector."""
+    found = {key: _PROJECTOR.fullmatch(key).groups() for key in keys}
+    one = {number for number, _ in found.values()} == {"1"}
+    return {
+        key: f"model.mm_projector.{kind}" if one else f"model.mm_projector.{2 * int(n) - 2}.{kind}"
+        for key, (n, kind) in found.items()
+    }
+
+
+def of_tower(key: str) -> str | None:
+    """The canonical spelling of a key of a CLIP checkpoint; None for what LLaVA has no use for."""
+    if match := _TOWER.fullmatch(key):
+        return f"vision_tower.vision_model.{match[1]}"
+    return None if _OF_TEXT.fullmatch(key) else key
 
 
 _BUFFER = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
@@ -246,7 +266,7 @@ def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfi
         if key in found and tuple(found[key]) != shape
     ]
     parts = [
-        f"{len(keys)} {word}: {', '.join(_brief(keys) if fold else keys)}"
+        f"{len(keys)} {word}: {', '.join(brief(keys) if fold else keys)}"
         for word, keys, fold in (
             ("missing", missing, True),
             ("left over", leftover, True),
@@ -258,7 +278,7 @@ def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfi
         raise ValueError(f"tensors do not fit the config: {'; '.join(parts)}")
 
 
-def _brief(keys: Iterable[str]) -> list[str]:
+def brief(keys: Iterable[str]) -> list[str]:
     """Keys that differ in the layer number alone, in one: `layers.{0,1,2}.mlp.fc1.weight`."""
     layers: dict[str, list[str]] = {}
     for key in keys:

@@ -95,9 +95,15 @@ class Processor:
 
     @classmethod
     def from_directory(
-        cls, directory, config: LlavaConfig, *, image_aspect_ratio: str | None = None
+        cls, directory, config: LlavaConfig, *, pictures=None, image_aspect_ratio: str | None = None
     ) -> Processor:
-        """Of a local checkpoint directory in the layout of HF transformers."""
+        """Of a local checkpoint directory.
+
+        Args:
+          directory: of the checkpoint. config: of the model.
+          pictures: makes the image processor; None is that of the directory.
+          image_aspect_ratio: see the class.
+        """
         from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
 
         directory = pathlib.Path(directory)
@@ -107,7 +113,11 @@ class Processor:
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
-        pictures = functools.partial(_image_processor, directory)
+        if IMAGE not in tokenizer.get_vocab():  # the original LLaVA code has none
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+            added = tokenizer.convert_tokens_to_ids(IMAGE)
+            config = dataclasses.replace(config, image_token=added)
+        pictures = pictures or functools.partial(_image_processor, directory)
         return cls(tokenizer, pictures, config, directory, image_aspect_ratio=image_aspect_ratio)
 
     @functools.cached_property

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import pathlib
+import pickle
 import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +15,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from mllm_jax.checkpoints import load, save
+from mllm_jax.checkpoints import load, save, tables, torch_file
 from mllm_jax.models import llava
+from tests.checkpoints import spellings
 
 
 @pytest.fixture(scope="module")
@@ -55,51 +60,165 @@ def test_same_model_comes_back(tiny_model, directory):
     )
 
 
-@pytest.mark.parametrize(
-    "spell",
-    [
-        lambda key: key.replace("vision_tower.vision_model.", "vision_tower."),
-        lambda key: (
-            key.replace("vision_tower.vision_model.", "model.vision_tower.")
-            .replace("multi_modal_projector.", "model.multi_modal_projector.")
-            .replace("language_model.model.", "model.language_model.")
-            .replace("language_model.lm_head.", "lm_head.")
-        ),
-        lambda key: (
-            key.replace("language_model.model.", "model.")
-            .replace("language_model.lm_head.", "lm_head.")
-            .replace("vision_tower.", "model.vision_tower.vision_tower.")
-            .replace("multi_modal_projector.linear_1.", "model.mm_projector.0.")
-            .replace("multi_modal_projector.linear_2.", "model.mm_projector.2.")
-        ),
-    ],
-    ids=["transformers-5-disk", "transformers-5-memory", "original"],
-)
-def test_every_spelling_is_the_same_model(tiny_model, editable, spell):
+@pytest.mark.parametrize("spelling", spellings.SPELLINGS)
+def test_every_spelling_is_the_same_model(tiny_model, editable, spelling):
     tensors, write = editable
-    renamed = {spell(key): value for key, value in tensors.items()}
-    assert renamed.keys() != tensors.keys()
+    renamed = spellings.spell(tensors, spelling)
+    assert (renamed.keys() == tensors.keys()) == (spelling == "hub")
     assert_equal(load.read_model(write(renamed), dtype=jnp.float32), tiny_model)
 
 
-def test_shards(tiny_model, editable):
+def test_spellings_are_those_of_transformers(hf_model, hf_directory, tmp_path):
+    """On disk and in memory, as the installed transformers has them."""
+    disk = safetensors.numpy.load_file(hf_directory / "model.safetensors")
+    memory = {key: t.numpy().copy() for key, t in hf_model.state_dict().items()}
+    hub = {tables.canonical(key): t for key, t in disk.items()}
+    assert spellings.spell(hub, "transformers-5-disk").keys() == disk.keys()
+    assert spellings.spell(hub, "transformers-5-memory").keys() == memory.keys()
+    (tmp_path / "config.json").write_bytes((hf_directory / "config.json").read_bytes())
+    safetensors.numpy.save_file(memory, tmp_path / "model.safetensors")
+    models = [load.read_model(place, dtype=jnp.float32) for place in (hf_directory, tmp_path)]
+    assert_equal(*models)
+
+
+def save_shards(shards: list[dict], directory: pathlib.Path, suffix: str = "safetensors"):
+    """Tensors in several files, with their index; returns the paths."""
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    write = {"safetensors": safetensors.numpy.save_file, "bin": torch_file.write}[suffix]
+    names = [f"{stem}-{n + 1:05d}-of-{len(shards):05d}.{suffix}" for n in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write(shard, directory / name)
+    places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = directory / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return [directory / name for name in names]
+
+
+@pytest.fixture
+def sharded(editable, tmp_path):
+    """A function that writes the tensors in three shards, after a change of theirs."""
+    tensors, write = editable
+
+    def make(change=lambda shards: None, suffix: str = "safetensors"):
+        (write(tensors) / "model.safetensors").unlink()
+        shards = [{key: tensors[key] for key in sorted(tensors)[n::3]} for n in range(3)]
+        change(shards)
+        return tmp_path, save_shards(shards, tmp_path, suffix)
+
+    return make
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards(tiny_model, sharded, suffix):
+    directory, shards = sharded(suffix=suffix)
+    assert_equal(load.read_model(directory, dtype=jnp.float32), tiny_model)
+    index = next(directory.glob("*.index.json"))
+    shards[2].unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        load.read_model(directory)
+    assert str(error.value) == f"{shards[2]}: missing; fetch it again"  # and nothing besides
+    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="index.json: not a readable index"):
+            load.read_model(directory)
+
+
+def test_one_file_of_pytorch(tiny_model, editable):
+    tensors, write = editable
+    directory = write(tensors)
+    torch_file.write(tensors, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").rename(directory / "aside")
+    assert_equal(load.read_model(directory, dtype=jnp.float32), tiny_model)
+    (directory / "aside").rename(directory / "model.safetensors")
+    (directory / "pytorch_model.bin").write_bytes(b"")  # safetensors are preferred
+    assert_equal(load.read_model(directory, dtype=jnp.float32), tiny_model)
+
+
+def test_all_that_is_wrong_with_the_shards_in_one_line(sharded, tmp_path):
+    integers = "language_model.model.norm.weight"
+    shape = "multi_modal_projector.linear_1.bias"
+    gone = "language_model.model.layers.1.mlp.up_proj.weight"
+    twice = "language_model.lm_head.weight"
+
+    def spoil(shards):
+        for shard in shards:
+            shard.pop(gone, None)
+            for key in {integers, shape} & shard.keys():
+                shard[key] = shard[key].astype(np.int8) if key == integers else shard[key][:5]
+        at = next(n for n, shard in enumerate(shards) if twice in shard)
+        shards[at - 1]["lm_head.weight"] = shards[at][twice]
+        shards[0]["gizmo"] = np.zeros(2, np.float32)
+        down = [key for shard in shards for key in shard if key.endswith("mlp.down_proj.weight")]
+        for key in down[:2]:  # a shard of its own for each
+            shards.append({key: next(s for s in shards if key in s).pop(key)})
+
+    directory, paths = sharded(spoil)
+    paths[3].write_bytes(paths[3].read_bytes()[:-3])
+    paths[4].unlink()
+    index = directory / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"] | {"vision_tower.gadget": paths[1].name}
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FileNotFoundError) as error:
+        load.read_model(directory)
+    message = str(error.value)
+    for part in (
+        f"{paths[3]}: truncated or altered (",
+        f"{paths[4]}: missing; fetch it again",
+        f"{index}: names tensors that {paths[1].name} lacks: vision_tower.gadget",
+        "are the same tensor",
+        f"1 missing: {gone}",
+        "left over: ",
+        "gizmo",
+        "linear_1.bias is [5], expected [32]",
+        f"{integers} holds int8, expected floating point",
+    ):
+        assert part in message, part
+    assert "\n" not in message
+    assert "down_proj" not in message  # what a broken shard should hold is not missing as well
+
+
+def test_a_tensor_twice(sharded, editable):
+    """In two shards, or in two spellings."""
+    tensors, write = editable
+    key = "language_model.lm_head.weight"
+
+    def both(spelled):
+        def change(shards):
+            for shard in shards:
+                shard.setdefault(spelled, tensors[key])
+
+        return change
+
+    directory, paths = sharded(both(key))
+    with pytest.raises(ValueError, match=rf"'{key}' and '{key}' of {paths[0].name} are the same"):
+        load.read_model(directory)
+    two = {"lm_head.weight": tensors[key]}
+    with pytest.raises(ValueError, match=r"'lm_head.weight'.* are the same tensor"):
+        load.read_model(write(tensors | two))
+
+
+def test_hostile_weights_are_refused(editable, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trap"),)
+
     tensors, write = editable
     directory = write(tensors)
     (directory / "model.safetensors").unlink()
-    keys, places = sorted(tensors), {}
-    for n in range(3):
-        shard = f"model-{n + 1:05d}-of-00003.safetensors"
-        safetensors.numpy.save_file({k: tensors[k] for k in keys[n::3]}, directory / shard)
-        places |= dict.fromkeys(keys[n::3], shard)
-    index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    assert_equal(load.read_model(directory, dtype=jnp.float32), tiny_model)
-    (directory / shard).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard}: missing"):
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"weight": Trap()}, 2))
+    with pytest.raises(ValueError) as error:
         load.read_model(directory)
-    index.write_text("{")
-    with pytest.raises(ValueError, match="not a readable index"):
-        load.read_model(directory)
+    refused = f"{directory / 'pytorch_model.bin'}: refused, it asks for {os.mkdir.__module__}.mkdir"
+    assert str(error.value).startswith(refused) and "missing" not in str(error.value)
+    assert not (tmp_path / "trap").exists()
+    for value, message in (
+        ([1, 2], "pytorch_model.bin: holds a list, not tensors by name"),
+        ({"epoch": 3}, "pytorch_model.bin: not a tensor: epoch"),
+    ):
+        torch_file.write(value, directory / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=message):
+            load.read_model(directory)
 
 
 def test_dtype(directory):
@@ -156,10 +275,6 @@ def test_bad_checkpoints(editable, tmp_path):
         load.read_model(directory)
     with pytest.raises(ValueError, match=r"unknown field projector_fild .nearest: projector_fold"):
         load.read_model(write(tensors, projector_fild=2))
-    twice = {"lm_head.weight": tensors["language_model.lm_head.weight"]}
-    with pytest.raises(ValueError, match=r"'lm_head.weight'.* are the same tensor"):
-        load.read_model(write(tensors | twice))
-
     directory = write(tensors)
     weights = directory / "model.safetensors"
     whole = weights.read_bytes()
@@ -167,8 +282,8 @@ def test_bad_checkpoints(editable, tmp_path):
         weights.write_bytes(bad)
         with pytest.raises(ValueError, match=r"model.safetensors: truncated or altered"):
             load.read_model(directory)
-    weights.rename(directory / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors: missing; PyTorch .bin"):
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor pytorch_model"):
         load.read_model(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: not readable as JSON"):
@@ -186,6 +301,26 @@ def test_tied_head_must_be_the_embedding(editable):
     assert not hasattr(model.lm, "head")
     with pytest.raises(ValueError, match="a head that is not the embedding"):
         load.read_model(write(tensors, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("have", ["safetensors", "bin"])
+def test_from_the_hub(monkeypatch, tmp_path, have):
+    """Pickles are fetched only where there are no safetensors, and nothing but settings to look."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if f"*.{have}" in allow_patterns or "pytorch_model*.bin" in allow_patterns:
+            (tmp_path / f"model.{have}").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load.locate("somebody/model", weights=False) == tmp_path
+    assert load.locate("somebody/model") == tmp_path
+    settings, first, *second = asked
+    assert settings == ["*.json", "*.jinja", "*.model"] and "*.safetensors" in first
+    assert ["mm_projector.bin" in patterns for patterns in second] == [True] * (have == "bin")
+    assert not any(pattern.endswith(".bin") for pattern in first)
 
 
 def test_names(monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import types
 
 import jax.numpy as jnp
@@ -81,14 +83,15 @@ def test_nothing_is_overwritten_and_nothing_half_written(tiny_model, tmp_path, m
     with pytest.raises(FileExistsError, match="full: exists and is not empty"):
         save.save_hf(tiny_model, None, target)
 
-    def disk_full(*_):
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    def disk_full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("safetensors.numpy.save_file", disk_full)
-    with pytest.raises(OSError, match=r"could not be written .*No space left"):
+    monkeypatch.setattr("os.fsync", disk_full)
+    with pytest.raises(OSError, match=r"cannot write .*model.safetensors: No space left"):
         save.save_hf(tiny_model, None, tmp_path / "new")
-    with pytest.raises(OSError, match=r"p.safetensors: could not be written"):
-        save.write_projector(tiny_model, tmp_path / "p.safetensors")
+    for name in ("p.safetensors", "mm_projector.bin"):
+        with pytest.raises(OSError, match=rf"cannot write .*{name}: No space left"):
+            save.write_projector(tiny_model, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
