@@ -152,6 +152,7 @@ class Processor:
 
         Args:
           images: one picture a row (PIL or path), or a list of pictures a row, or None for text.
+            One that is given again, such as `[picture] * 4` with four prompts, is encoded once.
           prompts: with `<image>` in it a prompt is used as it stands; without, it is set into
             the chat template, pictures first.
           answers: read after the prompt, with an end of turn; of kind answer.
@@ -314,6 +315,7 @@ class Processor:
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
+        place, count = _places(pictures)
         B, tiles = len(made), self.config.tiles * max((len(p) for p in pictures), default=0)
         n = self.config.image_tokens
         side = round(n**0.5)
@@ -324,22 +326,24 @@ class Processor:
         grid = {name: np.full((B, T), -1, np.int16) for name in ("row", "column", "tile")}
         last = np.zeros((B, T), bool)
         for b, row in enumerate(made):
-            count = len(row.ids)
-            if not count:
+            if not row.ids:
                 continue
-            at = np.arange(T - count, T) if left else np.arange(count)
+            at = np.arange(len(row.ids)) + (T - len(row.ids) if left else 0)
             ids[b, at], kind[b, at] = row.ids, row.kinds
             position[b, at], segment[b, at] = row.positions, row.segments
             last[b, at[row.prompt - 1]] = True
             kinds, patches = np.array(row.kinds), np.array(row.patches)
-            image_at[b, at[kinds == tokens.CODE["newline"]]] = B * tiles * n
+            image_at[b, at[kinds == tokens.CODE["newline"]]] = count * tiles * n
             places, number = at[patches >= 0], patches[patches >= 0]
-            image_at[b, places] = b * tiles * n + number
+            image_at[b, places] = place[b] * tiles * n + number
             patch = number % n - (n - side**2)  # a CLS token, where it is kept, is at -1
             grid["tile"][b, places] = number // n
             grid["row"][b, places] = np.where(patch < 0, -1, patch // side)
             grid["column"][b, places] = np.where(patch < 0, -1, patch % side)
-        pixels, real = self._pixels(pictures, tiles, features is None)
+        seen = [[]] * count
+        for at, row in zip(place, pictures, strict=True):
+            seen[at] = seen[at] or row
+        pixels, real = self._pixels(seen, tiles, features is None)
         if features is not None:
             features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
             features = features.reshape(len(real), -1, features.shape[-1])
@@ -349,7 +353,7 @@ class Processor:
             tokens=tokens.TokenMap(kind=kind, last=last, **grid),
             image_at=image_at,
             pixels=pixels,
-            tile=np.tile(np.arange(tiles, dtype=np.int16), B),
+            tile=np.tile(np.arange(tiles, dtype=np.int16), len(seen)),
             real=real,
             features=features,
             segment=segment if segment.any() else None,
@@ -371,7 +375,7 @@ class Processor:
             raise ValueError("sizes= goes with features=: pictures say how large they are")
         else:
             images = [[]] * rows if images is None else images
-            opened = [[_open(p) for p in _as_list(row)] for row in images]
+            opened = _opened([_as_list(row) for row in images])
             # PIL says the width first.
             pictures = [[Picture(p, layout(p.size[::-1])) for p in row] for row in opened]
         if len(pictures) != rows:
@@ -414,6 +418,31 @@ def squared(image, mean: Sequence[float]):
     square = PIL.Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def _opened(rows: list[list]) -> list[list]:
+    """The pictures of each row in RGB; one that is given twice is opened once."""
+    pictures = {_key(picture): picture for row in rows for picture in row}
+    opened = {key: _open(picture) for key, picture in pictures.items()}
+    return [[opened[_key(picture)] for picture in row] for row in rows]
+
+
+def _key(picture) -> int | str:
+    return str(picture) if isinstance(picture, (str, pathlib.Path)) else id(picture)
+
+
+def _places(pictures: list[list[Picture]]) -> tuple[list[int], int]:
+    """Where each row's pictures stand among all, and how many places there are.
+
+    Rows of the same pictures share a place; then the places are a power of two: few shapes.
+    """
+    keys = [tuple(id(p.image) for p in row if p.image is not None) for row in pictures]
+    distinct = list(dict.fromkeys(filter(None, keys)))
+    if len(distinct) == sum(map(bool, keys)):
+        return list(range(len(keys))), len(keys)
+    return [distinct.index(key) if key else 0 for key in keys], 2 ** (
+        len(distinct) - 1
+    ).bit_length()
 
 
 def _labels(kind: np.ndarray) -> np.ndarray | None:

@@ -44,6 +44,20 @@ def words(processor, batch, row=0) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(ids)
 
 
+@pytest.mark.parametrize("maker", ["processor", "cutter"])
+def test_a_picture_given_again_is_encoded_once(maker, request, random_model):
+    made = request.getfixturevalue(maker)
+    one, two = tiny.picture(0), tiny.picture(1)
+    prompts = ["what is shown ?", "is it red ?", "what ?", "is it ?"]
+    shared = made([one, two, one, one], prompts, rows=5)
+    apart = made([one, two, one.copy(), one.copy()], prompts, rows=5)
+    assert len(shared.pixels) == 2 / 5 * len(apart.pixels)
+    np.testing.assert_array_equal(shared.tokens.row, apart.tokens.row)
+    model = random_model(made.config)
+    a, b = (mj.run(model, batch).logits for batch in (shared, apart))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_into_the_chat_template(processor):
     batch = processor([tiny.picture(0)], ["what is shown ?"])
     assert words(processor, batch) == [
