@@ -11,7 +11,11 @@ from mllm_jax import sites as S
 
 
 def sides(work: Work):
-    model, batch, options = work.model, work.batch(rows=work.fields["pictures"]), work.inputs["options"]
+    model, batch, options = (
+        work.model,
+        work.batch(rows=work.fields["pictures"]),
+        work.inputs["options"],
+    )
     edits = [
         mj.ablate(S.lm.mlp.act[layer, neurons])
         for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True)

@@ -82,28 +82,33 @@ class Work:
 
     def batch(self, start: int = 0, rows: int = BATCH) -> llava.Batch:
         """The rows from `start` on."""
-        config, ids = self.size.config, self.inputs["ids"][start : start + rows]
-        image = ids == config.image_token
-        side = config.vision.grid
-        number = np.where(image, image.cumsum(-1) - 1, -1)
-        kind = np.full(ids.shape, tokens.CODE["question"], np.int8)
-        kind[:, 0], kind[image] = tokens.CODE["system"], tokens.CODE["image"]
-        row = np.arange(rows)[:, None]
-        return llava.Batch(
-            ids=ids.astype(np.int32),
-            position=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape),
-            tokens=tokens.TokenMap(
-                kind=kind,
-                row=np.where(image, number // side, -1).astype(np.int16),
-                column=np.where(image, number % side, -1).astype(np.int16),
-                tile=np.where(image, 0, -1).astype(np.int16),
-                last=np.arange(ids.shape[1]) == np.full((rows, 1), ids.shape[1] - 1),
-            ),
-            image_at=np.where(image, row * config.image_tokens + number, -1).astype(np.int32),
-            pixels=self.inputs["pixels"][start : start + rows].transpose(0, 2, 3, 1),
-            tile=np.zeros((rows,), np.int16),
-            real=np.ones((rows,), bool),
-        )
+        at = slice(start, start + rows)
+        return to_batch(self.size.config, self.inputs["ids"][at], self.inputs["pixels"][at])
+
+
+def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> llava.Batch:
+    """Inputs as our models read them."""
+    rows, T = ids.shape
+    image, side = ids == config.image_token, config.vision.grid
+    number = np.where(image, image.cumsum(-1) - 1, -1)
+    kind = np.full(ids.shape, tokens.CODE["question"], np.int8)
+    kind[:, 0], kind[image] = tokens.CODE["system"], tokens.CODE["image"]
+    first = config.image_tokens * np.arange(rows)[:, None]
+    return llava.Batch(
+        ids=ids.astype(np.int32),
+        position=np.broadcast_to(np.arange(T, dtype=np.int32), ids.shape),
+        tokens=tokens.TokenMap(
+            kind=kind,
+            row=np.where(image, number // side, -1).astype(np.int16),
+            column=np.where(image, number % side, -1).astype(np.int16),
+            tile=np.where(image, 0, -1).astype(np.int16),
+            last=np.broadcast_to(np.arange(T) == T - 1, ids.shape),
+        ),
+        image_at=np.where(image, first + number, -1).astype(np.int32),
+        pixels=pixels.transpose(0, 2, 3, 1),
+        tile=np.zeros((rows,), np.int16),
+        real=np.ones((rows,), bool),
+    )
 
 
 def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:

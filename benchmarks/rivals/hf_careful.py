@@ -132,9 +132,7 @@ def score(work: Work):
     @torch.inference_mode()
     def run():
         cache = transformers.DynamicCache(config=model.config.text_config)
-        out = model(
-            input_ids=ids, pixel_values=pixels, past_key_values=cache, logits_to_keep=1
-        )
+        out = model(input_ids=ids, pixel_values=pixels, past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(candidates))
         later = model(input_ids=candidates.clamp(min=0)[:, :-1], past_key_values=cache).logits
         logits = torch.cat([out.logits.expand(len(candidates), -1, -1), later], 1)
