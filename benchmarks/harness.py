@@ -1,0 +1,334 @@
+"""Measures sides in turns: a round is one run of every side, and ratios are taken within a round.
+
+Rivals run in processes of their own (`rivals.serve`); sides of this library run here. Before any
+time is believed, the results of all sides must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from benchmarks import clock, work
+from mllm_jax.workdir import atomic_json
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENTS = ROOT / "benchmarks" / ".environments"
+ENVIRONMENT = {  # rival -> the environment it runs in
+    "hf_careful": "hf",
+    "hf_ordinary": "hf",
+    "mmneuron": "hf",
+    "mmneuron_no_grad": "hf",
+    "transformer_lens": "transformer_lens",
+    "transformer_lens_reuse": "transformer_lens",
+    "nnsight": "nnsight",
+    "nnsight_reuse": "nnsight",
+}
+OURS = "mllm_jax"
+TOLERANCE = 1e-3
+
+Result = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """What one side took, round by round.
+
+    Attributes:
+      seconds: float64[rounds].
+      rise: float64[rounds], bytes of resident memory; NaN where the system does not tell.
+    """
+
+    seconds: np.ndarray
+    rise: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A promise, as a number of each round.
+
+    Attributes:
+      what: in words.
+      value: from the series by side.
+      least, most: what it must be; one of them.
+    """
+
+    what: str
+    value: Callable[[dict[str, Series]], np.ndarray]
+    least: float | None = None
+    most: float | None = None
+
+    def kept(self, value: float) -> bool:
+        return value >= self.least if self.most is None else value <= self.most
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.most is None else f"at most {self.most:g}"
+
+
+def faster(rival: str, times: float) -> Bound:
+    """We are so many times faster than this side."""
+    return Bound(
+        f"time of {rival} / time of {OURS}",
+        lambda series: series[rival].seconds / series[OURS].seconds,
+        least=times,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+      name: of the table, and of the function of each rival.
+      about: what is measured, in one line.
+      sides: makes our sides from the work, by name; OURS first. Those that return nothing are
+        only timed.
+      rivals: names.
+      bounds: promises. Those that name a side that is not measured are left out.
+      pictures: rows of the work.
+      codes: results that are names, not numbers: compared by how many differ.
+    """
+
+    name: str
+    about: str
+    sides: Callable[[work.Work], dict[str, Callable[[], Result]]]
+    rivals: tuple[str, ...] = ()
+    bounds: tuple[Bound, ...] = ()
+    pictures: int = work.BATCH
+    codes: tuple[str, ...] = ()
+
+
+class Rival:
+    """A rival's process, prepared and warm. A context manager."""
+
+    def __init__(self, name: str, task: str, directory: pathlib.Path, environments: pathlib.Path):
+        python = environments / ENVIRONMENT[name] / "bin" / "python"
+        if not python.exists():
+            raise FileNotFoundError(
+                f"the rival {name} is not installed in {environments}: "
+                f"python -m benchmarks.install --rivals={name}"
+            )
+        self.name = name
+        self.log = directory / f"{name}.log"
+        command = [python, "-m", "benchmarks.rivals.serve", name, task, directory]
+        threads = {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                list(map(str, command)), cwd=ROOT, text=True, env=os.environ | threads,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+
+    def __enter__(self) -> Rival:
+        with np.load(self._answer()["result"]) as file:
+            self.result = dict(file)
+        self.total = sum(float(np.abs(value).sum()) for value in self.result.values())
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def lap(self) -> clock.Lap:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if abs(answer["total"] - self.total) > TOLERANCE * abs(self.total):
+            raise ValueError(f"{self.name} gave {self.total} first and {answer['total']} now")
+        return clock.Lap(None, answer["seconds"], answer["rise"])
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended:\n{self.log.read_text()[-4000:]}")
+        return json.loads(line)
+
+
+def difference(ours: Result, theirs: Result, codes: tuple[str, ...] = ()) -> float:
+    """The largest difference of results, relative to the largest value; of codes, the share."""
+    if set(ours) != set(theirs):
+        raise ValueError(f"results are {sorted(ours)} on one side and {sorted(theirs)}")
+    found = []
+    for name, mine in ours.items():
+        other = theirs[name]
+        if mine.shape != other.shape:
+            raise ValueError(f"{name} is {mine.shape} on one side and {other.shape} on the other")
+        if name in codes:
+            found.append(np.mean(mine != other))
+        else:
+            found.append(np.abs(mine - other).max() / np.abs(other).max())
+    return float(max(found))
+
+
+def measure(
+    benchmark: Benchmark,
+    done: work.Work,
+    rivals: tuple[str, ...],
+    rounds: int,
+    environments: pathlib.Path,
+) -> tuple[dict[str, Series], dict[str, float]]:
+    """Series and differences from ours, by side.
+
+    Raises:
+      ValueError: a side's results are not ours.
+    """
+    sides = benchmark.sides(done)
+    results = {name: run() for name, run in sides.items()}  # compiles and warms up
+    laps = {name: lambda run=run: clock.lap(run) for name, run in sides.items()}
+    with contextlib.ExitStack() as stack:
+        for name in rivals:
+            process = Rival(name, benchmark.name, done.directory, environments)
+            rival = stack.enter_context(process)
+            results[name], laps[name] = rival.result, rival.lap
+        differences = {
+            name: difference(results[OURS], result, benchmark.codes)
+            for name, result in results.items()
+            if result
+        }
+        for name, value in differences.items():
+            if not value <= TOLERANCE:
+                raise ValueError(f"the results of {name} differ from ours by {value:.2g}")
+        taken = {name: [] for name in laps}
+        for round_ in range(rounds):
+            for name in _turns(list(laps), round_):
+                taken[name].append(laps[name]())
+            print(f"round {round_ + 1} of {rounds}", file=sys.stderr)
+    return {name: _series(found) for name, found in taken.items()}, differences
+
+
+def _turns(names: list[str], round_: int) -> Iterator[str]:
+    """Every other round the other way about, so that none always follows the same one."""
+    return reversed(names) if round_ % 2 else iter(names)
+
+
+def _series(laps: list[clock.Lap]) -> Series:
+    rises = [np.nan if lap.rise is None else lap.rise for lap in laps]
+    return Series(np.array([lap.seconds for lap in laps]), np.array(rises, float))
+
+
+def report(benchmark, done: work.Work, series, differences) -> dict:
+    """Everything as JSON, ratios of each round included."""
+    ours = series[OURS].seconds
+    bounds = []
+    for bound in benchmark.bounds:
+        try:
+            values = bound.value(series)
+        except KeyError:  # a side that was not asked for
+            continue
+        middle = float(np.median(values))
+        bounds.append(
+            {"what": bound.what, "bound": str(bound), "values": values.tolist(),
+             "median": middle, "kept": bool(bound.kept(middle))}
+        )  # fmt: skip
+    sides = {
+        name: {
+            "seconds": s.seconds.tolist(),
+            "ratio": (s.seconds / ours).tolist(),
+            "rise_mib": (s.rise / 2**20).tolist(),
+            "difference": differences.get(name),
+        }
+        for name, s in series.items()
+    }
+    config = done.size.config
+    return {
+        "benchmark": benchmark.name,
+        "about": benchmark.about,
+        "work": {
+            "pictures": done.fields["pictures"],
+            "tokens": int(done.inputs["ids"].shape[1]),
+            "image_tokens": config.image_tokens,
+            "vision": [config.vision.run_layers, config.vision.width],
+            "lm": [config.lm.layers, config.lm.width, config.lm.vocab],
+        },
+        "machine": {
+            "cores": os.cpu_count(),
+            "load": os.getloadavg(),
+            "jax": importlib.metadata.version("jax"),
+        },
+        "rounds": len(ours),
+        "sides": sides,
+        "bounds": bounds,
+    }
+
+
+def table(found: dict) -> str:
+    """What is printed: a line a side, a line a bound."""
+    w, machine = found["work"], found["machine"]
+    lines = [
+        f"{found['benchmark']}: {found['about']}",
+        f"{w['pictures']} pictures, {w['tokens']} tokens a row ({w['image_tokens']} of image), "
+        f"vision {w['vision'][0]} x {w['vision'][1]}, LM {w['lm'][0]} x {w['lm'][1]}, float32, "
+        f"{machine['cores']} cores, load {machine['load'][0]:.1f}, {found['rounds']} rounds",
+        "",
+        f"{'side':24}{'seconds':>10}{'time / ours':>14}{'[least, most]':>18}"
+        f"{'memory rise':>14}{'difference':>12}",
+    ]
+    for name, side in found["sides"].items():
+        ratio, rise = np.array(side["ratio"]), np.median(side["rise_mib"])
+        span = f"[{ratio.min():.2f}, {ratio.max():.2f}]"
+        apart = "" if side["difference"] is None else f"{side['difference']:.1e}"
+        lines.append(
+            f"{name:24}{np.median(side['seconds']):10.3f}{np.median(ratio):14.2f}{span:>18}"
+            f"{rise:10.0f} MiB{apart:>12}"
+        )
+    lines.append("")
+    for bound in found["bounds"]:
+        values = np.array(bound["values"])
+        mark = "kept" if bound["kept"] else "MISSED"
+        lines.append(
+            f"{bound['what']}: {bound['median']:.2f} [{values.min():.2f}, {values.max():.2f}], "
+            f"{bound['bound']}: {mark}"
+        )
+    return "\n".join(lines)
+
+
+def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict:
+    """One benchmark from the command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.about
+    )
+    parser.add_argument("--size", choices=work.SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rivals", default=",".join(benchmark.rivals), help="names, or nothing")
+    parser.add_argument("--pictures", type=int, help=f"by default {benchmark.pictures}")
+    parser.add_argument("--edits", type=int, help="ablations of the sweep")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all rounds")
+    parser.add_argument("--environments", type=pathlib.Path, default=ENVIRONMENTS)
+    args = parser.parse_args(argv)
+    rivals = tuple(name for name in args.rivals.split(",") if name)
+    if wrong := [name for name in rivals if name not in benchmark.rivals]:
+        parser.error(f"{', '.join(wrong)}: the rivals are {', '.join(benchmark.rivals) or 'none'}")
+    size = work.SIZES[args.size]
+    if args.edits:
+        size = dataclasses.replace(size, edits=args.edits)
+    pictures = args.pictures or benchmark.pictures
+    with tempfile.TemporaryDirectory() as directory:
+        done = work.make(size, pathlib.Path(directory), pictures)
+        series, differences = measure(
+            benchmark, done, rivals, args.rounds, args.environments.absolute()
+        )
+    found = report(benchmark, done, series, differences)
+    print(table(found))
+    if args.json:
+        atomic_json(args.json, found)
+    return found
+
+
+def timed(run: Callable, *args) -> Callable[[], None]:
+    """A side that is only timed."""
+
+    def side():
+        jax.block_until_ready(run(*args))
+
+    return side

@@ -1,0 +1,76 @@
+"""Where the time of a clean pass goes: attention, norms, rotary positions, MLP, head.
+
+    python -m benchmarks.kernels [--size=tiny] [--pictures=8] [--json=FILE]
+
+Time is that of XLA's operations, divided among those under way at one moment. An operation belongs
+to the function that asked for it; what XLA fused from several belongs to its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+
+from benchmarks import profile, work
+from mllm_jax.interventions import run as run_
+from mllm_jax.workdir import atomic_json
+
+ABOUT = "where the time of a clean pass goes"
+MODULES = {"ClipVision.__call__": "vision", "Llama.__call__": "LM"}
+# (a function that asked for the operation, what its time is called); the first that fits.
+PARTS = (
+    ("attention", "attention"),
+    ("rotate", "rotary positions"),
+    ("rotary", "rotary positions"),
+    ("RMSNorm.__call__", "norms"),
+    ("LayerNorm.__call__", "norms"),
+    ("Llama.logits", "head"),
+    ("Projector.__call__", "projector"),
+    ("Attention.__call__", "products of attention's maps"),
+    ("MLP.__call__", "products and activation of the MLP"),
+    ("Block.__call__", "residual sums"),
+)
+
+
+def part(operation: str, stack: tuple[str, ...]) -> str:
+    """What the time of an operation is called."""
+    module = next((name for function, name in MODULES.items() if function in stack), "")
+    if operation.startswith("dynamic-slice"):
+        return f"{module} copies of a layer's weights".strip()
+    name = next((name for function, name in PARTS if function in stack), "rest")
+    return f"{module} {name}".strip()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Prints and returns the seconds of each part."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=ABOUT)
+    parser.add_argument("--size", choices=work.SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=work.BATCH)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    size = work.SIZES[args.size]
+    model, inputs = work.random_model(size.config), work.make_inputs(size, args.pictures)
+    batch = work.to_batch(size.config, inputs["ids"], inputs["pixels"])
+    operations = profile.seconds(
+        lambda model: run_.run(model, batch).logits, model, rounds=args.rounds
+    )
+    parts = collections.Counter()
+    for (operation, stack), seconds in operations.items():
+        parts[part(operation, stack)] += seconds
+    total = sum(parts.values())
+    print(f"kernels: {ABOUT}")
+    print(f"{args.pictures} pictures, {inputs['ids'].shape[1]} tokens a row, "
+          f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds\n")  # fmt: skip
+    for name, seconds in parts.most_common():
+        print(f"{name:44}{seconds:10.4f} s{seconds / total:8.1%}")
+    print(f"{'all':44}{total:10.4f} s")
+    if args.json:
+        atomic_json(args.json, dict(parts))
+    return dict(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The rivals, each in a process of its own environment. Nothing here imports mllm_jax."""

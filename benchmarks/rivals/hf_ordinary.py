@@ -1,0 +1,51 @@
+"""Transformers as most use it: forward hooks, and a whole forward pass for each condition."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.rivals import hf
+from benchmarks.rivals.serve import Work
+
+
+def sweep(work: Work):
+    """Logits of the options under each ablation: [R, B, 4]."""
+    model, options = hf.load(work), hf.tensor(work, "options")
+    rows = work.fields["pictures"]
+    ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
+    mask = torch.ones_like(ids)
+
+    @torch.no_grad()
+    def run():
+        found = []
+        for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True):
+
+            def ablate(module, args, out, at=neurons):
+                out[..., at] = 0
+                return out
+
+            hook = hf.blocks(model)[layer].mlp.act_fn.register_forward_hook(ablate)
+            out = model(input_ids=ids, pixel_values=pixels, attention_mask=mask)
+            hook.remove()
+            found.append(out.logits[:, -1, options])
+        return hf.numpy(logits=torch.stack(found))
+
+    return run
+
+
+def score(work: Work):
+    """Log-likelihood of each candidate [C], by a whole forward pass each."""
+    model = hf.load(work)
+    ids, pixels = (hf.tensor(work, name, rows=1) for name in ("ids", "pixels"))
+    candidates = [c[c >= 0] for c in hf.tensor(work, "candidates")]
+
+    @torch.no_grad()
+    def run():
+        found = []
+        for candidate in candidates:
+            whole = torch.cat([ids, candidate[None]], 1)
+            logits = model(input_ids=whole, pixel_values=pixels).logits[0, -len(candidate) - 1 : -1]
+            found.append(logits.log_softmax(-1).gather(-1, candidate[:, None]).sum())
+        return hf.numpy(scores=torch.stack(found))
+
+    return run

@@ -1,0 +1,185 @@
+"""The work that all sides do: one random model and one set of inputs, in files that all read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import mllm_jax as mj
+from mllm_jax import tokens
+from mllm_jax.models import llava
+
+BATCH = 8  # rows at one time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much work there is.
+
+    Attributes:
+      config: of the model. A checkpoint of it is loaded by transformers, so no patch is folded.
+      words: of a row; its first stands before the image, the others after it.
+      edits, groups: ablations of a sweep, and how many sets of neurons there are in each layer.
+      candidates, answer: answers to be scored, and tokens of the longest.
+      steps: tokens to be generated.
+    """
+
+    config: llava.LlavaConfig
+    words: int = 60
+    edits: int = 96
+    groups: int = 4
+    candidates: int = 47
+    answer: int = 6
+    steps: int = 32
+
+
+def _tiny() -> llava.LlavaConfig:
+    return llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), fold=1, image_token=95
+    )
+
+
+def _small() -> llava.LlavaConfig:
+    vision, lm = llava.ClipConfig.vit_b_16(), llava.LlamaConfig.smollm2_135m()
+    return llava.LlavaConfig.of(vision, lm, fold=1, image_token=lm.vocab - 1)
+
+
+SIZES = {
+    "tiny": Size(config=_tiny(), words=16, edits=8, groups=2, candidates=9, steps=8),
+    "small": Size(config=_small()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The model, the inputs, and where they are written.
+
+    Attributes:
+      model: float32, random.
+      inputs: arrays by name, see `make_inputs`.
+      fields: plain values: pictures, steps, image_token, ablated_layer, steered_layers.
+      directory: with `checkpoint/` in the form of Hugging Face, `inputs.npz` and `work.json`.
+    """
+
+    size: Size
+    model: llava.Llava
+    inputs: dict[str, np.ndarray]
+    fields: dict[str, Any]
+    directory: pathlib.Path
+
+    @property
+    def batches(self) -> list[llava.Batch]:
+        """All pictures, BATCH at one time."""
+        pictures = self.fields["pictures"]
+        return [self.batch(i, min(BATCH, pictures - i)) for i in range(0, pictures, BATCH)]
+
+    def batch(self, start: int = 0, rows: int = BATCH) -> llava.Batch:
+        """The rows from `start` on."""
+        at = slice(start, start + rows)
+        return to_batch(self.size.config, self.inputs["ids"][at], self.inputs["pixels"][at])
+
+
+def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> llava.Batch:
+    """Inputs as our models read them."""
+    rows, T = ids.shape
+    image, side = ids == config.image_token, config.vision.grid
+    number = np.where(image, image.cumsum(-1) - 1, -1)
+    kind = np.full(ids.shape, tokens.CODE["question"], np.int8)
+    kind[:, 0], kind[image] = tokens.CODE["system"], tokens.CODE["image"]
+    first = config.image_tokens * np.arange(rows)[:, None]
+    return llava.Batch(
+        ids=ids.astype(np.int32),
+        position=np.broadcast_to(np.arange(T, dtype=np.int32), ids.shape),
+        tokens=tokens.TokenMap(
+            kind=kind,
+            row=np.where(image, number // side, -1).astype(np.int16),
+            column=np.where(image, number % side, -1).astype(np.int16),
+            tile=np.where(image, 0, -1).astype(np.int16),
+            last=np.broadcast_to(np.arange(T) == T - 1, ids.shape),
+        ),
+        image_at=np.where(image, first + number, -1).astype(np.int32),
+        pixels=pixels.transpose(0, 2, 3, 1),
+        tile=np.zeros((rows,), np.int16),
+        real=np.ones((rows,), bool),
+    )
+
+
+def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
+    """Makes the work and writes it.
+
+    Args:
+      directory: empty.
+      pictures: how many rows the sides read.
+    """
+    model, inputs = random_model(size.config), make_inputs(size, pictures)
+    layers = size.config.lm.layers
+    fields = {
+        "pictures": pictures,
+        "batch": BATCH,
+        "steps": size.steps,
+        "image_token": size.config.image_token,
+        "ablated_layer": layers // 3,
+        "steered_layers": (layers // 2, layers * 3 // 4),
+    }
+    mj.save_hf(model, None, directory / "checkpoint")
+    np.savez(directory / "inputs.npz", **inputs)
+    (directory / "work.json").write_text(json.dumps(fields))
+    return Work(size, model, inputs, fields, directory)
+
+
+def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
+    """Random weights that keep tensors of order 1, by NumPy: flax takes long to compile its own."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if "scale" in name:
+            return jnp.asarray(1 + 0.2 * noise)
+        if "kernel" in name:
+            return jnp.asarray(0.7 * noise / np.sqrt(leaf.shape[-2]))
+        # The embedding may be the head as well: logits of order 1 to 10.
+        return jnp.asarray((0.3 if "embed" in name else 0.2) * noise)
+
+    abstract = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """All inputs by name.
+
+    Returns:
+      ids: int64[rows, T], the image's tokens in place. All rows are as long: no side pads.
+      pixels: float32[rows, 3, row, column].
+      options: int64[4], ids of the answer letters.
+      layers, neurons: int64[R], int64[R, n]: what each ablation of the sweep sets to zero.
+      candidates: int64[C, A], filled up with -1.
+      ablated: int64[n] and vector: float32[D], for the edits of the generation.
+    """
+    rng, config = np.random.default_rng(seed), size.config
+    L, F, side = config.lm.layers, config.lm.mlp, config.vision.image_size
+    words = rng.integers(1, config.lm.vocab - 1, (pictures, size.words))
+    image = np.full((pictures, config.image_tokens), config.image_token)
+    groups = [rng.permutation(F)[: F // 16] for _ in range(size.groups)]
+    depths = np.linspace(0, L - 1, size.edits // size.groups).round().astype(int)
+    candidates = rng.integers(1, config.lm.vocab - 1, (size.candidates, size.answer))
+    lengths = rng.integers(3, size.answer + 1, size.candidates)
+    lengths[0] = size.answer
+    candidates[np.arange(size.answer) >= lengths[:, None]] = -1
+    return {
+        "ids": np.concatenate([words[:, :1], image, words[:, 1:]], 1),
+        "pixels": rng.standard_normal((pictures, 3, side, side), np.float32),
+        "options": rng.choice(config.lm.vocab - 1, 4, replace=False),
+        "layers": np.repeat(depths, size.groups),
+        "neurons": np.stack(groups * len(depths)),
+        "candidates": candidates,
+        "ablated": rng.permutation(F)[: F // 16],
+        "vector": rng.standard_normal(config.lm.width, np.float32),
+    }
