@@ -2,6 +2,9 @@
 
     python -m experiments.domain_neurons --config=configs/embedded.py --workdir=DIR
 
+`--edits` change the model that is studied; `--captures` (statistics, entropies) are read while
+activations are counted, into `captures/DOMAIN.npz`.
+
 One pass per batch counts activations of the vision tower, the projector and the LLM in every
 domain; the entropy over domains selects neurons; each domain's neurons are switched off on each
 domain's questions, beside random neurons as many per layer; the logit lens follows image and text
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +34,8 @@ from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import deviation, domain_neurons, intervals, logit_lens, stages
 from mllm_jax.data import batching, domains
 from mllm_jax.evaluation import score
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import domain_neurons as page
 
@@ -49,6 +55,8 @@ class Study:
     processor: Any
     train: dict[str, list]
     test: dict[str, list]
+    edits: Edits | None = None
+    captures: dict[str, Capture] = dataclasses.field(default_factory=dict)
 
     def asked(self, examples: list) -> batching.Asked:
         """One question a picture, the styles of the config in turn."""
@@ -61,12 +69,12 @@ class Study:
         return batching.row_length(self.processor, batching.ask(every, self.config.styles))
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
     model, processor = mj.load(config.model)
     train = _first(study.domains_of(config, "train"), config.train_per_domain)
     test = _first(study.domains_of(config, "test"), config.test_per_domain)
     domains.require_domains(train)
-    this = Study(config, workdir, model, processor, train, test)
+    this = Study(config, workdir, model, processor, train, test, edits, captures or {})
 
     counts = {name: count(this, name) for name in train}
     found = {module: select(this, counts, module) for module in SITES}
@@ -84,7 +92,7 @@ def run(config, workdir: workdir_.Workdir) -> None:
         "lens": curves,
         "stages": stage,
         "pictures": [picture(this, i, name) for i, name in enumerate(test)],
-    }
+    } | study.named(workdir)
     workdir_.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
     data = [e.encoded for some in (*train.values(), *test.values()) for e in some]
@@ -107,13 +115,17 @@ def count(this: Study, name: str) -> dict[str, np.ndarray]:
     """Activation counts of one domain, by module and kind of token (facts of A.2.1)."""
 
     def make():
-        captures = {module: mj.stats(site, by=tok.kind) for module, site in SITES.items()}
+        captures = {f"neurons.{m}": mj.stats(site, by=tok.kind) for m, site in SITES.items()}
         total = mj.reduce(
-            captures, this.model, this.asked(this.train[name]),
+            captures | this.captures, this.model, this.asked(this.train[name]), this.edits,
             save=this.workdir / "steps" / f"counting-{name}.npz", label=f"count, {name}",
         )  # fmt: skip
+        if this.captures:
+            brought = {key: total[key] for key in this.captures}
+            study.write_captures(this.workdir / "captures" / f"{name}.npz", brought)
         arrays = {}
-        for module, stats in total.items():
+        for module in SITES:
+            stats = total[f"neurons.{module}"]
             arrays[f"{module}/positive"] = stats.positive
             arrays[f"{module}/tokens"] = stats.tokens[0]
             arrays[f"{module}/kinds"] = np.array(stats.kinds)
@@ -212,16 +224,19 @@ class Measure:
         kept = []
         for i in range(len(self.asked)):
             batch = self.asked[i]
-            features = _features(self.this.model, batch.replace(processor=None))
+            features = None
+            if not _edits_vision(self.this.edits):
+                features = _features(self.this.model, batch.replace(processor=None))
             ids = score.candidate_ids(
                 self.this.processor, self.asked.candidates(i), len(batch.ids), length=self.answers
             )
             # By the program that measures the edits, so that no edit is no deviation.
-            out = self._score(batch.replace(features=features), ids, None)
+            out = self._score(batch.replace(features=features), ids, Edits())
             kept.append((batch, features, ids, out.captures["last"]))
         return kept
 
-    def _score(self, batch, ids, edits) -> score.Scores:
+    def _score(self, batch, ids, edits: Edits) -> score.Scores:
+        edits = (self.this.edits or Edits()) >> edits
         return score.score_with(self.this.model, batch, ids, edits, {"last": mj.keep(LAST)})
 
     def __call__(self, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -239,9 +254,13 @@ class Measure:
         return {"right": np.concatenate(right), **total._asdict()}
 
 
-def _compose(masks: dict[str, np.ndarray]):
+def _compose(masks: dict[str, np.ndarray]) -> Edits:
     edits = [mj.ablate(SITES[module][mask]) for module, mask in masks.items()]
-    return functools.reduce(lambda a, b: a >> b, edits) if edits else None
+    return functools.reduce(operator.rshift, edits, Edits())
+
+
+def _edits_vision(edits: Edits | None) -> bool:
+    return any(edit.address.site.module == "vision" for edit in edits or ())
 
 
 @jax.jit
@@ -290,8 +309,9 @@ def lens(this: Study) -> tuple[dict, dict]:
         capture = {"lens": mj.lens(S.lm.resid_post, by=LENS_KINDS)}
         save = this.workdir / "steps" / f"lensing-{name}.npz"
         total = mj.reduce(
-            capture, this.model, this.asked(examples), save=save, every=1, label=f"lens, {name}"
-        )["lens"]
+            capture, this.model, this.asked(examples), this.edits, save=save, every=1,
+            label=f"lens, {name}",
+        )["lens"]  # fmt: skip
         real = slice(0, len(examples))  # the last batch is filled up with empty rows
         kinds = [total.kinds.index(kind) for kind in LENS_KINDS]
         return {
@@ -353,13 +373,13 @@ def picture(this: Study, number: int, name: str) -> dict[str, Any]:
         layers = np.linspace(0, this.model.config.lm.layers - 1, this.config.picture_layers)
         layers = [int(layer) for layer in layers.round()]
         capture = mj.lens(S.lm.resid_post[layers], k=1, where=tok.image)
-        found = mj.run(this.model, batch, None, {"lens": capture}, logits="none")["lens"]
+        found = mj.run(this.model, batch, this.edits, {"lens": capture}, logits="none")["lens"]
         seen = batch.tokens
         at = np.flatnonzero((seen.tile[0] == 0) & (seen.row[0] >= 0))  # the whole, not its parts
         side = round(len(at) ** 0.5)
         ids = np.asarray(found.ids)[:, 0, at, 0].reshape(len(layers), side, side)
         entropy = np.asarray(found.entropy)[:, 0, at].reshape(len(layers), side, side)
-        said = mj.generate(this.model, batch, max_new_tokens=12, stop=True).text[0]
+        said = mj.generate(this.model, batch, this.edits, max_new_tokens=12, stop=True).text[0]
         return {
             "domain": name,
             "id": example.id,
@@ -396,4 +416,4 @@ def _selection(found: domain_neurons.Found, names: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    study.main(run)
+    study.main(run, takes=("edits", "captures"))

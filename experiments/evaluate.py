@@ -1,13 +1,20 @@
 """Accuracy of a model on visual domains, by domain and style of question; any edits may be given.
 
-    python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR
+    python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR \
+        [--edits='ablate lm.mlp.act[12]'] [--captures='fire=stats lm.mlp.act by=kind']
 
 The options of each question are scored by log-likelihood and the best is the answer. Leaves in the
-workdir: `results.json`, `accuracy.csv`, `figures/accuracy.png`, `manifest.json`.
+workdir: `results.json`, `accuracy.csv`, `figures/accuracy.png`, `manifest.json`, and of captures
+`captures/DOMAIN-STYLE.npz`, read while the prompts are.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
+import jax
 import numpy as np
 import tqdm
 
@@ -17,18 +24,23 @@ from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching
 from mllm_jax.evaluation import score
+from mllm_jax.interventions import captures as captures_
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edits
 from mllm_jax.report import figures, tables
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
     model, processor = mj.load(config.model)
+    this = Study(config, workdir, model, processor, edits, captures or {})
     found = study.domains_of(config, "test")
     rows = {}
     for name, domain in found.items():
         examples = list(domain)[: config.test_per_domain]
         for style in config.styles:
             step = workdir.arrays(
-                f"{name}-{style}", lambda e=examples, s=style: right(config, model, processor, e, s)
+                f"{name}-{style}",
+                functools.partial(right, this, f"{name}-{style}", examples, style),
             )
             value, low, high = intervals.mean(step["right"].astype(float))
             rows[name, style] = {
@@ -46,24 +58,41 @@ def run(config, workdir: workdir_.Workdir) -> None:
         choice = {name: rows[name, "choice"] for name in found}
         figures.save(figures.accuracy(choice), workdir / "figures" / "accuracy.png")
     nested = {name: {s: rows[name, s] for s in config.styles} for name in found}
-    workdir_.atomic_json(workdir / "results.json", {"study": "evaluate", "accuracy": nested})
+    results = {"study": "evaluate", "accuracy": nested} | study.named(workdir)
+    workdir_.atomic_json(workdir / "results.json", results)
     workdir_.manifest(workdir, model=workdir_.fingerprint(model))
 
 
-def right(config, model, processor, examples: list, style: str) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What every step reads."""
+
+    config: Any
+    workdir: workdir_.Workdir
+    model: Any
+    processor: Any
+    edits: Edits | None
+    captures: dict[str, Capture]
+
+
+def right(this: Study, name: str, examples: list, style: str) -> dict[str, np.ndarray]:
     """bool[N]: whether the best option of each example's question is the right one."""
     pairs = batching.ask(examples, (style,))
-    asked = batching.Asked(
-        processor, pairs, config.batch_size, batching.row_length(processor, pairs)
-    )
-    found = []
+    length = batching.row_length(this.processor, pairs)
+    asked = batching.Asked(this.processor, pairs, this.config.batch_size, length)
+    found, brought = [], []
     for i in tqdm.tqdm(range(len(asked)), desc=f"{examples[0].domain}, {style}", leave=False):
         options = asked.candidates(i)
-        values = score.score(model, asked[i], options)
-        found.append(np.asarray(values)[: len(options)].argmax(-1) == asked.right(i))
+        out = score.score_with(this.model, asked[i], options, this.edits, this.captures)
+        found.append(np.asarray(out.values)[: len(options)].argmax(-1) == asked.right(i))
+        brought.append(jax.tree.map(np.asarray, out.captures))
+    if this.captures:
+        rows = [len(part) for part in found]
+        joined = captures_.join(this.captures, brought, rows, asked.size)
+        study.write_captures(this.workdir / "captures" / f"{name}.npz", joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
     return {"right": np.concatenate(found), "chance": chance}
 
 
 if __name__ == "__main__":
-    study.main(run)
+    study.main(run, takes=("edits", "captures"))

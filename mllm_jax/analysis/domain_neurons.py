@@ -106,9 +106,6 @@ def entropy(probability: np.ndarray) -> np.ndarray:
 def random_like(found: Found, key: int | jax.Array) -> np.ndarray:
     """A random control: as many neurons in every layer of every domain, without replacement.
 
-    The draw is over all neurons of the layer; those that were found are not excluded, so that the
-    control is the plain null hypothesis "any neurons of these layers".
-
     Args:
         found: the neurons to match.
         key: an int seed or a JAX PRNG key. The same key gives the same neurons.
@@ -116,9 +113,19 @@ def random_like(found: Found, key: int | jax.Array) -> np.ndarray:
     Returns:
         bool[D_, L, F].
     """
+    return random_mask_like(found.mask, key)
+
+
+def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
+    """As many neurons in every layer of a mask bool[..., L, F], without replacement.
+
+    The draw is over all neurons of the layer; those of the mask are not excluded, so that the
+    control is the plain null hypothesis "any neurons of these layers".
+    """
     seed = key if isinstance(key, int) else [int(word) for word in jax.random.key_data(key).ravel()]
-    neurons = np.broadcast_to(np.arange(found.mask.shape[-1]), found.mask.shape)
-    return np.random.default_rng(seed).permuted(neurons, axis=-1) < per_layer(found)[..., None]
+    neurons = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)
+    counts = mask.sum(axis=-1, keepdims=True)
+    return np.random.default_rng(seed).permuted(neurons, axis=-1) < counts
 
 
 def per_layer(found: Found) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -192,6 +193,38 @@ class Entropy:
 
     def _arrays(self):
         return self.sum, self.top, self.tokens
+
+
+def join(
+    captures: dict[str, Capture], parts: Sequence[dict[str, Any]], rows: Sequence[int], size: int
+) -> dict[str, Any]:
+    """Captures of several batches of one shape as one, on the host.
+
+    Statistics are added up, all else is put row after row (picture after picture on the vision
+    side).
+
+    Args:
+      parts: by name, of each batch.
+      rows: of each batch, how many are real; those after them only fill it up.
+      size: rows of a batch.
+    """
+    share = [n / size for n in rows]
+
+    def one(name: str, capture: Capture):
+        found = [part[name] for part in parts]
+        if capture.form == "stats":
+            return functools.reduce(Stats.merge, (stats.wide() for stats in found))
+        axis = int(capture.address.site.stacked and capture.address.layers.form != "one")
+        return jax.tree.map(lambda *arrays: _first(arrays, share, axis), *found)
+
+    return {name: one(name, capture) for name, capture in captures.items()}
+
+
+def _first(arrays, share: Sequence[float], axis: int) -> np.ndarray:
+    """Of each array the first entries of an axis, one after the other."""
+    counts = [round(part * array.shape[axis]) for array, part in zip(arrays, share, strict=True)]
+    some = [np.take(a, range(n), axis) for a, n in zip(arrays, counts, strict=True)]
+    return np.concatenate(some, axis)
 
 
 @jax.tree_util.register_dataclass
