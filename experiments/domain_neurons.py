@@ -304,21 +304,24 @@ def _row(cell: Cell, clean: dict, edited: dict, neurons: int) -> dict[str, Any]:
 def lens(this: Study) -> tuple[dict, dict]:
     """Entropy of the logit lens by layer and kind, and the stages of the image tokens' curve."""
 
-    def make(name):
-        examples = this.test[name][: this.config.lens_per_domain]
-        capture = {"lens": mj.lens(S.lm.resid_post, by=LENS_KINDS)}
-        save = this.workdir / "steps" / f"lensing-{name}.npz"
-        total = mj.reduce(
-            capture, this.model, this.asked(examples), this.edits, save=save, every=1,
-            label=f"lens, {name}",
+    def one(asked, number):
+        """Of each picture of a batch, which a bootstrap draws from: [pictures, L, kinds]."""
+        out = mj.run(
+            this.model, asked[number], this.edits,
+            {"lens": mj.lens(S.lm.resid_post, by=LENS_KINDS)}, logits="none",
         )["lens"]  # fmt: skip
-        real = slice(0, len(examples))  # the last batch is filled up with empty rows
-        kinds = [total.kinds.index(kind) for kind in LENS_KINDS]
-        return {
-            "sums": np.moveaxis(total.sum, 0, 1)[real][..., kinds],
-            "top": np.moveaxis(total.top, 0, 1)[real][..., kinds],
-            "tokens": total.tokens[0][real][..., kinds],
-        }
+        kinds = [out.kinds.index(kind) for kind in LENS_KINDS]
+        real = slice(0, len(asked.rows(number)))  # the last batch is filled up with empty rows
+        sums, top = (np.moveaxis(a, 0, 1)[real][..., kinds] for a in (out.sum, out.top))
+        return {"sums": sums, "top": top, "tokens": np.asarray(out.tokens)[0, real][:, kinds]}
+
+    def make(name):
+        asked = this.asked(this.test[name][: this.config.lens_per_domain])
+        parts = [
+            this.workdir.arrays(f"lens/{name}-{i}", functools.partial(one, asked, i))
+            for i in tqdm.tqdm(range(len(asked)), desc=f"lens, {name}", leave=False)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     found = {
         name: this.workdir.arrays(f"lens-{name}", functools.partial(make, name))

@@ -183,13 +183,18 @@ class Entropy:
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def merge(self, other: Entropy) -> Entropy:
-        """Of the rows of both."""
+        """Of the rows of both; see `wide`."""
         pairs = zip(self._arrays(), other._arrays(), strict=True)
-        both = [np.concatenate(pair, -2) for pair in pairs]
-        return Entropy(*both, self.kinds)
+        return Entropy(*(a + b for a, b in pairs), self.kinds)
 
     def wide(self) -> Entropy:
-        return Entropy(*(np.asarray(a) for a in self._arrays()), self.kinds)
+        """All rows together, without their axis, in float64 and int64: for any number of rows."""
+        return Entropy(
+            sum=np.asarray(self.sum, np.float64).sum(-2),
+            top=np.asarray(self.top, np.float64).sum(-2),
+            tokens=np.asarray(self.tokens, np.int64).sum(-2),
+            kinds=self.kinds,
+        )
 
     def _arrays(self):
         return self.sum, self.top, self.tokens
