@@ -12,23 +12,16 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from absl import app, flags
 
 from mllm_jax.data import domains, packages
+from mllm_jax.report import tables
 
 ROOT = flags.DEFINE_string("root", None, "Where the domains are kept; the user's cache by default.")
 DOMAINS = flags.DEFINE_list("domains", None, "Domains to build; all by default.")
 LICENCES = flags.DEFINE_string("licences", None, "A Markdown file to write the tables to.")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, padded so that it reads well on a terminal too."""
-    cells = [list(map(str, row)) for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def counts(indices: Sequence[dict]) -> str:
@@ -41,11 +34,11 @@ def counts(indices: Sequence[dict]) -> str:
             (index["domain"], test["examples"], train["examples"], labels, f"{size:.1f} MB")
             + (index["note"],)
         )
-    return table(("domain", "test", "train", "labels", "size", "labels and split"), rows)
+    return tables.markdown(("domain", "test", "train", "labels", "size", "labels and split"), rows)
 
 
 def sources(indices: Sequence[dict]) -> str:
-    return table(
+    return tables.markdown(
         ("domain", "package", "licence", "home"),
         (
             (
@@ -66,7 +59,7 @@ def images_by_licence(indices: Sequence[dict]) -> str:
         test, train = (index["splits"][split]["licences"] for split in ("test", "train"))
         for licence in sorted({*test, *train}):
             rows.append((index["domain"], licence, test.get(licence, 0), train.get(licence, 0)))
-    return table(("domain", "licence of the image", "test", "train"), rows)
+    return tables.markdown(("domain", "licence of the image", "test", "train"), rows)
 
 
 def page(indices: Sequence[dict]) -> str:

@@ -1,4 +1,4 @@
-"""Tables as CSV, with floats written so that they read back exactly."""
+"""Tables: as CSV, with floats written so that they read back exactly, and as Markdown."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequen
             raise ValueError(f"{path}: a row of {len(row)} values under {len(columns)} columns")
         writer.writerow(row)
     workdir.write(path, text.getvalue())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, padded so that it reads well on a terminal too.
+
+    Args:
+        head: names of the columns.
+        rows: one value a column each.
+    """
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

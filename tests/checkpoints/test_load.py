@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from benchmarks import load_memory
 from mllm_jax.checkpoints import load, save, tables, torch_file
 from mllm_jax.models import llava
 from tests.checkpoints import spellings
@@ -266,6 +267,15 @@ def test_peak_memory_is_the_model_and_one_tensor(random_model, tmp_path):
     tracemalloc.stop()
     del held
     assert peak < size + 1.1 * largest
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_large_checkpoint_in_shards():
+    """Resident memory in all: Python, the model, and one tensor of a mapped file at a time."""
+    found = load_memory.run()
+    assert found["model"] > load_memory.GIB
+    assert found["peak"] - found["model"] < 0.5 * load_memory.BOUND
+    assert found["own"] - found["model"] < found["before"] + 0.1 * load_memory.BOUND
 
 
 def test_bad_checkpoints(editable, tmp_path):

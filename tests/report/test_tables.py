@@ -13,3 +13,12 @@ def test_table_with_a_ragged_row(tmp_path):
     with pytest.raises(ValueError, match=r"t\.csv: a row of 1 values under 2 columns"):
         tables.write(tmp_path / "t.csv", ["a", "b"], [[1, 2], [3]])
     assert not (tmp_path / "t.csv").exists()
+
+
+def test_markdown():
+    assert tables.markdown(("name", "n"), [("a", 10), ("longer", 2)]).splitlines() == [
+        "| name   | n  |",
+        "|--------|----|",
+        "| a      | 10 |",
+        "| longer | 2  |",
+    ]

@@ -1,0 +1,118 @@
+"""How much memory loading takes: `python -m benchmarks.load_memory [--model=llava-1.5-7b]`.
+
+Writes a checkpoint of random bfloat16 numbers in shards, loads it in a process of its own, and
+prints the highest resident memory of that process beside the bytes of the model. The bound is the
+model and 1 GiB, Python and JAX included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from mllm_jax.checkpoints import released
+from mllm_jax.models import clip, llama, llava
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIB = 2**30
+BOUND = 1 * GIB
+
+
+def about_one_gib() -> llava.LlavaConfig:
+    """The real vision tower, a vocabulary as large as the real one, a narrower language model."""
+    lm = llama.LlamaConfig(width=1536, layers=6, heads=12, kv_heads=12, mlp=4096)
+    return llava.LlavaConfig.of(clip.ClipConfig.vit_l_14_336(), lm)
+
+
+def measure(directory: pathlib.Path) -> dict[str, float]:
+    """Loads the checkpoint in this process.
+
+    Returns:
+        In bytes: `model`, of its arrays; `before`, resident memory once everything is imported;
+        `peak`, the highest resident memory since the process began, mapped files and all; `own`,
+        the highest seen of what is not mapped from files. And the `seconds` of loading.
+    """
+    import jax
+
+    from mllm_jax.checkpoints import load
+
+    jax.devices()
+    before, own, done = _status("VmRSS"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            own.append(_status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    model = load.read_model(directory, dtype=jax.numpy.bfloat16)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return {
+        "model": size,
+        "before": before,
+        "peak": _status("VmHWM"),
+        "own": max(own),
+        "seconds": seconds,
+    }
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of Linux's account of this process."""
+    text = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE)[1])
+
+
+def run(model: str | None = None, directory: str | None = None) -> dict[str, float]:
+    """Writes the checkpoint, unless there is one, and measures in another process."""
+    if directory:
+        command = [sys.executable, "-m", "benchmarks.load_memory", f"--measure={directory}"]
+        out = subprocess.check_output(command, text=True, cwd=ROOT)
+        return json.loads(out.splitlines()[-1])
+    from tests import random_checkpoint
+
+    with tempfile.TemporaryDirectory() as temporary:
+        config = released.RELEASED[model]() if model else about_one_gib()
+        shard = random_checkpoint.SHARD if model else GIB // 4
+        random_checkpoint.write(config, pathlib.Path(temporary), shard=shard)
+        return run(directory=temporary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", choices=released.RELEASED, help="a released model; by default one of about 1 GiB"
+    )
+    parser.add_argument("--directory", help="a checkpoint that is there already")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.measure:
+        print(json.dumps(measure(pathlib.Path(asked.measure))))
+        return
+    found = run(asked.model, asked.directory)
+    for name, what in (
+        ("model", "the model"),
+        ("before", "Python, JAX and this library"),
+        ("peak", "peak resident memory"),
+        ("own", "  of it not mapped from files"),
+    ):
+        print(f"{what:32} {found[name] / GIB:8.3f} GiB")
+    over = found["peak"] - found["model"]
+    print(f"{'peak above the model':32} {over / GIB:8.3f} GiB, bound {BOUND / GIB:.0f} GiB")
+    print(f"{'time':32} {found['seconds']:8.1f} s")
+    if over > BOUND:
+        sys.exit("the bound is broken")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Writes a checkpoint of random numbers, of any size, in shards as the hub has them.
+
+    python -m tests.random_checkpoint --model=llava-1.5-7b --directory=DIR
+
+For trying what a released model costs where its weights are not at hand. It has no tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from mllm_jax.checkpoints import config as configs
+from mllm_jax.checkpoints import load, released, tables, tensors
+from mllm_jax.models import llava
+
+SHARD = 2**32  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """A tensor of random numbers, made when its turn comes; of a norm, ones."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        if "norm" in self.key:
+            return np.full(self.shape, self.key.endswith("weight"), self.dtype)
+        rng = np.random.Generator(np.random.SFC64(zlib.crc32(self.key.encode())))
+        scale = np.float32(0.02 if "embed" in self.key else self.shape[-1] ** -0.5)
+        noise = rng.standard_normal(self.shape, np.float32)
+        noise *= scale
+        return noise.astype(self.dtype)
+
+
+def write(
+    config: llava.LlavaConfig,
+    directory: pathlib.Path,
+    dtype: np.typing.DTypeLike = ml_dtypes.bfloat16,
+    shard: int = SHARD,
+) -> None:
+    """Writes the checkpoint.
+
+    Args:
+        config: of the model.
+        directory: made if it is missing.
+        dtype: of all tensors. shard: bytes that a shard may have, unless it is one tensor.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))))
+    shapes = {load.dotted(path): param.shape for path, param in state}
+    shards: list[dict[str, Noise]] = [{}]
+    for slot in sorted(tables.slots(shapes, config.projector.depth), key=lambda slot: slot.key):
+        tensor = Noise(slot.key, slot.shape, np.dtype(dtype))
+        if shards[-1] and tensor.nbytes + sum(t.nbytes for t in shards[-1].values()) > shard:
+            shards.append({})
+        shards[-1][slot.key] = tensor
+    places = {}
+    for number, part in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors.write(part, directory / name)
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(configs.to_hf(config)))
+
+
+MODEL = flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")
+DIRECTORY = flags.DEFINE_string("directory", None, "Where the checkpoint goes.")
+
+
+def main(_) -> None:
+    write(released.RELEASED[MODEL.value](), pathlib.Path(DIRECTORY.value))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["model", "directory"])
+    app.run(main)
