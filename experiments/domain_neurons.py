@@ -22,7 +22,6 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
@@ -36,7 +35,6 @@ from mllm_jax.data import batching, domains
 from mllm_jax.evaluation import score
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import domain_neurons as page
 
 SITES = {"vision": S.vision.mlp.act, "projector": S.projector.act, "lm": S.lm.mlp.act}
@@ -224,9 +222,7 @@ class Measure:
         kept = []
         for i in range(len(self.asked)):
             batch = self.asked[i]
-            features = None
-            if not _edits_vision(self.this.edits):
-                features = _features(self.this.model, batch.replace(processor=None))
+            features = study.with_features(self.this.model, batch, self.this.edits).features
             ids = score.candidate_ids(
                 self.this.processor, self.asked.candidates(i), len(batch.ids), length=self.answers
             )
@@ -257,15 +253,6 @@ class Measure:
 def _compose(masks: dict[str, np.ndarray]) -> Edits:
     edits = [mj.ablate(SITES[module][mask]) for module, mask in masks.items()]
     return functools.reduce(operator.rshift, edits, Edits())
-
-
-def _edits_vision(edits: Edits | None) -> bool:
-    return any(edit.address.site.module == "vision" for edit in edits or ())
-
-
-@jax.jit
-def _features(model, batch):
-    return model.features(batch, Taps())
 
 
 def _deviation(clean, edited, batch, rows: int) -> deviation.Sums:

@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from mllm_jax import workdir as workdir_
 from mllm_jax.data import domains
 from mllm_jax.interventions import spec
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.interventions.tap import Taps
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
@@ -35,6 +37,21 @@ def domains_of(config, split: str) -> dict[str, domains.Domain]:
     if config.paths:
         return domains.own(config.paths, split)
     return domains.embedded(split, domains=tuple(config.domains) or None)
+
+
+def with_features(model, batch, edits: Edits | None = None):
+    """The batch with its pictures read, so that passes over it leave the vision tower out.
+
+    As it is, if an edit is in the tower.
+    """
+    if any(edit.address.site.module == "vision" for edit in edits or ()):
+        return batch
+    return batch.replace(features=_features(model, batch.replace(processor=None)))
+
+
+@jax.jit
+def _features(model, batch):
+    return model.features(batch, Taps())
 
 
 def main(run: Callable, takes: Sequence[str] = ()) -> None:

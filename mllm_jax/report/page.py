@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import os
 from collections.abc import Sequence
 
@@ -81,6 +82,11 @@ class Page:
     figure: Figure | None = None
     sections: Sequence[Section] = ()
     data: Sequence[tuple[str, str]] = ()
+
+
+def number(value: float) -> str:
+    """Two decimals, with a sign that is as wide as a digit; a dash for what was not measured."""
+    return DASH if math.isnan(value) else f"{value:+.2f}".replace("-", MINUS)
 
 
 def write(path: str | os.PathLike, page: Page) -> None:

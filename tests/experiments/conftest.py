@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import runpy
 import subprocess
 import sys
 
@@ -95,6 +96,19 @@ def command(checkpoint, folders):
 
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def config_of():
+    """A config file with some fields changed: config_of("configs/embedded.py:quick", seed=1)."""
+
+    def make(name: str, **fields):
+        path, _, size = name.partition(":")
+        config = runpy.run_path(str(ROOT / path))["get_config"](*([size] if size else []))
+        config.update(fields)
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="session")

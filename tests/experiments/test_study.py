@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
 from mllm_jax.workdir import Workdir
-from tests.experiments.conftest import ROOT
 
 EVALUATE = "configs/embedded_evaluate.py"
 TEXT = "ablate lm.mlp.act[3,@neurons.json] >> add lm.resid_post[1:] @v.npy*4 where=text"
@@ -107,13 +105,12 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert not (tmp_path / "work").exists()
 
 
-def test_the_main_study_is_of_the_edited_model(checkpoint, folders, tmp_path):
+def test_the_main_study_is_of_the_edited_model(config_of, checkpoint, folders, tmp_path):
     """Neurons that are off are never counted, nor captured; the page says what was edited."""
-    config = runpy.run_path(str(ROOT / "configs/embedded.py"))["get_config"]("quick")
-    config.update(
-        model=str(checkpoint), paths=tuple(map(str, folders[:2])), train_per_domain=2,
-        test_per_domain=2, lens_per_domain=2, controls=0, batch_size=2, modules=("lm",),
-        styles=("choice",),
+    config = config_of(
+        "configs/embedded.py:quick", model=str(checkpoint), paths=tuple(map(str, folders[:2])),
+        train_per_domain=2, test_per_domain=2, lens_per_domain=2, controls=0, batch_size=2,
+        modules=("lm",), styles=("choice",),
     )  # fmt: skip
     edits = spec.parse("ablate vision.mlp.act[0] >> ablate lm.mlp.act[2]")
     captures = spec.parse_captures("fire=stats lm.mlp.act; say=lens lm.resid_post by=image")
