@@ -343,8 +343,10 @@ def _refuse_nothing(site, units, where) -> None:
 def _value(value, address: Address, spec: SiteShape):
     """A value with a leading L axis and then the rank of the site."""
     shape = _reading(value.shape, address, spec)
-    value = _scatter_units(value.astype(spec.dtype).reshape(shape), address, spec)
-    return _per_layer(value, spec.layers)
+    full = value.astype(spec.dtype).reshape(shape)
+    if value.ndim:  # a scalar stays one, however many units are listed
+        full = _scatter_units(full, address, spec)
+    return _per_layer(full, spec.layers)
 
 
 def _reading(given: tuple[int, ...], address: Address, spec: SiteShape) -> tuple[int, ...]:
@@ -394,7 +396,7 @@ def _per_layer(array, layers: int):
 def _scatter_units(value, address: Address, spec: SiteShape):
     """Values given for the listed units alone, put in the places of these units."""
     axis = 1 + unit_axis(address.site)
-    if value.shape[axis] == 1 or value.shape[axis] != _listed(address):
+    if value.shape[axis] != _listed(address):
         return value
     units = address.units.value
     shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))

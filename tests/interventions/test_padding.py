@@ -38,12 +38,12 @@ def single(make_batch):
         def cut(array, row=row, keep=keep):
             return array[[row]][:, keep]
 
-        fields = dataclasses.fields(whole.tokens)
+        columns = ("kind", "row", "column", "tile", "last")
         at = cut(whole.image_at)
         yield whole.replace(
             ids=cut(whole.ids),
             position=cut(whole.position),
-            tokens=tok.TokenMap(**{f.name: cut(getattr(whole.tokens, f.name)) for f in fields}),
+            tokens=tok.TokenMap(**{name: cut(getattr(whole.tokens, name)) for name in columns}),
             image_at=np.where(at < 0, -1, at - 4 * first),
             features=FEATURES[tiles],
             tile=whole.tile[tiles],
