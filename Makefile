@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 	@echo "open $(RESULTS)/index.html"
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 slow: $(VENV)/.tested
 	$(BIN)/python -m pytest -m slow

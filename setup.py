@@ -44,7 +44,7 @@ setuptools.setup(
         "embedded": ["gguf", "nibabel", "onnx", "pypdfium2", "pyshp", "scikit-learn"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
         "parity": ["torch==2.13.0"],
     },
 )

@@ -9,6 +9,7 @@ import random
 import runpy
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import PIL.Image
@@ -95,7 +96,13 @@ def command(checkpoint, folders):
     return make
 
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+COMPILED = tempfile.TemporaryDirectory()  # programs that one process compiled and the next needs
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
 
 
 @pytest.fixture(scope="session")
