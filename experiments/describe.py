@@ -120,6 +120,8 @@ def batch(config: LlavaConfig) -> Batch:
         pixels=each(np.float32, I, side, side, 3),
         tile=each(np.int16, I),
         real=each(np.bool_, I),
+        qformer_ids=each(np.int32, I, WORDS),
+        qformer_kind=each(np.int8, I, WORDS),
     )
 
 

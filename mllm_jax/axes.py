@@ -5,7 +5,8 @@ Every shape in a docstring, an einsum, a site or a sharding rule is spelled with
     B batch               T query positions     S key positions      L layers (always leading)
     D LM width            E vision width        N query heads        K key-value heads
     H head width          F MLP neurons         V vocabulary         P patches
-    I image tiles         Q query tokens        R edits in a sweep   C classes
+    I image tiles         Q query tokens        W Q-Former width
+    R edits in a sweep    C classes
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ LETTERS = {
     "P": "patches",
     "I": "image tiles",
     "Q": "query tokens",
+    "W": "Q-Former width",
     "R": "edits in a sweep",
     "C": "classes",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ class Site:
       about: where it is read and written.
       stacked: whether the site exists once per layer.
       lens: the TransformerLens name, for people who come from there.
-      hf: the tensor in HF transformers, for people who come from there.
+      hf: the tensor in HF transformers, for people who come from there; where InstructBLIP names it
+        otherwise, its name comes second.
     """
 
     name: str
@@ -45,6 +47,10 @@ class Site:
     @property
     def axes(self) -> tuple[str, ...]:
         return tuple(self.shape.split())
+
+    def entry(self, table: Mapping[str, Any]) -> Any:
+        """What a table by module says of this site; its own line, where it has one, comes first."""
+        return table[self.name if self.name in table else self.module]
 
     def __getitem__(self, item) -> Address:
         return Address.parse(self, item)
@@ -235,8 +241,9 @@ class Namespace:
 
 
 TABLE: tuple[Site, ...] = (
-    Site("vision.embed", "I P E", "patches with positions, after the first norm", False,
-         "hook_full_embed", "vision_model.pre_layrnorm (output)"),
+    Site("vision.embed", "I P E", "patches with positions; CLIP's after its first norm", False,
+         "hook_full_embed",
+         "vision_model.pre_layrnorm (output); vision_model.embeddings (output)"),
     Site("vision.resid_pre", "I P E", "what enters a block", True,
          "blocks.{i}.hook_resid_pre", "vision_model.encoder.layers.{i} (input)"),
     Site("vision.attn_out", "I P E", "attention output, before it is added", True,
@@ -247,10 +254,17 @@ TABLE: tuple[Site, ...] = (
          "blocks.{i}.hook_mlp_out", "vision_model.encoder.layers.{i}.mlp (output)"),
     Site("vision.resid_post", "I P E", "what leaves a block", True,
          "blocks.{i}.hook_resid_post", "vision_model.encoder.layers.{i} (output)"),
+    Site("qformer.mlp.act", "I T F",
+         "neurons of the text branch; dead in the last layer, as only queries leave", True,
+         "", "qformer.encoder.layer.{i}.intermediate (output)"),
+    Site("qformer.query_mlp.act", "I Q F", "neurons of the query branch", True,
+         "", "qformer.encoder.layer.{i}.intermediate_query (output)"),
+    Site("qformer.resid_post", "I T W", "what leaves a block, normed: queries, then text", True,
+         "", "qformer.encoder.layer.{i} (output)"),
     Site("projector.act", "I P F", "neurons: activation between two linear maps", True,
          "", "multi_modal_projector.act (output)"),
     Site("projector.out", "I P D", "image tokens in the LM's space", False,
-         "", "multi_modal_projector (output)"),
+         "", "multi_modal_projector (output); language_projection (output)"),
     Site("lm.embed", "B T D", "text and image embeddings, merged", False,
          "hook_embed", "language_model.model (inputs_embeds)"),
     Site("lm.resid_pre", "B T D", "what enters a block", True,
@@ -315,6 +329,7 @@ def _tree() -> dict[str, Any]:
 
 _ROOT = _tree()
 vision: Namespace = _ROOT["vision"]
+qformer: Namespace = _ROOT["qformer"]
 projector: Namespace = _ROOT["projector"]
 lm: Namespace = _ROOT["lm"]
 logits: Site = _ROOT["logits"]

@@ -57,14 +57,36 @@ class TokenMap:
             rows, columns = np.append(-1, rows), np.append(-1, columns)
             kind = np.append(CODE["cls"], kind)
         xp = np if isinstance(real, np.ndarray) else jax.numpy
-        shape = (len(tiles), len(rows))
-        return cls(
-            kind=xp.where(real[:, None], kind[None], CODE["pad"]).astype(np.int8),
-            row=xp.broadcast_to(rows.astype(np.int16), shape),
-            column=xp.broadcast_to(columns.astype(np.int16), shape),
-            tile=xp.broadcast_to(xp.asarray(tiles)[:, None].astype(np.int16), shape),
-            last=xp.zeros(shape, bool),
+        kind = xp.where(real[:, None], kind[None], CODE["pad"]).astype(np.int8)
+        return dataclasses.replace(
+            cls.plain(kind, tiles),
+            row=xp.broadcast_to(rows.astype(np.int16), kind.shape),
+            column=xp.broadcast_to(columns.astype(np.int16), kind.shape),
         )
+
+    @classmethod
+    def plain(cls, kind: Any, tiles: Any) -> TokenMap:
+        """The map of tokens that are on no grid.
+
+        Args:
+          kind: int8[I, T]. tiles: int[I], number of the tile that they belong to.
+        """
+        xp = np if isinstance(kind, np.ndarray) else jax.numpy
+        nowhere = xp.full(kind.shape, -1, np.int16)
+        tile = xp.broadcast_to(xp.asarray(tiles)[:, None].astype(np.int16), kind.shape)
+        return cls(kind, nowhere, nowhere, tile, xp.zeros(kind.shape, bool))
+
+    @classmethod
+    def alike(cls, name: str, count: int, tiles: Any, real: Any) -> TokenMap:
+        """`plain`, with `count` tokens of one kind for each tile that is real."""
+        xp = np if isinstance(real, np.ndarray) else jax.numpy
+        kind = xp.where(real, CODE[name], CODE["pad"]).astype(np.int8)
+        return cls.plain(xp.broadcast_to(kind[:, None], (len(kind), count)), tiles)
+
+    def followed_by(self, other: TokenMap) -> TokenMap:
+        """These tokens of each row, then those."""
+        xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
+        return jax.tree.map(lambda a, b: xp.concatenate([a, b], 1), self, other)
 
     def extended(self, steps: int) -> TokenMap:
         """With `steps` generated tokens after the prompt: of kind answer, but in empty rows."""

@@ -117,9 +117,10 @@ EMPTY = {"ids": 0, "position": 0, "image_at": -1, "kind": 0, "row": -1, "column"
 def _row(config, images: int, words: int, first: int, rng) -> dict[str, np.ndarray]:
     """The fields of one row without padding; `first` counts the images of the rows before."""
     size = config.image_tokens
-    side = config.vision.grid // config.projector.fold
-    full = config.vision.select == "full"
-    grid = tokens.TokenMap.grid(np.arange(images), (side, side), full, np.ones(images, bool))
+    side, tiles, real = config.token_grid, np.arange(images), np.ones(images, bool)
+    grid = tokens.TokenMap.grid(tiles, (side, side), size > side**2, real)
+    if not side:
+        grid = tokens.TokenMap.alike("image", size, tiles, real)
     at = np.concatenate([2 + i * (size + 1) + np.arange(size) for i in range(images)] or [[]])
     at = at.astype(int)
     T = words + images * size

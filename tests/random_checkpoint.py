@@ -17,8 +17,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, released, tables, tensors
+from mllm_jax.checkpoints import architectures, load, released, tables, tensors
 from mllm_jax.models import llava
 
 SHARD = 2**32  # bytes
@@ -37,7 +36,7 @@ class Noise:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        if "norm" in self.key:
+        if "norm" in self.key.lower():
             return np.full(self.shape, self.key.endswith("weight"), self.dtype)
         rng = np.random.Generator(np.random.SFC64(zlib.crc32(self.key.encode())))
         scale = np.float32(0.02 if "embed" in self.key else self.shape[-1] ** -0.5)
@@ -63,7 +62,9 @@ def write(
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))))
     shapes = {load.dotted(path): param.shape for path, param in state}
     shards: list[dict[str, Noise]] = [{}]
-    for slot in sorted(tables.slots(shapes, config.projector.depth), key=lambda slot: slot.key):
+    table = architectures.of(config).table(config)
+    slots = {slot.key: slot for slot in tables.slots(shapes, table)}
+    for _, slot in sorted(slots.items()):
         tensor = Noise(slot.key, slot.shape, np.dtype(dtype))
         if shards[-1] and tensor.nbytes + sum(t.nbytes for t in shards[-1].values()) > shard:
             shards.append({})
@@ -75,7 +76,7 @@ def write(
         places |= dict.fromkeys(part, name)
     index = {"metadata": {}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps(configs.to_hf(config)))
+    (directory / "config.json").write_text(json.dumps(architectures.of(config).to_hf(config)))
 
 
 MODEL = flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")

@@ -9,8 +9,9 @@ import PIL.Image
 import tokenizers
 import transformers
 
+from mllm_jax.data.instructblip import InstructBlipProcessor
 from mllm_jax.data.processor import Processor
-from mllm_jax.models import llava
+from mllm_jax.models import instructblip, llava
 
 TEXT = (
     "what is shown in the picture ? a an cat dog ship tree star cell page yes no of which one . "
@@ -62,6 +63,30 @@ def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how)
         )  # fmt: skip
 
     return Processor(tokenizer(config, template, **how), make, config)
+
+
+def qformer_tokenizer():
+    """The same words under other numbers, between [CLS] and [SEP]."""
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    vocab = {word: i for i, word in enumerate(dict.fromkeys((*special, *TEXT.split())))}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.add_special_tokens(list(special))
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(s, vocab[s]) for s in special[2:]]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]"
+    )
+
+
+def instructblip_processor(
+    config: instructblip.InstructBlipConfig, template: str | None = None
+) -> InstructBlipProcessor:
+    plain = processor(config, template)
+    return InstructBlipProcessor(
+        plain.tokenizer, plain._pictures, config, qformer_tokenizer=qformer_tokenizer()
+    )
 
 
 def picture(seed: int, height: int = 24, width: int | None = None) -> PIL.Image.Image:

@@ -88,12 +88,12 @@ _LLAMA_FIXED = {
 _MISTRAL_FIXED = {"model_type": ("mistral",), "hidden_act": ("silu", "swish")}
 
 # The fields that do not change what a trained model computes here.
-_IGNORED = frozenset(
+IGNORED = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map dropout
     dtype ignore_index image_seq_length initializer_factor initializer_range max_position_embeddings
-    name_or_path pretraining_tp projection_dim torch_dtype transformers_version use_cache
-    use_image_newline_parameter
+    max_sequence_length name_or_path pretraining_tp projection_dim torch_dtype transformers_version
+    use_cache use_image_newline_parameter
 
     bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
 
@@ -109,10 +109,10 @@ _IGNORED = frozenset(
     """.split()  # noqa: SIM905 (70 quoted words would be no easier to read)
 )
 # LLaVA and CLIP carry a stray vocabulary size; a vision tower ties nothing.
-_LLAVA_IGNORED = _IGNORED | {"vocab_size"}
-_CLIP_IGNORED = _IGNORED | {"vocab_size", "tie_word_embeddings"}
+_LLAVA_IGNORED = IGNORED | {"vocab_size"}
+_CLIP_IGNORED = IGNORED | {"vocab_size", "tie_word_embeddings"}
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -120,7 +120,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-_HF_ACTIVATIONS = {ours: hf for hf, ours in _ACTIVATIONS.items()}
+HF_ACTIVATIONS = {ours: hf for hf, ours in ACTIVATIONS.items()}
 _SELECT = {"default": "patch", "full": "full"}
 
 
@@ -148,9 +148,9 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         fields.setdefault("image_token_index", fields.pop("image_token_id"))
     tiled = fields.get("model_type") == "llava_next"
     known, fixed = (_LLAVA_NEXT, _LLAVA_NEXT_FIXED) if tiled else (_LLAVA, _LLAVA_FIXED)
-    llava = _read(fields, known, fixed, _LLAVA_IGNORED, "", problems)
+    llava = read(fields, known, fixed, _LLAVA_IGNORED, "", problems)
     vision_defaults = _CLIP if llava["vision_config"] else _CLIP | _LLAVA_CLIP
-    clip = _read(
+    clip = read(
         llava["vision_config"] or {},
         vision_defaults,
         _CLIP_FIXED,
@@ -158,19 +158,13 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         "vision_config.",
         problems,
     )
-    text = llava["text_config"] or {}
-    mistral = text.get("model_type") == "mistral"
-    known, fixed = (_MISTRAL, _MISTRAL_FIXED) if mistral else (_LLAMA, _LLAMA_FIXED)
-    llama = _read(text, known, fixed, _IGNORED, "text_config.", problems)
-    theta = _rope_theta(llama, problems)
-    if mistral:
-        _check_window(llama, problems)
-    _check_choice(llava, "projector_hidden_act", _ACTIVATIONS, "", problems)
-    _check_choice(llava, "vision_feature_select_strategy", _SELECT, "", problems)
-    _check_choice(clip, "hidden_act", _ACTIVATIONS, "vision_config.", problems)
-    _check_integer(llava, "vision_feature_layer", "", problems)
-    _check_integer(clip, "image_size", "vision_config.", problems)
-    _check_integer(clip, "patch_size", "vision_config.", problems)
+    llama = read_llama(llava["text_config"] or {}, problems)
+    check_choice(llava, "projector_hidden_act", ACTIVATIONS, "", problems)
+    check_choice(llava, "vision_feature_select_strategy", _SELECT, "", problems)
+    check_choice(clip, "hidden_act", ACTIVATIONS, "vision_config.", problems)
+    check_integer(llava, "vision_feature_layer", "", problems)
+    check_integer(clip, "image_size", "vision_config.", problems)
+    check_integer(clip, "patch_size", "vision_config.", problems)
     if not problems:
         _check_feature_layer(llava, clip, problems)
         tiling = _pinpoints(llava, clip, problems) if tiled else {}
@@ -185,7 +179,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
             mlp=clip["intermediate_size"],
             image_size=clip["image_size"],
             patch=clip["patch_size"],
-            act=_ACTIVATIONS[clip["hidden_act"]],
+            act=ACTIVATIONS[clip["hidden_act"]],
             eps=clip["layer_norm_eps"],
             feature_layer=llava["vision_feature_layer"],
             select=_SELECT[llava["vision_feature_select_strategy"]],
@@ -194,22 +188,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
             in_width=clip["hidden_size"],
             out_width=llama["hidden_size"],
             depth=llava["projector_depth"],
-            act=_ACTIVATIONS[llava["projector_hidden_act"]],
+            act=ACTIVATIONS[llava["projector_hidden_act"]],
             bias=llava["multimodal_projector_bias"],
             fold=llava["projector_fold"],
         ),
-        lm=LlamaConfig(
-            vocab=llama["vocab_size"],
-            width=llama["hidden_size"],
-            layers=llama["num_hidden_layers"],
-            heads=llama["num_attention_heads"],
-            kv_heads=llama["num_key_value_heads"] or llama["num_attention_heads"],
-            head_width=llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"],
-            mlp=llama["intermediate_size"],
-            rope_theta=theta,
-            eps=llama["rms_norm_eps"],
-            tied=bool(llava["tie_word_embeddings"] or llama["tie_word_embeddings"]),
-        ),
+        lm=llama_config(llama, tied=llava["tie_word_embeddings"]),
         image_token=llava["image_token_index"],
         **tiling,
     )
@@ -233,7 +216,7 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
     return {
         **_kind(config),
         "image_token_index": config.image_token,
-        "projector_hidden_act": _HF_ACTIVATIONS[projector.act],
+        "projector_hidden_act": HF_ACTIVATIONS[projector.act],
         "multimodal_projector_bias": projector.bias,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": {v: k for k, v in _SELECT.items()}[vision.select],
@@ -247,22 +230,10 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
             "num_attention_heads": vision.heads,
             "image_size": vision.image_size,
             "patch_size": vision.patch,
-            "hidden_act": _HF_ACTIVATIONS[vision.act],
+            "hidden_act": HF_ACTIVATIONS[vision.act],
             "layer_norm_eps": vision.eps,
         },
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": lm.vocab,
-            "hidden_size": lm.width,
-            "intermediate_size": lm.mlp,
-            "num_hidden_layers": lm.layers,
-            "num_attention_heads": lm.heads,
-            "num_key_value_heads": lm.kv_heads,
-            "head_dim": lm.head_width,
-            "rms_norm_eps": lm.eps,
-            "rope_theta": lm.rope_theta,
-            "tie_word_embeddings": lm.tied,
-        },
+        "text_config": llama_fields(lm),
     }
 
 
@@ -278,7 +249,50 @@ def _kind(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def _read(
+def read_llama(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The fields of a `text_config`, for `llama_config`; what is wrong goes into `problems`."""
+    mistral = fields.get("model_type") == "mistral"
+    known, fixed = (_MISTRAL, _MISTRAL_FIXED) if mistral else (_LLAMA, _LLAMA_FIXED)
+    llama = read(fields, known, fixed, IGNORED, "text_config.", problems)
+    if mistral:
+        _check_window(llama, problems)
+    return llama | {"rope_theta": _rope_theta(llama, problems)}
+
+
+def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig:
+    """Our config of what `read_llama` found; `tied` where the whole model says so."""
+    return LlamaConfig(
+        vocab=llama["vocab_size"],
+        width=llama["hidden_size"],
+        layers=llama["num_hidden_layers"],
+        heads=llama["num_attention_heads"],
+        kv_heads=llama["num_key_value_heads"] or llama["num_attention_heads"],
+        head_width=llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"],
+        mlp=llama["intermediate_size"],
+        rope_theta=llama["rope_theta"],
+        eps=llama["rms_norm_eps"],
+        tied=bool(tied or llama["tie_word_embeddings"]),
+    )
+
+
+def llama_fields(lm: LlamaConfig) -> dict[str, Any]:
+    """The `text_config` of a language model."""
+    return {
+        "model_type": "llama",
+        "vocab_size": lm.vocab,
+        "hidden_size": lm.width,
+        "intermediate_size": lm.mlp,
+        "num_hidden_layers": lm.layers,
+        "num_attention_heads": lm.heads,
+        "num_key_value_heads": lm.kv_heads,
+        "head_dim": lm.head_width,
+        "rms_norm_eps": lm.eps,
+        "rope_theta": lm.rope_theta,
+        "tie_word_embeddings": lm.tied,
+    }
+
+
+def read(
     fields: Mapping[str, Any],
     known: Mapping[str, Any],
     fixed: Mapping[str, tuple],
@@ -346,16 +360,18 @@ def _pinpoints(
     return {"pinpoints": tuple(pairs)}
 
 
-def _check_choice(
+def check_choice(
     fields: Mapping[str, Any], name: str, choices: Mapping, prefix: str, problems: list[str]
 ) -> None:
+    """A field that must be one of some values."""
     if fields[name] not in choices:
         problems.append(
             f"{prefix}{name}={fields[name]!r} is not supported, only {', '.join(sorted(choices))}"
         )
 
 
-def _check_integer(fields: Mapping[str, Any], name: str, prefix: str, problems: list[str]) -> None:
+def check_integer(fields: Mapping[str, Any], name: str, prefix: str, problems: list[str]) -> None:
+    """A field that may also be a list elsewhere."""
     if not isinstance(fields[name], int):
         problems.append(f"{prefix}{name}={fields[name]!r} is not supported, only one integer")
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import embedded, original, tables, tensors
+from mllm_jax.checkpoints import architectures, embedded, original, tables, tensors
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
@@ -45,8 +44,8 @@ def load(
     """Loads a model and its processor.
 
     Args:
-        name: "embedded", a directory, or a hub id, of a LLaVA checkpoint in the layout of
-            transformers or of the original code.
+        name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
+            checkpoint in the layout of transformers, or of a LLaVA in that of the original code.
         dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere.
         mesh: not supported yet, must be None.
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
@@ -64,8 +63,6 @@ def load(
         ValueError: the config or the tensors are not those of a model we have; all that is wrong
             with the tensors in one line.
     """
-    from mllm_jax.data.processor import Processor  # `data` reads checkpoints too
-
     if mesh is not None:
         raise ValueError("load(mesh=...) is not supported yet; leave it out to use one device")
     directory = locate(name)
@@ -82,7 +79,8 @@ def load(
         tower = _part(directory, fields, "mm_vision_tower", weights=False)
         how["pictures"] = functools.partial(original.image_processor, tower, model.config)
         how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
-    return model, Processor.from_directory(directory, model.config, **how)
+    processor = architectures.of(model.config).processor
+    return model, processor.from_directory(directory, model.config, **how)
 
 
 def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
@@ -119,7 +117,7 @@ def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
     if original.is_original(fields):
         tower = _part(directory, fields, "mm_vision_tower", weights=False)
         fields = original.to_hf(fields, _read_fields(tower), path)
-    return configs.from_hf(fields, path)
+    return architectures.from_hf(fields, path)
 
 
 def _read_fields(directory: pathlib.Path) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def read_model(
     graph, abstract = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     abstract = dict(nnx.to_flat_state(abstract))
     shapes = {dotted(path): param.shape for path, param in abstract.items()}
-    slots = tables.slots(shapes, config.projector.depth)
+    slots = tables.slots(shapes, architectures.of(config).table(config))
 
     problems: list[Exception] = []
     stored = _open(directory, problems)
@@ -212,7 +210,7 @@ def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
     state = dict(nnx.to_flat_state(state))
     own = {dotted(at): param for at, param in state.items() if at[0] == "projector"}
     shapes = {name: param.shape for name, param in own.items()}
-    slots = tables.slots(shapes, model.config.projector.depth)
+    slots = tables.slots(shapes, architectures.of(model.config).table(model.config))
     problems: list[Exception] = []
     overlay = _open_projector(path, slots, model.config, problems)
     _raise(problems)
@@ -227,7 +225,7 @@ def dotted(path: tuple) -> str:
 
 
 def _of_projector(key: str) -> bool:
-    return key.startswith("multi_modal_projector.")
+    return key.startswith(("multi_modal_projector.", "language_projection."))
 
 
 def _open(directory: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
@@ -327,7 +325,7 @@ def _fill(
         array = _empty(shapes[path], dtype)
         for slot in group:
             place = ... if slot.layer is None else slot.layer
-            _copy(array[place], slot.transform.ours(stored[slot.key].read()))
+            _copy(array[place], slot.ours(stored[slot.key].read()))
         arrays[path] = jax.device_put(array, may_alias=True)
     return arrays
 

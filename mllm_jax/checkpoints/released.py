@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.llava_next import LlavaNextConfig
 
@@ -15,6 +16,7 @@ RELEASED: dict[str, Callable[[], LlavaConfig]] = {
     "llava-next-vicuna-7b": LlavaNextConfig.vicuna_7b,
     "llava-next-vicuna-13b": LlavaNextConfig.vicuna_13b,
     "llava-next-mistral-7b": LlavaNextConfig.mistral_7b,
+    "instructblip-vicuna-7b": InstructBlipConfig.vicuna_7b,
 }
 
 

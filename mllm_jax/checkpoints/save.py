@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, original, tables, tensors, torch_file
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import architectures, load, original, tables, tensors, torch_file
+from mllm_jax.models import clip, llava
 
 if TYPE_CHECKING:
     from mllm_jax.data.processor import Processor
@@ -29,6 +28,7 @@ _PROCESSOR_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "qformer_tokenizer",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -51,7 +51,7 @@ def save_hf(
 ) -> pathlib.Path:
     """Writes a model as a checkpoint that transformers loads.
 
-    The vision tower ends at the layer that is read (`vision_feature_layer` becomes -1): those above
+    A CLIP tower ends at the layer that is read (`vision_feature_layer` becomes -1): those above
     were never loaded. Its final norm, which LLaVA does not use, is written as the identity. A model
     that folds patches, or whose projector is not two maps deep, is written too, with our fields
     `projector_fold` and `projector_depth`: we load that one, transformers cannot.
@@ -76,12 +76,15 @@ def save_hf(
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         tensors.write(arrays, partial / "model.safetensors")
-        fields = _merge(_source_config(source), configs.to_hf(model.config))
+        fields = architectures.of(model.config).to_hf(model.config)
+        fields = _merge(_source_config(source), fields)
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if source is not None:
-            for name in _PROCESSOR_FILES:
-                if (source / name).exists():
-                    shutil.copyfile(source / name, partial / name)
+            for path in (source / name for name in _PROCESSOR_FILES):
+                if path.is_dir():
+                    shutil.copytree(path, partial / path.name)
+                elif path.exists():
+                    shutil.copyfile(path, partial / path.name)
         partial.chmod(0o755)
         os.replace(partial, directory)
     finally:
@@ -126,8 +129,8 @@ def write_projector(
 class _Turned:
     """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
 
-    array: np.ndarray
-    slot: tables.Slot
+    arrays: list[np.ndarray]  # its parts
+    slot: tables.Slot  # of one of them
 
     @property
     def shape(self) -> tables.Shape:
@@ -135,10 +138,11 @@ class _Turned:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.array.dtype
+        return self.arrays[0].dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.ascontiguousarray(self.slot.transform.hf(self.array), dtype)
+        parts = [self.slot.transform.hf(array) for array in self.arrays]
+        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype)
 
 
 def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
@@ -150,13 +154,17 @@ def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
     }
     arrays = {path: np.asarray(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
-    return {
-        slot.key: _Turned(arrays[slot.path][... if slot.layer is None else slot.layer], slot)
-        for slot in tables.slots(shapes, model.config.projector.depth)
-    }
+    table = architectures.of(model.config).table(model.config)
+    found: dict[str, _Turned] = {}
+    for slot in tables.slots(shapes, table):
+        array = arrays[slot.path][... if slot.layer is None else slot.layer]
+        found.setdefault(slot.key, _Turned([], slot)).arrays.append(array)
+    return found
 
 
 def _identity_norm(model: llava.Llava) -> dict[str, np.ndarray]:
+    if not isinstance(model.vision, clip.ClipVision):
+        return {}
     name, width = "vision_tower.vision_model.post_layernorm", model.config.vision.width
     dtype = model.vision.cls.dtype
     return {f"{name}.weight": np.ones(width, dtype), f"{name}.bias": np.zeros(width, dtype)}

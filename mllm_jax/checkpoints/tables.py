@@ -52,11 +52,16 @@ class Row:
         key: Hugging Face key, with `{layer}` where it has a layer number.
         path: our path.
         transform: how the axes are turned.
+        part: (number, count) where the tensor is several of ours, one after the other on its first
+            axis.
+        every: what our layer number is multiplied with to give theirs.
     """
 
     key: str
     path: str
     transform: Transform
+    part: tuple[int, int] = (0, 1)
+    every: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class Slot:
         path: our path. layer: index on its L axis, or None when it has none.
         shape: the shape of the Hugging Face tensor.
         transform: how the axes are turned.
+        part: which part of the tensor it is, see `Row`.
     """
 
     key: str
@@ -75,49 +81,61 @@ class Slot:
     layer: int | None
     shape: Shape
     transform: Transform
+    part: tuple[int, int] = (0, 1)
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """What stands here, of a Hugging Face tensor."""
+        number, count = self.part
+        return self.transform.ours(np.split(tensor, count)[number])
 
 
-def _rows(hf: str, ours: str, *rows: tuple[str, str, Transform]) -> tuple[Row, ...]:
-    return tuple(Row(f"{hf}.{key}", f"{ours}.{path}", transform) for key, path, transform in rows)
+def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
+    """Rows under a prefix; a line of the table is (key, path, transform), or with a part."""
+    return tuple(
+        Row(f"{hf}.{key}", f"{ours}.{path}", *rest, every=every) for key, path, *rest in table
+    )
 
 
-def _linear(hf: str, ours: str) -> tuple[tuple[str, str, Transform], ...]:
-    return (f"{hf}.weight", f"{ours}.kernel", LINEAR), (f"{hf}.bias", f"{ours}.bias", COPY)
+def linear(hf: str, ours: str, *part: tuple[int, int]) -> tuple[tuple, ...]:
+    """The lines of a linear map."""
+    weight = (f"{hf}.weight", f"{ours}.kernel", LINEAR, *part)
+    return weight, (f"{hf}.bias", f"{ours}.bias", COPY, *part)
 
 
-def _norm(hf: str, ours: str) -> tuple[tuple[str, str, Transform], ...]:
+def norm(hf: str, ours: str) -> tuple[tuple, ...]:
+    """The lines of a layer norm."""
     return (f"{hf}.weight", f"{ours}.scale", COPY), (f"{hf}.bias", f"{ours}.bias", COPY)
 
 
-CLIP = _rows(
+CLIP = rows(
     "vision_tower.vision_model",
     "vision",
     ("embeddings.class_embedding", "cls", COPY),
     ("embeddings.patch_embedding.weight", "patch.kernel", PATCHES),
     ("embeddings.position_embedding.weight", "position", COPY),
-    *_norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
-) + _rows(
+    *norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
+) + rows(
     "vision_tower.vision_model.encoder.layers.{layer}",
     "vision.layers",
-    *_norm("layer_norm1", "norm1"),
-    *_linear("self_attn.q_proj", "attn.q"),
-    *_linear("self_attn.k_proj", "attn.k"),
-    *_linear("self_attn.v_proj", "attn.v"),
-    *_linear("self_attn.out_proj", "attn.o"),
-    *_norm("layer_norm2", "norm2"),
-    *_linear("mlp.fc1", "mlp.up"),
-    *_linear("mlp.fc2", "mlp.down"),
+    *norm("layer_norm1", "norm1"),
+    *linear("self_attn.q_proj", "attn.q"),
+    *linear("self_attn.k_proj", "attn.k"),
+    *linear("self_attn.v_proj", "attn.v"),
+    *linear("self_attn.out_proj", "attn.o"),
+    *norm("layer_norm2", "norm2"),
+    *linear("mlp.fc1", "mlp.up"),
+    *linear("mlp.fc2", "mlp.down"),
 )
 
 NEWLINE = (Row("image_newline", "newline", COPY),)  # of LLaVA-NeXT
 
-LLAMA = _rows(
+LLAMA = rows(
     "language_model",
     "lm",
     ("model.embed_tokens.weight", "embed", COPY),
     ("model.norm.weight", "norm.scale", COPY),
     ("lm_head.weight", "head.kernel", LINEAR),
-) + _rows(
+) + rows(
     "language_model.model.layers.{layer}",
     "lm.layers",
     ("input_layernorm.weight", "attn_norm.scale", COPY),
@@ -134,22 +152,27 @@ LLAMA = _rows(
 
 def projector(depth: int) -> tuple[Row, ...]:
     """The table of a projector of `depth` linear maps; HF counts them from 1."""
-    names = (_linear(f"linear_{n + 1}", f"linears.{n}") for n in range(depth))
-    return _rows("multi_modal_projector", "projector", *(row for pair in names for row in pair))
+    lines = (linear(f"linear_{n + 1}", f"linears.{n}") for n in range(depth))
+    return rows("multi_modal_projector", "projector", *(line for pair in lines for line in pair))
 
 
-def slots(shapes: Mapping[str, Shape], depth: int) -> list[Slot]:
-    """The place of every tensor of a LLaVA model.
+def llava(config: LlavaConfig) -> tuple[Row, ...]:
+    """The table of a LLaVA or LLaVA-NeXT model."""
+    return CLIP + projector(config.projector.depth) + NEWLINE + LLAMA
+
+
+def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
+    """The place of every tensor of a model.
 
     Args:
-        shapes: our path -> shape, of all parameters, L axis included. Rows of parameters that the
-            model does not have (a tied head, biases) fall away.
-        depth: linear maps in the projector.
+        shapes: our path -> shape, of all parameters, L axis included.
+        table: of its architecture. Rows of parameters that the model does not have (a tied head,
+            biases) fall away.
 
     Returns:
         The slots, those of one path next to each other.
     """
-    table = [row for row in CLIP + projector(depth) + NEWLINE + LLAMA if row.path in shapes]
+    table = [row for row in table if row.path in shapes]
     if unknown := set(shapes) - {row.path for row in table}:
         raise ValueError(f"parameters without a row in the key tables: {sorted(unknown)}")
     return [slot for row in table for slot in _slots(row, shapes[row.path])]
@@ -157,16 +180,19 @@ def slots(shapes: Mapping[str, Shape], depth: int) -> list[Slot]:
 
 def _slots(row: Row, shape: Shape) -> list[Slot]:
     stacked = "{layer}" in row.key
-    hf_shape = row.transform.hf(np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)).shape
+    first, *rest = row.transform.hf(
+        np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)
+    ).shape
     return [
         Slot(
-            key=row.key.format(layer=layer),
+            key=row.key.format(layer=layer * row.every) if stacked else row.key,
             path=row.path,
-            layer=layer,
-            shape=hf_shape,
+            layer=layer if stacked else None,
+            shape=(first * row.part[1], *rest),
             transform=row.transform,
+            part=row.part,
         )
-        for layer in (range(shape[0]) if stacked else [None])
+        for layer in range(shape[0] if stacked else 1)
     ]
 
 
@@ -278,14 +304,15 @@ def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfi
         raise ValueError(f"tensors do not fit the config: {'; '.join(parts)}")
 
 
+_LAYER = re.compile(r"(?:(?<=layers\.)|(?<=layer\.))\d+")
+
+
 def brief(keys: Iterable[str]) -> list[str]:
     """Keys that differ in the layer number alone, in one: `layers.{0,1,2}.mlp.fc1.weight`."""
     layers: dict[str, list[str]] = {}
     for key in keys:
-        number = re.search(r"(?<=layers\.)\d+", key)
-        layers.setdefault(re.sub(r"(?<=layers\.)\d+", "{}", key, count=1), []).append(
-            number[0] if number else ""
-        )
+        number = _LAYER.search(key)
+        layers.setdefault(_LAYER.sub("{}", key, count=1), []).append(number[0] if number else "")
     return [
         pattern.replace("{}", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
         for pattern, numbers in layers.items()

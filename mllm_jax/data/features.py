@@ -37,7 +37,7 @@ def vision_features(
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = path.with_suffix(".json")
     vision = model.config.vision
-    tokens = model.config.tiles * (vision.grid**2 + (vision.select == "full"))
+    tokens = model.config.tiles * vision.feature_tokens
     shape = (len(examples), tokens, vision.width)
     done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
     mode = "r+" if done else "w+"

@@ -46,6 +46,7 @@ class Row:
     positions: list[int] = dataclasses.field(default_factory=list)
     segments: list[int] = dataclasses.field(default_factory=list)
     prompt: int = 0  # tokens of the prompt, or of the first of several
+    told: list[Row] = dataclasses.field(default_factory=list)  # for each image, a Q-Former's text
 
     def add(
         self, ids: Sequence[int], kinds: Sequence[int], patches=None, *, segment: int = 0, at=None
@@ -70,7 +71,12 @@ class Processor:
       image_aspect_ratio: what the original LLaVA calls so. "square" leaves a picture to the image
         processor, which crops it; "pad" first makes it square with bars of the mean colour, as
         LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "square", or "anyres" there.
+
+    Attributes:
+      anew: whether a picture is read anew for each question about it.
     """
+
+    anew = False
 
     def __init__(
         self,
@@ -95,7 +101,13 @@ class Processor:
 
     @classmethod
     def from_directory(
-        cls, directory, config: LlavaConfig, *, pictures=None, image_aspect_ratio: str | None = None
+        cls,
+        directory,
+        config: LlavaConfig,
+        *,
+        pictures=None,
+        image_aspect_ratio: str | None = None,
+        **parts,
     ) -> Processor:
         """Of a local checkpoint directory.
 
@@ -103,22 +115,18 @@ class Processor:
           directory: of the checkpoint. config: of the model.
           pictures: makes the image processor; None is that of the directory.
           image_aspect_ratio: see the class.
+          parts: what else the class takes.
         """
-        from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
-
         directory = pathlib.Path(directory)
-        if not (directory / "tokenizer.json").exists():
-            raise FileNotFoundError(
-                f"{directory} has no tokenizer.json: save the tokenizer there with save_pretrained"
-            )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = read_tokenizer(directory)
         tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
         if IMAGE not in tokenizer.get_vocab():  # the original LLaVA code has none
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
             added = tokenizer.convert_tokens_to_ids(IMAGE)
             config = dataclasses.replace(config, image_token=added)
         pictures = pictures or functools.partial(_image_processor, directory)
-        return cls(tokenizer, pictures, config, directory, image_aspect_ratio=image_aspect_ratio)
+        parts["image_aspect_ratio"] = image_aspect_ratio
+        return cls(tokenizer, pictures, config, directory, **parts)
 
     @functools.cached_property
     def image_processor(self):
@@ -183,7 +191,7 @@ class Processor:
         rows: int | None = None,
         length: int | None = None,
     ) -> Batch:
-        """Several questions on one picture in one row: the picture is read once.
+        """Several questions on one picture in one row: the picture is read once (but see `anew`).
 
         Each question with its answer is a segment of its own. It sees the picture and not the
         other questions, at the positions that it would have alone.
@@ -200,14 +208,18 @@ class Processor:
             for segment, (question, answer) in enumerate(pairs, 1):
                 if IMAGE in question:
                     raise ValueError(f"the packed question {question!r} names its picture again")
-                alone = self._row(question, shown)
+                alone = self._row(question, shown, first=len(row.told))
+                ids, kinds, patches = alone.ids, alone.kinds, alone.patches
+                row.told += alone.told
                 if shared is None:  # up to the question all rows of a template are the same
-                    shared = alone.kinds.index(tokens.CODE["question"])
-                    row.add(alone.ids[:shared], alone.kinds[:shared], alone.patches[:shared])
-                    row.prompt = len(alone.ids)
-                row.add(alone.ids[shared:], alone.kinds[shared:], segment=segment, at=shared)
-                self._answer(row, answer, segment=segment, at=len(alone.ids))
+                    shared = 0 if self.anew else kinds.index(tokens.CODE["question"])
+                    row.add(ids[:shared], kinds[:shared], patches[:shared])
+                    row.prompt = len(ids)
+                row.add(ids[shared:], kinds[shared:], patches[shared:], segment=segment, at=shared)
+                self._answer(row, answer, segment=segment, at=len(ids))
             made.append(row)
+        if self.anew:
+            pictures = [shown * len(pairs) for shown, pairs in zip(pictures, turns, strict=True)]
         return self._batch(made, pictures, features, rows, length, False)
 
     def _answer(self, row: Row, answer: str, *, segment: int = 0, at: int | None = None) -> None:
@@ -281,44 +293,45 @@ class Processor:
         begin = self.tokenizer.bos_token
         return self._in_parts and not (begin and text.startswith(begin))
 
-    def _row(self, prompt: str, pictures: Sequence[Picture]) -> Row:
+    def _row(self, prompt: str, pictures: Sequence[Picture], first: int = 0) -> Row:
+        """The tokens of a prompt; `first` counts the pictures that stand in the row before it."""
         text, question = self.render(prompt, len(pictures))
         if text.count(IMAGE) != len(pictures):
             raise ValueError(
                 f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} "
                 f"for {len(pictures)} pictures"
             )
-        coded = self.tokenizer(
-            text, add_special_tokens=self._bare(prompt, text), return_offsets_mapping=True,
-            return_attention_mask=False,
-        )  # fmt: skip
-        row, places = Row(), self.config.tiles * self.config.image_tokens
-        layouts = enumerate(picture.layout for picture in pictures)
-        for token, (low, high) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        row, shown = Row(), enumerate(pictures, first)
+        for token, kind in zip(*self._coded(prompt, text, question), strict=True):
             if token == self.config.image_token:
-                number, layout = next(layouts)
-                patches = layout.patches
-                kinds = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
-                patches = np.where(patches < 0, -1, number * places + patches)
-                row.add([token] * len(patches), kinds.tolist(), patches.tolist())
+                self._add_picture(row, *next(shown))
             else:
-                asked = low < question.stop and high > question.start and high > low
-                row.add([token], [tokens.CODE["question" if asked else "system"]])
+                row.add([token], [kind])
         row.prompt = len(row.ids)
         return row
+
+    def _add_picture(self, row: Row, number: int, picture: Picture) -> None:
+        """Appends the tokens of the row's picture of this number."""
+        places, patches = self.config.tiles * self.config.image_tokens, picture.layout.patches
+        kinds = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
+        patches = np.where(patches < 0, -1, number * places + patches)
+        row.add([self.config.image_token] * len(patches), kinds.tolist(), patches.tolist())
+
+    def _coded(self, prompt: str, text: str, question: slice) -> tuple[list[int], list[int]]:
+        """Ids and kinds of the whole text of a prompt."""
+        return coded(self.tokenizer, text, question, special=self._bare(prompt, text))
 
     def _batch(self, made: list[Row], pictures, features, rows, length, left: bool) -> Batch:
         missing = max(0, (rows or 0) - len(made))
         made, pictures = made + [Row()] * missing, pictures + [[]] * missing
         longest = max(len(row.ids) for row in made)
-        T = length or next((n for n in LENGTHS if n >= longest), -(-longest // LONGER) * LONGER)
+        T = length or padded(longest)
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
-        place, count = _places(pictures)
+        place, count = _places(pictures, made)
         B, tiles = len(made), self.config.tiles * max((len(p) for p in pictures), default=0)
-        n = self.config.image_tokens
-        side = round(n**0.5)
+        n, side = self.config.image_tokens, self.config.token_grid
         ids = np.full((B, T), self.tokenizer.eos_token_id, np.int32)
         position, segment = np.zeros((2, B, T), np.int32)
         kind = np.zeros((B, T), np.int8)
@@ -336,16 +349,16 @@ class Processor:
             image_at[b, at[kinds == tokens.CODE["newline"]]] = count * tiles * n
             places, number = at[patches >= 0], patches[patches >= 0]
             image_at[b, places] = place[b] * tiles * n + number
-            patch = number % n - (n - side**2)  # a CLS token, where it is kept, is at -1
             grid["tile"][b, places] = number // n
-            grid["row"][b, places] = np.where(patch < 0, -1, patch // side)
-            grid["column"][b, places] = np.where(patch < 0, -1, patch % side)
+            patch = number % n - (n - side**2)  # what is no patch, such as CLS, comes first
+            places, patch = places[patch >= 0], patch[patch >= 0]
+            grid["row"][b, places], grid["column"][b, places] = np.divmod(patch, max(side, 1))
         seen = [[]] * count
         for at, row in zip(place, pictures, strict=True):
             seen[at] = seen[at] or row
         pixels, real = self._pixels(seen, tiles, features is None)
         if features is not None:
-            features = np.pad(features, ((0, missing), (0, 0), (0, 0)))
+            features = _spread(features, pictures, tiles // self.config.tiles)
             features = features.reshape(len(real), -1, features.shape[-1])
         return Batch(
             ids=ids,
@@ -431,18 +444,54 @@ def _key(picture) -> int | str:
     return str(picture) if isinstance(picture, (str, pathlib.Path)) else id(picture)
 
 
-def _places(pictures: list[list[Picture]]) -> tuple[list[int], int]:
+def _places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
     """Where each row's pictures stand among all, and how many places there are.
 
-    Rows of the same pictures share a place; then the places are a power of two: few shapes.
+    Rows that read the same pictures, and are told the same of them, share a place; then the places
+    are a power of two: few shapes.
     """
-    keys = [tuple(id(p.image) for p in row if p.image is not None) for row in pictures]
+
+    def key(shown: list[Picture], row: Row) -> tuple:
+        images = tuple(id(p.image) for p in shown if p.image is not None)
+        return images and (images, tuple(tuple(told.ids) for told in row.told))
+
+    keys = [key(*pair) for pair in zip(pictures, rows, strict=True)]
     distinct = list(dict.fromkeys(filter(None, keys)))
     if len(distinct) == sum(map(bool, keys)):
         return list(range(len(keys))), len(keys)
     return [distinct.index(key) if key else 0 for key in keys], 2 ** (
         len(distinct) - 1
     ).bit_length()
+
+
+def coded(tokenizer, text: str, question: slice, *, special: bool) -> tuple[list[int], list[int]]:
+    """Ids and kinds of a text: the question, and all else.
+
+    Args:
+      question: which characters it is.
+      special: whether the tokenizer adds its special tokens.
+    """
+    found = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False
+    )
+    asked = (
+        low < question.stop and high > question.start and high > low
+        for low, high in found["offset_mapping"]
+    )
+    return found["input_ids"], [tokens.CODE["question" if a else "system"] for a in asked]
+
+
+def padded(length: int) -> int:
+    """The nearest of LENGTHS."""
+    return next((n for n in LENGTHS if n >= length), -(-length // LONGER) * LONGER)
+
+
+def _spread(features: np.ndarray, pictures: list[list[Picture]], count: int) -> np.ndarray:
+    """Features of one picture a row at each place [B, count] where it is read, zero elsewhere."""
+    out = np.zeros((len(pictures), count, *features.shape[1:]), features.dtype)
+    for places, row, values in zip(out, pictures, features, strict=False):
+        places[: len(row)] = values
+    return out
 
 
 def _labels(kind: np.ndarray) -> np.ndarray | None:
@@ -482,6 +531,17 @@ def _chat_template(directory: pathlib.Path) -> str | None:
     if wrapped.exists():
         return json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"]
     return None
+
+
+def read_tokenizer(directory: pathlib.Path):
+    """The tokenizer that was saved there."""
+    from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
+
+    if not (directory / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer.json: save the tokenizer there with save_pretrained"
+        )
+    return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
 def _image_processor(directory: pathlib.Path):

@@ -16,9 +16,12 @@ from mllm_jax.interventions import edits
 from mllm_jax.precision import at_least_float32
 from mllm_jax.sites import Address
 
-# The kinds a module's tokens can have: statistics are split by these.
+# The kinds a module's or a site's tokens can have: statistics are split by these.
 KINDS_OF = {
     "vision": ("cls", "image"),
+    "qformer": ("query", "system", "question"),
+    "qformer.mlp.act": ("system", "question"),
+    "qformer.query_mlp.act": ("query",),
     "projector": ("cls", "image"),
     "lm": ("system", "question", "image", "newline", "answer"),
     "logits": ("system", "question", "image", "newline", "answer"),
@@ -98,12 +101,13 @@ def _split(target, by) -> tuple[str, ...] | None:
     if by is None:
         return None
     by = (by,) if isinstance(by, str) else tuple(by)
-    module = Address.of(target).site.module
-    if not set(by) <= set(tokens.kind) or not set(by) & set(KINDS_OF[module]):
+    site = Address.of(target).site
+    kinds = site.entry(KINDS_OF)
+    if not set(by) <= set(tokens.kind) or not set(by) & set(kinds):
         raise ValueError(
-            f"by={', '.join(by)}: kinds of {module} tokens are {', '.join(KINDS_OF[module])}"
+            f"by={', '.join(by)}: kinds of {site.module} tokens are {', '.join(kinds)}"
         )
-    return tuple(kind for kind in KINDS_OF[module] if kind in by)
+    return tuple(kind for kind in kinds if kind in by)
 
 
 @jax.tree_util.register_dataclass
@@ -297,7 +301,7 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     units = None
     if address.units.form != "all":
         units = address.units.indices(spec.shape[edits.unit_axis(site)], f"{site.name}: unit")
-    map_ = maps[site.module]
+    map_ = site.entry(maps)
     return BoundCapture(
         capture.form, site, capture.by, capture.k, count, single,
         slots, order, units, capture.where.mask(map_), map_.kind,

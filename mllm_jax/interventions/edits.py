@@ -248,7 +248,7 @@ def bind(
 
     Args:
       shapes: the sites that this pass runs through.
-      maps: the token map of each module.
+      maps: the token map of each module, and of sites that have one of their own.
 
     Raises:
       ValueError: a site this pass does not have, a layer or unit out of range, a mask or value
@@ -265,18 +265,19 @@ def look_up(site: sites.Site, shapes: dict[str, SiteShape]) -> SiteShape:
 
 def unit_axis(site: sites.Site) -> int:
     """Which axis of the site its units are on: the first that is neither rows nor tokens."""
-    return next(i for i, axis in enumerate(site.axes) if axis not in "BITPS")
+    return next(i for i, axis in enumerate(site.axes) if axis not in "BITPSQ")
 
 
 def token_axis(site: sites.Site) -> int:
-    return next(i for i, axis in enumerate(site.axes) if axis in "TP")
+    return next(i for i, axis in enumerate(site.axes) if axis in "TPQ")
 
 
 def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     site = edit.address.site
     spec = look_up(site, shapes)
     units = edit.address.mask(spec.layers, spec.shape[unit_axis(site)])
-    where = edit.where.mask(maps[site.module])
+    map_ = site.entry(maps)
+    where = edit.where.mask(map_)
     _refuse_nothing(site, units, where)
     fit = _value if edit.kind not in SUBSPACES else _basis
     values = {
@@ -286,7 +287,7 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     if edit.route is not None:
         where, along = _route(site, where, *edit.route)
     if edit.on is not None:
-        along = {"hidden": edit.on.mask(maps[site.module])}
+        along = {"hidden": edit.on.mask(map_)}
         _refuse_nothing(site, units, along["hidden"])
     if edit.strengths is not None:
         step = maps[site.module].step.clip(0, len(edit.strengths) - 1)

@@ -44,6 +44,11 @@ class ClipConfig:
         return self.image_size // self.patch
 
     @property
+    def feature_tokens(self) -> int:
+        """Tokens of its features."""
+        return self.grid**2 + (self.select == "full")
+
+    @property
     def run_layers(self) -> int:
         """Blocks below the feature layer: those that exist here."""
         at = self.feature_layer

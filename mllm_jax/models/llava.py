@@ -51,8 +51,12 @@ class LlavaConfig:
     @property
     def image_tokens(self) -> int:
         """Tokens of one tile in the LM."""
-        patches = self.vision.grid**2 // self.projector.fold**2
-        return patches + (self.vision.select == "full")
+        return self.token_grid**2 + (self.vision.select == "full")
+
+    @property
+    def token_grid(self) -> int:
+        """Rows, and columns, of the square that a tile's tokens are; 0 where they are none."""
+        return self.vision.grid // self.projector.fold
 
     @property
     def tiles(self) -> int:
@@ -115,6 +119,8 @@ class Batch:
       segment: int32[B, T] or None. Several questions on one picture share a row: a token sees
         segment 0 (the picture) and its own.
       labels: int32[B, A] or None, where the answer tokens are, -1 to fill up.
+      qformer_ids: int32[I, T] or None: what a Q-Former is told, for each image, as its own tokens.
+      qformer_kind: int8[I, T] or None, kinds of these tokens.
       processor: made the batch; turns tokens into text. Static.
     """
 
@@ -128,6 +134,8 @@ class Batch:
     features: Any = None
     segment: Any = None
     labels: Any = None
+    qformer_ids: Any = None
+    qformer_kind: Any = None
     processor: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -153,8 +161,8 @@ class Llava(nnx.Module):
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """The token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
-        vision, fold = self.config.vision, self.config.projector.fold
-        grid, folded = (vision.grid,) * 2, (vision.grid // fold,) * 2
+        vision = self.config.vision
+        grid, folded = (vision.grid,) * 2, (self.config.token_grid,) * 2
         full = vision.select == "full"
         maps = {
             "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.real),

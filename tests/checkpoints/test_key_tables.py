@@ -26,7 +26,7 @@ def shapes_of(config):
 )
 def test_every_parameter_has_its_place(make):
     shapes = shapes_of(make())
-    slots = tables.slots(shapes, 2)
+    slots = tables.slots(shapes, tables.llava(TINY))
     assert {slot.path for slot in slots} == set(shapes)
     assert len({slot.key for slot in slots}) == len(slots)
     total = sum(np.prod(shape) for shape in shapes.values())
@@ -35,7 +35,7 @@ def test_every_parameter_has_its_place(make):
 
 def test_a_parameter_without_a_row():
     with pytest.raises(ValueError, match=r"without a row in the key tables: \['lm.gizmo'\]"):
-        tables.slots({"lm.gizmo": (3,)}, 2)
+        tables.slots({"lm.gizmo": (3,)}, tables.LLAMA)
 
 
 @pytest.mark.parametrize("transform", [tables.COPY, tables.LINEAR, tables.PATCHES])
@@ -85,7 +85,7 @@ def test_spellings(key, spelling):
 
 
 def test_everything_wrong_in_one_error():
-    slots = tables.slots(shapes_of(TINY), 2)
+    slots = tables.slots(shapes_of(TINY), tables.llava(TINY))
     found = {slot.key: slot.shape for slot in slots}
     tables.check(found, slots, TINY)
     for layer in range(TINY.lm.layers):

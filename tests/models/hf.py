@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from mllm_jax import sites, tokens
-from mllm_jax.checkpoints import tables
+from mllm_jax.checkpoints import architectures, tables
 from mllm_jax.interventions import captures, edits, run
-from mllm_jax.models import llava
+from mllm_jax.models import instructblip, llava
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -80,13 +80,46 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
     )
 
 
+def instructblip_config(config: instructblip.InstructBlipConfig) -> transformers.InstructBlipConfig:
+    vision, qformer = config.vision, config.qformer
+    return transformers.InstructBlipConfig(
+        vision_config=transformers.InstructBlipVisionConfig(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            intermediate_size=vision.mlp,
+            image_size=vision.image_size,
+            patch_size=vision.patch,
+            hidden_act=ACTIVATIONS.get(vision.act, vision.act),
+            layer_norm_eps=vision.eps,
+            **ATTENTION,
+        ),
+        qformer_config=transformers.InstructBlipQFormerConfig(
+            vocab_size=qformer.vocab,
+            max_position_embeddings=qformer.positions,
+            hidden_size=qformer.width,
+            num_hidden_layers=qformer.layers,
+            num_attention_heads=qformer.heads,
+            intermediate_size=qformer.mlp,
+            cross_attention_frequency=qformer.look_every,
+            hidden_act=ACTIVATIONS.get(qformer.act, qformer.act),
+            layer_norm_eps=qformer.eps,
+            **ATTENTION,
+        ),
+        text_config=llama_config(config.lm),
+        num_query_tokens=qformer.queries,
+        image_token_index=config.image_token,
+        **ATTENTION,
+    )
+
+
 def random(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """The network with weights that keep its tensors of order 1; no scale is 1 and no bias 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.normal_(generator=generator)
-            if "norm" in name:
+            if "norm" in name.lower():
                 weight.mul_(0.2).add_(name.endswith("weight"))
             elif name.endswith("bias"):
                 weight.mul_(0.2)
@@ -112,13 +145,13 @@ def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = 
     shapes = {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
     theirs = {tables.canonical(prefix + k): v.numpy() for k, v in network.state_dict().items()}
     parts = {key.split(".")[0] for key in theirs}
-    slots = [slot for slot in tables.slots(shapes, config.projector.depth)
-             if slot.key.split(".")[0] in parts]  # fmt: skip
+    table = architectures.of(config).table(config)
+    slots = [slot for slot in tables.slots(shapes, table) if slot.key.split(".")[0] in parts]
     tables.check({key: array.shape for key, array in theirs.items()}, slots, config)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for slot in slots:
         place = ... if slot.layer is None else slot.layer
-        arrays[slot.path][place] = slot.transform.ours(theirs[slot.key])
+        arrays[slot.path][place] = slot.ours(theirs[slot.key])
     return jax.tree.map_with_path(lambda path, _: jnp.asarray(arrays[name(path)]), abstract)
 
 
@@ -156,9 +189,13 @@ def tensors(
     modules = {tables.canonical(f"{name}."): module for name, module in named}
     hooks = []
     for name in set(names) - {"logits"}:
-        path, read = re.fullmatch(r"(\S+) \((\w+)\)", sites.get(name).hf).groups()
-        path = re.compile(r"(vision_tower\.)?" + re.escape(path).replace(r"\{i\}", r"\d+") + r"\.")
-        hooks += [watch(m, name, read) for key, m in modules.items() if path.fullmatch(key)]
+        for path, read in re.findall(r"(\S+) \((\w+)\)", sites.get(name).hf):
+            path = re.escape(path).replace(r"\{i\}", r"\d+")
+            path = re.compile(rf"(vision_tower\.)?{path}\.")
+            there = [module for key, module in modules.items() if path.fullmatch(key)]
+            hooks += [watch(module, name, read) for module in there]
+            if there:  # of two names, the second is for networks without the first
+                break
     inputs = {key: torch.from_numpy(np.asarray(value)) for key, value in inputs.items()}
     with torch.no_grad():
         out = network(**inputs)
@@ -192,10 +229,18 @@ def worst(got: dict, want: dict, maps: dict[str, tokens.TokenMap]) -> dict[str, 
         site, theirs = sites.get(name), want[name]
         ours = np.asarray(got[name]).reshape(theirs.shape)  # theirs has all heads in one axis
         axis = edits.token_axis(site) + site.stacked
-        real = np.asarray(maps[site.module].kind) != tokens.CODE["pad"]
+        real = np.asarray(site.entry(maps).kind) != tokens.CODE["pad"]
         ours, theirs = (np.moveaxis(a, (axis - edits.token_axis(site), axis), (0, 1))[real]
                         for a in (ours, theirs))  # fmt: skip
         assert np.abs(theirs).max() > 0.1, f"{name}: a reference of zeros proves nothing"
         return float(np.abs(ours - theirs).max())
 
     return {name: one(name) for name in want}
+
+
+def distance(logits, reference) -> tuple[float, float]:
+    """How far logits [n, V] are from others: mean KL divergence in nats, and share of other tops."""
+    p, q = (torch.log_softmax(torch.as_tensor(np.asarray(x, np.float64)), -1)
+            for x in (reference, logits))  # fmt: skip
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    return float(divergence), float((p.argmax(-1) != q.argmax(-1)).double().mean())

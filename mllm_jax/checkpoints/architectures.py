@@ -1,0 +1,70 @@
+"""The architectures we have: all that differs between them outside of the networks, in one table.
+
+A new architecture is a config class that builds its network, and one line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mllm_jax.checkpoints import config as llava_checkpoints
+from mllm_jax.checkpoints import instructblip as instructblip_checkpoints
+from mllm_jax.checkpoints import tables
+from mllm_jax.data.instructblip import InstructBlipProcessor
+from mllm_jax.data.processor import Processor
+from mllm_jax.models.instructblip import InstructBlipConfig
+from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.models.llava_next import LlavaNextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A kind of checkpoint.
+
+    Attributes:
+        config: our config class. It builds the network.
+        from_hf: the fields of a `config.json`, and what to call the file, to our config.
+        to_hf: our config to these fields.
+        table: our config to the key table.
+        processor: the class of its processor.
+    """
+
+    config: type[LlavaConfig]
+    from_hf: Callable[[Mapping[str, Any], object], LlavaConfig]
+    to_hf: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], tuple[tables.Row, ...]]
+    processor: type[Processor]
+
+
+BY_TYPE = {  # `model_type` of config.json
+    "llava": Architecture(
+        LlavaConfig, llava_checkpoints.from_hf, llava_checkpoints.to_hf, tables.llava, Processor
+    ),
+    "llava_next": Architecture(
+        LlavaNextConfig, llava_checkpoints.from_hf, llava_checkpoints.to_hf, tables.llava, Processor
+    ),
+    "instructblip": Architecture(
+        InstructBlipConfig,
+        instructblip_checkpoints.from_hf,
+        instructblip_checkpoints.to_hf,
+        instructblip_checkpoints.table,
+        InstructBlipProcessor,
+    ),
+}
+
+
+def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaConfig:
+    """Our config of a `config.json`, whatever its architecture; see `config.from_hf`."""
+    name = fields.get("model_type", "llava")
+    if name not in BY_TYPE:
+        raise ValueError(
+            f"{source}: model_type={name!r} is not supported, only {', '.join(BY_TYPE)}"
+        )
+    return BY_TYPE[name].from_hf(fields, source)
+
+
+def of(config: LlavaConfig) -> Architecture:
+    """The architecture that a config belongs to."""
+    return next(a for a in BY_TYPE.values() if a.config is type(config))

@@ -1,0 +1,77 @@
+"""InstructBLIP's processor: the instruction goes to the Q-Former as well as to the LM."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.data.processor import IMAGE, Picture, Processor, Row, coded, padded, read_tokenizer
+from mllm_jax.models.instructblip import InstructBlipConfig
+from mllm_jax.models.llava import Batch
+
+
+class InstructBlipProcessor(Processor):
+    """A `Processor` whose image tokens stand before all text, with a second tokenizer.
+
+    The Q-Former's tokens are of kind question, what its tokenizer adds ([CLS], [SEP]) of kind
+    system. As a picture is read in the light of what is asked, `pack` reads it for each question.
+
+    Args:
+      tokenizer, pictures, config, directory, how: as `Processor` has them.
+      qformer_tokenizer: of transformers, fast.
+    """
+
+    anew = True
+
+    def __init__(self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **how):
+        super().__init__(tokenizer, pictures, config, directory, **how)
+        self.qformer_tokenizer = qformer_tokenizer
+
+    @classmethod
+    def from_directory(cls, directory, config: InstructBlipConfig, **how) -> InstructBlipProcessor:
+        """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
+        tokenizer = read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
+        return super().from_directory(directory, config, qformer_tokenizer=tokenizer, **how)
+
+    def render(self, prompt: str, images: int) -> tuple[str, slice]:
+        """The text of a prompt without its pictures, and which part of it is the question."""
+        if IMAGE not in prompt:
+            return super().render(prompt, 0)
+        text = prompt.removeprefix(IMAGE * images)
+        if IMAGE in text:
+            raise ValueError(
+                f"the prompt {prompt!r} does not begin with one {IMAGE} for each of {images} "
+                "pictures: InstructBLIP reads them before the text"
+            )
+        return text, slice(0, len(text))
+
+    def _row(self, prompt: str, pictures: Sequence[Picture], first: int = 0) -> Row:
+        text, question = self.render(prompt, len(pictures))
+        row = Row()
+        for number, picture in enumerate(pictures, first):
+            self._add_picture(row, number, picture)
+        row.add(*self._coded(prompt, text, question))
+        row.prompt = len(row.ids)
+        told = Row()
+        told.add(*coded(self.qformer_tokenizer, text, question, special=True))
+        if len(told.ids) > self.config.qformer.positions:
+            raise ValueError(
+                f"the prompt has {len(told.ids)} tokens for the Q-Former, "
+                f"which reads {self.config.qformer.positions} at most: {text[:40]!r}..."
+            )
+        row.told = [told] * len(pictures)
+        return row
+
+    def _batch(self, made: list[Row], *rest) -> Batch:
+        batch = super()._batch(made, *rest)
+        T = padded(max((len(told.ids) for row in made for told in row.told), default=0))
+        ids = np.zeros((len(batch.real), T), np.int32)
+        kind = np.full(ids.shape, tokens.CODE["pad"], np.int8)
+        for at, row in zip(batch.image_at, made, strict=False):
+            images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
+            for image, told in zip(images, row.told, strict=True):
+                ids[image, : len(told.ids)], kind[image, : len(told.ids)] = told.ids, told.kinds
+        return batch.replace(qformer_ids=ids, qformer_kind=kind)

@@ -1,0 +1,167 @@
+"""The Q-Former (Li et al. 2023): learned queries that ask a picture, with a text beside them.
+
+A BERT of two branches (Dai et al. 2023): queries and text attend to one another and have an MLP
+each; in every second layer the queries also look at the picture. Only the queries leave it, so the
+text's MLP of the last layer reaches nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.axes import Array, Bool, Float, Int
+from mllm_jax.models import layers
+from mllm_jax.sites import Site
+from mllm_jax.sites import qformer as S
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """A Q-Former.
+
+    Attributes:
+      queries: Q. vocab: V of its text. positions: most tokens of its text.
+      width, layers, heads, mlp: as BERT has them.
+      vision_width: E of the picture's features.
+      look_every: layers from one that looks at the picture to the next; the first does.
+      act: activation of the MLPs. eps: of the layer norms.
+    """
+
+    queries: int = 32
+    vocab: int = 30523
+    positions: int = 512
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    vision_width: int = 1408
+    look_every: int = 2
+    act: str = "gelu"
+    eps: float = 1e-12
+
+    @classmethod
+    def instructblip(cls) -> QFormerConfig:
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> QFormerConfig:
+        return cls(
+            queries=5, vocab=60, positions=40, width=24, layers=4, heads=4, mlp=40, vision_width=32
+        )
+
+
+class Attention(nnx.Module):
+    """x attends to a source, and the result is added to it and normed."""
+
+    def __init__(self, config: QFormerConfig, source_width: int, *, rngs: nnx.Rngs):
+        W = config.width
+        self.heads = config.heads
+        self.q = nnx.Linear(W, W, rngs=rngs)
+        self.k = nnx.Linear(source_width, W, rngs=rngs)
+        self.v = nnx.Linear(source_width, W, rngs=rngs)
+        self.o = nnx.Linear(W, W, rngs=rngs)
+        self.norm = layers.LayerNorm(W, eps=config.eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "I T W"],
+        source: Float[Array, "I S E"],
+        mask: Bool[Array, "I 1 1 S"] | None = None,
+    ) -> Float[Array, "I T W"]:
+        q, k, v = (
+            f(a).reshape(*a.shape[:2], self.heads, -1)
+            for f, a in ((self.q, x), (self.k, source), (self.v, source))
+        )
+        return self.norm(x + self.o(layers.attention(q, k, v, mask).reshape(x.shape)))
+
+
+class MLP(nnx.Module):
+    """Two maps, the result added and normed."""
+
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(config.width, config.mlp, rngs=rngs)
+        self.down = nnx.Linear(config.mlp, config.width, rngs=rngs)
+        self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
+        self.act = config.act
+
+    def __call__(self, x: Float[Array, "I T W"], site: Site, tap) -> Float[Array, "I T W"]:
+        act = tap(site, layers.ACTIVATIONS[self.act](self.up(x)))
+        return self.norm(x + self.down(act))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        self.queries = config.queries
+        self.attn = Attention(config, config.width, rngs=rngs)
+        self.query_mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "I T W"], mask, look, tap) -> Float[Array, "I T W"]:
+        """Queries come first, then the text; `look` lets the queries see the picture."""
+        queries, text = jnp.split(self.attn(x, x, mask), [self.queries], 1)
+        queries = self.query_mlp(look(queries), S.query_mlp.act, tap)
+        text = self.mlp(text, S.mlp.act, tap)
+        return tap(S.resid_post, jnp.concatenate([queries, text], 1))
+
+
+class QFormer(nnx.Module):
+    """Features of a picture to Q queries that have seen it.
+
+    `look` holds the cross-attention of the layers that have one, in a stack of its own: the layers
+    are alike without it, so that one scan runs them all and takes from that stack where it is due.
+    """
+
+    def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
+        def normal(*shape):
+            return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape))
+
+        self.config = config
+        self.queries = normal(config.queries, config.width)
+        self.words = normal(config.vocab, config.width)
+        self.position = normal(config.positions, config.width)
+        self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
+        self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.layers, rngs)
+        self.look = layers.stack(
+            lambda keys: Attention(config, config.vision_width, rngs=keys),
+            -(-config.layers // config.look_every),
+            rngs,
+        )
+
+    def __call__(
+        self,
+        features: Float[Array, "I P E"],
+        ids: Int[Array, "I T"],
+        valid: Bool[Array, "I T"],
+        tap,
+    ) -> Float[Array, "I Q W"]:
+        """The queries after the last layer.
+
+        Args:
+          features: of the picture.
+          ids: the text that is asked about it, one for each picture; valid: False for padding.
+          tap: the taps of the Q-Former.
+        """
+        Q, every = self.config.queries, self.config.look_every
+        features = features.astype(self.queries.dtype)
+        place = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
+        text = self.words[...][ids] + self.position[...][place]
+        queries = jnp.broadcast_to(self.queries[...], (len(ids), *self.queries.shape))
+        x = self.norm(jnp.concatenate([queries, text], 1))
+        mask = jnp.pad(valid, ((0, 0), (Q, 0)), constant_values=True)[:, None, None, :]
+
+        def step(layer, x, tap, number):
+            def look(queries):
+                attend = jax.tree.map(lambda a: a[number // every], self.look)
+                return attend(queries, features)
+
+            def maybe(queries):
+                return jax.lax.cond(number % every == 0, look, lambda same: same, queries)
+
+            return layer(x, mask, maybe, tap), None
+
+        x, _ = tap.scan(step, self.layers, x, jnp.arange(self.config.layers))
+        return x[:, :Q]
