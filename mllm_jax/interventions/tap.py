@@ -2,7 +2,8 @@
 
 A network calls `x = tap(site, x)` where it computes the tensor of a site. While a program is
 traced, the tap applies the edits of that site and reads its captures; it leaves nothing behind
-when there are none. Taps live during one trace: they are how a pure function is written, not
+when there are none. A tensor that would be made for its site alone is made unless `tap.idle(site,
+shape)`. Taps live during one trace: they are how a pure function is written, not
 state that outlives it.
 """
 
@@ -91,6 +92,11 @@ class Tap:
     captures: dict[str, captures_.BoundCapture]
     receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
     captured: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
+        """Whether nobody asks for this tensor, so that it need not be made as a whole."""
+        self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)
+        return not any(i.site == site for i in (*self.edits.values(), *self.captures.values()))
 
     def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
         self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)

@@ -16,13 +16,13 @@ class Cache:
     """Keys and values by layer. A slot is a place in the cache; its position is the token's own.
 
     Attributes:
-      key, value: float[L, B, S, K, H].
+      key, value: float[L, B, K, S, H], heads first, as attention reads them.
       position: int32[B, S].
       valid: bool[B, S], False for padding and for slots not yet written.
     """
 
-    key: Float[Array, "L B S K H"]
-    value: Float[Array, "L B S K H"]
+    key: Float[Array, "L B K S H"]
+    value: Float[Array, "L B K S H"]
     position: Int[Array, "B S"]
     valid: Bool[Array, "B S"]
 
@@ -33,13 +33,13 @@ class Cache:
             return jnp.pad(a, [(0, slots if i == axis else 0) for i in range(a.ndim)])
 
         return Cache(
-            wider(self.key, 2), wider(self.value, 2), wider(self.position, 1), wider(self.valid, 1)
+            wider(self.key, 3), wider(self.value, 3), wider(self.position, 1), wider(self.valid, 1)
         )
 
     def first(self, slots: int) -> Cache:
         """The first `slots` slots."""
         return Cache(
-            self.key[:, :, :slots], self.value[:, :, :slots],
+            self.key[..., :slots, :], self.value[..., :slots, :],
             self.position[:, :slots], self.valid[:, :slots],
         )  # fmt: skip
 
@@ -50,8 +50,8 @@ class Cache:
             return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), slot, axis)
 
         return Cache(
-            at(self.key, new.key, 2),
-            at(self.value, new.value, 2),
+            at(self.key, new.key, 3),
+            at(self.value, new.value, 3),
             at(self.position, new.position, 1),
             at(self.valid, new.valid, 1),
         )

@@ -76,7 +76,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        return self.o(layers.attention(q, k, v, mask=None).reshape(x.shape))
+        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=None)
+        return self.o(heads.reshape(x.shape))
 
 
 class MLP(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+# Attention probabilities that a CPU keeps in its cache; where there are more, one row at a time.
+AT_ONCE = 2**20
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -53,31 +57,60 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) 
 
 def attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
     mask: Bool[Array, "B N T S"] | None,
-    pattern: Callable[[Array], Array] = lambda p: p,
+    *,
+    past: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
+    pattern: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, with N / K query heads to each key-value head.
 
     Args:
       mask: bool[B, N or 1, T, S], True where a query may look; None for everywhere. A query
         that may look nowhere gets zeros.
-      pattern: applied to the probabilities [B, N, T, S] before they meet the values.
+      past: keys and values before these; S of the mask counts both.
+      pattern: applied to the probabilities [B, N, T, S] before they meet the values; None where
+        nobody asks for them. Then, on a CPU, those of one row exist at one time.
     """
+    parts = [(key, value)] if past is None else [past, (key, value)]
+    (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
+    whole = functools.partial(_attend, pattern=pattern or (lambda p: p))
+    if pattern is not None or B * N * T * S <= AT_ONCE:
+        return whole(query, parts, mask)
+
+    def by_row(*arrays):
+        def one(row):
+            return whole(*jax.tree.map(lambda a: a[None], row))[0]
+
+        return jax.lax.map(one, arrays)
+
+    return jax.lax.platform_dependent(query, parts, mask, cpu=by_row, default=whole)
+
+
+def _attend(query, parts, mask, pattern):
     B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    grouped = query.reshape(B, T, K, N // K, H)
-    scores = at_least_float32(jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key)) * H**-0.5
-    scores = scores.reshape(B, N, T, S)
+    K = parts[0][0].shape[1]
+    # The axes lie as the products read and write them: nothing of size [T, S] is ever moved.
+    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = [jnp.einsum("BKUH,BKSH->BKUS", grouped, key) for key, _ in parts]
+    scores = at_least_float32(_joined(scores)).reshape(B, N, T, -1) * H**-0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores, -1)
     if mask is not None:
         probabilities = jnp.where(mask, probabilities, 0)
-    probabilities = pattern(probabilities).astype(value.dtype)
-    grouped = probabilities.reshape(B, K, N // K, T, S)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", grouped, value).reshape(B, T, N, H)
+    probabilities = pattern(probabilities).astype(query.dtype).reshape(B, K, N // K * T, -1)
+    ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
+    heads = sum(
+        jnp.einsum("BKUS,BKSH->BKUH", part, value)
+        for part, (_, value) in zip(jnp.split(probabilities, ends, -1), parts, strict=True)
+    )
+    return heads.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
 
 
 def rotary(

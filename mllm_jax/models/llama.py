@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -70,18 +72,17 @@ class Attention(nnx.Module):
         self.o = nnx.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap):
-        """The heads' output, and this call's keys and values [B, T, K, H]."""
+        """The heads' output, and this call's keys and values [B, K, T, H]."""
         B, T, _ = x.shape
         q = layers.rotate(self.q(x).reshape(B, T, self.heads, -1), *rope)
-        k = layers.rotate(self.k(x).reshape(B, T, self.kv_heads, -1), *rope)
-        v = self.v(x).reshape(B, T, self.kv_heads, -1)
-        keys, values = k, v
-        if past is not None:
-            keys, values = (jnp.concatenate(pair, 1) for pair in zip(past, (k, v), strict=True))
-        mask = jnp.broadcast_to(mask, (B, self.heads, *mask.shape[2:]))
-        mask = tap(S.attn.mask, mask)
-        heads = layers.attention(q, keys, values, mask, lambda p: tap(S.attn.pattern, p))
-        heads = tap(S.attn.heads, heads)
+        k = layers.rotate(self.k(x).reshape(B, T, self.kv_heads, -1), *rope).swapaxes(1, 2)
+        v = self.v(x).reshape(B, T, self.kv_heads, -1).swapaxes(1, 2)
+        shape, precise = (B, self.heads, *mask.shape[2:]), jnp.promote_types(x.dtype, jnp.float32)
+        if not tap.idle(S.attn.mask, jax.ShapeDtypeStruct(shape, bool)):
+            mask = tap(S.attn.mask, jnp.broadcast_to(mask, shape))
+        unread = tap.idle(S.attn.pattern, jax.ShapeDtypeStruct(shape, precise))
+        pattern = None if unread else functools.partial(tap, S.attn.pattern)
+        heads = tap(S.attn.heads, layers.attention(q, k, v, mask, past=past, pattern=pattern))
         return self.o(heads.reshape(B, T, -1)), (k, v)
 
 

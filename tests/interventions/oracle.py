@@ -22,6 +22,9 @@ class Plain:
     def module(self, name, lens=None) -> Plain:
         return self
 
+    def idle(self, site, x):
+        return False
+
     def __call__(self, site, x):
         for name, layer, change in self.changes:
             if (name, layer) == (site.name, self.layer):

@@ -60,6 +60,9 @@ class Null:
     def module(self, name, lens=None):
         return self
 
+    def idle(self, site, x):
+        return True
+
     def __call__(self, site, x):
         return x
 

@@ -56,7 +56,8 @@ def test_token_by_token_is_the_full_pass(pad, make_batch, tiny_model):
     np.testing.assert_allclose(outs[real], want[whole.valid], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(past.position[real], whole.position[whole.valid])
     for ours, theirs in ((past.key, full.key), (past.value, full.value)):
-        np.testing.assert_allclose(ours[:, real], theirs[:, whole.valid], rtol=0, atol=1e-5)
+        ours, theirs = ours.swapaxes(2, 3)[:, real], theirs.swapaxes(2, 3)[:, whole.valid]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_several_tokens_at_once_after_slots_not_written(make_batch, tiny_model):
@@ -66,20 +67,20 @@ def test_several_tokens_at_once_after_slots_not_written(make_batch, tiny_model):
     want, _ = numpy(read(lm, *inputs))
     _, past = read(lm, *(a[:, :7] for a in inputs))
     past = past.extended(3)
-    past = dataclasses.replace(past, key=past.key.at[:, :, 7:].set(9.0))  # never to be seen
+    past = dataclasses.replace(past, key=past.key.at[..., 7:, :].set(9.0))  # never to be seen
     got, new = numpy(read(lm, *(a[:, 7:] for a in inputs), past))
     valid = batch.valid[:, 7:]
     np.testing.assert_allclose(got[valid], want[:, 7:][valid], rtol=0, atol=1e-5)
-    assert new.key.shape[2] == 5
+    assert new.key.shape[3] == 5
 
 
 def test_write_puts_slots_in_place():
     def make(slots, fill):
-        kv, at = np.full((2, 1, slots, 1, 2), fill, np.float32), np.full((1, slots), fill)
+        kv, at = np.full((2, 1, 1, slots, 2), fill, np.float32), np.full((1, slots), fill)
         return cache.Cache(kv, kv + 1, at.astype(np.int32), at > 0)
 
     written = make(3, 0).extended(2).write(make(2, 7), 2)
-    np.testing.assert_array_equal(written.key[0, 0, :, 0, 0], [0, 0, 7, 7, 0])
-    np.testing.assert_array_equal(written.value[1, 0, :, 0, 1], [1, 1, 8, 8, 0])
+    np.testing.assert_array_equal(written.key[0, 0, 0, :, 0], [0, 0, 7, 7, 0])
+    np.testing.assert_array_equal(written.value[1, 0, 0, :, 1], [1, 1, 8, 8, 0])
     np.testing.assert_array_equal(written.position[0], [0, 0, 7, 7, 0])
     np.testing.assert_array_equal(written.valid[0], [False, False, True, True, False])
