@@ -1,0 +1,1 @@
+"""The five VQA data sets of MMNeuron: TFDS builders, questions and prompts."""

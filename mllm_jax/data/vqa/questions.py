@@ -1,0 +1,32 @@
+"""A question of a VQA data set, with all that its metrics want to know."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mllm_jax.data.embedded import questions
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaQuestion(questions.Question):
+    """One question about one picture.
+
+    Attributes:
+        style: "choice" with options, else "open".
+        prompt: what the model reads.
+        answer: one right answer: the letter of an option, or the first of `answers`.
+        options: what may be scored: the letters, or the answers that differ.
+        id: of the data set. In lingoqa several rows ask the same question and share it.
+        text: the question alone.
+        answers: all answers: of ten people (vqav2), of each annotator (docvqa), or one.
+        confidence: how sure each person was, "yes", "maybe" or "no" (vqav2 alone).
+        choices: texts of the options as the data set has them (pmc_vqa alone).
+        type: of question, such as "count"; empty where the data set has none.
+    """
+
+    id: str = ""
+    text: str = ""
+    answers: tuple[str, ...] = ()
+    confidence: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    type: str = ""

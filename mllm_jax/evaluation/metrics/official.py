@@ -1,0 +1,56 @@
+"""The metrics of MMNeuron's released code, oddities included: for comparison with its numbers.
+
+Each gives one number a question; the paper's figure is their mean. What differs from the standard
+metric, and why the standard one is the default, is told in docs/official.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mllm_jax.evaluation.metrics import text
+from mllm_jax.evaluation.metrics.lingo_judge import Judge
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """ANLS without a cut: any common character is worth something."""
+    return text.anls(prediction, answers, threshold=1.0)
+
+
+def option_letter(prediction: str, label: str) -> int:
+    """How many characters of the answer are the right letter: may exceed 1, and reads words."""
+    return prediction.count(label) if label in tuple("ABCDE") else 0
+
+
+def vqa(prediction: str, answers: Sequence[str], confidence: Sequence[str]) -> float:
+    """1 if any person who was sure gave this very answer, but for case."""
+    sure = [a.lower() for a, c in zip(answers, confidence, strict=True) if c == "yes"]
+    return float(prediction.lower() in sure)
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1 if equal but for case; white space counts."""
+    return float(prediction.lower() == answer.lower())
+
+
+def lingo_judge(
+    judge: Judge,
+    ids: Sequence[str],
+    questions: Sequence[str],
+    references: Sequence[str],
+    predictions: Sequence[str],
+) -> dict[str, float]:
+    """1 for a question of which any row is right: each row has a prediction and one reference.
+
+    Args:
+        judge: gets the texts as they are, in their own case.
+        ids: [N], of the question that a row asks; rows that share it are one question.
+        questions, references, predictions: [N].
+
+    Returns:
+        By id, in order of appearance.
+    """
+    right: dict[str, float] = {}
+    for key, *row in zip(ids, questions, references, predictions, strict=True):
+        right[key] = max(right.get(key, 0.0), float(judge.probability(*row) > 0.5))
+    return right
