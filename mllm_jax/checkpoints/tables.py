@@ -231,7 +231,10 @@ def canonical(key: str) -> str:
 
 def original_projector(keys: Iterable[str]) -> dict[str, str]:
     """Canonical key -> key in the original code, of all tensors of a projector."""
-    found = {key: _PROJECTOR.fullmatch(key).groups() for key in keys}
+    matches = {key: _PROJECTOR.fullmatch(key) for key in keys}
+    if other := [key for key, match in matches.items() if not match]:
+        raise ValueError(f"the original LLaVA code has no name for {', '.join(other)}")
+    found = {key: match.groups() for key, match in matches.items()}
     one = {number for number, _ in found.values()} == {"1"}
     return {
         key: f"model.mm_projector.{kind}" if one else f"model.mm_projector.{2 * int(n) - 2}.{kind}"

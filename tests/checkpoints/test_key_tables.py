@@ -84,6 +84,18 @@ def test_spellings(key, spelling):
     assert tables.canonical(key) == spelling
 
 
+def test_projectors_of_the_original_code():
+    for depth, numbers in ((1, [""]), (2, ["0.", "2."]), (3, ["0.", "2.", "4."])):
+        keys = [row.key for row in tables.projector(depth)]
+        names = tables.original_projector(keys)
+        assert set(names.values()) == {
+            f"model.mm_projector.{n}{kind}" for n in numbers for kind in ("weight", "bias")
+        }
+        assert [tables.canonical(names[key]) for key in keys] == keys
+    with pytest.raises(ValueError, match="no name for language_projection.weight"):
+        tables.original_projector(["language_projection.weight"])
+
+
 def test_everything_wrong_in_one_error():
     slots = tables.slots(shapes_of(TINY), tables.llava(TINY))
     found = {slot.key: slot.shape for slot in slots}

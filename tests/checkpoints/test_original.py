@@ -288,6 +288,10 @@ def test_fields_of_the_released_model():
     assert found.vision == released.vision and found.projector == released.projector
     assert found.lm == llava.LlamaConfig(vocab=32000)
     assert found.image_token == released.image_token
+    for kind, depth in (("linear", 1), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3), (None, 1)):
+        other = {k: v for k, v in fields.items() if k != "mm_projector_type"}
+        other |= {"mm_projector_type": kind} if kind else {}
+        assert original.to_hf(other, tower, "config.json")["projector_depth"] == depth
 
 
 def test_save_hf_of_an_original(root, expected, tmp_path):
