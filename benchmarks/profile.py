@@ -1,6 +1,6 @@
-"""Where a compiled program spends its time: the profiler's operations, by the function they are of.
+"""Where a compiled program spends its time: the operations of the profiler, by their function.
 
-XLA remembers for each operation the Python functions that asked for it, so the model needs no marks.
+XLA remembers for each operation the Python functions that asked for it: a model needs no marks.
 """
 
 from __future__ import annotations

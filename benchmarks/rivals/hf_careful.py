@@ -1,6 +1,6 @@
 """Transformers in careful hands: batched, no gradients, sdpa, nothing computed that is not needed.
 
-Vision features are computed once, logits at the last token alone, hooks touch as little as they can.
+Vision features are computed once, logits at the last token alone, hooks touch what they must.
 """
 
 from __future__ import annotations

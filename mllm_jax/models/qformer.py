@@ -76,7 +76,8 @@ class Attention(nnx.Module):
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
         )
-        return self.norm(x + self.o(layers.attention(q, k, v, mask).reshape(x.shape)))
+        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        return self.norm(x + self.o(heads.reshape(x.shape)))
 
 
 class MLP(nnx.Module):
