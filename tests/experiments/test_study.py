@@ -123,6 +123,6 @@ def test_the_main_study_is_of_the_edited_model(config_of, checkpoint, folders, t
             assert not fired[off] and np.delete(fired, off).all()
     with np.load(workdir / "captures" / "reds.npz") as found:
         assert found["fire/positive"].shape == (9, 48) and not found["fire/positive"][2].any()
-        assert found["say/sum"].shape == (9, 2, 1)
+        assert found["say/sum"].shape == (9, 1)
     assert json.loads((workdir / "results.json").read_text())["edits"] == kept["edits"]
     assert "no neurons" in (workdir / "index.html").read_text()

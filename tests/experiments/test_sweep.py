@@ -11,7 +11,9 @@ CONFIG = "configs/embedded_sweep.py"
 SMALL = ("--config.pairs_per_domain=2", "--config.batch_size=2")
 
 
-@pytest.mark.parametrize("grid, columns", [("tokens", 4), ("strengths", 4)])
+@pytest.mark.parametrize(
+    "grid, columns", [("tokens", 4), pytest.param("strengths", 4, marks=pytest.mark.slow)]
+)
 def test_leaves_a_grid_and_a_page(grid, columns, command, execute, tmp_path):
     done = execute(command("sweep", f"{CONFIG}:{grid}", tmp_path / "work", *SMALL))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import sites
+
+SITES = [site for site in sites.TABLE if site.module != "qformer"]  # those of a LLaVA
 Change = tuple[str, int | None, Callable[[np.ndarray], np.ndarray]]  # site, layer, what to do
 
 

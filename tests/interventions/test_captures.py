@@ -48,9 +48,9 @@ def laid(site, mask):
 
 
 def test_keep_brings_back_every_site(model, batch, seen):
-    found = read(model, batch, **{site.name: mj.keep(site) for site in S.TABLE})
-    assert set(found) == set(seen) == {site.name for site in S.TABLE}
-    for site in S.TABLE:
+    found = read(model, batch, **{site.name: mj.keep(site) for site in oracle.SITES})
+    assert set(found) == set(seen) == {site.name for site in oracle.SITES}
+    for site in oracle.SITES:
         want = np.where(laid(site, tokens_of(site, batch)), seen[site.name], 0)
         want = want if site.stacked else want[0]
         np.testing.assert_allclose(found[site.name], want, err_msg=site.name, **CLOSE)

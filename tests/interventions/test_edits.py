@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("op_by_op")
 
 L = 3
 PAD, IMAGE = tok.CODE["pad"], tok.CODE["image"]
-VALUED = [site for site in S.TABLE if site is not S.lm.attn.mask]
+VALUED = [site for site in oracle.SITES if site is not S.lm.attn.mask]
 
 
 @pytest.fixture(scope="module")
