@@ -105,6 +105,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_the_main_study_is_of_the_edited_model(config_of, checkpoint, folders, tmp_path):
     """Neurons that are off are never counted, nor captured; the page says what was edited."""
     config = config_of(

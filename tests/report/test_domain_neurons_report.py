@@ -112,6 +112,7 @@ def test_sentences_follow_from_the_numbers(written):
     assert "a ball &lt;round&gt;" in text and "A ball &amp; its shadow." in text
 
 
+@pytest.mark.slow
 def test_written_again_the_bytes_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # quicker
     results = study(tmp_path, domains=["cats", "dogs"], grids=(4,))
