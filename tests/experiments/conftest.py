@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 
 import numpy as np
 import PIL.Image
@@ -133,23 +134,34 @@ def execute():
 
 @pytest.fixture(scope="session")
 def survive():
-    """Runs a command that is killed (SIGKILL) at random moments, until it ends by itself."""
+    """Runs a command that is killed (SIGKILL) at random moments, until it ends by itself.
 
-    def run(command: list[str], *, between: tuple[float, float], kills: int = 3) -> None:
+    The moments are counted in files of its workdir, so that they do not depend on the machine.
+    """
+
+    def run(command: list[str], workdir: pathlib.Path, finished: pathlib.Path) -> None:
         dice = random.Random(0)
-        for number in range(kills + 1):
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | ENVIRONMENT,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            try:
-                code = process.wait(dice.uniform(*between) if number < kills else 600)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                continue
-            assert code == 0
-            assert number, "it ended before it was killed once: kill it earlier"
-            return
+        whole = _files(finished)
+        for moment in sorted(dice.sample(range(2, max(6, int(0.8 * whole))), 3)):
+            process = _start(command)
+            while _files(workdir) < moment:
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, 0.5))
+            assert process.poll() is None, "it ended before it was killed"
+            process.kill()
+            process.wait()
+        assert _start(command).wait(600) == 0
 
     return run
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _files(folder: pathlib.Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))

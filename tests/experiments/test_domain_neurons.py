@@ -72,6 +72,7 @@ def test_one_domain_is_too_few(command, execute, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, survive, tmp_path):
-    survive(command("domain_neurons", QUICK, tmp_path / "work", *SMALL), between=(10, 25))
+    line = command("domain_neurons", QUICK, tmp_path / "work", *SMALL)
+    survive(line, tmp_path / "work", finished)
     for name in ("results.json", "index.html"):
         assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()
