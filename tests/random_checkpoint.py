@@ -79,14 +79,13 @@ def write(
     (directory / "config.json").write_text(json.dumps(architectures.of(config).to_hf(config)))
 
 
-MODEL = flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")
-DIRECTORY = flags.DEFINE_string("directory", None, "Where the checkpoint goes.")
-
-
 def main(_) -> None:
-    write(released.RELEASED[MODEL.value](), pathlib.Path(DIRECTORY.value))
+    flag = flags.FLAGS
+    write(released.RELEASED[flag.model](), pathlib.Path(flag.directory))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # tests import this file, and flags are of the process
+    flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")
+    flags.DEFINE_string("directory", None, "Where the checkpoint goes.")
     flags.mark_flags_as_required(["model", "directory"])
     app.run(main)
