@@ -290,7 +290,7 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
         along = {"hidden": edit.on.mask(map_)}
         _refuse_nothing(site, units, along["hidden"])
     if edit.strengths is not None:
-        step = maps[site.module].step.clip(0, len(edit.strengths) - 1)
+        step = map_.step.clip(0, len(edit.strengths) - 1)
         known = isinstance(step, np.ndarray) and isinstance(edit.strengths, np.ndarray)
         along["strength"] = (np if known else jnp).take(edit.strengths, step).astype(spec.dtype)
     return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
