@@ -8,7 +8,7 @@ et al., ACL 2024).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,17 +26,19 @@ class Found:
             are fewer.
         mask: bool[D_, L, F], the domains of each selected neuron. A neuron may have several; a
             domain may have none and keeps its place.
-        threshold: a neuron whose probability exceeds this in no domain is no candidate.
-        bar: a selected neuron belongs to the domains in which its probability exceeds this.
-        k: how many neurons `top_rate` asked for.
+        threshold: a neuron whose probability exceeds this in no domain is no candidate. A float, or
+            float64[L] where each layer has its own.
+        bar: a selected neuron belongs to the domains in which its probability exceeds this;
+            likewise.
+        k: how many neurons `top_rate` asked for; of all modules, where they share thresholds.
     """
 
     entropy: np.ndarray
     probability: np.ndarray
     selected: np.ndarray
     mask: np.ndarray
-    threshold: float
-    bar: float
+    threshold: float | np.ndarray
+    bar: float | np.ndarray
     k: int
 
 
@@ -47,7 +49,9 @@ def select(
     top_rate: float = 0.01,
     filter_rate: float = 0.95,
     bar_rate: float = 0.95,
+    assign: str = "multiple",
     names: Sequence[str] = (),
+    compat: str | None = None,
 ) -> Found:
     """Selects the domain-specific neurons of one module.
 
@@ -61,32 +65,125 @@ def select(
         filter_rate: quantile of all probabilities (layers, neurons, domains) that a candidate must
             exceed in some domain.
         bar_rate: quantile that a selected neuron must exceed in a domain to belong to it.
+        assign: "multiple", or "single": a neuron belongs to its most probable domain alone.
         names: the domains' names, for error messages only.
+        compat: "official" counts in float32 and fills up to `k` with neurons that are no
+            candidates, as the released code does; see docs/official.md.
 
     Returns:
         What was found.
 
     Raises:
         ValueError: fewer than two domains, a domain without tokens, shapes that do not fit, counts
-            that are no counts, or a rate outside (0, 1].
+            that are no counts, a rate outside (0, 1], or an option that is not known.
     """
+    rule = _Rule(top_rate, filter_rate, bar_rate, assign, compat)
+    return rule(_probability(counts, tokens, names, rule))
+
+
+def select_modules(
+    counts: Mapping[str, np.ndarray],
+    tokens: Mapping[str, np.ndarray],
+    *,
+    thresholds: str = "module",
+    names: Sequence[str] = (),
+    **options,
+) -> dict[str, Found]:
+    """Selects in several modules, whose neurons compete within a layer, a module or all of them.
+
+    Args:
+        counts: {module: int[D_, L, F]}; L and F are each module's own.
+        tokens: {module: int[D_]}.
+        thresholds: "module": each for itself, as in the paper; "global": one ranking, one threshold
+            and one bar over all modules; "layer": each layer for itself, so that no layer is empty.
+        names: the domains' names, for error messages only.
+        **options: rates, assign and compat, as in `select`.
+
+    Returns:
+        {module: what was found}.
+    """
+    rule = _Rule(**options)
+    found = {m: _probability(counts[m], tokens[m], names, rule) for m in counts}
+    if thresholds == "module":
+        return {module: rule(p) for module, p in found.items()}
+    if thresholds == "layer":
+        return {module: _layers([rule(l) for l in np.split(p, p.shape[1], axis=1)])
+                for module, p in found.items()}  # fmt: skip
+    if thresholds == "global":
+        flat = [p.reshape(len(p), 1, -1) for p in found.values()]
+        every = rule(np.concatenate(flat, axis=2))
+        ends = np.cumsum([p.shape[2] for p in flat])[:-1]
+        parts = [
+            np.split(array, ends, axis=-1)
+            for array in (every.entropy, every.probability, every.selected, every.mask)
+        ]
+        return {
+            module: Found(
+                *(a.reshape(*a.shape[:-2], *p.shape[1:]) for a in arrays),
+                every.threshold, every.bar, every.k,
+            )
+            for (module, p), *arrays in zip(found.items(), *parts, strict=True)
+        }  # fmt: skip
+    raise ValueError(f"thresholds={thresholds!r} is none of 'module', 'global', 'layer'")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The options of `select`, checked."""
+
+    top_rate: float = 0.01
+    filter_rate: float = 0.95
+    bar_rate: float = 0.95
+    assign: str = "multiple"
+    compat: str | None = None
+
+    def __post_init__(self):
+        for name in ("top_rate", "filter_rate", "bar_rate"):
+            rate = getattr(self, name)
+            if not 0 < rate <= 1:
+                raise ValueError(f"{name}={rate} lies outside (0, 1]; 0.01 means one percent")
+        if self.assign not in ("multiple", "single"):
+            raise ValueError(f"assign={self.assign!r} is neither 'multiple' nor 'single'")
+        if self.compat not in (None, "official"):
+            raise ValueError(f"compat={self.compat!r} is neither None nor 'official'")
+
+    def __call__(self, probability: np.ndarray) -> Found:
+        threshold = _quantile(probability, self.filter_rate, "filter_rate")
+        bar = _quantile(probability, self.bar_rate, "bar_rate")
+
+        candidate = (probability > threshold).any(axis=0)
+        filtered = np.where(candidate, entropy(probability), np.inf)
+        k = round(self.top_rate * filtered.size)
+        lowest = np.argsort(filtered, axis=None, kind="stable")[:k]
+        selected = np.zeros(filtered.shape, bool)
+        selected.flat[lowest] = True
+        if not self.compat:
+            selected &= candidate
+        member = probability > bar
+        if self.assign == "single":
+            domain = np.arange(len(probability))[:, None, None]
+            member &= domain == probability.argmax(axis=0)
+        return Found(filtered, probability, selected, selected & member, threshold, bar, k)
+
+
+def _probability(counts, tokens, names: Sequence[str], rule: _Rule) -> np.ndarray:
     counts, tokens = _checked(counts, tokens, names)
-    for name, rate in {"top": top_rate, "filter": filter_rate, "bar": bar_rate}.items():
-        if not 0 < rate <= 1:
-            raise ValueError(f"{name}_rate={rate} lies outside (0, 1]; 0.01 means one percent")
+    if rule.compat:  # torch divides integers in float32
+        counts, tokens = counts.astype(np.float32), tokens.astype(np.float32)
+    return counts / tokens[:, None, None]
 
-    probability = counts / tokens[:, None, None]
-    threshold = _quantile(probability, filter_rate, "filter_rate")
-    bar = _quantile(probability, bar_rate, "bar_rate")
 
-    candidate = (probability > threshold).any(axis=0)
-    filtered = np.where(candidate, entropy(probability), np.inf)
-    k = round(top_rate * filtered.size)
-    lowest = np.argsort(filtered, axis=None, kind="stable")[:k]
-    selected = np.zeros(filtered.shape, bool)
-    selected.flat[lowest] = True
-    selected &= candidate
-    return Found(filtered, probability, selected, selected & (probability > bar), threshold, bar, k)
+def _layers(found: Sequence[Found]) -> Found:
+    """One finding of several, each of one layer."""
+    return Found(
+        np.concatenate([f.entropy for f in found]),
+        np.concatenate([f.probability for f in found], axis=1),
+        np.concatenate([f.selected for f in found]),
+        np.concatenate([f.mask for f in found], axis=1),
+        np.array([f.threshold for f in found]),
+        np.array([f.bar for f in found]),
+        sum(f.k for f in found),
+    )
 
 
 def entropy(probability: np.ndarray) -> np.ndarray:
@@ -122,10 +219,15 @@ def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
     The draw is over all neurons of the layer; those of the mask are not excluded, so that the
     control is the plain null hypothesis "any neurons of these layers".
     """
-    seed = key if isinstance(key, int) else [int(word) for word in jax.random.key_data(key).ravel()]
     neurons = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)
     counts = mask.sum(axis=-1, keepdims=True)
-    return np.random.default_rng(seed).permuted(neurons, axis=-1) < counts
+    return generator(key).permuted(neurons, axis=-1) < counts
+
+
+def generator(key: int | jax.Array) -> np.random.Generator:
+    """NumPy's generator out of an int seed or a JAX PRNG key."""
+    seed = key if isinstance(key, int) else [int(word) for word in jax.random.key_data(key).ravel()]
+    return np.random.default_rng(seed)
 
 
 def per_layer(found: Found) -> np.ndarray:

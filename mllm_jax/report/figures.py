@@ -560,6 +560,7 @@ def overlap(
     jaccard: Mapping[str, np.ndarray],
     domains_per_neuron: Mapping[str, Sequence[int]],
     domains: Sequence[str],
+    members: str = "domains that a neuron belongs to",
 ) -> Figure:
     """How far domains share neurons: pairs above, number of domains a neuron has below.
 
@@ -567,6 +568,7 @@ def overlap(
         jaccard: {module: float[D_, D_]}.
         domains_per_neuron: {module: int[D_ + 1]}, neurons with 0, 1, ... domains.
         domains: names of rows and columns.
+        members: what is counted below; with selectors in place of domains, selectors.
     """
     figure = Figure(figsize=(1.6 + 3.1 * len(jaccard), 5.0))
     grid = figure.subplots(2, len(jaccard), squeeze=False, height_ratios=[3, 1.6])
@@ -590,7 +592,7 @@ def overlap(
         counts = np.asarray(domains_per_neuron[module])
         bars = below.bar(range(len(counts)), counts, width=0.7, color="#6B7FA8")
         below.bar_label(bars, [f"{n:,}" if n else "" for n in counts], fontsize=7.5, padding=2)
-        below.set(xticks=range(len(counts)), yticks=[], xlabel="domains that a neuron belongs to")
+        below.set(xticks=range(len(counts)), yticks=[], xlabel=members)
         below.margins(y=0.15)
         below.spines["left"].set_visible(False)
     grid[0, 0].set_ylabel("shared neurons\n(Jaccard)", color=INK, fontweight="bold")

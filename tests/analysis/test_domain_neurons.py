@@ -228,3 +228,64 @@ def test_errors_say_what_and_where(change, message):
     arguments = {"counts": np.ones((2, 2, 3), int), "tokens": [5, 5], **change}
     with pytest.raises(ValueError, match=message):
         domain_neurons.select(arguments.pop("counts"), arguments.pop("tokens"), **arguments)
+
+
+def modules():
+    rng = np.random.default_rng(3)
+    counts = {"lm": rng.integers(0, 900, (3, 4, 50)), "projector": rng.integers(0, 99, (3, 1, 30))}
+    return counts, {"lm": np.full(3, 1000), "projector": np.full(3, 100)}
+
+
+RATES = {"top_rate": 0.1, "filter_rate": 0.8, "bar_rate": 0.9}
+
+
+def test_thresholds_by_module_are_those_of_each_alone():
+    counts, tokens = modules()
+    found = domain_neurons.select_modules(counts, tokens, **RATES)
+    for module, one in found.items():
+        alone = domain_neurons.select(counts[module], tokens[module], **RATES)
+        np.testing.assert_array_equal(one.mask, alone.mask)
+        assert (one.threshold, one.k) == (alone.threshold, alone.k)
+
+
+def test_global_thresholds_are_those_of_all_neurons_together():
+    counts, tokens = modules()
+    found = domain_neurons.select_modules(counts, tokens, thresholds="global", **RATES)
+    # one module of all, with tokens brought to one number
+    flat = np.concatenate([counts["lm"].reshape(3, -1), 10 * counts["projector"].reshape(3, -1)], 1)
+    alone = domain_neurons.select(flat[:, None], np.full(3, 1000), **RATES)
+    got = np.concatenate([found[m].mask.reshape(3, -1) for m in counts], axis=1)
+    np.testing.assert_array_equal(got, alone.mask[:, 0])
+    for module, one in found.items():
+        assert (one.threshold, one.bar, one.k) == (alone.threshold, alone.bar, 23)
+        assert (
+            one.mask.shape == counts[module].shape and one.entropy.shape == counts[module].shape[1:]
+        )
+    assert found["lm"].selected.sum() != round(0.1 * 200)
+
+
+def test_thresholds_by_layer_are_those_of_each_layer_alone():
+    counts, tokens = modules()
+    found = domain_neurons.select_modules(counts, tokens, thresholds="layer", **RATES)["lm"]
+    for layer in range(4):
+        alone = domain_neurons.select(counts["lm"][:, [layer]], tokens["lm"], **RATES)
+        np.testing.assert_array_equal(found.mask[:, [layer]], alone.mask)
+        assert (found.threshold[layer], found.bar[layer]) == (alone.threshold, alone.bar)
+    assert found.k == 20 and found.selected.sum(axis=-1).tolist() == [5, 5, 5, 5]
+    with pytest.raises(ValueError, match="thresholds='row' is none of"):
+        domain_neurons.select_modules(counts, tokens, thresholds="row")
+
+
+def test_single_assignment_keeps_the_most_probable_domain():
+    counts, tokens = modules()
+    rates = RATES | {"bar_rate": 0.5}
+    many = domain_neurons.select(counts["lm"], tokens["lm"], **rates)
+    single = domain_neurons.select(counts["lm"], tokens["lm"], assign="single", **rates)
+    assert many.mask.sum(axis=0).max() > 1 and single.mask.sum(axis=0).max() == 1
+    np.testing.assert_array_equal(single.mask.any(axis=0), many.mask.any(axis=0))
+    at = np.argwhere(single.mask)
+    best = counts["lm"].argmax(axis=0)
+    assert all(best[layer, neuron] == domain for domain, layer, neuron in at)
+    for wrong in ({"assign": "all"}, {"compat": "paper"}):
+        with pytest.raises(ValueError, match="is neither"):
+            domain_neurons.select(counts["lm"], tokens["lm"], **wrong)

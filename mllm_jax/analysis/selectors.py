@@ -1,0 +1,262 @@
+"""Ways to rank the neurons of domains, in one form: scores, from which `top` takes the best.
+
+A selector is a function of arrays that gives float64[D_, L, F]: the higher, the more a neuron
+belongs to the domain; -inf where it does not at all. D_ domains, L layers, F neurons, N examples.
+
+    scores = {
+        "entropy": selectors.entropy(counts, tokens),
+        "AUROC": selectors.auroc(responses, domain),
+        "random": selectors.random(counts.shape, seed),
+    }
+    masks = {name: selectors.top(s, k) for name, s in scores.items()}   # bool[D_, L, F]
+    selectors.overlap(masks)                                            # who agrees with whom
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mllm_jax.analysis import domain_neurons
+
+
+def entropy(counts: np.ndarray, tokens: np.ndarray, **options) -> np.ndarray:
+    """Minus the entropy over domains, of the neurons above the bar (DAPE, LAPE).
+
+    `top(entropy(counts, tokens), select(counts, tokens).mask.sum((1, 2)))` is that mask.
+
+    Args:
+        counts: int[D_, L, F]. tokens: int[D_].
+        **options: filter_rate, bar_rate, assign and compat, as in `domain_neurons.select`.
+    """
+    found = domain_neurons.select(counts, tokens, top_rate=1.0, **options)
+    return np.where(found.mask, -found.entropy.astype(np.float64), -np.inf)
+
+
+def auroc(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """How well a neuron tells a domain's examples from all others (Suau et al.; AurA, 2024).
+
+    Args:
+        responses: float[N, L, F], of each example, such as the largest activation over its tokens.
+        domain: int[N], each example's domain, 0 to D_ - 1.
+
+    Returns:
+        The area under the ROC curve, 0 to 1; 0.5 says nothing. Equal responses count half.
+    """
+    responses, domain, domains = _labelled(responses, domain)
+    out = np.empty((domains, *responses.shape[1:]))
+    sizes = np.bincount(domain, minlength=domains)
+    for layer in range(responses.shape[1]):  # ranks of one layer at a time
+        ranks = _ranks(responses[:, layer])
+        for d in range(domains):
+            inside, outside = sizes[d], len(domain) - sizes[d]
+            above = ranks[domain == d].sum(axis=0) - inside * (inside + 1) / 2
+            out[d, layer] = above / (inside * outside)
+    return out
+
+
+def aura_gain(auroc: np.ndarray) -> np.ndarray:
+    """The factor that AurA puts on a neuron: 1 - 2 (AUROC - 0.5) of experts, 1 of all others.
+
+    Args:
+        auroc: float[...], of one domain, as `auroc` gives it.
+
+    Returns:
+        float64[...], 0 to 1, for `mj.scale(site, gain)`.
+    """
+    return np.minimum(1.0, 1.0 - 2.0 * (np.asarray(auroc, np.float64) - 0.5))
+
+
+def mean_difference(sums: np.ndarray, squares: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
+    """Mean activation in a domain minus that in all others together.
+
+    Args:
+        sums: float[D_, L, F], of the activations over tokens.
+        squares: float[D_, L, F], of their squares, to measure in standard deviations (those within
+            the two groups, pooled over tokens); None measures in activations.
+        tokens: int[D_].
+
+    Returns:
+        The difference; infinite where the means differ and nothing varies within the groups.
+    """
+    sums = _scores(sums, "sums").astype(np.float64)
+    tokens = np.asarray(tokens, np.float64)
+    if tokens.shape != sums.shape[:1] or (tokens <= 0).any():
+        raise ValueError(f"tokens must be {len(sums)} positive numbers, one a domain")
+    inside, total = tokens[:, None, None], tokens.sum()
+    outside = total - inside
+    mean, rest = sums / inside, (sums.sum(axis=0) - sums) / outside
+    if squares is None:
+        return mean - rest
+    within = np.asarray(squares, np.float64).sum(axis=0) - inside * mean**2 - outside * rest**2
+    spread = np.sqrt(np.maximum(within, 0) / total)
+    apart = np.where(mean == rest, 0.0, np.copysign(np.inf, mean - rest))
+    return np.divide(mean - rest, spread, out=apart, where=spread > 0)
+
+
+def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray:
+    """1 - cosine of a neuron's weights before and after training on a domain (NeFT, 2024).
+
+    Args:
+        before: float[L, F, D], each neuron's weights, such as the columns of `up` transposed.
+        after: [D_] of float[L, F, D], of the model that was trained on each domain.
+
+    Returns:
+        0 to 2; 1 where either is zero and the other is not.
+    """
+    before = np.asarray(before, np.float64)
+    if before.ndim != 3 or any(np.shape(weights) != before.shape for weights in after):
+        raise ValueError(
+            f"weights must be [L, F, D] alike, got {before.shape} before and "
+            f"{[np.shape(weights) for weights in after]} after"
+        )
+    return np.stack([_one_minus_cosine(before, np.asarray(w, np.float64)) for w in after])
+
+
+def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Mean size of a neuron's attribution in a domain, minus that in all others together.
+
+    Args:
+        attributions: float[N, L, F], of each example: the gradient of its metric by the neurons'
+            gates, or that times the activation.
+        domain: int[N], each example's domain.
+    """
+    attributions, domain, domains = _labelled(attributions, domain)
+    size, sizes = np.abs(attributions), np.bincount(domain, minlength=domains)
+    sums = np.stack([size[domain == d].sum(axis=0, dtype=np.float64) for d in range(domains)])
+    return mean_difference(sums, None, sizes)
+
+
+def random(shape: Sequence[int], key: int | jax.Array) -> np.ndarray:
+    """Scores at random: the control.
+
+    Args:
+        shape: (D_, L, F).
+        key: an int seed or a JAX PRNG key.
+    """
+    return domain_neurons.generator(key).random(tuple(shape))
+
+
+def top(scores: np.ndarray, k: int | Sequence[int], *, per_layer: bool = False) -> np.ndarray:
+    """The neurons of highest score.
+
+    Args:
+        scores: float[D_, L, F].
+        k: how many of each domain, over all layers: a number, or [D_].
+        per_layer: take k in every layer.
+
+    Returns:
+        bool[D_, L, F]. Equal scores go by (layer, neuron); a score of -inf is never taken.
+    """
+    scores = _scores(scores, "scores")
+    flat = scores if per_layer else scores.reshape(len(scores), 1, -1)
+    k = np.broadcast_to(np.asarray(k), len(scores))
+    if (k < 0).any() or (k > flat.shape[-1]).any():
+        raise ValueError(f"k={k.tolist()} must lie between 0 and the {flat.shape[-1]} neurons")
+    order = np.argsort(-flat, axis=-1, kind="stable")
+    mask = np.zeros(flat.shape, bool)
+    np.put_along_axis(mask, order, np.arange(flat.shape[-1]) < k[:, None, None], axis=-1)
+    return mask.reshape(scores.shape) & (scores > -np.inf)
+
+
+class Overlap(NamedTuple):
+    """How far selectors agree. S selectors, in the order of `names`.
+
+    Attributes:
+        names: of the selectors.
+        jaccard: float64[D_, S, S], shared neurons over all neurons of two selectors.
+        chance: float64[D_, S, S], what sets of these sizes drawn at random would share.
+        selectors_per_neuron: int64[D_, S + 1], neurons that 0, 1, ... S selectors take.
+    """
+
+    names: tuple[str, ...]
+    jaccard: np.ndarray
+    chance: np.ndarray
+    selectors_per_neuron: np.ndarray
+
+    def rows(self, domains: Sequence[str]) -> list[tuple[str, str, str, float, float]]:
+        """A table: domain, selector, selector, Jaccard, chance; each pair once."""
+        pairs = [(a, b) for a in range(len(self.names)) for b in range(a)]
+        return [
+            (domain, self.names[b], self.names[a],
+             float(self.jaccard[d, a, b]), float(self.chance[d, a, b]))
+            for d, domain in enumerate(domains)
+            for a, b in pairs
+        ]  # fmt: skip
+
+
+def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
+    """Agreement of selectors; `report.figures.overlap` draws it, one domain a column.
+
+    Args:
+        masks: {selector: bool[D_, L, F]}.
+    """
+    if len(masks) < 2 or len({np.shape(mask) for mask in masks.values()}) != 1:
+        shapes = {name: np.shape(mask) for name, mask in masks.items()}
+        raise ValueError(f"overlap needs two or more masks of one shape, got {shapes}")
+    members = np.stack([np.asarray(mask, bool) for mask in masks.values()], axis=1)
+    members = members.reshape(*members.shape[:2], -1)  # [D_, S, neurons]
+    integers = members.astype(np.int64)
+    both = np.einsum("dsn,dtn->dst", integers, integers)
+    sizes = integers.sum(axis=-1)
+    total = sizes[:, :, None] + sizes[:, None, :]
+    expected = sizes[:, :, None] * sizes[:, None, :] / members.shape[-1]
+    taken = members.sum(axis=1)
+    counts = np.stack([np.bincount(row, minlength=len(masks) + 1) for row in taken])
+    return Overlap(
+        tuple(masks),
+        both / np.maximum(total - both, 1),
+        np.divide(expected, total - expected, out=np.zeros_like(expected), where=total > 0),
+        counts,
+    )
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 along the first axis; equal values share their mean rank."""
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=0)
+    place = np.arange(len(values))[:, None]
+    new = np.ones(ordered.shape, bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    first = np.maximum.accumulate(np.where(new, place, 0), axis=0)
+    ends = np.roll(new, -1, axis=0)
+    ends[-1] = True
+    last = np.where(ends, place, len(values))
+    last = np.minimum.accumulate(last[::-1], axis=0)[::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, axis=0)
+    return ranks
+
+
+def _one_minus_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Half the squared distance of the unit vectors, which is exact near zero."""
+    lengths = [np.sqrt((x * x).sum(axis=-1, keepdims=True)) for x in (a, b)]
+    units = [np.divide(x, n, out=np.zeros_like(x), where=n > 0)
+             for x, n in zip((a, b), lengths, strict=True)]  # fmt: skip
+    chord = ((units[0] - units[1]) ** 2).sum(axis=-1) / 2
+    none = (lengths[0] > 0) != (lengths[1] > 0)
+    return np.where(none[..., 0], 1.0, chord)
+
+
+def _labelled(values: np.ndarray, domain: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    values, domain = _scores(values, "values"), np.asarray(domain)
+    if domain.shape != values.shape[:1] or not np.issubdtype(domain.dtype, np.integer):
+        raise ValueError(f"domain must be {len(values)} integers, one an example")
+    domains = int(domain.max()) + 1
+    if domain.min() < 0 or domains < 2 or (np.bincount(domain, minlength=domains) == 0).any():
+        raise ValueError("every domain from 0 up needs examples, and there must be two or more")
+    return values, domain, domains
+
+
+def _scores(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
+    if values.ndim != 3:
+        raise ValueError(f"{name} must have three axes, [., L, F], not shape {values.shape}")
+    if np.isnan(values).any():
+        raise ValueError(f"{name}{np.argwhere(np.isnan(values))[0].tolist()} is not a number")
+    return values
