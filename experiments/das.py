@@ -92,7 +92,8 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
             f"learned-{layer}", functools.partial(learn, this, layer, answers["train"])
         )
         bases[layer], curves[layer] = found["basis"], found["curve"]
-        np.save(workdir / f"basis-{layer}.npy", found["basis"])
+        with workdir_.atomic(workdir / f"basis-{layer}.npy") as file:
+            np.save(file, found["basis"])
         others = {
             f"random{seed}": np.random.default_rng(seed).normal(size=found["basis"].shape)
             for seed in range(config.controls)

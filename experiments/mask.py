@@ -70,7 +70,8 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
         "kept_by_layer": kept.sum(-1).tolist(),
         "test": {name: _summary(arrays) for name, arrays in measured.items()},
     } | study.named(workdir)
-    np.save(workdir / "off.npy", ~kept)
+    with workdir_.atomic(workdir / "off.npy") as file:
+        np.save(file, ~kept)
     workdir_.atomic_json(workdir / "results.json", results)
     page.write_mask(workdir.path, results, found["curve"])
     workdir_.manifest(workdir, model=workdir_.fingerprint(model), seed=config.seed)
