@@ -62,6 +62,9 @@ def ablation(rows: Sequence[Mapping]) -> Figure:
             ax.fill_between(off, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.axhline(0, color=figures.INK, linewidth=0.6)
         ax.set(title=domain, xscale="log", xlabel="units off")
+        counts = sorted({row["off"] for row in mine})
+        ax.set_xticks(counts, [f"{count:,}" for count in counts])
+        ax.minorticks_off()
         ax.grid(axis="y")
     panels[0].set_ylabel("change, nats per question")
     return figure
@@ -70,8 +73,6 @@ def ablation(rows: Sequence[Mapping]) -> Figure:
 def write(workdir: str | os.PathLike, results: Mapping) -> None:
     """Writes figures/*.png, tables/*.csv and index.html; see `experiments/attribution.py`."""
     folder = pathlib.Path(workdir)
-    edits = results.get("edits")
-    model = results["model"] + (f", edited by \u201c{edits['text']}\u201d" if edits else "")
     method = (
         f"integrated gradients of {results['steps']} steps" if results["steps"] else "first order"
     )
@@ -80,7 +81,8 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         page.Page(
             title="What makes the answer",
             lead=f"How much of {METRICS[results['metric']]} goes through each unit of "
-            f"{results['site']} of {model}? By {method}, all units in one backward pass.",
+            f"{results['site']} of {page.edited(results)}? By {method}, all units in one backward "
+            "pass.",
             facts=[
                 (f"{results['layers'] * results['units']:,}", "units"),
                 (f"{sum(results['examples'].values()):,}", "questions"),

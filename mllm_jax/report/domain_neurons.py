@@ -47,7 +47,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
     sections = [section for part in parts if (section := part(folder, results))]
     content = page.Page(
         title="Domain-specific neurons",
-        lead=f"Which neurons of {_model(results)} fire in one visual domain and hardly in the "
+        lead=f"Which neurons of {page.edited(results)} fire in one visual domain and hardly in the "
         "others, what happens when they are switched off, and what image tokens say on their way "
         f"up? Domains: {_listed(results['domains'])}.",
         facts=_facts(results),
@@ -56,14 +56,6 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
     )
     page.write(folder / "index.html", content)
-
-
-def _model(results: Mapping) -> str:
-    """The model that was studied, and what was changed in it throughout."""
-    edits = results.get("edits")
-    return (
-        f"{results['model']}, edited by \u201c{edits['text']}\u201d," if edits else results["model"]
-    )
 
 
 def _facts(results: Mapping) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import dataclasses
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mllm_jax import workdir
 
@@ -82,6 +82,14 @@ class Page:
     figure: Figure | None = None
     sections: Sequence[Section] = ()
     data: Sequence[tuple[str, str]] = ()
+
+
+def edited(results: Mapping) -> str:
+    """The model of a study, and what was changed in it throughout."""
+    edits = results.get("edits")
+    return (
+        f"{results['model']}, edited by \u201c{edits['text']}\u201d," if edits else results["model"]
+    )
 
 
 def number(value: float) -> str:

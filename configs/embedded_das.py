@@ -1,0 +1,35 @@
+"""Where the embedded model stores what kind of picture it sees.
+
+python -m experiments.das --config=configs/embedded_das.py --workdir=DIR
+python -m experiments.das --config=configs/embedded_das.py:quick --workdir=DIR
+"""
+
+import ml_collections
+
+
+def get_config(size: str = "full") -> ml_collections.ConfigDict:
+    if size not in ("full", "quick"):
+        raise ValueError(f"configs/embedded_das.py:{size} is none of full, quick")
+    config = ml_collections.ConfigDict()
+    config.model = "embedded"
+    config.domains = ()  # some of the embedded domains; all five by default
+    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    config.style = "kind"  # of the question; own pictures have "category"
+    config.layers = (5, 10, 15, 20, 25)  # one subspace each
+    config.rank = 4
+    config.rate = 0.01  # of Adam
+    config.steps = 100
+    config.train_per_domain = 40
+    config.test_per_domain = 20
+    config.test_pairs = 80
+    config.controls = 2  # seeds of random subspaces
+    config.batch_size = 4  # pairs
+    config.seed = 0
+    if size == "quick":
+        config.layers = (15,)
+        config.steps = 10
+        config.train_per_domain = 4
+        config.test_per_domain = 4
+        config.test_pairs = 8
+        config.controls = 1
+    return config

@@ -1,0 +1,35 @@
+"""The neurons that the answers of the embedded model need, by a learned mask.
+
+python -m experiments.mask --config=configs/embedded_mask.py --workdir=DIR
+python -m experiments.mask --config=configs/embedded_mask.py:quick --workdir=DIR
+"""
+
+import ml_collections
+
+
+def get_config(size: str = "full") -> ml_collections.ConfigDict:
+    if size not in ("full", "quick"):
+        raise ValueError(f"configs/embedded_mask.py:{size} is none of full, quick")
+    config = ml_collections.ConfigDict()
+    config.model = "embedded"
+    config.domains = ()  # some of the embedded domains; all five by default
+    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    config.styles = ("choice", "category")  # one question a picture, in turn
+    config.site = "lm.mlp.act"  # or lm.attn.heads, vision.mlp.act, projector.act, ...
+    config.gate = "hard_concrete"  # or sigmoid
+    config.penalty = 1.0  # nats that all gates together cost when they are open
+    config.start = 2.0  # logit of every gate
+    config.rate = 0.1  # of Adam
+    config.steps = 200
+    config.train_per_domain = 24
+    config.test_per_domain = 12
+    config.controls = 2  # seeds of random masks, as many units in every layer
+    config.batch_size = 8
+    config.seed = 0
+    if size == "quick":
+        config.steps = 40
+        config.train_per_domain = 4
+        config.test_per_domain = 4
+        config.controls = 1
+        config.batch_size = 4
+    return config
