@@ -7,6 +7,7 @@ For trying what a released model costs where its weights are not at hand. It has
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -14,7 +15,6 @@ import zlib
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags
 from flax import nnx
 
 from mllm_jax.checkpoints import architectures, load, released, tables, tensors
@@ -79,14 +79,13 @@ def write(
     (directory / "config.json").write_text(json.dumps(architectures.of(config).to_hf(config)))
 
 
-MODEL = flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")
-DIRECTORY = flags.DEFINE_string("directory", None, "Where the checkpoint goes.")
-
-
-def main(_) -> None:
-    write(released.RELEASED[MODEL.value](), pathlib.Path(DIRECTORY.value))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=released.RELEASED, required=True)
+    parser.add_argument("--directory", type=pathlib.Path, required=True)
+    asked = parser.parse_args()
+    write(released.RELEASED[asked.model](), asked.directory)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["model", "directory"])
-    app.run(main)
+    main()
