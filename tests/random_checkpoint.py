@@ -7,6 +7,7 @@ For trying what a released model costs where its weights are not at hand. It has
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -14,7 +15,6 @@ import zlib
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags
 from flax import nnx
 
 from mllm_jax.checkpoints import architectures, load, released, tables, tensors
@@ -79,13 +79,13 @@ def write(
     (directory / "config.json").write_text(json.dumps(architectures.of(config).to_hf(config)))
 
 
-def main(_) -> None:
-    flag = flags.FLAGS
-    write(released.RELEASED[flag.model](), pathlib.Path(flag.directory))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=released.RELEASED, required=True)
+    parser.add_argument("--directory", type=pathlib.Path, required=True)
+    asked = parser.parse_args()
+    write(released.RELEASED[asked.model](), asked.directory)
 
 
-if __name__ == "__main__":  # tests import this file, and flags are of the process
-    flags.DEFINE_enum("model", None, released.RELEASED, "Of this form.")
-    flags.DEFINE_string("directory", None, "Where the checkpoint goes.")
-    flags.mark_flags_as_required(["model", "directory"])
-    app.run(main)
+if __name__ == "__main__":
+    main()
