@@ -26,7 +26,7 @@ TEMPLATE = (
     "{% for m in messages %}user {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-LABELS = ("circle", "square", "stripe", "dot")
+LABELS = ("a circle", "a square", "a stripe", "a dot")
 
 
 @pytest.fixture(scope="session")

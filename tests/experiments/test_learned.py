@@ -54,27 +54,6 @@ def test_what_is_off_is_an_address_of_the_command_line(masked):
     assert spec.digest(edits) == spec.digest(mj.ablate(S.lm.mlp.act[off]))
 
 
-@pytest.fixture(scope="module")
-def aligned(study):
-    """The model answers by its head alone, so at the last layer the whole answer is there."""
-    edits = spec.parse("scale lm.mlp.out 3 where=image")
-    fields = {"style": "category", "layers": (8,), "rank": 8, "steps": 40, "rate": 0.1}
-    return study(das, "configs/embedded_das.py:quick", edits, test_pairs=12, **fields)
-
-
-def test_a_subspace_exchanges_answers(aligned):
-    results = json.loads((aligned / "results.json").read_text())
-    accuracy = {row["subspace"]: row["accuracy"] for row in results["interchange"]}
-    assert accuracy["learned"] > accuracy["random0"]
-    assert results["labels"] == ["a circle", "a dot", "a square", "a stripe"]
-    assert sum(results["answered"]["train"]) == 8
-    basis = np.load(aligned / "basis-8.npy")
-    np.testing.assert_allclose(basis.T @ basis, np.eye(8), atol=1e-5)
-    assert (aligned / "index.html").stat().st_size > 1000
-    edits = spec.parse("project_out lm.resid_post[8] @basis-8.npy", aligned.path)
-    assert spec.digest(edits) == spec.digest(mj.project_out(S.lm.resid_post[8], basis))
-
-
 def test_pairs_have_different_answers():
     labels = np.array([0, 0, 1, 2, 0])
     found = das.pairs(labels, 50, seed=1)

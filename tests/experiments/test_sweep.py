@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -11,11 +12,21 @@ CONFIG = "configs/embedded_sweep.py"
 SMALL = ("--config.pairs_per_domain=2", "--config.batch_size=2")
 
 
+@pytest.fixture(scope="module")
+def paths(folders, tmp_path_factory):
+    """The domains with labels that begin with different letters: "circle", not "a circle"."""
+    root = tmp_path_factory.mktemp("named")
+    for folder in folders:
+        for label in folder.iterdir():
+            shutil.copytree(label, root / folder.name / label.name.removeprefix("a "))
+    return f"--config.paths={tuple(str(root / folder.name) for folder in folders)}"
+
+
 @pytest.mark.parametrize(
     "grid, columns", [("tokens", 4), pytest.param("strengths", 4, marks=pytest.mark.slow)]
 )
-def test_leaves_a_grid_and_a_page(grid, columns, command, execute, tmp_path):
-    done = execute(command("sweep", f"{CONFIG}:{grid}", tmp_path / "work", *SMALL))
+def test_leaves_a_grid_and_a_page(grid, columns, paths, command, execute, tmp_path):
+    done = execute(command("sweep", f"{CONFIG}:{grid}", tmp_path / "work", *SMALL, paths, count=0))
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "work" / "results.json").read_text())
     assert results["pairs"] == 6 and len(results["columns"]) == columns
