@@ -44,7 +44,8 @@ setuptools.setup(
         "embedded": ["gguf", "nibabel", "onnx", "pypdfium2", "pyshp", "scikit-learn"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "vqa": ["pyarrow"],  # what reads LingoQA and DocVQA as they are downloaded
+        "test": ["hypothesis", "pyarrow", "pytest", "pytest-xdist", "ruff"],
         "parity": ["torch==2.13.0"],
     },
 )

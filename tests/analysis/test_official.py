@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -91,3 +94,12 @@ def test_names_and_limits():
     assert official.max_new_tokens(60) == 452 and official.max_new_tokens(2900) == 1
     with pytest.raises(ValueError, match="unknown module 'mmprj'"):
         official.ablated(["mmprj"])
+
+
+def test_the_page_of_differences_runs(capsys):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "official.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(block, "official.md", "exec"), {})
+    assert [int(word) for word in capsys.readouterr().out.split()][2] == 5
+    for name in re.findall(r"`official\.(\w+)", page):
+        assert hasattr(official, name), name

@@ -1,1 +1,175 @@
-"""The five VQA data sets of MMNeuron: TFDS builders, questions and prompts."""
+"""The five VQA data sets of MMNeuron: TFDS builders, questions and prompts.
+
+    vqa.build("vqav2", manual="/data/vqa")           # from /data/vqa/vqav2, once; no TensorFlow
+    domain = vqa.load("vqav2", "val", model="llava_next")   # a Domain with the paper's prompts
+    print(vqa.instructions("vqav2"))                 # what to download, and where it goes
+
+A data set has the splits "train" (where neurons are counted) and "val" (where answers are scored),
+in the order in which the released code goes through it, one question a picture but for lingoqa. The
+size "paper" has the first 10,001 and 1,001 of them, "full" has all. `tfds.builder_from_directory`
+reads what is built as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from mllm_jax import workdir
+from mllm_jax.data import domains
+from mllm_jax.data.vqa import prompts
+from mllm_jax.data.vqa.questions import VqaQuestion
+
+NAMES = prompts.DATASETS
+SPLITS = ("train", "val")
+SIZES = ("paper", "full")
+
+
+def instructions(name: str) -> str:
+    """What to download for a data set, and where it goes."""
+    return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
+
+
+def build(
+    name: str,
+    manual: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    size: str = "paper",
+) -> pathlib.Path:
+    """Builds a data set into array_record files, unless it is there.
+
+    Args:
+        name: one of NAMES.
+        manual: the folder that holds `<name>/` with the files as they were downloaded.
+        root: where data sets are kept; the user's cache by default.
+        size: one of SIZES.
+
+    Returns:
+        The folder of what is built.
+
+    Raises:
+        FileNotFoundError: files are missing; the message lists them and where they come from.
+    """
+    import tensorflow_datasets as tfds
+
+    kind, root = _builder(name), _root(root)
+    kind.require(pathlib.Path(manual) / name)
+    made = kind(data_dir=str(root), config=_known("size", size, SIZES), file_format="array_record")
+    made.download_and_prepare(
+        download_dir=str(root / "downloads"),
+        download_config=tfds.download.DownloadConfig(
+            manual_dir=str(manual), try_download_gcs=False
+        ),
+    )
+    return pathlib.Path(made.data_dir)
+
+
+def load(
+    name: str,
+    split: str = "val",
+    *,
+    model: str,
+    of: str = "generation",
+    root: str | os.PathLike | None = None,
+    size: str = "paper",
+) -> domains.Domain:
+    """A data set that is built, as a domain whose prompts are those of the paper.
+
+    Args:
+        name: one of NAMES.
+        split: "train" or "val".
+        model: "llava_next" or "instructblip".
+        of: "activation", "lens" or "generation"; see `prompts.prompt`.
+        root: where data sets are kept; the user's cache by default.
+        size: one of SIZES.
+
+    Returns:
+        The domain; each example has one VqaQuestion. Pictures are read when they are asked for.
+
+    Raises:
+        FileNotFoundError: it is not built; the message says how.
+    """
+    import tensorflow_datasets as tfds
+
+    kind, root = _builder(name), _root(root)
+    _known("split", split, SPLITS)
+    folder = root / name / _known("size", size, SIZES) / str(kind.VERSION)
+    if not (folder / "dataset_info.json").is_file():
+        raise FileNotFoundError(
+            f"{name} ({size}) is not built in {root}: run "
+            f"mllm_jax.data.vqa.build({name!r}, manual=FOLDER). {instructions(name)}"
+        )
+    source = tfds.builder_from_directory(str(folder)).as_data_source(split)
+    return domains.Domain(name, split, _Records(name, source, model, of))
+
+
+def side_by_side(pictures: Sequence[bytes]) -> bytes:
+    """One picture of several, left to right; encoded without loss."""
+    opened = [np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+    heights = sorted({len(pixels) for pixels in opened})
+    if len(heights) != 1:
+        raise ValueError(f"frames side by side must be of one height, not {heights}")
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.concatenate(opened, axis=1)).save(out, "BMP")
+    return out.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records(Sequence):
+    """Examples of a TFDS data source."""
+
+    name: str
+    source: Sequence
+    model: str
+    of: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> domains.Example:
+        record = self.source[index]
+        pictures = record["pictures"]
+        text = {key: record[key].decode() for key in ("id", "question", "answer", "type", "source")}
+        many = {key: tuple(value.decode() for value in record[key])
+                for key in ("answers", "confidence", "choices")}  # fmt: skip
+        question = VqaQuestion(
+            style="choice" if many["choices"] else "open",
+            prompt=prompts.prompt(
+                self.name, text["question"], many["choices"], model=self.model, of=self.of
+            ),
+            answer=text["answer"],
+            options=tuple("ABCD") if many["choices"] else tuple(dict.fromkeys(many["answers"])),
+            id=text["id"],
+            text=text["question"],
+            type=text["type"],
+            **many,
+        )
+        return domains.Example(
+            id=f"{index} {text['id']}",
+            domain=self.name,
+            label=text["answer"],
+            encoded=pictures[0] if len(pictures) == 1 else side_by_side(pictures),
+            questions=(question,),
+            source=text["source"],
+        )
+
+
+def _builder(name: str):
+    return importlib.import_module(f"mllm_jax.data.vqa.{_known('data set', name, NAMES)}").Builder
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    return name
+
+
+def _root(root: str | os.PathLike | None) -> pathlib.Path:
+    return workdir.cache_directory() / "vqa" if root is None else pathlib.Path(root)

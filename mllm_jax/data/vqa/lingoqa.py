@@ -1,0 +1,46 @@
+"""LingoQA (Marcu et al. 2023): questions about drives, the frames of a segment side by side.
+
+Every row of the tables is taken: rows that share a question's id are answers of several people to
+one question. The paper does not say whether it counts neurons on the part `scenery` or `action`;
+what lies in train/ is taken.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+from mllm_jax.data.vqa import builder
+from mllm_jax.data.vqa.builder import Need, Row
+
+
+class Lingoqa(builder.VqaBuilder):
+    """Drives in five frames with free questions and answers."""
+
+    HOMEPAGE = "https://github.com/wayveai/LingoQA"
+    LICENCE = "see the homepage"
+    ONE_A_PICTURE = False
+    NEEDS = (
+        Need("train/train.parquet", "train.parquet of the folder `scenery` (or `action`)"),
+        Need("train/images/train/*/*.jpg", "images.zip of the same folder, unpacked"),
+        Need("val/val.parquet", "val.parquet of the folder `evaluation`"),
+        Need("val/images/val/*/*.jpg", "images.zip of the same folder, unpacked"),
+    )
+
+    def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
+        path = folder / split / f"{split}.parquet"
+        columns = ["question_id", "segment_id", "images", "question", "answer"]
+        table = builder.parquet().read_table(path, columns=columns).to_pylist()
+        for index in builder.pandas_order(len(table), 42):
+            row = table[index]
+            yield Row(
+                id=row["question_id"],
+                picture=row["segment_id"],
+                files=tuple(folder / split / name for name in row["images"]),
+                question=row["question"],
+                answer=row["answer"],
+                answers=(row["answer"],),
+            )
+
+
+Builder = Lingoqa

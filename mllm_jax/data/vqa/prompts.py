@@ -1,0 +1,71 @@
+"""The prompts of MMNeuron, to the letter (Huo et al. 2024; its released code, December 2024).
+
+`<image>` stands in each of them, so that the processor adds no template of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DATASETS = ("lingoqa", "pmc_vqa", "rsvqa_hr", "vqav2", "docvqa")  # in the paper's order
+MODELS = ("llava_next", "instructblip")
+PASSES = ("activation", "lens", "generation")
+
+_ROLE = (
+    "Role: You are an advanced AI assistant installed on the Ego vehicle, equipped with "
+    "conversational analysis capabilities for discussing autonomous driving scenarios. The "
+    "perspective presented is from the point-of-view of the Ego vehicle, where the camera is "
+    "mounted. It's important to note that the Ego vehicle itself is not visible in the images "
+    "provided. "
+)
+_SHORT = "\nAnswer the question using a single word or phrase."
+_LETTER = "\n\nAnswer with the option's letter from the given choices directly."
+_NO_CONTEXT = "Context: N/A"
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: {} ASSISTANT:"
+)
+
+
+def prompt(
+    dataset: str, question: str, choices: Sequence[str] = (), *, model: str, of: str = "generation"
+) -> str:
+    """What a model reads.
+
+    Args:
+        dataset: one of DATASETS.
+        question: as the data set has it.
+        choices: its options as the data set has them, "A:..." included; of pmc_vqa alone.
+        model: one of MODELS; it matters in generation only.
+        of: "activation", where neurons are counted: the bare question; "lens": the question with
+            its instruction; "generation": that within the model's template.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ValueError: a name that is not known, or choices that a data set lacks or should not have.
+    """
+    for name, value, known in (
+        ("data set", dataset, DATASETS), ("model", model, MODELS), ("pass", of, PASSES),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+    if (dataset == "pmc_vqa") != bool(choices):
+        raise ValueError(f"choices belong to pmc_vqa alone; {dataset} was given {list(choices)}")
+    if of == "activation":
+        return f"<image>\n{question}"
+    body = _body(dataset, question, choices)
+    if of == "lens":
+        return f"<image>\n{body}"
+    if model == "llava_next":
+        return _VICUNA.format(f"<image>\n{body}")
+    return "<image>" + body.replace(_NO_CONTEXT, "").replace(_SHORT, " Short Answer:")
+
+
+def _body(dataset: str, question: str, choices: Sequence[str]) -> str:
+    if dataset == "lingoqa":
+        return f"{_ROLE}Question: {question}"
+    if dataset == "pmc_vqa":
+        return f"Question: {question}\n{_NO_CONTEXT}\nOptions: {list(choices)}{_LETTER}"
+    return f"Question: {question}{_SHORT}"
