@@ -24,7 +24,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, command, execute):
     workdir = tmp_path_factory.mktemp("attribution") / "work"
-    done = execute(command("attribution", CONFIG, workdir, *SMALL, "--config.steps=16", count=2))
+    done = execute(command("attribution", CONFIG, workdir, *SMALL, "--config.steps=64", count=2))
     assert done.returncode == 0, done.stderr[-2000:]
     return workdir
 
@@ -64,7 +64,7 @@ def test_they_are_gradients_on_the_way(finished, checkpoint, folders):
         return (scores[:, 0] - scores[:, 1]).mean()
 
     ids = score.candidate_ids(processor, options, 3)
-    shares = (np.arange(16) + 0.5) / 16
+    shares = (np.arange(64) + 0.5) / 64
     want = np.mean([slope(np.full((9, 48), share, np.float32)) for share in shares], 0)
     with np.load(finished / "attribution.npz") as found:
         np.testing.assert_allclose(found["greens"], want, rtol=1e-3, atol=1e-6)
