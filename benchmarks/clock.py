@@ -19,23 +19,25 @@ class Lap:
     Attributes:
       result: what was computed.
       seconds: how long it took.
+      cpu: seconds of all its threads, which other work on the machine lengthens less.
       rise: bytes, highest resident memory during the run above that before it; None where the
         system does not tell (other than Linux).
     """
 
     result: Any
     seconds: float
+    cpu: float
     rise: int | None
 
 
 def lap(run: Callable[[], Any]) -> Lap:
     """Runs once."""
     before = _resident()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = run()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     rise = None if before is None else max(0, _read("VmHWM") - before)
-    return Lap(result, seconds, rise)
+    return Lap(result, seconds, cpu, rise)
 
 
 def _resident() -> int | None:

@@ -47,11 +47,12 @@ class Series:
     """What one side took, round by round.
 
     Attributes:
-      seconds: float64[rounds].
+      seconds, cpu: float64[rounds], of the clock and of all threads.
       rise: float64[rounds], bytes of resident memory; NaN where the system does not tell.
     """
 
     seconds: np.ndarray
+    cpu: np.ndarray
     rise: np.ndarray
 
 
@@ -146,7 +147,7 @@ class Rival:
         answer = self._answer()
         if abs(answer["total"] - self.total) > TOLERANCE * abs(self.total):
             raise ValueError(f"{self.name} gave {self.total} first and {answer['total']} now")
-        return clock.Lap(None, answer["seconds"], answer["rise"])
+        return clock.Lap(None, answer["seconds"], answer["cpu"], answer["rise"])
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
@@ -214,7 +215,11 @@ def _turns(names: list[str], round_: int) -> Iterator[str]:
 
 def _series(laps: list[clock.Lap]) -> Series:
     rises = [np.nan if lap.rise is None else lap.rise for lap in laps]
-    return Series(np.array([lap.seconds for lap in laps]), np.array(rises, float))
+    return Series(
+        np.array([lap.seconds for lap in laps]),
+        np.array([lap.cpu for lap in laps]),
+        np.array(rises, float),
+    )
 
 
 def report(benchmark, done: work.Work, series, differences) -> dict:
@@ -234,7 +239,9 @@ def report(benchmark, done: work.Work, series, differences) -> dict:
     sides = {
         name: {
             "seconds": s.seconds.tolist(),
+            "cpu": s.cpu.tolist(),
             "ratio": (s.seconds / ours).tolist(),
+            "cpu_ratio": (s.cpu / series[OURS].cpu).tolist(),
             "rise_mib": (s.rise / 2**20).tolist(),
             "difference": differences.get(name),
         }
@@ -271,7 +278,7 @@ def table(found: dict) -> str:
         f"vision {w['vision'][0]} x {w['vision'][1]}, LM {w['lm'][0]} x {w['lm'][1]}, float32, "
         f"{machine['cores']} cores, load {machine['load'][0]:.1f}, {found['rounds']} rounds",
         "",
-        f"{'side':24}{'seconds':>10}{'time / ours':>14}{'[least, most]':>18}"
+        f"{'side':24}{'seconds':>10}{'time / ours':>14}{'[least, most]':>18}{'cpu / ours':>12}"
         f"{'memory rise':>14}{'difference':>12}",
     ]
     for name, side in found["sides"].items():
@@ -280,7 +287,7 @@ def table(found: dict) -> str:
         apart = "" if side["difference"] is None else f"{side['difference']:.1e}"
         lines.append(
             f"{name:24}{np.median(side['seconds']):10.3f}{np.median(ratio):14.2f}{span:>18}"
-            f"{rise:10.0f} MiB{apart:>12}"
+            f"{np.median(side['cpu_ratio']):12.2f}{rise:10.0f} MiB{apart:>12}"
         )
     lines.append("")
     for bound in found["bounds"]:

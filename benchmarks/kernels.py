@@ -62,9 +62,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parts[part(operation, stack)] += seconds
     total = sum(parts.values())
     print(f"kernels: {ABOUT}")
-    print(f"{args.pictures} pictures, {inputs['ids'].shape[1]} tokens a row, "
-          f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-          f"{args.rounds} rounds\n")  # fmt: skip
+    print(
+        f"{args.pictures} pictures, {inputs['ids'].shape[1]} tokens a row, float32, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds\n"
+    )
     for name, seconds in parts.most_common():
         print(f"{name:44}{seconds:10.4f} s{seconds / total:8.1%}")
     print(f"{'all':44}{total:10.4f} s")

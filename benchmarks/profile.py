@@ -1,6 +1,6 @@
-"""Where a compiled program spends its time: the operations of the profiler, by their function.
+"""Where a compiled program spends its time: the profiler's operations, by function.
 
-XLA remembers for each operation the Python functions that asked for it: a model needs no marks.
+XLA remembers for each operation which Python functions asked for it: the model needs no marks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Transformers in careful hands: batched, no gradients, sdpa, nothing computed that is not needed.
+"""Transformers in careful hands: batched, no gradients, sdpa, nothing that is not needed.
 
-Vision features are computed once, logits at the last token alone, hooks touch what they must.
+Vision features are computed once, logits at the last token alone; hooks touch as little as they
+can. `torch.compile` is not used: it breaks its graph at every hook.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def main(rival: str, task: str, directory: str) -> None:
     for _ in sys.stdin:
         lap = clock.lap(run)
         total = sum(float(np.abs(value).sum()) for value in lap.result.values())
-        answer = {"seconds": lap.seconds, "rise": lap.rise, "total": total}
+        answer = {"seconds": lap.seconds, "cpu": lap.cpu, "rise": lap.rise, "total": total}
         print(json.dumps(answer), file=answers)
 
 

@@ -17,7 +17,7 @@ from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
 
-TOGETHER = 8  # candidates whose logits exist at one time
+TOGETHER = 512  # tokens of candidates, over all rows, whose logits exist at one time
 
 
 @jax.tree_util.register_dataclass
@@ -108,8 +108,12 @@ def _score(model, batch, edits, captures, ids) -> Scores:
         total = jnp.where(valid, said, 0).sum(-1)
         return jnp.where(valid.any(-1), total, -jnp.inf)
 
-    values = jax.lax.map(one, jnp.swapaxes(ids, 0, 1), batch_size=min(TOGETHER, ids.shape[1])).T
-    return Scores(values, taps.captured, taps.receipt_list())
+    B, C, _ = ids.shape
+    parts = -(-C // max(1, TOGETHER // (B * A)))
+    together = -(-C // parts)  # as even as they come: each size is a program of its own
+    ids = jnp.pad(ids, ((0, 0), (0, parts * together - C), (0, 0)), constant_values=-1)
+    values = jax.lax.map(jax.vmap(one), ids.swapaxes(0, 1).reshape(parts, together, B, A))
+    return Scores(values.reshape(-1, B)[:C].T, taps.captured, taps.receipt_list())
 
 
 def _pick(log_probs, ids):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import rows, sites, tokens
 from mllm_jax.interventions import edits
 from mllm_jax.precision import at_least_float32
 from mllm_jax.sites import Address
@@ -27,6 +27,7 @@ KINDS_OF = {
     "logits": ("system", "question", "image", "newline", "answer"),
 }
 LENS_CHUNK = 128  # tokens whose logits exist at one time
+TOP_BLOCK = 128  # values that are looked at together for the highest
 
 
 @jax.tree_util.register_dataclass
@@ -352,24 +353,32 @@ def _one_hot(capture: BoundCapture):
 
 def _read_stats(capture: BoundCapture, x, lens):
     hot = _one_hot(capture)
-    values = at_least_float32(x)
-
-    def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one batch
-        return jnp.einsum("BT...,BTk->...k", of, hot, precision=jax.lax.Precision.HIGHEST)
-
-    def highest(column):
-        seen = column.reshape(*column.shape, *(1,) * (values.ndim - 2)) > 0
-        return jnp.max(jnp.where(seen, values, -jnp.inf), (0, 1))
-
+    parts = rows.by_row(_row_stats, at_least_float32(x), hot, numbers=x.size)
+    *sums, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
+    positive, total, squares = (part.sum(0) for part in sums)
     result = Stats(
-        positive=total((values > 0).astype(jnp.float32)).astype(jnp.int32),
-        sum=total(values),
-        squares=total(values * values),
-        max=jnp.stack([highest(hot[..., i]) for i in range(hot.shape[-1])], -1),
+        positive=positive.astype(jnp.int32),
+        sum=total,
+        squares=squares,
+        max=highest.max(0),
         tokens=hot.sum((0, 1)).astype(jnp.int32),
         kinds=capture.by or (),
     )
     return result if capture.by is not None else jax.tree.map(lambda a: a[..., 0], result)
+
+
+def _row_stats(x, hot):
+    """Each [B, kinds, ...]: how many are positive, the sum, the sum of squares, the highest."""
+
+    def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
+        return jnp.einsum("BTk,BT...->Bk...", hot, of, precision=jax.lax.Precision.HIGHEST)
+
+    def highest(column):
+        seen = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
+        return jnp.where(seen, x, -jnp.inf).max(1)
+
+    kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
+    return total((x > 0).astype(x.dtype)), total(x), total(x * x), jnp.stack(kinds, 1)
 
 
 def _read_lens(capture: BoundCapture, x, lens):
@@ -407,7 +416,7 @@ def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
 
 
 def _lens(logits, chosen, k: int) -> Lens:
-    best, ids = jax.lax.top_k(logits, k)
+    best, ids = top_k(logits, k)
     total = jax.nn.logsumexp(logits, -1)
     entropy = total - jnp.sum(jnp.exp(logits - total[:, None]) * logits, -1)
     return Lens(
@@ -415,6 +424,22 @@ def _lens(logits, chosen, k: int) -> Lens:
         log_probs=jnp.where(chosen[:, None], best - total[:, None], 0),
         entropy=jnp.where(chosen, entropy, 0),
     )
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k`, by way of the k blocks with the highest maxima: they hold all the best.
+
+    Of equal values the first is taken, as there.
+    """
+    blocks = -(-x.shape[-1] // TOP_BLOCK)
+    if blocks <= 2 * k:
+        return jax.lax.top_k(x, k)
+    fill = [(0, 0)] * (x.ndim - 1) + [(0, blocks * TOP_BLOCK - x.shape[-1])]
+    x = jnp.pad(x, fill, constant_values=-jnp.inf).reshape(*x.shape[:-1], blocks, TOP_BLOCK)
+    block = jnp.sort(jax.lax.top_k(x.max(-1), k)[1])
+    candidates = jnp.take_along_axis(x, block[..., None], -2)
+    best, at = jax.lax.top_k(candidates.reshape(*block.shape[:-1], -1), k)
+    return best, jnp.take_along_axis(block, at // TOP_BLOCK, -1) * TOP_BLOCK + at % TOP_BLOCK
 
 
 def _read_entropy(capture: BoundCapture, x, lens):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mllm_jax import rows
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.precision import at_least_float32
 
@@ -20,9 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-# Attention probabilities that a CPU keeps in its cache; where there are more, one row at a time.
-AT_ONCE = 2**20
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -71,21 +69,14 @@ def attention(
         that may look nowhere gets zeros.
       past: keys and values before these; S of the mask counts both.
       pattern: applied to the probabilities [B, N, T, S] before they meet the values; None where
-        nobody asks for them. Then, on a CPU, those of one row exist at one time.
+        nobody asks for them: then they need not be made all at one time.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
     (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
-    whole = functools.partial(_attend, pattern=pattern or (lambda p: p))
-    if pattern is not None or B * N * T * S <= AT_ONCE:
-        return whole(query, parts, mask)
-
-    def by_row(*arrays):
-        def one(row):
-            return whole(*jax.tree.map(lambda a: a[None], row))[0]
-
-        return jax.lax.map(one, arrays)
-
-    return jax.lax.platform_dependent(query, parts, mask, cpu=by_row, default=whole)
+    if pattern is not None:
+        return _attend(query, parts, mask, pattern)
+    attend = functools.partial(_attend, pattern=lambda p: p)
+    return rows.by_row(attend, query, parts, mask, numbers=B * N * T * S)
 
 
 def _attend(query, parts, mask, pattern):

@@ -16,6 +16,13 @@ LENGTHS[:, :3] = 4
 LENGTHS[1, 7:] = 0  # row 1 has seven candidates
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_together():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "TOGETHER", 64)
+        yield
+
+
 def candidates(lengths) -> np.ndarray:
     """int32[B, C, A] of random tokens, filled up with -1."""
     ids = np.random.default_rng(0).integers(0, 95, (*lengths.shape, 4))

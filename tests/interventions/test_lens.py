@@ -113,3 +113,15 @@ def test_a_kept_layer_is_carried_not_stacked(tiny_config, make_batch):
     asked = {"x": mj.keep(S.lm.resid_post[1])}
     few, many = (program_bytes(tiny_config, batch, asked, layers=n) for n in (4, 16))
     assert many < few + one  # twelve layers more
+
+
+@pytest.mark.parametrize("width", [5, 300, 4096, 5000])
+def test_top_k_takes_the_first_of_equals(width):
+    rng = np.random.default_rng(width)
+    few = rng.integers(0, 4, (6, width)).astype(np.float32)  # many equals
+    some = rng.normal(size=(6, width)).astype(np.float32)
+    some[:, ::3] = -np.inf
+    for x in (few, some, few - 2 * (few == 3)):
+        want, got = jax.lax.top_k(x, 5), captures.top_k(x, 5)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
