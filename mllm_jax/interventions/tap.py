@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mllm_jax import sites
+from mllm_jax import narrow, sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
@@ -191,16 +191,23 @@ class ModuleTap:
         if self.name in self.taps.resume:
             return self._resumed(step, layers, extra, edits, captures, arrays, count)
 
+        whole = jax.lax.stop_gradient((layers, extra))  # gradients go through what is scanned
+
+        def one(sliced, x, tap, i):
+            layer, more = narrow.at(sliced, whole, i)
+            return step(layer, x, tap, more)
+
         def body(carry, inputs):
             x, kept = carry
-            layer, more, (edit_arrays, slots) = inputs
+            sliced, i, (edit_arrays, slots) = inputs
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
-            x, out = self._step(step)(layer, x, tap, more)
+            x, out = self._step(one)(sliced, x, tap, i)
             kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
             return (x, kept), (out, (tap.receipts, tap.captured))
 
         kept = self._empty(step, layers, x, extra, edits, captures, count)
-        (x, kept), (out, found) = jax.lax.scan(body, (x, kept), (layers, extra, arrays))
+        inputs = (layers, extra), narrow.numbers(whole), arrays
+        (x, kept), (out, found) = jax.lax.scan(body, (x, kept), inputs)
         self.taps.receipts |= found[0]
         self.taps.captured |= found[1] | self._carried(kept, captures)
         return x, out
@@ -210,9 +217,8 @@ class ModuleTap:
         resume = self.taps.resume[self.name]
 
         def one(i, x):
-            layer, more, (edit_arrays, slots) = jax.tree.map(
-                lambda a: a[i], (layers, extra, arrays)
-            )
+            sliced, (edit_arrays, slots) = jax.tree.map(lambda a: a[i], ((layers, extra), arrays))
+            layer, more = narrow.at(sliced, (layers, extra), i)
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
             x, out = step(layer, x, tap, more)
             at = {name: slots.get(name, i) for name in captures}

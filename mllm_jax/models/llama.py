@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mllm_jax import narrow
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
@@ -126,8 +127,8 @@ class Llama(nnx.Module):
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Word embeddings. Ids outside the vocabulary (placeholders) give those of id 0."""
-        known = (ids >= 0) & (ids < self.config.vocab)
-        return self.embed[...][jnp.where(known, ids, 0)]
+        table, ids = self.embed[...], jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
+        return narrow.at(table[ids], table, ids)
 
     def __call__(
         self,
