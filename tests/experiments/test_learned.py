@@ -12,19 +12,38 @@ from experiments import das, mask
 from mllm_jax import sites as S
 from mllm_jax.interventions import spec
 from mllm_jax.workdir import Workdir
+from tests import tiny
 
-SMALL = {"train_per_domain": 4, "test_per_domain": 3, "controls": 1, "batch_size": 2}
+SMALL = {"test_per_domain": 24, "controls": 1, "batch_size": 4, "model": "tiny"}
+LABELS = ("not", "tree", "which")
+# The last token sees the picture and nothing else: its answer is the picture's.
+LOOK = spec.parse("knockout lm.attn to=last on=text")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, config_of, checkpoint, folders):
-    """Runs a study in this process; its folder."""
+def pictures(tmp_path_factory):
+    """Noise, each with a question whose answers the tiny tokenizer knows as one word."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i in range(160):
+        tiny.picture(i).save(folder / f"{i}.png")
+        question = {"question": "what is shown in the picture ?", "options": LABELS}
+        answer = {"answer": LABELS[i % 3], "style": "category"}
+        rows.append(json.dumps({"image": f"{i}.png"} | question | answer))
+    (folder / "noise.jsonl").write_text("\n".join(rows))
+    return str(folder / "noise.jsonl")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, config_of, tiny_config, tiny_model, pictures):
+    """Runs a study of the tiny model in this process; its folder."""
 
     def run(module, config: str, edits=None, **fields):
-        paths = tuple(map(str, folders[:2]))
-        config = config_of(config, model=str(checkpoint), paths=paths, **SMALL, **fields)
+        config = config_of(config, paths=(pictures,), **SMALL, **fields)
         workdir = Workdir(tmp_path_factory.mktemp("learned") / "work", config.to_dict())
-        module.run(config, workdir, edits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
+            module.run(config, workdir, edits)
         return workdir
 
     return run
@@ -32,13 +51,16 @@ def study(tmp_path_factory, config_of, checkpoint, folders):
 
 @pytest.fixture(scope="module")
 def masked(study):
-    return study(mask, "configs/embedded_mask.py:quick", styles=("category",), penalty=0.3)
+    return study(
+        mask, "configs/embedded_mask.py:quick", LOOK, styles=("category",), penalty=0.3,
+        train_per_domain=24,
+    )  # fmt: skip
 
 
 def test_a_mask_is_small_and_better_than_a_random_one(masked):
     results = json.loads((masked / "results.json").read_text())
     off = np.load(masked / "off.npy")
-    assert off.shape == (9, 48)
+    assert off.shape == (4, 48)
     assert results["kept"] == sum(results["kept_by_layer"]) == (~off).sum()
     assert 0 < results["kept"] < 0.7 * off.size
     learned, random = (results["test"][name]["divergence"] for name in ("learned", "random0"))
@@ -52,6 +74,30 @@ def test_what_is_off_is_an_address_of_the_command_line(masked):
     edits = spec.parse("ablate lm.mlp.act[@off.npy]", masked.path)
     off = np.load(masked / "off.npy")
     assert spec.digest(edits) == spec.digest(mj.ablate(S.lm.mlp.act[off]))
+
+
+@pytest.fixture(scope="module")
+def aligned(study):
+    return study(
+        das, "configs/embedded_das.py:quick", LOOK, style="category", layers=(3,), rank=4,
+        rate=0.1, steps=150, train_per_domain=96, test_pairs=48,
+    )  # fmt: skip
+
+
+def test_a_subspace_exchanges_answers(aligned):
+    results = json.loads((aligned / "results.json").read_text())
+    assert results["labels"] == list(LABELS)
+    assert sum(results["answered"]["train"]) == 96
+    accuracy = {row["subspace"]: row["accuracy"] for row in results["interchange"]}
+    assert accuracy["whole"] == 1  # after the last layer the state of the last token is all
+    assert accuracy["learned"] > 0.7 > 0.4 > accuracy["random0"]
+    basis = np.load(aligned / "basis-3.npy")
+    np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)
+    edits = spec.parse("project_out lm.resid_post[3] @basis-3.npy", aligned.path)
+    assert spec.digest(edits) == spec.digest(mj.project_out(S.lm.resid_post[3], basis))
+    for name in ("index.html", "figures/interchange.png", "figures/loss.png", "manifest.json",
+                 "tables/interchange.csv", "tables/loss.csv"):  # fmt: skip
+        assert (aligned / name).stat().st_size > 20
 
 
 def test_pairs_have_different_answers():

@@ -25,6 +25,10 @@ EDITS = {
     "all units beside some": [mj.ablate(S.lm.mlp.act[2]), mj.ablate(S.lm.mlp.act[2, [0]])],
     "strengths": [mj.scale(S.lm.resid_post[3], a) for a in (0.0, 0.5, 2.0)],
     "tokens": [mj.ablate(S.lm.resid_mid[2], where=w) for w in (tok.image, tok.text, tok.last)],
+    "by step": [mj.per_step(mj.ablate(S.lm.mlp.act[3]), [a, 1.0]) for a in (0.0, -1.0)],
+    "pairs of rows": [
+        mj.patch(S.lm.embed, *rows, where=tok.image) for rows in (([0], [1]), ([1], [0]))
+    ],
     "vision": [mj.ablate(S.vision.mlp.act[layer]) for layer in (0, 1)],
     "two edits": [
         mj.ablate(S.projector.act[0, [i]]) >> mj.add(S.lm.resid_post[i], 1.0) for i in (1, 2)
