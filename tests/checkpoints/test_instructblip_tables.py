@@ -262,6 +262,8 @@ def test_projector_from_a_file_or_at_random(directory, tmp_path):
     kernels = [np.asarray(m.projector.linears[0].kernel[...]) for m in (model, same, other)]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
+    with pytest.raises(ValueError, match=r"no name for language_projection.weight, language_proj"):
+        save.write_projector(model, tmp_path / "mm_projector.bin")
 
 
 def test_missing_layers_are_named_together(directory, tmp_path):
