@@ -147,3 +147,10 @@ def test_errors(change, message):
         stability.split_half(**data, sizes=(2,))
     with pytest.raises(ValueError, match="level=0.05 cannot be reached by 9 shuffles"):
         stability.shuffle_test(**data, shuffles=9)
+
+
+def test_a_shuffle_that_goes_as_low_counts_against():
+    one = np.random.default_rng(0).integers(0, 100, (1, 3, 60))
+    counts, domain = np.repeat(one, 12, axis=0), np.arange(12) % 3
+    found = stability.shuffle_test(counts, np.full(12, 100), domain, shuffles=19, **RATES)
+    assert found.found.selected.any() and (found.p_values == 1).all() and not found.mask.any()
