@@ -363,7 +363,8 @@ def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
-    processor = Processor.from_directory(tmp_path, tiny_config)
+    pictures = tiny.processor(tiny_config).image_processor
+    processor = Processor.from_directory(tmp_path, tiny_config, pictures=lambda: pictures)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for text in ("what is  shown ?", "USER: zebra \n é ASSISTANT:", "the mat"):
         assert processor.tokenizer(text)["input_ids"] == [1, *theirs.encode(text)]
