@@ -1,11 +1,14 @@
 """Sweeps: many edits of one structure on one batch, in parallel lanes of one program.
 
-What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them:
+What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them, or not
+at all:
 
 * the vision tower, when no edit is in it;
 * the layers below the first edited one: lanes are ordered by that layer and each chunk goes on
   from the state that enters its lowest. Where it goes on is data, so that one program serves
   every chunk;
+* the last layer, where no edit is in it and the logits of the last token alone are asked: all but
+  that token;
 * the keys and values of the tokens before the first that an edit or capture reaches, such as
   those of the picture when the text alone is edited. Lanes with one such prefix share a chunk.
 """
@@ -104,7 +107,7 @@ def sweep(
     asked = run_.bind(model, batch, None, captures)[1]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
-    trunk = (trunk_.grow if share else _whole)(model, batch, bound, asked, logits)
+    trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
     chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch)), len(bound))
     widths = _common_shapes(bound)
 
@@ -117,7 +120,7 @@ def sweep(
 
     def program(numbers):
         prefix = int(trunk.prefix[numbers[0]])
-        resume, past = trunk.resume(int(trunk.first[numbers].min()), prefix)
+        resume, past = trunk.resume(numbers)
         return functools.partial(
             _lanes, metric, model, trunk.batch, lanes(numbers), asked, resume, past,
             logits=logits, prefix=prefix,
@@ -135,10 +138,6 @@ def sweep(
             rows.write(numbers, program(numbers)())
             bar.update(len(numbers))
     return rows.values
-
-
-def _whole(model, batch, bound, asked, logits) -> trunk_.Trunk:
-    return trunk_.whole(batch, len(bound))
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))
