@@ -12,6 +12,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mllm_jax import products
 from mllm_jax import workdir as workdir_
 from mllm_jax.data import domains
 from mllm_jax.interventions import spec
@@ -75,6 +76,7 @@ def main(run: Callable, takes: Sequence[str] = ()) -> None:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             sys.exit(f"error: {text}")
 
+    products.prefer_eigen()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start)
 
