@@ -214,7 +214,7 @@ def embedded(seed: int = 0, root: str | os.PathLike | None = None) -> dict[str, 
             topic=topic,
             seed=seed,
             group=_variants if name == "objects" else None,
-        )  # fmt: skip
+        )
         for name, (topic, classes) in EMBEDDED.items()
     }
 
