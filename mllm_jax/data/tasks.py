@@ -23,7 +23,7 @@ from mllm_jax.data import batching, domains
 from mllm_jax.data.embedded import objects, recipe
 
 SPLITS = ("train", "held", "test")
-TEST = 0.25  # of each class, where a domain has no test split
+TEST = 0.25  # of each class, where a domain has no test pictures
 HELD = 0.2  # of each class, of what is not for testing
 RATIO = 2.0  # pictures of a class to train on, at most, for one of the smallest class
 
@@ -129,8 +129,8 @@ class Task:
     def from_domain(
         cls,
         domain: domains.Domain,
-        test: domains.Domain | None = None,
-        held: domains.Domain | None = None,
+        test: domains.Domain | float = TEST,
+        held: domains.Domain | float = HELD,
         *,
         classes: Sequence[str] | Mapping[str, str] | None = None,
         topic: str | None = None,
@@ -148,9 +148,9 @@ class Task:
 
         Args:
             domain: what is divided.
-            test: test pictures, all taken in an order of their own; by default a quarter of each
-                class of `domain`.
-            held: the same for held; by default a fifth of each class, of what is not for testing.
+            test: test pictures, all taken in an order that no seed changes; or which share of each
+                class of `domain` they are.
+            held: the same of held pictures; the share is of what is not for testing.
             classes: labels in the order of their ids, or {class: label}; examples with other
                 labels are left out. All labels in alphabetic order by default.
             topic: what the classes are; the name by default.
@@ -167,22 +167,22 @@ class Task:
         """
         name = name or domain.name
         named = _named(name, domain, classes)
-        given = {"test": test, "held": held}
         parts = {
             split: _read(found, named, group, seed=0)
-            for split, found in given.items()
-            if found is not None
+            for split, found in (("test", test), ("held", held))
+            if isinstance(found, domains.Domain)
         }
+        given = set(parts)
         rest = _read(domain, named, group, seed)
         if near_copy is not None:
             rest = _apart(rest, [picture for part in parts.values() for picture in part], near_copy)
-        for split, share in (("test", TEST), ("held", HELD)):
+        for split, share in (("test", test), ("held", held)):
             if split not in parts:
                 parts[split], rest = _divide(rest, share, ratio)
         parts["train"] = _first(rest, _limits(rest, ratio))
         for split in SPLITS:
             lacking = set(named) - {picture.label for picture in parts[split]}
-            if lacking and given.get(split) is None:
+            if lacking and split not in given:
                 raise ValueError(
                     f"task {name!r}: class {min(lacking)!r} has no picture for {split}; add "
                     "pictures, or leave it out of classes="
