@@ -234,3 +234,37 @@ def test_a_missing_picture_is_named(tmp_path):
 
 def test_a_domain_of_a_data_set_is_a_domain(built):
     assert isinstance(classification.load("dtd", "val", root=built), domains.Domain)
+
+
+def test_dtd_that_tfds_has_prepared_itself(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Dtd(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """With the version and the features of the builder in TFDS's catalogue."""
+
+        VERSION = tfds.core.Version("3.0.1")
+
+        def _info(self):
+            features = tfds.features
+            return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict({
+                "file_name": features.Text(), "image": features.Image(),
+                "label": features.ClassLabel(names=["woven", "banded"]),
+            }))  # fmt: skip
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in ("train", "validation")}
+
+        def _generate_examples(self, split):
+            for at, label in enumerate(("woven", "banded")):
+                file = tmp_path / f"{split}{label}.jpg"
+                file.write_bytes(picture(at))
+                name = f"{label}/{label}_{split}.jpg"
+                yield name, {"file_name": name, "image": str(file), "label": label}
+
+    Dtd(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    domain = classification.load("dtd", "val", root=tmp_path)
+    found = {shown.label: shown for shown in domain}
+    assert sorted(found) == ["banded", "woven"]
+    assert found["banded"].encoded == picture(1)
+    assert found["woven"].source == "woven/woven_validation.jpg"
+    assert "tensorflow" not in sys.modules

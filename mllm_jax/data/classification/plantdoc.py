@@ -1,9 +1,8 @@
 """PlantDoc (Singh et al. 2020): leaves, healthy or with a disease, out of the web.
 
 2,342 pictures of 28 classes to train on and 236 of 27 to test on, at commit 5467f60 of its
-repository. The projection paper counts 2,598 pictures and 17 classes, which is the number of diseases;
-its random baseline fits 27 or 28. The class without a test picture, spider
-mites, has two to train on.
+repository. The projection paper counts 2,598 pictures and 17 classes, the number of diseases; its
+random baseline fits 27 or 28. Spider mites, the class without a test picture, has two to train on.
 """
 
 from __future__ import annotations
