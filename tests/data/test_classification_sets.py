@@ -78,7 +78,7 @@ def crisismmd(folder) -> None:
         for at, label in enumerate(labels * 2):
             image = f"data_image/hurricane_irma/{base + 6}_9_2017/90{base}_{at}.jpg"
             put(folder / image, picture(100 * base + at))
-            text = 'they said: "help' if at % 2 else "RT"
+            text = '"they said: help' if at % 2 else "RT"
             other = labels[(at + 1) % len(labels)]
             rows.append(
                 f"hurricane_irma\t90{base}\t90{base}_{at}\t{text}\t{image}\t{other}\t{other}\t{label}\tx"
