@@ -119,6 +119,13 @@ def difference(of: Sample, over: Sample) -> Sample:
     return Sample(runs, of.resamples - over.resamples)
 
 
+def change(of: Sample, over: Sample) -> dict[str, float | None]:
+    """The difference as results.json has it; relative to `over`, None where that is zero."""
+    value, low, high = difference(of, over).interval()
+    relative = value / over.mean if over.mean else None
+    return {"value": value, "low": low, "high": high, "relative": relative}
+
+
 def uniform(count: int, classes: int, runs: int, *, seed: int = 0) -> np.ndarray:
     """int64[R, N]: answers drawn uniformly, the random baseline of Table 1."""
     return np.random.default_rng(seed).integers(0, classes, (runs, count))
@@ -146,16 +153,12 @@ def table(
     scores = {name: f1(truth, said, classes, **options) for name, said in predicted.items()}
     rows = []
     for name, said in predicted.items():
-        change = None
-        if over in scores and name != over:
-            base = scores[over].mean
-            value, low, high = difference(scores[name], scores[over]).interval()
-            relative = value / base if base else None
-            change = {"value": value, "low": low, "high": high, "relative": relative}
+        compared = over in scores and name != over
         rows.append({
             "variant": name, "runs": len(scores[name].runs), "images": len(truth),
             "f1": scores[name].row(),
-            "accuracy": accuracy(truth, said, classes, **options).row(), "change": change,
+            "accuracy": accuracy(truth, said, classes, **options).row(),
+            "change": change(scores[name], scores[over]) if compared else None,
         })  # fmt: skip
     return rows
 

@@ -10,6 +10,7 @@ import numpy as np
 import tqdm
 
 from mllm_jax import sites, tokens
+from mllm_jax.data.features import places
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions import captures, run
 from mllm_jax.interventions.tap import Taps
@@ -99,9 +100,7 @@ def _by_row(config, batch, values) -> np.ndarray:
     values = np.asarray(values, np.float32).reshape(-1, config.tiles, values.shape[-1])
     real = batch.real.reshape(-1, config.tiles, 1)
     means = (values * real).sum(1) / np.maximum(real.sum(1), 1)
-    first = np.where(batch.image_at >= 0, batch.image_at, 2**30).min(-1)
-    place = first // (config.tiles * config.image_tokens)  # rows of one picture share its place
-    return means[np.minimum(place, len(means) - 1)]
+    return means[places(config, batch)]
 
 
 def _asked(model, prompts, features) -> str:

@@ -733,7 +733,7 @@ def forest(
                 ha="right", va="bottom", color=GREY, fontsize=8.5, style="italic",
             )  # fmt: skip
     for ax in grid[-1]:
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
         ax.set_xlabel(label)
     return figure
 
@@ -861,6 +861,7 @@ def migration(
                     va="center", fontsize=8, color=_dark(hue[variant]),
                 )  # fmt: skip
         ax.axvline(0, color=GREY, linewidth=0.6)
+        ax.use_sticky_edges = False  # bars keep a margin
         ax.set(ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), xlabel="neurons")
         ax.set_yticklabels(tasks if ax is axes[0] else [])
         ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)

@@ -18,7 +18,8 @@ are as `analysis.projection` makes them. Keys in brackets may be empty or absent
                        the first recipe or None, "probe": value of the paper's probe or None}
     [neurons]          rows of `projection.moved`, each with its "task" and "variant"
     [ablation]         {"task", "variant", "off" (whose neurons), "neurons", "f1": value, "change":
-                       change against none off}
+                       change against none off}; suppression of one of two classes has "called"
+                       as well: {class: how often its pictures are called by its name}
 
 `write` is a pure function of the results: it can be run again and leaves the same bytes.
 """
@@ -35,6 +36,7 @@ from matplotlib.figure import Figure
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
 from mllm_jax.report import figures, page, tables
+from mllm_jax.report.domain_neurons import NAMES
 
 KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
 FIXED = {
@@ -57,7 +59,17 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
     if missing:
         raise ValueError(f"results of projection lack {', '.join(missing)}; run the study again")
     folder = pathlib.Path(workdir)
-    parts = (_claims, _answers, _richness, _depth, _factors, _neurons, _ablation, _paper)
+    parts = (
+        _claims,
+        _answers,
+        _richness,
+        _depth,
+        _factors,
+        _neurons,
+        _ablation,
+        _suppression,
+        _paper,
+    )
     sections = [section for part in parts if (section := part(folder, results))]
     content = page.Page(
         title="The projection study",
@@ -128,9 +140,9 @@ def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
         f"{by_verdict['fails']} fail, and {by_verdict['undecided']} are undecided at this sample "
         "size.",
         table=page.Table(
-            ("claim, on macro-F1", "verdict", "comparisons", "in the paper"),
+            ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
             [
-                (row["claim"], VERDICTS[row["verdict"]], row["reason"], row["paper"] or page.DASH)
+                (VERDICTS[row["verdict"]], row["claim"], row["reason"], row["paper"] or page.DASH)
                 for row in asked
             ],
         ),
@@ -333,7 +345,7 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         return None
     by_module: dict = {}
     for row in rows:
-        by_task = by_module.setdefault(row["module"], {})
+        by_task = by_module.setdefault(NAMES.get(row["module"], row["module"]), {})
         by_task.setdefault(row["task"], {})[row["variant"]] = row
     figure = figures.migration(by_module, _hue(rows))
 
@@ -381,30 +393,21 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
-    rows = results.get("ablation")
+    rows = [row for row in results.get("ablation", ()) if "called" not in row]
     if not rows:
         return None
     kinds = list(dict.fromkeys(row["off"] for row in rows))
-    hue = {kind: figures.GREY if "random" in kind else figures.PALETTE[i]
-           for i, kind in enumerate(kinds)}  # fmt: skip
-    panels: dict = {}
-    for row in rows:
-        change = row["change"]
-        point = {"mean": change["value"], "low": change["low"], "high": change["high"]}
-        panels.setdefault(row["variant"], {}).setdefault(row["task"], {})[row["off"]] = point
-    figure = figures.forest(panels, hue, "change of macro-F1", against="0", shown="{:+.2f}".format)
-
-    def mean(kind: str) -> str:
-        return page.number(
-            float(np.mean([row["change"]["value"] for row in rows if row["off"] == kind]))
-        )
-
     return page.Section(
         title="Switching neurons off",
         reading="The model's macro-F1 changes, on average over tasks and variants, by "
-        + ", by ".join(f"{mean(kind)} with {kind} off" for kind in kinds)
+        + ", by ".join(f"{_mean_off(rows, kind)} with {kind} off" for kind in kinds)
         + ".",
-        figures=[_png(folder, "ablation", figure, "Change of macro-F1 by whose neurons are off")],
+        figures=[
+            _png(
+                folder, "ablation", _changes(rows, "variant"),
+                "Change of macro-F1 by whose neurons are off",
+            )
+        ],
         table=page.Table(
             ("task", "variant", "off", "neurons", "macro-F1", "change of F1"),
             [
@@ -413,17 +416,74 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
                 for row in rows
             ],
         ),
-        note="Intervals are paired by picture: zero outside of them is an effect.",
-        data=[
-            _csv(
-                folder, "ablation",
-                ("task", "variant", "off", "neurons", *VALUE, *(f"change_{c}" for c in CHANGE)),
-                [
-                    (row["task"], row["variant"], row["off"], row["neurons"],
-                     *_of(row["f1"], VALUE), *_of(row["change"], CHANGE))
-                    for row in rows
-                ],
-            )
+        note="Intervals are paired by picture; * marks those that exclude zero.",
+        data=[_off_csv(folder, "ablation", rows)],
+    )  # fmt: skip
+
+
+def _suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    rows = [row for row in results.get("ablation", ()) if "called" in row]
+    if not rows:
+        return None
+    edited = [row for row in rows if row["change"]["value"] or row["neurons"]]
+    first, *_ = edited
+    changes = ", ".join(f"{row['off']} {page.number(row['change']['value'])}" for row in edited)
+    classes = list(first["called"])
+    return page.Section(
+        title="Suppressing one class",
+        reading=f"Two classes ({' and '.join(classes)}), {classes[0]} suppressed. Macro-F1 changes "
+        f"by: {changes}.",
+        figures=[
+            _png(folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit")
+        ],
+        table=page.Table(
+            ("edit", "neurons", *(f"{name}, called so" for name in classes), "macro-F1",
+             "change of F1"),
+            [
+                (row["off"], f"{row['neurons']:,}",
+                 *(_percent(row["called"][name]) for name in classes), _spread(row["f1"]),
+                 _change(row["change"]))
+                for row in rows
+            ],
+        ),
+        note="AurA (Suau et al. 2024) scales a neuron by 1 less its advantage over chance at "
+        "telling the class; experts are the neurons with the largest, switched off.",
+        data=[_off_csv(folder, "suppression", rows)],
+    )  # fmt: skip
+
+
+def _changes(rows: Sequence[Mapping], group: str) -> Figure:
+    """Changes of F1 by what is off, a row of panels a group."""
+    kinds = list(dict.fromkeys(row["off"] for row in rows))
+    plain = iter(figures.PALETTE)
+    hue = {
+        kind: figures.GREY if "random" in kind or "shuffled" in kind else next(plain)
+        for kind in kinds
+    }
+    panels: dict = {}
+    for row in rows:
+        change = row["change"]
+        point = {"mean": change["value"], "low": change["low"], "high": change["high"]}
+        by_task = panels.setdefault(row.get(group, ""), {})
+        by_task.setdefault(row["task"], {})[row["off"]] = point
+    return figures.forest(panels, hue, "change of macro-F1", against="0", shown="{:+.2f}".format)
+
+
+def _mean_off(rows: Sequence[Mapping], kind: str) -> str:
+    changes = [row["change"]["value"] for row in rows if row["off"] == kind]
+    return page.number(float(np.mean(changes)))
+
+
+def _off_csv(folder: pathlib.Path, name: str, rows: Sequence[Mapping]) -> tuple[str, str]:
+    classes = list(rows[0].get("called", ()))
+    return _csv(
+        folder, name,
+        ("task", "variant", "off", "neurons", *VALUE, *(f"change_{c}" for c in CHANGE),
+         *(f"called_{c}" for c in classes)),
+        [
+            (row["task"], row["variant"], row["off"], row["neurons"], *_of(row["f1"], VALUE),
+             *_of(row["change"], CHANGE), *(row["called"][c] for c in classes))
+            for row in rows
         ],
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ def answers(truth, right, *, runs=3, seed=0):
 
 def task(number=0, *, images=150, runs=3, **right):
     """A task whose variants are right as often as given, by name of the model or a probe."""
-    truth = np.random.default_rng(number).integers(0, CLASSES, images)
+    truth = np.random.default_rng((number, 77)).integers(0, CLASSES, images)
     named = {"original": ORIGINAL, "proj": PROJ, "e2e": E2E, "clip": CLIP}
     said = {
         named[name]: answers(truth, p, runs=runs, seed=(number, i))

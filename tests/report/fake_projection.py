@@ -31,7 +31,7 @@ def fake_tasks(seed: int = 0, images: int = 120) -> dict[str, projection.Task]:
     found = {}
     for i, (name, classes) in enumerate(CLASSES.items()):
         truth = rng.integers(0, classes, images)
-        said = {"Random": projection.uniform(images, classes, 3, seed=i)}
+        said = {"Random": projection.uniform(images, classes, 3, seed=100 + i)}
         said |= {
             v: answers(rng, truth, classes, skill[i], 1 if v == ORIGINAL else 3)
             for v, skill in SKILL.items()
@@ -110,7 +110,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
     for name, task in tasks.items():
         for v in (ORIGINAL, E2E):
             said = {"none": task.said[v]}
-            for off, loss in (("own neurons", 0.3), ("random neurons", 0.03), ("AurA", 0.2)):
+            for off, loss in (("its domain's neurons", 0.3), ("random neurons", 0.03)):
                 lost = rng.random(task.said[v].shape) < loss
                 said[off] = np.where(lost, -1, task.said[v])
             rows = projection.table(task.truth, said, task.classes, over="none", **FAST)
@@ -119,4 +119,20 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
                  "f1": row["f1"], "change": row["change"]}
                 for row in rows[1:]
             ]  # fmt: skip
+    two = projection.Task(rng.integers(0, 2, 60), 2, {})
+    said = {"nothing": answers(rng, two.truth, 2, 0.9, 1)}
+    offs = (("AurA against tulip", 0.5), ("AurA's gains shuffled", 0.05), ("random neurons", 0.02))
+    for off, loss in offs:
+        lost = (rng.random((1, 60)) < loss) & (two.truth == 0)
+        said[off] = np.where(lost, 1, said["nothing"])
+    rows = projection.table(two.truth, said, 2, over="nothing", **FAST)
+    none = {"value": 0.0, "low": 0.0, "high": 0.0, "relative": 0.0}
+    results["ablation"] += [
+        {"task": "objects: tulip or rose", "variant": ORIGINAL, "off": row["variant"],
+         "neurons": 0 if row["variant"] == "nothing" else 2211, "f1": row["f1"],
+         "change": row["change"] or none,
+         "called": {name: float((said[row["variant"]][0] == c)[two.truth == c].mean())
+                    for c, name in enumerate(("tulip", "rose"))}}
+        for row in rows
+    ]  # fmt: skip
     return results

@@ -47,7 +47,7 @@ def test_every_link_leads_to_a_file(folder):
     assert reader.open == []
     links = {link for link in reader.links if not link.startswith("#")}
     assert set(contents(folder)) == links | {"index.html"}
-    assert reader.tags.count("section") == 8
+    assert reader.tags.count("section") == 9
     for path in (folder / "figures").glob("*.png"):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width >= 1000
@@ -62,11 +62,12 @@ def test_tables_hold_the_numbers_exactly(folder, results):
             assert row["change_value"] == ("" if change is None else str(change["value"]))
             assert row["f1_deviation"] == str(want["f1"]["deviation"] or "").replace("None", "")
     counts = {name: len(rows(folder / f"tables/{name}.csv")) for name in
-              ("claims", "depth", "factors", "neurons", "neurons_per_layer", "ablation")}  # fmt: skip
+              ("claims", "depth", "factors", "neurons", "neurons_per_layer", "ablation",
+               "suppression")}  # fmt: skip
     compared = [c for r in results["claims"] + results["controls"] for c in r["comparisons"]]
     assert counts == {
         "claims": len(compared), "depth": 4 * 3 * 2 * 30, "factors": 28, "neurons": 16,
-        "neurons_per_layer": 8 * 31, "ablation": 24,
+        "neurons_per_layer": 8 * 31, "ablation": 16, "suppression": 4,
     }  # fmt: skip
 
 
@@ -99,11 +100,14 @@ def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeyp
     assert contents(tmp_path) == first
 
 
-@pytest.mark.parametrize("part", ["controls", "depth", "factors", "neurons", "ablation"])
-def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part):
+@pytest.mark.parametrize(
+    "part, sections",
+    [("controls", 9), ("depth", 8), ("factors", 8), ("neurons", 8), ("ablation", 7)],
+)
+def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part, sections):
     projection.write(tmp_path, {key: value for key, value in results.items() if key != part})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert test_page.Reader(text).tags.count("section") == 8 - (part != "controls")
+    assert test_page.Reader(text).tags.count("section") == sections
     assert "nan" not in text
 
 
