@@ -307,10 +307,10 @@ def _factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         f"{page.number(_mean_change(rows, largest))} on average over tasks.",
         figures=[_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=page.Table(
-            ("task", "recipe", "factor", "setting", "macro-F1", "change of F1", "probe's F1"),
+            ("task", "recipe", "setting", "macro-F1", "change of F1", "probe's F1"),
             [
-                (row["task"], row["recipe"], row["factor"] or page.DASH, f"{row['setting']}"
-                 or page.DASH, _spread(row["f1"]), _change(row["change"]),
+                (row["task"], row["recipe"], f"{row['setting']}" or page.DASH,
+                 _spread(row["f1"]), _change(row["change"]),
                  _spread(row["probe"]) if row["probe"] else page.DASH)
                 for row in rows
             ],
