@@ -43,6 +43,7 @@ class Probe:
         epochs: at most.
         patience: epochs without a lower loss on held-out examples that end the training; the
             weights of the lowest are used. None never stops, and uses the last.
+        least: nats by which a loss must be lower to count.
     """
 
     hidden: tuple[int, ...] = ()
@@ -52,6 +53,7 @@ class Probe:
     batch: int = 128
     epochs: int = 200
     patience: int | None = 10
+    least: float = 0.0
 
     def widths(self, features: int, classes: int) -> tuple[int, ...]:
         """From the input to the output, of features of a width."""
@@ -148,16 +150,18 @@ def fit(
     several = np.ndim(train.features) == 3
     sites = prepare(probe, *(part.features for part in parts))
     lanes = np.array(list(itertools.product(range(len(sites[0])), seeds)), np.int32)
-    size = probe.parameters(sites[0].shape[-1], classes)
+    count, size = len(lanes), probe.parameters(sites[0].shape[-1], classes)
+    turns = -(-count // max(1, AT_ONCE // size))
+    fill = np.repeat(lanes[-1:], -count % turns, 0)
     fitted = _fit(
         probe,
         *(Part(x, part.labels) for x, part in zip(sites, parts, strict=True)),
-        lanes,
+        np.concatenate([lanes, fill]).reshape(turns, -1, 2),
         classes=classes,
-        lanes_at_once=max(1, min(len(lanes), AT_ONCE // size)),
     )
     shape = (len(sites[0]), len(seeds)) if several else (len(seeds),)
-    found = Fitted(*(np.asarray(a).reshape(*shape, *a.shape[1:]) for a in fitted))
+    rows = [np.asarray(a).reshape(-1, *a.shape[2:])[:count] for a in fitted]
+    found = Fitted(*(a.reshape(*shape, *a.shape[1:]) for a in rows))
     if not np.isfinite(found.losses[..., 0]).all():
         raise FloatingPointError(
             f"the held-out loss of a probe is not finite after one epoch; lower its rate (now "
@@ -205,17 +209,19 @@ def logits(params: Sequence[tuple[Any, Any]], x: jax.Array) -> jax.Array:
     return x @ kernel + bias
 
 
-@functools.partial(jax.jit, static_argnames=("probe", "classes", "lanes_at_once"))
-def _fit(probe: Probe, train: Part, held: Part, test: Part, lanes, *, classes, lanes_at_once):
-    def one(lane):
-        site, seed = lane
-        return _train(probe, classes, train, held, test, site, jax.random.key(seed))
+@functools.partial(jax.jit, static_argnames=("probe", "classes"))
+def _fit(probe: Probe, train: Part, held: Part, test: Part, lanes, *, classes) -> Fitted:
+    """Of lanes int32[turns, lanes, 2], (site, seed) each, side by side in each turn."""
 
-    return jax.lax.map(one, lanes, batch_size=lanes_at_once)
+    def turn(lanes):
+        return _train(probe, classes, train, held, test, lanes[:, 0], lanes[:, 1])
+
+    return jax.lax.map(turn, lanes)
 
 
 class _State(NamedTuple):
-    epoch: Any
+    """Of one probe: its weights now, and those of the lowest held-out loss."""
+
     params: Any
     adam: Any
     best: Any
@@ -223,47 +229,61 @@ class _State(NamedTuple):
     losses: Any
 
 
-def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, site, key) -> Fitted:
-    """One probe on one site: epochs until the held-out loss has not fallen for a while."""
+def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, sites, seeds):
+    """Probes side by side, until the held-out loss of none has fallen for a while.
+
+    One that is done earlier learns on with the others, but its best weights stay.
+    """
     N, width = train.features.shape[1:]
     batch = min(probe.batch, N)
     steps = -(-N // batch)
-    fill = steps * batch - N
+    weight = (np.arange(steps * batch) < N).astype(np.float32).reshape(steps, batch)
     adam = optax.adam(probe.rate)
 
     def loss(params, x, labels, weight):
         wrong = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels)
         return (wrong * weight).sum() / weight.sum()
 
-    def step(carry, drawn):
-        params, state = carry
-        at, weight = drawn
-        slope = jax.grad(loss)(params, train.features[site, at], train.labels[at], weight)
-        change, state = adam.update(slope, state)
-        return (optax.apply_updates(params, change), state), None
+    def begin(key) -> _State:
+        params = start((width, *probe.hidden, classes), key)
+        losses = jnp.full((probe.epochs,), jnp.nan)
+        return _State(params, adam.init(params), params, jnp.int32(0), losses)
 
-    def epoch(now: _State) -> _State:
-        order = jax.random.permutation(jax.random.fold_in(shuffle, now.epoch), N)
-        at = jnp.pad(order, (0, fill)).reshape(steps, batch)
-        weight = (jnp.arange(steps * batch) < N).astype(jnp.float32).reshape(steps, batch)
+    def going(now: _State, number):
+        waiting = probe.patience is None or number - now.taken < probe.patience
+        return (number < probe.epochs) & waiting
+
+    def epoch(now: _State, number, site, key) -> _State:
+        def step(carry, drawn):
+            params, state = carry
+            at, weight = drawn
+            slope = jax.grad(loss)(params, train.features[site, at], train.labels[at], weight)
+            change, state = adam.update(slope, state)
+            return (optax.apply_updates(params, change), state), None
+
+        order = jax.random.permutation(jax.random.fold_in(key, number), N)
+        at = jnp.pad(order, (0, steps * batch - N)).reshape(steps, batch)
         (params, state), _ = jax.lax.scan(step, (now.params, now.adam), (at, weight))
         value = loss(params, held.features[site], held.labels, jnp.ones(held.labels.shape))
-        better = (value < jnp.nanmin(now.losses, initial=jnp.inf)) | (probe.patience is None)
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, now.best)
-        taken = jnp.where(better, now.epoch + 1, now.taken)
-        losses = now.losses.at[now.epoch].set(value)
-        return _State(now.epoch + 1, params, state, best, taken, losses)
+        lowest = jnp.nanmin(now.losses, initial=jnp.inf)
+        lower = (value < lowest - probe.least) | (probe.patience is None)
+        active = going(now, number)
+        return _State(
+            params,
+            state,
+            jax.tree.map(lambda new, old: jnp.where(active & lower, new, old), params, now.best),
+            jnp.where(active & lower, number + 1, now.taken),
+            now.losses.at[number].set(jnp.where(active, value, jnp.nan)),
+        )
 
-    def going(now: _State):
-        waiting = probe.patience is None or now.epoch - now.taken < probe.patience
-        return (now.epoch < probe.epochs) & waiting
-
-    first, shuffle = jax.random.split(key)
-    params = start((width, *probe.hidden, classes), first)
-    losses = jnp.full((probe.epochs,), jnp.nan)
-    state = _State(jnp.int32(0), params, adam.init(params), params, jnp.int32(0), losses)
-    end = jax.lax.while_loop(going, epoch, state)
-    said = logits(end.best, test.features[site]).argmax(-1).astype(jnp.int32)
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
+    every = jax.vmap(epoch, (0, None, 0, 0))
+    _, end = jax.lax.while_loop(
+        lambda carry: jax.vmap(going, (0, None))(carry[1], carry[0]).any(),
+        lambda carry: (carry[0] + 1, every(carry[1], carry[0], sites, keys[:, 1])),
+        (jnp.int32(0), jax.vmap(begin)(keys[:, 0])),
+    )
+    said = jax.vmap(logits)(end.best, test.features[sites]).argmax(-1).astype(jnp.int32)
     return Fitted(said, end.taken, end.losses)
 
 

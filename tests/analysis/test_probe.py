@@ -99,6 +99,15 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(fitted):
     assert (stopped.epochs <= 3).all() and (stopped.epochs < found.epochs).all()
 
 
+def test_a_loss_that_is_hardly_lower_does_not_count(fitted):
+    parts, found = fitted
+    # lower than anything is the first alone
+    strict = dataclasses.replace(SMALL, least=10.0)
+    stopped = probe.fit(strict, *parts, classes=3, seeds=(0, 1, 2))
+    assert stopped.epochs.tolist() == [1, 1, 1]
+    assert (np.isfinite(stopped.losses).sum(-1) == 1 + SMALL.patience).all()
+
+
 def test_the_released_code_does_not_stop(fitted):
     (train, held, test), _ = fitted
     released = dataclasses.replace(probe.released(SMALL), epochs=4)

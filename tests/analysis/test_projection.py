@@ -117,7 +117,8 @@ def test_rows_of_a_table():
 
 
 def verdicts(tasks, *asked):
-    return [row["verdict"] for row in projection.claims(tasks, asked or projection.CLAIMS)]
+    found = projection.claims(tasks, asked or projection.CLAIMS, resamples=1000)
+    return [row["verdict"] for row in found]
 
 
 PROBES = {"paper": {BEFORE: 0.9, ORIGINAL: 0.7, PROJ: 0.4, E2E: 0.5}}
@@ -160,12 +161,12 @@ def test_misses_are_allowed_where_the_claim_allows_them():
 def test_false_verdicts_are_rare():
     """Where nothing differs, no claim is decided more often than its rule promises."""
     decided = 0
-    for number in range(100):
+    for number in range(60):
         tasks = {str(i): task(9 * number + i, images=60, original=0.5, proj=0.5) for i in range(4)}
         claim = Claim("", (("model", PROJ),), ("model", ORIGINAL))
-        (row,) = projection.claims(tasks, [claim], resamples=500)
+        (row,) = projection.claims(tasks, [claim], resamples=300)
         decided += row["verdict"] != "undecided"
-    assert decided <= 12  # 5 % by the rule; a bootstrap over three runs errs a little more often
+    assert decided <= 8  # 5 % by the rule; a bootstrap over three runs errs a little more often
 
 
 def test_what_was_not_measured_is_undecided_and_said():

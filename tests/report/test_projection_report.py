@@ -92,6 +92,7 @@ def test_sentences_follow_from_the_numbers(folder, results):
     assert "0.1064 / 0.1255" in text and "0.6991 / 0.7118" in text  # the paper's own
 
 
+@pytest.mark.slow
 def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeypatch):
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # quicker
     projection.write(tmp_path, results)
