@@ -215,18 +215,11 @@ def _richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
         figures=[_png(folder, "richness", figure, "Macro-F1 of probes by task and variant")],
-        table=page.Table(
-            ("probe", "task", "features", "macro-F1", "interval", "accuracy", "change of F1"),
-            [
-                (row["probe"], row["task"], row["variant"], _spread(row["f1"]),
-                 _interval(row["f1"]), _spread(row["accuracy"]), _change(row["change"]))
-                for row in rows
-            ],
-        ),
+        table=_pivot(rows, {"probe": "probe", "variant": "features"}),
         note="Features are means over the patches of a picture. The paper's probes have another "
         "depth and width before the projection than after it; the matched probe has the same of "
-        "both, and reads as many numbers; the linear one has no depth. Tables 2 and 3 of the "
-        "paper.",
+        "both, and reads as many numbers; the linear one has no depth. In brackets the change "
+        "against Original; * marks intervals that exclude zero. Tables 2 and 3 of the paper.",
         data=[_rows_csv(folder, "richness", ("probe", "task"), rows)],
     )  # fmt: skip
 
@@ -306,17 +299,9 @@ def _factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
         f"{page.number(_mean_change(rows, largest))} on average over tasks.",
         figures=[_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
-        table=page.Table(
-            ("task", "recipe", "setting", "macro-F1", "change of F1", "probe's F1"),
-            [
-                (row["task"], row["recipe"], f"{row['setting']}" or page.DASH,
-                 _spread(row["f1"]), _change(row["change"]),
-                 _spread(row["probe"]) if row["probe"] else page.DASH)
-                for row in rows
-            ],
-        ),
+        table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
         note="One factor at a time is set otherwise than in the first recipe. The dashed line is "
-        "the first recipe.",
+        "the first recipe. * marks changes whose interval excludes zero.",
         data=[
             _csv(
                 folder, "factors",
@@ -543,10 +528,29 @@ def _interval(value: Mapping) -> str:
 def _change(change: Mapping | None) -> str:
     if change is None:
         return page.DASH
-    relative = change["relative"]
-    share = "" if relative is None else f" ({100 * relative:+.0f} %)"
+    return page.number(change["value"]) + _relative(change)
+
+
+def _relative(change: Mapping | None) -> str:
+    """In brackets, as a share; * where the interval excludes zero. Nothing of no change."""
+    if change is None or change["relative"] is None:
+        return ""
     star = "*" if change["low"] > 0 or change["high"] < 0 else ""
-    return f"{change['value']:+.3f}{star}{share}".replace("-", page.MINUS)
+    return f" ({100 * change['relative']:+.0f} %{star})".replace("-", page.MINUS)
+
+
+def _pivot(rows: Sequence[Mapping], named: Mapping[str, str]) -> page.Table:
+    """F1 and its relative change: a row for each pair of keys, a column a task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells: dict = {}
+    for row in rows:
+        first = tuple(row[key] or page.DASH for key in named)
+        cells.setdefault(first, {})[row["task"]] = _spread(row["f1"]) + _relative(row["change"])
+    lines = [
+        (*first, *(by_task.get(task, page.DASH) for task in tasks))
+        for first, by_task in cells.items()
+    ]
+    return page.Table((*named.values(), *tasks), lines)
 
 
 def _percent(share: float) -> str:
