@@ -14,6 +14,13 @@ from mllm_jax.interventions.tap import Taps
 from mllm_jax.workdir import atomic_json, read_json
 
 
+def places(config, batch) -> np.ndarray:
+    """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
+    each = config.tiles * config.image_tokens
+    first = np.where(batch.image_at >= 0, batch.image_at, 2**30).min(-1)
+    return np.minimum(first // each, len(batch.real) // config.tiles - 1)  # empty rows: any
+
+
 def vision_features(
     model,
     processor: Processor,
@@ -47,8 +54,8 @@ def vision_features(
         while done < len(examples):
             some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
-            values = encode(model, batch.replace(processor=None)).reshape(batch_size, *shape[1:])
-            kept[done : done + len(some)] = values[: len(some)]
+            values = encode(model, batch.replace(processor=None)).reshape(-1, *shape[1:])
+            kept[done : done + len(some)] = values[places(model.config, batch)[: len(some)]]
             kept.flush()
             done += len(some)
             atomic_json(progress, {"done": done})
