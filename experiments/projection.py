@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 import mllm_jax as mj
@@ -201,7 +202,7 @@ def _factor_runs(this: Study) -> Iterator[Run]:
 
 def _changed(config, name: str):
     """The recipe of FT-Proj with the settings of a factor."""
-    setting = copy.deepcopy(config.proj).unlock()
+    setting = ml_collections.ConfigDict(config.proj.to_dict())
     setting.update(config.factors.changes[name])
     return setting
 
@@ -290,9 +291,7 @@ def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
             edits = _off(mask)
             found |= piece(
                 f"off-{off}",
-                lambda off=off, e=edits: {
-                    f"off/{off}": said(this, tuned.model, task, run.seed, e)
-                },
+                lambda off=off, e=edits: {f"off/{off}": said(this, tuned.model, task, run.seed, e)},
             )
     tuned.forget()
     return found

@@ -42,8 +42,11 @@ class Answered:
         drawn = [self._drawn(at) for at in range(number * self.size, (number + 1) * self.size)]
         asked = [self.ask(*one) for one in drawn]
         batch = self.processor(
-            None, [q.prompt for q in asked], answers=[q.answer for q in asked],
-            features=np.stack([self.features[row] for row, _ in drawn]), length=self.length,
+            None,
+            [q.prompt for q in asked],
+            answers=[q.answer for q in asked],
+            features=np.stack([self.features[row] for row, _ in drawn]),
+            length=self.length,
         )
         return batch if self.end else batch.replace(labels=without_end(batch.labels))
 

@@ -33,7 +33,7 @@ class Recipe:
     """
 
     part: str = "projector"
-    lora: parts.Lora = parts.Lora()
+    lora: parts.Lora = dataclasses.field(default_factory=parts.Lora)
     rate: float = 1e-3
     projector_rate: float | None = None
     warmup: float = 0.03
