@@ -29,6 +29,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.aspect = "pad"  # of the pictures that are evaluated: "square" crops them
     config.answers = "scores"  # the most likely class; "free" reads what the model says
     config.rows = 8  # of a batch, where nothing is trained
+    config.checkpoints = False  # of training: these runs are shorter than their files are large
     config.proj = _setting("projector", rate=2e-4)
     config.e2e = _setting("projector+lm", rate=1e-4)
     config.probe = ml_collections.ConfigDict()
@@ -94,8 +95,10 @@ def _setting(part: str, rate: float) -> ml_collections.ConfigDict:
     setting.batch_size = 4
     setting.steps = 20
     setting.recipe = ml_collections.ConfigDict()
-    setting.recipe.part = part
+    setting.recipe.part = part  # or "projector+lora", see mllm_jax/training/parts.py
     setting.recipe.rate = rate
+    setting.recipe.projector_rate = ml_collections.config_dict.placeholder(float)
+    setting.recipe.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0})
     setting.recipe.warmup = 0.03
     setting.recipe.weight_decay = 0.0
     setting.recipe.clip = 1.0

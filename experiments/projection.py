@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import operator
 import shutil
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ from mllm_jax.report import projection as page
 from mllm_jax.training import batches, fit, start
 
 SITES = {"projector": S.projector.act, "lm": S.lm.mlp.act}
+DEPTH_KINDS = ("image", "last")
 LOOK = "What is shown in the picture?"  # asked where the classes must not be named
 
 
@@ -228,7 +230,8 @@ class Tuned:
             seed=run.seed, end=how.end,
         )  # fmt: skip
         model = self._start(features)
-        return fit.fit(model, training, recipe, save=self.folder, label=run.name)
+        save = self.folder if this.config.checkpoints else None
+        return fit.fit(model, training, recipe, save=save, label=run.name)
 
     @property
     def model(self):
@@ -326,7 +329,10 @@ def _projected(model, features):
 
 
 def layers(this: Study, model, run: Run) -> dict[str, np.ndarray]:
-    """float32[N, L, D] of each split: what leaves each layer of the LM, mean over image tokens."""
+    """float32[N, L, D] of each split: what leaves each layer of the LM.
+
+    Mean over the image tokens, and at the last token.
+    """
     found = {}
     for split in tasks.SPLITS:
         asked = this.shown(run.task, split, len(this.examples(run.task, split)))
@@ -335,7 +341,8 @@ def layers(this: Study, model, run: Run) -> dict[str, np.ndarray]:
             this.workdir / "steps" / "runs" / run.name / f"pooled-{split}",
             features=asked.features, batch_size=asked.size, length=asked.length,
         )  # fmt: skip
-        found[f"layers/{split}"] = np.asarray(values["lm.image"])
+        for kind in DEPTH_KINDS:
+            found[f"{kind}/{split}"] = np.asarray(values[f"lm.{kind}"])
     return found
 
 
@@ -468,22 +475,22 @@ def depth(this: Study, found: Found, task: str) -> Iterator[dict]:
     """F1 of a linear probe after each layer."""
     truth, classes = this.ids(task, "test"), len(this.tasks[task].classes)
     how = {"epochs": this.config.probe.epochs, "patience": this.config.probe.patience}
-    for variant in this.config.depth:
+    for variant, kind in itertools.product(this.config.depth, DEPTH_KINDS):
         own = found[task, variant, this.config.seeds[0]]
 
-        def make(own=own):
+        def make(own=own, kind=kind):
             parts = [
-                probe.Part(own[f"layers/{s}"].swapaxes(0, 1), this.ids(task, s))
+                probe.Part(own[f"{kind}/{s}"].swapaxes(0, 1), this.ids(task, s))
                 for s in tasks.SPLITS
             ]
             linear = dataclasses.replace(probe.LINEAR, **how)
             fitted = probe.fit(linear, *parts, classes=classes, seeds=tuple(this.config.seeds))
             return {"predicted": fitted.predicted}
 
-        said = this.workdir.arrays(f"probes/{task}-depth-{variant}", make)["predicted"]
-        for layer, predicted in enumerate(said):
+        read = this.workdir.arrays(f"probes/{task}-{variant}-{kind}", make)["predicted"]
+        for layer, predicted in enumerate(read):
             value = projection.f1(truth, predicted, classes).row()
-            yield {"task": task, "variant": variant, "tokens": "image", "layer": layer, **value}
+            yield {"task": task, "variant": variant, "tokens": kind, "layer": layer, **value}
 
 
 def factors(this: Study, found: Found, task: str) -> Iterator[dict]:
@@ -497,19 +504,13 @@ def factors(this: Study, found: Found, task: str) -> Iterator[dict]:
         for name in recipes
     }
     for name in recipes:
-        change = None
-        if name != PROJ:
-            value, low, high = projection.difference(scores[name], scores[PROJ]).interval()
-            base = scores[PROJ].mean
-            change = {"value": value, "low": low, "high": high,
-                      "relative": value / base if base else None}  # fmt: skip
         yield {
             "task": task,
             "recipe": name,
             "factor": "" if name == PROJ else name,
             "setting": "" if name == PROJ else _words(changes[name].to_dict()),
             "f1": scores[name].row(),
-            "change": change,
+            "change": None if name == PROJ else _change(scores[name], scores[PROJ]),
             "probe": projection.f1(truth, probed[name], classes).row(),
         }
 

@@ -15,7 +15,7 @@ SMALL = (
     "--config.tasks=()", "--config.seeds=(0, 1)", "--config.train_per_task=16",
     "--config.held_per_task=4", "--config.test_per_task=8", "--config.rows=4",
     "--config.proj.steps=3", "--config.e2e.steps=3", "--config.probe.epochs=3",
-    "--config.probe.patience=None", "--config.depth=('Original', 'FT-E2E')",
+    "--config.depth=('Original', 'FT-E2E')",
     "--config.factors.tasks=('reds',)", "--config.neurons.pictures=4",
     "--config.suppress.task=greens", "--config.suppress.classes=('a circle', 'a square')",
     "--config.suppress.experts=20",
@@ -60,7 +60,7 @@ def test_every_variant_of_every_task_is_measured(results):
     assert len(results["richness"]) == 2 * 3 * 4
     assert [claim["verdict"] for claim in results["claims"]][3] == "undecided"  # no text tower
     assert all(row["comparisons"] for row in results["claims"][:3])
-    assert len(results["depth"]) == 2 * 2 * 9
+    assert len(results["depth"]) == 2 * 2 * 2 * 9
     assert {row["off"] for row in results["ablation"] if row["task"] == "reds"} == {
         "its domain's neurons", "random neurons",
     }  # fmt: skip
