@@ -35,7 +35,7 @@ from mllm_jax import tokens as tok
 from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import domain_neurons, probe, projection, selectors
 from mllm_jax.analysis.projection import BEFORE, E2E, ORIGINAL, PROJ
-from mllm_jax.data import batching, pooled, tasks
+from mllm_jax.data import batching, classification, pooled, tasks
 from mllm_jax.data import features as features_
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
@@ -178,13 +178,17 @@ def run(config, workdir: workdir_.Workdir) -> None:
 
 
 def _tasks(config) -> dict[str, tasks.Task]:
-    """The embedded tasks, or the user's own where `paths` names some: labels are classes."""
+    """Embedded tasks, those of the paper, or where `paths` names some the user's own."""
     if config.paths:
         own = study.domains_of(config, "train")
         return {name: tasks.Task.from_domain(domain) for name, domain in own.items()}
+    if config.tasks and set(config.tasks) <= set(classification.NAMES):
+        how = {"spelling": config.get("choices", "corrected"), "seed": config.division}
+        return {name: classification.task(name, **how) for name in config.tasks}
     embedded = tasks.embedded(config.division)
-    if unknown := set(config.tasks) - set(embedded):
-        raise ValueError(f"config.tasks: {', '.join(unknown)} is none of {', '.join(embedded)}")
+    if unknown := [name for name in config.tasks if name not in embedded]:
+        known = ", ".join((*embedded, *classification.NAMES))
+        raise ValueError(f"config.tasks: {unknown[0]} is none of {known}")
     return {name: embedded[name] for name in config.tasks or embedded}
 
 
@@ -286,7 +290,7 @@ def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
     found |= piece("projected", lambda: projected(this, tuned.model, run.task))
     first = run.variant in this.variants() and run.seed == this.config.seeds[0]
     if first and run.variant in this.config.depth:
-        found |= piece("layers", lambda: layers(this, tuned.model, run))
+        found |= layers(this, tuned)
     if first and this.config.neurons.pictures:
         found |= piece("neurons", lambda: count(this, tuned.model))
         masks = domain_masks(this, found, run.task)
@@ -314,13 +318,15 @@ def projected(this: Study, model, task: str) -> dict[str, np.ndarray]:
     """float32[N, D] of each split: what the projector gives, mean over a picture's tokens."""
     found = {}
     for split in tasks.SPLITS:
-        features, size = this.features(task, split), 32
-        parts = [
-            np.asarray(_projected(model, np.asarray(features[i : i + size])))
-            for i in range(0, len(features), size)
-        ]
-        found[f"after/{split}"] = np.concatenate(parts)
+        features = this.features(task, split)
+        found[f"after/{split}"] = _by_parts(functools.partial(_projected, model), features)
     return found
+
+
+def _by_parts(fn, features: np.ndarray, size: int = 32) -> np.ndarray:
+    """fn(features) of a mapped file, some rows at a time."""
+    starts = range(0, len(features), size)
+    return np.concatenate([np.asarray(fn(np.asarray(features[i : i + size]))) for i in starts])
 
 
 @jax.jit
@@ -328,22 +334,30 @@ def _projected(model, features):
     return model.projector(features, Taps().module("projector")).mean(1)
 
 
-def layers(this: Study, model, run: Run) -> dict[str, np.ndarray]:
+def layers(this: Study, tuned: Tuned) -> dict[str, np.ndarray]:
     """float32[N, L, D] of each split: what leaves each layer of the LM.
 
-    Mean over the image tokens, and at the last token.
+    Mean over the image tokens, and at the last token; mapped files.
     """
-    found = {}
-    for split in tasks.SPLITS:
-        asked = this.shown(run.task, split, len(this.examples(run.task, split)))
-        values = pooled.pooled_features(
-            model, this.processor, [e for e, _ in asked.pairs], [q.prompt for _, q in asked.pairs],
-            this.workdir / "steps" / "runs" / run.name / f"pooled-{split}",
-            features=asked.features, batch_size=asked.size, length=asked.length,
-        )  # fmt: skip
-        for kind in DEPTH_KINDS:
-            found[f"{kind}/{split}"] = np.asarray(values[f"lm.{kind}"])
-    return found
+    run = tuned.run
+    folder = this.workdir / "steps" / "runs" / run.name
+
+    def make() -> bool:
+        for split in tasks.SPLITS:
+            asked = this.shown(run.task, split, len(this.examples(run.task, split)))
+            pooled.pooled_features(
+                tuned.model, this.processor, [e for e, _ in asked.pairs],
+                [q.prompt for _, q in asked.pairs], folder / split, features=asked.features,
+                batch_size=asked.size, length=asked.length,
+            )  # fmt: skip
+        return True
+
+    this.workdir.json(f"runs/{run.name}/layers", make)
+    return {
+        f"{kind}/{split}": np.load(folder / split / f"lm.{kind}.npy", mmap_mode="r")
+        for kind in DEPTH_KINDS
+        for split in tasks.SPLITS
+    }
 
 
 def count(this: Study, model) -> dict[str, np.ndarray]:
@@ -404,7 +418,7 @@ def read(this: Study, found: Found, task: str, name: str, variants=None) -> dict
       name: "paper", "linear" or "matched".
       variants: runs whose projector is read; those of the main tables by default, and "before".
     """
-    before = {s: np.asarray(this.features(task, s)).mean(1) for s in tasks.SPLITS}
+    before = {s: _by_parts(lambda x: x.mean(1), this.features(task, s)) for s in tasks.SPLITS}
     named, seeds = variants or tuple(this.variants()), this.config.seeds
     if variants:
         seeds = this.config.factors.seeds

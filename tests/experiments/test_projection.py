@@ -97,7 +97,9 @@ def test_unknown_task_is_named(config_of, monkeypatch):
     from mllm_jax.data import tasks
 
     monkeypatch.setattr(tasks, "embedded", lambda seed: {"objects": None, "astronomy": None})
-    with pytest.raises(ValueError, match=r"config.tasks: plants is none of objects, astronomy"):
+    with pytest.raises(
+        ValueError, match=r"config.tasks: plants is none of objects, astronomy, plantdoc, "
+    ):
         study._tasks(config_of(CONFIG, tasks=("plants",)))
 
 
