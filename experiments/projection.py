@@ -289,10 +289,12 @@ def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
     found |= piece("answers", lambda: {"said": said(this, tuned.model, task, run.seed)})
     found |= piece("projected", lambda: projected(this, tuned.model, run.task))
     first = run.variant in this.variants() and run.seed == this.config.seeds[0]
-    if first and run.variant in this.config.depth:
+    deep = first and run.variant in this.config.depth
+    if deep:
         found |= layers(this, tuned)
     if first and this.config.neurons.pictures:
         found |= piece("neurons", lambda: count(this, tuned.model))
+    if deep and this.config.neurons.pictures:
         masks = domain_masks(this, found, run.task)
         for off, mask in {"own": masks, **_controls(this, masks)}.items():
             edits = _off(mask)
@@ -557,7 +559,7 @@ def _ablation_rows(this: Study, found: Found) -> Iterator[dict]:
     seed = this.config.seeds[0]
     for task in this.tasks:
         truth, classes = this.ids(task, "test"), len(this.tasks[task].classes)
-        for variant in this.variants():
+        for variant in this.config.depth:
             own = found[task, variant, seed]
             neurons = sum(int(m.sum()) for m in domain_masks(this, own, task).values())
             random = [own[f"off/random{i}"] for i in range(this.config.neurons.controls)]
