@@ -137,6 +137,7 @@ class Study:
 
 
 def run(config, workdir: workdir_.Workdir) -> None:
+    _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
     found = {
@@ -175,6 +176,14 @@ def run(config, workdir: workdir_.Workdir) -> None:
         data={name: task.fingerprint for name, task in this.tasks.items()},
     )
     print(f"finished: {workdir / 'index.html'}")
+
+
+def _check(config) -> None:
+    """What is wrong with a config is said before anything is read."""
+    if unknown := [v for v in config.depth if v not in (ORIGINAL, PROJ, E2E)]:
+        raise ValueError(f"config.depth: {unknown[0]} is none of {ORIGINAL}, {PROJ}, {E2E}")
+    if unknown := [s for s in config.factors.seeds if s not in config.seeds]:
+        raise ValueError(f"config.factors.seeds: {unknown[0]} is none of config.seeds")
 
 
 def _tasks(config) -> dict[str, tasks.Task]:
@@ -306,11 +315,9 @@ def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def said(
-    this: Study, model, task: tasks.Task, seed: int, edits: Edits | None = None, split: str = "test"
-) -> np.ndarray:
-    """int32[N]: the class that the model gives each picture, -1 for none."""
-    asked = this.asked(task, split, seed)
+def said(this: Study, model, task: tasks.Task, seed: int, edits: Edits | None = None) -> np.ndarray:
+    """int32[N]: the class that the model gives each test picture, -1 for none."""
+    asked = this.asked(task, "test", seed)
     if this.config.answers == "free":
         return answers.read(answers.free(model, asked, edits), task.classes)
     return answers.scores(model, asked, edits).argmax(-1).astype(np.int32)

@@ -4,7 +4,8 @@
     merge(trained, frozen)    # the model, inside of a loss too: it need not know how it is trained
 
 A part is a module as a whole, or a change of weights that are frozen themselves: low-rank products
-that are added to matrices, or some neurons' own weights that are put into theirs.
+that are added to matrices, or some neurons' own weights that are put into theirs. The gradient of
+a changed matrix exists as a whole while a step is computed, and is not kept.
 """
 
 from __future__ import annotations

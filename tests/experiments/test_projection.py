@@ -103,6 +103,17 @@ def test_unknown_task_is_named(config_of, monkeypatch):
         study._tasks(config_of(CONFIG, tasks=("plants",)))
 
 
+def test_errors_come_before_anything_is_read(config_of):
+    from experiments import projection as study
+
+    for fields, says in (
+        ({"depth": ("FT",)}, "config.depth: FT is none of Original, FT-Proj, FT-E2E"),
+        ({"seeds": (1, 2)}, "config.factors.seeds: 0 is none of config.seeds"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            study.run(config_of(CONFIG, model="nowhere", **fields), None)
+
+
 @pytest.mark.slow
 def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, survive, tmp_path):
     line = command("projection", CONFIG, tmp_path / "work", *SMALL, count=2)
