@@ -30,6 +30,8 @@ ENVIRONMENTS = ROOT / "benchmarks" / ".environments"
 ENVIRONMENT = {  # rival -> the environment it runs in
     "hf_careful": "hf",
     "hf_ordinary": "hf",
+    "hf_trainer": "hf",
+    "hf_trainer_cached": "hf",
     "mmneuron": "hf",
     "mmneuron_no_grad": "hf",
     "transformer_lens": "transformer_lens",

@@ -157,10 +157,14 @@ class Asked:
         return np.array([q.options.index(q.answer) for _, q in self.rows(number)])
 
 
-def row_length(processor: Processor, pairs: Sequence[tuple[Any, Any]]) -> int:
-    """Tokens of the longest prompt of all pairs, rounded up to a multiple of 8."""
-    prompts = list({question.prompt for _, question in pairs})
-    longest = processor(None, prompts, **_blank(processor, len(prompts))).valid.sum(-1).max()
+def row_length(
+    processor: Processor, pairs: Sequence[tuple[Any, Any]], *, answers: bool = False
+) -> int:
+    """Tokens of the longest prompt of all pairs, with its answer if asked; a multiple of 8."""
+    asked = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
+    prompts, said = ([pair[i] for pair in asked] for i in (0, 1))
+    how = _blank(processor, len(prompts)) | ({"answers": said} if answers else {})
+    longest = processor(None, prompts, **how).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
 
 
