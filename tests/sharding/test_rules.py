@@ -39,7 +39,10 @@ def parts(spec: P, mesh) -> int:
 
 @pytest.mark.parametrize("name", released.RELEASED)
 def test_every_parameter_of_a_released_model_has_a_rule(name):
-    """And nearly all bytes are split, also over both axes; layers never."""
+    """And nearly all bytes are split, also over both axes; layers never.
+
+    Heads and words that 8 does not divide stay whole: of the embedded model, of InstructBLIP.
+    """
     config = released.RELEASED[name]()
     shapes = shapes_of(config)
     for where, share in ((abstract(model=8), 8), (abstract(fsdp=8), 8), (abstract(2, 4, 2), 8)):
@@ -48,10 +51,12 @@ def test_every_parameter_of_a_released_model_has_a_rule(name):
         for path, spec in found.items():
             assert len(spec) <= len(shapes[path])
             assert ".layers." not in path or spec[0] is None
-        size = {path: math.prod(s) for path, s in shapes.items()}
+        whole = ".attn." if config.lm.heads % 8 else "lm.embed lm.head.kernel"
+        whole = whole if config.lm.heads % 8 or config.lm.vocab % 8 else ""
+        size = {path: math.prod(s) for path, s in shapes.items() if not whole or path not in whole}
         total = sum(size.values())
         held = sum(n / parts(found[path], where) for path, n in size.items())
-        assert held < 1.3 * total / share, (where, held * share / total)
+        assert held < 1.02 * total / share, (where, held * share / total)
 
 
 @pytest.mark.parametrize("config", [kind.tiny() for kind in TINY])
