@@ -18,11 +18,21 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.sharding import hosts, mesh
+
 
 @contextlib.contextmanager
 def atomic(path: str | pathlib.Path):
-    """A file to write in binary; it takes the place of `path` only when it is whole."""
+    """A file to write in binary; it takes the place of `path` only when it is whole.
+
+    Of several processes only the first writes, and what the others write is dropped; but in the
+    cache, which may be a folder of each host, all do.
+    """
     path = pathlib.Path(path)
+    if not (hosts.writes() or path.is_relative_to(cache_directory())):
+        with open(os.devnull, "wb") as nowhere:
+            yield nowhere
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -100,16 +110,18 @@ class Workdir:
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of a step: read if it was done before, made and written if not."""
         path = self.path / "steps" / f"{name}.npz"
-        if not path.exists():
+        if not hosts.agree(path.exists()):
             atomic_npz(path, make())
+            hosts.meet(name)
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """The plain values of a step, likewise."""
         path = self.path / "steps" / f"{name}.json"
-        if not path.exists():
+        if not hosts.agree(path.exists()):
             atomic_json(path, make())
+            hosts.meet(name)
         return read_json(path)
 
 
@@ -131,9 +143,10 @@ def fingerprint(*trees: Any) -> str:
 
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        for rows in mesh.rows(leaf):
+            digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()[:16]
 
 
@@ -154,5 +167,11 @@ def manifest(workdir: Workdir, **fields: Any) -> None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     atomic_json(
-        workdir / "manifest.json", {"config": workdir.config, "versions": versions, **fields}
+        workdir / "manifest.json",
+        {
+            "config": workdir.config,
+            "versions": versions,
+            "processes": hosts.count(),
+            **fields,
+        },
     )
