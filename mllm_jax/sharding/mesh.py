@@ -176,23 +176,27 @@ def places(tree: Any) -> Any:
 
 
 def place(batch: Any) -> Any:
-    """A batch with its rows and tiles spread over the mesh; one row alone is read everywhere.
+    """A batch with its rows, and the tiles of each, spread over the mesh.
+
+    One row alone is read everywhere, and so are pictures that rows share.
 
     Raises:
-        ValueError: the rows or the tiles do not divide.
+        ValueError: the rows do not divide.
     """
     if not entered() or _concrete() is None:
         return batch
-    parts = ways("B")
-    one = len(batch.ids) == 1
-    for name, count in (("rows", len(batch.ids)), ("image tiles", len(batch.real))):
-        if not one and count % parts:
-            raise ValueError(
-                f"a batch of {count} {name} does not divide over {parts} parts of the mesh: give "
-                f"it a multiple of {parts}, or one row"
-            )
-    first = None if one else "B"
-    return jax.tree.map(lambda x: put(x, (first, *(None,) * (np.ndim(x) - 1))), batch)
+    rows, parts = len(batch.ids), ways("B")
+    if rows > 1 and rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over the {parts} parts that the mesh makes "
+            f"of it: give it a multiple of {parts} rows, or one"
+        )
+
+    def spread(x):
+        apart = rows > 1 and len(x) and len(x) % rows == 0
+        return put(x, ("B" if apart else None, *(None,) * (np.ndim(x) - 1)))
+
+    return jax.tree.map(spread, batch)
 
 
 def home(tree: Any) -> Any:
