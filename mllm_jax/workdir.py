@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def atomic(path: str | pathlib.Path):
     """
     path = pathlib.Path(path)
     if not (hosts.writes() or path.is_relative_to(cache_directory())):
-        with open(os.devnull, "wb") as nowhere:
+        with tempfile.TemporaryFile() as nowhere:
             yield nowhere
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,20 +110,22 @@ class Workdir:
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of a step: read if it was done before, made and written if not."""
-        path = self.path / "steps" / f"{name}.npz"
-        if not hosts.agree(path.exists()):
-            atomic_npz(path, make())
-            hosts.meet(name)
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(self._step(f"{name}.npz", make, atomic_npz), allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """The plain values of a step, likewise."""
-        path = self.path / "steps" / f"{name}.json"
+        return read_json(self._step(f"{name}.json", make, atomic_json))
+
+    def _step(self, name: str, make: Callable, write: Callable) -> pathlib.Path:
+        """The file of a step, there for all processes to read."""
+        path = self.path / "steps" / name
         if not hosts.agree(path.exists()):
-            atomic_json(path, make())
+            write(path, make())
             hosts.meet(name)
-        return read_json(path)
+            if hosts.leaving():
+                hosts.leave(name)
+        return path
 
 
 def relative_picture(workdir: Workdir, name: str, picture) -> str:

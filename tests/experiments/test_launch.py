@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
 import time
 
@@ -81,3 +84,68 @@ def test_a_host_that_does_not_come_is_an_error(command, execute, tmp_path):
 def test_flags_that_cannot_be_are_said_in_one_line(flag, says, command, execute, tmp_path):
     done = execute(command("evaluate", EVALUATE, tmp_path / "work", flag))
     assert done.returncode == 1 and says in done.stderr.splitlines()[-1]
+
+
+QUICK = "configs/embedded.py:quick"
+STUDY = (
+    "--config.train_per_domain=20", "--config.test_per_domain=4", "--config.lens_per_domain=4",
+    "--config.controls=1", "--config.batch_size=2", "--config.modules=('lm',)",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command, execute):
+    """The main study by one process, on one device."""
+    workdir = tmp_path_factory.mktemp("study") / "one"
+    done = execute(command("domain_neurons", QUICK, workdir, *STUDY))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def kill_one(process: subprocess.Popen) -> None:
+    """SIGKILL to the second of the processes of a launch."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(int(children.split()[1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [subprocess.Popen.terminate, kill_one])
+def test_two_that_are_killed_continue_as_one(kill, finished, command, survive, tmp_path):
+    """Killed five times as two processes on two devices, then finished by one on one."""
+    line = command("domain_neurons", QUICK, tmp_path / "work", *STUDY)
+    survive(several(line), tmp_path / "work", finished, kill=kill, times=5, restart=line)
+    one, two = (json.loads((w / "results.json").read_text()) for w in (finished, tmp_path / "work"))
+    assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_the_main_study_of_two_processes_is_that_of_one(finished, command, execute, tmp_path):
+    done = execute(several(command("domain_neurons", QUICK, tmp_path / "work", *STUDY)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((w / "results.json").read_text()) for w in (finished, tmp_path / "work"))
+    assert_close(one, two)
+
+
+def assert_close(one, two) -> None:
+    """The same JSON; floats as near as sums in another order are."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_close(a, b)
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    else:
+        assert one == two
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_a_restart_goes_on(finished, command, survive, tmp_path):
+    """One process; the sums of a domain that is half counted are kept."""
+    line = command("domain_neurons", QUICK, tmp_path / "work", *STUDY)
+    survive(line, tmp_path / "work", finished, kill=subprocess.Popen.terminate)
+    for name in ("results.json", "index.html"):
+        assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()
