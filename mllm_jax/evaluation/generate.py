@@ -16,7 +16,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.sharding import mesh, split
+from mllm_jax.sharding import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
 
     def choose(logits, step):
         if greedy:
-            return split.argmax(logits).astype(jnp.int32)
+            return logits.argmax(-1).astype(jnp.int32)
         chosen = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
         return chosen.astype(jnp.int32)
 

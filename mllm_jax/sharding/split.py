@@ -42,13 +42,6 @@ def top_k(
     return _manual(local, {*(axes or ()), *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
 
 
-def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """Where x is largest; the first such place."""
-    if mesh.split("V", x.shape[-1]) is None:
-        return x.argmax(-1)
-    return top_k(x, 1, jax.lax.top_k)[1][..., 0]
-
-
 def pick(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """x at one id a row."""
     if mesh.split("V", x.shape[-1]) is None:

@@ -22,11 +22,15 @@ from mllm_jax.checkpoints import architectures, load, save
 from mllm_jax.evaluation import score
 from mllm_jax.interventions import captures, run
 from mllm_jax.models import instructblip, llava, llava_next
-from mllm_jax.sharding import mesh, rules
+from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
 from tests import tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
+
+if "JAX_NUM_PROCESSES" in os.environ:
+    number, count = (int(os.environ[f"JAX_{n}"]) for n in ("PROCESS_ID", "NUM_PROCESSES"))
+    hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
 
 SIZES = [int(n) for n in os.environ["MESH"].split("x")]
 CONFIGS = {
@@ -75,10 +79,12 @@ def spread(model, on_mesh):
     shapes = {load.dotted(path): leaf.shape for path, leaf in flat.items()}
     table = architectures.of(model.config).rules(model.config)
     places = rules.shardings(model.config, table, shapes, on_mesh)
-    put = {
-        path: leaf.replace(jax.device_put(leaf[...], places[load.dotted(path)]))
-        for path, leaf in flat.items()
-    }
+
+    def place(x, path):  # also on devices of another process
+        where, whole = places[load.dotted(path)], np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: whole[index])
+
+    put = {path: leaf.replace(place(leaf[...], path)) for path, leaf in flat.items()}
     return nnx.merge(graph, nnx.from_flat_state(put))
 
 
