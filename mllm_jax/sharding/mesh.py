@@ -229,6 +229,12 @@ def rows(x: Any) -> Iterator[np.ndarray]:
         yield np.asarray(_some(x, start, min(step, len(x) - start), place))
 
 
+def read(x: Any) -> np.ndarray:
+    """An array on the host, whole."""
+    parts = list(rows(x))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 @functools.partial(jax.jit, static_argnames=("count", "place"))
 def _some(x: jax.Array, start: int, count: int, place: NamedSharding) -> jax.Array:
     return _whole(jax.lax.dynamic_slice_in_dim(x, start, count), place)
