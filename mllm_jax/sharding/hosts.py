@@ -28,34 +28,35 @@ _asked = threading.Event()
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Becomes one of several processes; to be called before JAX is used.
 
+    When not all have come after WAIT seconds, this process ends with one line: JAX would end it
+    with a stack trace.
+
     Args:
         coordinator: host:port of process 0. processes: how many. process: which is this. All None
             where JAX finds them out by itself: on TPU, Slurm, MPI.
-
-    Raises:
-        ConnectionError: not all came within WAIT seconds.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            initialization_timeout=WAIT,
-            heartbeat_timeout_seconds=_HEARTBEAT,
-            shutdown_timeout_seconds=_HEARTBEAT,
-        )
-    except RuntimeError as error:
-        raise ConnectionError(
-            f"not all {processes} processes came to {coordinator} within {WAIT} s: start one on "
-            f"every host, with the same --coordinator and --processes ({_first_line(error)})"
-        ) from error
+    alone = threading.Timer(WAIT, _alone, (coordinator, processes))
+    alone.daemon = True
+    alone.start()
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        initialization_timeout=2 * WAIT,
+        heartbeat_timeout_seconds=_HEARTBEAT,
+        shutdown_timeout_seconds=_HEARTBEAT,
+    )
+    alone.cancel()
     _joined.set()
     threading.Thread(target=_listen, daemon=True).start()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _alone(coordinator: str | None, processes: int | None) -> None:
+    _end(
+        f"error: not all {processes or ''} processes came to {coordinator or 'the first'} within "
+        f"{WAIT} s: start one on every host, all with the same flags but for --process"
+    )
 
 
 def _listen() -> None:
@@ -66,19 +67,22 @@ def _listen() -> None:
         return
     who, _, text = said.partition(" ")
     if int(who) != distributed.global_state.process_id:
-        print(f"process {who} failed: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
+        _end(f"process {who} failed: {text}")
+
+
+def _end(text: str) -> NoReturn:
+    """At once: nobody comes to the barrier that JAX waits at when a process ends by itself."""
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def fail(text: str) -> NoReturn:
     """Ends this process, and with it all others, which show this line as well."""
-    if count() > 1:
-        print(text, file=sys.stderr, flush=True)
-        distributed.global_state.client.key_value_set(
-            _ERROR, f"{distributed.global_state.process_id} {text}"
-        )
-        os._exit(1)  # at once: the others do not come to the barrier at the end
-    sys.exit(text)
+    if not _joined.is_set():
+        sys.exit(text)
+    state = distributed.global_state
+    state.client.key_value_set(_ERROR, f"{state.process_id} {text}")
+    _end(text)
 
 
 def count() -> int:
