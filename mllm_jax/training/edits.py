@@ -90,7 +90,6 @@ def learn(
         label: of the progress bar.
     """
 
-    @jax.jit
     def update(params, state, model, batch, key):
         value, slope = jax.value_and_grad(loss)(params, model, batch, key)
         change, state = optimiser.update(slope, state, params)
@@ -100,6 +99,7 @@ def learn(
     with mesh.on(model):
         params = mesh.settle(jax.tree.map(jnp.asarray, start))
         state = mesh.settle(optimiser.init(params))
+        update = jax.jit(update, out_shardings=(*map(mesh.places, (params, state)), None))
         bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
         for step in bar:
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -110,7 +110,7 @@ def learn(
                 raise FloatingPointError(
                     f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate"
                 )
-    return params, curve
+    return mesh.home(params), curve
 
 
 def alignment(a: np.ndarray, b: np.ndarray) -> np.ndarray:

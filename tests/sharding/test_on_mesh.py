@@ -34,7 +34,7 @@ def test_a_mesh_gives_what_one_device_gives(shape, family):
 @pytest.mark.parametrize("shape", ["2x1", "1x2"])
 def test_two_processes_give_what_one_device_gives(shape):
     """All passes; what a program of the user's own gives, only that program can bring home."""
-    passes = "run or generate or score or sweep or reduce or fit or share or alone"
+    passes = "run or generate or sample or score or sweep or reduce or fit or share or alone"
     command = [
         sys.executable, "-m", "experiments.launch", "--processes=2", "--",
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES), "-k", passes,
