@@ -15,6 +15,7 @@ import optax
 import tqdm
 from orbax.checkpoint import v1 as ocp
 
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 
 
@@ -94,47 +95,48 @@ def fit(
       The trained model, float32[steps].
     """
     merge, trained, frozen = parts.split(model, recipe.part, lora=recipe.lora, neurons=neurons)
-    steps, left = divmod(len(batches), recipe.accumulate)
+    size = recipe.accumulate
+    steps, left = divmod(len(batches), size)
     if left:
-        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
-    update = functools.partial(_update, merge=merge, recipe=recipe, steps=steps, loss=loss)
+        raise ValueError(f"{len(batches)} batches are no steps of accumulate={size}")
     trained = jax.tree.map(jnp.copy, trained)  # each step takes the place of the last in memory
-    curve = np.zeros((steps,), np.float32)
-    leaves, shape = jax.tree.flatten((trained, recipe.optimiser(steps).init(trained)))
-    store = _Checkpoints(save)
-    first, leaves, curve = store.newest(leaves, curve)
-    trained, state = jax.tree.unflatten(shape, leaves)
-    bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
-    for step in bar:
-        some = [
-            batches[step * recipe.accumulate + i].replace(processor=None)
-            for i in range(recipe.accumulate)
-        ]
-        trained, state, value = update(trained, state, frozen, jax.tree.map(_stack, *some))
-        curve[step] = value
-        recent = curve[max(0, step - 19) : step + 1].mean()
-        bar.set_postfix(loss=f"{recent:.3f}")
-        if not np.isfinite(curve[step]):
-            raise FloatingPointError(
-                f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
-                f"(now {recipe.rate}) or look at batch {step}"
-            )
-        if (step + 1) % recipe.every == 0 or step + 1 == steps:
-            store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+    with mesh.on(model):
+        trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
+        leaves, shape = jax.tree.flatten((trained, state))
+        where = tuple(jax.tree.leaves(mesh.places(leaves)))
+        update = functools.partial(
+            _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
+        )
+        store = _Checkpoints(save)
+        first, leaves, curve = store.newest(leaves, np.zeros((steps,), np.float32))
+        trained, state = jax.tree.unflatten(shape, leaves)
+        bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
+        for step in bar:
+            some = [batches[step * size + i].replace(processor=None) for i in range(size)]
+            trained, state, value = update(trained, state, frozen, [*map(mesh.place, some)])
+            curve[step] = value
+            recent = curve[max(0, step - 19) : step + 1].mean()
+            bar.set_postfix(loss=f"{recent:.3f}")
+            if not np.isfinite(curve[step]):
+                raise FloatingPointError(
+                    f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
+                    f"(now {recipe.rate}) or look at batch {step}"
+                )
+            leaving = hosts.leaving()
+            if leaving or (step + 1) % recipe.every == 0 or step + 1 == steps:
+                store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+            if leaving:
+                hosts.leave(label)
     return merge(trained, frozen), curve
-
-
-def _stack(*leaves) -> np.ndarray:
-    return np.stack(leaves)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("merge", "recipe", "steps", "loss"),
+    static_argnames=("merge", "recipe", "steps", "loss", "places"),
     donate_argnames=("trained", "state"),
 )
-def _update(trained, state, frozen, batches, *, merge, recipe: Recipe, steps: int, loss: Callable):
-    """One step on batches that lead with their number; the loss before it."""
+def _update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
+    """One step on some batches; the loss before it. What comes out lies where it lay."""
 
     def total(trained, batch):
         sums, counts = loss(merge(trained, frozen), batch, remat=recipe.remat)
@@ -145,11 +147,15 @@ def _update(trained, state, frozen, batches, *, merge, recipe: Recipe, steps: in
         return jax.tree.map(jnp.add, found, (gradient, value, count.astype(jnp.float32))), None
 
     nothing = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros(())
-    (gradient, value, count), _ = jax.lax.scan(add, nothing, batches)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    (gradient, value, count), _ = jax.lax.scan(add, nothing, stacked)
     count = jnp.maximum(count, 1)
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
     change, state = recipe.optimiser(steps).update(gradient, state, trained)
-    return optax.apply_updates(trained, change), state, value / count
+    leaves, shape = jax.tree.flatten((optax.apply_updates(trained, change), state))
+    if places:
+        leaves = map(jax.lax.with_sharding_constraint, leaves, places)
+    return *jax.tree.unflatten(shape, leaves), value / count
 
 
 class _Checkpoints:
@@ -179,7 +185,7 @@ class _Checkpoints:
     def _tree(leaves, curve):
         # Orbax restores an array that knows where it lives; one of NumPy does not.
         named = {str(i): leaf for i, leaf in enumerate(leaves)}
-        return {"leaves": named, "curve": jnp.asarray(curve)}
+        return {"leaves": named, "curve": mesh.settle(jnp.asarray(curve))}
 
 
 def ocp_abstract(leaf):
@@ -195,11 +201,12 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    for batch in tqdm.tqdm(batches, desc=label, leave=False):
-        batch = batch.replace(processor=None)
-        swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
-        nll, tokens = step(model, batch)
-        right += float(nll.sum())
-        wrong += float(step(model, swapped)[0].sum())
-        count += int(tokens.sum())
+    with mesh.on(model):
+        for batch in tqdm.tqdm(batches, desc=label, leave=False):
+            batch = batch.replace(processor=None)
+            swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
+            nll, tokens = mesh.home(step(model, mesh.place(batch)))
+            right += float(nll.sum())
+            wrong += float(mesh.home(step(model, mesh.place(swapped)))[0].sum())
+            count += int(tokens.sum())
     return right / count, wrong / count
