@@ -70,15 +70,7 @@ def fit(
     steps = len(batches)
     optimiser = recipe.optimiser(steps)
 
-    @jax.jit
-    def update(trained, state, frozen, batch):
-        def objective(trained):
-            return loss(merge(trained, frozen), batch, remat=recipe.remat)
-
-        value, gradient = jax.value_and_grad(objective)(trained)
-        change, state = optimiser.update(gradient, state, trained)
-        return optax.apply_updates(trained, change), state, value
-
+    update = updating(merge, optimiser, loss, remat=recipe.remat)
     curve = np.zeros((steps,), np.float32)
     leaves, shape = jax.tree.flatten((trained, optimiser.init(trained)))
     store = _Checkpoints(save)
@@ -99,6 +91,21 @@ def fit(
         if (step + 1) % recipe.every == 0 or step + 1 == steps:
             store.write(step + 1, jax.tree.leaves((trained, state)), curve)
     return merge(trained, frozen), curve
+
+
+def updating(merge: Callable, optimiser, loss: Callable, *, remat: bool) -> Callable:
+    """The compiled step: (trained, state, frozen, batch) -> (trained, state, loss)."""
+
+    @jax.jit
+    def update(trained, state, frozen, batch):
+        def objective(trained):
+            return loss(merge(trained, frozen), batch, remat=remat)
+
+        value, gradient = jax.value_and_grad(objective)(trained)
+        change, state = optimiser.update(gradient, state, trained)
+        return optax.apply_updates(trained, change), state, value
+
+    return update
 
 
 class _Checkpoints:
