@@ -26,6 +26,7 @@ from mllm_jax.interventions.edits import (
 from mllm_jax.interventions.reduce import reduce
 from mllm_jax.interventions.run import run
 from mllm_jax.interventions.sweep import stack, sweep
+from mllm_jax.sharding.mesh import mesh
 
 __all__ = [
     "ablate",
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "mass",
     "mean",
+    "mesh",
     "patch",
     "per_step",
     "project_out",

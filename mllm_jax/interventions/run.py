@@ -17,6 +17,7 @@ from mllm_jax.interventions.captures import BoundCapture, Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import mesh
 
 LOGITS = ("last", "all", "none")
 
@@ -70,7 +71,9 @@ def run(
         raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
     batch = batch.replace(processor=None)
     bound, asked = bind(model, batch, edits, captures)
-    return _run(model, batch, bound, asked, logits=logits, remat=remat)
+    with mesh.on(model):
+        read = mesh.place(batch), place(bound), asked
+        return mesh.home(_run(model, *read, logits=logits, remat=remat))
 
 
 def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
@@ -79,6 +82,27 @@ def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str
         return (), {}
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
     return edits_.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+
+
+def place(bound: tuple[BoundEdit, ...]) -> tuple[BoundEdit, ...]:
+    """Edits of which each device holds what its part of the site needs; see `mesh.place`."""
+    return tuple(map(_placed, bound))
+
+
+def _placed(edit: BoundEdit) -> BoundEdit:
+    site = edit.site
+    full, rows = ("L", *site.axes), (site.axes[0], None)
+
+    def value(array):
+        return mesh.put(array, full if array.ndim == len(full) else (None,) * array.ndim)
+
+    return dataclasses.replace(
+        edit,
+        units=mesh.put(edit.units, ("L", site.axes[edits_.unit_axis(site)])),
+        tokens=mesh.put(edit.tokens, rows),
+        values=jax.tree.map(value, edit.values),
+        along=jax.tree.map(lambda array: mesh.put(array, rows), edit.along),
+    )
 
 
 def forward(model, batch, taps: Taps, logits: str = "last"):

@@ -15,6 +15,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models.cache import Cache
+from mllm_jax.sharding import mesh
 
 BUDGET = 2**30  # bytes of the states that are kept
 PREFIX = 16  # tokens: a shared prefix is a multiple of this, so that programs are few
@@ -121,19 +122,23 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
 @functools.partial(jax.jit, static_argnames=("module", "prefix"))
 def _clean(model, batch, captures, *, module, prefix):
     inside = {n: c for n, c in captures.items() if c.site.module == module and c.site.stacked}
-    taps = Taps((), inside)
-    past = None
-    if module == "vision":
-        model.features(batch, taps)
-    else:
-        _, cache = model(batch, taps)
-        past = cache.first(prefix) if prefix else None
-    return taps.captured.pop(_STATE), taps.captured, past
+
+    def clean(_, model, batch, inside):
+        taps = Taps((), inside)
+        past = None
+        if module == "vision":
+            model.features(batch, taps)
+        else:
+            _, cache = model(batch, taps)
+            past = cache.first(prefix) if prefix else None
+        return taps.captured.pop(_STATE), taps.captured, past
+
+    return mesh.spread(clean, None, model, batch, inside)
 
 
 @jax.jit
 def _features(model, batch):
-    return model.features(batch, Taps())
+    return mesh.spread(lambda _, model, batch: model.features(batch, Taps()), None, model, batch)
 
 
 def _first(edits: tuple[BoundEdit, ...], module: str, layers: int) -> int:

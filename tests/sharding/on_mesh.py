@@ -1,0 +1,180 @@
+"""Every pass on a mesh of 8 fake devices beside the same on one device; see `test_on_mesh`.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 MESH=2x4 pytest tests/sharding/on_mesh.py
+
+Not collected by itself: the devices of a process are fixed when JAX starts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
+from mllm_jax.checkpoints import architectures, load
+from mllm_jax.evaluation import score
+from mllm_jax.interventions import run
+from mllm_jax.models import instructblip, llava, llava_next
+from mllm_jax.sharding import mesh, rules
+from mllm_jax.training import fit
+from tests import tiny
+
+SIZES = [int(n) for n in os.environ["MESH"].split("x")]
+CONFIGS = {
+    "llava": llava.LlavaConfig.tiny(),
+    "next": llava_next.LlavaNextConfig.tiny(),
+    "instructblip": instructblip.InstructBlipConfig.tiny(),
+}
+PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
+SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
+CAPTURES = {
+    "fire": mj.stats(S.lm.mlp.act, by=tok.kind),
+    "seen": mj.stats(S.vision.mlp.act, by=tok.kind),
+    "lens": mj.lens(S.lm.resid_post, k=4, where=tok.image),
+    "says": mj.lens(S.lm.resid_post, by=("image", "question")),
+    "kept": mj.keep(S.lm.resid_post[2]),
+    "mass": mj.mass(S.lm.attn.pattern, on=tok.image, where=tok.last),
+}
+EDITS = (
+    mj.ablate(S.lm.mlp.act[1, [3, 40]])
+    >> mj.add(S.projector.out, np.linspace(-1, 1, 32, dtype=np.float32), where=tok.image)
+    >> mj.scale(S.lm.attn.heads[2, [1]], 0.5)
+    >> mj.project_out(S.lm.resid_post[2], np.eye(32, dtype=np.float32)[:, :2])
+    >> mj.knockout(S.lm.attn[3:], to=tok.last, on=tok.image)
+)
+
+
+@pytest.fixture(scope="module")
+def on_mesh() -> jax.sharding.Mesh:
+    data, model, *fsdp = SIZES
+    return mj.mesh(data=data, model=model, fsdp=fsdp[0] if fsdp else 1)
+
+
+@pytest.fixture(scope="module", params=os.environ.get("FAMILIES", " ".join(CONFIGS)).split())
+def family(request, random_model, on_mesh):
+    """(model, the same on the mesh, processor)."""
+    config = CONFIGS[request.param]
+    make = tiny.instructblip_processor if request.param == "instructblip" else tiny.processor
+    model = random_model(config)
+    return model, spread(model, on_mesh), make(config)
+
+
+def spread(model, on_mesh):
+    """The model's parameters by rule on the mesh."""
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    shapes = {load.dotted(path): leaf.shape for path, leaf in flat.items()}
+    table = architectures.of(model.config).rules(model.config)
+    places = rules.shardings(model.config, table, shapes, on_mesh)
+    put = {
+        path: leaf.replace(jax.device_put(leaf[...], places[load.dotted(path)]))
+        for path, leaf in flat.items()
+    }
+    return nnx.merge(graph, nnx.from_flat_state(put))
+
+
+def batch_of(processor, count: int = 7):
+    """Rows of unlike lengths and pictures, the last ones empty."""
+    pictures = [tiny.picture(i, *SIDES[i % 4]) for i in range(count)]
+    return processor(pictures, [PROMPTS[i % 4] for i in range(count)], rows=8)
+
+
+def assert_same(one, two) -> None:
+    """Integers exactly, floats within 1e-5 of values of order 1."""
+    paths = jax.tree_util.tree_leaves_with_path(one)
+    for (path, a), b in zip(paths, jax.tree.leaves(two), strict=True):
+        a, b, name = np.asarray(a), np.asarray(b), jax.tree_util.keystr(path)
+        if not np.issubdtype(a.dtype, np.floating):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+            continue
+        finite = np.isfinite(a)
+        np.testing.assert_array_equal(a[~finite], b[~finite], err_msg=name)
+        np.testing.assert_allclose(b[finite], a[finite], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_run(family):
+    one, many, processor = family
+    batch = batch_of(processor)
+    assert_same(*(mj.run(m, batch, EDITS, CAPTURES) for m in (one, many)))
+
+
+def test_generate(family):
+    one, many, processor = family
+    batch = batch_of(processor)
+    found = [mj.generate(m, batch, EDITS, max_new_tokens=5) for m in (one, many)]
+    assert found[0].text == found[1].text
+    assert_same(*((g.tokens, g.receipts) for g in found))
+
+
+def test_score(family):
+    one, many, processor = family
+    batch, options = batch_of(processor), ["a cat", "a red ship", "yes"]
+    captures = {"last": CAPTURES["kept"]}
+    assert_same(*(score.score_with(m, batch, options, EDITS, captures) for m in (one, many)))
+
+
+def first(out):
+    return out.logits[:, :5], out["fire"].positive, out.receipts
+
+
+def test_sweep(family):
+    """Of more lanes than parts, and not a multiple of them."""
+    one, many, processor = family
+    batch = batch_of(processor)
+    edits = [mj.ablate(S.lm.mlp.act[i % 4, [i]], where=tok.text) for i in range(11)]
+    captures = {"fire": CAPTURES["fire"]}
+    assert_same(*(mj.sweep(first, m, batch, edits, captures) for m in (one, many)))
+
+
+def test_reduce(family):
+    one, many, processor = family
+    batches = [batch_of(processor, count) for count in (8, 8, 3)]
+    captures = {name: CAPTURES[name] for name in ("fire", "says")}
+    assert_same(*(mj.reduce(captures, m, batches) for m in (one, many)))
+
+
+def test_fit(family):
+    """Every part that trains stays where it was."""
+    one, many, processor = family
+    turns = [[("what is shown ?", "a cat"), ("which kind ?", "red")], [("is it a ship ?", "no")]]
+    pictures = [tiny.picture(i, *SIDES[i % 4]) for i in range(8)]
+    batch = processor.pack(pictures, turns * 4)
+    recipe = fit.Recipe(part="projector+lm", rate=1e-2, remat=True)
+    (after, curve), (sharded, same) = (fit.fit(m, [batch] * 4, recipe) for m in (one, many))
+    assert curve[-1] < curve[0]
+    np.testing.assert_allclose(same, curve, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(sharded), strict=True):
+        assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
+
+
+def compiled(many, batch, captures=CAPTURES, edits=EDITS) -> str:
+    """The program of a run."""
+    batch = batch.replace(processor=None)
+    bound, asked = run.bind(many, batch, edits, captures)
+    with mesh.on(many):
+        read = mesh.place(batch), run.place(bound), asked
+        return run._run.lower(many, *read, logits="last", remat=False).compile().as_text()
+
+
+def gathered(text: str) -> list[int]:
+    """How many numbers each all-gather brings."""
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
+    return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+
+
+def test_nothing_large_is_gathered(family):
+    """No activation, no vocabulary and no weights: the best words of each part, and their like."""
+    if len(SIZES) > 2:
+        pytest.skip("fully sharded layers are gathered")
+    _, many, processor = family
+    batch = batch_of(processor)
+    sizes = gathered(compiled(many, batch))
+    print(sorted(sizes))
+    assert max(sizes, default=0) < batch.ids.size * many.config.lm.width // 4
