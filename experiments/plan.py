@@ -45,9 +45,7 @@ OUT = flags.DEFINE_string("out", None, "A folder to write to.")
 def run() -> list[plans.Plan]:
     """The plans that the flags ask for, printed as they come."""
     config = describe.find(describe.MODEL.value)
-    size = programs.Size(
-        rows=ROWS.value, words=WORDS.value, lanes=LANES.value, steps=STEPS.value
-    )
+    size = programs.Size(rows=ROWS.value, words=WORDS.value, lanes=LANES.value, steps=STEPS.value)
     how = {
         "edits": spec.parse(EDITS.value) if EDITS.value else None,
         "captures": spec.parse_captures(CAPTURES.value) if CAPTURES.value else None,

@@ -386,7 +386,8 @@ def _convolution_flops(op: Op, left, right, out) -> float:
         )
         kernel, source = right[kernel_axes.index(axis)], left[input_axes.index(axis)]
         at = (
-            np.arange(out[rest.index(axis)])[:, None] * stride - low
+            np.arange(out[rest.index(axis)])[:, None] * stride
+            - low
             + np.arange(kernel)[None] * holes
         )
         total *= ((at % gap == 0) & (at >= 0) & (at // gap < source)).sum()

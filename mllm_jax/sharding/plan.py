@@ -34,6 +34,8 @@ from mllm_jax.sharding.programs import Program, Size
 
 COMPILED, SHAPES = "compiled", "shapes"
 SMALL = 2**16  # bytes: an array below is a statistic or an index, whatever its shape
+TRIES = 4  # compilations in the search for the largest number that fits
+USABLE = 0.98  # of a chip's memory: the rest is the system's
 STAY = ("activation", "vocabulary", "stack")  # what no chip should ever gather
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -164,9 +166,7 @@ def plan(
         asked = dataclasses.replace(asked, rows=len(batch.ids))
     else:
         batch = programs.batch(config, asked)
-    program = programs.build(
-        study, network, batch.replace(processor=None), edits, captures, asked
-    )
+    program = programs.build(study, network, batch.replace(processor=None), edits, captures, asked)
     program = _placed(program, network, mesh, lanes=study == "sweep")
     flops = work.flops(
         program.fn, *(tree for _, tree in program.args), unknown=program.unknown, **program.static
@@ -231,20 +231,27 @@ def largest(field: str, model, batch: Size | None = None, **how: Any) -> tuple[i
     if not best.fits:
         reason = "there is no compiler" if best.fits is None else f"{few} {field} do not fit"
         raise ValueError(f"the largest {field}: {reason}")
-    while True:
-        slope = (next_.total - best.total) / (_shard(next_, field) - few)
+    failed = None
+    for _ in range(TRIES):
+        number = _shard(next_, field)
+        slope = (next_.total - best.total) / (number - few)
         if next_.fits:
-            best, few = next_, _shard(next_, field)
-        most = few + int((best.capacity * 0.98 - best.total) / max(slope, 1))
-        if most <= few or next_.fits is False and most >= _shard(next_, field):
-            return few, best
+            best, few = next_, number
+        else:
+            failed = number
+        most = few + int((best.capacity * USABLE - best.total) / max(slope, 1))
+        most = most if failed is None else min(most, failed - 1)
+        if most <= few:
+            break
         next_ = at(most)
+    return few, best
 
 
 def _shard(found: Plan, field: str) -> int:
     """Rows or lanes of a data shard."""
-    spread = field == "lanes" or found.study != "sweep"
-    return getattr(found, field) // (found.data * found.fsdp if spread else 1)
+    if found.study == "sweep":
+        return found.rows if field == "rows" else found.lanes // found.data
+    return getattr(found, field) // (found.data * found.fsdp)
 
 
 def compiler() -> bool:
@@ -259,9 +266,7 @@ def devices(slice_: Slice) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=str(slice_)).devices
 
 
-def _mesh(
-    topology: str, network, study: str, data: int | None, fsdp: int
-) -> Mesh | AbstractMesh:
+def _mesh(topology: str, network, study: str, data: int | None, fsdp: int) -> Mesh | AbstractMesh:
     """The mesh of a topology; an abstract one where no compiler is installed."""
     slice_ = Slice.of(topology)
     if data is None:
@@ -291,54 +296,46 @@ def _data(slice_: Slice, network, study: str, fsdp: int) -> int:
 
 def _over(size: Size, mesh, study: str) -> Size:
     """What all data shards work on. The lanes of a sweep are spread, its rows are everywhere."""
-    shards = _shards(mesh)
-    rows = size.rows if study == "sweep" else size.rows * shards
-    return dataclasses.replace(size, rows=rows, lanes=size.lanes * shards)
-
-
-def _shards(mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in mesh_.ROWS)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        rows, lanes = mesh_.ways("B"), mesh_.ways("R")
+    rows = size.rows if study == "sweep" else size.rows * rows
+    return dataclasses.replace(size, rows=rows, lanes=size.lanes * lanes)
 
 
 def _placed(program: Program, network, mesh, lanes: bool) -> Program:
     """The program with each shape where it lies on the mesh."""
-    weights = rules.specs(
-        network.config, architectures.of(network.config).rules(network.config),
-        _shapes(network), mesh,
-    )  # fmt: skip
-    rows = _nowhere if lanes else _leading
-    how: dict[str, Callable] = {
-        "weights": lambda path, leaf, mesh: weights[path],
-        "frozen": lambda path, leaf, mesh: weights[path],
-        "optimiser": lambda path, leaf, mesh: _of_parameter(path, weights),
-        "batch": rows,
-        "captures": rows,
-        "edits": _leading if lanes else _nowhere,
+    table = architectures.of(network.config).rules(network.config)
+    weights = rules.specs(network.config, table, _shapes(network), mesh)
+    how: dict[str, Callable[[str, Any], P]] = {
+        "weights": lambda path, leaf: weights[path],
+        "frozen": lambda path, leaf: weights[path],
+        "optimiser": lambda path, leaf: _of_parameter(path, weights),
     }
+    if lanes:
+        how |= {"edits": lambda path, leaf: _leading("R", leaf)}
+    else:
+        how |= dict.fromkeys(("batch", "captures"), lambda path, leaf: _leading("B", leaf))
 
-    def place(kind: str, tree: Any) -> Any:
+    def place(kind: str, tree: Any) -> tuple[str, Any]:
         def one(path, leaf):
             if not hasattr(leaf, "shape"):
                 return leaf
-            spec = how.get(kind, _nowhere)(_dotted(path), leaf, mesh)
+            spec = how[kind](_dotted(path), leaf) if kind in how else P()
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
         return kind, jax.tree_util.tree_map_with_path(one, tree)
 
-    return dataclasses.replace(
-        program,
-        args=tuple(place(kind, tree) for kind, tree in program.args),
-        kept=tuple(place(kind, tree) for kind, tree in program.kept),
-    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return dataclasses.replace(
+            program,
+            args=tuple(place(*arg) for arg in program.args),
+            kept=tuple(place(*kept) for kept in program.kept),
+        )
 
 
-def _leading(path: str, leaf, mesh) -> P:
-    """Rows, tiles or lanes, which lead, over the data shards."""
-    return P(mesh_.ROWS) if leaf.shape and leaf.shape[0] % _shards(mesh) == 0 else P()
-
-
-def _nowhere(path: str, leaf, mesh) -> P:
-    return P()
+def _leading(letter: str, leaf) -> P:
+    """What leads with this letter."""
+    return mesh_.spec((letter, *(None,) * (len(leaf.shape) - 1)), leaf.shape) if leaf.shape else P()
 
 
 def _of_parameter(path: str, weights: Mapping[str, P]) -> P:

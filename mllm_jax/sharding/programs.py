@@ -19,7 +19,7 @@ from mllm_jax.evaluation import generate, score
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import run, sweep, trunk
-from mllm_jax.interventions.tap import Resume
+from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models import llava
 from mllm_jax.training import fit, losses, parts
 
@@ -153,7 +153,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     state = jnp.dtype(x.dtype).itemsize * int(np.prod(x.shape))
     every = max(1, -(-layers * state // trunk.BUDGET))
     kept = _shape(x.dtype, -(-layers // every), *x.shape)
-    seen = batch.replace(features=jax.eval_shape(lambda m, b: m.features(b, sweep.Taps()), model, batch))
+    seen = batch.replace(features=_features(model, batch))
     captured = jax.eval_shape(
         lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
@@ -197,9 +197,8 @@ def _train(part: str) -> Callable:
     def make(model, batch, edits, captures, size: Size) -> Program:
         if edits or captures:
             raise ValueError("training takes no edits and no captures")
-        features = jax.eval_shape(lambda m, b: m.features(b, sweep.Taps()), model, batch)
         labels = _shape(np.int32, size.rows, size.answer)
-        seen = batch.replace(features=features, labels=labels)
+        seen = batch.replace(features=_features(model, batch), labels=labels)
         recipe = fit.Recipe(part=part, remat=size.remat)
         optimiser = recipe.optimiser(100)
         merge, trained, frozen = parts.split(model, part)
@@ -223,6 +222,11 @@ STUDIES: dict[str, Callable] = {
     "projection": _train("projector"),
     "e2e": _train("projector+lm"),
 }
+
+
+def _features(model, batch) -> jax.ShapeDtypeStruct:
+    """The vision features, which sweeps and training read before they begin."""
+    return jax.eval_shape(lambda model, batch: model.features(batch, Taps()), model, batch)
 
 
 def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:

@@ -27,8 +27,10 @@ def _equation(equation: Any, unknown: int) -> float:
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(
-            left[axis] for axis in contracting
+        return (
+            2
+            * math.prod(equation.outvars[0].aval.shape)
+            * math.prod(left[axis] for axis in contracting)
         )
     if name == "cond":
         return max(_count(branch.jaxpr, unknown) for branch in params["branches"])
