@@ -2,8 +2,8 @@
 
 Peak compute in bfloat16, HBM and interconnect of a chip, from the pages of Cloud TPU:
 
-    v4   https://cloud.google.com/tpu/docs/v4    275 TFLOPs, 32 GiB, 1200 GBps; the links from Jouppi
-         et al. 2023, "TPU v4", table 4: 6 of 50 GBps each way
+    v4   https://cloud.google.com/tpu/docs/v4    275 TFLOPs, 32 GiB, 1200 GBps; 6 links of 50
+         GBps each way (Jouppi et al. 2023, "TPU v4", table 4)
     v5e  https://cloud.google.com/tpu/docs/v5e   197 TFLOPs, 16 GB, 819 GBps, 400 GBps both ways
     v5p  https://cloud.google.com/tpu/docs/v5p   459 TFLOPs, 95 GB, 2765 GBps, 1200 GBps both ways
     v6e  https://cloud.google.com/tpu/docs/v6e   918 TFLOPs, 32 GB, 1638 GBps, 800 GBps both ways
