@@ -11,6 +11,7 @@ import tqdm
 
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.workdir import atomic_json, read_json
 
 
@@ -40,17 +41,26 @@ def vision_features(
     tokens = model.config.tiles * vision.feature_tokens
     shape = (len(examples), tokens, vision.width)
     done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
-    mode = "r+" if done else "w+"
-    kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+    done = hosts.agree(done)
+    kept = None
+    if hosts.writes():
+        mode = "r+" if done else "w+"
+        kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
     encode = jax.jit(lambda model, batch: model.features(batch, Taps()))
-    with tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar:
+    with (
+        mesh.on(model),
+        tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar,
+    ):
+        size = -(-batch_size // mesh.ways("B")) * mesh.ways("B")
         while done < len(examples):
-            some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
-            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
-            values = encode(model, batch.replace(processor=None)).reshape(batch_size, *shape[1:])
-            kept[done : done + len(some)] = values[: len(some)]
-            kept.flush()
+            some = [examples[i] for i in range(done, min(done + size, len(examples)))]
+            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
+            values = mesh.home(encode(model, mesh.place(batch.replace(processor=None))))
+            if kept is not None:
+                kept[done : done + len(some)] = values.reshape(size, *shape[1:])[: len(some)]
+                kept.flush()
             done += len(some)
             atomic_json(progress, {"done": done})
             bar.update(len(some))
+    hosts.meet(str(path))
     return np.load(path, mmap_mode="r")

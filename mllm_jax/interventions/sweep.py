@@ -30,7 +30,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.run import Out
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.sharding import mesh
+from mllm_jax.sharding import hosts, mesh
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
@@ -132,6 +132,8 @@ def sweep(
             for numbers in chunks:
                 rows.write(numbers, mesh.home(program(numbers)()))
                 bar.update(len(numbers))
+                if hosts.leaving():
+                    hosts.leave(label)
     return rows.values
 
 
@@ -195,7 +197,7 @@ class _Rows:
         if self.path is None:
             return
         self.asked = f"{workdir.fingerprint(asked)} {workdir.structure(shape, asked)}"
-        if self.path.exists():
+        if hosts.agree(self.path.exists()):
             self._read()
 
     def _read(self) -> None:

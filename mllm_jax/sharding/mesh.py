@@ -8,8 +8,9 @@ its axis letters say (`constrain`). Without a mesh none of these does anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+_AT_ONCE = 2**26  # bytes that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")
 # What axes of activations are split over; of parameters, `rules` says it.
@@ -156,33 +158,49 @@ def put(x: Any, letters: Sequence[str | None]) -> Any:
     here = _concrete()
     if here is None or here.empty or isinstance(x, jax.core.Tracer):
         return x
-    sharding = NamedSharding(here, spec(letters, x.shape))
+    sharding = NamedSharding(here, spec(letters, np.shape(x)))
     if isinstance(x, jax.Array) and of(x) is not None:
         return jax.device_put(x, sharding)
     array = np.asarray(x)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def settle(tree: Any) -> Any:
+    """The same on the mesh: arrays that are not on it come to be whole in every place."""
+    return jax.tree.map(lambda x: x if of(x) else put(x, (None,) * np.ndim(x)), tree)
+
+
+def places(tree: Any) -> Any:
+    """Where arrays lie, for what shall lie there after them; None where there is no mesh."""
+    return jax.tree.map(lambda x: x.sharding, tree) if entered() else None
+
+
 def place(batch: Any) -> Any:
-    """A batch with its rows and tiles spread over the mesh; one row alone is read everywhere.
+    """A batch with its rows, and the tiles of each, spread over the mesh.
+
+    One row alone is read everywhere, and so are pictures that rows share.
 
     Raises:
-        ValueError: the rows or the tiles do not divide.
+        ValueError: the rows do not divide.
     """
     if not entered() or _concrete() is None:
         return batch
-    parts = ways("B")
-    for name, count in (("rows", len(batch.ids)), ("image tiles", len(batch.real))):
-        if count > 1 and count % parts:
-            raise ValueError(
-                f"a batch of {count} {name} does not divide over {parts} parts of the mesh: give "
-                f"it a multiple of {parts}, or one row"
-            )
-    return jax.tree.map(lambda x: put(x, ("B", *(None,) * (np.ndim(x) - 1))), batch)
+    rows, parts = len(batch.ids), ways("B")
+    if rows > 1 and rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide over the {parts} parts that the mesh makes "
+            f"of it: give it a multiple of {parts} rows, or one"
+        )
+
+    def spread(x):
+        apart = rows > 1 and len(x) and len(x) % rows == 0
+        return put(x, ("B" if apart else None, *(None,) * (np.ndim(x) - 1)))
+
+    return jax.tree.map(spread, batch)
 
 
 def home(tree: Any) -> Any:
-    """The same, with arrays that this process can read whole, whoever holds their parts."""
+    """The same, with arrays that this process can read whole: parts of others are fetched."""
     far = [leaf for leaf in jax.tree.leaves(tree) if _is_far(leaf)]
     if not far:
         return tree
@@ -193,3 +211,19 @@ def _is_far(leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
         return False
     return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+def rows(x: Any) -> Iterator[np.ndarray]:
+    """An array as the host reads it, in order; what other processes hold comes some rows a time."""
+    if not _is_far(x):
+        yield np.asarray(x)
+        return
+    step = max(1, _AT_ONCE * len(x) // x.nbytes)
+    for start in range(0, len(x), step):
+        some = _some(x, start, min(step, len(x) - start), NamedSharding(of(x), P()))
+        yield np.asarray(some)
+
+
+def _some(x: jax.Array, start: int, count: int, where: NamedSharding) -> jax.Array:
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=count)
+    return jax.jit(take, out_shardings=where)(x, start)

@@ -382,8 +382,12 @@ class _Compiled:
 
 
 def _compile(program: Program, mesh: Mesh) -> _Compiled:
+    args, fn = [tree for _, tree in program.args], program.fn
+    if program.back:
+        places = jax.tree.map(lambda leaf: leaf.sharding, args[: program.back])
+        fn = jax.jit(fn, out_shardings=(*places, None))
     with jax.set_mesh(mesh):
-        lowered = program.fn.lower(*(tree for _, tree in program.args), **program.static)
+        lowered = fn.lower(*args, **program.static)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -51,11 +51,12 @@ class Program:
     """A compiled function to be, and what it is given.
 
     Attributes:
-      fn: jitted. static: its static arguments.
+      fn: jitted, unless it gives some of its arguments back. static: its static arguments.
       args: trees of shapes by what they are: weights, frozen, optimiser, batch, edits, captures,
         and "" for the rest, in the order of the call.
       kept: further trees that lie in memory meanwhile.
       unknown: trips of its loops whose length is data.
+      back: how many of its first arguments come back, to lie where they lay.
     """
 
     fn: Callable
@@ -63,6 +64,7 @@ class Program:
     static: dict[str, Any]
     kept: tuple[tuple[str, Any], ...] = ()
     unknown: int = 1
+    back: int = 0
 
 
 def model(config: llava.LlavaConfig, dtype) -> nnx.Module:
@@ -207,7 +209,7 @@ def _train(part: str) -> Callable:
         args = (
             ("weights", trained), ("optimiser", state), ("frozen", frozen), ("batch", seen),
         )  # fmt: skip
-        return Program(step, args, {})
+        return Program(step, args, {}, back=2)
 
     return make
 

@@ -55,11 +55,14 @@ def take(table: Float[Array, "n D"], at: Int[Array, "B T"], tiles: int) -> Float
     Args:
         table: n // tiles tokens of each tile, tile after tile; what comes after all of them is
             the same for every row.
-        at: of each place in a row. tiles: I, as many for each row.
+        at: of each place in a row.
+        tiles: I, as many for each row, or else rows share them.
     """
     rows = mesh.split("B", len(at))
-    if rows is None or mesh.split("I", tiles) is None:
+    if rows is None:
         return table[at]
+    if tiles % len(at):  # rows share pictures
+        return mesh.constrain(table, (None, None))[at]
     count = len(table) // tiles * tiles
 
     def local(own, shared, at):

@@ -14,6 +14,7 @@ import optax
 import tqdm
 from orbax.checkpoint import v1 as ocp
 
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 
 
@@ -71,32 +72,36 @@ def fit(
     optimiser = recipe.optimiser(steps)
 
     update = updating(merge, optimiser, loss, remat=recipe.remat)
-    curve = np.zeros((steps,), np.float32)
-    leaves, shape = jax.tree.flatten((trained, optimiser.init(trained)))
-    store = _Checkpoints(save)
-    first, leaves, curve = store.newest(leaves, curve)
-    trained, state = jax.tree.unflatten(shape, leaves)
-    bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
-    for step in bar:
-        batch = batches[step].replace(processor=None)
-        trained, state, value = update(trained, state, frozen, batch)
-        curve[step] = value
-        recent = curve[max(0, step - 19) : step + 1].mean()
-        bar.set_postfix(loss=f"{recent:.3f}")
-        if not np.isfinite(curve[step]):
-            raise FloatingPointError(
-                f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
-                f"(now {recipe.rate}) or look at batch {step}"
-            )
-        if (step + 1) % recipe.every == 0 or step + 1 == steps:
-            store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+    with mesh.on(model):
+        trained, state = mesh.settle((trained, optimiser.init(trained)))
+        update = jax.jit(update, out_shardings=(*map(mesh.places, (trained, state)), None))
+        leaves, shape = jax.tree.flatten((trained, state))
+        store = _Checkpoints(save)
+        first, leaves, curve = store.newest(leaves, np.zeros((steps,), np.float32))
+        trained, state = jax.tree.unflatten(shape, leaves)
+        bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
+        for step in bar:
+            batch = mesh.place(batches[step].replace(processor=None))
+            trained, state, value = update(trained, state, frozen, batch)
+            curve[step] = value
+            recent = curve[max(0, step - 19) : step + 1].mean()
+            bar.set_postfix(loss=f"{recent:.3f}")
+            if not np.isfinite(curve[step]):
+                raise FloatingPointError(
+                    f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
+                    f"(now {recipe.rate}) or look at batch {step}"
+                )
+            leaving = hosts.leaving()
+            if leaving or (step + 1) % recipe.every == 0 or step + 1 == steps:
+                store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+            if leaving:
+                hosts.leave(label)
     return merge(trained, frozen), curve
 
 
 def updating(merge: Callable, optimiser, loss: Callable, *, remat: bool) -> Callable:
-    """The compiled step: (trained, state, frozen, batch) -> (trained, state, loss)."""
+    """One step: (trained, state, frozen, batch) -> (trained, state, loss)."""
 
-    @jax.jit
     def update(trained, state, frozen, batch):
         def objective(trained):
             return loss(merge(trained, frozen), batch, remat=remat)
@@ -132,7 +137,7 @@ class _Checkpoints:
     def _tree(leaves, curve):
         # Orbax restores an array that knows where it lives; one of NumPy does not.
         named = {str(i): leaf for i, leaf in enumerate(leaves)}
-        return {"leaves": named, "curve": jnp.asarray(curve)}
+        return {"leaves": named, "curve": mesh.settle(jnp.asarray(curve))}
 
 
 def ocp_abstract(leaf):
@@ -148,11 +153,12 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    for batch in tqdm.tqdm(batches, desc=label, leave=False):
-        batch = batch.replace(processor=None)
-        swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
-        nll, tokens = step(model, batch)
-        right += float(nll.sum())
-        wrong += float(step(model, swapped)[0].sum())
-        count += int(tokens.sum())
+    with mesh.on(model):
+        for batch in tqdm.tqdm(batches, desc=label, leave=False):
+            batch = batch.replace(processor=None)
+            swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
+            nll, tokens = mesh.home(step(model, mesh.place(batch)))
+            right += float(nll.sum())
+            wrong += float(mesh.home(step(model, mesh.place(swapped)))[0].sum())
+            count += int(tokens.sum())
     return right / count, wrong / count
