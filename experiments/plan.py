@@ -3,14 +3,16 @@
     python -m experiments.plan --model=llava-1.5-7b --topology=v5e:2x4 --study=counts+lens
     python -m experiments.plan --model=DIR --topology=v5p:4x4x4 --study=sweep,projection --out=DIR
 
-With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for the
-topology, one after the other; without, plans come from shapes alone and say so. `--find=topology`
+With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for each
+topology, one after the other; without it, or with --shapes, plans come from shapes alone, which takes
+seconds, and say so. `--find=topology`
 looks for the smallest slice that fits from the one given on, `--find=rows` and `--find=lanes` for
 the largest number of a data shard. Leaves `plan.json`, `plan.md` and `plan.png` in --out.
 """
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ from mllm_jax.report import plan as report
 from mllm_jax.sharding import plan as plans
 from mllm_jax.sharding import programs
 
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "Chip and slice: v5e:2x4, v5p:4x4x4, ...")
+TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], "Chips and slices: v5e:2x4,v5p:4x4x4.")
 STUDY = flags.DEFINE_list("study", ["counts+lens"], f"Of {', '.join(programs.STUDIES)}.")
 DATA = flags.DEFINE_integer("data", None, "Data shards; by default as many as leave room.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Data shards that share one copy of the weights.")
@@ -38,6 +40,7 @@ STEPS = flags.DEFINE_integer("steps", 32, "Tokens to generate.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
 EDITS = flags.DEFINE_string("edits", None, "Edits of every pass, as the studies take them.")
 CAPTURES = flags.DEFINE_string("captures", None, "Captures of every pass, likewise.")
+SHAPES = flags.DEFINE_bool("shapes", False, "Compile nothing.")
 FIND = flags.DEFINE_enum("find", None, ["topology", "rows", "lanes"], "What to look for.")
 OUT = flags.DEFINE_string("out", None, "A folder to write to.")
 
@@ -49,14 +52,14 @@ def run() -> list[plans.Plan]:
     how = {
         "edits": spec.parse(EDITS.value) if EDITS.value else None,
         "captures": spec.parse_captures(CAPTURES.value) if CAPTURES.value else None,
-        "topology": TOPOLOGY.value,
         "data": DATA.value,
         "fsdp": FSDP.value,
         "dtype": jnp.dtype(DTYPE.value),
+        "compile": not SHAPES.value,
     }
     found = []
-    for study in STUDY.value:
-        plan = _find(study, config, size, how)
+    for topology, study in itertools.product(TOPOLOGY.value, STUDY.value):
+        plan = _find(study, config, size, how | {"topology": topology})
         found.append(plan)
         print(plan.table(), end="\n\n", flush=True)
     return found
@@ -87,7 +90,8 @@ def main(argv: Sequence[str]) -> None:
                 out / "plan.json",
                 {"model": name, "plans": [plan.json() for plan in found]},
             )
-            workdir.write(out / "plan.md", "\n\n".join(plan.table() for plan in found) + "\n")
+            text = [plans.summary(found), *(plan.table() for plan in found)]
+            workdir.write(out / "plan.md", "\n\n".join(text) + "\n")
             figures.save(report.plans(name, found), out / "plan.png")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

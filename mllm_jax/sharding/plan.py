@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +113,7 @@ class Plan:
             f"{self.rows} rows of {self.tokens} tokens{lanes}"
         )
         if self.how == SHAPES:
-            head += "\nFrom shapes alone: no compiler (libtpu) is here to ask for activations."
+            head += "\nFrom shapes alone: no compiler was asked for activations and traffic."
         verdict = {True: "fits", False: "does not fit", None: "fits or not: not known"}[self.fits]
         rows = [(name, size(count)) for name, count in self.bytes.items() if count]
         rows.append(("in all", f"{size(self.total)} of {size(self.capacity)}: {verdict}"))
@@ -142,6 +142,7 @@ def plan(
     data: int | None = None,
     fsdp: int = 1,
     dtype: Any = jnp.bfloat16,
+    compile: bool = True,
 ) -> Plan:
     """What a study takes on a topology, without weights and without hardware.
 
@@ -154,13 +155,18 @@ def plan(
       data, fsdp: of the mesh, see `mj.mesh`; the other chips share each layer. By default as many
         data shards as leave three quarters of a chip to other things than weights.
       dtype: of the weights.
+      compile: for the topology, if its compiler is there; else shapes alone tell what they can.
 
     Raises:
       ValueError: there is no such topology or study, or the mesh does not divide its chips.
     """
     config = getattr(model, "config", model)
     network = programs.model(config, dtype)
-    mesh = topology if isinstance(topology, Mesh) else _mesh(topology, network, study, data, fsdp)
+    mesh = (
+        topology
+        if isinstance(topology, Mesh)
+        else _mesh(topology, network, study, data, fsdp, compile)
+    )
     asked = _over(batch if isinstance(batch, Size) else Size(), mesh, study)
     if isinstance(batch, llava.Batch):
         asked = dataclasses.replace(asked, rows=len(batch.ids))
@@ -172,7 +178,7 @@ def plan(
         program.fn, *(tree for _, tree in program.args), unknown=program.unknown, **program.static
     )
     named = isinstance(topology, str)
-    found = _compile(program, mesh) if isinstance(mesh, Mesh) else None
+    found = _compile(_lower(program, mesh)) if compile and isinstance(mesh, Mesh) else None
     return Plan(
         study=study,
         topology=topology if named else f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
@@ -187,6 +193,28 @@ def plan(
             program, found, flops / mesh.size, Slice.of(topology).chip if named else None,
             _subjects(network, mesh),
         ),
+    )  # fmt: skip
+
+
+def summary(found: Sequence[Plan]) -> str:
+    """A line for each plan, as Markdown."""
+    columns = (
+        "topology", "study", "--mesh=", "rows x tokens", "memory of a chip", "fits", "Tflop",
+        "moved", "received", "at least", "limited by", "how",
+    )  # fmt: skip
+    verdict = {True: "yes", False: "no", None: "not known"}
+    return tables.markdown(
+        columns,
+        [
+            (
+                p.topology, p.study, f"data={p.data},fsdp={p.fsdp},model={p.model}",
+                f"{p.rows} x {p.tokens}" + (f", {p.lanes} lanes" if p.lanes else ""),
+                size(p.total), verdict[p.fits], f"{p.flops / 1e12:.3g}", size(p.moved),
+                size(p.received) if p.how == COMPILED and p.moved is not None else "?",
+                _time(max(p.seconds.values(), default=0)), p.limit, p.how,
+            )
+            for p in found
+        ],
     )  # fmt: skip
 
 
@@ -266,8 +294,10 @@ def devices(slice_: Slice) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=str(slice_)).devices
 
 
-def _mesh(topology: str, network, study: str, data: int | None, fsdp: int) -> Mesh | AbstractMesh:
-    """The mesh of a topology; an abstract one where no compiler is installed."""
+def _mesh(
+    topology: str, network, study: str, data: int | None, fsdp: int, compile: bool
+) -> Mesh | AbstractMesh:
+    """The mesh of a topology; an abstract one where nothing is compiled."""
     slice_ = Slice.of(topology)
     if data is None:
         data = _data(slice_, network, study, fsdp)
@@ -276,7 +306,7 @@ def _mesh(topology: str, network, study: str, data: int | None, fsdp: int) -> Me
             f"data={data} x fsdp={fsdp} does not divide the {slice_.chips} chips of {topology}"
         )
     model = slice_.chips // (data * fsdp)
-    if not compiler():
+    if not (compile and compiler()):
         shape = data, fsdp, model
         return AbstractMesh(shape, mesh_.AXES, axis_types=(AxisType.Auto,) * len(shape))
     return mesh_.mesh(data, model, fsdp=fsdp, devices=devices(slice_))
@@ -381,13 +411,16 @@ class _Compiled:
     used: int = 0
 
 
-def _compile(program: Program, mesh: Mesh) -> _Compiled:
+def _lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     args, fn = [tree for _, tree in program.args], program.fn
     if program.back:
         places = jax.tree.map(lambda leaf: leaf.sharding, args[: program.back])
         fn = jax.jit(fn, out_shardings=(*places, None))
     with jax.set_mesh(mesh):
-        lowered = fn.lower(*args, **program.static)
+        return fn.lower(*args, **program.static)
+
+
+def _compile(lowered: jax.stages.Lowered) -> _Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -21,7 +21,7 @@ from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import run, sweep, trunk
 from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models import llava
-from mllm_jax.training import fit, losses, parts
+from mllm_jax.training import losses, parts
 
 LENGTH = 128  # T is a multiple of this: a TPU works on tiles of so many
 
@@ -197,6 +197,8 @@ def _score(model, batch, edits, captures, size: Size) -> Program:
 
 def _train(part: str) -> Callable:
     def make(model, batch, edits, captures, size: Size) -> Program:
+        from mllm_jax.training import fit  # brings Orbax, which takes long to import
+
         if edits or captures:
             raise ValueError("training takes no edits and no captures")
         labels = _shape(np.int32, size.rows, size.answer)
