@@ -4,10 +4,10 @@
     python -m experiments.plan --model=DIR --topology=v5p:4x4x4 --study=sweep,projection --out=DIR
 
 With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for each
-topology, one after the other; without it, or with --shapes, plans come from shapes alone, which takes
-seconds, and say so. `--find=topology`
-looks for the smallest slice that fits from the one given on, `--find=rows` and `--find=lanes` for
-the largest number of a data shard. Leaves `plan.json`, `plan.md` and `plan.png` in --out.
+topology, one after the other; without it, or with --shapes, plans come from shapes alone and say
+so. `--find=topology` looks for the smallest slice that fits from the one given on, `--find=rows`
+and `--find=lanes` for the largest number of a data shard. Leaves `plan.json`, `plan.md` and
+`plan.png` in --out.
 """
 
 from __future__ import annotations
