@@ -2,6 +2,7 @@
 
     python -m experiments.plan --model=llava-1.5-7b --topology=v5e:2x4 --study=counts+lens
     python -m experiments.plan --model=DIR --topology=v5p:4x4x4 --study=sweep,projection --out=DIR
+    python -m experiments.plan --model=DIR --study=run --edits='ablate lm.mlp.act[12]'
 
 With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for each
 topology, one after the other; without it, or with --shapes, plans come from shapes alone and say
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import describe
+from experiments import describe, study
 from mllm_jax import workdir
 from mllm_jax.interventions import spec
 from mllm_jax.report import figures
@@ -38,8 +39,6 @@ LANES = flags.DEFINE_integer("lanes", 4, "Lanes of a sweep, of a data shard.")
 WORDS = flags.DEFINE_integer("words", 64, "Tokens of a row beside its picture.")
 STEPS = flags.DEFINE_integer("steps", 32, "Tokens to generate.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
-EDITS = flags.DEFINE_string("edits", None, "Edits of every pass, as the studies take them.")
-CAPTURES = flags.DEFINE_string("captures", None, "Captures of every pass, likewise.")
 SHAPES = flags.DEFINE_bool("shapes", False, "Compile nothing.")
 FIND = flags.DEFINE_enum("find", None, ["topology", "rows", "lanes"], "What to look for.")
 OUT = flags.DEFINE_string("out", None, "A folder to write to.")
@@ -50,32 +49,32 @@ def run() -> list[plans.Plan]:
     config = describe.find(describe.MODEL.value)
     size = programs.Size(rows=ROWS.value, words=WORDS.value, lanes=LANES.value, steps=STEPS.value)
     how = {
-        "edits": spec.parse(EDITS.value) if EDITS.value else None,
-        "captures": spec.parse_captures(CAPTURES.value) if CAPTURES.value else None,
+        "edits": spec.parse(study.EDITS.value) if study.EDITS.value else None,
+        "captures": spec.parse_captures(study.CAPTURES.value) if study.CAPTURES.value else None,
         "data": DATA.value,
         "fsdp": FSDP.value,
         "dtype": jnp.dtype(DTYPE.value),
         "compile": not SHAPES.value,
     }
     found = []
-    for topology, study in itertools.product(TOPOLOGY.value, STUDY.value):
-        plan = _find(study, config, size, how | {"topology": topology})
+    for topology, name in itertools.product(TOPOLOGY.value, STUDY.value):
+        plan = _find(name, config, size, how | {"topology": topology})
         found.append(plan)
         print(plan.table(), end="\n\n", flush=True)
     return found
 
 
-def _find(study: str, config, size: programs.Size, how: dict) -> plans.Plan:
+def _find(name: str, config, size: programs.Size, how: dict) -> plans.Plan:
     if FIND.value == "topology":
-        plan = plans.smallest(config, size, study=study, **how)
+        plan = plans.smallest(config, size, study=name, **how)
         if plan is None:
-            raise ValueError(f"{study} fits on no slice from {how['topology']} on")
+            raise ValueError(f"{name} fits on no slice from {how['topology']} on")
         return plan
     if FIND.value:
-        number, plan = plans.largest(FIND.value, config, size, study=study, **how)
+        number, plan = plans.largest(FIND.value, config, size, study=name, **how)
         print(f"the most {FIND.value} of a data shard that fit: {number}\n")
         return plan
-    return plans.plan(config, size, study=study, **how)
+    return plans.plan(config, size, study=name, **how)
 
 
 def main(argv: Sequence[str]) -> None:
