@@ -42,7 +42,8 @@ _CALLS = re.compile(
 _TRIPS = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*:\s*\\?"?(\d+)')
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _GROUP = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_ALL = re.compile(r"replica_groups=\{\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,8 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Op]] = {}
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self.devices = int(partitions.group(1)) if partitions else 1
         ops: dict[str, Op] = {}
         for line in text.splitlines():
             if head := _HEAD.match(line):
@@ -173,7 +176,9 @@ class Program:
             if kind := _collective(op):
                 array = _result(op)
                 collectives += [
-                    Collective(kind, part, _group(op), times, op.field("op_name").strip('"'))
+                    Collective(
+                        kind, part, _group(op, self.devices), times, op.field("op_name").strip('"')
+                    )
                     for part in array
                 ]
         return Work(flops, moved, tuple(c for c in collectives if c.group > 1))
@@ -341,13 +346,21 @@ def _result(op: Op) -> tuple[Array, ...]:
     return op.arrays[count : 2 * count]
 
 
-def _group(op: Op) -> int:
+def _group(op: Op, devices: int) -> int:
+    """How many chips exchange with each other."""
     if "source_target_pairs" in op.text:
         return 2
     if found := _GROUPS.search(op.text):
         return int(found.group(2))
-    found = _GROUP.search(op.text)
-    return len(found.group(1).split(",")) if found else 1
+    if found := _GROUP.search(op.text):
+        return len(found.group(1).split(","))
+    if found := _AXES.search(op.text):  # 'x'=2,'y'=4] {'x','y':(1)2}: all of x, and 2 of y
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    if _ALL.search(op.text):
+        return devices
+    raise ValueError(f"{op.name}: the chips of this {op.code} cannot be read: {op.text[:200]}")
 
 
 def _flops(op: Op, ops: dict[str, Op]) -> float:

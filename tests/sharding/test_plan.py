@@ -128,6 +128,30 @@ def test_a_program_for_tpus_is_read():
     assert done.moved == 32 * once + before
 
 
+@pytest.mark.parametrize(
+    ("groups", "count"),
+    [
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups={}", 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0','axis_2'}", 8),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}", 2),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_how_many_chips_exchange(groups, count):
+    op = hlo.Op("x", (), "all-reduce", (), f", channel_id=1, {groups}, to_apply=%add", False)
+    assert hlo._group(op, 8) == count
+
+
+def test_chips_that_cannot_be_read_are_an_error():
+    op = hlo.Op("x", (), "all-reduce", (), ", replica_groups=@all", False)
+    with pytest.raises(ValueError, match="cannot be read"):
+        hlo._group(op, 8)
+
+
 def test_what_chips_exchange_is_told_by_its_shape():
     network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     mesh = jax.sharding.AbstractMesh((2, 1, 4), mesh_.AXES)
