@@ -2,10 +2,10 @@
 
     python -m benchmarks.scaling --model=llava-1.5-7b --out=docs/scaling [--chips=1,2,4,8,16,256]
 
-Every program is compiled for so many fake devices of this machine's CPU and read, not run: there is
-no time in it. Weak scaling gives each data shard the same rows, strong scaling spreads the same rows
-over more shards, and the model axis spreads the layers over more chips with the same rows. Times are
-lower bounds at the peaks of a v5e.
+Every program is compiled for so many fake devices of this machine's CPU and read, not run: there
+is no time in it. Weak scaling gives each data shard the same rows, strong scaling spreads the same
+rows over more shards, and the model axis spreads the layers over more chips with the same rows.
+Times are lower bounds at the peaks of a v5e.
 """
 
 from __future__ import annotations
