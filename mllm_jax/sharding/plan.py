@@ -459,7 +459,7 @@ def _findings(
             "flops": ideal,
             "moved": None,
             "collectives": (),
-            "seconds": _seconds(chip, ideal, lying, 0),
+            "seconds": _seconds(chip, ideal, lying),
         }
     done = hlo.Program(found.text).work(unknown=program.unknown)
     held |= {"activations": found.temporary, "results": found.results, "code": found.code}
@@ -475,14 +475,13 @@ def _findings(
     }
 
 
-def _seconds(chip: Chip | None, flops: float, moved: float, received: float) -> dict[str, float]:
+def _seconds(
+    chip: Chip | None, flops: float, moved: float, received: float | None = None
+) -> dict[str, float]:
     if chip is None:
         return {}
-    return {
-        "compute": flops / chip.flops,
-        "memory": moved / chip.bandwidth,
-        "links": received / chip.links,
-    }
+    found = {"compute": flops / chip.flops, "memory": moved / chip.bandwidth}
+    return found if received is None else found | {"links": received / chip.links}
 
 
 def _exchanged(collectives, subject: Callable[[hlo.Array], str]) -> tuple[dict[str, Any], ...]:
