@@ -34,6 +34,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.0",
         "pillow",
         "safetensors>=0.5",
+        "sentencepiece",  # checkpoints of the original LLaVA code come with a tokenizer.model alone
         "tensorflow-datasets>=4.9.10",
         "tokenizers",
         "tqdm",

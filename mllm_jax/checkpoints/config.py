@@ -7,7 +7,7 @@ is how a model comes out subtly wrong.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mllm_jax.models.clip import ClipConfig
@@ -124,6 +124,36 @@ HF_ACTIVATIONS = {ours: hf for hf, ours in ACTIVATIONS.items()}
 _SELECT = {"default": "patch", "full": "full"}
 
 
+class Unknown(str):
+    """A problem with a config that does not keep us from knowing which tensors belong to it."""
+
+
+class Refused(ValueError):
+    """A `config.json` that we do not read.
+
+    Attributes:
+        config: the model without the fields we do not know, so that its tensors can be looked at
+            as well; None where other things are wrong.
+    """
+
+    def __init__(self, source: object, problems: list[str], config: LlavaConfig | None = None):
+        super().__init__(f"{source}: {'; '.join(problems)}")
+        self.config = config
+
+
+def settle(config: Callable[[], LlavaConfig], source: object, problems: list[str]) -> LlavaConfig:
+    """The config, if nothing is wrong with it.
+
+    Raises:
+        Refused: there are problems.
+    """
+    if not all(isinstance(problem, Unknown) for problem in problems):
+        raise Refused(source, problems)
+    if problems:
+        raise Refused(source, problems, config())
+    return config()
+
+
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaConfig:
     """Reads the config of a LLaVA or LLaVA-NeXT checkpoint.
 
@@ -135,7 +165,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         The same model in our terms.
 
     Raises:
-        ValueError: fields we do not know, or values we do not support, all in one line.
+        Refused: fields we do not know, or values we do not support, all in one line.
     """
     if "mm_vision_tower" in fields:
         raise ValueError(
@@ -165,13 +195,14 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
     check_integer(llava, "vision_feature_layer", "", problems)
     check_integer(clip, "image_size", "vision_config.", problems)
     check_integer(clip, "patch_size", "vision_config.", problems)
-    if not problems:
+    if all(isinstance(problem, Unknown) for problem in problems):
         _check_feature_layer(llava, clip, problems)
-        tiling = _pinpoints(llava, clip, problems) if tiled else {}
-    if problems:
-        raise ValueError(f"{source}: {'; '.join(problems)}")
+        tiling = _pinpoints(llava, clip, problems) if tiled else None
+    return settle(lambda: _config(llava, clip, llama, tiling), source, problems)
 
-    return (LlavaNextConfig if tiled else LlavaConfig)(
+
+def _config(llava: Mapping, clip: Mapping, llama: Mapping, tiling: Mapping | None) -> LlavaConfig:
+    return (LlavaConfig if tiling is None else LlavaNextConfig)(
         vision=ClipConfig(
             width=clip["hidden_size"],
             layers=clip["num_hidden_layers"],
@@ -194,7 +225,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         ),
         lm=llama_config(llama, tied=llava["tie_word_embeddings"]),
         image_token=llava["image_token_index"],
-        **tiling,
+        **(tiling or {}),
     )
 
 
@@ -307,7 +338,8 @@ def read(
         if name in fixed and value not in fixed[name]:
             problems.append(f"{prefix}{name}={value!r} is not supported, only {fixed[name][0]!r}")
         elif name not in known and name not in fixed and name not in ignored:
-            problems.append(f"unknown field {prefix}{name}{_nearest(name, [*known, *fixed])}")
+            near = _nearest(name, [*known, *fixed])
+            problems.append(Unknown(f"unknown field {prefix}{name}{near}"))
     return {name: fields.get(name, default) for name, default in known.items()}
 
 

@@ -78,9 +78,10 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Instru
     configs.check_choice(bert, "hidden_act", configs.ACTIVATIONS, "qformer_config.", problems)
     configs.check_integer(eva, "image_size", "vision_config.", problems)
     configs.check_integer(eva, "patch_size", "vision_config.", problems)
-    if problems:
-        raise ValueError(f"{source}: {'; '.join(problems)}")
+    return configs.settle(lambda: _config(blip, eva, bert, llama), source, problems)
 
+
+def _config(blip: Mapping, eva: Mapping, bert: Mapping, llama: Mapping) -> InstructBlipConfig:
     token = blip["image_token_index"]
     return InstructBlipConfig.of(
         EvaConfig(

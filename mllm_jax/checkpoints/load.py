@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax.checkpoints import architectures, embedded, original, tables, tensors
+from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
@@ -166,14 +167,22 @@ def read_model(
         The model.
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    config = read_config(directory)
+    problems: list[Exception] = []
+    try:
+        config = read_config(directory)
+    except configs.Refused as error:
+        if error.config is None:
+            raise
+        config = error.config
+        problems.append(error)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     abstract = dict(nnx.to_flat_state(abstract))
     shapes = {dotted(path): param.shape for path, param in abstract.items()}
     slots = tables.slots(shapes, architectures.of(config).table(config))
 
-    problems: list[Exception] = []
-    stored = _open(directory, problems)
+    broken: list[Exception] = []
+    stored = _open(directory, broken)
+    problems += broken
     if projector is None and not any(map(_of_projector, stored)):
         beside = directory / original.PROJECTOR
         projector = beside if beside.exists() else None
@@ -181,7 +190,7 @@ def read_model(
         stored = {key: tensor for key, tensor in stored.items() if not _of_projector(key)}
         own = [slot for slot in slots if _of_projector(slot.key)]
         slots = [slot for slot in slots if not _of_projector(slot.key)]
-    if stored or not problems:
+    if stored or not broken:
         _check(stored, slots, config, directory, problems)
     if projector not in (None, "random"):
         overlay = _open_projector(projector, own, config, problems)

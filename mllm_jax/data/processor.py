@@ -533,14 +533,20 @@ def _chat_template(directory: pathlib.Path) -> str | None:
 
 
 def read_tokenizer(directory: pathlib.Path):
-    """The tokenizer that was saved there."""
-    from transformers import PreTrainedTokenizerFast  # a second to import: only when needed
+    """The tokenizer that was saved there; one of sentencepiece alone is a Llama's."""
+    # A second to import: only when needed.
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-    if not (directory / "tokenizer.json").exists():
-        raise FileNotFoundError(
-            f"{directory} has no tokenizer.json: save the tokenizer there with save_pretrained"
-        )
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    for name, kind in (
+        ("tokenizer.json", PreTrainedTokenizerFast),
+        ("tokenizer.model", LlamaTokenizer),
+    ):
+        if (directory / name).exists():
+            return kind.from_pretrained(directory)
+    raise FileNotFoundError(
+        f"{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer there "
+        "with save_pretrained"
+    )
 
 
 def _image_processor(directory: pathlib.Path):

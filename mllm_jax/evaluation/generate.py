@@ -69,11 +69,10 @@ def generate(
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
-    key = key if temperature else jax.random.key(0)
     with mesh.on(model):
         found = _generate(
-            model, mesh.place(batch), run_.place(bound), stops, np.float32(temperature or 1), key,
-            steps=max_new_tokens, greedy=not temperature,
+            model, mesh.place(batch), run_.place(bound), stops, np.float32(temperature or 1),
+            key if temperature else None, steps=max_new_tokens, greedy=not temperature,
         )  # fmt: skip
         tokens, receipts = mesh.home(found)
     text = None if processor is None else processor.text(tokens, stop=stop)

@@ -1,11 +1,14 @@
 """Sweeps: many edits of one structure on one batch, in parallel lanes of one program.
 
-What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them:
+What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them, or not
+at all:
 
 * the vision tower, when no edit is in it;
 * the layers below the first edited one: lanes are ordered by that layer and each chunk goes on
   from the state that enters its lowest. Where it goes on is data, so that one program serves
   every chunk;
+* the last layer, where no edit is in it and the logits of the last token alone are asked: all but
+  that token;
 * the keys and values of the tokens before the first that an edit or capture reaches, such as
   those of the picture when the text alone is edited. Lanes with one such prefix share a chunk.
 """
@@ -106,7 +109,7 @@ def sweep(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
     with mesh.on(model):
-        trunk = (trunk_.grow if share else _whole)(model, batch, bound, asked, logits)
+        trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
         ways = mesh.ways("R")  # as many lanes in each
         chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch), ways), len(bound))
         chunk = -(-chunk // ways) * ways
@@ -115,7 +118,7 @@ def sweep(
         def program(numbers):
             lanes = _stacked(widths, [bound[i] for i in np.resize(numbers, chunk)])
             prefix = int(trunk.prefix[numbers[0]])
-            resume, past = trunk.resume(int(trunk.first[numbers].min()), prefix)
+            resume, past = trunk.resume(numbers)
             return functools.partial(
                 _lanes, metric, model, trunk.batch, lanes, asked, resume, past,
                 logits=logits, prefix=prefix,
@@ -143,10 +146,6 @@ def _stacked(widths: Any, lanes: Sequence[tuple[BoundEdit, ...]]) -> tuple[Bound
         lambda shape, *leaves: np.stack([np.broadcast_to(leaf, shape) for leaf in leaves]),
         widths, *lanes, is_leaf=_is_shape,
     )  # fmt: skip
-
-
-def _whole(model, batch, bound, asked, logits) -> trunk_.Trunk:
-    return trunk_.whole(batch, len(bound))
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))

@@ -30,13 +30,17 @@ class Resume:
 
     Attributes:
       start: int32[], the first layer to run.
-      x: what enters it.
+      x: what enters it; None for what the pass has itself, at the first layer of all.
       captured: what the captures found in a pass through all layers: those below stay.
+      stop: int32[], the first layer that is run for `places` alone: the last, or none.
+      places: int32[B], the tokens whose final state is asked; None for all.
     """
 
     start: Any
     x: Any
     captured: dict[str, Any]
+    stop: Any = None
+    places: Any = None
 
 
 class Taps:
@@ -179,7 +183,8 @@ class ModuleTap:
         """x through every layer, one compiled body.
 
         Args:
-          step: (layer, x, tap, extra) -> (x, out).
+          step: (layer, x, tap, extra) -> (x, out). Where a pass may ask for some tokens alone, also
+            `only=places` int32[B], and then x is [B, 1, D].
           layers: a module whose arrays lead with L.
           x: what enters the first layer.
           extra: further arrays that lead with L, one slice a step.
@@ -191,7 +196,7 @@ class ModuleTap:
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays = _stacked(edits), _slots(captures)
         if self.name in self.taps.resume:
-            return self._resumed(step, layers, extra, edits, captures, arrays, count)
+            return self._resumed(step, layers, x, extra, edits, captures, arrays, count)
 
         whole = jax.lax.stop_gradient((layers, extra))  # gradients go through what is scanned
 
@@ -214,9 +219,10 @@ class ModuleTap:
         self.taps.captured |= found[1] | self._carried(kept, captures)
         return x, out
 
-    def _resumed(self, step, layers, extra, edits, captures, arrays, count):
+    def _resumed(self, step, layers, x, extra, edits, captures, arrays, count):
         """The layers from `resume.start` on, which is data: one program for every start."""
         resume = self.taps.resume[self.name]
+        x = x if resume.x is None else resume.x
 
         def one(i, x):
             sliced, (edit_arrays, slots) = jax.tree.map(lambda a: a[i], ((layers, extra), arrays))
@@ -232,11 +238,21 @@ class ModuleTap:
             captured = {n: _put(captured[n], found[n], at[n]) for n in captured}
             return x, _put(receipts_, receipt, i), captured
 
-        _, receipt, _, _, out = jax.eval_shape(one, 0, resume.x)
+        def last(x):
+            layer, more = jax.tree.map(lambda a: a[-1], (layers, extra))
+            layer, more = narrow.at((layer, more), (layers, extra), count - 1)
+            y, _ = step(layer, x, self._tap(count, {}, {}), more, only=resume.places)
+            return x.at[jnp.arange(len(x)), resume.places].set(y[:, 0])
+
+        _, receipt, _, _, out = jax.eval_shape(one, 0, x)
         receipts_ = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), receipt)
         before = {n: _reopened(resume.captured[n], captures[n]) for n in captures}
-        carry = (resume.x, receipts_, before)
-        x, receipts_, captured = jax.lax.fori_loop(resume.start, count, body, carry)
+        # The first by itself: vmap makes what comes before its edits once for all lanes.
+        carry = body(resume.start, (x, receipts_, before))
+        stop = count if resume.places is None else resume.stop
+        x, receipts_, captured = jax.lax.fori_loop(resume.start + 1, stop, body, carry)
+        if resume.places is not None:
+            x = jax.lax.cond(stop < count, last, lambda x: x, x)
         kept = {n: captured.pop(n) for n in arrays[1]}
         self.taps.receipts |= receipts_
         self.taps.captured |= captured | self._carried(kept, captures)

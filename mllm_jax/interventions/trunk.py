@@ -29,6 +29,8 @@ class Trunk:
     Attributes:
       batch: with the vision features, where no edit changes them.
       first: int[R], the first layer of the module that each lane must run.
+      stop: int[R], the first layer of the LM that each lane runs for the last tokens alone, or as
+        many as it has; None where all tokens are asked.
       prefix: int[R], tokens that each lane leaves clean.
       module: whose lower layers are shared; None for none.
       layers: how many the module has.
@@ -40,6 +42,7 @@ class Trunk:
 
     batch: Any
     first: np.ndarray
+    stop: np.ndarray | None
     prefix: np.ndarray
     module: str | None = None
     layers: int = 1
@@ -48,18 +51,21 @@ class Trunk:
     captured: Any = None
     past: Any = None
 
-    def resume(self, start: int, prefix: int) -> tuple[dict[str, Resume], Cache | None]:
-        """Where lanes go on that leave the layers below `start` clean, and what they look back at.
-
-        Args:
-          start: a layer. prefix: tokens, the same for all these lanes.
-        """
-        if self.module is None:
-            return {}, None
-        number = start // self.every
-        x = self.states[number][:, prefix:]
-        at = Resume(np.int32(number * self.every), x, self.captured)
-        return {self.module: at}, self.past.first(prefix) if prefix else None
+    def resume(self, lanes: np.ndarray) -> tuple[dict[str, Resume], Cache | None]:
+        """Where lanes go on that have one prefix in common, and what they look back at."""
+        prefix, found, past = int(self.prefix[lanes[0]]), {}, None
+        if self.module is not None:
+            number = int(self.first[lanes].min()) // self.every
+            x = self.states[number][:, prefix:]
+            found[self.module] = Resume(np.int32(number * self.every), x, self.captured)
+            past = self.past.first(prefix) if prefix else None
+        if self.stop is not None:
+            found["lm"] = dataclasses.replace(
+                found.get("lm", Resume(np.int32(0), None, {})),
+                stop=np.int32(self.stop[lanes].max()),
+                places=np.asarray(self.batch.last, np.int32) - prefix,
+            )
+        return found, past
 
     def chunks(self, size: int) -> list[np.ndarray]:
         """The lanes in chunks that have a prefix in common and begin at near layers."""
@@ -79,9 +85,11 @@ class Trunk:
         )
 
 
-def whole(batch, lanes: int) -> Trunk:
-    """A trunk of nothing: every lane runs the whole pass."""
-    return Trunk(batch, np.zeros(lanes, int), np.zeros(lanes, int))
+def whole(model, batch, bound, asked, logits: str) -> Trunk:
+    """A trunk of nothing: every lane runs all layers; see `grow`."""
+    nothing = np.zeros(len(bound), int)
+    layers = run_.site_shapes(model, batch)["lm.resid_pre"].layers
+    return Trunk(batch, nothing, _stops(bound, asked, logits, layers), nothing)
 
 
 def grow(model, batch, bound, asked, logits: str) -> Trunk:
@@ -102,7 +110,7 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
         if batch.features is None and not reads_vision and len(batch.real):
             batch = batch.replace(features=_features(model, batch))
     if module is None or f"{module}.resid_pre" not in shapes:
-        return whole(batch, len(bound))
+        return whole(model, batch, bound, asked, logits)
     site = sites.get(f"{module}.resid_pre")
     layers = shapes[site.name].layers
     first = np.array([_first(edits, module, layers) for edits in bound])
@@ -116,7 +124,10 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
     states, captured, past = _clean(
         model, batch, asked | {_STATE: state}, module=module, prefix=int(prefix.max())
     )
-    return Trunk(batch, first, prefix, module, layers, every, states, captured, past)
+    stop = _stops(bound, asked, logits, shapes["lm.resid_pre"].layers)
+    if module == "lm" and stop is not None:
+        stop = np.where(first < layers - 1, stop, layers)  # a lane begins below where it ends
+    return Trunk(batch, first, stop, prefix, module, layers, every, states, captured, past)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "prefix"))
@@ -147,6 +158,20 @@ def _first(edits: tuple[BoundEdit, ...], module: str, layers: int) -> int:
     reached = [np.flatnonzero(np.asarray(units).any(-1)) for units in stacked]
     # Above the last layer the state is not kept: run that layer again.
     return int(min((at[0] for at in reached), default=layers - 1))
+
+
+def _stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
+    """int[R], see `Trunk.stop`."""
+    states = any(capture.site.module == "lm" for capture in asked.values())
+    normed = any(edit.site == sites.lm.norm for edits in bound for edit in edits)
+    if logits != "last" or states or normed:
+        return None
+
+    def clean(edits):
+        above = [e.units for e in edits if e.site.module == "lm" and e.site.stacked]
+        return not any(np.asarray(units)[-1].any() for units in above)
+
+    return np.array([layers - clean(edits) for edits in bound])
 
 
 def prefix_length(batch, edits: tuple[BoundEdit, ...], asked, logits: str) -> int:

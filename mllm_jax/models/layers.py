@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -13,6 +13,8 @@ from flax import nnx
 from mllm_jax import rows
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.precision import at_least_float32
+
+_BLOCKS = 4  # of queries, in causal attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -61,6 +63,7 @@ def attention(
     *,
     past: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
     pattern: Callable[[Array], Array] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, with N / K query heads to each key-value head.
 
@@ -70,16 +73,31 @@ def attention(
       past: keys and values before these; S of the mask counts both.
       pattern: applied to the probabilities [B, N, T, S] before they meet the values; None where
         nobody asks for them: then they need not be made all at one time.
+      causal: whether the mask shows no query a key after its own: these products are left out.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
     (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
     if pattern is not None:
         return _attend(query, parts, mask, pattern)
-    attend = functools.partial(_attend, pattern=lambda p: p)
-    return rows.by_row(attend, query, parts, mask, numbers=B * N * T * S)
+    numbers = B * N * T * S
+    attend = _attend_causally if causal and past is None and numbers > rows.AT_ONCE else _attend
+    return rows.by_row(attend, query, parts, mask, numbers=numbers)
 
 
-def _attend(query, parts, mask, pattern):
+def _attend_causally(query, parts, mask):
+    """In blocks of queries, each with the keys that come before its end."""
+    [(key, value)], T = parts, query.shape[1]
+    ends = [T * n // _BLOCKS for n in range(_BLOCKS + 1)]
+    return jnp.concatenate(
+        [
+            _attend(query[:, i:j], [(key[:, :, :j], value[:, :, :j])], mask[:, :, i:j, :j])
+            for i, j in itertools.pairwise(ends)
+        ],
+        1,
+    )
+
+
+def _attend(query, parts, mask, pattern=None):
     B, T, N, H = query.shape
     K = parts[0][0].shape[1]
     # The axes lie as the products read and write them: nothing of size [T, S] is ever moved.
@@ -88,10 +106,14 @@ def _attend(query, parts, mask, pattern):
     scores = at_least_float32(_joined(scores)).reshape(B, N, T, -1) * H**-0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    probabilities = jax.nn.softmax(scores, -1)
+    odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    share = 1 / odds.sum(-1, keepdims=True)
     if mask is not None:
-        probabilities = jnp.where(mask, probabilities, 0)
-    probabilities = pattern(probabilities).astype(query.dtype).reshape(B, K, N // K * T, -1)
+        share = jnp.where(mask.any(-1, keepdims=True), share, 0)
+    probabilities = odds * share
+    if pattern is not None:
+        probabilities = pattern(probabilities)
+    probabilities = probabilities.astype(query.dtype).reshape(B, K, N // K * T, -1)
     ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
     heads = sum(
         jnp.einsum("BKUS,BKSH->BKUH", part, value)

@@ -72,18 +72,22 @@ class Attention(nnx.Module):
         self.v = nnx.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
         self.o = nnx.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap):
+    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
         """The heads' output, and this call's keys and values [B, K, T, H]."""
         B, T, _ = x.shape
-        q = layers.rotate(self.q(x).reshape(B, T, self.heads, -1), *rope)
         k = layers.rotate(self.k(x).reshape(B, T, self.kv_heads, -1), *rope).swapaxes(1, 2)
         v = self.v(x).reshape(B, T, self.kv_heads, -1).swapaxes(1, 2)
+        if only is not None:
+            x, mask = _take(x, only), _take(mask, only, axis=2)
+            rope, T = [_take(part, only) for part in rope], 1
+        q = layers.rotate(self.q(x).reshape(B, T, self.heads, -1), *rope)
         shape, precise = (B, self.heads, *mask.shape[2:]), jnp.promote_types(x.dtype, jnp.float32)
         if not tap.idle(S.attn.mask, jax.ShapeDtypeStruct(shape, bool)):
             mask = tap(S.attn.mask, jnp.broadcast_to(mask, shape))
         unread = tap.idle(S.attn.pattern, jax.ShapeDtypeStruct(shape, precise))
         pattern = None if unread else functools.partial(tap, S.attn.pattern)
-        heads = tap(S.attn.heads, layers.attention(q, k, v, mask, past=past, pattern=pattern))
+        heads = layers.attention(q, k, v, mask, past=past, pattern=pattern, causal=only is None)
+        heads = tap(S.attn.heads, heads)
         return self.o(heads.reshape(B, T, -1)), (k, v)
 
 
@@ -107,12 +111,20 @@ class Block(nnx.Module):
         self.mlp_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap):
+    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
+        """The states, of all tokens or those at `only` int32[B]; keys and values of all."""
         x = tap(S.resid_pre, x)
-        out, kv = self.attn(self.attn_norm(x), rope, mask, past, tap)
+        out, kv = self.attn(self.attn_norm(x), rope, mask, past, tap, only)
+        x = x if only is None else _take(x, only)
         x = tap(S.resid_mid, x + tap(S.attn_out, out))
         x = x + self.mlp(self.mlp_norm(x), tap)
         return tap(S.resid_post, x), kv
+
+
+def _take(array: Array, places: Int[Array, "B"], axis: int = 1) -> Array:
+    """One place of an axis for each row; the axis stays."""
+    at = places.reshape(-1, *(1,) * (array.ndim - 1))
+    return jnp.take_along_axis(array, at, axis)
 
 
 class Llama(nnx.Module):
@@ -163,8 +175,9 @@ class Llama(nnx.Module):
         rope = layers.rotary(position, self.config.head_width, self.config.rope_theta)
         pasts = None if past is None else (past.key, past.value)
         x, (key, value) = tap.scan(
-            lambda layer, x, tap, kv: layer(x, rope, mask, kv, tap), self.layers, x, pasts
-        )
+            lambda layer, x, tap, kv, **only: layer(x, rope, mask, kv, tap, **only),
+            self.layers, x, pasts,
+        )  # fmt: skip
         return tap(S.norm, self.norm(x)), Cache(key, value, position, valid)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -17,10 +17,11 @@ import numpy as np
 from jax._src import distributed  # of the key-value store, which has no public name
 from jax.experimental import multihost_utils
 
-WAIT = 45  # seconds for all to come
+WAIT = 40  # seconds for all to come
 _HEARTBEAT = 30  # seconds without a word, after which a process is taken for dead
 _STATUS = 128 + signal.SIGTERM
 _ERROR = "mllm_jax/error"
+_joined = threading.Event()
 _asked = threading.Event()
 
 
@@ -49,6 +50,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             f"not all {processes} processes came to {coordinator} within {WAIT} s: start one on "
             f"every host, with the same --coordinator and --processes ({_first_line(error)})"
         ) from error
+    _joined.set()
     threading.Thread(target=_listen, daemon=True).start()
 
 

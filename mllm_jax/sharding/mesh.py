@@ -200,30 +200,41 @@ def place(batch: Any) -> Any:
 
 
 def home(tree: Any) -> Any:
-    """The same, with arrays that this process can read whole: parts of others are fetched."""
+    """The same; arrays of which other processes hold parts come to the host, whole."""
     far = [leaf for leaf in jax.tree.leaves(tree) if _is_far(leaf)]
     if not far:
         return tree
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(of(far), P()))(tree)
+    return jax.tree.map(np.asarray, _whole(tree, NamedSharding(of(far), P())))
 
 
 def _is_far(leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
         return False
-    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return not leaf.is_fully_addressable
+
+
+@functools.partial(jax.jit, static_argnames="place")
+def _whole(tree: Any, place: NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(tree, place)
 
 
 def rows(x: Any) -> Iterator[np.ndarray]:
     """An array as the host reads it, in order; what other processes hold comes some rows a time."""
-    if not _is_far(x):
+    if not _is_far(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return
+    place = NamedSharding(of(x), P())
     step = max(1, _AT_ONCE * len(x) // x.nbytes)
     for start in range(0, len(x), step):
-        some = _some(x, start, min(step, len(x) - start), NamedSharding(of(x), P()))
-        yield np.asarray(some)
+        yield np.asarray(_some(x, start, min(step, len(x) - start), place))
 
 
-def _some(x: jax.Array, start: int, count: int, where: NamedSharding) -> jax.Array:
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=count)
-    return jax.jit(take, out_shardings=where)(x, start)
+def read(x: Any) -> np.ndarray:
+    """An array on the host, whole."""
+    parts = list(rows(x))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "place"))
+def _some(x: jax.Array, start: int, count: int, place: NamedSharding) -> jax.Array:
+    return _whole(jax.lax.dynamic_slice_in_dim(x, start, count), place)

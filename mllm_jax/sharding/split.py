@@ -22,24 +22,24 @@ def top_k(
     """The k largest of a vocabulary: those of each part, and of these the largest.
 
     Args:
-        x: its first axis counts the data shards, if there are any. k: how many.
+        x: its first axis is split as rows are. k: how many.
         whole: what finds them where all are on one device; of equal values it takes the first.
     """
-    axes = mesh.split("V", x.shape[-1])
-    if axes is None:
+    axes, rows = mesh.split("V", x.shape[-1]), mesh.split("B", x.shape[0])
+    if not axes and not rows:
         return whole(x, k)
-    rows = mesh.split("B", x.shape[0])
 
     def local(x):
-        width = x.shape[-1]
-        best, ids = whole(x, min(k, width))
-        ids = ids + width * jax.lax.axis_index(axes)
+        best, ids = whole(x, min(k, x.shape[-1]))
+        if not axes:
+            return best, ids
+        ids = ids + x.shape[-1] * jax.lax.axis_index(axes)
         best, ids = (jax.lax.all_gather(a, axes, axis=a.ndim - 1, tiled=True) for a in (best, ids))
         best, at = jax.lax.top_k(best, k)
         return best, jnp.take_along_axis(ids, at, -1)
 
     lead = (rows, *(None,) * (x.ndim - 2))
-    return _manual(local, {*axes, *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
+    return _manual(local, {*(axes or ()), *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
 
 
 def pick(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:

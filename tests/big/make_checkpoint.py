@@ -74,7 +74,7 @@ def drawn(config: llava.LlavaConfig) -> list[Drawn]:
     all_layers = dataclasses.replace(config.vision, feature_layer=-1)
     state = nnx.to_flat_state(nnx.state(abstract(dataclasses.replace(config, vision=all_layers))))
     shapes = {load.dotted(path): param.shape for path, param in state}
-    found = [Drawn(s.key, s.shape) for s in tables.slots(shapes, config.projector.depth)]
+    found = [Drawn(s.key, s.shape) for s in tables.slots(shapes, tables.llava(config))]
     last = "vision_tower.vision_model.post_layernorm"
     return found + [Drawn(f"{last}.{kind}", (config.vision.width,)) for kind in ("weight", "bias")]
 

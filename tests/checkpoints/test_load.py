@@ -178,6 +178,19 @@ def test_all_that_is_wrong_with_the_shards_in_one_line(sharded, tmp_path):
     assert "down_proj" not in message  # what a broken shard should hold is not missing as well
 
 
+def test_config_and_tensors_in_one_error(sharded):
+    """A field we do not know does not hide what is wrong with the tensors."""
+    directory, _ = sharded(lambda shards: shards[0].update(gizmo=np.zeros(2, np.float32)))
+    path = directory / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"gadgets": 3}))
+    with pytest.raises(ValueError) as error:
+        load.read_model(directory)
+    message = str(error.value)
+    assert message.startswith(f"{path}: unknown field gadgets") and "left over: gizmo" in message
+    assert "missing" not in message and "\n" not in message
+
+
 def test_a_tensor_twice(sharded, editable):
     """In two shards, or in two spellings."""
     tensors, write = editable

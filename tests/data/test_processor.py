@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import PIL.Image
 import pytest
+import sentencepiece
 import transformers
 
 import mllm_jax as mj
@@ -349,8 +351,35 @@ def test_a_template_in_a_file_of_its_own(tiny_config, tmp_path):
     assert words(processor, processor(None, ["what ?"])) == ["user", "what", "?", "assistant"]
 
 
+def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
+    """As `liuhaotian/llava-v1.5-7b` has it: words are the ids that sentencepiece itself gives."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["what is shown ? a cat on the mat", "USER: yes ASSISTANT: no"] * 20),
+        model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
+    pictures = tiny.processor(tiny_config).image_processor
+    processor = Processor.from_directory(tmp_path, tiny_config, pictures=lambda: pictures)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in ("what is  shown ?", "USER: zebra \n é ASSISTANT:", "the mat"):
+        assert processor.tokenizer(text)["input_ids"] == [1, *theirs.encode(text)]
+    assert (
+        processor.tokenizer.convert_tokens_to_ids("<image>") == processor.config.image_token == 300
+    )
+    batch = processor([tiny.picture(0)], ["<image> what is shown ?"])
+    assert (batch.tokens.kind == mj.tokens.CODE["image"]).sum() == tiny_config.image_tokens
+    assert batch.ids[0, tiny_config.image_tokens + 1 :].max() < 300
+
+
 def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json: save the tokenizer there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has neither tokenizer.json nor tokenizer.model: "
+    ):
         Processor.from_directory(tmp_path, tiny_config)
     tiny.tokenizer(tiny_config).save_pretrained(tmp_path)
     processor = Processor.from_directory(tmp_path, tiny_config)

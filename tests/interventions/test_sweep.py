@@ -90,11 +90,12 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("asked", [ASKED, {}], ids=["captures", "logits alone"])
 @pytest.mark.parametrize("name", ["layers and neurons", "vision", "two edits"])
-def test_shared_is_bitwise_unshared(name, tiny_model, make_batch):
+def test_shared_is_bitwise_unshared(name, asked, tiny_model, make_batch):
     batch, edits = make_batch(images=(1, 0)), EDITS[name]
     a, b = (
-        mj.sweep(everything, tiny_model, batch, edits, ASKED, share=share)
+        mj.sweep(everything, tiny_model, batch, edits, asked, share=share, chunk=2)
         for share in (True, False)
     )
     same((a[0], a[2]), (b[0], b[2]))
@@ -181,7 +182,7 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, tiny_model, make_batch)
 
 def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():
     first, prefix = np.array([5, 0, 3, 5, 4, 1]), np.array([0, 0, 16, 16, 0, 0])
-    grown = trunk.Trunk(types.SimpleNamespace(ids=np.zeros((1, 32))), first, prefix, layers=6)
+    grown = trunk.Trunk(types.SimpleNamespace(ids=np.zeros((1, 32))), first, None, prefix, layers=6)
     assert [c.tolist() for c in grown.chunks(2)] == [[1, 5], [4, 0], [2, 3]]
     assert grown.cost(2) == 3 * (6 * 32 + 2 * 32 + 3 * 16)
 

@@ -19,14 +19,18 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.checkpoints import architectures, load, save
-from mllm_jax.evaluation import score
+from mllm_jax.evaluation import generate, score
 from mllm_jax.interventions import captures, run
 from mllm_jax.models import instructblip, llava, llava_next
-from mllm_jax.sharding import mesh, rules
+from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
 from tests import tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
+
+if "JAX_NUM_PROCESSES" in os.environ:
+    number, count = (int(os.environ[f"JAX_{n}"]) for n in ("PROCESS_ID", "NUM_PROCESSES"))
+    hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
 
 SIZES = [int(n) for n in os.environ["MESH"].split("x")]
 CONFIGS = {
@@ -75,10 +79,12 @@ def spread(model, on_mesh):
     shapes = {load.dotted(path): leaf.shape for path, leaf in flat.items()}
     table = architectures.of(model.config).rules(model.config)
     places = rules.shardings(model.config, table, shapes, on_mesh)
-    put = {
-        path: leaf.replace(jax.device_put(leaf[...], places[load.dotted(path)]))
-        for path, leaf in flat.items()
-    }
+
+    def place(x, path):  # also on devices of another process
+        where, whole = places[load.dotted(path)], np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: whole[index])
+
+    put = {path: leaf.replace(place(leaf[...], path)) for path, leaf in flat.items()}
     return nnx.merge(graph, nnx.from_flat_state(put))
 
 
@@ -113,6 +119,13 @@ def test_generate(family):
     found = [mj.generate(m, batch, EDITS, max_new_tokens=5) for m in (one, many)]
     assert found[0].text == found[1].text
     assert_same(*((g.tokens, g.receipts) for g in found))
+
+
+def test_sample(family):
+    """The noise does not depend on where it is drawn."""
+    one, many, processor = family
+    how = {"max_new_tokens": 3, "temperature": 1.0, "key": jax.random.key(0)}
+    assert_same(*(mj.generate(m, batch_of(processor), **how).tokens for m in (one, many)))
 
 
 def test_score(family):
@@ -210,18 +223,20 @@ def test_a_checkpoint_is_read_once(family, on_mesh, tmp_path, monkeypatch):
         assert b.sharding == a.sharding
 
 
-def compiled(many, batch) -> str:
-    """The program of a run."""
-    batch = batch.replace(processor=None)
-    bound, asked = run.bind(many, batch, None, CAPTURES)
+def lowered(many, processor, name: str) -> jax.stages.Lowered:
+    """The program of a pass."""
+    batch = batch_of(processor).replace(processor=None)
+    asked = run.bind(many, batch, None, CAPTURES)[1]
+    options = score.candidate_ids(processor, ["a cat", "yes"], len(batch.ids))
     with mesh.on(many):
-        read = mesh.place(batch), run.place(bound), asked
-        lowered = run._run.lower(many, *read, logits="last", remat=False)
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        return lowered.compile().as_text()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+        batch = mesh.place(batch)
+        if name == "run":
+            return run._run.lower(many, batch, (), asked, logits="last", remat=False)
+        if name == "score":
+            return score._score.lower(many, batch, (), {}, options)
+        stops = np.full((1,), -1, np.int32)
+        how = {"steps": 3, "greedy": True}
+        return generate._generate.lower(many, batch, (), stops, np.float32(1), None, **how)
 
 
 def gathered(text: str) -> list[int]:
@@ -230,14 +245,16 @@ def gathered(text: str) -> list[int]:
     return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
 
 
-def test_nothing_large_is_gathered(family):
-    """No activation, no vocabulary and no weights: the best words of each part, and their like."""
+@pytest.mark.parametrize("name", ["run", "generate", "score"])
+def test_nothing_large_is_gathered(family, name):
+    """No activation, no vocabulary and no weights: the best words of each part alone."""
     if len(SIZES) > 2:
         pytest.skip("fully sharded layers are gathered")
     _, many, processor = family
-    batch = batch_of(processor)
-    sizes = gathered(compiled(many, batch))
-    rows = len(batch.ids) // SIZES[0]
+    program = lowered(many, processor, name)
+    jax.config.update("jax_disable_most_optimizations", False)
+    sizes = gathered(program.compile().as_text())
+    jax.config.update("jax_disable_most_optimizations", True)
     best = captures.LENS_CHUNK * CAPTURES["lens"].k * SIZES[1]
-    assert best < rows * batch.ids.shape[1] * many.config.lm.width
+    assert best < batch_of(processor).ids.size // SIZES[0] * many.config.lm.width
     assert max(sizes, default=0) <= best * (SIZES[1] > 1)
