@@ -160,14 +160,19 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
         lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
     )  # fmt: skip
-    resume = {"lm": Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)}
+    stops = trunk.stops([bound], found, "last", layers)
+    resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
+    if stops is not None:  # of the last layer all tokens but the last one are left out
+        places = _shape(np.int32, size.rows)
+        resume = dataclasses.replace(resume, stop=_shape(np.int32), places=places)
     metric = jax.tree_util.Partial(_metric)
     args = (
         ("", metric), ("weights", model), ("batch", seen), ("edits", lanes), ("captures", found),
-        ("states", resume), ("", None),
+        ("states", {"lm": resume}), ("", None),
     )  # fmt: skip
     static = {"logits": "last", "prefix": 0}
-    return Program(sweep._lanes, args, static, (("states", kept),), unknown=layers)
+    loop = (layers if stops is None else int(stops[0])) - 1  # the first layer is outside of it
+    return Program(sweep._lanes, args, static, (("states", kept),), unknown=loop)
 
 
 def _metric(out: run.Out) -> jax.Array:
