@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from mllm_jax.report import figures
 
 GIB = 2**30
-PARTS = ("weights", "optimiser", "states", "activations", "results", "edits", "batch", "code")
+PARTS = ("weights", "optimiser", "states", "activations", "results", "other")
 LIMITS = {"compute": "#0072B2", "memory": "#D55E00", "links": "#009E73"}
 
 
 @figures.styled
 def plans(name: str, found: Sequence[Any]) -> Figure:
-    """A row for each plan: bytes of a chip by what lies there, and lower bounds of its time.
+    """A row for each plan: what lies in a chip's memory, and lower bounds of its time.
 
     Args:
         name: of the model.
@@ -24,41 +24,46 @@ def plans(name: str, found: Sequence[Any]) -> Figure:
     """
     figure = Figure(figsize=(11, 1.4 + 0.42 * len(found)))
     memory, time = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    hue = figures.palette((*PARTS, "other"))
+    hue = figures.palette(PARTS)
     for row, plan in enumerate(found):
-        left = 0.0
-        for part in (*PARTS, "other"):
-            width = sum(
-                n for key, n in plan.bytes.items()
-                if key == part or (part == "other" and key not in PARTS)
-            ) / GIB  # fmt: skip
+        whole, left = plan.capacity or plan.total, 0.0
+        for part, count in _parts(plan.bytes).items():
+            width = 100 * count / whole
             memory.barh(row, width, left=left, color=hue[part], height=0.62)
-            if width > 0.04 * (plan.capacity or 1) / GIB and width > 0.06 * left:
+            if width > 9:
                 memory.text(
-                    left + width / 2, row, part, ha="center", va="center", color="white",
-                    fontsize=7, clip_on=True,
-                )  # fmt: skip
+                    left + width / 2, row, part, ha="center", va="center", color="white", fontsize=7
+                )
             left += width
-        if plan.capacity:
-            memory.plot([plan.capacity / GIB] * 2, [row - 0.42, row + 0.42], color=figures.INK)
-        verdict = {True: "", False: "  does not fit", None: "  without activations"}[plan.fits]
-        memory.text(left, row, f" {left:.1f}{verdict}", va="center", fontsize=8)
+        verdict = {True: "", False: ", does not fit", None: ", without activations"}[plan.fits]
+        memory.text(
+            left, row, f" {plan.total / GIB:.2f} of {whole / GIB:.0f} GiB{verdict}", va="center",
+            fontsize=8,
+        )  # fmt: skip
         for limit, seconds in plan.seconds.items():
-            if seconds:
-                time.scatter(seconds * 1e3, row, color=LIMITS[limit], s=26, zorder=3)
-    labels = [f"{p.study}\n{p.topology}, {p.mesh}" for p in found]
-    memory.set_yticks(range(len(found)), labels)
+            time.scatter(seconds * 1e3, row, color=LIMITS[limit], s=26, zorder=3)
+    memory.set_yticks(range(len(found)), [f"{p.study}\n{p.topology}, {p.mesh}" for p in found])
     memory.set_ylim(len(found) - 0.5, -0.5)
+    memory.set_xlim(0, max(100, memory.get_xlim()[1]))
     memory.set_title(f"{name}: memory of a chip")
-    memory.set_xlabel("GiB; the line is what the chip has")
+    memory.set_xlabel("%")
     time.set_title("a run takes at least")
     time.set_xlabel("ms")
     time.set_xscale("log")
+    time.xaxis.set_major_formatter("{x:g}")
     time.grid(axis="x")
     time.tick_params(left=False)
-    for at, (limit, color) in enumerate(LIMITS.items()):
-        time.text(0.02 + 0.22 * at, 1.005, limit, color=color, transform=time.transAxes, fontsize=8)
+    for at, (limit, color) in zip((0.6, 0.8, 0.98), LIMITS.items(), strict=True):
+        time.text(at, 1.01, limit, color=color, ha="right", transform=time.transAxes, fontsize=8)
     return figure
+
+
+def _parts(held: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by the names of PARTS."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, count in held.items():
+        found[name if name in found else "other"] += count
+    return found
 
 
 @figures.styled
@@ -81,6 +86,8 @@ def scaling(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> 
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(title)
         axes.set_xlabel("chips")
         axes.grid(axis="y")
