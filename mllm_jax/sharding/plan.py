@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax.checkpoints import architectures
+from mllm_jax.interventions import run
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.models import llava
@@ -342,16 +343,24 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
         "optimiser": lambda path, leaf: _of_parameter(path, weights),
     }
     if lanes:
-        how |= {"edits": lambda path, leaf: _leading("R", leaf)}
+        how["edits"] = lambda path, leaf: _leading("R", leaf)
     else:
-        how |= dict.fromkeys(("batch", "captures"), lambda path, leaf: _leading("B", leaf))
+        how["batch"] = lambda path, leaf: _leading("B", leaf)
+
+    def lying(leaf, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def put(array, letters) -> jax.ShapeDtypeStruct:
+        return lying(array, mesh_.spec(letters, array.shape))
 
     def place(kind: str, tree: Any) -> tuple[str, Any]:
+        if kind == "edits" and not lanes:
+            return kind, run.place(tree, put)
+
         def one(path, leaf):
             if not hasattr(leaf, "shape"):
                 return leaf
-            spec = how[kind](_dotted(path), leaf) if kind in how else P()
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+            return lying(leaf, how[kind](_dotted(path), leaf) if kind in how else P())
 
         return kind, jax.tree_util.tree_map_with_path(one, tree)
 
