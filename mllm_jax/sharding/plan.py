@@ -175,9 +175,9 @@ def plan(
         batch = programs.batch(config, asked)
     program = programs.build(study, network, batch.replace(processor=None), edits, captures, asked)
     program = _placed(program, network, mesh, lanes=study == "sweep")
-    flops = work.flops(
-        program.fn, *(tree for _, tree in program.args), unknown=program.unknown, **program.static
-    )
+    args = [tree for _, tree in program.args]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        flops = work.flops(program.fn, *args, unknown=program.unknown, **program.static)
     named = isinstance(topology, str)
     found = _compile(_lower(program, mesh)) if compile and isinstance(mesh, Mesh) else None
     return Plan(
