@@ -40,7 +40,7 @@ def _equation(equation: Any, unknown: int) -> float:
     if name == "while":
         return inside * unknown
     if name == "shard_map":
-        return inside * math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return inside * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return inside
 
 
