@@ -40,7 +40,8 @@ def _equation(equation: Any, unknown: int) -> float:
     if name == "while":
         return inside * unknown
     if name == "shard_map":
-        return inside * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        axes = params["newly_manual_axes"]
+        return inside * math.prod(params["mesh"].shape[axis] for axis in axes)
     return inside
 
 
