@@ -15,6 +15,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mllm_jax import products
 from mllm_jax import workdir as workdir_
 from mllm_jax.data import domains
 from mllm_jax.interventions import spec
@@ -104,6 +105,7 @@ def main(run: Callable, takes: Sequence[str] = ()) -> None:
             traceback.print_exc()  # here; the others, who wait for this one, show one line
             hosts.fail(f"error: {type(error).__name__}: {error}")
 
+    products.prefer_eigen()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start)
 

@@ -121,21 +121,26 @@ class Asked:
     Attributes:
       pairs: (example, question), see `ask`.
       size: rows of a batch. length: tokens of a row.
+      features: float[N, P, E], of the examples of the pairs; pictures are not opened then.
     """
 
     processor: Processor
     pairs: Sequence[tuple[Any, Any]]
     size: int
     length: int | None = None
+    features: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-len(self.pairs) // self.size)
 
     def __getitem__(self, number: int):
         rows = self.rows(number)
-        images = [example.image for example, _ in rows]
         prompts = [question.prompt for _, question in rows]
-        return self.processor(images, prompts, rows=self.size, length=self.length)
+        shape = {"rows": self.size, "length": self.length}
+        if self.features is None:
+            return self.processor([example.image for example, _ in rows], prompts, **shape)
+        features = self.features[number * self.size :][: len(rows)]
+        return self.processor(None, prompts, features=np.asarray(features), **shape)
 
     def rows(self, number: int) -> Sequence[tuple[Any, Any]]:
         """The pairs of a batch."""

@@ -15,6 +15,13 @@ from mllm_jax.sharding import hosts, mesh
 from mllm_jax.workdir import atomic_json, read_json
 
 
+def places(config, batch) -> np.ndarray:
+    """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
+    each = config.tiles * config.image_tokens
+    first = np.where(batch.image_at >= 0, batch.image_at, 2**30).min(-1)
+    return np.minimum(first // each, len(batch.real) // config.tiles - 1)  # empty rows: any
+
+
 def vision_features(
     model,
     processor: Processor,
@@ -53,12 +60,20 @@ def vision_features(
     ):
         size = -(-batch_size // mesh.ways("B")) * mesh.ways("B")
         while done < len(examples):
+<<<<<<< HEAD
             some = [examples[i] for i in range(done, min(done + size, len(examples)))]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
             values = mesh.home(encode(model, mesh.place(batch.replace(processor=None))))
             if kept is not None:
                 kept[done : done + len(some)] = values.reshape(size, *shape[1:])[: len(some)]
                 kept.flush()
+=======
+            some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
+            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
+            values = encode(model, batch.replace(processor=None)).reshape(-1, *shape[1:])
+            kept[done : done + len(some)] = values[places(model.config, batch)[: len(some)]]
+            kept.flush()
+>>>>>>> fac105ee878118212abb46d698ebf6a1a890ee6d
             done += len(some)
             atomic_json(progress, {"done": done})
             bar.update(len(some))

@@ -69,7 +69,12 @@ def score_with(
 
 
 def candidate_ids(
-    processor, candidates: Sequence, rows: int, *, length: int | None = None
+    processor,
+    candidates: Sequence,
+    rows: int,
+    *,
+    length: int | None = None,
+    end: bool = True,
 ) -> np.ndarray:
     """int32[B, C, A]: candidates as tokens, filled up with -1.
 
@@ -77,12 +82,13 @@ def candidate_ids(
       candidates: strings for all rows, or a list of strings for each row.
       rows: B; rows beyond those that have candidates are all -1.
       length: A; by default the longest, rounded up so that few programs are compiled.
+      end: whether they end their turn.
     """
     if not candidates:
         raise ValueError("no candidates to score")
     if isinstance(candidates[0], str):
         candidates = [candidates] * rows
-    coded = [[processor.answer_ids(c) for c in row] for row in candidates]
+    coded = [[processor.answer_ids(c, end=end) for c in row] for row in candidates]
     C = max(len(row) for row in coded)
     A = length or -(-max(len(ids) for row in coded for ids in row) // 4) * 4
     out = np.full((rows, C, A), -1, np.int32)

@@ -1,7 +1,7 @@
 """Sweeps: many edits of one structure on one batch, in parallel lanes of one program.
 
-What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them, or not
-at all:
+What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them, or
+not at all:
 
 * the vision tower, when no edit is in it;
 * the layers below the first edited one: lanes are ordered by that layer and each chunk goes on

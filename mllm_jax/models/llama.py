@@ -121,7 +121,7 @@ class Block(nnx.Module):
         return tap(S.resid_post, x), kv
 
 
-def _take(array: Array, places: Int[Array, "B"], axis: int = 1) -> Array:
+def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
     """One place of an axis for each row; the axis stays."""
     at = places.reshape(-1, *(1,) * (array.ndim - 1))
     return jnp.take_along_axis(array, at, axis)

@@ -58,18 +58,7 @@ def build(
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
     """
-    import tensorflow_datasets as tfds
-
-    kind, root = _builder(name), _root(root)
-    kind.require(pathlib.Path(manual) / name)
-    made = kind(data_dir=str(root), config=_known("size", size, SIZES), file_format="array_record")
-    made.download_and_prepare(
-        download_dir=str(root / "downloads"),
-        download_config=tfds.download.DownloadConfig(
-            manual_dir=str(manual), try_download_gcs=False
-        ),
-    )
-    return pathlib.Path(made.data_dir)
+    return _builder(name).build(manual, _root(root), _known("size", size, SIZES))
 
 
 def load(
@@ -98,17 +87,14 @@ def load(
     Raises:
         FileNotFoundError: it is not built; the message says how.
     """
-    import tensorflow_datasets as tfds
-
-    kind, root = _builder(name), _root(root)
+    root = _root(root)
     _known("split", split, SPLITS)
-    folder = root / name / _known("size", size, SIZES) / str(kind.VERSION)
-    if not (folder / "dataset_info.json").is_file():
+    source = _builder(name).source(root, split, _known("size", size, SIZES))
+    if source is None:
         raise FileNotFoundError(
             f"{name} ({size}) is not built in {root}: run "
             f"mllm_jax.data.vqa.build({name!r}, manual=FOLDER). {instructions(name)}"
         )
-    source = tfds.builder_from_directory(str(folder)).as_data_source(split)
     return domains.Domain(name, split, _Records(name, source, model, of))
 
 
