@@ -27,6 +27,7 @@ from mllm_jax.interventions.reduce import reduce
 from mllm_jax.interventions.run import run
 from mllm_jax.interventions.sweep import stack, sweep
 from mllm_jax.sharding.mesh import mesh
+from mllm_jax.sharding.plan import plan
 
 __all__ = [
     "ablate",
@@ -43,6 +44,7 @@ __all__ = [
     "mesh",
     "patch",
     "per_step",
+    "plan",
     "project_out",
     "read_projector",
     "reduce",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,24 +85,26 @@ def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str
     return edits_.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
 
 
-def place(bound: tuple[BoundEdit, ...]) -> tuple[BoundEdit, ...]:
+def place(
+    bound: tuple[BoundEdit, ...], put: Callable[[Any, tuple], Any] = mesh.put
+) -> tuple[BoundEdit, ...]:
     """Edits of which each device holds what its part of the site needs; see `mesh.place`."""
-    return tuple(map(_placed, bound))
+    return tuple(_placed(edit, put) for edit in bound)
 
 
-def _placed(edit: BoundEdit) -> BoundEdit:
+def _placed(edit: BoundEdit, put: Callable[[Any, tuple], Any]) -> BoundEdit:
     site = edit.site
     full, rows = ("L", *site.axes), (site.axes[0], None)
 
     def value(array):
-        return mesh.put(array, full if array.ndim == len(full) else (None,) * array.ndim)
+        return put(array, full if array.ndim == len(full) else (None,) * array.ndim)
 
     return dataclasses.replace(
         edit,
-        units=mesh.put(edit.units, ("L", site.axes[edits_.unit_axis(site)])),
-        tokens=mesh.put(edit.tokens, rows),
+        units=put(edit.units, ("L", site.axes[edits_.unit_axis(site)])),
+        tokens=put(edit.tokens, rows),
         values=jax.tree.map(value, edit.values),
-        along=jax.tree.map(lambda array: mesh.put(array, rows), edit.along),
+        along=jax.tree.map(lambda array: put(array, rows), edit.along),
     )
 
 

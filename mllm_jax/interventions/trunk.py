@@ -89,7 +89,7 @@ def whole(model, batch, bound, asked, logits: str) -> Trunk:
     """A trunk of nothing: every lane runs all layers; see `grow`."""
     nothing = np.zeros(len(bound), int)
     layers = run_.site_shapes(model, batch)["lm.resid_pre"].layers
-    return Trunk(batch, nothing, _stops(bound, asked, logits, layers), nothing)
+    return Trunk(batch, nothing, stops(bound, asked, logits, layers), nothing)
 
 
 def grow(model, batch, bound, asked, logits: str) -> Trunk:
@@ -124,7 +124,7 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
     states, captured, past = _clean(
         model, batch, asked | {_STATE: state}, module=module, prefix=int(prefix.max())
     )
-    stop = _stops(bound, asked, logits, shapes["lm.resid_pre"].layers)
+    stop = stops(bound, asked, logits, shapes["lm.resid_pre"].layers)
     if module == "lm" and stop is not None:
         stop = np.where(first < layers - 1, stop, layers)  # a lane begins below where it ends
     return Trunk(batch, first, stop, prefix, module, layers, every, states, captured, past)
@@ -160,7 +160,7 @@ def _first(edits: tuple[BoundEdit, ...], module: str, layers: int) -> int:
     return int(min((at[0] for at in reached), default=layers - 1))
 
 
-def _stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
+def stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
     """int[R], see `Trunk.stop`."""
     states = any(capture.site.module == "lm" for capture in asked.values())
     normed = any(edit.site == sites.lm.norm for edits in bound for edit in edits)

@@ -104,7 +104,7 @@ def fit(
         trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
         leaves, shape = jax.tree.flatten((trained, state))
         where = tuple(jax.tree.leaves(mesh.places(leaves)))
-        update = functools.partial(
+        step_ = functools.partial(
             _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
         )
         store = _Checkpoints(save)
@@ -113,7 +113,7 @@ def fit(
         bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
         for step in bar:
             some = [batches[step * size + i].replace(processor=None) for i in range(size)]
-            trained, state, value = update(trained, state, frozen, [*map(mesh.place, some)])
+            trained, state, value = step_(trained, state, frozen, [*map(mesh.place, some)])
             curve[step] = value
             recent = curve[max(0, step - 19) : step + 1].mean()
             bar.set_postfix(loss=f"{recent:.3f}")
@@ -130,12 +130,7 @@ def fit(
     return merge(trained, frozen), curve
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("merge", "recipe", "steps", "loss", "places"),
-    donate_argnames=("trained", "state"),
-)
-def _update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
+def update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
     """One step on some batches; the loss before it. What comes out lies where it lay."""
 
     def total(trained, batch):
@@ -156,6 +151,13 @@ def _update(trained, state, frozen, batches, *, merge, recipe, steps, loss, plac
     if places:
         leaves = map(jax.lax.with_sharding_constraint, leaves, places)
     return *jax.tree.unflatten(shape, leaves), value / count
+
+
+_update = jax.jit(
+    update,
+    static_argnames=("merge", "recipe", "steps", "loss", "places"),
+    donate_argnames=("trained", "state"),
+)
 
 
 class _Checkpoints:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from mllm_jax import workdir
 from mllm_jax.data import domains
@@ -76,7 +77,8 @@ def load(
         split: "train" or "val".
         model: "llava_next" or "instructblip".
         of: "activation", "lens" or "generation"; see `prompts.prompt`.
-        root: where data sets are kept; the user's cache by default.
+        root: where data sets are kept, which may be a bucket, "gs://..."; the user's cache by
+            default.
         size: one of SIZES.
 
     Returns:
@@ -157,5 +159,5 @@ def _known(what: str, name: str, names: Sequence[str]) -> str:
     return name
 
 
-def _root(root: str | os.PathLike | None) -> pathlib.Path:
-    return workdir.cache_directory() / "vqa" if root is None else pathlib.Path(root)
+def _root(root: str | os.PathLike | None) -> epath.Path:
+    return epath.Path(workdir.cache_directory() / "vqa" if root is None else root)
