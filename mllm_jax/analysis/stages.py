@@ -18,6 +18,7 @@ that is the claimed pattern.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -129,6 +130,41 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
     moving = np.flatnonzero(slope)
     turns = np.flatnonzero(np.diff(np.sign(slope[moving])))
     return [int(moving[turn + 1]) for turn in turns]
+
+
+def confirmed(found: Stages, turns: Sequence[int], *, slack: int = 1) -> list[bool] | None:
+    """Whether the second rule finds each boundary of the first: a turn within its interval.
+
+    Args:
+        found: by `find`.
+        turns: by `turning_points`.
+        slack: layers that a turn may lie beyond the interval.
+
+    Returns:
+        One answer a boundary; None if the boundaries are undecided.
+    """
+    if found.boundaries is None:
+        return None
+    return [
+        any(low - slack <= turn <= high + slack for turn in turns)
+        for low, high in zip(found.low, found.high, strict=True)
+    ]
+
+
+def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | None:
+    """Whether the intervals of two curves' boundaries meet, first with first, second with second.
+
+    Args:
+        one, other: by `find`, such as of entropies and of numbers of neurons.
+        slack: layers that may lie between the intervals.
+
+    Returns:
+        One answer a boundary; None if either is undecided.
+    """
+    if one.boundaries is None or other.boundaries is None:
+        return None
+    pairs = zip(one.low, one.high, other.low, other.high, strict=True)
+    return [a <= d + slack and c <= b + slack for a, b, c, d in pairs]
 
 
 def _costs(curves: np.ndarray, min_length: int) -> np.ndarray:

@@ -124,7 +124,7 @@ def neurons_per_layer(
             ax.tick_params(labelbottom=row == len(domains) - 1 and depth[module] > 1)
             if column == 0:
                 ax.set_ylabel(
-                    domain, rotation=0, ha="right", va="center", color=_dark(hue[domain]),
+                    domain, rotation=0, ha="right", va="center", color=dark(hue[domain]),
                     fontweight="bold", fontsize=9.5, labelpad=12,
                 )  # fmt: skip
         _heading(grid[0, column], module, subtitles[module])
@@ -148,15 +148,13 @@ def _many_layers(ax: Axes, values: np.ndarray, top: int, colour: str) -> None:
     ax.grid(axis="y")
     ax.text(
         0.998, 1.0, f"{values.sum():,}", transform=ax.transAxes, ha="right", va="top",
-        color=_dark(colour), path_effects=_halo(), fontweight="bold",
+        color=dark(colour), path_effects=halo(), fontweight="bold",
     )  # fmt: skip
 
 
 def _one_layer(ax: Axes, value: int, top: int, colour: str) -> None:
     ax.barh([0], [value], height=0.5, color=colour)
-    ax.text(
-        value + top * 0.05, 0, f"{value:,}", va="center", color=_dark(colour), fontweight="bold"
-    )
+    ax.text(value + top * 0.05, 0, f"{value:,}", va="center", color=dark(colour), fontweight="bold")
     ax.set(xlim=(0, top * 1.45), ylim=(-0.8, 0.8), xticks=[], yticks=[])
     ax.spines["bottom"].set_visible(False)
 
@@ -175,7 +173,7 @@ def ablation_matrix(
         selected: {module: float[D_, D_]}, rows are the masks, columns the data; nan where not
             measured.
         control: the same for random neurons; a module may be absent.
-        star: {module: bool[D_, D_]}, where the interval of `selected` excludes zero.
+        star: {module: bool[D_, D_]}, where `selected` is beyond chance.
         domains: names of rows and columns.
         control_title: what the random row is.
     """
@@ -204,7 +202,7 @@ def ablation_matrix(
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
     figure.supxlabel(
-        "framed: tested on its own domain · bold with *: the 95 % interval excludes zero",
+        "framed: tested on its own domain · bold with *: beyond chance, corrected for all cells",
         color=GREY, fontsize=8,
     )  # fmt: skip
     bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
@@ -400,7 +398,7 @@ def _end_labels(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str])
     for (name, end), place in zip(ends.items(), places, strict=True):
         ax.annotate(
             name, (1, end), (1.03, place), xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(), color=_dark(hue[name]), va="center", fontsize=8.5,
+            textcoords=ax.get_yaxis_transform(), color=dark(hue[name]), va="center", fontsize=8.5,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue[name], "linewidth": 0.6, "shrinkA": 1,
                         "shrinkB": 1, "relpos": (0, 0.5)},
@@ -426,7 +424,7 @@ def _stage_lines(ax: Axes, stage: Mapping) -> None:
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
         ax.text(
             (left + right) / 2, 0.985, name, transform=ax.get_xaxis_transform(), ha="center",
-            va="top", color=GREY, fontsize=8, style="italic", path_effects=_halo(),
+            va="top", color=GREY, fontsize=8, style="italic", path_effects=halo(),
         )  # fmt: skip
 
 
@@ -442,7 +440,7 @@ def _stage_strip(ax: Axes, stages: Mapping[str, Mapping], hue: Mapping[str, str]
         for boundary in stage["boundaries"] or ():
             ax.plot([boundary - 0.5], [row], "o", markersize=4.5, color=hue[name])
         ax.text(
-            1.025, row, name if decided else f"{name}: undecided", color=_dark(hue[name]),
+            1.025, row, name if decided else f"{name}: undecided", color=dark(hue[name]),
             transform=ax.get_yaxis_transform(), va="center", fontsize=7.5,
         )  # fmt: skip
     ax.set(ylim=(len(stages) - 0.4, -0.6), yticks=[])
@@ -468,7 +466,8 @@ def token_map(
         titles: one a panel.
     """
     entropy = np.asarray(entropy, np.float64)
-    side = max(3.0, 0.46 * entropy.shape[2])  # inches; a word needs about half of one
+    side = 0.46 * entropy.shape[2]  # inches; a word needs about half of one
+    side = max(3.0, side) if side < 12 else 4.5  # so many have no room for words
     panels = 1 + len(words)
     columns = panels if side * panels <= 13 else min(2, panels)
     rows = -(-panels // columns)
@@ -605,7 +604,7 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
     """Accuracy of each domain with its interval, and chance.
 
     Args:
-        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}.
+        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance None for no such.
     """
     hue = palette(list(baseline))
     figure = Figure(figsize=(11, 0.4 * len(baseline) + 0.75))
@@ -615,17 +614,19 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
             [score["low"], score["high"]], [row, row], color=hue[domain], linewidth=5, alpha=0.3
         )
         ax.plot([score["accuracy"]], [row], "o", markersize=8, color=hue[domain])
-        ax.plot([score["chance"]] * 2, [row - 0.3, row + 0.3], color=GREY, linewidth=1.6)
+        if score["chance"] is not None:
+            ax.plot([score["chance"]] * 2, [row - 0.3, row + 0.3], color=GREY, linewidth=1.6)
         ax.text(
             1.02, row, f"{100 * score['accuracy']:.0f} %", transform=ax.get_yaxis_transform(),
-            va="center", ha="left", color=_dark(hue[domain]), fontweight="bold",
+            va="center", ha="left", color=dark(hue[domain]), fontweight="bold",
         )  # fmt: skip
         ax.text(
             1.08, row, f"n = {score['n']:,}", transform=ax.get_yaxis_transform(), va="center",
             color=GREY, fontsize=8,
         )  # fmt: skip
     first = next(iter(baseline.values()))
-    ax.text(first["chance"], -0.42, "chance", ha="center", va="bottom", color=GREY, fontsize=8)
+    if first["chance"] is not None:
+        ax.text(first["chance"], -0.42, "chance", ha="center", va="bottom", color=GREY, fontsize=8)
     ax.set(xlim=(0, 1), ylim=(len(baseline) - 0.5, -0.75), xlabel="accuracy, 95 % interval")
     ax.set_yticks(range(len(baseline)), list(baseline))
     ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
@@ -651,7 +652,7 @@ def overview(
         curves: {domain: {"mean", "low", "high"}} of image tokens.
         overall: stage boundaries of all domains together.
         change: float[D_, D_], change of accuracy, as in `ablation_matrix`.
-        star: bool[D_, D_], where its interval excludes zero.
+        star: bool[D_, D_], where it is beyond chance.
         titles: {"curves": ..., "matrix": ...}.
     """
     domains = list(curves)
@@ -681,11 +682,11 @@ def overview(
     return figure
 
 
-def _halo() -> list:
+def halo() -> list:
     return [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
-def _dark(colour: str) -> np.ndarray:
+def dark(colour: str) -> np.ndarray:
     """The colour, dark enough to read as text on white."""
     return np.array(colors.to_rgb(colour)) * 0.78
 
