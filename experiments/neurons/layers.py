@@ -103,13 +103,13 @@ def staged(found: Mapping[str, Mapping[str, np.ndarray]], neurons: Found) -> dic
 
 
 def _plain(found: stages.Stages) -> dict[str, Any]:
-    turns = stages.turning_points(found.curve)
+    bends = stages.bends(found.curve)
     pairs = {name: getattr(found, name) for name in ("boundaries", "low", "high")}
     return {
         **{name: None if pair is None else list(pair) for name, pair in pairs.items()},
         "verdict": found.verdict,
-        "turns": turns,
-        "confirmed": stages.confirmed(found, turns),
+        "bends": bends,
+        "confirmed": stages.confirmed(found, bends),
     }
 
 

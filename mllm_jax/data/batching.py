@@ -53,7 +53,10 @@ class Packed:
         rows = [self._order(epoch)[i] for epoch, i in zip(epochs, places, strict=True)]
         turns = [self._turns(row, step) for row in rows]
         features = np.stack([self.features[row] for row in rows])
-        return self.processor.pack(None, turns, features=features, length=self._length)
+        sizes = None
+        if self.processor.config.pinpoints:  # a picture is cut by its size
+            sizes = [self.examples[row].image.size[::-1] for row in rows]
+        return self.processor.pack(None, turns, features=features, sizes=sizes, length=self._length)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -173,9 +176,9 @@ class Asked:
         return np.array([q.options.index(q.answer) for _, q in self.rows(number)])
 
 
-def row_length(processor: Processor, pairs: Iterable[tuple[Any, Any]]) -> int:
+def row_length(processor: Processor, pairs: Sequence[tuple[Any, Any]]) -> int:
     """Tokens of the longest prompt of all pairs, rounded up to a multiple of 8."""
-    prompts = list({question.prompt: None for _, question in pairs})
+    prompts = list({question.prompt for _, question in pairs})
     longest = processor(None, prompts, **_blank(processor, len(prompts))).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
 

@@ -429,7 +429,7 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
                 for i in (0, 1)
                 for c in ("boundaries", "low", "high")
             ),
-            " ".join(map(str, stage["turns"])),
+            " ".join(map(str, stage["bends"])),
             stage["verdict"],
         ]
         for name, stage in found.items()
@@ -453,16 +453,17 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             )
         ],
         table=page.Table(
-            ["curve", "second stage from layer", "third from layer", "turns at", "verdict"],
+            ["curve", "second stage from layer", "third from layer", "bends at", "verdict"],
             [
-                [name, *_boundaries(stage), _turns(stage), stage["verdict"]]
+                [name, *_boundaries(stage), _bends(stage), stage["verdict"]]
                 for name, stage in found.items()
             ],
         ),
         note="Bands and brackets are 95 % bootstrap intervals over examples. Rule for the "
-        f"boundaries: {stages['rule']}. A second rule, the turns of the smoothed curve, confirms "
-        "a boundary (✓) if one lies in its interval or a layer beside it. The curve of the number "
-        "of neurons is that of the language model; its intervals are over domains.",
+        f"boundaries: {stages['rule']}. A second rule, the two layers at which the slope "
+        "changes most, confirms a boundary (✓) if one lies in its interval or a layer beside it. "
+        "The curve of the number of neurons is that of the language model; its intervals are over "
+        "domains.",
         data=[
             parts.csv(
                 folder, "lens", ["domain", "kind", "layer", "mean", "low", "high"], curve_rows
@@ -472,7 +473,7 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
                 "stages",
                 [
                     "domain", "first", "first_low", "first_high", "second", "second_low",
-                    "second_high", "turns", "verdict",
+                    "second_high", "bends", "verdict",
                 ],
                 stage_rows,
             ),
@@ -491,8 +492,8 @@ def _boundaries(stage: Mapping) -> list[str]:
     ]
 
 
-def _turns(stage: Mapping) -> str:
-    return ", ".join(map(str, stage["turns"])) or page.DASH
+def _bends(stage: Mapping) -> str:
+    return ", ".join(map(str, stage["bends"])) or page.DASH
 
 
 def _agreement(stages: Mapping) -> str:

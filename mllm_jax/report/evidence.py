@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mllm_jax.report import figures, page, parts
 
@@ -48,7 +47,8 @@ def steadiness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         "best one percent always selects that many.",
         figures=[
             parts.png(
-                folder, "steadiness", halves({parts.name(m): t for m, t in found.items()}, domains),
+                folder, "steadiness",
+                figures.halves({parts.name(m): test for m, test in found.items()}, domains),
                 "Neurons that two halves of the examples share, by their size",
             )
         ],
@@ -79,30 +79,6 @@ def steadiness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 def _nats(value: float | None) -> str:
     return page.DASH if value is None else f"{value:.2f}"
-
-
-@figures.styled
-def halves(found: Mapping[str, Mapping], domains: list[str]) -> Figure:
-    """Jaccard index of the neurons of two halves by their size, a panel a module.
-
-    Args:
-        found: {module: {"examples": int[S], "halves": float[S, D_]}}.
-    """
-    hue = figures.palette(domains)
-    figure = Figure(figsize=(11, 2.9))
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for ax, (module, test) in zip(panels, found.items(), strict=True):
-        for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
-            ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
-        ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
-        ax.set_xticks(test["examples"])
-        ax.grid(axis="y")
-    panels[0].set_ylabel("shared neurons (Jaccard)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
-    )
-    return figure
 
 
 def comparison(folder: pathlib.Path, results: Mapping) -> page.Section | None:
@@ -186,7 +162,7 @@ def features(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         "of pictures.",
         figures=[
             parts.png(
-                folder, "features", scatter({parts.name(m): of for m, of in found.items()}),
+                folder, "features", figures.scatter({parts.name(m): of for m, of in found.items()}),
                 "Two principal components of the pictures' features, by domain",
             )
         ],
@@ -204,26 +180,3 @@ def features(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             )
         ],
     )  # fmt: skip
-
-
-@figures.styled
-def scatter(found: Mapping[str, Mapping]) -> Figure:
-    """Points of two principal components, a panel a module, each domain's name at its middle.
-
-    Args:
-        found: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
-    """
-    hue = figures.palette(list(next(iter(found.values()))["points"]))
-    figure = Figure(figsize=(11, 4.4))
-    for ax, (module, of) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
-        for domain, points in of["points"].items():
-            x, y = np.transpose(points)
-            ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
-            ax.text(
-                x.mean(), y.mean(), domain, color=figures.dark(hue[domain]), ha="center",
-                va="center", fontweight="bold", path_effects=figures.halo(),
-            )  # fmt: skip
-        first, second = (f"{100 * share:.0f} % of the variance" for share in of["share"])
-        ax.set(title=module, xlabel=f"first component, {first}", ylabel=f"second, {second}")
-        ax.set(xticks=[], yticks=[])
-    return figure

@@ -124,7 +124,7 @@ def neurons_per_layer(
             ax.tick_params(labelbottom=row == len(domains) - 1 and depth[module] > 1)
             if column == 0:
                 ax.set_ylabel(
-                    domain, rotation=0, ha="right", va="center", color=dark(hue[domain]),
+                    domain, rotation=0, ha="right", va="center", color=_dark(hue[domain]),
                     fontweight="bold", fontsize=9.5, labelpad=12,
                 )  # fmt: skip
         _heading(grid[0, column], module, subtitles[module])
@@ -148,13 +148,15 @@ def _many_layers(ax: Axes, values: np.ndarray, top: int, colour: str) -> None:
     ax.grid(axis="y")
     ax.text(
         0.998, 1.0, f"{values.sum():,}", transform=ax.transAxes, ha="right", va="top",
-        color=dark(colour), path_effects=halo(), fontweight="bold",
+        color=_dark(colour), path_effects=_halo(), fontweight="bold",
     )  # fmt: skip
 
 
 def _one_layer(ax: Axes, value: int, top: int, colour: str) -> None:
     ax.barh([0], [value], height=0.5, color=colour)
-    ax.text(value + top * 0.05, 0, f"{value:,}", va="center", color=dark(colour), fontweight="bold")
+    ax.text(
+        value + top * 0.05, 0, f"{value:,}", va="center", color=_dark(colour), fontweight="bold"
+    )
     ax.set(xlim=(0, top * 1.45), ylim=(-0.8, 0.8), xticks=[], yticks=[])
     ax.spines["bottom"].set_visible(False)
 
@@ -398,7 +400,7 @@ def _end_labels(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str])
     for (name, end), place in zip(ends.items(), places, strict=True):
         ax.annotate(
             name, (1, end), (1.03, place), xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(), color=dark(hue[name]), va="center", fontsize=8.5,
+            textcoords=ax.get_yaxis_transform(), color=_dark(hue[name]), va="center", fontsize=8.5,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue[name], "linewidth": 0.6, "shrinkA": 1,
                         "shrinkB": 1, "relpos": (0, 0.5)},
@@ -424,7 +426,7 @@ def _stage_lines(ax: Axes, stage: Mapping) -> None:
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
         ax.text(
             (left + right) / 2, 0.985, name, transform=ax.get_xaxis_transform(), ha="center",
-            va="top", color=GREY, fontsize=8, style="italic", path_effects=halo(),
+            va="top", color=GREY, fontsize=8, style="italic", path_effects=_halo(),
         )  # fmt: skip
 
 
@@ -440,7 +442,7 @@ def _stage_strip(ax: Axes, stages: Mapping[str, Mapping], hue: Mapping[str, str]
         for boundary in stage["boundaries"] or ():
             ax.plot([boundary - 0.5], [row], "o", markersize=4.5, color=hue[name])
         ax.text(
-            1.025, row, name if decided else f"{name}: undecided", color=dark(hue[name]),
+            1.025, row, name if decided else f"{name}: undecided", color=_dark(hue[name]),
             transform=ax.get_yaxis_transform(), va="center", fontsize=7.5,
         )  # fmt: skip
     ax.set(ylim=(len(stages) - 0.4, -0.6), yticks=[])
@@ -600,6 +602,53 @@ def overlap(
 
 
 @styled
+def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
+    """Jaccard index of the neurons of two halves by their size, a panel a module.
+
+    Args:
+        found: {module: {"examples": int[S], "halves": float[S, D_]}}.
+    """
+    hue = palette(domains)
+    figure = Figure(figsize=(11, 2.9))
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for ax, (module, test) in zip(panels, found.items(), strict=True):
+        for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
+            ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
+        ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
+        ax.set_xticks(test["examples"])
+        ax.grid(axis="y")
+    panels[0].set_ylabel("shared neurons (Jaccard)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
+    )
+    return figure
+
+
+@styled
+def scatter(found: Mapping[str, Mapping]) -> Figure:
+    """Points of two principal components, a panel a module, each domain's name at its middle.
+
+    Args:
+        found: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
+    """
+    hue = palette(list(next(iter(found.values()))["points"]))
+    figure = Figure(figsize=(11, 4.4))
+    for ax, (module, of) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for domain, points in of["points"].items():
+            x, y = np.transpose(points)
+            ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
+            ax.text(
+                x.mean(), y.mean(), domain, color=_dark(hue[domain]), ha="center",
+                va="center", fontweight="bold", path_effects=_halo(),
+            )  # fmt: skip
+        first, second = (f"{100 * share:.0f} % of the variance" for share in of["share"])
+        ax.set(title=module, xlabel=f"first component, {first}", ylabel=f"second, {second}")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+@styled
 def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
     """Accuracy of each domain with its interval, and chance.
 
@@ -618,7 +667,7 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
             ax.plot([score["chance"]] * 2, [row - 0.3, row + 0.3], color=GREY, linewidth=1.6)
         ax.text(
             1.02, row, f"{100 * score['accuracy']:.0f} %", transform=ax.get_yaxis_transform(),
-            va="center", ha="left", color=dark(hue[domain]), fontweight="bold",
+            va="center", ha="left", color=_dark(hue[domain]), fontweight="bold",
         )  # fmt: skip
         ax.text(
             1.08, row, f"n = {score['n']:,}", transform=ax.get_yaxis_transform(), va="center",
@@ -682,11 +731,11 @@ def overview(
     return figure
 
 
-def halo() -> list:
+def _halo() -> list:
     return [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
-def dark(colour: str) -> np.ndarray:
+def _dark(colour: str) -> np.ndarray:
     """The colour, dark enough to read as text on white."""
     return np.array(colors.to_rgb(colour)) * 0.78
 

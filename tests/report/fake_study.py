@@ -157,7 +157,7 @@ def fake_results(
             "low": [6 + int(a), 21 + int(b)],
             "high": [8 + int(a) + i % 2, 24 + int(b)],
             "verdict": "three stages as claimed (flat, falling, rising)",
-            "turns": [6, 23],
+            "bends": [6, 23],
             "confirmed": [True, True],
         }
         for i, (domain, (a, b)) in enumerate(
@@ -167,7 +167,7 @@ def fake_results(
     by_domain[domains[-1]] = {
         "boundaries": None, "low": [4, 14], "high": [12, 26],
         "verdict": "undecided: the boundaries run into each other (up to 15, from 14)",
-        "turns": [], "confirmed": None,
+        "bends": [], "confirmed": None,
     }  # fmt: skip
     stages = {
         "rule": "least-squares fit of three free straight segments to the mean entropy",
@@ -175,7 +175,7 @@ def fake_results(
         "all": {
             "boundaries": [7, 22], "low": [6, 21], "high": [8, 24],
             "verdict": "three stages as claimed (flat, falling, rising)",
-            "turns": [23], "confirmed": [False, True],
+            "bends": [23], "confirmed": [False, True],
         },
         "agreement": [False, True],
     }  # fmt: skip

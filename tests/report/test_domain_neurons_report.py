@@ -163,7 +163,7 @@ def without_neurons(results):
 
 def without_stages(results):
     nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers",
-               "turns": [], "confirmed": None}  # fmt: skip
+               "bends": [], "confirmed": None}  # fmt: skip
     results["stages"] |= {"all": nothing, "text": nothing, "neurons": nothing, "agreement": None}
     results["stages"]["by_domain"] = dict.fromkeys(results["domains"], nothing)
 
