@@ -29,8 +29,8 @@ P = 6.7e9 parameters of the LM, 32 layers of width 4,096, V = 32,064 words:
 
 in all 1.8e19: half a day on one accelerator that keeps up 4e14 a second, after the formula and not
 a clock. Fewer `modules` and `controls` cost less in proportion. Memory: 14 GB of weights in
-bfloat16, 0.5 MB of cache a token (6 GB for a batch of 4); 3 GB of counts on the host, 0.6 GB a domain
-on disk.
+bfloat16, 0.5 MB of cache a token (6 GB for a batch of 4); of counts 3 GB on the host, 0.6 GB a
+domain on disk.
 """
 
 import ml_collections
