@@ -36,6 +36,8 @@ def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
     lens = study.domains_of(config, "lens") if config.get("vqa") else test
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, train, test, lens, edits, captures or {})
+    for module in config.modules:
+        ablation.cut(this, module)  # one that the model lacks is said before anything is counted
 
     counted, found = {}, selection.read(this) if config.masks else {}
     if not found:

@@ -47,6 +47,14 @@ def check(config) -> None:
     """Refuses a measure that cannot be taken, before anything is computed."""
     if config.measure not in MEASURES:
         raise ValueError(f"config.measure={config.measure!r} is none of {', '.join(MEASURES)}")
+    if config.measure == "answers":
+        if not config.get("vqa"):
+            raise ValueError(
+                "config.measure='answers' has metrics for the data sets of paper A alone "
+                "(config.vqa); other domains have measure='options'"
+            )
+        if "lingoqa" in (config.domains or datasets.NAMES):
+            lingo_judge.load(config.judge, fallback=config.judge_fallback)
 
 
 def ablate(this: Study, found: Mapping[str, Found]) -> tuple[dict, list, list]:

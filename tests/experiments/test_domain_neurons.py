@@ -114,6 +114,8 @@ def test_features_of_the_colours_lie_apart(finished):
         ("selector=lape", "config.selector='lape' is none of entropy, auroc"),
         ("scope=pad", "config.scope='pad' is none of all, image, text"),
         ("measure=words", "config.measure='words' is none of options, answers"),
+        ("measure=answers", "config.measure='answers' has metrics for the data sets of paper A"),
+        ("modules=('lm', 'query')", "the model has no neurons in 'query'; it has vision, proj"),
         ("masks=neurons.pth", "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),
     ],
 )
