@@ -22,6 +22,7 @@ setuptools.setup(
         "absl-py",
         "array_record>=0.8",
         "filelock",
+        "etils[epath]",
         "flax>=0.12.8",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets writes with it and does not say so

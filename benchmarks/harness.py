@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks import clock, work
+from mllm_jax import products
 from mllm_jax.workdir import atomic_json
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +30,8 @@ ENVIRONMENTS = ROOT / "benchmarks" / ".environments"
 ENVIRONMENT = {  # rival -> the environment it runs in
     "hf_careful": "hf",
     "hf_ordinary": "hf",
+    "hf_trainer": "hf",
+    "hf_trainer_cached": "hf",
     "mmneuron": "hf",
     "mmneuron_no_grad": "hf",
     "transformer_lens": "transformer_lens",
@@ -316,6 +319,7 @@ def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict:
     rivals = tuple(name for name in args.rivals.split(",") if name)
     if wrong := [name for name in rivals if name not in benchmark.rivals]:
         parser.error(f"{', '.join(wrong)}: the rivals are {', '.join(benchmark.rivals) or 'none'}")
+    products.prefer_eigen()  # as the experiments do
     size = work.SIZES[args.size]
     if args.edits:
         size = dataclasses.replace(size, edits=args.edits)

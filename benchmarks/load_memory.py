@@ -2,13 +2,14 @@
 
 Writes a checkpoint of random bfloat16 numbers in shards, loads it in a process of its own, and
 prints the highest resident memory of that process beside the bytes of the model. The bound is the
-model and 1 GiB, Python and JAX included.
+model and 1 GiB, Python and JAX included; also where the model is split over fake devices.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -31,8 +32,8 @@ def about_one_gib() -> llava.LlavaConfig:
     return llava.LlavaConfig.of(clip.ClipConfig.vit_l_14_336(), lm)
 
 
-def measure(directory: pathlib.Path) -> dict[str, float]:
-    """Loads the checkpoint in this process.
+def measure(directory: pathlib.Path, devices: int = 1) -> dict[str, float]:
+    """Loads the checkpoint in this process, split over its devices if there are several.
 
     Returns:
         In bytes: `model`, of its arrays; `before`, resident memory once everything is imported;
@@ -41,9 +42,10 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
     """
     import jax
 
+    import mllm_jax as mj
     from mllm_jax.checkpoints import load
 
-    jax.devices()
+    mesh = mj.mesh(model=devices) if devices > 1 else None
     before, own, done = _status("VmRSS"), [0], threading.Event()
 
     def watch() -> None:
@@ -53,7 +55,7 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    model = load.read_model(directory, dtype=jax.numpy.bfloat16)
+    model = load.read_model(directory, dtype=jax.numpy.bfloat16, mesh=mesh)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -73,11 +75,15 @@ def _status(name: str) -> int:
     return 1024 * int(re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE)[1])
 
 
-def run(model: str | None = None, directory: str | None = None) -> dict[str, float]:
+def run(
+    model: str | None = None, directory: str | None = None, devices: int = 1
+) -> dict[str, float]:
     """Writes the checkpoint, unless there is one, and measures in another process."""
     if directory:
         command = [sys.executable, "-m", "benchmarks.load_memory", f"--measure={directory}"]
-        out = subprocess.check_output(command, text=True, cwd=ROOT)
+        command.append(f"--devices={devices}")
+        fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        out = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | fake)
         return json.loads(out.splitlines()[-1])
     from tests import random_checkpoint
 
@@ -85,7 +91,7 @@ def run(model: str | None = None, directory: str | None = None) -> dict[str, flo
         config = released.RELEASED[model]() if model else about_one_gib()
         shard = random_checkpoint.SHARD if model else GIB // 4
         random_checkpoint.write(config, pathlib.Path(temporary), shard=shard)
-        return run(directory=temporary)
+        return run(directory=temporary, devices=devices)
 
 
 def main() -> None:
@@ -94,12 +100,13 @@ def main() -> None:
         "--model", choices=released.RELEASED, help="a released model; by default one of about 1 GiB"
     )
     parser.add_argument("--directory", help="a checkpoint that is there already")
+    parser.add_argument("--devices", type=int, default=1, help="fake ones, to split it over")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        print(json.dumps(measure(pathlib.Path(asked.measure))))
+        print(json.dumps(measure(pathlib.Path(asked.measure), asked.devices)))
         return
-    found = run(asked.model, asked.directory)
+    found = run(asked.model, asked.directory, asked.devices)
     for name, what in (
         ("model", "the model"),
         ("before", "Python, JAX and this library"),

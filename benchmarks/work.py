@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -89,7 +90,7 @@ class Work:
 def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> llava.Batch:
     """Inputs as our models read them."""
     rows, T = ids.shape
-    image, side = ids == config.image_token, config.vision.grid
+    image, side = ids == config.image_token, config.token_grid
     number = np.where(image, image.cumsum(-1) - 1, -1)
     kind = np.full(ids.shape, tokens.CODE["question"], np.int8)
     kind[:, 0], kind[image] = tokens.CODE["system"], tokens.CODE["image"]
@@ -124,6 +125,7 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
         "pictures": pictures,
         "batch": BATCH,
         "steps": size.steps,
+        "answer": size.answer,
         "image_token": size.config.image_token,
         "ablated_layer": layers // 3,
         "steered_layers": (layers // 2, layers * 3 // 4),
@@ -162,6 +164,7 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
       layers, neurons: int64[R], int64[R, n]: what each ablation of the sweep sets to zero.
       candidates: int64[C, A], filled up with -1.
       ablated: int64[n] and vector: float32[D], for the edits of the generation.
+      fold_kernel_0, fold_kernel_1: float32[4 E, D] and [D, D], a projector of folded patches.
     """
     rng, config = np.random.default_rng(seed), size.config
     L, F, side = config.lm.layers, config.lm.mlp, config.vision.image_size
@@ -173,6 +176,12 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
     lengths = rng.integers(3, size.answer + 1, size.candidates)
     lengths[0] = size.answer
     candidates[np.arange(size.answer) >= lengths[:, None]] = -1
+    widths = 4 * config.vision.width, config.lm.width, config.lm.width
+    projector = np.random.default_rng([seed, 1])
+    kernels = [
+        projector.standard_normal((n, m), np.float32) * 0.7 / np.float32(n**0.5)
+        for n, m in itertools.pairwise(widths)
+    ]
     return {
         "ids": np.concatenate([words[:, :1], image, words[:, 1:]], 1),
         "pixels": rng.standard_normal((pictures, 3, side, side), np.float32),
@@ -182,4 +191,5 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
         "candidates": candidates,
         "ablated": rng.permutation(F)[: F // 16],
         "vector": rng.standard_normal(config.lm.width, np.float32),
+        **{f"fold_kernel_{i}": kernel for i, kernel in enumerate(kernels)},
     }

@@ -32,6 +32,9 @@ parameters of the LM, 32 layers of width 4,096, V = 32,001 words:
 in all 0.9e18: under an hour on one accelerator that keeps up 4e14 a second, after the formula and
 not a clock; decoding, which waits for memory, takes longer than its share. Memory: 16 GB of weights
 in bfloat16, 0.5 MB of cache a token; on the host 3 GB of counts, on disk 0.6 GB a domain.
+What a slice of TPUs has to hold, by the compiler:
+
+    python -m experiments.plan --model=instructblip-vicuna-7b --topology=v5e:2x4 --study=counts+lens
 """
 
 import ml_collections

@@ -31,6 +31,9 @@ in all 1.8e19: half a day on one accelerator that keeps up 4e14 a second, after 
 a clock. Fewer `modules` and `controls` cost less in proportion. Memory: 14 GB of weights in
 bfloat16, 0.5 MB of cache a token (6 GB for a batch of 4); of counts 3 GB on the host, 0.6 GB a
 domain on disk.
+What a slice of TPUs has to hold, by the compiler:
+
+    python -m experiments.plan --model=llava-next-vicuna-7b --topology=v5e:2x4 --study=counts+lens
 """
 
 import ml_collections

@@ -35,6 +35,7 @@ from mllm_jax.data import batching, features
 from mllm_jax.evaluation import score
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.report import learned as page
+from mllm_jax.sharding import mesh
 from mllm_jax.training import edits as learning
 
 
@@ -152,7 +153,7 @@ def answer(this: Study, split: str) -> dict[str, np.ndarray]:
     found = []
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append(np.asarray(scores(this.model, this.batch(split, rows))).argmax(-1))
+        found.append(mesh.read(scores(this.model, this.batch(split, rows))).argmax(-1))
     return {"label": np.concatenate(found)[:count]}
 
 

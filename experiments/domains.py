@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from mllm_jax.data import domains, packages
+from mllm_jax.data import domains, packages, tasks
 from mllm_jax.report import tables
 
 ROOT = flags.DEFINE_string("root", None, "Where the domains are kept; the user's cache by default.")
@@ -62,6 +62,15 @@ def images_by_licence(indices: Sequence[dict]) -> str:
     return tables.markdown(("domain", "licence of the image", "test", "train"), rows)
 
 
+def classes(found: dict[str, tasks.Task]) -> str:
+    rows = []
+    for name, task in found.items():
+        for number, label in enumerate(task.classes):
+            counts = (int(task.counts(split)[number]) for split in tasks.SPLITS)
+            rows.append((name, label, *counts))
+    return tables.markdown(("task", "class", *tasks.SPLITS), rows)
+
+
 def page(indices: Sequence[dict]) -> str:
     return "\n\n".join(
         [
@@ -94,6 +103,8 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("no domain could be built")
         text = page(indices)
         print(f"{text}\n\nKept in {root}")
+        if {*tasks.EMBEDDED} <= {index["domain"] for index in indices}:
+            print(f"\n# Classification tasks\n\n{classes(tasks.embedded(root=root))}")
         if LICENCES.value:
             path = pathlib.Path(LICENCES.value)
             partial = path.with_name(f".{path.name}.partial")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +15,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mllm_jax import products
 from mllm_jax import workdir as workdir_
 from mllm_jax.data import domains, vqa
 from mllm_jax.interventions import spec
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import hosts, mesh
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
@@ -28,10 +33,25 @@ CAPTURES = flags.DEFINE_string(
     "captures", None, "What to bring back as well, into captures/*.npz of the workdir: "
     "'fire=stats lm.mlp.act by=kind; ...'.",
 )  # fmt: skip
+MESH = flags.DEFINE_string(
+    "mesh", None, "The devices to run on: 'data=2,model=4', also 'fsdp='; see mj.mesh. By default "
+    "one, or all with several processes, the batch spread over them.",
+)  # fmt: skip
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", os.environ.get("JAX_COORDINATOR_ADDRESS"), "host:port of process 0."
+)
+PROCESSES = flags.DEFINE_string(
+    "processes", os.environ.get("JAX_NUM_PROCESSES"), "How many processes run this study together; "
+    "'auto' where JAX knows it: on TPU, Slurm, MPI.",
+)  # fmt: skip
+PROCESS = flags.DEFINE_integer(
+    "process", os.environ.get("JAX_PROCESS_ID"), "Which of them this is, from 0."
+)
 PARSE = {"edits": spec.parse, "captures": spec.parse_captures}
 # What paper A reads: the split of its data sets, and the prompts.
 VQA = {"train": ("train", "activation"), "test": ("val", "generation"), "lens": ("train", "lens")}
 EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
+_AXES = "data", "model", "fsdp"
 
 
 def domains_of(config, split: str) -> dict[str, domains.Domain]:
@@ -63,7 +83,9 @@ def with_features(model, batch, edits: Edits | None = None):
     """
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         return batch
-    return batch.replace(features=_features(model, batch.replace(processor=None)))
+    with mesh.on(model):
+        features = _features(model, mesh.place(batch.replace(processor=None)))
+        return batch.replace(features=mesh.home(features))
 
 
 @jax.jit
@@ -85,15 +107,50 @@ def main(run: Callable, takes: Sequence[str] = ()) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         try:
+            _join()
             asked = _asked(takes)
             config = CONFIG.value.to_dict() | _records(asked)
-            run(CONFIG.value, workdir_.Workdir(WORKDIR.value, config), **asked)
+            with _on_mesh():
+                run(CONFIG.value, workdir_.Workdir(WORKDIR.value, config), **asked)
+            hosts.part()
         except EXPECTED as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            sys.exit(f"error: {text}")
+            hosts.fail(f"error: {text}")
+        except Exception as error:
+            if hosts.count() == 1:
+                raise
+            traceback.print_exc()  # here; the others, who wait for this one, show one line
+            hosts.fail(f"error: {type(error).__name__}: {error}")
 
+    products.prefer_eigen()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start)
+
+
+def _join() -> None:
+    """Becomes one of several processes, if the flags say so; only the first one speaks."""
+    if PROCESSES.value == "auto":
+        hosts.join(None, None, None)
+    elif PROCESSES.value is not None:
+        if not PROCESSES.value.isdigit() or COORDINATOR.value is None or PROCESS.value is None:
+            raise ValueError(
+                f"--processes={PROCESSES.value}: it is a number, with --coordinator=host:port and "
+                "--process=0 and so on, or 'auto'"
+            )
+        hosts.join(COORDINATOR.value, int(PROCESSES.value), PROCESS.value)
+    hosts.heed_sigterm()
+    if not hosts.writes():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _on_mesh() -> contextlib.AbstractContextManager:
+    """The mesh that the flags name, for `mj.load` to find."""
+    if MESH.value is None and hosts.count() == 1:
+        return contextlib.nullcontext()
+    pairs = [part.split("=") for part in (MESH.value or "").split(",") if part]
+    if any(len(p) != 2 or p[0] not in _AXES or not p[1].isdigit() for p in pairs):
+        raise ValueError(f"--mesh={MESH.value}: it is written as data=2,model=4,fsdp=1")
+    return jax.set_mesh(mesh.mesh(**{name: int(size) for name, size in pairs}))
 
 
 def _asked(takes: Sequence[str]) -> dict[str, Any]:

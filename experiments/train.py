@@ -42,14 +42,13 @@ def run(config, workdir: workdir_.Workdir) -> None:
         processor, test, held, size=config.batch_size, steps=len(test) // config.batch_size,
         questions=config.questions, seed=None, styles=tuple(config.styles),
     )  # fmt: skip
-    recipe = fit.Recipe(**config.recipe.to_dict())
+    recipe = fit.Recipe.of(config.recipe.to_dict())
     before = workdir.json("before", lambda: fit.evaluate(model, tests, label="loss before"))
     model, curve = fit.fit(model, batches, recipe, save=workdir / "checkpoints")
     after = workdir.json("after", lambda: fit.evaluate(model, tests, label="loss after"))
 
     save.write_projector(model, workdir / "projector.safetensors")
-    merge, trained, _ = parts.split(model, recipe.part)
-    del merge
+    trained = parts.split(model, recipe.part, lora=recipe.lora).trained
     tables.write(workdir / "loss.csv", ("step", "loss"), enumerate(map(float, curve), 1))
     figures.save(training.loss_curve(curve, *after), workdir / "figures" / "loss.png")
     workdir_.atomic_json(

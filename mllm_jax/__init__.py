@@ -26,6 +26,8 @@ from mllm_jax.interventions.edits import (
 from mllm_jax.interventions.reduce import reduce
 from mllm_jax.interventions.run import run
 from mllm_jax.interventions.sweep import stack, sweep
+from mllm_jax.sharding.mesh import mesh
+from mllm_jax.sharding.plan import plan
 
 __all__ = [
     "ablate",
@@ -39,8 +41,10 @@ __all__ = [
     "load",
     "mass",
     "mean",
+    "mesh",
     "patch",
     "per_step",
+    "plan",
     "project_out",
     "read_projector",
     "reduce",

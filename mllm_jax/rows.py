@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from mllm_jax.sharding import mesh
+
 AT_ONCE = 2**20  # numbers that come up on the way: above, a CPU takes one row after the other
 
 
@@ -19,7 +21,7 @@ def by_row(fn: Callable, *batch: Any, numbers: int) -> Any:
       batch: arrays, or trees of them.
       numbers: how many numbers come up on the way for all rows.
     """
-    if numbers <= AT_ONCE:
+    if numbers <= AT_ONCE or mesh.entered():  # rows may lie on different devices
         return fn(*batch)
 
     def in_turn(*batch):

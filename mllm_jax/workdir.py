@@ -13,16 +13,27 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from mllm_jax.sharding import hosts, mesh
+
 
 @contextlib.contextmanager
 def atomic(path: str | pathlib.Path):
-    """A file to write in binary; it takes the place of `path` only when it is whole."""
+    """A file to write in binary; it takes the place of `path` only when it is whole.
+
+    Of several processes only the first writes, and what the others write is dropped; but in the
+    cache, which may be a folder of each host, all do.
+    """
     path = pathlib.Path(path)
+    if not (hosts.writes() or path.is_relative_to(cache_directory())):
+        with tempfile.TemporaryFile() as nowhere:
+            yield nowhere
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -99,18 +110,22 @@ class Workdir:
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of a step: read if it was done before, made and written if not."""
-        path = self.path / "steps" / f"{name}.npz"
-        if not path.exists():
-            atomic_npz(path, make())
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(self._step(f"{name}.npz", make, atomic_npz), allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """The plain values of a step, likewise."""
-        path = self.path / "steps" / f"{name}.json"
-        if not path.exists():
-            atomic_json(path, make())
-        return read_json(path)
+        return read_json(self._step(f"{name}.json", make, atomic_json))
+
+    def _step(self, name: str, make: Callable, write: Callable) -> pathlib.Path:
+        """The file of a step, there for all processes to read."""
+        path = self.path / "steps" / name
+        if not hosts.agree(path.exists()):
+            write(path, make())
+            hosts.meet(name)
+            if hosts.leaving():
+                hosts.leave(name)
+        return path
 
 
 def relative_picture(workdir: Workdir, name: str, picture) -> str:
@@ -131,9 +146,10 @@ def fingerprint(*trees: Any) -> str:
 
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        for rows in mesh.rows(leaf):
+            digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()[:16]
 
 
@@ -154,5 +170,11 @@ def manifest(workdir: Workdir, **fields: Any) -> None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     atomic_json(
-        workdir / "manifest.json", {"config": workdir.config, "versions": versions, **fields}
+        workdir / "manifest.json",
+        {
+            "config": workdir.config,
+            "versions": versions,
+            "processes": hosts.count(),
+            **fields,
+        },
     )

@@ -12,7 +12,7 @@ import functools
 import torch
 import transformers
 
-from benchmarks.rivals import hf
+from benchmarks.rivals import hf, hf_trainer
 from benchmarks.rivals.serve import Work
 
 CHUNK = 256  # tokens whose logits exist at one time
@@ -185,3 +185,8 @@ def prefill(work: Work):
         return hf.numpy(logits=out.logits[:, -1])
 
     return run
+
+
+def finetune(work: Work):
+    """The loss of each step, features computed once and logits only where an answer stands."""
+    return hf_trainer.finetune(work, cached=True, everywhere=False)

@@ -17,6 +17,7 @@ from mllm_jax.data.processor import Processor
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.llava_next import LlavaNextConfig
+from mllm_jax.sharding import rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Architecture:
         from_hf: the fields of a `config.json`, and what to call the file, to our config.
         to_hf: our config to these fields.
         table: our config to the key table.
+        rules: our config to the sharding rules.
         processor: the class of its processor.
     """
 
@@ -35,21 +37,33 @@ class Architecture:
     from_hf: Callable[[Mapping[str, Any], object], LlavaConfig]
     to_hf: Callable[[Any], dict[str, Any]]
     table: Callable[[Any], tuple[tables.Row, ...]]
+    rules: Callable[[Any], tuple[rules.Rule, ...]]
     processor: type[Processor]
 
 
 BY_TYPE = {  # `model_type` of config.json
     "llava": Architecture(
-        LlavaConfig, llava_checkpoints.from_hf, llava_checkpoints.to_hf, tables.llava, Processor
+        LlavaConfig,
+        llava_checkpoints.from_hf,
+        llava_checkpoints.to_hf,
+        tables.llava,
+        rules.llava,
+        Processor,
     ),
     "llava_next": Architecture(
-        LlavaNextConfig, llava_checkpoints.from_hf, llava_checkpoints.to_hf, tables.llava, Processor
+        LlavaNextConfig,
+        llava_checkpoints.from_hf,
+        llava_checkpoints.to_hf,
+        tables.llava,
+        rules.llava,
+        Processor,
     ),
     "instructblip": Architecture(
         InstructBlipConfig,
         instructblip_checkpoints.from_hf,
         instructblip_checkpoints.to_hf,
         instructblip_checkpoints.table,
+        rules.instructblip,
         InstructBlipProcessor,
     ),
 }

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
@@ -22,6 +22,8 @@ from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
+from mllm_jax.sharding import mesh as mesh_
+from mllm_jax.sharding import rules
 
 if TYPE_CHECKING:
     from mllm_jax.data.processor import Processor
@@ -48,7 +50,8 @@ def load(
         name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
             checkpoint in the layout of transformers, or of a LLaVA in that of the original code.
         dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere.
-        mesh: not supported yet, must be None.
+        mesh: of `mj.mesh`: each process reads what its own devices hold, see `sharding.rules`; None
+            is the mesh of `jax.set_mesh`, if we are in one, or else one device.
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
             package), "random" a new one, anything else is a file with one: safetensors, or the
             `mm_projector.bin` of the original code, or a directory with that.
@@ -64,8 +67,6 @@ def load(
         ValueError: the config or the tensors are not those of a model we have; all that is wrong
             with the tensors in one line.
     """
-    if mesh is not None:
-        raise ValueError("load(mesh=...) is not supported yet; leave it out to use one device")
     directory = locate(name)
     if name == "embedded" and projector is None:
         projector = embedded.projector_file()
@@ -74,7 +75,7 @@ def load(
                 f"{projector}: the trained projector is missing; train it with: {_TRAIN_PROJECTOR}"
                 ' (or load with projector="random")'
             )
-    model = read_model(directory, dtype=dtype, projector=projector, seed=seed)
+    model = read_model(directory, dtype=dtype, projector=projector, seed=seed, mesh=mesh)
     fields, how = _read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
     if original.is_original(fields):
         tower = _part(directory, fields, "mm_vision_tower", weights=False)
@@ -151,14 +152,16 @@ def read_model(
     dtype: jax.typing.DTypeLike | None = None,
     projector: str | os.PathLike | None = None,
     seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> llava.Llava:
     """Reads the model of a checkpoint directory, tensor by tensor; see `load`.
 
-    On the host there is never more than one stacked parameter beside the model.
+    On the host there is never more than one stacked parameter, or a device's part of one, beside
+    the model.
 
     Args:
-        directory: of the checkpoint. dtype, projector, seed: as `load` has them, save that the
-            projector of the embedded model is not found by itself.
+        directory: of the checkpoint. dtype, projector, seed, mesh: as `load` has them, save that
+            the projector of the embedded model is not found by itself.
 
     Returns:
         The model.
@@ -194,9 +197,10 @@ def read_model(
         stored, slots = stored | overlay, slots + own
     _raise(problems)
     _check_tied(stored, config, directory)
-    arrays = _fill(stored, slots, shapes, dtype)
+    places = _places(config, shapes, mesh)
+    arrays = _fill(stored, slots, shapes, dtype, places)
     if projector == "random":
-        arrays |= _random_projector(config, dtype, seed)
+        arrays |= _random_projector(config, dtype, seed, places)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
 
@@ -223,7 +227,9 @@ def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
     problems: list[Exception] = []
     overlay = _open_projector(path, slots, model.config, problems)
     _raise(problems)
-    arrays = _fill(overlay, slots, shapes, next(iter(own.values())).dtype)
+    on_mesh = mesh_.of(list(own.values())) is not None
+    places = {name: param[...].sharding for name, param in own.items()} if on_mesh else None
+    arrays = _fill(overlay, slots, shapes, next(iter(own.values())).dtype, places)
     new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in state.items()}
     return nnx.merge(graph, nnx.from_flat_state(new))
 
@@ -322,21 +328,65 @@ def _check_tied(
             )
 
 
+def _places(
+    config: llava.LlavaConfig,
+    shapes: Mapping[str, tables.Shape],
+    mesh: jax.sharding.Mesh | None,
+) -> Mapping[str, jax.sharding.Sharding] | None:
+    """Our path -> where the parameter goes on the mesh, given or entered; None without one."""
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    if mesh.empty:
+        return None
+    return rules.shardings(config, architectures.of(config).rules(config), shapes, mesh)
+
+
 def _fill(
     stored: Mapping[str, Stored],
     slots: list[tables.Slot],
     shapes: Mapping[str, tables.Shape],
     dtype: np.dtype,
+    places: Mapping[str, jax.sharding.Sharding] | None,
 ) -> dict[str, jax.Array]:
-    """Our path -> array, each read into its place on the L axis."""
+    """Our path -> array, each read into its place."""
     arrays = {}
     for path, group in itertools.groupby(slots, lambda slot: slot.path):
-        array = _empty(shapes[path], dtype)
-        for slot in group:
-            place = ... if slot.layer is None else slot.layer
-            _copy(array[place], slot.ours(stored[slot.key].read()))
-        arrays[path] = jax.device_put(array, may_alias=True)
+        read = functools.partial(_read, stored, list(group), dtype)
+        arrays[path] = _put(read, shapes[path], places and places[path])
     return arrays
+
+
+def _put(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: tables.Shape,
+    place: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """An array, of which every part is read once and given to all devices here that hold it."""
+    if place is None:
+        return jax.device_put(read(tuple(slice(0, n, 1) for n in shape)), may_alias=True)
+    holders: dict[tuple, list[jax.Device]] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*ends) for ends in bounds))
+        parts += [jax.device_put(part, device, may_alias=True) for device in devices]
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
+def _read(
+    stored: Mapping[str, Stored],
+    slots: list[tables.Slot],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part of one parameter at this index, each layer copied into its place on the L axis."""
+    array = _empty(tuple(part.stop - part.start for part in index), dtype)
+    for slot in slots:
+        place, at = (..., index) if slot.layer is None else (slot.layer, index[1:])
+        _copy(array[place], slot.ours(stored[slot.key].read())[at])
+    return array
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
@@ -359,10 +409,15 @@ def _empty(shape: tables.Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _random_projector(
-    config: llava.LlavaConfig, dtype: np.dtype, seed: int
+    config: llava.LlavaConfig,
+    dtype: np.dtype,
+    seed: int,
+    places: Mapping[str, jax.sharding.Sharding] | None,
 ) -> dict[str, jax.Array]:
     state = jax.jit(lambda: nnx.state(Projector(config.projector, rngs=nnx.Rngs(seed))))()
+    named = {dotted(("projector", *path)): param for path, param in nnx.to_flat_state(state)}
+    arrays = {name: np.asarray(param[...].astype(dtype)) for name, param in named.items()}
     return {
-        dotted(("projector", *path)): param[...].astype(dtype)
-        for path, param in nnx.to_flat_state(state)
+        name: _put(array.__getitem__, array.shape, places and places[name])
+        for name, array in arrays.items()
     }

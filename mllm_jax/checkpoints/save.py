@@ -17,6 +17,7 @@ from flax import nnx
 
 from mllm_jax.checkpoints import architectures, load, original, tables, tensors, torch_file
 from mllm_jax.models import clip, llava
+from mllm_jax.sharding import hosts, mesh
 
 if TYPE_CHECKING:
     from mllm_jax.data.processor import Processor
@@ -68,10 +69,18 @@ def save_hf(
         FileExistsError: the directory holds files.
     """
     directory = pathlib.Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if hosts.agree(taken):
         raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     arrays = _tensors(model) | _identity_norm(model)
+    if hosts.writes():
+        _write(model, arrays, processor, directory)
+    hosts.meet(str(directory))
+    return directory
+
+
+def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
     source = None if processor is None else pathlib.Path(processor.directory)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -89,7 +98,6 @@ def save_hf(
         os.replace(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return directory
 
 
 def projector_tensors(model: llava.Llava) -> dict[str, np.ndarray]:
@@ -152,7 +160,7 @@ def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
         for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
         if part in (None, path[0])
     }
-    arrays = {path: np.asarray(param[...]) for path, param in params.items()}
+    arrays = {path: mesh.read(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
     table = architectures.of(model.config).table(model.config)
     found: dict[str, _Turned] = {}

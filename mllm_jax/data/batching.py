@@ -145,21 +145,26 @@ class Asked:
     Attributes:
       pairs: (example, question), see `ask`.
       size: rows of a batch. length: tokens of a row.
+      features: float[N, P, E], of the examples of the pairs; pictures are not opened then.
     """
 
     processor: Processor
     pairs: Sequence[tuple[Any, Any]]
     size: int
     length: int | None = None
+    features: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-len(self.pairs) // self.size)
 
     def __getitem__(self, number: int):
         rows = self.rows(number)
-        images = [example.image for example, _ in rows]
         prompts = [question.prompt for _, question in rows]
-        return self.processor(images, prompts, rows=self.size, length=self.length)
+        shape = {"rows": self.size, "length": self.length}
+        if self.features is None:
+            return self.processor([example.image for example, _ in rows], prompts, **shape)
+        features = self.features[number * self.size :][: len(rows)]
+        return self.processor(None, prompts, features=np.asarray(features), **shape)
 
     def rows(self, number: int) -> Sequence[tuple[Any, Any]]:
         """The pairs of a batch."""
@@ -176,10 +181,14 @@ class Asked:
         return np.array([q.options.index(q.answer) for _, q in self.rows(number)])
 
 
-def row_length(processor: Processor, pairs: Sequence[tuple[Any, Any]]) -> int:
-    """Tokens of the longest prompt of all pairs, rounded up to a multiple of 8."""
-    prompts = list({question.prompt for _, question in pairs})
-    longest = processor(None, prompts, **_blank(processor, len(prompts))).valid.sum(-1).max()
+def row_length(
+    processor: Processor, pairs: Sequence[tuple[Any, Any]], *, answers: bool = False
+) -> int:
+    """Tokens of the longest prompt of all pairs, with its answer if asked; a multiple of 8."""
+    asked = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
+    prompts, said = ([pair[i] for pair in asked] for i in (0, 1))
+    how = _blank(processor, len(prompts)) | ({"answers": said} if answers else {})
+    longest = processor(None, prompts, **how).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
 
 

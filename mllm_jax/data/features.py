@@ -11,7 +11,15 @@ import tqdm
 
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.workdir import atomic_json, read_json
+
+
+def places(config, batch) -> np.ndarray:
+    """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
+    each = config.tiles * config.image_tokens
+    first = np.where(batch.image_at >= 0, batch.image_at, 2**30).min(-1)
+    return np.minimum(first // each, len(batch.real) // config.tiles - 1)  # empty rows: any
 
 
 def vision_features(
@@ -40,17 +48,27 @@ def vision_features(
     tokens = model.config.tiles * vision.feature_tokens
     shape = (len(examples), tokens, vision.width)
     done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
-    mode = "r+" if done else "w+"
-    kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+    done = hosts.agree(done)
+    kept = None
+    if hosts.writes():
+        mode = "r+" if done else "w+"
+        kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
     encode = jax.jit(lambda model, batch: model.features(batch, Taps()))
-    with tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar:
+    with (
+        mesh.on(model),
+        tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar,
+    ):
+        size = -(-batch_size // mesh.ways("B")) * mesh.ways("B")
         while done < len(examples):
-            some = [examples[i] for i in range(done, min(done + batch_size, len(examples)))]
-            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=batch_size)
-            values = encode(model, batch.replace(processor=None)).reshape(batch_size, *shape[1:])
-            kept[done : done + len(some)] = values[: len(some)]
-            kept.flush()
+            some = [examples[i] for i in range(done, min(done + size, len(examples)))]
+            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
+            values = mesh.home(encode(model, mesh.place(batch.replace(processor=None))))
+            if kept is not None:
+                values = np.asarray(values).reshape(-1, *shape[1:])
+                kept[done : done + len(some)] = values[places(model.config, batch)[: len(some)]]
+                kept.flush()
             done += len(some)
             atomic_json(progress, {"done": done})
             bar.update(len(some))
+    hosts.meet(str(path))
     return np.load(path, mmap_mode="r")

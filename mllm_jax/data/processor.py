@@ -448,7 +448,7 @@ def _places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], 
     """Where each row's pictures stand among all, and how many places there are.
 
     Rows that read the same pictures, and are told the same of them, share a place; then the places
-    are a power of two: few shapes.
+    are a power of two: few shapes. Where these are not fewer than the rows, each has its own.
     """
 
     def key(shown: list[Picture], row: Row) -> tuple:
@@ -457,11 +457,10 @@ def _places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], 
 
     keys = [key(*pair) for pair in zip(pictures, rows, strict=True)]
     distinct = list(dict.fromkeys(filter(None, keys)))
-    if len(distinct) == sum(map(bool, keys)):
+    count = 2 ** max(0, len(distinct) - 1).bit_length()
+    if len(distinct) == sum(map(bool, keys)) or count >= len(keys):
         return list(range(len(keys))), len(keys)
-    return [distinct.index(key) if key else 0 for key in keys], 2 ** (
-        len(distinct) - 1
-    ).bit_length()
+    return [distinct.index(key) if key else 0 for key in keys], count
 
 
 def coded(tokenizer, text: str, question: slice, *, special: bool) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,12 @@ def generate(
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
-    tokens, receipts = _generate(
-        model, batch, bound, stops, np.float32(temperature or 1),
-        key if temperature else jax.random.key(0), steps=max_new_tokens, greedy=not temperature,
-    )  # fmt: skip
+    with mesh.on(model):
+        found = _generate(
+            model, mesh.place(batch), run_.place(bound), stops, np.float32(temperature or 1),
+            key if temperature else None, steps=max_new_tokens, greedy=not temperature,
+        )  # fmt: skip
+        tokens, receipts = mesh.home(found)
     text = None if processor is None else processor.text(tokens, stop=stop)
     return Generation(tokens, text, receipts)
 

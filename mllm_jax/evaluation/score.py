@@ -16,6 +16,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import mesh, split
 
 TOGETHER = 512  # tokens of candidates, over all rows, whose logits exist at one time
 
@@ -62,11 +63,18 @@ def score_with(
         candidates = candidate_ids(processor, candidates, len(batch.ids))
     bound = generate.bind(model, batch, edits, candidates.shape[-1])
     asked = run_.bind(model, batch, None, captures)[1]
-    return _score(model, batch, bound, asked, candidates)
+    with mesh.on(model):
+        read = mesh.place(batch), run_.place(bound), asked, candidates
+        return mesh.home(_score(model, *read))
 
 
 def candidate_ids(
-    processor, candidates: Sequence, rows: int, *, length: int | None = None
+    processor,
+    candidates: Sequence,
+    rows: int,
+    *,
+    length: int | None = None,
+    end: bool = True,
 ) -> np.ndarray:
     """int32[B, C, A]: candidates as tokens, filled up with -1.
 
@@ -74,12 +82,13 @@ def candidate_ids(
       candidates: strings for all rows, or a list of strings for each row.
       rows: B; rows beyond those that have candidates are all -1.
       length: A; by default the longest, rounded up so that few programs are compiled.
+      end: whether they end their turn.
     """
     if not candidates:
         raise ValueError("no candidates to score")
     if isinstance(candidates[0], str):
         candidates = [candidates] * rows
-    coded = [[processor.answer_ids(c) for c in row] for row in candidates]
+    coded = [[processor.answer_ids(c, end=end) for c in row] for row in candidates]
     C = max(len(row) for row in coded)
     A = length or -(-max(len(ids) for row in coded for ids in row) // 4) * 4
     out = np.full((rows, C, A), -1, np.int32)
@@ -104,8 +113,9 @@ def _score(model, batch, edits, captures, ids) -> Scores:
         x = generate.words(model, ids, taps)
         x, _ = model.read(x, position, valid, taps, cache)
         later = jax.nn.log_softmax(model.logits(x[:, :-1], taps))
-        said = jnp.concatenate([_pick(first[:, None], ids[:, :1]), _pick(later, ids[:, 1:])], 1)
-        total = jnp.where(valid, said, 0).sum(-1)
+        at = jnp.maximum(ids, 0)
+        said = [split.pick(first[:, None], at[:, :1]), split.pick(later, at[:, 1:])]
+        total = jnp.where(valid, jnp.concatenate(said, 1), 0).sum(-1)
         return jnp.where(valid.any(-1), total, -jnp.inf)
 
     B, C, _ = ids.shape
@@ -114,8 +124,3 @@ def _score(model, batch, edits, captures, ids) -> Scores:
     ids = jnp.pad(ids, ((0, 0), (0, parts * together - C), (0, 0)), constant_values=-1)
     values = jax.lax.map(jax.vmap(one), ids.swapaxes(0, 1).reshape(parts, together, B, A))
     return Scores(values.reshape(-1, B)[:C].T, taps.captured, taps.receipt_list())
-
-
-def _pick(log_probs, ids):
-    """log_probs [B, A, V] at ids [B, A]."""
-    return jnp.take_along_axis(log_probs, jnp.maximum(ids, 0)[..., None], -1)[..., 0]

@@ -14,6 +14,7 @@ import numpy as np
 from mllm_jax import rows, sites, tokens
 from mllm_jax.interventions import edits
 from mllm_jax.precision import at_least_float32
+from mllm_jax.sharding import mesh, split
 from mllm_jax.sites import Address
 
 # The kinds a module's or a site's tokens can have: statistics are split by these.
@@ -386,42 +387,58 @@ def _read_lens(capture: BoundCapture, x, lens):
 
 
 def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
-    """The selected tokens first, in chunks; chunks without a selected token are not computed."""
+    """The selected tokens first, in chunks; chunks without a selected token are not computed.
+
+    On a mesh each data shard orders its own tokens, so that none moves.
+    """
     B, T, D = x.shape
-    mask = jnp.asarray(capture.tokens).reshape(-1)
-    chunk = min(LENS_CHUNK, B * T)
-    fill = -(B * T) % chunk
-    order = jnp.argsort(~mask, stable=True)
-    states = jnp.pad(x.reshape(-1, D)[order], ((0, fill), (0, 0)))
-    chosen = jnp.pad(mask[order], (0, fill))
-    dtype = jax.eval_shape(lens, states[:chunk]).dtype
+    shards = mesh.parts("B", B)
+    n = B * T // shards
+    mask = jnp.asarray(capture.tokens).reshape(shards, n)
+    chunk = min(LENS_CHUNK, n)
+    fill = -n % chunk
+    order = jnp.argsort(~mask, axis=1, stable=True)
+
+    def chunks(array):  # [shards, n, ...] -> [chunks, shards, chunk, ...]
+        tail = array.shape[2:]
+        at = order.reshape(shards, n, *(1,) * len(tail))
+        array = jnp.take_along_axis(array, at, 1)
+        array = jnp.pad(array, ((0, 0), (0, fill), *((0, 0),) * len(tail)))
+        array = array.reshape(shards, -1, chunk, *tail).swapaxes(0, 1)
+        return mesh.constrain(array, (None, "B", *(None,) * (array.ndim - 2)))
+
+    states, chosen = chunks(x.reshape(shards, n, D)), chunks(mask)
+    shape = jax.eval_shape(lens, states[0])
 
     def one(args):
         states, chosen = args
         skipped = Lens(
-            jnp.full((chunk, k), -1, jnp.int32),
-            jnp.zeros((chunk, k), dtype),
-            jnp.zeros((chunk,), dtype),
+            jnp.full((shards, chunk, k), -1, jnp.int32),
+            jnp.zeros((shards, chunk, k), shape.dtype),
+            jnp.zeros((shards, chunk), shape.dtype),
         )
         return jax.lax.cond(chosen.any(), lambda: _lens(lens(states), chosen, k), lambda: skipped)
 
-    parts = jax.lax.map(one, (states.reshape(-1, chunk, D), chosen.reshape(-1, chunk)))
-    inverse = jnp.argsort(order)
+    parts = jax.lax.map(one, (states, chosen))
+    inverse = jnp.argsort(order, axis=1)
 
     def unsort(part):
-        flat = part.reshape(-1, *part.shape[2:])[: B * T]
-        return flat[inverse].reshape(B, T, *part.shape[2:])
+        tail = part.shape[3:]
+        flat = part.swapaxes(0, 1).reshape(shards, -1, *tail)[:, :n]
+        flat = jnp.take_along_axis(flat, inverse.reshape(shards, n, *(1,) * len(tail)), 1)
+        return mesh.constrain(flat.reshape(B, T, *tail), ("B", *(None,) * (1 + len(tail))))
 
     return jax.tree.map(unsort, parts)
 
 
 def _lens(logits, chosen, k: int) -> Lens:
-    best, ids = top_k(logits, k)
+    logits = mesh.constrain(logits, ("B", None, "V"))
+    best, ids = split.top_k(logits, k, top_k)
     total = jax.nn.logsumexp(logits, -1)
-    entropy = total - jnp.sum(jnp.exp(logits - total[:, None]) * logits, -1)
+    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, -1)
     return Lens(
-        ids=jnp.where(chosen[:, None], ids.astype(jnp.int32), -1),
-        log_probs=jnp.where(chosen[:, None], best - total[:, None], 0),
+        ids=jnp.where(chosen[..., None], ids.astype(jnp.int32), -1),
+        log_probs=jnp.where(chosen[..., None], best - total[..., None], 0),
         entropy=jnp.where(chosen, entropy, 0),
     )
 

@@ -13,6 +13,7 @@ import tqdm
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.sharding import hosts
 from mllm_jax.workdir import atomic_npz, fingerprint, structure
 
 
@@ -55,8 +56,11 @@ def reduce(
         found = {name: value.wide() for name, value in out.captures.items()}
         total = found if total is None else {n: total[n].merge(found[n]) for n in found}
         done += 1
-        if done % every == 0:
+        leaving = hosts.leaving()
+        if leaving or done % every == 0:
             store.write(done, total)
+        if leaving:
+            hosts.leave(label)
     if total is None:
         raise ValueError(f"{label}: there was no batch to reduce")
     store.write(done, total)
@@ -72,7 +76,7 @@ class _Store:
         self.asked = "" if path is None else f"{fingerprint(asked)} {structure(*asked)}"
 
     def load(self) -> tuple[int, dict[str, Any] | None]:
-        if self.path is None or not self.path.exists():
+        if self.path is None or not hosts.agree(self.path.exists()):
             return 0, None
         with np.load(self.path, allow_pickle=False) as file:
             if str(file["asked"]) != self.asked:

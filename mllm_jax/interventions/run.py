@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mllm_jax.interventions.captures import BoundCapture, Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import mesh
 
 LOGITS = ("last", "all", "none")
 
@@ -86,7 +88,9 @@ def run(
         raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
     batch = batch.replace(processor=None)
     bound, asked = bind(model, batch, edits, captures)
-    return _run(model, batch, bound, asked, logits=logits, remat=remat)
+    with mesh.on(model):
+        read = mesh.place(batch), place(bound), asked
+        return mesh.home(_run(model, *read, logits=logits, remat=remat))
 
 
 def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
@@ -95,6 +99,29 @@ def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str
         return (), {}
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
     return edits_.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+
+
+def place(
+    bound: tuple[BoundEdit, ...], put: Callable[[Any, tuple], Any] = mesh.put
+) -> tuple[BoundEdit, ...]:
+    """Edits of which each device holds what its part of the site needs; see `mesh.place`."""
+    return tuple(_placed(edit, put) for edit in bound)
+
+
+def _placed(edit: BoundEdit, put: Callable[[Any, tuple], Any]) -> BoundEdit:
+    site = edit.site
+    full, rows = ("L", *site.axes), (site.axes[0], None)
+
+    def value(array):
+        return put(array, full if array.ndim == len(full) else (None,) * array.ndim)
+
+    return dataclasses.replace(
+        edit,
+        units=put(edit.units, ("L", site.axes[edits_.unit_axis(site)])),
+        tokens=put(edit.tokens, rows),
+        values=jax.tree.map(value, edit.values),
+        along=jax.tree.map(lambda array: put(array, rows), edit.along),
+    )
 
 
 def forward(model, batch, taps: Taps, logits: str = "last"):

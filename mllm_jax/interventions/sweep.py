@@ -33,6 +33,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.run import Out
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import hosts, mesh
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
@@ -107,42 +108,49 @@ def sweep(
     asked = run_.bind(model, batch, None, captures)[1]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
-    trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
-    chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch)), len(bound))
-    widths = _common_shapes(bound)
+    with mesh.on(model):
+        trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
+        ways = mesh.ways("R")  # as many lanes in each
+        chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch), ways), len(bound))
+        chunk = -(-chunk // ways) * ways
+        widths = _common_shapes(bound)
 
-    def lanes(numbers):
-        filled = np.resize(numbers, chunk)  # the first lanes again where there are no more
-        return jax.tree.map(
-            lambda shape, *leaves: np.stack([np.broadcast_to(leaf, shape) for leaf in leaves]),
-            widths, *(bound[i] for i in filled), is_leaf=_is_shape,
-        )  # fmt: skip
+        def program(numbers):
+            lanes = _stacked(widths, [bound[i] for i in np.resize(numbers, chunk)])
+            prefix = int(trunk.prefix[numbers[0]])
+            resume, past = trunk.resume(numbers)
+            return functools.partial(
+                _lanes, metric, model, trunk.batch, lanes, asked, resume, past,
+                logits=logits, prefix=prefix,
+            )  # fmt: skip
 
-    def program(numbers):
-        prefix = int(trunk.prefix[numbers[0]])
-        resume, past = trunk.resume(numbers)
-        return functools.partial(
-            _lanes, metric, model, trunk.batch, lanes(numbers), asked, resume, past,
-            logits=logits, prefix=prefix,
-        )  # fmt: skip
-
-    shape = jax.eval_shape(program(np.arange(1)))
-    rows = _Rows(shape, len(bound), save, (metric, model, batch, bound, asked))
-    chunks = [numbers for numbers in trunk.chunks(chunk) if not rows.done[numbers].all()]
-    left = sum(len(numbers) for numbers in chunks)
-    with tqdm.tqdm(
-        total=len(bound), initial=len(bound) - left, desc=label, leave=False,
-        disable=len(chunks) < 2,
-    ) as bar:  # fmt: skip
-        for numbers in chunks:
-            rows.write(numbers, program(numbers)())
-            bar.update(len(numbers))
+        shape = jax.eval_shape(program(np.arange(1)))
+        rows = _Rows(shape, len(bound), save, (metric, model, batch, bound, asked))
+        chunks = [numbers for numbers in trunk.chunks(chunk) if not rows.done[numbers].all()]
+        left = sum(len(numbers) for numbers in chunks)
+        with tqdm.tqdm(
+            total=len(bound), initial=len(bound) - left, desc=label, leave=False,
+            disable=len(chunks) < 2,
+        ) as bar:  # fmt: skip
+            for numbers in chunks:
+                rows.write(numbers, mesh.home(program(numbers)()))
+                bar.update(len(numbers))
+                if hosts.leaving():
+                    hosts.leave(label)
     return rows.values
+
+
+def _stacked(widths: Any, lanes: Sequence[tuple[BoundEdit, ...]]) -> tuple[BoundEdit, ...]:
+    """The edits of these lanes as one, each array with a leading R axis."""
+    return jax.tree.map(
+        lambda shape, *leaves: np.stack([np.broadcast_to(leaf, shape) for leaf in leaves]),
+        widths, *lanes, is_leaf=_is_shape,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))
 def _lanes(metric, model, batch, lanes, captures, resume, past, *, logits, prefix):
-    def lane(edits):
+    def lane(edits, metric, model, batch, captures, resume, past):
         taps = Taps(edits, captures, resume=resume, at=prefix)
         if past is None:
             scores, _ = run_.forward(model, batch, taps, logits)
@@ -153,7 +161,9 @@ def _lanes(metric, model, batch, lanes, captures, resume, past, *, logits, prefi
             scores = run_.at_last(model, batch, x, taps) if logits == "last" else None
         return metric(Out(scores, taps.captured, taps.receipt_list()))
 
-    return jax.vmap(lane)(lanes)
+    shared = metric, model, batch, captures, resume, past
+    every = jax.vmap(lane, in_axes=(0, *(None for _ in shared)))
+    return mesh.spread(every, lanes, *shared)
 
 
 def _common_shapes(bound: list[tuple[BoundEdit, ...]]) -> Any:
@@ -167,12 +177,13 @@ def _is_shape(node) -> bool:
     return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
-def _chunk(trunk: trunk_.Trunk, shapes: dict[str, SiteShape]) -> int:
-    """Lanes at one time: a power of two within BUDGET, see `sweep`."""
+def _chunk(trunk: trunk_.Trunk, shapes: dict[str, SiteShape], ways: int) -> int:
+    """Lanes at one time: a power of two within BUDGET for each of `ways` parts, see `sweep`."""
     sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
     widest = int(max(size for name, size in sizes.items() if name != "logits"))
-    most = max(1, min(BUDGET // widest, len(trunk.first)))
-    return min((2**i for i in range(most.bit_length())), key=lambda n: (trunk.cost(n), -n))
+    most = max(1, min(BUDGET // widest, -(-len(trunk.first) // ways)))
+    sizes = (ways * 2**i for i in range(most.bit_length()))
+    return min(sizes, key=lambda n: (trunk.cost(n), -n))
 
 
 class _Rows:
@@ -185,7 +196,7 @@ class _Rows:
         if self.path is None:
             return
         self.asked = f"{workdir.fingerprint(asked)} {workdir.structure(shape, asked)}"
-        if self.path.exists():
+        if hosts.agree(self.path.exists()):
             self._read()
 
     def _read(self) -> None:

@@ -20,6 +20,7 @@ from mllm_jax import narrow, sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
+from mllm_jax.sharding import mesh
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +105,7 @@ class Tap:
 
     def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
         self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)
+        x = mesh.constrain(x, site.axes)
         for number, edit in self.edits.items():
             if edit.site == site:
                 x = self._edit(number, edit, x)

@@ -15,6 +15,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models.cache import Cache
+from mllm_jax.sharding import mesh
 
 BUDGET = 2**30  # bytes of the states that are kept
 PREFIX = 16  # tokens: a shared prefix is a multiple of this, so that programs are few
@@ -88,7 +89,7 @@ def whole(model, batch, bound, asked, logits: str) -> Trunk:
     """A trunk of nothing: every lane runs all layers; see `grow`."""
     nothing = np.zeros(len(bound), int)
     layers = run_.site_shapes(model, batch)["lm.resid_pre"].layers
-    return Trunk(batch, nothing, _stops(bound, asked, logits, layers), nothing)
+    return Trunk(batch, nothing, stops(bound, asked, logits, layers), nothing)
 
 
 def grow(model, batch, bound, asked, logits: str) -> Trunk:
@@ -123,7 +124,7 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
     states, captured, past = _clean(
         model, batch, asked | {_STATE: state}, module=module, prefix=int(prefix.max())
     )
-    stop = _stops(bound, asked, logits, shapes["lm.resid_pre"].layers)
+    stop = stops(bound, asked, logits, shapes["lm.resid_pre"].layers)
     if module == "lm" and stop is not None:
         stop = np.where(first < layers - 1, stop, layers)  # a lane begins below where it ends
     return Trunk(batch, first, stop, prefix, module, layers, every, states, captured, past)
@@ -132,19 +133,23 @@ def grow(model, batch, bound, asked, logits: str) -> Trunk:
 @functools.partial(jax.jit, static_argnames=("module", "prefix"))
 def _clean(model, batch, captures, *, module, prefix):
     inside = {n: c for n, c in captures.items() if c.site.module == module and c.site.stacked}
-    taps = Taps((), inside)
-    past = None
-    if module == "vision":
-        model.features(batch, taps)
-    else:
-        _, cache = model(batch, taps)
-        past = cache.first(prefix) if prefix else None
-    return taps.captured.pop(_STATE), taps.captured, past
+
+    def clean(_, model, batch, inside):
+        taps = Taps((), inside)
+        past = None
+        if module == "vision":
+            model.features(batch, taps)
+        else:
+            _, cache = model(batch, taps)
+            past = cache.first(prefix) if prefix else None
+        return taps.captured.pop(_STATE), taps.captured, past
+
+    return mesh.spread(clean, None, model, batch, inside)
 
 
 @jax.jit
 def _features(model, batch):
-    return model.features(batch, Taps())
+    return mesh.spread(lambda _, model, batch: model.features(batch, Taps()), None, model, batch)
 
 
 def _first(edits: tuple[BoundEdit, ...], module: str, layers: int) -> int:
@@ -155,7 +160,7 @@ def _first(edits: tuple[BoundEdit, ...], module: str, layers: int) -> int:
     return int(min((at[0] for at in reached), default=layers - 1))
 
 
-def _stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
+def stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
     """int[R], see `Trunk.stop`."""
     states = any(capture.site.module == "lm" for capture in asked.values())
     normed = any(edit.site == sites.lm.norm for edits in bound for edit in edits)

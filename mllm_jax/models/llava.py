@@ -16,6 +16,7 @@ from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.llama import Llama, LlamaConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.sharding import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,8 @@ class Llava(nnx.Module):
             return tap(sites.lm.embed, words)
         images = self.images(batch, taps).astype(words.dtype)
         at = batch.image_at
-        merged = jnp.where((at >= 0)[..., None], images[jnp.maximum(at, 0)], words)
+        images = split.take(images, jnp.maximum(at, 0), len(batch.real))
+        merged = jnp.where((at >= 0)[..., None], images, words)
         return tap(sites.lm.embed, merged)
 
     def __call__(

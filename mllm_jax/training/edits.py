@@ -26,6 +26,8 @@ import numpy as np
 import optax
 import tqdm
 
+from mllm_jax.sharding import mesh
+
 
 class Gate(NamedTuple):
     """A gate between 0 and 1 of a parameter, its logit.
@@ -88,25 +90,27 @@ def learn(
         label: of the progress bar.
     """
 
-    @jax.jit
     def update(params, state, model, batch, key):
         value, slope = jax.value_and_grad(loss)(params, model, batch, key)
         change, state = optimiser.update(slope, state, params)
         return optax.apply_updates(params, change), state, value
 
-    params = jax.tree.map(jnp.asarray, start)
-    state, curve = optimiser.init(params), np.zeros((len(batches),), np.float32)
-    bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
-    for step in bar:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        params, state, value = update(params, state, model, batches[step], key)
-        curve[step] = value
-        bar.set_postfix(loss=f"{curve[step]:.3f}", refresh=False)
-        if not np.isfinite(curve[step]):
-            raise FloatingPointError(
-                f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate"
-            )
-    return params, curve
+    curve = np.zeros((len(batches),), np.float32)
+    with mesh.on(model):
+        params = mesh.settle(jax.tree.map(jnp.asarray, start))
+        state = mesh.settle(optimiser.init(params))
+        update = jax.jit(update, out_shardings=(*map(mesh.places, (params, state)), None))
+        bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
+        for step in bar:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            params, state, value = update(params, state, model, batches[step], key)
+            curve[step] = value
+            bar.set_postfix(loss=f"{curve[step]:.3f}", refresh=False)
+            if not np.isfinite(curve[step]):
+                raise FloatingPointError(
+                    f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate"
+                )
+    return mesh.home(params), curve
 
 
 def alignment(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 import tqdm
 from orbax.checkpoint import v1 as ocp
 
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 
 
@@ -22,28 +24,49 @@ class Recipe:
     """How a part is trained.
 
     Attributes:
-      part: a name of `parts.PARTS`.
+      part: what trains, see `parts.split`. lora: if it is low-rank, how.
       rate: peak learning rate. warmup: share of the steps that it rises over; then a cosine to 0.
+      projector_rate: that of the projector, where it is another.
       weight_decay: of AdamW. clip: largest norm of the gradient, 0 for none.
+      accumulate: batches to a step.
       remat: save memory in the backward pass.
       every: steps between two checkpoints.
     """
 
     part: str = "projector"
+    lora: parts.Lora = dataclasses.field(default_factory=parts.Lora)
     rate: float = 1e-3
+    projector_rate: float | None = None
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
+    accumulate: int = 1
     remat: bool = False
     every: int = 50
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Out of plain values, as a config holds them."""
+        lora = parts.Lora(**fields.get("lora", {}))
+        return cls(**{**fields, "lora": lora})
+
     def optimiser(self, steps: int) -> optax.GradientTransformation:
-        """AdamW with warm-up and cosine."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.rate, max(1, round(self.warmup * steps)), max(2, steps)
-        )
+        """AdamW with warm-up and cosine, of what `parts.split` says that trains."""
+
+        def adamw(rate):
+            schedule = optax.warmup_cosine_decay_schedule(
+                0.0, rate, max(1, round(self.warmup * steps)), max(2, steps)
+            )
+            return optax.adamw(schedule, weight_decay=self.weight_decay)
+
+        step = adamw(self.rate)
+        if self.projector_rate is not None:
+            step = optax.multi_transform(
+                {"projector": adamw(self.projector_rate), "other": step},
+                lambda trained: {p: "projector" if p == "projector" else "other" for p in trained},
+            )
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-        return optax.chain(clip, optax.adamw(schedule, weight_decay=self.weight_decay))
+        return optax.chain(clip, step)
 
 
 def fit(
@@ -51,54 +74,90 @@ def fit(
     batches: Sequence[Any],
     recipe: Recipe,
     *,
+    neurons: Mapping[str, Any] | None = None,
     save: str | pathlib.Path | None = None,
-    loss: Callable = losses.mean_answer_nll,
+    loss: Callable = losses.answer_nll,
     label: str = "train",
 ):
-    """The model after one step on each batch, and the loss of each step.
+    """The model after all batches, `recipe.accumulate` of them a step, and the loss of each step.
 
     Args:
-      batches: one for each step, made when asked for, always the same at the same place.
+      batches: made when asked for, always the same at the same place, all of one shape.
+      neurons: those that train, if the part says so; see `parts.split`.
       save: a folder for checkpoints; a killed run continues from the newest and ends with the
         same weights.
+      loss: (model, batch, remat=) -> sums float32[B] and what they are sums over [B], such as
+        tokens. All sums of a step are divided by all counts: it does not matter how a step is cut
+        into batches. A function of a module, so that a second run compiles nothing.
       label: of the progress bar.
 
     Returns:
       The trained model, float32[steps].
     """
-    merge, trained, frozen = parts.split(model, recipe.part)
-    steps = len(batches)
-    optimiser = recipe.optimiser(steps)
-
-    @jax.jit
-    def update(trained, state, frozen, batch):
-        def objective(trained):
-            return loss(merge(trained, frozen), batch, remat=recipe.remat)
-
-        value, gradient = jax.value_and_grad(objective)(trained)
-        change, state = optimiser.update(gradient, state, trained)
-        return optax.apply_updates(trained, change), state, value
-
-    curve = np.zeros((steps,), np.float32)
-    leaves, shape = jax.tree.flatten((trained, optimiser.init(trained)))
-    store = _Checkpoints(save)
-    first, leaves, curve = store.newest(leaves, curve)
-    trained, state = jax.tree.unflatten(shape, leaves)
-    bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
-    for step in bar:
-        batch = batches[step].replace(processor=None)
-        trained, state, value = update(trained, state, frozen, batch)
-        curve[step] = value
-        recent = curve[max(0, step - 19) : step + 1].mean()
-        bar.set_postfix(loss=f"{recent:.3f}")
-        if not np.isfinite(curve[step]):
-            raise FloatingPointError(
-                f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
-                f"(now {recipe.rate}) or look at batch {step}"
-            )
-        if (step + 1) % recipe.every == 0 or step + 1 == steps:
-            store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+    merge, trained, frozen = parts.split(model, recipe.part, lora=recipe.lora, neurons=neurons)
+    size = recipe.accumulate
+    steps, left = divmod(len(batches), size)
+    if left:
+        raise ValueError(f"{len(batches)} batches are no steps of accumulate={size}")
+    trained = jax.tree.map(jnp.copy, trained)  # each step takes the place of the last in memory
+    with mesh.on(model):
+        trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
+        leaves, shape = jax.tree.flatten((trained, state))
+        where = tuple(jax.tree.leaves(mesh.places(leaves)))
+        step_ = functools.partial(
+            _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
+        )
+        store = _Checkpoints(save)
+        first, leaves, curve = store.newest(leaves, np.zeros((steps,), np.float32))
+        trained, state = jax.tree.unflatten(shape, leaves)
+        bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
+        for step in bar:
+            some = [batches[step * size + i].replace(processor=None) for i in range(size)]
+            trained, state, value = step_(trained, state, frozen, [*map(mesh.place, some)])
+            curve[step] = value
+            recent = curve[max(0, step - 19) : step + 1].mean()
+            bar.set_postfix(loss=f"{recent:.3f}")
+            if not np.isfinite(curve[step]):
+                raise FloatingPointError(
+                    f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
+                    f"(now {recipe.rate}) or look at batch {step}"
+                )
+            leaving = hosts.leaving()
+            if leaving or (step + 1) % recipe.every == 0 or step + 1 == steps:
+                store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+            if leaving:
+                hosts.leave(label)
     return merge(trained, frozen), curve
+
+
+def update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
+    """One step on some batches; the loss before it. What comes out lies where it lay."""
+
+    def total(trained, batch):
+        sums, counts = loss(merge(trained, frozen), batch, remat=recipe.remat)
+        return sums.sum(), counts.sum()
+
+    def add(found, batch):
+        (value, count), gradient = jax.value_and_grad(total, has_aux=True)(trained, batch)
+        return jax.tree.map(jnp.add, found, (gradient, value, count.astype(jnp.float32))), None
+
+    nothing = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros(())
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    (gradient, value, count), _ = jax.lax.scan(add, nothing, stacked)
+    count = jnp.maximum(count, 1)
+    gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
+    change, state = recipe.optimiser(steps).update(gradient, state, trained)
+    leaves, shape = jax.tree.flatten((optax.apply_updates(trained, change), state))
+    if places:
+        leaves = map(jax.lax.with_sharding_constraint, leaves, places)
+    return *jax.tree.unflatten(shape, leaves), value / count
+
+
+_update = jax.jit(
+    update,
+    static_argnames=("merge", "recipe", "steps", "loss", "places"),
+    donate_argnames=("trained", "state"),
+)
 
 
 class _Checkpoints:
@@ -107,7 +166,10 @@ class _Checkpoints:
     def __init__(self, path):
         self.checkpointer = None
         if path is not None:
-            self.checkpointer = ocp.training.Checkpointer(pathlib.Path(path).absolute())
+            newest = ocp.training.preservation_policies.LatestN(2)
+            self.checkpointer = ocp.training.Checkpointer(
+                pathlib.Path(path).absolute(), preservation_policy=newest
+            )
 
     def newest(self, leaves: list, curve: np.ndarray):
         if self.checkpointer is None or self.checkpointer.latest is None:
@@ -125,7 +187,7 @@ class _Checkpoints:
     def _tree(leaves, curve):
         # Orbax restores an array that knows where it lives; one of NumPy does not.
         named = {str(i): leaf for i, leaf in enumerate(leaves)}
-        return {"leaves": named, "curve": jnp.asarray(curve)}
+        return {"leaves": named, "curve": mesh.settle(jnp.asarray(curve))}
 
 
 def ocp_abstract(leaf):
@@ -141,11 +203,12 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    for batch in tqdm.tqdm(batches, desc=label, leave=False):
-        batch = batch.replace(processor=None)
-        swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
-        nll, tokens = step(model, batch)
-        right += float(nll.sum())
-        wrong += float(step(model, swapped)[0].sum())
-        count += int(tokens.sum())
+    with mesh.on(model):
+        for batch in tqdm.tqdm(batches, desc=label, leave=False):
+            batch = batch.replace(processor=None)
+            swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
+            nll, tokens = mesh.home(step(model, mesh.place(batch)))
+            right += float(nll.sum())
+            wrong += float(mesh.home(step(model, mesh.place(swapped)))[0].sum())
+            count += int(tokens.sum())
     return right / count, wrong / count

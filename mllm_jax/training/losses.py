@@ -1,4 +1,4 @@
-"""Losses: next-token likelihood of the answer, logits at label positions only."""
+"""The loss: next-token likelihood of the answer, logits at label positions only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.sharding import split
 
 
 def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -25,11 +26,5 @@ def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Arr
     states = jnp.take_along_axis(x, before[..., None], 1)
     wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
     log_probs = jax.nn.log_softmax(model.logits(states, taps))
-    said = jnp.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
+    said = split.pick(log_probs, wanted)
     return -jnp.where(real, said, 0).sum(-1), real.sum(-1)
-
-
-def mean_answer_nll(model, batch, *, remat: bool = False) -> jax.Array:
-    """Nats per answer token, over the whole batch."""
-    nll, count = answer_nll(model, batch, remat=remat)
-    return nll.sum() / jnp.maximum(count.sum(), 1)

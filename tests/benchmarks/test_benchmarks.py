@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import clock, harness, kernels, profile, work
 
-NAMES = ("sweep", "counts", "lens", "score", "generate", "prefill")
+NAMES = ("sweep", "counts", "lens", "score", "generate", "prefill", "finetune")
 
 
 @pytest.fixture(autouse=True, scope="module")

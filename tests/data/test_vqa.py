@@ -264,3 +264,8 @@ def test_prompt_of_driving():
 def test_prompt_errors(arguments, how, message):
     with pytest.raises(ValueError, match=message):
         prompts.prompt(*arguments, **how)
+
+
+def test_data_sets_may_be_in_a_bucket():
+    folder = vqa._root("gs://bucket/sets") / "vqav2" / "paper"
+    assert str(folder) == "gs://bucket/sets/vqav2/paper"

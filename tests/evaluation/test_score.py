@@ -89,8 +89,8 @@ def test_candidates_of_unequal_length_and_number(tiny_model, prompts):
 class Letters:
     """A processor to whom a letter is a token and 0 the end."""
 
-    def answer_ids(self, text):
-        return [ord(c) - 64 for c in text] + [0]
+    def answer_ids(self, text, end=True):
+        return [ord(c) - 64 for c in text] + [0] * end
 
 
 def test_candidates_as_text():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
@@ -142,24 +143,36 @@ def execute():
 
 @pytest.fixture(scope="session")
 def survive():
-    """Runs a command that is killed (SIGKILL) at random moments, until it ends by itself.
+    """Runs a command that is killed at random moments, until it ends by itself.
 
     The moments are counted in files of its workdir, so that they do not depend on the machine.
+
+    Args:
+        finished: the workdir of one that was not killed. times: how often it is killed.
+        kill: how; by default SIGKILL. restart: the command of the last start, if another.
     """
 
-    def run(command: list[str], workdir: pathlib.Path, finished: pathlib.Path) -> None:
+    def run(
+        command: list[str],
+        workdir: pathlib.Path,
+        finished: pathlib.Path,
+        *,
+        kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
+        times: int = 3,
+        restart: list[str] | None = None,
+    ) -> None:
         dice = random.Random(0)
         whole = _files(finished)
-        for moment in sorted(dice.sample(range(2, max(6, int(0.8 * whole))), 3)):
+        for moment in sorted(dice.sample(range(2, max(3 + times, int(0.8 * whole))), times)):
             process = _start(command)
             while _files(workdir) < moment:
                 assert process.poll() is None, "it ended before it was killed"
                 time.sleep(0.02)
             time.sleep(dice.uniform(0, 0.5))
             assert process.poll() is None, "it ended before it was killed"
-            process.kill()
-            process.wait()
-        assert _start(command).wait(600) == 0
+            kill(process)
+            assert process.wait() != 0
+        assert _start(restart or command).wait(600) == 0
 
     return run
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+from etils import epath
 
 from mllm_jax import workdir
 from mllm_jax.data import domains
@@ -58,18 +59,7 @@ def build(
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
     """
-    import tensorflow_datasets as tfds
-
-    kind, root = _builder(name), _root(root)
-    kind.require(pathlib.Path(manual) / name)
-    made = kind(data_dir=str(root), config=_known("size", size, SIZES), file_format="array_record")
-    made.download_and_prepare(
-        download_dir=str(root / "downloads"),
-        download_config=tfds.download.DownloadConfig(
-            manual_dir=str(manual), try_download_gcs=False
-        ),
-    )
-    return pathlib.Path(made.data_dir)
+    return _builder(name).build(manual, _root(root), _known("size", size, SIZES))
 
 
 def load(
@@ -88,7 +78,8 @@ def load(
         split: "train" or "val".
         model: "llava_next" or "instructblip".
         of: "activation", "lens" or "generation"; see `prompts.prompt`.
-        root: where data sets are kept; the user's cache by default.
+        root: where data sets are kept, which may be a bucket, "gs://..."; the user's cache by
+            default.
         size: one of SIZES.
 
     Returns:
@@ -97,19 +88,15 @@ def load(
     Raises:
         FileNotFoundError: it is not built; the message says how.
     """
-    import tensorflow_datasets as tfds
-
-    kind, root = _builder(name), _root(root)
+    root = _root(root)
     _known("split", split, SPLITS)
-    folder = root / name / _known("size", size, SIZES) / str(kind.VERSION)
-    if not (folder / "dataset_info.json").is_file():
+    source = _builder(name).source(root, split, _known("size", size, SIZES))
+    if source is None:
         raise FileNotFoundError(
             f"{name} ({size}) is not built in {root}: run "
             f"mllm_jax.data.vqa.build({name!r}, manual=FOLDER). {instructions(name)}"
         )
-    source = tfds.builder_from_directory(str(folder)).as_data_source(split)
-    built = (folder / "dataset_info.json").read_bytes()
-    return domains.Domain(name, split, _Records(name, source, model, of, built))
+    return domains.Domain(name, split, _Records(name, source, model, of))
 
 
 def side_by_side(pictures: Sequence[bytes]) -> bytes:
@@ -131,12 +118,11 @@ class _Records(Sequence):
     source: Sequence
     model: str
     of: str
-    built: bytes
 
     @property
     def fingerprint(self) -> str:
         """sha256 of what TFDS says of the files: they are too many to be read for it."""
-        return hashlib.sha256(self.built).hexdigest()
+        return hashlib.sha256(self.source.dataset_info.as_json.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -179,5 +165,5 @@ def _known(what: str, name: str, names: Sequence[str]) -> str:
     return name
 
 
-def _root(root: str | os.PathLike | None) -> pathlib.Path:
-    return workdir.cache_directory() / "vqa" if root is None else pathlib.Path(root)
+def _root(root: str | os.PathLike | None) -> epath.Path:
+    return epath.Path(workdir.cache_directory() / "vqa" if root is None else root)

@@ -6,8 +6,9 @@ import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 
+from mllm_jax.data.manual import Need
 from mllm_jax.data.vqa import builder
-from mllm_jax.data.vqa.builder import Need, Row
+from mllm_jax.data.vqa.builder import Row
 
 _SHARDS = {"train": "data/train-*.parquet", "val": "data/validation-*.parquet"}
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
+from mllm_jax.data.manual import Need
 from mllm_jax.data.vqa import builder
-from mllm_jax.data.vqa.builder import Need, Row
+from mllm_jax.data.vqa.builder import Row
 
 
 class Lingoqa(builder.VqaBuilder):

@@ -11,8 +11,9 @@ import csv
 import pathlib
 from collections.abc import Iterator
 
+from mllm_jax.data.manual import Need
 from mllm_jax.data.vqa import builder
-from mllm_jax.data.vqa.builder import Need, Row
+from mllm_jax.data.vqa.builder import Row
 
 _TABLES = {"train": "train.csv", "val": "test_clean.csv"}
 _LETTERS = "ABCD"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
+from mllm_jax.data import manual
+from mllm_jax.data.manual import Need
 from mllm_jax.data.vqa import builder
-from mllm_jax.data.vqa.builder import Need, Row
+from mllm_jax.data.vqa.builder import Row
 
 _FILE = "USGS_split_{}_{}.json"
 
@@ -26,8 +28,8 @@ class RsvqaHr(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
-        asked = builder.read_json(folder / _FILE.format(split, "questions"))["questions"]
-        said = builder.read_json(folder / _FILE.format(split, "answers"))["answers"]
+        asked = manual.read_json(folder / _FILE.format(split, "questions"))["questions"]
+        said = manual.read_json(folder / _FILE.format(split, "answers"))["answers"]
         answers = {answer["id"]: answer for answer in said}
         active = [question for question in asked if question["active"]]
         for question in builder.shuffled(active, 4):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
+from mllm_jax.data import manual
+from mllm_jax.data.manual import Need
 from mllm_jax.data.vqa import builder
-from mllm_jax.data.vqa.builder import Need, Row
+from mllm_jax.data.vqa.builder import Row
 
 _QUESTIONS = "v2_OpenEnded_mscoco_{}2014_questions.json"
 _ANNOTATIONS = "v2_mscoco_{}2014_annotations.json"
@@ -29,8 +31,8 @@ class Vqav2(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
-        asked = builder.read_json(folder / _QUESTIONS.format(split))["questions"]
-        annotations = builder.read_json(folder / _ANNOTATIONS.format(split))["annotations"]
+        asked = manual.read_json(folder / _QUESTIONS.format(split))["questions"]
+        annotations = manual.read_json(folder / _ANNOTATIONS.format(split))["annotations"]
         about = {found["question_id"]: found for found in annotations}
         for question in builder.shuffled(asked, 4):
             found = about[question["question_id"]]

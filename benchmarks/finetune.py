@@ -1,0 +1,78 @@
+"""Fine-tuning of the projector, all else frozen: a few steps of AdamW on batches of eight.
+
+The shapes are the embedded model's, patches folded; transformers knows no such model, so that the
+rivals put theirs together out of its parts. Nobody recomputes layers to save memory.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import harness, work
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.models import llava
+from mllm_jax.training import fit
+
+RECIPE = fit.Recipe(rate=1e-3)
+
+
+def sides(done: work.Work):
+    batches = [labelled(done, batch) for batch in folded_batches(done)]
+    model = folded(done)
+    features = jax.jit(lambda model, batch: model.features(batch, Taps()))
+    batches = [b.replace(features=np.asarray(features(model, b)), pixels=None) for b in batches]
+
+    def ours():
+        return {"losses": fit.fit(model, batches, RECIPE)[1]}
+
+    return {harness.OURS: ours}
+
+
+def config(done: work.Work) -> llava.LlavaConfig:
+    """That of the work, with four patches folded into each image token."""
+    of = done.size.config
+    return llava.LlavaConfig.of(of.vision, of.lm, fold=2, image_token=of.image_token)
+
+
+def folded(done: work.Work) -> llava.Llava:
+    """The model of the work with a projector of folded patches."""
+    model = work.random_model(config(done))
+    model.vision, model.lm = done.model.vision, done.model.lm
+    for i, linear in enumerate(model.projector.linears):
+        linear.kernel[...] = jnp.asarray(done.inputs[f"fold_kernel_{i}"])
+        linear.bias[...] = jnp.zeros(linear.bias.shape)
+    return model
+
+
+def folded_batches(done: work.Work) -> list[llava.Batch]:
+    """All pictures, with as few image tokens as are left."""
+    of, ids = config(done), done.inputs["ids"]
+    image = np.full((len(ids), of.image_tokens), of.image_token)
+    ids = np.concatenate([ids[:, :1], image, ids[:, 1 + done.size.config.image_tokens :]], 1)
+    starts = range(0, len(ids), work.BATCH)
+    return [
+        work.to_batch(of, ids[i : i + work.BATCH], done.inputs["pixels"][i : i + work.BATCH])
+        for i in starts
+    ]
+
+
+def labelled(done: work.Work, batch: llava.Batch) -> llava.Batch:
+    """The batch with its last words for an answer."""
+    T, A = batch.ids.shape[1], done.size.answer
+    labels = np.broadcast_to(np.arange(T - A, T, dtype=np.int32), (len(batch.ids), A))
+    return batch.replace(labels=labels)
+
+
+BENCHMARK = harness.Benchmark(
+    name="finetune",
+    about="steps of AdamW on the projector, batches of eight, vision features kept",
+    sides=sides,
+    rivals=("hf_trainer", "hf_trainer_cached", "hf_careful"),
+    bounds=(harness.faster("hf_trainer", 2), harness.faster("hf_trainer_cached", 1.2)),
+    pictures=3 * work.BATCH,
+)
+
+if __name__ == "__main__":
+    harness.run(BENCHMARK)

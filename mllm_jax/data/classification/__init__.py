@@ -1,0 +1,148 @@
+"""The four data sets of the projection study (Verma et al. 2024): TFDS builders and tasks.
+
+    classification.build("plantdoc", manual="/data/tasks")   # from /data/tasks/plantdoc, once
+    task = classification.task("plantdoc")                   # a Task, as those of the embedded data
+    print(classification.instructions("plantdoc"))           # what to download, and where it goes
+
+No TensorFlow is needed. `tfds.builder_from_directory` reads what is built as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from mllm_jax import workdir
+from mllm_jax.data import domains, tasks
+
+NAMES = ("plantdoc", "dtd", "dermnet", "crisismmd")  # in the paper's order
+SPELLINGS = ("corrected", "official")
+
+
+def instructions(name: str) -> str:
+    """What to download for a data set, and where it goes."""
+    return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
+
+
+def build(
+    name: str, manual: str | os.PathLike, root: str | os.PathLike | None = None
+) -> pathlib.Path:
+    """Builds a data set into array_record files, unless it is there.
+
+    Args:
+        name: one of NAMES.
+        manual: the folder that holds `<name>/` with the files as they were downloaded.
+        root: where data sets are kept; the user's cache by default.
+
+    Returns:
+        The folder of what is built.
+
+    Raises:
+        FileNotFoundError: files are missing; the message lists them and where they come from.
+    """
+    return _builder(name).build(manual, _root(root))
+
+
+def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> domains.Domain:
+    """A split of a data set that is built; pictures are read when they are asked for.
+
+    Args:
+        name: one of NAMES.
+        split: "train", "test", and "val" of dtd and crisismmd.
+        root: where data sets are kept; the user's cache by default.
+
+    Returns:
+        The domain. An example's label is that of the data set; it has no questions.
+
+    Raises:
+        FileNotFoundError: it is not built; the message says how.
+    """
+    kind, root = _builder(name), _root(root)
+    source = kind.source(root, _known("split", split, kind.SPLITS))
+    if source is None:
+        raise FileNotFoundError(
+            f"{name} is not built in {root}: run "
+            f"mllm_jax.data.classification.build({name!r}, manual=FOLDER). {instructions(name)}"
+        )
+    return domains.Domain(name, split, _Records(name, split, source, kind.LABELS, kind.LICENCE))
+
+
+def task(
+    name: str,
+    *,
+    spelling: str = "corrected",
+    held: float = 0.1,
+    near_copy: float | None = None,
+    seed: int = 0,
+    root: str | os.PathLike | None = None,
+) -> tasks.Task:
+    """A data set that is built, as a task with the paper's classes and splits.
+
+    Args:
+        name: one of NAMES.
+        spelling: of the classes. "official" leaves the underscores of labels out, as the released
+            code does ("Bellpepper leaf"); "corrected" has spaces for them.
+        held: which share of each class of train is held, of a data set without "val".
+        near_copy: how alike two near copies are, such as 0.98: train is freed of those of test and
+            held pictures. None compares nothing and keeps the splits as they are.
+        seed: of what is held.
+        root: where data sets are kept; the user's cache by default.
+    """
+    kind = _builder(name)
+    classes = kind.CLASSES
+    if _known("spelling", spelling, SPELLINGS) == "official":
+        classes = {label.replace("_", ""): label for label in classes.values()}
+    return tasks.Task.from_domain(
+        load(name, "train", root=root),
+        load(name, "test", root=root),
+        load(name, "val", root=root) if "val" in kind.SPLITS else held,
+        classes=classes,
+        topic=kind.TOPIC,
+        ratio=float("inf"),
+        near_copy=near_copy,
+        seed=seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records(Sequence):
+    """Examples of a TFDS data source."""
+
+    name: str
+    split: str
+    source: Sequence[Mapping]
+    labels: tuple[str, ...]
+    licence: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> domains.Example:
+        record = self.source[index]
+        return domains.Example(
+            id=f"{self.split} {record['id'].decode()}",
+            domain=self.name,
+            label=self.labels[int(record["label"])],
+            encoded=record["picture"],
+            questions=(),
+            source=record["id"].decode(),
+            licence=self.licence,
+        )
+
+
+def _builder(name: str):
+    _known("data set", name, NAMES)
+    return importlib.import_module(f"mllm_jax.data.classification.{name}").Builder
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    return name
+
+
+def _root(root: str | os.PathLike | None) -> pathlib.Path:
+    return workdir.cache_directory() / "classification" if root is None else pathlib.Path(root)

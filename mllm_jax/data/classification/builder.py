@@ -1,0 +1,74 @@
+"""What the four builders share: a picture and its class a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from mllm_jax.data import domains, manual
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One picture, which is not read yet.
+
+    Attributes:
+        id: of the picture in its data set.
+        label: one of the data set's LABELS.
+        file: the picture.
+    """
+
+    id: str
+    label: str
+    file: pathlib.Path
+
+
+class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
+    """Pictures of one class each.
+
+    A subclass says what it needs and which rows a split has.
+
+    Attributes:
+        LABELS: as the data set has them; a label's place is its id.
+        CLASSES: those of the paper (Verma et al. 2024), {class in prompts: label}.
+        TOPIC: what the classes are, for the prompt.
+    """
+
+    LABELS: ClassVar[tuple[str, ...]] = ()
+    CLASSES: ClassVar[dict[str, str]] = {}
+    TOPIC = ""
+
+    def rows(self, folder: pathlib.Path, split: str) -> Iterable[Row]:
+        """The rows of a split, in order."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        text = tfds.features.Text()
+        label = tfds.features.ClassLabel(names=list(self.LABELS))
+        return {"id": text, "label": label, "picture": text}  # the picture as it is encoded
+
+    def examples(self, folder: pathlib.Path, split: str) -> Iterator[dict]:
+        for row in self.rows(folder, split):
+            if row.label not in self.LABELS:
+                raise ValueError(
+                    f"{self.name}: {row.id} in {folder} has the label {row.label!r}, which is none "
+                    f"of the {len(self.LABELS)} labels of the data set"
+                )
+            picture = manual.encoded(self.name, row.file)
+            yield {"id": row.id, "label": row.label, "picture": picture}
+
+
+def folders(folder: pathlib.Path, split: str) -> Iterator[Row]:
+    """The rows of `folder/<split>/<label>/<picture>`, in the order of their paths."""
+    for file in sorted((folder / split).glob("*/*")):
+        if file.suffix.lower() in domains.IMAGE_ENDINGS and not file.name.startswith("."):
+            yield Row(file.relative_to(folder).as_posix(), file.parent.name, file)
+
+
+def plain(labels: Iterable[str]) -> dict[str, str]:
+    """{class: label}, the class with spaces for underscores."""
+    return {label.replace("_", " "): label for label in labels}

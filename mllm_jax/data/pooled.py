@@ -1,0 +1,147 @@
+"""Features for probes: one vector a picture and site, pooled inside the pass, and kept."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from mllm_jax import sites, tokens
+from mllm_jax.data.features import places
+from mllm_jax.data.processor import Processor
+from mllm_jax.interventions import captures, run
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.workdir import atomic_json, fingerprint, read_json
+
+CAPTURES = {
+    "projector": captures.mean(sites.projector.out, where=~tokens.cls),
+    "lm.image": captures.mean(sites.lm.resid_post, where=tokens.image),
+    "lm.last": captures.mean(sites.lm.resid_post, where=tokens.last),
+}
+
+
+def pooled_features(
+    model,
+    processor: Processor,
+    examples: Sequence,
+    prompts: Sequence[str],
+    path: str | pathlib.Path,
+    *,
+    features: np.ndarray | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
+    label: str = "pooled features",
+) -> dict[str, np.ndarray]:
+    """What each side of the projection and each layer of the LM holds of a picture, on average.
+
+    Only means leave the pass: no tensor of images by tokens by width is ever kept. A killed run
+    continues where it stopped.
+
+    Args:
+      examples: each with an `image`.
+      prompts: one an example. Image tokens stand before the question, so that only `lm.last`
+        depends on it (with a Q-Former, all but `vision` do).
+      path: a folder for the arrays; it belongs to one model, its prompts and features.
+      features: float[N, P, E] of the examples, see `vision_features`; then the tower is not run.
+      length: tokens of a row, so that all batches are alike.
+
+    Returns:
+      Mapped arrays: `vision` float32[N, E], before the projection, and `projector` float32[N, D],
+      after it, means over the patches; `lm.image` float32[N, L, D], what leaves each layer, mean
+      over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
+    """
+    if len(prompts) != len(examples) or not len(examples):
+        raise ValueError(f"{len(examples)} examples for {len(prompts)} prompts")
+    store = _Store(pathlib.Path(path), _asked(model, prompts, features), len(examples))
+    with tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar:
+        while store.done < len(examples):
+            at = slice(store.done, store.done + batch_size)
+            pictures = [examples[i].image for i in range(len(examples))[at]]
+            given = _given(model.config, pictures, features, at)
+            batch = processor(prompts=prompts[at], rows=batch_size, length=length, **given)
+            store.add(_pooled(model, batch.replace(processor=None), len(pictures)))
+            bar.update(len(pictures))
+    return store.arrays()
+
+
+def _given(config, pictures: list, features, at: slice) -> dict:
+    """What the processor reads of some pictures: they, or their features."""
+    if features is None:
+        return {"images": pictures}
+    # PIL says the width first; only a model that cuts pictures needs their size
+    sizes = [p.size[::-1] for p in pictures] if config.pinpoints else None
+    return {"images": None, "features": np.asarray(features[at]), "sizes": sizes}
+
+
+def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
+    """The arrays of a batch, of its first rows."""
+    batch = batch.replace(features=_features(model, batch))
+    found = run.run(model, batch, None, CAPTURES, logits="none").captures
+    patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
+    made = {
+        "vision": _by_row(model.config, batch, patches),
+        "projector": _by_row(model.config, batch, found["projector"]),
+        "lm.image": np.asarray(found["lm.image"]).swapaxes(0, 1),
+        "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),
+    }
+    return {name: np.asarray(values[:rows], np.float32) for name, values in made.items()}
+
+
+@jax.jit
+def _features(model, batch):
+    return model.features(batch, Taps())
+
+
+def _by_row(config, batch, values) -> np.ndarray:
+    """float32[B, W]: of each row's picture, the mean of its tiles' values float[I, W]."""
+    values = np.asarray(values, np.float32).reshape(-1, config.tiles, values.shape[-1])
+    real = batch.real.reshape(-1, config.tiles, 1)
+    means = (values * real).sum(1) / np.maximum(real.sum(1), 1)
+    return means[places(config, batch)]
+
+
+def _asked(model, prompts, features) -> str:
+    text = np.frombuffer("\n".join(prompts).encode(), np.uint8)
+    given = np.zeros(0) if features is None else features[:1]
+    return fingerprint(model, text, np.asarray(given))
+
+
+class _Store:
+    """Arrays in a folder that grow row by row, and how many rows there are."""
+
+    def __init__(self, folder: pathlib.Path, asked: str, count: int):
+        self.folder, self.asked, self.count, self.done = folder, asked, count, 0
+        if self._progress.exists():
+            found = read_json(self._progress)
+            if found["asked"] != asked or found["count"] != count:
+                raise ValueError(
+                    f"{folder} holds features of another model, prompts or pictures: remove it, "
+                    "or give another path"
+                )
+            self.done, self.names = found["done"], found["names"]
+
+    @property
+    def _progress(self) -> pathlib.Path:
+        return self.folder / "progress.json"
+
+    def add(self, values: dict[str, np.ndarray]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.names = sorted(values)
+        for name, rows in values.items():
+            shape = (self.count, *rows.shape[1:])
+            mode = {"mode": "r+"} if self.done else {"mode": "w+", "dtype": np.float32}
+            kept = np.lib.format.open_memmap(self._file(name), shape=shape, **mode)
+            kept[self.done : self.done + len(rows)] = rows
+            kept.flush()
+        self.done += len(rows)
+        state = {"asked": self.asked, "count": self.count, "done": self.done, "names": self.names}
+        atomic_json(self._progress, state)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.load(self._file(name), mmap_mode="r") for name in self.names}
+
+    def _file(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.npy"

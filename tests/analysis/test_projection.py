@@ -1,0 +1,226 @@
+import numpy as np
+import pytest
+
+from mllm_jax.analysis import intervals, projection
+from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ, Claim, Task
+
+CLASSES = 4
+
+
+def answers(truth, right, *, runs=3, seed=0):
+    """Right with a probability, else any class, or none."""
+    rng = np.random.default_rng(seed)
+    guess = rng.integers(-1, CLASSES, (runs, len(truth)))
+    return np.where(rng.random((runs, len(truth))) < right, truth, guess)
+
+
+def task(number=0, *, images=150, runs=3, **right):
+    """A task whose variants are right as often as given, by name of the model or a probe."""
+    truth = np.random.default_rng((number, 77)).integers(0, CLASSES, images)
+    named = {"original": ORIGINAL, "proj": PROJ, "e2e": E2E, "clip": CLIP}
+    said = {
+        named[name]: answers(truth, p, runs=runs, seed=(number, i))
+        for i, (name, p) in enumerate(right.items())
+        if name in named
+    }
+    probed = {
+        name: {variant: answers(truth, p, runs=runs, seed=(number, 9, i))
+               for i, (variant, p) in enumerate(by_variant.items())}
+        for name, by_variant in right.items()
+        if name not in named
+    }  # fmt: skip
+    return Task(truth, CLASSES, said, probed)
+
+
+def study(tasks=4, **right):
+    return {f"task {i}": task(i, **right) for i in range(tasks)}
+
+
+def test_f1_and_accuracy_agree_with_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth = np.random.default_rng(0).integers(0, 3, 40)  # class 3 may be answered, never true
+    said = answers(truth, 0.4)
+    found = projection.f1(truth, said, CLASSES + 1, resamples=20)  # class 4 is in neither
+    labels = [range(CLASSES) if (row == 3).any() else range(3) for row in said]
+    options = {"average": "macro", "zero_division": 0}
+    want = [metrics.f1_score(truth, r, labels=list(n), **options) for r, n in zip(said, labels)]
+    np.testing.assert_allclose(found.runs, want)
+    right = projection.accuracy(truth, said, CLASSES)
+    np.testing.assert_allclose(right.runs, [metrics.accuracy_score(truth, r) for r in said])
+
+
+def test_intervals_agree_with_a_loop_over_pictures_and_runs():
+    truth = np.random.default_rng(0).integers(0, CLASSES, 30)
+    said = answers(truth, 0.5)
+    found = projection.f1(truth, said, CLASSES, resamples=40, seed=7)
+    samples = []
+    pictures = intervals.draws(30, resamples=40, seed=7)
+    runs = intervals.draws(3, resamples=40, seed=(7, 1))
+    for drawn, chosen in zip(pictures, runs):
+        at = np.repeat(np.arange(30), drawn)
+        again = projection.f1(truth[at], said[:, at], CLASSES, resamples=2)
+        samples.append(np.repeat(again.runs, chosen).mean())
+    np.testing.assert_allclose(found.resamples, samples)
+    value, low, high = found.interval(0.9)
+    np.testing.assert_allclose([low, high], np.quantile(samples, [0.05, 0.95]))
+    assert low < value < high and value == found.runs.mean()
+    assert found.row() == {"mean": value, "deviation": found.runs.std(ddof=1),
+                           **dict(zip(("low", "high"), found.interval()[1:]))}  # fmt: skip
+
+
+def test_intervals_cover_pictures_and_runs():
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        chance = 0.6 + 0.1 * rng.normal(size=(6, 1))  # every run is as good as it happens to be
+        said = np.where(rng.random((6, 80)) < chance, 0, 1)
+        low, high = projection.accuracy(np.zeros(80, int), said, 2, resamples=300).interval()[1:]
+        hits += low <= 0.6 <= high
+    assert 0.85 <= hits / 200 <= 0.98  # of 6 runs, a bootstrap knows the deviation a little small
+
+
+def test_a_difference_is_paired():
+    truth = np.random.default_rng(0).integers(0, CLASSES, 200)
+    said = answers(truth, 0.5)
+    better = said.copy()
+    better[:, :20] = truth[:20]
+    a, b = (projection.f1(truth, x, CLASSES) for x in (said, better))
+    assert projection.difference(b, a).interval().excludes_zero
+    alone = np.hypot(*(np.subtract(*x.interval()[:0:-1]) for x in (a, b)))
+    assert np.subtract(*projection.difference(b, a).interval()[:0:-1]) < 0.8 * alone
+    assert projection.difference(a, a).interval() == (0, 0, 0)
+    one = projection.f1(truth, said[:1], CLASSES)
+    assert one.deviation is None
+    np.testing.assert_allclose(projection.difference(b, one).runs, b.runs - one.runs)
+
+
+def test_the_uniform_baseline_is_chance():
+    truth = np.repeat(np.arange(CLASSES), 500)
+    said = projection.uniform(2000, CLASSES, 5)
+    assert projection.accuracy(truth, said, CLASSES).mean == pytest.approx(0.25, abs=0.02)
+    assert (said == projection.uniform(2000, CLASSES, 5)).all()
+
+
+def test_rows_of_a_table():
+    found = task(original=0.2, proj=0.5, e2e=0.8)
+    rows = projection.table(found.truth, found.said, CLASSES, over=ORIGINAL, resamples=200)
+    assert [row["variant"] for row in rows] == [ORIGINAL, PROJ, E2E]
+    first, _, last = rows
+    assert first["change"] is None and first["runs"] == 3 and first["images"] == 150
+    change = last["change"]
+    assert change["value"] == pytest.approx(last["f1"]["mean"] - first["f1"]["mean"])
+    assert change["relative"] == pytest.approx(last["f1"]["mean"] / first["f1"]["mean"] - 1)
+    assert 0 < change["low"] < change["value"] < change["high"]
+    nothing = {"a": np.full((1, 150), -1), "b": found.said[E2E]}
+    row = projection.table(found.truth, nothing, CLASSES, over="a", resamples=20)[1]
+    assert row["change"]["relative"] is None
+
+
+def verdicts(tasks, *asked):
+    found = projection.claims(tasks, asked or projection.CLAIMS, resamples=1000)
+    return [row["verdict"] for row in found]
+
+
+PROBES = {"paper": {BEFORE: 0.9, ORIGINAL: 0.7, PROJ: 0.4, E2E: 0.5}}
+
+
+def test_a_study_like_the_papers_holds():
+    tasks = study(original=0.2, proj=0.5, e2e=0.8, clip=0.5, **PROBES)
+    assert verdicts(tasks) == ["holds"] * 4
+    rows = projection.claims(tasks)[1]
+    assert [(c["of"], c["variant"]) for c in rows["comparisons"]] == [
+        ("paper", PROJ), ("paper", E2E)
+    ] * 4  # fmt: skip
+    assert all(c["high"] < 0 and c["side"] == "supports" for c in rows["comparisons"])
+    assert rows["reason"] == "8 of 8 support it, 0 contradict it"
+
+
+def test_the_opposite_fails_and_no_difference_is_undecided():
+    opposite = {"paper": {ORIGINAL: 0.4, PROJ: 0.7, E2E: 0.7}}
+    tasks = study(original=0.8, proj=0.5, e2e=0.2, clip=0.5, **opposite)
+    assert verdicts(tasks) == ["fails"] * 4
+    same = {"paper": dict.fromkeys((ORIGINAL, PROJ, E2E), 0.5)}
+    tasks = study(original=0.5, proj=0.5, e2e=0.5, clip=0.5, **same)
+    assert verdicts(tasks) == ["undecided"] * 4
+
+
+def test_misses_are_allowed_where_the_claim_allows_them():
+    good, bad, same = (task(i, original=0.5, clip=p) for i, p in enumerate((0.9, 0.1, 0.5)))
+    all_, most = projection.CLAIMS[3], projection.CLAIMS[3]
+    all_ = Claim(all_.text, all_.of, all_.over)
+
+    def of(*tasks):
+        return verdicts({str(i): t for i, t in enumerate(tasks)}, all_, most)
+
+    assert of(good, good, good, bad) == ["fails", "holds"]
+    assert of(good, good, good, same) == ["undecided", "holds"]
+    assert of(good, good, bad, same) == ["fails", "undecided"]
+    assert of(good, good, bad, bad) == ["fails", "fails"]
+
+
+def test_false_verdicts_are_rare():
+    """Where nothing differs, no claim is decided more often than its rule promises."""
+    decided = 0
+    for number in range(60):
+        tasks = {str(i): task(9 * number + i, images=60, original=0.5, proj=0.5) for i in range(4)}
+        claim = Claim("", (("model", PROJ),), ("model", ORIGINAL))
+        (row,) = projection.claims(tasks, [claim], resamples=300)
+        decided += row["verdict"] != "undecided"
+    assert decided <= 8  # 5 % by the rule; a bootstrap over three runs errs a little more often
+
+
+def test_what_was_not_measured_is_undecided_and_said():
+    tasks = study(2, original=0.2, proj=0.5, e2e=0.8, **PROBES)
+    found = projection.claims(tasks)
+    assert [row["verdict"] for row in found] == ["holds"] * 3 + ["undecided"]
+    assert found[3]["reason"] == "not measured: CLIP zero-shot" and not found[3]["comparisons"]
+    (row,) = projection.claims(tasks, [projection.controls(["linear"])[0]])
+    assert row["reason"] == (
+        "not measured: FT-E2E by the linear probe, FT-Proj by the linear probe, "
+        "Original by the linear probe"
+    )
+    assert projection.claims({})[0]["reason"] == "not measured: any task"
+
+
+def test_controls_ask_again_by_other_probes():
+    asked = projection.controls(["matched"])
+    assert len(asked) == 3  # claim 2 by the probe; what the projection loses, by both
+    probes = {**PROBES, "matched": {BEFORE: 0.5, ORIGINAL: 0.5, PROJ: 0.9, E2E: 0.9}}
+    assert verdicts(study(**probes), *asked) == ["fails", "holds", "undecided"]
+
+
+def test_the_papers_own_numbers():
+    by_task = zip(*(projection.TABLE_1[v] for v in (CLIP, ORIGINAL, PROJ, E2E)))
+    f1 = np.array([[pair[0] for pair in row] for row in by_task])  # [task, variant]
+    clip, original, proj, e2e = f1.T
+    assert (proj > original).all() and (e2e > proj).all()
+    assert (clip > original).tolist() == [True, True, True, False]
+    probe = {variant: np.array(row) for variant, row in projection.TABLE_2.items()}
+    change = 100 * (probe[PROJ] / probe[ORIGINAL] - 1)
+    np.testing.assert_allclose(change, [-27.49, -26.01, -29.72, -19.64], atol=0.011)
+    np.testing.assert_allclose(
+        100 * (probe[E2E] / probe[ORIGINAL] - 1), [-6.22, -2.95, -18.67, -3.46], atol=0.011
+    )
+
+
+def test_neurons_that_moved():
+    before = {"projector": np.zeros((1, 6), bool), "lm": np.zeros((2, 5), bool)}
+    after = {name: mask.copy() for name, mask in before.items()}
+    before["projector"][0, :4] = after["projector"][0, 2:5] = True
+    after["lm"][1, :3] = True
+    projector, lm = projection.moved(before, after)
+    assert (projector["before"], projector["after"], projector["kept"]) == (4, 3, 2)
+    assert projector["jaccard"] == 2 / 5 and projector["chance"] == 2 / 5
+    assert (projector["share_before"], projector["share_after"]) == (1, 0.5)
+    assert (lm["jaccard"], lm["chance"], lm["share_after"]) == (0, 0, 0.5)
+    assert (lm["per_layer_before"], lm["per_layer_after"]) == ([0, 0], [0, 3])
+    with pytest.raises(ValueError, match="modules differ: projector, lm before, lm after"):
+        projection.moved(before, {"lm": after["lm"]})
+
+
+def test_answers_must_fit():
+    truth = np.array([0, 1, 2])
+    with pytest.raises(ValueError, match=r"answers must be int\[runs, 3\], got \(3,\)"):
+        projection.f1(truth, truth, 3)
+    with pytest.raises(ValueError, match="class ids must lie in 0 to 1"):
+        projection.f1(truth, truth[None], 2)

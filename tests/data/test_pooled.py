@@ -1,0 +1,123 @@
+"""Pooled features are the means of what a pass computes, also when the run is killed."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax.data import features, pooled
+from mllm_jax.interventions.tap import Taps
+from tests import tiny
+
+PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model):
+    return tiny.processor(tiny_model.config)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    shown = [types.SimpleNamespace(image=tiny.picture(i)) for i in range(5)]
+    shown[3] = shown[2]  # one picture twice in a batch, which then reads it once
+    return shown
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model, processor, examples, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pooled") / "deep"
+    return pooled.pooled_features(
+        tiny_model, processor, examples, PROMPTS, path, batch_size=2, length=32
+    )
+
+
+def test_they_are_means_of_the_whole_tensors(tiny_model, processor, examples, found):
+    config = tiny_model.config
+    shapes = {name: array.shape for name, array in found.items()}
+    E, D, L = config.vision.width, config.lm.width, config.lm.layers
+    assert shapes == {
+        "vision": (5, E), "projector": (5, D), "lm.image": (5, L, D), "lm.last": (5, L, D),
+    }  # fmt: skip
+    keep = {"out": mj.keep(S.projector.out), "resid": mj.keep(S.lm.resid_post)}
+    for i, (example, prompt) in enumerate(zip(examples, PROMPTS, strict=True)):
+        batch = processor([example.image], [prompt])
+        out = mj.run(tiny_model, batch, None, keep, logits="none")
+        seen = jax.jit(lambda m, b: m.features(b, Taps()))(
+            tiny_model, batch.replace(processor=None)
+        )
+        image, last = batch.image_at[0] >= 0, batch.last[0]
+        resid = np.asarray(out["resid"])[:, 0]
+        want = {
+            "vision": np.asarray(seen)[0].mean(0),
+            "projector": np.asarray(out["out"])[0].mean(0),
+            "lm.image": resid[:, image].mean(1),
+            "lm.last": resid[:, last],
+        }
+        for name, values in want.items():
+            np.testing.assert_allclose(found[name][i], values, atol=1e-5, err_msg=name)
+
+
+def test_features_computed_before_give_the_same(tiny_model, processor, examples, found, tmp_path):
+    seen = features.vision_features(
+        tiny_model, processor, examples, tmp_path / "seen.npy", batch_size=2
+    )
+    again = pooled.pooled_features(
+        tiny_model, processor, examples, PROMPTS, tmp_path / "pooled", features=seen,
+        batch_size=2, length=32,
+    )  # fmt: skip
+    for name, values in found.items():
+        np.testing.assert_allclose(again[name], values, atol=1e-5, err_msg=name)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Until(list):
+    def __getitem__(self, i):
+        if i == 3:
+            raise Killed
+        return super().__getitem__(i)
+
+
+class After(list):
+    def __getitem__(self, i):
+        assert i >= 2, "done already"
+        return super().__getitem__(i)
+
+
+def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, examples, found, tmp_path):
+    def read(some, prompts=PROMPTS):
+        return pooled.pooled_features(
+            tiny_model, processor, some, prompts, tmp_path, batch_size=2, length=32
+        )
+
+    with pytest.raises(Killed):
+        read(Until(examples))
+    again = read(After(examples))
+    for name, values in found.items():
+        np.testing.assert_array_equal(again[name], values)
+    np.testing.assert_array_equal(read([None] * 5)["vision"], found["vision"])
+    with pytest.raises(ValueError, match="holds features of another model, prompts or pictures"):
+        read(examples, PROMPTS[::-1])
+
+
+def test_tiles_are_weighed_by_whether_they_are_real():
+    config = types.SimpleNamespace(tiles=3, image_tokens=4)
+    batch = types.SimpleNamespace(
+        real=np.array([1, 1, 0, 1, 1, 1], bool),
+        image_at=np.array([[-1, 12, 13], [-1, 0, 5], [2, 3, 16], [-1, -1, -1]]),
+    )
+    values = np.array([[1.0], [3], [99], [1], [2], [6]])
+    assert pooled._by_row(config, batch, values)[:3, 0].tolist() == [3, 2, 2]
+
+
+def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):
+    with pytest.raises(ValueError, match="5 examples for 4 prompts"):
+        pooled.pooled_features(tiny_model, processor, examples, PROMPTS[:4], tmp_path)

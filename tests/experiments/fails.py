@@ -1,0 +1,17 @@
+"""A study of which one process fails while the other waits for it; see `test_launch`."""
+
+from __future__ import annotations
+
+from experiments import study
+from mllm_jax.sharding import hosts
+
+
+def run(config, workdir) -> None:
+    hosts.meet("start")
+    if not hosts.writes():
+        raise ValueError("the disk of the second host is broken")
+    hosts.meet("end")
+
+
+if __name__ == "__main__":
+    study.main(run)

@@ -1,0 +1,122 @@
+"""The projection study, whole, on a tiny model and three tasks of noise in one colour each."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mllm_jax.analysis import projection
+from tests.experiments.conftest import LABELS
+
+CONFIG = "configs/embedded_projection.py:quick"
+SMALL = (
+    "--config.tasks=()", "--config.seeds=(0, 1)", "--config.train_per_task=16",
+    "--config.held_per_task=4", "--config.test_per_task=8", "--config.rows=4",
+    "--config.proj.steps=3", "--config.e2e.steps=3", "--config.probe.epochs=3",
+    "--config.depth=('Original', 'FT-E2E')",
+    "--config.factors.tasks=('reds',)", "--config.neurons.pictures=4",
+    "--config.suppress.task=greens", "--config.suppress.classes=('a circle', 'a square')",
+    "--config.suppress.experts=20",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command, execute):
+    workdir = tmp_path_factory.mktemp("projection") / "work"
+    done = execute(command("projection", CONFIG, workdir, *SMALL, count=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def results(finished):
+    return json.loads((finished / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_leaves_results_figures_tables_and_a_page(finished, results):
+    assert list(results["tasks"]) == ["reds", "greens"]
+    assert results["tasks"]["reds"]["classes"] == sorted(LABELS)
+    assert (finished / "index.html").stat().st_size > 1000
+    for name in ("answers", "richness", "claims", "depth", "factors", "neurons", "ablation"):
+        assert (finished / "tables" / f"{name}.csv").stat().st_size > 50
+    assert json.loads((finished / "manifest.json").read_text())["model"]
+    assert not list((finished / "checkpoints").rglob("*")) or not [
+        p for p in (finished / "checkpoints").rglob("*") if p.is_file()
+    ]
+
+
+@pytest.mark.slow
+def test_every_variant_of_every_task_is_measured(results):
+    variants = {(row["task"], row["variant"]) for row in results["answers"]}
+    assert variants == {
+        (task, variant)
+        for task in results["tasks"]
+        for variant in ("Random", "Original", "FT-Proj", "FT-E2E")
+    }
+    assert all(row["runs"] == 2 for row in results["answers"])
+    assert len(results["richness"]) == 2 * 3 * 4
+    assert [claim["verdict"] for claim in results["claims"]][3] == "undecided"  # no text tower
+    assert all(row["comparisons"] for row in results["claims"][:3])
+    assert len(results["depth"]) == 2 * 2 * 2 * 9
+    assert {row["off"] for row in results["ablation"] if row["task"] == "reds"} == {
+        "its domain's neurons", "random neurons",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_factors_change_one_setting_at_a_time(results):
+    rows = results["factors"]
+    assert rows[0]["recipe"] == projection.PROJ and rows[0]["change"] is None
+    assert {row["recipe"]: row["setting"] for row in rows[1:]} == {
+        "template": "wording plain", "end of turn": "end False", "crop": "aspect square",
+        "rate": "rate 0.001", "start": "start random",
+        "all of them": "wording plain, end False, aspect square, rate 0.001",
+    }  # fmt: skip
+    losses = results["losses"]
+    for row in rows[1:]:
+        assert losses[f"reds/{row['recipe']}-0"] != losses["reds/FT-Proj-0"]
+
+
+@pytest.mark.slow
+def test_what_trains_moves_and_nothing_else(finished):
+    """FT-Proj changes what leaves the projector, and by that the answers; Original neither."""
+    arrays = {}
+    for variant in ("Original-0", "Original-1", "FT-Proj-0", "FT-E2E-0"):
+        with np.load(finished / "steps" / "runs" / "reds" / variant / "projected.npz") as file:
+            arrays[variant] = file["after/test"]
+    np.testing.assert_array_equal(arrays["Original-0"], arrays["Original-1"])
+    assert (arrays["Original-0"] != arrays["FT-Proj-0"]).any()
+    assert (arrays["FT-Proj-0"] != arrays["FT-E2E-0"]).any()
+
+
+def test_unknown_task_is_named(config_of, monkeypatch):
+    from experiments import projection as study
+    from mllm_jax.data import tasks
+
+    monkeypatch.setattr(tasks, "embedded", lambda seed: {"objects": None, "astronomy": None})
+    with pytest.raises(
+        ValueError, match=r"config.tasks: plants is none of objects, astronomy, plantdoc, "
+    ):
+        study._tasks(config_of(CONFIG, tasks=("plants",)))
+
+
+def test_errors_come_before_anything_is_read(config_of):
+    from experiments import projection as study
+
+    for fields, says in (
+        ({"depth": ("FT",)}, "config.depth: FT is none of Original, FT-Proj, FT-E2E"),
+        ({"seeds": (1, 2)}, "config.factors.seeds: 0 is none of config.seeds"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            study.run(config_of(CONFIG, model="nowhere", **fields), None)
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, survive, tmp_path):
+    line = command("projection", CONFIG, tmp_path / "work", *SMALL, count=2)
+    survive(line, tmp_path / "work", finished)
+    for name in ("results.json", "index.html"):
+        assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()

@@ -1,0 +1,44 @@
+"""Runs `on_mesh.py` in processes of 8 fake devices."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+CASES = pathlib.Path(__file__).with_name("on_mesh.py")
+
+
+def run(shape: str, families: str) -> None:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "MESH": shape,
+        "FAMILIES": families,
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "next", "instructblip"])
+@pytest.mark.parametrize("shape", ["2x4", "8x1", "1x8", "1x1x8", "2x2x2"])
+def test_a_mesh_gives_what_one_device_gives(shape, family):
+    run(shape, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["2x1", "1x2"])
+def test_two_processes_give_what_one_device_gives(shape):
+    """All passes; what a program of the user's own gives, only that program can bring home."""
+    passes = "run or generate or sample or score or sweep or reduce or fit or share or alone"
+    command = [
+        sys.executable, "-m", "experiments.launch", "--processes=2", "--",
+        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES), "-k", passes,
+    ]  # fmt: skip
+    environment = os.environ | {"MESH": shape, "FAMILIES": "llava", "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
