@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from mllm_jax import products
 from mllm_jax import workdir as workdir_
-from mllm_jax.data import domains
+from mllm_jax.data import domains, vqa
 from mllm_jax.interventions import spec
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
@@ -48,15 +48,32 @@ PROCESS = flags.DEFINE_integer(
     "process", os.environ.get("JAX_PROCESS_ID"), "Which of them this is, from 0."
 )
 PARSE = {"edits": spec.parse, "captures": spec.parse_captures}
+# What paper A reads: the split of its data sets, and the prompts.
+VQA = {"train": ("train", "activation"), "test": ("val", "generation"), "lens": ("train", "lens")}
 EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 _AXES = "data", "model", "fsdp"
 
 
 def domains_of(config, split: str) -> dict[str, domains.Domain]:
-    """The domains of a config: the embedded ones, or the user's own where `paths` names some."""
+    """The domains of a config: data sets of paper A, the user's own by `paths`, or the embedded.
+
+    Args:
+        split: "train" or "test"; of paper A also "lens". They differ in their prompts there.
+    """
+    if config.get("vqa"):
+        return _vqa(config, *VQA[split])
     if config.paths:
         return domains.own(config.paths, split)
     return domains.embedded(split, domains=tuple(config.domains) or None)
+
+
+def _vqa(config, split: str, of: str) -> dict[str, domains.Domain]:
+    names = tuple(config.domains) or vqa.NAMES
+    where = {"root": config.vqa.root or None, "size": config.vqa.size}
+    if config.vqa.manual:
+        for name in names:
+            vqa.build(name, config.vqa.manual, **where)
+    return {name: vqa.load(name, split, model=config.vqa.model, of=of, **where) for name in names}
 
 
 def with_features(model, batch, edits: Edits | None = None):

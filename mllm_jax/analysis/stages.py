@@ -18,6 +18,7 @@ that is the claimed pattern.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -129,6 +130,65 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
     moving = np.flatnonzero(slope)
     turns = np.flatnonzero(np.diff(np.sign(slope[moving])))
     return [int(moving[turn + 1]) for turn in turns]
+
+
+def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
+    """A second rule, which looks nearby: the two layers at which the slope changes most.
+
+    Args:
+        curve: float[L], mean entropy, nats.
+        window: layers before a bend, and from it on, whose slopes are compared; a sixth of all by
+            default, at least three. Bends lie as far apart.
+
+    Returns:
+        The first layers after the bends, in order; none where there are too few layers.
+    """
+    curve = np.asarray(curve, np.float64)
+    window = window or max(3, len(curve) // 6)
+    if len(curve) < 3 * window:
+        return []
+    x = np.arange(window) - (window - 1) / 2
+    slope = np.lib.stride_tricks.sliding_window_view(curve, window) @ x / (x @ x)
+    change = np.abs(slope[window:] - slope[:-window])  # at layer window, window + 1, ...
+    first = int(change.argmax())
+    apart = np.abs(np.arange(len(change)) - first) >= window
+    second = int(np.where(apart, change, -1).argmax())
+    return sorted((first + window, second + window))
+
+
+def confirmed(found: Stages, points: Sequence[int], *, slack: int = 1) -> list[bool] | None:
+    """Whether the second rule finds each boundary of the first: a bend within its interval.
+
+    Args:
+        found: by `find`.
+        points: by `bends`.
+        slack: layers that a bend may lie beyond the interval.
+
+    Returns:
+        One answer a boundary; None if the boundaries are undecided.
+    """
+    if found.boundaries is None:
+        return None
+    return [
+        any(low - slack <= point <= high + slack for point in points)
+        for low, high in zip(found.low, found.high, strict=True)
+    ]
+
+
+def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | None:
+    """Whether the intervals of two curves' boundaries meet, first with first, second with second.
+
+    Args:
+        one, other: by `find`, such as of entropies and of numbers of neurons.
+        slack: layers that may lie between the intervals.
+
+    Returns:
+        One answer a boundary; None if either is undecided.
+    """
+    if one.boundaries is None or other.boundaries is None:
+        return None
+    pairs = zip(one.low, one.high, other.low, other.high, strict=True)
+    return [a <= d + slack and c <= b + slack for a, b, c, d in pairs]
 
 
 def _costs(curves: np.ndarray, min_length: int) -> np.ndarray:

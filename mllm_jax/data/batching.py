@@ -53,7 +53,10 @@ class Packed:
         rows = [self._order(epoch)[i] for epoch, i in zip(epochs, places, strict=True)]
         turns = [self._turns(row, step) for row in rows]
         features = np.stack([self.features[row] for row in rows])
-        return self.processor.pack(None, turns, features=features, length=self._length)
+        sizes = None
+        if self.processor.config.pinpoints:  # a picture is cut by its size
+            sizes = [self.examples[row].image.size[::-1] for row in rows]
+        return self.processor.pack(None, turns, features=features, sizes=sizes, length=self._length)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -101,17 +104,38 @@ def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int
 
 def ask(examples: Sequence[Any], styles: Sequence[str]) -> list[tuple[Any, Any]]:
     """(example, question) pairs: each example one question, the styles that it has in turn."""
-    pairs = []
-    for i, example in enumerate(examples):
-        has = [style for style in styles if any(q.style == style for q in example.questions)]
+    return list(Pairs(examples, tuple(styles)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Sequence):
+    """The pairs of `ask`, each made when it is asked for: pictures stay where they are.
+
+    Attributes:
+      examples: with questions. styles: of the questions that are asked.
+      count: how many at most.
+    """
+
+    examples: Sequence[Any]
+    styles: tuple[str, ...]
+    count: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples) if self.count is None else min(self.count, len(self.examples))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        example = self.examples[i]
+        has = [s for s in self.styles if any(q.style == s for q in example.questions)]
         if not has:
             raise ValueError(
-                f"{example.domain}/{example.id} has no question of style {' or '.join(styles)}"
+                f"{example.domain}/{example.id} has no question of style {' or '.join(self.styles)}"
             )
         style = has[i % len(has)]
         asked = [q for q in example.questions if q.style == style]
-        pairs.append((example, asked[i // len(has) % len(asked)]))
-    return pairs
+        return example, asked[i // len(has) % len(asked)]
 
 
 @dataclasses.dataclass(frozen=True)

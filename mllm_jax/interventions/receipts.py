@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +32,30 @@ class Receipt:
     norm: Any
 
     def __str__(self) -> str:
+        edit, *told = self.line()
+        return "{}: {}, {} tokens, {} elements changed, norm {}".format(edit, *told)
+
+    def line(self) -> tuple[str, str, int, int, str]:
+        """Edit, layers, tokens, elements changed, norm of the change over all layers."""
         elements, norm = np.asarray(self.elements), np.asarray(self.norm)
         layers = np.flatnonzero(np.asarray(self.tokens))
         span = f"layers {layers.min()}-{layers.max()}" if len(layers) else "no layer"
-        return (
-            f"{self.edit}: {span}, {int(np.max(self.tokens, initial=0))} tokens, "
-            f"{int(elements.sum())} elements changed, norm {float(np.sqrt((norm**2).sum())):.4g}"
-        )
+        tokens, total = int(np.max(self.tokens, initial=0)), float(np.sqrt((norm**2).sum()))
+        return self.edit, span, tokens, int(elements.sum()), f"{total:.4g}"
+
+    def _repr_html_(self) -> str:
+        return table(("edit", "layers", "tokens", "elements changed", "norm"), [self.line()])
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Rows as a notebook shows them."""
+
+    def cells(values: Sequence, tag: str) -> str:
+        inside = "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
+        return f"<tr>{inside}</tr>"
+
+    body = "".join(cells(row, "td") for row in rows)
+    return f"<table><thead>{cells(columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tuple[int, ...]):

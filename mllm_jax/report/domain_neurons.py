@@ -6,27 +6,26 @@ time and leaves the same bytes.
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
-from mllm_jax.report import figures, page, tables
+from mllm_jax.report import evidence, figures, page, parts
 
-NAMES = {
-    "vision": "Vision encoder",
-    "qformer": "Q-Former",
-    "projector": "Projector",
-    "lm": "Language model",
-    "all": "All modules",
+LEVEL = 0.05  # of tests, after their correction
+CHOSEN = {
+    "entropy": "Selected are the neurons whose probability of being active, normalised over the "
+    "domains, has the lowest entropy (DAPE), among those that are often active in some domain.",
+    "given": "The neurons come from a file.",
+    "other": "Selected are the best neurons of each domain by another selector, as many as the "
+    "entropy (DAPE) takes.",
 }
 KEYS = (
-    "model", "domains", "modules", "tokens", "selection", "baseline", "ablation", "lens", "stages",
-    "pictures",
+    "model", "domains", "modules", "tokens", "selection", "steadiness", "comparison", "baseline",
+    "ablation", "against_random", "lens", "stages", "features", "pictures",
 )  # fmt: skip
 
 
@@ -43,13 +42,16 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
             f"results of domain_neurons lack {', '.join(missing)}; run the study again"
         )
     folder = pathlib.Path(workdir)
-    parts = (_accuracy, _neurons, _overlap, _ablation, _deviation, _lens, _pictures)
-    sections = [section for part in parts if (section := part(folder, results))]
+    made = (
+        _accuracy, _neurons, _overlap, evidence.steadiness, evidence.comparison, _ablation,
+        _deviation, _lens, evidence.features, _pictures,
+    )  # fmt: skip
+    sections = [section for part in made if (section := part(folder, results))]
     content = page.Page(
         title="Domain-specific neurons",
         lead=f"Which neurons of {page.edited(results)} fire in one visual domain and hardly in the "
         "others, what happens when they are switched off, and what image tokens say on their way "
-        f"up? Domains: {_listed(results['domains'])}.",
+        f"up? Domains: {parts.listed(results['domains'])}.",
         facts=_facts(results),
         figure=_overview(folder, results),
         sections=sections,
@@ -77,7 +79,7 @@ def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure | None:
     module, lens = _widest(results), results["lens"]
     if module is None or not lens:
         return None
-    kind, name = _kinds(lens)[0], _name(module).lower()
+    kind, name = _kinds(lens)[0], parts.name(module).lower()
     tokens = None
     if results["pictures"]:
         shown = results["pictures"][0]
@@ -94,14 +96,14 @@ def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure | None:
         "Left: image tokens, the surer the lens the deeper, with its most likely word where there "
         "is room. Then: e"
     )
-    return _png(
+    return parts.png(
         folder,
         "overview",
         figure,
         "Words read from image tokens, entropy by layer, and the ablation matrix",
         f"{words if tokens else 'E'}ntropy of the logit lens by layer and domain, with stage "
         f"boundaries. Right: change of accuracy, in points, with a domain's neurons off in {name}; "
-        "* marks intervals that exclude zero.",
+        "* marks changes beyond chance.",
     )
 
 
@@ -109,30 +111,34 @@ def _accuracy(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     baseline = results["baseline"]
     if not baseline:
         return None
-    columns = ["accuracy", "low", "high", "chance", "n"]
+    columns = ["accuracy", "low", "high", "chance", "n", "metric"]
     rows = [[domain, *(score[c] for c in columns)] for domain, score in baseline.items()]
-    above = sum(score["low"] > score["chance"] for score in baseline.values())
+    guessed = {d: score for d, score in baseline.items() if score["chance"] is not None}
+    above = sum(score["low"] > score["chance"] for score in guessed.values())
+    beats = f"beats chance in {above} of {len(guessed)} domains; it " if guessed else ""
+    metrics = dict.fromkeys(score["metric"] for score in baseline.values())
 
     def extreme(pick: Callable) -> str:
         domain = pick(baseline, key=lambda d: baseline[d]["accuracy"])
         score = baseline[domain]
-        return f"{domain} ({_percent(score['accuracy'])}, chance {_percent(score['chance'])})"
+        chance = f", chance {parts.percent(score['chance'])}" if domain in guessed else ""
+        return f"{domain} ({parts.percent(score['accuracy'])}{chance})"
 
     return page.Section(
         title="The model answers",
-        reading=f"Unedited, the model beats chance in {above} of {len(baseline)} domains; it is "
-        f"best in {extreme(max)} and worst in {extreme(min)}.",
+        reading=f"Unedited, the model {beats}is best in {extreme(max)} and worst in "
+        f"{extreme(min)}.",
         figures=[
-            _png(
+            parts.png(
                 folder,
                 "accuracy",
                 figures.accuracy(baseline),
                 "Accuracy of each domain, its interval, and chance",
             )
         ],
-        note="Bars are 95 % bootstrap intervals over questions. A domain beats chance if its "
-        "interval lies above chance.",
-        data=[_csv(folder, "accuracy", ["domain", *columns], rows)],
+        note=f"Measured: {parts.listed(list(metrics))}. Bars are 95 % bootstrap intervals over "
+        "questions. A domain beats chance if its interval lies above chance.",
+        data=[parts.csv(folder, "accuracy", ["domain", *columns], rows)],
     )
 
 
@@ -140,7 +146,7 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
     selection, modules, domains = results["selection"], results["modules"], results["domains"]
     shape, chosen = ["site", "layers", "width"], ["k", "threshold", "bar", "selected", "share"]
     selected_rows = [
-        [module, *(modules[module][c] for c in shape), *(found[c] for c in chosen)]
+        [module, *(modules[module][c] for c in shape), *(_one(found[c]) for c in chosen)]
         for module, found in selection.items()
     ]
     layer_rows = [
@@ -156,7 +162,7 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
     ]
     table = [
         [
-            _name(module),
+            parts.name(module),
             f"{modules[module]['layers'] * modules[module]['width']:,}",
             f"{found['selected']:,}",
             f"{100 * found['share']:.2f} %",
@@ -165,9 +171,9 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
         for module, found in selection.items()
     ]
     figure = figures.neurons_per_layer(
-        {_name(module): found["per_layer"] for module, found in selection.items()},
+        {parts.name(module): found["per_layer"] for module, found in selection.items()},
         {
-            _name(
+            parts.name(
                 module
             ): f"{size['site']} · {size['layers']} \N{MULTIPLICATION SIGN} {size['width']:,}"
             for module, size in modules.items()
@@ -178,20 +184,28 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
     most, least = max(totals, key=totals.get), min(totals, key=totals.get)
     return page.Section(
         title="Where the neurons are",
-        reading=f"{_thirds(selection[deepest], _name(deepest).lower())} Most neurons belong to "
-        f"{most} ({totals[most]:,}), fewest to {least} ({totals[least]:,}).",
-        figures=[_png(folder, "neurons", figure, "Neurons of each domain by module and layer")],
+        reading=f"{_thirds(selection[deepest], parts.name(deepest).lower())} Most neurons belong "
+        f"to {most} ({totals[most]:,}), fewest to {least} ({totals[least]:,}).",
+        figures=[
+            parts.png(folder, "neurons", figure, "Neurons of each domain by module and layer")
+        ],
         table=page.Table(["module", "neurons", "selected", "share", *domains], table),
-        note="Selected are the neurons whose probability of being active, normalised over the "
-        "domains, has the lowest entropy (DAPE), among those that are often active in some domain. "
-        "A neuron belongs to every domain in which it passes the bar, so the domains may add up to "
+        note=f"{CHOSEN.get(results['selector'], CHOSEN['other'])} A neuron "
+        "belongs to every domain in which it passes the bar, so the domains may add up to "
         "more than the selection.",
         data=[
-            _csv(folder, "selection", ["module", *shape, *chosen], selected_rows),
-            _csv(folder, "neurons_per_layer", ["module", "domain", "layer", "neurons"], layer_rows),
-            _csv(folder, "tokens", ["module", "domain", "tokens"], token_rows),
+            parts.csv(folder, "selection", ["module", *shape, *chosen], selected_rows),
+            parts.csv(
+                folder, "neurons_per_layer", ["module", "domain", "layer", "neurons"], layer_rows
+            ),
+            parts.csv(folder, "tokens", ["module", "domain", "tokens"], token_rows),
         ],
     )
+
+
+def _one(value) -> object:
+    """A number as it is; those of layers side by side."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _thirds(found: Mapping, name: str) -> str:
@@ -200,7 +214,7 @@ def _thirds(found: Mapping, name: str) -> str:
     if not counts.sum():
         return f"The {name} has no domain-specific neuron."
     first, middle, last = (
-        _percent(part.sum() / counts.sum()) for part in np.array_split(counts, 3)
+        parts.percent(part.sum() / counts.sum()) for part in np.array_split(counts, 3)
     )
     return (
         f"In the {name}, {first} of the domain-specific neurons lie in the first third of the "
@@ -222,8 +236,8 @@ def _overlap(folder: pathlib.Path, results: Mapping) -> page.Section:
         for module, found in selection.items()
     }
     figure = figures.overlap(
-        {_name(module): np.array(found["overlap"]) for module, found in selection.items()},
-        {_name(module): count for module, count in counts.items()},
+        {parts.name(module): np.array(found["overlap"]) for module, found in selection.items()},
+        {parts.name(module): count for module, count in counts.items()},
         domains,
     )
     one = sum(count[1] for count in counts.values())
@@ -231,16 +245,18 @@ def _overlap(folder: pathlib.Path, results: Mapping) -> page.Section:
     module, first, second, value = max(pairs, key=lambda pair: pair[3])
     return page.Section(
         title="How domains share neurons",
-        reading=f"{_percent(one / every)} of the selected neurons belong to exactly one domain; "
-        f"the closest pair is {first} and {second} in the {_name(module).lower()}, with a Jaccard "
-        f"index of {value:.2f}.",
+        reading=f"{parts.percent(one / every)} of the selected neurons belong to exactly one "
+        f"domain; the closest pair is {first} and {second} in the {parts.name(module).lower()}, "
+        f"with a Jaccard index of {value:.2f}.",
         figures=[
-            _png(folder, "overlap", figure, "Overlap of domains, and number of domains per neuron")
+            parts.png(
+                folder, "overlap", figure, "Overlap of domains, and number of domains per neuron"
+            )
         ],
         note="The Jaccard index is the share of common neurons among the neurons of either domain.",
         data=[
-            _csv(folder, "overlap", ["module", "domain", "other", "jaccard"], pairs),
-            _csv(
+            parts.csv(folder, "overlap", ["module", "domain", "other", "jaccard"], pairs),
+            parts.csv(
                 folder,
                 "domains_per_neuron",
                 ["module", "domains", "neurons"],
@@ -256,15 +272,16 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         return None
     columns = [
         "module", "mask", "data", "neurons", "control", "accuracy", "difference", "low", "high",
+        "p", "p_holm",
     ]  # fmt: skip
     modules = list(dict.fromkeys(run["module"] for run in runs))
     selected = {module: _matrix(results, module, control=False) for module in modules}
     control = {module: _matrix(results, module, control=True)[0] for module in modules}
     draws = len({run["control"] for run in runs} - {None})
     figure = figures.ablation_matrix(
-        {_name(module): change for module, (change, _) in selected.items()},
-        {_name(module): change for module, change in control.items() if draws},
-        {_name(module): star for module, (_, star) in selected.items()},
+        {parts.name(module): change for module, (change, _) in selected.items()},
+        {parts.name(module): change for module, change in control.items() if draws},
+        {parts.name(module): star for module, (_, star) in selected.items()},
         results["domains"],
         "random neurons off" + (f"\n(mean of {draws} draws)" if draws > 1 else ""),
     )
@@ -272,9 +289,9 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     own = np.eye(len(results["domains"]), dtype=bool)
     rows = [
         [
-            _name(module),
-            *(_points(values) for values in (change[own], change[~own])),
-            *(_points(values) for values in (control[module][own], control[module][~own])),
+            parts.name(module),
+            *(parts.points(values) for values in (change[own], change[~own])),
+            *(parts.points(values) for values in (control[module][own], control[module][~own])),
             *(f"{star[of].sum()} of {(~np.isnan(change[of])).sum()}" for of in (own, ~own)),
         ]
         for module, (change, star) in selected.items()
@@ -282,27 +299,47 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     module = _widest(results)
     change, star = selected[module]
     measured = (~np.isnan(change[own])).sum()
-    random = f" (as many random neurons: {_points(control[module][own])})" if draws else ""
+    random = f" (as many random neurons: {parts.points(control[module][own])})" if draws else ""
     return page.Section(
         title="Switching them off",
-        reading=f"With its own neurons off in {_name(module).lower()}, accuracy on a domain "
-        f"changes by {_points(change[own])} points on average{random}, on other domains by "
-        f"{_points(change[~own])}; in {star[own].sum()} of {measured} domains the interval of the "
-        "change excludes zero.",
-        figures=[_png(folder, "ablation", figure, "Accuracy change by mask, data and module")],
+        reading=f"With its own neurons off in {parts.name(module).lower()}, accuracy on a domain "
+        f"changes by {parts.points(change[own])} points on average{random}, on other domains by "
+        f"{parts.points(change[~own])}; the change is beyond chance in {star[own].sum()} of "
+        f"{measured} domains{_beyond_random(results, module)}.",
+        figures=[parts.png(folder, "ablation", figure, "Accuracy change by mask, data and module")],
         table=page.Table(
             [
                 "module", "own domain, points", "other domains", "random, own", "random, others",
-                "own beyond zero", "others beyond zero",
+                "own beyond chance", "others beyond chance",
             ],
             rows,
         ),
         note="Rows: the domain whose neurons are set to zero, at every token and every step. "
-        "Columns: the domain tested. Random neurons match in number, layer and module. Intervals "
-        "are 95 % paired bootstrap intervals over questions, not corrected for the number of "
-        "cells.",
-        data=[_csv(folder, "ablation", columns, [[run[c] for c in columns] for run in runs])],
+        "Columns: the domain tested. Random neurons match in number, layer and module. Beyond "
+        f"chance: p below {LEVEL} by flipping signs of paired differences, corrected for the "
+        "number of cells (Holm). The intervals in the table file are 95 % paired bootstrap "
+        "intervals over questions, one by one.",
+        data=[
+            parts.csv(folder, "ablation", columns, [[run.get(c) for c in columns] for run in runs]),
+            *_against(folder, results),
+        ],
     )  # fmt: skip
+
+
+def _beyond_random(results: Mapping, module: str) -> str:
+    """How often a domain's own neurons matter otherwise than random ones."""
+    rows = [row for row in results["against_random"] if row["module"] == module]
+    if not rows:
+        return ""
+    beyond = sum(row["p_holm"] <= LEVEL for row in rows)
+    return f", and other than that of random neurons in {beyond} of {len(rows)}"
+
+
+def _against(folder: pathlib.Path, results: Mapping) -> list[tuple[str, str]]:
+    rows = results["against_random"]
+    columns = ["module", "data", "difference", "low", "high", "p", "p_holm"]
+    cells = [[row[c] for c in columns] for row in rows]
+    return [parts.csv(folder, "against_random", columns, cells)] if rows else []
 
 
 def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
@@ -323,7 +360,7 @@ def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
     def mean(source: Mapping, module: str, kind: str, measure: str) -> str:
         values = [m[measure] for m in source.get(module, {}).get(kind, {}).values()]
-        return _small(np.mean(values)) if values else page.DASH
+        return parts.small(np.mean(values)) if values else page.DASH
 
     rows = [
         [
@@ -334,21 +371,23 @@ def _deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         for module, by_kind in selected.items()
         for kind in by_kind
     ]
-    module, kind = _name(_widest(results)), _kinds(selected)[0]
+    module, kind = parts.name(_widest(results)), _kinds(selected)[0]
     moved, by_chance = (mean(s, module, kind, "relative_l2") for s in (selected, control))
     return page.Section(
         title="How far hidden states move",
         reading=f"Switching off a domain's own neurons ({module.lower()}) moves the hidden states "
         f"of {kind} tokens by {moved} of their norm; random neurons, by {by_chance}.",
         figures=[
-            _png(folder, "deviation", figure, "Hidden-state deviation by module and token kind")
+            parts.png(
+                folder, "deviation", figure, "Hidden-state deviation by module and token kind"
+            )
         ],
         table=page.Table(
             ["module", "tokens", "relative L2", "random", f"1 {page.MINUS} cosine", "random"], rows
         ),
         note="Each domain tested on its own data; means over tokens and, for random neurons, over "
         "draws. The scale is logarithmic.",
-        data=[_csv(folder, "deviation", [*columns, "kind", *measures], all_rows)],
+        data=[parts.csv(folder, "deviation", [*columns, "kind", *measures], all_rows)],
     )
 
 
@@ -361,7 +400,7 @@ def _moved(runs: Iterable[Mapping]) -> dict:
                 gathered.setdefault((run["module"], kind, run["data"], measure), []).append(value)
     means: dict = {}
     for (module, kind, domain, measure), values in gathered.items():
-        by_domain = means.setdefault(_name(module), {}).setdefault(kind, {})
+        by_domain = means.setdefault(parts.name(module), {}).setdefault(kind, {})
         by_domain.setdefault(domain, {})[measure] = float(np.mean(values))
     return means
 
@@ -378,7 +417,10 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             zip(*(curve[c] for c in ("mean", "low", "high")), strict=True)
         )
     ]
-    found = {**stages["by_domain"], "all domains": stages["all"]}
+    found = stages["by_domain"] | {
+        "all domains": stages["all"], "all, text tokens": stages["text"],
+        "number of neurons": stages["neurons"],
+    }  # fmt: skip
     stage_rows = [
         [
             name,
@@ -387,6 +429,7 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
                 for i in (0, 1)
                 for c in ("boundaries", "low", "high")
             ),
+            " ".join(map(str, stage["bends"])),
             stage["verdict"],
         ]
         for name, stage in found.items()
@@ -400,9 +443,9 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         reading=f"The entropy of {kind} tokens starts at {curve[0]:.1f} nats, is lowest at layer "
         f"{curve.argmin()} ({curve.min():.1f}) and ends at {curve[-1]:.1f}. All domains together: "
         f"{stages['all']['verdict']}; alone, boundaries are decided in {decided} of "
-        f"{len(stages['by_domain'])} domains.",
+        f"{len(stages['by_domain'])} domains. {_agreement(stages)}",
         figures=[
-            _png(
+            parts.png(
                 folder,
                 "lens",
                 figure,
@@ -410,19 +453,27 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             )
         ],
         table=page.Table(
-            ["domain", "second stage from layer", "third from layer", "verdict"],
-            [[name, *_boundaries(stage), stage["verdict"]] for name, stage in found.items()],
+            ["curve", "second stage from layer", "third from layer", "bends at", "verdict"],
+            [
+                [name, *_boundaries(stage), _bends(stage), stage["verdict"]]
+                for name, stage in found.items()
+            ],
         ),
         note="Bands and brackets are 95 % bootstrap intervals over examples. Rule for the "
-        f"boundaries: {stages['rule']}.",
+        f"boundaries: {stages['rule']}. A second rule, the two layers at which the slope "
+        "changes most, confirms a boundary (✓) if one lies in its interval or a layer beside it. "
+        "The curve of the number of neurons is that of the language model; its intervals are over "
+        "domains.",
         data=[
-            _csv(folder, "lens", ["domain", "kind", "layer", "mean", "low", "high"], curve_rows),
-            _csv(
+            parts.csv(
+                folder, "lens", ["domain", "kind", "layer", "mean", "low", "high"], curve_rows
+            ),
+            parts.csv(
                 folder,
                 "stages",
                 [
                     "domain", "first", "first_low", "first_high", "second", "second_low",
-                    "second_high", "verdict",
+                    "second_high", "bends", "verdict",
                 ],
                 stage_rows,
             ),
@@ -434,7 +485,24 @@ def _boundaries(stage: Mapping) -> list[str]:
     if stage["boundaries"] is None:
         return [page.DASH, page.DASH]
     triples = zip(stage["boundaries"], stage["low"], stage["high"], strict=True)
-    return [f"{boundary} [{low}, {high}]" for boundary, low, high in triples]
+    marks = [" ✓" if sure else "" for sure in stage["confirmed"]]
+    return [
+        f"{boundary} [{low}, {high}]{mark}"
+        for (boundary, low, high), mark in zip(triples, marks, strict=True)
+    ]
+
+
+def _bends(stage: Mapping) -> str:
+    return ", ".join(map(str, stage["bends"])) or page.DASH
+
+
+def _agreement(stages: Mapping) -> str:
+    """Whether entropies and numbers of neurons speak of the same layers."""
+    meet = stages["agreement"]
+    if meet is None:
+        return "Whether the number of neurons changes at the same layers is undecided."
+    words = {2: "Both boundaries", 1: "One of the two boundaries", 0: "Neither boundary"}
+    return f"{words[sum(meet)]} meets one in the number of neurons by layer."
 
 
 def _pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
@@ -442,7 +510,7 @@ def _pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     if not pictures:
         return None
     drawn = [
-        _png(
+        parts.png(
             folder,
             f"tokens-{i}",
             figures.token_map(
@@ -456,7 +524,7 @@ def _pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             f"Expected: {shown['answer']}. Generated: {shown['generated']}",
         )
         for i, shown in enumerate(pictures)
-    ]
+    ] + [_finer(folder, i, shown) for i, shown in enumerate(pictures) if shown["parts"]]
     first, last = (np.mean([np.mean(shown["entropy"][i]) for shown in pictures]) for i in (0, -1))
     return page.Section(
         title="Words on the picture",
@@ -465,12 +533,26 @@ def _pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         f"from {first:.1f} to {last:.1f} nats.",
         figures=drawn,
         note="The surer the lens, the deeper the colour. ↵ is a line break, ␣ white space, ▯ a "
-        "sign that the font lacks; long words are cut.",
+        "sign that the font lacks; long words are cut. The picture is what the vision encoder is "
+        "given; where it is also read in parts, their tokens follow, by their entropy.",
     )
 
 
+def _finer(folder: pathlib.Path, number: int, shown: Mapping) -> page.Figure:
+    """The tokens of a picture's parts, at the first and the last of the layers."""
+    ends = (0, -1)
+    figure = figures.token_map(
+        _picture(folder, shown | {"image": shown["original"]}),
+        [shown["parts"]["words"][i] for i in ends],
+        [shown["parts"]["entropy"][i] for i in ends],
+        [f"parts, layer {shown['layers'][i]}" for i in ends],
+    )
+    alt = f"Entropy of the image tokens of the parts of {shown['id']}"
+    return parts.png(folder, f"parts-{number}", figure, alt, f"The parts of {shown['id']}.")
+
+
 def _matrix(results: Mapping, module: str, *, control: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy differences (the mean over draws, for controls) and where intervals exclude zero."""
+    """Accuracy differences (the mean over draws, for controls), and which are beyond chance."""
     place = {domain: i for i, domain in enumerate(results["domains"])}
     shape = (len(place), len(place))
     total, runs, star = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
@@ -479,7 +561,7 @@ def _matrix(results: Mapping, module: str, *, control: bool) -> tuple[np.ndarray
             cell = place[run["mask"]], place[run["data"]]
             total[cell] += run["difference"]
             runs[cell] += 1
-            star[cell] = run["low"] > 0 or run["high"] < 0
+            star[cell] = not control and run["p_holm"] <= LEVEL
     return np.divide(total, runs, out=np.full(shape, np.nan), where=runs > 0), star
 
 
@@ -501,48 +583,3 @@ def _picture(folder: pathlib.Path, shown: Mapping) -> np.ndarray:
         raise FileNotFoundError(f"picture of {shown['id']} is missing: {path}; run the study again")
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _png(
-    folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
-) -> page.Figure:
-    path = f"figures/{name}.png"
-    figures.save(figure, folder / path)
-    return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
-
-
-def _csv(
-    folder: pathlib.Path, name: str, columns: Sequence[str], rows: Sequence[Sequence]
-) -> tuple[str, str]:
-    path = f"tables/{name}.csv"
-    tables.write(folder / path, columns, rows)
-    return f"{name}.csv", path
-
-
-def _name(module: str) -> str:
-    return NAMES.get(module, module)
-
-
-def _listed(words: Sequence[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
-def _points(differences: np.ndarray) -> str:
-    """Mean difference of accuracy in percentage points; a dash where nothing was measured."""
-    differences = differences[~np.isnan(differences)]
-    return (
-        f"{100 * differences.mean():+.1f}".replace("-", page.MINUS)
-        if differences.size
-        else page.DASH
-    )
-
-
-def _small(value: float) -> str:
-    """Two digits, never an exponent."""
-    decimals = 1 - math.floor(math.log10(value)) if value else 0
-    return f"{value:.{max(decimals, 0)}f}"

@@ -175,7 +175,7 @@ def ablation_matrix(
         selected: {module: float[D_, D_]}, rows are the masks, columns the data; nan where not
             measured.
         control: the same for random neurons; a module may be absent.
-        star: {module: bool[D_, D_]}, where the interval of `selected` excludes zero.
+        star: {module: bool[D_, D_]}, where `selected` is beyond chance.
         domains: names of rows and columns.
         control_title: what the random row is.
     """
@@ -204,7 +204,7 @@ def ablation_matrix(
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
     figure.supxlabel(
-        "framed: tested on its own domain · bold with *: the 95 % interval excludes zero",
+        "framed: tested on its own domain · bold with *: beyond chance, corrected for all cells",
         color=GREY, fontsize=8,
     )  # fmt: skip
     bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
@@ -468,7 +468,8 @@ def token_map(
         titles: one a panel.
     """
     entropy = np.asarray(entropy, np.float64)
-    side = max(3.0, 0.46 * entropy.shape[2])  # inches; a word needs about half of one
+    side = 0.46 * entropy.shape[2]  # inches; a word needs about half of one
+    side = max(3.0, side) if side < 12 else 4.5  # so many have no room for words
     panels = 1 + len(words)
     columns = panels if side * panels <= 13 else min(2, panels)
     rows = -(-panels // columns)
@@ -601,11 +602,58 @@ def overlap(
 
 
 @styled
+def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
+    """Jaccard index of the neurons of two halves by their size, a panel a module.
+
+    Args:
+        found: {module: {"examples": int[S], "halves": float[S, D_]}}.
+    """
+    hue = palette(domains)
+    figure = Figure(figsize=(11, 2.9))
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for ax, (module, test) in zip(panels, found.items(), strict=True):
+        for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
+            ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
+        ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
+        ax.set_xticks(test["examples"])
+        ax.grid(axis="y")
+    panels[0].set_ylabel("shared neurons (Jaccard)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
+    )
+    return figure
+
+
+@styled
+def scatter(found: Mapping[str, Mapping]) -> Figure:
+    """Points of two principal components, a panel a module, each domain's name at its middle.
+
+    Args:
+        found: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
+    """
+    hue = palette(list(next(iter(found.values()))["points"]))
+    figure = Figure(figsize=(11, 4.4))
+    for ax, (module, of) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for domain, points in of["points"].items():
+            x, y = np.transpose(points)
+            ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
+            ax.text(
+                x.mean(), y.mean(), domain, color=_dark(hue[domain]), ha="center",
+                va="center", fontweight="bold", path_effects=_halo(),
+            )  # fmt: skip
+        first, second = (f"{100 * share:.0f} % of the variance" for share in of["share"])
+        ax.set(title=module, xlabel=f"first component, {first}", ylabel=f"second, {second}")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+@styled
 def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
     """Accuracy of each domain with its interval, and chance.
 
     Args:
-        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}.
+        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance None for no such.
     """
     hue = palette(list(baseline))
     figure = Figure(figsize=(11, 0.4 * len(baseline) + 0.75))
@@ -615,7 +663,8 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
             [score["low"], score["high"]], [row, row], color=hue[domain], linewidth=5, alpha=0.3
         )
         ax.plot([score["accuracy"]], [row], "o", markersize=8, color=hue[domain])
-        ax.plot([score["chance"]] * 2, [row - 0.3, row + 0.3], color=GREY, linewidth=1.6)
+        if score["chance"] is not None:
+            ax.plot([score["chance"]] * 2, [row - 0.3, row + 0.3], color=GREY, linewidth=1.6)
         ax.text(
             1.02, row, f"{100 * score['accuracy']:.0f} %", transform=ax.get_yaxis_transform(),
             va="center", ha="left", color=_dark(hue[domain]), fontweight="bold",
@@ -625,7 +674,8 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
             color=GREY, fontsize=8,
         )  # fmt: skip
     first = next(iter(baseline.values()))
-    ax.text(first["chance"], -0.42, "chance", ha="center", va="bottom", color=GREY, fontsize=8)
+    if first["chance"] is not None:
+        ax.text(first["chance"], -0.42, "chance", ha="center", va="bottom", color=GREY, fontsize=8)
     ax.set(xlim=(0, 1), ylim=(len(baseline) - 0.5, -0.75), xlabel="accuracy, 95 % interval")
     ax.set_yticks(range(len(baseline)), list(baseline))
     ax.tick_params(axis="y", length=0, labelcolor=INK, labelsize=9)
@@ -651,7 +701,7 @@ def overview(
         curves: {domain: {"mean", "low", "high"}} of image tokens.
         overall: stage boundaries of all domains together.
         change: float[D_, D_], change of accuracy, as in `ablation_matrix`.
-        star: bool[D_, D_], where its interval excludes zero.
+        star: bool[D_, D_], where it is beyond chance.
         titles: {"curves": ..., "matrix": ...}.
     """
     domains = list(curves)

@@ -108,3 +108,28 @@ def test_turning_points():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_bends_are_where_the_slope_changes():
+    assert stages.bends(THREE) in ([7, 21], [8, 21], [8, 22])
+    assert stages.bends(np.abs(LAYERS - 15.0))[0] <= 15 <= stages.bends(np.abs(LAYERS - 15.0))[1]
+    assert stages.bends(THREE[:8]) == [] and len(stages.bends(THREE[:9])) == 2
+
+
+def test_a_bend_confirms_a_boundary_within_a_layer_of_its_interval():
+    for seed in range(5):
+        found = stages.find(*examples(THREE, 0.5, seed=seed), resamples=100)
+        assert stages.confirmed(found, stages.bends(found.curve)) == [True, True]
+    assert stages.confirmed(found, [found.low[0] - 1, found.high[1] + 1]) == [True, True]
+    assert stages.confirmed(found, [found.low[0] - 2, found.high[1] + 2]) == [False, False]
+    assert stages.confirmed(stages.find(*examples(np.full(30, 9.0), 0.1)), [3]) is None
+
+
+def test_curves_agree_where_their_intervals_meet():
+    one = stages.find(*examples(THREE, 0.1), resamples=100)
+    later = np.interp(LAYERS, [0, 14, 22, 29], [10.5, 10.5, 6.3, 7.1])
+    other = stages.find(*examples(later, 0.1, seed=1), resamples=100)
+    assert stages.agreement(one, one) == [True, True]
+    assert stages.agreement(one, other) == stages.agreement(other, one) == [False, True]
+    flat = stages.find(*examples(np.full(30, 9.0), 0.1), resamples=100)
+    assert stages.agreement(one, flat) is None

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from mllm_jax.data import batching
+from mllm_jax.models import llava_next
 from tests import tiny
 
 
@@ -142,3 +143,33 @@ def test_asked(processor):
     assert batches.right(0).tolist() == [1, 0] and batches.right(2).tolist() == [1]
     with pytest.raises(IndexError, match="batch 3 of 3"):
         batches[3]
+
+
+def test_pairs_are_those_of_ask_and_are_made_when_asked_for():
+    class Examples(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    examples = Examples(EXAMPLES)
+    pairs = batching.Pairs(examples, ("kind", "yesno"), 3)
+    assert examples.read == 0 and len(pairs) == 3
+    assert pairs[1] == batching.ask(EXAMPLES, ("kind", "yesno"))[1] and examples.read == 1
+    assert pairs[0:2] + [pairs[2]] == batching.ask(EXAMPLES, ("kind", "yesno"))[:3]
+    assert len(batching.Pairs(EXAMPLES, ("kind",), 99)) == 5
+    with pytest.raises(IndexError):
+        pairs[3]
+
+
+def test_stored_features_of_llava_next_are_cut_by_the_size_of_the_picture():
+    config = llava_next.LlavaNextConfig.tiny()
+    processor = tiny.processor(config)
+    wide = [dataclasses.replace(e, image=tiny.picture(i, 24, 60)) for i, e in enumerate(EXAMPLES)]
+    features = np.zeros((5, config.tiles * config.vision.feature_tokens, 32), np.float32)
+    batch = batching.Packed(processor, wide, features, 2, 1, 1, None)[0]
+    turns = [[("what is shown ?", "a cat")]] * 2
+    read = processor.pack([e.image for e in wide[:2]], turns, length=batch.ids.shape[1])
+    np.testing.assert_array_equal(batch.image_at, read.image_at)
+    np.testing.assert_array_equal(batch.tokens.kind, read.tokens.kind)

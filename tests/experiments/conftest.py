@@ -33,34 +33,42 @@ LABELS = ("a circle", "a square", "a stripe", "a dot")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
     """A random tiny LLaVA whose tokenizer knows bytes."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
+    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), LM, fold=2, image_token=257)
+    size = {"height": config.vision.image_size, "width": config.vision.image_size}
+    return write_checkpoint(
+        tmp_path_factory.mktemp("model") / "tiny", config,
+        image_processor_type="CLIPImageProcessor", size={"shortest_edge": size["width"]},
+        crop_size=size,
+    )  # fmt: skip
+
+
+LM = llava.LlamaConfig(
+    vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
+)
+
+
+def write_checkpoint(folder: pathlib.Path, config, **pictures) -> pathlib.Path:
+    """A random model in the form of the hub, a tokenizer of bytes, and its image processor."""
+    save.save_hf(config.build(rngs=nnx.Rngs(0)), None, folder)
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(folder / "preprocessor_config.json", pictures)
+    return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    folder.mkdir(exist_ok=True)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    lm = llava.LlamaConfig(
-        vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
-    )
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), lm, fold=2, image_token=257)
-    save.save_hf(llava.Llava(config, rngs=nnx.Rngs(0)), None, folder)
     vocab = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>", "<image>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
     write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"},
     )
-    size = config.vision.image_size
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-        },
-    )
-    return folder
 
 
 def write_json(path: pathlib.Path, value) -> None:

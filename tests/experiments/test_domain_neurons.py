@@ -9,7 +9,8 @@ import pytest
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
-    "--config.controls=2", "--config.batch_size=4", "--config.modules=('lm', 'all')",
+    "--config.controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
+    "--config.shuffles=19", "--config.resamples=10",
 )  # fmt: skip
 
 
@@ -52,6 +53,75 @@ def test_ablation_has_every_cell_and_its_controls(finished):
     for row in rows:
         if not row["neurons"]:
             assert row["difference"] == 0 and row["deviation"]["image"]["relative_l2"] == 0
+
+
+def test_every_cell_is_tested_and_corrected(finished):
+    results = json.loads((finished / "results.json").read_text())
+    selected = [row for row in results["ablation"] if row["control"] is None]
+    assert all(0 < row["p"] <= row["p_holm"] <= 1 for row in selected)
+    assert all("p_holm" not in row for row in results["ablation"] if row["control"] is not None)
+    assert len(results["against_random"]) == 2 * 3
+
+
+@pytest.mark.slow
+def test_masks_are_written_and_read_back(finished, command, execute, tmp_path):
+    """The second study takes the neurons of the first from its files and finds the same changes."""
+    first = json.loads((finished / "results.json").read_text())
+    for path in ("masks.npz", "masks/{module}.pth"):
+        work = tmp_path / path[:5] / path[-3:]
+        done = execute(
+            command("domain_neurons", QUICK, work, *SMALL, f"--config.masks={finished / path}")
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        second = json.loads((work / "results.json").read_text())
+        assert second["ablation"] == first["ablation"] and second["selector"] == "given"
+        assert second["steadiness"] == second["comparison"] == second["tokens"] == {}
+    done = execute(
+        command("domain_neurons", QUICK, tmp_path / "two", *SMALL,
+                f"--config.masks={finished / 'masks.npz'}", count=2)
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "has the domains ['reds', 'greens', 'blues'], not" in done.stderr.splitlines()[-1]
+
+
+def test_what_the_selection_hangs_on(finished):
+    results = json.loads((finished / "results.json").read_text())
+    comparison = results["comparison"]
+    assert comparison["selectors"] == ["entropy", "auroc", "difference", "random"]
+    for shared in comparison["modules"].values():
+        assert all(row[i][i] in (0.0, 1.0) for row in shared["jaccard"] for i in range(4))
+    assert {(row["field"], row["value"]) for row in comparison["settings"]} == {
+        ("scope", "image"), ("scope", "text"), ("thresholds", "global"), ("thresholds", "layer"),
+        ("assign", "single"), ("compat", "official"),
+    }  # fmt: skip
+    text = next(row for row in comparison["settings"] if row["value"] == "text")
+    # the tower reads no text: all its tokens count
+    assert text["selected"]["vision"] == results["selection"]["vision"]["selected"]
+    for module, test in results["steadiness"].items():
+        assert test["examples"] == [3] and test["beyond"] >= 0, module
+        assert test["beyond"] <= results["selection"][module]["selected"]
+
+
+def test_features_of_the_colours_lie_apart(finished):
+    found = json.loads((finished / "results.json").read_text())["features"]
+    assert found["vision"]["between"] > 0.5 and sum(found["vision"]["share"]) <= 1
+    assert all(len(points) == 4 for points in found["projector"]["points"].values())
+
+
+@pytest.mark.parametrize(
+    "field, says",
+    [
+        ("selector=lape", "config.selector='lape' is none of entropy, auroc"),
+        ("scope=pad", "config.scope='pad' is none of all, image, text"),
+        ("measure=words", "config.measure='words' is none of options, answers"),
+        ("measure=answers", "config.measure='answers' has metrics for the data sets of paper A"),
+        ("modules=('lm', 'query')", "the model has no neurons in 'query'; it has vision, proj"),
+        ("masks=neurons.pth", "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),
+    ],
+)
+def test_settings_that_are_none(field, says, command, execute, tmp_path):
+    done = execute(command("domain_neurons", QUICK, tmp_path / "w", *SMALL, f"--config.{field}"))
+    assert done.returncode == 1 and says in done.stderr.splitlines()[-1]
 
 
 def test_another_config_is_refused(finished, command, execute):

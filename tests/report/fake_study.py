@@ -69,6 +69,36 @@ def fake_results(
         }  # fmt: skip
 
     effect = {"vision": 0.09, "projector": 0.015, "lm": 0.05, "all": 0.14}
+    steadiness = {
+        module: {
+            "examples": [15, 30, 60],
+            "halves": [(np.array([0.3, 0.45, 0.6])[i] + rng.uniform(0, 0.2, count)).tolist() for i in range(3)],
+            "bootstrap": {key: rng.uniform(0.5, 0.8, count).tolist() for key in ("value", "low", "high")},
+            "always": found["k"] // 3, "lowest": 0.41, "shuffled": 1.32, "beyond": found["k"] // 2,
+            "level": 0.05,
+        }
+        for module, found in selection.items()
+    }  # fmt: skip
+    selectors = ["entropy", "auroc", "difference", "random"]
+    shared = np.array(
+        [[1, 0.3, 0.25, 0.01], [0.3, 1, 0.5, 0.01], [0.25, 0.5, 1, 0.01], [0.01, 0.01, 0.01, 1]]
+    )
+    comparison = {
+        "selectors": selectors,
+        "modules": {
+            module: {
+                "jaccard": [shared.tolist()] * count,
+                "chance": [np.full((4, 4), 0.005).tolist()] * count,
+                "selectors_per_neuron": [[9000, 700, 120, 30, 1]] * count,
+            }
+            for module in MODULES
+        },
+        "settings": [
+            {"field": field, "value": value, "jaccard": dict.fromkeys(MODULES, share), "selected": dict.fromkeys(MODULES, 90)}
+            for field, value, share in (("scope", "image", 0.7), ("scope", "text", 0.2), ("assign", "single", 0.8))
+        ],
+    }  # fmt: skip
+
     ablation = []
     for module, size in effect.items():
         for i, mask in enumerate(domains):
@@ -84,6 +114,7 @@ def fake_results(
                         "module": module, "mask": mask, "data": data, "neurons": neurons,
                         "control": control, "accuracy": 0.7 + difference, "difference": difference,
                         **interval(difference, 0.025 + 0.15 * abs(difference)),
+                        "p": 0.001 if difference < -0.06 else 0.4,
                         "deviation": {
                             kind: {
                                 "relative_l2": float(moved * k * rng.uniform(0.7, 1.3)),
@@ -92,6 +123,15 @@ def fake_results(
                             for kind, k in {"image": 2.0, "text": 1.2, "last": 0.8}.items()
                         },
                     })  # fmt: skip
+
+    for run in ablation:
+        if run["control"] is None:
+            run["p_holm"] = min(1.0, 20 * run["p"])
+    against = [
+        {"module": module, "data": data, "difference": -0.05, "low": -0.1, "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p)}
+        for module in effect
+        for data, p in zip(domains, [0.001, 0.004, 0.2, 0.6, 0.009], strict=False)
+    ]  # fmt: skip
 
     x = np.arange(30)
     lens = {}
@@ -117,6 +157,8 @@ def fake_results(
             "low": [6 + int(a), 21 + int(b)],
             "high": [8 + int(a) + i % 2, 24 + int(b)],
             "verdict": "three stages as claimed (flat, falling, rising)",
+            "bends": [6, 23],
+            "confirmed": [True, True],
         }
         for i, (domain, (a, b)) in enumerate(
             zip(domains, rng.integers(-1, 2, (count, 2)), strict=True)
@@ -125,6 +167,7 @@ def fake_results(
     by_domain[domains[-1]] = {
         "boundaries": None, "low": [4, 14], "high": [12, 26],
         "verdict": "undecided: the boundaries run into each other (up to 15, from 14)",
+        "bends": [], "confirmed": None,
     }  # fmt: skip
     stages = {
         "rule": "least-squares fit of three free straight segments to the mean entropy",
@@ -132,7 +175,18 @@ def fake_results(
         "all": {
             "boundaries": [7, 22], "low": [6, 21], "high": [8, 24],
             "verdict": "three stages as claimed (flat, falling, rising)",
+            "bends": [23], "confirmed": [False, True],
         },
+        "agreement": [False, True],
+    }  # fmt: skip
+
+    stages |= {name: dict(stages["all"]) for name in ("text", "neurons")}
+    features = {
+        module: {
+            "points": {d: rng.normal(3 * np.array([np.cos(i), np.sin(i)]), 1.0, (32, 2)).tolist() for i, d in enumerate(domains)},
+            "share": [0.4, 0.2], "between": 0.6,
+        }
+        for module in ("vision", "projector")
     }  # fmt: skip
 
     pictures = []
@@ -147,7 +201,8 @@ def fake_results(
         pictures.append({
             "domain": domains[i], "id": f"{domains[i]}/{i:04d}", "question": "What is shown?",
             "answer": "a ball <round>", "generated": "A ball & its shadow.",
-            "image": f"figures/picture-{i}.png", "layers": layers,
+            "image": f"figures/picture-{i}.png", "original": f"figures/picture-{i}.png",
+            "layers": layers, "parts": None,
             "words": rng.choice(WORDS, (len(layers), grid, grid)).tolist(),
             "entropy": [e.tolist() for e in entropy],
         })  # fmt: skip
@@ -157,12 +212,14 @@ def fake_results(
         "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
-        "selection": selection,
+        "selection": selection, "selector": "entropy",
+        "steadiness": steadiness, "comparison": comparison, "against_random": against,
         "baseline": {
-            d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c}
+            d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "lens": lens, "stages": stages, "pictures": pictures,
+        "ablation": ablation, "lens": lens, "stages": stages, "features": features,
+        "pictures": pictures,
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_every_link_leads_to_a_file(written):
     assert links and all((folder / link).is_file() for link in links)
     made = {name for name in contents(folder) if not name.startswith("figures/picture")}
     assert made == links | {"index.html"}
-    assert reader.tags.count("section") == 7
+    assert reader.tags.count("section") == 10
 
 
 def test_figures_are_png_of_a_legible_size(written):
@@ -75,8 +75,10 @@ def test_tables_hold_the_numbers_exactly(written):
     undecided = rows(folder / "tables/stages.csv")[4]
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
     assert {path.name for path in (folder / "tables").iterdir()} == {
-        "ablation.csv", "accuracy.csv", "deviation.csv", "domains_per_neuron.csv", "lens.csv",
-        "neurons_per_layer.csv", "overlap.csv", "selection.csv", "stages.csv", "tokens.csv",
+        "ablation.csv", "accuracy.csv", "against_random.csv", "deviation.csv",
+        "domains_per_neuron.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
+        "overlap.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
+        "steadiness.csv", "tokens.csv",
     }  # fmt: skip
 
 
@@ -101,10 +103,17 @@ def test_sentences_follow_from_the_numbers(written):
     def moved(runs):
         return np.mean([run["deviation"]["image"]["relative_l2"] for run in runs])
 
-    stars = sum(run["high"] < 0 for run in own)
+    stars = sum(run["p_holm"] <= 0.05 for run in own)
     assert f"changes by {points(own)} points" in text
     assert f"as many random neurons: {points(random)}" in text
-    assert f"in {stars} of 5 domains the interval of the change excludes zero" in text
+    assert f"the change is beyond chance in {stars} of 5 domains, and other than that" in text
+    assert "that of random neurons in 3 of 5" in text
+    beyond = sum(test["beyond"] for test in results["steadiness"].values())
+    selected = sum(found["selected"] for found in results["selection"].values())
+    assert f"{beyond:,} of {selected:,} selected neurons have a lower entropy" in text
+    assert "AUROC shares most neurons with entropy: a Jaccard index of 0.30" in text
+    assert "One of the two boundaries meets one in the number of neurons by layer" in text
+    assert "60\N{NO-BREAK SPACE}% in the vision encoder and 60" in text
     assert f"by {moved(own):.2f} of their norm; random neurons, by {moved(random):.2f}" in text
     assert "beats chance in 5 of 5 domains" in text
     assert "best in astronomy (82\N{NO-BREAK SPACE}%" in text
@@ -131,6 +140,7 @@ def without(key):
 
 
 def without_controls(results):
+    results["against_random"] = []
     results["ablation"] = [run for run in results["ablation"] if run["control"] is None]
 
 
@@ -152,21 +162,45 @@ def without_neurons(results):
 
 
 def without_stages(results):
-    nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers"}
-    results["stages"]["all"] = nothing
+    nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers",
+               "bends": [], "confirmed": None}  # fmt: skip
+    results["stages"] |= {"all": nothing, "text": nothing, "neurons": nothing, "agreement": None}
     results["stages"]["by_domain"] = dict.fromkeys(results["domains"], nothing)
+
+
+def of_given_neurons(results):
+    results["selector"] = "given"
+    for found in results["selection"].values():
+        found.update(threshold=None, bar=[0.5, 0.6])
+    for score in results["baseline"].values():
+        score["chance"] = None
+
+
+def in_parts(results):
+    for shown in results["pictures"]:
+        shown["parts"] = {
+            "words": [[["a"] * 30] * 20] * 3, "entropy": np.ones((3, 20, 30)).tolist(),
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "changes, sections",
     [
-        ((without_controls, without_stages), 7),
-        ((with_one_cell_only, without_neurons), 7),
-        ((without_deviation, without("pictures")), 5),
-        ((without("ablation"), without("baseline")), 4),
-        ((without("lens"),), 6),
+        ((without_controls, without_stages), 10),
+        ((with_one_cell_only, without_neurons), 10),
+        ((without_deviation, without("pictures")), 8),
+        ((without("ablation"), without("baseline")), 7),
+        ((without("lens"), without("steadiness"), without("comparison")), 7),
+        ((of_given_neurons, in_parts), 10),
     ],
-    ids=["controls, stages", "cells, neurons", "deviation, pictures", "ablation, baseline", "lens"],
+    ids=[
+        "controls, stages",
+        "cells, neurons",
+        "deviation, pictures",
+        "ablation, baseline",
+        "lens",
+        "neurons of a file, parts",
+    ],
 )
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
     results = study(tmp_path, domains=["cats", "dogs"], grids=(2,))

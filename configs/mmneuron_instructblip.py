@@ -1,0 +1,91 @@
+"""Paper A (MMNeuron, Huo et al., EMNLP 2024) on its own data: InstructBLIP, five VQA data sets.
+
+    python -m experiments.domain_neurons --config=configs/mmneuron_instructblip.py --workdir=DIR \
+        --config.vqa.manual=FOLDER
+
+FOLDER holds the data sets as they are downloaded, `vqa.instructions(NAME)` of mllm_jax.data.vqa
+says what and where; they are built once. `:official` does what the released code does, its
+metrics, its sampling and its few counted pictures included (docs/official.md).
+
+To expect: no accuracy changes by more than 10 % when domain neurons are off, and under 1 % of the
+neurons are domain-specific (the paper's abstract and text; its tables by module are not public as
+numbers). The rates fix how many are selected, K = round(0.01 * layers * width):
+
+    module    layers * width        K
+    lm        32 * 11,008       3,523
+    vision    39 *  6,144       2,396
+    qformer   12 *  3,072         369   its text; the last layer reaches nothing
+    query     12 *  3,072         369   its queries
+
+What it takes, in floating-point operations, with T = 32 image tokens + some 60 of text, P = 6.7e9
+parameters of the LM, 32 layers of width 4,096, V = 32,001 words:
+
+    pass      2 P T + 4 * 32 * 4,096 T^2    = 1.2e12     the LM reads one picture
+    tower     257 * 2 * 1.0e9               = 0.5e12     and 0.2e9 * 2 * 60 of the Q-Former
+    lens      2 * 32 * 4,096 V T            = 0.8e12
+    say       2 P * 64                      = 0.9e12     an answer of full length
+
+    count     5 * 10,001        * (pass + tower)               = 8.5e16
+    ablate    5 *  1,001 * 41   * (2 pass + tower + say)       = 7.8e17   41 = 1 + 5 * (5 + 3)
+    lens      5 *    200        * (pass + tower + lens)        = 2.5e15
+
+in all 0.9e18: under an hour on one accelerator that keeps up 4e14 a second, after the formula and
+not a clock; decoding, which waits for memory, takes longer than its share. Memory: 16 GB of weights
+in bfloat16, 0.5 MB of cache a token; on the host 3 GB of counts, on disk 0.6 GB a domain.
+What a slice of TPUs has to hold, by the compiler:
+
+    python -m experiments.plan --model=instructblip-vicuna-7b --topology=v5e:2x4 --study=counts+lens
+"""
+
+import ml_collections
+
+
+def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
+    if procedure not in ("paper", "official"):
+        raise ValueError(f"configs/mmneuron_instructblip.py:{procedure} is none of paper, official")
+    config = ml_collections.ConfigDict()
+    config.model = "Salesforce/instructblip-vicuna-7b"
+    config.vqa = ml_collections.ConfigDict()
+    config.vqa.model = "instructblip"  # whose prompts
+    config.vqa.size = "paper"  # 10,001 and 1,001 examples of each; or full
+    config.vqa.manual = ""  # where the downloads are, for those that are not built yet
+    config.vqa.root = ""  # where data sets are built; the user's cache by default
+    config.domains = ("lingoqa", "pmc_vqa", "rsvqa_hr", "vqav2", "docvqa")
+    config.styles = ("choice", "open")  # whatever a data set asks
+    config.compat = ""  # "official": what the released code does, see docs/official.md
+    config.selector = "entropy"  # or auroc, difference, attribution, random
+    config.scope = "all"  # tokens that are counted: all, image, text, question, system
+    config.thresholds = "module"  # neurons compete within a module, a layer, or all: global
+    config.assign = "multiple"  # domains that a neuron may have; or single
+    config.top_rate = 0.01
+    config.filter_rate = 0.95
+    config.bar_rate = 0.95
+    config.masks = ""  # neurons to take instead: FILE.npz, or FOLDER/{module}.pth
+    config.compare = ("auroc", "difference", "random")  # selectors beside it
+    config.groups = 16  # of a domain's examples, which are split, drawn again and shuffled
+    config.splits = 10  # into halves
+    config.resamples = 100
+    config.shuffles = 199  # of domain labels; 0 leaves all three out
+    config.level = 0.05  # chance of a false neuron under shuffled labels
+    config.measure = "answers"  # generated, judged by each data set's metric
+    config.new_tokens = 64  # of an answer, at most
+    config.judge = "wayveai/Lingo-Judge"  # or a folder
+    config.judge_fallback = False  # words in common, where the judge is not at hand
+    config.modules = (  # cut; several are joined by +
+        "lm", "vision", "qformer+query", "vision+qformer+query", "all",
+    )  # fmt: skip
+    config.controls = 3  # seeds of random neurons, as many per layer
+    config.train_per_domain = 10_001
+    config.train_tokens = 0  # tokens of the vision tower after which counting ends; 0 for none
+    config.test_per_domain = 1_001
+    config.lens_per_domain = 200
+    config.picture_layers = 4
+    config.one_length = False  # prompts are padded to a few lengths, batch by batch
+    config.batch_size = 16
+    config.seed = 0
+    if procedure == "official":
+        config.compat = "official"
+        config.train_tokens = 100_000
+        config.groups = 5
+        config.new_tokens = 400  # the release: 512 with the prompt among them
+    return config

@@ -1,0 +1,99 @@
+"""What every part of the main study reads: the config, the model, the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from mllm_jax import sites as S
+from mllm_jax import workdir as workdir_
+from mllm_jax.analysis import official
+from mllm_jax.data import batching, domains
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions import run as run_
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edits
+
+MODULES = {
+    "vision": S.vision.mlp.act,
+    "qformer": S.qformer.mlp.act,
+    "query": S.qformer.query_mlp.act,
+    "projector": S.projector.act,
+    "lm": S.lm.mlp.act,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The study.
+
+    Attributes:
+        train, test, lens: pictures by domain: where activations are counted, where answers are
+            scored, and what the logit lens reads.
+        edits: of every pass. captures: read while activations are counted.
+    """
+
+    config: Any
+    workdir: workdir_.Workdir
+    model: Any
+    processor: Any
+    train: dict[str, domains.Domain]
+    test: dict[str, domains.Domain]
+    lens: dict[str, domains.Domain]
+    edits: Edits | None = None
+    captures: dict[str, Capture] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the domains."""
+        return tuple(self.train)
+
+    def asked(self, half: str, name: str) -> batching.Asked:
+        """One question a picture of a domain, the styles of the config in turn.
+
+        Args:
+            half: "train", "test" or "lens".
+        """
+        pairs = self._pairs(half, name)
+        return batching.Asked(self.processor, pairs, self.config.batch_size, self.length)
+
+    def groups(self, asked: batching.Asked) -> list[np.ndarray]:
+        """Numbers of the batches of each group of examples, in order."""
+        return np.array_split(np.arange(len(asked)), min(self.config.groups, len(asked)))
+
+    def _pairs(self, half: str, name: str) -> batching.Pairs:
+        examples = getattr(self, half)[name]
+        count = self.config[f"{half}_per_domain"]
+        if half == "train" and self.config.train_tokens:
+            sizes = (self._vision_tokens(example) for example in examples)
+            count = official.examples_counted(sizes, self.config.train_tokens)
+        return batching.Pairs(examples, tuple(self.config.styles), count)
+
+    def _vision_tokens(self, example: domains.Example) -> int:
+        """Tokens of the vision tower in all tiles of a picture."""
+        tiles = self.model.config.layout(example.image.size[::-1]).tiles
+        return tiles * (self.model.config.vision.grid**2 + 1)
+
+    @functools.cached_property
+    def length(self) -> int | None:
+        """Tokens of the longest prompt, so that batches are alike; None to pad each by itself."""
+        if not self.config.one_length:
+            return None
+        every = [pair for half in ("train", "test", "lens") for name in self.names
+                 for pair in self._pairs(half, name)]  # fmt: skip
+        return batching.row_length(self.processor, every)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(layers, neurons of a layer) of each module that the model has."""
+        batch = self.asked("train", self.names[0])[0].replace(processor=None)
+        found = run_.site_shapes(self.model, batch)
+        specs = {m: (site, found.get(site.name)) for m, site in MODULES.items()}
+        return {
+            module: (spec.layers, spec.shape[edits_.unit_axis(site)])
+            for module, (site, spec) in specs.items()
+            if spec
+        }

@@ -1,0 +1,89 @@
+"""The parts of the main study, by themselves."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from experiments.neurons import ablation, counts, layers
+from mllm_jax.models import llava_next
+from tests import tiny
+
+RNG = np.random.default_rng(0)
+
+
+def counted(groups):
+    """What `counts.count` gives of one domain: the LM has three kinds of token, the tower two."""
+    found = {}
+    for module, kinds in {
+        "lm": ("system", "question", "image"),
+        "vision": ("cls", "image"),
+    }.items():
+        shape = (groups, 2, 5, len(kinds))
+        found |= {
+            f"{module}/{f}": RNG.integers(0, 9, shape) for f in ("positive", "sum", "squares")
+        }
+        found[f"{module}/tokens"] = RNG.integers(10, 20, (groups, len(kinds)))
+        found[f"{module}/kinds"] = np.array(kinds)
+    return found
+
+
+def test_counts_of_a_scope():
+    found = {"a": counted(3), "b": counted(2)}
+    text = counts.Counts.of(found, "lm", "text")
+    assert text.domain.tolist() == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(text.positive[3:], found["b"]["lm/positive"][..., :2].sum(-1))
+    np.testing.assert_array_equal(text.tokens[:3], found["a"]["lm/tokens"][:, :2].sum(-1))
+    np.testing.assert_array_equal(text.squares[1], found["b"]["lm/squares"][..., :2].sum((0, -1)))
+    image = counts.Counts.of(found, "vision", "image")
+    np.testing.assert_array_equal(image.tokens[:3], found["a"]["vision/tokens"][:, 1])
+    for module, scope in (("vision", "text"), ("lm", "all")):  # no such token: all of them
+        every = counts.Counts.of(found, module, scope)
+        np.testing.assert_array_equal(every.tokens[:3], found["a"][f"{module}/tokens"].sum(-1))
+
+
+LLAVA, BLIP = ("vision", "projector", "lm"), ("vision", "qformer", "query", "lm")
+
+
+@pytest.mark.parametrize(
+    "shapes, compat, module, cut",
+    [
+        (LLAVA, "", "all", LLAVA),
+        (LLAVA, "", "projector", ("projector",)),
+        (BLIP, "", "qformer+query", ("qformer", "query")),
+        (LLAVA, "official", "projector", ()),
+        (LLAVA, "official", "vision", ("vision", "projector")),
+        (LLAVA, "official", "all", ("vision", "projector", "lm")),
+        (BLIP, "official", "vision", ("vision",)),
+        (BLIP, "official", "vision+qformer", ("vision", "qformer", "query")),
+    ],
+)
+def test_what_is_cut(shapes, compat, module, cut):
+    config = types.SimpleNamespace(compat=compat)
+    this = types.SimpleNamespace(config=config, shapes=dict.fromkeys(shapes))
+    assert ablation.cut(this, module) == cut
+    with pytest.raises(ValueError, match="no neurons in 'mmproj'; it has vision"):
+        ablation.cut(this, "mmproj")
+
+
+def test_tokens_of_the_parts_lie_as_the_picture_does():
+    config = llava_next.LlavaNextConfig.tiny()
+    processor = tiny.processor(config)
+    batch = processor([tiny.picture(0, 24, 48)], ["what is shown ?"])
+    whole, parts = layers.grids(batch.tokens)
+    assert whole.shape == (4, 4) and parts.shape == (4, 8)
+    assert (np.diff(batch.image_at[0, whole].ravel()) == 1).all()
+    tile, column = (getattr(batch.tokens, name)[0, parts] for name in ("tile", "column"))
+    assert tile.tolist() == [[1] * 4 + [2] * 4] * 4 and column.tolist() == [[0, 1, 2, 3] * 2] * 4
+    plain = tiny.processor(llava_next.LlavaConfig.tiny())
+    whole, parts = layers.grids(plain([tiny.picture(0)], ["what ?"]).tokens)
+    assert whole.shape == (2, 2) and parts.size == 0
+
+
+def test_means_over_tiles_leave_out_what_fills_the_batch():
+    means = np.arange(12.0).reshape(6, 2)
+    real = np.array([True, True, False, True, False, False])
+    found = layers._by_picture(means, real, 2)
+    np.testing.assert_array_equal(found, [[1, 2], [6, 7]])

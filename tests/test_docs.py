@@ -1,0 +1,47 @@
+"""The code of every page of the documentation runs, from top to bottom, and its links lead to files."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+QUICK = {"official.md", "words.md"}  # the others run the embedded model
+ELSEWHERE = {"pods.md"}  # it needs the compiler for TPUs
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=() if page in QUICK else pytest.mark.slow)
+        for page in PAGES
+        if blocks(page) and page not in ELSEWHERE
+    ],
+)
+def test_page_runs(page, tmp_path, monkeypatch, capsys):
+    if page not in QUICK:
+        pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for number, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (DOCS / link).exists(), link
+
+
+def test_every_page_is_in_the_contents():
+    contents = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {page for page in PAGES if f"({page})" in contents} == {*PAGES} - {"README.md"}
