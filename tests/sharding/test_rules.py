@@ -49,7 +49,7 @@ def stays_whole(config, path: str) -> bool:
 
 @pytest.mark.parametrize("name", released.RELEASED)
 def test_every_parameter_of_a_released_model_has_a_rule(name):
-    """And nearly all bytes are split, also over both axes; layers never."""
+    """And nearly all bytes are split (not norms and patches), also over both axes; layers never."""
     config = released.RELEASED[name]()
     shapes = shapes_of(config)
     for where, share in ((abstract(model=8), 8), (abstract(fsdp=8), 8), (abstract(2, 4, 2), 8)):
@@ -61,7 +61,7 @@ def test_every_parameter_of_a_released_model_has_a_rule(name):
         size = {path: math.prod(s) for path, s in shapes.items() if not stays_whole(config, path)}
         total = sum(size.values())
         held = sum(n / parts(found[path], where) for path, n in size.items())
-        assert held < 1.02 * total / share, (where, held * share / total)
+        assert held < 1.05 * total / share, (where, held * share / total)
 
 
 @pytest.mark.parametrize("config", [kind.tiny() for kind in TINY])
