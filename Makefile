@@ -1,6 +1,7 @@
 # make demo   fresh environment, install, paper A on the embedded model: results/demo/index.html
 # make test   the quick test suite
 # make slow   the slow checks (real weights, kills and restarts)
+# make long   those that CI has no time for (every family on every mesh)
 # make lint   ruff
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # For parity tests only; `make test TORCH=` goes without and skips them.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow lint install clean
+.PHONY: demo test slow long lint install clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +36,10 @@ test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 slow: $(VENV)/.tested
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
+
+long: $(VENV)/.tested
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -141,7 +141,8 @@ def _study(config, workdir, model, processor, edits: Edits, asked) -> Study:
         )
         for split, some in asked.items()
     }  # fmt: skip
-    ids = score.candidate_ids(processor, labels, 1)[0]
+    # Without the end of the turn: it is said of the answer, not of what is exchanged before it.
+    ids = score.candidate_ids(processor, labels, 1, end=False)[0]
     length = batching.row_length(processor, pairs[:1])
     return Study(config, model, processor, edits, prompt, labels, ids, length, seen)
 

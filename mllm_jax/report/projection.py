@@ -35,8 +35,7 @@ from matplotlib.figure import Figure
 
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
-from mllm_jax.report import figures, page, tables
-from mllm_jax.report.domain_neurons import NAMES
+from mllm_jax.report import figures, page, parts, tables
 
 KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
 FIXED = {
@@ -330,7 +329,7 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         return None
     by_module: dict = {}
     for row in rows:
-        by_task = by_module.setdefault(NAMES.get(row["module"], row["module"]), {})
+        by_task = by_module.setdefault(parts.name(row["module"]), {})
         by_task.setdefault(row["task"], {})[row["variant"]] = row
     figure = figures.migration(by_module, _hue(rows))
 

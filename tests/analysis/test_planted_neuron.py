@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 import scipy.stats
 
 import mllm_jax as mj
@@ -50,6 +51,7 @@ def counted(model, batch):
     return active.sum(1)[:, None].astype(int), np.full(len(active), active.shape[1])
 
 
+@pytest.mark.slow
 def test_it_is_found_in_20_of_20_seeds(tiny_config):
     for seed in range(20):
         batch, domain = pictures(tiny_config, seed)
@@ -60,6 +62,7 @@ def test_it_is_found_in_20_of_20_seeds(tiny_config):
         assert (found.mask[domain, 0, NEURON] == whose).all(), seed
 
 
+@pytest.mark.slow
 def test_shuffled_pictures_have_false_neurons_no_more_often_than_the_level(tiny_config):
     level, false = 0.1, 0
     for seed in range(20):

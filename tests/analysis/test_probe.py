@@ -220,6 +220,7 @@ def test_from_the_same_weights_pytorch_learns_the_same():
     np.testing.assert_array_equal(found.predicted[0], said)
 
 
+@pytest.mark.slow
 def test_with_weights_of_its_own_pytorch_agrees_within_its_seed_deviation():
     pytest.importorskip("torch")
     parts = blobs((90, 40, 200), spread=1.5)

@@ -101,6 +101,7 @@ def test_the_checkpoint_is_one_of_transformers(checkpoint):
         assert not report[problem]
 
 
+@pytest.mark.slow
 def test_benchmark(checkpoint, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     arguments = [f"--model={checkpoint[1]}", "--steps=4", f"--json={tmp_path / 'found.json'}"]

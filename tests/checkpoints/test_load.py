@@ -353,5 +353,3 @@ def test_names(monkeypatch, tmp_path):
         with pytest.raises(FileNotFoundError, match="neither a directory nor to be had") as error:
             load.locate(name)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"mesh=...\) is not supported yet"):
-        load.load(tmp_path, mesh=jax.make_mesh((1,), ("data",)))

@@ -29,6 +29,7 @@ def finished(tmp_path_factory, command, execute):
     return workdir
 
 
+@pytest.mark.slow
 def test_leaves_results_tables_figures_and_a_page(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["domains"] == ["reds", "greens"]
@@ -43,6 +44,7 @@ def test_leaves_results_tables_figures_and_a_page(finished):
         assert found["reds"].max() == found["reds"][layer, unit] == value > 0
 
 
+@pytest.mark.slow
 def test_attributions_add_up(finished):
     """To what closing all gates takes away."""
     for found in json.loads((finished / "results.json").read_text())["complete"].values():
@@ -50,6 +52,7 @@ def test_attributions_add_up(finished):
         assert abs(found["sum"] - found["change"]) < 0.02 * abs(found["change"])
 
 
+@pytest.mark.slow
 def test_they_are_gradients_on_the_way(finished, checkpoint, folders):
     model, processor = mj.load(checkpoint)
     domain = domains.own([str(f) for f in folders[:2]], "train")["greens"]

@@ -57,6 +57,7 @@ def masked(study):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_mask_is_small_and_better_than_a_random_one(masked):
     results = json.loads((masked / "results.json").read_text())
     off = np.load(masked / "off.npy")
@@ -70,6 +71,7 @@ def test_a_mask_is_small_and_better_than_a_random_one(masked):
         assert (masked / name).stat().st_size > 20
 
 
+@pytest.mark.slow
 def test_what_is_off_is_an_address_of_the_command_line(masked):
     edits = spec.parse("ablate lm.mlp.act[@off.npy]", masked.path)
     off = np.load(masked / "off.npy")
@@ -84,6 +86,7 @@ def aligned(study):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_subspace_exchanges_answers(aligned):
     results = json.loads((aligned / "results.json").read_text())
     assert results["labels"] == list(LABELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -23,14 +24,23 @@ def run(shape: str, families: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
+def cases():
+    """One of them is for CI."""
+    for shape, family in itertools.product(
+        ("2x4", "8x1", "1x8", "1x1x8", "2x2x2"), ("llava", "next", "instructblip")
+    ):
+        first = (shape, family) == ("2x4", "llava")
+        yield pytest.param(shape, family, marks=() if first else pytest.mark.long)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "next", "instructblip"])
-@pytest.mark.parametrize("shape", ["2x4", "8x1", "1x8", "1x1x8", "2x2x2"])
+@pytest.mark.parametrize(("shape", "family"), cases())
 def test_a_mesh_gives_what_one_device_gives(shape, family):
     run(shape, family)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["2x1", "1x2"])
 def test_two_processes_give_what_one_device_gives(shape):
     """All passes; what a program of the user's own gives, only that program can bring home."""
