@@ -127,6 +127,7 @@ def study(tmp_path_factory, checkpoints, manual, execute):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_instructblip_to_its_page(study):
     workdir = study("instructblip", "paper", "--config.modules=('qformer+query',)")
     results = json.loads((workdir / "results.json").read_text())
@@ -142,6 +143,7 @@ def test_instructblip_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_llava_next_as_released(study):
     """Neurons as the transcription of the procedure finds them in what was counted."""
     published = pytest.importorskip("tests.published")

@@ -36,6 +36,7 @@ def results(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_leaves_results_figures_tables_and_a_page(finished, results):
     assert list(results["tasks"]) == ["reds", "greens"]
     assert results["tasks"]["reds"]["classes"] == sorted(LABELS)
@@ -49,6 +50,7 @@ def test_leaves_results_figures_tables_and_a_page(finished, results):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_variant_of_every_task_is_measured(results):
     variants = {(row["task"], row["variant"]) for row in results["answers"]}
     assert variants == {
@@ -67,6 +69,7 @@ def test_every_variant_of_every_task_is_measured(results):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_factors_change_one_setting_at_a_time(results):
     rows = results["factors"]
     assert rows[0]["recipe"] == projection.PROJ and rows[0]["change"] is None
@@ -81,6 +84,7 @@ def test_factors_change_one_setting_at_a_time(results):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_trains_moves_and_nothing_else(finished):
     """FT-Proj changes what leaves the projector, and by that the answers; Original neither."""
     arrays = {}
@@ -115,6 +119,7 @@ def test_errors_come_before_anything_is_read(config_of):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, survive, tmp_path):
     line = command("projection", CONFIG, tmp_path / "work", *SMALL, count=2)
     survive(line, tmp_path / "work", finished)

@@ -34,7 +34,7 @@ def cases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "family"), cases())
+@pytest.mark.parametrize(("shape", "family"), list(cases()))
 def test_a_mesh_gives_what_one_device_gives(shape, family):
     run(shape, family)
 
