@@ -103,6 +103,7 @@ class Benchmark:
       bounds: promises. Those that name a side that is not measured are left out.
       pictures: rows of the work.
       codes: results that are names, not numbers: compared by how many differ.
+      eigen: whether Eigen multiplies our matrices, see `products`.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Benchmark:
     bounds: tuple[Bound, ...] = ()
     pictures: int = work.BATCH
     codes: tuple[str, ...] = ()
+    eigen: bool = False
 
 
 class Rival:
@@ -319,7 +321,8 @@ def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict:
     rivals = tuple(name for name in args.rivals.split(",") if name)
     if wrong := [name for name in rivals if name not in benchmark.rivals]:
         parser.error(f"{', '.join(wrong)}: the rivals are {', '.join(benchmark.rivals) or 'none'}")
-    products.prefer_eigen()  # as the experiments do
+    if benchmark.eigen:
+        products.prefer_eigen()
     size = work.SIZES[args.size]
     if args.edits:
         size = dataclasses.replace(size, edits=args.edits)

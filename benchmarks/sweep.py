@@ -48,6 +48,7 @@ BENCHMARK = harness.Benchmark(
         harness.faster("transformer_lens", 4),
         harness.faster("nnsight", 4),
     ),
+    eigen=True,
 )
 
 if __name__ == "__main__":

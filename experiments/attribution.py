@@ -65,8 +65,8 @@ class Study:
         every = [e for half in (self.train, self.test) for some in half.values() for e in some]
         pairs = batching.ask(every, self.config.styles)
         answers = {option for _, question in pairs for option in question.options}
-        longest = max(len(self.processor.answer_ids(answer)) for answer in answers)
-        return batching.row_length(self.processor, pairs), -(-longest // 4) * 4
+        longest = score.answer_length(self.processor, answers)
+        return batching.row_length(self.processor, pairs), longest
 
     def batches(self, examples: list) -> Iterator[tuple[int, Any, np.ndarray, np.ndarray]]:
         """(rows, batch, candidates int32[B, C, A], weights float32[B, C]); one question a row."""

@@ -79,7 +79,7 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
         raise ValueError("this study reads each picture once: --edits of the vision tower are none")
     model, processor = mj.load(config.model)
     asked = {
-        split: batching.ask(_examples(config, split, count), (config.style,))
+        split: batching.ask(study.examples_of(config, split, count), (config.style,))
         for split, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
     }
     this = _study(config, workdir, model, processor, edits or Edits(), asked)
@@ -126,11 +126,6 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
     print(f"finished: {workdir / 'index.html'}")
 
 
-def _examples(config, split: str, count: int) -> list:
-    found = study.domains_of(config, split).values()
-    return batching.interleave([list(domain)[:count] for domain in found])
-
-
 def _study(config, workdir, model, processor, edits: Edits, asked) -> Study:
     pairs = [pair for some in asked.values() for pair in some]
     prompt, labels = pairs[0][1].prompt, sorted({question.answer for _, question in pairs})
@@ -149,12 +144,12 @@ def _study(config, workdir, model, processor, edits: Edits, asked) -> Study:
 
 def answer(this: Study, split: str) -> dict[str, np.ndarray]:
     """int[N]: which answer the model gives to each picture of a split."""
-    scores = jax.jit(lambda model, batch: this.scores(model, batch, Edits(), len(batch.ids)))
     size, count = 2 * this.config.batch_size, len(this.seen[split])
     found = []
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
-        found.append(mesh.read(scores(this.model, this.batch(split, rows))).argmax(-1))
+        batch = this.batch(split, rows)
+        found.append(mesh.read(this.scores(this.model, batch, Edits(), size)).argmax(-1))
     return {"label": np.concatenate(found)[:count]}
 
 

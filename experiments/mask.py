@@ -80,8 +80,7 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
 
 def _batches(config, model, processor, edits: Edits, half: str, count: int) -> list[dict[str, Any]]:
     """Prompts of all domains in turn, which rows are real, and the clean model's next word."""
-    domains = [list(domain)[:count] for domain in study.domains_of(config, half).values()]
-    pairs = batching.ask(batching.interleave(domains), config.styles)
+    pairs = batching.ask(study.examples_of(config, half, count), config.styles)
     length = batching.row_length(processor, pairs)
     asked = batching.Asked(processor, pairs, config.batch_size, length)
     made = []

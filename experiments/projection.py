@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import operator
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ import numpy as np
 
 import mllm_jax as mj
 from experiments import study
+from experiments.neurons import base
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax import workdir as workdir_
@@ -44,7 +44,7 @@ from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import projection as page
 from mllm_jax.training import batches, fit, start
 
-SITES = {"projector": S.projector.act, "lm": S.lm.mlp.act}
+SITES = {module: base.MODULES[module] for module in ("projector", "lm")}
 DEPTH_KINDS = ("image", "last")
 LOOK = "What is shown in the picture?"  # asked where the classes must not be named
 
@@ -80,14 +80,17 @@ class Study:
     processor: Any
     tasks: dict[str, tasks.Task]
 
+    def count(self, task: str, split: str) -> int:
+        """How many pictures of a split are taken: the first, as classes alternate in it."""
+        return min(getattr(self.config, f"{split}_per_task"), len(self.tasks[task][split]))
+
     def examples(self, task: str, split: str) -> list:
-        """The first pictures of a split; classes alternate in it."""
-        some, most = self.tasks[task][split], getattr(self.config, f"{split}_per_task")
-        return [some[i] for i in range(min(most, len(some)))]
+        """These pictures, read from disk."""
+        return [self.tasks[task][split][i] for i in range(self.count(task, split))]
 
     def ids(self, task: str, split: str) -> np.ndarray:
-        """int32[N]: the classes of these pictures."""
-        return self.tasks[task].ids(split)[: len(self.examples(task, split))]
+        """int32[N]: their classes."""
+        return self.tasks[task].ids(split)[: self.count(task, split)]
 
     def features(self, task: str, split: str, aspect: str | None = None) -> np.ndarray:
         """float32[N, P, E]: what the vision tower gives, computed once."""
@@ -126,8 +129,8 @@ class Study:
             self.processor,
             [
                 (e, answers.question(task, e, wording=self.config.wording, seed=seed))
-                for seed in self.config.seeds
                 for e in self.examples(task.name, split)
+                for seed in self.config.seeds
             ],
         )
 
@@ -306,7 +309,7 @@ def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
     if deep and this.config.neurons.pictures:
         masks = domain_masks(this, found, run.task)
         for off, mask in {"own": masks, **_controls(this, masks)}.items():
-            edits = _off(mask)
+            edits = base.off(mask)
             found |= piece(
                 f"off-{off}",
                 lambda off=off, e=edits: {f"off/{off}": said(this, tuned.model, task, run.seed, e)},
@@ -353,7 +356,7 @@ def layers(this: Study, tuned: Tuned) -> dict[str, np.ndarray]:
 
     def make() -> bool:
         for split in tasks.SPLITS:
-            asked = this.shown(run.task, split, len(this.examples(run.task, split)))
+            asked = this.shown(run.task, split, this.count(run.task, split))
             pooled.pooled_features(
                 tuned.model, this.processor, [e for e, _ in asked.pairs],
                 [q.prompt for _, q in asked.pairs], folder / split, features=asked.features,
@@ -402,11 +405,6 @@ def _controls(this: Study, masks: Mapping[str, np.ndarray]) -> dict[str, dict[st
     }
 
 
-def _off(masks: Mapping[str, np.ndarray]) -> Edits:
-    edits = [mj.ablate(SITES[module][mask]) for module, mask in masks.items() if mask.any()]
-    return functools.reduce(operator.rshift, edits, Edits())
-
-
 Found = Mapping[tuple[str, str, int], Mapping[str, np.ndarray]]
 
 
@@ -427,12 +425,12 @@ def read(this: Study, found: Found, task: str, name: str, variants=None) -> dict
       name: "paper", "linear" or "matched".
       variants: runs whose projector is read; those of the main tables by default, and "before".
     """
-    before = {s: _by_parts(lambda x: x.mean(1), this.features(task, s)) for s in tasks.SPLITS}
     named, seeds = variants or tuple(this.variants()), this.config.seeds
     if variants:
         seeds = this.config.factors.seeds
     after = found[task, named[0], seeds[0]]["after/train"]
-    kinds = _probes(this.config, before["train"].shape[-1], after.shape[-1])[name]
+    width = this.features(task, "train").shape[-1]
+    kinds = _probes(this.config, width, after.shape[-1])[name]
 
     def fit_to(kind: probe.Probe, sites: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
         parts = [probe.Part(sites[s], this.ids(task, s)) for s in tasks.SPLITS]
@@ -442,6 +440,9 @@ def read(this: Study, found: Found, task: str, name: str, variants=None) -> dict
     def make() -> dict[str, np.ndarray]:
         made = {}
         if not variants:
+            before = {
+                s: _by_parts(lambda x: x.mean(1), this.features(task, s)) for s in tasks.SPLITS
+            }
             made[BEFORE] = np.concatenate([fit_to(kinds[0], before, seed) for seed in seeds])
         by_seed = []
         for seed in seeds:  # the variants side by side
@@ -474,7 +475,7 @@ def _about(this: Study, name: str) -> dict[str, Any]:
     return {
         "topic": task.topic,
         "classes": list(task.classes),
-        **{split: len(this.examples(name, split)) for split in tasks.SPLITS},
+        **{split: this.count(name, split) for split in tasks.SPLITS},
     }
 
 
@@ -533,7 +534,7 @@ def factors(this: Study, found: Found, task: str) -> Iterator[dict]:
             "factor": "" if name == PROJ else name,
             "setting": "" if name == PROJ else _words(changes[name].to_dict()),
             "f1": scores[name].row(),
-            "change": None if name == PROJ else _change(scores[name], scores[PROJ]),
+            "change": None if name == PROJ else projection.change(scores[name], scores[PROJ]),
             "probe": projection.f1(truth, probed[name], classes).row(),
         }
 
@@ -577,13 +578,7 @@ def _ablation_rows(this: Study, found: Found) -> Iterator[dict]:
             for off, predicted in offs.items():
                 value = projection.f1(truth, predicted, classes)
                 row = {"task": task, "variant": variant, "off": off, "neurons": neurons}
-                yield row | {"f1": value.row(), "change": _change(value, clean)}
-
-
-def _change(of: projection.Sample, over: projection.Sample) -> dict[str, float | None]:
-    value, low, high = projection.difference(of, over).interval()
-    relative = value / over.mean if over.mean else None
-    return {"value": float(value), "low": low, "high": high, "relative": relative}
+                yield row | {"f1": value.row(), "change": projection.change(value, clean)}
 
 
 def suppress(this: Study) -> Iterator[dict]:
@@ -623,7 +618,7 @@ def suppress(this: Study) -> Iterator[dict]:
         clean = clean or value
         yield {
             "task": f"{task.name}: {' or '.join(task.classes)}", "variant": ORIGINAL, "off": off,
-            "neurons": neurons, "f1": value.row(), "change": _change(value, clean),
+            "neurons": neurons, "f1": value.row(), "change": projection.change(value, clean),
             "called": {
                 name: float((predicted == c)[truth["test"] == c].mean())
                 for c, name in enumerate(task.classes)

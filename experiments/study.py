@@ -17,10 +17,10 @@ from ml_collections import config_flags
 
 from mllm_jax import products
 from mllm_jax import workdir as workdir_
-from mllm_jax.data import domains, vqa
+from mllm_jax.data import batching, domains, vqa
+from mllm_jax.data import features as features_
 from mllm_jax.interventions import spec
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import hosts, mesh
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
@@ -67,6 +67,12 @@ def domains_of(config, split: str) -> dict[str, domains.Domain]:
     return domains.embedded(split, domains=tuple(config.domains) or None)
 
 
+def examples_of(config, split: str, per_domain: int) -> list[domains.Example]:
+    """The first examples of all domains in turn, so that neighbours in a batch differ in domain."""
+    found = domains_of(config, split).values()
+    return batching.interleave([list(domain)[:per_domain] for domain in found])
+
+
 def _vqa(config, split: str, of: str) -> dict[str, domains.Domain]:
     names = tuple(config.domains) or vqa.NAMES
     where = {"root": config.vqa.root or None, "size": config.vqa.size}
@@ -84,16 +90,11 @@ def with_features(model, batch, edits: Edits | None = None):
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         return batch
     with mesh.on(model):
-        features = _features(model, mesh.place(batch.replace(processor=None)))
+        features = features_.encode(model, mesh.place(batch.replace(processor=None)))
         return batch.replace(features=mesh.home(features))
 
 
-@jax.jit
-def _features(model, batch):
-    return model.features(batch, Taps())
-
-
-def main(run: Callable, takes: Sequence[str] = ()) -> None:
+def main(run: Callable, takes: Sequence[str] = (), *, eigen: bool = False) -> None:
     """Runs `run(config, workdir)` from the command line.
 
     Errors of input or machine end the program with one line and status 1.
@@ -101,6 +102,7 @@ def main(run: Callable, takes: Sequence[str] = ()) -> None:
     Args:
       takes: "edits" and "captures", where the study can use them: then `run` gets them by name,
         or None. A flag that the study does not take is refused.
+      eigen: whether Eigen multiplies its matrices on CPUs, see `products`.
     """
 
     def start(argv):
@@ -122,7 +124,8 @@ def main(run: Callable, takes: Sequence[str] = ()) -> None:
             traceback.print_exc()  # here; the others, who wait for this one, show one line
             hosts.fail(f"error: {type(error).__name__}: {error}")
 
-    products.prefer_eigen()
+    if eigen:
+        products.prefer_eigen()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(start)
 

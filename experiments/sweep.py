@@ -155,4 +155,4 @@ def _alike(columns: dict[str, list]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    study.main(run)
+    study.main(run, eigen=True)

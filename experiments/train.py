@@ -22,8 +22,8 @@ from mllm_jax.training import fit, parts, start
 
 def run(config, workdir: workdir_.Workdir) -> None:
     model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
-    train = _examples(config, "train", config.train_per_domain)
-    test = _examples(config, "test", config.test_per_domain)
+    train = study.examples_of(config, "train", config.train_per_domain)
+    test = study.examples_of(config, "test", config.test_per_domain)
     seen = features.vision_features(
         model, processor, train, workdir / "features" / "train.npy", label="features, train"
     )
@@ -67,12 +67,6 @@ def run(config, workdir: workdir_.Workdir) -> None:
     )
     workdir_.manifest(workdir, seed=config.seed)
     print(f"held-out loss {before[0]:.3f} -> {after[0]:.3f}; with the wrong picture {after[1]:.3f}")
-
-
-def _examples(config, split: str, per_domain: int) -> list:
-    """Examples of all domains in turn, so that neighbours in a batch differ in domain."""
-    found = study.domains_of(config, split)
-    return batching.interleave([list(domain)[:per_domain] for domain in found.values()])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ import tqdm
 
 import mllm_jax as mj
 from experiments import study
-from experiments.neurons.base import MODULES, Study
+from experiments.neurons.base import Study, off
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import deviation, domain_neurons, intervals, official
@@ -128,8 +128,7 @@ class Options:
     def __init__(self, this: Study, domain: str):
         self.this, self.domain, self.asked = this, domain, this.asked("test", domain)
         options = [question.options for _, question in self.asked.pairs]
-        longest = max(len(this.processor.answer_ids(o)) for some in options for o in some)
-        self.length = -(-longest // 4) * 4
+        self.length = score.answer_length(this.processor, itertools.chain(*options))
         self.chance = float(np.mean([1 / len(some) for some in options]))
 
     def read(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], Any]:
@@ -200,8 +199,7 @@ def measure_all(
         said, clean = measure.read(number, seen, this.edits or Edits())
         arrays = {f"clean/{key}": value for key, value in said.items()}
         for cell, masks in tqdm.tqdm(cells.items(), desc=f"ablate, {domain}", leave=False):
-            off = [mj.ablate(MODULES[module][mask]) for module, mask in masks.items()]
-            edits = functools.reduce(operator.rshift, off, this.edits or Edits())
+            edits = (this.edits or Edits()) >> off(masks)
             said, last = measure.read(number, batch if "vision" in masks else seen, edits)
             found = said | _deviation(clean, last, batch, rows)._asdict()
             arrays |= {f"{cell.name}/{key}": value for key, value in found.items()}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import official
@@ -24,6 +27,12 @@ MODULES = {
     "projector": S.projector.act,
     "lm": S.lm.mlp.act,
 }
+
+
+def off(masks: Mapping[str, np.ndarray]) -> Edits:
+    """The edits that switch neurons off: bool[L, F] by module."""
+    cut = (mj.ablate(MODULES[module][mask]) for module, mask in masks.items() if mask.any())
+    return functools.reduce(operator.rshift, cut, Edits())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import tqdm
 
 import mllm_jax as mj
@@ -17,6 +18,7 @@ from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import components, domain_neurons, logit_lens, stages
 from mllm_jax.analysis.domain_neurons import Found
 from mllm_jax.data import batching
+from mllm_jax.data import features as features_
 
 KINDS = ("image", "question")
 FEATURES = {"vision": S.vision.resid_post[-1], "projector": S.projector.out}
@@ -38,7 +40,8 @@ def read(this: Study) -> dict[str, dict[str, np.ndarray]]:
             np.moveaxis(np.asarray(array), 0, 1)[:rows][..., kinds]
             for array in (lens.sum, np.broadcast_to(lens.tokens, lens.sum.shape))
         )
-        means = {name: _by_picture(out[name], batch.real, asked.size)[:rows] for name in FEATURES}
+        config = this.model.config
+        means = {name: features_.by_row(config, batch, out[name])[:rows] for name in FEATURES}
         return {"sums": sums, "tokens": tokens[:, 0], **means}
 
     def make(name: str) -> dict[str, np.ndarray]:
@@ -53,13 +56,6 @@ def read(this: Study) -> dict[str, dict[str, np.ndarray]]:
         name: this.workdir.arrays(f"lens-{name}", functools.partial(make, name))
         for name in this.names
     }
-
-
-def _by_picture(means, real: np.ndarray, rows: int) -> np.ndarray:
-    """float[B, width]: the mean over the tiles of each picture, of means over tokens."""
-    weight = real.reshape(rows, -1, 1)
-    tiles = np.asarray(means, np.float32).reshape(*weight.shape[:2], -1)
-    return (tiles * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
 
 
 def curves(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
@@ -195,8 +191,6 @@ def grids(tokens: tok.TokenMap) -> tuple[np.ndarray, np.ndarray]:
 
 def as_seen(processor, batch):
     """The first tile of a batch as a picture: what the vision tower is given."""
-    import PIL.Image
-
     made = processor.image_processor
     pixels = batch.pixels[0] * np.asarray(made.image_std) + np.asarray(made.image_mean)
     return PIL.Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))

@@ -90,6 +90,13 @@ class Example:
         )
 
 
+def known(what: str, name: str, names: Sequence[str]) -> str:
+    """The name, if it is one of those that there are."""
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    return name
+
+
 class Domain(Sequence):
     """A named, ordered set of examples.
 

@@ -15,6 +15,20 @@ from mllm_jax.sharding import hosts, mesh
 from mllm_jax.workdir import atomic_json, read_json
 
 
+@jax.jit
+def encode(model, batch) -> jax.Array:
+    """float[I, P, E]: what the vision tower gives for the pictures of a batch."""
+    return model.features(batch, Taps())
+
+
+def by_row(config, batch, values) -> np.ndarray:
+    """float32[B, W]: of each row's picture, the mean of its tiles' values float[I, W]."""
+    values = np.asarray(values, np.float32).reshape(-1, config.tiles, np.shape(values)[-1])
+    real = batch.real.reshape(-1, config.tiles, 1)
+    means = (values * real).sum(1) / np.maximum(real.sum(1), 1)
+    return means[places(config, batch)]
+
+
 def places(config, batch) -> np.ndarray:
     """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
     each = config.tiles * config.image_tokens
@@ -53,7 +67,6 @@ def vision_features(
     if hosts.writes():
         mode = "r+" if done else "w+"
         kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
-    encode = jax.jit(lambda model, batch: model.features(batch, Taps()))
     with (
         mesh.on(model),
         tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar,

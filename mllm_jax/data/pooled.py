@@ -5,15 +5,13 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import tqdm
 
 from mllm_jax import sites, tokens
-from mllm_jax.data.features import places
+from mllm_jax.data.features import by_row, encode
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions import captures, run
-from mllm_jax.interventions.tap import Taps
 from mllm_jax.workdir import atomic_json, fingerprint, read_json
 
 CAPTURES = {
@@ -78,29 +76,16 @@ def _given(config, pictures: list, features, at: slice) -> dict:
 
 def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
     """The arrays of a batch, of its first rows."""
-    batch = batch.replace(features=_features(model, batch))
+    batch = batch.replace(features=encode(model, batch))
     found = run.run(model, batch, None, CAPTURES, logits="none").captures
     patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     made = {
-        "vision": _by_row(model.config, batch, patches),
-        "projector": _by_row(model.config, batch, found["projector"]),
+        "vision": by_row(model.config, batch, patches),
+        "projector": by_row(model.config, batch, found["projector"]),
         "lm.image": np.asarray(found["lm.image"]).swapaxes(0, 1),
         "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),
     }
     return {name: np.asarray(values[:rows], np.float32) for name, values in made.items()}
-
-
-@jax.jit
-def _features(model, batch):
-    return model.features(batch, Taps())
-
-
-def _by_row(config, batch, values) -> np.ndarray:
-    """float32[B, W]: of each row's picture, the mean of its tiles' values float[I, W]."""
-    values = np.asarray(values, np.float32).reshape(-1, config.tiles, values.shape[-1])
-    real = batch.real.reshape(-1, config.tiles, 1)
-    means = (values * real).sum(1) / np.maximum(real.sum(1), 1)
-    return means[places(config, batch)]
 
 
 def _asked(model, prompts, features) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,16 @@ def score_with(
         return mesh.home(_score(model, *read))
 
 
+def answer_length(processor, answers: Iterable[str]) -> int:
+    """A of `candidate_ids` that holds each of these answers."""
+    return _rounded(max(len(processor.answer_ids(answer)) for answer in answers))
+
+
+def _rounded(longest: int) -> int:
+    """Up, so that few programs are compiled."""
+    return -(-longest // 4) * 4
+
+
 def candidate_ids(
     processor,
     candidates: Sequence,
@@ -90,7 +100,7 @@ def candidate_ids(
         candidates = [candidates] * rows
     coded = [[processor.answer_ids(c, end=end) for c in row] for row in candidates]
     C = max(len(row) for row in coded)
-    A = length or -(-max(len(ids) for row in coded for ids in row) // 4) * 4
+    A = length or _rounded(max(len(ids) for row in coded for ids in row))
     out = np.full((rows, C, A), -1, np.int32)
     for b, row in enumerate(coded):
         for c, ids in enumerate(row):

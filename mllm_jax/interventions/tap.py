@@ -224,23 +224,25 @@ class ModuleTap:
         resume = self.taps.resume[self.name]
         x = x if resume.x is None else resume.x
 
+        def at(i):
+            whole = layers, extra
+            return narrow.at(jax.tree.map(lambda a: a[i], whole), whole, i)
+
         def one(i, x):
-            sliced, (edit_arrays, slots) = jax.tree.map(lambda a: a[i], ((layers, extra), arrays))
-            layer, more = narrow.at(sliced, (layers, extra), i)
+            (layer, more), (edit_arrays, slots) = at(i), jax.tree.map(lambda a: a[i], arrays)
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
             x, out = step(layer, x, tap, more)
-            at = {name: slots.get(name, i) for name in captures}
-            return x, tap.receipts, tap.captured, at, out
+            places = {name: slots.get(name, i) for name in captures}
+            return x, tap.receipts, tap.captured, places, out
 
         def body(i, carry):
             x, receipts_, captured = carry
-            x, receipt, found, at, _ = one(i, x)
-            captured = {n: _put(captured[n], found[n], at[n]) for n in captured}
+            x, receipt, found, places, _ = one(i, x)
+            captured = {n: _put(captured[n], found[n], places[n]) for n in captured}
             return x, _put(receipts_, receipt, i), captured
 
         def last(x):
-            layer, more = jax.tree.map(lambda a: a[-1], (layers, extra))
-            layer, more = narrow.at((layer, more), (layers, extra), count - 1)
+            layer, more = at(count - 1)
             y, _ = step(layer, x, self._tap(count, {}, {}), more, only=resume.places)
             return x.at[jnp.arange(len(x)), resume.places].set(y[:, 0])
 

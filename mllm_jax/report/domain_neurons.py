@@ -36,11 +36,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         workdir: the study's folder, which holds the pictures that the results name.
         results: what results.json holds. A part that is empty has no section on the page.
     """
-    missing = [key for key in KEYS if key not in results]
-    if missing:
-        raise ValueError(
-            f"results of domain_neurons lack {', '.join(missing)}; run the study again"
-        )
+    parts.require(results, KEYS, "domain_neurons")
     folder = pathlib.Path(workdir)
     made = (
         _accuracy, _neurons, _overlap, evidence.steadiness, evidence.comparison, _ablation,
@@ -55,7 +51,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         facts=_facts(results),
         figure=_overview(folder, results),
         sections=sections,
-        data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+        data=page.RECORDS,
     )
     page.write(folder / "index.html", content)
 

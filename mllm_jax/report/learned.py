@@ -110,7 +110,7 @@ def write_mask(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) 
             ),
             _learning(folder, {"gates": curve}),
         ],
-        data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+        data=page.RECORDS,
     )  # fmt: skip
     page.write(folder / "index.html", content)
 
@@ -154,7 +154,7 @@ def write_das(
             ),
             _learning(folder, {f"layer {layer}": loss for layer, loss in losses.items()}),
         ],
-        data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+        data=page.RECORDS,
     )  # fmt: skip
     page.write(folder / "index.html", content)
 

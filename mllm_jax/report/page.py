@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from mllm_jax import workdir
 
+RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))  # of every study
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
 
 

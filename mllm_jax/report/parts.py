@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,6 +21,12 @@ NAMES = {
 }
 
 
+def require(results: Mapping, keys: Sequence[str], study: str) -> None:
+    """Refuses the results of a study that lack some of the keys."""
+    if missing := [key for key in keys if key not in results]:
+        raise ValueError(f"results of {study} lack {', '.join(missing)}; run the study again")
+
+
 def png(
     folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
 ) -> page.Figure:
@@ -31,7 +37,7 @@ def png(
 
 
 def csv(
-    folder: pathlib.Path, name: str, columns: Sequence[str], rows: Sequence[Sequence]
+    folder: pathlib.Path, name: str, columns: Sequence[str], rows: Iterable[Sequence]
 ) -> tuple[str, str]:
     """Writes tables/NAME.csv."""
     path = f"tables/{name}.csv"

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
-from mllm_jax.report import figures, page, parts, tables
+from mllm_jax.report import figures, page, parts
 
 KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
 FIXED = {
@@ -54,22 +54,12 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         workdir: the study's folder.
         results: what results.json holds. A part that is empty has no section on the page.
     """
-    missing = [key for key in KEYS if key not in results]
-    if missing:
-        raise ValueError(f"results of projection lack {', '.join(missing)}; run the study again")
+    parts.require(results, KEYS, "projection")
     folder = pathlib.Path(workdir)
-    parts = (
-        _claims,
-        _answers,
-        _richness,
-        _depth,
-        _factors,
-        _neurons,
-        _ablation,
-        _suppression,
-        _paper,
-    )
-    sections = [section for part in parts if (section := part(folder, results))]
+    made = (
+        _claims, _answers, _richness, _depth, _factors, _neurons, _ablation, _suppression, _paper,
+    )  # fmt: skip
+    sections = [section for part in made if (section := part(folder, results))]
     content = page.Page(
         title="The projection study",
         lead=f"Where do domain-specific visual attributes of {page.edited(results)} live after "
@@ -78,7 +68,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         facts=_facts(results),
         figure=_overview(folder, results),
         sections=sections,
-        data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+        data=page.RECORDS,
     )
     page.write(folder / "index.html", content)
 
@@ -113,7 +103,7 @@ def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure:
         },
         "macro-F1",
     )
-    return _png(
+    return parts.png(
         folder, "overview", figure,
         "Macro-F1 of the model and of a probe, before and after fine-tuning",
         "Left: the model's answers. Right: the paper's probes on the features before and after "
@@ -149,7 +139,7 @@ def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
         "ask again with probes that are the same on both sides of the projection."
         if len(asked) > len(results["claims"])
         else results["rule"],
-        data=[_csv(folder, "claims", ("claim", "verdict", *columns), lines)],
+        data=[parts.csv(folder, "claims", ("claim", "verdict", *columns), lines)],
     )
 
 
@@ -169,7 +159,7 @@ def _answers(folder: pathlib.Path, results: Mapping) -> page.Section:
         f"tasks; with its projector tuned {_mean(rows, PROJ)}, tuned end to end "
         f"{_mean(rows, E2E)}. The interval of the change lies above zero in {above[PROJ]} of "
         f"{len(found)} tasks for {PROJ}, in {above[E2E]} for {E2E}.",
-        figures=[_png(folder, "answers", figure, "Macro-F1 by task and variant")],
+        figures=[parts.png(folder, "answers", figure, "Macro-F1 by task and variant")],
         table=page.Table(
             ("task", "variant", "runs", "macro-F1", "interval", "accuracy", "change of F1"),
             [
@@ -213,7 +203,7 @@ def _richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         reading=f"The paper's probes reach a macro-F1 of {_mean(own, BEFORE)} before the "
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
-        figures=[_png(folder, "richness", figure, "Macro-F1 of probes by task and variant")],
+        figures=[parts.png(folder, "richness", figure, "Macro-F1 of probes by task and variant")],
         table=_pivot(rows, {"probe": "probe", "variant": "features"}),
         note="Features are means over the patches of a picture. The paper's probes have another "
         "depth and width before the projection than after it; the matched probe has the same of "
@@ -247,25 +237,25 @@ def _depth(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     return page.Section(
         title="Along the depth of the language model",
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
-        figures=[_png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
+        figures=[parts.png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
         note="A linear probe on what leaves each layer; bands are 95 % intervals. The dashed line "
         "is the same probe on the features before the projection.",
-        data=[_csv(folder, "depth", columns, [[row[c] for c in columns] for row in rows])],
+        data=[parts.csv(folder, "depth", columns, [[row[c] for c in columns] for row in rows])],
     )
 
 
 def _rise(kind: str, by_task: Mapping) -> str:
     """Where along the layers most can be read of a kind of token, on average over tasks."""
-    parts = []
+    found = []
     for variant in (ORIGINAL, PROJ, E2E):
         means = [task[variant]["mean"] for task in by_task.values() if variant in task]
         if means:
             curve = np.mean(means, axis=0)
-            parts.append(
+            found.append(
                 f"{variant} {curve[0]:.2f} at layer 0, {curve.max():.2f} at layer "
                 f"{curve.argmax()}, {curve[-1]:.2f} at the last"
             )
-    return f"At the {kind}: {'; '.join(parts)}."
+    return f"At the {kind}: {'; '.join(found)}."
 
 
 def _factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
@@ -297,12 +287,12 @@ def _factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         title="What the recipe changes",
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
         f"{page.number(_mean_change(rows, largest))} on average over tasks.",
-        figures=[_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
+        figures=[parts.png(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
         note="One factor at a time is set otherwise than in the first recipe. The dashed line is "
         "the first recipe. * marks changes whose interval excludes zero.",
         data=[
-            _csv(
+            parts.csv(
                 folder, "factors",
                 ("task", "recipe", "factor", "setting", *VALUE,
                  *(f"change_{c}" for c in CHANGE), *(f"probe_{c}" for c in VALUE)),
@@ -356,7 +346,7 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             for v in variants
         )
         + ", on average over tasks and modules.",
-        figures=[_png(folder, "neurons", figure, "Neurons kept, lost and gained by module")],
+        figures=[parts.png(folder, "neurons", figure, "Neurons kept, lost and gained by module")],
         table=page.Table(
             ("task", "variant", "module", "before", "after", "kept", "Jaccard", "share before",
              "share after"),
@@ -370,8 +360,10 @@ def _neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         note="Shares are of the domain's neurons in all modules: where they differ, neurons moved "
         "from module to module.",
         data=[
-            _csv(folder, "neurons", columns, [[row[c] for c in columns] for row in rows]),
-            _csv(folder, "neurons_per_layer", (*columns[:3], "layer", "before", "after"), layers),
+            parts.csv(folder, "neurons", columns, [[row[c] for c in columns] for row in rows]),
+            parts.csv(
+                folder, "neurons_per_layer", (*columns[:3], "layer", "before", "after"), layers
+            ),
         ],
     )  # fmt: skip
 
@@ -387,7 +379,7 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         + ", by ".join(f"{_mean_off(rows, kind)} with {kind} off" for kind in kinds)
         + ".",
         figures=[
-            _png(
+            parts.png(
                 folder, "ablation", _changes(rows, "variant"),
                 "Change of macro-F1 by whose neurons are off",
             )
@@ -418,7 +410,7 @@ def _suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         reading=f"Two classes ({' and '.join(classes)}), {classes[0]} suppressed. Macro-F1 changes "
         f"by: {changes}.",
         figures=[
-            _png(folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit")
+            parts.png(folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit")
         ],
         table=page.Table(
             ("edit", "neurons", *(f"{name}, called so" for name in classes), "macro-F1",
@@ -460,7 +452,7 @@ def _mean_off(rows: Sequence[Mapping], kind: str) -> str:
 
 def _off_csv(folder: pathlib.Path, name: str, rows: Sequence[Mapping]) -> tuple[str, str]:
     classes = list(rows[0].get("called", ()))
-    return _csv(
+    return parts.csv(
         folder, name,
         ("task", "variant", "off", "neurons", *VALUE, *(f"change_{c}" for c in CHANGE),
          *(f"called_{c}" for c in classes)),
@@ -568,7 +560,7 @@ def _rows_csv(
         *first, "variant", "runs", "images", *(f"f1_{c}" for c in VALUE),
         *(f"accuracy_{c}" for c in VALUE), *(f"change_{c}" for c in CHANGE),
     )  # fmt: skip
-    return _csv(
+    return parts.csv(
         folder, name, columns,
         [
             (*(row[c] for c in first), row["variant"], row["runs"], row["images"],
@@ -576,19 +568,3 @@ def _rows_csv(
             for row in rows
         ],
     )  # fmt: skip
-
-
-def _png(
-    folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
-) -> page.Figure:
-    path = f"figures/{name}.png"
-    figures.save(figure, folder / path)
-    return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
-
-
-def _csv(
-    folder: pathlib.Path, name: str, columns: Sequence[str], rows: Iterable[Sequence]
-) -> tuple[str, str]:
-    path = f"tables/{name}.csv"
-    tables.write(folder / path, columns, rows)
-    return f"{name}.csv", path

@@ -73,6 +73,6 @@ def write(workdir: Workdir, results: Mapping) -> None:
                     "interval over pairs excludes zero, each cell on its own.",
                 )
             ],
-            data=[("results.json", "results.json"), ("manifest.json", "manifest.json")],
+            data=page.RECORDS,
         ),
     )  # fmt: skip

@@ -80,9 +80,10 @@ def fail(text: str) -> NoReturn:
     """Ends this process, and with it all others, which show this line as well."""
     if not _joined.is_set():
         sys.exit(text)
+    print(text, file=sys.stderr, flush=True)  # first: the others, once told, may end JAX here
     state = distributed.global_state
     state.client.key_value_set(_ERROR, f"{state.process_id} {text}")
-    _end(text)
+    os._exit(1)
 
 
 def count() -> int:

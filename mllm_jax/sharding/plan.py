@@ -32,6 +32,7 @@ from mllm_jax.sharding import hlo, programs, rules, work
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.sharding.chips import GIB, Chip, Slice
 from mllm_jax.sharding.programs import Program, Size
+from mllm_jax.training import parts
 
 COMPILED, SHAPES = "compiled", "shapes"
 SMALL = 2**16  # bytes: an array below is a statistic or an index, whatever its shape
@@ -359,7 +360,7 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
         def one(path, leaf):
             if not hasattr(leaf, "shape"):
                 return leaf
-            return lying(leaf, how[kind](_dotted(path), leaf) if kind in how else P())
+            return lying(leaf, how[kind](parts.weight_name(path), leaf) if kind in how else P())
 
         return kind, jax.tree_util.tree_map_with_path(one, tree)
 
@@ -385,12 +386,7 @@ def _of_parameter(path: str, weights: Mapping[str, P]) -> P:
 def _shapes(network) -> dict[str, tuple[int, ...]]:
     """Dotted path -> shape of every parameter."""
     leaves = jax.tree_util.tree_flatten_with_path(network)[0]
-    return {_dotted(path): leaf.shape for path, leaf in leaves}
-
-
-def _dotted(path: tuple) -> str:
-    names = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
-    return ".".join(str(name) for name in names if name != "value")
+    return {parts.weight_name(path): leaf.shape for path, leaf in leaves}
 
 
 def _bytes(tree: Any) -> int:
@@ -423,7 +419,9 @@ def _lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     args, fn = [tree for _, tree in program.args], program.fn
     if program.back:
         places = jax.tree.map(lambda leaf: leaf.sharding, args[: program.back])
-        fn = jax.jit(fn, out_shardings=(*places, None))
+        fn = jax.jit(
+            fn, out_shardings=(*places, None), donate_argnums=tuple(range(program.back))
+        )  # as training does
     with jax.set_mesh(mesh):
         return fn.lower(*args, **program.static)
 

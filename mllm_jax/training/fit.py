@@ -104,7 +104,7 @@ def fit(
         trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
         leaves, shape = jax.tree.flatten((trained, state))
         where = tuple(jax.tree.leaves(mesh.places(leaves)))
-        step_ = functools.partial(
+        advance = functools.partial(
             _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
         )
         store = _Checkpoints(save)
@@ -113,7 +113,7 @@ def fit(
         bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
         for step in bar:
             some = [batches[step * size + i].replace(processor=None) for i in range(size)]
-            trained, state, value = step_(trained, state, frozen, [*map(mesh.place, some)])
+            trained, state, value = advance(trained, state, frozen, [*map(mesh.place, some)])
             curve[step] = value
             recent = curve[max(0, step - 19) : step + 1].mean()
             bar.set_postfix(loss=f"{recent:.3f}")

@@ -155,7 +155,7 @@ def split(
     if ("neurons" in chosen) != (neurons is not None):
         raise ValueError(f'part="{part}" goes {"with" if neurons is None else "without"} neurons=')
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    weights = {_name(path): leaf for path, leaf in leaves}
+    weights = {weight_name(path): leaf for path, leaf in leaves}
     merge = Merge(structure, tuple(weights), lora or Lora())
     trained: dict[str, Any] = {
         module: {name: weights.pop(name) for name in merge.names if name.startswith(f"{module}.")}
@@ -170,7 +170,8 @@ def split(
     return Split(merge, trained, frozen)
 
 
-def _name(path) -> str:
+def weight_name(path) -> str:
+    """The dotted name of a weight, from its path in a tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 

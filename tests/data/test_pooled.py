@@ -115,7 +115,7 @@ def test_tiles_are_weighed_by_whether_they_are_real():
         image_at=np.array([[-1, 12, 13], [-1, 0, 5], [2, 3, 16], [-1, -1, -1]]),
     )
     values = np.array([[1.0], [3], [99], [1], [2], [6]])
-    assert pooled._by_row(config, batch, values)[:3, 0].tolist() == [3, 2, 2]
+    assert features.by_row(config, batch, values)[:3, 0].tolist() == [3, 2, 2]
 
 
 def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):

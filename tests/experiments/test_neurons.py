@@ -80,10 +80,3 @@ def test_tokens_of_the_parts_lie_as_the_picture_does():
     plain = tiny.processor(llava_next.LlavaConfig.tiny())
     whole, parts = layers.grids(plain([tiny.picture(0)], ["what ?"]).tokens)
     assert whole.shape == (2, 2) and parts.size == 0
-
-
-def test_means_over_tiles_leave_out_what_fills_the_batch():
-    means = np.arange(12.0).reshape(6, 2)
-    real = np.array([True, True, False, True, False, False])
-    found = layers._by_picture(means, real, 2)
-    np.testing.assert_array_equal(found, [[1, 2], [6, 7]])

@@ -61,7 +61,7 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
         FileNotFoundError: it is not built; the message says how.
     """
     kind, root = _builder(name), _root(root)
-    source = kind.source(root, _known("split", split, kind.SPLITS))
+    source = kind.source(root, domains.known("split", split, kind.SPLITS))
     if source is None:
         raise FileNotFoundError(
             f"{name} is not built in {root}: run "
@@ -93,7 +93,7 @@ def task(
     """
     kind = _builder(name)
     classes = kind.CLASSES
-    if _known("spelling", spelling, SPELLINGS) == "official":
+    if domains.known("spelling", spelling, SPELLINGS) == "official":
         classes = {label.replace("_", ""): label for label in classes.values()}
     return tasks.Task.from_domain(
         load(name, "train", root=root),
@@ -134,14 +134,8 @@ class _Records(Sequence):
 
 
 def _builder(name: str):
-    _known("data set", name, NAMES)
+    domains.known("data set", name, NAMES)
     return importlib.import_module(f"mllm_jax.data.classification.{name}").Builder
-
-
-def _known(what: str, name: str, names: Sequence[str]) -> str:
-    if name not in names:
-        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
-    return name
 
 
 def _root(root: str | os.PathLike | None) -> pathlib.Path:

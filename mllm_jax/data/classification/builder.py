@@ -30,7 +30,7 @@ class Row:
 class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     """Pictures of one class each.
 
-    A subclass says what it needs and which rows a split has.
+    A subclass says what it needs, and which rows a split has where they are not in folders.
 
     Attributes:
         LABELS: as the data set has them; a label's place is its id.
@@ -42,9 +42,11 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     CLASSES: ClassVar[dict[str, str]] = {}
     TOPIC = ""
 
-    def rows(self, folder: pathlib.Path, split: str) -> Iterable[Row]:
-        """The rows of a split, in order."""
-        raise NotImplementedError
+    def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
+        """The rows of a split, in order; by default `folder/<split>/<label>/<picture>`."""
+        for file in sorted((folder / split).glob("*/*")):
+            if file.suffix.lower() in domains.IMAGE_ENDINGS and not file.name.startswith("."):
+                yield Row(file.relative_to(folder).as_posix(), file.parent.name, file)
 
     def record(self) -> dict[str, Any]:
         text = tfds.features.Text()
@@ -60,13 +62,6 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
                 )
             picture = manual.encoded(self.name, row.file)
             yield {"id": row.id, "label": row.label, "picture": picture}
-
-
-def folders(folder: pathlib.Path, split: str) -> Iterator[Row]:
-    """The rows of `folder/<split>/<label>/<picture>`, in the order of their paths."""
-    for file in sorted((folder / split).glob("*/*")):
-        if file.suffix.lower() in domains.IMAGE_ENDINGS and not file.name.startswith("."):
-            yield Row(file.relative_to(folder).as_posix(), file.parent.name, file)
 
 
 def plain(labels: Iterable[str]) -> dict[str, str]:

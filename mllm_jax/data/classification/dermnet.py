@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Iterator
-
 from mllm_jax.data.classification import builder
 from mllm_jax.data.manual import Need
 
@@ -47,9 +44,6 @@ class Dermnet(builder.ClassificationBuilder):
     LABELS = LABELS
     CLASSES = builder.plain(LABELS)
     TOPIC = "skin diseases"
-
-    def rows(self, folder: pathlib.Path, split: str) -> Iterator[builder.Row]:
-        return builder.folders(folder, split)
 
 
 Builder = Dermnet

@@ -7,9 +7,6 @@ random baseline fits 27 or 28. Spider mites, the class without a test picture, h
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Iterator
-
 from mllm_jax.data.classification import builder
 from mllm_jax.data.manual import Need
 
@@ -37,9 +34,6 @@ class Plantdoc(builder.ClassificationBuilder):
     LABELS = LABELS
     CLASSES = builder.plain(LABELS)
     TOPIC = "plant leaf diseases"  # of the released code
-
-    def rows(self, folder: pathlib.Path, split: str) -> Iterator[builder.Row]:
-        return builder.folders(folder, split)
 
 
 Builder = Plantdoc

@@ -59,7 +59,7 @@ def build(
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
     """
-    return _builder(name).build(manual, _root(root), _known("size", size, SIZES))
+    return _builder(name).build(manual, _root(root), domains.known("size", size, SIZES))
 
 
 def load(
@@ -89,8 +89,8 @@ def load(
         FileNotFoundError: it is not built; the message says how.
     """
     root = _root(root)
-    _known("split", split, SPLITS)
-    source = _builder(name).source(root, split, _known("size", size, SIZES))
+    domains.known("split", split, SPLITS)
+    source = _builder(name).source(root, split, domains.known("size", size, SIZES))
     if source is None:
         raise FileNotFoundError(
             f"{name} ({size}) is not built in {root}: run "
@@ -156,13 +156,8 @@ class _Records(Sequence):
 
 
 def _builder(name: str):
-    return importlib.import_module(f"mllm_jax.data.vqa.{_known('data set', name, NAMES)}").Builder
-
-
-def _known(what: str, name: str, names: Sequence[str]) -> str:
-    if name not in names:
-        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
-    return name
+    domains.known("data set", name, NAMES)
+    return importlib.import_module(f"mllm_jax.data.vqa.{name}").Builder
 
 
 def _root(root: str | os.PathLike | None) -> epath.Path:
