@@ -24,7 +24,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.seeds = (0, 1, 2)  # of training, of the order of classes in prompts, of probes
     config.train_per_task = 96
     config.held_per_task = 24
-    config.test_per_task = 48
+    config.test_per_task = 64
     config.wording = "paper"  # of the questions that are evaluated
     config.aspect = "pad"  # of the pictures that are evaluated: "square" crops them
     config.answers = "scores"  # the most likely class; "free" reads what the model says
@@ -93,7 +93,7 @@ def _setting(part: str, rate: float) -> ml_collections.ConfigDict:
     setting.aspect = "pad"
     setting.start = "tuned"  # the projector before; or "random"
     setting.batch_size = 4
-    setting.steps = 16
+    setting.steps = 24
     setting.recipe = ml_collections.ConfigDict()
     setting.recipe.part = part  # or "projector+lora", see mllm_jax/training/parts.py
     setting.recipe.rate = rate
