@@ -42,6 +42,11 @@ def check(config) -> None:
     for name in config.compare:
         if name not in SELECTORS:
             raise ValueError(f"config.compare: {name!r} is none of {', '.join(SELECTORS)}")
+    path = config.masks
+    if path and not path.endswith(".npz") and "{module}" not in path:
+        raise ValueError(
+            f"config.masks={path!r} is neither FILE.npz nor FOLDER/{{module}}.pth with that word"
+        )
     if config.compat and any(config[f] != SETTINGS[f][0] for f in SETTINGS if f != "compat"):
         raise ValueError(
             "config.compat='official' counts all tokens, has thresholds by module and several "
@@ -148,7 +153,7 @@ def read(this: Study) -> dict[str, Found]:
     path = this.config.masks
     if path.endswith(".npz"):
         found = _native(this, path)
-    elif "{module}" in path:
+    else:
         found = {
             module: masks.read_pth(path.format(module=module), width, domains=len(this.names))
             for module, (_, width) in this.shapes.items()
@@ -156,10 +161,6 @@ def read(this: Study) -> dict[str, Found]:
         layers = this.shapes["vision"][0]
         if found["vision"].shape[1] == layers + 1:
             found["vision"] = found["vision"][:, :layers]
-    else:
-        raise ValueError(
-            f"config.masks={path!r} is neither FILE.npz nor FOLDER/{{module}}.pth with that word"
-        )
     for module, mask in found.items():
         if mask.shape[1:] != this.shapes[module]:
             raise ValueError(

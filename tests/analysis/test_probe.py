@@ -67,6 +67,7 @@ def test_equal_arguments_give_equal_figures(fitted):
         np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_alone_and_a_site_the_same_among_others(fitted):
     (train, held, test), found = fitted
     alone = probe.fit(SMALL, train, held, test, classes=3, seeds=(1,))
@@ -80,6 +81,7 @@ def test_a_seed_is_the_same_alone_and_a_site_the_same_among_others(fitted):
     assert np.abs(both.losses[0] - found.losses)[:, 0].min() > 1e-3
 
 
+@pytest.mark.slow
 def test_lanes_in_turns_are_lanes_at_once(fitted, monkeypatch):
     parts, found = fitted
     monkeypatch.setattr(probe, "AT_ONCE", 2 * SMALL.parameters(6, 3))
@@ -108,6 +110,7 @@ def test_a_loss_that_is_hardly_lower_does_not_count(fitted):
     assert (np.isfinite(stopped.losses).sum(-1) == 1 + SMALL.patience).all()
 
 
+@pytest.mark.slow
 def test_the_released_code_does_not_stop(fitted):
     (train, held, test), _ = fitted
     released = dataclasses.replace(probe.released(SMALL), epochs=4)

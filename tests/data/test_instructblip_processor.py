@@ -140,6 +140,7 @@ def test_packed_pictures(processor):
     assert np.abs(batch.pixels[3] - batch.pixels[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_generate_and_score(processor, model):
     """A prompt that is continued by its best answer scores it best."""
     batch = processor([tiny.picture(0), tiny.picture(1)], ["what is it ?", "which ?"], rows=3)

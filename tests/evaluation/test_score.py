@@ -95,7 +95,7 @@ class Letters:
 
 def test_candidates_as_text():
     ids = score.candidate_ids(Letters(), [["AB", "C"], ["ABCDE"]], 3)
-    assert ids.shape == (3, 2, 8) and ids.dtype == np.int32
+    assert ids.shape == (3, 2, 6) and ids.dtype == np.int32
     np.testing.assert_array_equal(ids[0, :, :4], [[1, 2, 0, -1], [3, 0, -1, -1]])
     np.testing.assert_array_equal(ids[1, 0, :6], [1, 2, 3, 4, 5, 0])
     assert (ids[1, 1] == -1).all() and (ids[2] == -1).all()

@@ -22,9 +22,8 @@ def paths(folders, tmp_path_factory):
     return f"--config.paths={tuple(str(root / folder.name) for folder in folders)}"
 
 
-@pytest.mark.parametrize(
-    "grid, columns", [("tokens", 4), pytest.param("strengths", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("grid, columns", [("tokens", 4), ("strengths", 4)])
 def test_leaves_a_grid_and_a_page(grid, columns, paths, command, execute, tmp_path):
     done = execute(command("sweep", f"{CONFIG}:{grid}", tmp_path / "work", *SMALL, paths, count=0))
     assert done.returncode == 0, done.stderr[-2000:]
