@@ -31,6 +31,7 @@ BENCHMARK = harness.Benchmark(
     rivals=("hf_careful", "mmneuron", "mmneuron_no_grad"),
     bounds=(harness.faster("hf_careful", 1.2), harness.faster("mmneuron", 4)),
     pictures=64,
+    eigen=True,
 )
 
 if __name__ == "__main__":

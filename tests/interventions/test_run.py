@@ -105,7 +105,8 @@ def test_nothing_asked_costs_nothing(tiny_model, make_batch):
 # Never again.
 
 
-def test_two_hundred_random_edits_are_one_program(tiny_model, text):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_edits_are_one_program(tiny_model, text, count):
     rng = np.random.default_rng(0)
     kinds = [tok.question, tok.text, tok.all, tok.system, tok.last, tok.last | tok.system]
 
@@ -123,11 +124,11 @@ def test_two_hundred_random_edits_are_one_program(tiny_model, text):
     asked = {"x": mj.keep(S.lm.resid_post[0])}
     jax.block_until_ready(mj.run(tiny_model, text, edits(), asked))
     before, found = mj.compiles(), []
-    for _ in range(200):
+    for _ in range(count):
         asked = {"x": mj.keep(S.lm.resid_post[int(rng.integers(4))])}
         found.append(mj.run(tiny_model, text, edits(), asked).logits)
     assert mj.compiles() == before
-    assert len({np.asarray(f).tobytes() for f in found}) > 150
+    assert len({np.asarray(f).tobytes() for f in found}) > 0.75 * count
 
 
 def test_compiles_counts_programs():
