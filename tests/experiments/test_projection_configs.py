@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from mllm_jax.data import classification
+from mllm_jax.models import llava
+from mllm_jax.sharding import programs
+from mllm_jax.training import fit, losses, parts
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -51,6 +57,31 @@ def test_steps_are_an_epoch():
     assert steps["plantdoc"] == (33, 66) and steps["dermnet"] == (219, 438)
 
 
+@pytest.mark.parametrize("variant, numbers", [("proj", 20_979_712), ("e2e", 6_759_919_616)])
+def test_a_step_of_7b_gives_back_what_trains(variant, numbers):
+    """By shapes alone, at the batch of the paper."""
+    setting = get_config("projection_llava.py", "dtd")[variant]
+    recipe = fit.Recipe.of(setting.recipe.to_dict())
+    network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
+    size = programs.Size(rows=setting.batch_size)
+    planned = programs.build(
+        "projection", network, programs.batch(network.config, size), None, None, size
+    )
+    (batch,) = [tree for name, tree in planned.args if name == "batch"]
+    merge, trained, frozen = parts.split(network, recipe.part)
+    assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == numbers
+    state = jax.eval_shape(recipe.optimiser(setting.steps).init, trained)
+    step = functools.partial(
+        fit.update, merge=merge, recipe=recipe, steps=setting.steps, loss=losses.answer_nll,
+        places=(),
+    )  # fmt: skip
+    *after, loss = jax.eval_shape(step, trained, state, frozen, batch)
+    forms = [
+        [(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (after, (trained, state))
+    ]
+    assert forms[0] == forms[1] and loss.shape == ()
+
+
 def test_an_unknown_name_is_refused():
     for which in ("imagenet", "dtd-my"):
         with pytest.raises(ValueError, match=f"{which} is none of plantdoc, dtd"):
@@ -58,7 +89,5 @@ def test_an_unknown_name_is_refused():
 
 
 def test_fields_are_those_of_the_embedded_study():
-    if not (CONFIGS / "embedded_projection.py").exists():
-        pytest.skip("the study itself is not here")
     own = fields(get_config("projection_llava.py"))
     assert own - {"choices"} == fields(get_config("embedded_projection.py")) - {"choices"}
