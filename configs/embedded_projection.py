@@ -18,6 +18,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/embedded_projection.py:{size} is none of full, quick, official")
     config = ml_collections.ConfigDict()
     config.model = "embedded"
+    config.clip = ""  # a CLIP with its text tower, for its zero-shot: no package has one
     config.tasks = ()  # some of the embedded tasks; all four by default
     config.paths = ()  # or own tasks: folders, .csv or .jsonl files, whose labels are classes
     config.division = 0  # seed of the division into pictures to train on and held-out ones

@@ -45,6 +45,7 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
     official = choices == "official"
     config = ml_collections.ConfigDict()
     config.model = "liuhaotian/llava-v1.5-7b"
+    config.clip = "openai/clip-vit-large-patch14-336"  # for its zero-shot; "" leaves it out
     config.tasks = (name,)
     config.paths = ()
     config.choices = "official" if official else "corrected"

@@ -3,11 +3,12 @@
     python -m experiments.projection --config=configs/embedded_projection.py --workdir=DIR
 
 On each classification task the model is asked as it is (Original), with its projector tuned to the
-task (FT-Proj), and with projector and language model tuned (FT-E2E), several seeds each. Probes
-read the classes from the features before and after the projection and after every layer. One
-setting of the recipe at a time is changed (factors). The neurons of the tasks' domains (MMNeuron,
-Huo et al. 2024) are found before and after each fine-tuning and switched off; a class is suppressed
-by AurA's gains (Suau et al. 2024).
+task (FT-Proj), and with projector and language model tuned (FT-E2E), several seeds each. Beside it
+stands CLIP's zero-shot, where `config.clip` names a CLIP with both towers. Probes read the classes
+from the features before and after the projection and after every layer. One setting of the recipe
+at a time is changed (factors). The neurons of the tasks' domains (MMNeuron, Huo et al. 2024) are
+found before and after each fine-tuning and switched off; a class is suppressed by AurA's gains
+(Suau et al. 2024).
 
 Leaves in the workdir: `results.json` (keys in mllm_jax/report/projection.py), `tables/*.csv`,
 `figures/*.png`, `index.html`, `manifest.json`. A killed run continues and ends with the same bytes.
@@ -34,11 +35,12 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import domain_neurons, probe, projection, selectors
-from mllm_jax.analysis.projection import BEFORE, E2E, ORIGINAL, PROJ
+from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
+from mllm_jax.checkpoints import clip
 from mllm_jax.data import batching, classification, pooled, tasks
 from mllm_jax.data import features as features_
 from mllm_jax.data.embedded.questions import Question
-from mllm_jax.evaluation import answers
+from mllm_jax.evaluation import answers, zero_shot
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import projection as page
@@ -143,13 +145,14 @@ def run(config, workdir: workdir_.Workdir) -> None:
     _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
+    matched = match(this)
     found = {
         (run.task, run.variant, run.seed): measure(this, run)
         for run in (*_main_runs(this), *_factor_runs(this))
     }
     judged = {
         name: projection.Task(
-            this.ids(name, "test"), len(task.classes), _said(this, found, name),
+            this.ids(name, "test"), len(task.classes), matched[name] | _said(this, found, name),
             {p: read(this, found, name, p) for p in ("paper", "linear", "matched")},
         )
         for name, task in this.tasks.items()
@@ -223,6 +226,24 @@ def _changed(config, name: str):
     setting = ml_collections.ConfigDict(config.proj.to_dict())
     setting.update(config.factors.changes[name])
     return setting
+
+
+def match(this: Study) -> dict[str, dict[str, np.ndarray]]:
+    """By task, {CLIP: int32[1, N]}: the class that it gives each test picture; {} with no CLIP."""
+    if not this.config.clip:
+        return {task: {} for task in this.tasks}
+
+    def make() -> dict[str, np.ndarray]:
+        model, processor = clip.load(this.config.clip)
+        return {
+            f"said/{name}": zero_shot.zero_shot(
+                model, processor, (e.image for e in this.examples(name, "test")), task.classes
+            )
+            for name, task in this.tasks.items()
+        }
+
+    found = this.workdir.arrays("clip", make)
+    return {task: {CLIP: found[f"said/{task}"][None]} for task in this.tasks}
 
 
 class Tuned:
@@ -480,7 +501,7 @@ def _about(this: Study, name: str) -> dict[str, Any]:
 
 
 def _answer_rows(this: Study, name: str, task: projection.Task) -> list[dict]:
-    """Table 1: the uniform baseline, and the model of each variant."""
+    """Table 1: the uniform baseline, CLIP if there is one, and the model of each variant."""
     random = projection.uniform(len(task.truth), task.classes, len(this.config.seeds))
     rows = projection.table(
         task.truth, {"Random": random, **task.said}, task.classes, over=ORIGINAL

@@ -180,21 +180,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
     known, fixed = (_LLAVA_NEXT, _LLAVA_NEXT_FIXED) if tiled else (_LLAVA, _LLAVA_FIXED)
     llava = read(fields, known, fixed, _LLAVA_IGNORED, "", problems)
     vision_defaults = _CLIP if llava["vision_config"] else _CLIP | _LLAVA_CLIP
-    clip = read(
-        llava["vision_config"] or {},
-        vision_defaults,
-        _CLIP_FIXED,
-        _CLIP_IGNORED,
-        "vision_config.",
-        problems,
-    )
+    clip = read_clip(llava["vision_config"] or {}, problems, vision_defaults)
     llama = read_llama(llava["text_config"] or {}, problems)
     check_choice(llava, "projector_hidden_act", ACTIVATIONS, "", problems)
     check_choice(llava, "vision_feature_select_strategy", _SELECT, "", problems)
-    check_choice(clip, "hidden_act", ACTIVATIONS, "vision_config.", problems)
     check_integer(llava, "vision_feature_layer", "", problems)
-    check_integer(clip, "image_size", "vision_config.", problems)
-    check_integer(clip, "patch_size", "vision_config.", problems)
     if all(isinstance(problem, Unknown) for problem in problems):
         _check_feature_layer(llava, clip, problems)
         tiling = _pinpoints(llava, clip, problems) if tiled else None
@@ -203,15 +193,8 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
 
 def _config(llava: Mapping, clip: Mapping, llama: Mapping, tiling: Mapping | None) -> LlavaConfig:
     return (LlavaConfig if tiling is None else LlavaNextConfig)(
-        vision=ClipConfig(
-            width=clip["hidden_size"],
-            layers=clip["num_hidden_layers"],
-            heads=clip["num_attention_heads"],
-            mlp=clip["intermediate_size"],
-            image_size=clip["image_size"],
-            patch=clip["patch_size"],
-            act=ACTIVATIONS[clip["hidden_act"]],
-            eps=clip["layer_norm_eps"],
+        vision=clip_config(
+            clip,
             feature_layer=llava["vision_feature_layer"],
             select=_SELECT[llava["vision_feature_select_strategy"]],
         ),
@@ -278,6 +261,33 @@ def _kind(config: LlavaConfig) -> dict[str, Any]:
         "image_grid_pinpoints": [list(size) for size in config.pinpoints],
         "use_image_newline_parameter": True,
     }
+
+
+def read_clip(
+    fields: Mapping[str, Any], problems: list[str], known: Mapping[str, Any] = _CLIP
+) -> dict[str, Any]:
+    """The fields of a `vision_config`, for `clip_config`; what is wrong goes into `problems`."""
+    clip = read(fields, known, _CLIP_FIXED, _CLIP_IGNORED, "vision_config.", problems)
+    check_choice(clip, "hidden_act", ACTIVATIONS, "vision_config.", problems)
+    check_integer(clip, "image_size", "vision_config.", problems)
+    check_integer(clip, "patch_size", "vision_config.", problems)
+    return clip
+
+
+def clip_config(clip: Mapping[str, Any], *, feature_layer: int, select: str) -> ClipConfig:
+    """Our config of what `read_clip` found, and of what is read of the tower."""
+    return ClipConfig(
+        width=clip["hidden_size"],
+        layers=clip["num_hidden_layers"],
+        heads=clip["num_attention_heads"],
+        mlp=clip["intermediate_size"],
+        image_size=clip["image_size"],
+        patch=clip["patch_size"],
+        act=ACTIVATIONS[clip["hidden_act"]],
+        eps=clip["layer_norm_eps"],
+        feature_layer=feature_layer,
+        select=select,
+    )
 
 
 def read_llama(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

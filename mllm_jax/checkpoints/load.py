@@ -76,7 +76,7 @@ def load(
                 ' (or load with projector="random")'
             )
     model = read_model(directory, dtype=dtype, projector=projector, seed=seed, mesh=mesh)
-    fields, how = _read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
+    fields, how = read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
     if original.is_original(fields):
         tower = _part(directory, fields, "mm_vision_tower", weights=False)
         how["pictures"] = functools.partial(original.image_processor, tower, model.config)
@@ -115,14 +115,15 @@ def _fetch(name: str | os.PathLike, more: list[str]) -> pathlib.Path:
 
 def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
     """Reads `config.json` of a checkpoint directory."""
-    path, fields = directory / "config.json", _read_fields(directory)
+    path, fields = directory / "config.json", read_fields(directory)
     if original.is_original(fields):
         tower = _part(directory, fields, "mm_vision_tower", weights=False)
-        fields = original.to_hf(fields, _read_fields(tower), path)
+        fields = original.to_hf(fields, read_fields(tower), path)
     return architectures.from_hf(fields, path)
 
 
-def _read_fields(directory: pathlib.Path) -> dict[str, Any]:
+def read_fields(directory: pathlib.Path) -> dict[str, Any]:
+    """The fields of `config.json` of a checkpoint directory."""
     path = directory / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -175,9 +176,7 @@ def read_model(
             raise
         config = error.config
         problems.append(error)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-    abstract = dict(nnx.to_flat_state(abstract))
-    shapes = {dotted(path): param.shape for path, param in abstract.items()}
+    graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
     slots = tables.slots(shapes, architectures.of(config).table(config))
 
     broken: list[Exception] = []
@@ -203,6 +202,43 @@ def read_model(
         arrays |= _random_projector(config, dtype, seed, places)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def read_whole(
+    build: Callable[[], nnx.Module],
+    table: tuple[tables.Row, ...],
+    directory: pathlib.Path,
+    dtype: jax.typing.DTypeLike,
+) -> nnx.Module:
+    """Reads a network of another kind, of a checkpoint all of whose tensors belong to it.
+
+    Args:
+        build: makes the network. table: its key table.
+        directory: of the checkpoint. dtype: of the parameters.
+
+    Returns:
+        The network, on one device.
+
+    Raises:
+        FileNotFoundError, ValueError: all that is wrong with the tensors, in one line.
+    """
+    graph, abstract, shapes = _abstract(build)
+    slots = tables.slots(shapes, table)
+    problems: list[Exception] = []
+    stored = tensors.open_directory(directory, problems)
+    if stored or not problems:
+        _check(stored, slots, None, directory, problems)
+    _raise(problems)
+    arrays = _fill(stored, slots, shapes, jnp.dtype(dtype), None)
+    state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
+    return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def _abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
+    """A network without arrays: its structure, its parameters by path, and their shapes by name."""
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    abstract = dict(nnx.to_flat_state(abstract))
+    return graph, abstract, {dotted(path): param.shape for path, param in abstract.items()}
 
 
 def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
@@ -248,7 +284,7 @@ def _open(directory: pathlib.Path, problems: list[Exception]) -> dict[str, Store
 
     None at all where a file without an index cannot be opened: nobody knows what is missing then.
     """
-    fields = _read_fields(directory)
+    fields = read_fields(directory)
     if not original.is_original(fields):
         return tensors.open_directory(directory, problems)
     only_projector = (directory / original.PROJECTOR).exists() and not tensors.has_weights(
@@ -290,7 +326,7 @@ def _open_projector(
 def _check(
     stored: Mapping[str, Stored | None],
     slots: list[tables.Slot],
-    config: llava.LlavaConfig,
+    config: llava.LlavaConfig | None,
     source: str | os.PathLike,
     problems: list[Exception],
 ) -> None:

@@ -86,7 +86,7 @@ class Slot:
     def ours(self, tensor: np.ndarray) -> np.ndarray:
         """What stands here, of a Hugging Face tensor."""
         number, count = self.part
-        return self.transform.ours(np.split(tensor, count)[number])
+        return self.transform.ours(tensor if count == 1 else np.split(tensor, count)[number])
 
 
 def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
@@ -107,16 +107,7 @@ def norm(hf: str, ours: str) -> tuple[tuple, ...]:
     return (f"{hf}.weight", f"{ours}.scale", COPY), (f"{hf}.bias", f"{ours}.bias", COPY)
 
 
-CLIP = rows(
-    "vision_tower.vision_model",
-    "vision",
-    ("embeddings.class_embedding", "cls", COPY),
-    ("embeddings.patch_embedding.weight", "patch.kernel", PATCHES),
-    ("embeddings.position_embedding.weight", "position", COPY),
-    *norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
-) + rows(
-    "vision_tower.vision_model.encoder.layers.{layer}",
-    "vision.layers",
+_CLIP_LAYER = (
     *norm("layer_norm1", "norm1"),
     *linear("self_attn.q_proj", "attn.q"),
     *linear("self_attn.k_proj", "attn.k"),
@@ -126,6 +117,27 @@ CLIP = rows(
     *linear("mlp.fc1", "mlp.up"),
     *linear("mlp.fc2", "mlp.down"),
 )
+
+
+def clip_layers(hf: str, ours: str) -> tuple[Row, ...]:
+    """The table of the layers of a CLIP tower, of either kind."""
+    return rows(f"{hf}.encoder.layers.{{layer}}", f"{ours}.layers", *_CLIP_LAYER)
+
+
+def clip_vision(hf: str, ours: str) -> tuple[Row, ...]:
+    """The table of a CLIP vision tower, up to its last layer."""
+    embeddings = rows(
+        hf,
+        ours,
+        ("embeddings.class_embedding", "cls", COPY),
+        ("embeddings.patch_embedding.weight", "patch.kernel", PATCHES),
+        ("embeddings.position_embedding.weight", "position", COPY),
+        *norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
+    )
+    return embeddings + clip_layers(hf, ours)
+
+
+CLIP = clip_vision("vision_tower.vision_model", "vision")
 
 NEWLINE = (Row("image_newline", "newline", COPY),)  # of LLaVA-NeXT
 
@@ -180,15 +192,15 @@ def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
 
 def _slots(row: Row, shape: Shape) -> list[Slot]:
     stacked = "{layer}" in row.key
-    first, *rest = row.transform.hf(
-        np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)
-    ).shape
+    whole = row.transform.hf(np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)).shape
+    if row.part[1] > 1:
+        whole = (whole[0] * row.part[1], *whole[1:])
     return [
         Slot(
             key=row.key.format(layer=layer * row.every) if stacked else row.key,
             path=row.path,
             layer=layer if stacked else None,
-            shape=(first * row.part[1], *rest),
+            shape=whole,
             transform=row.transform,
             part=row.part,
         )
@@ -255,17 +267,19 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 TIED_HEAD = "language_model.lm_head.weight"
 
 
-def unused(key: str, config: LlavaConfig) -> bool:
+def unused(key: str, config: LlavaConfig | None) -> bool:
     """Whether a checkpoint may hold this tensor although the model does not.
 
     Args:
         key: in canonical spelling.
-        config: of the model.
+        config: of the model; None of one that is read whole.
 
     Returns:
         True for buffers, for what comes after the vision layer that is read, and for the second
         copy of a tied embedding.
     """
+    if config is None:
+        return bool(_BUFFER.fullmatch(key))
     if match := _VISION_LAYER.fullmatch(key):
         return config.vision.run_layers <= int(match[1]) < config.vision.layers
     return bool(
@@ -275,13 +289,13 @@ def unused(key: str, config: LlavaConfig) -> bool:
     )
 
 
-def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfig) -> None:
+def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfig | None) -> None:
     """Compares the tensors of a checkpoint with the slots of a model.
 
     Args:
         found: canonical key -> shape.
         wanted: the slots.
-        config: of the model.
+        config: of the model, see `unused`.
 
     Raises:
         ValueError: everything missing, left over or of another shape, in one line.

@@ -124,7 +124,7 @@ class Processor:
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
             added = tokenizer.convert_tokens_to_ids(IMAGE)
             config = dataclasses.replace(config, image_token=added)
-        pictures = pictures or functools.partial(_image_processor, directory)
+        pictures = pictures or functools.partial(read_image_processor, directory)
         parts["image_aspect_ratio"] = image_aspect_ratio
         return cls(tokenizer, pictures, config, directory, **parts)
 
@@ -436,7 +436,7 @@ def squared(image, mean: Sequence[float]):
 def _opened(rows: list[list]) -> list[list]:
     """The pictures of each row in RGB; one that is given twice is opened once."""
     pictures = {_key(picture): picture for row in rows for picture in row}
-    opened = {key: _open(picture) for key, picture in pictures.items()}
+    opened = {key: read_picture(picture) for key, picture in pictures.items()}
     return [[opened[_key(picture)] for picture in row] for row in rows]
 
 
@@ -510,7 +510,8 @@ def _as_list(pictures) -> list:
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
-def _open(picture):
+def read_picture(picture):
+    """A picture in RGB, of PIL or of a path."""
     import PIL.Image
 
     if isinstance(picture, (str, pathlib.Path)):
@@ -549,7 +550,7 @@ def read_tokenizer(directory: pathlib.Path):
     )
 
 
-def _image_processor(directory: pathlib.Path):
+def read_image_processor(directory: pathlib.Path):
     """The checkpoint's image processor, PIL backend: pixel values do not depend on torch."""
     from transformers import AutoImageProcessor
 

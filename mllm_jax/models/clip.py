@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.axes import Array, Float
+from mllm_jax.axes import Array, Bool, Float
 from mllm_jax.models import layers
 from mllm_jax.sites import vision as S
 
@@ -74,9 +74,11 @@ class Attention(nnx.Module):
             nnx.Linear(config.width, config.width, rngs=rngs) for _ in range(4)
         )
 
-    def __call__(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
+    def __call__(
+        self, x: Float[Array, "I P E"], mask: Bool[Array, "I 1 P P"] | None = None
+    ) -> Float[Array, "I P E"]:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=None)
+        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return self.o(heads.reshape(x.shape))
 
 
@@ -98,9 +100,11 @@ class Block(nnx.Module):
         self.norm2 = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P E"]:
+    def __call__(
+        self, x: Float[Array, "I P E"], tap, mask: Bool[Array, "I 1 P P"] | None = None
+    ) -> Float[Array, "I P E"]:
         x = tap(S.resid_pre, x)
-        x = x + tap(S.attn_out, self.attn(self.norm1(x)))
+        x = x + tap(S.attn_out, self.attn(self.norm1(x), mask))
         x = x + self.mlp(self.norm2(x), tap)
         return tap(S.resid_post, x)
 

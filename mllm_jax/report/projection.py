@@ -123,11 +123,17 @@ def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
         verdict: sum(row["verdict"] == verdict for row in results["claims"])
         for verdict in VERDICTS
     }  # fmt: skip
+    without = (
+        ""
+        if any(row["variant"] == CLIP for row in results["answers"])
+        else f" That about {CLIP} is undecided because it was not measured: config.clip names no "
+        "CLIP with a text tower."
+    )
     return page.Section(
         title="The claims",
         reading=f"Of the paper's {len(results['claims'])} claims, {by_verdict['holds']} hold here, "
         f"{by_verdict['fails']} fail, and {by_verdict['undecided']} are undecided at this sample "
-        "size.",
+        f"size.{without}",
         table=page.Table(
             ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
             [

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mllm_jax.analysis import projection
+from mllm_jax.data import domains, tasks
+from tests import tiny_clip
 from tests.experiments.conftest import LABELS
 
 CONFIG = "configs/embedded_projection.py:quick"
@@ -23,9 +25,21 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, command, execute):
+def clip_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clip")
+    tiny_clip.write(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def clip_flag(clip_directory):
+    return f"--config.clip={clip_directory}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command, execute, clip_flag):
     workdir = tmp_path_factory.mktemp("projection") / "work"
-    done = execute(command("projection", CONFIG, workdir, *SMALL, count=2))
+    done = execute(command("projection", CONFIG, workdir, *SMALL, clip_flag, count=2))
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 
@@ -56,12 +70,12 @@ def test_every_variant_of_every_task_is_measured(results):
     assert variants == {
         (task, variant)
         for task in results["tasks"]
-        for variant in ("Random", "Original", "FT-Proj", "FT-E2E")
+        for variant in ("Random", projection.CLIP, "Original", "FT-Proj", "FT-E2E")
     }
-    assert all(row["runs"] == 2 for row in results["answers"])
+    runs = {row["variant"]: row["runs"] for row in results["answers"]}
+    assert runs.pop(projection.CLIP) == 1 and set(runs.values()) == {2}
     assert len(results["richness"]) == 2 * 3 * 4
-    assert [claim["verdict"] for claim in results["claims"]][3] == "undecided"  # no text tower
-    assert all(row["comparisons"] for row in results["claims"][:3])
+    assert all(row["comparisons"] for row in results["claims"])
     assert len(results["depth"]) == 2 * 2 * 2 * 9
     assert {row["off"] for row in results["ablation"] if row["task"] == "reds"} == {
         "its domain's neurons", "random neurons",
@@ -96,9 +110,34 @@ def test_what_trains_moves_and_nothing_else(finished):
     assert (arrays["FT-Proj-0"] != arrays["FT-E2E-0"]).any()
 
 
+def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_path, monkeypatch):
+    from experiments import projection as study
+    from mllm_jax import workdir
+
+    reds = tasks.Task.from_domain(domains.Domain.from_folder(folders[0]), near_copy=None)
+    own = {"reds": reds}
+
+    def of(clip):
+        config = config_of(CONFIG, clip=str(clip), test_per_task=6)
+        folder = workdir.Workdir(tmp_path / "work", {})
+        return study.Study(config, folder, None, None, own)
+
+    assert study.match(of("")) == {"reds": {}}
+    with pytest.raises(FileNotFoundError, match="neither a directory nor"):
+        study.match(of("/no/such/clip"))
+    said = study.match(of(clip_directory))["reds"][projection.CLIP]
+    assert said.shape == (1, 6) and set(said[0]) <= set(range(len(LABELS)))
+    monkeypatch.setattr(study.clip, "load", None)
+    np.testing.assert_array_equal(study.match(of(clip_directory))["reds"][projection.CLIP], said)
+
+    everything = dict.fromkeys((projection.ORIGINAL, projection.CLIP), said)
+    measured = {"reds": projection.Task(reds.ids("test")[:6], len(LABELS), everything)}
+    *_, last = projection.claims(measured)
+    assert last["comparisons"] and "not measured" not in last["reason"]
+
+
 def test_unknown_task_is_named(config_of, monkeypatch):
     from experiments import projection as study
-    from mllm_jax.data import tasks
 
     monkeypatch.setattr(tasks, "embedded", lambda seed: {"objects": None, "astronomy": None})
     with pytest.raises(
@@ -120,8 +159,10 @@ def test_errors_come_before_anything_is_read(config_of):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, survive, tmp_path):
-    line = command("projection", CONFIG, tmp_path / "work", *SMALL, count=2)
+def test_killed_and_restarted_ends_with_the_same_bytes(
+    finished, command, survive, tmp_path, clip_flag
+):
+    line = command("projection", CONFIG, tmp_path / "work", *SMALL, clip_flag, count=2)
     survive(line, tmp_path / "work", finished)
     for name in ("results.json", "index.html"):
         assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()

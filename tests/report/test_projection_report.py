@@ -7,7 +7,7 @@ import pytest
 import test_page
 from PIL import Image
 
-from mllm_jax.analysis.projection import BEFORE, E2E, ORIGINAL, PROJ
+from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
 from mllm_jax.report import figures, page, projection
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -89,7 +89,16 @@ def test_sentences_follow_from_the_numbers(folder, results):
     held, undecided = verdicts.count("holds"), verdicts.count("undecided")
     assert f"{held} hold here, 0 fail, and {undecided} are undecided" in text
     assert "not measured: CLIP zero-shot" in text
+    assert "config.clip names no CLIP with a text tower" in text
     assert "0.1064 / 0.1255" in text and "0.6991 / 0.7118" in text  # the paper's own
+
+
+def test_with_clip_nothing_is_missing(tmp_path, undrawn, results):
+    rows = [row | {"variant": CLIP, "runs": 1, "change": None, "f1": row["f1"] | {"deviation": None}}
+            for row in results["answers"] if row["variant"] == ORIGINAL]  # fmt: skip
+    projection.write(tmp_path, {**results, "answers": [*rows, *results["answers"]]})
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert f"<td>{CLIP}" in text and "config.clip" not in text
 
 
 @pytest.mark.slow

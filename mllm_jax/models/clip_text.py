@@ -1,0 +1,119 @@
+"""CLIP's text transformer, and both towers in the space they share (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.axes import Array, Float, Int
+from mllm_jax.models import clip, layers
+from mllm_jax.precision import at_least_float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    """A CLIP text tower.
+
+    Attributes:
+      vocab: V. positions: most tokens of a text.
+      width: D. layers: blocks. heads: N. mlp: F.
+      act: "quick_gelu" (OpenAI's weights) or "gelu". eps: of the layer norms.
+      end: id of the token that ends a text, the first if there are several; None where that is the
+        highest id of the text.
+    """
+
+    vocab: int = 49408
+    positions: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    act: str = "quick_gelu"
+    eps: float = 1e-5
+    end: int | None = 49407
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipPairConfig:
+    """Both towers of a CLIP.
+
+    Attributes:
+      vision: read at its last layer, CLS with it. text: the other.
+      width: of the space they share.
+    """
+
+    vision: clip.ClipConfig
+    text: ClipTextConfig
+    width: int = 768
+
+
+class ClipText(nnx.Module):
+    """Texts to the normed state of their last token. It offers no sites."""
+
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.config = config
+        self.words = nnx.Param(normal(rngs.params(), (config.vocab, config.width)))
+        self.position = nnx.Param(normal(rngs.params(), (config.positions, config.width)))
+        self.layers = layers.stack(lambda keys: clip.Block(config, rngs=keys), config.layers, rngs)
+        self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        """The state where each text ends.
+
+        Args:
+          ids: a text a row; whatever fills it up comes after its end, and is not seen.
+        """
+        B, T = ids.shape
+        x = self.words[...][ids] + self.position[:T]
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, 1, T, T))
+        x, _ = jax.lax.scan(lambda x, layer: (layer(x, _untapped, causal), None), x, self.layers)
+        end = self.config.end
+        at = (ids if end is None else ids == end).argmax(-1)
+        return self.norm(x[jnp.arange(B), at])
+
+
+def _untapped(site, x):
+    return x
+
+
+class Clip(nnx.Module):
+    """Pictures and texts as directions in one space."""
+
+    def __init__(self, config: ClipPairConfig, *, rngs: nnx.Rngs):
+        vision, text = config.vision, config.text
+        self.config = config
+        self.vision = clip.ClipVision(vision, rngs=rngs)
+        self.vision_norm = layers.LayerNorm(vision.width, eps=vision.eps, rngs=rngs)
+        self.vision_out = nnx.Linear(vision.width, config.width, use_bias=False, rngs=rngs)
+        self.text = ClipText(text, rngs=rngs)
+        self.text_out = nnx.Linear(text.width, config.width, use_bias=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.zeros(()))
+
+    def pictures(self, pixels: Float[Array, "I row column 3"], taps) -> Float[Array, "I joint"]:
+        """Unit vectors of pictures: of the CLS token, after the last layer.
+
+        Args:
+          pixels: normalised, image_size squared.
+          taps: of the pass; the vision tower has its sites.
+        """
+        x = self.vision(pixels.astype(self.vision.cls.dtype), taps.module("vision"))
+        return _unit(self.vision_out(self.vision_norm(x[:, 0])))
+
+    def texts(self, ids: Int[Array, "C T"]) -> Float[Array, "C joint"]:
+        """Unit vectors of texts; see `ClipText`."""
+        return _unit(self.text_out(self.text(ids)))
+
+    def logits(
+        self, pictures: Float[Array, "I joint"], texts: Float[Array, "C joint"]
+    ) -> Float[Array, "I C"]:
+        """How well each text fits each picture: exp(scale) times the cosine."""
+        return jnp.exp(self.scale[...]) * pictures @ texts.T
+
+
+def _unit(x: Float[Array, "*B joint"]) -> Float[Array, "*B joint"]:
+    x = at_least_float32(x)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
