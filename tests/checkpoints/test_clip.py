@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -22,7 +23,7 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(directory, tmp_path):
+def changed(directory, tmp_path):
     """The checkpoint with other fields and tensors."""
 
     def make(change=lambda weights: None, **fields):
@@ -61,7 +62,7 @@ def test_older_fields_win_with_their_defaults():
         "text_config": large | {"eos_token_id": 2, "model_type": "clip_text_model"},
         "text_config_dict": large,
     }
-    theirs, ours = transformers.CLIPConfig(**fields), clip.from_hf(fields)
+    theirs, ours = transformers.CLIPConfig(**copy.deepcopy(fields)), clip.from_hf(fields)
     assert ours.text.end == theirs.text_config.eos_token_id == 49407
     assert ours.text.width == theirs.text_config.hidden_size == 768
     assert clip.from_hf(fields | {"text_config_dict": None}).text.end is None
@@ -94,7 +95,7 @@ def test_no_clip_there(tmp_path):
         clip.load(tmp_path)
 
 
-def test_tensors_that_do_not_fit_in_one_line(copy):
+def test_tensors_that_do_not_fit_in_one_line(changed):
     def change(weights):
         del weights["text_projection.weight"], weights["logit_scale"]
         weights["text_model.embeddings.position_ids"] = np.arange(4)  # a buffer is no fault
@@ -102,7 +103,7 @@ def test_tensors_that_do_not_fit_in_one_line(copy):
         weights["visual_projection.weight"] = np.zeros((3, 3), np.float32)
 
     with pytest.raises(ValueError) as error:
-        clip.load(copy(change))
+        clip.load(changed(change))
     message = str(error.value)
     assert "2 missing: text_projection.weight, logit_scale" in message
     assert "1 left over: text_model.extra" in message
@@ -110,6 +111,6 @@ def test_tensors_that_do_not_fit_in_one_line(copy):
     assert "\n" not in message and "position_ids" not in message
 
 
-def test_no_tokenizer(copy):
+def test_no_tokenizer(changed):
     with pytest.raises(FileNotFoundError, match=r"has neither tokenizer.json nor"):
-        clip.load(copy())
+        clip.load(changed())
