@@ -1,4 +1,7 @@
-"""The code of every page of the documentation runs, from top to bottom, and its links lead to files."""
+"""The code of every page of the documentation runs, from top to bottom, and its links lead to files.
+
+Code is a block of Python, or our side of a table that sets lines of others beside ours.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,24 @@ import re
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
+SITE = DOCS.with_name("mkdocs.yml")
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-QUICK = {"official.md", "words.md"}  # the others run the embedded model
+QUICK = {"add_a_model.md", "official.md", "words.md"}  # the others run the embedded model
 ELSEWHERE = {"pods.md"}  # it needs the compiler for TPUs
 
 
+CODE = re.compile(
+    r"```python\n(.*?)```|^\| their line \| our line \|\n((?:\|[^\n]*\n)+)", re.S | re.M
+)
+
+
 def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+    """The code of a page, in its order."""
+    found = []
+    for block, table in CODE.findall((DOCS / page).read_text(encoding="utf-8")):
+        ours = [line.split(" | ")[-1] for line in table.splitlines()]
+        found += [block] if block else re.findall(r"`([^`]+)`", " ".join(ours))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -45,3 +59,7 @@ def test_links_lead_to_files(page):
 def test_every_page_is_in_the_contents():
     contents = (DOCS / "README.md").read_text(encoding="utf-8")
     assert {page for page in PAGES if f"({page})" in contents} == {*PAGES} - {"README.md"}
+
+
+def test_every_page_is_on_the_site():
+    assert {*re.findall(r": (\w+\.md)$", SITE.read_text(encoding="utf-8"), re.M)} == {*PAGES}
