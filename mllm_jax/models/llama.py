@@ -14,6 +14,7 @@ from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
 from mllm_jax.precision import at_least_float32
+from mllm_jax.sharding import mesh
 from mllm_jax.sites import lm as S
 
 
@@ -139,7 +140,9 @@ class Llama(nnx.Module):
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Word embeddings. Ids outside the vocabulary (placeholders) give those of id 0."""
-        table, ids = self.embed[...], jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
+        # Chips that share its columns gather them: else they gather all rows, and what comes out.
+        table = mesh.constrain(self.embed[...], ("V", "D"))
+        ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
         return narrow.at(table[ids], table, ids)
 
     def __call__(

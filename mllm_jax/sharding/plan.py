@@ -38,7 +38,8 @@ COMPILED, SHAPES = "compiled", "shapes"
 SMALL = 2**16  # bytes: an array below is a statistic or an index, whatever its shape
 TRIES = 4  # compilations in the search for the largest number that fits
 USABLE = 0.98  # of a chip's memory: the rest is the system's
-STAY = ("activation", "vocabulary", "stack")  # what no chip should ever gather
+STAY = {"activation", "vocabulary", "stack"}  # what no chip should ever gather
+IN_USE = {"layer", "weights"}  # what is gathered in its turn where chips share one copy
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -99,8 +100,9 @@ class Plan:
         return f"{self.data} x {self.fsdp} x {self.model}"
 
     def gathers(self) -> list[dict[str, Any]]:
-        """Gathers of what should stay where it is."""
-        return [c for c in self.collectives if c["kind"] == "all-gather" and c["of"] in STAY]
+        """Gathers of what should stay where it is: under `fsdp` all but the layer in use."""
+        stay = STAY if self.fsdp > 1 else STAY | IN_USE
+        return [c for c in self.collectives if c["kind"] == "all-gather" and c["of"] in stay]
 
     def json(self) -> dict[str, Any]:
         """As plain values."""
@@ -507,11 +509,14 @@ def _subjects(network, mesh) -> Callable[[hlo.Array], str]:
     """What an array that chips exchange is, by its shape: (array) -> a word.
 
     The words are numbers (of few bytes), indices, layer (the weights of one), weights (of no
-    layer), stack (of weights of layers), vocabulary (its matrix, or logits) and activation.
+    layer), stack (of weights of layers), vocabulary (its matrix, or logits) and activation. A
+    matrix of the vocabulary that is whole but for the split over `model` is weights under `fsdp`:
+    like a layer, it is gathered to be used.
     """
     shares = {math.prod(s) for s in itertools.product(*((1, n) for n in mesh.shape.values()))}
     shapes = _shapes(network)
-    vocab = network.config.lm.vocab
+    vocab, width = network.config.lm.vocab, network.config.lm.width
+    used = {(vocab // mesh.shape["model"], width)} if mesh.shape["fsdp"] > 1 else set()
     stacked = {s for name, s in shapes.items() if ".layers." in name or ".look." in name}
     known = {
         "vocabulary": {s for s in shapes.values() if vocab in s},
@@ -532,6 +537,8 @@ def _subjects(network, mesh) -> Callable[[hlo.Array], str]:
             return "numbers"
         if array.dtype[0] in "su" or array.dtype == "pred":
             return "indices"
+        if dims in used or dims[::-1] in used:
+            return "weights"
         for word, of in known.items():
             if any(is_of(dims, shape) for shape in of):
                 return word

@@ -7,10 +7,12 @@ Not collected by itself: the devices of a process are fixed when JAX starts.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,7 +24,7 @@ from mllm_jax.checkpoints import architectures, load, save
 from mllm_jax.evaluation import generate, score
 from mllm_jax.interventions import captures, run
 from mllm_jax.models import instructblip, llava, llava_next
-from mllm_jax.sharding import hosts, mesh, rules
+from mllm_jax.sharding import hosts, mesh, plan, programs, rules
 from mllm_jax.training import fit
 from tests import tiny
 
@@ -258,3 +260,19 @@ def test_nothing_large_is_gathered(family, name):
     best = captures.LENS_CHUNK * CAPTURES["lens"].k * SIZES[1]
     assert best < batch_of(processor).ids.size // SIZES[0] * many.config.lm.width
     assert max(sizes, default=0) <= best * (SIZES[1] > 1)
+
+
+def test_only_the_layer_in_use_is_gathered(family, on_mesh, monkeypatch):
+    """A step of training gathers weights, one layer at a time, and gives back where it took."""
+    if on_mesh.shape["fsdp"] == 1:
+        pytest.skip("each data shard has all of the model")
+    config = family[0].config
+    config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, vocab=104))
+    size = programs.Size(rows=2, words=20, answer=5)  # no width is that of the vocabulary
+    monkeypatch.setattr(plan, "SMALL", 0)
+    jax.config.update("jax_disable_most_optimizations", False)
+    found = plan.plan(config, size, topology=on_mesh, study="e2e", dtype=jnp.float32)
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert "layer" in {c["of"] for c in found.collectives if c["kind"] == "all-gather"}
+    assert not found.gathers()
+    assert found.bytes["results"] < 1000 < found.bytes["optimiser"]

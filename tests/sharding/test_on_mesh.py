@@ -13,14 +13,16 @@ import pytest
 CASES = pathlib.Path(__file__).with_name("on_mesh.py")
 
 
-def run(shape: str, families: str) -> None:
+def run(shape: str, families: str, *more: str) -> None:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "MESH": shape,
         "FAMILIES": families,
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *more], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-5000:]
 
 
@@ -37,6 +39,12 @@ def cases():
 @pytest.mark.parametrize(("shape", "family"), list(cases()))
 def test_a_mesh_gives_what_one_device_gives(shape, family):
     run(shape, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["1x1x8", "2x2x2"])
+def test_chips_that_share_one_copy_gather_one_layer_at_a_time(shape):
+    run(shape, "llava", "-k", "layer_in_use")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import jax
@@ -170,6 +171,15 @@ def test_what_chips_exchange_is_told_by_its_shape():
     assert subject(hlo.Array("s32", (16, 640, 640))) == "indices"
 
 
+def test_the_matrix_of_the_vocabulary_is_gathered_like_a_layer_where_chips_share_one_copy():
+    network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
+    shared = plan._subjects(network, jax.sharding.AbstractMesh((1, 2, 4), mesh_.AXES))
+    shapes = (8016, 4096), (4096, 8016), (32064, 4096), (32064, 2048), (4, 8016), (32, 4096, 2752)
+    assert [shared(hlo.Array("bf16", shape)) for shape in shapes] == [
+        "weights", "weights", "vocabulary", "vocabulary", "numbers", "stack",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("study", [*programs.STUDIES, "counts+lens"])
 def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
     monkeypatch.setattr(plan, "compiler", lambda: False)
@@ -264,6 +274,33 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
     assert found["plans"][0]["bytes"]["edits"] > 0
     assert (tmp_path / "plan.md").read_text().strip().endswith(capsys.readouterr().out.strip())
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("study", ["projection", "e2e"])
+def test_what_trains_reuses_its_memory(study):
+    """As training donates it: of all that a step gives, only the loss is new."""
+    found = plan.plan(TINY, SIZE, topology=one_device(), study=study)
+    assert found.how == plan.COMPILED and found.bytes["optimiser"] > 1000 > found.bytes["results"]
+
+
+def test_gathers_of_what_should_stay():
+    """Where chips share one copy, weights in use may be gathered; a stack never."""
+    words = "numbers", "indices", "layer", "weights", "stack", "vocabulary", "activation"
+    exchanged = tuple({"kind": "all-gather", "of": word} for word in words)
+    whole = plan.plan(TINY, SIZE, topology=one_device(), compile=False)
+    for fsdp, bad in ((1, words[2:]), (8, words[4:])):
+        found = dataclasses.replace(whole, fsdp=fsdp, collectives=exchanged)
+        assert tuple(c["of"] for c in found.gathers()) == bad
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time(monkeypatch):
+    monkeypatch.setattr(plan, "SMALL", 0)
+    found = plan.plan(TINY, SIZE, topology="v5e:2x4", study="e2e", data=1, fsdp=8)
+    assert found.how == plan.COMPILED and found.fits and not found.gathers()
+    assert any(c["kind"] == "all-gather" and c["of"] == "layer" for c in found.collectives)
+    assert found.bytes["results"] < found.bytes["optimiser"] / 10
 
 
 @pytest.mark.slow
