@@ -72,6 +72,7 @@ BENCHMARK = harness.Benchmark(
     rivals=("hf_trainer", "hf_trainer_cached", "hf_careful"),
     bounds=(harness.faster("hf_trainer", 2), harness.faster("hf_trainer_cached", 1.2)),
     pictures=3 * work.BATCH,
+    eigen=True,
 )
 
 if __name__ == "__main__":

@@ -70,4 +70,4 @@ def run(config, workdir: workdir_.Workdir) -> None:
 
 
 if __name__ == "__main__":
-    study.main(run)
+    study.main(run, eigen=True)
