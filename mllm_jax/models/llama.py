@@ -140,7 +140,7 @@ class Llama(nnx.Module):
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Word embeddings. Ids outside the vocabulary (placeholders) give those of id 0."""
-        # Chips that share its columns gather them: else they gather all rows, and what comes out.
+        # Chips that share its columns gather those: else they gather its rows, and what comes out.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
         return narrow.at(table[ids], table, ids)
@@ -185,8 +185,11 @@ class Llama(nnx.Module):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits of normed states, in float32 or better."""
-        tied = self.config.tied
-        out = jnp.einsum("...D,VD->...V", x, self.embed[...]) if tied else self.head(x)
+        if self.config.tied:
+            out = jnp.einsum("...D,VD->...V", x, mesh.constrain(self.embed[...], ("V", "D")))
+        else:
+            kernel = mesh.constrain(self.head.kernel[...], ("D", "V"))
+            out = jnp.einsum("...D,DV->...V", x, kernel)
         return at_least_float32(out)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -173,13 +173,15 @@ class Program:
             flops += times * _flops(op, ops)
             if not inside:
                 moved += times * self._moved(op, ops)
-            if kind := _collective(op):
-                array = _result(op)
+            if (kind := _collective(op)) and not _goes_on(op, ops):
+                arrays, scatter = _result(op), _scattered(op, ops)
+                if scatter is not None:
+                    kind, arrays = "reduce-scatter", scatter.arrays
                 collectives += [
                     Collective(
                         kind, part, _group(op, self.devices), times, op.field("op_name").strip('"')
                     )
-                    for part in array
+                    for part in arrays
                 ]
         return Work(flops, moved, tuple(c for c in collectives if c.group > 1))
 
@@ -274,6 +276,8 @@ class Program:
             return None
         total = 0
         for user in ops.values():
+            if _hands_on(user, ops):
+                continue
             for number, operand in enumerate(user.operands):
                 if operand == name:
                     bitcast = user.code == "bitcast"
@@ -287,9 +291,14 @@ class Program:
         """Bytes that an instruction writes: of an update in place, no more than the update."""
         inner = self._fused(op)
         root = next((o for o in inner.values() if o.root), None) if inner else None
-        if root is not None and root.code == "dynamic-update-slice" and op.bytes:
+        if root is None or not op.bytes:
+            return op.bytes
+        if root.code == "dynamic-update-slice":
             return _all_bytes(inner.get(root.operands[1]))
-        return op.bytes
+        if root.code == "tuple":  # what is only handed on stays where it is
+            made = (inner[name] for name in root.operands)
+            return sum(o.bytes for o in made if o.code != "parameter" and not _goes_on(o, inner))
+        return 0 if _ends(root) else op.bytes
 
     def _fused(self, op: Op) -> dict[str, Op] | None:
         if op.code != "fusion":
@@ -335,6 +344,33 @@ def _all_bytes(op: Op | None) -> int:
 def _collective(op: Op) -> str | None:
     code = op.code.removesuffix("-start")
     return code if code in COLLECTIVES else None
+
+
+def _goes_on(op: Op, ops: dict[str, Op]) -> bool:
+    """Whether this is a collective on its way, which has been started elsewhere.
+
+    The compiler for TPU lets one go on beside other work by writing it into every fusion that it
+    spans, all with one `chain_id`.
+    """
+    return "chain_id=" in op.text and not any(
+        "AsyncCollectiveStart" in o.text and op.name in o.operands for o in ops.values()
+    )
+
+
+def _ends(op: Op) -> bool:
+    return "AsyncCollectiveDone" in op.text
+
+
+def _hands_on(op: Op, ops: dict[str, Op]) -> bool:
+    """Whether an instruction inside of a fusion passes on what it is given, unread."""
+    return (op.root and op.code == "tuple") or _ends(op) or _goes_on(op, ops)
+
+
+def _scattered(op: Op, ops: dict[str, Op]) -> Op | None:
+    """The part that a chip keeps of an all-reduce, if the compiler for TPU keeps no more."""
+    root = next((o for o in ops.values() if o.root), None)
+    kept = root is not None and root.code == "dynamic-slice" and root.operands[0] == op.name
+    return root if kept and op.code == "all-reduce" else None
 
 
 def _result(op: Op) -> tuple[Array, ...]:

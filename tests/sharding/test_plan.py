@@ -129,6 +129,70 @@ def test_a_program_for_tpus_is_read():
     assert done.moved == 32 * once + before
 
 
+# A gather that the compiler for TPU lets go on beside a product, and an all-reduce of which each chip
+# keeps a part.
+ASYNC = """HloModule jit_update, is_scheduled=true, num_partitions=8
+
+%begin (p.0: bf16[512,256]) -> (bf16[512,256], bf16[4096,256], u32[]) {
+  %p.0 = bf16[512,256]{1,0} parameter(0)
+  %gather.0 = bf16[4096,256]{1,0} all-gather(%p.0), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %begun = (bf16[512,256]{1,0}, bf16[4096,256]{1,0}, u32[]{:S(2)}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[512,256], p.2: bf16[4096,256], p.3: bf16[64,32], p.4: bf16[32,16]) -> (bf16[64,16], bf16[512,256], bf16[4096,256], bf16[4096,256]) {
+  %p.1 = bf16[512,256]{1,0} parameter(0)
+  %p.2 = bf16[4096,256]{1,0} parameter(1)
+  %p.3 = bf16[64,32]{1,0} parameter(2)
+  %p.4 = bf16[32,16]{1,0} parameter(3)
+  %product = bf16[64,16]{1,0} convolution(%p.3, %p.4), dim_labels=bf_io->bf
+  %gather.1 = bf16[4096,256]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[64,16]{1,0}, bf16[512,256]{1,0}, bf16[4096,256]{1,0}, bf16[4096,256]{1,0}) tuple(%product, %p.1, %p.2, %gather.1)
+}
+
+%end (p.5: bf16[512,256], p.6: bf16[4096,256]) -> bf16[4096,256] {
+  %p.5 = bf16[512,256]{1,0} parameter(0)
+  %p.6 = bf16[4096,256]{1,0} parameter(1)
+  %gather.2 = bf16[4096,256]{1,0} all-gather(%p.5), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %ended = bf16[4096,256]{1,0} custom-call(%p.5, %p.6, %gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter (p.7: bf16[4096,256]) -> bf16[512,256] {
+  %p.7 = bf16[4096,256]{1,0} parameter(0)
+  %sum = bf16[4096,256]{1,0} all-reduce(%p.7), channel_id=6, replica_groups=[1,8]<=[8], to_apply=%add
+  %chip = u32[] partition-id()
+  %first = u32[] constant(0)
+  ROOT %kept = bf16[512,256]{1,0} dynamic-slice(%sum, %chip, %first), dynamic_slice_sizes={512,256}
+}
+
+ENTRY %main (a.0: bf16[512,256], a.1: bf16[64,32], a.2: bf16[32,16]) -> bf16[512,256] {
+  %a.0 = bf16[512,256]{1,0} parameter(0)
+  %a.1 = bf16[64,32]{1,0} parameter(1)
+  %a.2 = bf16[32,16]{1,0} parameter(2)
+  %f.0 = (bf16[512,256]{1,0}, bf16[4096,256]{1,0}, u32[]{:S(2)}) fusion(%a.0), kind=kCustom, calls=%begin
+  %shard = bf16[512,256]{1,0} get-tuple-element(%f.0), index=0
+  %whole = bf16[4096,256]{1,0} get-tuple-element(%f.0), index=1
+  %f.1 = (bf16[64,16]{1,0}, bf16[512,256]{1,0}, bf16[4096,256]{1,0}, bf16[4096,256]{1,0}) fusion(%shard, %whole, %a.1, %a.2), kind=kCustom, calls=%beside
+  %f.2 = bf16[4096,256]{1,0} fusion(%shard, %whole), kind=kCustom, calls=%end
+  ROOT %f.3 = bf16[512,256]{1,0} fusion(%f.2), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_collective_beside_other_work_counts_once():
+    done = hlo.Program(ASYNC).work()
+    gather, scatter = done.collectives
+    assert (gather.kind, str(gather.array), gather.times) == ("all-gather", "bf16[4096,256]", 1)
+    assert (scatter.kind, str(scatter.array)) == ("reduce-scatter", "bf16[512,256]")
+    part = 2 * 512 * 256
+    assert gather.received == scatter.received == 7 * part
+    begun, product, kept = (
+        part + part + 8 * part,
+        2 * (64 * 32 + 32 * 16 + 64 * 16),
+        8 * part + part,
+    )
+    assert done.moved == begun + product + kept
+
+
 @pytest.mark.parametrize(
     ("groups", "count"),
     [
