@@ -8,8 +8,8 @@ The recipe is LLaVA's with the traps of the official FT-Proj taken out: its prom
 those of the evaluation, pictures are padded on both sides, the end of turn is learned, the rate is
 one for a projector that is tuned already. `official` sets them as the official scripts do, and
 `factors` does so one by one. Steps are few: the classes alone are learned, on 96 pictures a task.
-The LM learns at the paper's rate, and its projector at one of its own. What it finds, and how long it
-takes: docs/projection.md.
+The LM learns at the paper's rate, and its projector at one of its own. What it finds, and how long
+it takes: docs/projection.md.
 """
 
 import ml_collections
