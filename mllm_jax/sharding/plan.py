@@ -509,14 +509,18 @@ def _subjects(network, mesh) -> Callable[[hlo.Array], str]:
     """What an array that chips exchange is, by its shape: (array) -> a word.
 
     The words are numbers (of few bytes), indices, layer (the weights of one), weights (of no
-    layer), stack (of weights of layers), vocabulary (its matrix, or logits) and activation. A
-    matrix of the vocabulary that is whole but for the split over `model` is weights under `fsdp`:
-    like a layer, it is gathered to be used.
+    layer), stack (of weights of layers), vocabulary (its matrix, or logits) and activation. Under
+    `fsdp` what is whole but for the split over `model` is there to be used: a matrix of the
+    vocabulary is weights, and one of attention is a layer also where it is seen head by head.
     """
     shares = {math.prod(s) for s in itertools.product(*((1, n) for n in mesh.shape.values()))}
     shapes = _shapes(network)
-    vocab, width = network.config.lm.vocab, network.config.lm.width
-    used = {(vocab // mesh.shape["model"], width)} if mesh.shape["fsdp"] > 1 else set()
+    lm, model = network.config.lm, mesh.shape["model"]
+    vocab, used = lm.vocab, {}
+    if mesh.shape["fsdp"] > 1:  # by their axes in any order
+        used = {tuple(sorted((vocab // model, lm.width))): "weights"}
+        for heads in (lm.heads, lm.kv_heads):
+            used[tuple(sorted((heads // model, lm.head_width, lm.width)))] = "layer"
     stacked = {s for name, s in shapes.items() if ".layers." in name or ".look." in name}
     known = {
         "vocabulary": {s for s in shapes.values() if vocab in s},
@@ -537,8 +541,8 @@ def _subjects(network, mesh) -> Callable[[hlo.Array], str]:
             return "numbers"
         if array.dtype[0] in "su" or array.dtype == "pred":
             return "indices"
-        if dims in used or dims[::-1] in used:
-            return "weights"
+        if word := used.get(tuple(sorted(dims))):
+            return word
         for word, of in known.items():
             if any(is_of(dims, shape) for shape in of):
                 return word

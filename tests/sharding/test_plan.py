@@ -235,12 +235,18 @@ def test_what_chips_exchange_is_told_by_its_shape():
     assert subject(hlo.Array("s32", (16, 640, 640))) == "indices"
 
 
-def test_the_matrix_of_the_vocabulary_is_gathered_like_a_layer_where_chips_share_one_copy():
+def test_what_is_whole_to_be_used_where_chips_share_one_copy():
     network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     shared = plan._subjects(network, jax.sharding.AbstractMesh((1, 2, 4), mesh_.AXES))
-    shapes = (8016, 4096), (4096, 8016), (32064, 4096), (32064, 2048), (4, 8016), (32, 4096, 2752)
-    assert [shared(hlo.Array("bf16", shape)) for shape in shapes] == [
-        "weights", "weights", "vocabulary", "vocabulary", "numbers", "stack",
+    found = {
+        shape: shared(hlo.Array("bf16", shape))
+        for shape in (
+            (8016, 4096), (4096, 8016), (8, 128, 4096), (4096, 8, 128), (32064, 4096),
+            (32064, 2048), (8, 640, 4096), (32, 4096, 2752),
+        )
+    }  # fmt: skip
+    assert list(found.values()) == [
+        "weights", "weights", "layer", "layer", "vocabulary", "vocabulary", "activation", "stack",
     ]  # fmt: skip
 
 
