@@ -365,9 +365,13 @@ def test_gathers_of_what_should_stay():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
-def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time(monkeypatch):
-    monkeypatch.setattr(plan, "SMALL", 0)
-    found = plan.plan(TINY, SIZE, topology="v5e:2x4", study="e2e", data=1, fsdp=8)
+def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time():
+    lm = dataclasses.replace(
+        TINY.lm, width=1024, heads=8, kv_heads=8, head_width=128, mlp=2816, vocab=8000
+    )
+    projector = dataclasses.replace(TINY.projector, out_width=lm.width)
+    wide = dataclasses.replace(TINY, lm=lm, projector=projector)  # shards are whole tiles of a TPU
+    found = plan.plan(wide, SIZE, topology="v5e:2x4", study="e2e", data=1, fsdp=8)
     assert found.how == plan.COMPILED and found.fits and not found.gathers()
     assert any(c["kind"] == "all-gather" and c["of"] == "layer" for c in found.collectives)
     assert found.bytes["results"] < found.bytes["optimiser"] / 10
