@@ -202,7 +202,21 @@ class Program:
         if root is None or root.code != "compare" or root.field("direction") != "LT":
             return None
         bound = ops.get(root.operands[1])
-        return int(bound.text) if bound is not None and bound.code == "constant" else None
+        if bound is None or bound.code != "constant":
+            return None
+        return math.ceil(int(bound.text) / self._step(op, ops.get(root.operands[0])))
+
+    def _step(self, op: Op, counter: Op | None) -> int:
+        """What a round adds to the counter of a loop: a loop unrolled by two adds 2."""
+        body = self.computations.get(op.called.get("body", [""])[0], {})
+        root = next((o for o in body.values() if o.root), None)
+        if counter is None or root is None or not counter.field("index"):
+            return 1
+        adds = body.get(root.operands[int(counter.field("index"))])
+        if adds is None or adds.code != "add":
+            return 1
+        numbers = (body[name] for name in adds.operands if name in body)
+        return next((int(o.text) for o in numbers if o.code == "constant"), 1)
 
     def _run(
         self, name: str, times: int, inside: bool, unknown: int

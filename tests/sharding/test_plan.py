@@ -217,6 +217,19 @@ def test_chips_that_cannot_be_read_are_an_error():
         hlo._group(op, 8)
 
 
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    lines = TPU.replace("tuple(%i.1, %x, %w)", "tuple(%i.2, %x, %w)").splitlines()
+    at = next(n for n, line in enumerate(lines) if "%layer = " in line)
+    lines[at:at] = [
+        "  %two = s32[]{:T(128)} constant(2)",
+        "  %i.2 = s32[]{:T(128)} add(%i.1, %two)",
+    ]
+    once, twice = (hlo.Program("\n".join(text)) for text in (TPU.splitlines(), lines))
+    assert twice.loops() == [16]
+    assert [c.times for c in twice.work().collectives] == [1, 16]
+    assert [c.times for c in once.work().collectives] == [1, 32]
+
+
 def test_what_chips_exchange_is_told_by_its_shape():
     network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     mesh = jax.sharding.AbstractMesh((2, 1, 4), mesh_.AXES)
