@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +47,7 @@ def mesh(
         A mesh with the axes "data", "fsdp" and "model", of type Auto: the compiler moves the data.
 
     Raises:
-        ValueError: there are not that many devices.
+        ValueError: there are not that many devices, or they are of several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data is None:
@@ -57,8 +58,13 @@ def mesh(
     size = data * model * fsdp
     if size > len(devices):
         raise ValueError(f"{asked} needs {size} devices, there are {len(devices)}; make it smaller")
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((data, fsdp, model), AXES, axis_types=types, devices=devices[:size])
+    if len({getattr(device, "slice_index", None) for device in devices[:size]}) > 1:
+        raise ValueError(f"{asked}: its devices are of several slices; give it those of one")
+    # A mesh need not be made of whole axes of the slice: 32 x 2 lies on 8 x 8 as well.
+    placed = mesh_utils.create_device_mesh(
+        (data, fsdp, model), devices[:size], allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:

@@ -48,3 +48,28 @@ def test_what_an_axis_is_split_over():
         assert mesh.spec("BTF", (12, 5, 8)) == P(("data", "fsdp"), None, "model")
         assert mesh.spec("BTN", (9, 5, 6)) == P(None, None, None)  # they do not divide
         assert mesh.parts("I", 6) == 6 and mesh.parts("I", 4) == 1
+
+
+class Chip:
+    """A chip of a TPU slice as far as a mesh looks at it."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v6 lite", 0, 0
+
+    def __init__(self, row: int, column: int, slice_index: int = 0):
+        self.id = 8 * row + column
+        self.coords = (row, column, 0)
+        self.slice_index = slice_index
+
+
+@pytest.mark.parametrize(("data", "model"), [(64, 1), (32, 2), (16, 4), (8, 8)])
+def test_a_mesh_may_split_the_axes_of_a_slice(data, model):
+    slice_ = [Chip(row, column) for row in range(8) for column in range(8)]
+    found = mj.mesh(data=data, model=model, devices=slice_)
+    assert found.devices.shape == (data, 1, model)
+    assert set(found.devices.flat) == set(slice_)
+
+
+def test_a_mesh_of_several_slices_is_refused():
+    slices = [Chip(row, column, row // 4) for row in range(8) for column in range(8)]
+    with pytest.raises(ValueError, match="devices are of several slices"):
+        mj.mesh(data=64, devices=slices)
