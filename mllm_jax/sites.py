@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 _ABOVE = "; layers above the feature layer never reach the LM, so they are not run"
-_END = 2**30  # an open end of a slice
+END = 2**30  # an open end of a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Selection:
         if isinstance(item, slice):
             if (item.step or 1) < 1:
                 raise ValueError(f"slice {item} of an address: the step must be positive")
-            stop = _END if item.stop is None else item.stop
+            stop = END if item.stop is None else item.stop
             return cls("range", np.array([item.start or 0, stop, item.step or 1], np.int32))
         array = as_array(item)
         if array.dtype == bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import rows, sites, tokens
+from mllm_jax import notebook, rows, sites, tokens
 from mllm_jax.interventions import edits
 from mllm_jax.precision import at_least_float32
 from mllm_jax.sharding import mesh, split
@@ -51,6 +51,9 @@ class Capture:
     by: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     k: int = dataclasses.field(default=0, metadata={"static": True})
     on: tokens.Where | None = None
+
+    def _repr_html_(self) -> str:
+        return notebook.capture(self)
 
 
 def _capture(form, target, where, by=None, k=0) -> Capture:

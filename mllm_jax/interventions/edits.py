@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import notebook, sites, tokens
 from mllm_jax.sites import Address
 
 
@@ -61,6 +61,9 @@ class Edits:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def _repr_html_(self) -> str:
+        return notebook.edits(self)
 
 
 def _one(kind: str, target, where, values=None, **how) -> Edits:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import notebook
 from mllm_jax.precision import at_least_float32
 
 
@@ -44,18 +43,7 @@ class Receipt:
         return self.edit, span, tokens, int(elements.sum()), f"{total:.4g}"
 
     def _repr_html_(self) -> str:
-        return table(("edit", "layers", "tokens", "elements changed", "norm"), [self.line()])
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Rows as a notebook shows them."""
-
-    def cells(values: Sequence, tag: str) -> str:
-        inside = "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
-        return f"<tr>{inside}</tr>"
-
-    body = "".join(cells(row, "td") for row in rows)
-    return f"<table><thead>{cells(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+        return notebook.receipts([self])
 
 
 def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tuple[int, ...]):

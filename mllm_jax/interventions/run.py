@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites
+from mllm_jax import notebook, sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions import receipts as receipts_
 from mllm_jax.interventions.captures import BoundCapture, Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.receipts import Receipt
@@ -47,18 +46,14 @@ class Out:
 
     def _repr_html_(self) -> str:
         """As a notebook shows it: what the edits did, and what was brought back."""
-        edits = receipts_.table(
-            ("edit", "layers", "tokens", "elements changed", "norm"),
-            [receipt.line() for receipt in self.receipts],
-        )
         brought = {"logits": self.logits} | self.captures
         leaves = [
             (name + jax.tree_util.keystr(path), list(leaf.shape), leaf.dtype)
             for name, value in brought.items()
             for path, leaf in jax.tree_util.tree_leaves_with_path(value)
         ]
-        arrays = receipts_.table(("array", "shape", "type"), leaves)
-        return (edits if self.receipts else "") + arrays
+        arrays = notebook.table(("array", "shape", "type"), leaves)
+        return (notebook.receipts(self.receipts) if self.receipts else "") + arrays
 
 
 def run(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import sites, tokens
+from mllm_jax import notebook, sites, tokens
 from mllm_jax.axes import Array, Float
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
@@ -151,6 +151,9 @@ class Batch:
 
     def replace(self, **fields) -> Batch:
         return dataclasses.replace(self, **fields)
+
+    def _repr_html_(self) -> str:
+        return notebook.batch(self)
 
 
 class Llava(nnx.Module):

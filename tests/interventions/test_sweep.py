@@ -57,6 +57,19 @@ def test_another_sweep_of_the_same_structure_does_not_recompile(tiny_model, make
     assert mj.compiles() == before
 
 
+def test_another_strength_does_not_recompile(tiny_model, make_batch):
+    batch = make_batch()
+
+    def rows(by):
+        edits = [mj.scale(S.lm.mlp.act[layer], by) for layer in range(4)]
+        return mj.sweep(metric, tiny_model, batch, edits)["logits"]
+
+    off, before = rows(0.0), mj.compiles()
+    loud = rows(2.0)
+    assert mj.compiles() == before
+    assert np.abs(off - loud).max() > 1e-3
+
+
 def one_word(out, word):
     return out.logits[:, word]
 

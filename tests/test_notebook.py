@@ -1,0 +1,201 @@
+"""What a notebook shows of batches, edits, captures and passes."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import mllm_jax as mj
+from mllm_jax import notebook, sites
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
+from mllm_jax.interventions import captures, receipts, run
+from mllm_jax.models.instructblip import InstructBlipConfig
+from mllm_jax.models.llava_next import LlavaNextConfig
+from tests import tiny
+
+RECEIPT = receipts.Receipt(
+    "ablate <lm>", np.array([0, 4, 4]), np.array([0, 7, 2]), np.array([0.0, 3.0, 4.0])
+)
+
+
+class Reader(html.parser.HTMLParser):
+    """Texts, texts with the colour they stand on, and pictures."""
+
+    def __init__(self, shown: str):
+        super().__init__()
+        self.cells, self.colours, self.pictures, self.titles = [], [], [], []
+        self._open = []
+        self.feed(shown)
+        assert not self._open, "every tag is closed"
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "img":
+            start, code = found["src"].split(",")
+            assert start == "data:image/png;base64"
+            self.pictures.append(np.array(PIL.Image.open(io.BytesIO(base64.b64decode(code)))))
+            self.titles.append(found["title"])
+            return
+        self._open.append((tag, found.get("style", "").partition("background:")[2]))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.cells.append(data)
+        if self._open[-1][1]:
+            self.colours.append((data, self._open[-1][1]))
+
+
+def cells(shown: str) -> list[str]:
+    return Reader(shown).cells
+
+
+def test_a_receipt():
+    assert str(RECEIPT) == "ablate <lm>: layers 1-2, 4 tokens, 9 elements changed, norm 5"
+    assert cells(RECEIPT._repr_html_())[5:] == ["ablate <lm>", "layers 1-2", "4", "9", "5"]
+
+
+def test_a_pass():
+    lens = captures.Lens(
+        np.zeros((2, 1, 3, 5), np.int32), np.zeros((2, 1, 3, 5)), np.zeros((2, 1, 3))
+    )
+    out = run.Out(np.zeros((1, 9), np.float32), {"say": lens}, (RECEIPT,))
+    shown = cells(out._repr_html_())
+    assert shown[5:10] == ["ablate <lm>", "layers 1-2", "4", "9", "5"]
+    assert shown[10:16] == ["array", "shape", "type", "logits", "[1, 9]", "float32"]
+    assert shown[16:19] == ["say.ids", "[2, 1, 3, 5]", "int32"]
+    plain = run.Out(None, {}, ())
+    assert cells(plain._repr_html_()) == ["array", "shape", "type"]
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (S.lm.mlp.act[:], "lm.mlp.act"),
+        (S.lm.mlp.act[12], "lm.mlp.act[12]"),
+        (S.lm.mlp.act[-1, [7, 3]], "lm.mlp.act[-1, [7, 3]]"),
+        (S.lm.mlp.act[:, range(9)], "lm.mlp.act[:, [0, 1, 2, 3, 4, 5, ... 9 in all]]"),
+        (S.lm.resid_post[18:24], "lm.resid_post[18:24]"),
+        (S.lm.resid_post[::2], "lm.resid_post[::2]"),
+        (S.lm.resid_post[4:-1:2, 0], "lm.resid_post[4:-1:2, 0]"),
+        (S.lm.mlp.act[np.eye(4, dtype=bool)], "lm.mlp.act[4 of a mask]"),
+        (S.lm.mlp.act[2, np.arange(4) > 0], "lm.mlp.act[2, 3 of a mask]"),
+        (S.lm.embed[[5]], "lm.embed[[5]]"),
+    ],
+)
+def test_an_address_as_it_is_written(address, shown):
+    assert notebook.address(sites.Address.of(address)) == shown
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"),
+    [
+        *((tok.NAMED[name], name) for name in ("image", "text", "all", "last", "cls")),
+        (tok.text & ~tok.last, "(text & ~last)"),
+        (tok.row(3) | tok.tile(0) | tok.column(2), "((row(3) | tile(0)) | column(2))"),
+        (tok.mask(np.array([[True, True, False]])), "2 of a mask"),
+    ],
+)
+def test_a_selector_as_it_is_written(where, shown):
+    assert notebook.where(where) == shown
+
+
+def louder(x, by):
+    return x * by
+
+
+def test_edits():
+    edits = (
+        mj.ablate(S.lm.mlp.act[3, [7]], where=tok.image)
+        >> mj.scale(S.projector.act, 0.5)
+        >> mj.add(S.lm.resid_post[1], np.ones((2, 32)))
+        >> mj.patch(S.lm.resid_mid[2], [0], [1], where=tok.last)
+        >> mj.knockout(S.lm.attn[2:], to=tok.last, on=tok.image)
+        >> mj.call(S.vision.mlp.act[0], louder, by=[1.0, 2.0])
+        >> mj.per_step(mj.ablate(S.lm.attn.heads[0, 1]), [0.0, 1.0])
+    )
+    shown = cells(edits._repr_html_())
+    assert shown[:4] == ["edit", "site", "where", "how"]
+    text = " | ".join(shown[4:])
+    assert text == (
+        "ablate | lm.mlp.act[3, [7]] | image | scale | projector.act | all | value 0.5 | "
+        "add | lm.resid_post[1] | all | value array [2, 32] | "
+        "patch | lm.resid_mid[2] | last | rows [0] into [1] | "
+        "knockout | lm.attn.mask[2:] | last | on image | "
+        "call | vision.mlp.act[0] | all | louder, by [1, 2] | "
+        "ablate | lm.attn.heads[0, 1] | all | by step [0, 1]"
+    )
+
+
+def test_captures():
+    lens = mj.lens(S.lm.resid_post[4:], k=3, where=tok.last)
+    assert cells(lens._repr_html_())[4:] == ["lens", "lm.resid_post[4:]", "last", "3 words"]
+    fire = mj.stats(S.lm.mlp.act, by=("image", "question"))
+    assert cells(fire._repr_html_())[4:] == ["stats", "lm.mlp.act", "all", "by question, image"]
+    mass = mj.mass(S.lm.attn.pattern[1], on=tok.image)
+    assert cells(mass._repr_html_())[4:] == ["mass", "lm.attn.pattern[1]", "all", "on image"]
+
+
+def test_a_batch_shows_its_words_by_kind_and_its_pictures(tiny_config):
+    picture = tiny.picture(0)
+    made = tiny.processor(tiny_config)
+    batch = made([picture, picture], ["what is < it ?", "a dog"], answers=["cat", "yes"], length=40)
+    shown = Reader(batch._repr_html_())
+    colour = dict(zip(tok.KINDS, (notebook.COLOURS[kind] for kind in tok.KINDS), strict=True))
+    assert ("cat", colour["answer"]) in shown.colours
+    assert ("dog", colour["question"]) in shown.colours
+    assert ("user", colour["system"]) in shown.colours
+    assert ("↵", colour["system"]) in shown.colours
+    tokens = tiny_config.image_tokens
+    assert shown.colours.count((f"image 0 x {tokens}", colour["image"])) == 2
+    assert (f"image x {2 * tokens}", colour["image"]) in shown.colours  # what the colour means
+    first = int(np.flatnonzero(batch.tokens.kind[0] == tok.CODE["image"])[0])
+    assert shown.titles == [f"tile 0: tokens {first} to {first + tokens - 1}"] * 2
+    side = tiny_config.vision.image_size
+    small = picture.convert("RGB").resize((side, side)).resize((notebook.SIDE,) * 2)
+    lines = np.diff(np.arange(notebook.SIDE) * tiny_config.token_grid // notebook.SIDE, prepend=0)
+    inside = np.ix_(lines == 0, lines == 0)
+    np.testing.assert_allclose(shown.pictures[0][inside], np.array(small)[inside], atol=1)
+    assert (shown.pictures[0] < np.array(small))[lines > 0].mean() > 0.5
+
+
+def test_what_no_token_reads_of_a_picture_is_dark():
+    config = LlavaNextConfig.tiny()
+    white = PIL.Image.new("RGB", (32, 10), "white")  # set into a square: bars above and below
+    batch = tiny.processor(config)([white], ["what ?"])
+    shown = Reader(batch._repr_html_())
+    tiles = np.unique(batch.tokens.tile[batch.tokens.tile >= 0])
+    assert len(shown.pictures) == len(tiles) > 1
+    n, dark = config.token_grid, 0
+    for number, picture in zip(tiles, shown.pictures, strict=True):
+        own = batch.tokens.tile[0] == number
+        cells = np.zeros((n, n), bool)
+        cells[batch.tokens.row[0, own], batch.tokens.column[0, own]] = True
+        middle = ((np.arange(n) + 0.5) * notebook.SIDE / n).astype(int)
+        assert ((picture[np.ix_(middle, middle)].mean(-1) > 100) >= cells).all()
+        assert (picture[np.ix_(middle, middle)][~cells] < 70).all()
+        dark += (~cells).sum()
+    assert dark
+    assert any(name.startswith("newline x ") for name, _ in shown.colours)
+
+
+def test_a_picture_that_is_no_grid_of_tokens_is_shown_whole():
+    config = InstructBlipConfig.tiny()
+    batch = tiny.instructblip_processor(config)([tiny.picture(0)], ["what ?"])
+    (picture,) = Reader(batch._repr_html_()).pictures
+    assert picture.shape == (notebook.SIDE, notebook.SIDE, 3) and picture.std() > 0
+
+
+def test_a_batch_without_words_or_pictures_shows_numbers(make_batch):
+    batch = make_batch(images=(1,) * 6, words=(4,) * 6)
+    shown = Reader(batch._repr_html_())
+    assert not shown.pictures
+    assert str(batch.ids[0, 0]) in shown.cells
+    assert "and 2 more rows" in shown.cells
