@@ -261,8 +261,12 @@ class ModuleTap:
         return x, jax.tree.map(lambda _: None, out)  # of some layers there is none
 
     def _step(self, step: Callable) -> Callable:
-        if not self.taps.remat:
-            return step
+        """The step, of which a backward pass has kept the matrix products, or with remat nothing.
+
+        The products are what costs time, all that comes between them what takes memory.
+        """
+        kept = jax.checkpoint_policies
+        policy = kept.nothing_saveable if self.taps.remat else kept.dots_with_no_batch_dims_saveable
 
         def again(layer, x, tap, extra):
             # The tap collects while it is traced; what it collects must leave through the outputs.
@@ -271,7 +275,9 @@ class ModuleTap:
                 out = step(layer, x, inside, extra)
                 return out, inside.receipts, inside.captured
 
-            out, tap.receipts, tap.captured = jax.checkpoint(pure)(layer, x, extra)
+            # A scan keeps the backward pass apart by itself.
+            found = jax.checkpoint(pure, policy=policy, prevent_cse=False)(layer, x, extra)
+            out, tap.receipts, tap.captured = found
             return out
 
         return again

@@ -14,6 +14,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax import workdir
+from mllm_jax.checkpoints import released
 from mllm_jax.interventions import run
 from mllm_jax.models import llava
 from mllm_jax.sharding import chips, hlo, plan, programs, work
@@ -397,3 +398,39 @@ def test_compiled_for_tpus_nothing_is_gathered_that_should_stay():
     assert found.how == plan.COMPILED and found.fits
     assert found.flops == pytest.approx(found.ideal, rel=0.5)
     assert not found.gathers()
+
+
+RECIPES = {
+    "llava-1.5-7b": {},
+    "llava-1.5-13b": {},
+    "llava-next-vicuna-7b": {"projection": 4},  # rows of a data shard that fit; 8 otherwise
+    "instructblip-vicuna-7b": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.parametrize("study", ["counts+lens", "sweep", "projection"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
+    """Those of docs/pods.md on eight chips."""
+    size = programs.Size(rows=RECIPES[name].get(study, 8), lanes=4, words=64)
+    found = plan.plan(released.RELEASED[name](), size, topology="v5e:2x4", study=study)
+    assert found.how == plan.COMPILED and found.fits
+    assert not found.gathers()
+    assert found.flops == pytest.approx(found.ideal, rel=0.05) or "instructblip" in name
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:2x4"])
+def test_compiled_for_tpus_7b_trains_whole_where_chips_share_one_copy(topology):
+    """docs/pods.md: four chips are the fewest."""
+    of = chips.Slice.of(topology)
+    size, config = programs.Size(rows=1, words=64), llava.LlavaConfig.llava_1_5_7b()
+    found = plan.plan(config, size, topology=topology, study="e2e", data=1, fsdp=of.chips)
+    assert found.how == plan.COMPILED and found.fits
+    assert not found.gathers()
+    assert any(c["of"] == "layer" for c in found.collectives if c["kind"] == "all-gather")
