@@ -125,3 +125,16 @@ def test_top_k_takes_the_first_of_equals(width):
         want, got = jax.lax.top_k(x, 5), captures.top_k(x, 5)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("spread", [0.01, 7, 30])
+def test_entropy_is_right_to_rounding_over_a_whole_vocabulary(spread):
+    rng = np.random.default_rng(0)
+    logits = (spread * rng.standard_normal((4, 49152)) + 100).astype(np.float32)
+    found = captures._lens(logits, np.ones(4, bool), 2)
+    exact = logits.astype(np.float64)
+    exact -= exact.max(-1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.entropy, -(np.exp(exact) * exact).sum(-1), rtol=0, atol=3e-5)
+    best = np.sort(exact, -1)[:, :-3:-1]
+    np.testing.assert_allclose(found.log_probs, best, rtol=0, atol=3e-5)

@@ -34,3 +34,23 @@ def test_rematerialised_it_is_the_same(model, make_batch):
     a, b = (mj.run(model, batch, EDITS, ASKED, remat=remat) for remat in (False, True))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_backward_pass_keeps_products_or_nothing_of_a_layer(remat, model, make_batch):
+    """Of each layer what enters it, and its products with weights; never [T, T]."""
+    batch, lm = make_batch(images=(0, 0)), model.config.lm
+    (B, T), L = batch.ids.shape, lm.layers
+
+    def loss(embed):
+        changed = mj.replace(S.lm.embed, embed)
+        return mj.run(model, batch, changed, logits="last", remat=remat).logits.sum()
+
+    _, back = jax.vjp(loss, np.ones((B, T, lm.width), np.float32))
+    kept = [leaf.shape for leaf in jax.tree.leaves(back) if leaf.shape[:1] == (L,)]
+    assert not any(shape[-2:] == (T, T) for shape in kept)
+    widths = sorted(shape[-1] for shape in kept if shape[1:-1] == (B, T))
+    queries, keys = lm.heads * lm.head_width, lm.kv_heads * lm.head_width
+    products = [queries, keys, keys, lm.width, lm.mlp, lm.mlp]
+    assert widths == sorted([lm.width] + ([] if remat else products)), kept
