@@ -25,7 +25,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.bar_rate = 0.95
     config.masks = ""  # neurons to take instead: FILE.npz, or FOLDER/{module}.pth
     config.compare = ("auroc", "difference", "attribution", "random")  # selectors beside it
-    config.groups = 16  # of a domain's examples, which are split, drawn again and shuffled
+    config.groups = 15  # of a domain's examples, which are split, drawn again and shuffled
     config.splits = 10  # into halves
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 leaves all three out
@@ -43,6 +43,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.seed = 0
     if size == "quick":
         config.train_per_domain = 16
+        config.groups = 8
         config.test_per_domain = 8
         config.lens_per_domain = 8
         config.modules = ("all",)

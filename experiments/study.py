@@ -127,7 +127,18 @@ def main(run: Callable, takes: Sequence[str] = (), *, eigen: bool = False) -> No
     if eigen:
         products.prefer_eigen()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(start)
+    app.run(start, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """The flags as absl reads them; a field that the config does not have is one clear line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        (reason,) = getattr(error.args[0], "args", error.args)
+        name, *near = str(reason).splitlines()
+        field = name.strip("'")
+        sys.exit(" ".join([f"error: the config has no field '{field}'; it lists them.", *near]))
 
 
 def _join() -> None:

@@ -67,7 +67,14 @@ class Study:
             half: "train", "test" or "lens".
         """
         pairs = self._pairs(half, name)
-        return batching.Asked(self.processor, pairs, self.config.batch_size, self.length)
+        size = self.counted_at_once if half == "train" else self.config.batch_size
+        return batching.Asked(self.processor, pairs, size, self.length)
+
+    @functools.cached_property
+    def counted_at_once(self) -> int:
+        """Rows of a batch that is counted: few enough that the smallest domain has its groups."""
+        fewest = min(len(self._pairs("train", name)) for name in self.names)
+        return max(1, min(self.config.batch_size, fewest // self.config.groups))
 
     def groups(self, asked: batching.Asked) -> list[np.ndarray]:
         """Numbers of the batches of each group of examples, in order."""

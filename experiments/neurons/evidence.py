@@ -87,17 +87,24 @@ def steadiness(this: Study, counts: selection.All, module: str) -> dict[str, Any
         sizes = sorted({max(1, fewest // (2 * part)) for part in (1, 2, 4)})
         halves = stability.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
         again = stability.bootstrap(*data, resamples=config.resamples, select=select)
-        test = stability.shuffle_test(*data, shuffles=config.shuffles, level=config.level, **how)
         examples = min(len(this.asked("train", name).pairs) for name in this.names)
         return {
             "examples": [round(size * examples / fewest) for size in sizes],
             "halves": halves.jaccard.mean(axis=1).tolist(),
             "bootstrap": {k: values.tolist() for k, values in again.jaccard._asdict().items()},
             "always": int((again.frequency >= 0.95).any(axis=0).sum()),
+            "level": config.level,
+        } | chance()
+
+    def chance():
+        """What shuffled domains give; nothing where there are too few groups to tell."""
+        if stability.power(given.domain, config.shuffles, config.level) < 0.5:
+            return dict.fromkeys(("lowest", "shuffled", "beyond"))
+        test = stability.shuffle_test(*data, shuffles=config.shuffles, level=config.level, **how)
+        return {
             "lowest": _finite(test.found.entropy.min()),
             "shuffled": _finite(np.quantile(test.lowest, config.level, method="inverted_cdf")),
             "beyond": int(test.mask.any(axis=0).sum()),
-            "level": config.level,
         }
 
     return this.workdir.json(f"steadiness-{module}", make)

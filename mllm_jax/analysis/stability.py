@@ -14,11 +14,14 @@ by module, or single and multiple assignment, give their masks to `selectors.ove
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from mllm_jax.analysis import domain_neurons, intervals
 
@@ -203,12 +206,21 @@ def shuffle_test(
 
     Returns:
         The test.
+
+    Raises:
+        ValueError: no neuron could be beyond the level, see `power`.
     """
     if not 1 / (shuffles + 1) <= level < 1:
         raise ValueError(
             f"level={level} cannot be reached by {shuffles} shuffles; use more of them"
         )
     counts, tokens, domain = _checked(counts, tokens, domain)
+    if power(domain, shuffles, level) < 0.5:
+        raise ValueError(
+            f"level={level} cannot be reached by {len(domain)} examples: one shuffle of "
+            f"{1 / _true_again(domain):.0f} gives the true division again; count more examples, or "
+            "smaller groups of them"
+        )
 
     def select(labels):
         return domain_neurons.select(*pool(counts, tokens, labels), **options)
@@ -219,6 +231,26 @@ def shuffle_test(
     as_low = np.searchsorted(np.sort(lowest), found.entropy, side="right")
     p_values = np.where(np.isinf(found.entropy), 1.0, (1 + as_low) / (1 + shuffles))
     return ShuffleTest(found, p_values, found.mask & (p_values <= level), level, lowest)
+
+
+def power(domain: np.ndarray, shuffles: int, level: float) -> float:
+    """The chance that `shuffle_test` finds even the most specific neuron that there can be.
+
+    Shuffles that give the true division again are as low as the truth.
+
+    Args:
+        domain: int[N], of each example.
+        shuffles, level: of the test.
+    """
+    allowed = math.floor(level * (shuffles + 1) + 1e-9) - 1
+    return float(scipy.stats.binom.cdf(allowed, shuffles, _true_again(domain)))
+
+
+def _true_again(domain: np.ndarray) -> float:
+    """Share of all labellings that divide the examples as they are; domains may change names."""
+    sizes = np.bincount(domain).tolist()
+    names = math.prod(map(math.factorial, collections.Counter(sizes).values()))
+    return names * math.prod(map(math.factorial, sizes)) / math.factorial(sum(sizes))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:

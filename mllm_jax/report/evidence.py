@@ -33,18 +33,27 @@ def steadiness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             f"{test['always']:,}",
             _nats(test["lowest"]),
             _nats(test["shuffled"]),
-            f"{test['beyond']:,} of {results['selection'][module]['selected']:,}",
+            page.DASH
+            if test["beyond"] is None
+            else f"{test['beyond']:,} of {results['selection'][module]['selected']:,}",
         ]
         for module, test in found.items()
     ]
-    beyond = sum(test["beyond"] for test in found.values())
-    selected = sum(results["selection"][module]["selected"] for module in found)
+    tested = {module: test for module, test in found.items() if test["beyond"] is not None}
+    beyond = sum(test["beyond"] for test in tested.values())
+    selected = sum(results["selection"][module]["selected"] for module in tested)
     level = next(iter(found.values()))["level"]
+    verdict = (
+        f"{beyond:,} of {selected:,} selected neurons have a lower entropy than the lowest that "
+        f"shuffled domains give in {parts.percent(1 - level)} of all shuffles; a rate of the best "
+        "one percent always selects that many."
+        if tested
+        else "These are too few groups of examples to tell: shuffled domains often are the true "
+        "ones again. More pictures tell, or more groups of them (config.groups)."
+    )
     return page.Section(
         title="More than chance?",
-        reading=f"{beyond:,} of {selected:,} selected neurons have a lower entropy than the lowest "
-        f"that shuffled domains give in {parts.percent(1 - level)} of all shuffles; a rate of the "
-        "best one percent always selects that many.",
+        reading=verdict,
         figures=[
             parts.png(
                 folder, "steadiness",

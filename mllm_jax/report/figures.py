@@ -184,8 +184,9 @@ def ablation_matrix(
     rows = [("domain neurons off", selected, star)]
     if control:
         rows.append((control_title, control, {}))
-    cell = 0.42 * len(domains)
-    figure = Figure(figsize=(2.3 + (cell + 0.35) * len(selected), (cell + 0.5) * len(rows) + 0.9))
+    cell = max(0.42 * len(domains), 1.7)  # as long as a title is
+    width = 2.3 + (cell + 0.35) * len(selected)
+    figure = Figure(figsize=(width, (cell + 0.5) * len(rows) + 0.9))
     grid = figure.subplots(len(rows), len(selected), squeeze=False)
     for row, (title, values, marks) in enumerate(rows):
         for column, module in enumerate(selected):
@@ -203,10 +204,8 @@ def ablation_matrix(
     bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
-    figure.supxlabel(
-        "framed: tested on its own domain · bold with *: beyond chance, corrected for all cells",
-        color=GREY, fontsize=8,
-    )  # fmt: skip
+    told = "framed: tested on its own domain", "bold with *: beyond chance, corrected for all cells"
+    figure.supxlabel((" · " if width > 6 else "\n").join(told), color=GREY, fontsize=8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
     return figure
 
@@ -424,9 +423,11 @@ def _stage_lines(ax: Axes, stage: Mapping) -> None:
         ax.axvline(boundary - 0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
     edges = [0, *(b - 0.5 for b in stage["boundaries"]), last]
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
+        between = name == STAGE_NAMES[1] and right - left < last / 4  # too short for its name
         ax.text(
-            (left + right) / 2, 0.985, name, transform=ax.get_xaxis_transform(), ha="center",
-            va="top", color=GREY, fontsize=8, style="italic", path_effects=_halo(),
+            (left + right) / 2, 0.93 if between else 0.985, name,
+            transform=ax.get_xaxis_transform(), ha="center", va="top", color=GREY, fontsize=8,
+            style="italic", path_effects=_halo(),
         )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -147,6 +149,31 @@ def test_errors(change, message):
         stability.split_half(**data, sizes=(2,))
     with pytest.raises(ValueError, match="level=0.05 cannot be reached by 9 shuffles"):
         stability.shuffle_test(**data, shuffles=9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "again"),
+    [((2, 2), 2 / 6), ((4, 4), 2 / 70), ((2, 3), 1 / 10), ((2, 2, 2), 6 / 90), ((1, 1, 2), 2 / 12)],
+)
+def test_shuffles_that_are_the_truth_again(sizes, again):
+    """Counted: domains may change names where as many examples have them."""
+    domain = np.repeat(np.arange(len(sizes)), sizes)
+
+    def division(labels):
+        return frozenset(frozenset(np.flatnonzero(labels == d).tolist()) for d in range(len(sizes)))
+
+    every = set(itertools.permutations(domain.tolist()))
+    same = sum(division(np.array(labels)) == division(domain) for labels in every)
+    assert same / len(every) == pytest.approx(again)
+    # of 19 shuffles none may, at level 0.05
+    assert stability.power(domain, 19, 0.05) == pytest.approx((1 - again) ** 19)
+
+
+def test_too_few_examples_to_tell_are_an_error():
+    counts, tokens, domain = examples(0, each=2, planted=True)
+    two = domain < 2
+    with pytest.raises(ValueError, match="by 4 examples: one shuffle of 3 gives the true division"):
+        stability.shuffle_test(counts[two], tokens[two], domain[two], **RATES)
 
 
 def test_a_shuffle_that_goes_as_low_counts_against():

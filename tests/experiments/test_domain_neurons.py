@@ -130,9 +130,14 @@ def test_another_config_is_refused(finished, command, execute):
     assert "belongs to another config (it differs in seed)" in again.stderr.splitlines()[-1]
 
 
-def test_unknown_field_is_named(command, execute, tmp_path):
-    done = execute(command("domain_neurons", QUICK, tmp_path, "--config.tope_rate=0.1"))
-    assert done.returncode != 0 and "tope_rate" in done.stderr
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [("tope_rate", ' Did you mean "top_rate" instead of "tope_rate"?'), ("x", "")],
+)
+def test_unknown_field_is_named(field, near, command, execute, tmp_path):
+    done = execute(command("domain_neurons", QUICK, tmp_path, f"--config.{field}=0.1"))
+    said = f"error: the config has no field '{field}'; it lists them.{near}"
+    assert done.returncode == 1 and done.stderr.splitlines() == [said]
 
 
 def test_one_domain_is_too_few(command, execute, tmp_path):

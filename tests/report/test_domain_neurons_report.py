@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_page
 
-from mllm_jax.report import domain_neurons, figures, page
+from mllm_jax.report import domain_neurons, evidence, figures, page
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -80,6 +80,15 @@ def test_tables_hold_the_numbers_exactly(written):
         "overlap.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
         "steadiness.csv", "tokens.csv",
     }  # fmt: skip
+
+
+def test_too_few_groups_are_told_as_such(tmp_path):
+    results = study(tmp_path)
+    for test in results["steadiness"].values():
+        test.update(lowest=None, shuffled=None, beyond=None)
+    section = evidence.steadiness(tmp_path, results)
+    assert section.reading.startswith("These are too few groups of examples to tell")
+    assert {row[-1] for row in section.table.rows} == {page.DASH}
 
 
 def test_sentences_follow_from_the_numbers(written):

@@ -47,6 +47,17 @@ def test_ablation_matrix_marks_stars_and_gaps():
     assert "nan" not in " ".join(shown) and "random" not in shown
 
 
+@pytest.mark.parametrize("domains", [2, 5])
+def test_titles_of_an_ablation_matrix_have_room(domains):
+    change, names = {"lm": np.zeros((domains, domains))}, [f"domain {i}" for i in range(domains)]
+    figure = figures.ablation_matrix(change, change, {}, names, "random neurons off\n(mean of 3)")
+    figure.canvas.draw()
+    above, below = (ax.yaxis.label.get_window_extent() for ax in figure.axes[:2])
+    assert not above.overlaps(below)
+    told = next(text for text in figure.texts if "framed" in text.get_text()).get_window_extent()
+    assert told.x0 >= 0 and told.x1 <= figure.bbox.x1
+
+
 def test_ablation_matrix_of_no_measurement_at_all():
     nothing = {"lm": np.full((2, 2), np.nan)}
     assert texts(figures.ablation_matrix(nothing, nothing, {}, ["cats", "dogs"], "random"))
