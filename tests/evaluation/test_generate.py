@@ -71,7 +71,7 @@ def assert_recomputed(model, batch, out, seen, edits):
         np.testing.assert_allclose(ours.norm, theirs.norm, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("pad", [pytest.param("right", marks=pytest.mark.slow), "left"])
 def test_strengths_by_step_and_values_by_token(pad, tiny_model, prompts, clean):
     """Step 0 is the prompt's; the last strength and the value at the last token hold on."""
     batch = prompts[pad]

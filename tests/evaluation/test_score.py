@@ -46,7 +46,7 @@ def full(model, batch, said, edits):
     return np.stack([log_probs[row, at[row], s] for row, s in enumerate(said)]), out
 
 
-@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("pad", [pytest.param("right", marks=pytest.mark.slow), "left"])
 @pytest.mark.parametrize("case", cases.CASES)
 def test_scores_with_edits(case, pad, tiny_model, prompts):
     batch, edits, ids = prompts[pad], cases.CASES[case], candidates(LENGTHS)

@@ -103,7 +103,9 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("asked", [ASKED, {}], ids=["captures", "logits alone"])
+@pytest.mark.parametrize(
+    "asked", [pytest.param(ASKED, marks=pytest.mark.slow), {}], ids=["captures", "logits alone"]
+)
 @pytest.mark.parametrize("name", ["layers and neurons", "vision", "two edits"])
 def test_shared_is_bitwise_unshared(name, asked, tiny_model, make_batch):
     batch, edits = make_batch(images=(1, 0)), EDITS[name]
@@ -126,7 +128,7 @@ def test_captures_are_those_of_a_run(tiny_model, make_batch):
             np.testing.assert_allclose(x[i], y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("pad", [pytest.param("right", marks=pytest.mark.slow), "left"])
 def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
     """Edits of the last tokens leave a prefix clean, whose keys and values all lanes share."""
     batch = make_batch(images=(4, 3), words=(21, 23), pad=pad)

@@ -216,6 +216,7 @@ def test_an_edit_changes_the_logits_unless_it_is_of_the_dead(name, batch, clean)
     assert (change == 0).all() if "dead" in name else (change > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_text_neurons_of_the_last_layer_are_dead(batch, clean):
     """To ablate them is exactly nothing; the receipt says how many were matched all the same."""
     _, ours = pair()
@@ -258,6 +259,7 @@ def test_statistics_by_kind_are_those_of_the_values(batch):
         mj.stats(S.qformer.query_mlp.act, by="image")
 
 
+@pytest.mark.slow
 def test_a_sweep_over_layers_is_a_loop(batch):
     _, ours = pair()
     swept = [mj.ablate(S.qformer.query_mlp.act[layer, [1, 2]]) for layer in range(LAST + 1)]
@@ -300,6 +302,7 @@ def test_sizes_of_the_real_one(make_batch):
     assert count == sum(p.numel() for p in theirs.parameters()) == 7_913_210_624
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_theirs(make_batch):
     network, directory = saved("every second")
     batch = make_batch(TINY, images=(1,) * 12, words=(40,) * 12, seed=3)

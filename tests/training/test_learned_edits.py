@@ -32,7 +32,7 @@ def distance(wanted, got):
     return jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(got)), -1).mean()
 
 
-@pytest.mark.parametrize("name", edits.GATES)
+@pytest.mark.parametrize("name", ["hard_concrete", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_a_mask_keeps_the_neurons_that_matter(name, tiny_config, random_model, batches):
     """All other neurons have no way down."""
     model, gate = random_model(tiny_config), edits.GATES[name]
