@@ -19,6 +19,7 @@ from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.sharding import mesh
 
 MODULES = {
     "vision": S.vision.mlp.act,
@@ -67,8 +68,11 @@ class Study:
             half: "train", "test" or "lens".
         """
         pairs = self._pairs(half, name)
-        size = self.counted_at_once if half == "train" else self.config.batch_size
-        return batching.Asked(self.processor, pairs, size, self.length)
+        if half != "train":
+            return batching.Asked(self.processor, pairs, self.config.batch_size, self.length)
+        size, parts = self.counted_at_once, mesh.ways("B")
+        filled = -(-size // parts) * parts if size > 1 else 1  # one row is read everywhere
+        return batching.Asked(self.processor, pairs, size, self.length, filled=filled)
 
     @functools.cached_property
     def counted_at_once(self) -> int:

@@ -114,8 +114,8 @@ def attributions(this: Study, name: str) -> dict[str, np.ndarray]:
 
     def one(number: int):
         right = [[question.answer] for _, question in asked.rows(number)]
-        ids = score.candidate_ids(this.processor, right, asked.size)
         batch = asked[number].replace(processor=None)
+        ids = score.candidate_ids(this.processor, right, len(batch.ids))
         return jax.device_get(_attribute(gates, this.model, batch, ids, this.edits or Edits()))
 
     def make():

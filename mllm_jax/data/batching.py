@@ -146,6 +146,7 @@ class Asked:
       pairs: (example, question), see `ask`.
       size: rows of a batch. length: tokens of a row.
       features: float[N, P, E], of the examples of the pairs; pictures are not opened then.
+      filled: rows that every batch is filled up to, such as a mesh divides; `size` by default.
     """
 
     processor: Processor
@@ -153,6 +154,7 @@ class Asked:
     size: int
     length: int | None = None
     features: np.ndarray | None = None
+    filled: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.pairs) // self.size)
@@ -160,7 +162,7 @@ class Asked:
     def __getitem__(self, number: int):
         rows = self.rows(number)
         prompts = [question.prompt for _, question in rows]
-        shape = {"rows": self.size, "length": self.length}
+        shape = {"rows": self.filled or self.size, "length": self.length}
         if self.features is None:
             return self.processor([example.image for example, _ in rows], prompts, **shape)
         features = self.features[number * self.size :][: len(rows)]

@@ -143,6 +143,10 @@ def test_asked(processor):
     assert batches.right(0).tolist() == [1, 0] and batches.right(2).tolist() == [1]
     with pytest.raises(IndexError, match="batch 3 of 3"):
         batches[3]
+    filled = batching.Asked(processor, pairs, size=2, length=length, filled=4)
+    assert len(filled) == 3 and len(filled.rows(0)) == 2
+    assert filled[0].valid.any(1).tolist() == [True, True, False, False]
+    np.testing.assert_array_equal(filled[1].ids[:2], batches[1].ids)
 
 
 def test_pairs_are_those_of_ask_and_are_made_when_asked_for():

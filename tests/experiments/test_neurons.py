@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.neurons import ablation, counts, layers
+from experiments.neurons import ablation, base, counts, layers
 from mllm_jax.models import llava_next
 from tests import tiny
 
@@ -42,6 +42,21 @@ def test_counts_of_a_scope():
     for module, scope in (("vision", "text"), ("lm", "all")):  # no such token: all of them
         every = counts.Counts.of(found, module, scope)
         np.testing.assert_array_equal(every.tokens[:3], found["a"][f"{module}/tokens"].sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "rows"),
+    [((16, 16), 8, 2), ((120, 90), 8, 8), ((16, 5), 8, 1), ((10_001,), 4, 4), ((40,), 4, 4)],
+)
+def test_the_smallest_domain_has_its_groups_whatever_the_batch(pictures, batch_size, rows):
+    config = types.SimpleNamespace(groups=8, batch_size=batch_size)
+    sizes = dict(enumerate(pictures))
+    this = types.SimpleNamespace(
+        names=tuple(sizes), config=config, _pairs=lambda half, name: range(sizes[name])
+    )
+    found = base.Study.counted_at_once.func(this)
+    assert found == rows
+    assert min(pictures) / found >= min(8, min(pictures))
 
 
 LLAVA, BLIP = ("vision", "projector", "lm"), ("vision", "qformer", "query", "lm")
