@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mllm_jax import sites, tokens
@@ -107,7 +108,7 @@ def _how(edit: Any) -> str:
     """What an edit is given beside its place."""
     told = [f"{name} {value(array)}" for name, array in edit.values.items()]
     if edit.fn is not None:
-        told.insert(0, edit.fn.__name__)
+        told.insert(0, getattr(edit.fn, "__name__", type(edit.fn).__name__))
     if edit.route is not None:
         source, into = map(value, edit.route)
         told.append(f"rows {source} into {into}")
@@ -133,7 +134,8 @@ def batch(of: Any) -> str:
     What no token reads of a picture is dark. A batch that no processor made has no words and no
     pictures: its token numbers are shown.
     """
-    kinds = np.asarray(of.tokens.kind)
+    of = jax.tree.map(np.asarray, of)
+    kinds = of.tokens.kind
     present = [name for code, name in enumerate(tokens.KINDS) if (kinds == code).any()]
     counts = (f"{name} x {(kinds == tokens.CODE[name]).sum():,}" for name in present)
     key = "".join(_span(text, name) for text, name in zip(counts, present, strict=True))
@@ -153,7 +155,7 @@ def _span(text: str, kind: str) -> str:
 
 def _words(of: Any, row: int) -> str:
     """The tokens of a row; what is not a word is counted."""
-    kinds, tiles = np.asarray(of.tokens.kind)[row], np.asarray(of.tokens.tile)[row]
+    kinds, tiles = of.tokens.kind[row], of.tokens.tile[row]
     found = []
     runs = itertools.groupby(range(len(kinds)), key=lambda at: (kinds[at], tiles[at]))
     for (code, tile), places in runs:
@@ -166,18 +168,18 @@ def _words(of: Any, row: int) -> str:
 
 
 def _word(of: Any, row: int, at: int) -> str:
-    token = int(np.asarray(of.ids)[row, at])
+    token = int(of.ids[row, at])
     word = str(token) if of.processor is None else of.processor.word(token)
     return word.replace("\n", "↵")
 
 
 def _tiles(of: Any, row: int) -> Iterator[str]:
     """The tiles that a row reads, with a cell for each of their tokens."""
-    if of.processor is None or of.features is not None or not np.asarray(of.pixels).size:
+    if of.processor is None or of.features is not None or not of.pixels.size:
         return
     config, map_ = of.processor.config, of.tokens
     at, tile, down, across = (
-        np.asarray(array)[row] for array in (of.image_at, map_.tile, map_.row, map_.column)
+        array[row] for array in (of.image_at, map_.tile, map_.row, map_.column)
     )
     for number in np.unique(tile[(at >= 0) & (tile >= 0)]):
         own = (at >= 0) & (tile == number)
@@ -195,7 +197,7 @@ def _picture(of: Any, tile: int, cells: np.ndarray) -> str:
 
     prepared = of.processor.image_processor
     mean, spread = (getattr(prepared, f"image_{name}", n) for name, n in (("mean", 0), ("std", 1)))
-    pixels = np.asarray(of.pixels[tile]) * np.asarray(spread) + np.asarray(mean)
+    pixels = of.pixels[tile] * np.asarray(spread) + np.asarray(mean)
     picture = PIL.Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     shown = np.array(picture.resize((SIDE, SIDE)), np.float32)
     if len(cells):

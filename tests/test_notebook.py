@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html.parser
 import io
 
@@ -132,6 +133,11 @@ def test_edits():
         "call | vision.mlp.act[0] | all | louder, by [1, 2] | "
         "ablate | lm.attn.heads[0, 1] | all | by step [0, 1]"
     )
+
+
+def test_a_function_without_a_name():
+    made = functools.partial(louder, by=2.0)
+    assert cells(mj.call(S.lm.norm, made)._repr_html_())[-1] == "partial"
 
 
 def test_captures():

@@ -70,8 +70,8 @@ class Study:
         pairs = self._pairs(half, name)
         if half != "train":
             return batching.Asked(self.processor, pairs, self.config.batch_size, self.length)
-        size, parts = self.counted_at_once, mesh.ways("B")
-        filled = -(-size // parts) * parts if size > 1 else 1  # one row is read everywhere
+        size = self.counted_at_once
+        filled = mesh.filled("B", size)
         return batching.Asked(self.processor, pairs, size, self.length, filled=filled)
 
     @functools.cached_property

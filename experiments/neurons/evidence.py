@@ -98,7 +98,7 @@ def steadiness(this: Study, counts: selection.All, module: str) -> dict[str, Any
 
     def chance():
         """What shuffled domains give; nothing where there are too few groups to tell."""
-        if stability.power(given.domain, config.shuffles, config.level) < 0.5:
+        if stability.power(given.domain, config.shuffles, config.level) < stability.POWER:
             return dict.fromkeys(("lowest", "shuffled", "beyond"))
         test = stability.shuffle_test(*data, shuffles=config.shuffles, level=config.level, **how)
         return {

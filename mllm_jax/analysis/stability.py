@@ -25,6 +25,7 @@ import scipy.stats
 
 from mllm_jax.analysis import domain_neurons, intervals
 
+POWER = 0.5  # a test that would miss the most specific neuron more often than this is refused
 Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # counts, tokens of domains to a mask
 
 
@@ -215,7 +216,7 @@ def shuffle_test(
             f"level={level} cannot be reached by {shuffles} shuffles; use more of them"
         )
     counts, tokens, domain = _checked(counts, tokens, domain)
-    if power(domain, shuffles, level) < 0.5:
+    if power(domain, shuffles, level) < POWER:
         raise ValueError(
             f"level={level} cannot be reached by {len(domain)} examples: one shuffle of "
             f"{1 / _true_again(domain):.0f} gives the true division again; count more examples, or "

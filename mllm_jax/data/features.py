@@ -71,7 +71,7 @@ def vision_features(
         mesh.on(model),
         tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar,
     ):
-        size = -(-batch_size // mesh.ways("B")) * mesh.ways("B")
+        size = mesh.filled("B", batch_size)
         while done < len(examples):
             some = [examples[i] for i in range(done, min(done + size, len(examples)))]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)

@@ -112,7 +112,7 @@ def sweep(
         trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
         ways = mesh.ways("R")  # as many lanes in each
         chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch), ways), len(bound))
-        chunk = -(-chunk // ways) * ways
+        chunk = mesh.filled("R", chunk)
         widths = _common_shapes(bound)
 
         def program(numbers):

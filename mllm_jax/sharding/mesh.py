@@ -122,6 +122,11 @@ def ways(letter: str) -> int:
     return _size(SPLIT[letter]) if entered() else 1
 
 
+def filled(letter: str, size: int) -> int:
+    """The size up to which an axis of this letter is filled, so that the mesh divides it."""
+    return -(-size // ways(letter)) * ways(letter)
+
+
 def _size(axes: Sequence[str]) -> int:
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in axes)
