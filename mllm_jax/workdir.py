@@ -82,7 +82,7 @@ def cache_directory() -> pathlib.Path:
 
 
 class Workdir:
-    """A study's folder. It belongs to one config; another config is refused.
+    """A study's folder. It belongs to one config; another config is refused once work is in it.
 
     Args:
       path: made if it is missing.
@@ -94,7 +94,7 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         self.config = json.loads(json.dumps(config))
         asked = self.path / "config.json"
-        if asked.exists():
+        if asked.exists() and len(list(self.path.iterdir())) > 1:
             before = read_json(asked)
             if before != self.config:
                 raise ValueError(

@@ -89,7 +89,10 @@ def test_the_same_value_is_the_same_bytes(tmp_path):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = {"seed": 1, "layers": (1, 2), "rate": 0.5}
+    Workdir(tmp_path / "study", {"seed": 7})  # refused for another reason, before any work
     Workdir(tmp_path / "study", config)
+    assert workdir.read_json(tmp_path / "study" / "config.json")["rate"] == 0.5
+    Workdir(tmp_path / "study", config).json("step", dict)
     Workdir(tmp_path / "study", dict(reversed(config.items())))
     message = (
         r"study belongs to another config \(it differs in rate, seed\): choose another --workdir"

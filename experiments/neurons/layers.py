@@ -21,6 +21,7 @@ from mllm_jax.data import batching
 from mllm_jax.data import features as features_
 
 KINDS = ("image", "question")
+DOMAINS = 5  # as in the paper; from fewer, nothing is said of the curve of numbers of neurons
 FEATURES = {"vision": S.vision.resid_post[-1], "projector": S.projector.out}
 
 
@@ -83,7 +84,7 @@ def staged(found: Mapping[str, Mapping[str, np.ndarray]], neurons: Found) -> dic
     image, text = (
         stages.find(every["sums"][..., k], every["tokens"][..., k]) for k in range(len(KINDS))
     )
-    by_count = stages.find(counts, np.ones(len(counts)))
+    by_count = stages.find(counts, np.ones(len(counts)), fewest=DOMAINS)
     by_domain = {
         name: stages.find(arrays["sums"][..., 0], arrays["tokens"][..., 0])
         for name, arrays in found.items()

@@ -8,6 +8,7 @@ segments would cut one long fall in two; free rather than joined, because a curv
 segment has at least three layers, since a line fits any two.
 
 A boundary is reported only if the data decide it:
+  * there are enough examples: the bootstrap's intervals are too narrow over a few;
   * three segments have a lower BIC than two and than one (a flat or straight curve has no stages);
   * over bootstrap resamples of the examples each boundary stays within a third of the layers, and
     the two intervals do not meet.
@@ -24,10 +25,12 @@ import numpy as np
 
 from mllm_jax.analysis import intervals
 
+FEWEST = 16  # examples; an interval of 95 % over 8 covers the mean of a normal variable in 89 %
 RULE = (
     "least-squares fit of three free straight segments of at least three layers to the mean "
-    "entropy; 95 % bootstrap intervals over examples; undecided unless BIC prefers three segments "
-    "to two and to one, each interval spans at most a third of the layers, and the two do not meet"
+    f"entropy; 95 % bootstrap intervals over examples; undecided unless there are {FEWEST} "
+    "examples, BIC prefers three segments to two and to one, each interval spans at most a third "
+    "of the layers, and the two do not meet"
 )
 
 
@@ -60,6 +63,7 @@ def find(
     tokens: np.ndarray,
     *,
     min_length: int = 3,
+    fewest: int = FEWEST,
     level: float = intervals.LEVEL,
     resamples: int = intervals.RESAMPLES,
     seed: int = 0,
@@ -70,6 +74,7 @@ def find(
         sums: float[N, L], sum of the entropies of an example's tokens at each layer, nats.
         tokens: int[N], number of those tokens.
         min_length: least number of layers in a stage, at least 3.
+        fewest: examples below which nothing is decided.
         level: mass of the intervals.
         resamples: number of bootstrap resamples.
         seed: of the resamples.
@@ -107,6 +112,8 @@ def find(
     boundaries = tuple(boundaries.tolist())
     fit, slopes = _lines(curve, boundaries)
     doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
+    if examples < fewest:
+        doubt = f"{examples} examples are too few, it takes {fewest}"
     verdict = f"undecided: {doubt}" if doubt else _describe(slopes, boundaries, curve)
     return Stages(None if doubt else boundaries, low, high, verdict, curve, fit, slopes, samples)
 

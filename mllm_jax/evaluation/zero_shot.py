@@ -7,6 +7,7 @@ said = zero_shot.zero_shot(model, processor, pictures, task.classes)
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -44,8 +45,10 @@ def zero_shot(
     prompts = [TEMPLATE.format(label.lower()) for label in labels]
     model = mesh.settle(model)
     texts = _texts(model, processor.texts(prompts))
-    found, pictures = [np.zeros(0, np.int32)], iter(pictures)
-    with tqdm.tqdm(desc="CLIP zero-shot", leave=False) as bar:
+    found = [np.zeros(0, np.int32)]
+    count = operator.length_hint(pictures) or None
+    with tqdm.tqdm(desc="CLIP zero-shot", total=count, leave=False) as bar:
+        pictures = iter(pictures)
         while some := list(itertools.islice(pictures, batch_size)):
             pixels = processor.pictures(some)
             full = np.zeros((batch_size, *pixels.shape[1:]), np.float32)

@@ -133,7 +133,8 @@ def _accuracy(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             )
         ],
         note=f"Measured: {parts.listed(list(metrics))}. Bars are 95 % bootstrap intervals over "
-        "questions. A domain beats chance if its interval lies above chance.",
+        "questions. Chance is what a guess among the options gives; a domain beats it if its "
+        "interval lies above.",
         data=[parts.csv(folder, "accuracy", ["domain", *columns], rows)],
     )
 
@@ -313,8 +314,9 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         note="Rows: the domain whose neurons are set to zero, at every token and every step. "
         "Columns: the domain tested. Random neurons match in number, layer and module. Beyond "
         f"chance: p below {LEVEL} by flipping signs of paired differences, corrected for the "
-        "number of cells (Holm). The intervals in the table file are 95 % paired bootstrap "
-        "intervals over questions, one by one.",
+        "number of cells (Holm). The intervals in the table files are 95 % paired bootstrap "
+        "intervals over questions, one by one: one may leave out zero where p, corrected, does "
+        "not fall below the level.",
         data=[
             parts.csv(folder, "ablation", columns, [[run.get(c) for c in columns] for run in runs]),
             *_against(folder, results),

@@ -173,9 +173,11 @@ def _table(table: Table) -> str:
         )
 
     rows = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in table.rows)
+    absent = any(cell == DASH for row in table.rows for cell in row)
+    key = f'<p class="note">{DASH}: not measured, or undecided.</p>' if absent else ""
     return (
         f'<div class="table"><table><thead><tr>{line(table.columns, "th")}</tr></thead>\n'
-        f"<tbody>\n{rows}</tbody></table></div>"
+        f"<tbody>\n{rows}</tbody></table></div>{key}"
     )
 
 

@@ -19,7 +19,7 @@ def examples(curve, noise, n=80, seed=0):
 
 
 def test_planted_boundaries_without_noise():
-    found = stages.find(THREE[None] * np.array([[5], [7]]), np.array([5, 7]))
+    found = stages.find(THREE[None] * np.array([[5], [7]]), np.array([5, 7]), fewest=2)
     assert found.boundaries == found.low == found.high
     # layer 7 lies on both lines, and so does layer 21
     assert found.boundaries[0] in (7, 8) and found.boundaries[1] in (21, 22)
@@ -27,6 +27,13 @@ def test_planted_boundaries_without_noise():
     np.testing.assert_allclose(found.fit, found.curve)
     np.testing.assert_allclose(found.curve, THREE)
     assert found.verdict == "three stages as claimed (flat, falling, rising)"
+
+
+def test_a_few_examples_decide_nothing():
+    few, enough = (stages.find(*examples(THREE, 0.1, n=n)) for n in (15, 16))
+    assert few.boundaries is None
+    assert few.verdict == "undecided: 15 examples are too few, it takes 16"
+    assert enough.verdict == "three stages as claimed (flat, falling, rising)"
 
 
 def test_a_curve_that_jumps():

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 
 from mllm_jax.report import page
@@ -72,6 +73,13 @@ def test_dark_mode_and_numbers_on_the_right():
     text = page.render(page.Page("t", "l", sections=[SECTION]))
     assert "prefers-color-scheme: dark" in text
     assert f"<td>x &lt; y</td><td class=number>{page.MINUS}1.5</td>" in text
+
+
+def test_a_table_says_what_its_dash_means():
+    meaning = f"{page.DASH}: not measured"
+    assert " ".join(read().text).count(meaning) == 1
+    whole = dataclasses.replace(SECTION, table=page.Table(["name"], [["z"]]))
+    assert meaning not in " ".join(read(sections=[whole]).text)
 
 
 def test_a_page_of_nothing_is_a_page():
