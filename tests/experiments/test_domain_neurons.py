@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+
+from experiments import domain_neurons, study
+from mllm_jax import workdir
 
 QUICK = "configs/embedded.py:quick"
 SMALL = (
@@ -16,10 +20,10 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, command, execute):
-    workdir = tmp_path_factory.mktemp("study") / "work"
-    done = execute(command("domain_neurons", QUICK, workdir, *SMALL))
+    work = tmp_path_factory.mktemp("study") / "work"
+    done = execute(command("domain_neurons", QUICK, work, *SMALL))
     assert done.returncode == 0, done.stderr[-2000:]
-    return workdir
+    return work
 
 
 def test_leaves_results_figures_tables_and_a_page(finished):
@@ -109,19 +113,37 @@ def test_features_of_the_colours_lie_apart(finished):
 
 
 @pytest.mark.parametrize(
-    "field, says",
+    "fields, says",
     [
-        ("selector=lape", "config.selector='lape' is none of entropy, auroc"),
-        ("scope=pad", "config.scope='pad' is none of all, image, text"),
-        ("measure=words", "config.measure='words' is none of options, answers"),
-        ("measure=answers", "config.measure='answers' has metrics for the data sets of paper A"),
-        ("modules=('lm', 'query')", "the model has no neurons in 'query'; it has vision, proj"),
-        ("masks=neurons.pth", "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),
+        ({"selector": "lape"}, "config.selector='lape' is none of entropy, auroc"),
+        ({"scope": "pad"}, "config.scope='pad' is none of all, image, text"),
+        ({"measure": "words"}, "config.measure='words' is none of options, answers"),
+        (
+            {"measure": "answers"},
+            "config.measure='answers' has metrics for the data sets of paper A",
+        ),
+        ({"modules": ("lm", "query")}, "the model has no neurons in 'query'; it has vision, proj"),
+        ({"masks": "neurons.pth"}, "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),
     ],
 )
-def test_settings_that_are_none(field, says, command, execute, tmp_path):
-    done = execute(command("domain_neurons", QUICK, tmp_path / "w", *SMALL, f"--config.{field}"))
-    assert done.returncode == 1 and says in done.stderr.splitlines()[-1]
+def test_settings_that_are_none(fields, says, refuse):
+    refuse(says, **fields)
+
+
+def test_one_domain_is_too_few(refuse, folders):
+    refuse("needs 2 or more", paths=(str(folders[0]),))
+
+
+@pytest.fixture
+def refuse(config_of, checkpoint, folders, tmp_path):
+    """Starts the study in this process; it must end with an error of one line that says so."""
+
+    def run(says: str, **fields):
+        given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
+        with pytest.raises(study.EXPECTED, match=re.escape(says)):
+            domain_neurons.run(config_of(QUICK, **given), workdir.Workdir(tmp_path, {}))
+
+    return run
 
 
 def test_another_config_is_refused(finished, command, execute):
@@ -138,11 +160,6 @@ def test_unknown_field_is_named(field, near, command, execute, tmp_path):
     done = execute(command("domain_neurons", QUICK, tmp_path, f"--config.{field}=0.1"))
     said = f"error: the config has no field '{field}'; it lists them.{near}"
     assert done.returncode == 1 and done.stderr.splitlines() == [said]
-
-
-def test_one_domain_is_too_few(command, execute, tmp_path):
-    done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, count=1))
-    assert done.returncode == 1 and "needs 2 or more" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
