@@ -36,7 +36,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.proj = _setting("projector", rate=2e-4)
     config.e2e = _setting("projector+lm", rate=2e-5)
     config.e2e.recipe.projector_rate = 3e-4
-    config.e2e.steps = 16
     config.probe = ml_collections.ConfigDict()
     config.probe.rate = 1e-4  # rate and batch are of the paper's probes
     config.probe.batch = 128

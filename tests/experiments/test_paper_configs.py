@@ -127,7 +127,6 @@ def study(tmp_path_factory, checkpoints, manual, execute):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_instructblip_to_its_page(study):
     workdir = study("instructblip", "paper", "--config.modules=('qformer+query',)")
     results = json.loads((workdir / "results.json").read_text())
@@ -143,7 +142,6 @@ def test_instructblip_to_its_page(study):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_llava_next_as_released(study):
     """Neurons as the transcription of the procedure finds them in what was counted."""
     published = pytest.importorskip("tests.published")
@@ -178,5 +176,7 @@ def test_llava_next_as_released(study):
     )
     for shown in results["pictures"]:
         assert np.shape(shown["entropy"]) == (2, 4, 4)  # the base tile
-        assert np.shape(shown["parts"]["entropy"])[2] in (4, 8, 12)
+        wide = shown["domain"] == "lingoqa"  # 30 x 4 pixels, others 6 x 4
+        # two tiles side by side are 4 x 8 places; the rows or columns of padding are cut
+        assert np.shape(shown["parts"]["entropy"])[1:] == ((2, 8) if wide else (4, 6))
     assert (workdir / "index.html").stat().st_size > 1000

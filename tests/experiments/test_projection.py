@@ -50,9 +50,8 @@ def results(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_leaves_results_figures_tables_and_a_page(finished, results):
-    assert list(results["tasks"]) == ["reds", "greens"]
+    assert set(results["tasks"]) == {"reds", "greens"}
     assert results["tasks"]["reds"]["classes"] == sorted(LABELS)
     assert (finished / "index.html").stat().st_size > 1000
     for name in ("answers", "richness", "claims", "depth", "factors", "neurons", "ablation"):
@@ -64,7 +63,6 @@ def test_leaves_results_figures_tables_and_a_page(finished, results):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_every_variant_of_every_task_is_measured(results):
     variants = {(row["task"], row["variant"]) for row in results["answers"]}
     assert variants == {
@@ -83,14 +81,13 @@ def test_every_variant_of_every_task_is_measured(results):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_factors_change_one_setting_at_a_time(results):
     rows = results["factors"]
     assert rows[0]["recipe"] == projection.PROJ and rows[0]["change"] is None
     assert {row["recipe"]: row["setting"] for row in rows[1:]} == {
         "template": "wording plain", "end of turn": "end False", "crop": "aspect square",
         "rate": "rate 0.001", "start": "start random",
-        "all of them": "wording plain, end False, aspect square, rate 0.001",
+        "all of them": "aspect square, end False, wording plain, rate 0.001",
     }  # fmt: skip
     losses = results["losses"]
     for row in rows[1:]:
@@ -98,7 +95,6 @@ def test_factors_change_one_setting_at_a_time(results):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_what_trains_moves_and_nothing_else(finished):
     """FT-Proj changes what leaves the projector, and by that the answers; Original neither."""
     arrays = {}
@@ -158,7 +154,6 @@ def test_errors_come_before_anything_is_read(config_of):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_killed_and_restarted_ends_with_the_same_bytes(
     finished, command, survive, tmp_path, clip_flag
 ):
