@@ -89,9 +89,12 @@ def test_factors_change_one_setting_at_a_time(results):
         "rate": "rate 0.001", "start": "start random",
         "all of them": "aspect square, end False, wording plain, rate 0.001",
     }  # fmt: skip
-    losses = results["losses"]
-    for row in rows[1:]:
-        assert losses[f"reds/{row['recipe']}-0"] != losses["reds/FT-Proj-0"]
+    same = {
+        row["recipe"]
+        for row in rows[1:]
+        if results["losses"][f"reds/{row['recipe']}-0"] == results["losses"]["reds/FT-Proj-0"]
+    }
+    assert same == {"crop"}  # the pictures are squares
 
 
 @pytest.mark.slow
