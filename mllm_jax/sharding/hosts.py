@@ -6,6 +6,7 @@ A single process does none of this.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -49,7 +50,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     )
     alone.cancel()
     _joined.set()
-    threading.Thread(target=_listen, daemon=True).start()
+    _listener.start()
+    atexit.register(part)
 
 
 def _alone(coordinator: str | None, processes: int | None) -> None:
@@ -68,6 +70,9 @@ def _listen() -> None:
     who, _, text = said.partition(" ")
     if int(who) != distributed.global_state.process_id:
         _end(f"process {who} failed: {text}")
+
+
+_listener = threading.Thread(target=_listen, daemon=True)
 
 
 def _end(text: str) -> NoReturn:
@@ -130,9 +135,10 @@ leaving.calls = 0
 
 
 def part() -> None:
-    """The end, where all processes have come to it."""
+    """The end, where all processes have come to it; at the latest when Python ends."""
     if count() > 1:
         jax.distributed.shutdown()
+        _listener.join(1)  # a thread that wakes while Python ends would abort the process
 
 
 def leave(what: str) -> NoReturn:

@@ -82,6 +82,7 @@ def test_no_such_name(monkeypatch, tmp_path):
         describe.find(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_command(checkpoint, execute, tmp_path):
     """Of a directory without weights."""
     shutil.copy(checkpoint / "config.json", tmp_path)

@@ -154,7 +154,10 @@ def test_another_config_is_refused(finished, command, execute):
 
 @pytest.mark.parametrize(
     ("field", "near"),
-    [("tope_rate", ' Did you mean "top_rate" instead of "tope_rate"?'), ("x", "")],
+    [
+        ("tope_rate", ' Did you mean "top_rate" instead of "tope_rate"?'),
+        pytest.param("x", "", marks=pytest.mark.slow),
+    ],
 )
 def test_unknown_field_is_named(field, near, command, execute, tmp_path):
     done = execute(command("domain_neurons", QUICK, tmp_path, f"--config.{field}=0.1"))

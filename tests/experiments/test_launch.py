@@ -66,6 +66,22 @@ def test_one_that_fails_ends_all_with_its_error(command, execute, tmp_path):
     ]
 
 
+OWN = """
+import os, time
+from mllm_jax.sharding import hosts
+number, count = (int(os.environ[f"JAX_{name}"]) for name in ("PROCESS_ID", "NUM_PROCESSES"))
+hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+hosts.meet("here")
+time.sleep(3 * number)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_of_ones_own_ends_well_though_one_is_late(execute):
+    done = execute(several([sys.executable, "-c", OWN]))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow  # it waits for the other for a while
 def test_a_host_that_does_not_come_is_an_error(command, execute, tmp_path):
     where = f"--coordinator=127.0.0.1:{launch._free_port()}"

@@ -22,6 +22,7 @@ def finished(tmp_path_factory, command, execute):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_projector_is_written(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["loss_after"]["right"] < results["loss_before"]["right"]
@@ -30,6 +31,7 @@ def test_the_loss_falls_and_the_projector_is_written(finished):
     assert sum(array.size for array in written.values()) == results["trained_parameters"]
 
 
+@pytest.mark.slow
 def test_another_config_is_refused(finished, command, execute):
     again = execute(command("train", CONFIG, finished, *SMALL, "--config.recipe.rate=1.0"))
     assert again.returncode == 1

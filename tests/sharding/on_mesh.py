@@ -147,7 +147,17 @@ def test_sweep(family):
     batch = batch_of(processor)
     edits = [mj.ablate(S.lm.mlp.act[i % 4, [i]], where=tok.text) for i in range(11)]
     captures = {"fire": CAPTURES["fire"]}
-    assert_same(*(mj.sweep(first, m, batch, edits, captures) for m in (one, many)))
+    (logits, fire, receipts), (same, counts, equal) = (
+        mj.sweep(first, m, batch, edits, captures) for m in (one, many)
+    )
+    assert_same((logits, receipts), (same, equal))
+    for lane, layer, unit, kind in np.argwhere(fire != counts):
+        kept = mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])
+        values = np.asarray(mj.run(one, batch, edits[lane], {"act": kept})["act"])
+        assert abs(fire - counts)[lane, layer, unit, kind] <= (abs(values) < ZERO).sum()
+
+
+ZERO = 1e-7  # of values of order 1: their sign is rounding, and no program's own
 
 
 def test_reduce(family):
