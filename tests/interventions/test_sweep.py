@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import jax
@@ -36,8 +37,15 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
-@pytest.mark.parametrize("chunk", [None, 2])
+def cases():
+    """All of them in chunks; in the quick suite two of them at once as well."""
+    for name, chunk in itertools.product(EDITS, (None, 2)):
+        quick = chunk or name in ("layers and neurons", "vision")
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(EDITS[name], chunk, id=f"{name}-{chunk}", marks=marks)
+
+
+@pytest.mark.parametrize(("edits", "chunk"), list(cases()))
 def test_equals_a_loop(edits, chunk, tiny_model, make_batch):
     batch = make_batch()
     rows = mj.sweep(metric, tiny_model, batch, mj.stack(edits), chunk=chunk)
@@ -106,7 +114,9 @@ def same(a, b):
 @pytest.mark.parametrize(
     "asked", [pytest.param(ASKED, marks=pytest.mark.slow), {}], ids=["captures", "logits alone"]
 )
-@pytest.mark.parametrize("name", ["layers and neurons", "vision", "two edits"])
+@pytest.mark.parametrize(
+    "name", ["layers and neurons", "vision", pytest.param("two edits", marks=pytest.mark.slow)]
+)
 def test_shared_is_bitwise_unshared(name, asked, tiny_model, make_batch):
     batch, edits = make_batch(images=(1, 0)), EDITS[name]
     a, b = (

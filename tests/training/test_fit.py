@@ -73,7 +73,9 @@ def distance(model, batch, *, remat):
     return apart.mean((1, 2)) + (low**2).mean(), jnp.ones(len(apart))
 
 
-@pytest.mark.parametrize("part", ["projector", "projector+lora"])
+@pytest.mark.parametrize(
+    "part", ["projector", pytest.param("projector+lora", marks=pytest.mark.slow)]
+)
 def test_killed_and_restarted_it_ends_with_the_same_bytes(part, model, batches, tmp_path):
     """After seven steps: there are two checkpoints, and one step is lost."""
     recipe = dataclasses.replace(RECIPE, part=part, projector_rate=0.05)

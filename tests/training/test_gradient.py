@@ -16,7 +16,7 @@ PROJECTOR = "model.multi_modal_projector."
 LAYER = "model.language_model.layers.2.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_of_the_projector_and_the_language_model(remat, make_batch):
     from tests.models import hf
 
