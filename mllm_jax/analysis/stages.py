@@ -25,7 +25,9 @@ import numpy as np
 
 from mllm_jax.analysis import intervals
 
-FEWEST = 16  # examples; an interval of 95 % over 8 covers the mean of a normal variable in 89 %
+# Examples. Of a normal variable the bootstrap's 95 % interval holds the mean in 92 % of samples of
+# 16, in 89 % of 8: 2 * t.cdf(1.96 * sqrt((n - 1) / n), n - 1) - 1.
+FEWEST = 16
 RULE = (
     "least-squares fit of three free straight segments of at least three layers to the mean "
     f"entropy; 95 % bootstrap intervals over examples; undecided unless there are {FEWEST} "
@@ -111,9 +113,10 @@ def find(
     (boundaries,), (error,) = _split(costs, min_length)
     boundaries = tuple(boundaries.tolist())
     fit, slopes = _lines(curve, boundaries)
-    doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     if examples < fewest:
         doubt = f"{examples} examples are too few, it takes {fewest}"
+    else:
+        doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     verdict = f"undecided: {doubt}" if doubt else _describe(slopes, boundaries, curve)
     return Stages(None if doubt else boundaries, low, high, verdict, curve, fit, slopes, samples)
 

@@ -461,7 +461,7 @@ def _lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         f"boundaries: {stages['rule']}. A second rule, the two layers at which the slope "
         "changes most, confirms a boundary (✓) if one lies in its interval or a layer beside it. "
         "The curve of the number of neurons is that of the language model; its intervals are over "
-        "domains.",
+        "domains, of which it takes five.",
         data=[
             parts.csv(
                 folder, "lens", ["domain", "kind", "layer", "mean", "low", "high"], curve_rows
