@@ -94,7 +94,7 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         self.config = json.loads(json.dumps(config))
         asked = self.path / "config.json"
-        if asked.exists() and len(list(self.path.iterdir())) > 1:
+        if asked.exists() and any(p != asked for p in self.path.glob("[!.]*")):
             before = read_json(asked)
             if before != self.config:
                 raise ValueError(
