@@ -118,9 +118,15 @@ def test_shards(tiny_model, sharded, suffix):
     with pytest.raises(FileNotFoundError) as error:
         load.read_model(directory)
     assert str(error.value) == f"{shards[2]}: missing; fetch it again"  # and nothing besides
-    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    for broken, reason in {
+        "{": r"not readable as JSON \(",
+        "[]": "holds list instead of a JSON object",
+        '{"weight_map": 3}': "not a readable index, it has no weight_map",
+        '{"weight_map": {"a": 3}}': "not a readable index, a is in 3, expected a file beside it",
+        '{"weight_map": {"a": "../b"}}': r"a is in '../b', expected a file beside it",
+    }.items():
         index.write_text(broken)
-        with pytest.raises(ValueError, match="index.json: not a readable index"):
+        with pytest.raises(ValueError, match=f"index.json: {reason}"):
             load.read_model(directory)
 
 
