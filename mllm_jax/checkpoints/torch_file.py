@@ -186,7 +186,9 @@ class _Tensors(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: self._view(*args[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
             ("torch", "Size"): lambda sizes: tuple(map(operator.index, sizes)),
-            ("torch", "device"): lambda kind, *number: ":".join([kind, *map("{:d}".format, number)]),
+            ("torch", "device"): lambda kind, *number: ":".join(
+                [kind, *map("{:d}".format, number)]
+            ),
             **{("torch", name): name for name in (*_STORAGES, *_NAMES)},
         }
 
