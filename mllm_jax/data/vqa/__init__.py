@@ -24,7 +24,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.data import domains
 from mllm_jax.data import pictures as picture_files
 from mllm_jax.data.vqa import prompts
@@ -162,4 +162,4 @@ def _builder(name: str):
 
 
 def _root(root: str | os.PathLike | None) -> epath.Path:
-    return epath.Path(workdir.cache_directory() / "vqa" if root is None else root)
+    return epath.Path(store.cache_directory() / "vqa" if root is None else root)
