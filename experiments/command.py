@@ -107,11 +107,11 @@ def _start(
 
 
 def _run(study, asked: dict[str, Any]) -> None:
-    from mllm_jax import workdir
+    from mllm_jax import store
 
     _quiet()
     config = CONFIG.value.to_dict() | _records(asked)
-    study.run(CONFIG.value, workdir.Workdir(WORKDIR.value, config), **asked)
+    study.run(CONFIG.value, store.Workdir(WORKDIR.value, config), **asked)
 
 
 @contextlib.contextmanager

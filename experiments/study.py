@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.data import batching, domains, vqa
 from mllm_jax.data import features as features_
 from mllm_jax.interventions.edits import Edits
@@ -58,7 +58,7 @@ def with_features(model, batch, edits: Edits | None = None):
         return batch.replace(features=mesh.home(features))
 
 
-def named(workdir: workdir_.Workdir) -> dict[str, dict[str, str]]:
+def named(workdir: store.Workdir) -> dict[str, dict[str, str]]:
     """The edits and captures of a study as its results name them; the manifest has them whole."""
     return {
         name: {key: workdir.config[name][key] for key in ("text", "digest")}
@@ -74,4 +74,4 @@ def write_captures(path: pathlib.Path, found: dict[str, Any]) -> None:
         for key, leaf in jax.tree_util.tree_leaves_with_path(found)
     }
     kinds = {f"{n}/kinds": np.array(f.kinds) for n, f in found.items() if hasattr(f, "kinds")}
-    workdir_.atomic_npz(path, arrays | kinds)
+    store.atomic_npz(path, arrays | kinds)

@@ -11,17 +11,17 @@ import time
 
 import numpy as np
 
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.sharding import hosts
 
 STEPS = 40
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: store.Workdir) -> None:
     total = 0
     for number in range(STEPS):
         total += int(workdir.arrays(f"step-{number}", lambda number=number: step(number))["sum"])
-    workdir_.atomic_json(workdir / "results.json", {"total": total})
+    store.atomic_json(workdir / "results.json", {"total": total})
 
 
 def step(number: int) -> dict[str, np.ndarray]:
