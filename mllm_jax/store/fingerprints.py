@@ -8,6 +8,7 @@ and its length, so that no two contents have one encoding.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import pathlib
@@ -26,6 +27,7 @@ LENGTH = 32  # hexadecimal digits
 # Functions of these are known by name and code; what they call belongs to the versions.
 _LIBRARIES = frozenset(("mllm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "builtins"))
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+_FLAGS = 0x3AC  # of code: *args, **kwargs, generator, coroutine; not where it stands in a file
 _ARRAYS = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
 _arrays: dict[int, tuple[weakref.ref, bytes]] = {}  # hashes of immutable arrays, while they live
 
@@ -166,13 +168,16 @@ class _Encoder:
         counts = value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount
         names = value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars
         return self._all(
-            "code", value.co_code, value.co_consts, counts, names, value.co_flags,
+            "code", value.co_code, value.co_consts, counts, names, value.co_flags & _FLAGS,
             value.co_exceptiontable,
         )  # fmt: skip
 
     def _class(self, value: type) -> bytes:
         if _is_library(value):
             return self._all("class", *_name(value))
+        if issubclass(value, enum.Enum):
+            members = {name: member.value for name, member in value.__members__.items()}
+            return self._all("enum", value.__qualname__, members)
         hidden = ("__dict__", "__weakref__", "__module__", "__firstlineno__", "__doc__")
         body = {n: _method(m) for n, m in vars(value).items() if n not in hidden}
         return self._all("class", value.__qualname__, value.__bases__, body)
@@ -182,6 +187,8 @@ class _Encoder:
         if (parts := jax.tree_util.default_registry.flatten_one_level(value)) is not None:
             children, structure = parts
             return self._all("node", kind, list(children), structure)
+        if isinstance(value, enum.Enum):
+            return self._all("member", kind, value.name)
         if dataclasses.is_dataclass(value):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return self._all("dataclass", kind, fields)
