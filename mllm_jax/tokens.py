@@ -161,7 +161,8 @@ class Where:
             return _prompt_mask(self.value, tokens)
         if self.form == "kind":
             return (tokens.kind[..., None] == self.value).any(-1)
-        return getattr(tokens, self.form) == self.value
+        at = getattr(tokens, self.form)
+        return (at == self.value) & (at >= 0)
 
 
 def _prompt_mask(mask, tokens: TokenMap) -> Any:
@@ -186,6 +187,7 @@ system, question, image, newline, answer, cls, query = (_kinds(name) for name in
 text = _kinds(*TEXT)
 all = _kinds(*KINDS[1:])
 last = Where("last")
+generating = last | answer  # each token at which the next one is chosen, in `generate` and `score`
 kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
 
 
@@ -205,11 +207,11 @@ def tile(index) -> Where:
 
 
 def _grid(form: str, index) -> Where:
-    if isinstance(index, jax.Array):
-        return Where(form, value=index.astype(np.int16))
+    if isinstance(index, jax.core.Tracer):
+        return Where(form, value=index)
     if index < 0:
         raise ValueError(f"{form} {index}: they are counted from 0")
-    return Where(form, value=np.int16(index))
+    return Where(form, value=np.int32(index))
 
 
 def mask(array) -> Where:
@@ -233,4 +235,4 @@ def of(selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last")}
+NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last", "generating")}

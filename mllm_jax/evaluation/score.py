@@ -56,7 +56,7 @@ def score_with(
     captures: dict[str, Capture] | None = None,
 ) -> Scores:
     """`score`, with captures and receipts of the prompt."""
-    processor, batch = batch.processor, batch.replace(processor=None)
+    processor, batch = batch.processor, batch.prompts().replace(processor=None)
     if not hasattr(candidates, "dtype"):
         if processor is None:
             raise ValueError("candidates as text need a batch made by a processor; or give ids")
