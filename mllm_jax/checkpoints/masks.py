@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.checkpoints import torch_file
 
 
@@ -100,7 +100,7 @@ def save(
     for name, mask in arrays.items():
         if len(mask) != len(domains):
             raise ValueError(f"{name} has {len(mask)} domains, but {len(domains)} are named")
-    workdir.atomic_npz(path, {**arrays, "domains": np.array(list(domains), np.str_)})
+    store.atomic_npz(path, {**arrays, "domains": np.array(list(domains), np.str_)})
 
 
 def load(path: str | pathlib.Path) -> Masks:

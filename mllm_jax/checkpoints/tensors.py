@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.checkpoints import tables, torch_file
 from mllm_jax.checkpoints.stored import Stored, row_major
 
@@ -173,7 +173,7 @@ def write(tensors: Mapping[str, np.typing.ArrayLike], path: pathlib.Path) -> Non
         header[key] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with workdir.atomic(path) as file:
+    with store.atomic(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for key in keys:
             file.write(np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8))

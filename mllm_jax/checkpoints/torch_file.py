@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 _STORAGES = {
@@ -205,7 +205,7 @@ def write(value: Any, path: str | pathlib.Path) -> None:
     """
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _encode(value, storages) + pickle.STOP
-    with workdir.atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with store.atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program)
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for key, array in enumerate(storages):

@@ -12,7 +12,7 @@ import tqdm
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import hosts, mesh
-from mllm_jax.workdir import atomic_json, read_json
+from mllm_jax.store import atomic_json, read_json
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from mllm_jax import sites, tokens
 from mllm_jax.data.features import by_row, encode
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions import captures, run
-from mllm_jax.workdir import atomic_json, fingerprint, read_json
+from mllm_jax.store import atomic_json, fingerprint, read_json
 
 CAPTURES = {
     "projector": captures.mean(sites.projector.out, where=~tokens.cls),

@@ -14,7 +14,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.sharding import hosts
-from mllm_jax.workdir import atomic_npz, fingerprint, structure
+from mllm_jax.store import atomic_npz, fingerprint, structure
 
 
 def reduce(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions import trunk as trunk_
 from mllm_jax.interventions.captures import Capture
@@ -195,7 +195,7 @@ class _Rows:
         self.path = None if save is None else pathlib.Path(save)
         if self.path is None:
             return
-        self.asked = f"{workdir.fingerprint(asked)} {workdir.structure(shape, asked)}"
+        self.asked = f"{store.fingerprint(asked)} {store.structure(shape, asked)}"
         if hosts.agree(self.path.exists()):
             self._read()
 
@@ -218,4 +218,4 @@ class _Rows:
         if self.path is not None:
             arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.values))}
             arrays |= {"done": self.done, "asked": np.array(self.asked)}
-            workdir.atomic_npz(self.path, arrays)
+            store.atomic_npz(self.path, arrays)

@@ -24,7 +24,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.data import domains
 from mllm_jax.data.vqa import prompts
 from mllm_jax.data.vqa.questions import VqaQuestion
@@ -161,4 +161,4 @@ def _builder(name: str):
 
 
 def _root(root: str | os.PathLike | None) -> epath.Path:
-    return epath.Path(workdir.cache_directory() / "vqa" if root is None else root)
+    return epath.Path(store.cache_directory() / "vqa" if root is None else root)
