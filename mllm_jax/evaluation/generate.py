@@ -25,7 +25,7 @@ class Generation:
     """What was generated.
 
     Attributes:
-      tokens: int32[B, N]; after a stop, the stop token again.
+      tokens: int32[B, N]; after a stop, the first of the processor's stop ids.
       text: a string a row, or None where the batch knows no processor.
       receipts: of each edit over all that was read: the prompt, and each row's generated tokens
         but the last, after which there is nothing to choose.
@@ -59,7 +59,8 @@ def generate(
 
     Args:
       max_new_tokens: N.
-      stop: end a row at the end of its turn, and all when every row has ended.
+      stop: end a row at one of `processor.stop_ids`, where transformers stops, and all when every
+        row has ended.
       temperature: 0 is greedy; above, tokens are sampled and `key` is needed.
       key: a `jax.random.key`.
 
@@ -75,6 +76,11 @@ def generate(
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     if stop and processor is None:
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
+    if stop and not len(processor.stop_ids):
+        raise ValueError(
+            "stop=True, but the checkpoint names no token to stop at: set eos_token_id in its "
+            "generation_config.json"
+        )
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
     with mesh.on(model):
