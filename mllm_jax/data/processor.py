@@ -117,6 +117,18 @@ class Processor:
         image_processors.check_size(made, self.config.vision.image_size, self.directory)
         return made
 
+    def reads_pictures(self) -> list[Any]:
+        """What pixels depend on, beside the picture: for the fingerprints of stores."""
+        made = self.image_processor
+        settings = made.to_dict() if hasattr(made, "to_dict") else made
+        return [self.image_aspect_ratio, self.config.pinpoints, settings]
+
+    def _fingerprint_(self) -> list[Any]:
+        """What batches depend on, beside pictures and text."""
+        tokenizers = [self.tokenizer, getattr(self, "qformer_tokenizer", None)]
+        contents = map(prompts_.tokenizer_content, tokenizers)
+        return [self.config, self.reads_pictures(), self.stop_ids, *contents]
+
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
         """int32[n]: the ids that end an answer: at these transformers stops, too."""

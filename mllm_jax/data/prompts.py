@@ -350,6 +350,15 @@ def read_tokenizer(directory: pathlib.Path):
     )
 
 
+def tokenizer_content(tokenizer) -> list[Any] | None:
+    """All that a fast tokenizer is made of; how it last filled up or cut text is no part of it."""
+    if tokenizer is None:
+        return None
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core |= {"padding": None, "truncation": None}
+    return [core, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
 def _chat_template(directory: pathlib.Path) -> str | None:
     """The chat template in a file of its own; older checkpoints wrap it in JSON."""
     plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"

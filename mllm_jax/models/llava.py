@@ -166,6 +166,11 @@ class Batch:
         prompts = dataclasses.replace(self.tokens, kind=kind)
         return self.replace(tokens=prompts, segment=None, labels=None)
 
+    def _fingerprint_(self) -> list[Any]:
+        """Its content: the arrays, in order."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
+        return [getattr(self, name) for name in fields]
+
     def _repr_html_(self) -> str:
         return notebook.batch(self)
 
