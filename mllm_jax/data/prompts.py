@@ -40,11 +40,11 @@ def first_line(error: BaseException) -> str:
 
 def listed(values: Any, name: str, what: str = "strings") -> list:
     """Values as a list; a string or a mapping is none, though Python would go through it."""
-    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(
-        values, Iterable
-    ):
+    found = values.tolist() if hasattr(values, "tolist") else values
+    one = isinstance(found, (str, bytes, Mapping, set, frozenset))
+    if one or not isinstance(found, Iterable):
         raise ValueError(f"{name} is a list of {what}, one a row; got {short(values)}")
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+    return list(found)
 
 
 def strings(values: Any, name: str) -> list[str]:
