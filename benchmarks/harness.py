@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import clock, work
 from mllm_jax import products
-from mllm_jax.workdir import atomic_json
+from mllm_jax.store import atomic_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "benchmarks" / ".environments"

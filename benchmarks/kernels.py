@@ -15,7 +15,7 @@ import pathlib
 
 from benchmarks import profile, work
 from mllm_jax.interventions import run as run_
-from mllm_jax.workdir import atomic_json
+from mllm_jax.store import atomic_json
 
 ABOUT = "where the time of a clean pass goes"
 MODULES = {"ClipVision.__call__": "vision", "Llama.__call__": "LM"}

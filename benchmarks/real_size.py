@@ -26,7 +26,7 @@ import PIL.Image
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.workdir import atomic_json
+from mllm_jax.store import atomic_json
 
 ABOUT = "seconds and peak memory of a model of real size, one picture on the CPU"
 ROOT = pathlib.Path(__file__).parents[1]

@@ -74,10 +74,10 @@ def measure(
 
 def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, Any]]) -> None:
     """Table, JSON and picture."""
-    from mllm_jax import workdir
+    from mllm_jax import store
     from mllm_jax.report import figures, plan, tables
 
-    workdir.atomic_json(out / "scaling.json", {"model": name, "study": study, "points": points})
+    store.atomic_json(out / "scaling.json", {"model": name, "study": study, "points": points})
     rows = [
         (
             p["scaling"], p["chips"], p["rows"], f"{p['flops'] / 1e12:.3f}",
@@ -90,7 +90,7 @@ def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, A
         "scaling", "chips", "rows", "Tflop a chip", "MiB received by a chip",
         "GiB of weights a chip", f"rows a second at most, {CHIP}",
     )  # fmt: skip
-    workdir.write(out / "scaling.md", tables.markdown(columns, rows) + "\n")
+    store.write(out / "scaling.md", tables.markdown(columns, rows) + "\n")
     ways = list(dict.fromkeys(p["scaling"] for p in points))
 
     def curves(value) -> dict[str, list[tuple[int, float]]]:

@@ -27,7 +27,7 @@ import tqdm
 import mllm_jax as mj
 from experiments import study
 from mllm_jax import sites as S
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.analysis import attribution, domain_neurons, intervals
 from mllm_jax.data import batching
 from mllm_jax.evaluation import score
@@ -44,7 +44,7 @@ class Study:
     """What every step reads: the config, the folder, the model, and the pictures by domain."""
 
     config: Any
-    workdir: workdir_.Workdir
+    workdir: store.Workdir
     model: Any
     processor: Any
     train: dict[str, list]
@@ -89,7 +89,7 @@ def _options(question) -> tuple[str, str]:
     return question.answer, wrong
 
 
-def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
+def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     if config.metric not in METRICS:
         raise ValueError(f"config.metric={config.metric!r} is none of {', '.join(METRICS)}")
     S.get(config.site)  # a site that is none is said before anything is read
@@ -119,10 +119,10 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
         "top": {name: _top(values, config.top) for name, values in mean.items()},
         "ablation": [row for name in test for row in ablate(this, name, mean[name])],
     } | study.named(workdir)
-    workdir_.atomic_npz(workdir / "attribution.npz", mean)
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_npz(workdir / "attribution.npz", mean)
+    store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    workdir_.manifest(workdir, model=workdir_.fingerprint(model))
+    store.manifest(workdir, model=store.fingerprint(model))
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -28,8 +28,8 @@ import optax
 import mllm_jax as mj
 from experiments import study
 from mllm_jax import sites as S
+from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching, features
 from mllm_jax.evaluation import score
@@ -74,7 +74,7 @@ class Study:
         return mj.score(model, batch, ids, self.edits >> edits)[:count]
 
 
-def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
+def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         raise ValueError("this study reads each picture once: --edits of the vision tower are none")
     model, processor = mj.load(config.model)
@@ -93,7 +93,7 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
             f"learned-{layer}", functools.partial(learn, this, layer, answers["train"])
         )
         bases[layer], curves[layer] = found["basis"], found["curve"]
-        with workdir_.atomic(workdir / f"basis-{layer}.npy") as file:
+        with store.atomic(workdir / f"basis-{layer}.npy") as file:
             np.save(file, found["basis"])
         others = {
             f"random{seed}": np.random.default_rng(seed).normal(size=found["basis"].shape)
@@ -120,9 +120,9 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
         },
         "interchange": rows,
     } | study.named(workdir)
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_json(workdir / "results.json", results)
     page.write_das(workdir.path, results, curves)
-    workdir_.manifest(workdir, model=workdir_.fingerprint(model), seed=config.seed)
+    store.manifest(workdir, model=store.fingerprint(model), seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from mllm_jax import sites, tokens, workdir
+from mllm_jax import sites, store, tokens
 from mllm_jax.checkpoints import load, released
 from mllm_jax.interventions import run
 from mllm_jax.models.llava import Batch, LlavaConfig
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
         found = describe(find(MODEL.value))
         print(page(MODEL.value, found))
         if JSON.value:
-            workdir.atomic_json(pathlib.Path(JSON.value), {"model": MODEL.value, **found})
+            store.atomic_json(pathlib.Path(JSON.value), {"model": MODEL.value, **found})
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

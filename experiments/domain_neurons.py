@@ -23,12 +23,12 @@ import mllm_jax as mj
 from experiments import study
 from experiments.neurons import ablation, counts, evidence, layers, selection
 from experiments.neurons.base import MODULES, Study
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.data import domains
 from mllm_jax.report import domain_neurons as page
 
 
-def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
+def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     selection.check(config)
     ablation.check(config)
     train, test = (study.domains_of(config, split) for split in ("train", "test"))
@@ -76,11 +76,11 @@ def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
         "features": layers.features(read),
         "pictures": layers.pictures(this),
     } | study.named(workdir)
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    workdir_.manifest(
+    store.manifest(
         workdir,
-        model=workdir_.fingerprint(model),
+        model=store.fingerprint(model),
         data={name: [train[name].fingerprint, test[name].fingerprint] for name in train},
         seed=config.seed,
     )

@@ -20,7 +20,7 @@ import tqdm
 
 import mllm_jax as mj
 from experiments import study
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching
 from mllm_jax.evaluation import score
@@ -30,7 +30,7 @@ from mllm_jax.interventions.edits import Edits
 from mllm_jax.report import figures, tables
 
 
-def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
+def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, edits, captures or {})
     found = study.domains_of(config, "test")
@@ -59,8 +59,8 @@ def run(config, workdir: workdir_.Workdir, edits=None, captures=None) -> None:
         figures.save(figures.accuracy(choice), workdir / "figures" / "accuracy.png")
     nested = {name: {s: rows[name, s] for s in config.styles} for name in found}
     results = {"study": "evaluate", "accuracy": nested} | study.named(workdir)
-    workdir_.atomic_json(workdir / "results.json", results)
-    workdir_.manifest(workdir, model=workdir_.fingerprint(model))
+    store.atomic_json(workdir / "results.json", results)
+    store.manifest(workdir, model=store.fingerprint(model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Study:
     """What every step reads."""
 
     config: Any
-    workdir: workdir_.Workdir
+    workdir: store.Workdir
     model: Any
     processor: Any
     edits: Edits | None

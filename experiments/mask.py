@@ -24,7 +24,7 @@ import optax
 import mllm_jax as mj
 from experiments import study
 from mllm_jax import sites as S
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.analysis import domain_neurons, intervals
 from mllm_jax.data import batching
 from mllm_jax.interventions import edits as edits_
@@ -34,7 +34,7 @@ from mllm_jax.report import learned as page
 from mllm_jax.training import edits as learning
 
 
-def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
+def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     if config.gate not in learning.GATES:
         raise ValueError(f"config.gate={config.gate!r} is none of {', '.join(learning.GATES)}")
     site, edits = S.get(config.site), edits or Edits()
@@ -70,11 +70,11 @@ def run(config, workdir: workdir_.Workdir, edits: Edits | None = None) -> None:
         "kept_by_layer": kept.sum(-1).tolist(),
         "test": {name: _summary(arrays) for name, arrays in measured.items()},
     } | study.named(workdir)
-    with workdir_.atomic(workdir / "off.npy") as file:
+    with store.atomic(workdir / "off.npy") as file:
         np.save(file, ~kept)
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_json(workdir / "results.json", results)
     page.write_mask(workdir.path, results, found["curve"])
-    workdir_.manifest(workdir, model=workdir_.fingerprint(model), seed=config.seed)
+    store.manifest(workdir, model=store.fingerprint(model), seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments import describe, study
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.interventions import spec
 from mllm_jax.report import figures
 from mllm_jax.report import plan as report
@@ -85,12 +85,12 @@ def main(argv: Sequence[str]) -> None:
         if OUT.value:
             out = pathlib.Path(OUT.value)
             name = describe.MODEL.value
-            workdir.atomic_json(
+            store.atomic_json(
                 out / "plan.json",
                 {"model": name, "plans": [plan.json() for plan in found]},
             )
             text = [plans.summary(found), *(plan.table() for plan in found)]
-            workdir.write(out / "plan.md", "\n\n".join(text) + "\n")
+            store.write(out / "plan.md", "\n\n".join(text) + "\n")
             figures.save(report.plans(name, found), out / "plan.png")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

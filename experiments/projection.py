@@ -32,8 +32,8 @@ import mllm_jax as mj
 from experiments import study
 from experiments.neurons import base
 from mllm_jax import sites as S
+from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import domain_neurons, probe, projection, selectors
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
 from mllm_jax.checkpoints import clip
@@ -77,7 +77,7 @@ class Study:
     """What every step reads: the config, the folder, the model, and the tasks by name."""
 
     config: Any
-    workdir: workdir_.Workdir
+    workdir: store.Workdir
     model: Any
     processor: Any
     tasks: dict[str, tasks.Task]
@@ -141,7 +141,7 @@ class Study:
         return {ORIGINAL: None, PROJ: self.config.proj, E2E: self.config.e2e}
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: store.Workdir) -> None:
     _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
@@ -174,11 +174,11 @@ def run(config, workdir: workdir_.Workdir) -> None:
         "losses": {run.name: found[run.task, run.variant, run.seed]["losses"].tolist()
                    for run in (*_main_runs(this), *_factor_runs(this)) if run.setting},
     }  # fmt: skip
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    workdir_.manifest(
+    store.manifest(
         workdir,
-        model=workdir_.fingerprint(model),
+        model=store.fingerprint(model),
         data={name: task.fingerprint for name, task in this.tasks.items()},
     )
     print(f"finished: {workdir / 'index.html'}")

@@ -15,8 +15,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from mllm_jax import products
-from mllm_jax import workdir as workdir_
+from mllm_jax import products, store
 from mllm_jax.data import batching, domains, vqa
 from mllm_jax.data import features as features_
 from mllm_jax.interventions import spec
@@ -113,7 +112,7 @@ def main(run: Callable, takes: Sequence[str] = (), *, eigen: bool = False) -> No
             asked = _asked(takes)
             config = CONFIG.value.to_dict() | _records(asked)
             with _on_mesh():
-                run(CONFIG.value, workdir_.Workdir(WORKDIR.value, config), **asked)
+                run(CONFIG.value, store.Workdir(WORKDIR.value, config), **asked)
             hosts.part()
         except EXPECTED as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -188,7 +187,7 @@ def _records(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def named(workdir: workdir_.Workdir) -> dict[str, dict[str, str]]:
+def named(workdir: store.Workdir) -> dict[str, dict[str, str]]:
     """The edits and captures of a study as its results name them; the manifest has them whole."""
     return {
         name: {key: workdir.config[name][key] for key in ("text", "digest")}
@@ -204,4 +203,4 @@ def write_captures(path: pathlib.Path, found: dict[str, Any]) -> None:
         for key, leaf in jax.tree_util.tree_leaves_with_path(found)
     }
     kinds = {f"{n}/kinds": np.array(f.kinds) for n, f in found.items() if hasattr(f, "kinds")}
-    workdir_.atomic_npz(path, arrays | kinds)
+    store.atomic_npz(path, arrays | kinds)

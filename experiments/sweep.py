@@ -22,8 +22,8 @@ import numpy as np
 import mllm_jax as mj
 from experiments import study
 from mllm_jax import sites as S
+from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching
 from mllm_jax.report import figures, tables
@@ -32,7 +32,7 @@ from mllm_jax.report import sweep as report
 GRIDS = ("tokens", "heads", "parts", "strengths")
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: store.Workdir) -> None:
     if config.grid not in GRIDS:
         raise ValueError(f"config.grid={config.grid!r} is none of {', '.join(GRIDS)}")
     model, processor = mj.load(config.model)
@@ -67,9 +67,9 @@ def run(config, workdir: workdir_.Workdir) -> None:
         "effect": value.tolist(), "low": low.tolist(), "high": high.tolist(),
         "domains": sorted({example.domain for pair in pairs for example, _ in pair}),
     }  # fmt: skip
-    workdir_.atomic_json(workdir / "results.json", results)
+    store.atomic_json(workdir / "results.json", results)
     report.write(workdir, results)
-    workdir_.manifest(workdir, model=workdir_.fingerprint(model))
+    store.manifest(workdir, model=store.fingerprint(model))
     print(f"finished: {workdir.path / 'index.html'}")
 
 

@@ -13,14 +13,14 @@ import numpy as np
 
 import mllm_jax as mj
 from experiments import study
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.checkpoints import save
 from mllm_jax.data import batching, features
 from mllm_jax.report import figures, tables, training
 from mllm_jax.training import fit, parts, start
 
 
-def run(config, workdir: workdir_.Workdir) -> None:
+def run(config, workdir: store.Workdir) -> None:
     model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
     train = study.examples_of(config, "train", config.train_per_domain)
     test = study.examples_of(config, "test", config.test_per_domain)
@@ -51,7 +51,7 @@ def run(config, workdir: workdir_.Workdir) -> None:
     trained = parts.split(model, recipe.part, lora=recipe.lora).trained
     tables.write(workdir / "loss.csv", ("step", "loss"), enumerate(map(float, curve), 1))
     figures.save(training.loss_curve(curve, *after), workdir / "figures" / "loss.png")
-    workdir_.atomic_json(
+    store.atomic_json(
         workdir / "results.json",
         {
             "study": "train",
@@ -62,10 +62,10 @@ def run(config, workdir: workdir_.Workdir) -> None:
             "steps": config.steps,
             "loss_before": {"right": before[0], "wrong": before[1]},
             "loss_after": {"right": after[0], "wrong": after[1]},
-            "projector": workdir_.fingerprint(trained),
+            "projector": store.fingerprint(trained),
         },
     )
-    workdir_.manifest(workdir, seed=config.seed)
+    store.manifest(workdir, seed=config.seed)
     print(f"held-out loss {before[0]:.3f} -> {after[0]:.3f}; with the wrong picture {after[1]:.3f}")
 
 

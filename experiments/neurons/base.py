@@ -12,7 +12,7 @@ import numpy as np
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax import workdir as workdir_
+from mllm_jax import store
 from mllm_jax.analysis import official
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import edits as edits_
@@ -47,7 +47,7 @@ class Study:
     """
 
     config: Any
-    workdir: workdir_.Workdir
+    workdir: store.Workdir
     model: Any
     processor: Any
     train: dict[str, domains.Domain]

@@ -13,8 +13,8 @@ import tqdm
 import mllm_jax as mj
 from experiments.neurons.base import Study
 from mllm_jax import sites as S
+from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax import workdir as workdir_
 from mllm_jax.analysis import components, domain_neurons, logit_lens, stages
 from mllm_jax.analysis.domain_neurons import Found
 from mllm_jax.data import batching
@@ -167,9 +167,9 @@ def picture(this: Study, number: int, name: str) -> dict[str, Any] | None:
     shown = this.workdir.json(f"picture-{name}", make)
     if shown is None:
         return None
-    image = workdir_.relative_picture(this.workdir, f"picture-{number}.png", example.image)
+    image = store.relative_picture(this.workdir, f"picture-{number}.png", example.image)
     batch = this.processor([example.image], ["<image>"])
-    tower = workdir_.relative_picture(
+    tower = store.relative_picture(
         this.workdir, f"seen-{number}.png", as_seen(this.processor, batch)
     )
     return shown | {"image": tower, "original": image}

@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from mllm_jax.checkpoints import tensors
-from mllm_jax.workdir import cache_directory
+from mllm_jax.store import cache_directory
 
 if TYPE_CHECKING:
     from mllm_jax.checkpoints import read_gguf

@@ -18,7 +18,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from mllm_jax.workdir import cache_directory
+from mllm_jax.store import cache_directory
 
 
 class MissingPackage(ImportError):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.image import AxesImage
 
-from mllm_jax import workdir
+from mllm_jax import store
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
 INK, GREY, FAINT = "#222222", "#7A7A7A", "#E4E4E4"
@@ -68,7 +68,7 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
     png = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, format="png", metadata={"Software": None})
-    workdir.write(path, png.getvalue())
+    store.write(path, png.getvalue())
 
 
 def styled(draw):

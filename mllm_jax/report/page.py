@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from mllm_jax import workdir
+from mllm_jax import store
 
 RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))  # of every study
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
@@ -100,7 +100,7 @@ def number(value: float) -> str:
 
 def write(path: str | os.PathLike, page: Page) -> None:
     """Writes the page as one HTML file, atomically."""
-    workdir.write(path, render(page))
+    store.write(path, render(page))
 
 
 def render(page: Page) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mllm_jax.report import figures, page
-from mllm_jax.workdir import Workdir
+from mllm_jax.store import Workdir
 
 QUESTION = {
     "tokens": "Which tokens carry the answer at which layer? Their residual is replaced by that of "

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 
-from mllm_jax import workdir
+from mllm_jax import store
 
 
 def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -25,7 +25,7 @@ def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequen
         if len(row) != len(columns):
             raise ValueError(f"{path}: a row of {len(row)} values under {len(columns)} columns")
         writer.writerow(row)
-    workdir.write(path, text.getvalue())
+    store.write(path, text.getvalue())
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import transformers
 from flax import nnx
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints import load, tables, tensors
 from mllm_jax.models import llava
@@ -99,14 +99,14 @@ def write(directory: str | os.PathLike, config: llava.LlavaConfig, shards: int =
         print(f"{directory / name}: {len(inside)} tensors", flush=True)
     places = {tensor.key: names[n] for tensor, n in zip(all_, numbers, strict=True)}
     index = {"metadata": {"total_size": int(sizes.sum())}, "weight_map": places}
-    workdir.atomic_json(directory / "model.safetensors.index.json", index)
+    store.atomic_json(directory / "model.safetensors.index.json", index)
     tokenizer = tiny.tokenizer(config, bos_token="<s>")
     tokenizer.save_pretrained(directory)
     side = config.vision.image_size
     transformers.CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     ).save_pretrained(directory)
-    workdir.atomic_json(directory / "config.json", _fields(config))
+    store.atomic_json(directory / "config.json", _fields(config))
     return directory
 
 

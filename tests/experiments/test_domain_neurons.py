@@ -8,7 +8,7 @@ import re
 import pytest
 
 from experiments import domain_neurons, study
-from mllm_jax import workdir
+from mllm_jax import store
 
 QUICK = "configs/embedded.py:quick"
 SMALL = (
@@ -141,7 +141,7 @@ def refuse(config_of, checkpoint, folders, tmp_path):
     def run(says: str, **fields):
         given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
         with pytest.raises(study.EXPECTED, match=re.escape(says)):
-            domain_neurons.run(config_of(QUICK, **given), workdir.Workdir(tmp_path, {}))
+            domain_neurons.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
 
     return run
 

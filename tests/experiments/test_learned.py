@@ -11,7 +11,7 @@ import mllm_jax as mj
 from experiments import das, mask
 from mllm_jax import sites as S
 from mllm_jax.interventions import spec
-from mllm_jax.workdir import Workdir
+from mllm_jax.store import Workdir
 from tests import tiny
 
 SMALL = {"test_per_domain": 24, "controls": 1, "batch_size": 4, "model": "tiny"}

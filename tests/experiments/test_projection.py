@@ -111,14 +111,14 @@ def test_what_trains_moves_and_nothing_else(finished):
 
 def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_path, monkeypatch):
     from experiments import projection as study
-    from mllm_jax import workdir
+    from mllm_jax import store
 
     reds = tasks.Task.from_domain(domains.Domain.from_folder(folders[0]), near_copy=None)
     own = {"reds": reds}
 
     def of(clip):
         config = config_of(CONFIG, clip=str(clip), test_per_task=6)
-        folder = workdir.Workdir(tmp_path / "work", {})
+        folder = store.Workdir(tmp_path / "work", {})
         return study.Study(config, folder, None, None, own)
 
     assert study.match(of("")) == {"reds": {}}

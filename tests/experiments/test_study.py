@@ -13,7 +13,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
-from mllm_jax.workdir import Workdir
+from mllm_jax.store import Workdir
 
 EVALUATE = "configs/embedded_evaluate.py"
 TEXT = "ablate lm.mlp.act[3,@neurons.json] >> add lm.resid_post[1:] @v.npy*4 where=text"

@@ -12,8 +12,8 @@ from absl import flags
 
 import mllm_jax as mj
 from mllm_jax import sites as S
+from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax import workdir
 from mllm_jax.checkpoints import released
 from mllm_jax.interventions import run
 from mllm_jax.models import llava
@@ -353,7 +353,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
         command.main(["plan"])
     finally:
         flags.FLAGS.unparse_flags()
-    found = workdir.read_json(tmp_path / "plan.json")
+    found = store.read_json(tmp_path / "plan.json")
     assert [p["study"] for p in found["plans"]] == ["counts", "sweep"]
     assert found["plans"][0]["bytes"]["edits"] > 0
     assert (tmp_path / "plan.md").read_text().strip().endswith(capsys.readouterr().out.strip())

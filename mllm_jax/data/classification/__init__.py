@@ -15,7 +15,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from mllm_jax import workdir
+from mllm_jax import store
 from mllm_jax.data import domains, tasks
 
 NAMES = ("plantdoc", "dtd", "dermnet", "crisismmd")  # in the paper's order
@@ -139,4 +139,4 @@ def _builder(name: str):
 
 
 def _root(root: str | os.PathLike | None) -> pathlib.Path:
-    return workdir.cache_directory() / "classification" if root is None else pathlib.Path(root)
+    return store.cache_directory() / "classification" if root is None else pathlib.Path(root)

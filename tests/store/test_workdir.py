@@ -12,8 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mllm_jax import workdir
-from mllm_jax.workdir import Workdir
+from mllm_jax import store
+from mllm_jax.store import Workdir
 
 
 def files(path) -> list[str]:
@@ -27,7 +27,7 @@ def test_a_write_that_is_broken_off_leaves_what_was(tmp_path, old):
         path.write_text(old)
 
     def break_off():
-        with workdir.atomic(path) as file:
+        with store.atomic(path) as file:
             file.write(b"half of")
             raise KeyboardInterrupt
 
@@ -46,13 +46,13 @@ def test_a_full_disk(tmp_path, monkeypatch, step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if step == "write":
-        monkeypatch.setattr(workdir.json, "dumps", lambda *_, **__: _Text(full))
+        monkeypatch.setattr(json, "dumps", lambda *_, **__: _Text(full))
     elif step == "open":
         monkeypatch.setattr("builtins.open", full)
     else:
         monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match=r"cannot write .*result.json: No space left on device; free"):
-        workdir.atomic_json(path, {"new": 1})
+        store.atomic_json(path, {"new": 1})
     monkeypatch.undo()
     assert path.read_text() == "old" and files(tmp_path) == ["result.json"]
 
@@ -71,27 +71,27 @@ class _Text(str):
 
 def test_a_file_is_as_readable_as_others(tmp_path):
     (tmp_path / "plain").write_text("")
-    workdir.write(tmp_path / "deep" / "atomic", "text")
+    store.write(tmp_path / "deep" / "atomic", "text")
     modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
     assert len(modes) == 1
     assert (tmp_path / "deep" / "atomic").read_text() == "text"
 
 
 def test_the_same_value_is_the_same_bytes(tmp_path):
-    workdir.atomic_json(tmp_path / "a", {"x": 1, "y": [2.5, None]})
-    workdir.atomic_json(tmp_path / "b", {"y": [2.5, None], "x": 1})
+    store.atomic_json(tmp_path / "a", {"x": 1, "y": [2.5, None]})
+    store.atomic_json(tmp_path / "b", {"y": [2.5, None], "x": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert workdir.read_json(tmp_path / "a") == {"x": 1, "y": [2.5, None]}
+    assert store.read_json(tmp_path / "a") == {"x": 1, "y": [2.5, None]}
     with pytest.raises(ValueError):
-        workdir.atomic_json(tmp_path / "a", {"x": float("nan")})  # no JSON
-    assert workdir.read_json(tmp_path / "a")["x"] == 1
+        store.atomic_json(tmp_path / "a", {"x": float("nan")})  # no JSON
+    assert store.read_json(tmp_path / "a")["x"] == 1
 
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = {"seed": 1, "layers": (1, 2), "rate": 0.5}
     Workdir(tmp_path / "study", {"seed": 7})  # refused for another reason, before any work
     Workdir(tmp_path / "study", config)
-    assert workdir.read_json(tmp_path / "study" / "config.json")["rate"] == 0.5
+    assert store.read_json(tmp_path / "study" / "config.json")["rate"] == 0.5
     Workdir(tmp_path / "study", config).json("step", dict)
     Workdir(tmp_path / "study", dict(reversed(config.items())))
     message = (
@@ -115,7 +115,9 @@ def test_a_step_is_done_once(tmp_path):
         assert found["b"].dtype == np.float32
     assert len(calls) == 1
     assert [Workdir(tmp_path, {}).json("n", lambda n=n: {"n": n}) for n in (1, 2)] == [{"n": 1}] * 2
-    assert files(tmp_path) == ["config.json", "steps/counts.npz", "steps/n.json"]
+    kept = ["config.json", "steps/counts.npz", "steps/n.json"]
+    assert files(tmp_path) == [".written", *kept]
+    assert (tmp_path / ".written").read_text().split() == kept
 
 
 def test_a_step_that_fails_is_done_again(tmp_path):
@@ -138,14 +140,14 @@ def test_pickles_are_not_read(tmp_path):
 
 def test_pictures(tmp_path):
     picture = PIL.Image.new("RGB", (2, 1), (1, 2, 3))
-    name = workdir.relative_picture(Workdir(tmp_path, {}), "one.png", picture)
+    name = store.relative_picture(Workdir(tmp_path, {}), "one.png", picture)
     assert name == "figures/one.png"
     read = PIL.Image.open(io.BytesIO((tmp_path / name).read_bytes()))
     assert read.getpixel((1, 0)) == (1, 2, 3)
 
 
 def test_fingerprints_tell_arrays_apart():
-    same = [workdir.fingerprint({"a": np.arange(4.0), "b": 1}) for _ in range(2)]
+    same = [store.fingerprint({"a": np.arange(4.0), "b": 1}) for _ in range(2)]
     assert same[0] == same[1]
     others = [
         {"a": np.arange(4.0), "b": 2},
@@ -154,11 +156,11 @@ def test_fingerprints_tell_arrays_apart():
         {"c": np.arange(4.0), "b": 1},
         {"a": np.arange(8.0)[::2] / 2, "b": 3},
     ]
-    assert len({same[0], *map(workdir.fingerprint, others)}) == 6
+    assert len({same[0], *map(store.fingerprint, others)}) == 6
 
 
 def test_a_manifest_says_what_made_the_result(tmp_path):
-    workdir.manifest(Workdir(tmp_path, {"seed": 3}), model="abc")
-    found = workdir.read_json(tmp_path / "manifest.json")
+    store.manifest(Workdir(tmp_path, {"seed": 3}), model="abc")
+    found = store.read_json(tmp_path / "manifest.json")
     assert found["config"] == {"seed": 3} and found["model"] == "abc"
     assert {"jax", "numpy"} <= set(found["versions"])
