@@ -69,7 +69,7 @@ class Workdir:
             return
         for line in sorted(set(journal.read_text().splitlines())):
             path = self / line
-            if ".." in path.parts or path.is_absolute() != self.path.is_absolute():
+            if not path.parent.resolve().is_relative_to(self.path.resolve()):
                 continue
             path.unlink(missing_ok=True)
             for folder in path.relative_to(self.path).parents[:-1]:
