@@ -116,7 +116,10 @@ def _start(
 
 def _run(study, asked: dict[str, Any]) -> None:
     from mllm_jax import store
+    from mllm_jax.store import stamps
 
+    if VERIFY.value:
+        stamps.forget(store.cache_directory())
     config = CONFIG.value.to_dict() | _records(asked)
     study.run(CONFIG.value, store.Workdir(WORKDIR.value, config, restart=RESTART.value), **asked)
 

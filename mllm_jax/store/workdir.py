@@ -71,7 +71,8 @@ class Workdir:
             path = self / line
             if not path.parent.resolve().is_relative_to(self.path.resolve()):
                 continue
-            path.unlink(missing_ok=True)
+            if path.is_file() or path.is_symlink():
+                path.unlink()
             for folder in path.relative_to(self.path).parents[:-1]:
                 with contextlib.suppress(OSError):  # it holds something else
                     (self / folder).rmdir()
