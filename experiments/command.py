@@ -56,7 +56,7 @@ PROCESS = flags.DEFINE_integer(
     "process", os.environ.get("JAX_PROCESS_ID"), "Which of them this is, from 0."
 )
 EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError, MemoryError)
-LONGEST = 400  # characters of an error
+LONGEST = 390  # characters of an error
 _AXES = "data", "model", "fsdp"
 _WORDS = {"model": ("embedded",), "projector": ("random",)}
 

@@ -217,7 +217,7 @@ def require_same(**parts: Any) -> None:
     """
     if count() == 1:
         return
-    text = json.dumps(_flat(parts), sort_keys=True, default=str).encode()
+    text = _encoded(parts)
     size = int(multihost_utils.process_allgather(np.int64(len(text))).max())
     padded = np.frombuffer(text.ljust(size), np.uint8)
     all_parts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
@@ -230,6 +230,10 @@ def require_same(**parts: Any) -> None:
                 f"process {process} differs from process 0 in {shown}: start all processes with "
                 "the same flags, code and files"
             )
+
+
+def _encoded(parts: Mapping[str, Any]) -> bytes:
+    return json.dumps(_flat(parts), sort_keys=True, default=str).encode()
 
 
 def _flat(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_interrupts_are_one_line(how, numbers, status, lines):
         (ValueError("two\n  lines"), 0, "error: two lines"),
         (KeyError("no such field"), 0, "error: no such field"),
         (OSError(28, "No space left on device"), 0, "error: [Errno 28] No space left on device"),
-        (ValueError("x" * 1000), 0, "error: " + "x" * 397 + "..."),
+        (ValueError("x" * 1000), 0, "error: " + "x" * 387 + "..."),
         (MemoryError(), 0, "error: MemoryError"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 0, "error: RESOURCE_EXHAUSTED: Out of"),
         (TypeError("a bug"), 2, "error: TypeError: a bug (a fault of the program: please report it)"),
