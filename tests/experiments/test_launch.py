@@ -148,7 +148,7 @@ def others(checkpoint, tmp_path):
         file.write("# another version\n")
     return {
         "size": ({}, "--config.batch_size=4"),
-        "paths": ({}, "--config.paths=()"),
+        "paths": ({}, "--config.paths=('configs',)"),  # one more
         "workdir": ({}, f"--workdir={tmp_path}/elsewhere"),
         "mesh": ({}, "--mesh=model=2"),
         "model": ({}, f"--config.model={tmp_path}/model"),
@@ -161,7 +161,7 @@ def others(checkpoint, tmp_path):
     ("kind", "says"),
     [
         ("size", "config.batch_size"),
-        ("paths", "config.paths, content.paths[0]"),
+        ("paths", "config.paths, content.paths[1]"),
         ("workdir", "flags.workdir"),
         ("mesh", "flags.mesh"),
         ("model", "config.model, content.model"),
