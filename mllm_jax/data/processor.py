@@ -554,5 +554,7 @@ def read_image_processor(directory: pathlib.Path):
 
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).exists():
-            return AutoImageProcessor.from_pretrained(directory, backend="pil")
+            return AutoImageProcessor.from_pretrained(
+                directory, backend="pil", trust_remote_code=False
+            )
     raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
