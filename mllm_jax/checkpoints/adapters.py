@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.checkpoints import files, schema, tables, tensors
@@ -172,13 +173,10 @@ def _misfit(known: bool, base: Stored | None, pair: Mapping[str, Stored], rank: 
         return "the base model has no such tensor"
     if len(pair) < 2:
         return f"has lora_{next(iter(pair))} alone"
-    if any(
-        not np.issubdtype(t.dtype, np.number) and t.dtype.name != "bfloat16" for t in pair.values()
-    ):
-        return "is not of numbers"
+    if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in pair.values()):
+        return "is not of floating point"
     a, b = pair["A"].shape, pair["B"].shape
-    if base is None or (a == (rank, *base.shape[1:]) and b == (*base.shape[:1], rank)
-                        and len(base.shape) == 2):  # fmt: skip
+    if base is None or (base.shape == (*b[:1], *a[1:]) and a[:1] == b[1:] == (rank,)):
         return None
     shapes = f"{files.shown(list(b))} x {files.shown(list(a))}"
     return f"{shapes} of rank {rank} does not change {list(base.shape)}"

@@ -75,7 +75,7 @@ _LLAVA_CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }  # what LlavaConfig uses when there is no vision_config at all
-_THETA = schema.optional(schema.real(1, 1e12))
+_THETA = schema.optional(schema.real(1, 1e11))
 _ROPE = {
     "rope_theta": (_THETA, None),
     "rope_type": (schema.only("default"), "default"),

@@ -57,6 +57,9 @@ def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
     if len(stored) < len(graph.initializer):
         raise ValueError("a tensor is there twice")
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    used = {name for node in products for name in node.input}
+    if idle := [name for name in stored if name.endswith("_quantized") and name not in used]:
+        raise ValueError(f"nothing multiplies by {files.some(idle)}")
     plain = [name for name in stored if name.startswith("vision_model.")]
     if not plain:
         raise _Unsupported("no tensor named vision_model.*, so no CLIP vision tower")
