@@ -28,12 +28,11 @@ setuptools.setup(
         "importlib_resources",  # tensorflow-datasets writes with it and does not say so
         "jax>=0.10.0",
         "jaxtyping",
-        "jinja2",  # chat templates
+        "jinja2>=3.1.6",  # chat templates
         "matplotlib",
         "ml_collections",
         "numpy>=2.0",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.0",
         "pillow",
         "safetensors>=0.5",
         "sentencepiece",  # checkpoints of the original LLaVA code come with a tokenizer.model alone
