@@ -28,7 +28,8 @@ from mllm_jax.checkpoints import (
 from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints.sources import locate, read_config, read_fields
 from mllm_jax.checkpoints.stored import Stored
-from mllm_jax.data import processor as processors
+from mllm_jax.data import image_processors
+from mllm_jax.data.processor import Processor
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
 from mllm_jax.sharding import mesh as mesh_
@@ -47,7 +48,7 @@ def load(
     base: str | os.PathLike | None = None,
     seed: int = 0,
     image_aspect_ratio: str | None = None,
-) -> tuple[llava.Llava, processors.Processor]:
+) -> tuple[llava.Llava, Processor]:
     """Loads a model and its processor.
 
     Args:
@@ -91,7 +92,7 @@ def load(
         how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
     else:
         pictures = sources.holder(directory, base, settings.PICTURES)
-        how["pictures"] = functools.partial(processors.read_image_processor, pictures)
+        how["pictures"] = functools.partial(image_processors.read, pictures)
     settings.check(pictures, texts, model.config.vision.image_size)
     processor = architectures.of(model.config).processor
     return model, processor.from_directory(texts, model.config, **how)

@@ -12,6 +12,7 @@ from mllm_jax.checkpoints import files, schema
 
 PICTURES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
+_READ = (".jinja", ".json", ".model", ".txt")
 _LARGER = 4  # times the side that a tower sees, to which a picture may be scaled before it is cut
 
 _FLAG = schema.optional(schema.FLAG)
@@ -54,6 +55,10 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
         ValueError: a value that no such file has, or pictures of another size than the tower's.
         OSError: not a regular file.
     """
+    for directory in {pictures, texts, texts / "qformer_tokenizer"}:
+        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if path.suffix in _READ and path.exists():
+                files.regular(path)  # transformers would wait for a pipe
     for path in (pictures / name for name in PICTURES):
         if path.exists():
             _check_pictures(path, side)

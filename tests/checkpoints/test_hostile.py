@@ -440,6 +440,18 @@ def test_settings_of_generation(tmp_path, content):
     refused(lambda: settings.check(tmp_path, tmp_path, 24), path.name)
 
 
+@pytest.mark.parametrize("name", [
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
+    "qformer_tokenizer/tokenizer.json",
+])  # fmt: skip
+def test_no_pipe_is_opened_beside_the_model(directory, name):
+    path = directory / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    assert "not a regular file" in refused(lambda: load.load(directory), path.name)
+
+
 def test_a_line_stays_a_line():
     assert files.line("a\nb\x1b\u202e") == r"a\nb\x1b\u202e"
     assert len(files.line("\x00" * 10**7)) == files.LINE
