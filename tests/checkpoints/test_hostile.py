@@ -21,7 +21,10 @@ from mllm_jax.models import llava
 from tests.checkpoints import damage
 from tests.checkpoints.damage import refused
 
-FORMATS = ("safetensors", "bin", "shards", "index", "original", "gguf", "onnx", "npz", "pth")
+FORMATS = (
+    "safetensors", "bin", "shards", "index", "original", "config", "gguf", "onnx", "npz", "pth",
+)  # fmt: skip
+FOLDERS = {"index": "shards", "config": "safetensors"}  # of formats that share one
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def directory(checkpoints, tmp_path):
 
 def fuzz(checkpoints, place, name, seeds):
     root, formats = checkpoints
-    source = root / ("shards" if name == "index" else name)
+    source = root / FOLDERS.get(name, name)
     found = [damage.attempt(formats[name], source, place, seed) for seed in seeds]
     assert False not in found, [seed for seed, right in zip(seeds, found) if right is False]
     assert found.count(None) > len(seeds) // 2
@@ -49,13 +52,13 @@ def fuzz(checkpoints, place, name, seeds):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files_are_right_or_refused(checkpoints, tmp_path, name):
-    fuzz(checkpoints, tmp_path / "copy", name, range(6 if name in FORMATS[:5] else 40))
+    fuzz(checkpoints, tmp_path / "copy", name, range(6 if name in FORMATS[:6] else 40))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_damaged_files(checkpoints, tmp_path, name):
-    fuzz(checkpoints, tmp_path / "copy", name, range(1000, 1040 if name in FORMATS[:5] else 1400))
+    fuzz(checkpoints, tmp_path / "copy", name, range(1000, 1040 if name in FORMATS[:6] else 1400))
 
 
 def test_a_damaged_byte_of_an_archive_never_gives_other_numbers(tmp_path):
@@ -298,7 +301,7 @@ def test_every_field_of_every_wrong_type(directory):
     base = json.loads((directory / "config.json").read_text())
     known = load.read_config(directory)
     accepted = {}
-    start = time.perf_counter()
+    start = time.process_time()
     for path, _ in list(parts(base)):
         for value in HOSTILE:
             fields = json.loads(json.dumps(base))
@@ -314,7 +317,7 @@ def test_every_field_of_every_wrong_type(directory):
                 accepted.setdefault(path, []).append(value)
                 if path in FREE:
                     assert found == known
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     for path, values in accepted.items():
         if path not in FREE:
             kind = dict(parts(base))[path][path.rpartition(".")[2]]
