@@ -184,7 +184,7 @@ def _check_tensors(
         if tensor.data_offset != -(-end // reader.alignment) * reader.alignment:
             raise ValueError(f"{tensor.name} does not follow the tensor before")
         end = int(tensor.data_offset) + int(tensor.n_bytes)
-    if reader.data.size - end not in range(reader.alignment):
+    if reader.data.size not in (end, -(-end // reader.alignment) * reader.alignment):
         raise ValueError(f"its tensors end at {end} and the file at {reader.data.size}")
 
 
