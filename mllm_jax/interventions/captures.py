@@ -28,6 +28,9 @@ KINDS_OF = {
     "logits": ("system", "question", "image", "newline", "answer"),
 }
 
+# Statistics are of float32, whatever a chip makes of other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _read_mean(capture: BoundCapture, x, lens):
 
 
 def _read_mass(capture: BoundCapture, x, lens):
-    seen = jnp.einsum("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
+    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
     total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
     return _average(capture, total, capture.tokens.sum(-1))
 
@@ -330,7 +333,7 @@ def _by_row(capture: BoundCapture, total):
     if capture.readers is None:
         return total
     readers = jnp.asarray(capture.readers).astype(total.dtype)
-    return jnp.einsum("BI,I...->B...", readers, total, precision=jax.lax.Precision.HIGHEST)
+    return _product("BI,I...->B...", readers, total)
 
 
 def _one_hot(capture: BoundCapture):
@@ -377,7 +380,7 @@ def _row_stats(x, hot):
     """
 
     def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
-        return jnp.einsum("BTk,BT...->Bk...", hot, of, precision=jax.lax.Precision.HIGHEST)
+        return _product("BTk,BT...->Bk...", hot, of)
 
     def highest(column):
         seen = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
@@ -386,10 +389,7 @@ def _row_stats(x, hot):
     x = jnp.where(along_tokens(hot.any(-1), 1, x.ndim), x, 0)
     sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
     counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
-    own = jnp.einsum(
-        "BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts,
-        precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
+    own = _product("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
     off = total(x - own)  # nothing, but for the rounding of the mean
     centred = jnp.maximum(total((x - own) ** 2) - off**2 / counts, 0)
     kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
@@ -404,11 +404,17 @@ def _read_entropy(capture: BoundCapture, x, lens):
     result = logit_lens.read(x, capture.tokens, lens, 1)
     hot = _one_hot(capture)
     parts = (
-        jnp.einsum("BT,BTk->Bk", result.entropy, hot),
-        jnp.einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        _product("BT,BTk->Bk", result.entropy, hot),
+        _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
         hot.sum(1).astype(jnp.int32),
     )
     return Entropy(*(_by_row(capture, part) for part in parts), capture.by or ())
+
+
+def _read_finite(capture: BoundCapture, x, lens):
+    """bool[]: whether x is finite at the selected tokens."""
+    mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
+    return (jnp.isfinite(x) | ~mask).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,6 +440,7 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
+    "finite": Form(_read_finite, by="batch"),
     "keep": Form(_read_keep, options=("where",), by="token"),
     "mean": Form(_read_mean, _refuse_tokens, ("where",), every_row=True),
     "mass": Form(_read_mass, _refuse_mass, ("on", "where"), every_row=True),
