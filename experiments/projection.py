@@ -51,6 +51,7 @@ from mllm_jax.evaluation import answers, zero_shot
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import projection as page
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import batches, fit, start
 
 SITES = {module: base.MODULES[module] for module in ("projector", "lm")}
@@ -96,6 +97,14 @@ class Study:
     def examples(self, task: str, split: str) -> list:
         """These pictures, read from disk."""
         return [self.tasks[task][split][i] for i in range(self.count(task, split))]
+
+    def content(self) -> dict[str, list]:
+        """Fingerprints of all pictures that are taken, and the classes, by task."""
+        return {
+            name: [task.topic, task.classes]
+            + [study.content(self.examples(name, split)) for split in tasks.SPLITS]
+            for name, task in self.tasks.items()
+        }
 
     def ids(self, task: str, split: str) -> np.ndarray:
         """int32[N]: their classes."""
@@ -152,6 +161,7 @@ def run(config, workdir: store.Workdir) -> None:
     _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
+    study.claim(workdir, config, model, processor, this.content())
     matched = match(this)
     found = {
         (run.task, run.variant, run.seed): measure(this, run)
@@ -183,11 +193,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(
-        workdir,
-        model=store.fingerprint(model),
-        data={name: task.fingerprint for name, task in this.tasks.items()},
-    )
+    store.manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 
@@ -315,7 +321,9 @@ class Tuned:
 
     def forget(self) -> None:
         """Removes the checkpoints: all that was asked of the model is on disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        hosts.meet(f"forget {self.run.name}")
+        if hosts.writes():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
@@ -366,7 +374,7 @@ def projected(this: Study, model, task: str) -> dict[str, np.ndarray]:
 def _by_parts(fn, features: np.ndarray, size: int = 32) -> np.ndarray:
     """fn(features) of a mapped file, some rows at a time."""
     starts = range(0, len(features), size)
-    return np.concatenate([np.asarray(fn(np.asarray(features[i : i + size]))) for i in starts])
+    return np.concatenate([mesh.read(fn(np.asarray(features[i : i + size]))) for i in starts])
 
 
 @jax.jit
