@@ -22,6 +22,10 @@ from mllm_jax.data import files
 # What is opened, by Pillow's names; JPEG includes MPO. HEIF is there once a program has called
 # pillow_heif.register_heif_opener(). Never a format that starts a program: EPS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+ENDINGS = {  # of files that are taken for pictures, in lower case
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib",
+    ".gif", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
+}  # fmt: skip
 MAX_PIXELS = 2**26  # of one picture, 8192 x 8192; a few kilobytes can decode to gigabytes
 MAX_RATIO = 500  # of a picture's sides: image processors scale the shorter one up to a tile
 MAX_BYTES = 2**28  # of one file
