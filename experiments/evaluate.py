@@ -10,6 +10,11 @@ workdir: `results.json`, `accuracy.csv`, `figures/accuracy.png`, `manifest.json`
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.evaluate", takes=("edits", "captures"), rows={"batch_size": 1})
+
 import dataclasses
 import functools
 from typing import Any
@@ -80,19 +85,16 @@ def right(this: Study, name: str, examples: list, style: str) -> dict[str, np.nd
     pairs = batching.ask(examples, (style,))
     length = batching.row_length(this.processor, pairs)
     asked = batching.Asked(this.processor, pairs, this.config.batch_size, length)
-    found, brought = [], []
+    found, brought, batches = [], [], []
     for i in tqdm.tqdm(range(len(asked)), desc=f"{examples[0].domain}, {style}", leave=False):
-        options = asked.candidates(i)
-        out = score.score_with(this.model, asked[i], options, this.edits, this.captures)
+        batch, options = asked[i], asked.candidates(i)
+        out = score.score_with(this.model, batch, options, this.edits, this.captures)
         found.append(np.asarray(out.values)[: len(options)].argmax(-1) == asked.right(i))
-        brought.append(jax.tree.map(np.asarray, out.captures))
+        if this.captures:
+            brought.append(jax.tree.map(np.asarray, out.captures))
+            batches.append(batch.replace(pixels=None, features=None))
     if this.captures:
-        rows = [len(part) for part in found]
-        joined = captures_.join(this.captures, brought, rows, asked.size)
+        joined = captures_.join(this.captures, brought, batches)
         study.write_captures(this.workdir / "captures" / f"{name}.npz", joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
     return {"right": np.concatenate(found), "chance": chance}
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits", "captures"))

@@ -141,6 +141,17 @@ class Processor:
             )
         return made
 
+    def reads_pictures(self) -> list[Any]:
+        """What pixels depend on, beside the picture: for the fingerprints of stores."""
+        made = self.image_processor
+        settings = made.to_dict() if hasattr(made, "to_dict") else made
+        return [self.image_aspect_ratio, self.config.pinpoints, settings]
+
+    def _fingerprint_(self) -> list[Any]:
+        """What batches depend on, beside pictures and text."""
+        tokenizers = [self.tokenizer, getattr(self, "qformer_tokenizer", None)]
+        return [self.config, self.reads_pictures(), *map(_tokenizer_content, tokenizers)]
+
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
         """int32[n]: the ids that end an answer."""
@@ -556,3 +567,12 @@ def read_image_processor(directory: pathlib.Path):
         if (directory / name).exists():
             return AutoImageProcessor.from_pretrained(directory, backend="pil")
     raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
+
+
+def _tokenizer_content(tokenizer) -> list[Any] | None:
+    """All that a fast tokenizer is made of; how it last filled up or cut text is no part of it."""
+    if tokenizer is None:
+        return None
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core |= {"padding": None, "truncation": None}
+    return [core, tokenizer.chat_template, tokenizer.special_tokens_map]

@@ -69,6 +69,21 @@ class LlavaConfig:
         """(height, width) of a picture with as many tokens as one can have."""
         return (self.vision.image_size,) * 2
 
+    def readers(self, batch: Batch) -> Any:
+        """bool[B, I]: which tiles each row reads, all those of each of its pictures."""
+        xp = np if isinstance(batch.image_at, np.ndarray) else jnp
+        rows, tiles = len(batch.image_at), len(batch.tile)
+        tile = batch.image_at // self.image_tokens  # negative for text, beyond all for a newline
+        at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
+        read = xp.zeros((rows, tiles + 1), bool)
+        if xp is np:
+            read[at] = True
+        else:
+            read = read.at[at].set(True)
+        # A tile that shows nothing but bars has no token in the LM, but its picture is read.
+        picture = xp.cumsum(batch.tile % self.tiles == 0)
+        return (read[:, :tiles, None] & (picture[:, None] == picture)).any(1)
+
     def layout(self, size: tuple[int, int] | None = None) -> Layout:
         """How a picture of this (height, width) is read; here all are alike."""
         del size
@@ -152,6 +167,11 @@ class Batch:
     def replace(self, **fields) -> Batch:
         return dataclasses.replace(self, **fields)
 
+    def _fingerprint_(self) -> list[Any]:
+        """Its content: the arrays, in order."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
+        return [getattr(self, name) for name in fields]
+
     def _repr_html_(self) -> str:
         return notebook.batch(self)
 
@@ -172,7 +192,14 @@ class Llava(nnx.Module):
             "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.real),
             "projector": tokens.TokenMap.grid(batch.tile, folded, full, batch.real),
         }
-        return maps | dict.fromkeys(("lm", "logits"), batch.tokens)
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
+
+    def with_readers(
+        self, batch: Batch, maps: dict[str, tokens.TokenMap]
+    ) -> dict[str, tokens.TokenMap]:
+        """Maps of tiles that know which rows of the batch read them."""
+        readers = self.config.readers(batch)
+        return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
 
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """What the vision tower gives to the projector."""

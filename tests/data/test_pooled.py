@@ -12,6 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.models import llava_next
 from tests import tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
@@ -86,12 +87,6 @@ class Until(list):
         return super().__getitem__(i)
 
 
-class After(list):
-    def __getitem__(self, i):
-        assert i >= 2, "done already"
-        return super().__getitem__(i)
-
-
 def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, examples, found, tmp_path):
     def read(some, prompts=PROMPTS):
         return pooled.pooled_features(
@@ -100,22 +95,53 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, example
 
     with pytest.raises(Killed):
         read(Until(examples))
-    again = read(After(examples))
+    again = read(examples)
     for name, values in found.items():
         np.testing.assert_array_equal(again[name], values)
-    np.testing.assert_array_equal(read([None] * 5)["vision"], found["vision"])
-    with pytest.raises(ValueError, match="holds features of another model, prompts or pictures"):
-        read(examples, PROMPTS[::-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooled, "_pooled", None)  # nothing is run for what is done
+        np.testing.assert_array_equal(read(examples)["vision"], found["vision"])
+    for some, prompts in (
+        (examples, PROMPTS[::-1]),
+        (examples, [*PROMPTS[:3], "a\nship ?", PROMPTS[4]]),
+        ([*examples[:4], examples[0]], PROMPTS),
+    ):
+        with pytest.raises(ValueError, match="progress.json was made for .* differs in data"):
+            read(some, prompts)
+    with pytest.raises(ValueError, match="made of 5, and only 4 are asked for"):
+        read(examples[:4], PROMPTS[:4])
+
+
+def test_features_that_are_given_are_part_of_what_it_is(tiny_model, processor, examples, tmp_path):
+    """Also those of the last example."""
+
+    def read(seen, path=tmp_path / "pooled"):
+        return pooled.pooled_features(
+            tiny_model, processor, examples[:3], PROMPTS[:3], path, features=seen, batch_size=2,
+            length=32,
+        )  # fmt: skip
+
+    seen = np.array(
+        features.vision_features(tiny_model, processor, examples[:3], tmp_path / "seen.npy")
+    )
+    first = np.array(read(seen)["lm.last"])
+    seen[2] += 1
+    with pytest.raises(ValueError, match="differs in data"):
+        read(seen)
+    assert abs(read(seen, tmp_path / "other")["lm.last"][2] - first[2]).max() > 1e-3
 
 
 def test_tiles_are_weighed_by_whether_they_are_real():
-    config = types.SimpleNamespace(tiles=3, image_tokens=4)
-    batch = types.SimpleNamespace(
-        real=np.array([1, 1, 0, 1, 1, 1], bool),
-        image_at=np.array([[-1, 12, 13], [-1, 0, 5], [2, 3, 16], [-1, -1, -1]]),
-    )
-    values = np.array([[1.0], [3], [99], [1], [2], [6]])
-    assert features.by_row(config, batch, values)[:3, 0].tolist() == [3, 2, 2]
+    config = llava_next.LlavaNextConfig.tiny()
+    each, places = config.image_tokens, config.tiles
+    real = np.arange(2 * places) % places < [2] * places + [3] * places
+    at = np.array([[-1, 0, each, -1], [-1, places * each, (places + 2) * each, -1],
+                   [0, places * each, -1, 2 * places * each], [-1] * 4])  # fmt: skip
+    tile = np.arange(2 * places) % places
+    batch = types.SimpleNamespace(real=real, image_at=at, tile=tile)
+    values = np.full((2 * places, 1), 99.0)
+    values[real] = [[1], [3], [1], [2], [6]]
+    assert features.by_row(config, batch, values)[:, 0].tolist() == [2, 3, np.float32(13 / 5), 0]
 
 
 def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):
