@@ -39,9 +39,16 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, edits, captures or {})
     found = study.domains_of(config, "test")
+    tests = {name: list(domain)[: config.test_per_domain] for name, domain in found.items()}
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {name: study.content(some) for name, some in tests.items()},
+    )
     rows = {}
-    for name, domain in found.items():
-        examples = list(domain)[: config.test_per_domain]
+    for name, examples in tests.items():
         for style in config.styles:
             step = workdir.arrays(
                 f"{name}-{style}",
@@ -65,7 +72,7 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     nested = {name: {s: rows[name, s] for s in config.styles} for name in found}
     results = {"study": "evaluate", "accuracy": nested} | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
-    store.manifest(workdir, model=store.fingerprint(model))
+    store.manifest(workdir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,5 +107,5 @@ def test_a_damaged_index_is_named(tmp_path):
         path = tmp_path / "objects" / "index.json"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"index\.json is damaged .*delete its folder"):
+        with pytest.raises(ValueError, match=r"index\.json is damaged; delete .*objects to build"):
             domains.build("objects", tmp_path)

@@ -30,6 +30,7 @@ from mllm_jax.data.domains import conversations, folder, table
 from mllm_jax.data.domains.examples import Example, Files, Row
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.data.embedded import recipe as recipe_lib
+from mllm_jax.store import stamps
 
 Question = questions_lib.Question
 
@@ -280,7 +281,7 @@ def build(name: str, root: pathlib.Path) -> dict:
     """
     index = root / name / "index.json"
     if index.is_file():
-        return _read_index(index)
+        return _checked(name, root / name)
     made = recipe(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -304,17 +305,31 @@ def build(name: str, root: pathlib.Path) -> dict:
     return result
 
 
-def _read_index(index: pathlib.Path) -> dict:
+def _checked(name: str, folder: pathlib.Path) -> dict:
+    """The index of a domain that is there, whose pictures and questions are those it names."""
+    mend = f"delete {folder} to build it again"
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"a JSON {type(found).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{files.name(index)} is damaged ({files.reason(error)}): delete its folder to build "
-            "it again"
-        ) from error
-    return found
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        splits = {f"{s}.array_record": index["splits"][s]["fingerprint"] for s in SPLITS}
+        whose = index["domain"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'index.json'} is damaged; {mend}") from error
+    if whose != name:
+        raise ValueError(f"{folder} holds the domain {whose!r}; {mend}")
+    if (
+        wrong := stamps.check(folder, splits, functools.partial(_fingerprint_of, name))
+    ) is not None:
+        raise ValueError(f"{folder / wrong}: its pictures are not those that were written; {mend}")
+    return index
+
+
+def _fingerprint_of(name: str, path: pathlib.Path) -> str:
+    """Of the examples in a file; none where one of them cannot be read."""
+    records = _Records(path)
+    try:
+        return Domain(name, path.stem, records).fingerprint
+    except (ValueError, KeyError, TypeError, RuntimeError, IndexError):
+        return ""
 
 
 def _write(made: recipe_lib.Recipe, folder: pathlib.Path) -> dict:
