@@ -299,11 +299,13 @@ def _in_8_bits(values: np.ndarray, top: int = 1) -> np.ndarray:
         raise ValueError(
             f"its values are {values.dtype.name}: give uint8, uint16, or floats from 0 to 1"
         )
-    values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())  # NaN if there is one
     slack = 1e-3 * top  # what rounding in 16 bits adds
     if not (-slack <= low and high <= top + slack):
         ask = "0 to 1" if top == 1 else "0 to 1, or 0 to 255"
         raise ValueError(f"its floats reach from {low:g} to {high:g}: give finite ones from {ask}")
-    values *= 255 if high <= 1 + 1e-3 else 1
-    return np.rint(values, out=values).clip(0, 255).astype(np.uint8)
+    scale = np.float32(255 if high <= 1 + 1e-3 else 1)
+    made = np.empty(values.shape, np.uint8)
+    for row, into in zip(values, made, strict=True):  # one by one: a copy of all takes gigabytes
+        into[...] = np.rint(row.astype(np.float32) * scale).clip(0, 255)
+    return made
