@@ -28,7 +28,8 @@ ENDINGS = {  # of files that are taken for pictures, in lower case
 }  # fmt: skip
 MAX_PIXELS = 2**26  # of one picture, 8192 x 8192; a few kilobytes can decode to gigabytes
 MAX_RATIO = 500  # of a picture's sides: image processors scale the shorter one up to a tile
-MAX_BYTES = 2**28  # of one file
+MAX_BYTES = 300 * 2**20  # of one file
+STRIP = 512  # rows that are converted at one time
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -246,9 +247,11 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         *_, alpha = bands = np.moveaxis(np.asarray(picture), -1, 0)
         shown = [np.minimum(band, alpha) + (255 - alpha) for band in bands[:-1]]
         return from_array(np.stack(shown, -1)).convert("RGB")
-    picture = picture.convert("RGBA")
     white = PIL.Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=picture)
+    for top in range(0, picture.height, STRIP):  # a copy of all takes a gigabyte
+        box = (0, top, picture.width, min(top + STRIP, picture.height))
+        strip = picture.crop(box).convert("RGBA")
+        white.paste(strip, box, mask=strip)
     return white
 
 

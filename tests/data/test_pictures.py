@@ -407,6 +407,12 @@ class TestRareFiles:
         assert pictures.read(out.getvalue()).size == (4, 2)
 
 
+def test_a_picture_is_laid_on_white_strip_by_strip(monkeypatch):
+    monkeypatch.setattr(pictures, "STRIP", 4)
+    for mode in ("RGBA", "LA", "PA", "P, clear index", "RGB, clear colour"):
+        assert_shows(*MODES[mode])
+
+
 class TestRefused:
     def test_a_bomb_is_not_decoded(self, tmp_path, monkeypatch):
         monkeypatch.setattr(PIL.Image.Image, "load", lambda *_: pytest.fail("decoded"))
@@ -463,7 +469,7 @@ class TestRefused:
         path = tmp_path / "large.png"
         with path.open("wb") as file:
             file.truncate(pictures.MAX_BYTES + 1)
-        refused(path, "268,435,457 bytes")
+        refused(path, "314,572,801 bytes")
 
     @pytest.mark.parametrize("given", [None, 3, {"a": 1}, object(), open])
     def test_what_is_no_picture(self, given):
