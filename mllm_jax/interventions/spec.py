@@ -54,13 +54,7 @@ OPTIONS = dict.fromkeys(("ablate", *VALUES), ("where", "steps")) | {
     "patch": ("source", "into", "basis", "where", "steps"),
     "knockout": ("to", "on"),
 }
-CAPTURES = {
-    "keep": ("where",),
-    "mean": ("where",),
-    "mass": ("on", "where"),
-    "stats": ("by", "where"),
-    "lens": ("k", "by", "where"),
-}
+CAPTURES = {name: form.options for name, form in captures_.FORMS.items() if form.options}
 _ITEM = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
 
 
