@@ -161,7 +161,8 @@ class Where:
             return _prompt_mask(self.value, tokens)
         if self.form == "kind":
             return (tokens.kind[..., None] == self.value).any(-1)
-        return getattr(tokens, self.form) == self.value
+        at = getattr(tokens, self.form)
+        return (at == self.value) & (at >= 0)
 
 
 def _prompt_mask(mask, tokens: TokenMap) -> Any:
@@ -205,11 +206,11 @@ def tile(index) -> Where:
 
 
 def _grid(form: str, index) -> Where:
-    if isinstance(index, jax.Array):
-        return Where(form, value=index.astype(np.int16))
+    if isinstance(index, jax.core.Tracer):
+        return Where(form, value=index.astype(np.int32))
     if index < 0:
         raise ValueError(f"{form} {index}: they are counted from 0")
-    return Where(form, value=np.int16(index))
+    return Where(form, value=np.int32(index))
 
 
 def mask(array) -> Where:

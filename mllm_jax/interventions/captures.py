@@ -301,8 +301,7 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
         count, single = len(chosen), address.layers.form == "one"
         if not count:
             raise ValueError(f"the capture of {site.name} selects no layer")
-        slots = _slots(chosen, spec.layers)
-        order = slots[chosen]
+        slots, order = _slots(chosen, spec.layers)
     units = None
     if address.units.form != "all":
         units = address.units.indices(spec.shape[edits.unit_axis(site)], f"{site.name}: unit")
@@ -314,12 +313,15 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     )  # fmt: skip
 
 
-def _slots(chosen, layers: int):
+def _slots(chosen, layers: int) -> tuple[Any, Any]:
+    """The slots and the order of a `BoundCapture`; a layer that is not there has no slot."""
     if isinstance(chosen, np.ndarray):
         slots = np.full((layers,), len(chosen), np.int32)
         slots[chosen] = np.arange(len(chosen))
-        return slots
-    return jnp.full((layers,), len(chosen), jnp.int32).at[chosen].set(jnp.arange(len(chosen)))
+        return slots, slots[chosen]
+    nowhere = jnp.full((layers,), len(chosen), jnp.int32)
+    slots = nowhere.at[chosen].set(jnp.arange(len(chosen)), mode="drop")
+    return slots, jnp.take(slots, chosen, mode="fill", fill_value=len(chosen))
 
 
 def _read_keep(capture: BoundCapture, x, lens):
