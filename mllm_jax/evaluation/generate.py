@@ -66,6 +66,7 @@ def generate(
     if temperature and key is None:
         raise ValueError("sampling needs key=jax.random.key(seed)")
     processor, batch = batch.processor, batch.replace(processor=None)
+    batch = run_.separate(model, batch, edits)
     if stop and processor is None:
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
     bound = bind(model, batch, edits, max_new_tokens)
@@ -87,6 +88,7 @@ def bind(model, batch, edits: Edits | None, steps: int) -> tuple[edits_.BoundEdi
     maps = model.token_maps(batch)
     maps |= {name: maps[name].extended(steps) for name in ("lm", "logits")}
     bound = binding.bind(edits, run_.site_shapes(model, batch), maps)
+    binding.refuse_uncomputed(bound, batch.last, batch.ids.shape[1])
     return tuple(_continued(edit, batch.last, steps) for edit in bound)
 
 

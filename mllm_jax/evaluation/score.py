@@ -57,12 +57,13 @@ def score_with(
 ) -> Scores:
     """`score`, with captures and receipts of the prompt."""
     processor, batch = batch.processor, batch.replace(processor=None)
+    batch = run_.separate(model, batch, edits)
     if not hasattr(candidates, "dtype"):
         if processor is None:
             raise ValueError("candidates as text need a batch made by a processor; or give ids")
         candidates = candidate_ids(processor, candidates, len(batch.ids))
     bound = generate.bind(model, batch, edits, candidates.shape[-1])
-    asked = run_.bind(model, batch, None, captures)[1]
+    asked = run_.bind(model, batch, None, captures, "last")[1]
     with mesh.on(model):
         read = mesh.place(batch), run_.place(bound), asked, candidates
         return mesh.home(_score(model, *read))

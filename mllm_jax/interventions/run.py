@@ -82,19 +82,35 @@ def run(
     """
     if logits not in LOGITS:
         raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
-    batch = batch.replace(processor=None)
-    bound, asked = bind(model, batch, edits, captures)
+    batch = separate(model, batch.replace(processor=None), edits)
+    bound, asked = bind(model, batch, edits, captures, logits)
     with mesh.on(model):
         read = mesh.place(batch), place(bound), asked
         return mesh.home(_run(model, *read, logits=logits, remat=remat))
 
 
-def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
-    """Edits and captures in the shapes of this model and batch. See `binding.bind`."""
+def bind(
+    model, batch, edits, captures, logits: str = "all"
+) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
+    """Edits and captures in the shapes of this model and batch. See `binding.bind`.
+
+    Args:
+      logits: those that the pass computes, as in `run`.
+    """
     if not edits and not captures:
         return (), {}
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
-    return binding.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+    bound, asked = binding.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+    if logits == "last":
+        items = (*bound, *asked.values())
+        binding.refuse_uncomputed(items, batch.last, batch.ids.shape[1])
+    return bound, asked
+
+
+def separate(model, batch, edits: Edits | None):
+    """The batch in which rows share no pictures, where a patch writes those of a row."""
+    tiles = any(e.kind == "patch" and "I" in e.address.site.axes for e in edits or ())
+    return model.unshared(batch) if tiles else batch
 
 
 def place(
@@ -152,12 +168,12 @@ def _moved(taps: Taps, batch) -> Taps:
     def edit(item):
         if item.site != sites.logits:
             return item
-        return dataclasses.replace(
-            item,
-            tokens=pick(item.tokens),
-            values=jax.tree.map(value, item.values),
-            along=jax.tree.map(pick, item.along),
-        )
+        tokens, along = pick(item.tokens), jax.tree.map(pick, item.along)
+        if "at" in along:  # it reads the last token of a row, or nothing that is computed
+            tokens = tokens & (along["at"] == jnp.take(batch.last, along["row"]))
+            along["at"] = jnp.full_like(along["at"], taps.at)
+        values = jax.tree.map(value, item.values)
+        return dataclasses.replace(item, tokens=tokens, values=values, along=along)
 
     def capture(item):
         if item.site != sites.logits:

@@ -69,6 +69,21 @@ class LlavaConfig:
         """(height, width) of a picture with as many tokens as one can have."""
         return (self.vision.image_size,) * 2
 
+    def readers(self, batch: Batch) -> Any:
+        """bool[B, I]: which tiles each row reads, all those of each of its pictures."""
+        xp = np if isinstance(batch.image_at, np.ndarray) else jnp
+        rows, tiles = len(batch.image_at), len(batch.tile)
+        tile = batch.image_at // self.image_tokens  # negative for text, beyond all for a newline
+        at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
+        read = xp.zeros((rows, tiles + 1), bool)
+        if xp is np:
+            read[at] = True
+        else:
+            read = read.at[at].set(True)
+        # A tile that shows nothing but bars has no token in the LM, but its picture is read.
+        picture = xp.cumsum(batch.tile % self.tiles == 0)
+        return (read[:, :tiles, None] & (picture[:, None] == picture)).any(1)
+
     def layout(self, size: tuple[int, int] | None = None) -> Layout:
         """How a picture of this (height, width) is read; here all are alike."""
         del size
@@ -172,7 +187,51 @@ class Llava(nnx.Module):
             "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.real),
             "projector": tokens.TokenMap.grid(batch.tile, folded, full, batch.real),
         }
-        return maps | dict.fromkeys(("lm", "logits"), batch.tokens)
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
+
+    def with_readers(
+        self, batch: Batch, maps: dict[str, tokens.TokenMap]
+    ) -> dict[str, tokens.TokenMap]:
+        """Maps of tiles that know which rows of the batch read them."""
+        readers = self.config.readers(batch)
+        return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
+
+    def unshared(self, batch: Batch) -> Batch:
+        """The batch with tiles of its own for each row; itself where rows share none.
+
+        A batch that is traced stays as it is: how many tiles there will be must be known.
+        """
+        readers = self.config.readers(batch)
+        if isinstance(readers, jax.core.Tracer):
+            return batch
+        readers = np.asarray(readers)
+        if (readers.sum(0) <= 1).all():
+            return batch
+        rows, size = len(readers), int(np.max(batch.tile)) + 1  # places of tiles, for each row
+        first = readers.argmax(1) // size * size  # the tiles of a row stand side by side
+        at = (first[:, None] + np.arange(size)).reshape(-1)
+        real = np.asarray(batch.real)[at] & np.repeat(readers.any(1), size)
+
+        def own(array, fill=0):
+            if array is None or not len(array):
+                return array
+            array = np.asarray(array)[at]
+            return np.where(real.reshape(-1, *(1,) * (array.ndim - 1)), array, fill)
+
+        tokens_ = size * self.config.image_tokens  # of a row
+        image_at = np.asarray(batch.image_at)
+        moved = image_at + (np.arange(rows) - first // size)[:, None] * tokens_
+        newline = image_at == len(batch.tile) * self.config.image_tokens
+        image_at = np.where(newline, rows * tokens_, np.where(image_at < 0, -1, moved))
+        return batch.replace(
+            image_at=image_at.astype(np.int32),
+            pixels=own(batch.pixels),
+            tile=np.asarray(batch.tile)[at],
+            real=real,
+            features=own(batch.features),
+            qformer_ids=own(batch.qformer_ids),
+            qformer_kind=own(batch.qformer_kind, tokens.CODE["pad"]),
+        )
 
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """What the vision tower gives to the projector."""
