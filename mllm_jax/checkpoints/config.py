@@ -422,5 +422,8 @@ def _check_feature_layer(
     llava: Mapping[str, Any], clip: Mapping[str, Any], problems: list[str]
 ) -> None:
     layers, at = clip["num_hidden_layers"], llava["vision_feature_layer"]
-    if not -layers - 1 <= at <= layers:
-        problems.append(f"vision_feature_layer={at}: the vision tower has {layers} layers")
+    if not -layers <= at <= layers or not at:
+        problems.append(
+            f"vision_feature_layer={at}: the vision tower has {layers} layers, counted from 1 or "
+            "back from -1 (its embedding, before them, is not read by this library)"
+        )

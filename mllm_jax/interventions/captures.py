@@ -484,7 +484,14 @@ def _read_entropy(capture: BoundCapture, x, lens):
     )
 
 
+def _read_finite(capture: BoundCapture, x, lens):
+    """bool[]: whether x is finite at the selected tokens; see `finite`."""
+    mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
+    return (jnp.isfinite(x) | ~mask).all()
+
+
 READ: dict[str, Callable] = {
+    "finite": _read_finite,
     "keep": _read_keep,
     "mean": _read_mean,
     "mass": _read_mass,

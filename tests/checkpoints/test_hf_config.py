@@ -195,6 +195,12 @@ def test_to_hf_and_back_changes_only_the_unread_layers(ours):
         (changed(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"),
         (changed(vision_feature_layer=[-2, -5]), "vision_feature_layer=[-2, -5]"),
         (changed(vision_feature_layer=-30), "the vision tower has 24 layers"),
+        (
+            changed(vision_feature_layer=0),
+            "vision_feature_layer=0: the vision tower has 24 layers, counted from 1",
+        ),
+        (changed(vision_feature_layer=-25), "its embedding, before them, is not read"),
+        (changed(vision_feature_layer=25), "the vision tower has 24 layers"),
         (changed(vision_feature_select_strategy="cls"), "only default, full"),
         (changed(quantization_config={"bits": 4}), "unknown field quantization_config"),
         (changed(image_grid_pinpoints=PINPOINTS), "unknown field image_grid_pinpoints"),
