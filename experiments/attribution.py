@@ -14,6 +14,11 @@ that is studied.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.attribution", takes=("edits",), rows={"batch_size": 1})
+
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -224,7 +229,3 @@ def _top(values: np.ndarray, count: int) -> list[list]:
         [int(layer), int(unit), float(values[layer, unit])]
         for layer, unit in attribution.top(values, count)
     ]
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

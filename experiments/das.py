@@ -16,6 +16,11 @@ studied, but for its vision tower.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.das", takes=("edits",), rows={"batch_size": 2})
+
 import dataclasses
 import functools
 from typing import Any
@@ -207,7 +212,3 @@ def measure(this: Study, layer: int, basis, labels: np.ndarray) -> dict[str, np.
         scores = this.scores(this.model, batch, _interchange(this, layer, basis), size)
         found.append(np.asarray(scores).argmax(-1) == labels[some[:, 1]])
     return {"right": np.concatenate(found).astype(np.float32)}
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

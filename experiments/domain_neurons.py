@@ -19,6 +19,11 @@ ends with the same bytes. The parts of it are in `experiments/neurons`.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.domain_neurons", takes=("edits", "captures"), rows={"batch_size": 1})
+
 import mllm_jax as mj
 from experiments import study
 from experiments.neurons import ablation, counts, evidence, layers, selection
@@ -85,7 +90,3 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
         seed=config.seed,
     )
     print(f"finished: {workdir / 'index.html'}")
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits", "captures"))

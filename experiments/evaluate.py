@@ -10,6 +10,11 @@ workdir: `results.json`, `accuracy.csv`, `figures/accuracy.png`, `manifest.json`
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.evaluate", takes=("edits", "captures"), rows={"batch_size": 1})
+
 import dataclasses
 import functools
 from typing import Any
@@ -92,7 +97,3 @@ def right(this: Study, name: str, examples: list, style: str) -> dict[str, np.nd
         study.write_captures(this.workdir / "captures" / f"{name}.npz", joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
     return {"right": np.concatenate(found), "chance": chance}
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits", "captures"))

@@ -13,6 +13,11 @@ Leaves in the workdir: `results.json`, `tables/*.csv`, `figures/*.png`, `index.h
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.mask", takes=("edits",), rows={"batch_size": 1})
+
 import functools
 from typing import Any
 
@@ -137,7 +142,3 @@ def _summary(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         name: {"mean": float(mean), "low": float(low), "high": float(high)}
         for name, (mean, low, high) in found.items()
     }
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

@@ -16,6 +16,13 @@ Leaves in the workdir: `results.json` (keys in mllm_jax/report/projection.py), `
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main(
+        "experiments.projection", rows={"rows": 1, "proj.batch_size": 1, "e2e.batch_size": 1}
+    )
+
 import copy
 import dataclasses
 import functools
@@ -667,7 +674,3 @@ def _responses(model, asked: batching.Asked) -> dict[str, np.ndarray]:
     ]
     rows = [part.swapaxes(0, 1)[: len(asked.rows(i))] for i, part in enumerate(found)]
     return {"mean": np.concatenate(rows)}
-
-
-if __name__ == "__main__":
-    study.main(run)

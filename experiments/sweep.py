@@ -16,6 +16,11 @@ Leaves in the workdir: `results.json`, `grid.csv`, `figures/grid.png`, `index.ht
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.sweep", eigen=True, rows={"batch_size": 2})
+
 import jax
 import numpy as np
 
@@ -152,7 +157,3 @@ def _alike(columns: dict[str, list]) -> list[list[str]]:
     for name, edits in columns.items():
         by_site.setdefault(str(next(iter(edits[0])).address.site), []).append(name)
     return list(by_site.values())
-
-
-if __name__ == "__main__":
-    study.main(run, eigen=True)
