@@ -21,10 +21,30 @@ def parts(config) -> dict[str, Any]:
     return {
         "config": json.loads(json.dumps(config.to_dict(), default=str)),
         "content": _contents(config),
+        **made_by(),
+    }
+
+
+def made_by() -> dict[str, dict[str, str]]:
+    """Digests of our code, and versions of what it stands on."""
+    return {
         "code": {name: digest(_folder(name)) for name in _PACKAGES},
         "version": {"Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def files(config) -> dict[str, str]:
+    """Digests of what a config names beside its model and its pictures."""
+    from mllm_jax.checkpoints import load
+
+    named = {name: at(config, name) for name in FILES if name != "vqa.manual"}
+    # FOLDER/{module}.pth stands for all that is in the folder.
+    there = {n: pathlib.Path(str(path).split("{")[0]).expanduser() for n, path in named.items()}
+    found = {name: digest(path) for name, path in there.items() if named[name] and path.exists()}
+    if config.get("clip"):
+        found["clip"] = digest(load.locate(config.clip))
+    return found
 
 
 def at(config, field: str) -> Any:

@@ -25,6 +25,14 @@ from experiments import agreement, interrupts, lock
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
+RESTART = flags.DEFINE_bool(
+    "restart", False, "Remove what a study wrote in the workdir before, and start over."
+)
+VERIFY = flags.DEFINE_bool(
+    "verify",
+    False,
+    "Read the embedded model and pictures in the cache whole, and check their digests.",
+)
 EDITS = flags.DEFINE_string(
     "edits", None, "Edits of every pass: 'ablate lm.mlp.act[12,@neurons.json] >> add ...'; all of "
     "the language is in mllm_jax/interventions/spec.py.",
@@ -108,10 +116,12 @@ def _start(
 
 def _run(study, asked: dict[str, Any]) -> None:
     from mllm_jax import store
+    from mllm_jax.store import stamps
 
-    _quiet()
+    if VERIFY.value:
+        stamps.forget(store.cache_directory())
     config = CONFIG.value.to_dict() | _records(asked)
-    study.run(CONFIG.value, store.Workdir(WORKDIR.value, config), **asked)
+    study.run(CONFIG.value, store.Workdir(WORKDIR.value, config, restart=RESTART.value), **asked)
 
 
 @contextlib.contextmanager
@@ -328,9 +338,3 @@ def _check_rows(rows: Mapping[str, int], mesh: Any) -> None:
                 f"config.{field}={size}: batches of {size * each} rows do not divide over the "
                 f"{parts} data shards of the mesh; give it a multiple of {parts}"
             )
-
-
-def _quiet() -> None:
-    """Orbax logs stack traces of errors that it raises as well."""
-    for handler in (*logging.getLogger("absl").handlers, *logging.getLogger().handlers):
-        handler.addFilter(lambda record: "orbax" not in record.pathname)

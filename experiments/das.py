@@ -87,6 +87,13 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         split: batching.ask(study.examples_of(config, split, count), (config.style,))
         for split, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
     }
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {name: study.content(some) for name, some in asked.items()},
+    )
     this = _study(config, workdir, model, processor, edits or Edits(), asked)
     answers = {
         split: workdir.arrays(f"answers-{split}", functools.partial(answer, this, split))["label"]
@@ -127,7 +134,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     } | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
     page.write_das(workdir.path, results, curves)
-    store.manifest(workdir, model=store.fingerprint(model), seed=config.seed)
+    store.manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 

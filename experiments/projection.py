@@ -97,6 +97,14 @@ class Study:
         """These pictures, read from disk."""
         return [self.tasks[task][split][i] for i in range(self.count(task, split))]
 
+    def content(self) -> dict[str, list]:
+        """Fingerprints of all pictures that are taken, and the classes, by task."""
+        return {
+            name: [task.topic, task.classes]
+            + [study.content(self.examples(name, split)) for split in tasks.SPLITS]
+            for name, task in self.tasks.items()
+        }
+
     def ids(self, task: str, split: str) -> np.ndarray:
         """int32[N]: their classes."""
         return self.tasks[task].ids(split)[: self.count(task, split)]
@@ -152,6 +160,7 @@ def run(config, workdir: store.Workdir) -> None:
     _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
+    study.claim(workdir, config, model, processor, this.content())
     matched = match(this)
     found = {
         (run.task, run.variant, run.seed): measure(this, run)
@@ -183,11 +192,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(
-        workdir,
-        model=store.fingerprint(model),
-        data={name: task.fingerprint for name, task in this.tasks.items()},
-    )
+    store.manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments import agreement
 from mllm_jax import store
 from mllm_jax.data import batching, domains, vqa
 from mllm_jax.data import features as features_
@@ -44,6 +46,30 @@ def _vqa(config, split: str, of: str) -> dict[str, domains.Domain]:
         for name in names:
             vqa.build(name, config.vqa.manual, **where)
     return {name: vqa.load(name, split, model=config.vqa.model, of=of, **where) for name in names}
+
+
+def claim(workdir: store.Workdir, config, model, processor, data: dict[str, Any]) -> None:
+    """Refuses to go on with work of another model, of other data, files, code or versions.
+
+    To be called once, before the first step of a study.
+
+    Args:
+        data: by name, the `content` of what the study reads.
+    """
+    workdir.claim(
+        model=model, processor=processor, files=agreement.files(config), data=data,
+        **agreement.made_by(),
+    )  # fmt: skip
+
+
+def content(examples: Iterable[Any]) -> list[str]:
+    """Fingerprints of examples, or of pairs of an example and its question; one read at a time."""
+    found = []
+    for one in examples:
+        example, *question = one if isinstance(one, tuple) else (one,)
+        about = [example.id, example.domain, example.label, example.encoded, example.questions]
+        found.append(store.fingerprint(about, question))
+    return found
 
 
 def with_features(model, batch, edits: Edits | None = None):

@@ -46,6 +46,13 @@ def run(config, workdir: store.Workdir) -> None:
         for name, domain in study.domains_of(config, "test").items()
         for pair in partners(processor, name, list(domain), config.style, config.pairs_per_domain)
     ]
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {"pairs": study.content(one for pair in pairs for one in pair)},
+    )
     columns = grid(config, model)
     size = config.batch_size
     length = batching.row_length(processor, [side for pair in pairs for side in pair])
@@ -74,7 +81,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     report.write(workdir, results)
-    store.manifest(workdir, model=store.fingerprint(model))
+    store.manifest(workdir)
     print(f"finished: {workdir.path / 'index.html'}")
 
 

@@ -29,6 +29,13 @@ def run(config, workdir: store.Workdir) -> None:
     model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
     train = study.examples_of(config, "train", config.train_per_domain)
     test = study.examples_of(config, "test", config.test_per_domain)
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {"train": study.content(train), "test": study.content(test)},
+    )
     seen = features.vision_features(
         model, processor, train, workdir / "features" / "train.npy", label="features, train"
     )

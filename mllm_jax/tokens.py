@@ -228,6 +228,7 @@ system, question, image, newline, answer, cls, query = (_kinds(name) for name in
 text = _kinds(*TEXT)
 all = _kinds(*KINDS[1:])
 last = Where("last")
+generating = last | answer  # each token at which the next one is chosen, in `generate` and `score`
 kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
 
 
@@ -281,4 +282,4 @@ def of(selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last")}
+NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last", "generating")}

@@ -328,12 +328,7 @@ class ModuleTap:
 
     @staticmethod
     def _carried(kept, captures) -> dict[str, Any]:
-        def finish(name):
-            order, single = captures[name].order, captures[name].single
-            found = jax.tree.map(lambda a: _taken(a[:-1], order), kept[name])
-            return jax.tree.map(lambda a: a[0], found) if single else found
-
-        return {name: finish(name) for name in kept}
+        return {name: captures[name].finish(value) for name, value in kept.items()}
 
 
 def _at(items: dict, stacked: bool) -> dict:
@@ -372,12 +367,6 @@ def _room(value: Any, count: int) -> Any:
 
 def _put(room: Any, value: Any, slot) -> Any:
     return jax.tree.map(lambda r, v: r.at[slot].set(v), room, value)
-
-
-def _taken(array: jax.Array, order) -> jax.Array:
-    """array[order]; of what is beyond its end (a traced layer out of range) NaN, of integers 0."""
-    nothing = jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0
-    return jnp.take(array, order, axis=0, mode="fill", fill_value=nothing)
 
 
 def _add_axis(tree: Any) -> Any:

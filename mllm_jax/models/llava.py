@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import notebook, sites, tokens
-from mllm_jax.axes import Array, Float
+from mllm_jax.axes import Array, Float, Int
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.llama import Llama, LlamaConfig
@@ -167,6 +167,20 @@ class Batch:
     def replace(self, **fields) -> Batch:
         return dataclasses.replace(self, **fields)
 
+    def prompts(self) -> Batch:
+        """The batch with the prompts alone: what follows a prompt becomes padding.
+
+        Raises:
+          ValueError: a row holds several questions.
+        """
+        if self.segment is not None:
+            _check_one_question(self.segment)
+        xp = np if isinstance(self.tokens.kind, np.ndarray) else jnp
+        after = xp.arange(self.ids.shape[-1]) > self.last[:, None]
+        kind = xp.where(after, np.int8(tokens.CODE["pad"]), self.tokens.kind)
+        prompts = dataclasses.replace(self.tokens, kind=kind)
+        return self.replace(tokens=prompts, segment=None, labels=None)
+
     def _fingerprint_(self) -> list[Any]:
         """Its content: the arrays, in order."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
@@ -174,6 +188,21 @@ class Batch:
 
     def _repr_html_(self) -> str:
         return notebook.batch(self)
+
+
+def _check_one_question(segment: Int[Array, "B T"]) -> None:
+    """Raises where a row holds several questions: after which of them would one continue?"""
+    if isinstance(segment, jax.core.Tracer):
+        raise ValueError(
+            "packed rows inside a transformation of JAX: nobody can see there how many questions a "
+            "row holds; make the batch by calling the processor with one question a row"
+        )
+    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
+    if len(several):
+        raise ValueError(
+            f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
+            "generate and score read one prompt a row; call the processor with one question a row"
+        )
 
 
 class Llava(nnx.Module):
