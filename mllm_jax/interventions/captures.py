@@ -258,6 +258,8 @@ def _refuse_lens(capture: Capture, shapes) -> None:
 def _refuse_nothing(bound: BoundCapture) -> None:
     """Errors of a capture that selects no token, where the batch is known."""
     read, on = bound.tokens, bound.on
+    if bound.form == "finite":  # of no token it is
+        return
     if any(isinstance(a, jax.core.Tracer) for a in (read, on, bound.rows, bound.readers)):
         return
     what = f"the {bound.form} of {bound.site.name} selects no"
@@ -412,7 +414,7 @@ def _read_entropy(capture: BoundCapture, x, lens):
 
 
 def _read_finite(capture: BoundCapture, x, lens):
-    """bool[]: whether x is finite at the selected tokens."""
+    """bool[]: whether x is finite at the selected tokens; see `finite`."""
     mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
     return (jnp.isfinite(x) | ~mask).all()
 
