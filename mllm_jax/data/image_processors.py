@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,27 +25,35 @@ def read(directory: pathlib.Path):
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = directory / name
         if path.exists():
-            try:
-                return AutoImageProcessor.from_pretrained(
+            files.regular(path)
+            return made(
+                path,
+                lambda: AutoImageProcessor.from_pretrained(
                     directory, backend="pil", trust_remote_code=False
-                )
-            except Exception as error:  # whatever a wrong setting leads to
-                raise ValueError(
-                    f"{files.line(path, 200)}: no image processor of transformers: "
-                    f"{prompts.first_line(error)}"
-                ) from error
+                ),
+            )
     raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
+
+
+def made(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+    """An image processor of transformers; whatever its settings lead to is a ValueError."""
+    try:
+        return make()
+    except Exception as error:
+        reason = prompts.first_line(error)
+        message = f"{files.line(path, 200)}: no image processor of transformers: {reason}"
+        raise ValueError(message) from error
 
 
 def check_size(images, side: int, directory) -> None:
     """Raises where an image processor makes pictures of another size than the tower reads."""
     size, crop = (_sides(getattr(images, name, None)) for name in ("size", "crop_size"))
-    made = crop if getattr(images, "do_center_crop", False) else size
-    made = [made[name] for name in ("height", "width") if name in made]
+    shape = crop if getattr(images, "do_center_crop", False) else size
+    shape = [shape[name] for name in ("height", "width") if name in shape]
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
-    if any(number != side for number in made):
+    if any(number != side for number in shape):
         raise ValueError(
-            f"{path}: pictures are made {' x '.join(map(str, made))}, the vision tower reads "
+            f"{path}: pictures are made {' x '.join(map(str, shape))}, the vision tower reads "
             f"{side} x {side} (image_size in config.json): make them the same"
         )
     largest = max(size.values(), default=0)
