@@ -7,10 +7,12 @@ its sums.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -71,11 +73,14 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
     chord = norm(unit(edited) - unit(clean))
     cosine = xp.where((length > 0) & (norm(edited) > 0), chord * chord / 2, change > 0)
 
+    highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    product = np.einsum if xp is np else highest
+
     def by_kind(values):
         counted = xp.where(
             (weight > 0).any(axis=0), values, 0
         )  # padding may hold anything, even nan
-        return xp.einsum("...bt,kbt->...kb", xp.asarray(counted, dtype=dtype), weight)
+        return product("...bt,kbt->...kb", xp.asarray(counted, dtype=dtype), weight)
 
     return Sums(by_kind(relative_l2), by_kind(cosine), weight.sum(axis=-1))
 

@@ -105,7 +105,10 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
         after: [D_] of float[L, F, D], of the model that was trained on each domain.
 
     Returns:
-        0 to 2; 1 where either is zero and the other is not.
+        float64[D_, L, F], 0 to 2; 1 where either is zero and the other is not.
+
+    Raises:
+        ValueError: shapes differ, or weights are not finite.
     """
     before = np.asarray(before, np.float64)
     if before.ndim != 3 or any(np.shape(weights) != before.shape for weights in after):
@@ -113,7 +116,15 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
             f"weights must be [L, F, D] alike, got {before.shape} before and "
             f"{[np.shape(weights) for weights in after]} after"
         )
-    return np.stack([_one_minus_cosine(before, np.asarray(w, np.float64)) for w in after])
+    after = [np.asarray(weights, np.float64) for weights in after]
+    for name, weights in [("before", before), *((f"after[{d}]", w) for d, w in enumerate(after))]:
+        if not np.isfinite(weights).all():
+            layer, neuron, _ = np.argwhere(~np.isfinite(weights))[0]
+            raise ValueError(
+                f"{name}: a weight of layer {layer}, neuron {neuron} is not finite; a change from "
+                "it or to it has no size"
+            )
+    return np.stack([_one_minus_cosine(before, weights) for weights in after])
 
 
 def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:

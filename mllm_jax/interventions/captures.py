@@ -30,6 +30,9 @@ KINDS_OF = {
 LENS_CHUNK = 128  # tokens whose logits exist at one time
 TOP_BLOCK = 128  # values that are looked at together for the highest
 
+# Statistics are of float32, whatever a chip makes of other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -335,15 +338,15 @@ def along_tokens(array, axis: int, rank: int):
 
 def _read_mean(capture: BoundCapture, x, lens):
     weight = capture.tokens.astype(jnp.float32)
-    total = jnp.einsum("BT...,BT->B...", at_least_float32(x), weight)
+    total = _product("BT...,BT->B...", at_least_float32(x), weight)
     count = jnp.maximum(weight.sum(-1), 1)
     return total / count.reshape(-1, *(1,) * (total.ndim - 1))
 
 
 def _read_mass(capture: BoundCapture, x, lens):
-    on = jnp.einsum("BNTS,BS->BNT", x, capture.on.astype(x.dtype))
+    on = _product("BNTS,BS->BNT", x, capture.on.astype(x.dtype))
     weight = capture.tokens.astype(x.dtype)
-    return jnp.einsum("BNT,BT->BN", on, weight) / jnp.maximum(weight.sum(-1), 1)[:, None]
+    return _product("BNT,BT->BN", on, weight) / jnp.maximum(weight.sum(-1), 1)[:, None]
 
 
 def _one_hot(capture: BoundCapture):
@@ -375,7 +378,7 @@ def _row_stats(x, hot):
     """Each [B, kinds, ...]: how many are positive, the sum, the sum of squares, the highest."""
 
     def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
-        return jnp.einsum("BTk,BT...->Bk...", hot, of, precision=jax.lax.Precision.HIGHEST)
+        return _product("BTk,BT...->Bk...", hot, of)
 
     def highest(column):
         seen = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
@@ -475,8 +478,8 @@ def _read_entropy(capture: BoundCapture, x, lens):
     result = _lens_by_chunks(capture, x, lens, 1)
     hot = _one_hot(capture)
     return Entropy(
-        sum=jnp.einsum("BT,BTk->Bk", result.entropy, hot),
-        top=jnp.einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        sum=_product("BT,BTk->Bk", result.entropy, hot),
+        top=_product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
         tokens=hot.sum(1).astype(jnp.int32),
         kinds=capture.by or (),
     )
