@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.axes import Array, Float
+
 PARAMETERS = ("float32", "bfloat16", "float16")
 
 
@@ -56,6 +58,21 @@ def matmul(x: jax.Array, y: jax.Array, *, into_float32: bool = False) -> jax.Arr
         precision=product_precision(x, y),
         preferred_element_type=wide(jnp.result_type(x, y)) if into_float32 else None,
     )
+
+
+@jax.custom_jvp
+def orthonormal(x: Float[Array, "D r"]) -> Float[Array, "D r"]:
+    """Orthonormal columns that span those of x, by QR; its derivative too is of such products."""
+    return jnp.linalg.qr(x)[0]
+
+
+@orthonormal.defjvp
+def _(primals, tangents):
+    q, r = jnp.linalg.qr(primals[0])
+    change = jax.lax.linalg.triangular_solve(r, tangents[0])  # dx R^-1
+    across = matmul(q.T, change)
+    below = jnp.tril(across, -1)
+    return q, change + matmul(q, below - below.T - across)
 
 
 def parameter_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype:

@@ -429,4 +429,5 @@ def _basis(basis, address: Address, spec: SiteShape):
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
         )
     basis = basis.astype(precision.wide(spec.dtype))
-    return _per_layer(xp.linalg.qr(basis)[0][None], spec.layers)
+    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormal(basis)
+    return _per_layer(columns[None], spec.layers)

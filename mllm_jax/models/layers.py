@@ -43,6 +43,14 @@ class LowRank:
     b: Array
     scale: float = dataclasses.field(metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weight.dtype
+
     def __getitem__(self, index) -> Array:
         change = self.scale * precision.matmul(self.a, self.b)
         return (self.weight + change).astype(self.weight.dtype)[index]
