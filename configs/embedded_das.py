@@ -6,14 +6,12 @@ python -m experiments.das --config=configs/embedded_das.py:quick --workdir=DIR
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    if size not in ("full", "quick"):
-        raise ValueError(f"configs/embedded_das.py:{size} is none of full, quick")
-    config = ml_collections.ConfigDict()
-    config.model = "embedded"
-    config.domains = ()  # some of the embedded domains; all five by default
-    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    base.check_variant("embedded_das.py", size, ("full", "quick"))
+    config = base.embedded()
     config.style = "kind"  # of the question; own pictures have "category"
     config.layers = (5, 10, 15, 20, 25)  # one subspace each
     config.rank = 4

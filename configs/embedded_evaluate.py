@@ -5,12 +5,11 @@ python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=D
 
 import ml_collections
 
+from configs import base
+
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.model = "embedded"
-    config.domains = ()  # some of the embedded domains; all five by default
-    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    config = base.embedded()
     config.styles = ("choice", "category", "yesno", "kind")
     config.test_per_domain = 60
     config.batch_size = 8

@@ -6,14 +6,12 @@ python -m experiments.mask --config=configs/embedded_mask.py:quick --workdir=DIR
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    if size not in ("full", "quick"):
-        raise ValueError(f"configs/embedded_mask.py:{size} is none of full, quick")
-    config = ml_collections.ConfigDict()
-    config.model = "embedded"
-    config.domains = ()  # some of the embedded domains; all five by default
-    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    base.check_variant("embedded_mask.py", size, ("full", "quick"))
+    config = base.embedded()
     config.styles = ("choice", "category")  # one question a picture, in turn
     config.site = "lm.mlp.act"  # or lm.attn.heads, vision.mlp.act, projector.act, ...
     config.gate = "hard_concrete"  # or sigmoid

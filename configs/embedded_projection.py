@@ -14,22 +14,20 @@ it takes: docs/projection.md.
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    if size not in ("full", "quick", "official"):
-        raise ValueError(f"configs/embedded_projection.py:{size} is none of full, quick, official")
-    config = ml_collections.ConfigDict()
+    base.check_variant("embedded_projection.py", size, ("full", "quick", "official"))
+    config = base.projection()
     config.model = "embedded"
     config.clip = ""  # a CLIP with its text tower, for its zero-shot: no package has one
     config.tasks = ()  # some of the embedded tasks; all four by default
-    config.paths = ()  # or own tasks: folders, .csv or .jsonl files, whose labels are classes
-    config.division = 0  # seed of the division into pictures to train on and held-out ones
     config.seeds = (0, 1, 2)  # of training, of the order of classes in prompts, of probes
     config.train_per_task = 96
     config.held_per_task = 24
     config.test_per_task = 64
     config.wording = "paper"  # of the questions that are evaluated
-    config.aspect = "pad"  # of the pictures that are evaluated: "square" crops them
     config.answers = "scores"  # the most likely class; "free" reads what the model says
     config.rows = 8  # of a batch, where nothing is trained
     config.checkpoints = False  # of training: these runs are shorter than their files are large
@@ -42,24 +40,13 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.probe.epochs = 100
     config.probe.patience = 10
     config.depth = ("Original", "FT-E2E")  # variants whose layers are probed, and neurons are off
-    config.factors = ml_collections.ConfigDict()
     config.factors.tasks = ("documents",)
-    config.factors.seeds = (0,)
-    config.factors.changes = ml_collections.ConfigDict(OFFICIAL)
-    config.factors.changes["all of them"] = _all(OFFICIAL)
-    config.factors.changes["start"] = {"start": "random"}
-    config.neurons = ml_collections.ConfigDict()
-    config.neurons.pictures = 16  # of each task that activations are counted on; 0 for no neurons
-    config.neurons.top_rate = 0.01
-    config.neurons.filter_rate = 0.95
-    config.neurons.bar_rate = 0.95
-    config.neurons.controls = 1  # seeds of random neurons, as many per layer
-    config.suppress = ml_collections.ConfigDict()
+    config.factors.changes["all of them"] = _all(base.OFFICIAL_PROJECTION)
+    config.neurons.pictures = 16
     config.suppress.task = "documents"
-    config.suppress.classes = ("sheet music", "text")  # the first is suppressed
-    config.suppress.experts = 400
+    config.suppress.classes = ("sheet music", "text")
     if size == "official":
-        config.proj.update(_all(OFFICIAL))
+        config.proj.update(_all(base.OFFICIAL_PROJECTION))
         config.factors.tasks = ()
     if size == "quick":
         config.tasks = ("astronomy", "documents")
@@ -76,37 +63,12 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     return config
 
 
-# What the official FT-Proj does otherwise (facts B.2.3), by factor.
-OFFICIAL = {
-    "template": {"wording": "plain"},
-    "end of turn": {"end": False},
-    "crop": {"aspect": "square"},
-    "rate": {"recipe": {"rate": 1e-3}},
-}
-
-
 def _all(changes: dict) -> dict:
     return {name: value for change in changes.values() for name, value in change.items()}
 
 
 def _setting(part: str, rate: float) -> ml_collections.ConfigDict:
-    """How a model is fine-tuned."""
-    setting = ml_collections.ConfigDict()
-    setting.wording = "paper"  # "plain" shows the picture alone, as the official FT-Proj does
-    setting.end = True  # whether the end of turn is learned
-    setting.aspect = "pad"
-    setting.start = "tuned"  # the projector before; or "random"
+    setting = base.fine_tuning(part, rate)
     setting.batch_size = 4
     setting.steps = 24
-    setting.recipe = ml_collections.ConfigDict()
-    setting.recipe.part = part  # or "projector+lora", see mllm_jax/training/parts.py
-    setting.recipe.rate = rate
-    setting.recipe.projector_rate = ml_collections.config_dict.placeholder(float)
-    setting.recipe.lora = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0})
-    setting.recipe.warmup = 0.03
-    setting.recipe.weight_decay = 0.0
-    setting.recipe.clip = 1.0
-    setting.recipe.accumulate = 1
-    setting.recipe.remat = False
-    setting.recipe.every = 50
     return setting

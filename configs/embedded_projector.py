@@ -9,10 +9,11 @@ The first stage asks everything; the second goes on with the questions that need
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(stage: str = "first") -> ml_collections.ConfigDict:
-    if stage not in ("first", "second"):
-        raise ValueError(f"configs/embedded_projector.py:{stage} is none of first, second")
+    base.check_variant("embedded_projector.py", stage, ("first", "second"))
     config = ml_collections.ConfigDict()
     config.model = "embedded"
     config.projector = "random"

@@ -7,12 +7,11 @@ GRID is tokens (causal tracing by interchange), heads, parts or strengths.
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(grid: str = "tokens") -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.model = "embedded"
-    config.domains = ()  # some of the embedded domains; all five by default
-    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    config = base.embedded()
     config.grid = grid
     config.strengths = (0.0, 0.5, 1.5, 2.0)
     config.style = "category"

@@ -39,53 +39,16 @@ What a slice of TPUs has to hold, by the compiler:
 
 import ml_collections
 
+from configs import base
+
 
 def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
-    if procedure not in ("paper", "official"):
-        raise ValueError(f"configs/mmneuron_instructblip.py:{procedure} is none of paper, official")
-    config = ml_collections.ConfigDict()
+    base.check_variant("mmneuron_instructblip.py", procedure, ("paper", "official"))
+    config = base.mmneuron(procedure)
     config.model = "Salesforce/instructblip-vicuna-7b"
-    config.vqa = ml_collections.ConfigDict()
     config.vqa.model = "instructblip"  # whose prompts
-    config.vqa.size = "paper"  # 10,001 and 1,001 examples of each; or full
-    config.vqa.manual = ""  # where the downloads are, for those that are not built yet
-    config.vqa.root = ""  # where data sets are built; the user's cache by default
-    config.domains = ("lingoqa", "pmc_vqa", "rsvqa_hr", "vqav2", "docvqa")
-    config.styles = ("choice", "open")  # whatever a data set asks
-    config.compat = ""  # "official": what the released code does, see docs/official.md
-    config.selector = "entropy"  # or auroc, difference, attribution, random
-    config.scope = "all"  # tokens that are counted: all, image, text, question, system
-    config.thresholds = "module"  # neurons compete within a module, a layer, or all: global
-    config.assign = "multiple"  # domains that a neuron may have; or single
-    config.top_rate = 0.01
-    config.filter_rate = 0.95
-    config.bar_rate = 0.95
-    config.masks = ""  # neurons to take instead: FILE.npz, or FOLDER/{module}.pth
-    config.compare = ("auroc", "difference", "random")  # selectors beside it
-    config.groups = 16  # of a domain's examples, which are split, drawn again and shuffled
-    config.splits = 10  # into halves
-    config.resamples = 100
-    config.shuffles = 199  # of domain labels; 0 leaves all three out
-    config.level = 0.05  # chance of a false neuron under shuffled labels
-    config.measure = "answers"  # generated, judged by each data set's metric
-    config.new_tokens = 64  # of an answer, at most
-    config.judge = "wayveai/Lingo-Judge"  # or a folder
-    config.judge_fallback = False  # words in common, where the judge is not at hand
     config.modules = (  # cut; several are joined by +
         "lm", "vision", "qformer+query", "vision+qformer+query", "all",
     )  # fmt: skip
-    config.controls = 3  # seeds of random neurons, as many per layer
-    config.train_per_domain = 10_001
-    config.train_tokens = 0  # tokens of the vision tower after which counting ends; 0 for none
-    config.test_per_domain = 1_001
-    config.lens_per_domain = 200
-    config.picture_layers = 4
-    config.one_length = False  # prompts are padded to a few lengths, batch by batch
     config.batch_size = 16
-    config.seed = 0
-    if procedure == "official":
-        config.compat = "official"
-        config.train_tokens = 100_000
-        config.groups = 5
-        config.new_tokens = 400  # the release: 512 with the prompt among them
     return config

@@ -30,6 +30,8 @@ split for it, so steps are a tenth fewer there.
 
 import ml_collections
 
+from configs import base
+
 # Pictures to train on. Of crisismmd nobody says; this is the paper's total by the division of all.
 TRAIN = {"plantdoc": 2108, "dtd": 1880, "dermnet": 14_000, "crisismmd": 7_873}
 ALL = 1_000_000
@@ -43,19 +45,16 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
             "behind it or not"
         )
     official = choices == "official"
-    config = ml_collections.ConfigDict()
+    config = base.projection()
     config.model = "liuhaotian/llava-v1.5-7b"
     config.clip = "openai/clip-vit-large-patch14-336"  # for its zero-shot; "" leaves it out
     config.tasks = (name,)
-    config.paths = ()
     config.choices = "official" if official else "corrected"
-    config.division = 0  # seed of what is held
     config.seeds = (0, 1, 2, 3, 4)
     config.train_per_task = ALL
     config.held_per_task = ALL
     config.test_per_task = ALL
     config.wording = "released" if official else "paper"
-    config.aspect = "pad"
     config.answers = "free"
     config.rows = 16
     config.checkpoints = True
@@ -70,49 +69,15 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
     config.probe.epochs = 100 if official else 200
     config.probe.patience = 100 if official else 10
     config.depth = ("Original", "FT-Proj", "FT-E2E")
-    config.factors = ml_collections.ConfigDict()
     config.factors.tasks = () if official else (name,)
-    config.factors.seeds = (0,)
-    config.factors.changes = ml_collections.ConfigDict(
-        {
-            "template": {"wording": "plain"},
-            "end of turn": {"end": False},
-            "crop": {"aspect": "square"},
-            "rate": {"recipe": {"rate": 1e-3}},
-            "start": {"start": "random"},
-        }
-    )
-    config.neurons = ml_collections.ConfigDict()
-    config.neurons.pictures = 0  # domain neurons need several tasks in one study
-    config.neurons.top_rate = 0.01
-    config.neurons.filter_rate = 0.95
-    config.neurons.bar_rate = 0.95
-    config.neurons.controls = 1
-    config.suppress = ml_collections.ConfigDict()
-    config.suppress.task = ""
-    config.suppress.classes = ()
-    config.suppress.experts = 400
     return config
 
 
 def _setting(part: str, name: str, batch: int, rate: float) -> ml_collections.ConfigDict:
     """LLaVA-1.5's recipe for one epoch on 2 GPUs (scripts/v1_5), with AdamW as in HF's trainer."""
-    setting = ml_collections.ConfigDict()
-    setting.wording = "paper"
-    setting.end = True
-    setting.aspect = "pad"
-    setting.start = "tuned"
+    setting = base.fine_tuning(part, rate)
     setting.batch_size = batch
     setting.steps = -(-TRAIN[name] // batch)  # one epoch
-    setting.recipe = ml_collections.ConfigDict()
-    setting.recipe.part = part
-    setting.recipe.rate = rate
-    setting.recipe.projector_rate = ml_collections.config_dict.placeholder(float)
     setting.recipe.lora = ml_collections.ConfigDict({"rank": 128, "alpha": 256.0})  # if part has it
-    setting.recipe.warmup = 0.03
-    setting.recipe.weight_decay = 0.0
-    setting.recipe.clip = 1.0
-    setting.recipe.accumulate = 1
     setting.recipe.remat = True
-    setting.recipe.every = 50
     return setting

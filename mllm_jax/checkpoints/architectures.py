@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import config as llava_checkpoints
+from mllm_jax.checkpoints import files, tables
 from mllm_jax.checkpoints import instructblip as instructblip_checkpoints
-from mllm_jax.checkpoints import tables
 from mllm_jax.data.instructblip import InstructBlipProcessor
 from mllm_jax.data.processor import Processor
 from mllm_jax.models.instructblip import InstructBlipConfig
@@ -72,10 +72,9 @@ BY_TYPE = {  # `model_type` of config.json
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaConfig:
     """Our config of a `config.json`, whatever its architecture; see `config.from_hf`."""
     name = fields.get("model_type", "llava")
-    if name not in BY_TYPE:
-        raise ValueError(
-            f"{source}: model_type={name!r} is not supported, only {', '.join(BY_TYPE)}"
-        )
+    if not isinstance(name, str) or name not in BY_TYPE:
+        problem = f"model_type={files.shown(name)} is not supported, only {', '.join(BY_TYPE)}"
+        raise ValueError(files.refusal(source, [problem]))
     return BY_TYPE[name].from_hf(fields, source)
 
 

@@ -10,31 +10,31 @@ from flax import nnx
 
 from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints import load as load_
-from mllm_jax.checkpoints import tables
+from mllm_jax.checkpoints import schema, tables
 from mllm_jax.data.clip import ClipProcessor
 from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
 
 # The fields we read, with the value HF gives to a field that is not there.
 _PAIR = {
-    "projection_dim": 512,
-    "text_config": None,
-    "text_config_dict": None,
-    "vision_config": None,
-    "vision_config_dict": None,
+    "model_type": (schema.only("clip"), "clip"),
+    "projection_dim": (schema.WIDTH, 512),
+    "text_config": (schema.PART, None),
+    "text_config_dict": (schema.PART, None),
+    "vision_config": (schema.PART, None),
+    "vision_config_dict": (schema.PART, None),
 }
 _TEXT = {
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
+    "model_type": (schema.only("clip_text_model"), "clip_text_model"),
+    "vocab_size": (schema.WORDS, 49408),
+    "max_position_embeddings": (schema.whole(1, 2**20), 77),
+    "hidden_size": (schema.WIDTH, 512),
+    "intermediate_size": (schema.WIDTH, 2048),
+    "num_hidden_layers": (schema.LAYERS, 12),
+    "num_attention_heads": (schema.HEADS, 8),
+    "hidden_act": (configs.ACTIVATION, "quick_gelu"),
+    "layer_norm_eps": (schema.EPSILON, 1e-5),
+    "eos_token_id": (schema.ID, 49407),
 }
-_PAIR_FIXED = {"model_type": ("clip",)}
-_TEXT_FIXED = {"model_type": ("clip_text_model",)}
 # The scale is among the tensors.
 _IGNORED = configs.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
 _HIGHEST = 2  # the end token in configs before transformers 4.31, which then took the highest id
@@ -76,13 +76,11 @@ def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPairConfig:
     """Reads the config of a CLIP checkpoint; see `config.from_hf`."""
     problems: list[str] = []
-    pair = configs.read(fields, _PAIR, _PAIR_FIXED, _IGNORED, "", problems)
+    pair = schema.read(fields, _PAIR, _IGNORED, "", problems)
     vision = configs.read_clip(_part(pair, "vision_config"), problems)
-    text = configs.read(
-        _part(pair, "text_config"), _TEXT, _TEXT_FIXED, _IGNORED, "text_config.", problems
-    )
-    configs.check_choice(text, "hidden_act", configs.ACTIVATIONS, "text_config.", problems)
-    configs.check_integer(text, "eos_token_id", "text_config.", problems)
+    text = schema.read(_part(pair, "text_config"), _TEXT, _IGNORED, "text_config.", problems)
+    heads = "num_attention_heads", text["num_attention_heads"]
+    schema.divides(heads, ("text_config.hidden_size", text["hidden_size"]), problems)
     return configs.settle(lambda: _config(pair, vision, text), source, problems)
 
 

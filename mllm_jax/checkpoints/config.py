@@ -6,41 +6,69 @@ is how a model comes out subtly wrong.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mllm_jax.checkpoints import files, schema
+from mllm_jax.checkpoints.schema import Unknown
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.llama import LlamaConfig
 from mllm_jax.models.llava import LlavaConfig
 from mllm_jax.models.llava_next import LlavaNextConfig
 from mllm_jax.models.projector import ProjectorConfig
 
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+HF_ACTIVATIONS = {ours: hf for hf, ours in ACTIVATIONS.items()}
+ACTIVATION = schema.only(*sorted(ACTIVATIONS))
+_SELECT = {"default": "patch", "full": "full"}
+_MOST_TILES = 16  # along a side of a picture
+
+TOKEN_IDS = dict.fromkeys(
+    ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"), (schema.IDS, None)
+)
 # The fields we read, with the value HF gives to a field that is not there.
-_LLAVA = {
-    "image_token_index": 32000,
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "multimodal_projector_bias": True,
-    "tie_word_embeddings": False,
-    "text_config": None,
-    "vision_config": None,
+_LLAVA = TOKEN_IDS | {
+    "model_type": (schema.only("llava"), "llava"),
+    "image_token_index": (schema.ID, 32000),
+    "projector_hidden_act": (ACTIVATION, "gelu"),
+    "vision_feature_layer": (schema.whole(-1024, 1024), -2),
+    "vision_feature_select_strategy": (schema.only(*_SELECT), "default"),
+    "multimodal_projector_bias": (schema.FLAG, True),
+    "tie_word_embeddings": (schema.FLAG, False),
+    "text_config": (schema.PART, None),
+    "vision_config": (schema.PART, None),
     # Ours: transformers has no such fields, and no such models.
-    "projector_fold": 1,
-    "projector_depth": 2,
+    "projector_fold": (schema.whole(1, 64), 1),
+    "projector_depth": (schema.whole(1, 16), 2),
 }
-_LLAVA_NEXT = _LLAVA | {"image_grid_pinpoints": None}
-_CLIP = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+_LLAVA_NEXT = _LLAVA | {
+    "model_type": (schema.only("llava_next"), "llava_next"),
+    "vision_feature_select_strategy": (schema.only("default"), "default"),
+    "use_image_newline_parameter": (schema.only(True), True),
+    "image_grid_pinpoints": (
+        schema.optional(schema.many(schema.many(schema.whole(1, 2**16), 2, 2), 1, 256)),
+        None,
+    ),
 }
+TOWER = {  # of any vision transformer
+    "hidden_size": (schema.WIDTH, 768),
+    "intermediate_size": (schema.WIDTH, 3072),
+    "num_hidden_layers": (schema.LAYERS, 12),
+    "num_attention_heads": (schema.HEADS, 12),
+    "num_channels": (schema.only(3), 3),
+    "image_size": (schema.SIDE, 224),
+    "patch_size": (schema.SIDE, 32),
+    "hidden_act": (ACTIVATION, "quick_gelu"),
+    "layer_norm_eps": (schema.EPSILON, 1e-5),
+}
+_CLIP = TOWER | {"model_type": (schema.only("clip_vision_model"), "clip_vision_model")}
 _LLAVA_CLIP = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -49,43 +77,38 @@ _LLAVA_CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }  # what LlavaConfig uses when there is no vision_config at all
-_LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": None,
-    "rope_parameters": None,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
+_THETA = schema.optional(schema.real(1, 1e12))
+_ROPE = {
+    "rope_theta": (_THETA, None),
+    "rope_type": (schema.only("default"), "default"),
+    "type": (schema.only("default"), "default"),
 }
-_MISTRAL = _LLAMA | {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-    "max_position_embeddings": 131072,
+_LLAMA = TOKEN_IDS | {
+    "model_type": (schema.only("llama", "mistral"), "llama"),
+    "vocab_size": (schema.WORDS, 32000),
+    "hidden_size": (schema.WIDTH, 4096),
+    "intermediate_size": (schema.WIDTH, 11008),
+    "num_hidden_layers": (schema.LAYERS, 32),
+    "num_attention_heads": (schema.HEADS, 32),
+    "num_key_value_heads": (schema.optional(schema.HEADS), None),
+    "head_dim": (schema.optional(schema.whole(2, 2**14)), None),
+    "hidden_act": (schema.only("silu", "swish"), "silu"),
+    "attention_bias": (schema.only(False), False),
+    "mlp_bias": (schema.only(False), False),
+    "max_position_embeddings": (schema.PLACES, 2048),
+    "rms_norm_eps": (schema.EPSILON, 1e-6),
+    "rope_theta": (_THETA, None),
+    "rope_parameters": (schema.PART, None),
+    "rope_scaling": (schema.PART, None),
+    "sliding_window": (schema.only(None), None),
+    "tie_word_embeddings": (schema.FLAG, False),
 }
-
-# The fields that may hold one thing only, because we have no other.
-_LLAVA_FIXED = {"model_type": ("llava",)}
-_LLAVA_NEXT_FIXED = {
-    "model_type": ("llava_next",),
-    "vision_feature_select_strategy": ("default",),
-    "use_image_newline_parameter": (True,),
+_MISTRAL = {name: _LLAMA[name] for name in _LLAMA if name not in ("attention_bias", "mlp_bias")} | {
+    "intermediate_size": (schema.WIDTH, 14336),
+    "num_key_value_heads": (schema.optional(schema.HEADS), 8),
+    "sliding_window": (schema.optional(schema.PLACES), 4096),
+    "max_position_embeddings": (schema.PLACES, 131072),
 }
-_CLIP_FIXED = {"model_type": ("clip_vision_model",), "num_channels": (3,)}
-_LLAMA_FIXED = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "sliding_window": (None,),
-}
-_MISTRAL_FIXED = {"model_type": ("mistral",), "hidden_act": ("silu", "swish")}
 
 # The fields that do not change what a trained model computes here.
 IGNORED = frozenset(
@@ -112,21 +135,6 @@ IGNORED = frozenset(
 _LLAVA_IGNORED = IGNORED | {"vocab_size"}
 _CLIP_IGNORED = IGNORED | {"vocab_size", "tie_word_embeddings"}
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
-HF_ACTIVATIONS = {ours: hf for hf, ours in ACTIVATIONS.items()}
-_SELECT = {"default": "patch", "full": "full"}
-
-
-class Unknown(str):
-    """A problem with a config that does not keep us from knowing which tensors belong to it."""
-
 
 class Refused(ValueError):
     """A `config.json` that we do not read.
@@ -137,7 +145,7 @@ class Refused(ValueError):
     """
 
     def __init__(self, source: object, problems: list[str], config: LlavaConfig | None = None):
-        super().__init__(f"{source}: {'; '.join(problems)}")
+        super().__init__(files.refusal(source, problems))
         self.config = config
 
 
@@ -168,27 +176,31 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         Refused: fields we do not know, or values we do not support, all in one line.
     """
     if "mm_vision_tower" in fields:
-        raise ValueError(
-            f"{source}: a config of the original LLaVA code; give it the config.json of its "
+        problem = (
+            "a config of the original LLaVA code; give it the config.json of its "
             "transformers conversion (llava-hf/...), the tensors are read as they are"
         )
+        raise ValueError(files.refusal(source, [problem]))
     problems: list[str] = []
+    fields = renamed(fields)
+    tiled = fields.get("model_type") == "llava_next"
+    llava = schema.read(fields, _LLAVA_NEXT if tiled else _LLAVA, _LLAVA_IGNORED, "", problems)
+    defaults = {} if llava["vision_config"] else _LLAVA_CLIP
+    clip = read_clip(defaults | (llava["vision_config"] or {}), problems)
+    llama = read_llama(llava["text_config"] or {}, problems)
+    _check_feature_layer(llava, clip, problems)
+    grid = "vision_config.image_size / patch_size", clip["image_size"] // clip["patch_size"]
+    schema.divides(("projector_fold", llava["projector_fold"]), grid, problems)
+    tiling = _pinpoints(llava, clip, problems) if tiled else None
+    return settle(lambda: _config(llava, clip, llama, tiling), source, problems)
+
+
+def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, with the name that newer versions of transformers give to the image token."""
     fields = dict(fields)
     if "image_token_id" in fields:
         fields.setdefault("image_token_index", fields.pop("image_token_id"))
-    tiled = fields.get("model_type") == "llava_next"
-    known, fixed = (_LLAVA_NEXT, _LLAVA_NEXT_FIXED) if tiled else (_LLAVA, _LLAVA_FIXED)
-    llava = read(fields, known, fixed, _LLAVA_IGNORED, "", problems)
-    vision_defaults = _CLIP if llava["vision_config"] else _CLIP | _LLAVA_CLIP
-    clip = read_clip(llava["vision_config"] or {}, problems, vision_defaults)
-    llama = read_llama(llava["text_config"] or {}, problems)
-    check_choice(llava, "projector_hidden_act", ACTIVATIONS, "", problems)
-    check_choice(llava, "vision_feature_select_strategy", _SELECT, "", problems)
-    check_integer(llava, "vision_feature_layer", "", problems)
-    if all(isinstance(problem, Unknown) for problem in problems):
-        _check_feature_layer(llava, clip, problems)
-        tiling = _pinpoints(llava, clip, problems) if tiled else None
-    return settle(lambda: _config(llava, clip, llama, tiling), source, problems)
+    return fields
 
 
 def _config(llava: Mapping, clip: Mapping, llama: Mapping, tiling: Mapping | None) -> LlavaConfig:
@@ -235,7 +247,7 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": {v: k for k, v in _SELECT.items()}[vision.select],
         "tie_word_embeddings": lm.tied,
-        **{field: value for field, value in ours.items() if value != _LLAVA[field]},
+        **{field: value for field, value in ours.items() if value != _LLAVA[field][1]},
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_size": vision.width,
@@ -263,15 +275,17 @@ def _kind(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def read_clip(
-    fields: Mapping[str, Any], problems: list[str], known: Mapping[str, Any] = _CLIP
-) -> dict[str, Any]:
+def read_clip(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """The fields of a `vision_config`, for `clip_config`; what is wrong goes into `problems`."""
-    clip = read(fields, known, _CLIP_FIXED, _CLIP_IGNORED, "vision_config.", problems)
-    check_choice(clip, "hidden_act", ACTIVATIONS, "vision_config.", problems)
-    check_integer(clip, "image_size", "vision_config.", problems)
-    check_integer(clip, "patch_size", "vision_config.", problems)
+    clip = schema.read(fields, _CLIP, _CLIP_IGNORED, "vision_config.", problems)
+    check_tower(clip, problems)
     return clip
+
+
+def check_tower(tower: Mapping[str, Any], problems: list[str]) -> None:
+    """The sizes of a vision transformer fit each other."""
+    for part, whole in (("num_attention_heads", "hidden_size"), ("patch_size", "image_size")):
+        schema.divides((part, tower[part]), (f"vision_config.{whole}", tower[whole]), problems)
 
 
 def clip_config(clip: Mapping[str, Any], *, feature_layer: int, select: str) -> ClipConfig:
@@ -293,11 +307,22 @@ def clip_config(clip: Mapping[str, Any], *, feature_layer: int, select: str) -> 
 def read_llama(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """The fields of a `text_config`, for `llama_config`; what is wrong goes into `problems`."""
     mistral = fields.get("model_type") == "mistral"
-    known, fixed = (_MISTRAL, _MISTRAL_FIXED) if mistral else (_LLAMA, _LLAMA_FIXED)
-    llama = read(fields, known, fixed, IGNORED, "text_config.", problems)
+    llama = schema.read(fields, _MISTRAL if mistral else _LLAMA, IGNORED, "text_config.", problems)
     if mistral:
         _check_window(llama, problems)
+    heads = "num_attention_heads", llama["num_attention_heads"]
+    kv_heads = "num_key_value_heads", llama["num_key_value_heads"] or heads[1]
+    schema.divides(kv_heads, (f"text_config.{heads[0]}", heads[1]), problems)
+    if llama["head_dim"] is None:
+        schema.divides(heads, ("text_config.hidden_size", llama["hidden_size"]), problems)
+    if head_width(llama) % 2:
+        problems.append(f"text_config has heads of odd width {head_width(llama)}")
     return llama | {"rope_theta": _rope_theta(llama, problems)}
+
+
+def head_width(llama: Mapping[str, Any]) -> int:
+    """Channels of a head."""
+    return llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"]
 
 
 def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig:
@@ -308,7 +333,7 @@ def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig
         layers=llama["num_hidden_layers"],
         heads=llama["num_attention_heads"],
         kv_heads=llama["num_key_value_heads"] or llama["num_attention_heads"],
-        head_width=llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"],
+        head_width=head_width(llama),
         mlp=llama["intermediate_size"],
         rope_theta=llama["rope_theta"],
         eps=llama["rms_norm_eps"],
@@ -333,43 +358,12 @@ def llama_fields(lm: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def read(
-    fields: Mapping[str, Any],
-    known: Mapping[str, Any],
-    fixed: Mapping[str, tuple],
-    ignored: frozenset[str],
-    prefix: str,
-    problems: list[str],
-) -> dict[str, Any]:
-    """The known fields, filled with HF's defaults; what is wrong goes into `problems`."""
-    if fields.get("model_type", fixed["model_type"][0]) not in fixed["model_type"]:
-        fields = {"model_type": fields["model_type"]}  # of another model every field is unknown
-    for name, value in fields.items():
-        if name in fixed and value not in fixed[name]:
-            problems.append(f"{prefix}{name}={value!r} is not supported, only {fixed[name][0]!r}")
-        elif name not in known and name not in fixed and name not in ignored:
-            near = _nearest(name, [*known, *fixed])
-            problems.append(Unknown(f"unknown field {prefix}{name}{near}"))
-    return {name: fields.get(name, default) for name, default in known.items()}
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (nearest: {near[0]})" if near else ""
-
-
 def _rope_theta(llama: Mapping[str, Any], problems: list[str]) -> float:
     """The base of the rotary angles; any rotary scaling is a problem."""
     thetas = {llama["rope_theta"]}
     for name in ("rope_parameters", "rope_scaling"):
-        rope = dict(llama[name] or {})
-        thetas.add(rope.pop("rope_theta", None))
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        rope.pop("type", None)
-        if kind != "default":
-            problems.append(f"text_config.{name} of type {kind!r} is not supported, only 'default'")
-        elif rope:
-            problems.append(f"unknown field text_config.{name}.{', '.join(sorted(rope))}")
+        rope = schema.read(llama[name] or {}, _ROPE, (), f"text_config.{name}.", problems)
+        thetas.add(rope["rope_theta"])
     thetas.discard(None)
     if len(thetas) > 1:
         problems.append(f"text_config has two values of rope_theta: {sorted(thetas)}")
@@ -393,34 +387,21 @@ def _pinpoints(
     given, side = llava["image_grid_pinpoints"], clip["image_size"]
     if given is None:
         return {}
-    pairs = [tuple(size) if isinstance(size, (list, tuple)) else () for size in given]
-    if not pairs or any(len(p) != 2 or min(p) < 1 or any(n % side for n in p) for p in pairs):
+    if any(n % side or n > _MOST_TILES * side for pair in given for n in pair):
         problems.append(
-            f"image_grid_pinpoints={given!r} is not supported, only pairs of multiples of "
-            f"vision_config.image_size={side}"
+            f"image_grid_pinpoints={files.shown(given)} is not supported, only pairs of multiples "
+            f"of vision_config.image_size={side}, up to {_MOST_TILES} times"
         )
-    return {"pinpoints": tuple(pairs)}
-
-
-def check_choice(
-    fields: Mapping[str, Any], name: str, choices: Mapping, prefix: str, problems: list[str]
-) -> None:
-    """A field that must be one of some values."""
-    if fields[name] not in choices:
-        problems.append(
-            f"{prefix}{name}={fields[name]!r} is not supported, only {', '.join(sorted(choices))}"
-        )
-
-
-def check_integer(fields: Mapping[str, Any], name: str, prefix: str, problems: list[str]) -> None:
-    """A field that may also be a list elsewhere."""
-    if not isinstance(fields[name], int):
-        problems.append(f"{prefix}{name}={fields[name]!r} is not supported, only one integer")
+    return {"pinpoints": tuple(map(tuple, given))}
 
 
 def _check_feature_layer(
     llava: Mapping[str, Any], clip: Mapping[str, Any], problems: list[str]
 ) -> None:
+    """The layer that is read; the embedding below all layers (0) is no feature we have."""
     layers, at = clip["num_hidden_layers"], llava["vision_feature_layer"]
-    if not -layers - 1 <= at <= layers:
-        problems.append(f"vision_feature_layer={at}: the vision tower has {layers} layers")
+    if not (1 <= at <= layers or -layers <= at <= -1):
+        problems.append(
+            f"vision_feature_layer={at}: the vision tower has {layers} layers, so only "
+            f"1 to {layers} or -{layers} to -1 are supported"
+        )

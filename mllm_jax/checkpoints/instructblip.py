@@ -6,49 +6,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import tables
+from mllm_jax.checkpoints import schema, tables
 from mllm_jax.models.eva import EvaConfig
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.models.qformer import QFormerConfig
 
 # The fields we read, with the value HF gives to a field that is not there.
-_BLIP = {
-    "image_token_index": None,
-    "num_query_tokens": 32,
-    "qformer_config": None,
-    "text_config": None,
-    "vision_config": None,
+_BLIP = configs.TOKEN_IDS | {
+    "model_type": (schema.only("instructblip"), "instructblip"),
+    "use_decoder_only_language_model": (schema.only(True), True),
+    "image_token_index": (schema.optional(schema.ID), None),
+    "num_query_tokens": (schema.whole(1, 4096), 32),
+    "qformer_config": (schema.PART, None),
+    "text_config": (schema.PART, None),
+    "vision_config": (schema.PART, None),
 }
-_EVA = {
-    "hidden_size": 1408,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 39,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
+_EVA = configs.TOWER | {
+    "model_type": (schema.only("instructblip_vision_model"), "instructblip_vision_model"),
+    "hidden_size": (schema.WIDTH, 1408),
+    "intermediate_size": (schema.WIDTH, 6144),
+    "num_hidden_layers": (schema.LAYERS, 39),
+    "num_attention_heads": (schema.HEADS, 16),
+    "patch_size": (schema.SIDE, 14),
+    "hidden_act": (configs.ACTIVATION, "gelu"),
+    "layer_norm_eps": (schema.EPSILON, 1e-6),
+    "qkv_bias": (schema.only(True), True),
 }
 _QFORMER = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "cross_attention_frequency": 2,
-}
-_BLIP_FIXED = {"model_type": ("instructblip",), "use_decoder_only_language_model": (True,)}
-_EVA_FIXED = {
-    "model_type": ("instructblip_vision_model",),
-    "num_channels": (3,),
-    "qkv_bias": (True,),
-}
-_QFORMER_FIXED = {
-    "model_type": ("instructblip_qformer",),
-    "position_embedding_type": ("absolute",),
+    "model_type": (schema.only("instructblip_qformer"), "instructblip_qformer"),
+    "position_embedding_type": (schema.only("absolute"), "absolute"),
+    "vocab_size": (schema.WORDS, 30522),
+    "hidden_size": (schema.WIDTH, 768),
+    "num_hidden_layers": (schema.LAYERS, 12),
+    "num_attention_heads": (schema.HEADS, 12),
+    "intermediate_size": (schema.WIDTH, 3072),
+    "hidden_act": (configs.ACTIVATION, "gelu"),
+    "max_position_embeddings": (schema.whole(1, 2**20), 512),
+    "layer_norm_eps": (schema.EPSILON, 1e-12),
+    "cross_attention_frequency": (schema.LAYERS, 2),
 }
 # Whether a head is tied, the LM's own config says; the width of the features, the tower's.
 _IGNORED = configs.IGNORED | {"tie_word_embeddings"}
@@ -61,23 +56,16 @@ _QFORMER_IGNORED = _IGNORED | {
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> InstructBlipConfig:
     """Reads the config of an InstructBLIP checkpoint; see `config.from_hf`."""
     problems: list[str] = []
-    fields = dict(fields)
-    if "image_token_id" in fields:
-        fields.setdefault("image_token_index", fields.pop("image_token_id"))
-    blip = configs.read(fields, _BLIP, _BLIP_FIXED, _IGNORED, "", problems)
-    eva = configs.read(
-        blip["vision_config"] or {}, _EVA, _EVA_FIXED, _IGNORED, "vision_config.", problems
+    blip = schema.read(configs.renamed(fields), _BLIP, _IGNORED, "", problems)
+    eva = schema.read(blip["vision_config"] or {}, _EVA, _IGNORED, "vision_config.", problems)
+    configs.check_tower(eva, problems)
+    bert = schema.read(
+        blip["qformer_config"] or {}, _QFORMER, _QFORMER_IGNORED, "qformer_config.", problems
     )
-    bert = configs.read(
-        blip["qformer_config"] or {}, _QFORMER, _QFORMER_FIXED, _QFORMER_IGNORED,
-        "qformer_config.", problems,
-    )  # fmt: skip
+    heads = "num_attention_heads", bert["num_attention_heads"]
+    schema.divides(heads, ("qformer_config.hidden_size", bert["hidden_size"]), problems)
     # HF takes a text_config that does not say what it is for an OPT.
     llama = configs.read_llama({"model_type": "opt"} | (blip["text_config"] or {}), problems)
-    configs.check_choice(eva, "hidden_act", configs.ACTIVATIONS, "vision_config.", problems)
-    configs.check_choice(bert, "hidden_act", configs.ACTIVATIONS, "qformer_config.", problems)
-    configs.check_integer(eva, "image_size", "vision_config.", problems)
-    configs.check_integer(eva, "patch_size", "vision_config.", problems)
     return configs.settle(lambda: _config(blip, eva, bert, llama), source, problems)
 
 

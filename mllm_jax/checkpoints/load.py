@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import precision
-from mllm_jax.checkpoints import architectures, embedded, original, tables, tensors
+from mllm_jax.checkpoints import architectures, embedded, files, original, schema, tables, tensors
 from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.models import llava
@@ -105,9 +104,10 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
         if weights and not any(found.glob("*.safetensors")):
             found = _fetch(name, _HUB_PICKLES)
     except (OSError, ValueError) as error:  # offline, no such name, not a name at all
-        first, *_ = str(error).splitlines()
+        first, *_ = str(error).splitlines() or [""]
         raise FileNotFoundError(
-            f"{os.fspath(name)!r} is neither a directory nor to be had from the hub: {first}"
+            f"'{files.line(os.fspath(name), 120)}' is neither a directory nor to be had from the "
+            f"hub: {files.line(first, 180)}"
         ) from error
     return found
 
@@ -129,25 +129,29 @@ def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
 def read_fields(directory: pathlib.Path) -> dict[str, Any]:
     """The fields of `config.json` of a checkpoint directory."""
     path = directory / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: missing, so this is not a checkpoint") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not path.exists():
+        raise FileNotFoundError(files.refusal(path, ["missing, so this is not a checkpoint"]))
+    return files.read_json(path)
 
 
 def _part(
     directory: pathlib.Path, fields: Mapping[str, Any], field: str, *, weights: bool
 ) -> pathlib.Path:
     """The directory of another checkpoint that a config names, seen from there or as in `load`."""
-    name = fields.get(field) or ""
+    problems: list[str] = []
+    name = schema.values(fields, {field: (schema.NAME, None)}, "", problems)[field]
+    if name is None:
+        problems = problems or [f"{field} is missing"]
+        raise ValueError(files.refusal(directory / "config.json", problems))
+    near = directory / name
+    if near.is_dir():
+        return near
     try:
-        near = directory / name
-        return near if near.is_dir() else locate(name, weights=weights)
+        return locate(name, weights=weights)
     except FileNotFoundError as error:
+        reason = files.line(f"{field}: {error}", 150)
         raise FileNotFoundError(
-            f"{directory / 'config.json'}: {field}: {error}; it may be a local directory"
+            files.refusal(directory / "config.json", [f"{reason}; it may be a local directory"])
         ) from error
 
 
@@ -340,19 +344,25 @@ def _check(
     try:
         tables.check(shapes, slots, config)
     except ValueError as error:
-        problems.append(ValueError(f"{os.fspath(source)}: {error}"))
+        problems.append(ValueError(files.refusal(source, [error])))
     problems += [
-        ValueError(f"{tensor.path}: {tensor.key} holds {tensor.dtype}, expected floating point")
+        ValueError(
+            files.refusal(
+                tensor.path,
+                [f"{files.line(tensor.key, 80)} holds {tensor.dtype}, expected floating point"],
+            )
+        )
         for key, tensor in stored.items()
         if key in wanted and tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating)
     ]
 
 
 def _raise(problems: list[Exception]) -> None:
+    """Raises one error that names as many problems as a line holds; its cause has them all."""
     if problems:
         missing = any(isinstance(problem, FileNotFoundError) for problem in problems)
         kind = FileNotFoundError if missing else ValueError
-        raise kind("; ".join(map(str, problems))) from problems[0]
+        raise kind(files.joined(problems)) from ExceptionGroup("all problems", problems)
 
 
 def _check_tied(
@@ -362,10 +372,11 @@ def _check_tied(
     if config.lm.tied and tables.TIED_HEAD in stored:
         head, embed = (stored[key].read() for key in (tables.TIED_HEAD, tables.EMBEDDING))
         if not np.array_equal(head, embed):
-            raise ValueError(
-                f"{directory}: tie_word_embeddings is true, but the file has a head that is not "
+            problem = (
+                "tie_word_embeddings is true, but the file has a head that is not "
                 "the embedding; set it to false in config.json to use that head"
             )
+            raise ValueError(files.refusal(directory, [problem]))
 
 
 def _places(

@@ -9,6 +9,8 @@ domains, nor the module, nor how many neurons a layer has. D_ domains, L layers,
 
 from __future__ import annotations
 
+import io
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mllm_jax import store
-from mllm_jax.checkpoints import torch_file
+from mllm_jax.checkpoints import archive, files, torch_file
+
+_MOST = 2**29  # neurons over all domains and layers of a mask: a domain of Llama 405B has 7 million
+_MOST_LISTS = 2**17
 
 
 class Masks(NamedTuple):
@@ -47,21 +52,30 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
         FileNotFoundError: there is no such file.
         ValueError: it is no such list, a neuron lies beyond `width`, or domains are too many.
     """
-    lists = torch_file.read(path)
+    path = files.regular(path)
+    name, lists = files.line(path, 250), torch_file.read(path)
     if not _is_list_of_lists(lists) or len({len(layers) for layers in lists}) != 1:
-        raise ValueError(f"{path}: no list over domains of lists over as many layers each")
+        raise ValueError(f"{name}: no list over domains of lists over as many layers each")
     domains = len(lists) if domains is None else domains
     if len(lists) > domains:
-        raise ValueError(f"{path}: has {len(lists)} domains, more than the {domains} expected")
+        raise ValueError(f"{name}: has {len(lists)} domains, more than the {domains} expected")
+    count = domains * len(lists[0])
+    if count > _MOST_LISTS or count * width > _MOST:
+        raise ValueError(
+            f"{name}: a mask of {domains} domains, {len(lists[0])} layers and {width} neurons is "
+            "larger than any that is read"
+        )
     mask = np.zeros((domains, len(lists[0]), width), bool)
     for domain, layers in enumerate(lists):
         for layer, neurons in enumerate(layers):
-            where = f"{path}: domain {domain}, layer {layer}"
+            where = f"{name}: domain {domain}, layer {layer}"
             if (
                 not np.issubdtype(getattr(neurons, "dtype", object), np.integer)
                 or neurons.ndim != 1
             ):
                 raise ValueError(f"{where}: not a list of neuron indices")
+            if neurons.size > width:
+                raise ValueError(f"{where}: {neurons.size} neurons of a layer of width {width}")
             for beyond in neurons[(neurons < 0) | (neurons >= width)][:1]:
                 raise ValueError(f"{where}: neuron {beyond} of a layer of width {width}")
             mask[domain, layer, neurons] = True
@@ -104,18 +118,58 @@ def save(
 
 
 def load(path: str | pathlib.Path) -> Masks:
-    """Reads the native file; no pickle is loaded."""
+    """Reads the native file; no pickle is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not a regular file.
+        ValueError: it is not a file of `save`, or not as it was written.
+    """
+    path = files.regular(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        domains = arrays.pop("domains")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged zip fails in many ways
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a file of domain neurons ({reason})") from error
-    modules = {name: _checked(mask, f"{path}: {name}") for name, mask in arrays.items()}
-    return Masks(modules, tuple(map(str, domains)))
+        members = archive.members(path)
+        if sum(member.size for member in members.values()) > _MOST:
+            raise ValueError("larger than any that is read")
+        arrays = {
+            name.removesuffix(".npy"): _array(archive.read(path, member))
+            for name, member in members.items()
+        }
+        domains = _names(arrays.pop("domains"))
+    except archive.Compressed as error:
+        reason = "compressed, as masks.save never does; write it by np.savez"
+        raise ValueError(files.refusal(path, [reason])) from error
+    except (ValueError, KeyError, SyntaxError) as error:
+        reason = files.line(f"no {error}" if isinstance(error, KeyError) else error, 120)
+        raise ValueError(
+            files.refusal(path, [f"not a file of domain neurons ({reason})"])
+        ) from error
+    modules = {}
+    for name, mask in arrays.items():
+        named = f"{files.line(path, 200)}: {files.line(name, 60)}"
+        modules[name] = _checked(mask, named)
+        if len(mask) != len(domains):
+            raise ValueError(f"{named} has {len(mask)} domains, but {len(domains)} are named")
+    return Masks(modules, domains)
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of an .npy file, of which the header must name what follows it, to the byte."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"version {version} of .npy")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds a pickle")
+    if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise ValueError(f"{len(content)} bytes for an array of shape {shape}")
+    return np.ndarray(shape, dtype, content, stream.tell(), order="F" if fortran else "C")
+
+
+def _names(array: np.ndarray) -> tuple[str, ...]:
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError("domains are not a list of names")
+    return tuple(map(str, array))
 
 
 def _is_list_of_lists(value: object) -> bool:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_jax.checkpoints import files, schema
 from mllm_jax.models.llava import LlavaConfig
 
 PROJECTOR = "mm_projector.bin"
@@ -19,15 +20,33 @@ PROJECTOR = "mm_projector.bin"
 # model_type -> that of the language model
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _SELECT = {"patch": "default", "cls_patch": "full"}
-# The fields that may hold one thing only, because we have no other; None where they are absent.
-_FIXED = {
-    "mm_resampler_type": (None,),
-    "mm_use_im_start_end": (False, None),
-    "use_mm_proj": (True, None),
-}
 _PINPOINTS = "image_grid_pinpoints"
-_SQUARE = {"image_aspect_ratio": ("pad", "square", None), "mm_patch_merge_type": ("flat", None)}
-_TILED = {"image_aspect_ratio": ("anyres",), "mm_patch_merge_type": ("spatial_unpad",)}
+_PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]|1[0-6])x_gelu")
+# The fields we read, with the value of the original code where a field is not there.
+_FIELDS = {
+    "mm_vision_tower": (schema.NAME, None),
+    "mm_projector_type": (
+        schema.Kind(
+            "'linear', 'mlp2x_gelu' and up to 'mlp16x_gelu'",
+            lambda value: isinstance(value, str) and bool(_PROJECTOR_TYPE.fullmatch(value)),
+        ),
+        "linear",
+    ),
+    "mm_hidden_size": (schema.optional(schema.WIDTH), None),
+    "mm_vision_select_feature": (schema.only(*_SELECT), "patch"),
+    "mm_vision_select_layer": (schema.whole(-1024, 1024), -2),
+    "mm_resampler_type": (schema.only(None), None),
+    "mm_use_im_start_end": (schema.only(False, None), None),
+    "use_mm_proj": (schema.only(True, None), None),
+}
+_SQUARE = {
+    "image_aspect_ratio": (schema.only("pad", "square", None), None),
+    "mm_patch_merge_type": (schema.only("flat", None), None),
+}
+_TILED = {
+    "image_aspect_ratio": (schema.only("anyres"), "anyres"),
+    "mm_patch_merge_type": (schema.only("spatial_unpad"), "spatial_unpad"),
+}
 # The fields that do not change what a trained model computes.
 _IGNORED = frozenset(
     """
@@ -60,43 +79,34 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     Raises:
         ValueError: values that we do not support, all in one line.
     """
-    fields = {name: value for name, value in fields.items() if name not in _IGNORED}
-    vision = tower.get("vision_config", tower)
+    problems: list[str] = []
     tiled = fields.get("mm_patch_merge_type") == "spatial_unpad"
-    fixed = _FIXED | (_TILED if tiled else _SQUARE)
-    problems = [
-        f"{name}={value!r} is not supported, only {only[0]!r}"
-        for name, only in fixed.items()
-        if (value := fields.pop(name, None)) not in only
-    ]
-    projector = fields.pop("mm_projector_type", "linear")
-    depth = re.fullmatch(r"mlp(\d+)x_gelu", projector)
-    if not depth and projector != "linear":
-        problems.append(
-            f"mm_projector_type={projector!r} is not supported, only 'linear', 'mlp2x_gelu'"
-        )
-    select = fields.pop("mm_vision_select_feature", "patch")
-    if select not in _SELECT:
-        problems.append(f"mm_vision_select_feature={select!r} is not supported, only 'patch'")
-    width = fields.pop("mm_hidden_size", None)
-    if width not in (None, vision.get("hidden_size")):
-        problems.append(
-            f"mm_hidden_size={width}, but {fields['mm_vision_tower']} has hidden_size="
-            f"{vision.get('hidden_size')}"
-        )
+    table = _FIELDS | (_TILED if tiled else _SQUARE)
+    ours = schema.values(fields, table, "", problems)
+    text = {n: value for n, value in fields.items() if n not in _IGNORED and n not in table}
+    vision = tower.get("vision_config", tower)
+    if not isinstance(vision, Mapping):
+        problems.append(f"{files.shown(ours['mm_vision_tower'])} has no object as vision_config")
+        vision = {}
+    width, theirs = ours["mm_hidden_size"], vision.get("hidden_size")
+    if width not in (None, theirs):
+        name = files.shown(ours["mm_vision_tower"])
+        problems.append(f"mm_hidden_size={width}, but {name} has {files.shown(theirs)}")
     if problems:
-        raise ValueError(f"{source}: {'; '.join(problems)}")
-    model_type, pinpoints = fields.pop("model_type", "llava"), fields.pop(_PINPOINTS, None)
-    del fields["mm_vision_tower"]
+        raise ValueError(files.refusal(source, problems))
+    model_type, pinpoints = text.pop("model_type", "llava"), text.pop(_PINPOINTS, None)
+    if isinstance(model_type, str):
+        model_type = _LANGUAGE.get(model_type, model_type)
+    depth = _PROJECTOR_TYPE.fullmatch(ours["mm_projector_type"])[1]
     kind = {"model_type": "llava_next", _PINPOINTS: pinpoints} if tiled else {"model_type": "llava"}
     return {
         **kind,
-        "image_token_index": fields.get("vocab_size", 32000),
-        "projector_depth": int(depth[1]) if depth else 1,
-        "vision_feature_layer": fields.pop("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": _SELECT[select],
+        "image_token_index": text.get("vocab_size", 32000),
+        "projector_depth": int(depth or 1),
+        "vision_feature_layer": ours["mm_vision_select_layer"],
+        "vision_feature_select_strategy": _SELECT[ours["mm_vision_select_feature"]],
         "vision_config": dict(vision),
-        "text_config": {**fields, "model_type": _LANGUAGE.get(model_type, model_type)},
+        "text_config": {**text, "model_type": model_type},
     }
 
 

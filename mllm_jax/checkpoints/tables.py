@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from mllm_jax.checkpoints import files
 from mllm_jax.models.llava import LlavaConfig
 
 Shape = tuple[int, ...]
@@ -245,7 +246,7 @@ def original_projector(keys: Iterable[str]) -> dict[str, str]:
     """Canonical key -> key in the original code, of all tensors of a projector."""
     matches = {key: _PROJECTOR.fullmatch(key) for key in keys}
     if other := [key for key, match in matches.items() if not match]:
-        raise ValueError(f"the original LLaVA code has no name for {', '.join(other)}")
+        raise ValueError(f"the original LLaVA code has no name for {files.some(other)}")
     found = {key: match.groups() for key, match in matches.items()}
     one = {number for number, _ in found.values()} == {"1"}
     return {
@@ -304,12 +305,12 @@ def check(found: Mapping[str, Shape], wanted: Iterable[Slot], config: LlavaConfi
     missing = [key for key in wanted if key not in found]
     leftover = [key for key in found if key not in wanted and not unused(key, config)]
     misshapen = [
-        f"{key} is {list(found[key])}, expected {list(shape)}"
+        f"{files.line(key, 80)} is {files.shown(list(found[key]))}, expected {list(shape)}"
         for key, shape in wanted.items()
         if key in found and tuple(found[key]) != shape
     ]
     parts = [
-        f"{len(keys)} {word}: {', '.join(brief(keys) if fold else keys)}"
+        f"{len(keys)} {word}: {files.some(brief(keys) if fold else keys, 2, 110)}"
         for word, keys, fold in (
             ("missing", missing, True),
             ("left over", leftover, True),
@@ -331,6 +332,11 @@ def brief(keys: Iterable[str]) -> list[str]:
         number = _LAYER.search(key)
         layers.setdefault(_LAYER.sub("{}", key, count=1), []).append(number[0] if number else "")
     return [
-        pattern.replace("{}", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
+        pattern.replace("{}", numbers[0] if len(numbers) == 1 else f"{{{_numbers(numbers)}}}")
         for pattern, numbers in layers.items()
     ]
+
+
+def _numbers(numbers: list[str]) -> str:
+    """All of few layer numbers, the ends of many."""
+    return ",".join(numbers if len(numbers) <= 8 else [*numbers[:3], "...", numbers[-1]])

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from mllm_jax import store
-from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.checkpoints import files, tables, torch_file
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first there is, whole or in shards
@@ -33,6 +32,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_BYTES = 16 * 2**20  # of a safetensors file; one tensor takes about 100
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -60,9 +60,9 @@ def open_directory(directory: pathlib.Path, problems: list[Exception]) -> dict[s
             return by_name(itertools.chain(*opened.values()), problems)
         if (index := directory / f"{name}.index.json").exists():
             return _open_shards(index, problems)
-    raise FileNotFoundError(
-        f"{directory}: has neither {' nor '.join(WEIGHTS)}, nor an index of shards of it"
-    )
+    names = " nor ".join(WEIGHTS)
+    problem = f"has neither {names}, nor an index of shards of it"
+    raise FileNotFoundError(files.refusal(directory, [problem]))
 
 
 def open_file(path: pathlib.Path) -> list[Stored]:
@@ -70,10 +70,10 @@ def open_file(path: pathlib.Path) -> list[Stored]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it is not a regular file.
         ValueError: it is cut short, or holds something else.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: missing; fetch it again")
+    path = files.regular(path)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
@@ -83,12 +83,10 @@ def by_name(tensors: Iterable[Stored], problems: list[Exception]) -> dict[str, S
     for tensor in tensors:
         first = found.setdefault(tables.canonical(tensor.key), tensor)
         if first is not tensor:
-            place = "" if first.path == tensor.path else f" of {first.path.name}"
-            problems.append(
-                ValueError(
-                    f"{tensor.path}: {tensor.key!r} and {first.key!r}{place} are the same tensor"
-                )
-            )
+            place = "" if first.path == tensor.path else f" of {files.line(first.path.name, 60)}"
+            one, other = files.line(tensor.key, 60), files.line(first.key, 60)
+            problem = f"'{one}' and '{other}'{place} are the same tensor"
+            problems.append(ValueError(files.refusal(tensor.path, [problem])))
     return found
 
 
@@ -107,51 +105,95 @@ def _open_files(
 
 def _open_shards(index: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
     try:
-        places = {
-            key: index.parent / pathlib.PurePath(shard).name
-            for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        problems.append(ValueError(f"{index}: not a readable index; fetch it again"))
+        places = _places(index)
+    except (OSError, ValueError) as error:
+        problems.append(error)
         return {}
     opened = _open_files(sorted(set(places.values())), problems)
     for shard, tensors in opened.items():
         keys = {tensor.key for tensor in tensors}
         absent = [key for key, place in places.items() if place == shard and key not in keys]
         if absent:
-            named = ", ".join(tables.brief(absent))
-            problems.append(ValueError(f"{index}: names tensors that {shard.name} lacks: {named}"))
+            lacks = f"names tensors that {files.line(shard.name, 60)} lacks"
+            named = files.some(tables.brief(absent))
+            problems.append(ValueError(files.refusal(index, [f"{lacks}: {named}"])))
     lost = dict.fromkeys(map(tables.canonical, places))
     return lost | by_name(itertools.chain(*opened.values()), problems)
 
 
+def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Key -> the shard that an index says it is in, a file beside it."""
+    shards = files.read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(files.refusal(index, ["not a readable index, it has no weight_map"]))
+    for key, name in shards.items():
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\0" in name:
+            problem = f"not a readable index, {files.line(key, 60)} is in {files.shown(name)}"
+            raise ValueError(files.refusal(index, [f"{problem}, expected a file beside it"]))
+    return {key: index.parent / name for key, name in shards.items()}
+
+
 def _open_safetensors(path: pathlib.Path) -> list[Stored]:
-    try:
-        with safetensors.safe_open(path, "numpy"):  # finds whatever is wrong with its layout
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated or altered ({error}); fetch it again") from error
+    size = path.stat().st_size
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _HEADER_BYTES):
+            raise _altered(path, f"a header of {length} bytes in a file of {size}")
+        try:
+            header = files.parse_json(file.read(length), "its header")
+        except ValueError as error:
+            raise _altered(path, error) from error
     header.pop("__metadata__", None)
-    if unknown := {entry["dtype"] for entry in header.values()} - set(_DTYPES):
-        raise ValueError(f"{path}: tensors of {', '.join(sorted(unknown))} are not read")
-    tensors = []
-    for key, entry in header.items():
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start = 8 + size + entry["data_offsets"][0]
-        tensors.append(Stored(path, key, dtype, shape, start, row_major(shape, dtype)))
+    start = 8 + length
+    tensors = [_entry(path, key, entry, start) for key, entry in header.items()]
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
+        if tensor.offset != start:
+            raise _altered(path, f"{files.line(tensor.key, 60)} does not follow the one before")
+        start = tensor.end
+    if start != size:
+        raise _altered(path, f"its tensors end at {start} and the file at {size}")
     return tensors
+
+
+def _entry(path: pathlib.Path, key: str, entry: object, start: int) -> Stored:
+    """A tensor as the header of a safetensors file has it; `start` is where the tensors begin."""
+    name = files.line(key, 60)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _altered(path, f"{name} has no dtype, shape and data_offsets")
+    kind, shape, ends = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        problem = f"{name} holds {files.shown(kind)}, only {', '.join(_DTYPES)} are read"
+        mend = "save the model again in bfloat16, not quantised"
+        raise ValueError(files.refusal(path, [f"{problem}; {mend}"]))
+    for value in (shape, ends):
+        if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+            raise _altered(path, f"{name} has {files.shown(value)} for a shape or offsets")
+    dtype = _DTYPES[kind]
+    if len(ends) != 2 or ends[1] - ends[0] != math.prod(shape) * dtype.itemsize or len(shape) > 32:
+        raise _altered(path, f"{name}: {kind} of {files.shown(shape)} at {files.shown(ends)}")
+    tensor = Stored(path, key, dtype, tuple(shape), start + ends[0], row_major(shape, dtype))
+    return tensor
+
+
+def _altered(path: pathlib.Path, reason: object) -> ValueError:
+    reason = files.line(reason, 150)
+    return ValueError(files.refusal(path, [f"truncated or altered ({reason}); fetch it again"]))
 
 
 def _open_torch(path: pathlib.Path) -> list[Stored]:
     value = torch_file.index(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not tensors by name")
-    if other := [key for key, tensor in value.items() if not isinstance(tensor, Stored)]:
-        raise ValueError(f"{path}: not a tensor: {', '.join(map(str, other))}")
-    return [tensor._replace(key=str(key)) for key, tensor in value.items()]
+        problem = f"holds a {type(value).__name__}, not tensors by name"
+        raise ValueError(files.refusal(path, [problem]))
+    tensors = [item for item in value.items() if isinstance(item[1], Stored)]
+    if len(tensors) < len(value):
+        other = [key for key, tensor in value.items() if not isinstance(tensor, Stored)]
+        problem = f"not a tensor: {files.some(other)}"
+        raise ValueError(files.refusal(path, [problem]))
+    if other := [key for key in value if not isinstance(key, str)]:
+        problem = f"not the name of a tensor: {files.some(other)}"
+        raise ValueError(files.refusal(path, [problem]))
+    return [tensor._replace(key=key) for key, tensor in tensors]
 
 
 def write(tensors: Mapping[str, np.typing.ArrayLike], path: pathlib.Path) -> None:

@@ -13,7 +13,6 @@ import operator
 import pathlib
 import pickle
 import pickletools
-import struct
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from mllm_jax import store
+from mllm_jax.checkpoints import archive, files
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 _STORAGES = {
@@ -41,10 +41,10 @@ _NAMES = frozenset(  # dtypes that may stand beside the tensors; they come back 
     "bfloat16 bool float16 float32 float64 int16 int32 int64 int8 uint8".split()  # noqa: SIM905
 )
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files began before PyTorch 1.6
-_BROKEN = (  # what zipfile raises of a damaged zip
-    zipfile.BadZipFile, struct.error, OSError, EOFError, RuntimeError, UnicodeError,
-)  # fmt: skip
-_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and of the extra field
+_PROGRAM_BYTES = 16 * 2**20  # of a pickle; one tensor of a state_dict takes about 200
+_PROGRAM_STEPS = 500_000  # of a pickle; one tensor takes about 30
+_SMALL = 2**20  # bytes that an expanded tensor may have whatever the size of its file
+_AXES = 32  # that a tensor may have
 
 
 def read(path: str | pathlib.Path) -> Any:
@@ -61,59 +61,58 @@ def read(path: str | pathlib.Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is cut short, of a format that is not read, or asks for anything but tensors.
     """
-    try:
-        return _map(lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf, index(path))
-    except RecursionError as error:
-        raise ValueError(f"{path}: not a pickle of tensors (lists without end)") from error
+    return _map(lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf, index(path))
 
 
 def index(path: str | pathlib.Path) -> Any:
     """As `read`, with tensors that are not yet read."""
-    path = pathlib.Path(path)
+    path = files.regular(path)
+    program, storages = _unzip(path)
     try:
-        program, stretches = _unzip(path)
-    except FileNotFoundError:
-        raise
-    except _BROKEN as error:
-        raise ValueError(f"{path}: {_mend(path, error)}") from error
-    try:
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name.endswith("PUT") and argument > len(program):
-                raise ValueError("more to remember than it has")  # Python would make room for it
-        return _Tensors(program, path, stretches).load()
+        _check_program(program)
+        value = _Tensors(program, path, storages).load()
+        return _map(lambda leaf: leaf, value)  # as nested as it seems
     except _Refused as error:
+        asked = files.line(error, 100)
         raise ValueError(
-            f"{path}: refused, it asks for {_line(error)} and only tensors are read from a pickle; "
-            "save its state_dict alone, or as safetensors"
+            files.refusal(
+                path,
+                [
+                    f"refused, it asks for {asked} and only tensors are read from a pickle; "
+                    "save its state_dict alone, or as safetensors"
+                ],
+            )
         ) from error
     except Exception as error:  # a pickle can fail in as many ways as a program
-        raise ValueError(f"{path}: not a pickle of tensors ({_line(error)})") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else files.line(error, 90)
+        raise ValueError(files.refusal(path, [f"not a pickle of tensors ({reason})"])) from error
 
 
-def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickle, and of every storage where its bytes begin in the file and how many they are."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        if "data.pkl" not in entries:
-            raise zipfile.BadZipFile("it has no data.pkl")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-            raise ValueError(f"{path}: compressed, as torch.save never does; unpack it first")
-        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise ValueError(f"{path}: big-endian, and only little-endian numbers are read")
-        stretches = {
-            name.removeprefix("data/"): _stretch(entry, file)
-            for name, entry in entries.items()
-            if name.startswith("data/")
-        }
-        return archive.read(entries["data.pkl"]), stretches
-
-
-def _stretch(entry: zipfile.ZipInfo, file: io.BufferedReader) -> tuple[int, int]:
-    file.seek(entry.header_offset)
-    start = entry.header_offset + 30 + sum(_LOCAL_HEADER.unpack(file.read(30)))
-    if start + entry.file_size > file.seek(0, io.SEEK_END):
-        raise zipfile.BadZipFile(f"{entry.filename} is cut short")
-    return start, entry.file_size
+def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, archive.Member]]:
+    """The pickle, and where the bytes of every storage lie in the file."""
+    try:
+        members = {name.partition("/")[2]: m for name, m in archive.members(path).items()}
+        if "data.pkl" not in members:
+            raise archive.Damaged("it has no data.pkl")
+        if members["data.pkl"].size > _PROGRAM_BYTES:
+            raise archive.Damaged("its data.pkl is too large")
+    except archive.Compressed as error:
+        raise ValueError(
+            files.refusal(path, ["compressed, as torch.save never does; unpack it first"])
+        ) from error
+    except archive.Damaged as error:
+        raise ValueError(files.refusal(path, [_mend(path, error)])) from error
+    order = members.get("byteorder")
+    if order and archive.read(path, order) != b"little":
+        raise ValueError(
+            files.refusal(path, ["big-endian, and only little-endian numbers are read"])
+        )
+    storages = {
+        name.removeprefix("data/"): member
+        for name, member in members.items()
+        if name.startswith("data/")
+    }
+    return archive.read(path, members["data.pkl"]), storages
 
 
 def _mend(path: pathlib.Path, error: Exception) -> str:
@@ -123,12 +122,48 @@ def _mend(path: pathlib.Path, error: Exception) -> str:
         return "the format of PyTorch before 1.6; write it again by torch.save of a newer one"
     if start[:1] == b"\x80":
         return "a bare pickle, which is not read; write it by torch.save or as safetensors"
-    return f"truncated or altered ({_line(error)}); fetch it again"
+    return f"truncated or altered ({files.line(error, 90)}); fetch it again"
 
 
-def _line(error: Exception) -> str:
-    """What an error says, in one short line even where a hostile file has written it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())[:200]
+def _check_program(program: bytes) -> None:
+    """Refuses a pickle that would make more than it holds.
+
+    A tuple that holds another twice, which holds another twice, is small in memory, but whoever
+    hashes or copies it goes through all of it. So each value has a weight, what it takes to go
+    through it, and a tuple may not be much heavier than the program.
+    """
+    stack: list[int | None] = []  # weights; None is a mark
+    memo: dict[int, int] = {}
+    for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if step > _PROGRAM_STEPS:
+            raise ValueError("too many steps")
+        if opcode.name.endswith("PUT"):
+            if argument > len(program):
+                raise ValueError("more to remember than it has")  # Python would make room for it
+            memo[argument] = stack[-1]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif opcode.name.endswith("GET"):
+            stack.append(memo[argument])
+        elif opcode.name == "DUP":
+            stack.append(stack[-1])
+        else:
+            weight = 1 + _taken(opcode, stack)
+            if weight > 100 * len(program):
+                raise ValueError("much larger than its file")
+            stack += [None if made.name == "mark" else weight for made in opcode.stack_after]
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
+    """The weight of all that an instruction takes from the stack."""
+    weight = 0
+    for kind in reversed(opcode.stack_before):
+        if kind.name == "stackslice":
+            while stack[-1] is not None:
+                weight += stack.pop()
+        else:
+            weight += stack.pop() or 0
+    return weight
 
 
 class _Refused(Exception):
@@ -142,15 +177,18 @@ class _Tensors(pickle.Unpickler):
     nothing outside of its own value.
     """
 
-    def __init__(self, program: bytes, path: pathlib.Path, stretches: dict[str, tuple[int, int]]):
+    def __init__(self, program: bytes, path: pathlib.Path, storages: dict[str, archive.Member]):
         super().__init__(io.BytesIO(program))
-        self._path, self._stretches = path, stretches
+        self._path, self._storages = path, storages
+        self._most = max(path.stat().st_size, _SMALL)
         self._allowed: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _view(*args[:4]),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: self._view(*args[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
-            ("torch", "Size"): lambda sizes: tuple(sizes),
-            ("torch", "device"): lambda *where: ":".join(map(str, where)),
+            ("torch", "Size"): lambda sizes: tuple(map(operator.index, sizes)),
+            ("torch", "device"): lambda kind, *number: ":".join(
+                [kind, *map("{:d}".format, number)]
+            ),
             **{("torch", name): name for name in (*_STORAGES, *_NAMES)},
         }
 
@@ -162,32 +200,54 @@ class _Tensors(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Stored:
         _, storage, key, _, count = pid
-        dtype, (start, size) = _STORAGES[storage], self._stretches[key]
+        dtype, (start, size) = _STORAGES[storage], self._storages[key]
         if not 0 <= count * dtype.itemsize <= size:
             raise ValueError(f"storage {key} has {size} bytes, too few for {count} {dtype}")
         return Stored(self._path, key, dtype, (count,), start, (dtype.itemsize,))
 
-
-def _view(storage: Stored, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Stored:
-    """A tensor in its storage; `first` and `strides` are counted in elements."""
-    size = storage.dtype.itemsize
-    tensor = storage._replace(
-        shape=tuple(map(operator.index, shape)),
-        offset=storage.offset + operator.index(first) * size,
-        strides=tuple(operator.index(stride) * size for stride in strides),
-    )
-    if min(0, first, *shape, *strides) < 0 or tensor.end > storage.end:
-        raise ValueError(f"a tensor reaches beyond its storage {storage.key}")
-    return tensor
+    def _view(
+        self, storage: Stored, first: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> Stored:
+        """A tensor in its storage; `first` and `strides` are counted in elements."""
+        size = storage.dtype.itemsize
+        tensor = storage._replace(
+            shape=tuple(map(operator.index, shape)),
+            offset=storage.offset + operator.index(first) * size,
+            strides=tuple(operator.index(stride) * size for stride in strides),
+        )
+        if len(shape) > _AXES or len(shape) != len(strides):
+            raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
+        if min(0, first, *shape, *strides) < 0 or tensor.end > storage.end:
+            raise ValueError(f"a tensor reaches beyond its storage {storage.key}")
+        if math.prod(shape) * size > self._most:
+            raise ValueError(f"a tensor of {math.prod(shape):,} elements is larger than its file")
+        return tensor
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same lists, tuples and dicts with other leaves."""
-    if isinstance(value, dict):
-        return {key: _map(change, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and not isinstance(value, Stored):
-        return type(value)(_map(change, item) for item in value)
-    return change(value)
+    """The same lists, tuples and dicts with other leaves; what is shared stays so.
+
+    Raises:
+        ValueError: a list is within itself.
+    """
+    done: dict[int, Any] = {}
+    inside = object()
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Stored) or not isinstance(value, (dict, list, tuple)):
+            return change(value)
+        if id(value) not in done:
+            done[id(value)] = inside
+            if isinstance(value, dict):
+                new = {key: changed(item) for key, item in value.items()}
+            else:
+                new = type(value)(changed(item) for item in value)
+            done[id(value)] = new
+        if done[id(value)] is inside:
+            raise ValueError("lists without end")
+        return done[id(value)]
+
+    return changed(value)
 
 
 def write(value: Any, path: str | pathlib.Path) -> None:

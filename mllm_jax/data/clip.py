@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mllm_jax.data import pictures as picture_files
 from mllm_jax.data import processor
 from mllm_jax.models.clip_text import ClipPairConfig
 
@@ -56,7 +57,10 @@ class ClipProcessor:
             )
 
     def pictures(self, pictures: Sequence) -> np.ndarray:
-        """float32[I, row, column, 3]: pictures of PIL, or of paths, as pixels."""
-        images = [processor.read_picture(picture) for picture in pictures]
+        """float32[I, row, column, 3]: pictures, see `pictures.read`, as pixels."""
+        images = [
+            picture_files.read(picture, f"picture {number}")
+            for number, picture in enumerate(pictures)
+        ]
         values = self._pictures(images, return_tensors="np")["pixel_values"]
         return np.moveaxis(values, 1, -1)

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import PIL.Image
 import tqdm
 
-from mllm_jax.data import packages
+from mllm_jax.data import files, packages, pictures
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.data.embedded import recipe as recipe_lib
 
@@ -66,16 +66,12 @@ class Example:
     def image(self) -> PIL.Image.Image:
         """The picture, RGB; transparency is laid on white."""
         try:
-            with PIL.Image.open(io.BytesIO(self.encoded)) as opened:
-                if "A" in opened.getbands() or "transparency" in opened.info:
-                    opened = opened.convert("RGBA")
-                    white = PIL.Image.new("RGBA", opened.size, "white")
-                    opened = PIL.Image.alpha_composite(white, opened)
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            return pictures.read(self.encoded)
+        except ValueError as error:
+            where = f"domain {files.name(self.domain, 40)!r}, example {files.name(self.id, 60)!r}"
             raise ValueError(
-                f"domain {self.domain!r}, example {self.id!r}: the image {self.source} cannot be "
-                f"read ({error}); replace or remove it"
+                f"{where}: the image {files.name(self.source, 100)} cannot be read "
+                f"({files.reason(error.__cause__)}); replace or remove it"
             ) from error
 
     def ask(self, style: str) -> Question:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ import tqdm
 
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.sharding import hosts, mesh
-from mllm_jax.store import atomic_json, read_json
+from mllm_jax.sharding import mesh
+from mllm_jax.store import Rows
 
 
 @jax.jit
@@ -43,45 +44,49 @@ def vision_features(
     path: str | pathlib.Path,
     *,
     batch_size: int = 8,
+    restart: bool = False,
     label: str = "vision features",
 ) -> np.ndarray:
     """float32[N, P, E]: what the vision tower gives for each example, in a mapped file.
 
     P counts the patches of all places that a picture has for tiles.
 
-    A killed run continues where it stopped.
+    A killed run continues where it stopped; examples may be added after these. The pictures are
+    read each time, to compare them, and the tower runs for new ones alone.
 
     Args:
-      examples: each with an `image`.
-      path: the .npy file; beside it a .json says how much of it is done.
+      examples: each with an `image`, and `encoded` if its bytes are at hand.
+      path: the .npy file; beside it a .json says how much of it is done, and what it was made for.
+      restart: remove what is there.
+
+    Raises:
+      ValueError: the file holds features of another model, processor or other pictures, of more
+        pictures, or is damaged.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    progress = path.with_suffix(".json")
     vision = model.config.vision
     tokens = model.config.tiles * vision.feature_tokens
-    shape = (len(examples), tokens, vision.width)
-    done = read_json(progress)["done"] if progress.exists() and path.exists() else 0
-    done = hosts.agree(done)
-    kept = None
-    if hosts.writes():
-        mode = "r+" if done else "w+"
-        kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=shape)
+    store = Rows(
+        path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
+        model=[model.config, model.vision], processor=processor.reads_pictures(),
+    )  # fmt: skip
+    store.resume(map(picture, examples))
     with (
         mesh.on(model),
-        tqdm.tqdm(total=len(examples), initial=done, desc=label, leave=False) as bar,
+        tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar,
     ):
         size = mesh.filled("B", batch_size)
-        while done < len(examples):
-            some = [examples[i] for i in range(done, min(done + size, len(examples)))]
+        while store.done < len(examples):
+            some = [examples[i] for i in range(len(examples))[store.done : store.done + size]]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
             values = mesh.home(encode(model, mesh.place(batch.replace(processor=None))))
-            if kept is not None:
-                values = np.asarray(values).reshape(-1, *shape[1:])
-                kept[done : done + len(some)] = values[places(model.config, batch)[: len(some)]]
-                kept.flush()
-            done += len(some)
-            atomic_json(progress, {"done": done})
+            values = np.asarray(values, np.float32).reshape(-1, tokens, vision.width)
+            values = values[places(model.config, batch)[: len(some)]]
+            store.append([picture(e) for e in some], {"features": values})
             bar.update(len(some))
-    hosts.meet(str(path))
-    return np.load(path, mmap_mode="r")
+    return store.arrays()["features"]
+
+
+def picture(example: Any) -> Any:
+    """The content of an example's picture: the bytes of its file, or the picture."""
+    return getattr(example, "encoded", None) or example.image

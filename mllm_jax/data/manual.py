@@ -10,8 +10,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import PIL.Image
 import tensorflow_datasets as tfds
+
+from mllm_jax.data import files, pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +130,11 @@ def encoded(name: str, file: pathlib.Path) -> bytes:
         if file.suffix.lower() not in (".tif", ".tiff"):
             return file.read_bytes()
         out = io.BytesIO()
-        PIL.Image.open(file).convert("RGB").save(out, "PNG")  # what every reader opens
+        pictures.read(file).save(out, "PNG")  # what every reader opens
         return out.getvalue()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name}: the picture {file} cannot be read ({error.strerror or error}); unpack the "
+            f"{name}: the picture {file} cannot be read ({files.reason(error)}); unpack the "
             "archive of pictures again"
         ) from error
 

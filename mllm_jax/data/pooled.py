@@ -9,10 +9,10 @@ import numpy as np
 import tqdm
 
 from mllm_jax import sites, tokens
-from mllm_jax.data.features import by_row, encode
+from mllm_jax.data.features import by_row, encode, picture
 from mllm_jax.data.processor import Processor
 from mllm_jax.interventions import captures, run
-from mllm_jax.store import atomic_json, fingerprint, read_json
+from mllm_jax.store import Rows
 
 CAPTURES = {
     "projector": captures.mean(sites.projector.out, where=~tokens.cls),
@@ -31,6 +31,7 @@ def pooled_features(
     features: np.ndarray | None = None,
     batch_size: int = 8,
     length: int | None = None,
+    restart: bool = False,
     label: str = "pooled features",
 ) -> dict[str, np.ndarray]:
     """What each side of the projection and each layer of the LM holds of a picture, on average.
@@ -42,25 +43,44 @@ def pooled_features(
       examples: each with an `image`.
       prompts: one an example. Image tokens stand before the question, so that only `lm.last`
         depends on it (with a Q-Former, all but `vision` do).
-      path: a folder for the arrays; it belongs to one model, its prompts and features.
+      path: a folder for the arrays; it belongs to one model and processor, and to these pictures,
+        prompts and features. Examples may be added after them.
       features: float[N, P, E] of the examples, see `vision_features`; then the tower is not run.
       length: tokens of a row, so that all batches are alike.
+      restart: remove what is there.
 
     Returns:
       Mapped arrays: `vision` float32[N, E], before the projection, and `projector` float32[N, D],
       after it, means over the patches; `lm.image` float32[N, L, D], what leaves each layer, mean
       over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
+
+    Raises:
+      ValueError: examples and prompts are not as many, or the folder holds features of something
+        else, or is damaged.
     """
     if len(prompts) != len(examples) or not len(examples):
         raise ValueError(f"{len(examples)} examples for {len(prompts)} prompts")
-    store = _Store(pathlib.Path(path), _asked(model, prompts, features), len(examples))
+    folder = pathlib.Path(path)
+    store = Rows(
+        folder / "progress.json", lambda name: folder / f"{name}.npy", len(examples),
+        restart=restart, model=model, processor=processor,
+    )  # fmt: skip
+
+    def item(i: int) -> tuple:
+        """What the rows of an example depend on."""
+        row = None if features is None else np.asarray(features[i])
+        return picture(examples[i]), prompts[i], row
+
+    store.resume(map(item, range(len(examples))))
     with tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar:
         while store.done < len(examples):
             at = slice(store.done, store.done + batch_size)
-            pictures = [examples[i].image for i in range(len(examples))[at]]
+            some = range(len(examples))[at]
+            pictures = [examples[i].image for i in some]
             given = _given(model.config, pictures, features, at)
             batch = processor(prompts=prompts[at], rows=batch_size, length=length, **given)
-            store.add(_pooled(model, batch.replace(processor=None), len(pictures)))
+            rows = _pooled(model, batch.replace(processor=None), len(pictures))
+            store.append([item(i) for i in some], rows)
             bar.update(len(pictures))
     return store.arrays()
 
@@ -86,47 +106,3 @@ def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
         "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),
     }
     return {name: np.asarray(values[:rows], np.float32) for name, values in made.items()}
-
-
-def _asked(model, prompts, features) -> str:
-    text = np.frombuffer("\n".join(prompts).encode(), np.uint8)
-    given = np.zeros(0) if features is None else features[:1]
-    return fingerprint(model, text, np.asarray(given))
-
-
-class _Store:
-    """Arrays in a folder that grow row by row, and how many rows there are."""
-
-    def __init__(self, folder: pathlib.Path, asked: str, count: int):
-        self.folder, self.asked, self.count, self.done = folder, asked, count, 0
-        if self._progress.exists():
-            found = read_json(self._progress)
-            if found["asked"] != asked or found["count"] != count:
-                raise ValueError(
-                    f"{folder} holds features of another model, prompts or pictures: remove it, "
-                    "or give another path"
-                )
-            self.done, self.names = found["done"], found["names"]
-
-    @property
-    def _progress(self) -> pathlib.Path:
-        return self.folder / "progress.json"
-
-    def add(self, values: dict[str, np.ndarray]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.names = sorted(values)
-        for name, rows in values.items():
-            shape = (self.count, *rows.shape[1:])
-            mode = {"mode": "r+"} if self.done else {"mode": "w+", "dtype": np.float32}
-            kept = np.lib.format.open_memmap(self._file(name), shape=shape, **mode)
-            kept[self.done : self.done + len(rows)] = rows
-            kept.flush()
-        self.done += len(rows)
-        state = {"asked": self.asked, "count": self.count, "done": self.done, "names": self.names}
-        atomic_json(self._progress, state)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {name: np.load(self._file(name), mmap_mode="r") for name in self.names}
-
-    def _file(self, name: str) -> pathlib.Path:
-        return self.folder / f"{name}.npy"

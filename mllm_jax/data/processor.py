@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.data import pictures as picture_files
 from mllm_jax.models.llava import Batch, Layout, LlavaConfig
 
 IMAGE = "<image>"
@@ -139,6 +141,17 @@ class Processor:
             )
         return made
 
+    def reads_pictures(self) -> list[Any]:
+        """What pixels depend on, beside the picture: for the fingerprints of stores."""
+        made = self.image_processor
+        settings = made.to_dict() if hasattr(made, "to_dict") else made
+        return [self.image_aspect_ratio, self.config.pinpoints, settings]
+
+    def _fingerprint_(self) -> list[Any]:
+        """What batches depend on, beside pictures and text."""
+        tokenizers = [self.tokenizer, getattr(self, "qformer_tokenizer", None)]
+        return [self.config, self.reads_pictures(), *map(_tokenizer_content, tokenizers)]
+
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
         """int32[n]: the ids that end an answer."""
@@ -159,8 +172,9 @@ class Processor:
         """A batch of one prompt a row.
 
         Args:
-          images: one picture a row (PIL or path), or a list of pictures a row, or None for text.
-            One that is given again, such as `[picture] * 4` with four prompts, is encoded once.
+          images: one picture a row, or a list of pictures a row, or None for text; a picture is
+            a path, bytes, an array or one of PIL, see `pictures.read`. One that is given again,
+            such as `[picture] * 4` with four prompts, is encoded once.
           prompts: with `<image>` in it a prompt is used as it stands; without, it is set into
             the chat template, pictures first.
           answers: read after the prompt, with an end of turn; of kind answer.
@@ -428,6 +442,11 @@ def squared(image, mean: Sequence[float]):
     import PIL.Image
 
     side = max(image.size)
+    if side**2 > picture_files.MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {image.width} x {image.height} (width x height) makes a square of more "
+            f"than {picture_files.MAX_PIXELS:,} pixels: make it smaller"
+        )
     square = PIL.Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -435,13 +454,16 @@ def squared(image, mean: Sequence[float]):
 
 def _opened(rows: list[list]) -> list[list]:
     """The pictures of each row in RGB; one that is given twice is opened once."""
-    pictures = {_key(picture): picture for row in rows for picture in row}
-    opened = {key: read_picture(picture) for key, picture in pictures.items()}
+    opened = {}
+    for number, row in enumerate(rows):
+        for place, picture in enumerate(row):
+            if (key := _key(picture)) not in opened:
+                opened[key] = picture_files.read(picture, f"picture {place} of row {number}")
     return [[opened[_key(picture)] for picture in row] for row in rows]
 
 
 def _key(picture) -> int | str:
-    return str(picture) if isinstance(picture, (str, pathlib.Path)) else id(picture)
+    return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def _places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
@@ -510,19 +532,6 @@ def _as_list(pictures) -> list:
     return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
-def read_picture(picture):
-    """A picture in RGB, of PIL or of a path."""
-    import PIL.Image
-
-    if isinstance(picture, (str, pathlib.Path)):
-        try:
-            picture = PIL.Image.open(picture)
-            picture.load()
-        except OSError as error:
-            raise ValueError(f"cannot read the picture {picture}: {error}") from error
-    return picture.convert("RGB")
-
-
 def _chat_template(directory: pathlib.Path) -> str | None:
     """The chat template in a file of its own; older checkpoints wrap it in JSON."""
     plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
@@ -558,3 +567,12 @@ def read_image_processor(directory: pathlib.Path):
         if (directory / name).exists():
             return AutoImageProcessor.from_pretrained(directory, backend="pil")
     raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
+
+
+def _tokenizer_content(tokenizer) -> list[Any] | None:
+    """All that a fast tokenizer is made of; how it last filled up or cut text is no part of it."""
+    if tokenizer is None:
+        return None
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core |= {"padding": None, "truncation": None}
+    return [core, tokenizer.chat_template, tokenizer.special_tokens_map]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sites
+from mllm_jax.interventions import binding
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import Edits
@@ -85,7 +86,7 @@ def bind(model, batch, edits: Edits | None, steps: int) -> tuple[edits_.BoundEdi
         return ()
     maps = model.token_maps(batch)
     maps |= {name: maps[name].extended(steps) for name in ("lm", "logits")}
-    bound = edits_.bind(edits, run_.site_shapes(model, batch), maps)
+    bound = binding.bind(edits, run_.site_shapes(model, batch), maps)
     return tuple(_continued(edit, batch.last, steps) for edit in bound)
 
 

@@ -36,7 +36,7 @@ def zero_shot(
 
     Args:
         model, processor: as `checkpoints.clip.load` gives them.
-        pictures: N of PIL, or paths; read as they are needed.
+        pictures: N, see `data.pictures.read`; read as they are needed.
         labels: C names of classes; they are read in lower case.
         batch_size: pictures at one time.
     """

@@ -283,7 +283,7 @@ def bind(
     shapes: dict[str, edits.SiteShape],
     maps: dict[str, tokens.TokenMap],
 ) -> dict[str, BoundCapture]:
-    """Captures in the shapes of a model and a batch; errors as in `edits.bind`."""
+    """Captures in the shapes of a model and a batch; errors as in `binding.bind`."""
     return {name: _bind(c, shapes, maps) for name, c in (captures or {}).items()}
 
 

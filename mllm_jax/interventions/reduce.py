@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +13,7 @@ from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.sharding import hosts
-from mllm_jax.store import atomic_npz, fingerprint, structure
+from mllm_jax.store import Store
 
 
 def reduce(
@@ -24,6 +23,7 @@ def reduce(
     edits: Edits | None = None,
     *,
     save: str | pathlib.Path | None = None,
+    restart: bool = False,
     every: int = 8,
     label: str = "reduce",
 ) -> dict[str, Any]:
@@ -31,11 +31,18 @@ def reduce(
 
     Args:
       captures: those that can be merged: `stats`, and `lens` with `by`.
-      batches: a sequence (only what is missing is made) or an iterable.
-      save: an .npz file that the sums are written to; a killed run continues from it and ends
-        with the same numbers.
+      batches: a sequence or an iterable, read one by one.
+      save: an .npz file that the sums are written to, with fingerprints of model, captures, edits
+        and of the batches so far. A killed run continues from it and ends with the same numbers;
+        batches that were added up before are made again, to compare their content, but not run.
+        After the last one nothing is run; more batches are added to those.
+      restart: remove what is saved there.
       every: batches between two writes.
       label: of the progress bar.
+
+    Raises:
+      ValueError: a capture cannot be added up, there is no batch, or `save` holds sums of another
+        model, other captures, edits or batches, of more batches, or is damaged.
     """
     for name, capture in captures.items():
         if capture.form not in ("stats", "entropy"):
@@ -43,54 +50,28 @@ def reduce(
                 f"capture '{name}' ({capture.form}) cannot be added up over batches; "
                 "use stats(...), or lens(..., by=tokens.kind)"
             )
-    store = _Store(save, model, captures, edits)
-    done, total = store.load()
+    store = Store(save, restart=restart, model=model, captures=captures, edits=edits)
+    kept = store.read()
+    total = None if kept is None else _unflatten(kept)
+    rest = store.resume(batches)
     count = len(batches) if hasattr(batches, "__len__") else None
-    rest = (
-        (batches[i] for i in range(done, count))
-        if hasattr(batches, "__getitem__")
-        else itertools.islice(batches, done, None)
-    )
-    for batch in tqdm.tqdm(rest, desc=label, initial=done, total=count, leave=False):
+    written = store.done
+    for batch in tqdm.tqdm(rest, desc=label, initial=store.done, total=count, leave=False):
         out = run_.run(model, batch, edits, captures, logits="none")
         found = {name: value.wide() for name, value in out.captures.items()}
         total = found if total is None else {n: total[n].merge(found[n]) for n in found}
-        done += 1
+        store.add(batch)
         leaving = hosts.leaving()
-        if leaving or done % every == 0:
-            store.write(done, total)
+        if leaving or store.done % every == 0:
+            store.write(_flatten(total))
+            written = store.done
         if leaving:
             hosts.leave(label)
     if total is None:
         raise ValueError(f"{label}: there was no batch to reduce")
-    store.write(done, total)
+    if written < store.done:
+        store.write(_flatten(total))
     return total
-
-
-class _Store:
-    """Sums on disk, with the structure they belong to."""
-
-    def __init__(self, path, model, captures, edits):
-        self.path = pathlib.Path(path) if path else None
-        asked = model, captures, edits
-        self.asked = "" if path is None else f"{fingerprint(asked)} {structure(*asked)}"
-
-    def load(self) -> tuple[int, dict[str, Any] | None]:
-        if self.path is None or not hosts.agree(self.path.exists()):
-            return 0, None
-        with np.load(self.path, allow_pickle=False) as file:
-            if str(file["asked"]) != self.asked:
-                raise ValueError(
-                    f"{self.path} holds sums of another model, captures or edits: remove it, "
-                    "or save elsewhere"
-                )
-            arrays = {name: file[name] for name in file.files}
-        return int(arrays["done"]), _unflatten(arrays)
-
-    def write(self, done: int, total: dict[str, Any]) -> None:
-        if self.path is not None:
-            arrays = {"done": np.int64(done), "asked": np.array(self.asked)}
-            atomic_npz(self.path, arrays | _flatten(total))
 
 
 def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, sites
+from mllm_jax.interventions import binding
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import BoundCapture, Capture
@@ -89,11 +90,11 @@ def run(
 
 
 def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
-    """Edits and captures in the shapes of this model and batch. See `edits.bind`."""
+    """Edits and captures in the shapes of this model and batch. See `binding.bind`."""
     if not edits and not captures:
         return (), {}
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
-    return edits_.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+    return binding.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
 
 
 def place(

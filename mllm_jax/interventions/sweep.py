@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mllm_jax import store
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions import trunk as trunk_
 from mllm_jax.interventions.captures import Capture
@@ -34,6 +33,7 @@ from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.run import Out
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import hosts, mesh
+from mllm_jax.store import Store, fingerprint, refusal
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
@@ -81,6 +81,7 @@ def sweep(
     chunk: int | None = None,
     share: bool = True,
     save: str | pathlib.Path | None = None,
+    restart: bool = False,
     label: str = "sweep",
 ) -> Any:
     """`metric(run(model, batch, edit, captures))` for each edit, stacked: [R, ...] on the host.
@@ -95,20 +96,29 @@ def sweep(
         tokens, of those that keep the widest tensor of a layer under BUDGET bytes. A chunk is
         taken to cost one lane more than it has.
       share: whether what is clean is computed once; False runs each lane whole.
-      save: an .npz file that finished rows are written to; a killed sweep continues from it.
+      save: an .npz file that finished rows are written to, with fingerprints of all that they
+        depend on; a killed sweep continues from it, also with further edits after these.
+      restart: remove what is saved there.
       label: of the progress bar.
 
     Raises:
-      ValueError: an edit does not fit, or `save` holds the rows of another sweep.
+      ValueError: an edit does not fit; or `save` holds rows of another metric (its code, or the
+        arrays given to it), model, batch, other captures or edits, of more edits, or is damaged.
     """
     edits = edits if isinstance(edits, Stack) else stack(edits)
     metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
     batch = batch.replace(processor=None)
+    store = Store(
+        save, restart=restart, model=model, data=batch, captures=captures,
+        code={"metric": metric}, settings={"logits": logits},
+    )  # fmt: skip
+    rows = _Rows(edits.items, store)
     bound = [run_.bind(model, batch, item, None)[0] for item in edits.items]
     asked = run_.bind(model, batch, None, captures)[1]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
     with mesh.on(model):
+        share = share and not rows.done.all()  # nothing is run for rows that are there
         trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
         ways = mesh.ways("R")  # as many lanes in each
         chunk = min(chunk or _chunk(trunk, run_.site_shapes(model, batch), ways), len(bound))
@@ -124,8 +134,7 @@ def sweep(
                 logits=logits, prefix=prefix,
             )  # fmt: skip
 
-        shape = jax.eval_shape(program(np.arange(1)))
-        rows = _Rows(shape, len(bound), save, (metric, model, batch, bound, asked))
+        rows.begin(jax.eval_shape(program(np.arange(1))))
         chunks = [numbers for numbers in trunk.chunks(chunk) if not rows.done[numbers].all()]
         left = sum(len(numbers) for numbers in chunks)
         with tqdm.tqdm(
@@ -189,25 +198,29 @@ def _chunk(trunk: trunk_.Trunk, shapes: dict[str, SiteShape], ways: int) -> int:
 class _Rows:
     """The results of the lanes, filled in any order and kept on disk if asked."""
 
-    def __init__(self, shape: Any, count: int, save, asked: Any):
-        self.values = jax.tree.map(lambda s: np.zeros((count, *s.shape[1:]), s.dtype), shape)
-        self.done = np.zeros(count, bool)
-        self.path = None if save is None else pathlib.Path(save)
-        if self.path is None:
-            return
-        self.asked = f"{store.fingerprint(asked)} {store.structure(shape, asked)}"
-        if hosts.agree(self.path.exists()):
-            self._read()
+    def __init__(self, edits: Sequence[Edits], store: Store):
+        self.values, self.done = None, np.zeros(len(edits), bool)
+        self._store, self._kept = store, store.read()
+        if store.path is not None:
+            self._edits = np.array([fingerprint(item) for item in edits])
+        if self._kept is not None:
+            self._check(self._kept["edits"])
+            self.done[: len(self._kept["done"])] = self._kept["done"]
 
-    def _read(self) -> None:
-        with np.load(self.path, allow_pickle=False) as file:
-            if str(file["asked"]) != self.asked:
-                raise ValueError(
-                    f"{self.path} holds the rows of another sweep: remove it, or save elsewhere"
-                )
-            self.done = file["done"]
+    def _check(self, kept: np.ndarray) -> None:
+        """The edits of the rows that are kept are these, or the first of these."""
+        if not np.array_equal(kept[: len(self._edits)], self._edits[: len(kept)]):
+            raise refusal(self._store.path, ["edits"])
+        if len(kept) > len(self._edits):
+            raise refusal(self._store.path, [f"edits ({len(kept)} there, {len(self._edits)} now)"])
+
+    def begin(self, shape: Any) -> None:
+        """Makes room for the rows, of this shape but for their number, and fills in those kept."""
+        count = len(self.done)
+        self.values = jax.tree.map(lambda s: np.zeros((count, *s.shape[1:]), s.dtype), shape)
+        if self._kept is not None:
             for i, leaf in enumerate(jax.tree.leaves(self.values)):
-                leaf[...] = file[str(i)]
+                leaf[: len(self._kept["done"])] = self._kept[str(i)]
 
     def write(self, numbers: np.ndarray, found: Any) -> None:
         def put(all_, some):
@@ -215,7 +228,6 @@ class _Rows:
 
         jax.tree.map(put, self.values, found)
         self.done[numbers] = True
-        if self.path is not None:
+        if self._store.path is not None:
             arrays = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(self.values))}
-            arrays |= {"done": self.done, "asked": np.array(self.asked)}
-            store.atomic_npz(self.path, arrays)
+            self._store.write({"done": self.done, "edits": self._edits, **arrays})

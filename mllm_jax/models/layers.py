@@ -180,10 +180,12 @@ def rotary(
     positions: Int[Array, "B T"], head_width: int, theta: float
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
     """Cosine and sine of rotary position embedding (Su et al. 2021), halves layout."""
-    # NumPy, in this order: bit for bit what the weights were trained with. One ulp of a frequency
-    # is an angle off by 1e-4 at position 4096.
+    # On the host, in this order: what the weights were trained with. The power is rounded once,
+    # from float64: in float32 its last bit depends on the CPU, and one ulp of a frequency is an
+    # angle off by 1e-4 at position 4096.
     exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    frequency = 1 / np.float32(theta) ** exponent
+    power = np.float64(theta) ** exponent.astype(np.float64)
+    frequency = np.float32(1) / power.astype(np.float32)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     angle = jnp.concatenate([angle, angle], -1)
     return jnp.cos(angle), jnp.sin(angle)

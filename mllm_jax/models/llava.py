@@ -152,6 +152,11 @@ class Batch:
     def replace(self, **fields) -> Batch:
         return dataclasses.replace(self, **fields)
 
+    def _fingerprint_(self) -> list[Any]:
+        """Its content: the arrays, in order."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
+        return [getattr(self, name) for name in fields]
+
     def _repr_html_(self) -> str:
         return notebook.batch(self)
 

@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
-from PIL import Image
 
+from mllm_jax.data import pictures as picture_files
 from mllm_jax.report import evidence, figures, page, parts
 
 LEVEL = 0.05  # of tests, after their correction
@@ -579,5 +579,4 @@ def _picture(folder: pathlib.Path, shown: Mapping) -> np.ndarray:
     path = folder / shown["image"]
     if not path.exists():
         raise FileNotFoundError(f"picture of {shown['id']} is missing: {path}; run the study again")
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(picture_files.read(path))

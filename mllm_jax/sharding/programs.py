@@ -204,7 +204,7 @@ def _score(model, batch, edits, captures, size: Size) -> Program:
 
 def _train(part: str) -> Callable:
     def make(model, batch, edits, captures, size: Size) -> Program:
-        from mllm_jax.training import fit  # brings Orbax, which takes long to import
+        from mllm_jax.training import fit
 
         if edits or captures:
             raise ValueError("training takes no edits and no captures")

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.sharding import hosts, mesh
+from mllm_jax.store import Store
 from mllm_jax.training import losses, parts
 
 
@@ -93,6 +93,7 @@ def fit(
     *,
     neurons: Mapping[str, Any] | None = None,
     save: str | pathlib.Path | None = None,
+    restart: bool = False,
     loss: Callable = losses.answer_nll,
     label: str = "train",
 ):
@@ -104,8 +105,11 @@ def fit(
     Args:
       batches: made when asked for, always the same at the same place, all of one shape.
       neurons: those that train, if the part says so; see `parts.split`.
-      save: a folder for checkpoints; a killed run continues from the newest and ends with the
-        same weights.
+      save: a folder for the checkpoint: what trains, its optimiser's state and the curve, with
+        fingerprints of the start, the recipe, the loss and the batches so far. A killed run
+        continues from it and ends with the same weights; batches of finished steps are made
+        again, to compare their content. After the last step nothing is trained.
+      restart: remove what is saved there.
       loss: (model, batch, remat=) -> sums float32[B] and what they are sums over [B], such as
         tokens. All sums of a step are divided by all counts: it does not matter how a step is cut
         into batches. A function of a module, so that a second run compiles nothing.
@@ -113,29 +117,44 @@ def fit(
 
     Returns:
       The trained model in the dtype that it had, float32[steps].
+
+    Raises:
+      ValueError: the batches are no whole steps, or `save` holds the training of another start
+        model, recipe, number of steps, loss or other batches, or is damaged.
+      FloatingPointError: a loss is not finite.
     """
     merge, trained, frozen = parts.split(model, recipe.part, lora=recipe.lora, neurons=neurons)
     size = recipe.accumulate
     steps, left = divmod(len(batches), size)
     if left:
         raise ValueError(f"{len(batches)} batches are no steps of accumulate={size}")
-    # Each step takes the place of the last in memory, and the model's own arrays stay.
-    own = set(map(id, jax.tree.leaves(model)))
-    trained = jax.tree.map(lambda a: jnp.copy(a) if id(a) in own else a, trained)
+    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    settings |= {"every": None, "steps": steps, "neurons": neurons}  # saving changes no number
+    store = Store(
+        None if save is None else pathlib.Path(save) / "checkpoint.npz", restart=restart,
+        model=model, settings=settings, code={"loss": loss},
+    )  # fmt: skip
+    kept = store.read()
+    rest = store.resume(_Steps(batches, size))
     with mesh.on(model):
+        if kept is not None and store.done == steps:
+            return merge(_restored(mesh.settle(trained), kept), frozen), kept["curve"]
+        # Each step takes the place of the last in memory, and the model's own arrays stay.
+        own = set(map(id, jax.tree.leaves(model)))
+        trained = jax.tree.map(lambda a: jnp.copy(a) if id(a) in own else a, trained)
         trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
-        leaves, shape = jax.tree.flatten((trained, state))
-        where = tuple(jax.tree.leaves(mesh.places(leaves)))
+        where = tuple(jax.tree.leaves(mesh.places((trained, state))))
         advance = functools.partial(
             _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
         )
-        store = _Checkpoints(save)
-        first, leaves, curve = store.newest(leaves, np.zeros((steps,), np.float32))
-        trained, state = jax.tree.unflatten(shape, leaves)
-        bar = tqdm.tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=1)
-        for step in bar:
-            some = [batches[step * size + i].replace(processor=None) for i in range(size)]
-            trained, state, value = advance(trained, state, frozen, [*map(mesh.place, some)])
+        curve = np.zeros((steps,), np.float32)
+        if kept is not None:
+            (trained, state), curve = _restored((trained, state), kept), kept["curve"]
+        bar = tqdm.tqdm(rest, desc=label, initial=store.done, total=steps, mininterval=1)
+        for some in bar:
+            step = store.done
+            placed = [mesh.place(batch.replace(processor=None)) for batch in some]
+            trained, state, value = advance(trained, state, frozen, placed)
             curve[step] = value
             recent = curve[max(0, step - 19) : step + 1].mean()
             bar.set_postfix(loss=f"{recent:.3f}")
@@ -144,9 +163,11 @@ def fit(
                     f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
                     f"(now {recipe.rate}) or look at batch {step}"
                 )
+            store.add(some)
             leaving = hosts.leaving()
-            if leaving or (step + 1) % recipe.every == 0 or step + 1 == steps:
-                store.write(step + 1, jax.tree.leaves((trained, state)), curve)
+            if leaving or store.done % recipe.every == 0 or store.done == steps:
+                leaves = jax.tree.leaves((trained, state))
+                store.write({"curve": curve, **{str(i): leaf for i, leaf in enumerate(leaves)}})
             if leaving:
                 hosts.leave(label)
     return merge(trained, frozen), curve
@@ -182,40 +203,28 @@ _update = jax.jit(
 )
 
 
-class _Checkpoints:
-    """Orbax checkpoints of what trains, in a folder; none without a folder."""
+@dataclasses.dataclass(frozen=True)
+class _Steps(Sequence):
+    """The batches of each step."""
 
-    def __init__(self, path):
-        self.checkpointer = None
-        if path is not None:
-            newest = ocp.training.preservation_policies.LatestN(2)
-            self.checkpointer = ocp.training.Checkpointer(
-                pathlib.Path(path).absolute(), preservation_policy=newest
-            )
+    batches: Sequence[Any]
+    size: int
 
-    def newest(self, leaves: list, curve: np.ndarray):
-        if self.checkpointer is None or self.checkpointer.latest is None:
-            return 0, leaves, curve
-        abstract = jax.tree.map(ocp_abstract, self._tree(leaves, curve))
-        tree = self.checkpointer.load(self.checkpointer.latest.step, abstract)
-        found = [tree["leaves"][str(i)] for i in range(len(leaves))]
-        return self.checkpointer.latest.step, found, np.array(tree["curve"])
+    def __len__(self) -> int:
+        return len(self.batches) // self.size
 
-    def write(self, step: int, leaves: list, curve: np.ndarray) -> None:
-        if self.checkpointer is not None:
-            self.checkpointer.save(step, self._tree(leaves, curve))
-
-    @staticmethod
-    def _tree(leaves, curve):
-        # Orbax restores an array that knows where it lives; one of NumPy does not.
-        named = {str(i): leaf for i, leaf in enumerate(leaves)}
-        return {"leaves": named, "curve": mesh.settle(jnp.asarray(curve))}
+    def __getitem__(self, step: int) -> list[Any]:
+        return [self.batches[step * self.size + i] for i in range(self.size)]
 
 
-def ocp_abstract(leaf):
-    """What Orbax is told to restore: the shape and dtype, where the leaf lives now."""
-    sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _restored(tree: Any, kept: Mapping[str, np.ndarray]) -> Any:
+    """The tree with the arrays that were kept, by number, each where that of the tree lies."""
+    leaves, shape = jax.tree.flatten(tree)
+    found = [
+        jax.make_array_from_callback(leaf.shape, leaf.sharding, kept[str(i)].__getitem__)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(shape, found)
 
 
 def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[float, float]:

@@ -118,9 +118,15 @@ def test_shards(tiny_model, sharded, suffix):
     with pytest.raises(FileNotFoundError) as error:
         load.read_model(directory)
     assert str(error.value) == f"{shards[2]}: missing; fetch it again"  # and nothing besides
-    for broken in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    for broken, reason in {
+        "{": r"not readable as JSON \(",
+        "[]": "holds list instead of a JSON object",
+        '{"weight_map": 3}': "not a readable index, it has no weight_map",
+        '{"weight_map": {"a": 3}}': "not a readable index, a is in 3, expected a file beside it",
+        '{"weight_map": {"a": "../b"}}': "not a readable index, a is in '../b', expected a file beside it",
+    }.items():
         index.write_text(broken)
-        with pytest.raises(ValueError, match="index.json: not a readable index"):
+        with pytest.raises(ValueError, match=f"{index.name}: {reason}"):
             load.read_model(directory)
 
 
@@ -161,7 +167,9 @@ def test_all_that_is_wrong_with_the_shards_in_one_line(sharded, tmp_path):
     index.write_text(json.dumps({"weight_map": places}))
     with pytest.raises(FileNotFoundError) as error:
         load.read_model(directory)
-    message = str(error.value)
+    assert len(str(error.value)) < 400 and str(error.value).endswith(" more")
+    message = "; ".join(map(str, error.value.__cause__.exceptions))  # the line holds the first
+    assert message.startswith(str(error.value).partition("; ")[0])
     for part in (
         f"{paths[3]}: truncated or altered (",
         f"{paths[4]}: missing; fetch it again",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import types
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from mllm_jax.data import features
 from mllm_jax.interventions.tap import Taps
@@ -39,15 +43,97 @@ def test_features_are_those_of_the_tower(tiny_model, examples, tmp_path):
         read(Until(examples))
     assert np.load(path).any((1, 2)).tolist() == [True, True, False, False, False]
 
-    class After(list):
-        def __getitem__(self, i):
-            assert i >= 2, "done already"
-            return super().__getitem__(i)
-
-    found = read(After(examples))
+    read_again = []
+    with pytest.MonkeyPatch.context() as patch:
+        one = features.encode
+        patch.setattr(features, "encode", lambda *a: read_again.append(1) or one(*a))
+        found = read(examples)
+        assert len(read_again) == 2
+        np.testing.assert_array_equal(read(examples), found)
+        assert len(read_again) == 2, "done already"
     batch = processor([e.image for e in examples], ["<image>"] * 5)
     batch = batch.replace(processor=None)
     want = jax.jit(lambda model, batch: model.features(batch, Taps()))(tiny_model, batch)
     assert found.shape == (5, 16, 32) and found.dtype == np.float32
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(read([None] * 5), found)
+
+
+@pytest.fixture
+def read(tiny_model, tmp_path):
+    def read(some, model=tiny_model, aspect="square"):
+        processor = tiny.processor(model.config)
+        processor.image_aspect_ratio = aspect
+        return features.vision_features(
+            model, processor, some, tmp_path / "features.npy", batch_size=2
+        )
+
+    return read
+
+
+def test_features_of_something_else_are_refused(tiny_model, examples, read, tmp_path):
+    found = np.array(read(examples[:3]))
+    changed = nnx.clone(tiny_model)
+    changed.vision.cls[...] += 1
+    turned = [examples[0], examples[2], examples[1]]
+    for some, model, aspect, differs in (
+        (turned, tiny_model, "square", r"data \(what the first 3 were\)"),
+        (examples[:3], changed, "square", "model"),
+        (examples[:3], tiny_model, "pad", "processor"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"differs in {differs}; give another path, or"
+        ) as said:
+            read(some, model, aspect)
+        assert len(str(said.value)) < 400
+    with pytest.raises(ValueError, match="is made of 3, and only 2 are asked for"):
+        read(examples[:2])
+    np.testing.assert_array_equal(read(examples[:3]), found)
+
+
+def test_examples_are_added(examples, read, tmp_path):
+    few = np.array(read(examples[:3]))
+    more = read(examples)
+    np.testing.assert_array_equal(more[:3], few)
+    (tmp_path / "features.npy").unlink()
+    (tmp_path / "features.json").unlink()
+    np.testing.assert_allclose(more, read(examples), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+@pytest.mark.parametrize("done", [2, 5])
+def test_damaged_features_are_refused(damage, done, examples, read, tmp_path):
+    class Until(list):
+        def __getitem__(self, i):
+            if i == done:
+                raise Killed
+            return super().__getitem__(i)
+
+    with contextlib.suppress(Killed):
+        read(Until(examples))
+    path = tmp_path / "features.npy"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:1000])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        content[200] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"features.npy is damaged .*: remove it, or start over"):
+        read(examples)
+
+
+def test_a_full_disk_is_one_line(examples, read, tmp_path, monkeypatch):
+    """What was done before stays, and no row is half there."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    whole = np.array(read(examples[:2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"cannot write .*features.npy: No space left on device"):
+            read(examples)
+    found = read(examples)
+    np.testing.assert_array_equal(found[:2], whole)
+    assert found.any((1, 2)).all()

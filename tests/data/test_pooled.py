@@ -86,12 +86,6 @@ class Until(list):
         return super().__getitem__(i)
 
 
-class After(list):
-    def __getitem__(self, i):
-        assert i >= 2, "done already"
-        return super().__getitem__(i)
-
-
 def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, examples, found, tmp_path):
     def read(some, prompts=PROMPTS):
         return pooled.pooled_features(
@@ -100,12 +94,40 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, example
 
     with pytest.raises(Killed):
         read(Until(examples))
-    again = read(After(examples))
+    again = read(examples)
     for name, values in found.items():
         np.testing.assert_array_equal(again[name], values)
-    np.testing.assert_array_equal(read([None] * 5)["vision"], found["vision"])
-    with pytest.raises(ValueError, match="holds features of another model, prompts or pictures"):
-        read(examples, PROMPTS[::-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooled, "_pooled", None)  # nothing is run for what is done
+        np.testing.assert_array_equal(read(examples)["vision"], found["vision"])
+    for some, prompts in (
+        (examples, PROMPTS[::-1]),
+        (examples, [*PROMPTS[:3], "a\nship ?", PROMPTS[4]]),
+        ([*examples[:4], examples[0]], PROMPTS),
+    ):
+        with pytest.raises(ValueError, match="progress.json was made for .* differs in data"):
+            read(some, prompts)
+    with pytest.raises(ValueError, match="made of 5, and only 4 are asked for"):
+        read(examples[:4], PROMPTS[:4])
+
+
+def test_features_that_are_given_are_part_of_what_it_is(tiny_model, processor, examples, tmp_path):
+    """Also those of the last example."""
+
+    def read(seen, path=tmp_path / "pooled"):
+        return pooled.pooled_features(
+            tiny_model, processor, examples[:3], PROMPTS[:3], path, features=seen, batch_size=2,
+            length=32,
+        )  # fmt: skip
+
+    seen = np.array(
+        features.vision_features(tiny_model, processor, examples[:3], tmp_path / "seen.npy")
+    )
+    first = np.array(read(seen)["lm.last"])
+    seen[2] += 1
+    with pytest.raises(ValueError, match="differs in data"):
+        read(seen)
+    assert abs(read(seen, tmp_path / "other")["lm.last"][2] - first[2]).max() > 1e-3
 
 
 def test_tiles_are_weighed_by_whether_they_are_real():

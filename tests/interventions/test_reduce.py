@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
+
 import numpy as np
 import pytest
+from flax import nnx
 
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 
+reduce_ = importlib.import_module("mllm_jax.interventions.reduce")
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 ASKED = {
@@ -61,7 +66,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("after", [1, 3])
 def test_killed_and_restarted_it_ends_with_the_same_bytes(
-    after, lazy, tiny_model, batches, total, tmp_path
+    after, lazy, tiny_model, batches, total, passes, tmp_path
 ):
     save = tmp_path / "sums.npz"
     uninterrupted = tmp_path / "other.npz"
@@ -73,32 +78,42 @@ def test_killed_and_restarted_it_ends_with_the_same_bytes(
 
     with pytest.raises(Killed):
         mj.reduce(ASKED, tiny_model, some(), save=save, every=1)
-    rest = Counted(batches)
-    again = mj.reduce(ASKED, tiny_model, iter(rest) if lazy else rest, save=save)
+    again = mj.reduce(ASKED, tiny_model, iter(batches) if lazy else Counted(batches), save=save)
     assert save.read_bytes() == uninterrupted.read_bytes()
-    assert rest.made == (list(range(5)) if lazy else list(range(after, 5)))
+    assert len(passes) == 5 + 5 and all(map(operator.is_, passes[5:], batches))
     for name, value in total.items():
         assert again[name].kinds == value.kinds and type(again[name]) is type(value)
         for field in vars(value):
             np.testing.assert_array_equal(getattr(again[name], field), getattr(value, field))
-    finished = Counted(batches)
-    mj.reduce(ASKED, tiny_model, finished, save=save)
-    assert not finished.made
+    mj.reduce(ASKED, tiny_model, iter(batches) if lazy else Counted(batches), save=save)
+    assert len(passes) == 10  # nothing is run for what is done
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The batches that passes are run over."""
+    counts = []
+
+    def counted(model, batch, *args, run=reduce_.run_.run, **how):
+        counts.append(batch)
+        return run(model, batch, *args, **how)
+
+    monkeypatch.setattr(reduce_.run_, "run", counted)
+    return counts
 
 
 class Counted:
-    """A sequence that remembers which batches it made."""
+    """A sequence that says how long it is and nothing else."""
 
     def __init__(self, batches):
-        self.batches, self.made = batches, []
+        self.batches = batches
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, i):
-        batch = self.batches[i]
-        self.made.append(i)
-        return batch
+        assert 0 <= i < len(self)
+        return self.batches[i]
 
 
 def test_edits_are_in_the_sums(tiny_model, batches):
@@ -109,23 +124,67 @@ def test_edits_are_in_the_sums(tiny_model, batches):
 
 
 @pytest.mark.parametrize(
-    ("asked", "edits"),
+    ("asked", "edits", "differs"),
     [
-        ({"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}, mj.ablate(S.lm.mlp.act[1])),
-        ({"fire": mj.stats(S.lm.mlp.act, by=tok.kind, where=tok.text)}, None),
-        ({"fire": mj.stats(S.lm.mlp.gated, by=tok.kind)}, None),
-        ({"other": mj.stats(S.lm.mlp.act, by=tok.kind)}, None),
+        ({"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}, mj.ablate(S.lm.mlp.act[1]), "edits"),
+        ({"fire": mj.stats(S.lm.mlp.act, by=tok.kind, where=tok.text)}, None, r"captures \(fire"),
+        ({"fire": mj.stats(S.lm.mlp.gated, by=tok.kind)}, None, r"captures \(fire"),
+        ({"other": mj.stats(S.lm.mlp.act, by=tok.kind)}, None, r"captures \(fire, other"),
     ],
 )
-def test_sums_of_something_else_are_refused(asked, edits, tiny_model, batches, tmp_path):
+def test_sums_of_something_else_are_refused(asked, edits, differs, tiny_model, batches, tmp_path):
     save = tmp_path / "sums.npz"
     mj.reduce({"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}, tiny_model, batches[:1], save=save)
     before = save.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"sums.npz holds sums of another model, captures or edits: remove"
-    ):
+    message = f"sums.npz was made for something else: it differs in {differs}"
+    with pytest.raises(ValueError, match=message):
         mj.reduce(asked, tiny_model, batches[:1], edits, save=save)
     assert save.read_bytes() == before
+
+
+@pytest.fixture
+def kept(tiny_model, batches, tmp_path):
+    """Sums of the first two batches, and where they are."""
+    total = mj.reduce(FIRE, tiny_model, batches[:2], save=tmp_path / "sums.npz")["fire"]
+    return total, tmp_path / "sums.npz"
+
+
+FIRE = {"fire": mj.stats(S.lm.mlp.act)}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_other_or_fewer_batches_are_refused(lazy, tiny_model, batches, kept):
+    _, save = kept
+    before = save.read_bytes()
+    form = iter if lazy else list
+    other = [batches[0], batches[2]]
+    with pytest.raises(
+        ValueError, match=r"differs in data \(what the first 2 were\); give another"
+    ):
+        mj.reduce(FIRE, tiny_model, form(other), save=save)
+    with pytest.raises(ValueError, match=r"is made of 2, and only 1 are asked for"):
+        mj.reduce(FIRE, tiny_model, form(batches[:1]), save=save)
+    assert save.read_bytes() == before
+    start_over = mj.reduce(FIRE, tiny_model, form(other), save=save, restart=True)["fire"]
+    want = mj.reduce(FIRE, tiny_model, other)["fire"]
+    np.testing.assert_array_equal(start_over.sum, want.sum)
+
+
+def test_more_batches_of_the_same_beginning_are_added(tiny_model, batches, kept, passes):
+    first, save = kept
+    more = mj.reduce(FIRE, tiny_model, batches[:3], save=save)["fire"]
+    assert len(passes) == 1
+    want = mj.reduce(FIRE, tiny_model, batches[:3])["fire"]
+    np.testing.assert_array_equal(more.sum, want.sum)
+    assert more.tokens.sum() > first.tokens.sum()
+
+
+def test_sums_of_another_model_are_refused(tiny_model, batches, kept):
+    _, save = kept
+    changed = nnx.clone(tiny_model)
+    changed.lm.embed[...] = changed.lm.embed[...].at[0, 0].add(1e-3)
+    with pytest.raises(ValueError, match="sums.npz was made for .* it differs in model; give"):
+        mj.reduce(FIRE, changed, batches[:2], save=save)
 
 
 def test_errors(tiny_model, batches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 
@@ -201,8 +202,52 @@ def test_a_killed_sweep_continues(tmp_path, monkeypatch, tiny_model, make_batch)
     rows = mj.sweep(metric, tiny_model, batch, swept, chunk=2, save=path)
     assert sorted(i for some in written for i in some) == [0, 1, 2, 3, 4] and len(written) == 3
     same(rows, mj.sweep(metric, tiny_model, batch, swept, chunk=2))
-    with pytest.raises(ValueError, match="the rows of another sweep"):
+    with pytest.raises(ValueError, match=r"rows.npz was .* differs in edits \(5 there, 2 now\)"):
         mj.sweep(metric, tiny_model, batch, swept[:2], chunk=2, save=path)
+    with pytest.raises(ValueError, match="differs in edits; give another path"):
+        mj.sweep(metric, tiny_model, batch, [*swept[:4], swept[0]], chunk=2, save=path)
+    more = mj.sweep(metric, tiny_model, batch, [*swept, swept[0]], chunk=2, save=path)
+    assert len(written) == 3 + 3 + 1 and 5 in written[-1]
+    same(jax.tree.map(lambda a: a[:5], more), rows)
+    same(*(jax.tree.map(lambda a, i=i: a[i], more) for i in (5, 0)))
+
+
+def logit(out, place):
+    return out.logits[..., place]
+
+
+def test_rows_of_something_else_are_refused(tmp_path, tiny_model, make_batch):
+    """Of functions, code and values are compared: two lambdas of one line are two metrics."""
+    batch, swept = make_batch(), [mj.ablate(S.lm.mlp.act[i]) for i in (1, 2)]
+    path = tmp_path / "rows.npz"
+    one, two = (lambda out: out.logits[:, 3]), (lambda out: out.logits[:, 4])
+    rows = mj.sweep(one, tiny_model, batch, swept, save=path)
+    other = make_batch(seed=5)
+    asked = {"x": mj.mean(S.lm.embed)}
+    for metric, data, how, differs in (
+        (two, batch, {}, r"code \(metric\)"),
+        (functools.partial(logit, place=3), batch, {}, r"code \(metric\)"),
+        (one, other, {}, "data"),
+        (one, batch, {"logits": "all"}, r"settings \(logits\)"),
+        (one, batch, {"captures": asked}, "captures"),
+    ):
+        with pytest.raises(ValueError, match=f"rows.npz was made .* differs in {differs}; give"):
+            mj.sweep(metric, tiny_model, data, swept, save=path, **how)
+    before = mj.compiles()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk, "grow", None)  # nothing is run for rows that are there
+        same(mj.sweep(lambda out: out.logits[:, 3], tiny_model, batch, swept, save=path), rows)
+    assert mj.compiles() == before
+    start_over = mj.sweep(two, tiny_model, batch, swept, save=path, restart=True)
+    same(start_over, mj.sweep(two, tiny_model, batch, swept))
+
+
+def test_arrays_given_to_a_metric_are_part_of_it(tmp_path, tiny_model, make_batch):
+    batch, swept = make_batch(), [mj.ablate(S.lm.mlp.act[1])]
+    three, four = (jax.tree_util.Partial(logit, place=np.int32(i)) for i in (3, 4))
+    mj.sweep(three, tiny_model, batch, swept, save=tmp_path / "rows.npz")
+    with pytest.raises(ValueError, match=r"differs in code \(metric\)"):
+        mj.sweep(four, tiny_model, batch, swept, save=tmp_path / "rows.npz")
 
 
 def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():

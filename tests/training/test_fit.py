@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import lesson
 import numpy as np
 import pytest
+from flax import nnx
 
+import mllm_jax as mj
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.training import fit, losses, parts
 
@@ -77,23 +79,66 @@ def distance(model, batch, *, remat):
     "part", ["projector", pytest.param("projector+lora", marks=pytest.mark.slow)]
 )
 def test_killed_and_restarted_it_ends_with_the_same_bytes(part, model, batches, tmp_path):
-    """After seven steps: there are two checkpoints, and one step is lost."""
+    """After seven steps, of which one is lost; what is done is made again, and not trained."""
     recipe = dataclasses.replace(RECIPE, part=part, projector_rate=0.05)
     want, whole = fit.fit(model, batches, recipe, loss=distance)
     killed = Until(batches)
     killed.stop = 7
     with pytest.raises(Killed):
         fit.fit(model, killed, recipe, loss=distance, save=tmp_path)
-    for rest in (batches, Untouchable(batches)):
-        got, curve = fit.fit(model, rest, recipe, loss=distance, save=tmp_path)
+    for _ in range(2):
+        got, curve = fit.fit(model, batches, recipe, loss=distance, save=tmp_path)
         np.testing.assert_array_equal(curve, whole)
         for (name, a), b in zip(arrays(got).items(), arrays(want).values(), strict=True):
             assert a.tobytes() == b.tobytes(), name
 
 
-class Untouchable(list):
-    def __getitem__(self, step):
-        raise AssertionError(f"step {step} was done already")
+def far(model, batch, *, remat):
+    """As `distance`, from elsewhere."""
+    sums, counts = distance(model, batch, remat=remat)
+    return sums + 1, counts
+
+
+def test_another_training_is_refused(model, batches, tmp_path, monkeypatch):
+    recipe, some = dataclasses.replace(RECIPE, every=1), batches[:2]
+    want, curve = fit.fit(model, some, recipe, loss=distance, save=tmp_path)
+    other = nnx.clone(model)
+    other.projector.linears[0].kernel[...] *= 2
+    monkeypatch.setattr(fit, "_update", None)  # no step is done
+    for start, data, changes, loss, differs in (
+        (model, some, {"rate": 0.2}, distance, r"settings \(rate\)"),
+        (model, batches[:3], {}, distance, r"settings \(steps\)"),
+        (
+            model,
+            some,
+            {"part": "projector+lora", "clip": 0.0},
+            distance,
+            r"settings \(clip, part\)",
+        ),
+        (model, some[::-1], {}, distance, r"data \(what the first 2 were\)"),
+        (other, some, {}, distance, "model"),
+        (model, some, {}, far, r"code \(loss\)"),
+    ):
+        with pytest.raises(ValueError, match=f"made for .* it differs in {differs}; give") as said:
+            changed = dataclasses.replace(recipe, **changes)
+            fit.fit(start, data, changed, loss=loss, save=tmp_path)
+        assert len(str(said.value)) < 400
+    before = mj.compiles()
+    again, same = fit.fit(model, some, recipe, loss=distance, save=tmp_path)
+    assert mj.compiles() == before
+    np.testing.assert_array_equal(same, curve)
+    for (name, a), b in zip(arrays(again).items(), arrays(want).values(), strict=True):
+        assert a.tobytes() == b.tobytes(), name
+
+
+def test_a_damaged_checkpoint_is_refused(model, batches, tmp_path):
+    fit.fit(model, batches[:1], RECIPE, loss=distance, save=tmp_path)
+    path = tmp_path / "checkpoint.npz"
+    content = bytearray(path.read_bytes())
+    for damage in (content[:-20], content[:500] + bytes([content[500] ^ 1]) + content[501:]):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"checkpoint.npz is damaged .*: remove it, or start"):
+            fit.fit(model, batches[:1], RECIPE, loss=distance, save=tmp_path)
 
 
 def test_a_loss_that_is_not_a_number(model, batches, tmp_path):

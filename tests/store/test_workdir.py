@@ -46,7 +46,7 @@ def test_a_full_disk(tmp_path, monkeypatch, step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if step == "write":
-        monkeypatch.setattr(store.json, "dumps", lambda *_, **__: _Text(full))
+        monkeypatch.setattr(json, "dumps", lambda *_, **__: _Text(full))
     elif step == "open":
         monkeypatch.setattr("builtins.open", full)
     else:
@@ -115,7 +115,9 @@ def test_a_step_is_done_once(tmp_path):
         assert found["b"].dtype == np.float32
     assert len(calls) == 1
     assert [Workdir(tmp_path, {}).json("n", lambda n=n: {"n": n}) for n in (1, 2)] == [{"n": 1}] * 2
-    assert files(tmp_path) == ["config.json", "steps/counts.npz", "steps/n.json"]
+    kept = ["config.json", "steps/counts.npz", "steps/n.json"]
+    assert files(tmp_path) == [".written", *kept]
+    assert (tmp_path / ".written").read_text().split() == kept
 
 
 def test_a_step_that_fails_is_done_again(tmp_path):

@@ -1,0 +1,40 @@
+"""Files, and results that know what they were made for.
+
+A store keeps arrays with fingerprints of all that they depend on: model, edits, captures, data,
+settings, functions, and the format of the file. Asked for the same it is read, or resumed where a
+killed run left it; made for something else, or damaged, it is refused in one line. The steps of a
+study are such stores, so a killed study continues and ends with the same bytes.
+"""
+
+from mllm_jax.store.files import (
+    atomic,
+    atomic_json,
+    atomic_npz,
+    cache_directory,
+    damaged,
+    read_json,
+    read_npz,
+    write,
+)
+from mllm_jax.store.fingerprints import fingerprint
+from mllm_jax.store.made import Store, refusal
+from mllm_jax.store.rows import Rows
+from mllm_jax.store.workdir import Workdir, manifest, relative_picture
+
+__all__ = [
+    "Rows",
+    "Store",
+    "Workdir",
+    "atomic",
+    "atomic_json",
+    "atomic_npz",
+    "cache_directory",
+    "damaged",
+    "fingerprint",
+    "manifest",
+    "read_json",
+    "read_npz",
+    "refusal",
+    "relative_picture",
+    "write",
+]

@@ -1,0 +1,164 @@
+"""Arrays on disk that grow by rows and know what they were made for."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.sharding import hosts
+from mllm_jax.store.files import atomic_json, damaged, note, parse, remove, written_to
+from mllm_jax.store.made import Made
+
+_AT_ONCE = 2**24  # bytes that are hashed at one time
+
+
+class Rows(Made):
+    """Arrays that grow by rows: one .npy file of each, and a record of how many rows are done.
+
+    Rows are on the disk before the record counts them, so a killed run leaves no half row. The
+    record holds a checksum of them. Process 0 writes, and all read what it wrote.
+
+    Args:
+      record: the path of the record, a .json.
+      file: the path of the array of this name.
+      count: rows when all are done.
+      restart: remove what is there.
+      parts: as of `Store`.
+    """
+
+    def __init__(
+        self,
+        record: str | pathlib.Path,
+        file: Callable[[str], pathlib.Path],
+        count: int,
+        *,
+        restart: bool = False,
+        **parts: Any,
+    ) -> None:
+        super().__init__(record, parts)
+        self._file, self.count = file, count
+        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}  # dtype and shape of a row
+        self._sums: dict[str, Any] = {}  # running checksums of the rows
+        if restart:
+            remove(self.path)
+        if hosts.agree(self.path.exists()):
+            self._open()
+
+    def _open(self) -> None:
+        record = parse(self.path, self.path.read_text("utf-8", "replace"))
+        self._check(record)
+        try:
+            for name, (dtype, shape, digest) in record["arrays"].items():
+                self._kinds[name] = dtype, tuple(shape)
+                path, rows = self._file(name), record["done"]
+                self._sums[name] = _checked(path, dtype, tuple(shape), rows, digest).copy()
+        except (KeyError, TypeError) as error:
+            raise damaged(self.path, error) from error
+        if hosts.writes() and record["done"] <= self.count:
+            for name in self._kinds:
+                self._shape(name)
+
+    def append(self, items: Sequence[Any], values: Mapping[str, np.ndarray]) -> None:
+        """Writes the rows of some items.
+
+        Args:
+          items: whose content is compared when this is resumed.
+          values: a row an item, by name of the array.
+        """
+        values = {name: np.ascontiguousarray(rows) for name, rows in values.items()}
+        for name, rows in values.items():
+            if name not in self._kinds:
+                self._kinds[name] = rows.dtype.str, rows.shape[1:]
+                self._sums[name] = hashlib.sha256()
+                self._shape(name)
+            self._sums[name].update(_bytes(rows))
+            if hosts.writes():
+                path = self._file(name)
+                with written_to(path), open(path, "r+b") as file:
+                    file.seek(len(self._header(name)) + self.done * rows[:1].nbytes)
+                    file.write(_bytes(rows))
+                    file.flush()
+                    os.fsync(file.fileno())
+        for item in items:
+            self.add(item)
+        arrays = {n: [*kind, self._sums[n].hexdigest()] for n, kind in self._kinds.items()}
+        atomic_json(self.path, self._record() | {"arrays": arrays})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays, mapped, once all processes are here."""
+        hosts.meet(str(self.path))
+        return {name: np.load(self._file(name), mmap_mode="r") for name in sorted(self._kinds)}
+
+    def _header(self, name: str) -> bytes:
+        dtype, shape = self._kinds[name]
+        return _npy_header(dtype, (self.count, *shape))
+
+    def _shape(self, name: str) -> None:
+        """Makes the file as long as all rows; those that are there stay."""
+        if not hosts.writes():
+            return
+        path, (dtype, shape) = self._file(name), self._kinds[name]
+        header = self._header(name)
+        size = len(header) + self.count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        with written_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            note(path)
+            if self._kept[0] and path.stat().st_size == size and _begins(path, header):
+                return
+            with open(path, "r+b" if self._kept[0] else "wb") as file:
+                file.write(header)
+                file.truncate(size)
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(header, about | {"shape": shape})
+    return header.getvalue()  # NumPy leaves room for the rows to grow
+
+
+def _begins(path: pathlib.Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _checked(path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, digest: str):
+    """The running checksum of the rows of a file that are done.
+
+    Raises:
+      ValueError: they are not what was written.
+    """
+    length = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    try:
+        stat = path.stat()
+        stamp = stat.st_size, stat.st_mtime_ns, stat.st_ino
+        found = _sum(path, len(_npy_header(dtype, (rows, *shape))), length, stamp)
+    except OSError as error:
+        raise damaged(path, error.strerror) from error
+    if found.hexdigest() != digest:
+        raise damaged(path, f"its first {rows} rows are not those that were written")
+    return found
+
+
+@functools.lru_cache(64)
+def _sum(path: pathlib.Path, start: int, length: int, stamp: tuple[int, int, int]):
+    """The checksum of a part of a file, once for each state of it (its stamp)."""
+    del stamp
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while length and (some := file.read(min(length, _AT_ONCE))):
+            digest.update(some)
+            length -= len(some)
+    return digest
+
+
+def _bytes(rows: np.ndarray) -> memoryview:
+    return rows.reshape(-1).view(np.uint8).data

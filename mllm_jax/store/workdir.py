@@ -1,0 +1,164 @@
+"""The folder of a study: steps, each done once, for one config, model, data and code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.sharding import hosts
+from mllm_jax.store import files
+from mllm_jax.store.files import JOURNAL, atomic_json, damaged, parse, write
+from mllm_jax.store.fingerprints import fingerprint
+from mllm_jax.store.made import FORMAT, Store, differences, part_fingerprints, refuse_others
+
+
+class Workdir:
+    """A study's folder. It belongs to one config, model, data and code; others are refused.
+
+    Args:
+      path: made if it is missing.
+      config: what the study was asked, as plain JSON values.
+      restart: remove what a study wrote here before; files of others stay.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: dict[str, Any], *, restart: bool = False):
+        if not str(path).strip():
+            raise ValueError("the workdir has no name: give --workdir=FOLDER")
+        self.path = pathlib.Path(path)
+        self.config = json.loads(json.dumps(config))
+        self.parts: dict[str, Any] = {}
+        if hosts.writes():
+            files.journal_of.cache_clear()
+            files.note.cache_clear()
+            if restart:
+                self._clear()
+            self._begin()
+        hosts.meet("workdir")
+
+    def _begin(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        asked = self / "config.json"
+        work = [p for p in self.path.iterdir() if p != asked and not p.name.startswith(".")]
+        if asked.exists() and work:
+            before = parse(asked, asked.read_text("utf-8", "replace"))
+            if before != self.config:
+                raise ValueError(
+                    f"{self.path} belongs to another config (it differs in "
+                    f"{', '.join(differences(before, self.config))}): choose another --workdir, "
+                    "or start over with --restart"
+                )
+        else:
+            (self / JOURNAL).touch()
+            atomic_json(asked, self.config)
+
+    def _clear(self) -> None:
+        """Removes the files that its journal names, and folders that are empty then."""
+        journal = self / JOURNAL
+        if not journal.exists():
+            if (self / "config.json").exists():
+                raise ValueError(
+                    f"{self.path} does not say what a study wrote in it: remove it, or choose "
+                    "another --workdir"
+                )
+            return
+        for line in sorted(set(journal.read_text().splitlines())):
+            path = self / line
+            if ".." in path.parts or path.is_absolute() != self.path.is_absolute():
+                continue
+            path.unlink(missing_ok=True)
+            for folder in path.relative_to(self.path).parents[:-1]:
+                with contextlib.suppress(OSError):  # it holds something else
+                    (self / folder).rmdir()
+        journal.unlink()
+
+    def claim(self, **parts: Any) -> None:
+        """Refuses to go on with work of another model, of other data, files or code.
+
+        To be called once, when all of that is known and before the first step.
+
+        Args:
+          parts: what the study depends on, as of `Store`.
+        """
+        self.parts = part_fingerprints(parts)
+        path = self / "made_for.json"
+        if hosts.agree(path.exists()):
+            record = parse(path, path.read_text("utf-8", "replace"))
+            refuse_others(self.path, record, self.parts)
+        else:
+            atomic_json(path, {"format": FORMAT, "parts": self.parts})
+            hosts.meet("claim")
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a step: read if it was done before, made and written if not."""
+        step = Store(self.path / "steps" / f"{name}.npz")
+        step.parts = self.parts
+        return self._step(name, step.read, lambda: step.write(make()))
+
+    def json(self, name: str, make: Callable[[], Any]) -> Any:
+        """The plain values of a step, likewise."""
+        path = self.path / "steps" / f"{name}.json"
+
+        def write():
+            value = json.loads(json.dumps(make(), allow_nan=False))
+            record = {"format": FORMAT, "parts": self.parts, "checksum": fingerprint(value)}
+            atomic_json(path, record | {"value": value})
+
+        def read():
+            if not hosts.agree(path.exists()):
+                return None
+            record = parse(path, path.read_text("utf-8", "replace"))
+            refuse_others(path, record, self.parts)
+            if fingerprint(record.get("value")) != record.get("checksum"):
+                raise damaged(path, "its values are not those that were written")
+            return record
+
+        return self._step(name, read, write)["value"]
+
+    def _step(self, name: str, read: Callable, write: Callable) -> Any:
+        """What is read of a step; written by process 0 first, if it is not there."""
+        found = read()
+        if found is None:
+            write()
+            hosts.meet(name)
+            if hosts.leaving():
+                hosts.leave(name)
+            found = read()
+        return found
+
+
+def relative_picture(workdir: Workdir, name: str, picture) -> str:
+    """Writes a PIL picture into the figures; its path as seen from the workdir."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    write(workdir / "figures" / name, encoded.getvalue())
+    return f"figures/{name}"
+
+
+def manifest(workdir: Workdir, **fields: Any) -> None:
+    """`manifest.json`: versions, fingerprints of what was claimed, and whatever else made it."""
+    import importlib.metadata
+
+    names = ("jax", "flax", "numpy", "optax", "transformers", "mllm-jax")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    atomic_json(
+        workdir / "manifest.json",
+        {
+            "config": workdir.config,
+            "versions": versions,
+            "processes": hosts.count(),
+            **workdir.parts,
+            **fields,
+        },
+    )
