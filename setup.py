@@ -28,7 +28,7 @@ setuptools.setup(
         "importlib_resources",  # tensorflow-datasets writes with it and does not say so
         "jax>=0.10.0",
         "jaxtyping",
-        "jinja2",  # chat templates
+        "jinja2>=3.1.6",  # chat templates
         "matplotlib",
         "ml_collections",
         "numpy>=2.0",

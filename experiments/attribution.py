@@ -14,6 +14,11 @@ that is studied.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.attribution", takes=("edits",), rows={"batch_size": 1})
+
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -98,6 +103,11 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         {name: list(domain)[:count] for name, domain in study.domains_of(config, half).items()}
         for half, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
     )
+    data = {
+        half: {name: study.content(some) for name, some in by_name.items()}
+        for half, by_name in (("train", train), ("test", test))
+    }
+    study.claim(workdir, config, model, processor, data)
     this = Study(config, workdir, model, processor, train, test, edits or Edits())
     found = {
         name: workdir.arrays(f"attribution-{name}", functools.partial(attribute, this, name))
@@ -122,7 +132,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     store.atomic_npz(workdir / "attribution.npz", mean)
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(workdir, model=store.fingerprint(model))
+    store.manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 
@@ -224,7 +234,3 @@ def _top(values: np.ndarray, count: int) -> list[list]:
         [int(layer), int(unit), float(values[layer, unit])]
         for layer, unit in attribution.top(values, count)
     ]
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

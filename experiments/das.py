@@ -16,6 +16,11 @@ studied, but for its vision tower.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.das", takes=("edits",), rows={"batch_size": 2})
+
 import dataclasses
 import functools
 from typing import Any
@@ -82,6 +87,13 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         split: batching.ask(study.examples_of(config, split, count), (config.style,))
         for split, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
     }
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {name: study.content(some) for name, some in asked.items()},
+    )
     this = _study(config, workdir, model, processor, edits or Edits(), asked)
     answers = {
         split: workdir.arrays(f"answers-{split}", functools.partial(answer, this, split))["label"]
@@ -122,7 +134,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     } | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
     page.write_das(workdir.path, results, curves)
-    store.manifest(workdir, model=store.fingerprint(model), seed=config.seed)
+    store.manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 
@@ -207,7 +219,3 @@ def measure(this: Study, layer: int, basis, labels: np.ndarray) -> dict[str, np.
         scores = this.scores(this.model, batch, _interchange(this, layer, basis), size)
         found.append(np.asarray(scores).argmax(-1) == labels[some[:, 1]])
     return {"right": np.concatenate(found).astype(np.float32)}
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

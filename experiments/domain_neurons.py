@@ -19,6 +19,11 @@ ends with the same bytes. The parts of it are in `experiments/neurons`.
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.domain_neurons", takes=("edits", "captures"), rows={"batch_size": 1})
+
 import mllm_jax as mj
 from experiments import study
 from experiments.neurons import ablation, counts, evidence, layers, selection
@@ -36,6 +41,7 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     lens = study.domains_of(config, "lens") if config.get("vqa") else test
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, train, test, lens, edits, captures or {})
+    study.claim(workdir, config, model, processor, this.content())
     for module in config.modules:
         ablation.cut(this, module)  # one that the model lacks is said before anything is counted
 
@@ -78,14 +84,5 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     } | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(
-        workdir,
-        model=store.fingerprint(model),
-        data={name: [train[name].fingerprint, test[name].fingerprint] for name in train},
-        seed=config.seed,
-    )
+    store.manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits", "captures"))

@@ -10,6 +10,11 @@ workdir: `results.json`, `accuracy.csv`, `figures/accuracy.png`, `manifest.json`
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.evaluate", takes=("edits", "captures"), rows={"batch_size": 1})
+
 import dataclasses
 import functools
 from typing import Any
@@ -34,9 +39,16 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, edits, captures or {})
     found = study.domains_of(config, "test")
+    tests = {name: list(domain)[: config.test_per_domain] for name, domain in found.items()}
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {name: study.content(some) for name, some in tests.items()},
+    )
     rows = {}
-    for name, domain in found.items():
-        examples = list(domain)[: config.test_per_domain]
+    for name, examples in tests.items():
         for style in config.styles:
             step = workdir.arrays(
                 f"{name}-{style}",
@@ -60,7 +72,7 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     nested = {name: {s: rows[name, s] for s in config.styles} for name in found}
     results = {"study": "evaluate", "accuracy": nested} | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
-    store.manifest(workdir, model=store.fingerprint(model))
+    store.manifest(workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +92,16 @@ def right(this: Study, name: str, examples: list, style: str) -> dict[str, np.nd
     pairs = batching.ask(examples, (style,))
     length = batching.row_length(this.processor, pairs)
     asked = batching.Asked(this.processor, pairs, this.config.batch_size, length)
-    found, brought = [], []
+    found, brought, batches = [], [], []
     for i in tqdm.tqdm(range(len(asked)), desc=f"{examples[0].domain}, {style}", leave=False):
-        options = asked.candidates(i)
-        out = score.score_with(this.model, asked[i], options, this.edits, this.captures)
+        batch, options = asked[i], asked.candidates(i)
+        out = score.score_with(this.model, batch, options, this.edits, this.captures)
         found.append(np.asarray(out.values)[: len(options)].argmax(-1) == asked.right(i))
-        brought.append(jax.tree.map(np.asarray, out.captures))
+        if this.captures:
+            brought.append(jax.tree.map(np.asarray, out.captures))
+            batches.append(batch.replace(pixels=None, features=None))
     if this.captures:
-        rows = [len(part) for part in found]
-        joined = captures_.join(this.captures, brought, rows, asked.size)
+        joined = captures_.join(this.captures, brought, batches)
         study.write_captures(this.workdir / "captures" / f"{name}.npz", joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
     return {"right": np.concatenate(found), "chance": chance}
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits", "captures"))

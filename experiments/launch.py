@@ -3,18 +3,21 @@
     python -m experiments.launch --processes=2 -- \
         python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=DIR
 
-When one process fails, all end, with its status; SIGTERM and Ctrl-C go to all. On a pod there is
-no need for it: start the study on every host with `--processes=auto`.
+When one process fails, all end, with its status; SIGTERM and Ctrl-C go to all. When none is left
+to say why, as after SIGKILL to all, this one does. On a pod there is no need for it: start the
+study on every host with `--processes=auto`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 GRACE = 20  # seconds for the others to end by themselves, when one has failed
@@ -30,6 +33,9 @@ def launch(command: list[str], count: int) -> int:
         return _wait(started)
     finally:
         _signal(started, signal.SIGKILL)
+        for process in started:
+            for log in _logs(process):
+                log.unlink(missing_ok=True)
 
 
 def _start(command: list[str], address: str, count: int, number: int) -> subprocess.Popen:
@@ -40,7 +46,8 @@ def _start(command: list[str], address: str, count: int, number: int) -> subproc
     }
     if number:
         environment["TQDM_DISABLE"] = "1"
-    return subprocess.Popen(command, env=environment)
+    # A group of its own: Ctrl-C comes through this process, and once.
+    return subprocess.Popen(command, env=environment, process_group=0)
 
 
 def _wait(started: list[subprocess.Popen]) -> int:
@@ -55,7 +62,28 @@ def _wait(started: list[subprocess.Popen]) -> int:
     while any(process.poll() is None for process in started) and time.monotonic() < end:
         time.sleep(0.1)
     status = failed[0]
+    if all((process.poll() or 0) < 0 for process in started):
+        _explain(started)
     return status if status > 0 else 128 - status  # as a shell says it of a signal
+
+
+def _explain(started: list[subprocess.Popen]) -> None:
+    """One line where all were ended by signals; that which aborts does it because of another."""
+    ended = [(p.returncode == -signal.SIGABRT, i) for i, p in enumerate(started)]
+    aborted, number = min(ended)
+    text = (
+        f"error: process {number} was ended by {signal.Signals(-started[number].returncode).name}"
+    )
+    if aborted:
+        words = " ".join(line for log in _logs(started[number]) for line in log.open())
+        text += f" ({words[:200].strip()})"
+    print(f"{text}: what was finished is saved; start again with the same flags to continue",
+          file=sys.stderr)  # fmt: skip
+
+
+def _logs(process: subprocess.Popen) -> list[pathlib.Path]:
+    """What JAX's C++ code wrote to stderr in a process, see `hosts.join`."""
+    return list(pathlib.Path(tempfile.gettempdir()).glob(f"mllm_jax-{process.pid}-*.log"))
 
 
 def _signal(started: list[subprocess.Popen], number: int) -> None:

@@ -13,6 +13,11 @@ Leaves in the workdir: `results.json`, `tables/*.csv`, `figures/*.png`, `index.h
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.mask", takes=("edits",), rows={"batch_size": 1})
+
 import functools
 from typing import Any
 
@@ -39,10 +44,13 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         raise ValueError(f"config.gate={config.gate!r} is none of {', '.join(learning.GATES)}")
     site, edits = S.get(config.site), edits or Edits()
     model, processor = mj.load(config.model)
-    train, test = (
-        _batches(config, model, processor, edits, half, count)
+    asked = {
+        half: batching.ask(study.examples_of(config, half, count), config.styles)
         for half, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
-    )
+    }
+    data = {half: study.content(pairs) for half, pairs in asked.items()}
+    study.claim(workdir, config, model, processor, data)
+    train, test = (_batches(config, model, processor, edits, pairs) for pairs in asked.values())
     spec = edits_.look_up(site, run_.site_shapes(model, train[0]["batch"]))
     shape = spec.layers, spec.shape[edits_.unit_axis(site)]
     found = workdir.arrays("learned", lambda: learn(config, model, train, site, shape, edits))
@@ -74,13 +82,12 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         np.save(file, ~kept)
     store.atomic_json(workdir / "results.json", results)
     page.write_mask(workdir.path, results, found["curve"])
-    store.manifest(workdir, model=store.fingerprint(model), seed=config.seed)
+    store.manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 
-def _batches(config, model, processor, edits: Edits, half: str, count: int) -> list[dict[str, Any]]:
+def _batches(config, model, processor, edits: Edits, pairs: list) -> list[dict[str, Any]]:
     """Prompts of all domains in turn, which rows are real, and the clean model's next word."""
-    pairs = batching.ask(study.examples_of(config, half, count), config.styles)
     length = batching.row_length(processor, pairs)
     asked = batching.Asked(processor, pairs, config.batch_size, length)
     made = []
@@ -137,7 +144,3 @@ def _summary(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         name: {"mean": float(mean), "low": float(low), "high": float(high)}
         for name, (mean, low, high) in found.items()
     }
-
-
-if __name__ == "__main__":
-    study.main(run, takes=("edits",))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments import describe, study
+from experiments import command, describe
 from mllm_jax import store
 from mllm_jax.interventions import spec
 from mllm_jax.report import figures
@@ -49,8 +49,8 @@ def run() -> list[plans.Plan]:
     config = describe.find(describe.MODEL.value)
     size = programs.Size(rows=ROWS.value, words=WORDS.value, lanes=LANES.value, steps=STEPS.value)
     how = {
-        "edits": spec.parse(study.EDITS.value) if study.EDITS.value else None,
-        "captures": spec.parse_captures(study.CAPTURES.value) if study.CAPTURES.value else None,
+        "edits": spec.parse(command.EDITS.value) if command.EDITS.value else None,
+        "captures": spec.parse_captures(command.CAPTURES.value) if command.CAPTURES.value else None,
         "data": DATA.value,
         "fsdp": FSDP.value,
         "dtype": jnp.dtype(DTYPE.value),

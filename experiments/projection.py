@@ -16,6 +16,13 @@ Leaves in the workdir: `results.json` (keys in mllm_jax/report/projection.py), `
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main(
+        "experiments.projection", rows={"rows": 1, "proj.batch_size": 1, "e2e.batch_size": 1}
+    )
+
 import copy
 import dataclasses
 import functools
@@ -90,6 +97,14 @@ class Study:
         """These pictures, read from disk."""
         return [self.tasks[task][split][i] for i in range(self.count(task, split))]
 
+    def content(self) -> dict[str, list]:
+        """Fingerprints of all pictures that are taken, and the classes, by task."""
+        return {
+            name: [task.topic, task.classes]
+            + [study.content(self.examples(name, split)) for split in tasks.SPLITS]
+            for name, task in self.tasks.items()
+        }
+
     def ids(self, task: str, split: str) -> np.ndarray:
         """int32[N]: their classes."""
         return self.tasks[task].ids(split)[: self.count(task, split)]
@@ -145,6 +160,7 @@ def run(config, workdir: store.Workdir) -> None:
     _check(config)
     model, processor = mj.load(config.model)
     this = Study(config, workdir, model, processor, _tasks(config))
+    study.claim(workdir, config, model, processor, this.content())
     matched = match(this)
     found = {
         (run.task, run.variant, run.seed): measure(this, run)
@@ -176,11 +192,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(
-        workdir,
-        model=store.fingerprint(model),
-        data={name: task.fingerprint for name, task in this.tasks.items()},
-    )
+    store.manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 
@@ -667,7 +679,3 @@ def _responses(model, asked: batching.Asked) -> dict[str, np.ndarray]:
     ]
     rows = [part.swapaxes(0, 1)[: len(asked.rows(i))] for i, part in enumerate(found)]
     return {"mean": np.concatenate(rows)}
-
-
-if __name__ == "__main__":
-    study.main(run)

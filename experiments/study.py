@@ -1,56 +1,23 @@
-"""What every binary shares: the flags, and one clear line when something is wrong."""
+"""What the studies share: the examples of a config, and captures in files."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pathlib
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
-from mllm_jax import products, store
+from experiments import agreement
+from mllm_jax import store
 from mllm_jax.data import batching, domains, vqa
 from mllm_jax.data import features as features_
-from mllm_jax.interventions import spec
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.sharding import hosts, mesh
+from mllm_jax.sharding import mesh
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
-EDITS = flags.DEFINE_string(
-    "edits", None, "Edits of every pass: 'ablate lm.mlp.act[12,@neurons.json] >> add ...'; all of "
-    "the language is in mllm_jax/interventions/spec.py.",
-)  # fmt: skip
-CAPTURES = flags.DEFINE_string(
-    "captures", None, "What to bring back as well, into captures/*.npz of the workdir: "
-    "'fire=stats lm.mlp.act by=kind; ...'.",
-)  # fmt: skip
-MESH = flags.DEFINE_string(
-    "mesh", None, "The devices to run on: 'data=2,model=4', also 'fsdp='; see mj.mesh. By default "
-    "one, or all with several processes, the batch spread over them.",
-)  # fmt: skip
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", os.environ.get("JAX_COORDINATOR_ADDRESS"), "host:port of process 0."
-)
-PROCESSES = flags.DEFINE_string(
-    "processes", os.environ.get("JAX_NUM_PROCESSES"), "How many processes run this study together; "
-    "'auto' where JAX knows it: on TPU, Slurm, MPI.",
-)  # fmt: skip
-PROCESS = flags.DEFINE_integer(
-    "process", os.environ.get("JAX_PROCESS_ID"), "Which of them this is, from 0."
-)
-PARSE = {"edits": spec.parse, "captures": spec.parse_captures}
 # What paper A reads: the split of its data sets, and the prompts.
 VQA = {"train": ("train", "activation"), "test": ("val", "generation"), "lens": ("train", "lens")}
-EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
-_AXES = "data", "model", "fsdp"
 
 
 def domains_of(config, split: str) -> dict[str, domains.Domain]:
@@ -81,6 +48,30 @@ def _vqa(config, split: str, of: str) -> dict[str, domains.Domain]:
     return {name: vqa.load(name, split, model=config.vqa.model, of=of, **where) for name in names}
 
 
+def claim(workdir: store.Workdir, config, model, processor, data: dict[str, Any]) -> None:
+    """Refuses to go on with work of another model, of other data, files, code or versions.
+
+    To be called once, before the first step of a study.
+
+    Args:
+        data: by name, the `content` of what the study reads.
+    """
+    workdir.claim(
+        model=model, processor=processor, files=agreement.files(config), data=data,
+        **agreement.made_by(),
+    )  # fmt: skip
+
+
+def content(examples: Iterable[Any]) -> list[str]:
+    """Fingerprints of examples, or of pairs of an example and its question; one read at a time."""
+    found = []
+    for one in examples:
+        example, *question = one if isinstance(one, tuple) else (one,)
+        about = [example.id, example.domain, example.label, example.encoded, example.questions]
+        found.append(store.fingerprint(about, question))
+    return found
+
+
 def with_features(model, batch, edits: Edits | None = None):
     """The batch with its pictures read, so that passes over it leave the vision tower out.
 
@@ -93,105 +84,11 @@ def with_features(model, batch, edits: Edits | None = None):
         return batch.replace(features=mesh.home(features))
 
 
-def main(run: Callable, takes: Sequence[str] = (), *, eigen: bool = False) -> None:
-    """Runs `run(config, workdir)` from the command line.
-
-    Errors of input or machine end the program with one line and status 1.
-
-    Args:
-      takes: "edits" and "captures", where the study can use them: then `run` gets them by name,
-        or None. A flag that the study does not take is refused.
-      eigen: whether Eigen multiplies its matrices on CPUs, see `products`.
-    """
-
-    def start(argv):
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        try:
-            _join()
-            asked = _asked(takes)
-            config = CONFIG.value.to_dict() | _records(asked)
-            with _on_mesh():
-                run(CONFIG.value, store.Workdir(WORKDIR.value, config), **asked)
-            hosts.part()
-        except EXPECTED as error:
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            hosts.fail(f"error: {text}")
-        except Exception as error:
-            if hosts.count() == 1:
-                raise
-            traceback.print_exc()  # here; the others, who wait for this one, show one line
-            hosts.fail(f"error: {type(error).__name__}: {error}")
-
-    if eigen:
-        products.prefer_eigen()
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(start, flags_parser=_parse)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    """The flags as absl reads them; a field that the config does not have is one clear line."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        (reason,) = getattr(error.args[0], "args", error.args)
-        name, *near = str(reason).splitlines()
-        field = name.strip("'")
-        sys.exit(" ".join([f"error: the config has no field '{field}'; it lists them.", *near]))
-
-
-def _join() -> None:
-    """Becomes one of several processes, if the flags say so; only the first one speaks."""
-    if PROCESSES.value == "auto":
-        hosts.join(None, None, None)
-    elif PROCESSES.value is not None:
-        if not PROCESSES.value.isdigit() or COORDINATOR.value is None or PROCESS.value is None:
-            raise ValueError(
-                f"--processes={PROCESSES.value}: it is a number, with --coordinator=host:port and "
-                "--process=0 and so on, or 'auto'"
-            )
-        hosts.join(COORDINATOR.value, int(PROCESSES.value), PROCESS.value)
-    hosts.heed_sigterm()
-    if not hosts.writes():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _on_mesh() -> contextlib.AbstractContextManager:
-    """The mesh that the flags name, for `mj.load` to find."""
-    if MESH.value is None and hosts.count() == 1:
-        return contextlib.nullcontext()
-    pairs = [part.split("=") for part in (MESH.value or "").split(",") if part]
-    if any(len(p) != 2 or p[0] not in _AXES or not p[1].isdigit() for p in pairs):
-        raise ValueError(f"--mesh={MESH.value}: it is written as data=2,model=4,fsdp=1")
-    return jax.set_mesh(mesh.mesh(**{name: int(size) for name, size in pairs}))
-
-
-def _asked(takes: Sequence[str]) -> dict[str, Any]:
-    """What the flags say, by name."""
-    asked: dict[str, Any] = dict.fromkeys(takes)
-    for name, parse in PARSE.items():
-        text = flags.FLAGS[name].value
-        if text is not None and name not in takes:
-            raise ValueError(f"this study takes no --{name}: it runs the model as it is")
-        if text is not None:
-            asked[name] = parse(text)
-    return asked
-
-
-def _records(asked: dict[str, Any]) -> dict[str, Any]:
-    """Edits and captures as the config and the manifest hold them; the string may name files."""
-    return {
-        name: {"text": flags.FLAGS[name].value, "digest": spec.digest(of), "json": spec.to_json(of)}
-        for name, of in asked.items()
-        if of is not None
-    }
-
-
 def named(workdir: store.Workdir) -> dict[str, dict[str, str]]:
     """The edits and captures of a study as its results name them; the manifest has them whole."""
     return {
         name: {key: workdir.config[name][key] for key in ("text", "digest")}
-        for name in PARSE
+        for name in ("edits", "captures")
         if name in workdir.config
     }
 

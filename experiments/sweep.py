@@ -16,6 +16,11 @@ Leaves in the workdir: `results.json`, `grid.csv`, `figures/grid.png`, `index.ht
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.sweep", eigen=True, rows={"batch_size": 2})
+
 import jax
 import numpy as np
 
@@ -41,6 +46,13 @@ def run(config, workdir: store.Workdir) -> None:
         for name, domain in study.domains_of(config, "test").items()
         for pair in partners(processor, name, list(domain), config.style, config.pairs_per_domain)
     ]
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {"pairs": study.content(one for pair in pairs for one in pair)},
+    )
     columns = grid(config, model)
     size = config.batch_size
     length = batching.row_length(processor, [side for pair in pairs for side in pair])
@@ -69,7 +81,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     report.write(workdir, results)
-    store.manifest(workdir, model=store.fingerprint(model))
+    store.manifest(workdir)
     print(f"finished: {workdir.path / 'index.html'}")
 
 
@@ -152,7 +164,3 @@ def _alike(columns: dict[str, list]) -> list[list[str]]:
     for name, edits in columns.items():
         by_site.setdefault(str(next(iter(edits[0])).address.site), []).append(name)
     return list(by_site.values())
-
-
-if __name__ == "__main__":
-    study.main(run, eigen=True)

@@ -7,6 +7,11 @@ Leaves in the workdir: `projector.safetensors`, `results.json`, `loss.csv`, `fig
 
 from __future__ import annotations
 
+from experiments import command
+
+if __name__ == "__main__":  # before the long imports
+    command.main("experiments.train", eigen=True, rows={"batch_size": 1})
+
 import dataclasses
 
 import numpy as np
@@ -24,6 +29,13 @@ def run(config, workdir: store.Workdir) -> None:
     model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
     train = study.examples_of(config, "train", config.train_per_domain)
     test = study.examples_of(config, "test", config.test_per_domain)
+    study.claim(
+        workdir,
+        config,
+        model,
+        processor,
+        {"train": study.content(train), "test": study.content(test)},
+    )
     seen = features.vision_features(
         model, processor, train, workdir / "features" / "train.npy", label="features, train"
     )
@@ -67,7 +79,3 @@ def run(config, workdir: store.Workdir) -> None:
     )
     store.manifest(workdir, seed=config.seed)
     print(f"held-out loss {before[0]:.3f} -> {after[0]:.3f}; with the wrong picture {after[1]:.3f}")
-
-
-if __name__ == "__main__":
-    study.main(run, eigen=True)

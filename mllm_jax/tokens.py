@@ -32,6 +32,8 @@ class TokenMap:
         next picture of the row begins at `config.tiles`, however many parts the first has.
       last: bool[B, T], the last token of the prompt.
       added: how many of the T were added after the prompt, to be generated or scored. Static.
+      readers: bool[rows, B] of the vision side, which rows of the batch read each tile: rows that
+        share a picture share its tiles. None where B are the rows themselves.
     """
 
     kind: Any
@@ -40,6 +42,7 @@ class TokenMap:
     tile: Any
     last: Any
     added: int = dataclasses.field(default=0, metadata={"static": True})
+    readers: Any = None
 
     @classmethod
     def grid(cls, tiles: Any, side: tuple[int, int], cls_token: bool, real: Any) -> TokenMap:
@@ -186,6 +189,7 @@ system, question, image, newline, answer, cls, query = (_kinds(name) for name in
 text = _kinds(*TEXT)
 all = _kinds(*KINDS[1:])
 last = Where("last")
+generating = last | answer  # each token at which the next one is chosen, in `generate` and `score`
 kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
 
 
@@ -233,4 +237,4 @@ def of(selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last")}
+NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last", "generating")}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import mllm_jax as mj
+from experiments import study
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import official
@@ -55,6 +56,14 @@ class Study:
     lens: dict[str, domains.Domain]
     edits: Edits | None = None
     captures: dict[str, Capture] = dataclasses.field(default_factory=dict)
+
+    def content(self) -> dict[str, list[str]]:
+        """Fingerprints of the pictures that are read, with their questions, by half and domain."""
+        return {
+            f"{half}/{name}": study.content(self._pairs(half, name))
+            for half in ("train", "test", "lens")
+            for name in self.names
+        }
 
     @property
     def names(self) -> tuple[str, ...]:

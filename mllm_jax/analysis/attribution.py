@@ -9,7 +9,8 @@ of the metric is lost when a gate is closed:
 
     found = attribution.integrated(metric, np.ones((L, F), np.float32), steps=8)
 
-Gates may be any pytree, such as a dictionary of sites. All of it runs inside or outside `jax.jit`.
+Gates may be any pytree, such as a dictionary of sites. All of it runs inside or outside `jax.jit`;
+outside, a metric or a slope that is not finite is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mllm_jax.analysis import checks
 
 
 class Attribution(NamedTuple):
@@ -44,7 +47,7 @@ def first_order(metric: Callable[[Any], jax.Array], gates: Any) -> Attribution:
         gates: arrays.
     """
     value, slope = jax.value_and_grad(metric)(gates)
-    return Attribution(jax.tree.map(jnp.multiply, gates, slope), value)
+    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), value))
 
 
 def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) -> Attribution:
@@ -70,12 +73,24 @@ def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) ->
     dtype = jnp.result_type(*jax.tree.leaves(gates))
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, gates), jnp.asarray(shares, dtype))
     values = jax.tree.map(lambda gate, slope: gate * slope / steps, gates, total)
-    return Attribution(values, metric(gates))
+    return _checked(Attribution(values, metric(gates)))
+
+
+def _checked(found: Attribution) -> Attribution:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, jax.core.Tracer):
+            checks.finite(leaf, f"attribution{jax.tree_util.keystr(path)}")
+    return found
 
 
 def top(values: np.ndarray, count: int) -> np.ndarray:
-    """int64[count, axes]: where the largest values are, largest first; ties in order of place."""
-    values = np.asarray(values)
+    """int64[count, axes]: where the largest values are, largest first; ties in order of place.
+
+    All of them where there are no more than `count`.
+    """
+    values = checks.finite(values, "values")
+    if count < 0:
+        raise ValueError(f"count={count} is below 0")
     order = np.argsort(-values, axis=None, kind="stable")[:count]
     return np.stack(np.unravel_index(order, values.shape), -1)
 

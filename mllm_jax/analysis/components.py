@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mllm_jax.analysis import checks
+
 
 class Components(NamedTuple):
     """The directions in which features vary most.
@@ -13,7 +15,7 @@ class Components(NamedTuple):
     Attributes:
         scores: float64[N, k], each example's coordinates.
         axes: float64[k, F], of length one; the entry of largest size is positive.
-        share: float64[k], of the whole variance.
+        share: float64[k], of the whole variance; 0 where nothing varies.
         centre: float64[F], the mean.
     """
 
@@ -30,39 +32,41 @@ def principal(features: np.ndarray, k: int = 2) -> Components:
         features: float[N, F], such as the mean over the tokens of a picture.
         k: how many, at most N and F.
     """
-    features = _checked(features)
+    features = checks.finite(features, "features", axes="[N, F]")
     if not 1 <= k <= min(features.shape):
         raise ValueError(f"k={k}: features {features.shape} have 1 to {min(features.shape)}")
-    centre = features.mean(axis=0)
-    left, sizes, axes = np.linalg.svd(features - centre, full_matrices=False)
+    centred = _centred(features)
+    left, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)[:, 0]
     sign = np.where(largest < 0, -1.0, 1.0)[:k]  # a component has no direction of its own
-    variance = sizes**2
-    share = variance[:k] / max(variance.sum(), np.finfo(float).tiny)
-    return Components(left[:, :k] * sizes[:k] * sign, axes[:k] * sign[:, None], share, centre)
+    variance = (sizes / (sizes[0] or 1)) ** 2
+    share = variance[:k] / (variance.sum() or 1)
+    scores, centre = left[:, :k] * sizes[:k] * sign, features[0] - centred[0]
+    return Components(scores, axes[:k] * sign[:, None], share, centre)
 
 
 def between(features: np.ndarray, domain: np.ndarray) -> float:
-    """Share of the variance that lies between the means of domains, 0 to 1.
+    """Share of the variance that lies between the means of domains, 0 to 1; 0 if nothing varies.
 
     Args:
         features: float[N, F].
         domain: int[N], each example's domain.
     """
-    features, domain = _checked(features), np.asarray(domain)
-    if domain.shape != features.shape[:1]:
+    features = checks.finite(features, "features", axes="[N, F]")
+    domain = checks.numbers(domain, "domain")
+    if domain.shape != features.shape[:1] or not np.issubdtype(domain.dtype, np.integer):
         raise ValueError(f"domain must be {len(features)} integers, one an example")
-    centred = features - features.mean(axis=0)
+    if not features.size:
+        raise ValueError(f"features {features.shape} are of no example")
+    centred = _centred(features)
+    centred = centred / (np.abs(centred).max() or 1)
     means = np.stack([centred[domain == d].mean(axis=0) for d in np.unique(domain)])
     _, counts = np.unique(domain, return_counts=True)
     total = (centred**2).sum()
     return float((counts[:, None] * means**2).sum() / total) if total else 0.0
 
 
-def _checked(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(
-            f"features must be [N, F] of finite numbers, not of shape {features.shape}"
-        )
-    return features
+def _centred(features: np.ndarray) -> np.ndarray:
+    """Less the mean. What is constant is zero exactly, whatever the mean of it is rounded to."""
+    apart = features - features[0]
+    return apart - apart.mean(axis=0)

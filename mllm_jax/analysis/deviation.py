@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.analysis import checks
+
 
 class Sums(NamedTuple):
     """Sums over the tokens of each row. The dots stand for leading axes such as L.
@@ -42,7 +44,8 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
 
     Every token counts alike, whatever its norm. 1 - cosine is half the squared distance of the unit
     vectors, which is exact near zero. A token whose clean state is zero deviates by 0 if it is
-    unchanged, else by 1.
+    unchanged, else by 1. Vectors are scaled before they are squared, so that large ones do not
+    overflow.
 
     Args:
         clean: float[..., B, T, D], hidden states without the edit; NumPy or JAX.
@@ -51,6 +54,10 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
 
     Returns:
         The sums, in float32 for JAX and in float64 for NumPy.
+
+    Raises:
+        ValueError: a counted token is not finite. Under `jit` its sums are NaN, which `join` and
+            `finish` refuse.
     """
     if clean.shape != edited.shape or weight.ndim != 3 or weight.shape[1:] != clean.shape[-3:-1]:
         raise ValueError(
@@ -60,44 +67,63 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
     xp = edited.__array_namespace__()
     dtype = xp.float64 if xp is np else xp.float32
     clean, edited, weight = (xp.asarray(array, dtype=dtype) for array in (clean, edited, weight))
+    counted = (weight != 0).any(axis=0)[..., None]  # padding may hold anything, even nan
+    clean, edited = xp.where(counted, clean, 0), xp.where(counted, edited, 0)
+    for name, array in {"clean": clean, "edited": edited, "weight": weight}.items():
+        if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
+            checks.finite(array, name)  # says where
+    if not isinstance(weight, jax.core.Tracer):
+        checks.at_least(np.asarray(weight), 0, "weight")
 
     def norm(x):
         return xp.sqrt((x * x).sum(axis=-1))
 
-    def unit(x):
-        length = norm(x)[..., None]
-        return x / xp.where(length > 0, length, 1)
+    def largest(x):
+        return xp.abs(x).max(axis=-1, initial=0)
 
-    length, change = norm(clean), norm(edited - clean)
-    relative_l2 = xp.where(length > 0, change / xp.where(length > 0, length, 1), change > 0)
+    def scaled(x, by):
+        return x / xp.where(by == 0, 1, by)[..., None]
+
+    def unit(x):
+        x = scaled(x, largest(x))
+        return scaled(x, norm(x))
+
+    nothing = largest(clean) == 0
+    scale = xp.maximum(largest(clean), largest(edited))
+    length, change = norm(scaled(clean, scale)), norm(scaled(edited, scale) - scaled(clean, scale))
+    moved = xp.sign(change)  # 0 or 1, and nan where it is nan
+    relative_l2 = xp.where(nothing, moved, change / xp.where(nothing, 1, length))
     chord = norm(unit(edited) - unit(clean))
-    cosine = xp.where((length > 0) & (norm(edited) > 0), chord * chord / 2, change > 0)
+    cosine = xp.where(nothing | (largest(edited) == 0), moved, chord * chord / 2)
 
     highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     product = np.einsum if xp is np else highest
 
     def by_kind(values):
-        counted = xp.where(
-            (weight > 0).any(axis=0), values, 0
-        )  # padding may hold anything, even nan
-        return product("...bt,kbt->...kb", xp.asarray(counted, dtype=dtype), weight)
+        return product("...bt,kbt->...kb", xp.asarray(values, dtype=dtype), weight)
 
     return Sums(by_kind(relative_l2), by_kind(cosine), weight.sum(axis=-1))
 
 
 def join(batches: Iterable[Sums]) -> Sums:
     """All rows of several batches, in order, as float64 NumPy arrays."""
+    fields = list(zip(Sums._fields, zip(*batches, strict=True), strict=False))
+    if not fields:
+        raise ValueError("batches has no sums to join")
     return Sums(
         *(
-            np.concatenate([np.asarray(part, np.float64) for part in parts], axis=-1)
-            for parts in zip(*batches, strict=True)
+            np.concatenate([checks.finite(part, name) for part in parts], axis=-1)
+            for name, parts in fields
         )
     )
 
 
 def finish(total: Sums) -> Deviation:
     """Mean deviation per token over all rows."""
-    tokens = np.asarray(total.tokens, np.float64).sum(axis=-1)
+    relative_l2, cosine, tokens = (
+        checks.finite(part, name).sum(axis=-1)
+        for name, part in zip(Sums._fields, total, strict=True)
+    )
     with np.errstate(invalid="ignore"):
-        means = [np.asarray(part, np.float64).sum(axis=-1) / tokens for part in total[:2]]
+        means = [part / tokens for part in (relative_l2, cosine)]
     return Deviation(*means)

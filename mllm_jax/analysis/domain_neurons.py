@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from mllm_jax.analysis import checks
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
@@ -75,7 +77,8 @@ def select(
 
     Raises:
         ValueError: fewer than two domains, a domain without tokens, shapes that do not fit, counts
-            that are no counts, a rate outside (0, 1], or an option that is not known.
+            that are no counts or above the tokens of their domain, a rate outside (0, 1], or an
+            option that is not known.
     """
     rule = _Rule(top_rate, filter_rate, bar_rate, assign, compat)
     return rule(_probability(counts, tokens, names, rule))
@@ -103,6 +106,11 @@ def select_modules(
         {module: what was found}.
     """
     rule = _Rule(**options)
+    if not counts or counts.keys() != tokens.keys():
+        raise ValueError(
+            f"counts of {', '.join(counts) or 'no module'}, tokens of "
+            f"{', '.join(tokens) or 'none'}: both are needed, of the same modules"
+        )
     found = {m: _probability(counts[m], tokens[m], names, rule) for m in counts}
     if thresholds == "module":
         return {module: rule(p) for module, p in found.items()}
@@ -195,6 +203,10 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     Returns:
         float64[L, F], nats, between 0 and ln D_; 0 for a neuron that is never active.
     """
+    probability = checks.numbers(probability, "probability")
+    checks.at_least(checks.finite(probability, "probability"), 0, "probability")
+    if not np.issubdtype(probability.dtype, np.floating):
+        probability = probability.astype(np.float64)
     total = probability.sum(axis=0)
     share = np.divide(probability, total, out=np.zeros_like(probability), where=total > 0)
     return 0.0 - (share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(axis=0)
@@ -219,6 +231,7 @@ def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
     The draw is over all neurons of the layer; those of the mask are not excluded, so that the
     control is the plain null hypothesis "any neurons of these layers".
     """
+    mask = checks.mask(mask, "mask")
     neurons = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)
     counts = mask.sum(axis=-1, keepdims=True)
     return generator(key).permuted(neurons, axis=-1) < counts
@@ -281,5 +294,12 @@ def _checked(counts, tokens, names: Sequence[str]) -> tuple[np.ndarray, np.ndarr
         name = repr(names[domain]) if names else domain
         raise ValueError(
             f"domain {name} has {tokens[domain]} tokens; leave it out or give it examples"
+        )
+    if (above := counts > tokens[:, None, None]).any():
+        d, layer, neuron = np.argwhere(above)[0].tolist()
+        name = repr(names[d]) if names else d
+        raise ValueError(
+            f"counts{[d, layer, neuron]} is {counts[d, layer, neuron]}, but domain {name} has "
+            f"{tokens[d]} tokens: a neuron is active on a token once at most"
         )
     return counts, tokens

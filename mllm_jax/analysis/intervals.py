@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mllm_jax.analysis import checks
+
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -30,6 +32,8 @@ def draws(examples: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.nda
     """How often each example is drawn in each bootstrap resample: int64[resamples, examples]."""
     if examples < 1:
         raise ValueError("a bootstrap needs at least one example, got none")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: a bootstrap needs at least one")
     equal = np.full(examples, 1 / examples)
     return np.random.default_rng(seed).multinomial(examples, equal, size=resamples)
 
@@ -40,6 +44,9 @@ def percentiles(
     """The central interval of the samples on the first axis: (low, high)."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
+    if not len(checks.numbers(samples, "samples")):
+        raise ValueError("samples is empty: there is no interval of nothing")
+    checks.finite(samples, "samples")
     tail = (1 - level) / 2
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0, **how)
     return low, high
@@ -65,9 +72,15 @@ def ratio(
     Returns:
         The interval of sum(sums) / sum(weights), shape of sums without its first axis.
     """
-    sums, weights = _finite(sums, "sums"), _finite(weights, "weights")
+    sums, weights = _by_example(sums, "sums"), _by_example(weights, "weights")
     if len(sums) != len(weights):
         raise ValueError(f"{len(sums)} sums for {len(weights)} weights")
+    lead = weights.shape[: sums.ndim]
+    if weights.ndim > sums.ndim or any(
+        w not in (1, s) for w, s in zip(lead, sums.shape, strict=False)
+    ):
+        raise ValueError(f"weights {weights.shape} do not fit sums {sums.shape}")
+    checks.at_least(weights, 0, "weights")
     drawn = draws(len(sums), resamples=resamples, seed=seed)
     if not (weights.sum(axis=0) > 0).all():
         raise ValueError("weights sum to zero: no example has a token of this kind")
@@ -89,7 +102,7 @@ def mean(values: np.ndarray, **options) -> Interval:
     Returns:
         The interval of the mean, shape of values without its first axis.
     """
-    values = _finite(values, "values")
+    values = _by_example(values, "values")
     return ratio(values, np.ones((len(values),) + (1,) * (values.ndim - 1)), **options)
 
 
@@ -104,7 +117,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray, **options) -> Inter
     Returns:
         The interval of the difference.
     """
-    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    before, after = _by_example(before, "before"), _by_example(after, "after")
     if before.shape != after.shape:
         raise ValueError(
             f"before and after must pair up, got shapes {before.shape} and {after.shape}"
@@ -123,7 +136,9 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
     Returns:
         The p-value, in (0, 1].
     """
-    differences = _finite(differences, "differences")
+    differences = checks.finite(differences, "differences", axes="[N]")
+    if not differences.size:
+        raise ValueError("differences is empty: there is nothing to test")
     changed = differences[differences != 0]
     if not changed.size:
         return 1.0
@@ -143,7 +158,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     Returns:
         float64[...], same shape.
     """
-    p_values = _finite(p_values, "p_values")
+    p_values = _by_example(p_values, "p_values")
     if ((p_values < 0) | (p_values > 1)).any():
         raise ValueError("p_values must lie in [0, 1]")
     order = np.argsort(p_values, axis=None, kind="stable")
@@ -153,11 +168,8 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    values = np.asarray(values, np.float64)
+def _by_example(values: np.ndarray, name: str) -> np.ndarray:
+    values = checks.finite(values, name)
     if values.ndim == 0:
         raise ValueError(f"{name} must have an axis of examples, got a single number")
-    if not np.isfinite(values).all():
-        where = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise ValueError(f"{name}{where} is {values[tuple(where)]}; every value must be finite")
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mllm_jax.analysis import intervals
+from mllm_jax.analysis import checks, intervals
 
 
 def entropy_curve(sums: np.ndarray, tokens: np.ndarray, **options) -> intervals.Interval:
@@ -19,7 +19,7 @@ def entropy_curve(sums: np.ndarray, tokens: np.ndarray, **options) -> intervals.
     Returns:
         Interval of float64[L, kinds], nats.
     """
-    sums, tokens = np.asarray(sums), np.asarray(tokens)
+    sums, tokens = checks.finite(sums, "sums"), checks.finite(tokens, "tokens")
     if sums.ndim != 3 or tokens.shape != (sums.shape[0], sums.shape[2]):
         raise ValueError(
             "sums must be [N, L, kinds] and tokens [N, kinds], "

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from mllm_jax.analysis import checks
+
 # The release's names of modules, and the sites where it counts and cuts.
 SITES = {
     "lang": "lm.mlp.act",
@@ -93,6 +95,7 @@ def lists(mask: np.ndarray) -> list[list[np.ndarray]]:
         A list over domains of a list over layers of int64 indices. Domains without neurons are
         missing at the end of the list, and there alone.
     """
+    mask = checks.mask(mask, "mask")
     last = max(np.flatnonzero(mask.any(axis=(1, 2))), default=-1)
     return [
         [np.flatnonzero(layer).astype(np.int64) for layer in layers] for layers in mask[: last + 1]

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from mllm_jax import precision
+from mllm_jax.analysis import checks
 
 AT_ONCE = 50_000_000  # parameters of the probes that are trained side by side
 
@@ -120,6 +121,8 @@ def class_ids(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 def hold_out(labels: np.ndarray, share: float = 0.2, *, seed: int = 0) -> np.ndarray:
     """bool[N]: a share of each class, drawn; one example at least of a class with two."""
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} lies outside (0, 1)")
     labels = np.asarray(labels)
     generator, held = np.random.default_rng(seed), np.zeros(labels.shape, bool)
     for label in np.unique(labels):
@@ -149,6 +152,8 @@ def fit(
     """
     parts = [_checked(part, name, classes) for part, name in
              zip((train, held, test), ("train", "held", "test"), strict=True)]  # fmt: skip
+    if not len(seeds):
+        raise ValueError("seeds is empty: a probe needs one or more")
     several = np.ndim(train.features) == 3
     sites = prepare(probe, *(part.features for part in parts))
     lanes = np.array(list(itertools.product(range(len(sites[0])), seeds)), np.int32)
@@ -175,15 +180,19 @@ def fit(
 def prepare(probe: Probe, train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Features as a probe reads them: float32[S, N, W] each.
 
+    A feature that does not vary in `train`, but for what float32 rounds, is centred alone.
+
     Args:
         train: float[S, N, W], which means, deviations and components are of.
         others: of the same sites.
     """
-    parts = [np.asarray(x, np.float32) for x in (train, *others)]
+    parts = [_float32(x) for x in (train, *others)]
+    if probe.components is not None and parts[0].shape[1] < 2:
+        raise ValueError("principal components need two training examples or more, got one")
     if probe.standard:
         mean = parts[0].mean(1, keepdims=True, dtype=np.float64)
         deviation = parts[0].std(1, keepdims=True, dtype=np.float64)
-        deviation[deviation == 0] = 1
+        deviation[deviation <= np.finfo(np.float32).eps * np.abs(mean)] = 1
         parts = [((x - mean) / deviation).astype(np.float32) for x in parts]
     if probe.components is None:
         return parts
@@ -191,6 +200,14 @@ def prepare(probe: Probe, train: np.ndarray, *others: np.ndarray) -> list[np.nda
     count = min(probe.components, parts[0].shape[1] - 1, parts[0].shape[2])
     axes = np.linalg.svd(parts[0] - mean, full_matrices=False)[2][:, :count].swapaxes(1, 2)
     return [((x - mean) @ axes).astype(np.float32) for x in parts]
+
+
+def _float32(features: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        features = checks.numbers(features, "features").astype(np.float32)
+    if not np.isfinite(features).all():
+        checks.finite(features, "features")  # says where
+    return features
 
 
 def start(widths: Sequence[int], key: jax.Array) -> list[tuple[jax.Array, jax.Array]]:

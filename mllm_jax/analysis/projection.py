@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mllm_jax.analysis import intervals
+from mllm_jax.analysis import checks, intervals
 
 CLIP, ORIGINAL, PROJ, E2E, BEFORE = "CLIP zero-shot", "Original", "FT-Proj", "FT-E2E", "before"
 
@@ -115,6 +115,10 @@ def accuracy(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) 
 
 def difference(of: Sample, over: Sample) -> Sample:
     """`of` minus `over`, paired by picture, and by run where both have as many."""
+    if len(of.resamples) != len(over.resamples):
+        raise ValueError(
+            f"samples of {len(of.resamples)} and {len(over.resamples)} resamples do not pair up"
+        )
     runs = of.runs - (over.runs if len(of.runs) == len(over.runs) else over.runs.mean())
     return Sample(runs, of.resamples - over.resamples)
 
@@ -128,6 +132,8 @@ def change(of: Sample, over: Sample) -> dict[str, float | None]:
 
 def uniform(count: int, classes: int, runs: int, *, seed: int = 0) -> np.ndarray:
     """int64[R, N]: answers drawn uniformly, the random baseline of Table 1."""
+    if classes < 1:
+        raise ValueError(f"classes={classes}: there must be one to draw")
     return np.random.default_rng(seed).integers(0, classes, (runs, count))
 
 
@@ -319,7 +325,8 @@ def moved(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
     rows = []
     for module, old in before.items():
         new = after[module]
-        if old.shape != new.shape:
+        old, new = (checks.mask(mask, f"the mask of {module}") for mask in (old, new))
+        if old.shape != new.shape or not old.size:
             raise ValueError(f"{module}: masks {old.shape} before and {new.shape} after")
         sizes, kept = (int(old.sum()), int(new.sum())), int((old & new).sum())
         expected = math.prod(sizes) / old.size
@@ -334,10 +341,11 @@ def moved(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
 
 
 def _sample(metric, truth, predicted, classes, *, resamples=intervals.RESAMPLES, seed=0) -> Sample:
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
-    if predicted.ndim != 2 or predicted.shape[1:] != truth.shape:
+    truth = checks.integers(truth, "truth", axes="[N]")
+    predicted = checks.integers(predicted, "answers")
+    if predicted.ndim != 2 or predicted.shape[1:] != truth.shape or not predicted.size:
         raise ValueError(f"answers must be int[runs, {len(truth)}], got {predicted.shape}")
-    if not (truth >= 0).all() or max(truth.max(), predicted.max()) >= classes:
+    if truth.min() < 0 or predicted.min() < -1 or max(truth.max(), predicted.max()) >= classes:
         raise ValueError(f"class ids must lie in 0 to {classes - 1}; -1 is an answer of no class")
     pictures = intervals.draws(len(truth), resamples=resamples, seed=seed).astype(np.float64)
     runs = intervals.draws(len(predicted), resamples=resamples, seed=(seed, 1))

@@ -2,6 +2,7 @@
 
 A selector is a function of arrays that gives float64[D_, L, F]: the higher, the more a neuron
 belongs to the domain; -inf where it does not at all. D_ domains, L layers, F neurons, N examples.
+All of it is computed in float64, and what is given must be finite.
 
     scores = {
         "entropy": selectors.entropy(counts, tokens),
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mllm_jax.analysis import domain_neurons
+from mllm_jax.analysis import checks, domain_neurons
 
 
 def entropy(counts: np.ndarray, tokens: np.ndarray, **options) -> np.ndarray:
@@ -67,10 +68,24 @@ def aura_gain(auroc: np.ndarray) -> np.ndarray:
     Returns:
         float64[...], 0 to 1, for `mj.scale(site, gain)`.
     """
-    return np.minimum(1.0, 1.0 - 2.0 * (np.asarray(auroc, np.float64) - 0.5))
+    auroc = checks.finite(auroc, "auroc")
+    if ((auroc < 0) | (auroc > 1)).any():
+        raise ValueError("auroc must lie in [0, 1]")
+    return np.minimum(1.0, 1.0 - 2.0 * (auroc - 0.5))
 
 
-def mean_difference(sums: np.ndarray, squares: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
+# Activations are added up in float32. What sums of squares lose, and sums, as a share of them:
+SQUARES_LOSE = 4 * float(np.finfo(np.float32).eps)
+SUMS_LOSE = 1e-5
+
+
+def mean_difference(
+    sums: np.ndarray,
+    squares: np.ndarray | None,
+    tokens: np.ndarray,
+    *,
+    centred: np.ndarray | None = None,
+) -> np.ndarray:
     """Mean activation in a domain minus that in all others together.
 
     Args:
@@ -78,23 +93,41 @@ def mean_difference(sums: np.ndarray, squares: np.ndarray | None, tokens: np.nda
         squares: float[D_, L, F], of their squares, to measure in standard deviations (those within
             the two groups, pooled over tokens); None measures in activations.
         tokens: int[D_].
+        centred: float[D_, L, F], the squared deviations from each domain's mean, as `mj.stats`
+            gives them: better than `squares`, which lose them where the mean is large.
 
     Returns:
-        The difference; infinite where the means differ and nothing varies within the groups.
+        The difference, always finite. A standard deviation that sums in float32 cannot tell from
+        nothing, below 7e-4 of the activations by `squares` and 1e-5 of them by `centred`, counts as
+        that much: a neuron that is constant but for rounding scores about 0.
     """
-    sums = _scores(sums, "sums").astype(np.float64)
-    tokens = np.asarray(tokens, np.float64)
-    if tokens.shape != sums.shape[:1] or (tokens <= 0).any():
-        raise ValueError(f"tokens must be {len(sums)} positive numbers, one a domain")
-    inside, total = tokens[:, None, None], tokens.sum()
-    outside = total - inside
-    mean, rest = sums / inside, (sums.sum(axis=0) - sums) / outside
-    if squares is None:
-        return mean - rest
-    within = np.asarray(squares, np.float64).sum(axis=0) - inside * mean**2 - outside * rest**2
-    spread = np.sqrt(np.maximum(within, 0) / total)
-    apart = np.where(mean == rest, 0.0, np.copysign(np.inf, mean - rest))
-    return np.divide(mean - rest, spread, out=apart, where=spread > 0)
+    sums = checks.finite(sums, "sums", axes="[D_, L, F]")
+    tokens = checks.finite(tokens, "tokens", axes="[D_]")
+    domains = len(sums)
+    if tokens.shape != sums.shape[:1] or (tokens <= 0).any() or domains < 2:
+        raise ValueError(f"tokens must be {domains} positive numbers, one a domain, of two or more")
+    means, counts = sums / tokens[:, None, None], tokens[:, None, None]
+    others = [np.delete(np.arange(domains), d) for d in range(domains)]
+    rest = np.stack([(sums[o] / tokens[o].sum()).sum(axis=0) for o in others])
+    difference = means - rest
+    if squares is None and centred is None:
+        return difference
+    own = _deviations(means, counts, squares, centred)
+    between = [(counts[o] * (means[o] - rest[d]) ** 2).sum(axis=0) for d, o in enumerate(others)]
+    spread = np.sqrt((own.sum(axis=0) + np.stack(between)) / tokens.sum())
+    return np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 0)
+
+
+def _deviations(means, counts, squares, centred) -> np.ndarray:
+    """float64[D_, L, F]: squared deviations from each domain's mean, at least what is rounding."""
+    name, given = ("squares", squares) if centred is None else ("centred", centred)
+    given = checks.at_least(checks.finite(given, name), 0, name)
+    if given.shape != means.shape:
+        raise ValueError(f"{name} must be of the shape of sums {means.shape}, not {given.shape}")
+    power = counts * means**2
+    if centred is None:
+        return np.maximum(given - power, SQUARES_LOSE * given)
+    return np.maximum(given, SUMS_LOSE**2 * power)
 
 
 def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray:
@@ -110,20 +143,13 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
     Raises:
         ValueError: shapes differ, or weights are not finite.
     """
-    before = np.asarray(before, np.float64)
-    if before.ndim != 3 or any(np.shape(weights) != before.shape for weights in after):
+    before = checks.finite(before, "before")
+    after = [checks.finite(weights, f"after[{d}]") for d, weights in enumerate(after)]
+    if before.ndim != 3 or not after or any(weights.shape != before.shape for weights in after):
         raise ValueError(
             f"weights must be [L, F, D] alike, got {before.shape} before and "
             f"{[np.shape(weights) for weights in after]} after"
         )
-    after = [np.asarray(weights, np.float64) for weights in after]
-    for name, weights in [("before", before), *((f"after[{d}]", w) for d, w in enumerate(after))]:
-        if not np.isfinite(weights).all():
-            layer, neuron, _ = np.argwhere(~np.isfinite(weights))[0]
-            raise ValueError(
-                f"{name}: a weight of layer {layer}, neuron {neuron} is not finite; a change from "
-                "it or to it has no size"
-            )
     return np.stack([_one_minus_cosine(before, weights) for weights in after])
 
 
@@ -137,7 +163,7 @@ def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:
     """
     attributions, domain, domains = _labelled(attributions, domain)
     size, sizes = np.abs(attributions), np.bincount(domain, minlength=domains)
-    sums = np.stack([size[domain == d].sum(axis=0, dtype=np.float64) for d in range(domains)])
+    sums = np.stack([size[domain == d].sum(axis=0) for d in range(domains)])
     return mean_difference(sums, None, sizes)
 
 
@@ -162,9 +188,9 @@ def top(scores: np.ndarray, k: int | Sequence[int], *, per_layer: bool = False) 
     Returns:
         bool[D_, L, F]. Equal scores go by (layer, neuron); a score of -inf is never taken.
     """
-    scores = _scores(scores, "scores")
+    scores = checks.not_nan(scores, "scores", axes="[D_, L, F]")
     flat = scores if per_layer else scores.reshape(len(scores), 1, -1)
-    k = np.broadcast_to(np.asarray(k), len(scores))
+    k = np.broadcast_to(checks.integers(k, "k"), len(scores))
     if (k < 0).any() or (k > flat.shape[-1]).any():
         raise ValueError(f"k={k.tolist()} must lie between 0 and the {flat.shape[-1]} neurons")
     order = np.argsort(-flat, axis=-1, kind="stable")
@@ -208,7 +234,7 @@ def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
     if len(masks) < 2 or len({np.shape(mask) for mask in masks.values()}) != 1:
         shapes = {name: np.shape(mask) for name, mask in masks.items()}
         raise ValueError(f"overlap needs two or more masks of one shape, got {shapes}")
-    members = np.stack([np.asarray(mask, bool) for mask in masks.values()], axis=1)
+    members = np.stack([checks.mask(m, f"the mask of {n}") for n, m in masks.items()], axis=1)
     members = members.reshape(*members.shape[:2], -1)  # [D_, S, neurons]
     integers = members.astype(np.int64)
     both = np.einsum("dsn,dtn->dst", integers, integers)
@@ -244,6 +270,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _one_minus_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Half the squared distance of the unit vectors, which is exact near zero."""
+    # scaled before they are squared, which very large and very small ones would not survive
+    largest = [np.abs(x).max(axis=-1, keepdims=True, initial=0) for x in (a, b)]
+    a, b = (x / np.where(n > 0, n, 1) for x, n in zip((a, b), largest, strict=True))
     lengths = [np.sqrt((x * x).sum(axis=-1, keepdims=True)) for x in (a, b)]
     units = [np.divide(x, n, out=np.zeros_like(x), where=n > 0)
              for x, n in zip((a, b), lengths, strict=True)]  # fmt: skip
@@ -253,21 +282,13 @@ def _one_minus_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _labelled(values: np.ndarray, domain: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    values, domain = _scores(values, "values"), np.asarray(domain)
+    values = checks.finite(values, "values", axes="[N, L, F]")
+    domain = checks.numbers(domain, "domain")
     if domain.shape != values.shape[:1] or not np.issubdtype(domain.dtype, np.integer):
         raise ValueError(f"domain must be {len(values)} integers, one an example")
+    if not domain.size:
+        raise ValueError("values and domain are of no example")
     domains = int(domain.max()) + 1
     if domain.min() < 0 or domains < 2 or (np.bincount(domain, minlength=domains) == 0).any():
         raise ValueError("every domain from 0 up needs examples, and there must be two or more")
     return values, domain, domains
-
-
-def _scores(values: np.ndarray, name: str) -> np.ndarray:
-    values = np.asarray(values)
-    if not np.issubdtype(values.dtype, np.floating):
-        values = values.astype(np.float64)
-    if values.ndim != 3:
-        raise ValueError(f"{name} must have three axes, [., L, F], not shape {values.shape}")
-    if np.isnan(values).any():
-        raise ValueError(f"{name}{np.argwhere(np.isnan(values))[0].tolist()} is not a number")
-    return values

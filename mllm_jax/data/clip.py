@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mllm_jax.data import image_processors, prompts
 from mllm_jax.data import pictures as picture_files
-from mllm_jax.data import processor
 from mllm_jax.models.clip_text import ClipPairConfig
 
 
@@ -28,8 +28,8 @@ class ClipProcessor:
     @classmethod
     def from_directory(cls, directory: pathlib.Path, config: ClipPairConfig) -> ClipProcessor:
         """Of a local checkpoint directory."""
-        tokenizer = processor.read_tokenizer(directory)
-        return cls(tokenizer, processor.read_image_processor(directory), config)
+        tokenizer = prompts.read_tokenizer(directory)
+        return cls(tokenizer, image_processors.read(directory), config)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """int32[C, T]: texts as tokens, filled up with 0 behind their ends.

@@ -31,6 +31,7 @@ import tqdm
 from mllm_jax.data import files, packages, pictures
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.data.embedded import recipe as recipe_lib
+from mllm_jax.store import stamps
 
 Question = questions_lib.Question
 
@@ -335,7 +336,7 @@ def build(name: str, root: pathlib.Path) -> dict:
     """
     index = root / name / "index.json"
     if index.is_file():
-        return json.loads(index.read_text())
+        return _checked(name, root / name)
     made = recipe(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -357,6 +358,33 @@ def build(name: str, root: pathlib.Path) -> dict:
     for line in result["missing"]:
         print(f"domain {name!r} is built without a part: {line}", file=sys.stderr, flush=True)
     return result
+
+
+def _checked(name: str, folder: pathlib.Path) -> dict:
+    """The index of a domain that is there, whose pictures and questions are those it names."""
+    mend = f"delete {folder} to build it again"
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        splits = {f"{s}.array_record": index["splits"][s]["fingerprint"] for s in SPLITS}
+        whose = index["domain"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'index.json'} is damaged; {mend}") from error
+    if whose != name:
+        raise ValueError(f"{folder} holds the domain {whose!r}; {mend}")
+    if (
+        wrong := stamps.check(folder, splits, functools.partial(_fingerprint_of, name))
+    ) is not None:
+        raise ValueError(f"{folder / wrong}: its pictures are not those that were written; {mend}")
+    return index
+
+
+def _fingerprint_of(name: str, path: pathlib.Path) -> str:
+    """Of the examples in a file; none where one of them cannot be read."""
+    records = _Records(path)
+    try:
+        return Domain(name, path.stem, records).fingerprint
+    except (ValueError, KeyError, TypeError, RuntimeError, IndexError):
+        return ""
 
 
 def _write(made: recipe_lib.Recipe, folder: pathlib.Path) -> dict:

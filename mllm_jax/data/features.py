@@ -23,11 +23,13 @@ def encode(model, batch) -> jax.Array:
 
 
 def by_row(config, batch, values) -> np.ndarray:
-    """float32[B, W]: of each row's picture, the mean of its tiles' values float[I, W]."""
-    values = np.asarray(values, np.float32).reshape(-1, config.tiles, np.shape(values)[-1])
-    real = batch.real.reshape(-1, config.tiles, 1)
-    means = (values * real).sum(1) / np.maximum(real.sum(1), 1)
-    return means[places(config, batch)]
+    """float32[B, W]: of each row's pictures, the mean of their tiles' values float[I, W].
+
+    A row without a picture is 0.
+    """
+    weight = (config.readers(batch) & batch.real).astype(np.float64)
+    total = weight @ np.asarray(values, np.float64)
+    return (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32)
 
 
 def places(config, batch) -> np.ndarray:

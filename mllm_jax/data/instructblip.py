@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.data.processor import IMAGE, Picture, Processor, Row, coded, padded, read_tokenizer
+from mllm_jax.data import prompts as prompts_
+from mllm_jax.data.processor import Processor
+from mllm_jax.data.prompts import IMAGE, Chat, Questions, short
+from mllm_jax.data.rows import Picture, Row, padded
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.models.llava import Batch
 
@@ -33,34 +36,45 @@ class InstructBlipProcessor(Processor):
     @classmethod
     def from_directory(cls, directory, config: InstructBlipConfig, **how) -> InstructBlipProcessor:
         """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
-        tokenizer = read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
+        tokenizer = prompts_.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
         return super().from_directory(directory, config, qformer_tokenizer=tokenizer, **how)
 
-    def render(self, prompt: str, images: int) -> tuple[str, slice]:
-        """The text of a prompt without its pictures, and which part of it is the question."""
+    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
+        """The text of a prompt without its pictures, and which parts of it are the question."""
+        if not isinstance(prompt, str):
+            if len(prompts_.image_parts(prompt)) not in (0, images):
+                raise ValueError(
+                    f"the chat has {len(prompts_.image_parts(prompt))} pictures, not {images}"
+                )
+            return super().render(prompts_.without_images(prompt), 0)
         if IMAGE not in prompt:
             return super().render(prompt, 0)
         text = prompt.removeprefix(IMAGE * images)
         if IMAGE in text:
             raise ValueError(
-                f"the prompt {prompt!r} does not begin with one {IMAGE} for each of {images} "
+                f"the prompt {short(prompt)} does not begin with one {IMAGE} for each of {images} "
                 "pictures: InstructBLIP reads them before the text"
             )
-        return text, slice(0, len(text))
+        return text, (slice(0, len(text)),)
 
-    def _row(self, prompt: str, pictures: Sequence[Picture], first: int = 0) -> Row:
-        text, question = self.render(prompt, len(pictures))
+    def _prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
+        text, questions = self.render(prompt, len(pictures))
+        if IMAGE in text:
+            raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
         row = Row()
         for number, picture in enumerate(pictures, first):
             self._add_picture(row, number, picture)
-        row.add(*self._coded(prompt, text, question))
-        row.prompt = len(row.ids)
-        told = Row()
-        told.add(*coded(self.qformer_tokenizer, text, question, special=True))
-        if len(told.ids) > self.config.qformer.positions:
+        row.add(*self._coded(prompt, text, questions))
+        told, qformer = Row(), self.config.qformer
+        told.add(
+            *prompts_.coded(
+                self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+            )
+        )
+        if len(told.ids) > qformer.positions:
             raise ValueError(
                 f"the prompt has {len(told.ids)} tokens for the Q-Former, "
-                f"which reads {self.config.qformer.positions} at most: {text[:40]!r}..."
+                f"which reads {qformer.positions} at most: {short(text)}"
             )
         row.told = [told] * len(pictures)
         return row

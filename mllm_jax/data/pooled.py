@@ -101,7 +101,7 @@ def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
     patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     made = {
         "vision": by_row(model.config, batch, patches),
-        "projector": by_row(model.config, batch, found["projector"]),
+        "projector": found["projector"],
         "lm.image": np.asarray(found["lm.image"]).swapaxes(0, 1),
         "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),
     }

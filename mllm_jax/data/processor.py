@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.data import image_processors
 from mllm_jax.data import pictures as picture_files
-from mllm_jax.models.llava import Batch, Layout, LlavaConfig
-
-IMAGE = "<image>"
-PLACE = "[what the user says]"  # stands for it while a chat template is looked at
-# Rows are padded to one of these lengths, so that batches share a few compiled programs.
-LENGTHS = (
-    32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 2560, 3072, 4096,
-)  # fmt: skip
-LONGER = 1024  # beyond those, to a multiple of this
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One picture of a row.
-
-    Attributes:
-      image: in RGB, or None where features stand for it.
-      layout: how the model reads it.
-    """
-
-    image: Any
-    layout: Layout
-
-
-@dataclasses.dataclass
-class Row:
-    """One tokenised row, before padding."""
-
-    ids: list[int] = dataclasses.field(default_factory=list)
-    kinds: list[int] = dataclasses.field(default_factory=list)
-    patches: list[int] = dataclasses.field(default_factory=list)  # through all its tiles, or -1
-    positions: list[int] = dataclasses.field(default_factory=list)
-    segments: list[int] = dataclasses.field(default_factory=list)
-    prompt: int = 0  # tokens of the prompt, or of the first of several
-    told: list[Row] = dataclasses.field(default_factory=list)  # for each image, a Q-Former's text
-
-    def add(
-        self, ids: Sequence[int], kinds: Sequence[int], patches=None, *, segment: int = 0, at=None
-    ) -> None:
-        """Appends tokens; `at` is the position of the first, if it is not the next."""
-        start = len(self.ids) if at is None else at
-        self.ids.extend(ids)
-        self.kinds.extend(kinds)
-        self.patches.extend([-1] * len(ids) if patches is None else patches)
-        self.positions.extend(range(start, start + len(ids)))
-        self.segments.extend([segment] * len(ids))
+from mllm_jax.data import prompts as prompts_
+from mllm_jax.data import rows as rows_
+from mllm_jax.data.prompts import IMAGE, Chat, Questions, short
+from mllm_jax.data.rows import Picture, Row
+from mllm_jax.models.llava import Batch, LlavaConfig
 
 
 class Processor:
@@ -73,6 +33,7 @@ class Processor:
       image_aspect_ratio: what the original LLaVA calls so. "square" leaves a picture to the image
         processor, which crops it; "pad" first makes it square with bars of the mean colour, as
         LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "square", or "anyres" there.
+      stop_ids: ids that end an answer, beside the end of a turn that the tokenizer names.
 
     Attributes:
       anew: whether a picture is read anew for each question about it.
@@ -88,6 +49,7 @@ class Processor:
         directory=None,
         *,
         image_aspect_ratio: str | None = None,
+        stop_ids: Sequence[int] = (),
     ):
         known = ("anyres",) if config.pinpoints else ("square", "pad")
         image_aspect_ratio = image_aspect_ratio or known[0]
@@ -100,6 +62,19 @@ class Processor:
         self.directory = directory
         self.image_aspect_ratio = image_aspect_ratio
         self._pictures = pictures
+        self._stop_ids = tuple(stop_ids)
+        self._check_image_token()
+
+    def _check_image_token(self) -> None:
+        """The config and the tokenizer mean the same token, if both have one for images."""
+        theirs = self.tokenizer.get_vocab().get(IMAGE)
+        if theirs is not None and self.config.image_token not in (-1, theirs):
+            place = f"{self.directory}/" if self.directory else ""
+            raise ValueError(
+                f"{place}config.json: image_token_index is {self.config.image_token}, but the "
+                f"tokenizer ({place}tokenizer.json) gives {IMAGE} the id {theirs}: make them the "
+                "same, else no picture would be seen"
+            )
 
     @classmethod
     def from_directory(
@@ -120,14 +95,14 @@ class Processor:
           parts: what else the class takes.
         """
         directory = pathlib.Path(directory)
-        tokenizer = read_tokenizer(directory)
-        tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
+        tokenizer = prompts_.read_tokenizer(directory)
         if IMAGE not in tokenizer.get_vocab():  # the original LLaVA code has none
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
             added = tokenizer.convert_tokens_to_ids(IMAGE)
             config = dataclasses.replace(config, image_token=added)
-        pictures = pictures or functools.partial(read_image_processor, directory)
+        pictures = pictures or functools.partial(image_processors.read, directory)
         parts["image_aspect_ratio"] = image_aspect_ratio
+        parts["stop_ids"] = prompts_.read_stop_ids(directory)
         return cls(tokenizer, pictures, config, directory, **parts)
 
     @functools.cached_property
@@ -139,6 +114,7 @@ class Processor:
                 f"{self.directory}: the image processor cuts pictures at {cuts}, the model at "
                 f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
             )
+        image_processors.check_size(made, self.config.vision.image_size, self.directory)
         return made
 
     def reads_pictures(self) -> list[Any]:
@@ -150,17 +126,25 @@ class Processor:
     def _fingerprint_(self) -> list[Any]:
         """What batches depend on, beside pictures and text."""
         tokenizers = [self.tokenizer, getattr(self, "qformer_tokenizer", None)]
-        return [self.config, self.reads_pictures(), *map(_tokenizer_content, tokenizers)]
+        contents = map(prompts_.tokenizer_content, tokenizers)
+        return [self.config, self.reads_pictures(), self.stop_ids, *contents]
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
-        """int32[n]: the ids that end an answer."""
-        return np.array([self.tokenizer.eos_token_id], np.int32)
+        """int32[n]: the ids that end an answer: at these transformers stops, too."""
+        end = self.tokenizer.eos_token_id
+        ids = ([] if end is None else [end]) + list(self._stop_ids)
+        return np.array(list(dict.fromkeys(ids)), np.int32)
+
+    @functools.cached_property
+    def chat_template(self) -> prompts_.ChatTemplate | None:
+        """The chat template, if there is one."""
+        return prompts_.ChatTemplate.of(self.tokenizer)
 
     def __call__(
         self,
         images: Sequence[Any] | None,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Chat],
         *,
         answers: Sequence[str] | None = None,
         features: np.ndarray | None = None,
@@ -176,8 +160,11 @@ class Processor:
             a path, bytes, an array or one of PIL, see `pictures.read`. One that is given again,
             such as `[picture] * 4` with four prompts, is encoded once.
           prompts: with `<image>` in it a prompt is used as it stands; without, it is set into
-            the chat template, pictures first.
-          answers: read after the prompt, with an end of turn; of kind answer.
+            the chat template, pictures first. Or a chat of several turns, see `prompts`: what
+            its users say is of kind question, all else of kind system; the pictures are those of
+            `images`, or else those that its parts hold.
+          answers: read after the prompt, with an end of turn; of kind answer. Plain text: that of
+            a special token is refused.
           features: float[B, P, E], vision features of one picture a row, of all its places for
             tiles, in place of images.
           sizes: (height, width) of those pictures, where the model reads them by their size.
@@ -185,14 +172,20 @@ class Processor:
           length: pad to this length instead of the nearest of LENGTHS.
           left: pad on the left.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts is a list of strings, one a row; got one string")
-        pictures = self._read(images, features, sizes, len(prompts))
-        if answers is not None and len(answers) != len(prompts):
-            raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts")
-        made = [self._row(prompt, p) for prompt, p in zip(prompts, pictures, strict=True)]
-        for row, answer in zip(made, answers or (), strict=False):
-            self._answer(row, answer)
+        prompts = prompts_.read(prompts)
+        if not prompts and not rows:
+            raise ValueError("prompts is empty: there is nothing to make a batch of")
+        pictures = self._read(_shown(images, prompts), features, sizes, len(prompts))
+        if answers is not None:
+            answers = prompts_.strings(answers, "answers")
+            if len(answers) != len(prompts):
+                raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts")
+        made = [
+            self._row(prompt, shown, f"prompts, row {number}")
+            for number, (prompt, shown) in enumerate(zip(prompts, pictures, strict=True))
+        ]
+        for number, (row, answer) in enumerate(zip(made, answers or (), strict=False)):
+            self._answer(row, answer, f"answers, row {number}")
         return self._batch(made, pictures, features, rows, length, left)
 
     def pack(
@@ -215,14 +208,18 @@ class Processor:
           turns: (question, answer) pairs of each row.
           features, sizes, rows, length: as in a call.
         """
+        turns = [_pairs(pairs, row) for row, pairs in enumerate(prompts_.listed(turns, "turns"))]
         pictures = self._read(images, features, sizes, len(turns))
         made = []
-        for pairs, shown in zip(turns, pictures, strict=True):
+        for number, (pairs, shown) in enumerate(zip(turns, pictures, strict=True)):
             row, shared = Row(), None
             for segment, (question, answer) in enumerate(pairs, 1):
+                at = f"turns, row {number}, question {segment}"
                 if IMAGE in question:
-                    raise ValueError(f"the packed question {question!r} names its picture again")
-                alone = self._row(question, shown, first=len(row.told))
+                    raise ValueError(
+                        f"{at}: the packed question {short(question)} names its picture again"
+                    )
+                alone = self._row(question, shown, at, first=len(row.told))
                 ids, kinds, patches = alone.ids, alone.kinds, alone.patches
                 row.told += alone.told
                 if shared is None:  # up to the question all rows of a template are the same
@@ -230,20 +227,33 @@ class Processor:
                     row.add(ids[:shared], kinds[:shared], patches[:shared])
                     row.prompt = len(ids)
                 row.add(ids[shared:], kinds[shared:], patches[shared:], segment=segment, at=shared)
-                self._answer(row, answer, segment=segment, at=len(ids))
+                self._answer(row, answer, at, segment=segment, place=len(ids))
             made.append(row)
         if self.anew:
             pictures = [shown * len(pairs) for shown, pairs in zip(pictures, turns, strict=True)]
         return self._batch(made, pictures, features, rows, length, False)
 
-    def _answer(self, row: Row, answer: str, *, segment: int = 0, at: int | None = None) -> None:
-        ids = self.answer_ids(answer)
-        row.add(ids, [tokens.CODE["answer"]] * len(ids), segment=segment, at=at)
+    def _answer(
+        self, row: Row, answer: str, at: str, *, segment: int = 0, place: int | None = None
+    ) -> None:
+        with _naming(at):
+            ids = self.answer_ids(answer)
+        row.add(ids, [tokens.CODE["answer"]] * len(ids), segment=segment, at=place)
 
     def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
-        """The tokens of an answer, with the end of turn."""
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return ids + [self.tokenizer.eos_token_id] * end
+        """The tokens of an answer, with the end of turn.
+
+        Raises:
+          ValueError: it holds the text of a special token; or no token ends a turn.
+        """
+        ids = prompts_.answer_ids(self.tokenizer, answer)
+        prompts_.check_vocab(self.tokenizer, ids, self.config.lm.vocab)
+        if end and not len(self.stop_ids):
+            raise ValueError(
+                f"the tokenizer of {self.directory or 'this model'} names no token that ends an "
+                "answer: set eos_token in tokenizer_config.json"
+            )
+        return ids + [int(token) for token in self.stop_ids[:end]]
 
     def text(self, ids: np.ndarray, *, stop: bool = True) -> list[str]:
         """Tokens int[B, N] as text; `stop` cuts each row at its end of turn."""
@@ -258,70 +268,70 @@ class Processor:
         """One token as it is read."""
         return self.tokenizer.decode([int(token)])
 
-    def render(self, prompt: str, images: int) -> tuple[str, slice]:
-        """The whole text of a prompt, and which part of it is the question."""
-        if IMAGE in prompt:
-            return prompt, slice(0, len(prompt))
-        question = prompt.strip()
-        before, after = self._around(images)
-        return before + question + after, slice(len(before), len(before) + len(question))
-
-    def _around(self, images: int) -> tuple[str, str]:
-        """What stands before and after what a user says, pictures before."""
-        pictures = f"{IMAGE}\n" * images
-        if not self.tokenizer.chat_template:
-            return pictures, ""
-        if not self._in_parts:
-            before, after = self._turn(PLACE).split(PLACE)
-            return before + pictures, after
-        parts = [{"type": "image"}] * images + [{"type": "text", "text": PLACE}]
-        try:
-            before, after = self._turn(parts).split(PLACE)
-        except Exception as error:
+    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
+        """The whole text of a prompt, and which parts of it are the question."""
+        if isinstance(prompt, str):
+            if IMAGE in prompt or not self.chat_template:
+                before = "" if IMAGE in prompt else f"{IMAGE}\n" * images
+                return before + prompt, (slice(len(before), len(before) + len(prompt)),)
+            prompt = [{"role": "user", "content": prompt}]
+        if not self.chat_template:
             raise ValueError(
-                f"the chat template of {self.directory} does not take a plain user turn ({error}); "
+                f"{self.directory or 'this model'} has no chat template to set a chat into"
+            )
+        try:
+            return self.chat_template.render(prompts_.pictures_first(prompt, images))
+        except ValueError as error:
+            turn = "a plain user turn" if len(prompt) == 1 else "this chat"
+            raise ValueError(
+                f"the chat template of {self.directory} does not take {turn} ({error}); "
                 f"write {IMAGE} into the prompt to use it as it stands"
             ) from error
-        return before, after
 
-    @functools.cached_property
-    def _in_parts(self) -> bool:
-        """Whether the chat template wants pictures and text apart: it is a processor's then."""
-        if not self.tokenizer.chat_template:
-            return False
-        try:
-            return self._turn(PLACE).count(PLACE) != 1
-        except Exception:  # whatever a template raises
-            return True
-
-    def _turn(self, content: str | list[dict[str, str]]) -> str:
-        """One user turn in the chat template."""
-        turns = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-    def _bare(self, prompt: str, text: str) -> bool:
+    def _bare(self, prompt: str | Chat, text: str) -> bool:
         """Whether the special tokens of a row are still to be added to its text."""
-        if IMAGE in prompt or not self.tokenizer.chat_template:
+        if not self.chat_template or (isinstance(prompt, str) and IMAGE in prompt):
             return True
         # A tokenizer's template writes them itself; a processor's may leave them to the tokenizer.
         begin = self.tokenizer.bos_token
-        return self._in_parts and not (begin and text.startswith(begin))
+        return self.chat_template.takes_parts and not (begin and text.startswith(begin))
 
-    def _row(self, prompt: str, pictures: Sequence[Picture], first: int = 0) -> Row:
-        """The tokens of a prompt; `first` counts the pictures that stand in the row before it."""
-        text, question = self.render(prompt, len(pictures))
+    def _row(self, prompt: str | Chat, pictures: Sequence[Picture], at: str, first: int = 0) -> Row:
+        """The tokens of a prompt.
+
+        Args:
+          at: where it comes from, for errors.
+          first: how many pictures stand in the row before it.
+        """
+        with _naming(at):
+            row = self._prompt(prompt, pictures, first)
+            if not row.ids:
+                raise ValueError("the prompt is empty")
+            image = sum(kind in rows_.IMAGE_KINDS for kind in row.kinds)
+            needed = sum(len(picture.layout.patches) for picture in pictures)
+            if image != needed:
+                raise ValueError(
+                    f"{len(pictures)} pictures need {needed} image tokens, the prompt has {image}"
+                )
+        row.prompt = len(row.ids)
+        return row
+
+    def _prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
+        text, questions = self.render(prompt, len(pictures))
+        row, shown = Row(), enumerate(pictures, first)
+        ids, kinds = self._coded(prompt, text, questions)
         if text.count(IMAGE) != len(pictures):
             raise ValueError(
-                f"the prompt {prompt!r} has {text.count(IMAGE)} {IMAGE} "
+                f"the prompt {short(prompt)} has {text.count(IMAGE)} {IMAGE} "
                 f"for {len(pictures)} pictures"
             )
-        row, shown = Row(), enumerate(pictures, first)
-        for token, kind in zip(*self._coded(prompt, text, question), strict=True):
+        if ids.count(self.config.image_token) != len(pictures):
+            raise ValueError(f"the tokenizer makes other tokens of {IMAGE} than the image token")
+        for token, kind in zip(ids, kinds, strict=True):
             if token == self.config.image_token:
                 self._add_picture(row, *next(shown))
             else:
                 row.add([token], [kind])
-        row.prompt = len(row.ids)
         return row
 
     def _add_picture(self, row: Row, number: int, picture: Picture) -> None:
@@ -331,22 +341,27 @@ class Processor:
         patches = np.where(patches < 0, -1, number * places + patches)
         row.add([self.config.image_token] * len(patches), kinds.tolist(), patches.tolist())
 
-    def _coded(self, prompt: str, text: str, question: slice) -> tuple[list[int], list[int]]:
+    def _coded(
+        self, prompt: str | Chat, text: str, questions: Questions
+    ) -> tuple[list[int], list[int]]:
         """Ids and kinds of the whole text of a prompt."""
-        return coded(self.tokenizer, text, question, special=self._bare(prompt, text))
+        return prompts_.coded(
+            self.tokenizer, text, questions, special=self._bare(prompt, text),
+            vocab=self.config.lm.vocab, image=self.config.image_token,
+        )  # fmt: skip
 
     def _batch(self, made: list[Row], pictures, features, rows, length, left: bool) -> Batch:
         missing = max(0, (rows or 0) - len(made))
         made, pictures = made + [Row()] * missing, pictures + [[]] * missing
         longest = max(len(row.ids) for row in made)
-        T = length or padded(longest)
+        T = length or rows_.padded(longest)
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
-        place, count = _places(pictures, made)
+        place, count = rows_.places(pictures, made)
         B, tiles = len(made), self.config.tiles * max((len(p) for p in pictures), default=0)
         n, side = self.config.image_tokens, self.config.token_grid
-        ids = np.full((B, T), self.tokenizer.eos_token_id, np.int32)
+        ids = np.full((B, T), self.stop_ids[0] if len(self.stop_ids) else 0, np.int32)
         position, segment = np.zeros((2, B, T), np.int32)
         kind = np.zeros((B, T), np.int8)
         image_at = np.full((B, T), -1, np.int32)
@@ -372,7 +387,7 @@ class Processor:
             seen[at] = seen[at] or row
         pixels, real = self._pixels(seen, tiles, features is None)
         if features is not None:
-            features = _spread(features, pictures, tiles // self.config.tiles)
+            features = rows_.spread(features, pictures, tiles // self.config.tiles)
             features = features.reshape(len(real), -1, features.shape[-1])
         return Batch(
             ids=ids,
@@ -384,7 +399,7 @@ class Processor:
             real=real,
             features=features,
             segment=segment if segment.any() else None,
-            labels=_labels(kind),
+            labels=rows_.labels(kind),
             processor=self,
         )
 
@@ -401,8 +416,7 @@ class Processor:
         elif sizes is not None:
             raise ValueError("sizes= goes with features=: pictures say how large they are")
         else:
-            images = [[]] * rows if images is None else images
-            opened = _opened([_as_list(row) for row in images])
+            opened = _opened(picture_rows([[]] * rows if images is None else images))
             # PIL says the width first.
             pictures = [[Picture(p, layout(p.size[::-1])) for p in row] for row in opened]
         if len(pictures) != rows:
@@ -428,28 +442,17 @@ class Processor:
     def _prepare(self, images: list) -> np.ndarray:
         """float32[n, tiles, 3, row, column]: normalised by the checkpoint's image processor."""
         if self.image_aspect_ratio == "pad":
-            images = [squared(image, self.image_processor.image_mean) for image in images]
+            mean = self.image_processor.image_mean
+            images = [image_processors.squared(image, mean) for image in images]
         values = self.image_processor(images, return_tensors="np")["pixel_values"]
+        side = self.config.vision.image_size
+        if values.shape[-2:] != (side, side):
+            raise ValueError(
+                f"{self.directory}: the image processor makes pictures of {values.shape[-2:]}, the "
+                f"vision tower reads {(side, side)}: set size and crop_size in "
+                "preprocessor_config.json"
+            )
         return values.reshape(len(images), -1, *values.shape[-3:])
-
-
-def squared(image, mean: Sequence[float]):
-    """A picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
-
-    Args:
-      image: of PIL, in RGB. mean: of each channel, 0 to 1.
-    """
-    import PIL.Image
-
-    side = max(image.size)
-    if side**2 > picture_files.MAX_PIXELS:
-        raise ValueError(
-            f"a picture of {image.width} x {image.height} (width x height) makes a square of more "
-            f"than {picture_files.MAX_PIXELS:,} pixels: make it smaller"
-        )
-    square = PIL.Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _opened(rows: list[list]) -> list[list]:
@@ -466,113 +469,51 @@ def _key(picture) -> int | str:
     return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
-def _places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
-    """Where each row's pictures stand among all, and how many places there are.
-
-    Rows that read the same pictures, and are told the same of them, share a place; then the places
-    are a power of two: few shapes. Where these are not fewer than the rows, each has its own.
-    """
-
-    def key(shown: list[Picture], row: Row) -> tuple:
-        images = tuple(id(p.image) for p in shown if p.image is not None)
-        return images and (images, tuple(tuple(told.ids) for told in row.told))
-
-    keys = [key(*pair) for pair in zip(pictures, rows, strict=True)]
-    distinct = list(dict.fromkeys(filter(None, keys)))
-    count = 2 ** max(0, len(distinct) - 1).bit_length()
-    if len(distinct) == sum(map(bool, keys)) or count >= len(keys):
-        return list(range(len(keys))), len(keys)
-    return [distinct.index(key) if key else 0 for key in keys], count
+def _shown(images: Any, prompts: Sequence[str | Chat]) -> Any:
+    """The pictures of each row: those that are given, or else those that the chats hold."""
+    held = [
+        [p["image"] for p in prompts_.image_parts(prompt) if "image" in p] for prompt in prompts
+    ]
+    if not any(held):
+        return images
+    if images is not None:
+        raise ValueError("the chats hold pictures in their parts: give those or images, not both")
+    return held
 
 
-def coded(tokenizer, text: str, question: slice, *, special: bool) -> tuple[list[int], list[int]]:
-    """Ids and kinds of a text: the question, and all else.
+def picture_rows(images: Any) -> list[list]:
+    """Pictures as a list for each row.
 
     Args:
-      question: which characters it is.
-      special: whether the tokenizer adds its special tokens.
+      images: for each row a picture, or a list of pictures.
     """
-    found = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False
-    )
-    asked = (
-        low < question.stop and high > question.start and high > low
-        for low, high in found["offset_mapping"]
-    )
-    return found["input_ids"], [tokens.CODE["question" if a else "system"] for a in asked]
+    one = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
+    if one or (hasattr(images, "ndim") and images.ndim < 4) or not isinstance(images, Iterable):
+        raise ValueError(
+            "images is a list with a picture, or a list of pictures, for each row; got "
+            f"{type(images).__name__}: write images=[picture]"
+        )
+    return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
 
 
-def padded(length: int) -> int:
-    """The nearest of LENGTHS."""
-    return next((n for n in LENGTHS if n >= length), -(-length // LONGER) * LONGER)
+def _pairs(pairs: Any, row: int) -> list[tuple[str, str]]:
+    """The questions of a packed row with their answers."""
+    found = [tuple(prompts_.listed(p, f"turns, row {row}", "pairs")) for p in pairs]
+    if not found:
+        raise ValueError(f"turns, row {row}: there is no question")
+    for number, pair in enumerate(found, 1):
+        if len(pair) != 2 or not all(isinstance(part, str) for part in pair) or not pair[0].strip():
+            raise ValueError(
+                f"turns, row {row}, question {number}: {short(pair)} is no pair of a question, "
+                "which is not empty, and its answer"
+            )
+    return found
 
 
-def _spread(features: np.ndarray, pictures: list[list[Picture]], count: int) -> np.ndarray:
-    """Features of one picture a row at each place [B, count] where it is read, zero elsewhere."""
-    out = np.zeros((len(pictures), count, *features.shape[1:]), features.dtype)
-    for places, row, values in zip(out, pictures, features, strict=False):
-        places[: len(row)] = values
-    return out
-
-
-def _labels(kind: np.ndarray) -> np.ndarray | None:
-    """int32[B, A]: the places of the answer tokens, -1 to fill up; A is a multiple of 8."""
-    answer = kind == tokens.CODE["answer"]
-    most = answer.sum(-1).max()
-    if not most:
-        return None
-    labels = np.full((len(kind), -(-most // 8) * 8), -1, np.int32)
-    for row, found in zip(labels, answer, strict=True):
-        places = np.flatnonzero(found)
-        row[: len(places)] = places
-    return labels
-
-
-def _as_list(pictures) -> list:
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
-
-
-def _chat_template(directory: pathlib.Path) -> str | None:
-    """The chat template in a file of its own; older checkpoints wrap it in JSON."""
-    plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
-    if plain.exists():
-        return plain.read_text(encoding="utf-8")
-    if wrapped.exists():
-        return json.loads(wrapped.read_text(encoding="utf-8"))["chat_template"]
-    return None
-
-
-def read_tokenizer(directory: pathlib.Path):
-    """The tokenizer that was saved there; one of sentencepiece alone is a Llama's."""
-    # A second to import: only when needed.
-    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
-
-    for name, kind in (
-        ("tokenizer.json", PreTrainedTokenizerFast),
-        ("tokenizer.model", LlamaTokenizer),
-    ):
-        if (directory / name).exists():
-            return kind.from_pretrained(directory)
-    raise FileNotFoundError(
-        f"{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer there "
-        "with save_pretrained"
-    )
-
-
-def read_image_processor(directory: pathlib.Path):
-    """The checkpoint's image processor, PIL backend: pixel values do not depend on torch."""
-    from transformers import AutoImageProcessor
-
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (directory / name).exists():
-            return AutoImageProcessor.from_pretrained(directory, backend="pil")
-    raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
-
-
-def _tokenizer_content(tokenizer) -> list[Any] | None:
-    """All that a fast tokenizer is made of; how it last filled up or cut text is no part of it."""
-    if tokenizer is None:
-        return None
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    core |= {"padding": None, "truncation": None}
-    return [core, tokenizer.chat_template, tokenizer.special_tokens_map]
+@contextlib.contextmanager
+def _naming(at: str) -> Iterator[None]:
+    """Names the place where a prompt or answer that is wrong comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from error

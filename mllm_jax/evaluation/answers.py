@@ -21,7 +21,7 @@ import tqdm
 from mllm_jax.data.batching import Asked
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded import questions
-from mllm_jax.data.processor import IMAGE
+from mllm_jax.data.prompts import IMAGE
 from mllm_jax.data.tasks import Task
 from mllm_jax.evaluation import generate as generate_
 from mllm_jax.evaluation import score as score_

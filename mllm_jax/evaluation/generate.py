@@ -25,7 +25,7 @@ class Generation:
     """What was generated.
 
     Attributes:
-      tokens: int32[B, N]; after a stop, the stop token again.
+      tokens: int32[B, N]; after a stop, the first of the processor's stop ids.
       text: a string a row, or None where the batch knows no processor.
       receipts: of each edit over all that was read: the prompt, and each row's generated tokens
         but the last, after which there is nothing to choose.
@@ -48,16 +48,24 @@ def generate(
 ) -> Generation:
     """Continue each row's prompt, greedily or by seeded sampling.
 
+    The prompt alone is read: answers that the batch holds are not seen.
+
     An edit means the same as in `run`: its `where` is taken at absolute positions, and what is
-    generated is of kind answer. A mask bool[B, T] selects nothing after the prompt; a value with
-    a token axis [B, T, F] goes on with that of the row's last prompt token; `per_step` gives
-    each step a strength of its own.
+    generated is of kind answer. So `where=tokens.last` is the last token of the prompt and nothing
+    after it; to steer every step use `where=tokens.generating`, which is `tokens.last |
+    tokens.answer`. A mask bool[B, T] selects nothing after the prompt; a value with a token axis
+    [B, T, F] goes on with that of the row's last prompt token; `per_step` gives each step a
+    strength of its own.
 
     Args:
       max_new_tokens: N.
-      stop: end a row at the end of its turn, and all when every row has ended.
+      stop: end a row at one of `processor.stop_ids`, where transformers stops, and all when every
+        row has ended.
       temperature: 0 is greedy; above, tokens are sampled and `key` is needed.
       key: a `jax.random.key`.
+
+    Raises:
+      ValueError: a row holds several questions; or an edit does not fit, see `run`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: one or more can be generated")
@@ -65,9 +73,14 @@ def generate(
         raise ValueError(f"temperature={temperature} is below 0")
     if temperature and key is None:
         raise ValueError("sampling needs key=jax.random.key(seed)")
-    processor, batch = batch.processor, batch.replace(processor=None)
+    processor, batch = batch.processor, batch.prompts().replace(processor=None)
     if stop and processor is None:
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
+    if stop and not len(processor.stop_ids):
+        raise ValueError(
+            "stop=True, but the checkpoint names no token to stop at: set eos_token_id in its "
+            "generation_config.json"
+        )
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
     with mesh.on(model):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.data.prompts import listed
 from mllm_jax.evaluation import generate
 from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
@@ -40,10 +41,16 @@ class Scores:
 def score(model, batch, candidates, edits: Edits | None = None) -> jax.Array:
     """float32[B, C]: natural log-likelihood of each candidate answer, its end of turn included.
 
+    The prompt alone is read: answers that the batch holds are not seen.
+
     Args:
       candidates: C strings for all rows, a list of strings for each row (the missing of a
         shorter list score -inf), or int32[B, C, A] token ids filled up with -1.
       edits: what to change, in the prompt and in the candidates (which are of kind answer).
+
+    Raises:
+      ValueError: the candidates are no such list, or one is empty; a row of the batch holds several
+        questions; or an edit does not fit.
     """
     return score_with(model, batch, candidates, edits).values
 
@@ -56,11 +63,15 @@ def score_with(
     captures: dict[str, Capture] | None = None,
 ) -> Scores:
     """`score`, with captures and receipts of the prompt."""
-    processor, batch = batch.processor, batch.replace(processor=None)
-    if not hasattr(candidates, "dtype"):
+    processor, batch = batch.processor, batch.prompts().replace(processor=None)
+    if not jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
         if processor is None:
             raise ValueError("candidates as text need a batch made by a processor; or give ids")
         candidates = candidate_ids(processor, candidates, len(batch.ids))
+    if candidates.ndim != 3 or len(candidates) != len(batch.ids):
+        raise ValueError(
+            f"candidates as ids are int32[B, C, A] of {len(batch.ids)} rows, not {candidates.shape}"
+        )
     bound = generate.bind(model, batch, edits, candidates.shape[-1])
     asked = run_.bind(model, batch, None, captures)[1]
     with mesh.on(model):
@@ -94,11 +105,14 @@ def candidate_ids(
       length: A; by default the longest, rounded up so that few programs are compiled.
       end: whether they end their turn.
     """
-    if not candidates:
-        raise ValueError("no candidates to score")
-    if isinstance(candidates[0], str):
-        candidates = [candidates] * rows
-    coded = [[processor.answer_ids(c, end=end) for c in row] for row in candidates]
+    lists = _lists(candidates, rows)
+    coded = [
+        [
+            _coded(processor, text, end, f"candidates, row {b}, number {c}")
+            for c, text in enumerate(row)
+        ]
+        for b, row in enumerate(lists)
+    ]
     C = max(len(row) for row in coded)
     A = length or _rounded(max(len(ids) for row in coded for ids in row))
     out = np.full((rows, C, A), -1, np.int32)
@@ -106,6 +120,28 @@ def candidate_ids(
         for c, ids in enumerate(row):
             out[b, c, : len(ids)] = ids
     return out
+
+
+def _lists(candidates: Any, rows: int) -> list[list[str]]:
+    """Candidates as a list of strings for each row."""
+    found = listed(candidates, "candidates", "strings, or of lists of strings")
+    if found and all(isinstance(one, str) for one in found):
+        return [found] * rows
+    lists = [listed(row, f"candidates, row {b}:") for b, row in enumerate(found)]
+    if len(lists) > rows:
+        raise ValueError(f"candidates for {len(lists)} rows, but the batch has {rows}")
+    if not any(lists):
+        raise ValueError("no candidates to score")
+    return lists
+
+
+def _coded(processor, text: Any, end: bool, at: str) -> list[int]:
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{at}: {text!r:.60} is no text that could be said")
+    try:
+        return processor.answer_ids(text, end=end)
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from error
 
 
 @jax.jit

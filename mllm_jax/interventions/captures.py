@@ -66,13 +66,19 @@ def _capture(form, target, where, by=None, k=0) -> Capture:
 def keep(target, *, where=None) -> Capture:
     """The raw values: [L, B, T, F], or [B, T, F] of one layer; zero where not selected.
 
-    One layer is carried through the scan, not stacked.
+    Sites of the vision side are kept as they are computed, tile by tile: [L, I, P, F]. One layer
+    is carried through the scan, not stacked.
     """
     return _capture("keep", target, where)
 
 
 def mean(target, *, where=None) -> Capture:
-    """The mean over the selected tokens of each row: float32[L, B, F]."""
+    """The mean over the selected tokens of each row: float32[L, B, F].
+
+    On the vision side these are the tokens of all pictures that the row reads. A row without a
+    selected token has no mean: an error where the batch is known, NaN under `jit`. Rows that only
+    fill up the batch are 0.
+    """
     return _capture("mean", target, where)
 
 
@@ -81,13 +87,18 @@ def mass(target, *, on, where=None) -> Capture:
 
     Args:
       target: `sites.lm.attn.pattern`, or layers and heads of it.
-      on: the tokens looked at. where: the tokens that look.
+      on: the tokens looked at; in a row that has none of them the mass is 0.
+      where: the tokens that look; a row without any is as in `mean`.
     """
     return dataclasses.replace(_capture("mass", target, where), on=tokens.of(on))
 
 
 def stats(target, *, by=None, where=None) -> Capture:
     """Statistics over rows and tokens, see `Stats`.
+
+    What is counted are the tokens of questions: on the vision side a tile counts once for each row
+    that reads it, whether or not rows share it. Under `jit`, a selector that selects nothing gives
+    0 tokens.
 
     Args:
       by: `tokens.kind` to split them by kind of token, or some names of it.
@@ -99,9 +110,11 @@ def lens(target, *, k: int = 10, by=None, where=None) -> Capture:
     """The logit lens, see `Lens`; with `by`, its entropy summed by row and kind, see `Entropy`.
 
     Args:
-      k: how many most probable words.
+      k: how many most probable words, at most those of the vocabulary.
       by: `tokens.kind`, or some names of it.
     """
+    if k < 1:
+        raise ValueError(f"lens k={k}: a lens names one word or more")
     return _capture("lens" if by is None else "entropy", target, where, _split(target, by), k)
 
 
@@ -128,6 +141,8 @@ class Stats:
       sum, squares: float32[L, F, kinds], of the value and of its square.
       max: float32[L, F, kinds], -inf where there was no token.
       tokens: int32[L, kinds], how many there were.
+      centred: float32[L, F, kinds], sum of the squared deviations from the mean. `squares` loses
+        them where the mean is large.
       kinds: what the last axis means; empty without `by`. Static.
     """
 
@@ -136,16 +151,35 @@ class Stats:
     squares: Any
     max: Any
     tokens: Any
+    centred: Any
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64[L, F, kinds]; NaN where there was no token."""
+        return self._per_token(self.sum)
+
+    @property
+    def variance(self) -> np.ndarray:
+        """float64[L, F, kinds], over the tokens there were; NaN where there was none."""
+        return self._per_token(self.centred)
+
+    @property
+    def std(self) -> np.ndarray:
+        """Root of the variance."""
+        return np.sqrt(self.variance)
 
     def merge(self, other: Stats) -> Stats:
         """Of both sets of tokens. Integers are exact, in any order."""
+        between = _between((self._count(), other._count()), (self.sum, other.sum))
+        centred = self.centred + other.centred + between.astype(self.centred.dtype)
         return Stats(
             positive=self.positive + other.positive,
             sum=self.sum + other.sum,
             squares=self.squares + other.squares,
             max=np.maximum(self.max, other.max),
             tokens=self.tokens + other.tokens,
+            centred=centred,
             kinds=self.kinds,
         )
 
@@ -157,8 +191,30 @@ class Stats:
             squares=np.asarray(self.squares, np.float64),
             max=np.asarray(self.max, np.float32),
             tokens=np.asarray(self.tokens, np.int64),
+            centred=np.asarray(self.centred, np.float64),
             kinds=self.kinds,
         )
+
+    def _count(self) -> np.ndarray:
+        """float64, `tokens` with ones for the axes of units."""
+        count, kinds = np.asarray(self.tokens, np.float64), bool(self.kinds)
+        lead = count.ndim - kinds
+        ones = (1,) * (np.ndim(self.sum) - count.ndim)
+        return count.reshape(*count.shape[:lead], *ones, *count.shape[lead:])
+
+    def _per_token(self, total) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(total, np.float64) / self._count()
+
+
+def _between(counts: Sequence[np.ndarray], sums: Sequence[Any]) -> np.ndarray:
+    """float64: what the means of two groups add to their squared deviations (Chan et al. 1979)."""
+    n, m = counts
+    means = (
+        np.asarray(s, np.float64) / np.maximum(c, 1) for s, c in zip(sums, counts, strict=True)
+    )
+    one, other = means
+    return np.where((n > 0) & (m > 0), (one - other) ** 2, 0) * (n * m / np.maximum(n + m, 1))
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +223,8 @@ class Lens:
     """What each token's residual says through the head.
 
     Attributes:
-      ids: int32[L, B, T, k], most probable words, best first; -1 where not selected.
+      ids: int32[L, B, T, k], most probable words, best first; -1 where not selected. Of the
+        projector [L, I, P, k], tile by tile.
       log_probs: float32[L, B, T, k], natural logarithm; 0 where not selected.
       entropy: float32[L, B, T], nats; 0 where not selected.
     """
@@ -181,6 +238,8 @@ class Lens:
 @dataclasses.dataclass(frozen=True)
 class Entropy:
     """Entropy of the lens, summed over the tokens of each row by kind.
+
+    Of the projector, over those of all pictures that the row reads.
 
     Attributes:
       sum: float32[L, B, kinds], nats.
@@ -213,34 +272,34 @@ class Entropy:
 
 
 def join(
-    captures: dict[str, Capture], parts: Sequence[dict[str, Any]], rows: Sequence[int], size: int
+    captures: dict[str, Capture], parts: Sequence[dict[str, Any]], batches: Sequence[Any]
 ) -> dict[str, Any]:
-    """Captures of several batches of one shape as one, on the host.
+    """Captures of several batches as one, on the host.
 
-    Statistics are added up, all else is put row after row (picture after picture on the vision
-    side).
+    Statistics are added up, all else is put row after row, without the rows that only fill up a
+    batch. `keep` and `lens` of the vision side are put tile after tile.
 
     Args:
       parts: by name, of each batch.
-      rows: of each batch, how many are real; those after them only fill it up.
-      size: rows of a batch.
+      batches: the batches.
     """
-    share = [n / size for n in rows]
 
     def one(name: str, capture: Capture):
         found = [part[name] for part in parts]
         if capture.form == "stats":
             return functools.reduce(Stats.merge, (stats.wide() for stats in found))
-        axis = int(capture.address.site.stacked and capture.address.layers.form != "one")
-        return jax.tree.map(lambda *arrays: _first(arrays, share, axis), *found)
+        site = capture.address.site
+        tiled = capture.form in ("keep", "lens") and site.module not in ("lm", "logits")
+        real = [np.asarray(b.real if tiled else b.valid.any(-1)) for b in batches]
+        axis = int(site.stacked and capture.address.layers.form != "one")
+        return jax.tree.map(lambda *arrays: _real(arrays, real, axis), *found)
 
     return {name: one(name, capture) for name, capture in captures.items()}
 
 
-def _first(arrays, share: Sequence[float], axis: int) -> np.ndarray:
-    """Of each array the first entries of an axis, one after the other."""
-    counts = [round(part * array.shape[axis]) for array, part in zip(arrays, share, strict=True)]
-    some = [np.take(a, range(n), axis) for a, n in zip(arrays, counts, strict=True)]
+def _real(arrays, real: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Of each array the real entries of an axis, one after the other."""
+    some = [np.compress(keep, a, axis) for a, keep in zip(arrays, real, strict=True)]
     return np.concatenate(some, axis)
 
 
@@ -252,10 +311,14 @@ class BoundCapture:
     Attributes:
       slots: int32[L], where a layer's result is carried, `count` for nowhere; None stacks all.
       order: int32[count], the slots of the layers asked; a layer asked twice has one slot.
+      absent: bool[count], the layers asked that the model does not have: traced ones, of which
+        nothing is told before.
       count: how many layers are asked. Static.
       single: whether the layer axis is dropped at the end. Static.
       units: int32[n] of the units brought back, or None for all.
       tokens: bool[B, T]. kind: int8[B, T]. on: bool[B, S] or None.
+      rows: bool[B], False for rows of the batch that only fill it up.
+      readers: bool[B, I], which rows read each tile, where the site has tiles in place of rows.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -266,16 +329,33 @@ class BoundCapture:
     single: bool = dataclasses.field(metadata={"static": True})
     slots: Any
     order: Any
+    absent: Any
     units: Any
     tokens: Any
     kind: Any
     on: Any
+    rows: Any
+    readers: Any
 
     def read(self, x: jax.Array, lens: Callable | None) -> Any:
         """The result of one layer."""
         if self.units is not None:
-            x = jnp.take(x, self.units, axis=edits.unit_axis(self.site))
+            nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+            axis = edits.unit_axis(self.site)
+            x = jnp.take(x, self.units, axis=axis, mode="fill", fill_value=nothing)
         return READ[self.form](self, x, lens)
+
+    def finish(self, kept: Any) -> Any:
+        """What was carried, in the order asked: NaN, or 0, for layers that there are not."""
+
+        def one(array):
+            array = array[self.order]
+            nothing = jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+            absent = self.absent.reshape(-1, *(1,) * (array.ndim - 1))
+            array = jnp.where(absent, jnp.asarray(nothing, array.dtype), array)
+            return array[0] if self.single else array
+
+        return jax.tree.map(one, kept)
 
 
 def bind(
@@ -290,31 +370,92 @@ def bind(
 def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     address, site = capture.address, capture.address.site
     spec = edits.look_up(site, shapes)
-    if (capture.form == "mass") != (site == sites.lm.attn.pattern) and capture.form != "keep":
-        raise ValueError(f"{capture.form} does not read {site.name}; mass reads lm.attn.pattern")
-    if capture.form in ("lens", "entropy") and site.axes[-1] != "D":
-        raise ValueError(f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]")
-    if capture.form in ("lens", "entropy") and address.units.form != "all":
-        raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
-    if capture.form in ("lens", "entropy") and site == sites.lm.norm:
-        raise ValueError("a lens norms what it reads, and lm.norm is normed already: read logits")
-    slots, order, count, single = None, None, spec.layers, not site.stacked
+    _refuse_site(capture, shapes)
+    slots, order, absent, count = None, None, None, spec.layers
     if site.stacked and address.layers.form != "all":
-        chosen = address.layers.indices(spec.layers, f"{site.name}: layer")
-        count, single = len(chosen), address.layers.form == "one"
+        chosen, absent = _indices(address.layers, spec.layers, f"{site.name}: layer")
+        count = len(absent)
         if not count:
             raise ValueError(f"the capture of {site.name} selects no layer")
         slots = _slots(chosen, spec.layers)
-        order = slots[chosen]
+        order = (
+            slots[chosen]
+            if isinstance(chosen, np.ndarray)
+            else slots.at[chosen].get(mode="fill", fill_value=count)
+        )
     units = None
     if address.units.form != "all":
-        units = address.units.indices(spec.shape[edits.unit_axis(site)], f"{site.name}: unit")
+        size = spec.shape[edits.unit_axis(site)]
+        units, _ = _indices(address.units, size, f"{site.name}: unit")
+        if not len(units):
+            raise ValueError(f"the capture of {site.name} selects no unit")
     map_ = site.entry(maps)
-    return BoundCapture(
-        capture.form, site, capture.by, capture.k, count, single,
-        slots, order, units, capture.where.mask(map_), map_.kind,
-        None if capture.on is None else capture.on.mask(map_),
+    rows = (maps["lm"].kind != tokens.CODE["pad"]).any(-1)
+    bound = BoundCapture(
+        capture.form, site, capture.by, capture.k, count,
+        not site.stacked or address.layers.form == "one",
+        slots, order, absent, units, capture.where.mask(map_), map_.kind,
+        None if capture.on is None else capture.on.mask(map_), rows, map_.readers,
     )  # fmt: skip
+    _refuse_nothing(bound)
+    return bound
+
+
+def _refuse_site(capture: Capture, shapes) -> None:
+    """Errors of a capture that does not read its site, whatever the batch."""
+    form, site, units = capture.form, capture.address.site, capture.address.units
+    if form == "mass" and site != sites.lm.attn.pattern:
+        raise ValueError(f"mass does not read {site.name}; mass reads lm.attn.pattern")
+    if form in ("mean", "stats") and edits.token_axis(site) != 1:
+        raise ValueError(
+            f"{form} does not read {site.name}, which is [{site.shape}]; mass reads "
+            "lm.attn.pattern, and keep reads every site"
+        )
+    if form not in ("lens", "entropy"):
+        return
+    if site.axes[-1] != "D":
+        raise ValueError(f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]")
+    if units.form != "all":
+        raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
+    if site == sites.lm.norm:
+        raise ValueError("a lens norms what it reads, and lm.norm is normed already: read logits")
+    words = shapes[sites.logits.name].shape[-1]
+    if form == "lens" and capture.k > words:
+        raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
+
+
+def _refuse_nothing(bound: BoundCapture) -> None:
+    """Errors of a capture that selects no token, where the batch is known."""
+    read, on = bound.tokens, bound.on
+    if any(isinstance(a, jax.core.Tracer) for a in (read, on, bound.rows, bound.readers)):
+        return
+    what = f"the {bound.form} of {bound.site.name} selects no"
+    count = np.asarray(read).sum(-1)
+    if bound.readers is not None:
+        count = np.asarray(bound.readers) @ count
+    if not count.any():
+        raise ValueError(f"{what} token of this batch (see where=)")
+    if on is not None and not np.asarray(on).any():
+        raise ValueError(f"{what} key of this batch (see on=)")
+    without = np.flatnonzero(np.asarray(bound.rows) & (count == 0))
+    if bound.form in ("mean", "mass") and len(without):
+        raise ValueError(
+            f"{what} token of row {without[0]}, which has no {bound.form} then: choose others with "
+            "where=, or leave such rows out of the batch"
+        )
+
+
+def _indices(selection: sites.Selection, size: int, what: str):
+    """Entries of an axis int32[n], `size` for those that there are not, and which these are.
+
+    Traced entries alone can be out of range; known ones are an error then.
+    """
+    if selection.form in ("one", "index") and isinstance(selection.value, jax.core.Tracer):
+        index = jnp.atleast_1d(selection.value)
+        absent = (index < -size) | (index >= size)
+        return jnp.where(absent, size, index % size), absent
+    chosen = selection.indices(size, what)
+    return chosen, np.zeros(len(chosen), bool)
 
 
 def _slots(chosen, layers: int):
@@ -322,12 +463,13 @@ def _slots(chosen, layers: int):
         slots = np.full((layers,), len(chosen), np.int32)
         slots[chosen] = np.arange(len(chosen))
         return slots
-    return jnp.full((layers,), len(chosen), jnp.int32).at[chosen].set(jnp.arange(len(chosen)))
+    slots = jnp.full((layers,), len(chosen), jnp.int32)
+    return slots.at[chosen].set(jnp.arange(len(chosen)), mode="drop")
 
 
 def _read_keep(capture: BoundCapture, x, lens):
     mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
-    return jnp.where(mask, x, 0)
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def along_tokens(array, axis: int, rank: int):
@@ -337,16 +479,30 @@ def along_tokens(array, axis: int, rank: int):
 
 
 def _read_mean(capture: BoundCapture, x, lens):
-    weight = capture.tokens.astype(jnp.float32)
-    total = _product("BT...,BT->B...", at_least_float32(x), weight)
-    count = jnp.maximum(weight.sum(-1), 1)
-    return total / count.reshape(-1, *(1,) * (total.ndim - 1))
+    chosen = along_tokens(capture.tokens, 1, x.ndim)
+    total = jnp.where(chosen, at_least_float32(x), 0).sum(1)
+    return _average(capture, total, capture.tokens.sum(-1))
 
 
 def _read_mass(capture: BoundCapture, x, lens):
-    on = _product("BNTS,BS->BNT", x, capture.on.astype(x.dtype))
-    weight = capture.tokens.astype(x.dtype)
-    return _product("BNT,BT->BN", on, weight) / jnp.maximum(weight.sum(-1), 1)[:, None]
+    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
+    total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
+    return _average(capture, total, capture.tokens.sum(-1))
+
+
+def _average(capture: BoundCapture, total, count):
+    """Sums and numbers of tokens, of each row or tile, to the mean of each row."""
+    total, count = _by_row(capture, total), _by_row(capture, count)
+    count, rows = (a.reshape(-1, *(1,) * (total.ndim - 1)) for a in (count, capture.rows))
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.where(rows, jnp.nan, 0))
+
+
+def _by_row(capture: BoundCapture, total):
+    """Sums of tiles [I, ...] added up over those that each row reads: [B, ...]."""
+    if capture.readers is None:
+        return total
+    readers = jnp.asarray(capture.readers).astype(total.dtype)
+    return _product("BI,I...->B...", readers, total)
 
 
 def _one_hot(capture: BoundCapture):
@@ -360,22 +516,37 @@ def _one_hot(capture: BoundCapture):
 
 def _read_stats(capture: BoundCapture, x, lens):
     hot = _one_hot(capture)
+    if capture.readers is not None:  # a tile counts for each row that reads it
+        hot = hot * capture.readers.sum(0, dtype=jnp.float32)[:, None, None]
     parts = rows.by_row(_row_stats, at_least_float32(x), hot, numbers=x.size)
-    *sums, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
-    positive, total, squares = (part.sum(0) for part in sums)
+    positive, sums, off, centred, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
+    counts = hot.sum(1)
+    counts = counts.reshape(len(hot), *(1,) * (sums.ndim - 2), -1)
+    count, total = counts.sum(0), sums.sum(0)
+    # A row's mean less that of all, and then what each was rounded by: large means lose nothing.
+    apart = sums / jnp.maximum(counts, 1) - total / jnp.maximum(count, 1)
+    apart = apart + off / jnp.maximum(counts, 1)
+    apart = apart - (counts * apart).sum(0) / jnp.maximum(count, 1)
+    centred = (centred + counts * apart**2).sum(0)
     result = Stats(
-        positive=positive.astype(jnp.int32),
+        positive=positive.astype(jnp.int32).sum(0),
         sum=total,
-        squares=squares,
+        squares=centred + total**2 / jnp.maximum(count, 1),
         max=highest.max(0),
-        tokens=hot.sum((0, 1)).astype(jnp.int32),
+        tokens=hot.astype(jnp.int32).sum((0, 1)),
+        centred=centred,
         kinds=capture.by or (),
     )
     return result if capture.by is not None else jax.tree.map(lambda a: a[..., 0], result)
 
 
 def _row_stats(x, hot):
-    """Each [B, kinds, ...]: how many are positive, the sum, the sum of squares, the highest."""
+    """Each [B, kinds, ...]: how many are positive, the sum, how far that is off by rounding, the
+    squared deviations from the mean, the highest.
+
+    Args:
+      x: float[B, T, ...]. hot: float[B, T, kinds], how often a token counts, in one kind at most.
+    """
 
     def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
         return _product("BTk,BT...->Bk...", hot, of)
@@ -384,8 +555,17 @@ def _row_stats(x, hot):
         seen = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
         return jnp.where(seen, x, -jnp.inf).max(1)
 
+    x = jnp.where(along_tokens(hot.any(-1), 1, x.ndim), x, 0)
+    sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
+    counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
+    own = jnp.einsum(
+        "BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts,
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    off = total(x - own)  # nothing, but for the rounding of the mean
+    centred = jnp.maximum(total((x - own) ** 2) - off**2 / counts, 0)
     kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
-    return total((x > 0).astype(x.dtype)), total(x), total(x * x), jnp.stack(kinds, 1)
+    return total((x > 0).astype(x.dtype)), sums, off, centred, jnp.stack(kinds, 1)
 
 
 def _read_lens(capture: BoundCapture, x, lens):
@@ -477,12 +657,12 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def _read_entropy(capture: BoundCapture, x, lens):
     result = _lens_by_chunks(capture, x, lens, 1)
     hot = _one_hot(capture)
-    return Entropy(
-        sum=_product("BT,BTk->Bk", result.entropy, hot),
-        top=_product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
-        tokens=hot.sum(1).astype(jnp.int32),
-        kinds=capture.by or (),
+    parts = (
+        _product("BT,BTk->Bk", result.entropy, hot),
+        _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        hot.sum(1).astype(jnp.int32),
     )
+    return Entropy(*(_by_row(capture, part) for part in parts), capture.by or ())
 
 
 READ: dict[str, Callable] = {

@@ -325,11 +325,7 @@ class ModuleTap:
 
     @staticmethod
     def _carried(kept, captures) -> dict[str, Any]:
-        def finish(name):
-            order, single = captures[name].order, captures[name].single
-            return jax.tree.map(lambda a: a[0] if single else a[order], kept[name])
-
-        return {name: finish(name) for name in kept}
+        return {name: captures[name].finish(value) for name, value in kept.items()}
 
 
 def _at(items: dict, stacked: bool) -> dict:

@@ -90,7 +90,7 @@ class InstructBlip(Llava):
                 "qformer.query_mlp.act": query,
                 "qformer.mlp.act": text,
             }
-        return maps | dict.fromkeys(("lm", "logits"), batch.tokens)
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
 
     def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
         if batch.qformer_ids is None:

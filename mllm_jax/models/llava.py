@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import notebook, sites, tokens
-from mllm_jax.axes import Array, Float
+from mllm_jax.axes import Array, Float, Int
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.llama import Llama, LlamaConfig
@@ -68,6 +68,21 @@ class LlavaConfig:
     def largest(self) -> tuple[int, int]:
         """(height, width) of a picture with as many tokens as one can have."""
         return (self.vision.image_size,) * 2
+
+    def readers(self, batch: Batch) -> Any:
+        """bool[B, I]: which tiles each row reads, all those of each of its pictures."""
+        xp = np if isinstance(batch.image_at, np.ndarray) else jnp
+        rows, tiles = len(batch.image_at), len(batch.tile)
+        tile = batch.image_at // self.image_tokens  # negative for text, beyond all for a newline
+        at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
+        read = xp.zeros((rows, tiles + 1), bool)
+        if xp is np:
+            read[at] = True
+        else:
+            read = read.at[at].set(True)
+        # A tile that shows nothing but bars has no token in the LM, but its picture is read.
+        picture = xp.cumsum(batch.tile % self.tiles == 0)
+        return (read[:, :tiles, None] & (picture[:, None] == picture)).any(1)
 
     def layout(self, size: tuple[int, int] | None = None) -> Layout:
         """How a picture of this (height, width) is read; here all are alike."""
@@ -152,6 +167,20 @@ class Batch:
     def replace(self, **fields) -> Batch:
         return dataclasses.replace(self, **fields)
 
+    def prompts(self) -> Batch:
+        """The batch with the prompts alone: what follows a prompt becomes padding.
+
+        Raises:
+          ValueError: a row holds several questions.
+        """
+        if self.segment is not None:
+            _check_one_question(self.segment)
+        xp = np if isinstance(self.tokens.kind, np.ndarray) else jnp
+        after = xp.arange(self.ids.shape[-1]) > self.last[:, None]
+        kind = xp.where(after, np.int8(tokens.CODE["pad"]), self.tokens.kind)
+        prompts = dataclasses.replace(self.tokens, kind=kind)
+        return self.replace(tokens=prompts, segment=None, labels=None)
+
     def _fingerprint_(self) -> list[Any]:
         """Its content: the arrays, in order."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
@@ -159,6 +188,21 @@ class Batch:
 
     def _repr_html_(self) -> str:
         return notebook.batch(self)
+
+
+def _check_one_question(segment: Int[Array, "B T"]) -> None:
+    """Raises where a row holds several questions: after which of them would one continue?"""
+    if isinstance(segment, jax.core.Tracer):
+        raise ValueError(
+            "packed rows inside a transformation of JAX: nobody can see there how many questions a "
+            "row holds; make the batch by calling the processor with one question a row"
+        )
+    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
+    if len(several):
+        raise ValueError(
+            f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
+            "generate and score read one prompt a row; call the processor with one question a row"
+        )
 
 
 class Llava(nnx.Module):
@@ -177,7 +221,14 @@ class Llava(nnx.Module):
             "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.real),
             "projector": tokens.TokenMap.grid(batch.tile, folded, full, batch.real),
         }
-        return maps | dict.fromkeys(("lm", "logits"), batch.tokens)
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
+
+    def with_readers(
+        self, batch: Batch, maps: dict[str, tokens.TokenMap]
+    ) -> dict[str, tokens.TokenMap]:
+        """Maps of tiles that know which rows of the batch read them."""
+        readers = self.config.readers(batch)
+        return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
 
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """What the vision tower gives to the projector."""

@@ -7,51 +7,136 @@ A single process does none of this.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import os
+import pathlib
 import signal
+import socket
 import sys
+import tempfile
 import threading
-from typing import NoReturn
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # of the key-value store, which has no public name
 from jax.experimental import multihost_utils
 
+from mllm_jax.sharding import liveness
+
 WAIT = 40  # seconds for all to come
-_HEARTBEAT = 30  # seconds without a word, after which a process is taken for dead
-_STATUS = 128 + signal.SIGTERM
-_ERROR = "mllm_jax/error"
-_joined = threading.Event()
+_HEARTBEAT = 24 * 3600  # of JAX, which ends all when one is silent for so long: see `liveness`
+_SHUTDOWN = 60  # seconds for all to come to the end
+_SETTLE = 1.0  # seconds after an error in which another process may turn out to be its cause
+CONTINUE = "what was finished is saved; start again with the same flags to continue"
 _asked = threading.Event()
+_ended = threading.Lock()
+_interrupted = threading.Event()
+
+
+class _State:
+    """Of a run of several processes."""
+
+    process = 0
+    count = 1
+    local = False  # whether all are on this machine
+    monitor: liveness.Monitor | None = None
+    log: pathlib.Path | None = None
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Becomes one of several processes; to be called before JAX is used.
 
     When not all have come after WAIT seconds, this process ends with one line: JAX would end it
-    with a stack trace.
+    with a stack trace. What JAX's C++ code writes to stderr, as when another process has died,
+    goes to a file in the folder for temporary files, which a normal end removes.
 
     Args:
         coordinator: host:port of process 0. processes: how many. process: which is this. All None
             where JAX finds them out by itself: on TPU, Slurm, MPI.
+
+    Raises:
+        ValueError: the port is taken, or JAX cannot connect the processes.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    host, _, port = (coordinator or "").rpartition(":")
+    _State.local = bool(host) and is_loopback(host)
+    if coordinator and process == 0:
+        _check_port(host, int(port), coordinator)
+    _divert_stderr()
     alone = threading.Timer(WAIT, _alone, (coordinator, processes))
     alone.daemon = True
     alone.start()
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        initialization_timeout=2 * WAIT,
-        heartbeat_timeout_seconds=_HEARTBEAT,
-        shutdown_timeout_seconds=_HEARTBEAT,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=2 * WAIT,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN,
+            coordinator_bind_address=coordinator if _State.local else None,
+        )
+        _State.process, _State.count = jax.process_index(), jax.process_count()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the processes cannot be connected: {reason}") from error
     alone.cancel()
-    _joined.set()
-    _listener.start()
+    _watch()
     atexit.register(part)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone."""
+    return host == "localhost" or host.startswith("127.") or host in ("::1", "[::1]")
+
+
+def _check_port(host: str, port: int, coordinator: str) -> None:
+    """JAX would end with a stack trace where another program listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host.strip("[]") if _State.local else "", port))
+        except OSError as error:
+            raise ValueError(
+                f"--coordinator={coordinator}: process 0 cannot listen there "
+                f"({error.strerror or error}); choose a free port"
+            ) from error
+
+
+def _divert_stderr() -> None:
+    """Python goes on writing to stderr, and C++ code writes to a file."""
+    handle, name = tempfile.mkstemp(prefix=f"mllm_jax-{os.getpid()}-", suffix=".log")
+    _State.log = pathlib.Path(name)
+    sys.stderr.flush()
+    shown = os.dup(2)
+    os.dup2(handle, 2)
+    os.close(handle)
+    sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
+
+
+def _watch() -> None:
+    """Starts the monitor: processes end together, whichever fails."""
+    monitor = liveness.Monitor(_State.process, _end_with)
+    listener, address = None, liveness.Address("", 0, "")
+    if writes():
+        listener, address = liveness.listen("127.0.0.1" if _State.local else liveness.own_address())
+    sent = json.dumps(address).encode().ljust(256)
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+    try:
+        if listener is not None:
+            monitor.accept(listener, address.token, _State.count - 1)
+        else:
+            monitor.connect(liveness.Address(*json.loads(bytes(np.asarray(told)))))
+    except OSError as error:
+        raise ValueError(
+            f"process {_State.process} cannot connect to process 0 ({error}): open the ports "
+            "between the hosts"
+        ) from error
+    _State.monitor = monitor
 
 
 def _alone(coordinator: str | None, processes: int | None) -> None:
@@ -61,44 +146,51 @@ def _alone(coordinator: str | None, processes: int | None) -> None:
     )
 
 
-def _listen() -> None:
-    """Ends this process when another one says that it failed."""
-    try:
-        said = distributed.global_state.client.blocking_key_value_get(_ERROR, 10**9)
-    except Exception:  # all have ended well
-        return
-    who, _, text = said.partition(" ")
-    if int(who) != distributed.global_state.process_id:
-        _end(f"process {who} failed: {text}")
+def _end_with(failed: int, text: str | None) -> None:
+    """Ends this process because another failed; on one machine one of those left says so."""
+    if _interrupted.is_set():
+        _end("", 128 + signal.SIGINT)
+    said = f"process {failed} failed: {text}"
+    if text is None:
+        said = f"error: process {failed} was lost (killed, or its host failed): {CONTINUE}"
+    _end(said if _speaks(failed) else "")
 
 
-_listener = threading.Thread(target=_listen, daemon=True)
+def _speaks(failed: int | None = None) -> bool:
+    """Whether this process says what concerns all: on one machine the first that is left."""
+    return not _State.local or _State.process == (1 if failed == 0 else 0)
 
 
-def _end(text: str) -> NoReturn:
+def _end(text: str, status: int = 1, *, report: bool = False) -> NoReturn:
     """At once: nobody comes to the barrier that JAX waits at when a process ends by itself."""
-    print(text, file=sys.stderr, flush=True)
-    os._exit(1)
+    if not _ended.acquire(blocking=False):
+        threading.Event().wait()  # another thread of this process is about to end it
+    if text:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
+    if report:
+        _State.monitor.report(text)
+    _forget_log()
+    os._exit(status)
 
 
 def fail(text: str) -> NoReturn:
-    """Ends this process, and with it all others, which show this line as well."""
-    if not _joined.is_set():
+    """Ends this process, and with it all others, which say why."""
+    if _State.monitor is None:
+        _forget_log()
         sys.exit(text)
-    print(text, file=sys.stderr, flush=True)  # first: the others, once told, may end JAX here
-    state = distributed.global_state
-    state.client.key_value_set(_ERROR, f"{state.process_id} {text}")
-    os._exit(1)
+    time.sleep(_SETTLE)
+    _end(text, report=True)
 
 
 def count() -> int:
     """How many processes there are; does not start JAX's backend."""
-    return distributed.global_state.num_processes or 1
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def writes() -> bool:
     """Whether this process is the one that writes files."""
-    return distributed.global_state.process_id == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def meet(name: str) -> None:
@@ -114,6 +206,40 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
+def require_same(**parts: Any) -> None:
+    """Refuses processes that were started for different things.
+
+    Args:
+        parts: plain JSON values; of mappings, the fields that differ are named.
+
+    Raises:
+        ValueError: in every process, naming the first that differs from process 0 and in what.
+    """
+    if count() == 1:
+        return
+    text = json.dumps(_flat(parts), sort_keys=True, default=str).encode()
+    size = int(multihost_utils.process_allgather(np.int64(len(text))).max())
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    all_parts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    first = all_parts[0]
+    for process, other in enumerate(all_parts):
+        if other != first:
+            names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+            raise ValueError(
+                f"process {process} differs from process 0 in {shown}: start all processes with "
+                "the same flags, code and files"
+            )
+
+
+def _flat(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in parts.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
 def heed_sigterm() -> None:
     """From now on SIGTERM does not end this process where it stands, but where work is saved.
 
@@ -121,6 +247,12 @@ def heed_sigterm() -> None:
     """
     if count() == 1:
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())
+
+
+def interrupt() -> None:
+    """Asks this process, for Ctrl-C, to save and leave as for SIGTERM."""
+    _interrupted.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leaving() -> bool:
@@ -136,13 +268,24 @@ leaving.calls = 0
 
 def part() -> None:
     """The end, where all processes have come to it; at the latest when Python ends."""
-    if count() > 1:
-        jax.distributed.shutdown()
-        _listener.join(1)  # a thread that wakes while Python ends would abort the process
+    if _State.monitor is not None:
+        monitor, _State.monitor = _State.monitor, None
+        jax.distributed.shutdown()  # once all have come
+        monitor.close()
+        _forget_log()
+
+
+def _forget_log() -> None:
+    if _State.log is not None:
+        _State.log.unlink(missing_ok=True)
 
 
 def leave(what: str) -> NoReturn:
-    """Ends this process after SIGTERM; all that is done is saved."""
+    """Ends this process after SIGTERM or Ctrl-C; all that is done is saved."""
+    number = signal.SIGINT if _interrupted.is_set() else signal.SIGTERM
+    cause = "Ctrl-C" if _interrupted.is_set() else "SIGTERM"
+    speaks = _speaks() or count() == 1
     part()
-    print(f"{what}: stopped by SIGTERM; start again to continue", file=sys.stderr, flush=True)
-    sys.exit(_STATUS)
+    if speaks and _ended.acquire(blocking=False):
+        print(f"{what}: stopped by {cause}: {CONTINUE}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)

@@ -69,9 +69,10 @@ class Workdir:
             return
         for line in sorted(set(journal.read_text().splitlines())):
             path = self / line
-            if ".." in path.parts or path.is_absolute() != self.path.is_absolute():
+            if not path.parent.resolve().is_relative_to(self.path.resolve()):
                 continue
-            path.unlink(missing_ok=True)
+            if path.is_file() or path.is_symlink():
+                path.unlink()
             for folder in path.relative_to(self.path).parents[:-1]:
                 with contextlib.suppress(OSError):  # it holds something else
                     (self / folder).rmdir()

@@ -19,6 +19,7 @@ import tokenizers
 from mllm_jax import store
 from mllm_jax.checkpoints import embedded, load, read_gguf, read_onnx
 from mllm_jax.models import llava
+from mllm_jax.store import stamps
 
 
 @pytest.fixture
@@ -150,12 +151,48 @@ def test_disk_full_while_writing(folder, readers, monkeypatch):
     assert [path for path in store.cache_directory().iterdir() if path.is_dir()] == []
 
 
-def test_damaged_cache(folder, readers):
-    directory = embedded.directory()
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json",
+     "preprocessor_config.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_damaged_cache(name, damage, folder, readers):
+    """A flipped bit, whatever file it is in, and as many bytes as there were."""
+    path = embedded.directory() / name
+    assert embedded.directory() == path.parent
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+        path.write_bytes(flipped if damage == "flip" else content[:-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name}: it is not what was written; delete .*again"):
+            embedded.directory()
+    path.write_bytes(content)
+    assert embedded.directory() == path.parent
+
+
+def test_files_are_read_again_only_when_they_changed(folder, readers, monkeypatch):
+    directory, read = embedded.directory(), []
+    digest = embedded._digest
+    monkeypatch.setattr(embedded, "_digest", lambda path: read.append(path.name) or digest(path))
+    embedded.directory()
+    assert read == []
     weights = directory / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"model.safetensors: .* were written; delete"):
+    stat = weights.stat()
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    embedded.directory()  # of the same size and time: nothing is seen
+    stamps.forget(store.cache_directory())  # as --verify does
+    with pytest.raises(ValueError, match="model.safetensors: it is not what was written"):
         embedded.directory()
+
+
+def test_a_manifest_that_is_gone(folder, readers):
+    directory = embedded.directory()
     (directory / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest.json: missing or damaged; delete"):
         embedded.directory()

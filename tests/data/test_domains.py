@@ -230,6 +230,23 @@ class TestEmbedded:
         with pytest.raises(ValueError, match=r"test\.array_record cannot be read.*build it again"):
             len(domains.embedded("test", ["objects"], root=tmp_path)["objects"])
 
+    def test_records_are_those_that_were_written(self, tmp_path, tiny_recipes):
+        """Not those of the other split, of another domain, nor with a flipped bit."""
+        domains.build("objects", tmp_path)
+        path, other = (tmp_path / "objects" / f"{s}.array_record" for s in ("test", "train"))
+        content = path.read_bytes()
+        at = content.index(b'"label"')
+        flips = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in (at, at + 200)]
+        for changed in (other.read_bytes(), *flips):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"test\.array_record.* delete .* build it again"):
+                domains.embedded("test", ["objects"], root=tmp_path)
+        path.write_bytes(content)
+        assert len(domains.embedded("test", ["objects"], root=tmp_path)["objects"]) == 8
+        (tmp_path / "objects").rename(tmp_path / "medical")
+        with pytest.raises(ValueError, match="medical holds the domain 'objects'; delete"):
+            domains.embedded("test", ["medical"], root=tmp_path)
+
 
 class TestFolder:
     @pytest.fixture

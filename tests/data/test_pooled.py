@@ -12,6 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.models import llava_next
 from tests import tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
@@ -131,13 +132,16 @@ def test_features_that_are_given_are_part_of_what_it_is(tiny_model, processor, e
 
 
 def test_tiles_are_weighed_by_whether_they_are_real():
-    config = types.SimpleNamespace(tiles=3, image_tokens=4)
-    batch = types.SimpleNamespace(
-        real=np.array([1, 1, 0, 1, 1, 1], bool),
-        image_at=np.array([[-1, 12, 13], [-1, 0, 5], [2, 3, 16], [-1, -1, -1]]),
-    )
-    values = np.array([[1.0], [3], [99], [1], [2], [6]])
-    assert features.by_row(config, batch, values)[:3, 0].tolist() == [3, 2, 2]
+    config = llava_next.LlavaNextConfig.tiny()
+    each, places = config.image_tokens, config.tiles
+    real = np.arange(2 * places) % places < [2] * places + [3] * places
+    at = np.array([[-1, 0, each, -1], [-1, places * each, (places + 2) * each, -1],
+                   [0, places * each, -1, 2 * places * each], [-1] * 4])  # fmt: skip
+    tile = np.arange(2 * places) % places
+    batch = types.SimpleNamespace(real=real, image_at=at, tile=tile)
+    values = np.full((2 * places, 1), 99.0)
+    values[real] = [[1], [3], [1], [2], [6]]
+    assert features.by_row(config, batch, values)[:, 0].tolist() == [2, 3, np.float32(13 / 5), 0]
 
 
 def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):

@@ -14,7 +14,9 @@ import transformers
 
 import mllm_jax as mj
 from mllm_jax import tokens as tok
-from mllm_jax.data.processor import LENGTHS, Processor, squared
+from mllm_jax.data.image_processors import squared
+from mllm_jax.data.processor import Processor
+from mllm_jax.data.rows import LENGTHS
 from mllm_jax.models.llava_next import LlavaNextConfig
 from tests import tiny
 
@@ -364,7 +366,8 @@ def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
     kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
     pictures = tiny.processor(tiny_config).image_processor
-    processor = Processor.from_directory(tmp_path, tiny_config, pictures=lambda: pictures)
+    config = dataclasses.replace(tiny_config, lm=dataclasses.replace(tiny_config.lm, vocab=300))
+    processor = Processor.from_directory(tmp_path, config, pictures=lambda: pictures)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for text in ("what is  shown ?", "USER: zebra \n é ASSISTANT:", "the mat"):
         assert processor.tokenizer(text)["input_ids"] == [1, *theirs.encode(text)]
@@ -391,7 +394,7 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda p: p(None, "what ?"), TypeError, "prompts is a list of strings, one a row"),
+        (lambda p: p(None, "what ?"), ValueError, "prompts is a list of strings or chats, one a row"),
         (lambda p: p([tiny.picture(0)], ["a", "b"]), ValueError, "1 rows of pictures for 2 prompts"),
         (lambda p: p(None, ["a"], answers=["b", "c"]), ValueError, "2 answers for 1 prompts"),
         (lambda p: p(None, ["<image> a"]), ValueError,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from experiments import study
+from experiments import command
+
+if __name__ == "__main__":
+    command.main("tests.experiments.fails")
+
 from mllm_jax.sharding import hosts
 
 
@@ -11,7 +15,3 @@ def run(config, workdir) -> None:
     if not hosts.writes():
         raise ValueError("the disk of the second host is broken")
     hosts.meet("end")
-
-
-if __name__ == "__main__":
-    study.main(run)

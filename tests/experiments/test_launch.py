@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import launch
+from tests.experiments.conftest import ENVIRONMENT, ROOT
 
 EVALUATE = "configs/embedded_evaluate.py"
 SMALL = ("--config.test_per_domain=3", "--config.batch_size=2", "--config.styles=('choice',)")
@@ -92,17 +95,95 @@ def test_a_host_that_does_not_come_is_an_error(command, execute, tmp_path):
     assert "error: not all 2 processes came to 127.0.0.1" in done.stderr.splitlines()[-1]
 
 
+def test_a_mesh_of_more_devices_than_there_are_is_one_line(command, execute, tmp_path):
+    done = execute(command("evaluate", EVALUATE, tmp_path / "work", "--mesh=data=64"))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "error: mesh(data=64, model=1, fsdp=1) needs 64 devices, there are" in line
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_line(command, execute, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        where = f"--coordinator=127.0.0.1:{other.getsockname()[1]}"
+        line = command("evaluate", EVALUATE, tmp_path / "work", where, "--processes=2")
+        done = execute([*line, "--process=0"])
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith("(Address already in use); choose a free port")
+
+
+def apart(line: list[str], *more: tuple[str, ...]) -> list[subprocess.CompletedProcess]:
+    """Two processes of which each is given more flags of its own, or a folder to run in."""
+    where = f"--coordinator=127.0.0.1:{launch._free_port()}"
+    started = [
+        subprocess.Popen(
+            [*line, where, "--processes=2", f"--process={number}", *flags], text=True, cwd=ROOT,
+            env=os.environ | ENVIRONMENT | environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for number, (environment, *flags) in enumerate(more)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, "", text)
+        for p, text in zip(started, said, strict=True)
+    ]
+
+
+def slowly(command, workdir: pathlib.Path, *more: str, count: int = 3) -> list[str]:
+    small = "--config.batch_size=2"
+    line = command("evaluate", EVALUATE, workdir, small, *more, count=count)
+    line[line.index("experiments.evaluate")] = "tests.experiments.slowly"
+    return line
+
+
+@pytest.fixture
+def others(checkpoint, tmp_path):
+    """What process 1 may be given instead: flags, or the variables of its environment."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("another")
+    for package in ("mllm_jax", "experiments", "tests", "configs"):
+        shutil.copytree(ROOT / package, tmp_path / "code" / package)
+    with open(tmp_path / "code" / "experiments" / "study.py", "a") as file:
+        file.write("# another version\n")
+    return {
+        "size": ({}, "--config.batch_size=4"),
+        "paths": ({}, "--config.paths=()"),
+        "workdir": ({}, f"--workdir={tmp_path}/elsewhere"),
+        "mesh": ({}, "--mesh=model=2"),
+        "model": ({}, f"--config.model={tmp_path}/model"),
+        "code": ({"PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"},),
+    }
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flag", "says"),
+    ("kind", "says"),
     [
-        ("--mesh=2x4", "error: --mesh=2x4: it is written as data=2,model=4,fsdp=1"),
-        ("--mesh=data=64", "error: mesh(data=64, model=1, fsdp=1) needs 64 devices, there are"),
-        ("--processes=2", "error: --processes=2: it is a number, with --coordinator=host:port"),
+        ("size", "config.batch_size"),
+        ("paths", "config.paths, content.paths[0]"),
+        ("workdir", "flags.workdir"),
+        ("mesh", "flags.mesh"),
+        ("model", "config.model, content.model"),
+        ("code", "code.experiments"),
     ],
 )
-def test_flags_that_cannot_be_are_said_in_one_line(flag, says, command, execute, tmp_path):
-    done = execute(command("evaluate", EVALUATE, tmp_path / "work", flag))
-    assert done.returncode == 1 and says in done.stderr.splitlines()[-1]
+def test_processes_that_differ_are_refused(kind, says, others, command, tmp_path):
+    done = apart(slowly(command, tmp_path / "work", count=1), ({},), others[kind])
+    for each in done:
+        (line,) = each.stderr.splitlines()
+        assert each.returncode == 1
+        assert f"error: process 1 differs from process 0 in {says}" in line
+    assert not (tmp_path / "work" / "steps").exists()
+
+
+@pytest.mark.slow
+def test_batches_that_do_not_divide_are_refused_before_anything_is_read(command, tmp_path):
+    done = apart(slowly(command, tmp_path / "work", "--config.batch_size=3"), ({},), ({},))
+    for each in done:
+        (line,) = each.stderr.splitlines()
+        assert each.returncode == 1
+        assert "error: config.batch_size=3: batches of 3 rows do not divide over the 2 data" in line
 
 
 QUICK = "configs/embedded.py:quick"

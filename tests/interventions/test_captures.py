@@ -86,20 +86,31 @@ def test_keep_of_layers_units_and_tokens(where, model, batch, seen):
 def test_mean_is_over_the_selected_tokens_of_each_row(model, batch, seen):
     found = read(
         model, batch,
-        all=mj.mean(S.lm.resid_post), image=mj.mean(S.lm.resid_post[2], where=tok.image),
-        heads=mj.mean(S.lm.attn.heads[[1]], where=tok.last), tiles=mj.mean(S.vision.resid_post[0]),
+        all=mj.mean(S.lm.resid_post), words=mj.mean(S.lm.resid_post[2], where=tok.text),
+        heads=mj.mean(S.lm.attn.heads[[1]], where=tok.last),
     )  # fmt: skip
     kind = batch.tokens.kind
     x = seen["lm.resid_post"]
     for row in range(8):
-        real, image = kind[row] > 0, kind[row] == tok.CODE["image"]
+        real, words = kind[row] > 0, (kind[row] > 0) & (kind[row] != tok.CODE["image"])
         np.testing.assert_allclose(found["all"][:, row], x[:, row][:, real].mean(1), **CLOSE)
-        want = x[2, row][image].mean(0) if image.any() else np.zeros(32)
-        np.testing.assert_allclose(found["image"][row], want, **CLOSE)
+        np.testing.assert_allclose(found["words"][row], x[2, row][words].mean(0), **CLOSE)
         last = seen["lm.attn.heads"][1, row, batch.tokens.last[row]][0]
         np.testing.assert_allclose(found["heads"][0, row], last, **CLOSE)
-    want = seen["vision.resid_post"][0].mean(1) * batch.real[:, None]
-    np.testing.assert_allclose(found["tiles"], want, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "capture",
+    [
+        mj.mean(S.lm.resid_post, where=tok.image),
+        mj.mean(S.vision.resid_post),
+        mj.mass(S.lm.attn.pattern, on=tok.text, where=tok.image),
+    ],
+)
+def test_a_row_without_a_token_has_no_mean(capture, model, batch):
+    message = f"{capture.form} of .* selects no token of row 1, which has no {capture.form}"
+    with pytest.raises(ValueError, match=message):
+        read(model, batch, x=capture)
 
 
 def test_mass_is_what_queries_put_on_keys(model, batch, seen):
@@ -212,6 +223,21 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
         (lambda: mj.lens(S.vision.resid_post), ValueError, "width D; vision.resid_post is .I P E."),
         (lambda: mj.lens(S.lm.resid_post[1, :5]), ValueError, "a lens reads all units of lm.resid"),
         (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is normed already"),
+        (lambda: mj.lens(S.lm.resid_post, k=97), ValueError,
+         "lens k=97 of lm.resid_post: the vocabulary has 96 words"),
+        (lambda: mj.lens(S.lm.resid_post, k=0), ValueError, "k=0: a lens names one word or more"),
+        (lambda: mj.stats(S.lm.attn.mask), ValueError,
+         r"stats does not read lm.attn.mask, which is \[B N T S\]; mass reads"),
+        (lambda: mj.mean(S.lm.attn.mask), ValueError, "mean does not read lm.attn.mask"),
+        (lambda: mj.mean(S.lm.attn.pattern), ValueError, "mean does not read lm.attn.pattern"),
+        (lambda: mj.mass(S.lm.attn.mask, on=tok.image), ValueError, "mass does not read lm.attn.m"),
+        (lambda: mj.keep(S.lm.mlp.act[[]]), ValueError, "lm.mlp.act selects no layer"),
+        (lambda: mj.keep(S.lm.mlp.act[0, []]), ValueError, "lm.mlp.act selects no unit"),
+        *((lambda make=make: make(S.lm.resid_post, where=tok.answer), ValueError,
+           "of lm.resid_post selects no token of this batch .see where=")
+          for make in (mj.keep, mj.mean, mj.stats, mj.lens)),
+        (lambda: mj.mass(S.lm.attn.pattern, on=tok.answer), ValueError,
+         "selects no key of this batch .see on="),
         (lambda: mj.stats(S.lm.mlp.act, by="imgae"), ValueError,
          "by=imgae: kinds of lm tokens are system, question, image"),
         (lambda: mj.stats(S.lm.mlp.act, by=("cls",)), ValueError, "by=cls: kinds of lm tokens are"),

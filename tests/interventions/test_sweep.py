@@ -102,7 +102,7 @@ ASKED = {
     "some": mj.keep(S.lm.attn_out[[3, 0]]),
     "fire": mj.stats(S.lm.mlp.act, by=tok.kind),
     "normed": mj.mean(S.lm.norm),
-    "tower": mj.mean(S.vision.resid_post),
+    "tower": mj.keep(S.vision.resid_post),
 }
 
 

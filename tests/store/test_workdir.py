@@ -6,7 +6,10 @@ import errno
 import io
 import json
 import os
+import shutil
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -164,3 +167,81 @@ def test_a_manifest_says_what_made_the_result(tmp_path):
     found = store.read_json(tmp_path / "manifest.json")
     assert found["config"] == {"seed": 3} and found["model"] == "abc"
     assert {"jax", "numpy"} <= set(found["versions"])
+
+
+def test_temporaries_of_killed_processes_go(tmp_path):
+    """Those of processes that are dead, and of this host."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = f".a.npz.{store.files._HOST}.{{}}.partial".format
+    left, live = tmp_path / name(dead.pid), tmp_path / name(os.getppid())
+    other = tmp_path / f".a.npz.elsewhere.{dead.pid}.partial"
+    for path in (left, live, other):
+        path.write_text("half")
+    store.write(tmp_path / "b", "whole")
+    assert live.exists() and other.exists() and not left.exists()
+
+
+def test_a_workdir_belongs_to_what_claims_it(tmp_path):
+    def begin(**how):
+        work = Workdir(tmp_path / "work", {}, restart=how.pop("restart", False))
+        work.claim(**{"model": np.ones(2), "data": {"a": ["x"], "b": ["y"]}} | how)
+        return work
+
+    begin().arrays("counts", lambda: {"a": np.arange(2)})
+    assert begin().arrays("counts", None)["a"].tolist() == [0, 1]
+    for how, differs in (
+        ({"model": np.zeros(2)}, "model"),
+        ({"data": {"a": ["x"], "b": ["z"]}}, r"data \(b\)"),
+        ({"data": {"a": ["x"]}}, r"data \(b\)"),
+        ({"files": {"masks": "1"}}, "files"),
+    ):
+        with pytest.raises(ValueError, match=f"work was made for .* it differs in {differs}; give"):
+            begin(**how)
+    work = begin(model=np.zeros(2), restart=True)
+    assert work.arrays("counts", lambda: {"a": np.ones(1)})["a"].tolist() == [1]
+
+
+def test_steps_of_another_workdir_are_refused(tmp_path):
+    for name in ("one", "two"):
+        work = Workdir(tmp_path / name, {})
+        work.claim(model=name)
+        work.arrays("counts", lambda: {"a": np.arange(2)})
+        work.json("n", lambda: [1])
+    for step in ("counts.npz", "n.json"):
+        shutil.copy(tmp_path / "one" / "steps" / step, tmp_path / "two" / "steps" / step)
+        with pytest.raises(ValueError, match=f"{step} was made for something else.*in model"):
+            getattr(work, {"npz": "arrays", "json": "json"}[step[-4:].strip(".")])(
+                step.split(".")[0], None
+            )
+
+
+def test_a_damaged_json_step_is_refused(tmp_path):
+    work = Workdir(tmp_path, {})
+    work.json("n", lambda: {"n": 123})
+    path = tmp_path / "steps" / "n.json"
+    for damage in (path.read_text().replace("123", "124"), path.read_text()[:-4], "", "[]"):
+        path.write_text(damage)
+        with pytest.raises(ValueError, match=r"n.json (is damaged|was made for something else)"):
+            work.json("n", None)
+
+
+def test_restart_removes_no_file_of_others(tmp_path):
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    work = Workdir(tmp_path / "work", {})
+    work.arrays("counts", lambda: {"a": np.arange(2)})
+    (work / "steps" / "mine").write_text("mine")
+    with (work / ".written").open("a") as journal:
+        journal.write(f"../outside.txt\n{outside}\nsteps/gone\n")
+    again = Workdir(tmp_path / "work", {"other": 1}, restart=True)
+    assert files(tmp_path) == [
+        "outside.txt", "work/.written", "work/config.json", "work/steps/mine"
+    ]  # fmt: skip
+    assert again.arrays("counts", lambda: {"a": np.ones(1)})["a"].tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_workdir_has_a_name(name):
+    with pytest.raises(ValueError, match="no name"):
+        Workdir(name, {})

@@ -67,6 +67,7 @@ def score(
             f"{len(predictions)} predictions for {len(questions)} questions of {dataset}; "
             "both are needed, one for one"
         )
+    text.strings(predictions, "predictions")
     if dataset != "lingoqa":
         of = table[dataset][1]
         return np.array([of(*pair) for pair in zip(predictions, questions)], np.float64)

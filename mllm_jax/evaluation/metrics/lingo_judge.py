@@ -43,7 +43,20 @@ class Judge:
         if not references:
             raise ValueError(f"question {question!r} has no reference answer to judge by")
         prediction = prediction.lower().strip()
-        return max(self.probability(question, r.lower().strip(), prediction) for r in references)
+        return max(self.judged(question, r.lower().strip(), prediction) for r in references)
+
+    def judged(self, question: str, reference: str, prediction: str) -> float:
+        """The probability of one reference, checked.
+
+        Raises:
+            ValueError: the classifier gave what is no probability, such as nan.
+        """
+        found = self.probability(question, reference, prediction)
+        if not 0 <= found <= 1:
+            raise ValueError(
+                f"{self.name} gave {found} for question {question!r:.80}, no probability"
+            )
+        return found
 
     def right(self, question: str, references: Sequence[str], prediction: str) -> bool:
         """Whether the score is above one half."""

@@ -26,14 +26,32 @@ def anls(prediction: str, answers: Sequence[str], threshold: float | None = 0.5)
     Returns:
         1 - distance / length of the longer text, 0 to 1; 1 for two empty texts.
     """
-    if not answers:
+    strings([prediction], "prediction")
+    strings(answers, "answers")
+    if not len(answers):
         raise ValueError("ANLS needs at least one answer, got none")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} lies outside (0, 1]; None cuts nothing")
     prediction, *answers = (" ".join(text.lower().split()) for text in (prediction, *answers))
     distances = [
         levenshtein(prediction, answer) / max(len(prediction), len(answer), 1) for answer in answers
     ]
     nearest = min(distances)
     return 1 - nearest if threshold is None or nearest < threshold else 0.0
+
+
+def strings(texts: Sequence[str], name: str) -> None:
+    """Refuses what is no list of texts, such as one text, which would be read letter by letter.
+
+    Args:
+        texts: what is given.
+        name: of the argument, for the error.
+    """
+    if isinstance(texts, str) or not isinstance(texts, (list, tuple, np.ndarray)):
+        raise ValueError(f"{name} must be a list of texts, got {type(texts).__name__}")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{place}] is {text!r:.40}, no text")
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -63,6 +81,8 @@ def option_letter(
     Returns:
         The letter, or None if it names none.
     """
+    strings([prediction], "prediction")
+    strings(options, "options")
     text = prediction.strip()
     one = f"[{letters}{letters.lower()}]"
     if found := re.match(rf"\(?({one})(?:[).:,\n]|\s*$)", text):
@@ -79,6 +99,7 @@ def option_letter(
 
 def exact_match(prediction: str, answer: str) -> bool:
     """Equal but for case and white space around."""
+    strings([prediction, answer], "texts")
     return prediction.strip().lower() == answer.strip().lower()
 
 
@@ -108,6 +129,9 @@ def by_type(values: Sequence[float], types: Sequence[str]) -> ByType:
     values, types = np.asarray(values, np.float64), np.asarray(types, np.str_)
     if not values.size or values.shape != types.shape:
         raise ValueError(f"{values.size} values for {types.size} types; both need one a question")
+    if not np.isfinite(values).all():
+        place = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise ValueError(f"values{place} is {values[tuple(place)]}; every value must be finite")
     names = [str(name) for name in np.unique(types)]
     means = {name: float(values[types == name].mean()) for name in names}
     questions = {name: int((types == name).sum()) for name in names}

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mllm_jax.evaluation.metrics import text
+
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(digit) for digit, word in enumerate(_NUMBERS.split())} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
@@ -60,9 +62,11 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     Returns:
         0 to 1.
     """
-    if not answers:
+    text.strings([prediction], "prediction")
+    text.strings(answers, "answers")
+    if not len(answers):
         raise ValueError("VQA accuracy needs people's answers, got none")
-    prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
+    prediction, *answers = (re.sub(r"[\n\t]", " ", t).strip() for t in (prediction, *answers))
     if len(set(answers)) > 1:
         prediction, *answers = map(normalise, (prediction, *answers))
     same = sum(answer == prediction for answer in answers)

@@ -1,0 +1,75 @@
+"""What every function of the analysis asks of its arrays: numbers, all finite, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+COUNTS = {1: "one axis", 2: "two axes", 3: "three axes"}
+
+
+def finite(values, name: str, *, axes: str | None = None) -> np.ndarray:
+    """The values in float64.
+
+    Args:
+        values: an array.
+        name: of the argument, for the error.
+        axes: what its axes are, such as "[N, F]"; None takes any number of them.
+
+    Raises:
+        ValueError: it is no array of numbers, has other axes, or holds a value that is not finite;
+            the message says which is the first.
+    """
+    values = numbers(values, name, axes=axes).astype(np.float64)
+    _refuse(values, ~np.isfinite(values), name, "every value must be finite")
+    return values
+
+
+def not_nan(values, name: str, *, axes: str | None = None) -> np.ndarray:
+    """As `finite`, but a value may be infinite: scores, of which -inf is none at all."""
+    values = numbers(values, name, axes=axes).astype(np.float64)
+    if np.isnan(values).any():
+        raise ValueError(f"{name}{np.argwhere(np.isnan(values))[0].tolist()} is not a number")
+    return values
+
+
+def numbers(values, name: str, *, axes: str | None = None) -> np.ndarray:
+    """The values as an array of real numbers, in their own type."""
+    values = np.asarray(values)
+    real = values.dtype == bool or np.issubdtype(values.dtype, np.number)
+    if not values.size and values.dtype == object:
+        real = True
+    # bfloat16 and its like belong to ml_dtypes, and NumPy knows no kind for them
+    if np.iscomplexobj(values) or not (real or values.dtype.kind == "V"):
+        raise ValueError(f"{name} must hold real numbers, not {values.dtype}")
+    if axes is not None and values.ndim != (count := axes.count(",") + 1):
+        raise ValueError(f"{name} must be {axes}, of {COUNTS[count]}, not of shape {values.shape}")
+    return values
+
+
+def at_least(values: np.ndarray, least: float, name: str) -> np.ndarray:
+    """The values, none of them below `least`."""
+    _refuse(values, values < least, name, f"no value may be below {least}")
+    return values
+
+
+def integers(values, name: str, *, axes: str | None = None) -> np.ndarray:
+    """The values as they are, if they are integers."""
+    values = numbers(values, name, axes=axes)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, not {values.dtype}")
+    return values
+
+
+def mask(values, name: str) -> np.ndarray:
+    """The values as they are, if they are booleans."""
+    values = np.asarray(values)
+    if values.dtype != bool:
+        raise ValueError(f"{name} must be a mask of booleans, not {values.dtype}")
+    return values
+
+
+def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, rule: str) -> None:
+    if wrong.any():
+        place = np.argwhere(wrong)[0].tolist()
+        at = str(place) if place else ""
+        raise ValueError(f"{name}{at} is {values[tuple(place)]}; {rule}")

@@ -1,0 +1,204 @@
+"""What is wrong with a command line is told in one line, before JAX is imported."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import lock
+
+ROOT = pathlib.Path(__file__).parents[2]
+EVALUATE = "--config=configs/embedded_evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def say(tmp_path_factory):
+    """Runs `experiments.evaluate` where JAX cannot be imported; its one line."""
+    poison = tmp_path_factory.mktemp("poison")
+    (poison / "jax").mkdir()
+    (poison / "jax" / "__init__.py").write_text("raise SystemExit('jax was imported')")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+
+    def run(*given: str, study: str = "evaluate", **more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"experiments.{study}", *given], cwd=ROOT, check=False, text=True,
+            capture_output=True,
+            env=environment | {"PYTHONPATH": f"{poison}{os.pathsep}{ROOT}"} | more,
+        )  # fmt: skip
+        assert done.returncode == 1, done
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and len(line) < 400
+        assert done.stdout == ""
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("", "--config is missing"),
+        (EVALUATE, "--workdir is missing"),
+        (f"{EVALUATE} --workdir=", "--workdir is missing"),
+        ("--config=none.py --workdir=W", "--config=none.py: there is no such file"),
+        ("--config none.py --workdir=W", "--config=none.py: there is no such file"),
+        ("--config=configs --workdir=W", "--config=configs: it is a folder"),
+        ("--config=configs/embedded.py:small --workdir=W", "embedded.py:small is none of full, quick"),
+        (f"{EVALUATE} --workdir=W --wrkdir=V", "unknown flag '--wrkdir'. Did you mean: workdir ?"),
+        (f"{EVALUATE} --workdir", "Missing value for flag --workdir"),
+        (f"{EVALUATE} --workdir=W extra", "unexpected arguments: extra"),
+        (f"{EVALUATE} --workdir=setup.py", "--workdir=setup.py: it is a file"),
+        (f"{EVALUATE} --workdir=W --config.modl=x", "the config has no field 'modl'"),
+        (f"{EVALUATE} --workdir=W --config.batch_size=x", "--config.batch_size=x: invalid literal"),
+        (f"{EVALUATE} --workdir=W --config.model=/no/model", "config.model=/no/model: neither a folder"),
+        (f"{EVALUATE} --workdir=W --config.model=nomodel", "config.model=nomodel: neither a folder"),
+        (f"{EVALUATE} --workdir=W --config.model=tests/nomodel", "config.model=tests/nomodel: neither"),
+        (f"{EVALUATE} --workdir=W --config.model=tests", "config.model=tests: no config.json in it"),
+        (f"{EVALUATE} --workdir=W --config.paths=('/no/pictures',)", "/no/pictures does not exist"),
+        (f"{EVALUATE} --workdir=W --config.paths=(", "config.paths: ( does not exist"),
+        (f"{EVALUATE} --workdir=W --mesh=2x4", "--mesh=2x4: it is written as data=2,model=4,fsdp=1"),
+        (f"{EVALUATE} --workdir=W --mesh=data=2,data=2", "it is written as data=2,model=4"),
+        (f"{EVALUATE} --workdir=W --mesh=data=0", "--mesh=data=0: data is at least 1"),
+        (f"{EVALUATE} --workdir=W --mesh=", "it is written as data=2,model=4"),
+        (f"{EVALUATE} --workdir=W --process=x", "--process=x: invalid literal"),
+        (f"{EVALUATE} --workdir=W --process=0", "--process and --coordinator need --processes=N"),
+        (f"{EVALUATE} --workdir=W --processes=2", "--processes=2: it is a number, with --coordinator"),
+        (f"{EVALUATE} --workdir=W --processes=two", "--processes=two: it is a number, with"),
+    ],
+)  # fmt: skip
+def test_flags_and_paths(given, says, say):
+    assert says in say(*given.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("--coordinator=127.0.0.1 --processes=2 --process=0", "--coordinator=127.0.0.1: it is written"),
+        ("--coordinator=host:abc --processes=2 --process=0", "--coordinator=host:abc: it is written"),
+        ("--coordinator=host: --processes=2 --process=0", "--coordinator=host:: it is written as"),
+        ("--coordinator=:1234 --processes=2 --process=0", "--coordinator=:1234: it is written as"),
+        ("--coordinator=host:0 --processes=2 --process=0", "with a port of 1 to 65535"),
+        ("--coordinator=host:70000 --processes=2 --process=0", "with a port of 1 to 65535"),
+        ("--coordinator=host:-1 --processes=2 --process=0", "--coordinator=host:-1: it is written"),
+        ("--coordinator=host:1 --processes=2 --process=5", "--processes=2 it is 0 to 1"),
+        ("--coordinator=host:1 --processes=2 --process=-1", "--process=-1: with --processes=2"),
+        ("--coordinator=host:1 --processes=0 --process=0", "--processes=0: it is at least 1"),
+        ("--coordinator=host:1 --processes=-2 --process=0", "--processes=-2: it is a number"),
+        ("--coordinator=host:1 --processes=2.5 --process=0", "--processes=2.5: it is a number"),
+    ],
+)  # fmt: skip
+def test_flags_of_several_processes(given, says, say):
+    assert says in say(EVALUATE, "--workdir=W", *given.split())
+
+
+def test_the_environment_says_the_same_as_flags(say):
+    given = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JAX_NUM_PROCESSES": "2"}
+    line = say(EVALUATE, "--workdir=W", **given, JAX_PROCESS_ID="0")
+    assert "--coordinator=127.0.0.1: it is written as host:port" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
+        ("def get_confi():\n    pass\n", "it defines no get_config()"),
+        ("import nothere\n", "No module named 'nothere'"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("def get_config():\n    pass\n", "get_config() returns no ConfigDict"),
+    ],
+)
+def test_config_files(source, says, say, tmp_path):
+    (tmp_path / "config.py").write_text(source)
+    line = say(f"--config={tmp_path}/config.py", "--workdir=W")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("study", "config", "given", "says"),
+    [
+        ("train", "embedded_projector", "--edits=ablate lm.mlp.act", "this study takes no --edits"),
+        ("train", "embedded_projector", "--config.projector=no.safetensors", "config.projector: no.saf"),
+        ("projection", "embedded_projection", "--config.clip=/no/clip", "config.clip=/no/clip: neither"),
+        ("projection", "embedded_projection", "--captures=fire=stats lm.mlp.act", "no --captures"),
+        ("domain_neurons", "embedded", "--config.masks=no/{module}.pth", "config.masks: no/ does not"),
+        ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; it lists them. Did you mean"),
+        ("mask", "embedded_mask", "--mesh=model", "--mesh=model: it is written as"),
+        ("das", "embedded_das", "--workdir=", "--workdir is missing"),
+        ("attribution", "embedded_attribution", "--nothing", "unknown flag '--nothing'"),
+    ],
+)  # fmt: skip
+def test_every_study(study, config, given, says, say):
+    assert says in say(f"--config=configs/{config}.py", "--workdir=W", given, study=study)
+
+
+def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
+    """Also after SIGKILL nothing stale stays."""
+    code = (
+        f"from experiments import lock; lock.take({str(tmp_path)!r}); print(1, flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(
+        ValueError, match=rf"another run \(process {holder.pid} of .*choose another"
+    ):
+        lock.take(tmp_path)
+    holder.kill()
+    holder.wait()
+    held = len(lock._held)
+    lock.take(tmp_path)
+    assert (tmp_path / lock.NAME).read_text().startswith(f"process {os.getpid()} ")
+    with open(tmp_path / lock.NAME) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for handle in lock._held[held:]:
+        os.close(handle)
+    del lock._held[held:]
+
+
+WAITS = """
+import sys, threading
+from experiments import interrupts
+interrupts.watch()
+if "save" in sys.argv:
+    asked = threading.Event()
+    interrupts.save_first(asked.set)
+print(1, flush=True)
+if "save" in sys.argv and "never" not in sys.argv:
+    asked.wait()
+    sys.exit(7)
+held = threading.Lock()
+held.acquire()
+held.acquire()  # one instruction that does not end, as that of a compiler
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "numbers", "status", "lines"),
+    [
+        ((), [signal.SIGINT], 130, ["stopped by Ctrl-C: what was finished is saved; start again"]),
+        ((), [signal.SIGTERM], 143, ["stopped by SIGTERM: what was finished is saved; start again"]),
+        (("save",), [signal.SIGINT], 7, []),
+        (("save", "never"), [signal.SIGINT] * 2, 130, ["stopped by Ctrl-C: what was finished"]),
+    ],
+)  # fmt: skip
+def test_interrupts_are_one_line(how, numbers, status, lines):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, *how], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    for number in numbers:
+        time.sleep(0.2)
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert len(said.splitlines()) == len(lines)
+    assert all(line in said for line in lines)
