@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import precision, sites, tokens
 from mllm_jax.interventions.edits import (
     SUBSPACES,
     BoundEdit,
@@ -243,7 +243,7 @@ def _scatter_units(value, address: Address, spec: SiteShape):
 
 
 def _basis(basis, address: Address, spec: SiteShape):
-    """[L, D, r], orthonormal columns that span those given."""
+    """[L, D, r], orthonormal columns that span those given, in float32 or better."""
     site = address.site
     basis = basis[:, None] if basis.ndim == 1 else basis
     if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
@@ -255,5 +255,6 @@ def _basis(basis, address: Address, spec: SiteShape):
         raise ValueError(
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
         )
-    basis = basis.astype(jnp.promote_types(spec.dtype, jnp.float32))
-    return _per_layer(xp.linalg.qr(basis)[0][None].astype(spec.dtype), spec.layers)
+    basis = basis.astype(precision.wide(spec.dtype))
+    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormal(basis)
+    return _per_layer(columns[None], spec.layers)

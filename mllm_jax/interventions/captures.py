@@ -31,6 +31,9 @@ KINDS_OF = {
 # Statistics are of float32, whatever a chip makes of other products.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
+# Statistics are of float32, whatever a chip makes of other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

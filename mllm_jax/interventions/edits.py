@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import notebook, sites, tokens
+from mllm_jax import notebook, precision, sites, tokens
 from mllm_jax.sites import Address
 
 
@@ -183,13 +183,16 @@ def _project_out(x, basis):
 
 
 def _onto(x, basis):
-    """The part of x within the span of orthonormal columns."""
-    return jnp.einsum("...D,Dr,dr->...d", x, basis, basis)
+    """The part of x within the span of orthonormal columns, in float32 or better."""
+    inside = precision.einsum("...D,Dr->...r", precision.at_least_float32(x), basis)
+    return precision.einsum("...r,Dr->...D", inside, basis)
 
 
 def _patch(x, basis=None, *, row, at):
     read = x[row, at]
-    return read if basis is None else x + _onto(read - x, basis)
+    if basis is None:
+        return read
+    return x + _onto(precision.at_least_float32(read) - x, basis)
 
 
 KINDS: dict[str, Callable] = {

@@ -269,9 +269,10 @@ class Llava(nnx.Module):
 
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """What the vision tower gives to the projector."""
+        dtype = self.vision.cls.dtype
         if batch.features is not None:
-            return batch.features
-        return self.vision(batch.pixels.astype(self.vision.cls.dtype), taps.module("vision"))
+            return batch.features.astype(dtype)
+        return self.vision(batch.pixels.astype(dtype), taps.module("vision"))
 
     def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
         """The image tokens of all tiles, one after the other: what `image_at` counts."""
