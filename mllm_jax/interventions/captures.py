@@ -31,6 +31,9 @@ KINDS_OF = {
 # Statistics are of float32, whatever a chip makes of other products.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
+# Statistics are of float32, whatever a chip makes of other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +261,8 @@ def _refuse_lens(capture: Capture, shapes) -> None:
 def _refuse_nothing(bound: BoundCapture) -> None:
     """Errors of a capture that selects no token, where the batch is known."""
     read, on = bound.tokens, bound.on
+    if bound.form == "finite":  # of no token it is
+        return
     if any(isinstance(a, jax.core.Tracer) for a in (read, on, bound.rows, bound.readers)):
         return
     what = f"the {bound.form} of {bound.site.name} selects no"
@@ -412,7 +417,7 @@ def _read_entropy(capture: BoundCapture, x, lens):
 
 
 def _read_finite(capture: BoundCapture, x, lens):
-    """bool[]: whether x is finite at the selected tokens."""
+    """bool[]: whether x is finite at the selected tokens; see `finite`."""
     mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
     return (jnp.isfinite(x) | ~mask).all()
 
