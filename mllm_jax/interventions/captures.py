@@ -31,9 +31,6 @@ KINDS_OF = {
 # Statistics are of float32, whatever a chip makes of other products.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-# Statistics are of float32, whatever a chip makes of other products.
-_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +258,7 @@ def _refuse_lens(capture: Capture, shapes) -> None:
 def _refuse_nothing(bound: BoundCapture) -> None:
     """Errors of a capture that selects no token, where the batch is known."""
     read, on = bound.tokens, bound.on
-    if bound.form == "finite":  # of no token it is
+    if not FORMS[bound.form].some:
         return
     if any(isinstance(a, jax.core.Tracer) for a in (read, on, bound.rows, bound.readers)):
         return
@@ -434,6 +431,7 @@ class Form:
         at the site, on the vision side tile by tile; "batch" has none, and all are added up.
       merges: whether results have `wide` and `merge`, for a data set of any size.
       every_row: whether a row without a selected token has no result.
+      some: whether a capture must select a token.
     """
 
     read: Callable[[BoundCapture, jax.Array, Callable | None], Any]
@@ -442,10 +440,11 @@ class Form:
     by: str = "row"
     merges: bool = False
     every_row: bool = False
+    some: bool = True
 
 
 FORMS: dict[str, Form] = {
-    "finite": Form(_read_finite, by="batch"),
+    "finite": Form(_read_finite, by="batch", some=False),
     "keep": Form(_read_keep, options=("where",), by="token"),
     "mean": Form(_read_mean, _refuse_tokens, ("where",), every_row=True),
     "mass": Form(_read_mass, _refuse_mass, ("on", "where"), every_row=True),
