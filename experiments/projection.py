@@ -51,6 +51,7 @@ from mllm_jax.evaluation import answers, zero_shot
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.report import projection as page
+from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import batches, fit, start
 
 SITES = {module: base.MODULES[module] for module in ("projector", "lm")}
@@ -320,7 +321,9 @@ class Tuned:
 
     def forget(self) -> None:
         """Removes the checkpoints: all that was asked of the model is on disk."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        hosts.meet(f"forget {self.run.name}")
+        if hosts.writes():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def measure(this: Study, run: Run) -> dict[str, np.ndarray]:
@@ -371,7 +374,7 @@ def projected(this: Study, model, task: str) -> dict[str, np.ndarray]:
 def _by_parts(fn, features: np.ndarray, size: int = 32) -> np.ndarray:
     """fn(features) of a mapped file, some rows at a time."""
     starts = range(0, len(features), size)
-    return np.concatenate([np.asarray(fn(np.asarray(features[i : i + size]))) for i in starts])
+    return np.concatenate([mesh.read(fn(np.asarray(features[i : i + size]))) for i in starts])
 
 
 @jax.jit

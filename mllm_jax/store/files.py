@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import socket
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def atomic(path: str | pathlib.Path):
     """
     path = pathlib.Path(path)
     if not (hosts.writes() or path.is_relative_to(cache_directory())):
-        with open(os.devnull, "wb") as nowhere:
+        with tempfile.TemporaryFile() as nowhere:  # an archive looks where it is in the file
             yield nowhere
         return
     with written_to(path):
