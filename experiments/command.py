@@ -134,11 +134,12 @@ def one_line(fail: Callable[[str], Any]) -> Iterator[None]:
         yield
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        shown = ""
         if not isinstance(error, EXPECTED) and "RESOURCE_EXHAUSTED" not in str(error):
-            traceback.print_exc()
+            shown = traceback.format_exc()
             text = f"{type(error).__name__}: {text} (a fault of the program: please report it)"
         line = " ".join(str(text).split()) or type(error).__name__
-        fail(f"error: {line if len(line) <= LONGEST else line[: LONGEST - 3] + '...'}")
+        fail(f"{shown}error: {line if len(line) <= LONGEST else line[: LONGEST - 3] + '...'}")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mllm_jax import precision
 from mllm_jax.checkpoints import (
     adapters,
     architectures,
@@ -55,7 +56,9 @@ def load(
         name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
             checkpoint in the layout of transformers, or of a LLaVA in that of the original code;
             or of an adapter (LoRA in the layout of PEFT), which is merged into its model.
-        dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere.
+        dtype: of the parameters: float32, whose products are float32 on every chip (see
+            `mllm_jax.precision`), bfloat16 or float16; None is float32 on CPU and bfloat16
+            elsewhere.
         mesh: of `mj.mesh`: each process reads what its own devices hold, see `sharding.rules`; None
             is the mesh of `jax.set_mesh`, if we are in one, or else one device.
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
@@ -71,9 +74,10 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: the config or the tensors are not those of a model we have; all that is wrong
-            with the tensors in one line.
+        ValueError: another dtype; the config or the tensors are not those of a model we have, all
+            that is wrong with the tensors in one line.
     """
+    dtype = precision.parameter_dtype(dtype)
     directory = locate(name)
     if name == "embedded" and projector is None:
         projector = embedded.projector_file()
@@ -120,7 +124,7 @@ def read_model(
     Returns:
         The model.
     """
-    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    dtype = precision.parameter_dtype(dtype)
     problems: list[Exception] = []
     try:
         place = sources.holder(directory, base, sources.CONFIG)

@@ -169,13 +169,13 @@ def _end(text: str, status: int = 1, *, report: bool = False) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
     if report:
-        _State.monitor.report(text)
+        _State.monitor.report(text.splitlines()[-1])
     _forget_log()
     os._exit(status)
 
 
 def fail(text: str) -> NoReturn:
-    """Ends this process, and with it all others, which say why."""
+    """Ends this process, and with it all others, which say why: the last line of the text."""
     if _State.monitor is None:
         _forget_log()
         sys.exit(text)

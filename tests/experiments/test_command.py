@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments import lock
+from experiments import command, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 EVALUATE = "--config=configs/embedded_evaluate.py"
@@ -202,3 +202,22 @@ def test_interrupts_are_one_line(how, numbers, status, lines):
     assert process.returncode == status
     assert len(said.splitlines()) == len(lines)
     assert all(line in said for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "before", "last"),
+    [
+        (ValueError("two\n  lines"), 0, "error: two lines"),
+        (KeyError("no such field"), 0, "error: no such field"),
+        (OSError(28, "No space left on device"), 0, "error: [Errno 28] No space left on device"),
+        (ValueError("x" * 1000), 0, "error: " + "x" * 397 + "..."),
+        (MemoryError(), 0, "error: MemoryError"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 0, "error: RESOURCE_EXHAUSTED: Out of"),
+        (TypeError("a bug"), 2, "error: TypeError: a bug (a fault of the program: please report it)"),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_study_ends_in_one_line(error, before, last):
+    with pytest.raises(SystemExit) as end, command.one_line(sys.exit):
+        raise error
+    *shown, line = end.value.code.splitlines()
+    assert line.startswith(last) and len(shown) >= before and bool(shown) == bool(before)

@@ -11,6 +11,7 @@ from mllm_jax.analysis import projection
 from mllm_jax.data import domains, tasks
 from tests import tiny_clip
 from tests.experiments.conftest import LABELS
+from tests.experiments.test_launch import assert_close, several
 
 CONFIG = "configs/embedded_projection.py:quick"
 SMALL = (
@@ -164,3 +165,17 @@ def test_killed_and_restarted_ends_with_the_same_bytes(
     survive(line, tmp_path / "work", finished)
     for name in ("results.json", "index.html"):
         assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.long  # the study twice
+def test_two_processes_find_what_one_finds(command, execute, tmp_path):
+    small = (*SMALL, "--config.seeds=(0,)", "--config.train_per_task=8", "--config.proj.start=random",
+             "--config.depth=('Original',)", "--config.factors.tasks=()")  # fmt: skip
+    found = []
+    for count in (1, 2):
+        line = command("projection", CONFIG, tmp_path / str(count), *small, count=2)
+        done = execute(several(line) if count == 2 else line)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((tmp_path / str(count) / "results.json").read_text()))
+    assert_close(*found)
