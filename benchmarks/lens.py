@@ -9,7 +9,7 @@ import mllm_jax as mj
 from benchmarks import harness
 from benchmarks.work import Work
 from mllm_jax import sites as S
-from mllm_jax.interventions import captures
+from mllm_jax.interventions import logit_lens
 
 ASKED = {"lens": mj.lens(S.lm.resid_post, k=10)}
 
@@ -32,7 +32,7 @@ def sides(work: Work):
 
 def _products(model, states):
     """The matrix products of the lens and nothing more: of the logits only a maximum is kept."""
-    chunk = captures.LENS_CHUNK
+    chunk = logit_lens.LENS_CHUNK
     parts = states.reshape(-1, min(chunk, len(states)), states.shape[-1])
     return jax.lax.map(lambda part: model.lm.logits(part).max(-1), parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -36,7 +37,7 @@ def domains_of(config, split: str) -> dict[str, domains.Domain]:
 def examples_of(config, split: str, per_domain: int) -> list[domains.Example]:
     """The first examples of all domains in turn, so that neighbours in a batch differ in domain."""
     found = domains_of(config, split).values()
-    return batching.interleave([list(domain)[:per_domain] for domain in found])
+    return batching.interleave([list(itertools.islice(domain, per_domain)) for domain in found])
 
 
 def _vqa(config, split: str, of: str) -> dict[str, domains.Domain]:

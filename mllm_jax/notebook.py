@@ -42,7 +42,7 @@ def receipts(of: Iterable[Any]) -> str:
 
 def address(of: sites.Address) -> str:
     """An address as it is written: `lm.mlp.act[12, [7, 3]]`."""
-    if of.units.form == "mask" and of.units.value.ndim > 1:
+    if of.units.form == "pairs" or (of.units.form == "mask" and of.units.value.ndim > 1):
         return f"{of.site}[{_selection(of.units)}]"
     parts = [of.layers, of.units] if of.site.stacked else [of.units]
     while parts and parts[-1].form == "all":
@@ -60,6 +60,8 @@ def _selection(of: sites.Selection) -> str:
         start, stop, step = value.tolist()
         shown = f"{start or ''}:{'' if stop == sites.END else stop}"
         return shown if step == 1 else f"{shown}:{step}"
+    if of.form == "pairs":
+        return _few([tuple(pair) for pair in value.tolist()])
     return str(value.item()) if of.form == "one" else _few(value)
 
 
@@ -92,8 +94,9 @@ def value(of: Any) -> str:
     return _few(array) if array.ndim == 1 else f"array {list(array.shape)}"
 
 
-def _few(array: np.ndarray, most: int = 6) -> str:
-    shown = [f"{entry:.4g}" if array.dtype.kind == "f" else str(entry) for entry in array[:most]]
+def _few(array: Sequence, most: int = 6) -> str:
+    numbers = np.asarray(array).dtype.kind == "f"
+    shown = [f"{entry:.4g}" if numbers else str(entry) for entry in array[:most]]
     more = [f"... {len(array):,} in all"] if len(array) > most else []
     return f"[{', '.join(shown + more)}]"
 

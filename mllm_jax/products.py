@@ -1,7 +1,7 @@
 """Which library multiplies matrices on a CPU.
 
 XLA's own choice of today (YNNPACK) gives a row the same bits whatever other rows stand beside it,
-so that a sweep is bit for bit what it is with nothing shared. Eigen, its choice of before, is
+however many lanes a sweep has. Eigen, its choice of before, is
 faster where rows are many or few, as in sweeps and in decoding; it is several times slower at the
 head of a tied vocabulary with a hundred rows, as in the lens; and it differs in the last bits where
 the number of rows does.

@@ -2,13 +2,16 @@
 
 A site is static: `sites.lm.mlp.act`. A misspelt one is an error that lists the nearest names.
 What stands in brackets is an address: layers, then neurons (channels, heads), and is data:
-`sites.lm.mlp.act[12, neurons]`, `sites.lm.resid_post[18:24]`, `sites.lm.mlp.act[mask]`.
+`sites.lm.mlp.act[12, neurons]`, `sites.lm.resid_post[18:24]`, `sites.lm.mlp.act[mask]`. It means
+these neurons in each of these layers; single neurons of several layers are pairs int[n, 2],
+`sites.lm.mlp.act[[(0, 5), (1, 6)]]`. See `Address`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,8 +68,9 @@ class Selection:
     """Some entries of one axis, as data: all, a range, a list of indices, or a mask.
 
     Attributes:
-      form: "all", "one", "range", "index" or "mask". Static.
-      value: int32[] for one, int32[3] for a range, int32[n] for indices, bool[n] for a mask.
+      form: "all", "one", "range", "index", "mask" or "pairs". Static.
+      value: int32[] for one, int32[3] for a range, int32[n] for indices, bool[n] for a mask;
+        int32[n, 2] for pairs of a layer and a unit.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -74,13 +78,17 @@ class Selection:
 
     @classmethod
     def parse(cls, item) -> Selection:
-        if item is None or (isinstance(item, slice) and item == slice(None)):
+        if item is None:
             return cls("all")
         if isinstance(item, slice):
-            if (item.step or 1) < 1:
+            given = item.start, item.stop, item.step
+            if all(part is None for part in given):
+                return cls("all")
+            defaults = zip(given, (0, END, 1), strict=True)
+            parts = [default if part is None else part for part, default in defaults]
+            if _concrete(parts[2]) and parts[2] < 1:
                 raise ValueError(f"slice {item} of an address: the step must be positive")
-            stop = END if item.stop is None else item.stop
-            return cls("range", np.array([item.start or 0, stop, item.step or 1], np.int32))
+            return cls("range", as_array(parts).astype(np.int32))
         array = as_array(item)
         if array.dtype == bool:
             return cls("mask", array)
@@ -88,7 +96,12 @@ class Selection:
             return cls("index", np.zeros((0,), np.int32))
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"an address holds integers, slices or masks, not {array.dtype}")
-        return cls("one" if array.ndim == 0 else "index", array.astype(np.int32))
+        if array.ndim > 2 or (array.ndim == 2 and array.shape[1] != 2):
+            raise IndexError(
+                f"an address of shape {tuple(array.shape)}: integers are one index, a list [n], "
+                "or pairs of layer and unit [n, 2]"
+            )
+        return cls(("one", "index", "pairs")[array.ndim], array.astype(np.int32))
 
     def mask(self, size: int, what: str) -> Any:
         """bool[size], or the mask itself. Indices out of range are an error where they are known.
@@ -112,6 +125,15 @@ class Selection:
             start = xp.maximum(xp.where(start < 0, start + size, start), 0)
             stop = xp.where(stop < 0, stop + size, stop)
             return (at >= start) & (at < stop) & ((at - start) % step == 0)
+        return (xp.arange(size)[:, None] == self.entries(size, what)).any(1)
+
+    def entries(self, size: int, what: str) -> Any:
+        """int32[n]: the indices, counted from the start.
+
+        Out of range they are an error where they are known, and `size` where they are traced: of
+        no entry.
+        """
+        xp = np if _concrete(self.value) else jax.numpy
         index = xp.atleast_1d(self.value)
         if xp is np and index.size and (index.min() < -size or index.max() >= size):
             wrong = index[(index < -size) | (index >= size)][0]
@@ -119,16 +141,29 @@ class Selection:
             raise ValueError(
                 f"{what} {wrong} is out of range: the model has {size} (0 to {size - 1}){note}"
             )
-        return (xp.arange(size)[:, None] == index[None, :] % size).any(1)
+        index = xp.where(index < 0, index + size, index)
+        return xp.where((index >= 0) & (index < size), index, size)
+
+    def pairs_mask(self, layers: int, width: int, name: str) -> Any:
+        """bool[L, width] of pairs."""
+        xp = np if _concrete(self.value) else jax.numpy
+        layer = Selection("index", self.value[:, 0]).entries(layers, f"{name}: layer")
+        unit = Selection("index", self.value[:, 1]).entries(width, f"{name}: unit")
+        at, found = (layer, unit), xp.zeros((layers, width), bool)
+        if xp is np:
+            found[at] = True
+            return found
+        return found.at[at].set(True, mode="drop")
 
     def indices(self, size: int, what: str) -> np.ndarray:
         """int32[n] of a selection whose number of entries must be static, as a capture needs."""
-        if self.form == "mask" and self.value.ndim > 1:
-            raise ValueError(f"{what}: a capture takes the same units in every layer, not a mask")
+        if self.form == "pairs" or (self.form == "mask" and self.value.ndim > 1):
+            raise ValueError(
+                f"{what}: a capture takes the same units in every layer, "
+                f"not {'pairs' if self.form == 'pairs' else 'a mask'}"
+            )
         if self.form in ("index", "one"):
-            self.mask(size, what)
-            xp = np if _concrete(self.value) else jax.numpy
-            return xp.atleast_1d(self.value) % size
+            return self.entries(size, what)
         if not _concrete(self.value):
             raise ValueError(f"{what}: a capture under jit takes indices or all, not a {self.form}")
         return np.flatnonzero(self.mask(size, what)).astype(np.int32)
@@ -137,7 +172,14 @@ class Selection:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """A site with the layers and the neurons that are meant."""
+    """A site with the layers and the neurons that are meant.
+
+    `site[layers, units]` means these units in each of these layers, however both are given: one
+    index, a slice, a list or a mask. NumPy would read two lists of one length as pairs, so a
+    warning says that they are not; `site[np.ix_(layers, units)]` means the same without a warning.
+    `site[pairs]` with pairs int[n, 2] of (layer, unit), such as `np.argwhere(mask)`, means one unit
+    of one layer each. `site[mask]` takes a mask bool[L, F].
+    """
 
     site: Site = dataclasses.field(metadata={"static": True})
     layers: Selection = Selection("all")
@@ -165,15 +207,25 @@ class Address:
         if not site.stacked:
             if len(parts) != 1:
                 raise IndexError(f"{site} exists once, not per layer: its address is [neurons]")
-            return cls(site, units=Selection.parse(parts[0]))
+            units = Selection.parse(parts[0])
+            if units.form == "pairs":
+                raise IndexError(f"{site} exists once, not per layer: it has no pairs of a layer")
+            return cls(site, units=units)
         if len(parts) > 2:
             raise IndexError(f"an address is {site}[layers, neurons], got {len(parts)} parts")
-        first = parts[0]
+        parts = [p if p is None or isinstance(p, slice) else as_array(p) for p in parts]
+        first, shapes = parts[0], [getattr(part, "shape", ()) for part in parts]
         if _is_mask(first) and first.ndim == 2:
             if len(parts) > 1:
                 raise IndexError(f"{site}[mask] with a mask bool[L, F] takes no second part")
             return cls(site, units=Selection("mask", first))
-        return cls(site, *(Selection.parse(part) for part in parts))
+        if list(map(len, shapes)) == [2, 2] and shapes[0][1] == shapes[1][0] == 1:  # np.ix_
+            return cls(site, *(Selection.parse(part.reshape(-1)) for part in parts))
+        selections = [Selection.parse(part) for part in parts]
+        if selections[0].form == "pairs" and len(parts) == 1:
+            return cls(site, units=selections[0])
+        _check_two_lists(site, selections)
+        return cls(site, *selections)
 
     def mask(self, layers: int, width: int) -> Any:
         """bool[L, width], or bool[L, 1] where all units are meant; NumPy where it can be."""
@@ -189,7 +241,22 @@ class Address:
             return rows & units.value
         if units.form == "all":
             return rows
+        if units.form == "pairs":
+            return rows & units.pairs_mask(layers, width, name)
         return rows & units.mask(width, f"{name}: unit")[None, :]
+
+
+def _check_two_lists(site: Site, selections: list[Selection]) -> None:
+    if any(selection.form == "pairs" for selection in selections):
+        raise IndexError(f"{site}[pairs] with pairs int[n, 2] stands alone in the brackets")
+    lengths = [len(s.value) for s in selections if s.form == "index"]
+    if len(lengths) == 2 and lengths[0] == lengths[1] > 1:
+        warnings.warn(
+            f"{site}[layers, units] with two lists of {lengths[0]} means each unit in each layer: "
+            f"write {site}[np.ix_(layers, units)] to say so, or {site}[[(layer, unit), ...]] for "
+            "pairs",
+            stacklevel=4,
+        )
 
 
 def _is_mask(value) -> bool:

@@ -161,10 +161,12 @@ class Where:
         if self.form == "last":
             return tokens.last
         if self.form == "mask":
-            return _prompt_mask(self.value, tokens)
+            of = _prompt_mask if tokens.readers is None else _tile_mask
+            return of(self.value, tokens)
         if self.form == "kind":
             return (tokens.kind[..., None] == self.value).any(-1)
-        return getattr(tokens, self.form) == self.value
+        at = getattr(tokens, self.form)
+        return (at == self.value) & (at >= 0)
 
 
 def _prompt_mask(mask, tokens: TokenMap) -> Any:
@@ -177,6 +179,43 @@ def _prompt_mask(mask, tokens: TokenMap) -> Any:
         )
     xp = np if isinstance(mask, np.ndarray) else jax.numpy
     return xp.pad(mask, ((0, 0), (0, length - mask.shape[1])))
+
+
+def _tile_mask(mask, tokens: TokenMap) -> Any:
+    """An explicit mask of the vision side: by tile bool[I, P], or by row bool[B, tiles, P].
+
+    By row, the tiles of a row are counted as `tile` counts them; rows that share a picture must say
+    the same of it.
+    """
+    (rows, tiles), (_, length) = tokens.readers.shape, tokens.kind.shape
+    arrays = mask, tokens.readers, tokens.tile
+    known = not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    mask, readers, number = map(np.asarray if known else jax.numpy.asarray, arrays)
+    if mask.shape == (tiles, length):
+        if known and rows == tiles and (readers & ~np.eye(rows, dtype=bool)).any():
+            raise ValueError(
+                f"the token mask {mask.shape} may be by row or by tile, which differ in this batch "
+                "(see batch.tile): give it by row, bool[rows, tiles, tokens]"
+            )
+        return mask
+    if mask.ndim != 3 or (mask.shape[0], mask.shape[2]) != (rows, length):
+        raise ValueError(
+            f"the token mask is {tuple(mask.shape)}, the site has tokens {(tiles, length)} by tile "
+            f"or ({rows}, tiles of a row, {length}) by row"
+        )
+    number = number[:, 0]
+    if known and (number[readers.any(0)] >= mask.shape[1]).any():
+        raise ValueError(
+            f"the token mask is of {mask.shape[1]} tiles a row, the batch has {number.max() + 1}"
+        )
+    said = mask[:, number.clip(0, mask.shape[1] - 1)]  # [B, I, P]
+    chosen = (said & readers[:, :, None]).any(0)
+    if known and ((said != chosen) & readers[:, :, None]).any():
+        raise ValueError(
+            "rows that share a picture have different token masks for it: give each row a picture "
+            "of its own with model.unshared(batch)"
+        )
+    return chosen
 
 
 def _kinds(*names: str) -> Where:
@@ -209,18 +248,24 @@ def tile(index) -> Where:
 
 
 def _grid(form: str, index) -> Where:
-    if isinstance(index, jax.Array):
-        return Where(form, value=index.astype(np.int16))
+    if isinstance(index, jax.core.Tracer):
+        return Where(form, value=index.astype(np.int32))
     if index < 0:
         raise ValueError(f"{form} {index}: they are counted from 0")
-    return Where(form, value=np.int16(index))
+    return Where(form, value=np.int32(index))
 
 
 def mask(array) -> Where:
-    """Exactly these tokens: bool[B, T]."""
+    """Exactly these tokens: bool[B, T].
+
+    On the vision side (vision, Q-Former, projector) a mask is by tile, bool[I, P] in the order of
+    `batch.tile`, or by row, bool[B, tiles, P].
+    """
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.dtype != bool:
         raise TypeError(f"a token mask is bool[B, T], not {array.dtype}")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"a token mask is bool[B, T] or bool[B, tiles, P], not {array.shape}")
     return Where("mask", value=array)
 
 

@@ -13,8 +13,6 @@ from flax import nnx
 from mllm_jax import tokens
 from mllm_jax.models import llava
 
-jax.config.update("jax_default_matmul_precision", "float32")
-
 TINY = llava.LlavaConfig.tiny()
 
 

@@ -15,7 +15,7 @@ import mllm_jax as mj
 from mllm_jax import notebook, sites
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures, receipts, run
+from mllm_jax.interventions import receipts, results, run
 from mllm_jax.models.instructblip import InstructBlipConfig
 from mllm_jax.models.llava_next import LlavaNextConfig
 from tests import tiny
@@ -64,7 +64,7 @@ def test_a_receipt():
 
 
 def test_a_pass():
-    lens = captures.Lens(
+    lens = results.Lens(
         np.zeros((2, 1, 3, 5), np.int32), np.zeros((2, 1, 3, 5)), np.zeros((2, 1, 3))
     )
     out = run.Out(np.zeros((1, 9), np.float32), {"say": lens}, (RECEIPT,))

@@ -123,9 +123,64 @@ def test_indices_may_be_traced():
     np.testing.assert_array_equal(listed(2, -1), want)
 
 
+def test_pairs_are_single_units_of_single_layers():
+    want = np.zeros((L, F), bool)
+    want[[0, 1, -1], [5, 6, -2]] = True
+    listed = S.lm.mlp.act[[(0, 5), (1, 6), (-1, -2)]]
+    for address in (listed, S.lm.mlp.act[np.argwhere(want)], S.lm.mlp.act[want]):
+        np.testing.assert_array_equal(address.mask(L, F), want)
+    traced = jax.jit(lambda pairs: S.lm.mlp.act[pairs].mask(L, F))
+    np.testing.assert_array_equal(traced(np.argwhere(want)), want)
+    there = np.zeros((L, F), bool)
+    there[2, 3] = True
+    beyond = [(2, 3), (L, 1), (1, F), (-L - 1, 0), (0, -F - 1)]
+    np.testing.assert_array_equal(traced(np.array(beyond)), there)
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_lists_are_their_product():
+    """NumPy would read two of one length as pairs, so that a warning says what they are."""
+    want = np.zeros((L, F), bool)
+    want[np.ix_([0, 2], [5, 6])] = True
+    np.testing.assert_array_equal(S.lm.mlp.act[np.ix_([0, 2], [5, 6])].mask(L, F), want)
+    np.testing.assert_array_equal(S.lm.mlp.act[0:3:2, [5, 6]].mask(L, F), want)
+    one = np.zeros((L, F), bool)
+    one[[0, 2], 5] = True
+    for units in (5, [5]):  # of one unit both readings are the same
+        np.testing.assert_array_equal(S.lm.mlp.act[[0, 2], units].mask(L, F), one)
+    np.testing.assert_array_equal(S.lm.mlp.act[np.ix_([0, 2], [5])].mask(L, F), one)
+    three = S.lm.mlp.act[[0, 2], [5, 6, 7]].mask(L, F)
+    assert np.argwhere(three).tolist() == [[a, b] for a in (0, 2) for b in (5, 6, 7)]
+    for make in (lambda a: S.lm.mlp.act[[0, 1], a], lambda a: S.lm.mlp.act[(0, 3), a]):
+        with pytest.warns(UserWarning, match=r"two lists of 2 means each .*np.ix_\(layers") as said:
+            got = make([5, 6])
+        assert said[0].filename == __file__
+        np.testing.assert_array_equal(got.layers.mask(L, "")[:, None], got.mask(L, F)[:, 5:6])
+        assert got.mask(L, F).sum() == 4
+
+
+def test_a_traced_index_out_of_range_selects_nothing():
+    mask = jax.jit(lambda layer, units: S.lm.mlp.act[layer, units].mask(L, F))
+    for layer, units in ((L, [0, 1]), (-L - 1, [0, 1]), (0, [F, -F - 1]), (2**30, [0, 0])):
+        assert not mask(layer, np.array(units)).any()
+    want = np.zeros((L, F), bool)
+    want[-1, [2, -2]] = True
+    np.testing.assert_array_equal(mask(-1, np.array([2, -2, F, -F - 1])), want)
+    some = jax.jit(lambda low, high: S.lm.resid_post[low:high].mask(L, F)[:, 0])
+    for low, high in ((1, 3), (-2, 9), (3, 1), (-9, 2), (4, 9)):
+        np.testing.assert_array_equal(some(low, high), np.isin(range(L), np.arange(L)[low:high]))
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
+        (lambda: S.lm.mlp.act[[(0, 5), (L, 6)]].mask(L, F), ValueError, "layer 4 is out of range"),
+        (lambda: S.lm.mlp.act[[(0, 5), (1, F)]].mask(L, F), ValueError, "unit 48 is out of range"),
+        (lambda: S.lm.mlp.act[[(0, 5)], 3], IndexError, r"pairs int\[n, 2\] stands alone"),
+        (lambda: S.lm.mlp.act[np.zeros((3, 3), int)], IndexError, r"shape \(3, 3\): integers are"),
+        (lambda: S.projector.out[[(0, 5)]], IndexError, "exists once, not per layer"),
+        (lambda: S.lm.mlp.act[[(0, 5)]].units.indices(F, "lm.mlp.act: unit"), ValueError,
+         "the same units in every layer, not pairs"),
         (lambda: S.lm.mlp.act[7].mask(L, F), ValueError,
          r"lm.mlp.act: layer 7 is out of range: the model has 4 \(0 to 3\)"),
         (lambda: S.lm.mlp.act[0, [3, 48]].mask(L, F), ValueError,

@@ -157,3 +157,12 @@ def test_errors(words):
         tok.of("imgae")
     with pytest.raises(TypeError, match=r"a token mask is bool\[B, T\], not int"):
         tok.mask(np.ones(words.kind.shape, int))
+
+
+def test_a_traced_place_that_is_not_there_selects_nothing(words):
+    pick = jax.jit(lambda index: tok.tile(index).mask(words))
+    np.testing.assert_array_equal(pick(1), words.tile == 1)
+    for index in (-1, 7, 2**16, 2**16 + 1, -(2**16)):  # -1 is what the map says of text
+        assert not pick(index).any()
+    with pytest.raises(ValueError, match="tile -1: they are counted from 0"):
+        tok.tile(jax.numpy.int32(-1))

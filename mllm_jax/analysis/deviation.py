@@ -7,10 +7,12 @@ its sums.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.analysis import checks
@@ -94,8 +96,11 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
     chord = norm(unit(edited) - unit(clean))
     cosine = xp.where(nothing | (largest(edited) == 0), moved, chord * chord / 2)
 
+    highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    product = np.einsum if xp is np else highest
+
     def by_kind(values):
-        return xp.einsum("...bt,kbt->...kb", xp.asarray(values, dtype=dtype), weight)
+        return product("...bt,kbt->...kb", xp.asarray(values, dtype=dtype), weight)
 
     return Sums(by_kind(relative_l2), by_kind(cosine), weight.sum(axis=-1))
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mllm_jax import precision
 from mllm_jax.analysis import checks
 
 AT_ONCE = 50_000_000  # parameters of the probes that are trained side by side
@@ -223,8 +224,8 @@ def logits(params: Sequence[tuple[Any, Any]], x: jax.Array) -> jax.Array:
     """float32[N, C] of features float32[N, W]."""
     *first, (kernel, bias) = params
     for weight, offset in first:
-        x = jax.nn.relu(x @ weight + offset)
-    return x @ kernel + bias
+        x = jax.nn.relu(precision.matmul(x, weight) + offset)
+    return precision.matmul(x, kernel) + bias
 
 
 @functools.partial(jax.jit, static_argnames=("probe", "classes"))

@@ -138,7 +138,10 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
         after: [D_] of float[L, F, D], of the model that was trained on each domain.
 
     Returns:
-        0 to 2; 1 where either is zero and the other is not.
+        float64[D_, L, F], 0 to 2; 1 where either is zero and the other is not.
+
+    Raises:
+        ValueError: shapes differ, or weights are not finite.
     """
     before = checks.finite(before, "before")
     after = [checks.finite(weights, f"after[{d}]") for d, weights in enumerate(after)]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints import load as load_
-from mllm_jax.checkpoints import schema, tables
+from mllm_jax.checkpoints import schema, settings, sources, tables
 from mllm_jax.data.clip import ClipProcessor
 from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
 
@@ -67,8 +67,9 @@ def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
         ValueError: it is not a CLIP with both towers; all that is wrong with it in one line.
     """
-    directory = load_.locate(name)
-    config = from_hf(load_.read_fields(directory), directory / "config.json")
+    directory = sources.locate(name)
+    config = from_hf(sources.read_fields(directory), directory / "config.json")
+    settings.check(directory, directory, config.vision.image_size)
     model = load_.read_whole(lambda: Clip(config, rngs=nnx.Rngs(0)), TABLE, directory, "float32")
     return model, ClipProcessor.from_directory(directory, config)
 

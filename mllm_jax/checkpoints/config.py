@@ -29,6 +29,7 @@ HF_ACTIVATIONS = {ours: hf for hf, ours in ACTIVATIONS.items()}
 ACTIVATION = schema.only(*sorted(ACTIVATIONS))
 _SELECT = {"default": "patch", "full": "full"}
 _MOST_TILES = 16  # along a side of a picture
+PINPOINTS = schema.optional(schema.many(schema.many(schema.whole(1, 2**16), 2, 2), 1, 256))
 
 TOKEN_IDS = dict.fromkeys(
     ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"), (schema.IDS, None)
@@ -52,10 +53,7 @@ _LLAVA_NEXT = _LLAVA | {
     "model_type": (schema.only("llava_next"), "llava_next"),
     "vision_feature_select_strategy": (schema.only("default"), "default"),
     "use_image_newline_parameter": (schema.only(True), True),
-    "image_grid_pinpoints": (
-        schema.optional(schema.many(schema.many(schema.whole(1, 2**16), 2, 2), 1, 256)),
-        None,
-    ),
+    "image_grid_pinpoints": (PINPOINTS, None),
 }
 TOWER = {  # of any vision transformer
     "hidden_size": (schema.WIDTH, 768),
@@ -77,7 +75,7 @@ _LLAVA_CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }  # what LlavaConfig uses when there is no vision_config at all
-_THETA = schema.optional(schema.real(1, 1e12))
+_THETA = schema.optional(schema.real(1, 1e11))
 _ROPE = {
     "rope_theta": (_THETA, None),
     "rope_type": (schema.only("default"), "default"),

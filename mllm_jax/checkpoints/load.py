@@ -8,28 +8,34 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import architectures, embedded, files, original, schema, tables, tensors
+from mllm_jax import precision
+from mllm_jax.checkpoints import (
+    adapters,
+    architectures,
+    embedded,
+    files,
+    original,
+    settings,
+    sources,
+    tables,
+    tensors,
+)
 from mllm_jax.checkpoints import config as configs
+from mllm_jax.checkpoints.sources import locate, read_config, read_fields
 from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.data import image_processors
+from mllm_jax.data.processor import Processor
 from mllm_jax.models import llava
 from mllm_jax.models.projector import Projector
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.sharding import rules
 
-if TYPE_CHECKING:
-    from mllm_jax.data.processor import Processor
-
-_HUB_SETTINGS = ["*.json", "*.jinja", "*.model"]
-_HUB_WEIGHTS = ["*.safetensors"]
-_HUB_PICKLES = ["pytorch_model*.bin", original.PROJECTOR]  # where there are no safetensors
 _STRIP = 16  # rows of a file's matrix that are turned at a time
 _TRAIN_PROJECTOR = "python -m experiments.train --config=configs/embedded_projector.py"
 
@@ -40,6 +46,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     projector: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
     seed: int = 0,
     image_aspect_ratio: str | None = None,
 ) -> tuple[llava.Llava, Processor]:
@@ -47,13 +54,17 @@ def load(
 
     Args:
         name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
-            checkpoint in the layout of transformers, or of a LLaVA in that of the original code.
-        dtype: of the parameters; None is float32 on CPU and bfloat16 elsewhere.
+            checkpoint in the layout of transformers, or of a LLaVA in that of the original code;
+            or of an adapter (LoRA in the layout of PEFT), which is merged into its model.
+        dtype: of the parameters: float32, whose products are float32 on every chip (see
+            `mllm_jax.precision`), bfloat16 or float16; None is float32 on CPU and bfloat16
+            elsewhere.
         mesh: of `mj.mesh`: each process reads what its own devices hold, see `sharding.rules`; None
             is the mesh of `jax.set_mesh`, if we are in one, or else one device.
         projector: None takes the checkpoint's own (of "embedded": the one that ships with this
             package), "random" a new one, anything else is a file with one: safetensors, or the
             `mm_projector.bin` of the original code, or a directory with that.
+        base: the model that an adapter changes, a directory or a hub id; None is the one it names.
         seed: of a random projector.
         image_aspect_ratio: "pad" shows LLaVA-1.5 a picture as it was trained, with bars to make it
             square; None as the checkpoint says, see `Processor`.
@@ -63,9 +74,10 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: the config or the tensors are not those of a model we have; all that is wrong
-            with the tensors in one line.
+        ValueError: another dtype; the config or the tensors are not those of a model we have, all
+            that is wrong with the tensors in one line.
     """
+    dtype = precision.parameter_dtype(dtype)
     directory = locate(name)
     if name == "embedded" and projector is None:
         projector = embedded.projector_file()
@@ -74,81 +86,20 @@ def load(
                 f"{projector}: the trained projector is missing; train it with: {_TRAIN_PROJECTOR}"
                 ' (or load with projector="random")'
             )
-    model = read_model(directory, dtype=dtype, projector=projector, seed=seed, mesh=mesh)
-    fields, how = read_fields(directory), {"image_aspect_ratio": image_aspect_ratio}
+    model = read_model(directory, dtype=dtype, projector=projector, base=base, seed=seed, mesh=mesh)
+    place = sources.holder(directory, base, sources.CONFIG)
+    texts = sources.holder(directory, base, sources.TOKENS)
+    fields, how = read_fields(place), {"image_aspect_ratio": image_aspect_ratio}
     if original.is_original(fields):
-        tower = _part(directory, fields, "mm_vision_tower", weights=False)
-        how["pictures"] = functools.partial(original.image_processor, tower, model.config)
+        pictures = sources.part(place / "config.json", fields, "mm_vision_tower", weights=False)
+        how["pictures"] = functools.partial(original.image_processor, pictures, model.config)
         how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
+    else:
+        pictures = sources.holder(directory, base, settings.PICTURES)
+        how["pictures"] = functools.partial(image_processors.read, pictures)
+    settings.check(pictures, texts, model.config.vision.image_size)
     processor = architectures.of(model.config).processor
-    return model, processor.from_directory(directory, model.config, **how)
-
-
-def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
-    """The directory of a checkpoint, made or fetched if need be; see `load`.
-
-    Args:
-        name: as `load` has it. weights: whether they are fetched too, or the settings alone.
-    """
-    if name == "embedded":
-        return embedded.directory()
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        found = _fetch(name, _HUB_WEIGHTS if weights else [])
-        if weights and not any(found.glob("*.safetensors")):
-            found = _fetch(name, _HUB_PICKLES)
-    except (OSError, ValueError) as error:  # offline, no such name, not a name at all
-        first, *_ = str(error).splitlines() or [""]
-        raise FileNotFoundError(
-            f"'{files.line(os.fspath(name), 120)}' is neither a directory nor to be had from the "
-            f"hub: {files.line(first, 180)}"
-        ) from error
-    return found
-
-
-def _fetch(name: str | os.PathLike, more: list[str]) -> pathlib.Path:
-    patterns = [*_HUB_SETTINGS, *more]
-    return pathlib.Path(huggingface_hub.snapshot_download(os.fspath(name), allow_patterns=patterns))
-
-
-def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
-    """Reads `config.json` of a checkpoint directory."""
-    path, fields = directory / "config.json", read_fields(directory)
-    if original.is_original(fields):
-        tower = _part(directory, fields, "mm_vision_tower", weights=False)
-        fields = original.to_hf(fields, read_fields(tower), path)
-    return architectures.from_hf(fields, path)
-
-
-def read_fields(directory: pathlib.Path) -> dict[str, Any]:
-    """The fields of `config.json` of a checkpoint directory."""
-    path = directory / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(files.refusal(path, ["missing, so this is not a checkpoint"]))
-    return files.read_json(path)
-
-
-def _part(
-    directory: pathlib.Path, fields: Mapping[str, Any], field: str, *, weights: bool
-) -> pathlib.Path:
-    """The directory of another checkpoint that a config names, seen from there or as in `load`."""
-    problems: list[str] = []
-    name = schema.values(fields, {field: (schema.NAME, None)}, "", problems)[field]
-    if name is None:
-        problems = problems or [f"{field} is missing"]
-        raise ValueError(files.refusal(directory / "config.json", problems))
-    near = directory / name
-    if near.is_dir():
-        return near
-    try:
-        return locate(name, weights=weights)
-    except FileNotFoundError as error:
-        reason = files.line(f"{field}: {error}", 150)
-        raise FileNotFoundError(
-            files.refusal(directory / "config.json", [f"{reason}; it may be a local directory"])
-        ) from error
+    return model, processor.from_directory(texts, model.config, **how)
 
 
 def read_model(
@@ -156,6 +107,7 @@ def read_model(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     projector: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> llava.Llava:
@@ -165,16 +117,18 @@ def read_model(
     the model.
 
     Args:
-        directory: of the checkpoint. dtype, projector, seed, mesh: as `load` has them, save that
-            the projector of the embedded model is not found by itself.
+        directory: of the checkpoint.
+        dtype, projector, base, seed, mesh: as `load` has them, save that the projector of the
+            embedded model is not found by itself.
 
     Returns:
         The model.
     """
-    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    dtype = precision.parameter_dtype(dtype)
     problems: list[Exception] = []
     try:
-        config = read_config(directory)
+        place = sources.holder(directory, base, sources.CONFIG)
+        config = read_config(place)
     except configs.Refused as error:
         if error.config is None:
             raise
@@ -184,15 +138,15 @@ def read_model(
     slots = tables.slots(shapes, architectures.of(config).table(config))
 
     broken: list[Exception] = []
-    stored = _open(directory, broken)
+    stored = sources.open_tensors(directory, place, base, broken)
     problems += broken
-    if projector is None and not any(map(_of_projector, stored)):
+    if projector is None and not any(map(sources.of_projector, stored)):
         beside = directory / original.PROJECTOR
         projector = beside if beside.exists() else None
     if projector is not None:
-        stored = {key: tensor for key, tensor in stored.items() if not _of_projector(key)}
-        own = [slot for slot in slots if _of_projector(slot.key)]
-        slots = [slot for slot in slots if not _of_projector(slot.key)]
+        stored = {key: tensor for key, tensor in stored.items() if not sources.of_projector(key)}
+        own = [slot for slot in slots if sources.of_projector(slot.key)]
+        slots = [slot for slot in slots if not sources.of_projector(slot.key)]
     if stored or not broken:
         _check(stored, slots, config, directory, problems)
     if projector not in (None, "random"):
@@ -279,35 +233,6 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _of_projector(key: str) -> bool:
-    return key.startswith(("multi_modal_projector.", "language_projection."))
-
-
-def _open(directory: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
-    """The tensors of a checkpoint; in the original layout, from all places it keeps them in.
-
-    None at all where a file without an index cannot be opened: nobody knows what is missing then.
-    """
-    fields = read_fields(directory)
-    if not original.is_original(fields):
-        return tensors.open_directory(directory, problems)
-    only_projector = (directory / original.PROJECTOR).exists() and not tensors.has_weights(
-        directory
-    )
-    if only_projector:
-        base = _part(directory, fields, "_name_or_path", weights=True)
-        found = tensors.open_directory(base, problems)
-        found = {key: tensor for key, tensor in found.items() if not _of_projector(key)}
-    else:
-        found = tensors.open_directory(directory, problems)
-    if any(key.startswith("vision_tower.") for key in found):
-        return found
-    tower = _part(directory, fields, "mm_vision_tower", weights=True)
-    theirs = tensors.open_directory(tower, problems)
-    named = {name: t for key, t in theirs.items() if (name := tables.of_tower(key))}
-    return found | named if found and named else {}
-
-
 def _open_projector(
     path: str | os.PathLike,
     slots: list[tables.Slot],
@@ -317,7 +242,8 @@ def _open_projector(
     """The tensors of a file with a projector, or of the one in a directory of the original code."""
     path = pathlib.Path(path).expanduser()
     if path.is_dir():
-        path /= original.PROJECTOR
+        beside = adapters.is_adapter(path) and (path / adapters.BESIDE).exists()
+        path /= adapters.BESIDE if beside else original.PROJECTOR
     try:
         found = tensors.by_name(tensors.open_file(path), problems)
     except (OSError, ValueError) as error:

@@ -138,7 +138,7 @@ def load(path: str | pathlib.Path) -> Masks:
     except archive.Compressed as error:
         reason = "compressed, as masks.save never does; write it by np.savez"
         raise ValueError(files.refusal(path, [reason])) from error
-    except (ValueError, KeyError, SyntaxError) as error:
+    except Exception as error:  # the header of an array is Python, which fails in many ways
         reason = files.line(f"no {error}" if isinstance(error, KeyError) else error, 120)
         raise ValueError(
             files.refusal(path, [f"not a file of domain neurons ({reason})"])

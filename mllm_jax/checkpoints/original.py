@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import files, schema
+from mllm_jax.data import image_processors
 from mllm_jax.models.llava import LlavaConfig
 
 PROJECTOR = "mm_projector.bin"
@@ -119,7 +120,9 @@ def image_processor(tower: pathlib.Path, config: LlavaConfig):
     """
     from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil  # when needed
 
-    if not config.pinpoints:
-        return CLIPImageProcessorPil.from_pretrained(tower)
-    sizes = [list(size) for size in config.pinpoints]
-    return LlavaNextImageProcessorPil.from_pretrained(tower, image_grid_pinpoints=sizes)
+    kind, how = CLIPImageProcessorPil, {}
+    if config.pinpoints:
+        kind = LlavaNextImageProcessorPil
+        how = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+    path = tower / "preprocessor_config.json"
+    return image_processors.made(path, lambda: kind.from_pretrained(tower, **how))

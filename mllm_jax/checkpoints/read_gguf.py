@@ -7,13 +7,18 @@ not the original checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
+import struct
 from typing import Any
 
 import gguf
 import numpy as np
 import tokenizers
 import tqdm
+
+from mllm_jax.checkpoints import config as configs
+from mllm_jax.checkpoints import files
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -64,20 +69,43 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
         Its tensors, configuration, tokenizer and chat template.
 
     Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not a regular file.
         ValueError: the file is not GGUF, is cut short, or holds another architecture or tokenizer.
     """
+    path = files.regular(path)
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable GGUF file ({error}); fetch it again") from error
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
+        return _read(path, progress)
+    except _Unsupported as error:
+        raise ValueError(files.refusal(path, [error])) from error
+    except Exception as error:  # whatever the reader raises of a damaged file
+        reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        reason = files.line(reason or type(error).__name__, 120)
         raise ValueError(
-            f"{path}: architecture {fields.get('general.architecture')!r} is not supported; "
-            "only 'llama' GGUF files are read"
+            files.refusal(path, [f"not a readable GGUF file ({reason}); fetch it again"])
+        ) from error
+
+
+class _Unsupported(Exception):
+    """A GGUF file of something else."""
+
+
+def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
+    _check_counts(path)
+    reader = gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        named = files.shown(architecture)
+        raise _Unsupported(
+            f"architecture {named} is not supported; only 'llama' GGUF files are read"
         )
-    config = _config(fields, tied="output.weight" not in {t.name for t in reader.tensors})
+    names = {tensor.name: _hf_name(tensor.name) for tensor in reader.tensors}
+    config = _config(fields, tied="output.weight" not in names)
+    shapes = {names[t.name]: tuple(reversed(t.shape.tolist())) for t in reader.tensors}
+    _check_tensors(reader, shapes, config)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tokenizer, tokens = _tokenizer(fields), _special_names(fields)
     tensors = {}
     for tensor in tqdm.tqdm(reader.tensors, "reading the language model", disable=not progress):
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -85,14 +113,104 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
         place = tensor.name.split(".")[-2]
         if place in heads:
             weight = unpermute(weight, heads[place])
-        tensors[_hf_name(tensor.name, path)] = weight
+        tensors[names[tensor.name]] = weight
     return GgufLlama(
         tensors=tensors,
         config=config,
-        tokenizer=_tokenizer(fields, path),
-        tokens=_special_names(fields),
+        tokenizer=tokenizer,
+        tokens=tokens,
         chat_template=fields.get("tokenizer.chat_template"),
     )
+
+
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a type
+_STRING, _ARRAY = 8, 9
+
+
+def _check_counts(path: pathlib.Path) -> None:
+    """Everything that the file counts is in it: the reader of `gguf` counts on past its end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        _, _, tensors, fields = struct.unpack("<4sIQQ", file.read(24))
+        for _ in range(_bounded(fields, 13, file, size)):
+            _skip(_STRING, file, size)
+            _skip(*struct.unpack("<I", file.read(4)), file, size)
+        for _ in range(_bounded(tensors, 24, file, size)):
+            _skip(_STRING, file, size)
+            (axes,) = struct.unpack("<I", file.read(4))
+            file.seek(8 * _bounded(axes, 8, file, size) + 12, io.SEEK_CUR)
+
+
+def _skip(kind: int, file: io.BufferedReader, size: int) -> None:
+    """Goes to the end of a value."""
+    if kind in _SCALARS:
+        file.seek(_SCALARS[kind], io.SEEK_CUR)
+    elif kind == _STRING:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(_bounded(length, 1, file, size), io.SEEK_CUR)
+    elif kind == _ARRAY:
+        of, count = struct.unpack("<IQ", file.read(12))
+        if of in _SCALARS:
+            file.seek(_SCALARS[of] * _bounded(count, _SCALARS[of], file, size), io.SEEK_CUR)
+        elif of == _STRING:
+            for _ in range(_bounded(count, 8, file, size)):
+                _skip(of, file, size)
+        else:
+            raise ValueError(f"an array of type {of}")
+    else:
+        raise ValueError(f"a value of type {kind}")
+
+
+def _bounded(count: int, each: int, file: io.BufferedReader, size: int) -> int:
+    """A number of things in the file, each of so many bytes at least."""
+    if count * each > size - file.tell():
+        raise ValueError(f"it is cut short, or counts {count} where there are fewer")
+    return count
+
+
+def _check_tensors(
+    reader: gguf.GGUFReader, found: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    """The tensors are those of the config, one after the other in the file."""
+    problems: list[str] = []
+    configs.read_llama(config, problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    wanted = _shapes(config)
+    if wrong := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
+        raise ValueError(f"tensors do not fit its fields: {files.some(wrong)}")
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        if tensor.data_offset != -(-end // reader.alignment) * reader.alignment:
+            raise ValueError(f"{tensor.name} does not follow the tensor before")
+        end = int(tensor.data_offset) + int(tensor.n_bytes)
+    if reader.data.size not in (end, -(-end // reader.alignment) * reader.alignment):
+        raise ValueError(f"its tensors end at {end} and the file at {reader.data.size}")
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """HF key -> shape, of all tensors of a model."""
+    V, D, F, H = (
+        config[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    )
+    q, kv = H * config["num_attention_heads"], H * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    layer = {
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (q, D),
+        "self_attn.k_proj": (kv, D),
+        "self_attn.v_proj": (kv, D),
+        "self_attn.o_proj": (D, q),
+        "post_attention_layernorm": (D,),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    for n in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{n}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -113,14 +231,15 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(out, width))
 
 
-def _hf_name(name: str, path: str | pathlib.Path) -> str:
+def _hf_name(name: str) -> str:
     if name in _OUTER:
         return _OUTER[name]
     block, _, rest = name.partition(".")
     layer, _, rest = rest.partition(".")
     if block == "blk" and rest in _IN_LAYER:
         return f"model.layers.{layer}.{_IN_LAYER[rest]}"
-    raise ValueError(f"{path}: tensor {name!r} is not part of a llama model this reader knows")
+    named = files.shown(name)
+    raise _Unsupported(f"tensor {named} is not part of a llama model this reader knows")
 
 
 def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -161,10 +280,11 @@ def _special_names(fields: dict[str, Any]) -> dict[str, str]:
     return {f"{hf}_token": tokens[i] for hf, i in ids.items() if i is not None}
 
 
-def _tokenizer(fields: dict[str, Any], path: str | pathlib.Path) -> tokenizers.Tokenizer:
+def _tokenizer(fields: dict[str, Any]) -> tokenizers.Tokenizer:
     kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
-        raise ValueError(f"{path}: tokenizer {kind} is not supported; only ('gpt2', 'smollm') is")
+        named = files.shown(kind)
+        raise _Unsupported(f"tokenizer {named} is not supported; only ('gpt2', 'smollm') is")
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}

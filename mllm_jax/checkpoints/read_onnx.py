@@ -7,12 +7,14 @@ Each matrix is stored as INT8 with one scale per output column; the values come 
 from __future__ import annotations
 
 import pathlib
+import re
 
-import google.protobuf.message
 import numpy as np
 import onnx
 import tqdm
 from onnx import numpy_helper
+
+from mllm_jax.checkpoints import files, tables
 
 _QUANTISED = "/MatMul_quant"
 
@@ -29,46 +31,108 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.nd
         file has it, `visual_projection.weight`. Linear weights are [out, in].
 
     Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not a regular file.
         ValueError: the file is not ONNX, is cut short, or is quantised in another way.
     """
+    path = files.regular(path)
     try:
-        graph = onnx.load(path).graph
-    except google.protobuf.message.DecodeError as error:
-        raise ValueError(f"{path}: not a readable ONNX file ({error}); fetch it again") from error
+        return _read(path, progress)
+    except _Unsupported as error:
+        raise ValueError(files.refusal(path, [error])) from error
+    except Exception as error:  # whatever protobuf and NumPy raise of a damaged file
+        reason = files.line(str(error) or type(error).__name__, 120)
+        raise ValueError(
+            files.refusal(path, [f"not a readable ONNX file ({reason}); fetch it again"])
+        ) from error
+
+
+class _Unsupported(Exception):
+    """An ONNX file of something else."""
+
+
+def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
+    graph = onnx.load(path, load_external_data=False).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
+    if len(stored) < len(graph.initializer):
+        raise ValueError("a tensor is there twice")
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    used = {name for node in products for name in node.input}
+    if idle := [name for name in stored if name.endswith("_quantized") and name not in used]:
+        raise ValueError(f"nothing multiplies by {files.some(idle)}")
     plain = [name for name in stored if name.startswith("vision_model.")]
     if not plain:
-        raise ValueError(f"{path}: no tensor named vision_model.*, so no CLIP vision tower")
+        raise _Unsupported("no tensor named vision_model.*, so no CLIP vision tower")
     tensors = {}
     with tqdm.tqdm(
         total=len(plain) + len(products), desc="reading the vision encoder", disable=not progress
     ) as bar:
         for name in plain:
-            tensors[name] = numpy_helper.to_array(stored[name]).astype(np.float32)
+            tensors[name] = _array(stored[name]).astype(np.float32)
             bar.update()
         for node in products:
-            tensors[_hf_name(node.name, path)] = _dequantise(node, stored, path)
+            name = _hf_name(node.name)
+            if name in tensors:
+                raise ValueError(f"{name} is there twice")
+            tensors[name] = _dequantise(node, stored)
             bar.update()
+    _check_names(tensors)
     return tensors
 
 
-def _hf_name(node: str, path: str | pathlib.Path) -> str:
+def _array(tensor: onnx.TensorProto) -> np.ndarray:
+    """A tensor of the file itself, of as many numbers as its shape says."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        raise _Unsupported(f"{files.shown(tensor.name)} lies in another file, which is not read")
+    return numpy_helper.to_array(tensor)
+
+
+_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(.+)")
+
+
+def _check_names(tensors: dict[str, np.ndarray]) -> None:
+    """The names are those of a CLIP, and its layers are alike: a damaged name is another one."""
+    known = {row.key for row in tables.clip_vision("vision_model", "")} | {
+        "vision_model.post_layernorm.weight",
+        "vision_model.post_layernorm.bias",
+        "vision_model.embeddings.position_ids",
+        "visual_projection.weight",
+    }
+    layers: dict[str, set[str]] = {}
+    for name in tensors:
+        match = _LAYER.fullmatch(name)
+        row = name if match is None else f"vision_model.encoder.layers.{{layer}}.{match[2]}"
+        if row not in known:
+            raise ValueError(f"{files.line(name, 80)} is no tensor of a CLIP vision tower")
+        if match:
+            layers.setdefault(match[1], set()).add(match[2])
+    whole = set().union(*layers.values())
+    if layers.keys() != set(map(str, range(len(layers)))) or any(
+        parts != whole for parts in layers.values()
+    ):
+        raise ValueError("the layers of the tower do not have the same tensors")
+
+
+def _hf_name(node: str) -> str:
     if not node.endswith(_QUANTISED):
-        raise ValueError(f"{path}: node {node!r} does not name the weight it multiplies by")
+        raise _Unsupported(f"node {files.shown(node)} does not name the weight it multiplies by")
     return node.removesuffix(_QUANTISED).strip("/").replace("/", ".") + ".weight"
 
 
-def _dequantise(
-    node: onnx.NodeProto, stored: dict[str, onnx.TensorProto], path: str | pathlib.Path
-) -> np.ndarray:
+def _dequantise(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> np.ndarray:
     """INT8 [in, out] times scale [out] -> float32 [out, in]."""
     _, weight, _, zero_point = node.input
     scale = weight.removesuffix("_quantized") + "_scale"
     for name in (weight, zero_point, scale):
         if name not in stored:
-            raise ValueError(f"{path}: node {node.name!r} needs the missing tensor {name!r}")
-    if numpy_helper.to_array(stored[zero_point]).any():
-        raise ValueError(f"{path}: {weight!r} is not quantised symmetrically (zero point not 0)")
-    quantised = numpy_helper.to_array(stored[weight]).astype(np.float32)
-    return np.ascontiguousarray((quantised * numpy_helper.to_array(stored[scale])).T)
+            raise _Unsupported(
+                f"node {files.shown(node.name)} needs the missing tensor {files.shown(name)}"
+            )
+    if _array(stored[zero_point]).any():
+        raise _Unsupported(
+            f"{files.shown(weight)} is not quantised symmetrically (zero point not 0)"
+        )
+    quantised, scales = _array(stored[weight]), _array(stored[scale])
+    if quantised.ndim != 2 or scales.shape not in ((), (1,), quantised.shape[1:]):
+        raise ValueError(f"{files.shown(weight)} has scales of shape {scales.shape}")
+    return np.ascontiguousarray((quantised.astype(np.float32) * scales).T)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import architectures, load, original, tables, tensors, torch_file
+from mllm_jax.checkpoints import architectures, files, load, original, tables, tensors, torch_file
 from mllm_jax.models import clip, llava
 from mllm_jax.sharding import hosts, mesh
 
@@ -182,7 +182,7 @@ def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
     """What the source says beyond our config: special token ids, context length and the like."""
     if source is None or not (source / "config.json").exists():
         return {}
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    fields = files.read_json(source / "config.json")
     if original.is_original(fields):
         return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):

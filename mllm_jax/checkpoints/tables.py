@@ -215,13 +215,14 @@ _SPELLINGS = (  # the first prefix that fits
     ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 in memory
     ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
     ("vision_tower.", "vision_tower.vision_model."),  # transformers 5 on disk
-    ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.image_newline", "image_newline"),
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),  # original
 )
-_ORIGINAL_PROJECTOR = re.compile(r"model\.mm_projector\.(?:(\d+)\.)?(weight|bias)")
+WRAPPED = "base_model.model."  # before the keys of a model that PEFT has wrapped
+_ORIGINAL_PROJECTOR = re.compile(r"(?:.+\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
+_WRAPPED_PROJECTOR = re.compile(r".+\.((?:multi_modal_projector|language_projection)\..+)")
 _PROJECTOR = re.compile(r"multi_modal_projector\.linear_(\d+)\.(weight|bias)")
 _TOWER = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)")
 _OF_TEXT = re.compile(r"text_model\..*|(text_projection|visual_projection)\.weight|logit_scale")
@@ -231,11 +232,15 @@ def canonical(key: str) -> str:
     """The canonical spelling of a Hugging Face or original-LLaVA key; others come back as they are.
 
     Original LLaVA (Liu et al. 2023) numbers the modules of its projector, activations included:
-    `model.mm_projector.0`, `.2`, or no number when it is one linear map.
+    `model.mm_projector.0`, `.2`, or no number when it is one linear map. Whatever trained a model
+    may have put a prefix before its keys.
     """
+    key = key.removeprefix(WRAPPED)
     if match := _ORIGINAL_PROJECTOR.fullmatch(key):
         number, kind = match.groups()
         return f"multi_modal_projector.linear_{int(number or 0) // 2 + 1}.{kind}"
+    if match := _WRAPPED_PROJECTOR.fullmatch(key):
+        return match[1]
     for prefix, spelling in _SPELLINGS:
         if key.startswith(prefix):
             return spelling + key.removeprefix(prefix)

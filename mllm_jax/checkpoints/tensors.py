@@ -127,7 +127,8 @@ def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
     if not isinstance(shards, dict) or not shards:
         raise ValueError(files.refusal(index, ["not a readable index, it has no weight_map"]))
     for key, name in shards.items():
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\0" in name:
+        plain = isinstance(name, str) and name and pathlib.PurePath(name).name == name
+        if not plain or "\0" in name:
             problem = f"not a readable index, {files.line(key, 60)} is in {files.shown(name)}"
             raise ValueError(files.refusal(index, [f"{problem}, expected a file beside it"]))
     return {key: index.parent / name for key, name in shards.items()}

@@ -35,6 +35,11 @@ def name(path: object, most: int = 120) -> str:
     return text if len(text) <= most else f"...{text[3 - most :]}"
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def reason(error: BaseException | None) -> str:
     """What an error says, in one short line."""
     return line(str(getattr(error, "strerror", None) or error), 160) or type(error).__name__

@@ -22,9 +22,14 @@ from mllm_jax.data import files
 # What is opened, by Pillow's names; JPEG includes MPO. HEIF is there once a program has called
 # pillow_heif.register_heif_opener(). Never a format that starts a program: EPS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+ENDINGS = {  # of files that are taken for pictures, in lower case
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib",
+    ".gif", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
+}  # fmt: skip
 MAX_PIXELS = 2**26  # of one picture, 8192 x 8192; a few kilobytes can decode to gigabytes
 MAX_RATIO = 500  # of a picture's sides: image processors scale the shorter one up to a tile
-MAX_BYTES = 2**28  # of one file
+MAX_BYTES = 300 * 2**20  # of one file
+STRIP = 512  # rows that are converted at one time
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -242,9 +247,11 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         *_, alpha = bands = np.moveaxis(np.asarray(picture), -1, 0)
         shown = [np.minimum(band, alpha) + (255 - alpha) for band in bands[:-1]]
         return from_array(np.stack(shown, -1)).convert("RGB")
-    picture = picture.convert("RGBA")
     white = PIL.Image.new("RGB", picture.size, "white")
-    white.paste(picture, mask=picture)
+    for top in range(0, picture.height, STRIP):  # a copy of all takes a gigabyte
+        box = (0, top, picture.width, min(top + STRIP, picture.height))
+        strip = picture.crop(box).convert("RGBA")
+        white.paste(strip, box, mask=strip)
     return white
 
 
@@ -295,11 +302,13 @@ def _in_8_bits(values: np.ndarray, top: int = 1) -> np.ndarray:
         raise ValueError(
             f"its values are {values.dtype.name}: give uint8, uint16, or floats from 0 to 1"
         )
-    values = values.astype(np.float32)
     low, high = float(values.min()), float(values.max())  # NaN if there is one
     slack = 1e-3 * top  # what rounding in 16 bits adds
     if not (-slack <= low and high <= top + slack):
         ask = "0 to 1" if top == 1 else "0 to 1, or 0 to 255"
         raise ValueError(f"its floats reach from {low:g} to {high:g}: give finite ones from {ask}")
-    values *= 255 if high <= 1 + 1e-3 else 1
-    return np.rint(values, out=values).clip(0, 255).astype(np.uint8)
+    scale = np.float32(255 if high <= 1 + 1e-3 else 1)
+    made = np.empty(values.shape, np.uint8)
+    for row, into in zip(values, made, strict=True):  # one by one: a copy of all takes gigabytes
+        into[...] = np.rint(row.astype(np.float32) * scale).clip(0, 255)
+    return made

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.checkpoints import files
 from mllm_jax.data import image_processors
 from mllm_jax.data import pictures as picture_files
 from mllm_jax.data import prompts as prompts_
@@ -69,11 +70,11 @@ class Processor:
         """The config and the tokenizer mean the same token, if both have one for images."""
         theirs = self.tokenizer.get_vocab().get(IMAGE)
         if theirs is not None and self.config.image_token not in (-1, theirs):
-            place = f"{self.directory}/" if self.directory else ""
+            place = f"{files.line(self.directory, 200)}/" if self.directory else ""
             raise ValueError(
                 f"{place}config.json: image_token_index is {self.config.image_token}, but the "
-                f"tokenizer ({place}tokenizer.json) gives {IMAGE} the id {theirs}: make them the "
-                "same, else no picture would be seen"
+                f"tokenizer (tokenizer.json beside it) gives {IMAGE} the id {theirs}: make them "
+                "the same, else no picture would be seen"
             )
 
     @classmethod
@@ -136,7 +137,7 @@ class Processor:
         ids = ([] if end is None else [end]) + list(self._stop_ids)
         return np.array(list(dict.fromkeys(ids)), np.int32)
 
-    @functools.cached_property
+    @property
     def chat_template(self) -> prompts_.ChatTemplate | None:
         """The chat template, if there is one."""
         return prompts_.ChatTemplate.of(self.tokenizer)
@@ -444,14 +445,9 @@ class Processor:
         if self.image_aspect_ratio == "pad":
             mean = self.image_processor.image_mean
             images = [image_processors.squared(image, mean) for image in images]
-        values = self.image_processor(images, return_tensors="np")["pixel_values"]
-        side = self.config.vision.image_size
-        if values.shape[-2:] != (side, side):
-            raise ValueError(
-                f"{self.directory}: the image processor makes pictures of {values.shape[-2:]}, the "
-                f"vision tower reads {(side, side)}: set size and crop_size in "
-                "preprocessor_config.json"
-            )
+        values = image_processors.prepare(
+            self.image_processor, images, self.config.vision.image_size, self.directory
+        )
         return values.reshape(len(images), -1, *values.shape[-3:])
 
 
@@ -516,4 +512,4 @@ def _naming(at: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{at}: {error}") from error
+        raise ValueError(files.line(f"{at}: {error}")) from error

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mllm_jax import tokens
+from mllm_jax.checkpoints import files
 from mllm_jax.data import templates
 
 IMAGE = "<image>"
+_TOKENIZER_BYTES = 2**28
 USER = "[what the user says, {}]"  # stands for it while a chat template is looked at
 _USERS = re.compile(re.escape(USER).replace(r"\{\}", r"(\d+)"))
 Chat = list[dict[str, Any]]
@@ -28,14 +30,18 @@ Questions = tuple[slice, ...]  # the characters of a text that the user says
 
 def short(value: Any) -> str:
     """A value as an error shows it."""
-    said = repr(value)
-    return said if len(said) <= 60 else said[:60] + "..."
+    return files.shown(value)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line of at most 200 characters."""
-    line = next(iter(str(error).strip().splitlines()), "")[:200]
-    return line or type(error).__name__
+    """The first line of what an error says, or its name."""
+    lines = str(error).strip().splitlines()
+    return files.line(lines[0], 120) if lines else type(error).__name__
+
+
+def of(tokenizer) -> str:
+    """Where a tokenizer comes from."""
+    return files.line(getattr(tokenizer, "name_or_path", None) or "this model", 120)
 
 
 def listed(values: Any, name: str, what: str = "strings") -> list:
@@ -170,15 +176,13 @@ class ChatTemplate:
     def of(cls, tokenizer) -> ChatTemplate | None:
         """That of a tokenizer of transformers, the one named default where it has several."""
         source = tokenizer.chat_template
-        source = source.get("default") if isinstance(source, dict) else source
         if not source:
             return None
+        source = source.get("default") if isinstance(source, dict) else source
         if not isinstance(source, str):
-            raise ValueError(
-                f"{tokenizer.name_or_path}: chat_template is no string but {short(source)}"
-            )
+            raise ValueError(f"{of(tokenizer)}: chat_template is no string, nor one named default")
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        return cls(source, tuple(special.items()))
+        return _template(source, tuple(special.items()))
 
     @functools.cached_property
     def takes_parts(self) -> bool:
@@ -241,13 +245,17 @@ class ChatTemplate:
         raise ValueError("it changes what the user says")
 
 
+@functools.lru_cache(maxsize=32)
+def _template(source: str, special: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    """One object for one template, which is looked at once."""
+    return ChatTemplate(source, special)
+
+
 def encode(tokenizer, text: str, **how: Any):
     """What a tokenizer of transformers makes of a text; whatever it raises is a ValueError."""
     return _guarded(
         lambda: tokenizer(text, return_attention_mask=False, **how),
-        lambda: (
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} cannot read {short(text)}"
-        ),
+        lambda: f"the tokenizer of {of(tokenizer)} cannot read {short(text)}",
     )
 
 
@@ -285,7 +293,7 @@ def coded(
     words = "".join(text[part] for part in questions).replace(IMAGE, "").strip()
     if words and not any(a and token != image for a, token in zip(asked, ids, strict=True)):
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} makes no token of "
+            f"the tokenizer of {of(tokenizer)} makes no token of "
             f"{short(words)}: its files are incomplete"
         )
     return ids, [tokens.CODE["question" if a else "system"] for a in asked]
@@ -296,7 +304,7 @@ def check_vocab(tokenizer, ids: Sequence[int], vocab: int, image: int = -1) -> N
     beyond = [token for token in ids if token >= vocab and token != image]
     if beyond:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} gives "
+            f"the tokenizer of {of(tokenizer)} gives "
             f"{short(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
             "words: the tokenizer is another model's"
         )
@@ -336,11 +344,16 @@ def read_tokenizer(directory: pathlib.Path):
     ):
         path = directory / name
         if path.exists():
-            if not path.stat().st_size:
-                raise ValueError(f"{path}: the file is empty; copy it again from the checkpoint")
+            if not 0 < files.regular(path).stat().st_size <= _TOKENIZER_BYTES:
+                raise ValueError(
+                    f"{files.line(path, 200)}: {path.stat().st_size:,} bytes are no tokenizer; "
+                    "fetch it again"
+                )
             tokenizer = _guarded(
                 lambda kind=kind: kind.from_pretrained(directory, trust_remote_code=False),
-                lambda path=path: f"{path}: not readable as a tokenizer, with the files beside it",
+                lambda path=path: (
+                    f"{files.line(path, 200)}: not readable as a tokenizer with the files by it"
+                ),
             )
             tokenizer.chat_template = tokenizer.chat_template or _chat_template(directory)
             return tokenizer
@@ -364,39 +377,26 @@ def _chat_template(directory: pathlib.Path) -> str | None:
     plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
     if plain.exists():
         try:
-            return plain.read_text(encoding="utf-8")
+            return files.regular(plain).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{plain}: not readable as UTF-8 ({error})") from error
-    found = _json(wrapped).get("chat_template")
+            raise ValueError(files.refusal(plain, ["not readable as UTF-8"])) from error
+    found = files.read_json(wrapped).get("chat_template") if wrapped.exists() else None
     if found is not None and not isinstance(found, str):
-        raise ValueError(f"{wrapped}: chat_template is no string but {short(found)}")
-    return found
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """The fields of a JSON file; none where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({first_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no object of JSON but {short(found)}")
+        raise ValueError(files.refusal(wrapped, [f"chat_template is no string: {short(found)}"]))
     return found
 
 
 def read_stop_ids(directory: pathlib.Path) -> list[int]:
     """The ids at which transformers stops: of generation_config.json, or else of config.json."""
     path = directory / "generation_config.json"
-    fields = _json(path)
     if not path.exists():
         path = directory / "config.json"
-        fields = _json(path)
-        text = fields.get("text_config")
-        fields = text if isinstance(text, dict) and "eos_token_id" in text else fields
+    fields = files.read_json(path) if path.exists() else {}
+    text = fields.get("text_config")
+    fields = text if isinstance(text, dict) and "eos_token_id" in text else fields
     found = fields.get("eos_token_id")
     found = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(token) is int and 0 <= token < 2**31 for token in found):
-        raise ValueError(f"{path}: eos_token_id is {short(found)}, not one or several ids")
+        problem = f"eos_token_id is {short(found)}, not one or several ids"
+        raise ValueError(files.refusal(path, [problem]))
     return found

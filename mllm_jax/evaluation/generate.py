@@ -19,6 +19,8 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import mesh
 
+NOT_A_NUMBER = -2  # in the place of a token whose logits are NaN
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -65,7 +67,8 @@ def generate(
       key: a `jax.random.key`.
 
     Raises:
-      ValueError: a row holds several questions; or an edit does not fit, see `run`.
+      ValueError: a row holds several questions; an edit does not fit, see `run`; or logits are
+        NaN.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: one or more can be generated")
@@ -74,6 +77,7 @@ def generate(
     if temperature and key is None:
         raise ValueError("sampling needs key=jax.random.key(seed)")
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
+    batch = run_.separate(model, batch, edits)
     if stop and processor is None:
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
     if stop and not len(processor.stop_ids):
@@ -89,8 +93,21 @@ def generate(
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,
         )  # fmt: skip
         tokens, receipts = mesh.home(found)
+    _refuse_not_a_number(tokens)
     text = None if processor is None else processor.text(tokens, stop=stop)
     return Generation(tokens, text, receipts)
+
+
+def _refuse_not_a_number(tokens) -> None:
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    wrong = np.argwhere(np.asarray(tokens) == NOT_A_NUMBER)
+    if len(wrong):
+        row, step = wrong[wrong[:, 1].argmin()]
+        raise ValueError(
+            f"row {row}: the logits of its generated token {step} are NaN, so there is none to "
+            "choose: run(model, batch, edits, check_finite=True) names the first site with NaN"
+        )
 
 
 def bind(model, batch, edits: Edits | None, steps: int) -> tuple[edits_.BoundEdit, ...]:
@@ -100,6 +117,7 @@ def bind(model, batch, edits: Edits | None, steps: int) -> tuple[edits_.BoundEdi
     maps = model.token_maps(batch)
     maps |= {name: maps[name].extended(steps) for name in ("lm", "logits")}
     bound = binding.bind(edits, run_.site_shapes(model, batch), maps)
+    binding.refuse_uncomputed(bound, batch.last, batch.ids.shape[1])
     return tuple(_continued(edit, batch.last, steps) for edit in bound)
 
 
@@ -138,9 +156,10 @@ def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
 
     def choose(logits, step):
         if greedy:
-            return logits.argmax(-1).astype(jnp.int32)
-        chosen = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
-        return chosen.astype(jnp.int32)
+            chosen = logits.argmax(-1)
+        else:
+            chosen = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
+        return jnp.where(jnp.isnan(logits).any(-1), NOT_A_NUMBER, chosen.astype(jnp.int32))
 
     def say(logits, step, done, tokens):
         """One more token in each row, and which rows have ended with it."""

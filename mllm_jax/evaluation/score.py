@@ -64,6 +64,7 @@ def score_with(
 ) -> Scores:
     """`score`, with captures and receipts of the prompt."""
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
+    batch = run_.separate(model, batch, edits)
     if not jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
         if processor is None:
             raise ValueError("candidates as text need a batch made by a processor; or give ids")
@@ -73,7 +74,7 @@ def score_with(
             f"candidates as ids are int32[B, C, A] of {len(batch.ids)} rows, not {candidates.shape}"
         )
     bound = generate.bind(model, batch, edits, candidates.shape[-1])
-    asked = run_.bind(model, batch, None, captures)[1]
+    asked = run_.bind(model, batch, None, captures, "last")[1]
     with mesh.on(model):
         read = mesh.place(batch), run_.place(bound), asked, candidates
         return mesh.home(_score(model, *read))

@@ -6,11 +6,14 @@ leading layer axis. What is known before the program runs stays in NumPy, where 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import precision, sites, tokens
 from mllm_jax.interventions.edits import (
     SUBSPACES,
     BoundEdit,
@@ -52,7 +55,7 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     }
     along = {}
     if edit.route is not None:
-        where, along = _route(site, where, *edit.route)
+        where, along = _route(site, where, map_.readers, *edit.route)
     if edit.on is not None:
         along = {"hidden": edit.on.mask(map_)}
         _refuse_nothing(site, units, along["hidden"])
@@ -63,49 +66,112 @@ def _bind(edit: Edit, shapes, maps) -> BoundEdit:
     return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
 
 
-def _route(site, where, source, into):
-    """Where a patch writes, bool[B, T], and which row and token is read there, int32[B, T]."""
-    arrays = (where, source, into)
-    xp = np if all(isinstance(array, (np.ndarray, np.generic)) for array in arrays) else jnp
+def _route(site, where, readers, source, into):
+    """Where a patch writes, bool[B, T], and what it reads there, int32[B, T] each: row and token.
+
+    At a site of tiles B is tiles, and the tokens of a row are those of the tiles that it reads, one
+    tile after the other. What cannot be patched is an error where it is known, and otherwise not
+    written: rows that are not there, that have different numbers of selected tokens or that are
+    written twice, and tiles that another row reads as well.
+
+    Args:
+      where: bool[B, T], the selected tokens.
+      readers: bool[rows, B] of a site of tiles, None where B is rows.
+    """
+    B, T = where.shape
+    readers = np.eye(B, dtype=bool) if readers is None else readers
+    arrays = where, readers, source, into
+    known = not any(isinstance(array, jax.core.Tracer) for array in arrays)
+    xp = np if known else jnp
+    where, readers, source, into = map(xp.asarray, arrays)
     source, into = xp.broadcast_arrays(*map(xp.atleast_1d, (source, into)))
-    if xp is np:
-        _refuse_route(site, where, source, into)
-    rows = len(where)
-    # by row: which one is read, and its selected tokens first
-    read = (into == xp.arange(rows)[:, None]) @ source
-    order = xp.argsort(~where[read], axis=1, stable=True)
-    at = xp.take_along_axis(order, xp.maximum(xp.cumsum(where, 1) - 1, 0), 1)
-    written = where & (xp.arange(rows)[:, None] == into).any(1, keepdims=True)
-    return written, {
-        "row": xp.broadcast_to(read[:, None], where.shape).astype(xp.int32),
-        "at": at.astype(xp.int32),
-    }
+
+    def of_pairs(rows):
+        """bool[pairs, rows], which row it is, and bool[pairs, B], which tiles it reads."""
+        here = rows[:, None] == xp.arange(len(readers))
+        return here, (here[:, :, None] & readers).any(1)
+
+    (_, read), (here, written) = of_pairs(source), of_pairs(into)
+    others = (~here[:, :, None] & readers).any(1)
+    shared = (written & others & where.any(1)).any(1)
+    read, written = ((tiles[:, :, None] & where).reshape(-1, B * T) for tiles in (read, written))
+    counts = read.sum(1), written.sum(1)
+    if known:
+        _refuse_route(site, len(readers), source, into, counts, shared)
+    once = (into[:, None] == into).sum(1) == 1
+    written = written & (once & ~shared & (counts[0] == counts[1]))[:, None]
+    # The tokens that are read first; of the n-th that is written, the n-th of these.
+    order = xp.argsort(~read, axis=1, stable=True)
+    at = xp.take_along_axis(order, xp.maximum(xp.cumsum(written, 1) - 1, 0), 1)
+    at = xp.where(written, at, 0).sum(0).reshape(B, T)  # one pair at most writes a token
+    along = {"row": (at // T).astype(xp.int32), "at": (at % T).astype(xp.int32)}
+    return written.any(0).reshape(B, T), along
 
 
-def _refuse_route(site, where, source, into) -> None:
-    rows, counts = len(where), where.sum(1)
+def _refuse_route(site, rows: int, source, into, counts, shared) -> None:
     if len(set(into.tolist())) < len(into):
         raise ValueError(f"the patch of {site.name} writes a row twice: {into.tolist()}")
-    for a, b in zip(source, into, strict=True):
+    for a, b, read, written, also in zip(source, into, *counts, shared, strict=True):
         if not (0 <= a < rows and 0 <= b < rows):
             raise ValueError(
                 f"the patch of {site.name} reads row {a} and writes row {b}: "
                 f"the batch has rows 0 to {rows - 1}"
             )
-        if counts[a] != counts[b] or not counts[a]:
+        if read != written or not read:
             raise ValueError(
-                f"the patch of {site.name} matches {counts[a]} tokens of row {a} with {counts[b]} "
+                f"the patch of {site.name} matches {read} tokens of row {a} with {written} "
                 f"of row {b}: they must be as many, and some"
+            )
+        if also:
+            raise ValueError(
+                f"the patch of {site.name} writes the pictures of row {b}, which another row of "
+                "the batch shares: make each its own with model.unshared(batch)"
             )
 
 
 def _refuse_nothing(site, units, where) -> None:
-    if isinstance(units, np.ndarray) and not units.any():
+    if not isinstance(units, jax.core.Tracer) and not np.asarray(units).any():
         raise ValueError(f"the edit of {site.name} selects no layer or unit: nothing would change")
-    if isinstance(where, jax.core.Tracer):
-        return
-    if not np.asarray(where).any():
+    if not isinstance(where, jax.core.Tracer) and not np.asarray(where).any():
         raise ValueError(f"the edit of {site.name} selects no token of this batch (see where=)")
+
+
+def refuse_uncomputed(items: Iterable[Any], last: Any, prompt: int) -> None:
+    """An edit or capture of logits whose tokens are not computed, as far as that is known.
+
+    A pass for the last token computes the logits of that, and of those which follow the prompt.
+
+    Args:
+      items: bound edits and captures.
+      last: int32[B], where each row's prompt ends. prompt: how many tokens prompts have.
+    """
+    for item in items:
+        along = getattr(item, "along", {})
+        arrays = item.tokens, last, *(along[name] for name in ("row", "at") if name in along)
+        if item.site != sites.logits or any(isinstance(a, jax.core.Tracer) for a in arrays):
+            continue
+        tokens_, last_, *route = map(np.asarray, arrays)
+        at = np.arange(tokens_.shape[1])
+        after = (at >= prompt) & (at < len(at) - 1)  # of the last of all nothing is asked
+        reached = tokens_ & ((at == last_[:, None]) | after)
+        if not reached.any():
+            raise ValueError(
+                "this pass computes the logits of each row's last token alone, and what is asked "
+                'of them is of other tokens: use where=tok.last, or run(..., logits="all")'
+            )
+        if route:
+            row, read = route
+            _refuse_unread(reached & (read != np.where(at < prompt, last_[row], at)), row, read)
+
+
+def _refuse_unread(wrong, row, read) -> None:
+    if wrong.any():
+        to, at = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"the patch of logits matches token {at} of row {to} with token {read[to, at]} of row "
+            f"{row[to, at]}, whose logits this pass does not compute: use where=tok.last, or "
+            'run(..., logits="all")'
+        )
 
 
 def _value(value, address: Address, spec: SiteShape):
@@ -177,7 +243,7 @@ def _scatter_units(value, address: Address, spec: SiteShape):
 
 
 def _basis(basis, address: Address, spec: SiteShape):
-    """[L, D, r], orthonormal columns that span those given."""
+    """[L, D, r], orthonormal columns that span those given, in float32 or better."""
     site = address.site
     basis = basis[:, None] if basis.ndim == 1 else basis
     if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
@@ -189,5 +255,6 @@ def _basis(basis, address: Address, spec: SiteShape):
         raise ValueError(
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
         )
-    basis = basis.astype(jnp.promote_types(spec.dtype, jnp.float32))
-    return _per_layer(xp.linalg.qr(basis)[0][None].astype(spec.dtype), spec.layers)
+    basis = basis.astype(precision.wide(spec.dtype))
+    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormal(basis)
+    return _per_layer(columns[None], spec.layers)

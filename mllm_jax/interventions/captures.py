@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, rows, sites, tokens
-from mllm_jax.interventions import edits
+from mllm_jax.interventions import edits, logit_lens
+from mllm_jax.interventions.results import Entropy, Stats
 from mllm_jax.precision import at_least_float32
-from mllm_jax.sharding import mesh, split
 from mllm_jax.sites import Address
 
 # The kinds a module's or a site's tokens can have: statistics are split by these.
@@ -27,8 +27,9 @@ KINDS_OF = {
     "lm": ("system", "question", "image", "newline", "answer"),
     "logits": ("system", "question", "image", "newline", "answer"),
 }
-LENS_CHUNK = 128  # tokens whose logits exist at one time
-TOP_BLOCK = 128  # values that are looked at together for the highest
+
+# Statistics are of float32, whatever a chip makes of other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,7 @@ class Capture:
     """What to read at a site. Made by `keep`, `mean`, `stats` and `lens`.
 
     Attributes:
-      form: how it is reduced. Static.
+      form: how it is reduced, a name of FORMS. Static.
       address: the site, its layers and units.
       where: which tokens.
       by: kinds of token that the result is split by, or None. Static.
@@ -130,178 +131,6 @@ def _split(target, by) -> tuple[str, ...] | None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stats:
-    """Statistics of every unit. With `by`, a last axis of kinds; the layer axis leads.
-
-    Attributes:
-      positive: int32[L, F, kinds], how often the value was above zero.
-      sum, squares: float32[L, F, kinds], of the value and of its square.
-      max: float32[L, F, kinds], -inf where there was no token.
-      tokens: int32[L, kinds], how many there were.
-      centred: float32[L, F, kinds], sum of the squared deviations from the mean. `squares` loses
-        them where the mean is large.
-      kinds: what the last axis means; empty without `by`. Static.
-    """
-
-    positive: Any
-    sum: Any
-    squares: Any
-    max: Any
-    tokens: Any
-    centred: Any
-    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def mean(self) -> np.ndarray:
-        """float64[L, F, kinds]; NaN where there was no token."""
-        return self._per_token(self.sum)
-
-    @property
-    def variance(self) -> np.ndarray:
-        """float64[L, F, kinds], over the tokens there were; NaN where there was none."""
-        return self._per_token(self.centred)
-
-    @property
-    def std(self) -> np.ndarray:
-        """Root of the variance."""
-        return np.sqrt(self.variance)
-
-    def merge(self, other: Stats) -> Stats:
-        """Of both sets of tokens. Integers are exact, in any order."""
-        between = _between((self._count(), other._count()), (self.sum, other.sum))
-        centred = self.centred + other.centred + between.astype(self.centred.dtype)
-        return Stats(
-            positive=self.positive + other.positive,
-            sum=self.sum + other.sum,
-            squares=self.squares + other.squares,
-            max=np.maximum(self.max, other.max),
-            tokens=self.tokens + other.tokens,
-            centred=centred,
-            kinds=self.kinds,
-        )
-
-    def wide(self) -> Stats:
-        """The same in int64 and float64 on the host, to be added up over a data set."""
-        return Stats(
-            positive=np.asarray(self.positive, np.int64),
-            sum=np.asarray(self.sum, np.float64),
-            squares=np.asarray(self.squares, np.float64),
-            max=np.asarray(self.max, np.float32),
-            tokens=np.asarray(self.tokens, np.int64),
-            centred=np.asarray(self.centred, np.float64),
-            kinds=self.kinds,
-        )
-
-    def _count(self) -> np.ndarray:
-        """float64, `tokens` with ones for the axes of units."""
-        count, kinds = np.asarray(self.tokens, np.float64), bool(self.kinds)
-        lead = count.ndim - kinds
-        ones = (1,) * (np.ndim(self.sum) - count.ndim)
-        return count.reshape(*count.shape[:lead], *ones, *count.shape[lead:])
-
-    def _per_token(self, total) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(total, np.float64) / self._count()
-
-
-def _between(counts: Sequence[np.ndarray], sums: Sequence[Any]) -> np.ndarray:
-    """float64: what the means of two groups add to their squared deviations (Chan et al. 1979)."""
-    n, m = counts
-    means = (
-        np.asarray(s, np.float64) / np.maximum(c, 1) for s, c in zip(sums, counts, strict=True)
-    )
-    one, other = means
-    return np.where((n > 0) & (m > 0), (one - other) ** 2, 0) * (n * m / np.maximum(n + m, 1))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Lens:
-    """What each token's residual says through the head.
-
-    Attributes:
-      ids: int32[L, B, T, k], most probable words, best first; -1 where not selected. Of the
-        projector [L, I, P, k], tile by tile.
-      log_probs: float32[L, B, T, k], natural logarithm; 0 where not selected.
-      entropy: float32[L, B, T], nats; 0 where not selected.
-    """
-
-    ids: Any
-    log_probs: Any
-    entropy: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entropy:
-    """Entropy of the lens, summed over the tokens of each row by kind.
-
-    Of the projector, over those of all pictures that the row reads.
-
-    Attributes:
-      sum: float32[L, B, kinds], nats.
-      top: float32[L, B, kinds], probability of the most probable word, summed.
-      tokens: int32[L, B, kinds].
-      kinds: what the last axis means. Static.
-    """
-
-    sum: Any
-    top: Any
-    tokens: Any
-    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    def merge(self, other: Entropy) -> Entropy:
-        """Of the rows of both; see `wide`."""
-        pairs = zip(self._arrays(), other._arrays(), strict=True)
-        return Entropy(*(a + b for a, b in pairs), self.kinds)
-
-    def wide(self) -> Entropy:
-        """All rows together, without their axis, in float64 and int64: for any number of rows."""
-        return Entropy(
-            sum=np.asarray(self.sum, np.float64).sum(-2),
-            top=np.asarray(self.top, np.float64).sum(-2),
-            tokens=np.asarray(self.tokens, np.int64).sum(-2),
-            kinds=self.kinds,
-        )
-
-    def _arrays(self):
-        return self.sum, self.top, self.tokens
-
-
-def join(
-    captures: dict[str, Capture], parts: Sequence[dict[str, Any]], batches: Sequence[Any]
-) -> dict[str, Any]:
-    """Captures of several batches as one, on the host.
-
-    Statistics are added up, all else is put row after row, without the rows that only fill up a
-    batch. `keep` and `lens` of the vision side are put tile after tile.
-
-    Args:
-      parts: by name, of each batch.
-      batches: the batches.
-    """
-
-    def one(name: str, capture: Capture):
-        found = [part[name] for part in parts]
-        if capture.form == "stats":
-            return functools.reduce(Stats.merge, (stats.wide() for stats in found))
-        site = capture.address.site
-        tiled = capture.form in ("keep", "lens") and site.module not in ("lm", "logits")
-        real = [np.asarray(b.real if tiled else b.valid.any(-1)) for b in batches]
-        axis = int(site.stacked and capture.address.layers.form != "one")
-        return jax.tree.map(lambda *arrays: _real(arrays, real, axis), *found)
-
-    return {name: one(name, capture) for name, capture in captures.items()}
-
-
-def _real(arrays, real: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """Of each array the real entries of an axis, one after the other."""
-    some = [np.compress(keep, a, axis) for a, keep in zip(arrays, real, strict=True)]
-    return np.concatenate(some, axis)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class BoundCapture:
     """A capture in the shapes of a model and a batch.
 
@@ -340,7 +169,7 @@ class BoundCapture:
             nothing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
             axis = edits.unit_axis(self.site)
             x = jnp.take(x, self.units, axis=axis, mode="fill", fill_value=nothing)
-        return READ[self.form](self, x, lens)
+        return FORMS[self.form].read(self, x, lens)
 
     def finish(self, kept: Any) -> Any:
         """What was carried, in the order asked: NaN, or 0, for layers that there are not."""
@@ -367,7 +196,7 @@ def bind(
 def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     address, site = capture.address, capture.address.site
     spec = edits.look_up(site, shapes)
-    _refuse_site(capture, shapes)
+    FORMS[capture.form].refuse(capture, shapes)
     slots, order, absent, count = None, None, None, spec.layers
     if site.stacked and address.layers.form != "all":
         chosen, absent = _indices(address.layers, spec.layers, f"{site.name}: layer")
@@ -398,32 +227,39 @@ def _bind(capture: Capture, shapes, maps) -> BoundCapture:
     return bound
 
 
-def _refuse_site(capture: Capture, shapes) -> None:
-    """Errors of a capture that does not read its site, whatever the batch."""
-    form, site, units = capture.form, capture.address.site, capture.address.units
-    if form == "mass" and site != sites.lm.attn.pattern:
-        raise ValueError(f"mass does not read {site.name}; mass reads lm.attn.pattern")
-    if form in ("mean", "stats") and edits.token_axis(site) != 1:
+def _refuse_tokens(capture: Capture, shapes) -> None:
+    site = capture.address.site
+    if edits.token_axis(site) != 1:
         raise ValueError(
-            f"{form} does not read {site.name}, which is [{site.shape}]; mass reads "
+            f"{capture.form} does not read {site.name}, which is [{site.shape}]; mass reads "
             "lm.attn.pattern, and keep reads every site"
         )
-    if form not in ("lens", "entropy"):
-        return
+
+
+def _refuse_mass(capture: Capture, shapes) -> None:
+    if capture.address.site != sites.lm.attn.pattern:
+        raise ValueError(
+            f"mass does not read {capture.address.site.name}; mass reads lm.attn.pattern"
+        )
+
+
+def _refuse_lens(capture: Capture, shapes) -> None:
+    site, words = capture.address.site, shapes[sites.logits.name].shape[-1]
     if site.axes[-1] != "D":
         raise ValueError(f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]")
-    if units.form != "all":
+    if capture.address.units.form != "all":
         raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
     if site == sites.lm.norm:
         raise ValueError("a lens norms what it reads, and lm.norm is normed already: read logits")
-    words = shapes[sites.logits.name].shape[-1]
-    if form == "lens" and capture.k > words:
+    if capture.form == "lens" and capture.k > words:
         raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
 
 
 def _refuse_nothing(bound: BoundCapture) -> None:
     """Errors of a capture that selects no token, where the batch is known."""
     read, on = bound.tokens, bound.on
+    if not FORMS[bound.form].some:
+        return
     if any(isinstance(a, jax.core.Tracer) for a in (read, on, bound.rows, bound.readers)):
         return
     what = f"the {bound.form} of {bound.site.name} selects no"
@@ -435,7 +271,7 @@ def _refuse_nothing(bound: BoundCapture) -> None:
     if on is not None and not np.asarray(on).any():
         raise ValueError(f"{what} key of this batch (see on=)")
     without = np.flatnonzero(np.asarray(bound.rows) & (count == 0))
-    if bound.form in ("mean", "mass") and len(without):
+    if FORMS[bound.form].every_row and len(without):
         raise ValueError(
             f"{what} token of row {without[0]}, which has no {bound.form} then: choose others with "
             "where=, or leave such rows out of the batch"
@@ -482,7 +318,7 @@ def _read_mean(capture: BoundCapture, x, lens):
 
 
 def _read_mass(capture: BoundCapture, x, lens):
-    seen = jnp.einsum("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
+    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
     total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
     return _average(capture, total, capture.tokens.sum(-1))
 
@@ -499,7 +335,7 @@ def _by_row(capture: BoundCapture, total):
     if capture.readers is None:
         return total
     readers = jnp.asarray(capture.readers).astype(total.dtype)
-    return jnp.einsum("BI,I...->B...", readers, total, precision=jax.lax.Precision.HIGHEST)
+    return _product("BI,I...->B...", readers, total)
 
 
 def _one_hot(capture: BoundCapture):
@@ -546,7 +382,7 @@ def _row_stats(x, hot):
     """
 
     def total(of):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
-        return jnp.einsum("BTk,BT...->Bk...", hot, of, precision=jax.lax.Precision.HIGHEST)
+        return _product("BTk,BT...->Bk...", hot, of)
 
     def highest(column):
         seen = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
@@ -555,10 +391,7 @@ def _row_stats(x, hot):
     x = jnp.where(along_tokens(hot.any(-1), 1, x.ndim), x, 0)
     sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
     counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
-    own = jnp.einsum(
-        "BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts,
-        precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
+    own = _product("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
     off = total(x - own)  # nothing, but for the rounding of the mean
     centred = jnp.maximum(total((x - own) ** 2) - off**2 / counts, 0)
     kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
@@ -566,107 +399,89 @@ def _row_stats(x, hot):
 
 
 def _read_lens(capture: BoundCapture, x, lens):
-    return _lens_by_chunks(capture, x, lens, max(capture.k, 1))
-
-
-def _lens_by_chunks(capture: BoundCapture, x, lens, k: int) -> Lens:
-    """The selected tokens first, in chunks; chunks without a selected token are not computed.
-
-    On a mesh each data shard orders its own tokens, so that none moves.
-    """
-    B, T, D = x.shape
-    shards = mesh.parts("B", B)
-    n = B * T // shards
-    mask = jnp.asarray(capture.tokens).reshape(shards, n)
-    chunk = min(LENS_CHUNK, n)
-    fill = -n % chunk
-    order = jnp.argsort(~mask, axis=1, stable=True)
-
-    def chunks(array):  # [shards, n, ...] -> [chunks, shards, chunk, ...]
-        tail = array.shape[2:]
-        at = order.reshape(shards, n, *(1,) * len(tail))
-        array = jnp.take_along_axis(array, at, 1)
-        array = jnp.pad(array, ((0, 0), (0, fill), *((0, 0),) * len(tail)))
-        array = array.reshape(shards, -1, chunk, *tail).swapaxes(0, 1)
-        return mesh.constrain(array, (None, "B", *(None,) * (array.ndim - 2)))
-
-    states, chosen = chunks(x.reshape(shards, n, D)), chunks(mask)
-    shape = jax.eval_shape(lens, states[0])
-
-    def one(args):
-        states, chosen = args
-        skipped = Lens(
-            jnp.full((shards, chunk, k), -1, jnp.int32),
-            jnp.zeros((shards, chunk, k), shape.dtype),
-            jnp.zeros((shards, chunk), shape.dtype),
-        )
-        return jax.lax.cond(chosen.any(), lambda: _lens(lens(states), chosen, k), lambda: skipped)
-
-    parts = jax.lax.map(one, (states, chosen))
-    inverse = jnp.argsort(order, axis=1)
-
-    def unsort(part):
-        tail = part.shape[3:]
-        flat = part.swapaxes(0, 1).reshape(shards, -1, *tail)[:, :n]
-        flat = jnp.take_along_axis(flat, inverse.reshape(shards, n, *(1,) * len(tail)), 1)
-        return mesh.constrain(flat.reshape(B, T, *tail), ("B", *(None,) * (1 + len(tail))))
-
-    return jax.tree.map(unsort, parts)
-
-
-def _lens(logits, chosen, k: int) -> Lens:
-    logits = mesh.constrain(logits, ("B", None, "V"))
-    best, ids = split.top_k(logits, k, top_k)
-    highest = logits.max(-1)
-    below = logits - highest[..., None]
-    odds = jnp.exp(below)
-    total = _over_words(odds)
-    entropy = jnp.log(total) - _over_words(odds * below) / total
-    log_probs = best - (highest + jnp.log(total))[..., None]
-    return Lens(
-        ids=jnp.where(chosen[..., None], ids.astype(jnp.int32), -1),
-        log_probs=jnp.where(chosen[..., None], log_probs, 0),
-        entropy=jnp.where(chosen, entropy, 0),
-    )
-
-
-def _over_words(x):
-    """x.sum(-1), as a product with ones: a CPU adds up in it eight numbers at a time."""
-    return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision=jax.lax.Precision.HIGHEST)
-
-
-def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`, by way of the k blocks with the highest maxima: they hold all the best.
-
-    Of equal values the first is taken, as there.
-    """
-    blocks = -(-x.shape[-1] // TOP_BLOCK)
-    if blocks <= 2 * k:
-        return jax.lax.top_k(x, k)
-    fill = [(0, 0)] * (x.ndim - 1) + [(0, blocks * TOP_BLOCK - x.shape[-1])]
-    x = jnp.pad(x, fill, constant_values=-jnp.inf).reshape(*x.shape[:-1], blocks, TOP_BLOCK)
-    block = jnp.sort(jax.lax.top_k(x.max(-1), k)[1])
-    candidates = jnp.take_along_axis(x, block[..., None], -2)
-    best, at = jax.lax.top_k(candidates.reshape(*block.shape[:-1], -1), k)
-    return best, jnp.take_along_axis(block, at // TOP_BLOCK, -1) * TOP_BLOCK + at % TOP_BLOCK
+    return logit_lens.read(x, capture.tokens, lens, max(capture.k, 1))
 
 
 def _read_entropy(capture: BoundCapture, x, lens):
-    result = _lens_by_chunks(capture, x, lens, 1)
+    result = logit_lens.read(x, capture.tokens, lens, 1)
     hot = _one_hot(capture)
     parts = (
-        jnp.einsum("BT,BTk->Bk", result.entropy, hot),
-        jnp.einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        _product("BT,BTk->Bk", result.entropy, hot),
+        _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
         hot.sum(1).astype(jnp.int32),
     )
     return Entropy(*(_by_row(capture, part) for part in parts), capture.by or ())
 
 
-READ: dict[str, Callable] = {
-    "keep": _read_keep,
-    "mean": _read_mean,
-    "mass": _read_mass,
-    "stats": _read_stats,
-    "lens": _read_lens,
-    "entropy": _read_entropy,
+def _read_finite(capture: BoundCapture, x, lens):
+    """bool[]: whether x is finite at the selected tokens; see `finite`."""
+    mask = along_tokens(capture.tokens, edits.token_axis(capture.site), x.ndim)
+    return (jnp.isfinite(x) | ~mask).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to reduce the tensor of a site, and all that others must know of it.
+
+    Attributes:
+      read: (capture, x, lens) -> the result of one layer, inside the pass.
+      refuse: (capture, shapes), which raises where the form does not read the site.
+      options: what is written beside the site in text; None where the form has no name there.
+      by: what the rows of a result are: "row" of the batch; "token", of which there are as many as
+        at the site, on the vision side tile by tile; "batch" has none, and all are added up.
+      merges: whether results have `wide` and `merge`, for a data set of any size.
+      every_row: whether a row without a selected token has no result.
+      some: whether a capture must select a token.
+    """
+
+    read: Callable[[BoundCapture, jax.Array, Callable | None], Any]
+    refuse: Callable[[Capture, dict[str, edits.SiteShape]], None] = lambda capture, shapes: None
+    options: tuple[str, ...] | None = None
+    by: str = "row"
+    merges: bool = False
+    every_row: bool = False
+    some: bool = True
+
+
+FORMS: dict[str, Form] = {
+    "finite": Form(_read_finite, by="batch", some=False),
+    "keep": Form(_read_keep, options=("where",), by="token"),
+    "mean": Form(_read_mean, _refuse_tokens, ("where",), every_row=True),
+    "mass": Form(_read_mass, _refuse_mass, ("on", "where"), every_row=True),
+    "stats": Form(_read_stats, _refuse_tokens, ("by", "where"), by="batch", merges=True),
+    "lens": Form(_read_lens, _refuse_lens, ("k", "by", "where"), by="token"),
+    "entropy": Form(_read_entropy, _refuse_lens, merges=True),
 }
+
+
+def join(
+    captures: dict[str, Capture], parts: Sequence[dict[str, Any]], batches: Sequence[Any]
+) -> dict[str, Any]:
+    """Captures of several batches as one, on the host.
+
+    Statistics are added up, all else is put row after row, without the rows that only fill up a
+    batch. `keep` and `lens` of the vision side are put tile after tile.
+
+    Args:
+      parts: by name, of each batch.
+      batches: the batches.
+    """
+
+    def one(name: str, capture: Capture):
+        found = [part[name] for part in parts]
+        form = FORMS[capture.form]
+        if form.by == "batch":
+            return functools.reduce(lambda a, b: a.merge(b), (part.wide() for part in found))
+        site = capture.address.site
+        tiled = form.by == "token" and site.module not in ("lm", "logits")
+        real = [np.asarray(b.real if tiled else b.valid.any(-1)) for b in batches]
+        axis = int(site.stacked and capture.address.layers.form != "one")
+        return jax.tree.map(lambda *arrays: _real(arrays, real, axis), *found)
+
+    return {name: one(name, capture) for name, capture in captures.items()}
+
+
+def _real(arrays, real: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Of each array the real entries of an axis, one after the other."""
+    some = [np.compress(keep, a, axis) for a, keep in zip(arrays, real, strict=True)]
+    return np.concatenate(some, axis)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import notebook, sites, tokens
+from mllm_jax import notebook, precision, sites, tokens
 from mllm_jax.sites import Address
 
 
@@ -123,7 +123,10 @@ def project_out(target, basis, *, where=None) -> Edits:
 def patch(target, source, into, *, where=None, basis=None) -> Edits:
     """Row `into` reads row `source` of the same batch: activation patching without a stored cache.
 
-    The selected tokens of both rows are matched in order, so rows may differ in length.
+    The selected tokens of both rows are matched in order, so rows may differ in length. At a site
+    of vision, Q-Former or projector they are those of all tiles of a row's pictures, in order, and
+    rows that share a picture are read apart: no other row changes. Inside `jax.jit` over the batch
+    that cannot be seen in time: there a row whose pictures are shared is not written.
 
     Args:
       source, into: rows of the batch; lists of rows for several pairs, which all read what was
@@ -156,7 +159,7 @@ def call(target, fn: Callable, *, where=None, **arrays) -> Edits:
 
 
 def per_step(edits: Edits, strengths) -> Edits:
-    """Edits whose effect has its own strength at each step of generation: x + s (edit(x) - x).
+    """Edits with their own strength s at each step of generation: (1 - s) x + s edit(x).
 
     Step 0 reads the prompt, step i the i-th token of the answer; a pass over prompt and answer
     means the same. After the last strength given, that one holds on.
@@ -180,13 +183,16 @@ def _project_out(x, basis):
 
 
 def _onto(x, basis):
-    """The part of x within the span of orthonormal columns."""
-    return jnp.einsum("...D,Dr,dr->...d", x, basis, basis)
+    """The part of x within the span of orthonormal columns, in float32 or better."""
+    inside = precision.einsum("...D,Dr->...r", precision.at_least_float32(x), basis)
+    return precision.einsum("...r,Dr->...D", inside, basis)
 
 
 def _patch(x, basis=None, *, row, at):
     read = x[row, at]
-    return read if basis is None else x + _onto(read - x, basis)
+    if basis is None:
+        return read
+    return x + _onto(precision.at_least_float32(read) - x, basis)
 
 
 KINDS: dict[str, Callable] = {
@@ -240,7 +246,7 @@ class BoundEdit:
         strength = along.pop("strength", None)
         new = (self.fn or KINDS[self.kind])(x, **self.values, **along)
         if strength is not None:
-            new = x + strength * (new - x)
+            new = (1 - strength) * x + strength * new
         return jnp.where(mask, new.astype(x.dtype), x)
 
 

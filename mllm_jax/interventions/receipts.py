@@ -21,8 +21,8 @@ class Receipt:
     Attributes:
       edit: its kind and site. Static.
       tokens: int32[L], tokens it matched.
-      elements: int32[L], elements whose value changed.
-      norm: float32[L], root of the summed squares of the change.
+      elements: int32[L], elements whose value changed; of those selected, NaN counts as changed.
+      norm: float32[L], root of the summed squares of the change; NaN where it made or met NaN.
     """
 
     edit: str = dataclasses.field(metadata={"static": True})
@@ -54,11 +54,12 @@ def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tu
       token_axes: the axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
-    change = at_least_float32(after) - at_least_float32(before)
+    # Elsewhere there may be NaN too, of an edit before.
+    change = jnp.where(mask, at_least_float32(after) - at_least_float32(before), 0)
     squares = jnp.sum(change * change)
-    changed = squares > 0  # a root has no slope at 0, which is where an edit without effect is
+    changed = squares != 0  # a root has no slope at 0, which is where an edit without effect is
     return (
         jnp.sum(mask.any(rest), dtype=jnp.int32),
-        jnp.sum(after != before, dtype=jnp.int32),
+        jnp.sum(mask & (after != before), dtype=jnp.int32),
         jnp.where(changed, jnp.sqrt(jnp.where(changed, squares, 1)), 0),
     )

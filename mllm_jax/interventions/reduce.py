@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from mllm_jax.interventions import results
 from mllm_jax.interventions import run as run_
-from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.captures import FORMS, Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.sharding import hosts
 from mllm_jax.store import Store
@@ -45,7 +46,7 @@ def reduce(
         model, other captures, edits or batches, of more batches, or is damaged.
     """
     for name, capture in captures.items():
-        if capture.form not in ("stats", "entropy"):
+        if not FORMS[capture.form].merges:
             raise ValueError(
                 f"capture '{name}' ({capture.form}) cannot be added up over batches; "
                 "use stats(...), or lens(..., by=tokens.kind)"
@@ -85,8 +86,6 @@ def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    from mllm_jax.interventions import captures
-
     names = sorted({key.split("/")[0] for key in arrays if "/" in key})
     total = {}
     for name in names:
@@ -96,5 +95,5 @@ def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
             for key in arrays
             if key.startswith(f"{name}/") and not key.endswith("/type")
         }
-        total[name] = getattr(captures, kind)(**fields, kinds=tuple(kinds))
+        total[name] = getattr(results, kind)(**fields, kinds=tuple(kinds))
     return total

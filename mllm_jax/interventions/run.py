@@ -15,6 +15,7 @@ from mllm_jax import notebook, sites
 from mllm_jax.interventions import binding
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions import finite as finite_
 from mllm_jax.interventions.captures import BoundCapture, Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits, SiteShape
 from mllm_jax.interventions.receipts import Receipt
@@ -33,11 +34,14 @@ class Out:
       logits: float32[B, V] at each row's last token; [B, T, V] for "all"; None for "none".
       captures: by name; `out["name"]` for short.
       receipts: one for each edit, in order.
+      finite: with `check_finite`, whether each site is, by name: bool[L], or bool[] of a site
+        without layers. See `finite.first_not_finite`.
     """
 
     logits: Any
     captures: dict[str, Any]
     receipts: tuple[Receipt, ...]
+    finite: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.captures:
@@ -65,6 +69,7 @@ def run(
     *,
     logits: str = "last",
     remat: bool = False,
+    check_finite: bool = False,
 ) -> Out:
     """One forward pass.
 
@@ -76,25 +81,51 @@ def run(
       edits: what to change. captures: what to bring back, by name.
       logits: "last" at each row's last token, "all", or "none".
       remat: compute a layer's tensors again in the backward pass instead of keeping them.
+      check_finite: look at every site for NaN and infinities, padding apart, and name the first.
+        Inside `jax.jit` no error can be raised: there `Out.finite` comes back to be looked at.
 
     Raises:
-      ValueError: an edit or capture that does not fit, or that selects nothing.
+      ValueError: an edit or capture that does not fit, or that selects nothing; with
+        `check_finite`, a site that is not finite.
     """
     if logits not in LOGITS:
         raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
-    batch = batch.replace(processor=None)
-    bound, asked = bind(model, batch, edits, captures)
+    batch = separate(model, batch.replace(processor=None), edits)
+    if check_finite:
+        captures = (captures or {}) | finite_.captures(site_shapes(model, batch), logits)
+    bound, asked = bind(model, batch, edits, captures, logits)
     with mesh.on(model):
         read = mesh.place(batch), place(bound), asked
-        return mesh.home(_run(model, *read, logits=logits, remat=remat))
+        out = mesh.home(_run(model, *read, logits=logits, remat=remat))
+    if not check_finite:
+        return out
+    found, checks = finite_.split(out.captures)
+    finite_.require(checks)
+    return dataclasses.replace(out, captures=found, finite=checks)
 
 
-def bind(model, batch, edits, captures) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
-    """Edits and captures in the shapes of this model and batch. See `binding.bind`."""
+def bind(
+    model, batch, edits, captures, logits: str = "all"
+) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
+    """Edits and captures in the shapes of this model and batch. See `binding.bind`.
+
+    Args:
+      logits: those that the pass computes, as in `run`.
+    """
     if not edits and not captures:
         return (), {}
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
-    return binding.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+    bound, asked = binding.bind(edits, shapes, maps), captures_.bind(captures, shapes, maps)
+    if logits == "last":
+        items = (*bound, *asked.values())
+        binding.refuse_uncomputed(items, batch.last, batch.ids.shape[1])
+    return bound, asked
+
+
+def separate(model, batch, edits: Edits | None):
+    """The batch in which rows share no pictures, where a patch writes those of a row."""
+    tiles = any(e.kind == "patch" and "I" in e.address.site.axes for e in edits or ())
+    return model.unshared(batch) if tiles else batch
 
 
 def place(
@@ -152,12 +183,12 @@ def _moved(taps: Taps, batch) -> Taps:
     def edit(item):
         if item.site != sites.logits:
             return item
-        return dataclasses.replace(
-            item,
-            tokens=pick(item.tokens),
-            values=jax.tree.map(value, item.values),
-            along=jax.tree.map(pick, item.along),
-        )
+        tokens, along = pick(item.tokens), jax.tree.map(pick, item.along)
+        if "at" in along:  # it reads the last token of a row, or nothing that is computed
+            tokens = tokens & (along["at"] == jnp.take(batch.last, along["row"]))
+            along["at"] = jnp.full_like(along["at"], taps.at)
+        values = jax.tree.map(value, item.values)
+        return dataclasses.replace(item, tokens=tokens, values=values, along=along)
 
     def capture(item):
         if item.site != sites.logits:

@@ -6,7 +6,9 @@
 Edits are a chain, each its kind, its site with an address, a value if the kind takes one, then
 `name=value` options. Captures are named and parted by `;`, each its form, its site, then options.
 
-An address is as in Python, but that a list is `1+5+9` (of one entry `1+`) or in a file.
+An address is as in Python, but that a list is `1+5+9` (of one entry `1+`) or in a file. Layers and
+neurons mean these neurons in each of these layers; pairs of one layer and one neuron are written
+`lm.mlp.act[(0,5)+(1,6)]`, or stand in a file as [n, 2].
 A value is a number, numbers `0.5,1,2`, or an array in a file (`@file.npy`, `@file.json`), times a
 number if wanted. A selector is a name of `tokens.NAMED`, `row(3)`, `column(3)`, `tile(0)` or
 `@mask.npy`, joined by `|` and `&` (which binds closer), turned around by `~`.
@@ -54,13 +56,8 @@ OPTIONS = dict.fromkeys(("ablate", *VALUES), ("where", "steps")) | {
     "patch": ("source", "into", "basis", "where", "steps"),
     "knockout": ("to", "on"),
 }
-CAPTURES = {
-    "keep": ("where",),
-    "mean": ("where",),
-    "mass": ("on", "where"),
-    "stats": ("by", "where"),
-    "lens": ("k", "by", "where"),
-}
+CAPTURES = {name: form.options for name, form in captures_.FORMS.items() if form.options}
+_PAIRS = r"\(-?\d+,-?\d+\)(\+\(-?\d+,-?\d+\))*\+?"
 _ITEM = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
 
 
@@ -156,7 +153,11 @@ def _address(text: str, root: pathlib.Path):
     site = sites.lm.attn.mask if name == "lm.attn" else sites.get(name)
     if match["at"] is None:
         return sites.Address.of(site)
-    return site[tuple(_index(part.strip(), root) for part in match["at"].split(","))]
+    if re.fullmatch(_PAIRS, match["at"]):
+        return site[np.array(re.findall(r"-?\d+", match["at"]), np.int32).reshape(-1, 2)]
+    parts = tuple(_index(part.strip(), root) for part in match["at"].split(","))
+    lists = len(parts) == 2 and all(isinstance(p, np.ndarray) and p.dtype != bool for p in parts)
+    return site[np.ix_(*parts) if lists else parts]
 
 
 def _index(text: str, root: pathlib.Path):

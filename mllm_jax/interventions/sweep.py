@@ -40,7 +40,7 @@ BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Edits to be swept over: the same kinds and sites in each; all else may differ."""
+    """Edits to be swept over: the same kinds and sites in each; what else is data may differ."""
 
     items: tuple[Edits, ...]
 
@@ -52,22 +52,34 @@ def stack(edits: Sequence[Edits]) -> Stack:
     """Edits to be swept over.
 
     Raises:
-      ValueError: none are given, or they differ in kinds or sites.
+      ValueError: none are given, or they differ in kinds or sites, in the functions or arguments
+        of a `call`, or in that a `patch` has a basis.
     """
     items = tuple(edits)
     if not items:
         raise ValueError("there is no edit to sweep over")
     for number, item in enumerate(items):
-        if _kinds(item) != _kinds(items[0]):
+        if _structure(item) != _structure(items[0]):
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
-                "the edits of one sweep have the same kinds and sites"
+                "the edits of one sweep have the same kinds and sites, the same function in a call "
+                "and a basis in each patch or in none (np.eye(width) is the whole space)"
             )
     return Stack(items)
 
 
+def _structure(edits: Edits) -> list[tuple]:
+    """What all lanes have in common, beside what `_equal_lanes` makes equal."""
+    return [(edit.kind, edit.address.site, edit.fn, sorted(edit.values)) for edit in edits]
+
+
 def _kinds(edits: Edits) -> str:
-    return " >> ".join(f"{edit.kind} {edit.address.site.name}" for edit in edits)
+    def one(edit):
+        name = f" {getattr(edit.fn, '__name__', edit.fn)}" if edit.fn else ""
+        given = f" ({', '.join(sorted(edit.values))})" if edit.kind in ("patch", "call") else ""
+        return f"{edit.kind} {edit.address.site.name}{name}{given if edit.values else ''}"
+
+    return " >> ".join(map(one, edits))
 
 
 def sweep(
@@ -113,10 +125,13 @@ def sweep(
         code={"metric": metric}, settings={"logits": logits},
     )  # fmt: skip
     rows = _Rows(edits.items, store)
-    bound = [run_.bind(model, batch, item, None)[0] for item in edits.items]
-    asked = run_.bind(model, batch, None, captures)[1]
+    every = Edits(tuple(edit for item in edits.items for edit in item))
+    batch = run_.separate(model, batch, every)
+    bound = [run_.bind(model, batch, item, None, logits)[0] for item in edits.items]
+    asked = run_.bind(model, batch, None, captures, logits)[1]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
+    bound = _equal_lanes(bound)
     with mesh.on(model):
         share = share and not rows.done.all()  # nothing is run for rows that are there
         trunk = (trunk_.grow if share else trunk_.whole)(model, batch, bound, asked, logits)
@@ -147,6 +162,32 @@ def sweep(
                 if hosts.leaving():
                     hosts.leave(label)
     return rows.values
+
+
+def _equal_lanes(lanes: list[tuple[BoundEdit, ...]]) -> list[tuple[BoundEdit, ...]]:
+    """Lanes of one structure: a strength in each, if in one, and bases of one width.
+
+    A strength of 1 is the edit, and columns of zeros add nothing to an orthonormal basis.
+    """
+    columns = [_equal(column) for column in zip(*lanes, strict=True)]
+    return list(zip(*columns, strict=True)) if columns else lanes
+
+
+def _equal(edits: tuple[BoundEdit, ...]) -> list[BoundEdit]:
+    """One edit of each lane."""
+    strengths = [edit.along["strength"] for edit in edits if "strength" in edit.along]
+    ranks = [edit.values["basis"].shape[-1] for edit in edits if "basis" in edit.values]
+
+    def one(edit):
+        along, values = dict(edit.along), dict(edit.values)
+        if strengths:
+            along.setdefault("strength", np.ones_like(strengths[0]))
+        if ranks:
+            missing = max(ranks) - values["basis"].shape[-1]
+            values["basis"] = np.pad(values["basis"], ((0, 0), (0, 0), (0, missing)))
+        return dataclasses.replace(edit, along=along, values=values)
+
+    return [one(edit) for edit in edits]
 
 
 def _stacked(widths: Any, lanes: Sequence[tuple[BoundEdit, ...]]) -> tuple[BoundEdit, ...]:

@@ -118,6 +118,9 @@ class Tap:
         rank, units, along = x.ndim, edits_.unit_axis(edit.site), edits_.token_axis(edit.site)
         length = x.shape[along]
         where = self._window(edit.tokens, 1, length)
+        if "at" in edit.along:  # only what this pass computes can be read
+            read = self._follow("at", edit.along["at"], x, along)
+            where = where & (read >= 0) & (read < length)
         mask = captures_.along_tokens(where, along, rank)
         mask = mask & edit.units.reshape(*(1,) * units, -1, *(1,) * (rank - units - 1))
         values = {

@@ -176,7 +176,7 @@ def stops(bound, asked, logits: str, layers: int) -> np.ndarray | None:
 
 def prefix_length(batch, edits: tuple[BoundEdit, ...], asked, logits: str) -> int:
     """How many tokens at the start no edit changes and no capture reads."""
-    whole = any(c.form in ("keep", "lens") for c in asked.values())
+    whole = any(captures_.FORMS[c.form].by == "token" for c in asked.values())
     outside = any(c.site.module not in ("lm", "logits") for c in asked.values())
     if logits == "all" or whole or outside or batch.segment is not None:
         return 0

@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (
-            nnx.Linear(config.width, config.width, rngs=rngs) for _ in range(4)
+            layers.Linear(config.width, config.width, rngs=rngs) for _ in range(4)
         )
 
     def __call__(
@@ -84,8 +84,8 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.width, config.mlp, rngs=rngs)
-        self.down = nnx.Linear(config.mlp, config.width, rngs=rngs)
+        self.up = layers.Linear(config.width, config.mlp, rngs=rngs)
+        self.down = layers.Linear(config.mlp, config.width, rngs=rngs)
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P E"]:
@@ -116,7 +116,7 @@ class ClipVision(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         pixels = config.patch**2 * 3
         self.config = config
-        self.patch = nnx.Linear(pixels, config.width, use_bias=False, rngs=rngs)
+        self.patch = layers.Linear(pixels, config.width, use_bias=False, rngs=rngs)
         self.cls = nnx.Param(normal(rngs.params(), (config.width,)))
         self.position = nnx.Param(normal(rngs.params(), (config.grid**2 + 1, config.width)))
         self.pre_norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)

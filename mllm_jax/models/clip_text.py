@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mllm_jax import precision
 from mllm_jax.axes import Array, Float, Int
 from mllm_jax.models import clip, layers
-from mllm_jax.precision import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,9 @@ class Clip(nnx.Module):
         self.config = config
         self.vision = clip.ClipVision(vision, rngs=rngs)
         self.vision_norm = layers.LayerNorm(vision.width, eps=vision.eps, rngs=rngs)
-        self.vision_out = nnx.Linear(vision.width, config.width, use_bias=False, rngs=rngs)
+        self.vision_out = layers.Linear(vision.width, config.width, use_bias=False, rngs=rngs)
         self.text = ClipText(text, rngs=rngs)
-        self.text_out = nnx.Linear(text.width, config.width, use_bias=False, rngs=rngs)
+        self.text_out = layers.Linear(text.width, config.width, use_bias=False, rngs=rngs)
         self.scale = nnx.Param(jnp.zeros(()))
 
     def pictures(self, pixels: Float[Array, "I row column 3"], taps) -> Float[Array, "I joint"]:
@@ -111,9 +111,10 @@ class Clip(nnx.Module):
         self, pictures: Float[Array, "I joint"], texts: Float[Array, "C joint"]
     ) -> Float[Array, "I C"]:
         """How well each text fits each picture: exp(scale) times the cosine."""
-        return jnp.exp(self.scale[...]) * pictures @ texts.T
+        scale = jnp.exp(precision.at_least_float32(self.scale[...]))
+        return precision.matmul(scale * pictures, texts.T)
 
 
 def _unit(x: Float[Array, "*B joint"]) -> Float[Array, "*B joint"]:
-    x = at_least_float32(x)
+    x = precision.at_least_float32(x)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -65,7 +65,7 @@ class EvaVision(nnx.Module):
     def __init__(self, config: EvaConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.config = config
-        self.patch = nnx.Linear(config.patch**2 * 3, config.width, rngs=rngs)
+        self.patch = layers.Linear(config.patch**2 * 3, config.width, rngs=rngs)
         self.cls = nnx.Param(normal(rngs.params(), (1, config.width)))
         self.position = nnx.Param(normal(rngs.params(), (config.feature_tokens, config.width)))
         self.layers = layers.stack(lambda keys: clip.Block(config, rngs=keys), config.layers, rngs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import rows
+from mllm_jax import precision, rows
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.precision import at_least_float32
 
@@ -23,6 +24,53 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A matrix W + scale A B in the place of a kernel; `Linear` multiplies without making the sum.
+
+    A change that is small beside W would be rounded away in the sum, where that is narrower than
+    float32. All else reads the sum, by `[...]`.
+
+    Attributes:
+      weight: float[*L, n, m], W. a: float32[*L, n, r]. b: float32[*L, r, m]. scale: static.
+    """
+
+    weight: Array
+    a: Array
+    b: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weight.dtype
+
+    def __getitem__(self, index) -> Array:
+        change = self.scale * precision.matmul(self.a, self.b)
+        return (self.weight + change).astype(self.weight.dtype)[index]
+
+    def multiply(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
+        """x (W + scale A B), rounded once."""
+        low = precision.matmul(x, self.a.astype(x.dtype))
+        change = precision.matmul(low, self.b.astype(x.dtype), into_float32=True)
+        y = precision.matmul(x, self.weight, into_float32=True) + self.scale * change
+        return y.astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+    """x W + b, of float32 arrays in float32 on every chip; see `precision`."""
+
+    def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
+        kernel = self.kernel.get_value()
+        low_rank = isinstance(kernel, LowRank)
+        y = kernel.multiply(x) if low_rank else precision.matmul(x, kernel)
+        return y if self.bias is None else y + self.bias[...]
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -102,8 +150,10 @@ def _attend(query, parts, mask, pattern=None):
     K = parts[0][0].shape[1]
     # The axes lie as the products read and write them: nothing of size [T, S] is ever moved.
     grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = [jnp.einsum("BKUH,BKSH->BKUS", grouped, key) for key, _ in parts]
-    scores = at_least_float32(_joined(scores)).reshape(B, N, T, -1) * H**-0.5
+    scores = [
+        precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
+    ]
+    scores = _joined(scores).reshape(B, N, T, -1) * H**-0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -116,7 +166,7 @@ def _attend(query, parts, mask, pattern=None):
     probabilities = probabilities.astype(query.dtype).reshape(B, K, N // K * T, -1)
     ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
     heads = sum(
-        jnp.einsum("BKUS,BKSH->BKUH", part, value)
+        precision.einsum("BKUS,BKSH->BKUH", part, value)
         for part, (_, value) in zip(jnp.split(probabilities, ends, -1), parts, strict=True)
     )
     return heads.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax import narrow
+from mllm_jax import narrow, precision
 from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
-from mllm_jax.precision import at_least_float32
 from mllm_jax.sharding import mesh
 from mllm_jax.sites import lm as S
 
@@ -68,10 +67,10 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         D, H = config.width, config.head_width
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.q = nnx.Linear(D, config.heads * H, use_bias=False, rngs=rngs)
-        self.k = nnx.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
-        self.v = nnx.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
-        self.o = nnx.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
+        self.q = layers.Linear(D, config.heads * H, use_bias=False, rngs=rngs)
+        self.k = layers.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
+        self.v = layers.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
+        self.o = layers.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
         """The heads' output, and this call's keys and values [B, K, T, H]."""
@@ -94,9 +93,9 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
+        self.gate = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
+        self.up = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
+        self.down = layers.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
         gate = tap(S.mlp.gate, self.gate(x))
@@ -136,7 +135,7 @@ class Llama(nnx.Module):
         self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.layers, rngs)
         self.norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
         if not config.tied:
-            self.head = nnx.Linear(config.width, config.vocab, use_bias=False, rngs=rngs)
+            self.head = layers.Linear(config.width, config.vocab, use_bias=False, rngs=rngs)
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Word embeddings. Ids outside the vocabulary (placeholders) give those of id 0."""
@@ -186,11 +185,10 @@ class Llama(nnx.Module):
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits of normed states, in float32 or better."""
         if self.config.tied:
-            out = jnp.einsum("...D,VD->...V", x, mesh.constrain(self.embed[...], ("V", "D")))
-        else:
-            kernel = mesh.constrain(self.head.kernel[...], ("D", "V"))
-            out = jnp.einsum("...D,DV->...V", x, kernel)
-        return at_least_float32(out)
+            table = mesh.constrain(self.embed[...], ("V", "D"))
+            return precision.einsum("...D,VD->...V", x, table, into_float32=True)
+        kernel = mesh.constrain(self.head.kernel[...], ("D", "V"))
+        return precision.einsum("...D,DV->...V", x, kernel, into_float32=True)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The logit lens: logits of a residual, as if it were the last (nostalgebraist 2020)."""

@@ -230,11 +230,49 @@ class Llava(nnx.Module):
         readers = self.config.readers(batch)
         return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
 
+    def unshared(self, batch: Batch) -> Batch:
+        """The batch with tiles of its own for each row; itself where rows share none.
+
+        A batch that is traced stays as it is: how many tiles there will be must be known.
+        """
+        readers = self.config.readers(batch)
+        if isinstance(readers, jax.core.Tracer):
+            return batch
+        readers = np.asarray(readers)
+        if (readers.sum(0) <= 1).all():
+            return batch
+        rows, size = len(readers), int(np.max(batch.tile)) + 1  # places of tiles, for each row
+        first = readers.argmax(1) // size * size  # the tiles of a row stand side by side
+        at = (first[:, None] + np.arange(size)).reshape(-1)
+        real = np.asarray(batch.real)[at] & np.repeat(readers.any(1), size)
+
+        def own(array, fill=0):
+            if array is None or not len(array):
+                return array
+            array = np.asarray(array)[at]
+            return np.where(real.reshape(-1, *(1,) * (array.ndim - 1)), array, fill)
+
+        tokens_ = size * self.config.image_tokens  # of a row
+        image_at = np.asarray(batch.image_at)
+        moved = image_at + (np.arange(rows) - first // size)[:, None] * tokens_
+        newline = image_at == len(batch.tile) * self.config.image_tokens
+        image_at = np.where(newline, rows * tokens_, np.where(image_at < 0, -1, moved))
+        return batch.replace(
+            image_at=image_at.astype(np.int32),
+            pixels=own(batch.pixels),
+            tile=np.asarray(batch.tile)[at],
+            real=real,
+            features=own(batch.features),
+            qformer_ids=own(batch.qformer_ids),
+            qformer_kind=own(batch.qformer_kind, tokens.CODE["pad"]),
+        )
+
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """What the vision tower gives to the projector."""
+        dtype = self.vision.cls.dtype
         if batch.features is not None:
-            return batch.features
-        return self.vision(batch.pixels.astype(self.vision.cls.dtype), taps.module("vision"))
+            return batch.features.astype(dtype)
+        return self.vision(batch.pixels.astype(dtype), taps.module("vision"))
 
     def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
         """The image tokens of all tiles, one after the other: what `image_at` counts."""

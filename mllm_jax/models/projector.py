@@ -38,7 +38,8 @@ class Projector(nnx.Module):
         widths = [config.in_width * config.fold**2] + [config.out_width] * config.depth
         self.config = config
         self.linears = nnx.List(
-            nnx.Linear(n, m, use_bias=config.bias, rngs=rngs) for n, m in itertools.pairwise(widths)
+            layers.Linear(n, m, use_bias=config.bias, rngs=rngs)
+            for n, m in itertools.pairwise(widths)
         )
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P D"]:

@@ -60,10 +60,10 @@ class Attention(nnx.Module):
     def __init__(self, config: QFormerConfig, source_width: int, *, rngs: nnx.Rngs):
         W = config.width
         self.heads = config.heads
-        self.q = nnx.Linear(W, W, rngs=rngs)
-        self.k = nnx.Linear(source_width, W, rngs=rngs)
-        self.v = nnx.Linear(source_width, W, rngs=rngs)
-        self.o = nnx.Linear(W, W, rngs=rngs)
+        self.q = layers.Linear(W, W, rngs=rngs)
+        self.k = layers.Linear(source_width, W, rngs=rngs)
+        self.v = layers.Linear(source_width, W, rngs=rngs)
+        self.o = layers.Linear(W, W, rngs=rngs)
         self.norm = layers.LayerNorm(W, eps=config.eps, rngs=rngs)
 
     def __call__(
@@ -84,8 +84,8 @@ class MLP(nnx.Module):
     """Two maps, the result added and normed."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
-        self.up = nnx.Linear(config.width, config.mlp, rngs=rngs)
-        self.down = nnx.Linear(config.mlp, config.width, rngs=rngs)
+        self.up = layers.Linear(config.width, config.mlp, rngs=rngs)
+        self.down = layers.Linear(config.mlp, config.width, rngs=rngs)
         self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
         self.act = config.act
 

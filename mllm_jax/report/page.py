@@ -10,11 +10,14 @@ import dataclasses
 import html
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 from mllm_jax import store
 
 RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))  # of every study
+# Controls that reorder the text around them: embeddings, overrides, isolates.
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
 
 
@@ -156,7 +159,7 @@ def _section(number: int, section: Section) -> str:
 def _figure(figure: Figure) -> str:
     path = html.escape(figure.path)
     width = f' width="{figure.width}"' if figure.width else ""
-    image = f'<img src="{path}"{width} alt="{html.escape(figure.alt)}">'
+    image = f'<img src="{path}"{width} alt="{html.escape(_plain(figure.alt))}">'
     caption = f"<figcaption>{_text(figure.caption)}</figcaption>" if figure.caption else ""
     return f'<figure><a href="{path}">{image}</a>{caption}</figure>'
 
@@ -190,7 +193,12 @@ def _links(data: Sequence[tuple[str, str]]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text, quote=False)
+    return html.escape(_plain(text), quote=False)
+
+
+def _plain(text: str) -> str:
+    """A text whose order of letters is that of its words: what would turn what follows is shown."""
+    return BIDI.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 STYLE = """

@@ -318,7 +318,9 @@ def _mesh(
 
 def _data(slice_: Slice, network, study: str, fsdp: int) -> int:
     """As many data shards as leave three quarters of a chip to other things than weights."""
-    weights = _bytes(network) * (5 if study == "e2e" else 1)  # gradient, moments, what comes out
+    weights = _bytes(network)
+    if study == "e2e":  # float32: what trains, its two moments and its gradient; the cast copy
+        weights += 16 * parts.size(network)
     heads, chips = network.config.lm.kv_heads, slice_.chips // fsdp
     fitting = [
         model for model in range(1, chips + 1)

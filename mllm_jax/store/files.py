@@ -170,8 +170,16 @@ def journal_of(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 @functools.cache
+def noted(journal: pathlib.Path) -> set[str]:
+    """The lines of a journal, as this process knows them."""
+    return set(journal.read_text().splitlines())
+
+
 def note(path: pathlib.Path) -> None:
     """Writes down, once, that a file of a workdir is one that a study writes."""
     if journal := journal_of(path.parent):
-        with journal.open("a") as file:
-            file.write(f"{path.relative_to(journal.parent)}\n")
+        line = str(path.relative_to(journal.parent))
+        if line not in noted(journal):
+            noted(journal).add(line)
+            with journal.open("a") as file:
+                file.write(f"{line}\n")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.sharding import hosts
-from mllm_jax.store.files import atomic_npz, parse, read_npz, remove
+from mllm_jax.store.files import atomic_npz, damaged, parse, read_npz, remove
 from mllm_jax.store.fingerprints import fingerprint
 
 FORMAT = 1  # of the files of a store; another one whenever they are written in another way
@@ -116,6 +116,8 @@ class Store(Made):
         arrays = read_npz(self.path)
         record = parse(self.path, str(arrays.pop(_RECORD, "{}")))
         self._check(record)
+        if sorted(arrays) != record.get("arrays"):
+            raise damaged(self.path, "it does not hold the arrays that it names")
         for name, dtype in record["dtypes"].items():
             arrays[name] = arrays[name].view(dtype)
         return arrays
@@ -128,7 +130,8 @@ class Store(Made):
         # Of bfloat16 and such NumPy's format knows the size alone.
         other = {name: str(a.dtype) for name, a in arrays.items() if a.dtype.kind == "V"}
         plain = {n: a.view(f"u{a.dtype.itemsize}") if n in other else a for n, a in arrays.items()}
-        record = json.dumps(self._record() | {"dtypes": other}, sort_keys=True)
+        record = self._record() | {"arrays": sorted(plain), "dtypes": other}
+        record = json.dumps(record, sort_keys=True)
         atomic_npz(self.path, {_RECORD: np.array(record), **plain})
 
 

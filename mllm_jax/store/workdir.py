@@ -35,7 +35,7 @@ class Workdir:
         self.parts: dict[str, Any] = {}
         if hosts.writes():
             files.journal_of.cache_clear()
-            files.note.cache_clear()
+            files.noted.cache_clear()
             if restart:
                 self._clear()
             self._begin()

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 import tqdm
 
+from mllm_jax import precision
 from mllm_jax.sharding import mesh
 
 
@@ -84,7 +85,8 @@ def learn(
 
     Args:
         loss: (params, model, batch, key) -> a scalar. Pure; the model stays as it is.
-        start: the first parameters, a pytree.
+        start: the first parameters, a pytree; they are float32 or better from there on, as is the
+            optimiser's state, whatever the model's dtype.
         batches: pytrees of one shape, read once each in their order.
         seed: of the keys.
         label: of the progress bar.
@@ -97,7 +99,7 @@ def learn(
 
     curve = np.zeros((len(batches),), np.float32)
     with mesh.on(model):
-        params = mesh.settle(jax.tree.map(jnp.asarray, start))
+        params = mesh.settle(jax.tree.map(_widened, start))
         state = mesh.settle(optimiser.init(params))
         update = jax.jit(update, out_shardings=(*map(mesh.places, (params, state)), None))
         bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
@@ -111,6 +113,12 @@ def learn(
                     f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate"
                 )
     return mesh.home(params), curve
+
+
+def _widened(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return precision.at_least_float32(leaf) if floats else leaf
 
 
 def alignment(a: np.ndarray, b: np.ndarray) -> np.ndarray:

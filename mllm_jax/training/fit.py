@@ -25,9 +25,10 @@ class Recipe:
 
     Attributes:
       part: what trains, see `parts.split`. lora: if it is low-rank, how.
-      rate: peak learning rate. warmup: share of the steps that it rises over; then a cosine to 0.
+      rate: peak learning rate. warmup: share of the steps that it rises over; see `schedule`.
       projector_rate: that of the projector, where it is another.
-      weight_decay: of AdamW. clip: largest norm of the gradient, 0 for none.
+      weight_decay: of AdamW, for matrices alone; see `parts.decays`.
+      clip: largest norm of the gradient, 0 for none.
       accumulate: batches to a step.
       remat: save memory in the backward pass.
       every: steps between two checkpoints.
@@ -54,10 +55,11 @@ class Recipe:
         """AdamW with warm-up and cosine, of what `parts.split` says that trains."""
 
         def adamw(rate):
-            schedule = optax.warmup_cosine_decay_schedule(
-                0.0, rate, max(1, round(self.warmup * steps)), max(2, steps)
+            return optax.adamw(
+                schedule(rate, round(self.warmup * steps), steps),
+                weight_decay=self.weight_decay,
+                mask=parts.decays,
             )
-            return optax.adamw(schedule, weight_decay=self.weight_decay)
 
         step = adamw(self.rate)
         if self.projector_rate is not None:
@@ -67,6 +69,21 @@ class Recipe:
             )
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
         return optax.chain(clip, step)
+
+
+def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], jax.Array]:
+    """The learning rate of each step, counted from 0; that of no step is 0.
+
+    The first `warmup` steps have 1/warmup, 2/warmup, ... of the rate; those after fall along half a
+    cosine, from the rate to just above 0.
+    """
+
+    def at(step):
+        rise = (step + 1) / max(1, warmup)
+        done = (step - warmup) / max(1, steps - warmup)
+        return rate * jnp.where(step < warmup, rise, (1 + jnp.cos(jnp.pi * done)) / 2)
+
+    return at
 
 
 def fit(
@@ -82,6 +99,9 @@ def fit(
 ):
     """The model after all batches, `recipe.accumulate` of them a step, and the loss of each step.
 
+    What trains is float32 until the end, with its gradient and the optimiser's moments, whatever
+    the model's dtype; see `parts`.
+
     Args:
       batches: made when asked for, always the same at the same place, all of one shape.
       neurons: those that train, if the part says so; see `parts.split`.
@@ -96,7 +116,7 @@ def fit(
       label: of the progress bar.
 
     Returns:
-      The trained model, float32[steps].
+      The trained model in the dtype that it had, float32[steps].
 
     Raises:
       ValueError: the batches are no whole steps, or `save` holds the training of another start
@@ -119,7 +139,9 @@ def fit(
     with mesh.on(model):
         if kept is not None and store.done == steps:
             return merge(_restored(mesh.settle(trained), kept), frozen), kept["curve"]
-        trained = jax.tree.map(jnp.copy, trained)  # each step takes the place of the last in memory
+        # Each step takes the place of the last in memory, and the model's own arrays stay.
+        own = set(map(id, jax.tree.leaves(model)))
+        trained = jax.tree.map(lambda a: jnp.copy(a) if id(a) in own else a, trained)
         trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
         where = tuple(jax.tree.leaves(mesh.places((trained, state))))
         advance = functools.partial(
@@ -155,7 +177,7 @@ def update(trained, state, frozen, batches, *, merge, recipe, steps, loss, place
     """One step on some batches; the loss before it. What comes out lies where it lay."""
 
     def total(trained, batch):
-        sums, counts = loss(merge(trained, frozen), batch, remat=recipe.remat)
+        sums, counts = loss(merge.for_pass(trained, frozen), batch, remat=recipe.remat)
         return sums.sum(), counts.sum()
 
     def add(found, batch):

@@ -17,7 +17,15 @@ def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Arr
     Args:
       batch: with answers.
       remat: compute a layer's tensors again in the backward pass.
+
+    Raises:
+      ValueError: the batch has no answers.
     """
+    if batch.labels is None:
+        raise ValueError(
+            "this batch has no answers to learn: make it with processor(images, prompts, "
+            "answers=[...])"
+        )
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
     labels = jnp.asarray(batch.labels)

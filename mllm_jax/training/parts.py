@@ -5,7 +5,12 @@
 
 A part is a module as a whole, or a change of weights that are frozen themselves: low-rank products
 that are added to matrices, or some neurons' own weights that are put into theirs. The gradient of
-a changed matrix exists as a whole while a step is computed, and is not kept.
+a matrix with neurons that train exists as a whole while a step is computed, and is not kept.
+
+What trains is float32 whatever the model is, as its gradient and the optimiser's moments are: a
+step at a rate of 2e-5 is less than a bfloat16 weight can tell. It is cast to the model's dtype
+where it enters the pass. That takes 12 bytes a trained number, for weight and two moments, and 4
+for the gradient while a step is computed.
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mllm_jax import precision
+from mllm_jax.models.layers import LowRank
 
 MODULES = ("projector", "lm")
 PARTS = (*MODULES, "lora", "neurons")
@@ -52,19 +60,17 @@ class Lora:
         rng, low = np.random.default_rng(seed), {}
         for name in names:
             *stack, n, m = weights[name].shape
-            dtype = jnp.promote_types(weights[name].dtype, jnp.float32)
+            dtype = precision.wide(weights[name].dtype)
             a = rng.uniform(-1, 1, (*stack, n, self.rank)) / math.sqrt(n)
             low[name] = {"a": jnp.asarray(a, dtype), "b": jnp.zeros((*stack, self.rank, m), dtype)}
         return low
 
-    def put(self, weights: Weights, low: dict[str, dict[str, jax.Array]]) -> Weights:
-        """The weights with the products added."""
+    def put(self, weights: Weights, low: dict[str, dict[str, jax.Array]]) -> dict[str, Any]:
+        """The weights with the products beside their matrices."""
         scale = self.alpha / self.rank
-        changed = {
-            name: (weights[name] + scale * pair["a"] @ pair["b"]).astype(weights[name].dtype)
-            for name, pair in low.items()
+        return weights | {
+            name: LowRank(weights[name], **pair, scale=scale) for name, pair in low.items()
         }
-        return weights | changed
 
 
 def _neurons_start(weights: Weights, masks: Mapping[str, Any]) -> tuple[Weights, dict[str, Any]]:
@@ -82,7 +88,8 @@ def _neurons_start(weights: Weights, masks: Mapping[str, Any]) -> tuple[Weights,
             )
         layer, neuron = (jnp.asarray(index, jnp.int32) for index in np.nonzero(mask))
         at[matrix] = {"layer": layer, "neuron": neuron}
-        own[matrix] = weight[layer, neuron] if matrix == "down" else weight[layer, :, neuron]
+        rows = weight[layer, neuron] if matrix == "down" else weight[layer, :, neuron]
+        own[matrix] = precision.at_least_float32(rows)
     return own, at
 
 
@@ -94,19 +101,34 @@ def _neurons_put(weights: Weights, own: Weights, at: dict[str, Any]) -> Weights:
         # A neuron is a column of gate and up, [L, D, F], and a row of down, [L, F, D].
         place = weights[name].at
         place = place[layer, neuron] if matrix == "down" else place[layer, :, neuron]
-        changed[name] = place.set(rows, unique_indices=True)
+        changed[name] = place.set(rows.astype(weights[name].dtype), unique_indices=True)
     return weights | changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """merge(trained, frozen) -> the model. Two of one structure are equal: jit compiles once."""
+    """merge(trained, frozen) -> the model. Two of one structure are equal: jit compiles once.
+
+    Attributes:
+      structure: of the model. names, dtypes: of its weights, in order.
+      lora: as `split` was given it.
+    """
 
     structure: jax.tree_util.PyTreeDef
     names: tuple[str, ...]
+    dtypes: tuple[np.dtype, ...]
     lora: Lora
 
     def __call__(self, trained: dict[str, Any], frozen: dict[str, Any]) -> Any:
+        """The model, each weight an array of its own dtype."""
+        model = self.for_pass(trained, frozen)
+        return jax.tree.map(
+            lambda weight: weight[...] if isinstance(weight, LowRank) else weight,
+            model, is_leaf=lambda node: isinstance(node, LowRank),
+        )  # fmt: skip
+
+    def for_pass(self, trained: dict[str, Any], frozen: dict[str, Any]) -> Any:
+        """The model to compute with: low-rank products stay beside their matrices."""
         weights = dict(frozen["weights"])
         for module in MODULES:
             weights |= trained.get(module, {})
@@ -114,7 +136,11 @@ class Merge:
             weights = self.lora.put(weights, trained["lora"])
         if "neurons" in trained:
             weights = _neurons_put(weights, trained["neurons"], frozen["neurons"])
-        return jax.tree.unflatten(self.structure, [weights[name] for name in self.names])
+        leaves = [
+            weight if isinstance(weight, LowRank) else weight.astype(dtype)
+            for weight, dtype in zip(map(weights.get, self.names), self.dtypes, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 class Split(NamedTuple):
@@ -122,7 +148,7 @@ class Split(NamedTuple):
 
     Attributes:
       merge: (trained, frozen) -> the model.
-      trained: by part, arrays by name. frozen: all else.
+      trained: by part, arrays by name, in float32 or better. frozen: all else, as it was.
     """
 
     merge: Merge
@@ -156,9 +182,14 @@ def split(
         raise ValueError(f'part="{part}" goes {"with" if neurons is None else "without"} neurons=')
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     weights = {weight_name(path): leaf for path, leaf in leaves}
-    merge = Merge(structure, tuple(weights), lora or Lora())
+    dtypes = tuple(leaf.dtype for leaf in weights.values())
+    merge = Merge(structure, tuple(weights), dtypes, lora or Lora())
     trained: dict[str, Any] = {
-        module: {name: weights.pop(name) for name in merge.names if name.startswith(f"{module}.")}
+        module: {
+            name: _widened(weights.pop(name))
+            for name in merge.names
+            if name.startswith(f"{module}.")
+        }
         for module in MODULES
         if module in chosen
     }
@@ -168,6 +199,29 @@ def split(
     if neurons is not None:
         trained["neurons"], frozen["neurons"] = _neurons_start(weights, neurons)
     return Split(merge, trained, frozen)
+
+
+def _widened(leaf):
+    """An array, or the shape of one, in float32 or better: itself, if it is."""
+    dtype = precision.wide(leaf.dtype)
+    if leaf.dtype == dtype:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+    return leaf.astype(dtype)
+
+
+def decays(trained: dict[str, Any]) -> dict[str, Any]:
+    """Of each array that trains, whether weight decay is for it: not for biases and norms' scales.
+
+    Matrices decay, those of word embeddings, low-rank products and neurons too: as in the trainer
+    of transformers, which LLaVA was trained with.
+    """
+
+    def one(path, leaf) -> bool:
+        return weight_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(one, trained)
 
 
 def weight_name(path) -> str:

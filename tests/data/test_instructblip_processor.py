@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import transformers
 
 import mllm_jax as mj
 from mllm_jax.data.instructblip import InstructBlipProcessor
@@ -60,6 +61,20 @@ def test_pictures_then_text_and_the_question_twice(processor):
     for name, at in {"row": -1, "column": -1, "tile": 0}.items():
         np.testing.assert_array_equal(getattr(batch.tokens, name)[0, :5], [at] * 5)
     assert batch.segment is None and batch.labels is None and batch.processor is processor
+
+
+@pytest.mark.parametrize("prompt", ["what is it ?\n", "\n what ? ", "a cat", "", " "])
+def test_ids_are_those_of_transformers(prompt, processor):
+    """White space included, in both texts."""
+    theirs = transformers.InstructBlipProcessor(
+        transformers.BlipImageProcessorPil(size={"height": 24, "width": 24}),
+        processor.tokenizer, processor.qformer_tokenizer, num_query_tokens=TINY.qformer.queries,
+    )  # fmt: skip
+    want = theirs(images=tiny.picture(0), text=prompt)
+    batch = processor([tiny.picture(0)], [prompt])
+    np.testing.assert_array_equal(batch.ids[batch.valid], np.ravel(want["input_ids"]))
+    told = batch.qformer_ids[0][batch.qformer_kind[0] > 0]
+    np.testing.assert_array_equal(told, np.ravel(want["qformer_input_ids"]))
 
 
 def test_a_picture_may_be_named_first(processor):

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import pathlib
+import random
 import struct
 import time
 import zlib
@@ -406,6 +407,12 @@ class TestRareFiles:
         assert pictures.read(out.getvalue()).size == (4, 2)
 
 
+def test_a_picture_is_laid_on_white_strip_by_strip(monkeypatch):
+    monkeypatch.setattr(pictures, "STRIP", 4)
+    for mode in ("RGBA", "LA", "PA", "P, clear index", "RGB, clear colour"):
+        assert_shows(*MODES[mode])
+
+
 class TestRefused:
     def test_a_bomb_is_not_decoded(self, tmp_path, monkeypatch):
         monkeypatch.setattr(PIL.Image.Image, "load", lambda *_: pytest.fail("decoded"))
@@ -462,7 +469,7 @@ class TestRefused:
         path = tmp_path / "large.png"
         with path.open("wb") as file:
             file.truncate(pictures.MAX_BYTES + 1)
-        refused(path, "268,435,457 bytes")
+        refused(path, "314,572,801 bytes")
 
     @pytest.mark.parametrize("given", [None, 3, {"a": 1}, object(), open])
     def test_what_is_no_picture(self, given):
@@ -502,3 +509,65 @@ class TestProcessor:
 
         with pytest.raises(ValueError, match=r"20000 x 50 .*more than 67,108,864 pixels"):
             squared(PIL.Image.new("RGB", (20000, 50)), [0, 0, 0])
+
+
+def corrupted(content: bytes, seed: int) -> bytes:
+    """Flipped, cut, repeated, or with foreign numbers, as the seed says."""
+    draw = random.Random(seed)
+    content = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 8, 40])):
+        at = draw.randrange(draw.choice([64, len(content)]) % (len(content) + 1) + 1)
+        kind = draw.randrange(5)
+        if kind == 0 and content:
+            content[min(at, len(content) - 1)] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del content[at : at + draw.choice([1, 10, len(content) // 2])]
+        elif kind == 2:
+            content[at:at] = draw.randbytes(draw.choice([1, 4, 64]))
+        elif kind == 3:
+            content[at : at + 4] = draw.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+        else:
+            content[at:at] = content[: draw.choice([8, 300])]
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def files_of_all_formats() -> list[bytes]:
+    made = []
+    for format_, names in FORMATS.items():
+        made += [saved(MODES[name][0], format_, 6) for name in sorted(names)]
+    frames = [PIL.Image.fromarray(a).resize((40, 30)) for a in (RGB, 255 - RGB)]
+    for format_ in ("JPEG", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "MPO", "WEBP"):
+        PIL.Image.init()
+        several = format_ in ("GIF", "MPO", "WEBP")
+        out = io.BytesIO()
+        frames[0].save(
+            out, format_, **({"save_all": True, "append_images": frames[1:]} if several else {})
+        )
+        made.append(out.getvalue())
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("start", "count"), [(0, 200), pytest.param(10**6, 10_000, marks=pytest.mark.slow)]
+)
+def test_corrupted_files_are_shown_or_refused_in_one_line(
+    files_of_all_formats, tmp_path, start, count
+):
+    path = tmp_path / "picture.png"
+    for seed in range(start, start + count):
+        content = corrupted(files_of_all_formats[seed % len(files_of_all_formats)], seed)
+        path.write_bytes(content)
+        started = time.process_time()
+        try:
+            shown = pictures.read(path)
+        except ValueError as error:
+            text = str(error)
+            assert text.startswith(f"cannot read the picture {path}"), (seed, text)
+            assert len(text) < 400, (seed, text)
+            assert "\n" not in text, (seed, text)
+        else:
+            assert shown.mode == "RGB", seed
+            assert shown.width * shown.height <= pictures.MAX_PIXELS, seed
+        assert time.process_time() - started < 5, seed

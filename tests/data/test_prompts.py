@@ -448,7 +448,7 @@ class TestFiles:
         other = dataclasses.replace(config, image_token=94)
         refused(
             lambda: kind.from_directory(tmp_path, other),
-            r"config.json: image_token_index is 94, but .*tokenizer.json\) gives <image> the id 95",
+            r"config.json: image_token_index is 94, but .*tokenizer.json beside it\) gives <image> the id 95",
         )
 
     def test_templates_in_files(self, tiny_config, tmp_path):
@@ -492,6 +492,10 @@ class TestImageProcessors:
             ({"do_resize": False, "do_center_crop": False}, r"makes pictures of \(40, 60\)"),
             ({"image_processor_type": "NoSuchProcessor"}, "preprocessor_config.json: no image"),
             ({"size": "large"}, "preprocessor_config.json"),
+            ({"size": {"shortest_edge": "24"}}, "preprocessor_config.json"),
+            ({"image_std": [0.0, 1.0, 1.0]}, "preprocessor_config.json: pixels are not finite"),
+            ({"image_mean": [1.0]}, "preprocessor_config.json: pictures cannot be prepared"),
+            ({"resample": 99}, "preprocessor_config.json"),
         ],
     )
     def test_sizes_unlike_the_tower(self, settings, message, load):

@@ -35,7 +35,9 @@ def test_the_loss_falls_and_the_projector_is_written(finished):
 def test_another_config_is_refused(finished, command, execute):
     again = execute(command("train", CONFIG, finished, *SMALL, "--config.recipe.rate=1.0"))
     assert again.returncode == 1
-    assert "belongs to another config (it differs in recipe)" in again.stderr.splitlines()[-1]
+    assert (
+        "belongs to another config (it differs in recipe (rate))" in again.stderr.splitlines()[-1]
+    )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.interventions import captures
 from mllm_jax.models import instructblip, llava, llava_next
 from tests import tiny
 
@@ -160,6 +161,23 @@ def test_by_reduce_as_by_hand(tiny_model, tiny_config):
     assert together["fire"].tokens.tolist() == apart["fire"].tokens.tolist() == [34] * 2
     np.testing.assert_array_equal(together["fire"].positive, apart["fire"].positive)
     assert together["fire"].positive.any()
+
+
+def test_joined_are_real_rows_and_tiles(tiny_config):
+    """Four questions share two pictures, then one has its own: 3 tiles, and 5 rows."""
+    processor = tiny.processor(tiny_config)
+    batches = [read(processor, [0, 1, 2, 4], 4), read(processor, [5], 4)]
+    asked = {"tile": mj.keep(S.vision.resid_post), "row": mj.mean(S.vision.resid_post[1])}
+    parts = [
+        {
+            "tile": np.arange(len(b.real))[None, :, None, None] + 10.0 * i,
+            "row": np.arange(4)[:, None] + 10.0 * i,
+        }
+        for i, b in enumerate(batches)
+    ]
+    found = captures.join(asked, parts, batches)
+    assert found["tile"].ravel().tolist() == [0, 1, 10]
+    assert found["row"].ravel().tolist() == [0, 1, 2, 3, 10]
 
 
 def test_readers_are_those_of_a_picture_whose_tiles_show_bars_alone():

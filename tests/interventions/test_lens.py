@@ -13,7 +13,7 @@ from flax import nnx
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures, run
+from mllm_jax.interventions import captures, logit_lens, run
 from mllm_jax.models import llava
 
 
@@ -30,7 +30,7 @@ def log_probs(model, batch):
 @pytest.mark.parametrize("where", [None, tok.image, tok.last])
 def test_words_and_entropy(where, model, batch, log_probs, monkeypatch):
     """By chunks: the 120 tokens are no multiple of 7. The tests below take them at once."""
-    monkeypatch.setattr(captures, "LENS_CHUNK", 7)
+    monkeypatch.setattr(logit_lens, "LENS_CHUNK", 7)
     asked = {"x": mj.lens(S.lm.resid_post, k=3, where=where)}
     found = mj.run(model, batch, None, asked, logits="none")["x"]
     mask = tok.of(where).mask(batch.tokens)
@@ -122,7 +122,7 @@ def test_top_k_takes_the_first_of_equals(width):
     some = rng.normal(size=(6, width)).astype(np.float32)
     some[:, ::3] = -np.inf
     for x in (few, some, few - 2 * (few == 3)):
-        want, got = jax.lax.top_k(x, 5), captures.top_k(x, 5)
+        want, got = jax.lax.top_k(x, 5), logit_lens.top_k(x, 5)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
 
@@ -131,7 +131,7 @@ def test_top_k_takes_the_first_of_equals(width):
 def test_entropy_is_right_to_rounding_over_a_whole_vocabulary(spread):
     rng = np.random.default_rng(0)
     logits = (spread * rng.standard_normal((4, 49152)) + 100).astype(np.float32)
-    found = captures._lens(logits, np.ones(4, bool), 2)
+    found = logit_lens._lens(logits, np.ones(4, bool), 2)
     exact = logits.astype(np.float64)
     exact -= exact.max(-1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures
+from mllm_jax.interventions import captures, results
 
 RNG = np.random.default_rng(0)
 
@@ -37,7 +37,7 @@ def test_std_of_a_large_mean(batches, mean):
     for _ in range(batches):
         kind = kinds()
         drawn.append(((mean + RNG.normal(size=(*kind.shape, 6))).astype(np.float32), kind))
-    total = functools.reduce(captures.Stats.merge, (stats(x, k).wide() for x, k in drawn))
+    total = functools.reduce(results.Stats.merge, (stats(x, k).wide() for x, k in drawn))
     for number, name in enumerate(total.kinds):
         picked = np.concatenate([x[k == tok.CODE[name]] for x, k in drawn]).astype(np.float64)
         assert (total.tokens[number] == len(picked)).all()
@@ -71,7 +71,7 @@ def test_a_constant_does_not_vary():
 def test_merging_in_any_order_and_with_nothing():
     parts = [stats(5 + RNG.normal(size=(*k.shape, 4)), k).wide() for k in (kinds(), kinds(1, 7))]
     none = stats(np.zeros((2, 5, 4)), np.zeros((2, 5), np.int8)).wide()
-    one, other = (functools.reduce(captures.Stats.merge, order)
+    one, other = (functools.reduce(results.Stats.merge, order)
                   for order in (parts, parts[::-1]))  # fmt: skip
     np.testing.assert_array_equal(one.centred, other.centred)
     np.testing.assert_array_equal(one.merge(none).centred, one.centred)

@@ -31,6 +31,7 @@ def same(a, b) -> bool:
 def root(tmp_path):
     np.save(tmp_path / "v.npy", RAMP)
     (tmp_path / "neurons.json").write_text("[3, 1, 4]")
+    np.save(tmp_path / "pairs.npy", [(0, 5), (1, 6)])
     return tmp_path
 
 
@@ -44,6 +45,10 @@ def root(tmp_path):
         ),
         ("scale projector.act[0,:] 0.5", mj.scale(S.projector.act[0, :], np.float32(0.5))),
         ("ablate lm.mlp.act[1+5+9]", mj.ablate(S.lm.mlp.act[np.array([1, 5, 9])])),
+        ("ablate lm.mlp.act[(0,5)+(1,6)]", mj.ablate(S.lm.mlp.act[[(0, 5), (1, 6)]])),
+        ("ablate lm.mlp.act[(3,-1)]", mj.ablate(S.lm.mlp.act[[(3, -1)]])),
+        ("ablate lm.mlp.act[@pairs.npy]", mj.ablate(S.lm.mlp.act[[(0, 5), (1, 6)]])),
+        ("ablate lm.mlp.act[0+1,5+6]", mj.ablate(S.lm.mlp.act[np.ix_([0, 1], [5, 6])])),
         ("scale lm.attn.heads[2,1+] 0,0.5,1,2", mj.scale(S.lm.attn.heads[2, [1]], GATES)),
         (
             "knockout lm.attn[10:] to=last on=image&~row(3)",
@@ -230,6 +235,7 @@ def test_other_edits_have_another_digest(other):
 
 def test_whatever_dtype_an_array_has_it_comes_back():
     for dtype in ("float16", "bfloat16", "float32"):
+        assert came_back(mj.ablate(S.lm.mlp.act[[(0, 5), (1, 6)]]))
         assert came_back(mj.add(S.lm.embed, jax.numpy.ones(32, jax.numpy.dtype(dtype))))
     assert came_back(mj.add(S.lm.embed, np.linspace(0, 1, 32)[::2]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -22,6 +23,7 @@ def metric(out):
     return {"logits": out.logits, "elements": out.receipts[0].elements}
 
 
+BASIS = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
 EDITS = {
     "layers and neurons": [mj.ablate(S.lm.mlp.act[layer, [1, layer]]) for layer in (1, 2, 3)],
     "all units beside some": [mj.ablate(S.lm.mlp.act[2]), mj.ablate(S.lm.mlp.act[2, [0]])],
@@ -32,6 +34,15 @@ EDITS = {
         mj.patch(S.lm.embed, *rows, where=tok.image) for rows in (([0], [1]), ([1], [0]))
     ],
     "vision": [mj.ablate(S.vision.mlp.act[layer]) for layer in (0, 1)],
+    "ranks": [mj.project_out(S.lm.resid_post[2], BASIS[:, :r]) for r in (1, 3, 2)],
+    "a subspace of rows": [
+        mj.patch(S.lm.resid_mid[1], 0, 1, where=tok.image, basis=BASIS[:, :r]) for r in (3, 1)
+    ],
+    "some by step": [
+        mj.replace(S.lm.mlp.act[3], 0.5),
+        mj.per_step(mj.replace(S.lm.mlp.act[2], 0.5), [0.3, 1.0]),
+    ],
+    "logits of rows": [mj.patch(S.logits, *rows, where=tok.last) for rows in ((0, 1), (1, 0))],
     "two edits": [
         mj.ablate(S.projector.act[0, [i]]) >> mj.add(S.lm.resid_post[i], 1.0) for i in (1, 2)
     ],
@@ -42,6 +53,7 @@ def cases():
     """All of them in chunks; in the quick suite two of them at once as well."""
     for name, chunk in itertools.product(EDITS, (None, 2)):
         quick = chunk or name in ("layers and neurons", "vision")
+        quick = quick and name not in ("some by step", "a subspace of rows", "logits of rows")
         marks = () if quick else pytest.mark.slow
         yield pytest.param(EDITS[name], chunk, id=f"{name}-{chunk}", marks=marks)
 
@@ -112,21 +124,33 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+WIDE = np.random.default_rng(1).normal(size=32).astype(np.float32)
+SHARED = {name: EDITS[name] for name in ("layers and neurons", "vision", "two edits")} | {
+    "vision, whole layers": [mj.ablate(S.vision.mlp.out[layer]) for layer in (0, 1, 2)],
+    "all channels of every layer": [mj.add(S.lm.resid_post[i:], a * WIDE) for i in (0, 2)
+                                    for a in (1.0, -2.0)],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "asked", [pytest.param(ASKED, marks=pytest.mark.slow), {}], ids=["captures", "logits alone"]
 )
 @pytest.mark.parametrize(
-    "name", ["layers and neurons", "vision", pytest.param("two edits", marks=pytest.mark.slow)]
-)
-def test_shared_is_bitwise_unshared(name, asked, tiny_model, make_batch):
-    batch, edits = make_batch(images=(1, 0)), EDITS[name]
+    "name", [n if n in EDITS and n != "two edits" else pytest.param(n, marks=pytest.mark.slow)
+             for n in SHARED]
+)  # fmt: skip
+def test_shared_is_unshared(name, asked, tiny_model, make_batch):
+    """Counts to the last bit, floats to 1e-5: two programs may round the same sums otherwise."""
+    batch, edits = make_batch(images=(1, 0)), SHARED[name]
     a, b = (
         mj.sweep(everything, tiny_model, batch, edits, asked, share=share, chunk=2)
         for share in (True, False)
     )
-    same((a[0], a[2]), (b[0], b[2]))
-    # Statistics of a clean layer are summed once, not in lanes: in another order.
-    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+    for x, y in zip(a[2], b[2], strict=True):
+        np.testing.assert_array_equal(x.tokens, y.tokens)
+        np.testing.assert_array_equal(x.elements, y.elements)
+        np.testing.assert_allclose(x.norm, y.norm, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(a[:2]), jax.tree.leaves(b[:2]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5)
 
 
@@ -262,3 +286,34 @@ def test_edits_of_two_structures_are_refused():
         mj.stack([mj.ablate(S.lm.mlp.act), mj.scale(S.lm.mlp.act, 2.0)])
     with pytest.raises(ValueError, match="no edit to sweep"):
         mj.stack([])
+    patch, here = mj.patch(S.lm.resid_mid, 0, 1), S.lm.resid_post
+    some = mj.patch(S.lm.resid_mid, 0, 1, basis=BASIS)
+    with pytest.raises(
+        ValueError, match=r"edit 1 of the sweep is patch lm.resid_mid \(basis\), the"
+    ):
+        mj.stack([patch, some])
+    with pytest.raises(ValueError, match="the same function in a call"):
+        mj.stack([mj.call(here, lambda x: x), mj.call(here, lambda x: x)])
+    with pytest.raises(ValueError, match=r"call lm.resid_post sin \(a\), the first is .* \(b\)"):
+        mj.stack([mj.call(here, np.sin, b=1.0), mj.call(here, np.sin, a=1.0)])
+
+
+def test_lanes_with_and_without_steps_and_of_any_rank_are_one_structure(tiny_model, make_batch):
+    """A strength of 1 is the edit to the last bit; columns of zeros are in no span."""
+    batch = make_batch()
+    for name in ("ranks", "a subspace of rows", "some by step"):
+        lanes = [run.bind(tiny_model, batch, edit, None)[0] for edit in EDITS[name]]
+        equal = sweep._equal_lanes(lanes)
+        assert len({jax.tree.structure(lane) for lane in equal}) == 1
+        x = np.random.default_rng(2).normal(size=(*batch.ids.shape, 32)).astype(np.float32)
+        x = x if name != "some by step" else np.resize(x, (*batch.ids.shape, 48))
+        for before, after in zip(lanes, equal, strict=True):
+            a, b = (_applied(edit[0], x) for edit in (before, after))
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def _applied(edit, x):
+    values = {name: value[0] for name, value in edit.values.items()}
+    along = {n: a[..., None] if n == "strength" else a for n, a in edit.along.items()}
+    edit = dataclasses.replace(edit, values=values, along=along)
+    return edit.apply(x, edit.tokens[..., None])

@@ -187,6 +187,58 @@ def test_the_chat_template_is_theirs(images, family, loaded):
     assert loaded[1].tokenizer.convert_ids_to_tokens(asked) == ["what", "is", "it", "?"]
 
 
+def test_chats_of_several_turns_are_theirs(family, loaded):
+    """With a picture in each turn of the user, and with white space that the template keeps."""
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "what is it ?\n"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+        {"role": "user", "content": [{"type": "text", "text": "which ?"}, {"type": "image"}]},
+    ]
+    pictures = [tiny.picture(0, 30, 40), tiny.picture(1, 60, 30)]
+    text = family.processor.apply_chat_template(chat, add_generation_prompt=True)
+    want = family.processor(images=pictures, text=text, return_tensors="np")["input_ids"][0]
+    batch = loaded[1]([pictures], [chat])
+    np.testing.assert_array_equal(batch.ids[batch.valid], want)
+    asked = batch.ids[batch.tokens.kind == mj.tokens.CODE["question"]]
+    said = loaded[1].tokenizer.convert_ids_to_tokens(asked)
+    assert said == ["what", "is", "it", "?", "\n", "which", "?"]
+
+
+@pytest.mark.slow
+def test_it_stops_where_theirs_does(family, loaded):
+    """At any id of generation_config.json."""
+    at = family.directory / "generation_config.json"
+    before = at.read_text()
+    batch = loaded[1](PICTURES[:1], PROMPTS[:1])
+    said = np.asarray(mj.generate(loaded[0], batch, max_new_tokens=6).tokens[0])
+    try:
+        at.write_text(json.dumps({"eos_token_id": [int(said[3]), 2]}))
+        network = type(family.network).from_pretrained(
+            family.directory, attn_implementation="eager"
+        )
+        processor = type(loaded[1]).from_directory(family.directory, family.config)
+    finally:
+        at.write_text(before)
+    given = families.inputs(batch, PICTURES[:1])
+    given = {
+        k: v[:, : batch.valid.sum()] if "ids" in k or "mask" in k else v for k, v in given.items()
+    }
+    del given["position_ids"]
+    with hf.torch.no_grad():
+        want = network.generate(
+            **{k: hf.torch.from_numpy(v) for k, v in given.items()},
+            max_new_tokens=6, do_sample=False, pad_token_id=0,
+        )[0, batch.valid.sum() :]  # fmt: skip
+    batch = processor(PICTURES[:1], PROMPTS[:1])
+    got = mj.generate(loaded[0], batch, max_new_tokens=6, stop=True).tokens[0]
+    assert want[-1] in processor.stop_ids
+    np.testing.assert_array_equal(np.asarray(got)[: len(want)], want)
+    assert (np.asarray(got)[len(want) :] == processor.stop_ids[0]).all()
+
+
 def test_a_chat_template_wrapped_in_json(family, loaded, tmp_path):
     """As older checkpoints have it."""
     family.processor.save_pretrained(tmp_path)

@@ -90,3 +90,13 @@ def test_writes_a_file(tmp_path):
     content = page.Page("t", "l", sections=[SECTION])
     page.write(tmp_path / "index.html", content)
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == page.render(content)
+
+
+def test_no_text_turns_the_letters_after_it():
+    turned = "exe.\u202egnp.\u2066x"
+    figure = page.Figure("figures/a.png", turned, turned)
+    table = page.Table((turned, "b"), ((turned, "1"),))
+    section = page.Section(turned, turned, (figure,), table, ((turned, "a.csv"),), turned)
+    made = page.render(page.Page(turned, turned, ((turned, turned),), figure, (section,)))
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(made)
+    assert made.count("exe.\N{REPLACEMENT CHARACTER}gnp.\N{REPLACEMENT CHARACTER}x") > 10

@@ -1,3 +1,6 @@
+import csv
+
+import numpy as np
 import pytest
 
 from mllm_jax.report import tables
@@ -22,3 +25,17 @@ def test_markdown():
         "| a      | 10 |",
         "| longer | 2  |",
     ]
+
+
+def test_a_spreadsheet_runs_no_cell_and_numbers_stay_numbers(tmp_path):
+    path = tmp_path / "t.csv"
+    texts = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", " =1", "\t=1", "\uff1d1", "a=b", ""]
+    values = [-0.5, np.float32(-1.5), -3, np.int64(-4), float("-inf"), "-0.25", "+1e-5", True, None]
+    tables.write(path, ["=a", "b"], zip(texts, values, strict=True))
+    with path.open(newline="") as file:
+        (head, *rows) = list(csv.reader(file))
+    assert head == ["'=a", "b"]
+    inert = [f"'{text}" for text in texts[:7]]
+    assert [row[0] for row in rows] == [*inert, "a=b", ""]
+    assert [float(row[1]) for row in rows[:7]] == [-0.5, -1.5, -3, -4, -np.inf, -0.25, 1e-5]
+    assert [row[1] for row in rows[7:]] == ["True", ""]

@@ -22,7 +22,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.checkpoints import architectures, load, save
 from mllm_jax.evaluation import generate, score
-from mllm_jax.interventions import captures, run
+from mllm_jax.interventions import logit_lens, run
 from mllm_jax.models import instructblip, llava, llava_next
 from mllm_jax.sharding import hosts, mesh, plan, programs, rules
 from mllm_jax.training import fit
@@ -276,7 +276,7 @@ def test_nothing_large_is_gathered(family, name):
     jax.config.update("jax_disable_most_optimizations", False)
     sizes = gathered(program.compile().as_text())
     jax.config.update("jax_disable_most_optimizations", True)
-    best = captures.LENS_CHUNK * CAPTURES["lens"].k * SIZES[1]
+    best = logit_lens.LENS_CHUNK * CAPTURES["lens"].k * SIZES[1]
     assert best < batch_of(processor).ids.size // SIZES[0] * many.config.lm.width
     assert max(sizes, default=0) <= best * (SIZES[1] > 1)
 

@@ -19,6 +19,7 @@ from mllm_jax.interventions import run
 from mllm_jax.models import llava
 from mllm_jax.sharding import chips, hlo, plan, programs, work
 from mllm_jax.sharding import mesh as mesh_
+from mllm_jax.training import parts
 
 TINY = llava.LlavaConfig.tiny()
 SIZE = programs.Size(rows=2, words=20, steps=5, lanes=3)
@@ -272,9 +273,11 @@ def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
     assert found.how == plan.SHAPES and found.fits is None
     assert (found.data, found.fsdp, found.model) == (2, 1, 4)
     assert "From shapes alone" in found.table()
-    assert whole.bytes["weights"] == 2 * sum(
-        leaf.size for leaf in jax.tree.leaves(programs.model(TINY, jnp.bfloat16))
-    )
+    network = programs.model(TINY, jnp.bfloat16)
+    trained = {"projection": (network.projector,), "e2e": (network.projector, network.lm)}
+    count = parts.size(trained.get(study, ()))  # float32, as its two moments
+    assert whole.bytes["weights"] == 2 * parts.size(network) + 2 * count
+    assert 8 * count <= whole.bytes.get("optimiser", 0) <= 8 * count + 16
     assert whole.bytes["weights"] / 4 < found.bytes["weights"] < whole.bytes["weights"]
     # Two shards of the batch, or of the lanes, over eight chips: a fourth of the work of one chip.
     assert found.flops * 4 == pytest.approx(whole.flops, rel=0.02)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mllm_jax.models import llava
+from mllm_jax.sharding import programs
 from mllm_jax.training import fit, losses, parts
 
 LORA = parts.Lora(rank=3, alpha=6, matrices=r"lm\.layers\.(attn\.[qv]|mlp\.down)\.kernel")
@@ -61,12 +63,13 @@ def optimiser_bytes(trained) -> int:
     return nbytes(jax.eval_shape(fit.Recipe().optimiser(100).init, trained))
 
 
-def test_memory_of_the_optimiser_at_real_size():
-    """The embedded model and LLaVA-1.5-7B, by shape alone."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_memory_of_the_optimiser_at_real_size(dtype):
+    """The embedded model and LLaVA-1.5-7B, by shape alone: 3 x 4 bytes a trained number."""
     for config in (llava.LlavaConfig.embedded(), llava.LlavaConfig.llava_1_5_7b()):
-        model = nnx.eval_shape(lambda config=config: config.build(rngs=nnx.Rngs(0)))
+        model = programs.model(config, dtype)
         trained = parts.split(model, "projector").trained
-        projector = nbytes(model.projector)
+        projector = 4 * parts.size(model.projector)
         assert nbytes(trained) == projector
         assert 2 * projector <= optimiser_bytes(trained) <= 2 * projector + 2**20
 
@@ -131,13 +134,35 @@ def test_the_projector_has_its_own_rate(model, batches):
     recipe = fit.Recipe(part="projector+lora", lora=LORA, rate=0.5, projector_rate=0.25, clip=0)
     _, trained, _ = parts.split(model, "projector+lora", lora=LORA)
     optimiser = recipe.optimiser(1)
-    state = optimiser.init(trained)
     gradient = jax.tree.map(jnp.ones_like, trained)
-    for _ in range(2):  # the first is warm-up, from zero
-        change, state = optimiser.update(gradient, state, trained)
+    change, _ = jax.jit(optimiser.update)(gradient, jax.jit(optimiser.init)(trained), trained)
     for part, rate in (("projector", 0.25), ("lora", 0.5)):
         for leaf in jax.tree.leaves(change[part]):
             np.testing.assert_allclose(leaf, -rate, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "projector_rate"),
+    [("projector+lm", None), ("projector+lora", 0.25), ("neurons", None)],
+)
+def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
+    """Without a gradient the decay is all that changes: not biases, nor the scales of norms."""
+    neurons = masks if part == "neurons" else None
+    _, trained, _ = parts.split(model, part, lora=LORA, neurons=neurons)
+    recipe = fit.Recipe(part=part, rate=0.5, projector_rate=projector_rate, weight_decay=0.1)
+    optimiser = recipe.optimiser(1)
+    nothing = jax.tree.map(jnp.zeros_like, trained)
+    change, _ = jax.jit(optimiser.update)(nothing, jax.jit(optimiser.init)(trained), trained)
+    assert change.keys() == trained.keys()
+    for module, arrays in trained.items():
+        rate = 0.1 * (projector_rate if projector_rate and module == "projector" else 0.5)
+        for path, array in jax.tree_util.tree_leaves_with_path(arrays):
+            name = jax.tree_util.keystr(path)
+            want = 0 if ".bias" in name or ".scale" in name else -rate
+            got = functools.reduce(lambda tree, key: tree[key.key], path, change[module])
+            np.testing.assert_allclose(got, want * array, rtol=1e-5, atol=1e-8, err_msg=name)
+    names = {name for module in ("projector", "lm") for name in trained.get(module, ())}
+    assert part != "projector+lm" or {"lm.embed", "projector.linears.0.bias"} < names
 
 
 @pytest.mark.parametrize(

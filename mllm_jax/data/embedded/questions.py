@@ -21,6 +21,7 @@ KINDS = {
     "astronomy": "an astronomy photograph",
 }
 STYLES = ("kind", "category", "yesno", "choice")
+MANY = 1000  # names in a family from which a few are drawn, rather than all put in order
 
 PROMPTS = {
     "kind": (
@@ -73,9 +74,25 @@ def shuffled(items: Iterable[str], key: str) -> list[str]:
     return sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest())
 
 
-def options_for(answer: str, family: Iterable[str], key: str, count: int = 4) -> tuple[str, ...]:
+def others(answer: str, family: Sequence[str], key: str, count: int) -> list[str]:
+    """`count` of a family that are not the answer, or all; which depends on the key.
+
+    Of a large family they are drawn, so that many questions take no longer for many answers.
+    """
+    drawn: dict[str, None] = {}
+    for number in range(8 * count if len(family) > MANY else 0):
+        digest = hashlib.sha256(f"{key}\0{number}".encode()).digest()
+        one = family[int.from_bytes(digest[:8], "big") % len(family)]
+        if one != answer:
+            drawn[one] = None
+        if len(drawn) == count:
+            return list(drawn)
+    return shuffled({*family} - {answer}, key)[:count]
+
+
+def options_for(answer: str, family: Sequence[str], key: str, count: int = 4) -> tuple[str, ...]:
     """The answer and `count - 1` others of its family, in a shuffled order."""
-    wrong = shuffled({*family} - {answer}, f"{key} wrong")[: count - 1]
+    wrong = others(answer, family, f"{key} wrong", count - 1)
     return tuple(shuffled([answer, *wrong], f"{key} order"))
 
 
@@ -99,13 +116,12 @@ def questions_for(
 
     made = []
     if kind is not None:
-        options = options_for(kind, KINDS.values(), f"{key} kind")
+        options = options_for(kind, tuple(KINDS.values()), f"{key} kind")
         made.append(Question("kind", prompt("kind"), kind, options))
     options = options_for(label, family, f"{key} category")
     made.append(Question("category", prompt("category"), label, options))
-    if len({*family}) > 1:
-        wrong = shuffled({*family} - {label}, f"{key} yesno")[0]
-        for answer, shown in (("yes", label), ("no", wrong)):
+    if wrong := others(label, family, f"{key} yesno", 1):
+        for answer, shown in (("yes", label), ("no", wrong[0])):
             asked = _capitalised(prompt("yesno", answer).format(shown))
             made.append(Question("yesno", asked, answer, ("yes", "no")))
         options = options_for(label, family, f"{key} choice")

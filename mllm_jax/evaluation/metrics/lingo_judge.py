@@ -103,10 +103,9 @@ def _classifier(source: str | pathlib.Path) -> Callable[[str, str, str], float]:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        source, local_files_only=True
-    ).eval()
+    how = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source, **how).eval()
     if model.config.num_labels != 1:
         raise ValueError(f"a judge has one output, this classifier has {model.config.num_labels}")
 

@@ -10,12 +10,10 @@ in the user's cache. A Domain is a sequence, so it is a data source for Grain as
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import functools
 import hashlib
 import importlib
-import io
 import json
 import os
 import pathlib
@@ -25,10 +23,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import PIL.Image
 import tqdm
 
 from mllm_jax.data import files, packages, pictures
+from mllm_jax.data.domains import conversations, folder, table
+from mllm_jax.data.domains.examples import Example, Files, Row
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.data.embedded import recipe as recipe_lib
 from mllm_jax.store import stamps
@@ -38,53 +37,7 @@ Question = questions_lib.Question
 EMBEDDED = tuple(questions_lib.KINDS)
 SPLITS = ("test", "train")
 VERSION = "1"  # of what is built; another version is another folder of the cache
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One image with its questions.
-
-    Attributes:
-      id: unique in its domain.
-      domain: its domain's name.
-      label: what it shows.
-      encoded: the image file's bytes.
-      questions: what can be asked, with answers and options.
-      source: where the image comes from.
-      licence: of the image; empty when not known.
-    """
-
-    id: str
-    domain: str
-    label: str
-    encoded: bytes = dataclasses.field(repr=False)
-    questions: tuple[Question, ...]
-    source: str = ""
-    licence: str = ""
-
-    @property
-    def image(self) -> PIL.Image.Image:
-        """The picture, RGB; transparency is laid on white."""
-        try:
-            return pictures.read(self.encoded)
-        except ValueError as error:
-            where = f"domain {files.name(self.domain, 40)!r}, example {files.name(self.id, 60)!r}"
-            raise ValueError(
-                f"{where}: the image {files.name(self.source, 100)} cannot be read "
-                f"({files.reason(error.__cause__)}); replace or remove it"
-            ) from error
-
-    def ask(self, style: str) -> Question:
-        """The first question of a style."""
-        for question in self.questions:
-            if question.style == style:
-                return question
-        styles = sorted({question.style for question in self.questions})
-        raise ValueError(
-            f"domain {self.domain!r}, example {self.id!r} has no question of style {style!r}; "
-            f"it has {styles}"
-        )
+IMAGE_ENDINGS = pictures.ENDINGS
 
 
 def known(what: str, name: str, names: Sequence[str]) -> str:
@@ -160,54 +113,20 @@ class Domain(Sequence):
         Returns:
           The domain, ordered by path; images are read when they are asked for.
         """
-        root = pathlib.Path(path)
-        if not root.is_dir():
-            raise FileNotFoundError(f"domain folder {root} does not exist")
-        name = name or root.resolve().name
-        files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in IMAGE_ENDINGS)
-        labels = sorted({file.parent.name for file in files})
-        rows = []
-        for file in files:
-            label = file.parent.name
-            key = f"{label}/{file.name}"
-            made = questions_lib.questions_for(f"{name} {key}", label, labels)
-            if question is not None:
-                made = tuple(
-                    dataclasses.replace(q, prompt=question) if q.style == "category" else q
-                    for q in made
-                )
-            rows.append(_Row(key, label, file, made))
-        if not rows:
-            raise ValueError(
-                f"domain {name!r} is empty: {root} holds no images in folders named by their label "
-                f"({root}/<label>/<image>)"
-            )
-        return cls(name, split, _Files(name, rows))
+        name = name or pathlib.Path(path).resolve().name
+        return cls(name, split, Files(name, folder.read(pathlib.Path(path), name, question)))
 
     @classmethod
     def from_csv(
         cls, path: str | os.PathLike, name: str | None = None, split: str = "test"
     ) -> Domain:
-        """A domain out of a CSV table with the columns image, question and answer.
+        """A domain out of a table with the columns image, question and answer.
 
-        `image` is a path, relative to the table's folder. Rows with the same image are questions
-        about one example. Optional columns: options (separated by `|`), style, label, id, licence.
+        Cells are divided by commas, semicolons or tabs, as the header is. `image` is a path,
+        relative to the table's folder. Rows with the same image are questions about one example.
+        Optional columns: options (separated by `|`), style, label, id, licence.
         """
-        path = pathlib.Path(path)
-        with _opened(path) as file:
-            reader = csv.DictReader(file)
-            _require_columns(reader.fieldnames or (), f"table {path}", "columns")
-            rows = [
-                (
-                    f"{path}, line {reader.line_num}",
-                    {k: v for k, v in row.items() if v not in (None, "")},
-                )
-                for row in reader
-            ]
-        for _, row in rows:
-            if "options" in row:
-                row["options"] = [option.strip() for option in row["options"].split("|")]
-        return cls(name or path.stem, split, _from_rows(name or path.stem, path, rows))
+        return cls._from_table(path, name, split, table.from_csv)
 
     @classmethod
     def from_jsonl(
@@ -215,22 +134,29 @@ class Domain(Sequence):
     ) -> Domain:
         """A domain out of a file with one JSON object a line, with the same fields as `from_csv`.
 
-        `options` is a list here.
+        `options` is a list here. Objects may have LLaVA's `conversations`, see `from_json`.
         """
-        path = pathlib.Path(path)
-        rows = []
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: not a JSON object")
-                rows.append((f"{path}, line {number}", row))
-        return cls(name or path.stem, split, _from_rows(name or path.stem, path, rows))
+        return cls._from_table(path, name, split, table.from_jsonl)
+
+    @classmethod
+    def from_json(
+        cls, path: str | os.PathLike, name: str | None = None, split: str = "test"
+    ) -> Domain:
+        """A domain out of a JSON list of objects, such as LLaVA's training data.
+
+        An object has an `image`, relative to the file's folder, and `conversations`, of which the
+        first question and its answer are read, or the same fields as in `from_jsonl`.
+        """
+        return cls._from_table(path, name, split, table.from_json)
+
+    @classmethod
+    def _from_table(cls, path, name, split, read) -> Domain:
+        name = name or pathlib.Path(path).stem
+        return cls(name, split, Files(name, _table_rows(pathlib.Path(path), name, read)))
+
+
+def _table_rows(path: pathlib.Path, name: str, read) -> list[Row]:
+    return table.grouped(name, path, conversations.flattened(path, read(path)))
 
 
 def require_domains(domains: Mapping[str, Domain], at_least: int = 2) -> None:
@@ -281,8 +207,16 @@ def embedded(
     return found
 
 
+TABLES = {
+    ".csv": table.from_csv,
+    ".tsv": table.from_csv,
+    ".jsonl": table.from_jsonl,
+    ".json": table.from_json,
+}
+
+
 def own(paths: Sequence[str | os.PathLike], split: str = "test") -> dict[str, Domain]:
-    """A user's domains: each path is a folder, a .csv or a .jsonl, named by its stem.
+    """A user's domains: each path is a folder, or a table (see TABLES), named by its stem.
 
     A quarter of the examples, chosen by the hash of their id, is the test split.
     """
@@ -290,24 +224,35 @@ def own(paths: Sequence[str | os.PathLike], split: str = "test") -> dict[str, Do
         raise ValueError(f"unknown split {split!r}; own domains have {list(SPLITS)}")
     found = {}
     for path in map(pathlib.Path, paths):
-        made = _READERS.get(path.suffix, Domain.from_folder)(path, split=split)
-        if made.name in found:
-            raise ValueError(f"two domains are named {made.name!r}; rename one of {list(paths)}")
-        half = [e for e in made if (_hash(e.id) % 4 == 0) == (split == "test")]
-        if not half:
+        name, rows = _own_rows(path)
+        if name in found:
+            raise ValueError(f"two domains are named {name!r}; rename one of {list(paths)}")
+        part = [row for row in rows if (_hash(row.id) % 4 == 0) == (split == "test")]
+        if not part:
             raise ValueError(
-                f"domain {made.name!r} is empty in its {split} split: {path} has only {len(made)} "
-                "examples, and a quarter of them is for testing"
+                f"domain {name!r} is empty in its {split} split: {files.name(path)} has only "
+                f"{len(rows)} examples, and a quarter of them is for testing"
             )
-        found[made.name] = Domain(made.name, split, half)
+        found[name] = Domain(name, split, Files(name, part))
     return found
+
+
+def _own_rows(path: pathlib.Path) -> tuple[str, list[Row]]:
+    """The name and the examples of a folder or a table."""
+    read = TABLES.get(path.suffix.lower())
+    if path.is_dir() or (not path.exists() and read is None):
+        name = path.resolve().name
+        return name, folder.read(path, name, None)
+    if read is None:
+        raise ValueError(
+            f"domain {files.name(path)} is no folder and no table: its ending must be one of "
+            f"{', '.join(TABLES)}"
+        )
+    return path.stem, _table_rows(path, path.stem, read)
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-_READERS = {".csv": Domain.from_csv, ".jsonl": Domain.from_jsonl}
 
 
 def default_root() -> pathlib.Path:
@@ -364,10 +309,10 @@ def _checked(name: str, folder: pathlib.Path) -> dict:
     """The index of a domain that is there, whose pictures and questions are those it names."""
     mend = f"delete {folder} to build it again"
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         splits = {f"{s}.array_record": index["splits"][s]["fingerprint"] for s in SPLITS}
         whose = index["domain"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'index.json'} is damaged; {mend}") from error
     if whose != name:
         raise ValueError(f"{folder} holds the domain {whose!r}; {mend}")
@@ -459,9 +404,9 @@ def _example(made: recipe_lib.Recipe, picture: recipe_lib.Picture) -> Example:
 
 def _remove_abandoned(root: pathlib.Path, hours: float = 2.0) -> None:
     """Removes what killed builds left; a build that runs beside this one is younger."""
-    for folder in root.glob(".*.partial.*"):
-        if time.time() - folder.stat().st_mtime > 3600 * hours:
-            shutil.rmtree(folder, ignore_errors=True)
+    for left in root.glob(".*.partial.*"):
+        if time.time() - left.stat().st_mtime > 3600 * hours:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _unwritable(root: pathlib.Path, error: OSError) -> OSError:
@@ -509,86 +454,3 @@ class _Records(Sequence):
 
     def __getitem__(self, index: int) -> Example:
         return _unpack(self._source[index])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    id: str
-    label: str
-    file: pathlib.Path
-    questions: tuple[Question, ...]
-    licence: str = ""
-
-
-class _Files(Sequence):
-    """Examples whose images are files of the user, read when asked for."""
-
-    def __init__(self, domain: str, rows: Sequence[_Row]):
-        self._domain = domain
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Example:
-        row = self._rows[index]
-        try:
-            encoded = row.file.read_bytes()
-        except OSError as error:
-            raise ValueError(
-                f"domain {self._domain!r}, example {row.id!r}: the image {row.file} cannot be read "
-                f"({error.strerror})"
-            ) from error
-        return Example(
-            row.id, self._domain, row.label, encoded, row.questions, str(row.file), row.licence
-        )
-
-
-def _opened(path: pathlib.Path) -> io.TextIOWrapper:
-    try:
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise FileNotFoundError(f"domain file {path} cannot be read: {error.strerror}") from error
-
-
-def _require_columns(present: Sequence[str], where: str, what: str) -> None:
-    needed = ("image", "question", "answer")
-    if missing := [column for column in needed if column not in present]:
-        raise ValueError(
-            f"{where} lacks the {what} {missing}; it needs {list(needed)} and has {list(present)}"
-        )
-
-
-def _from_rows(name: str, path: pathlib.Path, rows: Sequence[tuple[str, dict]]) -> _Files:
-    """Groups rows by image and fills in the options that a row does not name."""
-    if not rows:
-        raise ValueError(f"domain {name!r} is empty: {path} has no rows")
-    answers = collections.defaultdict(list)
-    for where, row in rows:
-        _require_columns(list(row), where, "fields")
-        answers[row.get("style", "category")].append(str(row["answer"]))
-    by_image = collections.defaultdict(list)
-    for where, row in rows:
-        by_image[str(row["image"])].append((where, row))
-    made = []
-    for image, about in by_image.items():
-        asked = []
-        for where, row in about:
-            answer, style = str(row["answer"]), row.get("style", "category")
-            key = f"{name} {image} {row['question']}"
-            options = row.get("options") or questions_lib.options_for(answer, answers[style], key)
-            try:
-                asked.append(Question(style, row["question"], answer, tuple(map(str, options))))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-        first = about[0][1]
-        made.append(
-            _Row(
-                id=str(first.get("id", image)),
-                label=str(first.get("label", first["answer"])),
-                file=path.parent / image,
-                questions=tuple(asked),
-                licence=str(first.get("licence", "")),
-            )
-        )
-    return _Files(name, made)

@@ -1,0 +1,191 @@
+"""Low-rank adapters (LoRA) in the layout of PEFT, merged into the model they were trained on.
+
+A folder holds `adapter_config.json` and the factors, `adapter_model.safetensors` or `.bin`. The
+original LLaVA code puts what it trained whole, its projector, beside them in
+`non_lora_trainables.bin`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.checkpoints import files, schema, tables, tensors
+from mllm_jax.checkpoints.stored import Stored
+
+CONFIG = "adapter_config.json"
+BESIDE = "non_lora_trainables.bin"
+BASE = "base_model_name_or_path"
+_FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_MODULE = re.compile(r"\^?(\w+(\\?\.\w+)*)")  # whoever runs any pattern may never end
+
+_RANK, _ALPHA = schema.whole(1, 2**14), schema.real(0, 1e6)
+_FIELDS = {
+    "peft_type": (schema.only("LORA"), "LORA"),
+    BASE: (schema.optional(schema.NAME), None),
+    "r": (_RANK, 8),
+    "lora_alpha": (_ALPHA, 8),
+    "use_rslora": (schema.FLAG, False),
+    "use_dora": (schema.only(False), False),
+    "bias": (schema.only("none"), "none"),
+    # The others change the weights of the model before it is trained.
+    "init_lora_weights": (schema.only(True, False, "gaussian", "eva", "orthogonal"), True),
+    "rank_pattern": (schema.PART, None),
+    "alpha_pattern": (schema.PART, None),
+}
+# The factors themselves say which layers they belong to. `fan_in_fan_out` is about layers that keep
+# their weights as [in, out], which none of these models has: PEFT takes no notice of it either.
+_IGNORED = frozenset(
+    """
+    auto_mapping corda_config eva_config exclude_modules fan_in_fan_out inference_mode
+    layers_pattern layers_to_transform lora_dropout megatron_config megatron_core modules_to_save
+    peft_version revision runtime_config target_modules task_type ensure_weight_tying
+    qalora_group_size
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A tensor of a model with a low-rank change added, as `Stored` has it: read when needed.
+
+    Attributes:
+        base: float[out, in]. a: float[r, in]. b: float[out, r].
+        scale: of b @ a.
+    """
+
+    base: Stored
+    a: Stored
+    b: Stored
+    scale: float
+
+    dtype = np.dtype(np.float32)
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.base.path
+
+    @property
+    def key(self) -> str:
+        return self.base.key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def read(self) -> np.ndarray:
+        """float32[out, in]: the sum, not rounded to the dtype of the file."""
+        a, b = (factor.read().astype(np.float32) for factor in (self.a, self.b))
+        return self.base.read().astype(np.float32) + np.float32(self.scale) * (b @ a)
+
+
+def is_adapter(directory: pathlib.Path) -> bool:
+    """Whether a directory holds an adapter, and so needs the model that it changes."""
+    return (directory / CONFIG).exists()
+
+
+def read_fields(directory: pathlib.Path) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`.
+
+    Raises:
+        ValueError: it is none of LoRA, or of a kind that is not read, by name.
+    """
+    path, problems = directory / CONFIG, []
+    fields = files.read_json(path)
+    # What is off says nothing; PEFT adds such fields with every version.
+    said = {name: value for name, value in fields.items() if value or name in _FIELDS}
+    found = schema.read(said, _FIELDS, _IGNORED, "", problems)
+    for name, kind in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
+        pattern = found[name] or {}
+        schema.values(pattern, dict.fromkeys(pattern, (kind, None)), f"{name}.", problems)
+        problems += [
+            f"{name}: {files.shown(module)} is not supported, only names of modules"
+            for module in pattern
+            if not _MODULE.fullmatch(module)
+        ]
+    if problems:
+        raise ValueError(files.refusal(path, problems))
+    return found
+
+
+def merge(
+    base: Mapping[str, Stored | None], directory: pathlib.Path, problems: list[Exception]
+) -> dict[str, Stored | Merged | None]:
+    """The tensors of a model with those of an adapter.
+
+    Args:
+        base: canonical key -> tensor of the model.
+        directory: of the adapter.
+        problems: what is wrong with its files is added here.
+
+    Returns:
+        Canonical key -> tensor, not yet read: changed by its two factors, or replaced where the
+        adapter has it whole.
+    """
+    path = next((directory / name for name in _FACTORS if (directory / name).exists()), None)
+    if path is None:
+        names = " nor ".join(_FACTORS)
+        problems.append(FileNotFoundError(files.refusal(directory, [f"has neither {names}"])))
+        return dict(base)
+    try:
+        fields, found = read_fields(directory), tensors.open_file(path)
+        whole = tensors.open_file(beside) if (beside := directory / BESIDE).exists() else []
+    except (OSError, ValueError) as error:
+        problems.append(error)
+        return dict(base)
+    matches = [(_FACTOR.fullmatch(tensor.key), tensor) for tensor in found]
+    factors: dict[str, dict[str, Stored]] = {}
+    wrong = []
+    for match, tensor in matches:
+        if match and factors.setdefault(match[1], {}).setdefault(match[2], tensor) is not tensor:
+            wrong.append(f"{files.line(match[1], 80)} is there twice")
+    replaced = (tensor for match, tensor in matches if not match)
+    model = dict(base) | tensors.by_name(itertools.chain(replaced, whole), problems)
+    if not factors:
+        wrong.append("no tensor is named lora_A or lora_B")
+    for module, pair in factors.items():
+        key = tables.canonical(f"{module}.weight")
+        module = module.removeprefix(tables.WRAPPED)
+        rank = _of("rank_pattern", "r", fields, module)
+        if reason := _misfit(key in model, model.get(key), pair, rank):
+            wrong.append(f"{files.line(module, 80)}: {reason}")
+        elif model[key] is not None:
+            alpha = _of("alpha_pattern", "lora_alpha", fields, module)
+            scale = alpha / (math.sqrt(rank) if fields["use_rslora"] else rank)
+            model[key] = Merged(model[key], pair["A"], pair["B"], scale)
+    if wrong:
+        problems.append(ValueError(files.refusal(path, wrong)))
+    return model
+
+
+def _misfit(known: bool, base: Stored | None, pair: Mapping[str, Stored], rank: int) -> str | None:
+    """Why two factors are no change of a tensor; None if they are."""
+    if not known:
+        return "the base model has no such tensor"
+    if len(pair) < 2:
+        return f"has lora_{next(iter(pair))} alone"
+    if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in pair.values()):
+        return "is not of floating point"
+    a, b = pair["A"].shape, pair["B"].shape
+    if base is None or (base.shape == (*b[:1], *a[1:]) and a[:1] == b[1:] == (rank,)):
+        return None
+    shapes = f"{files.shown(list(b))} x {files.shown(list(a))}"
+    return f"{shapes} of rank {rank} does not change {list(base.shape)}"
+
+
+def _of(pattern: str, default: str, fields: Mapping[str, Any], module: str) -> Any:
+    """A number of one module: of the first pattern that names it, or of all."""
+    for name, value in (fields[pattern] or {}).items():
+        plain = name.removeprefix("^").replace("\\.", ".")
+        if module == plain or (not name.startswith("^") and module.endswith(f".{plain}")):
+            return value
+    return fields[default]

@@ -1,0 +1,101 @@
+"""Examples: an image with its questions, and sequences of those whose images are files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import PIL.Image
+
+from mllm_jax.data import files, pictures
+from mllm_jax.data.embedded.questions import Question
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image with its questions.
+
+    Attributes:
+      id: unique in its domain.
+      domain: its domain's name.
+      label: what it shows.
+      encoded: the image file's bytes.
+      questions: what can be asked, with answers and options.
+      source: where the image comes from.
+      licence: of the image; empty when not known.
+    """
+
+    id: str
+    domain: str
+    label: str
+    encoded: bytes = dataclasses.field(repr=False)
+    questions: tuple[Question, ...]
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def image(self) -> PIL.Image.Image:
+        """The picture as a viewer shows it, in RGB; see `pictures.read`."""
+        try:
+            return pictures.read(self.encoded)
+        except ValueError as error:
+            raise ValueError(
+                f"{_named(self.domain, self.id)}: the image {files.name(self.source, 100)} cannot "
+                f"be read ({files.reason(error.__cause__)}); replace or remove it"
+            ) from error
+
+    def ask(self, style: str) -> Question:
+        """The first question of a style."""
+        for question in self.questions:
+            if question.style == style:
+                return question
+        styles = sorted({question.style for question in self.questions})
+        raise ValueError(
+            f"domain {self.domain!r}, example {self.id!r} has no question of style {style!r}; "
+            f"it has {styles}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An example whose image is still in its file.
+
+    Attributes:
+      id, label, licence: as an `Example` has them.
+      file: of the image.
+      questions: makes them, when they are needed.
+    """
+
+    id: str
+    label: str
+    file: str
+    questions: Callable[[], tuple[Question, ...]]
+    licence: str = ""
+
+
+class Files(Sequence):
+    """Examples whose images are files of the user, read when they are asked for."""
+
+    def __init__(self, domain: str, rows: Sequence[Row]):
+        self._domain = domain
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._rows[index]
+        try:
+            encoded = files.read_bytes(row.file, pictures.MAX_BYTES)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{_named(self._domain, row.id)}: the image {files.name(row.file, 100)} cannot be "
+                f"read ({files.reason(error)})"
+            ) from error
+        return Example(
+            row.id, self._domain, row.label, encoded, row.questions(), row.file, row.licence
+        )
+
+
+def _named(domain: str, example: str) -> str:
+    return f"domain {files.name(domain, 40)!r}, example {files.name(example, 60)!r}"

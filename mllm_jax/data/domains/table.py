@@ -1,0 +1,258 @@
+"""Tables of a user: CSV, JSON lines and JSON, read into records and grouped by image.
+
+A record is a dict with the fields image, question and answer, and if it has them options, style,
+label, id, licence. With each goes where it stands, for errors: "birds.csv, line 3".
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import csv
+import functools
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from mllm_jax.data import files
+from mllm_jax.data.domains.examples import Row
+from mllm_jax.data.embedded import questions as questions_lib
+
+Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
+
+NEEDED = ("image", "question", "answer")
+TEXTS = {*NEEDED, "style", "label", "id", "licence"}
+DELIMITERS = (",", ";", "\t")
+MAX_BYTES = 2**31  # of one table
+MARKS = (  # of an encoding, at the beginning of a file; UTF-32 begins like UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def from_csv(path: pathlib.Path) -> list[Record]:
+    """The records of a table with commas, semicolons or tabs; the header tells which."""
+    text = _text(path)
+    header_line = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=_delimiter(header_line),
+        skipinitialspace=True,
+        strict=True,
+    )
+    rows = _numbered(reader, path)
+    number, header = next(rows, (1, []))
+    header = [cell.strip() for cell in header]
+    _require(header, f"table {files.name(path)}", "columns")
+    twice = sorted(name for name, count in collections.Counter(header).items() if count > 1)
+    if any(twice):
+        raise ValueError(
+            files.line(f"{files.name(path)}, line {number}: two columns are named {twice[-1]!r}")
+        )
+    records, named = [], files.name(path)
+    for number, cells in rows:
+        where = f"{named}, line {number}"
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{where}: {len(cells)} cells under {len(header)} columns; a cell that holds the "
+                "delimiter stands in double quotes"
+            )
+        stripped = (cell.strip() for cell in cells)
+        records.append(
+            (where, {name: cell for name, cell in zip(header, stripped, strict=True) if cell})
+        )
+    return records
+
+
+def _numbered(reader, path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, each with the number of its first line."""
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"{files.name(path)}, line {number}: not a row of a table ({files.reason(error)}); "
+                "is a double quote left open?"
+            ) from error
+        if any(cell.strip() for cell in cells):
+            yield number, cells
+
+
+def _delimiter(header: str) -> str:
+    """The one under which most of the needed columns are there."""
+
+    def columns(delimiter: str) -> int:
+        return len({cell.strip(' "\r\n') for cell in header.split(delimiter)} & {*NEEDED})
+
+    return max(DELIMITERS, key=columns)
+
+
+def from_jsonl(path: pathlib.Path) -> list[Record]:
+    """The records of a file with one JSON object a line."""
+    records, named = [], files.name(path)
+    for number, line in enumerate(io.StringIO(_text(path)), 1):
+        if line.strip():
+            where = f"{named}, line {number}"
+            records.append((where, _object(_json(line, where), where)))
+    return records
+
+
+def from_json(path: pathlib.Path) -> list[Record]:
+    """The records of a file that is one JSON list of objects."""
+    named = files.name(path)
+    found = _json(_text(path), named)
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{named}: a JSON {type(found).__name__}, not a list of objects; one object "
+            "a line is read from a .jsonl"
+        )
+    places = (f"{named}, record {number}" for number in range(len(found)))
+    return [(where, _object(one, where)) for where, one in zip(places, found, strict=True)]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({files.reason(error)})") from error
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    """A JSON object without its nulls."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return {name: field for name, field in value.items() if field is not None}
+
+
+def _text(path: pathlib.Path) -> str:
+    """A file as text: UTF-8, or what its byte order mark says."""
+    try:
+        content = files.read_bytes(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"domain file {files.name(path)} cannot be read: {files.reason(error)}"
+        ) from error
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{files.name(path)}, line {line}: not {encoding.upper()} ({error.reason}); save it as "
+            "UTF-8 (iconv -f latin1 -t utf-8)"
+        ) from error
+    if (at := text.find("\0")) >= 0:
+        line = text.count("\n", 0, at) + 1
+        raise ValueError(f"{files.name(path)}, line {line}: a NUL, so no text; save it as UTF-8")
+    return text
+
+
+def grouped(name: str, path: pathlib.Path, records: Sequence[Record]) -> list[Row]:
+    """An example of each image, with the questions of all its records.
+
+    Options that a record does not name are other answers to questions of its style.
+
+    Args:
+      name: of the domain.
+      path: of the table; images stand relative to its folder.
+      records: of the table.
+    """
+    if not records:
+        raise ValueError(
+            f"domain {files.name(name, 40)!r} is empty: {files.name(path)} has no rows"
+        )
+    answers = collections.defaultdict(dict)  # of each style, as an ordered set
+    by_image = collections.defaultdict(list)
+    for where, record in records:
+        record = _checked(record, where)
+        answers[record["style"]][record["answer"]] = None
+        by_image[record["image"]].append((where, record))
+    families = {style: tuple(said) for style, said in answers.items()}
+    rows, seen, folder = [], {}, str(path.parent)
+    for image, about in by_image.items():
+        where, first = about[0]
+        key = first.get("id", image)
+        if key in seen:
+            raise ValueError(
+                files.line(f"{where}: the id {files.name(key, 60)!r} is that of {seen[key]} too")
+            )
+        seen[key] = where
+        rows.append(
+            Row(
+                id=key,
+                label=first.get("label", first["answer"]),
+                file=os.path.join(folder, image),
+                questions=functools.partial(_questions, name, about, families),
+                licence=first.get("licence", ""),
+            )
+        )
+    return rows
+
+
+def _questions(name: str, about: Sequence[Record], families: Mapping[str, Sequence[str]]):
+    """The questions of an image's records."""
+    made = []
+    for _, record in about:
+        style, prompt, answer = (record[field] for field in ("style", "question", "answer"))
+        key = f"{name} {record['image']} {prompt}"
+        options = record["options"] or questions_lib.options_for(answer, families[style], key)
+        made.append(questions_lib.Question(style, prompt, answer, tuple(options)))
+    return tuple(made)
+
+
+def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """A record whose fields are text, its options a list of texts."""
+    _require(record, where, "fields")
+    made = {"style": "category", "options": ()}
+    for field, value in record.items():
+        if field in TEXTS:
+            made[field] = _as_text(value, field, where)
+    if not all(made[field].strip() for field in NEEDED):
+        empty = [field for field in NEEDED if not made[field].strip()]
+        raise ValueError(f"{where} lacks the fields {empty}: they are empty")
+    if options := record.get("options"):
+        made["options"] = _options(options, made["answer"], where)
+    return made
+
+
+def _options(options: Any, answer: str, where: str) -> tuple[str, ...]:
+    if isinstance(options, str):
+        options = [part.strip() for part in options.split("|")]
+    if not isinstance(options, list):
+        raise ValueError(f"{where}: options is a {type(options).__name__}, not a list")
+    options = tuple(_as_text(option, "options", where) for option in options)
+    if answer not in options:
+        raise ValueError(
+            files.line(
+                f"{where}: the answer {files.name(answer, 80)!r} is not among its options "
+                f"{list(options)}"
+            )
+        )
+    return options
+
+
+def _as_text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where}: {field} is a {type(value).__name__}, not a text")
+    text = str(value)
+    if not files.is_text(text):
+        raise ValueError(f"{where}: {field} holds half a surrogate pair, which is no letter")
+    return text
+
+
+def _require(present: Collection[str], where: str, what: str) -> None:
+    if missing := [field for field in NEEDED if field not in present]:
+        has = re.sub(r"\s+", " ", str([files.name(field, 30) for field in list(present)[:12]]))
+        raise ValueError(
+            files.line(f"{where} lacks the {what} {missing}; it needs {list(NEEDED)} and has {has}")
+        )
