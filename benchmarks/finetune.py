@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, work
+from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.models import llava
 from mllm_jax.training import fit
 
 RECIPE = fit.Recipe(rate=1e-3)

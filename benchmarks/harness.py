@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks import clock, work
-from mllm_jax import products
+from mllm_jax.numerics import products
 from mllm_jax.store import atomic_json
 
 ROOT = pathlib.Path(__file__).parents[1]

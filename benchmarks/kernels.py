@@ -14,7 +14,7 @@ import os
 import pathlib
 
 from benchmarks import profile, work
-from mllm_jax.interventions import run as run_
+from mllm_jax.passes import run as run_
 from mllm_jax.store import atomic_json
 
 ABOUT = "where the time of a clean pass goes"

@@ -18,8 +18,9 @@ import tempfile
 import threading
 import time
 
-from mllm_jax.checkpoints import released
-from mllm_jax.models import clip, llama, llava
+from mllm_jax.families import released
+from mllm_jax.families.llava import model as llava
+from mllm_jax.models import clip, llama
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
@@ -43,7 +44,7 @@ def measure(directory: pathlib.Path, devices: int = 1) -> dict[str, float]:
     import jax
 
     import mllm_jax as mj
-    from mllm_jax.checkpoints import load
+    from mllm_jax.loading import load
 
     mesh = mj.mesh(model=devices) if devices > 1 else None
     before, own, done = _status("VmRSS"), [0], threading.Event()

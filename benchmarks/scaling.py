@@ -45,9 +45,10 @@ def measure(
     name: str, study: str, chips: Sequence[int], along: Sequence[int], rows: int
 ) -> list[dict[str, Any]]:
     """A point for each way to scale and number of chips."""
-    from mllm_jax.checkpoints import released
-    from mllm_jax.sharding import mesh, plan, programs
-    from mllm_jax.sharding.chips import CHIPS
+    from mllm_jax.families import released
+    from mllm_jax.planning import plan, programs
+    from mllm_jax.planning.chips import CHIPS
+    from mllm_jax.sharding import mesh
 
     ways = [("weak, data", n, (n, 1), rows) for n in chips]
     ways += [("strong, data", n, (n, 1), rows // n) for n in chips if rows % n == 0]

@@ -39,7 +39,7 @@ def _with_answer(batch, answer):
     return batch.replace(
         ids=extend(batch.ids, np.maximum(answer, 0)),
         position=extend(batch.position, T + np.arange(A)),
-        image_at=extend(batch.image_at, none),
+        image_token_index=extend(batch.image_token_index, none),
         tokens=tokens.TokenMap(
             kind=extend(map_.kind, kind), row=extend(map_.row, none),
             column=extend(map_.column, none), tile=extend(map_.tile, none),

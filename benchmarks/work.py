@@ -15,7 +15,7 @@ from flax import nnx
 
 import mllm_jax as mj
 from mllm_jax import tokens
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 BATCH = 8  # rows at one time
 
@@ -105,10 +105,10 @@ def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> 
             tile=np.where(image, 0, -1).astype(np.int16),
             last=np.broadcast_to(np.arange(T) == T - 1, ids.shape),
         ),
-        image_at=np.where(image, first + number, -1).astype(np.int32),
+        image_token_index=np.where(image, first + number, -1).astype(np.int32),
         pixels=pixels.transpose(0, 2, 3, 1),
         tile=np.zeros((rows,), np.int16),
-        real=np.ones((rows,), bool),
+        is_real_tile=np.ones((rows,), bool),
     )
 
 

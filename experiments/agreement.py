@@ -36,7 +36,7 @@ def made_by() -> dict[str, dict[str, str]]:
 
 def files(config) -> dict[str, str]:
     """Digests of what a config names beside its model and its pictures."""
-    from mllm_jax.checkpoints import load
+    from mllm_jax.loading import load
 
     named = {name: at(config, name) for name in FILES if name != "vqa.manual"}
     # FOLDER/{module}.pth stands for all that is in the folder.
@@ -67,7 +67,7 @@ def digest(path: pathlib.Path) -> str:
 
 def _contents(config) -> dict[str, str]:
     """Digests of the checkpoints, files and folders that a config names."""
-    from mllm_jax.checkpoints import load
+    from mllm_jax.loading import load
 
     named = {name: at(config, name) for name in FILES}
     named |= {f"paths[{i}]": path for i, path in enumerate(config.get("paths") or ())}

@@ -35,10 +35,10 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import attribution, domain_neurons, intervals
 from mllm_jax.data import batching
-from mllm_jax.evaluation import score
 from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import run as run_
+from mllm_jax.passes import score
 from mllm_jax.report import attribution as page
 
 METRICS = {"answer": (1.0,), "difference": (1.0, -1.0)}  # weights of the right and a wrong option
@@ -76,7 +76,7 @@ class Study:
     def batches(self, examples: list) -> Iterator[tuple[int, Any, np.ndarray, np.ndarray]]:
         """(rows, batch, candidates int32[B, C, A], weights float32[B, C]); one question a row."""
         pairs, (length, answer) = batching.ask(examples, self.config.styles), self.lengths
-        asked = batching.Asked(self.processor, pairs, self.config.batch_size, length)
+        asked = batching.QuestionBatches(self.processor, pairs, self.config.batch_size, length)
         weights = np.array(METRICS[self.config.metric], np.float32)
         for i in range(len(asked)):
             options = [_options(question)[: len(weights)] for _, question in asked.rows(i)]

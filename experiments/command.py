@@ -91,7 +91,7 @@ def _start(
     with one_line(sys.exit):
         _check(argv, takes)
     with one_line(sys.exit):
-        from mllm_jax import products
+        from mllm_jax.numerics import products
         from mllm_jax.sharding import hosts
 
         if eigen:
@@ -100,9 +100,9 @@ def _start(
     with one_line(hosts.fail):
         _join()
         interrupts.save_first(hosts.interrupt)
-        if hosts.writes():
+        if hosts.is_primary():
             lock.take(WORKDIR.value)
-        if hosts.count() > 1:
+        if hosts.process_count() > 1:
             flags_ = {"mesh": MESH.value, "workdir": str(pathlib.Path(WORKDIR.value).resolve())}
             hosts.require_same(
                 study=module, flags=flags_ | _records(asked), **agreement.parts(CONFIG.value)
@@ -111,7 +111,7 @@ def _start(
             _check_rows(rows, found)
             study = importlib.import_module(module)
             _run(study, asked)
-        hosts.part()
+        hosts.shutdown()
 
 
 def _run(study, asked: dict[str, Any]) -> None:
@@ -304,11 +304,11 @@ def _join() -> None:
     from mllm_jax.sharding import hosts
 
     if PROCESSES.value == "auto":
-        hosts.join(None, None, None)
+        hosts.initialize(None, None, None)
     elif PROCESSES.value is not None:
-        hosts.join(COORDINATOR.value, int(PROCESSES.value), PROCESS.value)
-    hosts.heed_sigterm()
-    if not hosts.writes():
+        hosts.initialize(COORDINATOR.value, int(PROCESSES.value), PROCESS.value)
+    hosts.handle_sigterm()
+    if not hosts.is_primary():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -319,7 +319,7 @@ def _on_mesh() -> Iterator[Any]:
 
     from mllm_jax.sharding import hosts, mesh
 
-    if MESH.value is None and hosts.count() == 1:
+    if MESH.value is None and hosts.process_count() == 1:
         yield None
         return
     found = mesh.mesh(**_mesh_sizes())

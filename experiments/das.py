@@ -37,8 +37,8 @@ from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching, features
-from mllm_jax.evaluation import score
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import score
 from mllm_jax.report import learned as page
 from mllm_jax.sharding import mesh
 from mllm_jax.training import edits as learning
@@ -161,7 +161,7 @@ def answer(this: Study, split: str) -> dict[str, np.ndarray]:
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
         batch = this.batch(split, rows)
-        found.append(mesh.read(this.scores(this.model, batch, Edits(), size)).argmax(-1))
+        found.append(mesh.to_numpy(this.scores(this.model, batch, Edits(), size)).argmax(-1))
     return {"label": np.concatenate(found)[:count]}
 
 

@@ -24,9 +24,10 @@ from absl import app, flags
 from flax import nnx
 
 from mllm_jax import sites, store, tokens
-from mllm_jax.checkpoints import load, released
-from mllm_jax.interventions import run
-from mllm_jax.models.llava import Batch, LlavaConfig
+from mllm_jax.families import released
+from mllm_jax.families.llava.model import Batch, LlavaConfig
+from mllm_jax.loading import load
+from mllm_jax.passes import run
 from mllm_jax.report import tables
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
@@ -116,10 +117,10 @@ def batch(config: LlavaConfig) -> Batch:
         tokens=tokens.TokenMap(
             kind=each(np.int8, 1, T), row=row, column=row, tile=row, last=each(np.bool_, 1, T)
         ),
-        image_at=each(np.int32, 1, T),
+        image_token_index=each(np.int32, 1, T),
         pixels=each(np.float32, I, side, side, 3),
         tile=each(np.int16, I),
-        real=each(np.bool_, I),
+        is_real_tile=each(np.bool_, I),
         qformer_ids=each(np.int32, I, WORDS),
         qformer_kind=each(np.int8, I, WORDS),
     )

@@ -28,10 +28,10 @@ from experiments import study
 from mllm_jax import store
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching
-from mllm_jax.evaluation import score
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import score
 from mllm_jax.report import figures, tables
 
 
@@ -91,7 +91,7 @@ def right(this: Study, name: str, examples: list, style: str) -> dict[str, np.nd
     """bool[N]: whether the best option of each example's question is the right one."""
     pairs = batching.ask(examples, (style,))
     length = batching.row_length(this.processor, pairs)
-    asked = batching.Asked(this.processor, pairs, this.config.batch_size, length)
+    asked = batching.QuestionBatches(this.processor, pairs, this.config.batch_size, length)
     found, brought, batches = [], [], []
     for i in tqdm.tqdm(range(len(asked)), desc=f"{examples[0].domain}, {style}", leave=False):
         batch, options = asked[i], asked.candidates(i)

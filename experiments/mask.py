@@ -33,8 +33,8 @@ from mllm_jax import store
 from mllm_jax.analysis import domain_neurons, intervals
 from mllm_jax.data import batching
 from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import run as run_
 from mllm_jax.report import learned as page
 from mllm_jax.training import edits as learning
 
@@ -89,7 +89,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
 def _batches(config, model, processor, edits: Edits, pairs: list) -> list[dict[str, Any]]:
     """Prompts of all domains in turn, which rows are real, and the clean model's next word."""
     length = batching.row_length(processor, pairs)
-    asked = batching.Asked(processor, pairs, config.batch_size, length)
+    asked = batching.QuestionBatches(processor, pairs, config.batch_size, length)
     made = []
     for i in range(len(asked)):
         batch = asked[i]

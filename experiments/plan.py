@@ -25,10 +25,10 @@ from absl import app, flags
 from experiments import command, describe
 from mllm_jax import store
 from mllm_jax.interventions import spec
+from mllm_jax.planning import plan as plans
+from mllm_jax.planning import programs
 from mllm_jax.report import figures
 from mllm_jax.report import plan as report
-from mllm_jax.sharding import plan as plans
-from mllm_jax.sharding import programs
 
 TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], "Chips and slices: v5e:2x4,v5p:4x4x4.")
 STUDY = flags.DEFINE_list("study", ["counts+lens"], f"Of {', '.join(programs.STUDIES)}.")

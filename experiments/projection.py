@@ -43,13 +43,13 @@ from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import domain_neurons, probe, projection, selectors
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
-from mllm_jax.checkpoints import clip
 from mllm_jax.data import batching, classification, pooled, tasks
 from mllm_jax.data import features as features_
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers, zero_shot
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.loading import clip
 from mllm_jax.report import projection as page
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import batches, fit, start
@@ -120,7 +120,7 @@ class Study:
             self.model, processor, self.examples(task, split), path, label=f"features, {task}"
         )
 
-    def asked(self, task: tasks.Task, split: str, seed: int) -> batching.Asked:
+    def asked(self, task: tasks.Task, split: str, seed: int) -> batching.QuestionBatches:
         """The question for the class of each picture of a split."""
         pairs = [
             (e, answers.question(task, e, wording=self.config.wording, seed=seed))
@@ -128,7 +128,7 @@ class Study:
         ]
         return self._asked(pairs, task.name, split, self._length(task, split))
 
-    def shown(self, task: str, split: str, count: int) -> batching.Asked:
+    def shown(self, task: str, split: str, count: int) -> batching.QuestionBatches:
         """A question that is the same for all pictures and names no class."""
         pairs = [
             (e, Question("shown", LOOK, e.label, self.tasks[task].classes))
@@ -136,10 +136,10 @@ class Study:
         ]
         return self._asked(pairs, task, split, batching.row_length(self.processor, pairs))
 
-    def _asked(self, pairs, task: str, split: str, length: int) -> batching.Asked:
+    def _asked(self, pairs, task: str, split: str, length: int) -> batching.QuestionBatches:
         features = self.features(task, split)[: len(pairs)]
         size = self.config.rows
-        return batching.Asked(self.processor, pairs, size, length, features)
+        return batching.QuestionBatches(self.processor, pairs, size, length, features)
 
     def _length(self, task: tasks.Task, split: str) -> int:
         """Of all seeds, so that one program is for all."""
@@ -274,7 +274,7 @@ class Tuned:
         recipe = fit.Recipe.of(how.recipe.to_dict())
         features = this.features(run.task, "train", how.aspect)
         count = how.steps * recipe.accumulate
-        training = batches.Answered(
+        training = batches.AnswerBatches(
             this.processor, functools.partial(self._question, run.seed), features,
             size=how.batch_size, count=count, length=self._length(count, len(features)),
             seed=run.seed, end=how.end,
@@ -321,8 +321,8 @@ class Tuned:
 
     def forget(self) -> None:
         """Removes the checkpoints: all that was asked of the model is on disk."""
-        hosts.meet(f"forget {self.run.name}")
-        if hosts.writes():
+        hosts.barrier(f"forget {self.run.name}")
+        if hosts.is_primary():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -358,8 +358,8 @@ def said(this: Study, model, task: tasks.Task, seed: int, edits: Edits | None = 
     """int32[N]: the class that the model gives each test picture, -1 for none."""
     asked = this.asked(task, "test", seed)
     if this.config.answers == "free":
-        return answers.read(answers.free(model, asked, edits), task.classes)
-    return answers.scores(model, asked, edits).argmax(-1).astype(np.int32)
+        return answers.parse_answers(answers.generate_answers(model, asked, edits), task.classes)
+    return answers.score_classes(model, asked, edits).argmax(-1).astype(np.int32)
 
 
 def projected(this: Study, model, task: str) -> dict[str, np.ndarray]:
@@ -374,7 +374,7 @@ def projected(this: Study, model, task: str) -> dict[str, np.ndarray]:
 def _by_parts(fn, features: np.ndarray, size: int = 32) -> np.ndarray:
     """fn(features) of a mapped file, some rows at a time."""
     starts = range(0, len(features), size)
-    return np.concatenate([mesh.read(fn(np.asarray(features[i : i + size]))) for i in starts])
+    return np.concatenate([mesh.to_numpy(fn(np.asarray(features[i : i + size]))) for i in starts])
 
 
 @jax.jit
@@ -648,7 +648,9 @@ def suppress(this: Study) -> Iterator[dict]:
     for number, (off, (neurons, edit)) in enumerate(edits.items()):
         predicted = this.workdir.arrays(
             f"suppress/{number}",
-            lambda e=edit: {"said": answers.scores(model, test, e).argmax(-1).astype(np.int32)},
+            lambda e=edit: {
+                "said": answers.score_classes(model, test, e).argmax(-1).astype(np.int32)
+            },
         )["said"]
         value = projection.f1(truth["test"], predicted[None], len(task.classes))
         clean = clean or value
@@ -662,7 +664,7 @@ def suppress(this: Study) -> Iterator[dict]:
         }  # fmt: skip
 
 
-def _two_classes(this: Study, task: tasks.Task, split: str) -> batching.Asked:
+def _two_classes(this: Study, task: tasks.Task, split: str) -> batching.QuestionBatches:
     """The pictures of these classes alone, asked for one of them."""
     examples = this.examples(task.name, split)
     at = [i for i, example in enumerate(examples) if example.label in task.classes]
@@ -670,10 +672,10 @@ def _two_classes(this: Study, task: tasks.Task, split: str) -> batching.Asked:
     pairs = [(examples[i], answers.question(task, examples[i], **how)) for i in at]
     length = batching.row_length(this.processor, pairs)
     features = this.features(task.name, split)[at]
-    return batching.Asked(this.processor, pairs, this.config.rows, length, features)
+    return batching.QuestionBatches(this.processor, pairs, this.config.rows, length, features)
 
 
-def _responses(model, asked: batching.Asked) -> dict[str, np.ndarray]:
+def _responses(model, asked: batching.QuestionBatches) -> dict[str, np.ndarray]:
     """float32[N, L, F]: of each picture, a neuron's mean over the image tokens."""
     capture = {"mean": mj.mean(S.lm.mlp.act, where=tok.image)}
     found = [

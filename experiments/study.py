@@ -80,9 +80,9 @@ def with_features(model, batch, edits: Edits | None = None):
     """
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         return batch
-    with mesh.on(model):
-        features = features_.encode(model, mesh.place(batch.replace(processor=None)))
-        return batch.replace(features=mesh.home(features))
+    with mesh.enter_mesh(model):
+        features = features_.encode(model, mesh.shard_batch(batch.replace(processor=None)))
+        return batch.replace(features=mesh.gather_to_host(features))
 
 
 def named(workdir: store.Workdir) -> dict[str, dict[str, str]]:

@@ -19,8 +19,8 @@ import numpy as np
 import mllm_jax as mj
 from experiments import study
 from mllm_jax import store
-from mllm_jax.checkpoints import save
 from mllm_jax.data import batching, features
+from mllm_jax.loading import save
 from mllm_jax.report import figures, tables, training
 from mllm_jax.training import fit, parts, start
 
@@ -46,11 +46,11 @@ def run(config, workdir: store.Workdir) -> None:
     if config.projector == "random":
         model = start.scale_projector(model, seen[np.sort(sample)])
 
-    batches = batching.Packed(
+    batches = batching.PackedQuestions(
         processor, train, seen, size=config.batch_size, steps=config.steps,
         questions=config.questions, seed=config.seed, styles=tuple(config.styles),
     )  # fmt: skip
-    tests = batching.Packed(
+    tests = batching.PackedQuestions(
         processor, test, held, size=config.batch_size, steps=len(test) // config.batch_size,
         questions=config.questions, seed=None, styles=tuple(config.styles),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def run(config, workdir: store.Workdir) -> None:
     after = workdir.json("after", lambda: fit.evaluate(model, tests, label="loss after"))
 
     save.write_projector(model, workdir / "projector.safetensors")
-    trained = parts.split(model, recipe.part, lora=recipe.lora).trained
+    trained = parts.partition(model, recipe.part, lora=recipe.lora).trained
     tables.write(workdir / "loss.csv", ("step", "loss"), enumerate(map(float, curve), 1))
     figures.save(training.loss_curve(curve, *after), workdir / "figures" / "loss.png")
     store.atomic_json(

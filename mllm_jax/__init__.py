@@ -6,12 +6,7 @@ where it is computed. Start with `load`, `run` and the edits below; sites are in
 """
 
 from mllm_jax import sites, tokens
-from mllm_jax.checkpoints.load import load, read_projector
-from mllm_jax.checkpoints.save import save_hf, write_projector
-from mllm_jax.evaluation.generate import generate
-from mllm_jax.evaluation.score import score
 from mllm_jax.interventions.captures import keep, lens, mass, mean, stats
-from mllm_jax.interventions.compiles import compiles
 from mllm_jax.interventions.edits import (
     ablate,
     add,
@@ -23,11 +18,16 @@ from mllm_jax.interventions.edits import (
     replace,
     scale,
 )
-from mllm_jax.interventions.reduce import reduce
-from mllm_jax.interventions.run import run
-from mllm_jax.interventions.sweep import stack, sweep
+from mllm_jax.loading.load import load, read_projector
+from mllm_jax.loading.save import save_hf, write_projector
+from mllm_jax.passes.compiles import compiles
+from mllm_jax.passes.generate import generate
+from mllm_jax.passes.reduce import reduce
+from mllm_jax.passes.run import run
+from mllm_jax.passes.score import score
+from mllm_jax.passes.sweep import stack, sweep
+from mllm_jax.planning.plan import plan
 from mllm_jax.sharding.mesh import mesh
-from mllm_jax.sharding.plan import plan
 
 __all__ = [
     "ablate",

@@ -182,7 +182,7 @@ def _tiles(of: Any, row: int) -> Iterator[str]:
         return
     config, map_ = of.processor.config, of.tokens
     at, tile, down, across = (
-        array[row] for array in (of.image_at, map_.tile, map_.row, map_.column)
+        array[row] for array in (of.image_token_index, map_.tile, map_.row, map_.column)
     )
     for number in np.unique(tile[(at >= 0) & (tile >= 0)]):
         own = (at >= 0) & (tile == number)

@@ -8,6 +8,7 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -226,7 +227,7 @@ def _kinds(*names: str) -> Where:
 
 system, question, image, newline, answer, cls, query = (_kinds(name) for name in KINDS[1:])
 text = _kinds(*TEXT)
-all = _kinds(*KINDS[1:])
+every = _kinds(*KINDS[1:])
 last = Where("last")
 generating = last | answer  # each token at which the next one is chosen, in `generate` and `score`
 kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
@@ -272,7 +273,7 @@ def mask(array) -> Where:
 def of(selector) -> Where:
     """A selector from what a user may give: a selector, a mask, or nothing (all tokens)."""
     if selector is None:
-        return all
+        return every
     if isinstance(selector, Where):
         return selector
     if isinstance(selector, str):
@@ -282,4 +283,13 @@ def of(selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "all", "last", "generating")}
+NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "every", "last", "generating")}
+NAMED["all"] = every  # as edits were written before
+
+
+def __getattr__(name: str) -> Where:
+    """Return the selectors that had another name before."""
+    if name == "all":
+        warnings.warn("tokens.all is called tokens.every", DeprecationWarning, stacklevel=2)
+        return every
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mllm_jax import tokens
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 TINY = llava.LlavaConfig.tiny()
 
@@ -103,12 +103,12 @@ def make_batch(
         **columns,
         pixels=np.concatenate(pixels),
         tile=np.concatenate([*map(np.arange, images), np.arange(fill)]).astype(np.int16),
-        real=np.arange(count + fill) < count,
+        is_real_tile=np.arange(count + fill) < count,
     )
 
 
 # What a padding token has in each field.
-EMPTY = {"ids": 0, "position": 0, "image_at": -1, "kind": 0, "row": -1, "column": -1, "tile": -1,
+EMPTY = {"ids": 0, "position": 0, "image_token_index": -1, "kind": 0, "row": -1, "column": -1, "tile": -1,
          "last": False}  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _row(config, images: int, words: int, first: int, rng) -> dict[str, np.ndarr
     row = {
         "ids": rng.integers(1, min(config.image_token, config.lm.vocab), T, dtype=np.int32),
         "position": np.arange(T, dtype=np.int32),
-        "image_at": np.full(T, -1, np.int32),
+        "image_token_index": np.full(T, -1, np.int32),
         "kind": np.full(T, tokens.CODE["question"], np.int8),
         "row": np.full(T, -1, np.int16),
         "column": np.full(T, -1, np.int16),
@@ -134,7 +134,7 @@ def _row(config, images: int, words: int, first: int, rng) -> dict[str, np.ndarr
     }
     row["kind"][0] = tokens.CODE["system"]
     row["ids"][at] = config.image_token
-    row["image_at"][at] = first * size + np.arange(len(at))
+    row["image_token_index"][at] = first * size + np.arange(len(at))
     for name in ("kind", "row", "column", "tile"):
         row[name][at] = getattr(grid, name).reshape(-1)
     return row

@@ -17,8 +17,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import architectures, load, released, tables, tensors
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import tables, tensors
+from mllm_jax.families import registry as architectures
+from mllm_jax.families import released
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load
 
 SHARD = 2**32  # bytes
 

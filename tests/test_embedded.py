@@ -45,7 +45,7 @@ def test_second_load_is_quick(embedded):
 def test_answers_from_the_picture(embedded, medical):
     model, processor = embedded
     pairs = batching.ask(medical[:16], ("choice",))
-    asked = batching.Asked(processor, pairs, 16)
+    asked = batching.QuestionBatches(processor, pairs, 16)
     values = mj.score(model, asked[0], asked.candidates(0))
     right = np.asarray(values).argmax(-1) == asked.right(0)
     assert right.mean() >= 0.5, f"{right.mean():.2f} right of 4 options; chance is 0.25"
@@ -61,7 +61,7 @@ def test_layers_above_the_feature_layer_are_refused(embedded, medical):
 
 def test_no_buffer_of_the_whole_lens(embedded, medical):
     """A lens of all layers and tokens needs less memory than one [L, T, V] would."""
-    from mllm_jax.interventions import run
+    from mllm_jax.passes import run
 
     model, processor = embedded
     batch = processor([medical[0].image], ["What is this?"]).replace(processor=None)
@@ -76,7 +76,7 @@ def test_no_buffer_of_the_whole_lens(embedded, medical):
 def test_last_layer_of_the_lens_is_the_model(embedded, medical):
     model, processor = embedded
     batch = processor([medical[0].image], ["What is this?"])
-    captures = {"lens": mj.lens(S.lm.resid_post[-1], k=5, where=tok.all)}
+    captures = {"lens": mj.lens(S.lm.resid_post[-1], k=5, where=tok.every)}
     out = mj.run(model, batch, None, captures, logits="all")
     best, ids = jax.lax.top_k(jax.nn.log_softmax(out.logits[0]), 5)
     real = batch.valid[0]

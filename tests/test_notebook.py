@@ -15,9 +15,10 @@ import mllm_jax as mj
 from mllm_jax import notebook, sites
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import receipts, results, run
-from mllm_jax.models.instructblip import InstructBlipConfig
-from mllm_jax.models.llava_next import LlavaNextConfig
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava_next.model import LlavaNextConfig
+from mllm_jax.interventions import receipts, results
+from mllm_jax.passes import run
 from tests import tiny
 
 RECEIPT = receipts.Receipt(

@@ -12,16 +12,19 @@ import pytest
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax import precision
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import deviation, probe
-from mllm_jax.checkpoints import load
 from mllm_jax.data import features
 from mllm_jax.evaluation import zero_shot
-from mllm_jax.interventions import trunk
-from mllm_jax.models import clip_text, instructblip, llava, llava_next
-from mllm_jax.sharding import programs
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.loading import load
+from mllm_jax.models import clip_text
+from mllm_jax.numerics import precision
+from mllm_jax.passes import clean_pass as trunk
+from mllm_jax.planning import programs
 from mllm_jax.training import fit, losses, parts
 
 CONFIGS = {
@@ -93,7 +96,7 @@ def of_training(part: str, dtype):
     config = CONFIGS["llava"]
     network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
     batch = batch.replace(labels=jax.ShapeDtypeStruct((2, 3), np.int32))
-    merge, trained, frozen = parts.split(network, part)
+    merge, trained, frozen = parts.partition(network, part)
     recipe = fit.Recipe(part=part)
     step = functools.partial(
         fit.update, merge=merge, recipe=recipe, steps=9, loss=losses.answer_nll, places=()

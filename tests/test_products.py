@@ -8,7 +8,7 @@ import sys
 import jaxlib
 import pytest
 
-from mllm_jax import products
+from mllm_jax.numerics import products
 
 EIGEN = "--xla_cpu_experimental_ynn_fusion_type="
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mllm_jax import rows
+from mllm_jax.numerics import rows
 
 
 @pytest.mark.parametrize("numbers", [0, 2**30])
@@ -21,7 +21,7 @@ def test_by_row(transform, numbers):
         return {"sum": x.sum(-1), "more": (x * tree["y"], tree["y"])}
 
     def both(x):
-        return rows.by_row(fn, x, {"y": x + 1, "none": None}, numbers=numbers)
+        return rows.map_rows_on_cpu(fn, x, {"y": x + 1, "none": None}, num_elements=numbers)
 
     got = transform(both)(x)
     np.testing.assert_allclose(got["sum"], x.sum(-1), rtol=0, atol=1e-6)

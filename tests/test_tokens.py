@@ -61,7 +61,7 @@ def test_every_kind(name, words, patches):
 def test_groups_of_kinds(words):
     real = words.kind != PAD
     text = np.isin(words.kind, [tok.CODE[n] for n in ("system", "question", "answer")])
-    np.testing.assert_array_equal(tok.all.mask(words), real)
+    np.testing.assert_array_equal(tok.every.mask(words), real)
     np.testing.assert_array_equal(tok.of(None).mask(words), real)
     np.testing.assert_array_equal(tok.text.mask(words), text)
     np.testing.assert_array_equal(tok.last.mask(words), words.last)
@@ -124,9 +124,11 @@ def test_a_map_may_be_traced(words):
 
 
 def test_kinds_are_data_not_structure():
-    structures = {jax.tree.structure(where) for where in (tok.image, tok.text, tok.all, tok.system)}
+    structures = {
+        jax.tree.structure(where) for where in (tok.image, tok.text, tok.every, tok.system)
+    }
     assert len(structures) == 1
-    assert len({leaf.shape for leaf in jax.tree.leaves((tok.image, tok.text, tok.all))}) == 1
+    assert len({leaf.shape for leaf in jax.tree.leaves((tok.image, tok.text, tok.every))}) == 1
 
 
 def test_an_index_may_be_traced(patches):

@@ -9,9 +9,10 @@ import PIL.Image
 import tokenizers
 import transformers
 
-from mllm_jax.data.instructblip import InstructBlipProcessor
-from mllm_jax.data.processor import Processor
-from mllm_jax.models import instructblip, llava
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.instructblip.processor import InstructBlipProcessor
+from mllm_jax.families.llava import model as llava
+from mllm_jax.processors.processor import Processor
 
 TEXT = (
     "what is shown in the picture ? a an cat dog ship tree star cell page yes no of which one . "

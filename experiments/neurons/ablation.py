@@ -18,10 +18,10 @@ from experiments.neurons.base import Study, off
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import deviation, domain_neurons, intervals, official
-from mllm_jax.analysis.domain_neurons import Found
-from mllm_jax.evaluation import score
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.evaluation.metrics import datasets, lingo_judge
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import score
 
 KINDS = ("image", "question", "system")
 LAST = {"last": mj.keep(S.lm.resid_post[-1])}
@@ -57,7 +57,7 @@ def check(config) -> None:
             lingo_judge.load(config.judge, fallback=config.judge_fallback)
 
 
-def ablate(this: Study, found: Mapping[str, Found]) -> tuple[dict, list, list]:
+def ablate(this: Study, found: Mapping[str, SelectedNeurons]) -> tuple[dict, list, list]:
     """Accuracy and hidden-state deviation of every ablation.
 
     Returns:

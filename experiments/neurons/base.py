@@ -17,9 +17,9 @@ from mllm_jax import store
 from mllm_jax.analysis import official
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions import run as run_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import run as run_
 from mllm_jax.sharding import mesh
 
 MODULES = {
@@ -70,7 +70,7 @@ class Study:
         """Of the domains."""
         return tuple(self.train)
 
-    def asked(self, half: str, name: str) -> batching.Asked:
+    def asked(self, half: str, name: str) -> batching.QuestionBatches:
         """One question a picture of a domain, the styles of the config in turn.
 
         Args:
@@ -78,10 +78,12 @@ class Study:
         """
         pairs = self._pairs(half, name)
         if half != "train":
-            return batching.Asked(self.processor, pairs, self.config.batch_size, self.length)
+            return batching.QuestionBatches(
+                self.processor, pairs, self.config.batch_size, self.length
+            )
         size = self.counted_at_once
-        filled = mesh.filled("B", size)
-        return batching.Asked(self.processor, pairs, size, self.length, filled=filled)
+        filled = mesh.round_up_to_shards("B", size)
+        return batching.QuestionBatches(self.processor, pairs, size, self.length, filled=filled)
 
     @functools.cached_property
     def counted_at_once(self) -> int:
@@ -89,17 +91,17 @@ class Study:
         fewest = min(len(self._pairs("train", name)) for name in self.names)
         return max(1, min(self.config.batch_size, fewest // self.config.groups))
 
-    def groups(self, asked: batching.Asked) -> list[np.ndarray]:
+    def groups(self, asked: batching.QuestionBatches) -> list[np.ndarray]:
         """Numbers of the batches of each group of examples, in order."""
         return np.array_split(np.arange(len(asked)), min(self.config.groups, len(asked)))
 
-    def _pairs(self, half: str, name: str) -> batching.Pairs:
+    def _pairs(self, half: str, name: str) -> batching.ExampleQuestions:
         examples = getattr(self, half)[name]
         count = self.config[f"{half}_per_domain"]
         if half == "train" and self.config.train_tokens:
             sizes = (self._vision_tokens(example) for example in examples)
             count = official.examples_counted(sizes, self.config.train_tokens)
-        return batching.Pairs(examples, tuple(self.config.styles), count)
+        return batching.ExampleQuestions(examples, tuple(self.config.styles), count)
 
     def _vision_tokens(self, example: domains.Example) -> int:
         """Tokens of the vision tower in all tiles of a picture."""

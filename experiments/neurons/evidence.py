@@ -11,10 +11,12 @@ from experiments.neurons import selection
 from experiments.neurons.base import Study
 from experiments.neurons.counts import Counts
 from mllm_jax.analysis import domain_neurons, selectors, stability
-from mllm_jax.analysis.domain_neurons import Found
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
 
-def compare(this: Study, counts: selection.All, found: Mapping[str, Found]) -> dict[str, Any]:
+def compare(
+    this: Study, counts: selection.All, found: Mapping[str, SelectedNeurons]
+) -> dict[str, Any]:
     """How far other selectors, and other settings of the rule, take the same neurons."""
     rule = selection.rule(this.config)
     names = tuple(dict.fromkeys((rule["selector"], *this.config.compare)))
@@ -50,7 +52,7 @@ def compare(this: Study, counts: selection.All, found: Mapping[str, Found]) -> d
     }
 
 
-def _setting(field: str, value: str, found, other: Mapping[str, Found]) -> dict[str, Any]:
+def _setting(field: str, value: str, found, other: Mapping[str, SelectedNeurons]) -> dict[str, Any]:
     """Neurons shared with the study's own (Jaccard index, mean over domains), by module."""
     return {
         "field": field,

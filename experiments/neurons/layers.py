@@ -16,7 +16,7 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import components, domain_neurons, logit_lens, stages
-from mllm_jax.analysis.domain_neurons import Found
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.data import batching
 from mllm_jax.data import features as features_
 
@@ -31,7 +31,7 @@ def read(this: Study) -> dict[str, dict[str, np.ndarray]]:
         name: mj.mean(site, where=tok.image) for name, site in FEATURES.items()
     }
 
-    def one(asked: batching.Asked, number: int) -> dict[str, np.ndarray]:
+    def one(asked: batching.QuestionBatches, number: int) -> dict[str, np.ndarray]:
         """Of each picture of a batch, which a bootstrap draws from."""
         batch, rows = asked[number], len(asked.rows(number))
         out = mj.run(this.model, batch, this.edits, captures, logits="none")
@@ -73,7 +73,9 @@ def _curves(sums: np.ndarray, tokens: np.ndarray) -> dict[str, dict[str, list[fl
     }
 
 
-def staged(found: Mapping[str, Mapping[str, np.ndarray]], neurons: Found) -> dict[str, Any]:
+def staged(
+    found: Mapping[str, Mapping[str, np.ndarray]], neurons: SelectedNeurons
+) -> dict[str, Any]:
     """Stages of the curve of image tokens, by domain and of all; of text; of the neurons' curve.
 
     Args:

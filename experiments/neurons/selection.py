@@ -19,10 +19,10 @@ import mllm_jax as mj
 from experiments.neurons.base import MODULES, Study
 from experiments.neurons.counts import SCOPES, Counts
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
-from mllm_jax.analysis.domain_neurons import Found
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.checkpoints import masks
-from mllm_jax.evaluation import score
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import score
 
 SELECTORS = ("entropy", "auroc", "difference", "attribution", "random")
 SETTINGS = {
@@ -65,7 +65,7 @@ def options(config, rule: Mapping[str, str]) -> dict[str, Any]:
     return rates | {"assign": rule["assign"], "compat": rule["compat"] or None}
 
 
-def select(this: Study, counts: All, rule: Mapping[str, str]) -> dict[str, Found]:
+def select(this: Study, counts: All, rule: Mapping[str, str]) -> dict[str, SelectedNeurons]:
     """The neurons of every module.
 
     Selectors other than the entropy take as many neurons of each domain as the entropy does.
@@ -139,13 +139,13 @@ def _attribute(gates, model, batch, ids, edits):
     return attribution.first_order(metric, gates).values
 
 
-def as_found(mask: np.ndarray) -> Found:
+def as_found(mask: np.ndarray) -> SelectedNeurons:
     """A mask that comes without entropies."""
     unknown, selected = np.full(mask.shape[1:], np.nan), mask.any(axis=0)
-    return Found(unknown, unknown, selected, mask, np.nan, np.nan, int(selected.sum()))
+    return SelectedNeurons(unknown, unknown, selected, mask, np.nan, np.nan, int(selected.sum()))
 
 
-def read(this: Study) -> dict[str, Found]:
+def read(this: Study) -> dict[str, SelectedNeurons]:
     """The masks of `config.masks`: a native .npz, or `FOLDER/{module}.pth` as MMNeuron writes it.
 
     A .pth of its vision tower has one layer more than is run here; it reaches nothing.
@@ -181,7 +181,7 @@ def _native(this: Study, path: str) -> dict[str, np.ndarray]:
     return {module: kept.modules[MODULES[module].name][order] for module in this.shapes}
 
 
-def write(this: Study, found: Mapping[str, Found]) -> None:
+def write(this: Study, found: Mapping[str, SelectedNeurons]) -> None:
     """`masks.npz`, and `masks/MODULE.pth` as MMNeuron's code reads it."""
     named = {MODULES[module].name: f.mask for module, f in found.items()}
     masks.save(this.workdir / "masks.npz", named, this.names)
@@ -189,7 +189,7 @@ def write(this: Study, found: Mapping[str, Found]) -> None:
         masks.write_pth(this.workdir / "masks" / f"{module}.pth", f.mask)
 
 
-def describe(this: Study, found: Found) -> dict[str, Any]:
+def describe(this: Study, found: SelectedNeurons) -> dict[str, Any]:
     """What results.json says of the neurons of a module."""
     layers = domain_neurons.per_layer(found)
     how_many = domain_neurons.domains_per_neuron(found)

@@ -17,7 +17,7 @@ from mllm_jax.analysis import checks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class SelectedNeurons:
     """What `select` found in one module. D_ domains, L layers, F neurons.
 
     Attributes:
@@ -54,7 +54,7 @@ def select(
     assign: str = "multiple",
     names: Sequence[str] = (),
     compat: str | None = None,
-) -> Found:
+) -> SelectedNeurons:
     """Selects the domain-specific neurons of one module.
 
     Rates become ranks by Python's `round` (half to even), ranks count from the smallest value,
@@ -91,7 +91,7 @@ def select_modules(
     thresholds: str = "module",
     names: Sequence[str] = (),
     **options,
-) -> dict[str, Found]:
+) -> dict[str, SelectedNeurons]:
     """Selects in several modules, whose neurons compete within a layer, a module or all of them.
 
     Args:
@@ -126,7 +126,7 @@ def select_modules(
             for array in (every.entropy, every.probability, every.selected, every.mask)
         ]
         return {
-            module: Found(
+            module: SelectedNeurons(
                 *(a.reshape(*a.shape[:-2], *p.shape[1:]) for a in arrays),
                 every.threshold, every.bar, every.k,
             )
@@ -155,7 +155,7 @@ class _Rule:
         if self.compat not in (None, "official"):
             raise ValueError(f"compat={self.compat!r} is neither None nor 'official'")
 
-    def __call__(self, probability: np.ndarray) -> Found:
+    def __call__(self, probability: np.ndarray) -> SelectedNeurons:
         threshold = _quantile(probability, self.filter_rate, "filter_rate")
         bar = _quantile(probability, self.bar_rate, "bar_rate")
 
@@ -171,7 +171,9 @@ class _Rule:
         if self.assign == "single":
             domain = np.arange(len(probability))[:, None, None]
             member &= domain == probability.argmax(axis=0)
-        return Found(filtered, probability, selected, selected & member, threshold, bar, k)
+        return SelectedNeurons(
+            filtered, probability, selected, selected & member, threshold, bar, k
+        )
 
 
 def _probability(counts, tokens, names: Sequence[str], rule: _Rule) -> np.ndarray:
@@ -181,9 +183,9 @@ def _probability(counts, tokens, names: Sequence[str], rule: _Rule) -> np.ndarra
     return counts / tokens[:, None, None]
 
 
-def _layers(found: Sequence[Found]) -> Found:
+def _layers(found: Sequence[SelectedNeurons]) -> SelectedNeurons:
     """One finding of several, each of one layer."""
-    return Found(
+    return SelectedNeurons(
         np.concatenate([f.entropy for f in found]),
         np.concatenate([f.probability for f in found], axis=1),
         np.concatenate([f.selected for f in found]),
@@ -212,7 +214,7 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     return 0.0 - (share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(axis=0)
 
 
-def random_like(found: Found, key: int | jax.Array) -> np.ndarray:
+def random_like(found: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
     """A random control: as many neurons in every layer of every domain, without replacement.
 
     Args:
@@ -243,17 +245,17 @@ def generator(key: int | jax.Array) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def per_layer(found: Found) -> np.ndarray:
+def per_layer(found: SelectedNeurons) -> np.ndarray:
     """int64[D_, L]: number of neurons of each domain in each layer."""
     return found.mask.sum(axis=-1)
 
 
-def domains_per_neuron(found: Found) -> np.ndarray:
+def domains_per_neuron(found: SelectedNeurons) -> np.ndarray:
     """int64[D_ + 1]: number of selected neurons that belong to 0, 1, ... D_ domains."""
     return np.bincount(found.mask.sum(axis=0)[found.selected], minlength=len(found.mask) + 1)
 
 
-def overlap(found: Found) -> np.ndarray:
+def overlap(found: SelectedNeurons) -> np.ndarray:
     """float64[D_, D_]: Jaccard index of the neurons of two domains; 0 where both have none."""
     members = found.mask.reshape(len(found.mask), -1).astype(np.int64)
     both = members @ members.T

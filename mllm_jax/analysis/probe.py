@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mllm_jax import precision
 from mllm_jax.analysis import checks
+from mllm_jax.numerics import precision
 
 AT_ONCE = 50_000_000  # parameters of the probes that are trained side by side
 

@@ -180,7 +180,7 @@ class ShuffleTest:
         lowest: float64[R], the lowest entropy in each shuffle, nats.
     """
 
-    found: domain_neurons.Found
+    found: domain_neurons.SelectedNeurons
     p_values: np.ndarray
     mask: np.ndarray
     level: float

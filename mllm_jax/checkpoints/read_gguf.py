@@ -17,8 +17,8 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from mllm_jax.checkpoints import config as configs
 from mllm_jax.checkpoints import files
+from mllm_jax.families.llava import config as configs
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from mllm_jax.checkpoints import files
-from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.families.llava.model import LlavaConfig
 
 Shape = tuple[int, ...]
 

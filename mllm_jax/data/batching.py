@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.data.processor import Processor
+from mllm_jax.processors.processor import Processor
 
 
 def interleave(lists: Sequence[Sequence]) -> list:
@@ -23,7 +23,7 @@ def interleave(lists: Sequence[Sequence]) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedQuestions:
     """Training batches: several questions of one picture in a row, the picture read once.
 
     Attributes:
@@ -104,11 +104,11 @@ def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int
 
 def ask(examples: Sequence[Any], styles: Sequence[str]) -> list[tuple[Any, Any]]:
     """(example, question) pairs: each example one question, the styles that it has in turn."""
-    return list(Pairs(examples, tuple(styles)))
+    return list(ExampleQuestions(examples, tuple(styles)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(Sequence):
+class ExampleQuestions(Sequence):
     """The pairs of `ask`, each made when it is asked for: pictures stay where they are.
 
     Attributes:
@@ -139,7 +139,7 @@ class Pairs(Sequence):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class QuestionBatches:
     """Batches of one question a row, all of one shape; the last is filled up with empty rows.
 
     Attributes:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import tqdm
 
-from mllm_jax.data.processor import Processor
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
 from mllm_jax.store import Rows
 
@@ -27,7 +27,7 @@ def by_row(config, batch, values) -> np.ndarray:
 
     A row without a picture is 0.
     """
-    weight = (config.readers(batch) & batch.real).astype(np.float64)
+    weight = (config.readers(batch) & batch.is_real_tile).astype(np.float64)
     total = weight @ np.asarray(values, np.float64)
     return (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32)
 
@@ -35,8 +35,8 @@ def by_row(config, batch, values) -> np.ndarray:
 def places(config, batch) -> np.ndarray:
     """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
     each = config.tiles * config.image_tokens
-    first = np.where(batch.image_at >= 0, batch.image_at, 2**30).min(-1)
-    return np.minimum(first // each, len(batch.real) // config.tiles - 1)  # empty rows: any
+    first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
+    return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)  # empty rows: any
 
 
 def vision_features(
@@ -74,14 +74,16 @@ def vision_features(
     )  # fmt: skip
     store.resume(map(picture, examples))
     with (
-        mesh.on(model),
+        mesh.enter_mesh(model),
         tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar,
     ):
-        size = mesh.filled("B", batch_size)
+        size = mesh.round_up_to_shards("B", batch_size)
         while store.done < len(examples):
             some = [examples[i] for i in range(len(examples))[store.done : store.done + size]]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
-            values = mesh.home(encode(model, mesh.place(batch.replace(processor=None))))
+            values = mesh.gather_to_host(
+                encode(model, mesh.shard_batch(batch.replace(processor=None)))
+            )
             values = np.asarray(values, np.float32).reshape(-1, tokens, vision.width)
             values = values[places(model.config, batch)[: len(some)]]
             store.append([picture(e) for e in some], {"features": values})

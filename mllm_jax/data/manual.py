@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from mllm_jax.data import files, pictures
+from mllm_jax.processors import files, pictures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import tqdm
 
 from mllm_jax import sites, tokens
 from mllm_jax.data.features import by_row, encode, picture
-from mllm_jax.data.processor import Processor
-from mllm_jax.interventions import captures, run
+from mllm_jax.interventions import captures
+from mllm_jax.passes import run
+from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
 from mllm_jax.store import Rows
 
@@ -97,8 +98,8 @@ def _given(config, pictures: list, features, at: slice) -> dict:
 
 def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
     """The arrays of a batch, of its first rows."""
-    with mesh.on(model):
-        batch = batch.replace(features=mesh.home(encode(model, mesh.place(batch))))
+    with mesh.enter_mesh(model):
+        batch = batch.replace(features=mesh.gather_to_host(encode(model, mesh.shard_batch(batch))))
     found = run.run(model, batch, None, CAPTURES, logits="none").captures
     patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     made = {

@@ -18,15 +18,15 @@ import jax
 import numpy as np
 import tqdm
 
-from mllm_jax.data.batching import Asked
+from mllm_jax.data.batching import QuestionBatches
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded import questions
-from mllm_jax.data.prompts import IMAGE
 from mllm_jax.data.tasks import Task
-from mllm_jax.evaluation import generate as generate_
-from mllm_jax.evaluation import score as score_
 from mllm_jax.evaluation.metrics import text as text_
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import generate as generate_
+from mllm_jax.passes import score as score_
+from mllm_jax.processors.prompts import IMAGE
 
 _CLASSIFY = (
     "Classify this image into one of the following categories relating to {topic}: {classes}. "
@@ -73,7 +73,7 @@ def question(
     )
 
 
-class Read(NamedTuple):
+class ParsedAnswer(NamedTuple):
     """An answer as a class.
 
     Attributes:
@@ -85,7 +85,7 @@ class Read(NamedTuple):
     how: str
 
 
-def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> Read:
+def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> ParsedAnswer:
     """The class that a free answer names, by the first of these rules that holds.
 
     1. exact: the answer is the class, but for white space around it.
@@ -99,21 +99,23 @@ def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> Read
     All else is none, an answer that names several classes as well.
     """
     if answer.strip() in classes:
-        return Read(list(classes).index(answer.strip()), "exact")
+        return ParsedAnswer(list(classes).index(answer.strip()), "exact")
     said, names = normalise(answer), [normalise(name) for name in classes]
     if names.count(said) == 1:
-        return Read(names.index(said), "normalised")
+        return ParsedAnswer(names.index(said), "normalised")
     named = _named(said, names)
     if named:
-        return Read(named.pop(), "named") if len(named) == 1 else Read(-1, "none")
+        return ParsedAnswer(named.pop(), "named") if len(named) == 1 else ParsedAnswer(-1, "none")
     likeness = [_likeness(said, name) for name in names]
     best = max(likeness)
     if best >= nearest and likeness.count(best) == 1:
-        return Read(likeness.index(best), "nearest")
-    return Read(-1, "none")
+        return ParsedAnswer(likeness.index(best), "nearest")
+    return ParsedAnswer(-1, "none")
 
 
-def read(answers: Sequence[str], classes: Sequence[str], nearest: float = NEAREST) -> np.ndarray:
+def parse_answers(
+    answers: Sequence[str], classes: Sequence[str], nearest: float = NEAREST
+) -> np.ndarray:
     """int32[N]: the class id of each answer, -1 where it names none; see `parse`."""
     return np.array([parse(answer, classes, nearest).id for answer in answers], np.int32)
 
@@ -145,9 +147,9 @@ def _likeness(a: str, b: str) -> float:
     return 1 - text_.levenshtein(a, b) / max(len(a), len(b), 1)
 
 
-def free(
+def generate_answers(
     model,
-    batches: Asked,
+    batches: QuestionBatches,
     edits: Edits | None = None,
     *,
     max_new_tokens: int | None = None,
@@ -174,8 +176,13 @@ def free(
     return texts
 
 
-def scores(
-    model, batches: Asked, edits: Edits | None = None, *, per: str = "answer", end: bool = True
+def score_classes(
+    model,
+    batches: QuestionBatches,
+    edits: Edits | None = None,
+    *,
+    per: str = "answer",
+    end: bool = True,
 ) -> np.ndarray:
     """float32[N, C]: how likely each class is as the answer; the prompt is read once for all.
 
@@ -198,7 +205,7 @@ def scores(
     return np.concatenate(found).astype(np.float32)
 
 
-def _candidates(batches: Asked, end: bool) -> np.ndarray:
+def _candidates(batches: QuestionBatches, end: bool) -> np.ndarray:
     """int32[C, A]: the classes as tokens, filled up with -1."""
     options = {question.options for _, question in batches.pairs}
     if len(options) != 1:

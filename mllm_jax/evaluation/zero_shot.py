@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import tqdm
 
-from mllm_jax.data.clip import ClipProcessor
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.clip_text import Clip
+from mllm_jax.processors.clip import ClipProcessor
 from mllm_jax.sharding import mesh
 
 # What the pipeline `zero-shot-image-classification` of transformers says, which Verma et al. 2024
@@ -43,7 +43,7 @@ def zero_shot(
     if not labels:
         raise ValueError("no labels to choose from")
     prompts = [TEMPLATE.format(label.lower()) for label in labels]
-    model = mesh.settle(model)
+    model = mesh.replicate(model)
     texts = _texts(model, processor.texts(prompts))
     found = [np.zeros(0, np.int32)]
     count = operator.length_hint(pictures) or None
@@ -53,7 +53,7 @@ def zero_shot(
             pixels = processor.pictures(some)
             full = np.zeros((batch_size, *pixels.shape[1:]), np.float32)
             full[: len(some)] = pixels
-            logits = np.asarray(mesh.home(_logits(model, full, texts)))
+            logits = np.asarray(mesh.gather_to_host(_logits(model, full, texts)))
             found.append(logits[: len(some)].argmax(-1).astype(np.int32))
             bar.update(len(some))
     return np.concatenate(found)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import precision, sites, tokens
+from mllm_jax import sites, tokens
 from mllm_jax.interventions.edits import (
     SUBSPACES,
     BoundEdit,
@@ -23,6 +23,7 @@ from mllm_jax.interventions.edits import (
     look_up,
     unit_axis,
 )
+from mllm_jax.numerics import precision
 from mllm_jax.sites import Address
 
 

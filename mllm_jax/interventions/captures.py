@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import notebook, rows, sites, tokens
+from mllm_jax import notebook, sites, tokens
 from mllm_jax.interventions import edits, logit_lens
 from mllm_jax.interventions.results import Entropy, Stats
-from mllm_jax.precision import at_least_float32
+from mllm_jax.numerics import rows
+from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.sites import Address
 
 # The kinds a module's or a site's tokens can have: statistics are split by these.
@@ -351,7 +352,7 @@ def _read_stats(capture: BoundCapture, x, lens):
     hot = _one_hot(capture)
     if capture.readers is not None:  # a tile counts for each row that reads it
         hot = hot * capture.readers.sum(0, dtype=jnp.float32)[:, None, None]
-    parts = rows.by_row(_row_stats, at_least_float32(x), hot, numbers=x.size)
+    parts = rows.map_rows_on_cpu(_row_stats, at_least_float32(x), hot, num_elements=x.size)
     positive, sums, off, centred, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
     counts = hot.sum(1)
     counts = counts.reshape(len(hot), *(1,) * (sums.ndim - 2), -1)
@@ -474,7 +475,7 @@ def join(
             return functools.reduce(lambda a, b: a.merge(b), (part.wide() for part in found))
         site = capture.address.site
         tiled = form.by == "token" and site.module not in ("lm", "logits")
-        real = [np.asarray(b.real if tiled else b.valid.any(-1)) for b in batches]
+        real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
         axis = int(site.stacked and capture.address.layers.form != "one")
         return jax.tree.map(lambda *arrays: _real(arrays, real, axis), *found)
 

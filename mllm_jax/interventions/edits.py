@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import notebook, precision, sites, tokens
+from mllm_jax import notebook, sites, tokens
+from mllm_jax.numerics import precision
 from mllm_jax.sites import Address
 
 

@@ -12,7 +12,6 @@ from mllm_jax import sites
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import SiteShape
 from mllm_jax.sites import Address
-from mllm_jax.tokens import all as all_tokens
 
 _PREFIX = "is finite: "  # no name that a user gives to a capture
 # A mask is boolean; a pattern is not made as a whole unless it is asked, and heads show it.
@@ -23,7 +22,7 @@ def captures(shapes: dict[str, SiteShape], logits: str) -> dict[str, Capture]:
     """One for each site of a pass."""
     every = [sites.get(name) for name in shapes]
     asked = [s for s in every if s not in _LEFT_OUT and (logits != "none" or s != sites.logits)]
-    return {_PREFIX + s.name: Capture("finite", Address(s), all_tokens) for s in asked}
+    return {_PREFIX + s.name: Capture("finite", Address(s), every) for s in asked}
 
 
 def split(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.results import Lens
-from mllm_jax.sharding import mesh, split
+from mllm_jax.sharding import collectives as split
+from mllm_jax.sharding import mesh
 
 LENS_CHUNK = 128  # tokens whose logits exist at one time
 TOP_BLOCK = 128  # values that are looked at together for the highest
@@ -27,7 +28,7 @@ def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k:
       k: how many words.
     """
     B, T, D = x.shape
-    shards = mesh.parts("B", B)
+    shards = mesh.shards_of_axis("B", B)
     n = B * T // shards
     mask = jnp.asarray(selected).reshape(shards, n)
     chunk = min(LENS_CHUNK, n)

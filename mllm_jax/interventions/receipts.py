@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook
-from mllm_jax.precision import at_least_float32
+from mllm_jax.numerics.precision import at_least_float32
 
 
 @jax.tree_util.register_dataclass

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mllm_jax import narrow, sites
+from mllm_jax import sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
+from mllm_jax.numerics import indexing as narrow
 from mllm_jax.sharding import mesh
 
 
@@ -204,7 +205,7 @@ class ModuleTap:
         whole = jax.lax.stop_gradient((layers, extra))  # gradients go through what is scanned
 
         def one(sliced, x, tap, i):
-            layer, more = narrow.at(sliced, whole, i)
+            layer, more = narrow.index_without_upcast(sliced, whole, i)
             return step(layer, x, tap, more)
 
         def body(carry, inputs):
@@ -216,7 +217,7 @@ class ModuleTap:
             return (x, kept), (out, (tap.receipts, tap.captured))
 
         kept = self._empty(step, layers, x, extra, edits, captures, count)
-        inputs = (layers, extra), narrow.numbers(whole), arrays
+        inputs = (layers, extra), narrow.layer_indices(whole), arrays
         (x, kept), (out, found) = jax.lax.scan(body, (x, kept), inputs)
         self.taps.receipts |= found[0]
         self.taps.captured |= found[1] | self._carried(kept, captures)
@@ -229,7 +230,7 @@ class ModuleTap:
 
         def at(i):
             whole = layers, extra
-            return narrow.at(jax.tree.map(lambda a: a[i], whole), whole, i)
+            return narrow.index_without_upcast(jax.tree.map(lambda a: a[i], whole), whole, i)
 
         def one(i, x):
             (layer, more), (edit_arrays, slots) = at(i), jax.tree.map(lambda a: a[i], arrays)

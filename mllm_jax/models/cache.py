@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.axes import Array, Bool, Float, Int
+from mllm_jax.typing import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass

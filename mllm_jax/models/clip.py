@@ -10,9 +10,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.axes import Array, Bool, Float
 from mllm_jax.models import layers
 from mllm_jax.sites import vision as S
+from mllm_jax.typing import Array, Bool, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax import precision
-from mllm_jax.axes import Array, Float, Int
 from mllm_jax.models import clip, layers
+from mllm_jax.numerics import precision
+from mllm_jax.typing import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.axes import Array, Float
 from mllm_jax.models import clip, layers
 from mllm_jax.sites import vision as S
+from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

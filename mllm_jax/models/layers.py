@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import precision, rows
-from mllm_jax.axes import Array, Bool, Float, Int
-from mllm_jax.precision import at_least_float32
+from mllm_jax.numerics import precision, rows
+from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.typing import Array, Bool, Float, Int
 
 _BLOCKS = 4  # of queries, in causal attention
 
@@ -129,7 +129,7 @@ def attention(
         return _attend(query, parts, mask, pattern)
     numbers = B * N * T * S
     attend = _attend_causally if causal and past is None and numbers > rows.AT_ONCE else _attend
-    return rows.by_row(attend, query, parts, mask, numbers=numbers)
+    return rows.map_rows_on_cpu(attend, query, parts, mask, num_elements=numbers)
 
 
 def _attend_causally(query, parts, mask):

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax import narrow, precision
-from mllm_jax.axes import Array, Bool, Float, Int
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
+from mllm_jax.numerics import indexing as narrow
+from mllm_jax.numerics import precision
 from mllm_jax.sharding import mesh
 from mllm_jax.sites import lm as S
+from mllm_jax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class Llama(nnx.Module):
         # Chips that share its columns gather those: else they gather its rows, and what comes out.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
-        return narrow.at(table[ids], table, ids)
+        return narrow.index_without_upcast(table[ids], table, ids)
 
     def __call__(
         self,

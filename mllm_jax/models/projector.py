@@ -8,9 +8,9 @@ import itertools
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.axes import Array, Float
 from mllm_jax.models import layers
 from mllm_jax.sites import projector as S
+from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from mllm_jax.data import pictures as picture_files
+from mllm_jax.processors import pictures as picture_files
 from mllm_jax.report import evidence, figures, page, parts
 
 LEVEL = 0.05  # of tests, after their correction

@@ -40,13 +40,13 @@ class _State:
     """Of a run of several processes."""
 
     process = 0
-    count = 1
+    process_count = 1
     local = False  # whether all are on this machine
     monitor: liveness.Monitor | None = None
     log: pathlib.Path | None = None
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Becomes one of several processes; to be called before JAX is used.
 
     When not all have come after WAIT seconds, this process ends with one line: JAX would end it
@@ -85,7 +85,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise ValueError(f"the processes cannot be connected: {reason}") from error
     alone.cancel()
     _watch()
-    atexit.register(part)
+    atexit.register(shutdown)
 
 
 def is_loopback(host: str) -> bool:
@@ -122,7 +122,7 @@ def _watch() -> None:
     """Starts the monitor: processes end together, whichever fails."""
     monitor = liveness.Monitor(_State.process, _end_with)
     listener, address = None, liveness.Address("", 0, "")
-    if writes():
+    if is_primary():
         listener, address = liveness.listen("127.0.0.1" if _State.local else liveness.own_address())
     sent = json.dumps(address).encode().ljust(256)
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
@@ -183,25 +183,25 @@ def fail(text: str) -> NoReturn:
     _end(text, report=True)
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes there are; does not start JAX's backend."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def writes() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until all are here: what process 0 wrote before, all can read after."""
-    if count() > 1:
+    if process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: int) -> int:
+def broadcast_from_primary(value: int) -> int:
     """What process 0 says of it, such as whether a file is there."""
-    if count() == 1:
+    if process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
@@ -215,7 +215,7 @@ def require_same(**parts: Any) -> None:
     Raises:
         ValueError: in every process, naming the first that differs from process 0 and in what.
     """
-    if count() == 1:
+    if process_count() == 1:
         return
     text = _encoded(parts)
     size = int(multihost_utils.process_allgather(np.int64(len(text))).max())
@@ -244,12 +244,12 @@ def _flat(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def heed_sigterm() -> None:
+def handle_sigterm() -> None:
     """From now on SIGTERM does not end this process where it stands, but where work is saved.
 
     With several processes JAX listens to it, and finds a step that all of them can reach.
     """
-    if count() == 1:
+    if process_count() == 1:
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())
 
 
@@ -259,18 +259,18 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leaving() -> bool:
+def preemption_requested() -> bool:
     """Whether SIGTERM came: then save, and `leave`. To be asked by all processes alike."""
-    if count() > 1:
-        leaving.calls += 1
-        return multihost_utils.reached_preemption_sync_point(leaving.calls)
+    if process_count() > 1:
+        preemption_requested.calls += 1
+        return multihost_utils.reached_preemption_sync_point(preemption_requested.calls)
     return _asked.is_set()
 
 
-leaving.calls = 0
+preemption_requested.calls = 0
 
 
-def part() -> None:
+def shutdown() -> None:
     """The end, where all processes have come to it; at the latest when Python ends."""
     if _State.monitor is not None:
         monitor, _State.monitor = _State.monitor, None
@@ -284,12 +284,12 @@ def _forget_log() -> None:
         _State.log.unlink(missing_ok=True)
 
 
-def leave(what: str) -> NoReturn:
+def exit_preempted(what: str) -> NoReturn:
     """Ends this process after SIGTERM or Ctrl-C; all that is done is saved."""
     number = signal.SIGINT if _interrupted.is_set() else signal.SIGTERM
     cause = "Ctrl-C" if _interrupted.is_set() else "SIGTERM"
-    speaks = _speaks() or count() == 1
-    part()
+    speaks = _speaks() or process_count() == 1
+    shutdown()
     if speaks and _ended.acquire(blocking=False):
         print(f"{what}: stopped by {cause}: {CONTINUE}", file=sys.stderr, flush=True)
     sys.exit(128 + number)

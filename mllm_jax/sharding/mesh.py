@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 _AT_ONCE = 2**26  # bytes that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
-ROWS = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
 # What axes of activations are split over; of parameters, `rules` says it.
-SPLIT = dict.fromkeys("BI", ROWS) | {"R": ("data",)} | dict.fromkeys("NKFV", ("model",))
+MESH_AXES = dict.fromkeys("BI", BATCH_AXES) | {"R": ("data",)} | dict.fromkeys("NKFV", ("model",))
 
 
 def mesh(
@@ -67,7 +67,7 @@ def mesh(
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
+def mesh_of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     """The mesh that arrays lie on, abstract while they are traced; None for one device."""
     for leaf in jax.tree.leaves(tree):
         traced = isinstance(leaf, jax.core.Tracer)
@@ -77,9 +77,9 @@ def of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     return None
 
 
-def on(tree: Any) -> contextlib.AbstractContextManager:
+def enter_mesh(tree: Any) -> contextlib.AbstractContextManager:
     """To be on the mesh of some arrays, if they are on one: what is traced inside is for it."""
-    found = of(tree)
+    found = mesh_of(tree)
     if found is None:
         return contextlib.nullcontext()
     if _concrete() is None:
@@ -95,36 +95,36 @@ def _concrete() -> jax.sharding.Mesh | None:
         return None
 
 
-def entered() -> bool:
+def inside_mesh() -> bool:
     """Whether what is traced here is for a mesh."""
     return jax.sharding.get_abstract_mesh().axis_names == AXES
 
 
-def split(letter: str | None, size: int) -> tuple[str, ...] | None:
+def mesh_axes_of(letter: str | None, size: int) -> tuple[str, ...] | None:
     """The mesh axes that an axis of this letter and size is split over, where we are now."""
     here = jax.sharding.get_abstract_mesh()
-    if not entered():
+    if not inside_mesh():
         return None
-    axes = tuple(axis for axis in SPLIT.get(letter, ()) if here.shape[axis] > 1)
+    axes = tuple(axis for axis in MESH_AXES.get(letter, ()) if here.shape[axis] > 1)
     # Inside of a `shard_map` an axis is taken: each device sees its own part alone.
     free = all(AxisType.Auto == t for a, t in zip(here.axis_names, here.axis_types) if a in axes)
     divides = size % _size(axes) == 0
     return axes if axes and free and divides else None
 
 
-def parts(letter: str, size: int) -> int:
+def shards_of_axis(letter: str, size: int) -> int:
     """In how many parts such an axis is split."""
-    return _size(split(letter, size) or ())
+    return _size(mesh_axes_of(letter, size) or ())
 
 
-def ways(letter: str) -> int:
+def shard_count(letter: str) -> int:
     """In how many parts an axis of this letter is split, if that divides it."""
-    return _size(SPLIT[letter]) if entered() else 1
+    return _size(MESH_AXES[letter]) if inside_mesh() else 1
 
 
-def filled(letter: str, size: int) -> int:
+def round_up_to_shards(letter: str, size: int) -> int:
     """The size up to which an axis of this letter is filled, so that the mesh divides it."""
-    return -(-size // ways(letter)) * ways(letter)
+    return -(-size // shard_count(letter)) * shard_count(letter)
 
 
 def _size(axes: Sequence[str]) -> int:
@@ -134,17 +134,17 @@ def _size(axes: Sequence[str]) -> int:
 
 def spec(letters: Sequence[str | None], shape: Sequence[int]) -> P:
     """The PartitionSpec of a tensor, from its axis letters."""
-    return P(*(split(letter, n) for letter, n in zip(letters, shape, strict=True)))
+    return P(*(mesh_axes_of(letter, n) for letter, n in zip(letters, shape, strict=True)))
 
 
 def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
     """x, split as its axis letters say; x itself where there is no mesh."""
-    if not entered():
+    if not inside_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, spec(letters, x.shape))
 
 
-def spread(fn: Callable, lanes: Any, *shared: Any) -> Any:
+def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
     """fn(lanes, *shared), with the lanes over the data axis, whose every part has all rows.
 
     Args:
@@ -152,7 +152,7 @@ def spread(fn: Callable, lanes: Any, *shared: Any) -> Any:
         shared: trees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
-    if ways("R") == 1 or (leaves and split("R", len(leaves[0])) is None):
+    if shard_count("R") == 1 or (leaves and mesh_axes_of("R", len(leaves[0])) is None):
         return fn(lanes, *shared)
     own = P("data") if leaves else P()
     return jax.shard_map(
@@ -161,7 +161,7 @@ def spread(fn: Callable, lanes: Any, *shared: Any) -> Any:
     )(lanes, *shared)  # fmt: skip
 
 
-def put(x: Any, letters: Sequence[str | None]) -> Any:
+def shard(x: Any, letters: Sequence[str | None]) -> Any:
     """An array of the host, split as its axis letters say; x itself where there is no mesh.
 
     Each process puts its own parts of what all of them have.
@@ -170,23 +170,23 @@ def put(x: Any, letters: Sequence[str | None]) -> Any:
     if here is None or here.empty or isinstance(x, jax.core.Tracer):
         return x
     sharding = NamedSharding(here, spec(letters, np.shape(x)))
-    if isinstance(x, jax.Array) and of(x) is not None:
+    if isinstance(x, jax.Array) and mesh_of(x) is not None:
         return jax.device_put(x, sharding)
     array = np.asarray(x)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def settle(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """The same on the mesh: arrays that are not on it come to be whole in every place."""
-    return jax.tree.map(lambda x: x if of(x) else put(x, (None,) * np.ndim(x)), tree)
+    return jax.tree.map(lambda x: x if mesh_of(x) else shard(x, (None,) * np.ndim(x)), tree)
 
 
-def places(tree: Any) -> Any:
+def shardings_of(tree: Any) -> Any:
     """Where arrays lie, for what shall lie there after them; None where there is no mesh."""
-    return jax.tree.map(lambda x: x.sharding, tree) if entered() else None
+    return jax.tree.map(lambda x: x.sharding, tree) if inside_mesh() else None
 
 
-def place(batch: Any) -> Any:
+def shard_batch(batch: Any) -> Any:
     """A batch with its rows, and the tiles of each, spread over the mesh.
 
     One row alone is read everywhere, and so are pictures that rows share.
@@ -194,9 +194,9 @@ def place(batch: Any) -> Any:
     Raises:
         ValueError: the rows do not divide.
     """
-    if not entered() or _concrete() is None:
+    if not inside_mesh() or _concrete() is None:
         return batch
-    rows, parts = len(batch.ids), ways("B")
+    rows, parts = len(batch.ids), shard_count("B")
     if rows > 1 and rows % parts:
         raise ValueError(
             f"a batch of {rows} rows does not divide over the {parts} parts that the mesh makes "
@@ -205,17 +205,17 @@ def place(batch: Any) -> Any:
 
     def spread(x):
         apart = rows > 1 and len(x) and len(x) % rows == 0
-        return put(x, ("B" if apart else None, *(None,) * (np.ndim(x) - 1)))
+        return shard(x, ("B" if apart else None, *(None,) * (np.ndim(x) - 1)))
 
     return jax.tree.map(spread, batch)
 
 
-def home(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """The same; arrays of which other processes hold parts come to the host, whole."""
     far = [leaf for leaf in jax.tree.leaves(tree) if _is_far(leaf)]
     if not far:
         return tree
-    return jax.tree.map(np.asarray, _whole(tree, NamedSharding(of(far), P())))
+    return jax.tree.map(np.asarray, _whole(tree, NamedSharding(mesh_of(far), P())))
 
 
 def _is_far(leaf: Any) -> bool:
@@ -229,20 +229,20 @@ def _whole(tree: Any, place: NamedSharding) -> Any:
     return jax.lax.with_sharding_constraint(tree, place)
 
 
-def rows(x: Any) -> Iterator[np.ndarray]:
+def iterate_rows(x: Any) -> Iterator[np.ndarray]:
     """An array as the host reads it, in order; what other processes hold comes some rows a time."""
     if not _is_far(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return
-    place = NamedSharding(of(x), P())
+    place = NamedSharding(mesh_of(x), P())
     step = max(1, _AT_ONCE * len(x) // x.nbytes)
     for start in range(0, len(x), step):
         yield np.asarray(_some(x, start, min(step, len(x) - start), place))
 
 
-def read(x: Any) -> np.ndarray:
+def to_numpy(x: Any) -> np.ndarray:
     """An array on the host, whole."""
-    parts = list(rows(x))
+    parts = list(iterate_rows(x))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -28,7 +28,7 @@ def atomic(path: str | pathlib.Path):
     cache, which may be a folder of each host, all do.
     """
     path = pathlib.Path(path)
-    if not (hosts.writes() or path.is_relative_to(cache_directory())):
+    if not (hosts.is_primary() or path.is_relative_to(cache_directory())):
         with tempfile.TemporaryFile() as nowhere:  # an archive looks where it is in the file
             yield nowhere
         return
@@ -105,7 +105,7 @@ def atomic_npz(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
         for name, array in arrays.items():
             # The time of a member is always 1980.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, mesh.read(array), allow_pickle=False)
+                np.lib.format.write_array(member, mesh.to_numpy(array), allow_pickle=False)
 
 
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -155,9 +155,9 @@ def parse(path: pathlib.Path, text: str) -> dict[str, Any]:
 
 
 def remove(path: pathlib.Path) -> None:
-    if hosts.writes():
+    if hosts.is_primary():
         path.unlink(missing_ok=True)
-    hosts.meet(f"remove {path}")
+    hosts.barrier(f"remove {path}")
 
 
 JOURNAL = ".written"  # of a workdir: the files that studies wrote, one a line

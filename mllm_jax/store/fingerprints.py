@@ -137,7 +137,7 @@ class _Encoder:
         if array.dtype == object:
             return self._all("objects", tuple(array.shape), np.asarray(array).ravel().tolist())
         digest = hashlib.sha256(f"array {array.dtype} {tuple(array.shape)} ".encode())
-        for rows in mesh.rows(array):
+        for rows in mesh.iterate_rows(array):
             digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         return digest.digest()
 

@@ -111,7 +111,7 @@ class Store(Made):
         Raises:
           ValueError: they were made for something else, or the file is damaged.
         """
-        if self.path is None or not hosts.agree(self.path.exists()):
+        if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return None
         arrays = read_npz(self.path)
         record = parse(self.path, str(arrays.pop(_RECORD, "{}")))

@@ -48,7 +48,7 @@ class Rows(Made):
         self._sums: dict[str, Any] = {}  # running checksums of the rows
         if restart:
             remove(self.path)
-        if hosts.agree(self.path.exists()):
+        if hosts.broadcast_from_primary(self.path.exists()):
             self._open()
 
     def _open(self) -> None:
@@ -61,7 +61,7 @@ class Rows(Made):
                 self._sums[name] = _checked(path, dtype, tuple(shape), rows, digest).copy()
         except (KeyError, TypeError) as error:
             raise damaged(self.path, error) from error
-        if hosts.writes() and record["done"] <= self.count:
+        if hosts.is_primary() and record["done"] <= self.count:
             for name in self._kinds:
                 self._shape(name)
 
@@ -79,7 +79,7 @@ class Rows(Made):
                 self._sums[name] = hashlib.sha256()
                 self._shape(name)
             self._sums[name].update(_bytes(rows))
-            if hosts.writes():
+            if hosts.is_primary():
                 path = self._file(name)
                 with written_to(path), open(path, "r+b") as file:
                     file.seek(len(self._header(name)) + self.done * rows[:1].nbytes)
@@ -93,7 +93,7 @@ class Rows(Made):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays, mapped, once all processes are here."""
-        hosts.meet(str(self.path))
+        hosts.barrier(str(self.path))
         return {name: np.load(self._file(name), mmap_mode="r") for name in sorted(self._kinds)}
 
     def _header(self, name: str) -> bytes:
@@ -102,7 +102,7 @@ class Rows(Made):
 
     def _shape(self, name: str) -> None:
         """Makes the file as long as all rows; those that are there stay."""
-        if not hosts.writes():
+        if not hosts.is_primary():
             return
         path, (dtype, shape) = self._file(name), self._kinds[name]
         header = self._header(name)

@@ -33,13 +33,13 @@ class Workdir:
         self.path = pathlib.Path(path)
         self.config = json.loads(json.dumps(config))
         self.parts: dict[str, Any] = {}
-        if hosts.writes():
+        if hosts.is_primary():
             files.journal_of.cache_clear()
             files.noted.cache_clear()
             if restart:
                 self._clear()
             self._begin()
-        hosts.meet("workdir")
+        hosts.barrier("workdir")
 
     def _begin(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -88,12 +88,12 @@ class Workdir:
         """
         self.parts = part_fingerprints(parts)
         path = self / "made_for.json"
-        if hosts.agree(path.exists()):
+        if hosts.broadcast_from_primary(path.exists()):
             record = parse(path, path.read_text("utf-8", "replace"))
             refuse_others(self.path, record, self.parts)
         else:
             atomic_json(path, {"format": FORMAT, "parts": self.parts})
-            hosts.meet("claim")
+            hosts.barrier("claim")
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
@@ -114,7 +114,7 @@ class Workdir:
             atomic_json(path, record | {"value": value})
 
         def read():
-            if not hosts.agree(path.exists()):
+            if not hosts.broadcast_from_primary(path.exists()):
                 return None
             record = parse(path, path.read_text("utf-8", "replace"))
             refuse_others(path, record, self.parts)
@@ -129,9 +129,9 @@ class Workdir:
         found = read()
         if found is None:
             write()
-            hosts.meet(name)
-            if hosts.leaving():
-                hosts.leave(name)
+            hosts.barrier(name)
+            if hosts.preemption_requested():
+                hosts.exit_preempted(name)
             found = read()
         return found
 
@@ -158,7 +158,7 @@ def manifest(workdir: Workdir, **fields: Any) -> None:
         {
             "config": workdir.config,
             "versions": versions,
-            "processes": hosts.count(),
+            "processes": hosts.process_count(),
             **workdir.parts,
             **fields,
         },

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 
 from mllm_jax.data.embedded.questions import Question
-from mllm_jax.data.processor import Processor
-from mllm_jax.models.llava import Batch
+from mllm_jax.families.llava.model import Batch
+from mllm_jax.processors.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class AnswerBatches:
     """A sequence of batches, always the same at the same place; each epoch has its own order.
 
     Attributes:

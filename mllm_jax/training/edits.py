@@ -26,7 +26,7 @@ import numpy as np
 import optax
 import tqdm
 
-from mllm_jax import precision
+from mllm_jax.numerics import precision
 from mllm_jax.sharding import mesh
 
 
@@ -98,10 +98,10 @@ def learn(
         return optax.apply_updates(params, change), state, value
 
     curve = np.zeros((len(batches),), np.float32)
-    with mesh.on(model):
-        params = mesh.settle(jax.tree.map(_widened, start))
-        state = mesh.settle(optimiser.init(params))
-        update = jax.jit(update, out_shardings=(*map(mesh.places, (params, state)), None))
+    with mesh.enter_mesh(model):
+        params = mesh.replicate(jax.tree.map(_widened, start))
+        state = mesh.replicate(optimiser.init(params))
+        update = jax.jit(update, out_shardings=(*map(mesh.shardings_of, (params, state)), None))
         bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
         for step in bar:
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -112,7 +112,7 @@ def learn(
                 raise FloatingPointError(
                     f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate"
                 )
-    return mesh.home(params), curve
+    return mesh.gather_to_host(params), curve
 
 
 def _widened(leaf: Any) -> jax.Array:

@@ -123,7 +123,7 @@ def fit(
         model, recipe, number of steps, loss or other batches, or is damaged.
       FloatingPointError: a loss is not finite.
     """
-    merge, trained, frozen = parts.split(model, recipe.part, lora=recipe.lora, neurons=neurons)
+    merge, trained, frozen = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
     size = recipe.accumulate
     steps, left = divmod(len(batches), size)
     if left:
@@ -136,14 +136,14 @@ def fit(
     )  # fmt: skip
     kept = store.read()
     rest = store.resume(_Steps(batches, size))
-    with mesh.on(model):
+    with mesh.enter_mesh(model):
         if kept is not None and store.done == steps:
-            return merge(_restored(mesh.settle(trained), kept), frozen), kept["curve"]
+            return merge(_restored(mesh.replicate(trained), kept), frozen), kept["curve"]
         # Each step takes the place of the last in memory, and the model's own arrays stay.
         own = set(map(id, jax.tree.leaves(model)))
         trained = jax.tree.map(lambda a: jnp.copy(a) if id(a) in own else a, trained)
-        trained, state = mesh.settle((trained, recipe.optimiser(steps).init(trained)))
-        where = tuple(jax.tree.leaves(mesh.places((trained, state))))
+        trained, state = mesh.replicate((trained, recipe.optimiser(steps).init(trained)))
+        where = tuple(jax.tree.leaves(mesh.shardings_of((trained, state))))
         advance = functools.partial(
             _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
         )
@@ -153,7 +153,7 @@ def fit(
         bar = tqdm.tqdm(rest, desc=label, initial=store.done, total=steps, mininterval=1)
         for some in bar:
             step = store.done
-            placed = [mesh.place(batch.replace(processor=None)) for batch in some]
+            placed = [mesh.shard_batch(batch.replace(processor=None)) for batch in some]
             trained, state, value = advance(trained, state, frozen, placed)
             curve[step] = value
             recent = curve[max(0, step - 19) : step + 1].mean()
@@ -164,12 +164,12 @@ def fit(
                     f"(now {recipe.rate}) or look at batch {step}"
                 )
             store.add(some)
-            leaving = hosts.leaving()
+            leaving = hosts.preemption_requested()
             if leaving or store.done % recipe.every == 0 or store.done == steps:
                 leaves = jax.tree.leaves((trained, state))
                 store.write({"curve": curve, **{str(i): leaf for i, leaf in enumerate(leaves)}})
             if leaving:
-                hosts.leave(label)
+                hosts.exit_preempted(label)
     return merge(trained, frozen), curve
 
 
@@ -234,12 +234,12 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    with mesh.on(model):
+    with mesh.enter_mesh(model):
         for batch in tqdm.tqdm(batches, desc=label, leave=False):
             batch = batch.replace(processor=None)
             swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
-            nll, tokens = mesh.home(step(model, mesh.place(batch)))
+            nll, tokens = mesh.gather_to_host(step(model, mesh.shard_batch(batch)))
             right += float(nll.sum())
-            wrong += float(mesh.home(step(model, mesh.place(swapped)))[0].sum())
+            wrong += float(mesh.gather_to_host(step(model, mesh.shard_batch(swapped)))[0].sum())
             count += int(tokens.sum())
     return right / count, wrong / count

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import precision
 from mllm_jax.models.layers import LowRank
+from mllm_jax.numerics import precision
 
 MODULES = ("projector", "lm")
 PARTS = (*MODULES, "lora", "neurons")
@@ -143,7 +143,7 @@ class Merge:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-class Split(NamedTuple):
+class Partition(NamedTuple):
     """A model in two.
 
     Attributes:
@@ -156,14 +156,14 @@ class Split(NamedTuple):
     frozen: dict[str, Any]
 
 
-def split(
+def partition(
     model,
     part: str,
     *,
     lora: Lora | None = None,
     neurons: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> Split:
+) -> Partition:
     """What trains of a model, and what is frozen.
 
     Args:
@@ -198,7 +198,7 @@ def split(
         trained["lora"] = merge.lora.start(weights, seed)
     if neurons is not None:
         trained["neurons"], frozen["neurons"] = _neurons_start(weights, neurons)
-    return Split(merge, trained, frozen)
+    return Partition(merge, trained, frozen)
 
 
 def _widened(leaf):

@@ -21,9 +21,10 @@ import transformers
 from flax import nnx
 
 from mllm_jax import store
-from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, tables, tensors
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import tables, tensors
+from mllm_jax.families.llava import config as configs
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load
 from tests import tiny
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -10,8 +10,7 @@ import pytest
 
 import mllm_jax as mj
 from benchmarks import real_size
-from mllm_jax.evaluation import generate
-from mllm_jax.interventions import run
+from mllm_jax.passes import generate, run
 from tests import tiny
 from tests.big import make_checkpoint
 

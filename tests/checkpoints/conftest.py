@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from mllm_jax.checkpoints import load, masks, read_gguf, read_onnx, save, torch_file
+from mllm_jax.checkpoints import masks, read_gguf, read_onnx, torch_file
+from mllm_jax.loading import load, save
 from tests.checkpoints import spellings, test_read_gguf, test_read_onnx
 
 SECONDS = 5

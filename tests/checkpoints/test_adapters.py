@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import load, save, tables, torch_file
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load, save
 from tests import tiny
 from tests.checkpoints import damage, spellings
 

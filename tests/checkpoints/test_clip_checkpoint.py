@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mllm_jax.checkpoints import clip, tensors
+from mllm_jax.checkpoints import tensors
+from mllm_jax.loading import clip
 from tests import tiny_clip
 
 FIELDS = {"model_type": "clip", "text_config": {}, "vision_config": {}, "projection_dim": 512}

@@ -17,8 +17,9 @@ import safetensors.numpy
 import tokenizers
 
 from mllm_jax import store
-from mllm_jax.checkpoints import embedded, load, read_gguf, read_onnx
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import read_gguf, read_onnx
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import embedded, load
 from mllm_jax.store import stamps
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from mllm_jax.checkpoints import config
-from mllm_jax.models import llava, llava_next
+from mllm_jax.families.llava import config
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
 
 # config.json of llava-hf/llava-1.5-7b-hf: what equals HF's defaults of the time is not in it.
 LLAVA_1_5_7B = {

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mllm_jax.checkpoints import archive, files, load, masks, save, schema, settings, torch_file
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import archive, files, masks, schema, torch_file
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load, save, settings
 from tests.checkpoints import damage
 from tests.checkpoints.damage import refused
 

@@ -9,9 +9,12 @@ import safetensors.numpy
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import architectures, instructblip, load, save, tables
-from mllm_jax.models.instructblip import InstructBlipConfig
-from mllm_jax.models.llava import LlavaConfig
+from mllm_jax.checkpoints import tables
+from mllm_jax.families import registry as architectures
+from mllm_jax.families.instructblip import checkpoint as instructblip
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.loading import load, save
 from tests import tiny
 
 TINY = InstructBlipConfig.tiny()

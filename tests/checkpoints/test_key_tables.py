@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm_jax.checkpoints import load, tables
-from mllm_jax.models import llava, llava_next
+from mllm_jax.checkpoints import tables
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.loading import load
 
 TINY = llava.LlavaConfig.tiny()
 

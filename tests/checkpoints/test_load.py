@@ -16,8 +16,9 @@ import safetensors.numpy
 from flax import nnx
 
 from benchmarks import load_memory
-from mllm_jax.checkpoints import load, save, tables, torch_file
-from mllm_jax.models import llava
+from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load, save
 from tests.checkpoints import spellings
 
 

@@ -13,9 +13,12 @@ import safetensors.numpy
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import config as configs
-from mllm_jax.checkpoints import load, original, save, tables, torch_file
-from mllm_jax.models import llava, llava_next
+from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.families.llava import config as configs
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava import original
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.loading import load, save
 from tests import tiny
 from tests.checkpoints import spellings
 

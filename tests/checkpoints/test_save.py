@@ -11,8 +11,8 @@ import pytest
 import safetensors
 from flax import nnx
 
-from mllm_jax.checkpoints import load, save
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import load, save
 
 
 def test_transformers_reads_what_we_save(hf_model, hf_directory, tmp_path):

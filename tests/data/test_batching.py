@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from mllm_jax.data import batching
-from mllm_jax.models import llava_next
+from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
 
 
@@ -53,7 +53,7 @@ def test_interleaved_lists_are_spread_evenly():
 def packed(processor, **how):
     features = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 16, 32), np.float32)
     how = {"size": 2, "steps": 10, "questions": 2, "seed": 1} | how
-    return batching.Packed(processor, EXAMPLES, features, **how)
+    return batching.PackedQuestions(processor, EXAMPLES, features, **how)
 
 
 def which(batch) -> list[int]:
@@ -130,20 +130,23 @@ def test_ask_takes_styles_in_turn():
 def test_asked(processor):
     pairs = batching.ask(EXAMPLES, ("kind", "yesno"))
     length = batching.row_length(processor, pairs)
-    batches = batching.Asked(processor, pairs, size=2, length=length)
+    batches = batching.QuestionBatches(processor, pairs, size=2, length=length)
     assert len(batches) == 3
     assert {batches[i].ids.shape for i in range(3)} == {(2, length)}
     longest = max(processor(None, [q.prompt]).valid.sum() + 5 for _, q in pairs)  # a picture, "\n"
     assert longest <= length < longest + 8
     last = batches[2]
-    assert last.valid.any(1).tolist() == [True, False] and last.real.tolist() == [True, False]
+    assert last.valid.any(1).tolist() == [True, False] and last.is_real_tile.tolist() == [
+        True,
+        False,
+    ]
     want = np.asarray(EXAMPLES[4].image, np.float32) / 255
     np.testing.assert_allclose(last.pixels[0], want, rtol=0, atol=1e-6)
     assert batches.candidates(0) == [("a dog", "a cat"), ("yes", "no")]
     assert batches.right(0).tolist() == [1, 0] and batches.right(2).tolist() == [1]
     with pytest.raises(IndexError, match="batch 3 of 3"):
         batches[3]
-    filled = batching.Asked(processor, pairs, size=2, length=length, filled=4)
+    filled = batching.QuestionBatches(processor, pairs, size=2, length=length, filled=4)
     assert len(filled) == 3 and len(filled.rows(0)) == 2
     assert filled[0].valid.any(1).tolist() == [True, True, False, False]
     np.testing.assert_array_equal(filled[1].ids[:2], batches[1].ids)
@@ -158,11 +161,11 @@ def test_pairs_are_those_of_ask_and_are_made_when_asked_for():
             return super().__getitem__(index)
 
     examples = Examples(EXAMPLES)
-    pairs = batching.Pairs(examples, ("kind", "yesno"), 3)
+    pairs = batching.ExampleQuestions(examples, ("kind", "yesno"), 3)
     assert examples.read == 0 and len(pairs) == 3
     assert pairs[1] == batching.ask(EXAMPLES, ("kind", "yesno"))[1] and examples.read == 1
     assert pairs[0:2] + [pairs[2]] == batching.ask(EXAMPLES, ("kind", "yesno"))[:3]
-    assert len(batching.Pairs(EXAMPLES, ("kind",), 99)) == 5
+    assert len(batching.ExampleQuestions(EXAMPLES, ("kind",), 99)) == 5
     with pytest.raises(IndexError):
         pairs[3]
 
@@ -172,8 +175,8 @@ def test_stored_features_of_llava_next_are_cut_by_the_size_of_the_picture():
     processor = tiny.processor(config)
     wide = [dataclasses.replace(e, image=tiny.picture(i, 24, 60)) for i, e in enumerate(EXAMPLES)]
     features = np.zeros((5, config.tiles * config.vision.feature_tokens, 32), np.float32)
-    batch = batching.Packed(processor, wide, features, 2, 1, 1, None)[0]
+    batch = batching.PackedQuestions(processor, wide, features, 2, 1, 1, None)[0]
     turns = [[("what is shown ?", "a cat")]] * 2
     read = processor.pack([e.image for e in wide[:2]], turns, length=batch.ids.shape[1])
-    np.testing.assert_array_equal(batch.image_at, read.image_at)
+    np.testing.assert_array_equal(batch.image_token_index, read.image_token_index)
     np.testing.assert_array_equal(batch.tokens.kind, read.tokens.kind)

@@ -251,7 +251,7 @@ class TestConversations:
         processor = tiny.processor(tiny_config)
         vision = tiny_config.vision
         features = np.zeros((1, vision.feature_tokens, vision.width), np.float32)
-        batch = batching.Packed(processor, whole(path), features, 1, 1, 1, seed=0)[0]
+        batch = batching.PackedQuestions(processor, whole(path), features, 1, 1, 1, seed=0)[0]
         labels = batch.ids[0][batch.labels[0][batch.labels[0] >= 0]]
         assert processor.tokenizer.decode(labels[:-1]) == "red"
 

@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 import mllm_jax as mj
-from mllm_jax.data.instructblip import InstructBlipProcessor
-from mllm_jax.models.instructblip import InstructBlipConfig
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.instructblip.processor import InstructBlipProcessor
 from tests import tiny
 
 TINY = InstructBlipConfig.tiny()
@@ -56,7 +56,7 @@ def test_pictures_then_text_and_the_question_twice(processor):
     assert words(processor.qformer_tokenizer, ids, kind) == told
     assert letters(kind).rstrip("P") == "SQQQQS" and not ids[6:].any()
     assert batch.last.tolist() == [9]
-    np.testing.assert_array_equal(batch.image_at[0, :6], [0, 1, 2, 3, 4, -1])
+    np.testing.assert_array_equal(batch.image_token_index[0, :6], [0, 1, 2, 3, 4, -1])
     np.testing.assert_array_equal(batch.position[0, :10], np.arange(10))
     for name, at in {"row": -1, "column": -1, "tile": 0}.items():
         np.testing.assert_array_equal(getattr(batch.tokens, name)[0, :5], [at] * 5)
@@ -99,13 +99,13 @@ def test_several_pictures_and_none(processor):
     assert [letters(kind).rstrip("P") for kind in batch.tokens.kind] == [
         "IIIII" * 2 + "SQQ", "SQ", "IIIII" + "SQQQQ", ""
     ]  # fmt: skip
-    np.testing.assert_array_equal(batch.real, [1, 1, 0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(batch.is_real_tile, [1, 1, 0, 0, 1, 0, 0, 0])
     told = [letters(kind).rstrip("P") for kind in batch.qformer_kind]
     assert told == ["SQQS", "SQQS", "", "", "SQQQQS", "", "", ""]
     np.testing.assert_array_equal(batch.tokens.tile[0, :10], [0] * 5 + [1] * 5)
-    np.testing.assert_array_equal(batch.image_at[2, :5], 4 * 5 + np.arange(5))
+    np.testing.assert_array_equal(batch.image_token_index[2, :5], 4 * 5 + np.arange(5))
     alone = processor(None, ["yes"])
-    assert not len(alone.real) and not len(alone.qformer_ids)
+    assert not len(alone.is_real_tile) and not len(alone.qformer_ids)
 
 
 def test_answers_left_and_right(processor):
@@ -130,7 +130,7 @@ def test_packed_each_question_has_a_picture_of_its_own(processor, model, feature
     np.testing.assert_array_equal(packed.segment[0, : sum(sizes)], np.repeat([1, 2, 3], sizes))
     want = np.concatenate([np.arange(n) for n in sizes])
     np.testing.assert_array_equal(packed.position[0, : sum(sizes)], want)
-    np.testing.assert_array_equal(packed.real, [1, 1, 1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(packed.is_real_tile, [1, 1, 1, 1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(packed.features[:4], features[[0, 0, 0, 1]])
     assert packed.last.tolist()[:2] == [9, 8] and not packed.valid[2].any()
 
@@ -151,7 +151,7 @@ def test_packed_each_question_has_a_picture_of_its_own(processor, model, feature
 def test_packed_pictures(processor):
     batch = processor.pack([tiny.picture(0), tiny.picture(1)], TURNS)
     np.testing.assert_array_equal(batch.pixels[0], batch.pixels[2])
-    assert batch.real.tolist() == [True] * 4 + [False] * 2
+    assert batch.is_real_tile.tolist() == [True] * 4 + [False] * 2
     assert np.abs(batch.pixels[3] - batch.pixels[0]).max() > 0.1
 
 

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 
-from mllm_jax.data import pictures
+from mllm_jax.processors import pictures
 from tests import tiny
 
 HEIGHT, WIDTH = 6, 9
@@ -505,7 +505,7 @@ class TestProcessor:
             made([[RGB], [RGB], [RGB, None]], ["a", "b", "c"])
 
     def test_a_panorama_is_not_padded_to_a_gigabyte(self):
-        from mllm_jax.data.image_processors import squared
+        from mllm_jax.processors.image_processors import squared
 
         with pytest.raises(ValueError, match=r"20000 x 50 .*more than 67,108,864 pixels"):
             squared(PIL.Image.new("RGB", (20000, 50)), [0, 0, 0])

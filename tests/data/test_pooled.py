@@ -11,8 +11,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
+from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.models import llava_next
 from tests import tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
@@ -52,7 +52,7 @@ def test_they_are_means_of_the_whole_tensors(tiny_model, processor, examples, fo
         seen = jax.jit(lambda m, b: m.features(b, Taps()))(
             tiny_model, batch.replace(processor=None)
         )
-        image, last = batch.image_at[0] >= 0, batch.last[0]
+        image, last = batch.image_token_index[0] >= 0, batch.last[0]
         resid = np.asarray(out["resid"])[:, 0]
         want = {
             "vision": np.asarray(seen)[0].mean(0),
@@ -138,7 +138,7 @@ def test_tiles_are_weighed_by_whether_they_are_real():
     at = np.array([[-1, 0, each, -1], [-1, places * each, (places + 2) * each, -1],
                    [0, places * each, -1, 2 * places * each], [-1] * 4])  # fmt: skip
     tile = np.arange(2 * places) % places
-    batch = types.SimpleNamespace(real=real, image_at=at, tile=tile)
+    batch = types.SimpleNamespace(is_real_tile=real, image_token_index=at, tile=tile)
     values = np.full((2 * places, 1), 99.0)
     values[real] = [[1], [3], [1], [2], [6]]
     assert features.by_row(config, batch, values)[:, 0].tolist() == [2, 3, np.float32(13 / 5), 0]

@@ -14,10 +14,10 @@ import transformers
 
 import mllm_jax as mj
 from mllm_jax import tokens as tok
-from mllm_jax.data.image_processors import squared
-from mllm_jax.data.processor import Processor
-from mllm_jax.data.rows import LENGTHS
-from mllm_jax.models.llava_next import LlavaNextConfig
+from mllm_jax.families.llava_next.model import LlavaNextConfig
+from mllm_jax.processors.image_processors import squared
+from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.rows import LENGTHS
 from tests import tiny
 
 
@@ -73,8 +73,8 @@ def test_into_the_chat_template(processor):
     np.testing.assert_array_equal(batch.position[0], [*range(17), *[0] * 15])
     np.testing.assert_array_equal(np.flatnonzero(batch.tokens.last[0]), [16])
     assert batch.last.tolist() == [16]
-    np.testing.assert_array_equal(batch.image_at[0, 3:7], [0, 1, 2, 3])
-    assert (np.delete(batch.image_at[0], [3, 4, 5, 6]) == -1).all()
+    np.testing.assert_array_equal(batch.image_token_index[0, 3:7], [0, 1, 2, 3])
+    assert (np.delete(batch.image_token_index[0], [3, 4, 5, 6]) == -1).all()
     for name, want in {"row": [0, 0, 1, 1], "column": [0, 1, 0, 1], "tile": [0] * 4}.items():
         np.testing.assert_array_equal(getattr(batch.tokens, name)[0, 3:7], want)
     assert batch.segment is None and batch.labels is None and batch.processor is processor
@@ -115,10 +115,10 @@ def test_several_pictures_and_none(processor):
     assert kinds(batch, 1)[:10] == "SSSQQSSSSS"
     assert kinds(batch, 2)[:8] == "SIIIIQQP"
     assert batch.pixels.shape == (6, 24, 24, 3)
-    np.testing.assert_array_equal(batch.real, [1, 1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(batch.is_real_tile, [1, 1, 0, 0, 1, 0])
     np.testing.assert_array_equal(batch.tile, [0, 1] * 3)
-    np.testing.assert_array_equal(batch.image_at[0, [3, 6, 8, 11]], [0, 3, 4, 7])
-    np.testing.assert_array_equal(batch.image_at[2, 1:5], [16, 17, 18, 19])
+    np.testing.assert_array_equal(batch.image_token_index[0, [3, 6, 8, 11]], [0, 3, 4, 7])
+    np.testing.assert_array_equal(batch.image_token_index[2, 1:5], [16, 17, 18, 19])
     np.testing.assert_array_equal(batch.tokens.tile[0, [3, 8]], [0, 1])
     assert batch.tokens.tile[2, 1] == 0
     for place, seed in ((0, 0), (1, 1), (4, 2)):
@@ -129,7 +129,11 @@ def test_several_pictures_and_none(processor):
 
 def test_text_alone_has_no_pictures(processor):
     batch = processor(None, ["what is it ?", "yes"])
-    assert not len(batch.real) and not len(batch.pixels) and (batch.image_at == -1).all()
+    assert (
+        not len(batch.is_real_tile)
+        and not len(batch.pixels)
+        and (batch.image_token_index == -1).all()
+    )
 
 
 def test_a_cls_token_of_the_features(tiny_config):
@@ -155,11 +159,13 @@ def test_tiles_and_newlines(cutter):
         np.testing.assert_array_equal(seen.row[0, line], [row] * 8 + [-1])
         np.testing.assert_array_equal(seen.column[0, line], [0, 1, 2, 3] * 2 + [-1])
         want = [*range(16 + 4 * row, 20 + 4 * row), *range(32 + 4 * row, 36 + 4 * row), 5 * 16]
-        np.testing.assert_array_equal(batch.image_at[0, line], want)
-    np.testing.assert_array_equal(batch.image_at[0, 1:17], np.arange(16))
+        np.testing.assert_array_equal(batch.image_token_index[0, line], want)
+    np.testing.assert_array_equal(batch.image_token_index[0, 1:17], np.arange(16))
     assert (batch.ids[0, 1:53] == 95).all()
     assert batch.pixels.shape == (5, 24, 24, 3)
-    assert batch.real.tolist() == [True] * 3 + [False] * 2 and batch.tile.tolist() == [*range(5)]
+    assert batch.is_real_tile.tolist() == [True] * 3 + [False] * 2 and batch.tile.tolist() == [
+        *range(5)
+    ]
     assert tok.newline.mask(seen).sum() == 4 and tok.tile(2).mask(seen).sum() == 16
 
 
@@ -169,15 +175,18 @@ def test_rows_of_pictures_of_many_shapes(cutter):
     assert batch.pixels.shape == (40, 24, 24, 3)
     counts = [[5, 4], [3, 0], [0, 0], [0, 0]]
     real = np.arange(5) < np.array(counts)[:, :, None]
-    np.testing.assert_array_equal(batch.real, real.ravel())
+    np.testing.assert_array_equal(batch.is_real_tile, real.ravel())
     np.testing.assert_array_equal(batch.tile, [*range(10)] * 4)
-    assert batch.pixels[batch.real].any((1, 2, 3)).all() and not batch.pixels[~batch.real].any()
+    assert (
+        batch.pixels[batch.is_real_tile].any((1, 2, 3)).all()
+        and not batch.pixels[~batch.is_real_tile].any()
+    )
     tile = batch.tokens.tile
     assert [np.unique(row).tolist() for row in tile[:2]] == [[-1, *range(9)], [-1, 0, 1, 2]]
     image = batch.tokens.kind == tok.CODE["image"]
     place = np.arange(4)[:, None] * 10 + tile  # every patch is of the tile that it says
-    np.testing.assert_array_equal(batch.image_at[image] // 16, place[image])
-    assert (batch.image_at[batch.tokens.kind == tok.CODE["newline"]] == 40 * 16).all()
+    np.testing.assert_array_equal(batch.image_token_index[image] // 16, place[image])
+    assert (batch.image_token_index[batch.tokens.kind == tok.CODE["newline"]] == 40 * 16).all()
     single = cutter([tiny.picture(2, 12, 24)], ["<image> what"])
     np.testing.assert_array_equal(batch.pixels[10:13], single.pixels[:3])
 
@@ -188,14 +197,14 @@ def test_features_of_pictures_that_are_cut(cutter):
     batch = cutter([tiny.picture(0, *shape) for shape in shapes], prompts, rows=3)
     features = np.random.default_rng(0).normal(size=(2, 5 * 16, 32)).astype(np.float32)
     given = cutter(None, prompts, features=features, sizes=shapes, rows=3)
-    for name in ("ids", "image_at", "real", "tile"):
+    for name in ("ids", "image_token_index", "is_real_tile", "tile"):
         np.testing.assert_array_equal(getattr(given, name), getattr(batch, name))
     assert given.features.shape == (15, 16, 32)
     np.testing.assert_array_equal(given.features[5:10].reshape(80, 32), features[1])
     turns = [[(prompt, "yes")] for prompt in prompts]
     pack = cutter.pack(None, turns, features=features, sizes=shapes, rows=3)
     for row, length in enumerate(batch.valid.sum(-1)[:2]):
-        for name in ("ids", "image_at"):
+        for name in ("ids", "image_token_index"):
             ours, theirs = (getattr(x, name)[row, :length] for x in (pack, batch))
             np.testing.assert_array_equal(ours, theirs)
         assert kinds(pack, row).rstrip("P") == kinds(batch, row).rstrip("P") + "AA"
@@ -232,7 +241,7 @@ def test_left(processor):
 
 def test_rows_and_lengths(processor):
     batch = processor([tiny.picture(0)], ["what ?"], rows=3, length=21)
-    assert batch.ids.shape == (3, 21) and batch.real.tolist() == [True, False, False]
+    assert batch.ids.shape == (3, 21) and batch.is_real_tile.tolist() == [True, False, False]
     assert not batch.valid[1:].any() and not batch.tokens.last[1:].any()
     long = processor(None, ["yes " * 40])
     assert long.ids.shape[1] == 64 == next(n for n in LENGTHS if n >= 48)
@@ -245,9 +254,9 @@ def test_features_in_place_of_pictures(processor):
     batch = processor(None, ["what ?", "which ?"], features=features, rows=3)
     np.testing.assert_array_equal(batch.features[:2], features)
     assert batch.features.shape == (3, 16, 32) and not batch.features[2].any()
-    assert batch.real.tolist() == [True, True, False] and batch.pixels.shape == (3, 0, 0, 3)
+    assert batch.is_real_tile.tolist() == [True, True, False] and batch.pixels.shape == (3, 0, 0, 3)
     assert kinds(batch, 1)[3:7] == "IIII"
-    np.testing.assert_array_equal(batch.image_at[1, 3:7], [4, 5, 6, 7])
+    np.testing.assert_array_equal(batch.image_token_index[1, 3:7], [4, 5, 6, 7])
 
 
 def test_pack(processor):

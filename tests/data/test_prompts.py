@@ -11,11 +11,11 @@ import transformers
 
 import mllm_jax as mj
 from mllm_jax import tokens as tok
-from mllm_jax.data import prompts
-from mllm_jax.data.processor import Processor
-from mllm_jax.evaluation import score
-from mllm_jax.models.instructblip import InstructBlipConfig
-from mllm_jax.models.llava_next import LlavaNextConfig
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava_next.model import LlavaNextConfig
+from mllm_jax.passes import score
+from mllm_jax.processors import prompts
+from mllm_jax.processors.processor import Processor
 from tests import tiny
 
 PARTS = (  # as a processor of transformers has it
@@ -90,7 +90,7 @@ def test_pictures_in_the_parts_of_a_chat(processor, tmp_path):
              {"type": "image", "path": str(tmp_path / "b.png")}]  # fmt: skip
     chats = [[{"role": "user", "content": parts}], PLAIN]
     held = processor(None, chats)
-    assert held.real.tolist() == [True, True, False, False]
+    assert held.is_real_tile.tolist() == [True, True, False, False]
     plain = [
         {"role": "user", "content": [{k: p[k] for k in ("type", "text") if k in p} for p in parts]}
     ]

@@ -8,8 +8,8 @@ import time
 import pytest
 from transformers.utils import chat_template_utils
 
-from mllm_jax.checkpoints import embedded
-from mllm_jax.data import templates
+from mllm_jax.loading import embedded
+from mllm_jax.processors import templates
 from tests import tiny
 
 CHAT = [

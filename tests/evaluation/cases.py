@@ -15,7 +15,7 @@ V = np.random.default_rng(0).normal(size=32).astype(np.float32)
 
 
 def chain(
-    scale=(1.0, tok.all), add=(0.0, tok.all), patch=(0, 0, tok.last), cut=(tok.last, tok.answer)
+    scale=(1.0, tok.every), add=(0.0, tok.every), patch=(0, 0, tok.last), cut=(tok.last, tok.answer)
 ):
     """Scale a gate, add a vector, patch a residual, cut attention. By default nothing changes."""
     act = S.lm.mlp.act[1:3, [1, 5, 9, 20]]
@@ -74,7 +74,7 @@ def _part(x, at, unit):
 
 CASES = {
     "nothing": chain(),
-    "ablate": chain(scale=(0.0, tok.all)),
+    "ablate": chain(scale=(0.0, tok.every)),
     "ablate answer": chain(scale=(0.0, tok.answer)),
     "add answer": chain(add=(2.0, tok.answer)),
     "add image": chain(add=(2.0, tok.image)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 
 def continued(batch: llava.Batch, said: Sequence[Sequence[int]]) -> llava.Batch:
@@ -28,7 +28,7 @@ def continued(batch: llava.Batch, said: Sequence[Sequence[int]]) -> llava.Batch:
     return batch.replace(
         ids=put(batch.ids, 0, [np.asarray(more) for more in said]),
         position=put(batch.position, 0, ends),
-        image_at=put(batch.image_at, -1),
+        image_token_index=put(batch.image_token_index, -1),
         tokens=tokens.TokenMap(
             kind=put(map_.kind, tokens.CODE["pad"], tokens.CODE["answer"]),
             row=put(map_.row, -1), column=put(map_.column, -1), tile=put(map_.tile, -1),

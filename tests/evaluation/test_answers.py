@@ -105,7 +105,7 @@ def test_classes_that_read_alike_are_told_apart_by_the_letter_alone():
 
 def test_read_and_rules():
     said = ["apple leaf", "Bell peper", "no", "Corn leaf!"]
-    got = answers.read(said, NAMES)
+    got = answers.parse_answers(said, NAMES)
     assert got.dtype == np.int32 and got.tolist() == [0, 4, -1, 3]
     assert answers.rules(said, NAMES) == {
         "exact": 1, "normalised": 1, "named": 0, "nearest": 1, "none": 1,
@@ -113,15 +113,15 @@ def test_read_and_rules():
 
 
 @pytest.fixture(scope="module")
-def batches(task, tiny_config) -> batching.Asked:
+def batches(task, tiny_config) -> batching.QuestionBatches:
     """Five questions, two in a batch."""
     processor = tiny.processor(tiny_config)
     pairs = [(shown, answers.question(task, shown)) for shown in list(task.test)[:5]]
-    return batching.Asked(processor, pairs, 2, batching.row_length(processor, pairs))
+    return batching.QuestionBatches(processor, pairs, 2, batching.row_length(processor, pairs))
 
 
 def test_scores_are_those_of_mj_score(batches, tiny_model):
-    got = answers.scores(tiny_model, batches)
+    got = answers.score_classes(tiny_model, batches)
     assert got.shape == (5, 3) and got.dtype == np.float32
     for number in range(len(batches)):
         want = mj.score(tiny_model, batches[number], list(CLASSES))
@@ -129,7 +129,7 @@ def test_scores_are_those_of_mj_score(batches, tiny_model):
         np.testing.assert_array_equal(got[2 * number :][:rows], np.asarray(want)[:rows])
     lengths = [len(batches.processor.answer_ids(name)) for name in CLASSES]
     assert lengths == [2, 2, 4]
-    each = answers.scores(tiny_model, batches, per="token")
+    each = answers.score_classes(tiny_model, batches, per="token")
     np.testing.assert_allclose(each, got / np.array(lengths), rtol=1e-6)
 
 
@@ -139,9 +139,9 @@ def test_scores_without_the_end_of_turn(batches, tiny_model):
     for c, said in enumerate(ids):
         candidates[:, c, : len(said)] = said
     want = np.asarray(mj.score(tiny_model, batches[0], candidates))
-    got = answers.scores(tiny_model, batches, end=False)
+    got = answers.score_classes(tiny_model, batches, end=False)
     np.testing.assert_array_equal(got[:2], want)
-    assert (got > answers.scores(tiny_model, batches)).all()
+    assert (got > answers.score_classes(tiny_model, batches)).all()
 
 
 def test_features_give_the_scores_of_their_pictures(batches, tiny_model):
@@ -150,27 +150,31 @@ def test_features_give_the_scores_of_their_pictures(batches, tiny_model):
     features = np.concatenate(
         [np.asarray(tiny_model.features(batch.replace(processor=None), Taps())) for batch in seen]
     )
-    given = batching.Asked(batches.processor, batches.pairs, 2, batches.length, features)
+    given = batching.QuestionBatches(batches.processor, batches.pairs, 2, batches.length, features)
     assert given[0].pixels.size == 0
     np.testing.assert_allclose(
-        answers.scores(tiny_model, given), answers.scores(tiny_model, batches), atol=1e-5
+        answers.score_classes(tiny_model, given),
+        answers.score_classes(tiny_model, batches),
+        atol=1e-5,
     )
 
 
 def test_free_answers_are_those_of_mj_generate(batches, tiny_model):
-    said = answers.free(tiny_model, batches, max_new_tokens=3)
+    said = answers.generate_answers(tiny_model, batches, max_new_tokens=3)
     want = mj.generate(tiny_model, batches[2], max_new_tokens=3, stop=True).text[0]
     assert len(said) == 5 and said[4] == want
     key = jax.random.key(0)
-    warm = [answers.free(tiny_model, batches, max_new_tokens=3, temperature=5.0, key=key)
+    warm = [answers.generate_answers(tiny_model, batches, max_new_tokens=3, temperature=5.0, key=key)
             for _ in range(2)]  # fmt: skip
     assert warm[0] == warm[1] != said
 
 
 def test_what_is_wrong_is_said(batches, tiny_model, task):
     with pytest.raises(ValueError, match="per='word' is none of answer, token"):
-        answers.scores(tiny_model, batches, per="word")
+        answers.score_classes(tiny_model, batches, per="word")
     other = answers.question(task, task.test[0], wording="plain")
-    mixed = batching.Asked(batches.processor, [batches.pairs[0], (task.test[0], other)], 2)
+    mixed = batching.QuestionBatches(
+        batches.processor, [batches.pairs[0], (task.test[0], other)], 2
+    )
     with pytest.raises(ValueError, match="2 lists of classes"):
-        answers.scores(tiny_model, mixed)
+        answers.score_classes(tiny_model, mixed)

@@ -9,10 +9,10 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.evaluation import score
-from mllm_jax.models.instructblip import InstructBlipConfig
-from mllm_jax.models.llava import LlavaConfig
-from mllm_jax.models.llava_next import LlavaNextConfig
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.families.llava_next.model import LlavaNextConfig
+from mllm_jax.passes import score
 from tests import tiny
 
 MAKERS = {

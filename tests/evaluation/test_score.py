@@ -9,7 +9,7 @@ from longer import continued, places
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax.evaluation import score
+from mllm_jax.passes import score
 
 LENGTHS = np.random.default_rng(1).integers(1, 5, (2, 11))  # more than are scored together
 LENGTHS[:, :3] = 4

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mllm_jax.checkpoints import clip
 from mllm_jax.evaluation import zero_shot
+from mllm_jax.loading import clip
 from tests import tiny, tiny_clip
 
 LABELS = ("Apple scab leaf", "a spiral galaxy", "DOG", "sheet music", "x")

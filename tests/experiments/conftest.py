@@ -19,8 +19,8 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from mllm_jax.checkpoints import save
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import save
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEMPLATE = (

@@ -11,7 +11,7 @@ from mllm_jax.sharding import hosts
 
 
 def run(config, workdir) -> None:
-    hosts.meet("start")
-    if not hosts.writes():
+    hosts.barrier("start")
+    if not hosts.is_primary():
         raise ValueError("the disk of the second host is broken")
-    hosts.meet("end")
+    hosts.barrier("end")

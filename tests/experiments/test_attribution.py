@@ -12,7 +12,7 @@ import mllm_jax as mj
 from experiments import attribution
 from mllm_jax import sites as S
 from mllm_jax.data import batching, domains
-from mllm_jax.evaluation import score
+from mllm_jax.passes import score
 
 CONFIG = "configs/embedded_attribution.py:quick"
 SMALL = (

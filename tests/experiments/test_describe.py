@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from experiments import describe
-from mllm_jax.checkpoints import released
-from mllm_jax.models import llava, llava_next
+from mllm_jax.families import released
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.neurons import ablation, base, counts, layers
-from mllm_jax.models import llava_next
+from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
 
 RNG = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_tokens_of_the_parts_lie_as_the_picture_does():
     batch = processor([tiny.picture(0, 24, 48)], ["what is shown ?"])
     whole, parts = layers.grids(batch.tokens)
     assert whole.shape == (4, 4) and parts.shape == (4, 8)
-    assert (np.diff(batch.image_at[0, whole].ravel()) == 1).all()
+    assert (np.diff(batch.image_token_index[0, whole].ravel()) == 1).all()
     tile, column = (getattr(batch.tokens, name)[0, parts] for name in ("tile", "column"))
     assert tile.tolist() == [[1] * 4 + [2] * 4] * 4 and column.tolist() == [[0, 1, 2, 3] * 2] * 4
     plain = tiny.processor(llava_next.LlavaConfig.tiny())

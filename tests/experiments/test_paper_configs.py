@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from mllm_jax.analysis import official
-from mllm_jax.models import eva, instructblip, llava, llava_next, qformer
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.models import eva, qformer
 from tests import vqa_trees
 from tests.experiments.conftest import LM, ROOT, write_checkpoint, write_tokenizer
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from mllm_jax.data import classification
-from mllm_jax.models import llava
-from mllm_jax.sharding import programs
+from mllm_jax.families.llava import model as llava
+from mllm_jax.planning import programs
 from mllm_jax.training import fit, losses, parts
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -68,7 +68,7 @@ def test_a_step_of_7b_gives_back_what_trains(variant, numbers):
         "projection", network, programs.batch(network.config, size), None, None, size
     )
     (batch,) = [tree for name, tree in planned.args if name == "batch"]
-    merge, trained, frozen = parts.split(network, recipe.part)
+    merge, trained, frozen = parts.partition(network, recipe.part)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == numbers
     state = jax.eval_shape(recipe.optimiser(setting.steps).init, trained)
     step = functools.partial(

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import mllm_jax as mj
 from experiments import agreement
-from mllm_jax.checkpoints import save
+from mllm_jax.loading import save
 from mllm_jax.store import Workdir
 from tests.experiments.conftest import LABELS
 

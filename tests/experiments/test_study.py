@@ -61,7 +61,7 @@ def test_captures_are_those_of_the_edited_prompts(evaluated, files, checkpoint, 
     domain = domains.own([str(f) for f in folders[:2]], "test")["greens"]
     pairs = batching.ask(list(domain)[:3], ("choice",))
     length = batching.row_length(processor, pairs)
-    batch = batching.Asked(processor, pairs, 3, length)[0]  # at one time
+    batch = batching.QuestionBatches(processor, pairs, 3, length)[0]  # at one time
     edits = mj.ablate(S.lm.mlp.act[3, [3, 1, 4]]) >> mj.add(
         S.lm.resid_post[1:], 4 * np.linspace(-1, 1, 32), where=tok.text
     )

@@ -13,7 +13,7 @@ import jax
 import oracle
 import pytest
 
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 
 VOCAB, LAYERS = 3000, 2
 

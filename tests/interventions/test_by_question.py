@@ -12,8 +12,10 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import captures
-from mllm_jax.models import instructblip, llava, llava_next
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -127,7 +129,7 @@ def test_a_shared_picture_counts_for_each_question(family):
     shared = read(family.processor, [0, 1, 2, 4], 4)
     # The Q-Former reads a picture in the light of the question.
     count = 4 if family.processor.anew else 2
-    assert len(shared.real) == count * family.config.tiles
+    assert len(shared.is_real_tile) == count * family.config.tiles
     check(family, [[0, 1, 2, 4]], rows=4)
     # As the paper counts: all tokens of all tiles of each question's picture.
     tiles = sum(family.config.layout(SIZES[i]).tiles for i in (0, 1, 0, 0))
@@ -170,7 +172,7 @@ def test_joined_are_real_rows_and_tiles(tiny_config):
     asked = {"tile": mj.keep(S.vision.resid_post), "row": mj.mean(S.vision.resid_post[1])}
     parts = [
         {
-            "tile": np.arange(len(b.real))[None, :, None, None] + 10.0 * i,
+            "tile": np.arange(len(b.is_real_tile))[None, :, None, None] + 10.0 * i,
             "row": np.arange(4)[:, None] + 10.0 * i,
         }
         for i, b in enumerate(batches)
@@ -186,7 +188,7 @@ def test_readers_are_those_of_a_picture_whose_tiles_show_bars_alone():
     config = type(config).of(config.vision, config.lm, image_token=95, pinpoints=((72, 24),))
     batch = tiny.processor(config)([tiny.picture(0)] * 2 + [tiny.picture(1)], ["it ?"] * 3, rows=4)
     readers = config.readers(batch)
-    assert len(np.unique(batch.image_at[0] // config.image_tokens)) < 4 + 1 + 1
+    assert len(np.unique(batch.image_token_index[0] // config.image_tokens)) < 4 + 1 + 1
     want = np.zeros((4, 2, 4), bool)  # rows, pictures, tiles
     want[[0, 1, 2], [0, 0, 1]] = True
     np.testing.assert_array_equal(readers, want.reshape(4, -1))

@@ -10,7 +10,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures, run
+from mllm_jax.interventions import captures
+from mllm_jax.passes import run
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
@@ -38,7 +39,7 @@ def tokens_of(site, batch):
     """bool[B, T] of real tokens, by hand."""
     if site.module in ("lm", "logits"):
         return batch.tokens.kind != tok.CODE["pad"]
-    return np.repeat(batch.real[:, None], 17 if site.module == "vision" else 4, 1)
+    return np.repeat(batch.is_real_tile[:, None], 17 if site.module == "vision" else 4, 1)
 
 
 def laid(site, mask):
@@ -118,7 +119,7 @@ def test_mass_is_what_queries_put_on_keys(model, batch, seen):
         model, batch,
         all=mj.mass(S.lm.attn.pattern, on=tok.image),
         some=mj.mass(S.lm.attn.pattern[2, [3, 1]], on=tok.image, where=tok.last),
-        one=mj.mass(S.lm.attn.pattern, on=tok.all),
+        one=mj.mass(S.lm.attn.pattern, on=tok.every),
     )  # fmt: skip
     pattern, image = seen["lm.attn.pattern"], batch.tokens.kind == tok.CODE["image"]
     on = (pattern * image[:, None, None]).sum(-1)  # [L, B, N, T]
@@ -157,7 +158,7 @@ def test_stats_by_kind(site, model, batch, seen):
     if site.module != "lm":
         kind = np.full((9, 17 if site.module == "vision" else 4), tok.CODE["image"])
         kind[:, : site.module == "vision"] = tok.CODE["cls"]
-        kind[~batch.real] = tok.CODE["pad"]
+        kind[~batch.is_real_tile] = tok.CODE["pad"]
     masks = np.stack([kind == tok.CODE[k] for k in kinds])
     found = read(model, batch, x=mj.stats(site, by=tok.kind))["x"]
     assert found.kinds == kinds and found.positive.dtype == np.int32

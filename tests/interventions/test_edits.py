@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import binding, run
+from mllm_jax.interventions import binding
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import run
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
@@ -53,9 +54,9 @@ def image_tokens(site, batch) -> np.ndarray:
     """bool[B, T], by hand: patches of real tiles, without CLS; image tokens of the LM."""
     if site.module in ("lm", "logits"):
         return batch.tokens.kind == IMAGE
-    patches = np.ones((len(batch.real), 17 if site.module == "vision" else 4), bool)
+    patches = np.ones((len(batch.is_real_tile), 17 if site.module == "vision" else 4), bool)
     patches[:, 0] = site.module != "vision"
-    return patches & batch.real[:, None]
+    return patches & batch.is_real_tile[:, None]
 
 
 def some_units(width: int) -> np.ndarray:
@@ -194,7 +195,7 @@ def test_knockout_is_the_oracle(heads, model, batch, clean):
 
 
 def test_a_query_that_may_look_nowhere_gets_zeros(model, batch):
-    edit = mj.knockout(S.lm.attn[2], to=tok.last, on=tok.all)
+    edit = mj.knockout(S.lm.attn[2], to=tok.last, on=tok.every)
     out = mj.run(model, batch, edit, {"heads": mj.keep(S.lm.attn.heads[2], where=tok.last)})
     assert np.isfinite(out.logits).all() and not np.asarray(out["heads"]).any()
 
@@ -518,7 +519,7 @@ def test_where_of_pictures(model, mixed):
     asked = {"x": mj.keep(S.vision.mlp.out)}
     before = np.asarray(mj.run(model, mixed, None, asked, logits="none")["x"])
     tiles, grid = np.array([0, 1, *[0] * 7])[:, None], np.arange(17) - 1
-    real = mixed.real[:, None]
+    real = mixed.is_real_tile[:, None]
     for where, want in [
         (tok.tile(1), tiles == 1),
         (tok.row(2), (grid >= 0) & (grid // 4 == 2)),
@@ -539,7 +540,7 @@ def test_masks_of_pictures_are_by_tile_or_by_row(model, mixed):
     before = np.asarray(mj.run(model, mixed, None, asked, logits="none")["x"])
     by_row = np.random.default_rng(0).random((8, 2, 17)) < 0.5
     by_tile = np.concatenate([by_row[0], by_row[2:, 0], by_row[1, :1]])
-    want = by_tile & mixed.real[:, None]
+    want = by_tile & mixed.is_real_tile[:, None]
     for mask in (by_tile, by_row):
         edit = mj.add(S.vision.mlp.out, 1.0, where=mask)
         out = mj.run(model, mixed, edit, asked, logits="none")
@@ -556,7 +557,9 @@ def test_masks_of_pictures_are_by_tile_or_by_row(model, mixed):
 
 def test_a_mask_that_may_be_by_row_or_by_tile_is_refused(model, mixed):
     """As many tiles as rows, but not one each."""
-    some = mixed.replace(tile=mixed.tile[:8], real=mixed.real[:8], pixels=mixed.pixels[:8])
+    some = mixed.replace(
+        tile=mixed.tile[:8], is_real_tile=mixed.is_real_tile[:8], pixels=mixed.pixels[:8]
+    )
     mask = np.ones((8, 17), bool)
     with pytest.raises(ValueError, match="may be by row or by tile, which differ in this batch"):
         mj.run(model, some, mj.add(S.vision.mlp.out, 1.0, where=mask))

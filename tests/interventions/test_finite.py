@@ -62,7 +62,7 @@ def test_a_pass_that_is_finite_is_the_same_pass(model, batch):
 
 
 def test_padding_may_be_anything(model, batch):
-    assert not batch.real[-1]  # a tile that is nobody's
+    assert not batch.is_real_tile[-1]  # a tile that is nobody's
     features = np.array(batch.features)
     features[-1] = np.nan
     out = mj.run(model, batch.replace(features=features), check_finite=True)

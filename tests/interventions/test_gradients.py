@@ -98,7 +98,7 @@ def test_through_every_kind_of_edit(wide, batch):
             >> mj.patch(S.lm.resid_post[0], 0, 1, where=tok.last)
             >> mj.patch(S.lm.resid_mid[1], [1, 0], [0, 1], where=tok.image, basis=at["swapped"])
             >> mj.knockout(S.lm.attn[1], to=tok.last, on=tok.image)
-            >> mj.knockout(S.lm.attn[3, [0]], to=tok.last, on=tok.all)  # it sees nothing at all
+            >> mj.knockout(S.lm.attn[3, [0]], to=tok.last, on=tok.every)  # it sees nothing at all
             >> mj.project_out(S.lm.resid_post[1], at["gone"])
             >> mj.replace(S.lm.mlp.out[2], at["mean"], where=tok.image)
             >> mj.call(S.lm.attn.heads[2], lambda x, a: jnp.sin(a * x), a=at["wave"])

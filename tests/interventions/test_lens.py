@@ -13,8 +13,9 @@ from flax import nnx
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures, logit_lens, run
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import captures, logit_lens
+from mllm_jax.passes import run
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_by_kind(out, batch, log_probs):
 
 def test_what_an_image_token_says_before_it_is_read(out, model, batch):
     logits = np.asarray(model.lm.lens(out["out"]))
-    want = np.where(batch.real[:, None], logits.argmax(-1), -1)
+    want = np.where(batch.is_real_tile[:, None], logits.argmax(-1), -1)
     np.testing.assert_array_equal(out["projector"].ids[..., 0], want)
 
 

@@ -39,15 +39,15 @@ def single(make_batch):
             return array[[row]][:, keep]
 
         columns = ("kind", "row", "column", "tile", "last")
-        at = cut(whole.image_at)
+        at = cut(whole.image_token_index)
         yield whole.replace(
             ids=cut(whole.ids),
             position=cut(whole.position),
             tokens=tok.TokenMap(**{name: cut(getattr(whole.tokens, name)) for name in columns}),
-            image_at=np.where(at < 0, -1, at - 4 * first),
+            image_token_index=np.where(at < 0, -1, at - 4 * first),
             features=FEATURES[tiles],
             tile=whole.tile[tiles],
-            real=whole.real[tiles],
+            is_real_tile=whole.is_real_tile[tiles],
         )
 
 

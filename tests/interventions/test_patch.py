@@ -14,7 +14,9 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.models import instructblip, llava, llava_next
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
@@ -137,9 +139,9 @@ def test_rows_of_different_pictures_are_matched_by_their_tokens(random_model):
     batch = processor([[wide, high], [high, wide]], [PROMPTS[0]] * 2)
     asked = {"x": mj.keep(S.projector.out)}
     out = mj.run(model, batch, mj.patch(S.projector.out, 0, 1), asked)
-    tiles = len(batch.real) // 2
+    tiles = len(batch.is_real_tile) // 2
     x = np.asarray(out["x"]).reshape(2, tiles, *np.shape(out["x"])[1:])
-    real = batch.real.reshape(2, tiles)
+    real = batch.is_real_tile.reshape(2, tiles)
     np.testing.assert_array_equal(x[1][real[1]], x[0][real[0]])
     with pytest.raises(ValueError, match="matches 48 tokens of row 0 with 96 of row 1"):
         uneven = processor([[wide], [high, wide]], [PROMPTS[0]] * 2)

@@ -13,7 +13,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 
-reduce_ = importlib.import_module("mllm_jax.interventions.reduce")
+reduce_ = importlib.import_module("mllm_jax.passes.reduce")
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 ASKED = {
@@ -36,7 +36,7 @@ def total(tiny_model, batches):
 
 def test_equals_one_pass_over_all(tiny_model, make_batch, batches, total):
     joined = make_batch(images=(0,) * 10, words=ROWS["words"] * 5)
-    for name in ("ids", "position", "image_at"):
+    for name in ("ids", "position", "image_token_index"):
         getattr(joined, name)[:] = np.concatenate([getattr(b, name) for b in batches])
     once = mj.run(tiny_model, joined, None, ASKED, logits="none")
     for name in ("fire", "once"):

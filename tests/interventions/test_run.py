@@ -13,7 +13,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import receipts, run
+from mllm_jax.interventions import receipts
+from mllm_jax.passes import run
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -108,7 +109,7 @@ def test_nothing_asked_costs_nothing(tiny_model, make_batch):
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_edits_are_one_program(tiny_model, text, count):
     rng = np.random.default_rng(0)
-    kinds = [tok.question, tok.text, tok.all, tok.system, tok.last, tok.last | tok.system]
+    kinds = [tok.question, tok.text, tok.every, tok.system, tok.last, tok.last | tok.system]
 
     def edits():
         layer = [int(rng.integers(4)), slice(int(rng.integers(3)), None), rng.random(4) < 2]

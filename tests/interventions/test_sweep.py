@@ -14,7 +14,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import run, sweep, trunk
+from mllm_jax.passes import clean_pass as trunk
+from mllm_jax.passes import run, sweep
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -276,7 +277,9 @@ def test_arrays_given_to_a_metric_are_part_of_it(tmp_path, tiny_model, make_batc
 
 def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():
     first, prefix = np.array([5, 0, 3, 5, 4, 1]), np.array([0, 0, 16, 16, 0, 0])
-    grown = trunk.Trunk(types.SimpleNamespace(ids=np.zeros((1, 32))), first, None, prefix, layers=6)
+    grown = trunk.CleanPass(
+        types.SimpleNamespace(ids=np.zeros((1, 32))), first, None, prefix, layers=6
+    )
     assert [c.tolist() for c in grown.chunks(2)] == [[1, 5], [4, 0], [2, 3]]
     assert grown.cost(2) == 3 * (6 * 32 + 2 * 32 + 3 * 16)
 

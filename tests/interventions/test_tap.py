@@ -9,8 +9,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import run
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.passes import run
 
 EDITS = mj.add(S.lm.resid_post[2:], 1.5, where=tok.last) >> mj.ablate(S.lm.mlp.act[2, [1, 7]])
 ASKED = {"one": mj.keep(S.lm.resid_post[1]), "fire": mj.stats(S.lm.mlp.act, by=tok.kind)}

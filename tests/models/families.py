@@ -10,7 +10,8 @@ import hf
 import numpy as np
 import PIL.Image
 
-from mllm_jax.models import llava, llava_next
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
@@ -98,8 +99,8 @@ def inputs(batch: llava.Batch, pictures: list[list[PIL.Image.Image]]) -> dict[st
         "attention_mask": batch.valid.astype(int),
         "position_ids": batch.position.astype(int),
     }
-    if batch.real.any():
-        found["pixel_values"] = batch.pixels[batch.real].transpose(0, 3, 1, 2)
+    if batch.is_real_tile.any():
+        found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
     if batch.processor.config.pinpoints:
         found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
     return found

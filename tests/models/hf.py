@@ -13,9 +13,12 @@ import pytest
 from flax import nnx
 
 from mllm_jax import sites, tokens
-from mllm_jax.checkpoints import architectures, tables
-from mllm_jax.interventions import captures, edits, run
-from mllm_jax.models import instructblip, llava
+from mllm_jax.checkpoints import tables
+from mllm_jax.families import registry as architectures
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import captures, edits
+from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

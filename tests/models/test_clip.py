@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mllm_jax import sites
-from mllm_jax.interventions import captures, run
-from mllm_jax.models import clip, llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import captures
+from mllm_jax.models import clip
+from mllm_jax.passes import run
 
 LAYERS = 3
 STACKED = tuple(

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from mllm_jax.checkpoints import clip as checkpoints
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.loading import clip as checkpoints
 from tests import tiny_clip
 
 BOUND = 1e-5

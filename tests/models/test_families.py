@@ -13,7 +13,7 @@ import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax.interventions import run
+from mllm_jax.passes import run
 from tests import tiny
 
 PICTURES = [
@@ -58,7 +58,7 @@ def test_config(family, loaded):
 def test_every_site(pad, family, loaded, batches):
     """From pictures of several shapes, several in a row, none in a row, and an empty row."""
     model, batch = loaded[0], batches[pad]
-    assert not batch.real.all()
+    assert not batch.is_real_tile.all()
     names = set(run.site_shapes(model, batch)) - {"lm.attn.mask"}
     assert len(names) >= 21
     want = hf.tensors(family.network, names, **families.inputs(batch, PICTURES))
@@ -66,7 +66,7 @@ def test_every_site(pad, family, loaded, batches):
         if name.startswith("vision.") and S.get(name).stacked:
             assert len(want[name]) == model.config.vision.layers
             want[name] = want[name][: model.config.vision.run_layers]
-    hf.assert_equal(model, batch, families.placed(want, batch.real))
+    hf.assert_equal(model, batch, families.placed(want, batch.is_real_tile))
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
@@ -170,7 +170,9 @@ def test_the_processor_is_theirs(family, loaded):
         if family.config.pinpoints:
             counts = [family.config.layout(shape).tiles, family.config.layout((60, 40)).tiles]
             pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
-        np.testing.assert_array_equal(batch.pixels[batch.real], pixels.transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(
+            batch.pixels[batch.is_real_tile], pixels.transpose(0, 2, 3, 1)
+        )
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])

@@ -18,9 +18,10 @@ from flax import nnx
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.checkpoints import load
-from mllm_jax.interventions import edits, run, tap
-from mllm_jax.models import instructblip
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.interventions import edits, tap
+from mllm_jax.loading import load
+from mllm_jax.passes import run
 
 SITES = (
     "vision.embed", "vision.resid_pre", "vision.attn_out", "vision.mlp.act", "vision.mlp.out",
@@ -62,8 +63,8 @@ def pair(name: str = "every second"):
 
 def told(batch, config, words=(7, 4, 6, 9)):
     """A batch with a text for the Q-Former: for each image one, of these lengths in turn."""
-    rng = np.random.default_rng(len(batch.real))
-    lengths = np.resize(words, len(batch.real)) * batch.real
+    rng = np.random.default_rng(len(batch.is_real_tile))
+    lengths = np.resize(words, len(batch.is_real_tile)) * batch.is_real_tile
     kind = np.full((len(lengths), max(words)), tok.CODE["question"], np.int8)
     kind[:, 0] = tok.CODE["system"]
     kind[np.arange(max(words)) >= lengths[:, None]] = tok.CODE["pad"]
@@ -180,15 +181,15 @@ def test_a_batch_without_a_text_for_the_qformer(make_batch):
 
 WORDS = 7 + 4 + 6  # of the Q-Former's texts, their first words not of the question
 CHANGES = {  # where, which layers, which tokens, how many those are
-    "vision.embed": (S.vision.embed[[0, 1]], tok.all, 3 * 17),
-    "vision.mlp.act": (S.vision.mlp.act[-1], tok.all, 3 * 17),
+    "vision.embed": (S.vision.embed[[0, 1]], tok.every, 3 * 17),
+    "vision.mlp.act": (S.vision.mlp.act[-1], tok.every, 3 * 17),
     "vision.resid_post": (S.vision.resid_post[1], tok.image, 3 * 16),
     "qformer.mlp.act": (S.qformer.mlp.act[LAST - 1, ::2], tok.question, WORDS - 3),
     "qformer.query_mlp.act": (S.qformer.query_mlp.act[LAST, [3, 4]], tok.query, 3 * 5),
     "queries": (S.qformer.resid_post[LAST], tok.query, 3 * 5),
     "text": (S.qformer.resid_post[0], tok.text, WORDS),
     "projector.out": (S.projector.out, tok.image, 3 * 5),
-    "dead neurons": (S.qformer.mlp.act[LAST], tok.all, WORDS),
+    "dead neurons": (S.qformer.mlp.act[LAST], tok.every, WORDS),
     "dead text": (S.qformer.resid_post[LAST], tok.text, WORDS),
 }
 

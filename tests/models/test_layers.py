@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax import rows
 from mllm_jax.models import layers
+from mllm_jax.numerics import rows
 
 
 def arrays(past: int, masked: bool):

@@ -9,7 +9,8 @@ import hf
 import numpy as np
 import pytest
 
-from mllm_jax.models import layers, llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.models import layers
 
 SITES = (
     "lm.resid_pre", "lm.attn.pattern", "lm.attn.heads", "lm.attn_out", "lm.resid_mid",

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm_jax.interventions import run, tap
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import tap
+from mllm_jax.passes import run
 
 # At every site, from pixels to logits.
 SITES = (
@@ -73,7 +74,9 @@ def test_images_that_fill_the_batch_change_nothing(make_batch, tiny_model):
 
 def test_the_id_under_an_image_token_does_not_matter(make_batch, tiny_model):
     batch = make_batch(images=(1, 2), pad="left")
-    beyond = batch.replace(ids=np.where(batch.image_at >= 0, 10**6, batch.ids).astype(np.int32))
+    beyond = batch.replace(
+        ids=np.where(batch.image_token_index >= 0, 10**6, batch.ids).astype(np.int32)
+    )
     ours = [run.run(tiny_model, b).logits for b in (batch, beyond)]
     np.testing.assert_array_equal(*ours)
 

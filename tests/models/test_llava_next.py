@@ -17,8 +17,9 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.data import batching, features
-from mllm_jax.interventions import run
-from mllm_jax.models import llava, llava_next
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.passes import run
 from tests import tiny
 
 theirs = pytest.importorskip("transformers.models.llava_next.modeling_llava_next")
@@ -167,7 +168,7 @@ def test_the_newline_and_a_tile_can_be_meant(model, processor):
                   {"out": mj.keep(S.projector.out)})["out"]  # fmt: skip
     before = mj.run(model, batch, None, {"out": mj.keep(S.projector.out)})["out"]
     changed = np.flatnonzero(np.abs(kept - before).max((-1, -2)) > 1e-6)
-    np.testing.assert_array_equal(changed, np.flatnonzero(batch.real & (batch.tile == 2)))
+    np.testing.assert_array_equal(changed, np.flatnonzero(batch.is_real_tile & (batch.tile == 2)))
 
 
 def test_pictures_of_all_shapes_share_one_program(model, processor):

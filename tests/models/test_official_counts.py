@@ -8,8 +8,9 @@ import pytest
 
 from mllm_jax import sites, tokens
 from mllm_jax.analysis import domain_neurons, official
-from mllm_jax.interventions import captures, reduce
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import captures
+from mllm_jax.passes import reduce
 from tests import published
 
 SEEDS = (3, 40)  # of the examples of two domains

@@ -20,11 +20,15 @@ from flax import nnx
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.checkpoints import architectures, load, save
-from mllm_jax.evaluation import generate, score
-from mllm_jax.interventions import logit_lens, run
-from mllm_jax.models import instructblip, llava, llava_next
-from mllm_jax.sharding import hosts, mesh, plan, programs, rules
+from mllm_jax.families import registry as architectures
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.interventions import logit_lens
+from mllm_jax.loading import load, save
+from mllm_jax.passes import generate, run, score
+from mllm_jax.planning import plan, programs
+from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
 from tests import tiny
 
@@ -32,7 +36,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # they take long to c
 
 if "JAX_NUM_PROCESSES" in os.environ:
     number, count = (int(os.environ[f"JAX_{n}"]) for n in ("PROCESS_ID", "NUM_PROCESSES"))
-    hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+    hosts.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
 
 SIZES = [int(n) for n in os.environ["MESH"].split("x")]
 CONFIGS = {
@@ -249,8 +253,8 @@ def lowered(many, processor, name: str) -> jax.stages.Lowered:
     batch = batch_of(processor).replace(processor=None)
     asked = run.bind(many, batch, None, CAPTURES)[1]
     options = score.candidate_ids(processor, ["a cat", "yes"], len(batch.ids))
-    with mesh.on(many):
-        batch = mesh.place(batch)
+    with mesh.enter_mesh(many):
+        batch = mesh.shard_batch(batch)
         if name == "run":
             return run._run.lower(many, batch, (), asked, logits="last", remat=False)
         if name == "score":

@@ -21,7 +21,7 @@ CAPTURES = {"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}
 def heeded():
     """SIGTERM is heeded, as it is in a study."""
     before = signal.getsignal(signal.SIGTERM)
-    hosts.heed_sigterm()
+    hosts.handle_sigterm()
     yield
     signal.signal(signal.SIGTERM, before)
     hosts._asked.clear()
@@ -59,7 +59,9 @@ def test_sigterm_saves_what_is_summed_and_a_restart_goes_on(
 
 
 def test_one_process_writes_agrees_and_waits_for_nobody():
-    assert hosts.count() == 1 and hosts.writes() and hosts.agree(7) == 7
-    hosts.meet("nobody")
+    assert (
+        hosts.process_count() == 1 and hosts.is_primary() and hosts.broadcast_from_primary(7) == 7
+    )
+    hosts.barrier("nobody")
     with pytest.raises(SystemExit, match="the disk is full"):
         hosts.fail("the disk is full")

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import run
+from mllm_jax.passes import run
 from mllm_jax.sharding import mesh
 
 LENS = {"lens": mj.lens(S.lm.resid_post, k=2, where=tok.image)}
@@ -43,11 +43,11 @@ def test_what_an_axis_is_split_over():
     abstract = jax.sharding.AbstractMesh(
         (2, 3, 4), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
-    assert mesh.split("B", 12) is None and mesh.spec("BTF", (6, 5, 8)) == P(None, None, None)
+    assert mesh.mesh_axes_of("B", 12) is None and mesh.spec("BTF", (6, 5, 8)) == P(None, None, None)
     with jax.sharding.use_abstract_mesh(abstract):
         assert mesh.spec("BTF", (12, 5, 8)) == P(("data", "fsdp"), None, "model")
         assert mesh.spec("BTN", (9, 5, 6)) == P(None, None, None)  # they do not divide
-        assert mesh.parts("I", 6) == 6 and mesh.parts("I", 4) == 1
+        assert mesh.shards_of_axis("I", 6) == 6 and mesh.shards_of_axis("I", 4) == 1
 
 
 class Chip:

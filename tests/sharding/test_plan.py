@@ -14,10 +14,10 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax.checkpoints import released
-from mllm_jax.interventions import run
-from mllm_jax.models import llava
-from mllm_jax.sharding import chips, hlo, plan, programs, work
+from mllm_jax.families import released
+from mllm_jax.families.llava import model as llava
+from mllm_jax.passes import run
+from mllm_jax.planning import chips, hlo, plan, programs, work
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.training import parts
 
@@ -285,7 +285,9 @@ def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
 
 
 def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatch):
-    monkeypatch.setattr("mllm_jax.rows.AT_ONCE", 0)  # else this size takes one branch everywhere
+    monkeypatch.setattr(
+        "mllm_jax.numerics.rows.AT_ONCE", 0
+    )  # else this size takes one branch everywhere
     network, batch = programs.model(TINY, jnp.bfloat16), programs.batch(TINY, SIZE)
     captures = {"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}
     _, asked = run.bind(network, batch, None, captures)

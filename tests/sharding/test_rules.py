@@ -9,8 +9,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import architectures, load, released
-from mllm_jax.models import instructblip, llava, llava_next
+from mllm_jax.families import registry as architectures
+from mllm_jax.families import released
+from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.loading import load
 from mllm_jax.sharding import mesh, rules
 
 TINY = (llava.LlavaConfig, llava_next.LlavaNextConfig, instructblip.InstructBlipConfig)

@@ -13,12 +13,13 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
-from mllm_jax.interventions import sweep, trunk
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.passes import clean_pass as trunk
+from mllm_jax.passes import sweep
 from mllm_jax.training import fit
 from tests import tiny
 
-reduce_ = importlib.import_module("mllm_jax.interventions.reduce")
+reduce_ = importlib.import_module("mllm_jax.passes.reduce")
 EXAMPLES = [types.SimpleNamespace(image=tiny.picture(i)) for i in range(4)]
 PROMPTS = ["what is shown ?", "a cat or dog ?", "a ship ?", "?"]
 DRAWS = 40  # of each of five kinds of store

@@ -9,7 +9,7 @@ import lesson
 import numpy as np
 import pytest
 
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 from tests import tiny
 
 

@@ -19,7 +19,7 @@ def ask(row: int, epoch: int) -> Question:
 
 @pytest.fixture(scope="module")
 def made(processor, features):
-    return batches.Answered(processor, ask, features, size=2, count=6, length=32, seed=3)
+    return batches.AnswerBatches(processor, ask, features, size=2, count=6, length=32, seed=3)
 
 
 def rows(batch, features) -> list[int]:

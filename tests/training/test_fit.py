@@ -156,7 +156,7 @@ def test_the_gradient_of_the_projector_is_that_of_central_differences(model, bat
     """All in float64, or differences would have no digits left."""
     with jax.enable_x64(True):
         monkeypatch.setattr(jnp, "float32", jnp.float64)
-        merge, trains, frozen = parts.split(_double(model), "projector")
+        merge, trains, frozen = parts.partition(_double(model), "projector")
         batch = _double(batches[0].replace(processor=None))
 
         def loss(trains, remat=False):

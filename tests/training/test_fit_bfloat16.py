@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_in_float32(narrow, exact, batches, tmp_path):
 
 def test_what_trains_is_float32(narrow, masks):
     for part in ("projector+lora", "lm", "neurons"):
-        split = parts.split(narrow, part, neurons=masks if part == "neurons" else None)
+        split = parts.partition(narrow, part, neurons=masks if part == "neurons" else None)
         state = fit.Recipe(part=part).optimiser(9).init(split.trained)
         for leaf in jax.tree.leaves((split.trained, state)):
             assert leaf.dtype in (jnp.float32, jnp.int32)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mllm_jax.models import llava
+from mllm_jax.families.llava import model as llava
 from mllm_jax.training import losses, parts
 
 torch = pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def test_of_the_projector_and_the_language_model(remat, make_batch):
     loss.backward()
     theirs = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
 
-    merge, trained, frozen = parts.split(ours, "projector+lm")
+    merge, trained, frozen = parts.partition(ours, "projector+lm")
 
     @jax.jit
     def value_and_slope(trained, frozen, batch):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm_jax.models import llava
-from mllm_jax.sharding import programs
+from mllm_jax.families.llava import model as llava
+from mllm_jax.planning import programs
 from mllm_jax.training import fit, losses, parts
 
 LORA = parts.Lora(rank=3, alpha=6, matrices=r"lm\.layers\.(attn\.[qv]|mlp\.down)\.kernel")
@@ -25,7 +25,7 @@ def masks():
 
 
 def weights(model) -> dict[str, np.ndarray]:
-    trained = parts.split(model, "projector+lm")
+    trained = parts.partition(model, "projector+lm")
     every = trained.trained["projector"] | trained.trained["lm"] | trained.frozen["weights"]
     return {name: np.asarray(array) for name, array in every.items()}
 
@@ -68,24 +68,24 @@ def test_memory_of_the_optimiser_at_real_size(dtype):
     """The embedded model and LLaVA-1.5-7B, by shape alone: 3 x 4 bytes a trained number."""
     for config in (llava.LlavaConfig.embedded(), llava.LlavaConfig.llava_1_5_7b()):
         model = programs.model(config, dtype)
-        trained = parts.split(model, "projector").trained
+        trained = parts.partition(model, "projector").trained
         projector = 4 * parts.size(model.projector)
         assert nbytes(trained) == projector
         assert 2 * projector <= optimiser_bytes(trained) <= 2 * projector + 2**20
 
 
 def test_memory_of_changes_is_theirs_alone(model, masks):
-    trained = parts.split(model, "projector+lora", lora=LORA).trained
+    trained = parts.partition(model, "projector+lora", lora=LORA).trained
     numbers = LAYERS * LORA.rank * ((32 + 32) + (32 + 16) + (48 + 32))  # of q, v and down
     assert parts.size(trained["lora"]) == numbers
     assert optimiser_bytes(trained) - 2 * nbytes(trained) < 64
-    trained = parts.split(model, "neurons", neurons=masks).trained
+    trained = parts.partition(model, "neurons", neurons=masks).trained
     assert parts.size(trained) == WIDTH * sum(mask.sum() for mask in masks.values())
     assert optimiser_bytes(trained) - 2 * nbytes(trained) < 64
 
 
 def test_a_new_low_rank_change_changes_nothing(model, batches):
-    merge, trained, frozen = parts.split(model, "lora", lora=LORA, seed=1)
+    merge, trained, frozen = parts.partition(model, "lora", lora=LORA, seed=1)
     before, after = weights(model), weights(merge(trained, frozen))
     for name, array in before.items():
         np.testing.assert_array_equal(array, after[name])
@@ -93,13 +93,13 @@ def test_a_new_low_rank_change_changes_nothing(model, batches):
         batch = batch.replace(processor=None)
         want, got = nll(model, batch), nll(merge(trained, frozen), batch)
         assert np.asarray(want).tobytes() == np.asarray(got).tobytes()
-    other = parts.split(model, "lora", lora=LORA, seed=2).trained["lora"]
+    other = parts.partition(model, "lora", lora=LORA, seed=2).trained["lora"]
     assert all((other[name]["a"] != trained["lora"][name]["a"]).all() for name in ADAPTED)
 
 
 def test_merged_is_unmerged(model):
     """x (W + s A B) = x W + s (x A) B, in every layer."""
-    merge, trained, frozen = parts.split(model, "lora", lora=LORA)
+    merge, trained, frozen = parts.partition(model, "lora", lora=LORA)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), trained)
     before, after = weights(model), weights(merge(trained, frozen))
@@ -117,7 +117,7 @@ def test_the_gradient_of_neurons_is_that_of_their_weights(model, batches, masks)
     batch = batches[0].replace(processor=None)
 
     def slope(part, **how):
-        merge, trained, frozen = parts.split(model, part, **how)
+        merge, trained, frozen = parts.partition(model, part, **how)
         return jax.jit(jax.grad(lambda t: losses.answer_nll(merge(t, frozen), batch)[0].sum()))(
             trained
         )
@@ -132,7 +132,7 @@ def test_the_gradient_of_neurons_is_that_of_their_weights(model, batches, masks)
 def test_the_projector_has_its_own_rate(model, batches):
     """AdamW's first step is the rate, whatever the gradient."""
     recipe = fit.Recipe(part="projector+lora", lora=LORA, rate=0.5, projector_rate=0.25, clip=0)
-    _, trained, _ = parts.split(model, "projector+lora", lora=LORA)
+    _, trained, _ = parts.partition(model, "projector+lora", lora=LORA)
     optimiser = recipe.optimiser(1)
     gradient = jax.tree.map(jnp.ones_like, trained)
     change, _ = jax.jit(optimiser.update)(gradient, jax.jit(optimiser.init)(trained), trained)
@@ -148,7 +148,7 @@ def test_the_projector_has_its_own_rate(model, batches):
 def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
     """Without a gradient the decay is all that changes: not biases, nor the scales of norms."""
     neurons = masks if part == "neurons" else None
-    _, trained, _ = parts.split(model, part, lora=LORA, neurons=neurons)
+    _, trained, _ = parts.partition(model, part, lora=LORA, neurons=neurons)
     recipe = fit.Recipe(part=part, rate=0.5, projector_rate=projector_rate, weight_decay=0.1)
     optimiser = recipe.optimiser(1)
     nothing = jax.tree.map(jnp.zeros_like, trained)
@@ -180,4 +180,4 @@ def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
 )  # fmt: skip
 def test_what_cannot_train_is_said(part, how, says, model):
     with pytest.raises(ValueError, match=says):
-        parts.split(model, part, **how)
+        parts.partition(model, part, **how)

@@ -25,11 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import tqdm
 
-from mllm_jax.data import files, packages, pictures
+from mllm_jax.data import packages
 from mllm_jax.data.domains import conversations, folder, table
 from mllm_jax.data.domains.examples import Example, Files, Row
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.data.embedded import recipe as recipe_lib
+from mllm_jax.processors import files, pictures
 from mllm_jax.store import stamps
 
 Question = questions_lib.Question

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import PIL.Image
 
-from mllm_jax.data import files, pictures
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.processors import files, pictures
 
 
 @dataclasses.dataclass(frozen=True)

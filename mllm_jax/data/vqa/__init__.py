@@ -26,9 +26,9 @@ from etils import epath
 
 from mllm_jax import store
 from mllm_jax.data import domains
-from mllm_jax.data import pictures as picture_files
 from mllm_jax.data.vqa import prompts
 from mllm_jax.data.vqa.questions import VqaQuestion
+from mllm_jax.processors import pictures as picture_files
 
 NAMES = prompts.DATASETS
 SPLITS = ("train", "val")

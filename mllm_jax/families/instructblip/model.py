@@ -1,0 +1,102 @@
+"""InstructBLIP (Dai et al. 2023): a LLaVA whose pictures pass through a Q-Former.
+
+The Q-Former reads the instruction too, so what the LM is told of a picture depends on what is
+asked. Each picture becomes as many image tokens as there are queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax import nnx
+
+from mllm_jax import tokens
+from mllm_jax.families.llava.model import Batch, Llava, LlavaConfig
+from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.llama import Llama, LlamaConfig
+from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.qformer import QFormer, QFormerConfig
+from mllm_jax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructBlipConfig(LlavaConfig):
+    """An InstructBLIP model.
+
+    Attributes:
+      vision, qformer, projector, lm: the parts.
+      image_token: id that stands for an image token in the text; -1 where none is reserved, as in
+        checkpoints of 2023.
+    """
+
+    vision: EvaConfig
+    qformer: QFormerConfig
+
+    @property
+    def image_tokens(self) -> int:
+        return self.qformer.queries
+
+    @property
+    def token_grid(self) -> int:
+        return 0
+
+    def build(self, *, rngs: nnx.Rngs) -> InstructBlip:
+        return InstructBlip(self, rngs=rngs)
+
+    @classmethod
+    def of(
+        cls, vision: EvaConfig, qformer: QFormerConfig, lm: LlamaConfig, **fields
+    ) -> InstructBlipConfig:
+        """An InstructBLIP of these three, with one linear map before the LM."""
+        projector = ProjectorConfig(in_width=qformer.width, out_width=lm.width, depth=1)
+        return cls(vision=vision, qformer=qformer, projector=projector, lm=lm, **fields)
+
+    @classmethod
+    def vicuna_7b(cls) -> InstructBlipConfig:
+        lm = dataclasses.replace(LlamaConfig.vicuna_7b(), vocab=32001, eps=1e-6)
+        return cls.of(EvaConfig.vit_g_14(), QFormerConfig.instructblip(), lm)
+
+    @classmethod
+    def tiny(cls) -> InstructBlipConfig:
+        return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), LlamaConfig.tiny(), image_token=95)
+
+
+class InstructBlip(Llava):
+    """LLaVA with a Q-Former between vision tower and projector."""
+
+    def __init__(self, config: InstructBlipConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = EvaVision(config.vision, rngs=rngs)
+        self.qformer = QFormer(config.qformer, rngs=rngs)
+        self.projector = Projector(config.projector, rngs=rngs)
+        self.lm = Llama(config.lm, rngs=rngs)
+
+    def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
+        """The token map of each module: vision [I, P], qformer [I, Q + T], projector [I, Q], LM.
+
+        A branch of the Q-Former has a map of its own: the queries [I, Q], the text [I, T].
+        """
+        grid, Q = (self.config.vision.grid,) * 2, self.config.qformer.queries
+        images = batch.tile, batch.is_real_tile
+        maps = {
+            "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.is_real_tile),
+            "projector": tokens.TokenMap.alike("image", Q, *images),
+        }
+        if batch.qformer_kind is not None:
+            query = tokens.TokenMap.alike("query", Q, *images)
+            text = tokens.TokenMap.plain(batch.qformer_kind, batch.tile)
+            maps |= {
+                "qformer": query.followed_by(text),
+                "qformer.query_mlp.act": query,
+                "qformer.mlp.act": text,
+            }
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
+
+    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        if batch.qformer_ids is None:
+            raise ValueError("this batch has no text for the Q-Former: its processor is another's")
+        features = self.features(batch, taps)
+        valid = batch.qformer_kind != tokens.CODE["pad"]
+        queries = self.qformer(features, batch.qformer_ids, valid, taps.module("qformer"))
+        images = self.projector(queries, taps.module("projector", lens=self.lm.lens))
+        return images.reshape(-1, images.shape[-1])

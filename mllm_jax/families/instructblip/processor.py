@@ -1,0 +1,91 @@
+"""InstructBLIP's processor: the instruction goes to the Q-Former as well as to the LM."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava.model import Batch
+from mllm_jax.processors import prompts as prompts_
+from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.prompts import IMAGE, Chat, Questions, short
+from mllm_jax.processors.rows import Picture, Row, padded
+
+
+class InstructBlipProcessor(Processor):
+    """A `Processor` whose image tokens stand before all text, with a second tokenizer.
+
+    The Q-Former's tokens are of kind question, what its tokenizer adds ([CLS], [SEP]) of kind
+    system. As a picture is read in the light of what is asked, `pack` reads it for each question.
+
+    Args:
+      tokenizer, pictures, config, directory, how: as `Processor` has them.
+      qformer_tokenizer: of transformers, fast.
+    """
+
+    anew = True
+
+    def __init__(self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **how):
+        super().__init__(tokenizer, pictures, config, directory, **how)
+        self.qformer_tokenizer = qformer_tokenizer
+
+    @classmethod
+    def from_directory(cls, directory, config: InstructBlipConfig, **how) -> InstructBlipProcessor:
+        """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
+        tokenizer = prompts_.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
+        return super().from_directory(directory, config, qformer_tokenizer=tokenizer, **how)
+
+    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
+        """The text of a prompt without its pictures, and which parts of it are the question."""
+        if not isinstance(prompt, str):
+            if len(prompts_.image_parts(prompt)) not in (0, images):
+                raise ValueError(
+                    f"the chat has {len(prompts_.image_parts(prompt))} pictures, not {images}"
+                )
+            return super().render(prompts_.without_images(prompt), 0)
+        if IMAGE not in prompt:
+            return super().render(prompt, 0)
+        text = prompt.removeprefix(IMAGE * images)
+        if IMAGE in text:
+            raise ValueError(
+                f"the prompt {short(prompt)} does not begin with one {IMAGE} for each of {images} "
+                "pictures: InstructBLIP reads them before the text"
+            )
+        return text, (slice(0, len(text)),)
+
+    def _prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
+        text, questions = self.render(prompt, len(pictures))
+        if IMAGE in text:
+            raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
+        row = Row()
+        for number, picture in enumerate(pictures, first):
+            self._add_picture(row, number, picture)
+        row.add(*self._coded(prompt, text, questions))
+        told, qformer = Row(), self.config.qformer
+        told.add(
+            *prompts_.coded(
+                self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+            )
+        )
+        if len(told.ids) > qformer.positions:
+            raise ValueError(
+                f"the prompt has {len(told.ids)} tokens for the Q-Former, "
+                f"which reads {qformer.positions} at most: {short(text)}"
+            )
+        row.qformer_rows = [told] * len(pictures)
+        return row
+
+    def _batch(self, made: list[Row], *rest) -> Batch:
+        batch = super()._batch(made, *rest)
+        T = padded(max((len(told.ids) for row in made for told in row.qformer_rows), default=0))
+        ids = np.zeros((len(batch.is_real_tile), T), np.int32)
+        kind = np.full(ids.shape, tokens.CODE["pad"], np.int8)
+        for at, row in zip(batch.image_token_index, made, strict=False):
+            images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
+            for image, told in zip(images, row.qformer_rows, strict=True):
+                ids[image, : len(told.ids)], kind[image, : len(told.ids)] = told.ids, told.kinds
+        return batch.replace(qformer_ids=ids, qformer_kind=kind)

@@ -1,0 +1,128 @@
+"""The layout of the original LLaVA code (Liu et al. 2023), as `liuhaotian/llava-v1.5-7b` has it.
+
+Its `config.json` is that of the language model with further fields `mm_...`; the vision tower is a
+CLIP checkpoint of its own that the config names; and a projector may come alone, in
+`mm_projector.bin`, as pretraining leaves it. The tensors keep their names (`tables.canonical`).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax.checkpoints import files, schema
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.processors import image_processors
+
+PROJECTOR = "mm_projector.bin"
+
+# model_type -> that of the language model
+_LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+_SELECT = {"patch": "default", "cls_patch": "full"}
+_PINPOINTS = "image_grid_pinpoints"
+_PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]|1[0-6])x_gelu")
+# The fields we read, with the value of the original code where a field is not there.
+_FIELDS = {
+    "mm_vision_tower": (schema.NAME, None),
+    "mm_projector_type": (
+        schema.Kind(
+            "'linear', 'mlp2x_gelu' and up to 'mlp16x_gelu'",
+            lambda value: isinstance(value, str) and bool(_PROJECTOR_TYPE.fullmatch(value)),
+        ),
+        "linear",
+    ),
+    "mm_hidden_size": (schema.optional(schema.WIDTH), None),
+    "mm_vision_select_feature": (schema.only(*_SELECT), "patch"),
+    "mm_vision_select_layer": (schema.whole(-1024, 1024), -2),
+    "mm_resampler_type": (schema.only(None), None),
+    "mm_use_im_start_end": (schema.only(False, None), None),
+    "use_mm_proj": (schema.only(True, None), None),
+}
+_SQUARE = {
+    "image_aspect_ratio": (schema.only("pad", "square", None), None),
+    "mm_patch_merge_type": (schema.only("flat", None), None),
+}
+_TILED = {
+    "image_aspect_ratio": (schema.only("anyres"), "anyres"),
+    "mm_patch_merge_type": (schema.only("spatial_unpad"), "spatial_unpad"),
+}
+# The fields that do not change what a trained model computes.
+_IGNORED = frozenset(
+    """
+    freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler image_crop_resolution
+    image_split_resolution mm_projector_lr mm_use_im_patch_token mm_vision_tower_lr
+    pretrain_mm_mlp_adapter tokenizer_model_max_length tokenizer_padding_side tune_mm_mlp_adapter
+    tune_mm_vision_resampler unfreeze_mm_vision_tower
+    """.split()  # noqa: SIM905
+)
+
+
+def is_original(fields: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of this layout."""
+    return "mm_vision_tower" in fields
+
+
+def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The same model as the fields of a `config.json` of transformers.
+
+    Args:
+        fields: of the original `config.json`.
+        tower: of the `config.json` of the vision tower, with or without its text half.
+        source: what to call the file in an error.
+
+    Returns:
+        The fields, for `config.from_hf`; what is not known here stands in `text_config`. The
+        original code has no id for an image token; ours is the first after the vocabulary, which
+        the tokenizer gives to `<image>` when it is added.
+
+    Raises:
+        ValueError: values that we do not support, all in one line.
+    """
+    problems: list[str] = []
+    tiled = fields.get("mm_patch_merge_type") == "spatial_unpad"
+    table = _FIELDS | (_TILED if tiled else _SQUARE)
+    ours = schema.values(fields, table, "", problems)
+    text = {n: value for n, value in fields.items() if n not in _IGNORED and n not in table}
+    vision = tower.get("vision_config", tower)
+    if not isinstance(vision, Mapping):
+        problems.append(f"{files.shown(ours['mm_vision_tower'])} has no object as vision_config")
+        vision = {}
+    width, theirs = ours["mm_hidden_size"], vision.get("hidden_size")
+    if width not in (None, theirs):
+        name = files.shown(ours["mm_vision_tower"])
+        problems.append(f"mm_hidden_size={width}, but {name} has {files.shown(theirs)}")
+    if problems:
+        raise ValueError(files.refusal(source, problems))
+    model_type, pinpoints = text.pop("model_type", "llava"), text.pop(_PINPOINTS, None)
+    if isinstance(model_type, str):
+        model_type = _LANGUAGE.get(model_type, model_type)
+    depth = _PROJECTOR_TYPE.fullmatch(ours["mm_projector_type"])[1]
+    kind = {"model_type": "llava_next", _PINPOINTS: pinpoints} if tiled else {"model_type": "llava"}
+    return {
+        **kind,
+        "image_token_index": text.get("vocab_size", 32000),
+        "projector_depth": int(depth or 1),
+        "vision_feature_layer": ours["mm_vision_select_layer"],
+        "vision_feature_select_strategy": _SELECT[ours["mm_vision_select_feature"]],
+        "vision_config": dict(vision),
+        "text_config": {**text, "model_type": model_type},
+    }
+
+
+def image_processor(tower: pathlib.Path, config: LlavaConfig):
+    """The image processor of transformers (PIL backend) that does what the original code does.
+
+    Args:
+        tower: the directory of the vision tower, whose settings these are.
+        config: of the model.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil  # when needed
+
+    kind, how = CLIPImageProcessorPil, {}
+    if config.pinpoints:
+        kind = LlavaNextImageProcessorPil
+        how = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+    path = tower / "preprocessor_config.json"
+    return image_processors.made(path, lambda: kind.from_pretrained(tower, **how))

@@ -1,0 +1,126 @@
+"""LLaVA-NeXT (Liu et al. 2024): LLaVA that also sees a picture's parts, at a higher resolution.
+
+A picture is read as one small square, the base, and again large: fitted into the resolution that
+suits it best, cut into tiles of the size of that square. The LM gets the base, then the large
+picture row by row, without the bars that fitting left around it, a newline after each row. All of
+this is decided by the picture's size alone, so it is arithmetic on indices: the network computes
+every patch of every tile, and `Batch.image_token_index` takes those that are wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mllm_jax.families.llava.model import Batch, Layout, Llava, LlavaConfig
+from mllm_jax.models.clip import ClipConfig
+from mllm_jax.models.llama import LlamaConfig
+from mllm_jax.typing import Array, Float
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaNextConfig(LlavaConfig):
+    """A LLaVA-NeXT model.
+
+    Attributes:
+      vision, projector, lm, image_token: as LLaVA has them.
+      pinpoints: (height, width) that a picture may be cut at, multiples of the image size.
+    """
+
+    pinpoints: tuple[Size, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+    @classmethod
+    def vicuna_7b(cls) -> LlavaNextConfig:
+        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+
+    @classmethod
+    def vicuna_13b(cls) -> LlavaNextConfig:
+        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+
+    @classmethod
+    def mistral_7b(cls) -> LlavaNextConfig:
+        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.mistral_7b())
+
+    @classmethod
+    def tiny(cls) -> LlavaNextConfig:
+        pinpoints = ((24, 48), (48, 24), (48, 48), (72, 24), (24, 72))
+        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), image_token=95, pinpoints=pinpoints)
+
+    @property
+    def tiles(self) -> int:
+        return max(self.layout(size).tiles for size in self.pinpoints)
+
+    @property
+    def largest(self) -> Size:
+        return max(self.pinpoints, key=lambda size: len(self.layout(size).patches))
+
+    def layout(self, size: Size | None = None) -> Layout:
+        """How a picture of this (height, width) is read.
+
+        Raises:
+          ValueError: the size is not known, and everything depends on it.
+        """
+        if size is None:
+            raise ValueError(
+                "LLaVA-NeXT cuts a picture by its size: beside features= give "
+                "sizes=[(height, width), ...] of the pictures"
+            )
+        base = np.arange(self.image_tokens)
+        side = self.vision.grid // self.projector.fold
+        rows, columns = (n // self.vision.image_size for n in best_resolution(size, self.pinpoints))
+        tiles = len(base) + np.arange(rows * columns * len(base))
+        large = tiles.reshape(rows, columns, side, side).swapaxes(1, 2)
+        large = large.reshape(rows * side, columns * side)
+        lines = np.pad(large[unpadded(size, large.shape)], ((0, 0), (0, 1)), constant_values=-1)
+        return Layout(1 + rows * columns, np.concatenate([base, lines.reshape(-1)]))
+
+    def build(self, *, rngs: nnx.Rngs) -> LlavaNext:
+        return LlavaNext(self, rngs=rngs)
+
+
+class LlavaNext(Llava):
+    """LLaVA with one more image token: the newline."""
+
+    def __init__(self, config: LlavaNextConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        width = config.lm.width
+        self.newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
+
+    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        return jnp.concatenate([super().images(batch, taps), self.newline[...][None]])
+
+
+def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
+    """The resolution that keeps most of a picture's pixels; of equal ones, the smallest.
+
+    Args:
+      size: of the picture. pinpoints: the resolutions there are.
+    """
+    height, width = size
+
+    def worth(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        kept = int(width * scale) * int(height * scale)
+        return min(kept, width * height), -resolution[0] * resolution[1]
+
+    return max(pinpoints, key=worth)
+
+
+def unpadded(size: Size, grid: Size) -> tuple[slice, slice]:
+    """The rows and columns of a grid that show a picture fitted into its middle, not the bars.
+
+    Args:
+      size: of the picture. grid: rows and columns of patches.
+    """
+    (height, width), (rows, columns) = size, grid
+    # Rounded to 7 places, then down: as the released models were trained.
+    if width / height > columns / rows:
+        bar = (rows - int(round(height * (columns / width), 7))) // 2
+        return slice(bar, rows - bar), slice(columns)
+    bar = (columns - int(round(width * (rows / height), 7))) // 2
+    return slice(rows), slice(bar, columns - bar)

@@ -1,0 +1,111 @@
+"""Checkpoints of CLIP with both towers: config, key table, and how they are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from mllm_jax.checkpoints import schema, tables
+from mllm_jax.families.llava import config as configs
+from mllm_jax.loading import load as load_
+from mllm_jax.loading import settings, sources
+from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
+from mllm_jax.processors.clip import ClipProcessor
+
+# The fields we read, with the value HF gives to a field that is not there.
+_PAIR = {
+    "model_type": (schema.only("clip"), "clip"),
+    "projection_dim": (schema.WIDTH, 512),
+    "text_config": (schema.PART, None),
+    "text_config_dict": (schema.PART, None),
+    "vision_config": (schema.PART, None),
+    "vision_config_dict": (schema.PART, None),
+}
+_TEXT = {
+    "model_type": (schema.only("clip_text_model"), "clip_text_model"),
+    "vocab_size": (schema.WORDS, 49408),
+    "max_position_embeddings": (schema.whole(1, 2**20), 77),
+    "hidden_size": (schema.WIDTH, 512),
+    "intermediate_size": (schema.WIDTH, 2048),
+    "num_hidden_layers": (schema.LAYERS, 12),
+    "num_attention_heads": (schema.HEADS, 8),
+    "hidden_act": (configs.ACTIVATION, "quick_gelu"),
+    "layer_norm_eps": (schema.EPSILON, 1e-5),
+    "eos_token_id": (schema.ID, 49407),
+}
+# The scale is among the tensors.
+_IGNORED = configs.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
+_HIGHEST = 2  # the end token in configs before transformers 4.31, which then took the highest id
+
+TABLE = (
+    *tables.clip_vision("vision_model", "vision"),
+    tables.Row("vision_model.post_layernorm.weight", "vision_norm.scale", tables.COPY),
+    tables.Row("vision_model.post_layernorm.bias", "vision_norm.bias", tables.COPY),
+    tables.Row("visual_projection.weight", "vision_out.kernel", tables.LINEAR),
+    *tables.rows(
+        "text_model",
+        "text",
+        ("embeddings.token_embedding.weight", "words", tables.COPY),
+        ("embeddings.position_embedding.weight", "position", tables.COPY),
+        *tables.norm("final_layer_norm", "norm"),
+    ),
+    *tables.clip_layers("text_model", "text"),
+    tables.Row("text_projection.weight", "text_out.kernel", tables.LINEAR),
+    tables.Row("logit_scale", "scale", tables.COPY),
+)
+
+
+def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
+    """Loads a CLIP, in float32, and its processor.
+
+    Args:
+        name: a directory or a hub id, "openai/clip-vit-large-patch14-336".
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or a part of it is missing.
+        ValueError: it is not a CLIP with both towers; all that is wrong with it in one line.
+    """
+    directory = sources.locate(name)
+    config = from_hf(sources.read_fields(directory), directory / "config.json")
+    settings.check(directory, directory, config.vision.image_size)
+    model = load_.read_whole(lambda: Clip(config, rngs=nnx.Rngs(0)), TABLE, directory, "float32")
+    return model, ClipProcessor.from_directory(directory, config)
+
+
+def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPairConfig:
+    """Reads the config of a CLIP checkpoint; see `config.from_hf`."""
+    problems: list[str] = []
+    pair = schema.read(fields, _PAIR, _IGNORED, "", problems)
+    vision = configs.read_clip(_part(pair, "vision_config"), problems)
+    text = schema.read(_part(pair, "text_config"), _TEXT, _IGNORED, "text_config.", problems)
+    heads = "num_attention_heads", text["num_attention_heads"]
+    schema.divides(heads, ("text_config.hidden_size", text["hidden_size"]), problems)
+    return configs.settle(lambda: _config(pair, vision, text), source, problems)
+
+
+def _part(pair: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The config of a tower. An older field wins, as it does in HF, with defaults for the rest."""
+    older = pair[f"{name}_dict"]
+    return (pair[name] or {}) if older is None else older
+
+
+def _config(pair: Mapping, vision: Mapping, text: Mapping) -> ClipPairConfig:
+    end = text["eos_token_id"]
+    return ClipPairConfig(
+        vision=configs.clip_config(vision, feature_layer=-1, select="full"),
+        text=ClipTextConfig(
+            vocab=text["vocab_size"],
+            positions=text["max_position_embeddings"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            mlp=text["intermediate_size"],
+            act=configs.ACTIVATIONS[text["hidden_act"]],
+            eps=text["layer_norm_eps"],
+            end=None if end == _HIGHEST else end,
+        ),
+        width=pair["projection_dim"],
+    )

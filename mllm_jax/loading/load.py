@@ -1,0 +1,389 @@
+"""Loads a checkpoint: a directory, a name on the Hugging Face hub, or the embedded model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mllm_jax.checkpoints import files, tables, tensors
+from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.families import registry as architectures
+from mllm_jax.families.llava import config as configs
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava import original
+from mllm_jax.loading import adapters, embedded, settings, sources
+from mllm_jax.loading.sources import locate, read_config, read_fields
+from mllm_jax.models.projector import Projector
+from mllm_jax.numerics import precision
+from mllm_jax.processors import image_processors
+from mllm_jax.processors.processor import Processor
+from mllm_jax.sharding import mesh as mesh_
+from mllm_jax.sharding import rules
+
+_STRIP = 16  # rows of a file's matrix that are turned at a time
+_TRAIN_PROJECTOR = "python -m experiments.train --config=configs/embedded_projector.py"
+
+
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    projector: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+    seed: int = 0,
+    image_aspect_ratio: str | None = None,
+) -> tuple[llava.Llava, Processor]:
+    """Loads a model and its processor.
+
+    Args:
+        name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
+            checkpoint in the layout of transformers, or of a LLaVA in that of the original code;
+            or of an adapter (LoRA in the layout of PEFT), which is merged into its model.
+        dtype: of the parameters: float32, whose products are float32 on every chip (see
+            `mllm_jax.numerics.precision`), bfloat16 or float16; None is float32 on CPU and bfloat16
+            elsewhere.
+        mesh: of `mj.mesh`: each process reads what its own devices hold, see `sharding.rules`; None
+            is the mesh of `jax.set_mesh`, if we are in one, or else one device.
+        projector: None takes the checkpoint's own (of "embedded": the one that ships with this
+            package), "random" a new one, anything else is a file with one: safetensors, or the
+            `mm_projector.bin` of the original code, or a directory with that.
+        base: the model that an adapter changes, a directory or a hub id; None is the one it names.
+        seed: of a random projector.
+        image_aspect_ratio: "pad" shows LLaVA-1.5 a picture as it was trained, with bars to make it
+            square; None as the checkpoint says, see `Processor`.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or a part of it is missing.
+        ValueError: another dtype; the config or the tensors are not those of a model we have, all
+            that is wrong with the tensors in one line.
+    """
+    dtype = precision.parameter_dtype(dtype)
+    directory = locate(name)
+    if name == "embedded" and projector is None:
+        projector = embedded.projector_file()
+        if not projector.exists():
+            raise FileNotFoundError(
+                f"{projector}: the trained projector is missing; train it with: {_TRAIN_PROJECTOR}"
+                ' (or load with projector="random")'
+            )
+    model = read_model(directory, dtype=dtype, projector=projector, base=base, seed=seed, mesh=mesh)
+    place = sources.holder(directory, base, sources.CONFIG)
+    texts = sources.holder(directory, base, sources.TOKENS)
+    fields, how = read_fields(place), {"image_aspect_ratio": image_aspect_ratio}
+    if original.is_original(fields):
+        pictures = sources.part(place / "config.json", fields, "mm_vision_tower", weights=False)
+        how["pictures"] = functools.partial(original.image_processor, pictures, model.config)
+        how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
+    else:
+        pictures = sources.holder(directory, base, settings.PICTURES)
+        how["pictures"] = functools.partial(image_processors.read, pictures)
+    settings.check(pictures, texts, model.config.vision.image_size)
+    processor = architectures.of(model.config).processor
+    return model, processor.from_directory(texts, model.config, **how)
+
+
+def read_model(
+    directory: pathlib.Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    projector: str | os.PathLike | None = None,
+    base: str | os.PathLike | None = None,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> llava.Llava:
+    """Reads the model of a checkpoint directory, tensor by tensor; see `load`.
+
+    On the host there is never more than one stacked parameter, or a device's part of one, beside
+    the model.
+
+    Args:
+        directory: of the checkpoint.
+        dtype, projector, base, seed, mesh: as `load` has them, save that the projector of the
+            embedded model is not found by itself.
+
+    Returns:
+        The model.
+    """
+    dtype = precision.parameter_dtype(dtype)
+    problems: list[Exception] = []
+    try:
+        place = sources.holder(directory, base, sources.CONFIG)
+        config = read_config(place)
+    except configs.Refused as error:
+        if error.config is None:
+            raise
+        config = error.config
+        problems.append(error)
+    graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
+    slots = tables.slots(shapes, architectures.of(config).table(config))
+
+    broken: list[Exception] = []
+    stored = sources.open_tensors(directory, place, base, broken)
+    problems += broken
+    if projector is None and not any(map(sources.of_projector, stored)):
+        beside = directory / original.PROJECTOR
+        projector = beside if beside.exists() else None
+    if projector is not None:
+        stored = {key: tensor for key, tensor in stored.items() if not sources.of_projector(key)}
+        own = [slot for slot in slots if sources.of_projector(slot.key)]
+        slots = [slot for slot in slots if not sources.of_projector(slot.key)]
+    if stored or not broken:
+        _check(stored, slots, config, directory, problems)
+    if projector not in (None, "random"):
+        overlay = _open_projector(projector, own, config, problems)
+        stored, slots = stored | overlay, slots + own
+    _raise(problems)
+    _check_tied(stored, config, directory)
+    places = _places(config, shapes, mesh)
+    arrays = _fill(stored, slots, shapes, dtype, places)
+    if projector == "random":
+        arrays |= _random_projector(config, dtype, seed, places)
+    state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
+    return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def read_whole(
+    build: Callable[[], nnx.Module],
+    table: tuple[tables.Row, ...],
+    directory: pathlib.Path,
+    dtype: jax.typing.DTypeLike,
+) -> nnx.Module:
+    """Reads a network of another kind, of a checkpoint all of whose tensors belong to it.
+
+    Args:
+        build: makes the network. table: its key table.
+        directory: of the checkpoint. dtype: of the parameters.
+
+    Returns:
+        The network, on one device.
+
+    Raises:
+        FileNotFoundError, ValueError: all that is wrong with the tensors, in one line.
+    """
+    graph, abstract, shapes = _abstract(build)
+    slots = tables.slots(shapes, table)
+    problems: list[Exception] = []
+    stored = tensors.open_directory(directory, problems)
+    if stored or not problems:
+        _check(stored, slots, None, directory, problems)
+    _raise(problems)
+    arrays = _fill(stored, slots, shapes, jnp.dtype(dtype), None)
+    state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
+    return nnx.merge(graph, nnx.from_flat_state(state))
+
+
+def _abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
+    """A network without arrays: its structure, its parameters by path, and their shapes by name."""
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    abstract = dict(nnx.to_flat_state(abstract))
+    return graph, abstract, {dotted(path): param.shape for path, param in abstract.items()}
+
+
+def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
+    """The model with the projector of a file in place of its own; all else is shared.
+
+    Args:
+        model: stays as it is.
+        path: a file of `write_projector`, or the `mm_projector.bin` of the original LLaVA code.
+
+    Returns:
+        The new model; its projector has the dtype of the old one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no projector, or not one of this model.
+    """
+    graph, state = nnx.split(model)
+    state = dict(nnx.to_flat_state(state))
+    own = {dotted(at): param for at, param in state.items() if at[0] == "projector"}
+    shapes = {name: param.shape for name, param in own.items()}
+    slots = tables.slots(shapes, architectures.of(model.config).table(model.config))
+    problems: list[Exception] = []
+    overlay = _open_projector(path, slots, model.config, problems)
+    _raise(problems)
+    on_mesh = mesh_.mesh_of(list(own.values())) is not None
+    places = {name: param[...].sharding for name, param in own.items()} if on_mesh else None
+    arrays = _fill(overlay, slots, shapes, next(iter(own.values())).dtype, places)
+    new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in state.items()}
+    return nnx.merge(graph, nnx.from_flat_state(new))
+
+
+def dotted(path: tuple) -> str:
+    """A path in a module as one name: `lm.layers.attn.q.kernel`."""
+    return ".".join(map(str, path))
+
+
+def _open_projector(
+    path: str | os.PathLike,
+    slots: list[tables.Slot],
+    config: llava.LlavaConfig,
+    problems: list[Exception],
+) -> dict[str, Stored]:
+    """The tensors of a file with a projector, or of the one in a directory of the original code."""
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        beside = adapters.is_adapter(path) and (path / adapters.BESIDE).exists()
+        path /= adapters.BESIDE if beside else original.PROJECTOR
+    try:
+        found = tensors.by_name(tensors.open_file(path), problems)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+        return {}
+    _check(found, slots, config, path, problems)
+    return found
+
+
+def _check(
+    stored: Mapping[str, Stored | None],
+    slots: list[tables.Slot],
+    config: llava.LlavaConfig | None,
+    source: str | os.PathLike,
+    problems: list[Exception],
+) -> None:
+    """Compares tensors with the slots of a model; one that could not be opened fits."""
+    wanted = {slot.key: slot.shape for slot in slots}
+    shapes = {key: wanted.get(key) if t is None else t.shape for key, t in stored.items()}
+    try:
+        tables.check(shapes, slots, config)
+    except ValueError as error:
+        problems.append(ValueError(files.refusal(source, [error])))
+    problems += [
+        ValueError(
+            files.refusal(
+                tensor.path,
+                [f"{files.line(tensor.key, 80)} holds {tensor.dtype}, expected floating point"],
+            )
+        )
+        for key, tensor in stored.items()
+        if key in wanted and tensor is not None and not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]
+
+
+def _raise(problems: list[Exception]) -> None:
+    """Raises one error that names as many problems as a line holds; its cause has them all."""
+    if problems:
+        missing = any(isinstance(problem, FileNotFoundError) for problem in problems)
+        kind = FileNotFoundError if missing else ValueError
+        raise kind(files.joined(problems)) from ExceptionGroup("all problems", problems)
+
+
+def _check_tied(
+    stored: Mapping[str, Stored], config: llava.LlavaConfig, directory: pathlib.Path
+) -> None:
+    """A tied model may come with its head, if that is the embedding once more."""
+    if config.lm.tied and tables.TIED_HEAD in stored:
+        head, embed = (stored[key].read() for key in (tables.TIED_HEAD, tables.EMBEDDING))
+        if not np.array_equal(head, embed):
+            problem = (
+                "tie_word_embeddings is true, but the file has a head that is not "
+                "the embedding; set it to false in config.json to use that head"
+            )
+            raise ValueError(files.refusal(directory, [problem]))
+
+
+def _places(
+    config: llava.LlavaConfig,
+    shapes: Mapping[str, tables.Shape],
+    mesh: jax.sharding.Mesh | None,
+) -> Mapping[str, jax.sharding.Sharding] | None:
+    """Our path -> where the parameter goes on the mesh, given or entered; None without one."""
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    if mesh.empty:
+        return None
+    return rules.shardings(config, architectures.of(config).rules(config), shapes, mesh)
+
+
+def _fill(
+    stored: Mapping[str, Stored],
+    slots: list[tables.Slot],
+    shapes: Mapping[str, tables.Shape],
+    dtype: np.dtype,
+    places: Mapping[str, jax.sharding.Sharding] | None,
+) -> dict[str, jax.Array]:
+    """Our path -> array, each read into its place."""
+    arrays = {}
+    for path, group in itertools.groupby(slots, lambda slot: slot.path):
+        read = functools.partial(_read, stored, list(group), dtype)
+        arrays[path] = _put(read, shapes[path], places and places[path])
+    return arrays
+
+
+def _put(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: tables.Shape,
+    place: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """An array, of which every part is read once and given to all devices here that hold it."""
+    if place is None:
+        return jax.device_put(read(tuple(slice(0, n, 1) for n in shape)), may_alias=True)
+    holders: dict[tuple, list[jax.Device]] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*ends) for ends in bounds))
+        parts += [jax.device_put(part, device, may_alias=True) for device in devices]
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
+def _read(
+    stored: Mapping[str, Stored],
+    slots: list[tables.Slot],
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part of one parameter at this index, each layer copied into its place on the L axis."""
+    array = _empty(tuple(part.stop - part.start for part in index), dtype)
+    for slot in slots:
+        place, at = (..., index) if slot.layer is None else (slot.layer, index[1:])
+        _copy(array[place], slot.ours(stored[slot.key].read())[at])
+    return array
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies and converts, a turned matrix in strips: four times as fast, as they stay in cache."""
+    if source.dtype == target.dtype:  # NumPy moves its own types faster
+        target, source = (array.view(f"u{array.itemsize}") for array in (target, source))
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, source.shape[1], _STRIP):
+        target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
+
+
+def _empty(shape: tables.Shape, dtype: np.dtype) -> np.ndarray:
+    """An array that JAX on CPU takes over without a copy: it begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _random_projector(
+    config: llava.LlavaConfig,
+    dtype: np.dtype,
+    seed: int,
+    places: Mapping[str, jax.sharding.Sharding] | None,
+) -> dict[str, jax.Array]:
+    state = jax.jit(lambda: nnx.state(Projector(config.projector, rngs=nnx.Rngs(seed))))()
+    named = {dotted(("projector", *path)): param for path, param in nnx.to_flat_state(state)}
+    arrays = {name: np.asarray(param[...].astype(dtype)) for name, param in named.items()}
+    return {
+        name: _put(array.__getitem__, array.shape, places and places[name])
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,204 @@
+"""Writes a model back as a Hugging Face checkpoint, through the tables that read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mllm_jax.checkpoints import files, tables, tensors, torch_file
+from mllm_jax.families import registry as architectures
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava import original
+from mllm_jax.loading import load
+from mllm_jax.models import clip
+from mllm_jax.sharding import hosts, mesh
+
+if TYPE_CHECKING:
+    from mllm_jax.processors.processor import Processor
+
+_PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "qformer_tokenizer",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+# Fields of the source that our config says otherwise, or that are not true any more.
+_SAID_OTHERWISE = (
+    "dtype",
+    "image_token_id",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+    "torch_dtype",
+)
+_OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
+
+
+def save_hf(
+    model: llava.Llava, processor: Processor | None, directory: str | os.PathLike
+) -> pathlib.Path:
+    """Writes a model as a checkpoint that transformers loads.
+
+    A CLIP tower ends at the layer that is read (`vision_feature_layer` becomes -1): those above
+    were never loaded. Its final norm, which LLaVA does not use, is written as the identity. A model
+    that folds patches, or whose projector is not two maps deep, is written too, with our fields
+    `projector_fold` and `projector_depth`: we load that one, transformers cannot.
+
+    Args:
+        model: the model.
+        processor: where the tokenizer and image settings come from; None writes none.
+        directory: a new or empty directory.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: the directory holds files.
+    """
+    directory = pathlib.Path(directory)
+    taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if hosts.broadcast_from_primary(taken):
+        raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
+    arrays = _tensors(model) | _identity_norm(model)
+    if hosts.is_primary():
+        _write(model, arrays, processor, directory)
+    hosts.barrier(str(directory))
+    return directory
+
+
+def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    source = None if processor is None else pathlib.Path(processor.directory)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        tensors.write(arrays, partial / "model.safetensors")
+        fields = architectures.of(model.config).to_hf(model.config)
+        fields = _merge(_source_config(source), fields)
+        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if source is not None:
+            for path in (source / name for name in _PROCESSOR_FILES):
+                if path.is_dir():
+                    shutil.copytree(path, partial / path.name)
+                elif path.exists():
+                    shutil.copyfile(path, partial / path.name)
+        partial.chmod(0o755)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def projector_tensors(model: llava.Llava) -> dict[str, np.ndarray]:
+    """The projector under its Hugging Face keys: `multi_modal_projector.linear_1.weight`, ..."""
+    return {key: np.asarray(value) for key, value in _tensors(model, "projector").items()}
+
+
+def write_projector(
+    model: llava.Llava, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
+) -> None:
+    """Writes the projector alone, as `load(..., projector=path)` and `read_projector` read it.
+
+    Args:
+        model: the model.
+        path: a `.safetensors` file with Hugging Face keys, or a `.bin` file as the original LLaVA
+            code has it, `mm_projector.bin`; replaced when it exists.
+        dtype: on disk.
+
+    Raises:
+        ValueError: the file is of neither kind, or a weight does not fit into dtype.
+    """
+    path = pathlib.Path(path)
+    with np.errstate(over="ignore"):  # looked for below
+        arrays = {key: value.astype(dtype) for key, value in projector_tensors(model).items()}
+    if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"{path}: not finite as {np.dtype(dtype).name}: {', '.join(bad)}")
+    if path.suffix == ".safetensors":
+        tensors.write(arrays, path)
+    elif path.suffix == ".bin":
+        names = tables.original_projector(arrays)
+        torch_file.write({names[key]: value for key, value in arrays.items()}, path)
+    else:
+        raise ValueError(f"{path}: a projector is written as .safetensors or .bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turned:
+    """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
+
+    arrays: list[np.ndarray]  # its parts
+    slot: tables.Slot  # of one of them
+
+    @property
+    def shape(self) -> tables.Shape:
+        return self.slot.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.arrays[0].dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        parts = [self.slot.transform.hf(array) for array in self.arrays]
+        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype)
+
+
+def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
+    """Hugging Face key -> tensor, of the model or of one part of it."""
+    params = {
+        load.dotted(path): param
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if part in (None, path[0])
+    }
+    arrays = {path: mesh.to_numpy(param[...]) for path, param in params.items()}
+    shapes = {path: array.shape for path, array in arrays.items()}
+    table = architectures.of(model.config).table(model.config)
+    found: dict[str, _Turned] = {}
+    for slot in tables.slots(shapes, table):
+        array = arrays[slot.path][... if slot.layer is None else slot.layer]
+        found.setdefault(slot.key, _Turned([], slot)).arrays.append(array)
+    return found
+
+
+def _identity_norm(model: llava.Llava) -> dict[str, np.ndarray]:
+    if not isinstance(model.vision, clip.ClipVision):
+        return {}
+    name, width = "vision_tower.vision_model.post_layernorm", model.config.vision.width
+    dtype = model.vision.cls.dtype
+    return {f"{name}.weight": np.ones(width, dtype), f"{name}.bias": np.zeros(width, dtype)}
+
+
+def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
+    """What the source says beyond our config: special token ids, context length and the like."""
+    if source is None or not (source / "config.json").exists():
+        return {}
+    fields = files.read_json(source / "config.json")
+    if original.is_original(fields):
+        return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in _SAID_OTHERWISE:
+            part.pop(name, None)
+    return fields
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = _merge(old, value) if both else value
+    return merged

@@ -1,0 +1,104 @@
+"""The small JSON files beside a checkpoint that transformers reads, checked before it does."""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax.checkpoints import files, schema
+from mllm_jax.families.llava import config as configs
+
+PICTURES = ("preprocessor_config.json", "processor_config.json")
+_GENERATION = "generation_config.json"
+_READ = (".jinja", ".json", ".model", ".txt")
+_LARGER = 4  # times the side that a tower sees, to which a picture may be scaled before it is cut
+
+_FLAG = schema.optional(schema.FLAG)
+_COLOUR = schema.optional(schema.many(schema.real(-1000, 1000), 3, 3))
+_SPREAD = schema.optional(schema.many(schema.real(1e-3, 1000), 3, 3))
+_NAME = schema.optional(schema.NAME)
+_SIZE = schema.optional(
+    schema.either(schema.SIDE, schema.Kind("an object", lambda value: isinstance(value, Mapping)))
+)
+_FIELDS = {
+    "image_processor_type": (_NAME, None),
+    "feature_extractor_type": (_NAME, None),
+    "processor_class": (_NAME, None),
+    "do_convert_rgb": (_FLAG, None),
+    "do_resize": (_FLAG, None),
+    "do_center_crop": (_FLAG, None),
+    "do_rescale": (_FLAG, None),
+    "do_normalize": (_FLAG, None),
+    "do_pad": (_FLAG, None),
+    "size": (_SIZE, None),
+    "crop_size": (_SIZE, None),
+    "resample": (schema.optional(schema.whole(0, 5)), None),
+    "rescale_factor": (schema.optional(schema.real(1e-6, 1000)), None),
+    "image_mean": (_COLOUR, None),
+    "image_std": (_SPREAD, None),
+    "image_grid_pinpoints": (configs.PINPOINTS, None),
+}
+_EDGES = ("shortest_edge", "longest_edge", "height", "width")
+
+
+def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
+    """The settings of pictures and of generation are sound, and fit the vision tower.
+
+    Args:
+        pictures: directory of the image processor's settings.
+        texts: directory of the tokenizer's.
+        side: of the pictures that the tower sees, in pixels.
+
+    Raises:
+        ValueError: a value that no such file has, or pictures of another size than the tower's.
+        OSError: not a regular file.
+    """
+    for directory in {pictures, texts, texts / "qformer_tokenizer"}:
+        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if path.suffix in _READ and path.exists():
+                files.regular(path)  # transformers would wait for a pipe
+    for path in (pictures / name for name in PICTURES):
+        if path.exists():
+            _check_pictures(path, side)
+    if (path := texts / _GENERATION).exists():
+        problems: list[str] = []
+        schema.values(files.read_json(path), configs.TOKEN_IDS, "", problems)
+        if problems:
+            raise ValueError(files.refusal(path, problems))
+
+
+def _check_pictures(path: pathlib.Path, side: int) -> None:
+    fields, problems, prefix = files.read_json(path), [], ""
+    if path.name == PICTURES[1]:  # of a processor, of which the image processor is a part
+        part = schema.values(fields, {"image_processor": (schema.PART, None)}, "", problems)
+        fields, prefix = part["image_processor"] or {}, "image_processor."
+    found = schema.values(fields, _FIELDS, prefix, problems)
+    for name in fields:
+        near = difflib.get_close_matches(name[:100], _FIELDS, n=1, cutoff=0.85)
+        if near and name not in _FIELDS:
+            named = files.line(name, 60)
+            problems.append(f"unknown field {prefix}{named} (nearest: {near[0]})")
+    sizes = {
+        name: _size(found[name], f"{prefix}{name}", side, problems)
+        for name in ("size", "crop_size")
+    }
+    cut = sizes["crop_size"] if found["do_center_crop"] is not False else {}
+    final = cut or sizes["size"]
+    wrong = [final[edge] for edge in ("height", "width") if final.get(edge, side) != side]
+    if wrong:
+        problems.append(f"makes pictures of {wrong[0]} pixels, and the vision tower sees {side}")
+    if problems:
+        raise ValueError(files.refusal(path, problems))
+
+
+def _size(value: Any, name: str, side: int, problems: list[str]) -> dict[str, int]:
+    """The edges of a size, which may be one number."""
+    if value is None:
+        return {}
+    if isinstance(value, int):
+        value = {"height": value, "width": value} if "crop" in name else {"shortest_edge": value}
+    edges = dict.fromkeys(_EDGES, (schema.whole(1, _LARGER * side), None))
+    found = schema.read(value, edges, (), f"{name}.", problems)
+    return {edge: n for edge, n in found.items() if n is not None}

@@ -1,0 +1,99 @@
+"""Reduction of captures over a data set: streaming, exact, resumable."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from mllm_jax.interventions import results
+from mllm_jax.interventions.captures import FORMS, Capture
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import run as run_
+from mllm_jax.sharding import hosts
+from mllm_jax.store import Store
+
+
+def reduce(
+    captures: dict[str, Capture],
+    model,
+    batches: Iterable[Any],
+    edits: Edits | None = None,
+    *,
+    save: str | pathlib.Path | None = None,
+    restart: bool = False,
+    every: int = 8,
+    label: str = "reduce",
+) -> dict[str, Any]:
+    """Captures added up over batches; integers in int64, exactly.
+
+    Args:
+      captures: those that can be merged: `stats`, and `lens` with `by`.
+      batches: a sequence or an iterable, read one by one.
+      save: an .npz file that the sums are written to, with fingerprints of model, captures, edits
+        and of the batches so far. A killed run continues from it and ends with the same numbers;
+        batches that were added up before are made again, to compare their content, but not run.
+        After the last one nothing is run; more batches are added to those.
+      restart: remove what is saved there.
+      every: batches between two writes.
+      label: of the progress bar.
+
+    Raises:
+      ValueError: a capture cannot be added up, there is no batch, or `save` holds sums of another
+        model, other captures, edits or batches, of more batches, or is damaged.
+    """
+    for name, capture in captures.items():
+        if not FORMS[capture.form].merges:
+            raise ValueError(
+                f"capture '{name}' ({capture.form}) cannot be added up over batches; "
+                "use stats(...), or lens(..., by=tokens.kind)"
+            )
+    store = Store(save, restart=restart, model=model, captures=captures, edits=edits)
+    kept = store.read()
+    total = None if kept is None else _unflatten(kept)
+    rest = store.resume(batches)
+    count = len(batches) if hasattr(batches, "__len__") else None
+    written = store.done
+    for batch in tqdm.tqdm(rest, desc=label, initial=store.done, total=count, leave=False):
+        out = run_.run(model, batch, edits, captures, logits="none")
+        found = {name: value.wide() for name, value in out.captures.items()}
+        total = found if total is None else {n: total[n].merge(found[n]) for n in found}
+        store.add(batch)
+        leaving = hosts.preemption_requested()
+        if leaving or store.done % every == 0:
+            store.write(_flatten(total))
+            written = store.done
+        if leaving:
+            hosts.exit_preempted(label)
+    if total is None:
+        raise ValueError(f"{label}: there was no batch to reduce")
+    if written < store.done:
+        store.write(_flatten(total))
+    return total
+
+
+def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, value in total.items():
+        arrays[f"{name}/type"] = np.array([type(value).__name__, *value.kinds])
+        for field, array in vars(value).items():
+            if field != "kinds":
+                arrays[f"{name}/{field}"] = array
+    return arrays
+
+
+def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    names = sorted({key.split("/")[0] for key in arrays if "/" in key})
+    total = {}
+    for name in names:
+        kind, *kinds = (str(s) for s in arrays[f"{name}/type"])
+        fields = {
+            key.split("/")[1]: arrays[key]
+            for key in arrays
+            if key.startswith(f"{name}/") and not key.endswith("/type")
+        }
+        total[name] = getattr(results, kind)(**fields, kinds=tuple(kinds))
+    return total
