@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf
 import numpy as np
 import pytest
 
 from mllm_jax.families.llava import model as llava
 from mllm_jax.models import projector
 from mllm_jax.passes import run
+from tests.helpers import hf
 
 
 def config_of(**fields) -> llava.LlavaConfig:
