@@ -99,7 +99,7 @@ def test_an_address_as_it_is_written(address, shown):
 @pytest.mark.parametrize(
     ("where", "shown"),
     [
-        *((tok.NAMED[name], name) for name in ("image", "text", "all", "last", "cls")),
+        *((tok.NAMED[name], name) for name in ("image", "text", "every", "last", "cls")),
         (tok.text & ~tok.last, "(text & ~last)"),
         (tok.row(3) | tok.tile(0) | tok.column(2), "((row(3) | tile(0)) | column(2))"),
         (tok.mask(np.array([[True, True, False]])), "2 of a mask"),
