@@ -10,6 +10,7 @@ import hf
 import numpy as np
 import PIL.Image
 
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
@@ -48,7 +49,9 @@ class Family:
 
 
 def llava_1_5(directory: pathlib.Path) -> Family:
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+    config = llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
+    )
     network = hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config))
     images = hf.transformers.CLIPImageProcessorPil
     return _save(config, network, hf.transformers.LlavaProcessor, images, VICUNA, directory)
@@ -59,7 +62,7 @@ def next_vicuna(directory: pathlib.Path) -> Family:
 
 
 def next_mistral(directory: pathlib.Path) -> Family:
-    lm = dataclasses.replace(llava.LlamaConfig.tiny(), kv_heads=1, rope_theta=1e6)
+    lm = dataclasses.replace(llava.DecoderConfig.tiny(), kv_heads=1, rope_theta=1e6)
     config = dataclasses.replace(llava_next.LlavaNextConfig.tiny(), lm=lm)
     text = hf.llama_config(lm, hf.transformers.MistralConfig, sliding_window=None)
     return _next(config, text, MISTRAL, directory)
@@ -92,7 +95,7 @@ def _save(config, network, kind, images, template, directory) -> Family:
     return Family(config, network, processor, directory)
 
 
-def inputs(batch: llava.Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
+def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
     """A batch of ours as the network of transformers wants it; tiles that fill it are left out."""
     found = {
         "input_ids": batch.ids.astype(int),
