@@ -21,7 +21,7 @@ TEMPLATE = (
 EVALUATE = "configs/embedded_evaluate.py"
 LABELS = ("a circle", "a square", "a stripe", "a dot")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-LM = llava.LlamaConfig(
+LM = llava.DecoderConfig(
     vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
 )
 
