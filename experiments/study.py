@@ -80,7 +80,7 @@ def with_features(model, batch, edits: Edits | None = None):
     """
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         return batch
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         features = features_.encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
         return batch.replace(features=mesh.gather_to_host(features))
 

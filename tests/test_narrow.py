@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.interventions.tap import Resume, Taps
-from mllm_jax.numerics import indexing as narrow
+from mllm_jax.numerics import indexing
 
 L, B, T, D, F = 16, 1, 4, 128, 256
 STACK = 2 * L * D * F * 4  # bytes in float32
@@ -81,7 +81,7 @@ def test_a_row_of_a_table():
         return jax.lax.fori_loop(0, 4, lambda _, ids: read(table, ids)[:, 0].astype(int), ids)
 
     def ours(table, ids):
-        return narrow.index_without_upcast(table[ids], table, ids)
+        return indexing.index_without_upcast(table[ids], table, ids)
 
     sizes = [temporary(lambda *a, r=r: words(*a, r), table, ids) for r in (ours, lambda t, i: t[i])]
     assert sizes[0] < table.size < sizes[1]

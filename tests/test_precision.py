@@ -23,7 +23,7 @@ from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.loading import load
 from mllm_jax.models import clip_text
 from mllm_jax.numerics import precision
-from mllm_jax.passes import clean_pass as trunk
+from mllm_jax.passes import clean_pass
 from mllm_jax.planning import programs
 from mllm_jax.training import fit, losses, parts
 
@@ -131,8 +131,8 @@ def of_trunk(dtype):
     config = CONFIGS["llava"]
     network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
     state = mj.keep(S.lm.resid_pre)
-    bound = programs.run.bind(network, batch, None, {trunk._STATE: state})[1]
-    clean = functools.partial(trunk._clean, module="lm", prefix=0)
+    bound = programs.run.bind(network, batch, None, {clean_pass._STATE: state})[1]
+    clean = functools.partial(clean_pass._clean, module="lm", prefix=0)
     return said(clean, network, batch, bound)
 
 

@@ -26,4 +26,4 @@ def test_by_row(transform, numbers):
     got = transform(both)(x)
     np.testing.assert_allclose(got["sum"], x.sum(-1), rtol=0, atol=1e-6)
     np.testing.assert_allclose(got["more"][0], x * (x + 1), rtol=0, atol=1e-6)
-    assert ((1, *seen[0][1:]) in seen) == (numbers > rows.AT_ONCE)
+    assert ((1, *seen[0][1:]) in seen) == (numbers > rows.MAX_ELEMENTS_AT_ONCE)

@@ -74,7 +74,7 @@ def vision_features(
     )  # fmt: skip
     store.resume(map(picture_content, examples))
     with (
-        mesh.enter_mesh(model),
+        mesh.use_mesh_of(model),
         tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar,
     ):
         size = mesh.round_up_to_shards("B", batch_size)

@@ -98,7 +98,7 @@ def _given(config, pictures: list, features, at: slice) -> dict:
 
 def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
     """The arrays of a batch, of its first rows."""
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         batch = batch.replace(
             features=mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
         )

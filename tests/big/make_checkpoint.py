@@ -30,7 +30,7 @@ from tests import tiny
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SIZES = {
     "tiny": llava.LlavaConfig.of(
-        llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
     ),
     "7b": llava.LlavaConfig.llava_1_5_7b(),
     "13b": llava.LlavaConfig.llava_1_5_13b(),

@@ -25,7 +25,9 @@ TARGETS = [f"{LM}.{n}.self_attn.{part}" for n in range(4) for part in ("q_proj",
 
 @pytest.fixture(scope="module")
 def model(random_model):
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+    config = llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
+    )
     return random_model(config)
 
 

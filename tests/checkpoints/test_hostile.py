@@ -32,7 +32,9 @@ FOLDERS = {"index": "shards", "config": "safetensors"}  # of formats that share 
 def checkpoints(random_model, tmp_path_factory):
     """One checkpoint of every format, and a folder for damaged copies."""
     root = tmp_path_factory.mktemp("formats")
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+    config = llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
+    )
     formats = damage.write_all(random_model(config), root)
     return root, formats
 

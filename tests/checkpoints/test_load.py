@@ -273,7 +273,7 @@ def test_projector_from_a_file_or_at_random(tiny_model, editable, tmp_path):
 
 
 def test_peak_memory_is_the_model_and_one_tensor(random_model, tmp_path):
-    lm = llava.LlamaConfig(
+    lm = llava.DecoderConfig(
         vocab=4096, width=256, layers=6, heads=4, kv_heads=4, head_width=64, mlp=1024
     )
     config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), lm, fold=2, image_token=4095)

@@ -291,7 +291,7 @@ def test_fields_of_the_released_model():
     found = configs.from_hf(original.to_hf(fields, {"vision_config": tower}, "config.json"))
     released = llava.LlavaConfig.llava_1_5_7b()
     assert found.vision == released.vision and found.projector == released.projector
-    assert found.lm == llava.LlamaConfig(vocab=32000)
+    assert found.lm == llava.DecoderConfig(vocab=32000)
     assert found.image_token == released.image_token
     for kind, depth in (("linear", 1), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3), (None, 1)):
         other = {k: v for k, v in fields.items() if k != "mm_projector_type"}

@@ -39,7 +39,7 @@ def test_transformers_reads_what_we_save(hf_model, hf_directory, tmp_path):
 
 
 def test_bfloat16_and_a_folded_tied_model_come_back(random_model, tmp_path):
-    lm = llava.LlamaConfig(
+    lm = llava.DecoderConfig(
         vocab=40, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp=24, tied=True
     )
     config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), lm, fold=2, image_token=40)

@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     )  # fmt: skip
 
 
-LM = llava.LlamaConfig(
+LM = llava.DecoderConfig(
     vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
 )
 

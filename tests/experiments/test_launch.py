@@ -73,8 +73,8 @@ OWN = """
 import os, time
 from mllm_jax.sharding import hosts
 number, count = (int(os.environ[f"JAX_{name}"]) for name in ("PROCESS_ID", "NUM_PROCESSES"))
-hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
-hosts.meet("here")
+hosts.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+hosts.barrier("here")
 time.sleep(3 * number)
 """
 

@@ -31,7 +31,7 @@ ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what they call ours, where i
 SELECT = {"patch": "default", "full": "full"}
 
 
-def llama_config(config: llava.LlamaConfig, kind=transformers.LlamaConfig, **fields):
+def llama_config(config: llava.DecoderConfig, kind=transformers.LlamaConfig, **fields):
     """Of a Llama, or of a `kind` that has its fields."""
     return kind(
         vocab_size=config.vocab,

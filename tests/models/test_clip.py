@@ -23,7 +23,7 @@ STACKED = tuple(
 
 def config_of(**vision) -> llava.LlavaConfig:
     vision = dataclasses.replace(clip.ClipConfig.tiny(), layers=LAYERS, **vision)
-    return llava.LlavaConfig.of(vision, llava.LlamaConfig.tiny(), image_token=95)
+    return llava.LlavaConfig.of(vision, llava.DecoderConfig.tiny(), image_token=95)
 
 
 def network(config: llava.LlavaConfig) -> hf.transformers.CLIPVisionModel:

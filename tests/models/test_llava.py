@@ -26,7 +26,7 @@ SITES = (
 @functools.cache
 def pair(select: str) -> tuple[hf.transformers.LlavaForConditionalGeneration, llava.Llava]:
     vision = dataclasses.replace(llava.ClipConfig.tiny(), select=select)
-    config = llava.LlavaConfig.of(vision, llava.LlamaConfig.tiny(), image_token=95)
+    config = llava.LlavaConfig.of(vision, llava.DecoderConfig.tiny(), image_token=95)
     theirs = hf.random(hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config)))
     return theirs, hf.transfer(config, theirs)
 

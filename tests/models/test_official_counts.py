@@ -19,7 +19,9 @@ WORDS = (9, 14, 6, 11)
 
 @pytest.fixture(scope="module")
 def pair():
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+    config = llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
+    )
     theirs = hf.random(hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config)))
     return theirs, hf.transfer(config, theirs)
 

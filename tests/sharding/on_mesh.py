@@ -253,7 +253,7 @@ def lowered(many, processor, name: str) -> jax.stages.Lowered:
     batch = batch_of(processor).replace(processor=None)
     asked = run.bind(many, batch, None, CAPTURES)[1]
     options = score.candidate_ids(processor, ["a cat", "yes"], len(batch.ids))
-    with mesh.enter_mesh(many):
+    with mesh.use_mesh_of(many):
         batch = mesh.shard_batch(batch)
         if name == "run":
             return run._run.lower(many, batch, (), asked, logits="last", remat=False)

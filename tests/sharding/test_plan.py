@@ -286,12 +286,12 @@ def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
 
 def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatch):
     monkeypatch.setattr(
-        "mllm_jax.numerics.rows.AT_ONCE", 0
+        "mllm_jax.numerics.rows.MAX_ELEMENTS_AT_ONCE", 0
     )  # else this size takes one branch everywhere
     network, batch = programs.model(TINY, jnp.bfloat16), programs.batch(TINY, SIZE)
     captures = {"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}
     _, asked = run.bind(network, batch, None, captures)
-    jax.clear_caches()  # of another AT_ONCE
+    jax.clear_caches()  # of another MAX_ELEMENTS_AT_ONCE
     traced = run._run.trace(network, batch, (), asked, logits="none", remat=False)
     text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
     loops = {name: lines.count("stablehlo.while") for name, lines in text.items()}

@@ -11,7 +11,7 @@ from mllm_jax.training import losses, parts
 
 torch = pytest.importorskip("torch")
 
-CONFIG = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+CONFIG = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95)
 PROJECTOR = "model.multi_modal_projector."
 LAYER = "model.language_model.layers.2.mlp.down_proj.weight"
 

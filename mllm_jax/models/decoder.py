@@ -11,15 +11,14 @@ from flax import nnx
 
 from mllm_jax.models import layers
 from mllm_jax.models.cache import Cache
-from mllm_jax.numerics import indexing as narrow
-from mllm_jax.numerics import precision
+from mllm_jax.numerics import indexing, precision
 from mllm_jax.sharding import mesh
 from mllm_jax.sites import lm as S
 from mllm_jax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class DecoderConfig:
     """A Llama language model.
 
     Attributes:
@@ -40,32 +39,32 @@ class LlamaConfig:
     tied: bool = False
 
     @classmethod
-    def vicuna_7b(cls) -> LlamaConfig:
+    def vicuna_7b(cls) -> DecoderConfig:
         return cls()
 
     @classmethod
-    def vicuna_13b(cls) -> LlamaConfig:
+    def vicuna_13b(cls) -> DecoderConfig:
         return cls(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 
     @classmethod
-    def mistral_7b(cls) -> LlamaConfig:
+    def mistral_7b(cls) -> DecoderConfig:
         """Version 0.2, which has no window: it is a Llama."""
         return cls(kv_heads=8, mlp=14336, rope_theta=1000000.0)
 
     @classmethod
-    def smollm2_135m(cls) -> LlamaConfig:
+    def smollm2_135m(cls) -> DecoderConfig:
         return cls(
             vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, mlp=1536,
             rope_theta=100000.0, tied=True,
         )  # fmt: skip
 
     @classmethod
-    def tiny(cls) -> LlamaConfig:
+    def tiny(cls) -> DecoderConfig:
         return cls(vocab=96, width=32, layers=4, heads=4, kv_heads=2, head_width=8, mlp=48)
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         D, H = config.width, config.head_width
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.q = layers.Linear(D, config.heads * H, use_bias=False, rngs=rngs)
@@ -93,7 +92,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.gate = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.up = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.down = layers.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
@@ -106,7 +105,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attn_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
         self.attn = Attention(config, rngs=rngs)
         self.mlp_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
@@ -128,8 +127,8 @@ def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
     return jnp.take_along_axis(array, at, axis)
 
 
-class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         embed = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width))
         self.config = config
         self.embed = nnx.Param(embed)
@@ -143,7 +142,7 @@ class Llama(nnx.Module):
         # Chips that share its columns gather those: else they gather its rows, and what comes out.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
-        return narrow.index_without_upcast(table[ids], table, ids)
+        return indexing.index_without_upcast(table[ids], table, ids)
 
     def __call__(
         self,

@@ -64,7 +64,7 @@ def test_what_padding_holds_changes_nothing(make_batch):
 @pytest.mark.parametrize("theta", [100.0, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("width", [6, 64, 128])
 def test_rotary_angles_far_along_the_row(width, theta):
-    config = llava.LlamaConfig(head_width=width, rope_theta=theta)
+    config = llava.DecoderConfig(head_width=width, rope_theta=theta)
     position = np.arange(0, 8192, 7)[None]
     theirs = hf.modeling_llama.LlamaRotaryEmbedding(hf.llama_config(config))
     want = theirs(hf.torch.zeros(1), hf.torch.from_numpy(position))
