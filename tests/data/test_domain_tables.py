@@ -244,7 +244,7 @@ class TestConversations:
         import numpy as np
 
         from mllm_jax.data import batching
-        from tests import tiny
+        from tests.helpers import tiny
 
         path = tmp_path / "llava.json"
         path.write_text(json.dumps([talk("<image>\nwhat is shown ?", "red")]))

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mllm_jax.data import features
 from mllm_jax.interventions.tap import Taps
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

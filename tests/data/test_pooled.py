@@ -13,7 +13,7 @@ from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions.tap import Taps
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
 

@@ -14,8 +14,8 @@ from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
 from mllm_jax.store import Workdir
+from tests.helpers.studies import EVALUATE
 
-EVALUATE = "configs/embedded_evaluate.py"
 TEXT = "ablate lm.mlp.act[3,@neurons.json] >> add lm.resid_post[1:] @v.npy*4 where=text"
 ASKED = "fire=stats lm.mlp.act by=kind; last=keep lm.resid_post[-1]; tiles=mean vision.resid_post"
 

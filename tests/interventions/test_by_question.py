@@ -16,7 +16,7 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import captures
-from tests import tiny
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
