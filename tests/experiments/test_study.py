@@ -58,7 +58,7 @@ def test_they_are_kept_with_the_results(evaluated, files):
 
 def test_captures_are_those_of_the_edited_prompts(evaluated, files, checkpoint, folders):
     model, processor = mj.load(checkpoint)
-    domain = domains.own([str(f) for f in folders[:2]], "test")["greens"]
+    domain = domains.load_user_domains([str(f) for f in folders[:2]], "test")["greens"]
     pairs = batching.ask(list(domain)[:3], ("choice",))
     length = batching.row_length(processor, pairs)
     batch = batching.QuestionBatches(processor, pairs, 3, length)[0]  # at one time

@@ -202,7 +202,7 @@ def test_length_for_any_picture(processor):
         for size in ((48, 48), (72, 24), (24, 24), (9, 70))
     ]
     assert max(tokens) <= length < max(tokens) + 8
-    packed = batching.longest(processor, [[question]], 1)
+    packed = batching.packed_length(processor, [[question]], 1)
     assert max(tokens) + 3 <= packed < max(tokens) + 3 + 8
 
 

@@ -128,7 +128,7 @@ def test_a_shared_picture_counts_for_each_question(family):
     """Two pictures, one of which three rows share: as alone, exactly."""
     shared = read(family.processor, [0, 1, 2, 4], 4)
     # The Q-Former reads a picture in the light of the question.
-    count = 4 if family.processor.anew else 2
+    count = 4 if family.processor.reencode_per_question else 2
     assert len(shared.is_real_tile) == count * family.config.tiles
     check(family, [[0, 1, 2, 4]], rows=4)
     # As the paper counts: all tokens of all tiles of each question's picture.

@@ -123,7 +123,7 @@ def of_clip(dtype):
 def of_features(dtype):
     config = CONFIGS["llava"]
     network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
-    return said(features.encode, network, batch)
+    return said(features.encode_pictures, network, batch)
 
 
 def of_trunk(dtype):

@@ -505,10 +505,10 @@ class TestProcessor:
             made([[RGB], [RGB], [RGB, None]], ["a", "b", "c"])
 
     def test_a_panorama_is_not_padded_to_a_gigabyte(self):
-        from mllm_jax.processors.image_processors import squared
+        from mllm_jax.processors.image_processors import pad_to_square
 
         with pytest.raises(ValueError, match=r"20000 x 50 .*more than 67,108,864 pixels"):
-            squared(PIL.Image.new("RGB", (20000, 50)), [0, 0, 0])
+            pad_to_square(PIL.Image.new("RGB", (20000, 50)), [0, 0, 0])
 
 
 def corrupted(content: bytes, seed: int) -> bytes:

@@ -15,7 +15,7 @@ import transformers
 import mllm_jax as mj
 from mllm_jax import tokens as tok
 from mllm_jax.families.llava_next.model import LlavaNextConfig
-from mllm_jax.processors.image_processors import squared
+from mllm_jax.processors.image_processors import pad_to_square
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.rows import LENGTHS
 from tests.helpers import tiny
@@ -347,11 +347,11 @@ def test_padded_to_a_square(shape, tiny_config, tmp_path):
 
 
 def test_bars_have_the_mean_colour():
-    square = np.asarray(squared(tiny.picture(0, 3, 8), [0.5, 0.25, 0.1]))
+    square = np.asarray(pad_to_square(tiny.picture(0, 3, 8), [0.5, 0.25, 0.1]))
     np.testing.assert_array_equal(square[2:5], np.asarray(tiny.picture(0, 3, 8)))
     bars = np.concatenate([square[:2], square[5:]])
     np.testing.assert_array_equal(bars, np.broadcast_to([127, 63, 25], (5, 8, 3)))
-    tall = np.asarray(squared(tiny.picture(0, 8, 4), [0, 0, 0]))
+    tall = np.asarray(pad_to_square(tiny.picture(0, 8, 4), [0, 0, 0]))
     np.testing.assert_array_equal(tall[:, 2:6], np.asarray(tiny.picture(0, 8, 4)))
 
 
