@@ -15,8 +15,8 @@ from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
-from mllm_jax.models.llama import Llama, LlamaConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float, Int
@@ -39,7 +39,7 @@ class MultimodalConfig(abc.ABC):
 
     vision: ClipConfig | EvaConfig
     projector: ProjectorConfig
-    lm: LlamaConfig
+    lm: DecoderConfig
     image_token: int = 32000
     pinpoints: ClassVar[tuple[Size, ...]] = ()
 
@@ -102,7 +102,7 @@ class MultimodalModel(nnx.Module):
     config: MultimodalConfig
     vision: ClipVision | EvaVision
     projector: Projector
-    lm: Llama
+    lm: Decoder
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module by its name."""

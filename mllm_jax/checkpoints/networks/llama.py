@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
-from mllm_jax.models.llama import LlamaConfig
+from mllm_jax.models.decoder import DecoderConfig
 
 _THETA = schema.optional(schema.real(1, 1e11))
 _ROPE = {
@@ -87,14 +87,14 @@ def head_width(llama: Mapping[str, Any]) -> int:
     return llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"]
 
 
-def config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig:
+def config(llama: Mapping[str, Any], *, tied: bool = False) -> DecoderConfig:
     """Return the config of fields from `read`.
 
     Args:
         llama: the fields.
         tied: whether the config of the whole model ties the head to the embedding.
     """
-    return LlamaConfig(
+    return DecoderConfig(
         vocab=llama["vocab_size"],
         width=llama["hidden_size"],
         layers=llama["num_hidden_layers"],
@@ -108,7 +108,7 @@ def config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig:
     )
 
 
-def to_hf(lm: LlamaConfig) -> dict[str, Any]:
+def to_hf(lm: DecoderConfig) -> dict[str, Any]:
     """Return the `text_config` of a language model; a Mistral without a window is a Llama."""
     return {
         "model_type": "llama",
@@ -147,6 +147,6 @@ def _check_window(llama: Mapping[str, Any], problems: list[str]) -> None:
         )
 
 
-def is_unused(key: str, lm: LlamaConfig) -> bool:
+def is_unused(key: str, lm: DecoderConfig) -> bool:
     """Return whether a tensor is a buffer or the second copy of a tied embedding."""
     return keys.is_buffer(key) or (lm.tied and key == "language_model.lm_head.weight")

@@ -9,7 +9,7 @@ from flax import nnx
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.models.clip import ClipConfig, ClipVision
-from mllm_jax.models.llama import Llama, LlamaConfig
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector, ProjectorConfig
 
@@ -32,7 +32,7 @@ class LlavaConfig(MultimodalConfig):
         return Llava(self, rngs=rngs)
 
     @classmethod
-    def of(cls, vision: ClipConfig, lm: LlamaConfig, *, fold: int = 1, **fields) -> LlavaConfig:
+    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields) -> LlavaConfig:
         """Return a LLaVA of a tower and a language model, with the usual two-layer projector."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
@@ -40,23 +40,23 @@ class LlavaConfig(MultimodalConfig):
     @classmethod
     def llava_1_5_7b(cls) -> LlavaConfig:
         """Return the config of LLaVA-1.5 7B."""
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_7b())
 
     @classmethod
     def llava_1_5_13b(cls) -> LlavaConfig:
         """Return the config of LLaVA-1.5 13B."""
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_13b())
 
     @classmethod
     def embedded(cls) -> LlavaConfig:
         """Return the config of the embedded model."""
-        vision, lm = ClipConfig.vit_b_16(), LlamaConfig.smollm2_135m()
+        vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
         return cls.of(vision, lm, fold=2, image_token=49152)
 
     @classmethod
     def tiny(cls) -> LlavaConfig:
         """Return a config for tests."""
-        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), fold=2, image_token=95)
+        return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), fold=2, image_token=95)
 
 
 class Llava(MultimodalModel):
@@ -69,7 +69,7 @@ class Llava(MultimodalModel):
         self.config = config
         self.vision = ClipVision(config.vision, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Llama(config.lm, rngs=rngs)
+        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
