@@ -1,14 +1,22 @@
 """Installation of mllm_jax. Floors only: the newest versions are what is tested."""
 
 import pathlib
+import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
 
+
+def version() -> str:
+    """Read `__version__` without importing the package, whose requirements may be missing."""
+    text = (HERE / "mllm_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
 setuptools.setup(
     name="mllm-jax",
-    version="0.1.0",
+    version=version(),
     description="Open up LLaVA-style multimodal language models in JAX.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 
 TINY = llava.LlavaConfig.tiny()
@@ -68,7 +69,7 @@ def make_batch(
     length: int | None = None,
     fill: int = 0,
     seed: int = 0,
-) -> llava.Batch:
+) -> Batch:
     """A batch of random words and pixels, in NumPy.
 
     A row is one system word, then for every image a question word and the image's tokens, then
@@ -96,7 +97,7 @@ def make_batch(
         count += n
     pixels.append(_pixels(config, fill, np.random.default_rng((seed, len(images)))))
     columns = {name: np.stack([row[name] for row in rows]) for name in EMPTY}
-    return llava.Batch(
+    return Batch(
         tokens=tokens.TokenMap(
             **{name: columns.pop(name) for name in ("kind", "row", "column", "tile", "last")}
         ),

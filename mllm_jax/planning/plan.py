@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mllm_jax.batch import Batch
 from mllm_jax.families import registry as architectures
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.captures import Capture
@@ -138,7 +139,7 @@ class Plan:
 
 def plan(
     model: llava.Llava | llava.LlavaConfig,
-    batch: Size | llava.Batch | None = None,
+    batch: Size | Batch | None = None,
     edits: Edits | None = None,
     captures: dict[str, Capture] | None = None,
     *,
@@ -173,7 +174,7 @@ def plan(
         else _mesh(topology, network, study, data, fsdp, compile)
     )
     asked = _over(batch if isinstance(batch, Size) else Size(), mesh, study)
-    if isinstance(batch, llava.Batch):
+    if isinstance(batch, Batch):
         asked = dataclasses.replace(asked, rows=len(batch.ids))
     else:
         batch = programs.batch(config, asked)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
@@ -75,7 +76,7 @@ def model(config: llava.LlavaConfig, dtype) -> nnx.Module:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def batch(config: llava.LlavaConfig, size: Size) -> llava.Batch:
+def batch(config: llava.LlavaConfig, size: Size) -> Batch:
     """Rows of one picture, as large as one can be, between a system word and a question.
 
     What edits and captures select by is there; pixels and words are shapes.
@@ -97,7 +98,7 @@ def batch(config: llava.LlavaConfig, size: Size) -> llava.Batch:
         return np.broadcast_to(np.asarray(value, dtype), (B, T))
 
     tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.vision.image_size
-    return llava.Batch(
+    return Batch(
         ids=_shape(np.int32, B, T),
         position=each(np.arange(T), np.int32),
         tokens=tokens.TokenMap(

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import files
-from mllm_jax.families.llava.model import Batch, LlavaConfig
+from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.processors import image_processors
 from mllm_jax.processors import pictures as picture_files
 from mllm_jax.processors import prompts as prompts_

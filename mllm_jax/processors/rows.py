@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.families.llava.model import Layout
+from mllm_jax.batch import Layout
 
 # Rows are padded to one of these lengths, so that batches share a few compiled programs.
 LENGTHS = (

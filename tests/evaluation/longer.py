@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.families.llava import model as llava
+from mllm_jax.batch import Batch
 
 
-def continued(batch: llava.Batch, said: Sequence[Sequence[int]]) -> llava.Batch:
+def continued(batch: Batch, said: Sequence[Sequence[int]]) -> Batch:
     """Each row its prompt without padding, then what was said, then padding."""
     rows = [np.flatnonzero(valid) for valid in batch.valid]
     T = max(len(row) + len(more) for row, more in zip(rows, said, strict=True))
@@ -37,6 +37,6 @@ def continued(batch: llava.Batch, said: Sequence[Sequence[int]]) -> llava.Batch:
     )  # fmt: skip
 
 
-def places(batch: llava.Batch, said: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def places(batch: Batch, said: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Where in `continued` each said token is predicted: one place before it stands."""
     return [valid.sum() - 1 + np.arange(len(s)) for valid, s in zip(batch.valid, said, strict=True)]

@@ -10,6 +10,7 @@ import hf
 import numpy as np
 import PIL.Image
 
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from tests import tiny
@@ -92,7 +93,7 @@ def _save(config, network, kind, images, template, directory) -> Family:
     return Family(config, network, processor, directory)
 
 
-def inputs(batch: llava.Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
+def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
     """A batch of ours as the network of transformers wants it; tiles that fill it are left out."""
     found = {
         "input_ids": batch.ids.astype(int),

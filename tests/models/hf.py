@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import tables
 from mllm_jax.families import registry as architectures
 from mllm_jax.families.instructblip import model as instructblip
@@ -210,7 +211,7 @@ def tensors(
 
 
 def assert_equal(
-    model: llava.Llava, batch: llava.Batch, want: dict[str, np.ndarray], atol: float = 1e-5
+    model: llava.Llava, batch: Batch, want: dict[str, np.ndarray], atol: float = 1e-5
 ) -> None:
     """Our sites are theirs at every token that is not padding.
 

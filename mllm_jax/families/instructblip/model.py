@@ -11,7 +11,8 @@ import dataclasses
 from flax import nnx
 
 from mllm_jax import tokens
-from mllm_jax.families.llava.model import Batch, Llava, LlavaConfig
+from mllm_jax.batch import Batch
+from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
 from mllm_jax.models.llama import Llama, LlamaConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip.model import InstructBlipConfig
-from mllm_jax.families.llava.model import Batch
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.prompts import IMAGE, Chat, Questions, short

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.families.llava.model import Batch, Layout, Llava, LlavaConfig
+from mllm_jax.batch import Batch, Layout
+from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.llama import LlamaConfig
 from mllm_jax.typing import Array, Float
