@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,19 @@ import numpy as np
 import optax
 import tqdm
 
+from mllm_jax.batch import Batch
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 from mllm_jax.training.checkpoint import Checkpoint
+from mllm_jax.typing import Array, Float, Int
+
+
+class Loss(Protocol):
+    """A loss of a batch: its sums, and what they are sums over, one of each a row."""
+
+    def __call__(
+        self, model: Any, batch: Batch, *, remat: bool
+    ) -> tuple[Float[Array, " B"], Int[Array, " B"]]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +142,7 @@ def fit(
     merge, trained, frozen = partition
     steps, remainder = divmod(len(batches), recipe.accumulate)
     if remainder:
-        raise ValueError(
-            f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}"
-        )
+        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     settings |= {"every": None, "steps": steps, "neurons": neurons}  # saving changes no number
     checkpoint = Checkpoint(
