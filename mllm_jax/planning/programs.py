@@ -21,8 +21,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.tap import Resume, Taps
-from mllm_jax.passes import clean_pass as trunk
-from mllm_jax.passes import generate, run, score, sweep
+from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
 _STEPS = 100  # of a training: it does not matter how many
@@ -158,14 +157,14 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     x = shapes[sites.lm.resid_pre.name]
     layers = model.config.lm.layers
     state = jnp.dtype(x.dtype).itemsize * int(np.prod(x.shape))
-    every = max(1, -(-layers * state // trunk.BUDGET))
+    every = max(1, -(-layers * state // clean_pass.BUDGET))
     kept = _shape(x.dtype, -(-layers // every), *x.shape)
     seen = batch.replace(features=_features(model, batch))
     captured = jax.eval_shape(
         lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
     )  # fmt: skip
-    stops = trunk.stops([bound], found, "last", layers)
+    stops = clean_pass.stops([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
     if stops is not None:  # of the last layer all tokens but the last one are left out
         places = _shape(np.int32, size.rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -22,9 +23,11 @@ from mllm_jax.sharding import hosts
 from mllm_jax.store import files, fingerprints
 from mllm_jax.store.made import Made
 
+_DISK_ERROR = re.compile(r": ([^:]+) \[os_error_code=")
+
 
 class Checkpoint(Made):
-    """The newest state of a training run, as of `mllm_jax.store.Store` for a run's own key.
+    """The newest state of a training run, with the key of a `mllm_jax.store.Store`.
 
     All processes save and load together, each its own parts of arrays that are spread over them.
     """
@@ -39,7 +42,8 @@ class Checkpoint(Made):
           restart: whether to remove the checkpoint that is there.
           **parts: what the training depends on, as of `Store`.
         """
-        super().__init__(None if folder is None else pathlib.Path(folder) / "checkpoint.json", parts)
+        path = None if folder is None else pathlib.Path(folder) / "checkpoint.json"
+        super().__init__(path, parts)
         self._digests: dict[str, str] = {}
         if restart and self.path is not None:
             files.remove(self.path)
@@ -100,14 +104,13 @@ class Checkpoint(Made):
                 step.parent.mkdir(parents=True, exist_ok=True)
                 files.note(step.parent)
         arrays = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
-        try:
-            with _quiet():
+        with files.written_to(step), _quiet():
+            try:
                 ocp.save(step, arrays, overwrite=True)
-        except Exception as error:  # TensorStore's errors of the disk are ValueError
-            reason = " ".join(str(error).split())
-            reason = "No space left on device" if "No space left" in reason else reason[:160]
-            with files.written_to(step):
-                raise OSError(reason) from error
+            except ValueError as error:  # TensorStore's name for errors of the disk
+                if reason := _DISK_ERROR.search(str(error)):
+                    raise OSError(reason[1]) from error
+                raise
         if hosts.is_primary():
             with files.written_to(step):
                 digests = _digests(step)

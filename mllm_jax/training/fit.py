@@ -151,7 +151,7 @@ def fit(
     exists = checkpoint.find()
     rest = checkpoint.resume(_Steps(batches, recipe.accumulate))
     optimiser = recipe.optimiser(steps)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         curve = mesh.replicate(jnp.zeros((steps,)))
         if exists and checkpoint.done == steps:
             unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
@@ -276,7 +276,7 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         for batch in tqdm.tqdm(batches, desc=label, leave=False):
             batch = batch.replace(processor=None)
             swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))

@@ -11,13 +11,12 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
-import killed
 import numpy as np
 import pytest
-import spread
 
 from mllm_jax.store import Workdir
 from mllm_jax.training.checkpoint import Checkpoint
+from tests.training import killed, spread
 
 ARRAYS = {
     "kernel": np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32),
