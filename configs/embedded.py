@@ -14,7 +14,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config = base.embedded()
     config.update(base.domain_neurons())
     config.styles = ("category", "choice", "yesno", "kind")  # one question per picture, in turn
-    config.compare = ("auroc", "difference", "attribution", "random")  # further selectors to compare
+    config.compare = ("auroc", "difference", "attribution", "random")  # also compared
     config.groups = 15  # of a domain's examples, which are split, resampled and shuffled
     config.measure = "options"  # or "answers": generated answers, for the data sets of MMNeuron
     config.modules = ("vision", "projector", "lm", "all")  # to ablate; join several by +

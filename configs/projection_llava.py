@@ -80,6 +80,6 @@ def _setting(part: str, name: str, batch: int, rate: float) -> ml_collections.Co
     setting = base.fine_tuning(part, rate)
     setting.batch_size = batch
     setting.steps = -(-TRAIN[name] // batch)  # one epoch
-    setting.recipe.lora = ml_collections.ConfigDict({"rank": 128, "alpha": 256.0})  # if part has LoRA
+    setting.recipe.lora = ml_collections.ConfigDict({"rank": 128, "alpha": 256.0})
     setting.recipe.remat = True
     return setting
