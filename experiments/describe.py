@@ -27,8 +27,8 @@ from mllm_jax import sites, store, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.families import released
 from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
-from mllm_jax.passes import run
 from mllm_jax.report import tables
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
@@ -75,7 +75,7 @@ def describe(config: LlavaConfig) -> dict[str, Any]:
         counts[module] = counts.get(module, 0) + math.prod(param.shape)
     parameters = {module: count for module, count in counts.items() if count}
     parameters["all"] = sum(parameters.values())
-    found = run.site_shapes(model, batch(config))
+    found = site_shapes(model, batch(config))
     described, neurons = [], {}
     for site in sites.TABLE:
         if site.name not in found:

@@ -14,8 +14,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.passes import clean_pass as trunk
-from mllm_jax.passes import run, sweep
+from mllm_jax.interventions import binding
+from mllm_jax.passes import clean_pass, sweep
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -179,9 +179,11 @@ def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
     }
     asked = {"mean": mj.mean(S.lm.resid_post, where=where), "norm": mj.mean(S.lm.norm, where=where)}
     for swept in edits.values():
-        bound = [run.bind(tiny_model, batch, edit, None)[0] for edit in swept]
-        bound_asked = run.bind(tiny_model, batch, None, asked)[1]
-        assert all(trunk.prefix_length(batch, b, bound_asked, "last") in (16, 32) for b in bound)
+        bound = [binding.bind(tiny_model, batch, edit, None)[0] for edit in swept]
+        bound_asked = binding.bind(tiny_model, batch, None, asked)[1]
+        assert all(
+            clean_pass.prefix_length(batch, b, bound_asked, "last") in (16, 32) for b in bound
+        )
         rows = mj.sweep(everything, tiny_model, batch, swept, asked)
         for i, edit in enumerate(swept):
             alone = everything(mj.run(tiny_model, batch, edit, asked))
@@ -193,8 +195,8 @@ def test_a_prefix_that_something_reads_is_not_clean(tiny_model, make_batch):
     batch = make_batch(images=(4, 3), words=(21, 23))
 
     def prefix(edit, asked=None, logits="last"):
-        bound = run.bind(tiny_model, batch, edit, asked)
-        return trunk.prefix_length(batch, *bound, logits)
+        bound = binding.bind(tiny_model, batch, edit, asked)
+        return clean_pass.prefix_length(batch, *bound, logits)
 
     late = mj.ablate(S.lm.mlp.act[1], where=tok.last)
     assert prefix(late) >= 16
@@ -260,7 +262,9 @@ def test_rows_of_something_else_are_refused(tmp_path, tiny_model, make_batch):
             mj.sweep(metric, tiny_model, data, swept, save=path, **how)
     before = mj.compiles()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trunk, "grow", None)  # nothing is run for rows that are there
+        patch.setattr(
+            clean_pass, "compute_clean_pass", None
+        )  # nothing is run for rows that are there
         same(mj.sweep(lambda out: out.logits[:, 3], tiny_model, batch, swept, save=path), rows)
     assert mj.compiles() == before
     start_over = mj.sweep(two, tiny_model, batch, swept, save=path, restart=True)
@@ -277,7 +281,7 @@ def test_arrays_given_to_a_metric_are_part_of_it(tmp_path, tiny_model, make_batc
 
 def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():
     first, prefix = np.array([5, 0, 3, 5, 4, 1]), np.array([0, 0, 16, 16, 0, 0])
-    grown = trunk.CleanPass(
+    grown = clean_pass.CleanPass(
         types.SimpleNamespace(ids=np.zeros((1, 32))), first, None, prefix, layers=6
     )
     assert [c.tolist() for c in grown.chunks(2)] == [[1, 5], [4, 0], [2, 3]]
@@ -305,8 +309,8 @@ def test_lanes_with_and_without_steps_and_of_any_rank_are_one_structure(tiny_mod
     """A strength of 1 is the edit to the last bit; columns of zeros are in no span."""
     batch = make_batch()
     for name in ("ranks", "a subspace of rows", "some by step"):
-        lanes = [run.bind(tiny_model, batch, edit, None)[0] for edit in EDITS[name]]
-        equal = sweep._equal_lanes(lanes)
+        lanes = [binding.bind(tiny_model, batch, edit, None)[0] for edit in EDITS[name]]
+        equal = sweep._equalise_lanes(lanes)
         assert len({jax.tree.structure(lane) for lane in equal}) == 1
         x = np.random.default_rng(2).normal(size=(*batch.ids.shape, 32)).astype(np.float32)
         x = x if name != "some by step" else np.resize(x, (*batch.ids.shape, 48))

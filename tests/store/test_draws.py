@@ -14,8 +14,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.passes import clean_pass as trunk
-from mllm_jax.passes import sweep
+from mllm_jax.passes import clean_pass, sweep
 from mllm_jax.training import fit
 from tests import tiny
 
@@ -72,7 +71,11 @@ def trained(model, batches, data, setting, **how):
 
 KINDS = {
     "reduce": (sums, lambda p: p / "x.npz", [(reduce_.run_, "run")]),
-    "sweep": (rows, lambda p: p / "x.npz", [(trunk, "grow"), (sweep._Rows, "write")]),
+    "sweep": (
+        rows,
+        lambda p: p / "x.npz",
+        [(clean_pass, "compute_clean_pass"), (sweep._Rows, "write")],
+    ),
     "features": (seen, lambda p: p, [(features, "encode")]),
     "pooled": (means, lambda p: p, [(pooled, "_pooled")]),
     "fit": (trained, lambda p: p, [(fit, "_update")]),
