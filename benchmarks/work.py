@@ -44,12 +44,12 @@ class Size:
 
 def _tiny() -> llava.LlavaConfig:
     return llava.LlavaConfig.of(
-        llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), fold=1, image_token=95
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), fold=1, image_token=95
     )
 
 
 def _small() -> llava.LlavaConfig:
-    vision, lm = llava.ClipConfig.vit_b_16(), llava.LlamaConfig.smollm2_135m()
+    vision, lm = llava.ClipConfig.vit_b_16(), llava.DecoderConfig.smollm2_135m()
     return llava.LlavaConfig.of(vision, lm, fold=1, image_token=lm.vocab - 1)
 
 

@@ -262,7 +262,7 @@ class Form:
       build: The public function that makes such a capture; None where users have none.
       options: In text, the parameters of `build` after the site; None where text has no such form.
       check: Raises an error where the form does not read the site, (capture, shapes).
-      granularity: What the rows of a result are: a "row" of the batch; a "token", of which there
+      by: What the rows of a result are: a "row" of the batch; a "token", of which there
         are as many as at the site, on the vision side tile by tile; or the whole "batch".
       merges: Whether results have `wide` and `merge`, for a data set of any size.
       needs_every_row: Whether a row without a selected token has no result.
@@ -273,15 +273,15 @@ class Form:
     build: Callable[..., Capture] | None = None
     options: tuple[str, ...] | None = None
     check: Callable[[Capture, dict[str, SiteShape]], None] = _accept
-    granularity: Literal["row", "token", "batch"] = "row"
+    by: Literal["row", "token", "batch"] = "row"
     merges: bool = False
     needs_every_row: bool = False
     needs_a_token: bool = True
 
 
 FORMS: dict[str, Form] = {
-    "finite": Form(reductions.read_finite, granularity="batch", needs_a_token=False),
-    "keep": Form(reductions.read_keep, keep, ("where",), granularity="token"),
+    "finite": Form(reductions.read_finite, by="batch", needs_a_token=False),
+    "keep": Form(reductions.read_keep, keep, ("where",), by="token"),
     "mean": Form(reductions.read_mean, mean, ("where",), _check_tokens_lead, needs_every_row=True),
     "mass": Form(reductions.read_mass, mass, ("on", "where"), _check_pattern, needs_every_row=True),
     "stats": Form(
@@ -309,10 +309,10 @@ def join(
     def join_one(name: str, capture: Capture):
         results = [part[name] for part in parts]
         form = FORMS[capture.form]
-        if form.granularity == "batch":
+        if form.by == "batch":
             return functools.reduce(lambda a, b: a.merge(b), (result.wide() for result in results))
         site = capture.address.site
-        tiled = form.granularity == "token" and site.module not in ("lm", "logits")
+        tiled = form.by == "token" and site.module not in ("lm", "logits")
         real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
         axis = int(site.stacked and capture.address.layers.form != "one")
         return jax.tree.map(lambda *arrays: _concatenate_real(arrays, real, axis), *results)

@@ -33,7 +33,7 @@ def read(
       k: How many words to name.
     """
     B, T, D = x.shape
-    shards = mesh.shards_of_axis("B", B)
+    shards = mesh.shard_count("B", B)
     n = B * T // shards
     mask = jnp.asarray(selected).reshape(shards, n)
     chunk = min(LENS_CHUNK, n)

@@ -199,7 +199,7 @@ def stop_layers(
 
 def prefix_length(batch: Batch, lane: Lane, captures: Captures, logits: Logits) -> int:
     """Return how many tokens at the start no edit changes and no capture reads."""
-    keeps_tokens = any(FORMS[c.form].granularity == "token" for c in captures.values())
+    keeps_tokens = any(FORMS[c.form].by == "token" for c in captures.values())
     outside = any(c.site.module not in ("lm", "logits") for c in captures.values())
     if logits == "all" or keeps_tokens or outside or batch.segment is not None:
         return 0

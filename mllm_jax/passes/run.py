@@ -99,7 +99,7 @@ def run(
     if check_finite:
         captures = (captures or {}) | finite.captures(site_shapes(model, batch), logits)
     bound_edits, bound_captures = binding.bind(model, batch, edits, captures, logits)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures
         out = mesh.gather_to_host(_run(model, *inputs, logits=logits, remat=remat))
     if not check_finite:

@@ -19,7 +19,7 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.passes.generate import embed_words
 from mllm_jax.passes.run import logits_at_last, shard_edits, unshare_patched
-from mllm_jax.processors.prompts import listed
+from mllm_jax.processors.prompts import as_list
 from mllm_jax.sharding import collectives, mesh
 from mllm_jax.typing import AnyArray, Array, Float, Int
 
@@ -94,7 +94,7 @@ def score_with(
         )
     bound_edits = binding.bind_continuation(model, batch, edits, candidates.shape[-1])
     _, bound_captures = binding.bind(model, batch, None, captures, "last")
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, candidates
         return mesh.gather_to_host(_score(model, *inputs))
 
@@ -145,10 +145,10 @@ def candidate_ids(
 
 def _lists_by_row(candidates: Any, rows: int) -> list[list[str]]:
     """Return candidates as a list of strings for each row."""
-    items = listed(candidates, "candidates", "strings, or of lists of strings")
+    items = as_list(candidates, "candidates", "strings, or of lists of strings")
     if items and all(isinstance(item, str) for item in items):
         return [items] * rows
-    lists = [listed(row, f"candidates, row {b}:") for b, row in enumerate(items)]
+    lists = [as_list(row, f"candidates, row {b}:") for b, row in enumerate(items)]
     if len(lists) > rows:
         raise ValueError(f"candidates for {len(lists)} rows, but the batch has {rows}")
     if not any(lists):

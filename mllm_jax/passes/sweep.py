@@ -152,7 +152,7 @@ def sweep(
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         share = share and not rows.done.all()  # nothing runs for rows that are finished
         _run_chunks(
             metric, model, batch, _equalise_lanes(lanes), bound_captures, rows,

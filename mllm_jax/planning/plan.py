@@ -357,7 +357,7 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     def put(array, letters) -> jax.ShapeDtypeStruct:
-        return lying(array, mesh_.spec(letters, array.shape))
+        return lying(array, mesh_.partition_spec(letters, array.shape))
 
     def place(kind: str, tree: Any) -> tuple[str, Any]:
         if kind == "edits" and not lanes:
@@ -380,7 +380,11 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
 
 def _leading(letter: str, leaf) -> P:
     """What leads with this letter."""
-    return mesh_.spec((letter, *(None,) * (len(leaf.shape) - 1)), leaf.shape) if leaf.shape else P()
+    return (
+        mesh_.partition_spec((letter, *(None,) * (len(leaf.shape) - 1)), leaf.shape)
+        if leaf.shape
+        else P()
+    )
 
 
 def _of_parameter(path: str, weights: Mapping[str, P]) -> P:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import oracle
 import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import binding, captures
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
@@ -108,7 +108,7 @@ def test_mean_is_over_the_selected_tokens_of_each_row(model, batch, seen):
     ],
 )
 def test_a_row_without_a_token_has_no_mean(capture, model, batch):
-    message = f"{capture.form} of .* selects no token of row 1, which has no {capture.form}"
+    message = f"{capture.form} of .* selects no token of row 1, so that row has no {capture.form}"
     with pytest.raises(ValueError, match=message):
         read(model, batch, x=capture)
 
@@ -222,7 +222,7 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
          r"a lens reads tensors of the LM's width D; lm.mlp.act is \[B T F\]"),
         (lambda: mj.lens(S.vision.resid_post), ValueError, "width D; vision.resid_post is .I P E."),
         (lambda: mj.lens(S.lm.resid_post[1, :5]), ValueError, "a lens reads all units of lm.resid"),
-        (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is normed already"),
+        (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is already normalised"),
         (lambda: mj.lens(S.lm.resid_post, k=97), ValueError,
          "lens k=97 of lm.resid_post: the vocabulary has 96 words"),
         (lambda: mj.lens(S.lm.resid_post, k=0), ValueError, "k=0: a lens names one word or more"),

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import run
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
@@ -698,7 +698,7 @@ def test_what_does_not_fit_is_said_in_one_line(make, message, model, pictures):
         (lambda: mj.per_step(mj.knockout(S.lm.attn), [1.0]), "a knockout is a boolean mask"),
         (
             lambda: mj.per_step(mj.per_step(mj.ablate(RESID), [1.0]), [1.0]),
-            "the ablate of lm.resid_post has strengths already",
+            "the ablate of lm.resid_post already has strengths",
         ),
     ],
 )

@@ -14,9 +14,9 @@ from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
-from mllm_jax.models.llama import Llama, LlamaConfig
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
-from mllm_jax.sharding import collectives as split
+from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Float
 
 
@@ -32,7 +32,7 @@ class LlavaConfig:
 
     vision: ClipConfig
     projector: ProjectorConfig
-    lm: LlamaConfig
+    lm: DecoderConfig
     image_token: int = 32000
     pinpoints: ClassVar[tuple[tuple[int, int], ...]] = ()
 
@@ -83,27 +83,27 @@ class LlavaConfig:
         return Llava(self, rngs=rngs)
 
     @classmethod
-    def of(cls, vision: ClipConfig, lm: LlamaConfig, *, fold: int = 1, **fields) -> LlavaConfig:
+    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields) -> LlavaConfig:
         """A LLaVA of these two, with the usual two-layer projector between them."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
 
     @classmethod
     def llava_1_5_7b(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_7b())
 
     @classmethod
     def llava_1_5_13b(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_13b())
 
     @classmethod
     def embedded(cls) -> LlavaConfig:
-        vision, lm = ClipConfig.vit_b_16(), LlamaConfig.smollm2_135m()
+        vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
         return cls.of(vision, lm, fold=2, image_token=49152)
 
     @classmethod
     def tiny(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), fold=2, image_token=95)
+        return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), fold=2, image_token=95)
 
 
 class Llava(nnx.Module):
@@ -111,7 +111,7 @@ class Llava(nnx.Module):
         self.config = config
         self.vision = ClipVision(config.vision, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Llama(config.lm, rngs=rngs)
+        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """The token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
@@ -191,7 +191,7 @@ class Llava(nnx.Module):
             return tap(sites.lm.embed, words)
         images = self.images(batch, taps).astype(words.dtype)
         at = batch.image_token_index
-        images = split.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
+        images = collectives.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
         merged = jnp.where((at >= 0)[..., None], images, words)
         return tap(sites.lm.embed, merged)
 
