@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax import tokens
+from mllm_jax import files, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.checkpoints import files
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import image_processors
 from mllm_jax.processors import pictures as picture_files

@@ -16,8 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mllm_jax import tokens
-from mllm_jax.checkpoints import files
+from mllm_jax import files, tokens
 from mllm_jax.processors import templates
 
 IMAGE = "<image>"
