@@ -88,7 +88,7 @@ def generate(
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
     with mesh.use_mesh_of(model):
-        found = _generate(
+        found = compiled_generate(
             model, mesh.shard_batch(batch), run_.place(bound), stops, np.float32(temperature or 1),
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,
         )  # fmt: skip
@@ -146,7 +146,7 @@ def _continued(edit: edits_.BoundEdit, last, steps: int) -> edits_.BoundEdit:
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "greedy"))
-def _generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
+def compiled_generate(model, batch, edits, stops, temperature, key, *, steps, greedy):
     B, T = batch.ids.shape
     taps = Taps(edits)
     x, cache = model(batch, taps)

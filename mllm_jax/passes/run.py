@@ -96,7 +96,7 @@ def run(
     bound, asked = bind(model, batch, edits, captures, logits)
     with mesh.use_mesh_of(model):
         read = mesh.shard_batch(batch), place(bound), asked
-        out = mesh.gather_to_host(_run(model, *read, logits=logits, remat=remat))
+        out = mesh.gather_to_host(compiled_run(model, *read, logits=logits, remat=remat))
     if not check_finite:
         return out
     found, checks = finite_.split(out.captures)
@@ -201,7 +201,7 @@ def _moved(taps: Taps, batch) -> Taps:
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "remat"))
-def _run(model, batch, edits, captures, *, logits, remat) -> Out:
+def compiled_run(model, batch, edits, captures, *, logits, remat) -> Out:
     taps = Taps(edits, captures, remat=remat)
     scores, _ = forward(model, batch, taps, logits)
     return Out(scores, taps.captured, taps.receipt_list())

@@ -77,7 +77,7 @@ def score_with(
     asked = run_.bind(model, batch, None, captures, "last")[1]
     with mesh.use_mesh_of(model):
         read = mesh.shard_batch(batch), run_.place(bound), asked, candidates
-        return mesh.gather_to_host(_score(model, *read))
+        return mesh.gather_to_host(compiled_score(model, *read))
 
 
 def answer_length(processor, answers: Iterable[str]) -> int:
@@ -146,7 +146,7 @@ def _coded(processor, text: Any, end: bool, at: str) -> list[int]:
 
 
 @jax.jit
-def _score(model, batch, edits, captures, ids) -> Scores:
+def compiled_score(model, batch, edits, captures, ids) -> Scores:
     T, A = batch.ids.shape[1], ids.shape[-1]
     taps = Taps(edits, captures)
     x, cache = model(batch, taps)

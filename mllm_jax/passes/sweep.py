@@ -33,7 +33,7 @@ from mllm_jax.passes import clean_pass as trunk_
 from mllm_jax.passes import run as run_
 from mllm_jax.passes.run import Out
 from mllm_jax.sharding import hosts, mesh
-from mllm_jax.store import Store, fingerprint, refusal
+from mllm_jax.store import Store, fingerprint, mismatch_error
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
@@ -147,7 +147,7 @@ def sweep(
             prefix = int(trunk.prefix[numbers[0]])
             resume, past = trunk.resume(numbers)
             return functools.partial(
-                _lanes, metric, model, trunk.batch, lanes, asked, resume, past,
+                compiled_lanes, metric, model, trunk.batch, lanes, asked, resume, past,
                 logits=logits, prefix=prefix,
             )  # fmt: skip
 
@@ -201,7 +201,7 @@ def _stacked(widths: Any, lanes: Sequence[tuple[BoundEdit, ...]]) -> tuple[Bound
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))
-def _lanes(metric, model, batch, lanes, captures, resume, past, *, logits, prefix):
+def compiled_lanes(metric, model, batch, lanes, captures, resume, past, *, logits, prefix):
     def lane(edits, metric, model, batch, captures, resume, past):
         taps = Taps(edits, captures, resume=resume, at=prefix)
         if past is None:
@@ -253,9 +253,11 @@ class _Rows:
     def _check(self, kept: np.ndarray) -> None:
         """The edits of the rows that are kept are these, or the first of these."""
         if not np.array_equal(kept[: len(self._edits)], self._edits[: len(kept)]):
-            raise refusal(self._store.path, ["edits"])
+            raise mismatch_error(self._store.path, ["edits"])
         if len(kept) > len(self._edits):
-            raise refusal(self._store.path, [f"edits ({len(kept)} there, {len(self._edits)} now)"])
+            raise mismatch_error(
+                self._store.path, [f"edits ({len(kept)} there, {len(self._edits)} now)"]
+            )
 
     def begin(self, shape: Any) -> None:
         """Makes room for the rows, of this shape but for their number, and fills in those kept."""
