@@ -86,7 +86,7 @@ def run(
         fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         out = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | fake)
         return json.loads(out.splitlines()[-1])
-    from tests import random_checkpoint
+    from tests.helpers import random_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         config = released.RELEASED[model]() if model else about_one_gib()

@@ -30,7 +30,7 @@ def domains_of(config, split: str) -> dict[str, domains.Domain]:
     if config.get("vqa"):
         return _vqa(config, *VQA[split])
     if config.paths:
-        return domains.own(config.paths, split)
+        return domains.load_user_domains(config.paths, split)
     return domains.embedded(split, domains=tuple(config.domains) or None)
 
 
@@ -81,7 +81,7 @@ def with_features(model, batch, edits: Edits | None = None):
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         return batch
     with mesh.use_mesh_of(model):
-        features = features_.encode(model, mesh.shard_batch(batch.replace(processor=None)))
+        features = features_.encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
         return batch.replace(features=mesh.gather_to_host(features))
 
 

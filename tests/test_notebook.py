@@ -19,7 +19,7 @@ from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 from mllm_jax.interventions import receipts, results
 from mllm_jax.passes import run
-from tests import tiny
+from tests.helpers import tiny
 
 RECEIPT = receipts.Receipt(
     "ablate <lm>", np.array([0, 4, 4]), np.array([0, 7, 2]), np.array([0.0, 3.0, 4.0])

@@ -42,7 +42,9 @@ def read(this: Study) -> dict[str, dict[str, np.ndarray]]:
             for array in (lens.sum, np.broadcast_to(lens.tokens, lens.sum.shape))
         )
         config = this.model.config
-        means = {name: features_.by_row(config, batch, out[name])[:rows] for name in FEATURES}
+        means = {
+            name: features_.mean_over_tiles(config, batch, out[name])[:rows] for name in FEATURES
+        }
         return {"sums": sums, "tokens": tokens[:, 0], **means}
 
     def make(name: str) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.passes import generate
 from mllm_jax.passes import run as run_
-from mllm_jax.processors.prompts import listed
+from mllm_jax.processors.prompts import as_list
 from mllm_jax.sharding import collectives, mesh
 
 TOGETHER = 512  # tokens of candidates, over all rows, whose logits exist at one time
@@ -125,10 +125,10 @@ def candidate_ids(
 
 def _lists(candidates: Any, rows: int) -> list[list[str]]:
     """Candidates as a list of strings for each row."""
-    found = listed(candidates, "candidates", "strings, or of lists of strings")
+    found = as_list(candidates, "candidates", "strings, or of lists of strings")
     if found and all(isinstance(one, str) for one in found):
         return [found] * rows
-    lists = [listed(row, f"candidates, row {b}:") for b, row in enumerate(found)]
+    lists = [as_list(row, f"candidates, row {b}:") for b, row in enumerate(found)]
     if len(lists) > rows:
         raise ValueError(f"candidates for {len(lists)} rows, but the batch has {rows}")
     if not any(lists):

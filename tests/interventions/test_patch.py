@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 
 import mllm_jax as mj
@@ -18,7 +17,7 @@ from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from tests import tiny
+from tests.helpers import oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import hf
 import numpy as np
 import pytest
 
 from mllm_jax.families.llava import model as llava
 from mllm_jax.models import layers
+from tests.helpers import hf
 
 SITES = (
     "lm.resid_pre", "lm.attn.pattern", "lm.attn.heads", "lm.attn_out", "lm.resid_mid",

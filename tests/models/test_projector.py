@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.models import projector
 from mllm_jax.passes import run
+from tests.helpers import hf
 
 
 def config_of(**fields) -> llava.LlavaConfig:

@@ -16,7 +16,7 @@ from mllm_jax.data import features, pooled
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.passes import clean_pass, sweep
 from mllm_jax.training import fit
-from tests import tiny
+from tests.helpers import tiny
 
 reduce_ = importlib.import_module("mllm_jax.passes.reduce")
 EXAMPLES = [types.SimpleNamespace(image=tiny.picture(i)) for i in range(4)]
@@ -82,16 +82,8 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_to_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
-def models(tiny_model):
+def models(tiny_model, quick_to_compile):
     """Three, which differ in one weight of the tower, and in one of the projector."""
 
     def changed(name):
