@@ -21,12 +21,12 @@ from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.sharding import hosts
 from mllm_jax.store import files, fingerprints
-from mllm_jax.store.made import Made
+from mllm_jax.store.resumable import ResumableStore
 
 _DISK_ERROR = re.compile(r": ([^:]+) \[os_error_code=")
 
 
-class Checkpoint(Made):
+class Checkpoint(ResumableStore):
     """The newest state of a training run, with the key of a `mllm_jax.store.Store`.
 
     All processes save and load together, each its own parts of arrays that are spread over them.
