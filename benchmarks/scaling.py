@@ -101,7 +101,7 @@ def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, A
         way: [(n, mib) for n, mib in line if mib]
         for way, line in curves(lambda p: p["received"] / 2**20).items()
     }
-    figures.save(
+    style.save(
         plan.scaling({
             "Tflop of a chip": curves(lambda p: p["flops"] / 1e12),
             "MiB received by a chip": {way: line for way, line in received.items() if line},
