@@ -1,21 +1,27 @@
 """Installation of mllm_jax. Floors only: the newest versions are what is tested."""
 
 import pathlib
+import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
 
+
+def version() -> str:
+    """Read `__version__` without importing the package, whose requirements may be missing."""
+    text = (HERE / "mllm_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
 setuptools.setup(
     name="mllm-jax",
-    version="0.1.0",
+    version=version(),
     description="Open up LLaVA-style multimodal language models in JAX.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(
-        include=["mllm_jax", "mllm_jax.*", "experiments", "experiments.*"]
-    ),
+    packages=setuptools.find_packages(include=["mllm_jax", "mllm_jax.*"]),
     package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md"]},
     python_requires=">=3.11",
     install_requires=[
@@ -49,7 +55,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "vqa": ["pyarrow"],  # what reads LingoQA and DocVQA as they are downloaded
         "docs": ["mkdocs>=1.6"],  # docs/ as a site
-        "test": ["hypothesis", "pyarrow", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff"],
         "parity": ["torch==2.13.0"],
     },
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness, work
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.training import fit
@@ -46,7 +47,7 @@ def folded(done: work.Work) -> llava.Llava:
     return model
 
 
-def folded_batches(done: work.Work) -> list[llava.Batch]:
+def folded_batches(done: work.Work) -> list[Batch]:
     """All pictures, with as few image tokens as are left."""
     of, ids = config(done), done.inputs["ids"]
     image = np.full((len(ids), of.image_tokens), of.image_token)
@@ -58,7 +59,7 @@ def folded_batches(done: work.Work) -> list[llava.Batch]:
     ]
 
 
-def labelled(done: work.Work, batch: llava.Batch) -> llava.Batch:
+def labelled(done: work.Work, batch: Batch) -> Batch:
     """The batch with its last words for an answer."""
     T, A = batch.ids.shape[1], done.size.answer
     labels = np.broadcast_to(np.arange(T - A, T, dtype=np.int32), (len(batch.ids), A))

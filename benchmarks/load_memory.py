@@ -20,7 +20,7 @@ import time
 
 from mllm_jax.families import released
 from mllm_jax.families.llava import model as llava
-from mllm_jax.models import clip, llama
+from mllm_jax.models import clip, decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
@@ -29,7 +29,7 @@ BOUND = 1 * GIB
 
 def about_one_gib() -> llava.LlavaConfig:
     """The real vision tower, a vocabulary as large as the real one, a narrower language model."""
-    lm = llama.LlamaConfig(width=1536, layers=6, heads=12, kv_heads=12, mlp=4096)
+    lm = decoder.DecoderConfig(width=1536, layers=6, heads=12, kv_heads=12, mlp=4096)
     return llava.LlavaConfig.of(clip.ClipConfig.vit_l_14_336(), lm)
 
 
@@ -86,7 +86,7 @@ def run(
         fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         out = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | fake)
         return json.loads(out.splitlines()[-1])
-    from tests import random_checkpoint
+    from tests.helpers import random_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         config = released.RELEASED[model]() if model else about_one_gib()

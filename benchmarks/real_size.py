@@ -4,7 +4,7 @@
 
 One process loads the model in bfloat16, counts activations, looks through the lens and generates,
 all with one picture on the CPU; this one watches. Seconds are those of a first run, with
-compilation. `python -m tests.big.make_checkpoint` writes a random LLaVA-1.5-7B. Needs Linux.
+compilation. `python -m tests.helpers.make_checkpoint` writes a random LLaVA-1.5-7B. Needs Linux.
 """
 
 from __future__ import annotations

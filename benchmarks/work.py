@@ -15,6 +15,7 @@ from flax import nnx
 
 import mllm_jax as mj
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 
 BATCH = 8  # rows at one time
@@ -43,12 +44,12 @@ class Size:
 
 def _tiny() -> llava.LlavaConfig:
     return llava.LlavaConfig.of(
-        llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), fold=1, image_token=95
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), fold=1, image_token=95
     )
 
 
 def _small() -> llava.LlavaConfig:
-    vision, lm = llava.ClipConfig.vit_b_16(), llava.LlamaConfig.smollm2_135m()
+    vision, lm = llava.ClipConfig.vit_b_16(), llava.DecoderConfig.smollm2_135m()
     return llava.LlavaConfig.of(vision, lm, fold=1, image_token=lm.vocab - 1)
 
 
@@ -76,18 +77,18 @@ class Work:
     directory: pathlib.Path
 
     @property
-    def batches(self) -> list[llava.Batch]:
+    def batches(self) -> list[Batch]:
         """All pictures, BATCH at one time."""
         pictures = self.fields["pictures"]
         return [self.batch(i, min(BATCH, pictures - i)) for i in range(0, pictures, BATCH)]
 
-    def batch(self, start: int = 0, rows: int = BATCH) -> llava.Batch:
+    def batch(self, start: int = 0, rows: int = BATCH) -> Batch:
         """The rows from `start` on."""
         at = slice(start, start + rows)
         return to_batch(self.size.config, self.inputs["ids"][at], self.inputs["pixels"][at])
 
 
-def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> llava.Batch:
+def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> Batch:
     """Inputs as our models read them."""
     rows, T = ids.shape
     image, side = ids == config.image_token, config.token_grid
@@ -95,7 +96,7 @@ def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> 
     kind = np.full(ids.shape, tokens.CODE["question"], np.int8)
     kind[:, 0], kind[image] = tokens.CODE["system"], tokens.CODE["image"]
     first = config.image_tokens * np.arange(rows)[:, None]
-    return llava.Batch(
+    return Batch(
         ids=ids.astype(np.int32),
         position=np.broadcast_to(np.arange(T, dtype=np.int32), ids.shape),
         tokens=tokens.TokenMap(

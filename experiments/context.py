@@ -84,9 +84,9 @@ class Context:
         """
         if any(edit.address.site.module == "vision" for edit in self.edits):
             return batch
-        with mesh.enter_mesh(self.model):
+        with mesh.use_mesh_of(self.model):
             sharded = mesh.shard_batch(batch.replace(processor=None))
-            features = features_.encode(self.model, sharded)
+            features = features_.encode_pictures(self.model, sharded)
             return batch.replace(features=mesh.gather_to_host(features))
 
 

@@ -24,8 +24,9 @@ from absl import app, flags
 from flax import nnx
 
 from mllm_jax import sites, store, tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families import released
-from mllm_jax.families.llava.model import Batch, LlavaConfig
+from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.loading import load
 from mllm_jax.passes import run
 from mllm_jax.report import tables

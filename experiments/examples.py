@@ -28,7 +28,7 @@ def domains_of(config: ml_collections.ConfigDict, split: str) -> dict[str, domai
     if config.get("vqa"):
         return _vqa(config, *VQA_SPLITS[split])
     if config.paths:
-        return domains.own(config.paths, split)
+        return domains.load_user_domains(config.paths, split)
     return domains.embedded(split, domains=tuple(config.domains) or None)
 
 

@@ -82,7 +82,7 @@ def _explain(started: list[subprocess.Popen]) -> None:
 
 
 def _logs(process: subprocess.Popen) -> list[pathlib.Path]:
-    """What JAX's C++ code wrote to stderr in a process, see `hosts.join`."""
+    """What JAX's C++ code wrote to stderr in a process, see `hosts.initialize`."""
     return list(pathlib.Path(tempfile.gettempdir()).glob(f"mllm_jax-{process.pid}-*.log"))
 
 

@@ -29,7 +29,10 @@ from mllm_jax.passes.sweep import stack, sweep
 from mllm_jax.planning.plan import plan
 from mllm_jax.sharding.mesh import mesh
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "__version__",
     "ablate",
     "add",
     "call",

@@ -1,145 +1,65 @@
-"""Fixtures for all tests: a tiny LLaVA with random weights, and batches for it."""
+"""Fixtures for all tests: a tiny LLaVA with random weights, batches for it, quick compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+
+# Programs that one worker or process of this run compiled and another needs. Workers inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 
-from mllm_jax import tokens
 from mllm_jax.families.llava import model as llava
-
-TINY = llava.LlavaConfig.tiny()
+from tests.helpers import random_inputs
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> llava.LlavaConfig:
-    """3 vision layers of 16 patches, fold 2: 4 image tokens; 4 LM layers; 96 words."""
-    return TINY
+    """Return a config of 3 vision layers, 16 patches, fold 2, 4 LM layers and 96 words."""
+    return random_inputs.TINY
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> llava.Llava:
-    """Of `tiny_config`, with random weights; see `random_model`."""
-    return random_model(TINY)
+    """Return a model of `tiny_config` with random weights."""
+    return random_inputs.random_model(random_inputs.TINY)
 
 
-@pytest.fixture(scope="session", name="make_batch")
-def _make_batch():
-    """The function `make_batch`, see there."""
-    return make_batch
+@pytest.fixture(scope="session")
+def make_batch():
+    """Return `random_inputs.make_batch`."""
+    return random_inputs.make_batch
 
 
-@pytest.fixture(scope="session", name="random_model")
-def _random_model():
-    """The function `random_model`, see there."""
-    return random_model
+@pytest.fixture(scope="session")
+def random_model():
+    """Return `random_inputs.random_model`."""
+    return random_inputs.random_model
 
 
-def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
-    """Random weights that keep tensors of order 1; no scale is one and no bias zero.
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Leave out XLA's optimizations: a tiny program takes longer to compile than to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
-    By NumPy: the initialisers of flax take 20 s to compile.
+
+@pytest.fixture(scope="module")
+def op_by_op(quick_to_compile):
+    """Compile no program as a whole: scans, loops and conditions run as Python does.
+
+    Every operation is still compiled for its shapes, so these tests share one model and one shape
+    of batches (`tests.helpers.shared_fixtures`).
     """
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name, noise = jax.tree_util.keystr(path), rng.normal(size=leaf.shape).astype(np.float32)
-        if "scale" in name:
-            return jnp.asarray(1 + 0.2 * noise)
-        if "kernel" in name:
-            return jnp.asarray(0.7 * noise / np.sqrt(leaf.shape[-2]))
-        return jnp.asarray(noise if "embed" in name else 0.2 * noise)
-
-    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-    return jax.tree_util.tree_map_with_path(draw, abstract)
-
-
-def make_batch(
-    config: llava.LlavaConfig = TINY,
-    *,
-    images: Sequence[int] = (1, 1),
-    words: Sequence[int] = (11, 8),
-    pad: str = "right",
-    length: int | None = None,
-    fill: int = 0,
-    seed: int = 0,
-) -> llava.Batch:
-    """A batch of random words and pixels, in NumPy.
-
-    A row is one system word, then for every image a question word and the image's tokens, then
-    the question words that are left.
-
-    Args:
-      config: the model it is for.
-      images: how many in each row.
-      words: how many in each row, more than its images.
-      pad: "right" or "left", where the padding of shorter rows stands.
-      length: T; the longest row by default.
-      fill: further images that belong to no row (`real` is False).
-      seed: of the words and pixels. A row's are its own: they do not depend on the other rows.
-    """
-    lengths = [w + n * config.image_tokens for w, n in zip(words, images, strict=True)]
-    T = length or max(lengths)
-    rows, pixels, count = [], [], 0
-    for number, (n, w) in enumerate(zip(images, words, strict=True)):
-        rng = np.random.default_rng((seed, number))
-        gap = T - w - n * config.image_tokens
-        room = (gap, 0) if pad == "left" else (0, gap)
-        rows.append({name: np.pad(column, room, constant_values=EMPTY[name])
-                     for name, column in _row(config, n, w, count, rng).items()})  # fmt: skip
-        pixels.append(_pixels(config, n, rng))
-        count += n
-    pixels.append(_pixels(config, fill, np.random.default_rng((seed, len(images)))))
-    columns = {name: np.stack([row[name] for row in rows]) for name in EMPTY}
-    return llava.Batch(
-        tokens=tokens.TokenMap(
-            **{name: columns.pop(name) for name in ("kind", "row", "column", "tile", "last")}
-        ),
-        **columns,
-        pixels=np.concatenate(pixels),
-        tile=np.concatenate([*map(np.arange, images), np.arange(fill)]).astype(np.int16),
-        is_real_tile=np.arange(count + fill) < count,
-    )
-
-
-# What a padding token has in each field.
-EMPTY = {"ids": 0, "position": 0, "image_token_index": -1, "kind": 0, "row": -1, "column": -1, "tile": -1,
-         "last": False}  # fmt: skip
-
-
-def _row(config, images: int, words: int, first: int, rng) -> dict[str, np.ndarray]:
-    """The fields of one row without padding; `first` counts the images of the rows before."""
-    size = config.image_tokens
-    side, tiles, real = config.token_grid, np.arange(images), np.ones(images, bool)
-    grid = tokens.TokenMap.grid(tiles, (side, side), size > side**2, real)
-    if not side:
-        grid = tokens.TokenMap.alike("image", size, tiles, real)
-    at = np.concatenate([2 + i * (size + 1) + np.arange(size) for i in range(images)] or [[]])
-    at = at.astype(int)
-    T = words + images * size
-    row = {
-        "ids": rng.integers(1, min(config.image_token, config.lm.vocab), T, dtype=np.int32),
-        "position": np.arange(T, dtype=np.int32),
-        "image_token_index": np.full(T, -1, np.int32),
-        "kind": np.full(T, tokens.CODE["question"], np.int8),
-        "row": np.full(T, -1, np.int16),
-        "column": np.full(T, -1, np.int16),
-        "tile": np.full(T, -1, np.int16),
-        "last": np.arange(T) == T - 1,
-    }
-    row["kind"][0] = tokens.CODE["system"]
-    row["ids"][at] = config.image_token
-    row["image_token_index"][at] = first * size + np.arange(len(at))
-    for name in ("kind", "row", "column", "tile"):
-        row[name][at] = getattr(grid, name).reshape(-1)
-    return row
-
-
-def _pixels(config, images: int, rng) -> np.ndarray:
-    side = config.vision.image_size
-    return rng.normal(size=(images, side, side, 3)).astype(np.float32)
+    with jax.disable_jit():
+        yield

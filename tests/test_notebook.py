@@ -19,7 +19,7 @@ from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 from mllm_jax.interventions import receipts, results
 from mllm_jax.passes import run
-from tests import tiny
+from tests.helpers import tiny
 
 RECEIPT = receipts.Receipt(
     "ablate <lm>", np.array([0, 4, 4]), np.array([0, 7, 2]), np.array([0.0, 3.0, 4.0])
@@ -99,7 +99,7 @@ def test_an_address_as_it_is_written(address, shown):
 @pytest.mark.parametrize(
     ("where", "shown"),
     [
-        *((tok.NAMED[name], name) for name in ("image", "text", "all", "last", "cls")),
+        *((tok.NAMED[name], name) for name in ("image", "text", "every", "last", "cls")),
         (tok.text & ~tok.last, "(text & ~last)"),
         (tok.row(3) | tok.tile(0) | tok.column(2), "((row(3) | tile(0)) | column(2))"),
         (tok.mask(np.array([[True, True, False]])), "2 of a mask"),
@@ -127,12 +127,12 @@ def test_edits():
     assert shown[:4] == ["edit", "site", "where", "how"]
     text = " | ".join(shown[4:])
     assert text == (
-        "ablate | lm.mlp.act[3, [7]] | image | scale | projector.act | all | value 0.5 | "
-        "add | lm.resid_post[1] | all | value array [2, 32] | "
+        "ablate | lm.mlp.act[3, [7]] | image | scale | projector.act | every | value 0.5 | "
+        "add | lm.resid_post[1] | every | value array [2, 32] | "
         "patch | lm.resid_mid[2] | last | rows [0] into [1] | "
         "knockout | lm.attn.mask[2:] | last | on image | "
-        "call | vision.mlp.act[0] | all | louder, by [1, 2] | "
-        "ablate | lm.attn.heads[0, 1] | all | by step [0, 1]"
+        "call | vision.mlp.act[0] | every | louder, by [1, 2] | "
+        "ablate | lm.attn.heads[0, 1] | every | by step [0, 1]"
     )
 
 
@@ -145,9 +145,9 @@ def test_captures():
     lens = mj.lens(S.lm.resid_post[4:], k=3, where=tok.last)
     assert cells(lens._repr_html_())[4:] == ["lens", "lm.resid_post[4:]", "last", "3 words"]
     fire = mj.stats(S.lm.mlp.act, by=("image", "question"))
-    assert cells(fire._repr_html_())[4:] == ["stats", "lm.mlp.act", "all", "by question, image"]
+    assert cells(fire._repr_html_())[4:] == ["stats", "lm.mlp.act", "every", "by question, image"]
     mass = mj.mass(S.lm.attn.pattern[1], on=tok.image)
-    assert cells(mass._repr_html_())[4:] == ["mass", "lm.attn.pattern[1]", "all", "on image"]
+    assert cells(mass._repr_html_())[4:] == ["mass", "lm.attn.pattern[1]", "every", "on image"]
 
 
 def test_a_batch_shows_its_words_by_kind_and_its_pictures(tiny_config):

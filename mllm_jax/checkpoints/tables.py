@@ -222,7 +222,7 @@ _SPELLINGS = (  # the first prefix that fits
 )
 WRAPPED = "base_model.model."  # before the keys of a model that PEFT has wrapped
 _ORIGINAL_PROJECTOR = re.compile(r"(?:.+\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
-_WRAPPED_PROJECTOR = re.compile(r".+\.((?:multi_modal_projector|language_projection)\..+)")
+_WRAPPED_PROJECTOR = re.compile(r".+\.((?:multi_modal_projector|language_projection)\..*)")
 _PROJECTOR = re.compile(r"multi_modal_projector\.linear_(\d+)\.(weight|bias)")
 _TOWER = re.compile(r"(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)")
 _OF_TEXT = re.compile(r"text_model\..*|(text_projection|visual_projection)\.weight|logit_scale")

@@ -76,10 +76,10 @@ class PackedQuestions:
     @functools.cached_property
     def _length(self) -> int:
         """One length for all batches, so that training compiles once."""
-        return longest(self.processor, map(self._asked, self.examples), self.questions)
+        return packed_length(self.processor, map(self._asked, self.examples), self.questions)
 
 
-def longest(processor: Processor, asked: Iterable[Sequence[Any]], questions: int) -> int:
+def packed_length(processor: Processor, asked: Iterable[Sequence[Any]], questions: int) -> int:
     """Tokens of the longest packed row, rounded up to a multiple of 8.
 
     Args:

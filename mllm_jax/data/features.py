@@ -17,12 +17,12 @@ from mllm_jax.store import Rows
 
 
 @jax.jit
-def encode(model, batch) -> jax.Array:
+def encode_pictures(model, batch) -> jax.Array:
     """float[I, P, E]: what the vision tower gives for the pictures of a batch."""
     return model.features(batch, Taps())
 
 
-def by_row(config, batch, values) -> np.ndarray:
+def mean_over_tiles(config, batch, values) -> np.ndarray:
     """float32[B, W]: of each row's pictures, the mean of their tiles' values float[I, W].
 
     A row without a picture is 0.
@@ -32,7 +32,7 @@ def by_row(config, batch, values) -> np.ndarray:
     return (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32)
 
 
-def places(config, batch) -> np.ndarray:
+def picture_indices(config, batch) -> np.ndarray:
     """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
     each = config.tiles * config.image_tokens
     first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
@@ -70,11 +70,11 @@ def vision_features(
     tokens = model.config.tiles * vision.feature_tokens
     store = Rows(
         path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
-        model=[model.config, model.vision], processor=processor.reads_pictures(),
+        model=[model.config, model.vision], processor=processor.picture_settings(),
     )  # fmt: skip
-    store.resume(map(picture, examples))
+    store.resume(map(picture_content, examples))
     with (
-        mesh.enter_mesh(model),
+        mesh.use_mesh_of(model),
         tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar,
     ):
         size = mesh.round_up_to_shards("B", batch_size)
@@ -82,15 +82,15 @@ def vision_features(
             some = [examples[i] for i in range(len(examples))[store.done : store.done + size]]
             batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
             values = mesh.gather_to_host(
-                encode(model, mesh.shard_batch(batch.replace(processor=None)))
+                encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
             )
             values = np.asarray(values, np.float32).reshape(-1, tokens, vision.width)
-            values = values[places(model.config, batch)[: len(some)]]
-            store.append([picture(e) for e in some], {"features": values})
+            values = values[picture_indices(model.config, batch)[: len(some)]]
+            store.append([picture_content(e) for e in some], {"features": values})
             bar.update(len(some))
     return store.arrays()["features"]
 
 
-def picture(example: Any) -> Any:
+def picture_content(example: Any) -> Any:
     """The content of an example's picture: the bytes of its file, or the picture."""
     return getattr(example, "encoded", None) or example.image

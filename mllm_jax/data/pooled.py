@@ -9,7 +9,7 @@ import numpy as np
 import tqdm
 
 from mllm_jax import sites, tokens
-from mllm_jax.data.features import by_row, encode, picture
+from mllm_jax.data.features import encode_pictures, mean_over_tiles, picture_content
 from mllm_jax.interventions import captures
 from mllm_jax.passes import run
 from mllm_jax.processors.processor import Processor
@@ -71,7 +71,7 @@ def pooled_features(
     def item(i: int) -> tuple:
         """What the rows of an example depend on."""
         row = None if features is None else np.asarray(features[i])
-        return picture(examples[i]), prompts[i], row
+        return picture_content(examples[i]), prompts[i], row
 
     store.resume(map(item, range(len(examples))))
     with tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar:
@@ -98,12 +98,14 @@ def _given(config, pictures: list, features, at: slice) -> dict:
 
 def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
     """The arrays of a batch, of its first rows."""
-    with mesh.enter_mesh(model):
-        batch = batch.replace(features=mesh.gather_to_host(encode(model, mesh.shard_batch(batch))))
+    with mesh.use_mesh_of(model):
+        batch = batch.replace(
+            features=mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
+        )
     found = run.run(model, batch, None, CAPTURES, logits="none").captures
     patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     made = {
-        "vision": by_row(model.config, batch, patches),
+        "vision": mean_over_tiles(model.config, batch, patches),
         "projector": found["projector"],
         "lm.image": np.asarray(found["lm.image"]).swapaxes(0, 1),
         "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),

@@ -256,6 +256,6 @@ def _basis(basis, address: Address, spec: SiteShape):
         raise ValueError(
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
         )
-    basis = basis.astype(precision.wide(spec.dtype))
-    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormal(basis)
+    basis = basis.astype(precision.at_least_float32_dtype(spec.dtype))
+    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormalize(basis)
     return _per_layer(columns[None], spec.layers)

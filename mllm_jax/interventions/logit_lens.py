@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.results import Lens
-from mllm_jax.sharding import collectives as split
-from mllm_jax.sharding import mesh
+from mllm_jax.sharding import collectives, mesh
 
 LENS_CHUNK = 128  # tokens whose logits exist at one time
 TOP_BLOCK = 128  # values that are looked at together for the highest
@@ -28,7 +27,7 @@ def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k:
       k: how many words.
     """
     B, T, D = x.shape
-    shards = mesh.shards_of_axis("B", B)
+    shards = mesh.shard_count("B", B)
     n = B * T // shards
     mask = jnp.asarray(selected).reshape(shards, n)
     chunk = min(LENS_CHUNK, n)
@@ -69,7 +68,7 @@ def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k:
 
 def _lens(logits, chosen, k: int) -> Lens:
     logits = mesh.constrain(logits, ("B", None, "V"))
-    best, ids = split.top_k(logits, k, top_k)
+    best, ids = collectives.top_k(logits, k, top_k)
     highest = logits.max(-1)
     below = logits - highest[..., None]
     odds = jnp.exp(below)

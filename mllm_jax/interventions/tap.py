@@ -20,7 +20,7 @@ from mllm_jax import sites
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
-from mllm_jax.numerics import indexing as narrow
+from mllm_jax.numerics import indexing
 from mllm_jax.sharding import mesh
 
 
@@ -205,7 +205,7 @@ class ModuleTap:
         whole = jax.lax.stop_gradient((layers, extra))  # gradients go through what is scanned
 
         def one(sliced, x, tap, i):
-            layer, more = narrow.index_without_upcast(sliced, whole, i)
+            layer, more = indexing.index_without_upcast(sliced, whole, i)
             return step(layer, x, tap, more)
 
         def body(carry, inputs):
@@ -217,7 +217,7 @@ class ModuleTap:
             return (x, kept), (out, (tap.receipts, tap.captured))
 
         kept = self._empty(step, layers, x, extra, edits, captures, count)
-        inputs = (layers, extra), narrow.layer_indices(whole), arrays
+        inputs = (layers, extra), indexing.layer_indices(whole), arrays
         (x, kept), (out, found) = jax.lax.scan(body, (x, kept), inputs)
         self.taps.receipts |= found[0]
         self.taps.captured |= found[1] | self._carried(kept, captures)
@@ -230,7 +230,7 @@ class ModuleTap:
 
         def at(i):
             whole = layers, extra
-            return narrow.index_without_upcast(jax.tree.map(lambda a: a[i], whole), whole, i)
+            return indexing.index_without_upcast(jax.tree.map(lambda a: a[i], whole), whole, i)
 
         def one(i, x):
             (layer, more), (edit_arrays, slots) = at(i), jax.tree.map(lambda a: a[i], arrays)

@@ -70,13 +70,13 @@ class ClipText(nnx.Module):
         B, T = ids.shape
         x = self.words[...][ids] + self.position[:T]
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, 1, T, T))
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x, _untapped, causal), None), x, self.layers)
+        x, _ = jax.lax.scan(lambda x, layer: (layer(x, _no_tap, causal), None), x, self.layers)
         end = self.config.end
         at = (ids if end is None else ids == end).argmax(-1)
         return self.norm(x[jnp.arange(B), at])
 
 
-def _untapped(site, x):
+def _no_tap(site, x):
     return x
 
 

@@ -128,7 +128,11 @@ def attention(
     if pattern is not None:
         return _attend(query, parts, mask, pattern)
     numbers = B * N * T * S
-    attend = _attend_causally if causal and past is None and numbers > rows.AT_ONCE else _attend
+    attend = (
+        _attend_causally
+        if causal and past is None and numbers > rows.MAX_ELEMENTS_AT_ONCE
+        else _attend
+    )
     return rows.map_rows_on_cpu(attend, query, parts, mask, num_elements=numbers)
 
 
@@ -153,7 +157,7 @@ def _attend(query, parts, mask, pattern=None):
     scores = [
         precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
     ]
-    scores = _joined(scores).reshape(B, N, T, -1) * H**-0.5
+    scores = _concatenate(scores).reshape(B, N, T, -1) * H**-0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -172,7 +176,7 @@ def _attend(query, parts, mask, pattern=None):
     return heads.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _joined(parts):
+def _concatenate(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
 
 

@@ -1,63 +1,76 @@
-"""Layers and rows of bfloat16 arrays, without a float32 copy of the whole array.
+"""Index bfloat16 arrays without a float32 copy of the whole array.
 
-XLA on CPU indexes no bfloat16: it converts the array to float32 and indexes that. In a loop, where
-the array is the same every time, the conversion then moves out of the loop, and all layers of a
-model exist once more at twice their size. A barrier that waits for the index keeps the conversion
-inside, where it becomes one with the indexing and touches only what is asked.
+XLA on CPU does not index bfloat16 arrays: it converts the array to float32 and indexes the result.
+In a loop over one array the conversion is then hoisted out of the loop, so that all layers of a
+model exist once more at twice their size. An optimization barrier that depends on the index keeps
+the conversion inside the loop, where XLA fuses it with the indexing and converts only the elements
+that are read.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.typing import Array, Int
 
-def layer_indices(stack: Any) -> jax.Array | None:
-    """int32[L], for a scan that calls `at`; None where `at` needs no index.
+Tree = TypeVar("Tree")
+
+
+def layer_indices(stack: Any) -> Int[Array, " L"] | None:
+    """Return the layer numbers for a scan that calls `index_without_upcast`.
 
     Args:
-      stack: arrays that lead with L.
+        stack: a pytree of arrays whose leading axis is L.
+
+    Returns:
+        int32[L], or None where no array is narrower than float32 and no index is needed.
     """
     leaves = jax.tree.leaves(stack)
-    return jnp.arange(len(leaves[0]), dtype=jnp.int32) if any(map(_is_narrow, leaves)) else None
+    if not any(map(_is_low_precision, leaves)):
+        return None
+    return jnp.arange(len(leaves[0]), dtype=jnp.int32)
 
 
-def index_without_upcast(taken: Any, whole: Any, index: Any) -> Any:
-    """What was taken of arrays. On CPU, of floats narrower than float32, it is taken here.
+def index_without_upcast(indexed: Tree, arrays: Any, index: Int[Array, ...]) -> Tree:
+    """Return `indexed`, recomputed on CPU where its floats are narrower than float32.
 
     Args:
-      taken: whole[index], in any way. Gradients go through this; it is not computed for more.
-      whole: arrays, indexed on their first axis.
-      index: int32[...].
+        indexed: a pytree of `arrays[index]`, computed in any way. Gradients flow through it.
+        arrays: the pytree of arrays that are indexed on their first axis.
+        index: the index.
     """
-    leaves, tree = jax.tree.flatten(taken)
-    narrow = [n for n, leaf in enumerate(leaves) if _is_narrow(leaf)]
-    if not narrow:
-        return taken
-    arrays = jax.tree.leaves(whole)
-    found = _at([leaves[n] for n in narrow], [arrays[n] for n in narrow], index)
-    for n, leaf in zip(narrow, found, strict=True):
+    leaves, tree = jax.tree.flatten(indexed)
+    low = [n for n, leaf in enumerate(leaves) if _is_low_precision(leaf)]
+    if not low:
+        return indexed
+    sources = jax.tree.leaves(arrays)
+    results = _index_behind_barrier([leaves[n] for n in low], [sources[n] for n in low], index)
+    for n, leaf in zip(low, results, strict=True):
         leaves[n] = leaf
     return jax.tree.unflatten(tree, leaves)
 
 
 @jax.custom_jvp
-def _at(taken: list, whole: list, index) -> list:
-    def behind_barrier(taken, whole, index):
-        whole, index = jax.lax.optimization_barrier((whole, index))
-        return [array[index] for array in whole]
+def _index_behind_barrier(
+    indexed: Sequence[Array], arrays: Sequence[Array], index: Array
+) -> Sequence[Array]:
+    def on_cpu(indexed, arrays, index):
+        arrays, index = jax.lax.optimization_barrier((arrays, index))
+        return [array[index] for array in arrays]
 
     return jax.lax.platform_dependent(
-        taken, whole, index, cpu=behind_barrier, default=lambda taken, *_: taken
+        indexed, arrays, index, cpu=on_cpu, default=lambda indexed, *_: indexed
     )
 
 
-@_at.defjvp
+@_index_behind_barrier.defjvp
 def _(primals, tangents):
-    return _at(*primals), tangents[0]
+    return _index_behind_barrier(*primals), tangents[0]
 
 
-def _is_narrow(array: Any) -> bool:
+def _is_low_precision(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4

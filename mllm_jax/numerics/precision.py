@@ -1,72 +1,80 @@
-"""Norms, softmax, logits, entropies and statistics are computed in float32 or better.
+"""Compute norms, softmax, logits, entropies and statistics in float32 or better.
 
-A product of float32 arrays is a product in float32 on every chip. JAX by itself multiplies them in
-TF32 on an H100 and in bfloat16 passes on a TPU; what `jax.default_matmul_precision`, or
-`jax.config.update("jax_default_matmul_precision", ...)`, says instead holds here as well. Products
-of narrower arrays are the chip's own, and accumulate in float32.
+A product of float32 arrays is a product in float32 on every chip. By default JAX multiplies such
+arrays in TF32 on an H100 and in bfloat16 passes on a TPU. A setting of the user
+(`jax.default_matmul_precision`, or `jax.config.update("jax_default_matmul_precision", ...)`) takes
+precedence. Products of narrower arrays use the chip's own arithmetic and accumulate in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from mllm_jax.typing import Array, Float
 
-PARAMETERS = ("float32", "bfloat16", "float16")
+PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """x in float32, or as it is where it has more digits: a model in float64 stays in float64."""
-    return x.astype(wide(x.dtype))
+    """Convert x to float32; a float64 array stays as it is, so that float64 models stay exact."""
+    return x.astype(at_least_float32_dtype(x.dtype))
 
 
-def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """float32, or a dtype with more digits."""
+def at_least_float32_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Return float32, or the dtype itself where it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def product_precision(*operands: Any) -> jax.lax.Precision | None:
-    """The `precision=` of a product: HIGHEST in float32, unless JAX's default was set."""
-    if jax.config.jax_default_matmul_precision is not None:
+def product_precision(*operands: ArrayLike) -> jax.lax.Precision | None:
+    """Return the `precision=` of a product: HIGHEST in float32, unless JAX's default was set."""
+    if getattr(jax.config, "jax_default_matmul_precision") is not None:  # noqa: B009 - not typed
         return None
     return jax.lax.Precision.HIGHEST if jnp.result_type(*operands) == jnp.float32 else None
 
 
 def einsum(equation: str, *operands: jax.Array, into_float32: bool = False) -> jax.Array:
-    """`jnp.einsum`, in float32 where the operands are.
+    """Compute `jnp.einsum`, in float32 where the operands are float32.
 
     Args:
-      equation: in axis letters.
-      into_float32: do not round the result to the dtype of narrower operands.
+        equation: the equation, in axis letters.
+        *operands: the arrays.
+        into_float32: whether to return float32 instead of rounding to the dtype of narrower
+            operands.
     """
     return jnp.einsum(
         equation,
         *operands,
         precision=product_precision(*operands),
-        preferred_element_type=wide(jnp.result_type(*operands)) if into_float32 else None,
+        preferred_element_type=_result_dtype(into_float32, *operands),
     )
 
 
 def matmul(x: jax.Array, y: jax.Array, *, into_float32: bool = False) -> jax.Array:
-    """x @ y, as `einsum` does it."""
+    """Compute x @ y, with the precision of `einsum`."""
     return jnp.matmul(
         x,
         y,
         precision=product_precision(x, y),
-        preferred_element_type=wide(jnp.result_type(x, y)) if into_float32 else None,
+        preferred_element_type=_result_dtype(into_float32, x, y),
     )
 
 
+def _result_dtype(into_float32: bool, *operands: jax.Array) -> jnp.dtype | None:
+    return at_least_float32_dtype(jnp.result_type(*operands)) if into_float32 else None
+
+
 @jax.custom_jvp
-def orthonormal(x: Float[Array, "D r"]) -> Float[Array, "D r"]:
-    """Orthonormal columns that span those of x, by QR; its derivative too is of such products."""
+def orthonormalize(x: Float[Array, "D r"]) -> Float[Array, "D r"]:
+    """Return orthonormal columns with the span of those of x, by QR.
+
+    The derivative is defined here so that its products have the precision of `matmul` too.
+    """
     return jnp.linalg.qr(x)[0]
 
 
-@orthonormal.defjvp
+@orthonormalize.defjvp
 def _(primals, tangents):
     q, r = jnp.linalg.qr(primals[0])
     change = jax.lax.linalg.triangular_solve(r, tangents[0])  # dx R^-1
@@ -75,19 +83,24 @@ def _(primals, tangents):
     return q, change + matmul(q, below - below.T - across)
 
 
-def parameter_dtype(dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
-    """The dtype of a model's parameters: if None, float32 on CPU and bfloat16 elsewhere.
+def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """Return the dtype of a model's parameters.
+
+    Args:
+        dtype: a member of PARAMETER_DTYPES, or float64 where `jax_enable_x64` is set; None is
+            float32 on CPU and bfloat16 elsewhere.
 
     Raises:
-      ValueError: it is none of PARAMETERS; float64 is one where `jax_enable_x64` is set.
+        ValueError: the dtype is not supported.
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    known = PARAMETERS + ("float64",) * bool(jax.config.jax_enable_x64)
+    supported = PARAMETER_DTYPES + ("float64",) * bool(getattr(jax.config, "jax_enable_x64"))  # noqa: B009
     try:
-        found = jnp.dtype(dtype)
+        resolved = jnp.dtype(dtype)
     except (TypeError, ValueError):
-        found = None
-    if found is None or found.name not in known:
-        raise ValueError(f"dtype={getattr(found, 'name', dtype)!s} is none of {', '.join(known)}")
-    return found
+        resolved = None
+    if resolved is None or resolved.name not in supported:
+        name = getattr(resolved, "name", dtype)
+        raise ValueError(f"dtype={name!s} is none of {', '.join(supported)}")
+    return resolved

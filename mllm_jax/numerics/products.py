@@ -1,10 +1,10 @@
-"""Which library multiplies matrices on a CPU.
+"""Choose the library that multiplies matrices on a CPU.
 
-XLA's own choice of today (YNNPACK) gives a row the same bits whatever other rows stand beside it,
-however many lanes a sweep has. Eigen, its choice of before, is
-faster where rows are many or few, as in sweeps and in decoding; it is several times slower at the
-head of a tied vocabulary with a hundred rows, as in the lens; and it differs in the last bits where
-the number of rows does.
+YNNPACK, the default of current XLA versions, computes the same bits for a row whatever other rows
+stand beside it, and so for any number of lanes in a sweep. Eigen, the former default, is faster for
+very many or very few rows, as in sweeps and in decoding; it is several times slower for about a
+hundred rows times a tied vocabulary, as in the logit lens; and its last bits depend on the number
+of rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_
 
 
 def prefer_eigen() -> None:
-    """Asks XLA for Eigen, if this process has but CPUs. To be called before JAX computes anything.
+    """Make XLA use Eigen, if this process has only CPUs; call it before JAX computes anything.
 
-    What XLA_FLAGS says about it already is left as it is. XLA ends a program that gives it a flag
-    it does not know, so that versions this was not tried with are left alone as well.
+    A value for the flag in XLA_FLAGS is left as it is. XLA aborts on flags that it does not know,
+    so the flag is set only for versions of jaxlib that are known to have it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     known = jaxlib.__version__.split(".")[:2] == ["0", "10"]

@@ -1,4 +1,4 @@
-"""A batch row by row, so that what comes up on the way stays in a CPU's cache."""
+"""Compute a batch row by row on CPUs, so that intermediate arrays stay in the cache."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import jax
 
 from mllm_jax.sharding import mesh
 
-AT_ONCE = 2**20  # numbers that come up on the way: above, a CPU takes one row after the other
+MAX_ELEMENTS_AT_ONCE = 2**20  # intermediate elements above which a CPU takes one row at a time
 
 
-def map_rows_on_cpu(fn: Callable, *batch: Any, num_elements: int) -> Any:
-    """fn(*batch), where rows do not meet: arrays lead with B, those that come out as well.
+def map_rows_on_cpu(fn: Callable[..., Any], *batch: Any, num_elements: int) -> Any:
+    """Compute fn(*batch) for a function in which the rows of a batch do not interact.
 
-    Accelerators take all rows at once, and so does a CPU where little comes up on the way.
+    Accelerators compute all rows at once, and so does a CPU where there are few intermediate
+    elements.
 
     Args:
-      batch: arrays, or trees of them.
-      num_elements: how many numbers come up on the way for all rows.
+        fn: the function; its results lead with B as its arguments do.
+        *batch: pytrees of arrays that lead with B.
+        num_elements: the number of intermediate elements of all rows together.
     """
-    if num_elements <= AT_ONCE or mesh.inside_mesh():  # rows may lie on different devices
+    # On a mesh rows may lie on different devices.
+    if num_elements <= MAX_ELEMENTS_AT_ONCE or mesh.is_active():
         return fn(*batch)
 
     def in_turn(*batch):
-        def one(row):
+        def compute_row(row):
             out = fn(*jax.tree.map(lambda a: a[None], row))
             return jax.tree.map(lambda a: a[0], out)
 
-        return jax.lax.map(one, batch)
+        return jax.lax.map(compute_row, batch)
 
     return jax.lax.platform_dependent(*batch, cpu=in_turn, default=fn)

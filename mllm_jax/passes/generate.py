@@ -87,7 +87,7 @@ def generate(
         )
     bound = bind(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         found = _generate(
             model, mesh.shard_batch(batch), run_.place(bound), stops, np.float32(temperature or 1),
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,

@@ -94,7 +94,7 @@ def run(
     if check_finite:
         captures = (captures or {}) | finite_.captures(site_shapes(model, batch), logits)
     bound, asked = bind(model, batch, edits, captures, logits)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         read = mesh.shard_batch(batch), place(bound), asked
         out = mesh.gather_to_host(_run(model, *read, logits=logits, remat=remat))
     if not check_finite:

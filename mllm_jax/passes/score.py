@@ -16,9 +16,8 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.passes import generate
 from mllm_jax.passes import run as run_
-from mllm_jax.processors.prompts import listed
-from mllm_jax.sharding import collectives as split
-from mllm_jax.sharding import mesh
+from mllm_jax.processors.prompts import as_list
+from mllm_jax.sharding import collectives, mesh
 
 TOGETHER = 512  # tokens of candidates, over all rows, whose logits exist at one time
 
@@ -76,7 +75,7 @@ def score_with(
         )
     bound = generate.bind(model, batch, edits, candidates.shape[-1])
     asked = run_.bind(model, batch, None, captures, "last")[1]
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         read = mesh.shard_batch(batch), run_.place(bound), asked, candidates
         return mesh.gather_to_host(_score(model, *read))
 
@@ -126,10 +125,10 @@ def candidate_ids(
 
 def _lists(candidates: Any, rows: int) -> list[list[str]]:
     """Candidates as a list of strings for each row."""
-    found = listed(candidates, "candidates", "strings, or of lists of strings")
+    found = as_list(candidates, "candidates", "strings, or of lists of strings")
     if found and all(isinstance(one, str) for one in found):
         return [found] * rows
-    lists = [listed(row, f"candidates, row {b}:") for b, row in enumerate(found)]
+    lists = [as_list(row, f"candidates, row {b}:") for b, row in enumerate(found)]
     if len(lists) > rows:
         raise ValueError(f"candidates for {len(lists)} rows, but the batch has {rows}")
     if not any(lists):
@@ -157,13 +156,15 @@ def _score(model, batch, edits, captures, ids) -> Scores:
 
     def one(ids):  # int32[B, A]
         valid, at = ids >= 0, jnp.maximum(ids, 0)
-        said = [split.take_along_vocabulary(first[:, None], at[:, :1])]
+        said = [collectives.take_along_vocabulary(first[:, None], at[:, :1])]
         if A > 1:  # nothing is asked after the last token
             taps = Taps(edits, at=T)
             x = generate.words(model, ids[:, :-1], taps)
             x, _ = model.read(x, position, valid[:, :-1], taps, cache)
             said.append(
-                split.take_along_vocabulary(jax.nn.log_softmax(model.logits(x, taps)), at[:, 1:])
+                collectives.take_along_vocabulary(
+                    jax.nn.log_softmax(model.logits(x, taps)), at[:, 1:]
+                )
             )
         total = jnp.where(valid, jnp.concatenate(said, 1), 0).sum(-1)
         return jnp.where(valid.any(-1), total, -jnp.inf)

@@ -132,7 +132,7 @@ def sweep(
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((bound, asked, batch))):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
     bound = _equal_lanes(bound)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         share = share and not rows.done.all()  # nothing is run for rows that are there
         trunk = (trunk_.compute_clean_pass if share else trunk_.without_sharing)(
             model, batch, bound, asked, logits

@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mllm_jax.batch import Batch
 from mllm_jax.families import registry as architectures
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.captures import Capture
@@ -138,7 +139,7 @@ class Plan:
 
 def plan(
     model: llava.Llava | llava.LlavaConfig,
-    batch: Size | llava.Batch | None = None,
+    batch: Size | Batch | None = None,
     edits: Edits | None = None,
     captures: dict[str, Capture] | None = None,
     *,
@@ -173,7 +174,7 @@ def plan(
         else _mesh(topology, network, study, data, fsdp, compile)
     )
     asked = _over(batch if isinstance(batch, Size) else Size(), mesh, study)
-    if isinstance(batch, llava.Batch):
+    if isinstance(batch, Batch):
         asked = dataclasses.replace(asked, rows=len(batch.ids))
     else:
         batch = programs.batch(config, asked)
@@ -356,7 +357,7 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     def put(array, letters) -> jax.ShapeDtypeStruct:
-        return lying(array, mesh_.spec(letters, array.shape))
+        return lying(array, mesh_.partition_spec(letters, array.shape))
 
     def place(kind: str, tree: Any) -> tuple[str, Any]:
         if kind == "edits" and not lanes:
@@ -379,7 +380,11 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
 
 def _leading(letter: str, leaf) -> P:
     """What leads with this letter."""
-    return mesh_.spec((letter, *(None,) * (len(leaf.shape) - 1)), leaf.shape) if leaf.shape else P()
+    return (
+        mesh_.partition_spec((letter, *(None,) * (len(leaf.shape) - 1)), leaf.shape)
+        if leaf.shape
+        else P()
+    )
 
 
 def _of_parameter(path: str, weights: Mapping[str, P]) -> P:

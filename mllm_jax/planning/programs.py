@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 
 from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.tap import Resume, Taps
-from mllm_jax.passes import clean_pass as trunk
-from mllm_jax.passes import generate, run, score, sweep
+from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
 _STEPS = 100  # of a training: it does not matter how many
@@ -75,7 +75,7 @@ def model(config: llava.LlavaConfig, dtype) -> nnx.Module:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def batch(config: llava.LlavaConfig, size: Size) -> llava.Batch:
+def batch(config: llava.LlavaConfig, size: Size) -> Batch:
     """Rows of one picture, as large as one can be, between a system word and a question.
 
     What edits and captures select by is there; pixels and words are shapes.
@@ -97,7 +97,7 @@ def batch(config: llava.LlavaConfig, size: Size) -> llava.Batch:
         return np.broadcast_to(np.asarray(value, dtype), (B, T))
 
     tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.vision.image_size
-    return llava.Batch(
+    return Batch(
         ids=_shape(np.int32, B, T),
         position=each(np.arange(T), np.int32),
         tokens=tokens.TokenMap(
@@ -157,14 +157,14 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     x = shapes[sites.lm.resid_pre.name]
     layers = model.config.lm.layers
     state = jnp.dtype(x.dtype).itemsize * int(np.prod(x.shape))
-    every = max(1, -(-layers * state // trunk.BUDGET))
+    every = max(1, -(-layers * state // clean_pass.BUDGET))
     kept = _shape(x.dtype, -(-layers // every), *x.shape)
     seen = batch.replace(features=_features(model, batch))
     captured = jax.eval_shape(
         lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
     )  # fmt: skip
-    stops = trunk.stops([bound], found, "last", layers)
+    stops = clean_pass.stops([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
     if stops is not None:  # of the last layer all tokens but the last one are left out
         places = _shape(np.int32, size.rows)

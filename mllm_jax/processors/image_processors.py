@@ -12,7 +12,7 @@ from mllm_jax.checkpoints import files
 from mllm_jax.processors import pictures, prompts
 
 # A picture's shorter side is scaled to as many sides of a tile, at most.
-SCALED = 16
+MAX_UPSCALE = 16
 
 
 def read(directory: pathlib.Path):
@@ -26,7 +26,7 @@ def read(directory: pathlib.Path):
         path = directory / name
         if path.exists():
             files.regular(path)
-            return made(
+            return construct(
                 path,
                 lambda: AutoImageProcessor.from_pretrained(
                     directory, backend="pil", trust_remote_code=False
@@ -35,7 +35,7 @@ def read(directory: pathlib.Path):
     raise FileNotFoundError(f"{directory} has no preprocessor_config.json to prepare pictures with")
 
 
-def made(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
     """An image processor of transformers; whatever its settings lead to is a ValueError."""
     try:
         return make()
@@ -57,14 +57,14 @@ def check_size(images, side: int, directory) -> None:
             f"{side} x {side} (image_size in config.json): make them the same"
         )
     largest = max(size.values(), default=0)
-    if largest > SCALED * side:
+    if largest > MAX_UPSCALE * side:
         raise ValueError(
-            f"{path}: size {largest} is more than {SCALED} times the {side} that the vision tower "
-            "reads: set the size that the model was trained with"
+            f"{path}: size {largest} is more than {MAX_UPSCALE} times the {side} that the vision "
+            "tower reads: set the size that the model was trained with"
         )
 
 
-def prepare(processor, images: list, side: int, directory) -> np.ndarray:
+def preprocess(processor, images: list, side: int, directory) -> np.ndarray:
     """float[n, ..., 3, side, side]: what an image processor makes of pictures.
 
     Args:
@@ -97,7 +97,7 @@ def _sides(size: Any) -> dict[str, int]:
     return {name: number for name, number in found.items() if isinstance(number, (int, float))}
 
 
-def squared(image, mean: Sequence[float]):
+def pad_to_square(image, mean: Sequence[float]):
     """A picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
 
     Args:

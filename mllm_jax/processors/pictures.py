@@ -22,7 +22,7 @@ from mllm_jax.processors import files
 # What is opened, by Pillow's names; JPEG includes MPO. HEIF is there once a program has called
 # pillow_heif.register_heif_opener(). Never a format that starts a program: EPS, PDF.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-ENDINGS = {  # of files that are taken for pictures, in lower case
+EXTENSIONS = {  # of files that are taken for pictures, in lower case
     ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib",
     ".gif", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
 }  # fmt: skip
@@ -31,7 +31,7 @@ MAX_RATIO = 500  # of a picture's sides: image processors scale the shorter one 
 MAX_BYTES = 300 * 2**20  # of one file
 STRIP = 512  # rows that are converted at one time
 ORIENTATION = 0x0112  # the EXIF tag
-TURNS = {
+TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
     4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,7 +41,7 @@ TURNS = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # file brands
-OTHERS = (  # how files begin that are taken for pictures
+OTHER_FORMATS = (  # how files begin that are taken for pictures
     (b"%!PS", "PostScript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"%PDF", "PDF"),
@@ -154,7 +154,7 @@ def _what_else(content: bytes) -> str:
             "HEIC is not read: convert it to JPEG (heif-convert a.heic a.jpg), or install "
             "pillow-heif and call pillow_heif.register_heif_opener()"
         )
-    for start, what in OTHERS:
+    for start, what in OTHER_FORMATS:
         if content.lstrip()[: len(start)].lower() == start.lower():
             return f"it is {what}: save it as PNG or JPEG"
     known = ", ".join(name for name in FORMATS if name in PIL.Image.OPEN)
@@ -176,7 +176,7 @@ def _shown(picture: PIL.Image.Image) -> PIL.Image.Image:
     """The picture in RGB, decoded, turned, on white."""
     raw = _raw_mode(picture)
     _load(picture)
-    turn = TURNS.get(_orientation(picture))
+    turn = TRANSPOSES.get(_orientation(picture))
     if picture.mode.startswith(("I", "F")):
         shown = _grey(picture).convert("RGB")
     elif picture.mode == "LAB":

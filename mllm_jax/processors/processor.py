@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import files
-from mllm_jax.families.llava.model import Batch, LlavaConfig
+from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.processors import image_processors
 from mllm_jax.processors import pictures as picture_files
 from mllm_jax.processors import prompts as prompts_
@@ -37,10 +38,10 @@ class Processor:
       stop_ids: ids that end an answer, beside the end of a turn that the tokenizer names.
 
     Attributes:
-      anew: whether a picture is read anew for each question about it.
+      reencode_per_question: whether a picture is read anew for each question about it.
     """
 
-    anew = False
+    reencode_per_question = False
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class Processor:
         image_processors.check_size(made, self.config.vision.image_size, self.directory)
         return made
 
-    def reads_pictures(self) -> list[Any]:
+    def picture_settings(self) -> list[Any]:
         """What pixels depend on, beside the picture: for the fingerprints of stores."""
         made = self.image_processor
         settings = made.to_dict() if hasattr(made, "to_dict") else made
@@ -128,7 +129,7 @@ class Processor:
         """What batches depend on, beside pictures and text."""
         tokenizers = [self.tokenizer, getattr(self, "qformer_tokenizer", None)]
         contents = map(prompts_.tokenizer_content, tokenizers)
-        return [self.config, self.reads_pictures(), self.stop_ids, *contents]
+        return [self.config, self.picture_settings(), self.stop_ids, *contents]
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
@@ -140,7 +141,7 @@ class Processor:
     @property
     def chat_template(self) -> prompts_.ChatTemplate | None:
         """The chat template, if there is one."""
-        return prompts_.ChatTemplate.of(self.tokenizer)
+        return prompts_.ChatTemplate.from_tokenizer(self.tokenizer)
 
     def __call__(
         self,
@@ -173,12 +174,12 @@ class Processor:
           length: pad to this length instead of the nearest of LENGTHS.
           left: pad on the left.
         """
-        prompts = prompts_.read(prompts)
+        prompts = prompts_.parse_prompts(prompts)
         if not prompts and not rows:
             raise ValueError("prompts is empty: there is nothing to make a batch of")
         pictures = self._read(_shown(images, prompts), features, sizes, len(prompts))
         if answers is not None:
-            answers = prompts_.strings(answers, "answers")
+            answers = prompts_.as_strings(answers, "answers")
             if len(answers) != len(prompts):
                 raise ValueError(f"{len(answers)} answers for {len(prompts)} prompts")
         made = [
@@ -199,7 +200,7 @@ class Processor:
         rows: int | None = None,
         length: int | None = None,
     ) -> Batch:
-        """Several questions on one picture in one row: the picture is read once (but see `anew`).
+        """Return a batch of several questions on one picture a row.
 
         Each question with its answer is a segment of its own. It sees the picture and not the
         other questions, at the positions that it would have alone.
@@ -209,7 +210,7 @@ class Processor:
           turns: (question, answer) pairs of each row.
           features, sizes, rows, length: as in a call.
         """
-        turns = [_pairs(pairs, row) for row, pairs in enumerate(prompts_.listed(turns, "turns"))]
+        turns = [_pairs(pairs, row) for row, pairs in enumerate(prompts_.as_list(turns, "turns"))]
         pictures = self._read(images, features, sizes, len(turns))
         made = []
         for number, (pairs, shown) in enumerate(zip(turns, pictures, strict=True)):
@@ -224,13 +225,15 @@ class Processor:
                 ids, kinds, patches = alone.ids, alone.kinds, alone.patches
                 row.qformer_rows += alone.qformer_rows
                 if shared is None:  # up to the question all rows of a template are the same
-                    shared = 0 if self.anew else kinds.index(tokens.CODE["question"])
+                    shared = (
+                        0 if self.reencode_per_question else kinds.index(tokens.CODE["question"])
+                    )
                     row.add(ids[:shared], kinds[:shared], patches[:shared])
                     row.prompt = len(ids)
                 row.add(ids[shared:], kinds[shared:], patches[shared:], segment=segment, at=shared)
                 self._answer(row, answer, at, segment=segment, place=len(ids))
             made.append(row)
-        if self.anew:
+        if self.reencode_per_question:
             pictures = [shown * len(pairs) for shown, pairs in zip(pictures, turns, strict=True)]
         return self._batch(made, pictures, features, rows, length, False)
 
@@ -281,7 +284,7 @@ class Processor:
                 f"{self.directory or 'this model'} has no chat template to set a chat into"
             )
         try:
-            return self.chat_template.render(prompts_.pictures_first(prompt, images))
+            return self.chat_template.render(prompts_.put_images_first(prompt, images))
         except ValueError as error:
             turn = "a plain user turn" if len(prompt) == 1 else "this chat"
             raise ValueError(
@@ -346,7 +349,7 @@ class Processor:
         self, prompt: str | Chat, text: str, questions: Questions
     ) -> tuple[list[int], list[int]]:
         """Ids and kinds of the whole text of a prompt."""
-        return prompts_.coded(
+        return prompts_.tokenize(
             self.tokenizer, text, questions, special=self._bare(prompt, text),
             vocab=self.config.lm.vocab, image=self.config.image_token,
         )  # fmt: skip
@@ -355,11 +358,11 @@ class Processor:
         missing = max(0, (rows or 0) - len(made))
         made, pictures = made + [Row()] * missing, pictures + [[]] * missing
         longest = max(len(row.ids) for row in made)
-        T = length or rows_.padded(longest)
+        T = length or rows_.round_up_length(longest)
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
-        place, count = rows_.places(pictures, made)
+        place, count = rows_.assign_image_slots(pictures, made)
         B, tiles = len(made), self.config.tiles * max((len(p) for p in pictures), default=0)
         n, side = self.config.image_tokens, self.config.token_grid
         ids = np.full((B, T), self.stop_ids[0] if len(self.stop_ids) else 0, np.int32)
@@ -388,7 +391,7 @@ class Processor:
             seen[at] = seen[at] or row
         pixels, real = self._pixels(seen, tiles, features is None)
         if features is not None:
-            features = rows_.spread(features, pictures, tiles // self.config.tiles)
+            features = rows_.place_features(features, pictures, tiles // self.config.tiles)
             features = features.reshape(len(real), -1, features.shape[-1])
         return Batch(
             ids=ids,
@@ -400,7 +403,7 @@ class Processor:
             is_real_tile=real,
             features=features,
             segment=segment if segment.any() else None,
-            labels=rows_.labels(kind),
+            labels=rows_.answer_positions(kind),
             processor=self,
         )
 
@@ -444,8 +447,8 @@ class Processor:
         """float32[n, tiles, 3, row, column]: normalised by the checkpoint's image processor."""
         if self.image_aspect_ratio == "pad":
             mean = self.image_processor.image_mean
-            images = [image_processors.squared(image, mean) for image in images]
-        values = image_processors.prepare(
+            images = [image_processors.pad_to_square(image, mean) for image in images]
+        values = image_processors.preprocess(
             self.image_processor, images, self.config.vision.image_size, self.directory
         )
         return values.reshape(len(images), -1, *values.shape[-3:])
@@ -494,7 +497,7 @@ def picture_rows(images: Any) -> list[list]:
 
 def _pairs(pairs: Any, row: int) -> list[tuple[str, str]]:
     """The questions of a packed row with their answers."""
-    found = [tuple(prompts_.listed(p, f"turns, row {row}", "pairs")) for p in pairs]
+    found = [tuple(prompts_.as_list(p, f"turns, row {row}", "pairs")) for p in pairs]
     if not found:
         raise ValueError(f"turns, row {row}: there is no question")
     for number, pair in enumerate(found, 1):

@@ -39,12 +39,12 @@ def first_line(error: BaseException) -> str:
     return files.line(lines[0], 120) if lines else type(error).__name__
 
 
-def of(tokenizer) -> str:
+def tokenizer_origin(tokenizer) -> str:
     """Where a tokenizer comes from."""
     return files.line(getattr(tokenizer, "name_or_path", None) or "this model", 120)
 
 
-def listed(values: Any, name: str, what: str = "strings") -> list:
+def as_list(values: Any, name: str, what: str = "strings") -> list:
     """Values as a list; a string or a mapping is none, though Python would go through it."""
     found = values.tolist() if hasattr(values, "tolist") else values
     one = isinstance(found, (str, bytes, Mapping, set, frozenset))
@@ -53,16 +53,16 @@ def listed(values: Any, name: str, what: str = "strings") -> list:
     return list(found)
 
 
-def strings(values: Any, name: str) -> list[str]:
+def as_strings(values: Any, name: str) -> list[str]:
     """Values as a list of strings."""
-    found = listed(values, name)
+    found = as_list(values, name)
     for number, value in enumerate(found):
         if not isinstance(value, str):
             raise ValueError(f"{name}, row {number}: {short(value)} is no text")
     return found
 
 
-def read(prompts: Any) -> list[str | Chat]:
+def parse_prompts(prompts: Any) -> list[str | Chat]:
     """Prompts as strings and chats.
 
     Args:
@@ -71,7 +71,7 @@ def read(prompts: Any) -> list[str | Chat]:
     Raises:
       ValueError: they are something else.
     """
-    found = listed(prompts, "prompts", "strings or chats")
+    found = as_list(prompts, "prompts", "strings or chats")
     if found and all(isinstance(message, Mapping) for message in found):
         found = [found]
     return [one if isinstance(one, str) else _chat(one, row) for row, one in enumerate(found)]
@@ -132,7 +132,7 @@ def without_images(chat: Chat) -> Chat:
     return [message | {"content": kept(message["content"])} for message in chat]
 
 
-def pictures_first(chat: Chat, images: int) -> Chat:
+def put_images_first(chat: Chat, images: int) -> Chat:
     """A chat with pictures, before what the user says first if it does not say where they stand."""
     if not images or image_parts(chat) or any(IMAGE in text for text in _texts(chat)):
         return chat
@@ -173,14 +173,16 @@ class ChatTemplate:
     special: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, tokenizer) -> ChatTemplate | None:
+    def from_tokenizer(cls, tokenizer) -> ChatTemplate | None:
         """That of a tokenizer of transformers, the one named default where it has several."""
         source = tokenizer.chat_template
         if not source:
             return None
         source = source.get("default") if isinstance(source, dict) else source
         if not isinstance(source, str):
-            raise ValueError(f"{of(tokenizer)}: chat_template is no string, nor one named default")
+            raise ValueError(
+                f"{tokenizer_origin(tokenizer)}: chat_template is no string, nor one named default"
+            )
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         return _template(source, tuple(special.items()))
 
@@ -255,7 +257,7 @@ def encode(tokenizer, text: str, **how: Any):
     """What a tokenizer of transformers makes of a text; whatever it raises is a ValueError."""
     return _guarded(
         lambda: tokenizer(text, return_attention_mask=False, **how),
-        lambda: f"the tokenizer of {of(tokenizer)} cannot read {short(text)}",
+        lambda: f"the tokenizer of {tokenizer_origin(tokenizer)} cannot read {short(text)}",
     )
 
 
@@ -269,7 +271,7 @@ def _guarded(call: Callable, name: Callable[[], str]) -> Any:
         raise ValueError(f"{name()}: {first_line(error)}") from error
 
 
-def coded(
+def tokenize(
     tokenizer, text: str, questions: Questions, *, special: bool, vocab: int, image: int = -1
 ) -> tuple[list[int], list[int]]:
     """Ids and kinds of a text: the question, and all else.
@@ -293,7 +295,7 @@ def coded(
     words = "".join(text[part] for part in questions).replace(IMAGE, "").strip()
     if words and not any(a and token != image for a, token in zip(asked, ids, strict=True)):
         raise ValueError(
-            f"the tokenizer of {of(tokenizer)} makes no token of "
+            f"the tokenizer of {tokenizer_origin(tokenizer)} makes no token of "
             f"{short(words)}: its files are incomplete"
         )
     return ids, [tokens.CODE["question" if a else "system"] for a in asked]
@@ -304,7 +306,7 @@ def check_vocab(tokenizer, ids: Sequence[int], vocab: int, image: int = -1) -> N
     beyond = [token for token in ids if token >= vocab and token != image]
     if beyond:
         raise ValueError(
-            f"the tokenizer of {of(tokenizer)} gives "
+            f"the tokenizer of {tokenizer_origin(tokenizer)} gives "
             f"{short(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
             "words: the tokenizer is another model's"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.families.llava.model import Layout
+from mllm_jax.batch import Layout
 
 # Rows are padded to one of these lengths, so that batches share a few compiled programs.
 LENGTHS = (
@@ -58,7 +58,7 @@ class Row:
         self.segments.extend([segment] * len(ids))
 
 
-def places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
+def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
     """Where each row's pictures stand among all, and how many places there are.
 
     Rows that read the same pictures, and are told the same of them, share a place; then the places
@@ -77,12 +77,12 @@ def places(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], i
     return [distinct.index(key) if key else 0 for key in keys], count
 
 
-def padded(length: int) -> int:
+def round_up_length(length: int) -> int:
     """The nearest of LENGTHS."""
     return next((n for n in LENGTHS if n >= length), -(-length // LONGER) * LONGER)
 
 
-def spread(features: np.ndarray, pictures: list[list[Picture]], count: int) -> np.ndarray:
+def place_features(features: np.ndarray, pictures: list[list[Picture]], count: int) -> np.ndarray:
     """Features of one picture a row at each place [B, count] where it is read, zero elsewhere."""
     out = np.zeros((len(pictures), count, *features.shape[1:]), features.dtype)
     for places, row, values in zip(out, pictures, features, strict=False):
@@ -90,7 +90,7 @@ def spread(features: np.ndarray, pictures: list[list[Picture]], count: int) -> n
     return out
 
 
-def labels(kind: np.ndarray) -> np.ndarray | None:
+def answer_positions(kind: np.ndarray) -> np.ndarray | None:
     """int32[B, A]: the places of the answer tokens, -1 to fill up; A is a multiple of 8."""
     answer = kind == tokens.CODE["answer"]
     most = answer.sum(-1).max()

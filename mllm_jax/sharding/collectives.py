@@ -25,7 +25,7 @@ def top_k(
         x: its first axis is split as rows are. k: how many.
         whole: what finds them where all are on one device; of equal values it takes the first.
     """
-    axes, rows = mesh.mesh_axes_of("V", x.shape[-1]), mesh.mesh_axes_of("B", x.shape[0])
+    axes, rows = mesh.axes_for("V", x.shape[-1]), mesh.axes_for("B", x.shape[0])
     if not axes and not rows:
         return whole(x, k)
 
@@ -39,12 +39,12 @@ def top_k(
         return best, jnp.take_along_axis(ids, at, -1)
 
     lead = (rows, *(None,) * (x.ndim - 2))
-    return _manual(local, {*(axes or ()), *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
+    return _shard_map(local, {*(axes or ()), *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
 
 
 def take_along_vocabulary(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """x at one id a row."""
-    if mesh.mesh_axes_of("V", x.shape[-1]) is None:
+    if mesh.axes_for("V", x.shape[-1]) is None:
         return jnp.take_along_axis(x, ids[..., None], -1)[..., 0]
     return jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0).sum(-1)
 
@@ -60,7 +60,7 @@ def take_image_tokens(
         at: of each place in a row.
         tiles: I, as many for each row, or else rows share them.
     """
-    rows = mesh.mesh_axes_of("B", len(at))
+    rows = mesh.axes_for("B", len(at))
     if rows is None:
         return table[at]
     if tiles % len(at):  # rows share pictures
@@ -72,11 +72,11 @@ def take_image_tokens(
         here = jnp.where(at < count, here, len(own) + at - count)
         return jnp.concatenate([own, shared])[here]
 
-    run = _manual(local, set(rows), (P(rows), P(), P(rows)), P(rows))
+    run = _shard_map(local, set(rows), (P(rows), P(), P(rows)), P(rows))
     return run(table[:count], table[count:], at)
 
 
-def _manual(fn: Callable, axes: set[str], in_specs, out_specs) -> Callable:
+def _shard_map(fn: Callable, axes: set[str], in_specs, out_specs) -> Callable:
     return jax.shard_map(
         fn, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )

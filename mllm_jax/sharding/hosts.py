@@ -26,13 +26,15 @@ from jax.experimental import multihost_utils
 
 from mllm_jax.sharding import liveness
 
-WAIT = 40  # seconds for all to come
-_HEARTBEAT = 24 * 3600  # of JAX, which ends all when one is silent for so long: see `liveness`
-_SHUTDOWN = 60  # seconds for all to come to the end
-_SETTLE = 1.0  # seconds after an error in which another process may turn out to be its cause
-CONTINUE = "what was finished is saved; start again with the same flags to continue"
-_asked = threading.Event()
-_ended = threading.Lock()
+CONNECT_TIMEOUT = 40  # seconds for all to come
+_HEARTBEAT_TIMEOUT = (
+    24 * 3600
+)  # of JAX, which ends all when one is silent for so long: see `liveness`
+_SHUTDOWN_TIMEOUT = 60  # seconds for all to come to the end
+_CAUSE_DELAY = 1.0  # seconds after an error in which another process may turn out to be its cause
+RESUME_HINT = "what was finished is saved; start again with the same flags to continue"
+_preempted = threading.Event()
+_exit_lock = threading.Lock()
 _interrupted = threading.Event()
 
 
@@ -66,7 +68,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     if coordinator and process == 0:
         _check_port(host, int(port), coordinator)
     _divert_stderr()
-    alone = threading.Timer(WAIT, _alone, (coordinator, processes))
+    alone = threading.Timer(CONNECT_TIMEOUT, _exit_unconnected, (coordinator, processes))
     alone.daemon = True
     alone.start()
     try:
@@ -74,9 +76,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
             coordinator,
             processes,
             process,
-            initialization_timeout=2 * WAIT,
-            heartbeat_timeout_seconds=_HEARTBEAT,
-            shutdown_timeout_seconds=_SHUTDOWN,
+            initialization_timeout=2 * CONNECT_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
             coordinator_bind_address=coordinator if _State.local else None,
         )
         _State.process, _State.count = jax.process_index(), jax.process_count()
@@ -84,7 +86,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
         reason = " ".join(str(error).split())
         raise ValueError(f"the processes cannot be connected: {reason}") from error
     alone.cancel()
-    _watch()
+    _start_monitor()
     atexit.register(shutdown)
 
 
@@ -118,9 +120,9 @@ def _divert_stderr() -> None:
     sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
 
 
-def _watch() -> None:
+def _start_monitor() -> None:
     """Starts the monitor: processes end together, whichever fails."""
-    monitor = liveness.Monitor(_State.process, _end_with)
+    monitor = liveness.Monitor(_State.process, _exit_after_failure)
     listener, address = None, liveness.Address("", 0, "")
     if is_primary():
         listener, address = liveness.listen("127.0.0.1" if _State.local else liveness.own_address())
@@ -139,48 +141,48 @@ def _watch() -> None:
     _State.monitor = monitor
 
 
-def _alone(coordinator: str | None, processes: int | None) -> None:
-    _end(
+def _exit_unconnected(coordinator: str | None, processes: int | None) -> None:
+    _exit_now(
         f"error: not all {processes or ''} processes came to {coordinator or 'the first'} within "
-        f"{WAIT} s: start one on every host, all with the same flags but for --process"
+        f"{CONNECT_TIMEOUT} s: start one on every host, all with the same flags but for --process"
     )
 
 
-def _end_with(failed: int, text: str | None) -> None:
+def _exit_after_failure(failed: int, text: str | None) -> None:
     """Ends this process because another failed; on one machine one of those left says so."""
     if _interrupted.is_set():
-        _end("", 128 + signal.SIGINT)
+        _exit_now("", 128 + signal.SIGINT)
     said = f"process {failed} failed: {text}"
     if text is None:
-        said = f"error: process {failed} was lost (killed, or its host failed): {CONTINUE}"
-    _end(said if _speaks(failed) else "")
+        said = f"error: process {failed} was lost (killed, or its host failed): {RESUME_HINT}"
+    _exit_now(said if _is_reporter(failed) else "")
 
 
-def _speaks(failed: int | None = None) -> bool:
+def _is_reporter(failed: int | None = None) -> bool:
     """Whether this process says what concerns all: on one machine the first that is left."""
     return not _State.local or _State.process == (1 if failed == 0 else 0)
 
 
-def _end(text: str, status: int = 1, *, report: bool = False) -> NoReturn:
+def _exit_now(text: str, status: int = 1, *, report: bool = False) -> NoReturn:
     """At once: nobody comes to the barrier that JAX waits at when a process ends by itself."""
-    if not _ended.acquire(blocking=False):
+    if not _exit_lock.acquire(blocking=False):
         threading.Event().wait()  # another thread of this process is about to end it
     if text:
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
     if report:
         _State.monitor.report(text.splitlines()[-1])
-    _forget_log()
+    _remove_log()
     os._exit(status)
 
 
 def fail(text: str) -> NoReturn:
     """Ends this process, and with it all others, which say why: the last line of the text."""
     if _State.monitor is None:
-        _forget_log()
+        _remove_log()
         sys.exit(text)
-    time.sleep(_SETTLE)
-    _end(text, report=True)
+    time.sleep(_CAUSE_DELAY)
+    _exit_now(text, report=True)
 
 
 def process_count() -> int:
@@ -217,7 +219,7 @@ def require_same(**parts: Any) -> None:
     """
     if process_count() == 1:
         return
-    text = _encoded(parts)
+    text = _encode_parts(parts)
     size = int(multihost_utils.process_allgather(np.int64(len(text))).max())
     padded = np.frombuffer(text.ljust(size), np.uint8)
     all_parts = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
@@ -232,15 +234,15 @@ def require_same(**parts: Any) -> None:
             )
 
 
-def _encoded(parts: Mapping[str, Any]) -> bytes:
-    return json.dumps(_flat(parts), sort_keys=True, default=str).encode()
+def _encode_parts(parts: Mapping[str, Any]) -> bytes:
+    return json.dumps(_flatten(parts), sort_keys=True, default=str).encode()
 
 
-def _flat(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in parts.items():
         nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        found |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
 
 
@@ -250,7 +252,7 @@ def handle_sigterm() -> None:
     With several processes JAX listens to it, and finds a step that all of them can reach.
     """
     if process_count() == 1:
-        signal.signal(signal.SIGTERM, lambda *_: _asked.set())
+        signal.signal(signal.SIGTERM, lambda *_: _preempted.set())
 
 
 def interrupt() -> None:
@@ -264,7 +266,7 @@ def preemption_requested() -> bool:
     if process_count() > 1:
         preemption_requested.calls += 1
         return multihost_utils.reached_preemption_sync_point(preemption_requested.calls)
-    return _asked.is_set()
+    return _preempted.is_set()
 
 
 preemption_requested.calls = 0
@@ -276,10 +278,10 @@ def shutdown() -> None:
         monitor, _State.monitor = _State.monitor, None
         jax.distributed.shutdown()  # once all have come
         monitor.close()
-        _forget_log()
+        _remove_log()
 
 
-def _forget_log() -> None:
+def _remove_log() -> None:
     if _State.log is not None:
         _State.log.unlink(missing_ok=True)
 
@@ -288,8 +290,8 @@ def exit_preempted(what: str) -> NoReturn:
     """Ends this process after SIGTERM or Ctrl-C; all that is done is saved."""
     number = signal.SIGINT if _interrupted.is_set() else signal.SIGTERM
     cause = "Ctrl-C" if _interrupted.is_set() else "SIGTERM"
-    speaks = _speaks() or process_count() == 1
+    speaks = _is_reporter() or process_count() == 1
     shutdown()
-    if speaks and _ended.acquire(blocking=False):
-        print(f"{what}: stopped by {cause}: {CONTINUE}", file=sys.stderr, flush=True)
+    if speaks and _exit_lock.acquire(blocking=False):
+        print(f"{what}: stopped by {cause}: {RESUME_HINT}", file=sys.stderr, flush=True)
     sys.exit(128 + number)

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-CONNECT = 20  # seconds to connect to process 0
+CONNECT_TIMEOUT = 20  # seconds to connect to process 0
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 6}  # two minutes
-_LINE = 4096  # bytes of a message at most
+_MAX_MESSAGE_BYTES = 4096  # bytes of a message at most
 
 OnFailure = Callable[[int, str | None], None]
 
@@ -45,7 +45,7 @@ class Monitor:
 
     def connect(self, address: Address) -> None:
         """Connects to process 0; every other process does it once."""
-        peer = socket.create_connection(address[:2], timeout=CONNECT)
+        peer = socket.create_connection(address[:2], timeout=CONNECT_TIMEOUT)
         _send(peer, ["hello", self.process, address.token])
         self._follow(0, peer)
 
@@ -54,7 +54,7 @@ class Monitor:
         with listener:
             while len(self._peers) < count:
                 peer, _ = listener.accept()
-                peer.settimeout(CONNECT)
+                peer.settimeout(CONNECT_TIMEOUT)
                 reader = peer.makefile("rb")
                 kind, process, text = _receive(reader) or ("", -1, "")
                 if kind == "hello" and secrets.compare_digest(str(text), token):
@@ -64,7 +64,7 @@ class Monitor:
 
     def report(self, text: str) -> None:
         """Tells the others that this process fails, in a few words."""
-        self._broadcast(["failed", self.process, text[: _LINE // 8]])
+        self._broadcast(["failed", self.process, text[: _MAX_MESSAGE_BYTES // 8]])
 
     def close(self) -> None:
         """Says goodbye: from now on nobody's end is a failure."""
@@ -100,7 +100,7 @@ class Monitor:
 def listen(host: str) -> tuple[socket.socket, Address]:
     """A listener of process 0 on a free port of one of its addresses, and where it is."""
     listener = socket.create_server((host, 0))
-    listener.settimeout(CONNECT)
+    listener.settimeout(CONNECT_TIMEOUT)
     return listener, Address(host, listener.getsockname()[1], secrets.token_hex(16))
 
 
@@ -122,7 +122,7 @@ def _send(peer: socket.socket, message: list) -> None:
 def _receive(reader) -> list | None:
     """The next message; None where the connection ended."""
     try:
-        line = reader.readline(_LINE)
+        line = reader.readline(_MAX_MESSAGE_BYTES)
         return json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError):
         return None

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-_AT_ONCE = 2**26  # bytes that a process fetches from others at one time
+_MAX_FETCH_BYTES = 2**26  # bytes that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 # What axes of activations are split over; of parameters, `rules` says it.
@@ -77,17 +77,17 @@ def mesh_of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     return None
 
 
-def enter_mesh(tree: Any) -> contextlib.AbstractContextManager:
+def use_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
     """To be on the mesh of some arrays, if they are on one: what is traced inside is for it."""
     found = mesh_of(tree)
     if found is None:
         return contextlib.nullcontext()
-    if _concrete() is None:
+    if _active_mesh() is None:
         return jax.sharding.use_abstract_mesh(found.abstract_mesh)
     return jax.set_mesh(found)
 
 
-def _concrete() -> jax.sharding.Mesh | None:
+def _active_mesh() -> jax.sharding.Mesh | None:
     """The mesh we are on, with its devices; None while something is traced."""
     try:
         return jax.sharding.get_mesh()
@@ -95,15 +95,15 @@ def _concrete() -> jax.sharding.Mesh | None:
         return None
 
 
-def inside_mesh() -> bool:
+def is_active() -> bool:
     """Whether what is traced here is for a mesh."""
     return jax.sharding.get_abstract_mesh().axis_names == AXES
 
 
-def mesh_axes_of(letter: str | None, size: int) -> tuple[str, ...] | None:
+def axes_for(letter: str | None, size: int) -> tuple[str, ...] | None:
     """The mesh axes that an axis of this letter and size is split over, where we are now."""
     here = jax.sharding.get_abstract_mesh()
-    if not inside_mesh():
+    if not is_active():
         return None
     axes = tuple(axis for axis in MESH_AXES.get(letter, ()) if here.shape[axis] > 1)
     # Inside of a `shard_map` an axis is taken: each device sees its own part alone.
@@ -112,14 +112,16 @@ def mesh_axes_of(letter: str | None, size: int) -> tuple[str, ...] | None:
     return axes if axes and free and divides else None
 
 
-def shards_of_axis(letter: str, size: int) -> int:
-    """In how many parts such an axis is split."""
-    return _size(mesh_axes_of(letter, size) or ())
+def shard_count(letter: str, size: int | None = None) -> int:
+    """Return the number of parts into which the mesh splits an axis of this letter.
 
-
-def shard_count(letter: str) -> int:
-    """In how many parts an axis of this letter is split, if that divides it."""
-    return _size(MESH_AXES[letter]) if inside_mesh() else 1
+    Args:
+        letter: the axis letter.
+        size: the length of the axis; if None, a length that the mesh divides is assumed.
+    """
+    if size is None:
+        return _size(MESH_AXES[letter]) if is_active() else 1
+    return _size(axes_for(letter, size) or ())
 
 
 def round_up_to_shards(letter: str, size: int) -> int:
@@ -132,16 +134,16 @@ def _size(axes: Sequence[str]) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
-def spec(letters: Sequence[str | None], shape: Sequence[int]) -> P:
+def partition_spec(letters: Sequence[str | None], shape: Sequence[int]) -> P:
     """The PartitionSpec of a tensor, from its axis letters."""
-    return P(*(mesh_axes_of(letter, n) for letter, n in zip(letters, shape, strict=True)))
+    return P(*(axes_for(letter, n) for letter, n in zip(letters, shape, strict=True)))
 
 
 def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
     """x, split as its axis letters say; x itself where there is no mesh."""
-    if not inside_mesh():
+    if not is_active():
         return x
-    return jax.lax.with_sharding_constraint(x, spec(letters, x.shape))
+    return jax.lax.with_sharding_constraint(x, partition_spec(letters, x.shape))
 
 
 def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
@@ -152,7 +154,7 @@ def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
         shared: trees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
-    if shard_count("R") == 1 or (leaves and mesh_axes_of("R", len(leaves[0])) is None):
+    if shard_count("R") == 1 or (leaves and axes_for("R", len(leaves[0])) is None):
         return fn(lanes, *shared)
     own = P("data") if leaves else P()
     return jax.shard_map(
@@ -166,10 +168,10 @@ def shard(x: Any, letters: Sequence[str | None]) -> Any:
 
     Each process puts its own parts of what all of them have.
     """
-    here = _concrete()
+    here = _active_mesh()
     if here is None or here.empty or isinstance(x, jax.core.Tracer):
         return x
-    sharding = NamedSharding(here, spec(letters, np.shape(x)))
+    sharding = NamedSharding(here, partition_spec(letters, np.shape(x)))
     if isinstance(x, jax.Array) and mesh_of(x) is not None:
         return jax.device_put(x, sharding)
     array = np.asarray(x)
@@ -183,7 +185,7 @@ def replicate(tree: Any) -> Any:
 
 def shardings_of(tree: Any) -> Any:
     """Where arrays lie, for what shall lie there after them; None where there is no mesh."""
-    return jax.tree.map(lambda x: x.sharding, tree) if inside_mesh() else None
+    return jax.tree.map(lambda x: x.sharding, tree) if is_active() else None
 
 
 def shard_batch(batch: Any) -> Any:
@@ -194,7 +196,7 @@ def shard_batch(batch: Any) -> Any:
     Raises:
         ValueError: the rows do not divide.
     """
-    if not inside_mesh() or _concrete() is None:
+    if not is_active() or _active_mesh() is None:
         return batch
     rows, parts = len(batch.ids), shard_count("B")
     if rows > 1 and rows % parts:
@@ -212,32 +214,32 @@ def shard_batch(batch: Any) -> Any:
 
 def gather_to_host(tree: Any) -> Any:
     """The same; arrays of which other processes hold parts come to the host, whole."""
-    far = [leaf for leaf in jax.tree.leaves(tree) if _is_far(leaf)]
+    far = [leaf for leaf in jax.tree.leaves(tree) if _is_remote(leaf)]
     if not far:
         return tree
-    return jax.tree.map(np.asarray, _whole(tree, NamedSharding(mesh_of(far), P())))
+    return jax.tree.map(np.asarray, _reshard(tree, NamedSharding(mesh_of(far), P())))
 
 
-def _is_far(leaf: Any) -> bool:
+def _is_remote(leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
         return False
     return not leaf.is_fully_addressable
 
 
 @functools.partial(jax.jit, static_argnames="place")
-def _whole(tree: Any, place: NamedSharding) -> Any:
+def _reshard(tree: Any, place: NamedSharding) -> Any:
     return jax.lax.with_sharding_constraint(tree, place)
 
 
 def iterate_rows(x: Any) -> Iterator[np.ndarray]:
     """An array as the host reads it, in order; what other processes hold comes some rows a time."""
-    if not _is_far(x) or x.is_fully_replicated:
+    if not _is_remote(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return
     place = NamedSharding(mesh_of(x), P())
-    step = max(1, _AT_ONCE * len(x) // x.nbytes)
+    step = max(1, _MAX_FETCH_BYTES * len(x) // x.nbytes)
     for start in range(0, len(x), step):
-        yield np.asarray(_some(x, start, min(step, len(x) - start), place))
+        yield np.asarray(_fetch_rows(x, start, min(step, len(x) - start), place))
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -247,5 +249,5 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("count", "place"))
-def _some(x: jax.Array, start: int, count: int, place: NamedSharding) -> jax.Array:
-    return _whole(jax.lax.dynamic_slice_in_dim(x, start, count), place)
+def _fetch_rows(x: jax.Array, start: int, count: int, place: NamedSharding) -> jax.Array:
+    return _reshard(jax.lax.dynamic_slice_in_dim(x, start, count), place)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mllm_jax.batch import Batch
 from mllm_jax.data.embedded.questions import Question
-from mllm_jax.families.llava.model import Batch
 from mllm_jax.processors.processor import Processor
 
 

@@ -98,7 +98,7 @@ def learn(
         return optax.apply_updates(params, change), state, value
 
     curve = np.zeros((len(batches),), np.float32)
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         params = mesh.replicate(jax.tree.map(_widened, start))
         state = mesh.replicate(optimiser.init(params))
         update = jax.jit(update, out_shardings=(*map(mesh.shardings_of, (params, state)), None))

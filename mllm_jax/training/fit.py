@@ -136,7 +136,7 @@ def fit(
     )  # fmt: skip
     kept = store.read()
     rest = store.resume(_Steps(batches, size))
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         if kept is not None and store.done == steps:
             return merge(_restored(mesh.replicate(trained), kept), frozen), kept["curve"]
         # Each step takes the place of the last in memory, and the model's own arrays stay.
@@ -234,7 +234,7 @@ def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[flo
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
-    with mesh.enter_mesh(model):
+    with mesh.use_mesh_of(model):
         for batch in tqdm.tqdm(batches, desc=label, leave=False):
             batch = batch.replace(processor=None)
             swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.sharding import collectives as split
+from mllm_jax.sharding import collectives
 
 
 def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -34,5 +34,5 @@ def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Arr
     states = jnp.take_along_axis(x, before[..., None], 1)
     wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
     log_probs = jax.nn.log_softmax(model.logits(states, taps))
-    said = split.take_along_vocabulary(log_probs, wanted)
+    said = collectives.take_along_vocabulary(log_probs, wanted)
     return -jnp.where(real, said, 0).sum(-1), real.sum(-1)

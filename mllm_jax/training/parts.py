@@ -60,7 +60,7 @@ class Lora:
         rng, low = np.random.default_rng(seed), {}
         for name in names:
             *stack, n, m = weights[name].shape
-            dtype = precision.wide(weights[name].dtype)
+            dtype = precision.at_least_float32_dtype(weights[name].dtype)
             a = rng.uniform(-1, 1, (*stack, n, self.rank)) / math.sqrt(n)
             low[name] = {"a": jnp.asarray(a, dtype), "b": jnp.zeros((*stack, self.rank, m), dtype)}
         return low
@@ -203,7 +203,7 @@ def partition(
 
 def _widened(leaf):
     """An array, or the shape of one, in float32 or better: itself, if it is."""
-    dtype = precision.wide(leaf.dtype)
+    dtype = precision.at_least_float32_dtype(leaf.dtype)
     if leaf.dtype == dtype:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):

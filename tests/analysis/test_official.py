@@ -15,7 +15,7 @@ from mllm_jax.analysis import domain_neurons, official
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("domains", [2, 5])
 def test_same_neurons_as_the_transcription(seed, domains):
-    published = pytest.importorskip("tests.published")
+    published = pytest.importorskip("tests.helpers.published")
     rng = np.random.default_rng([seed, domains])
     tokens = rng.integers(90_000, 110_000, domains)
     rate = rng.beta(0.3, 2.0, (domains, 8, 500))

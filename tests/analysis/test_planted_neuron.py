@@ -12,7 +12,7 @@ from mllm_jax import sites as S
 from mllm_jax.analysis import stability
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models import projector
-from tests.conftest import make_batch, random_model
+from tests.helpers.random_inputs import make_batch, random_model
 
 DOMAINS, EACH, NEURON = 3, 8, 5
 RATES = {"top_rate": 0.05, "filter_rate": 0.9, "bar_rate": 0.9}

@@ -8,21 +8,14 @@ from __future__ import annotations
 import importlib
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from benchmarks import clock, harness, kernels, profile, work
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 NAMES = ("sweep", "counts", "lens", "score", "generate", "prefill", "finetune")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ import pytest
 import mllm_jax as mj
 from benchmarks import real_size
 from mllm_jax.passes import generate, run
-from tests import tiny
-from tests.big import make_checkpoint
+from tests.helpers import make_checkpoint, tiny
 
 GIB = 2**30
 LLAMA = {"7b": 6_738_415_616, "13b": 13_015_864_320}  # parameters, with 32,000 words

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_jax.data import batching
 from mllm_jax.families.llava_next import model as llava_next
-from tests import tiny
+from tests.helpers import tiny
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,9 +84,9 @@ def test_what_is_no_folder(tmp_path):
         with pytest.raises(FileNotFoundError, match="is no folder"):
             domains.Domain.from_folder(tmp_path / name)
         with pytest.raises(ValueError, match=r"no folder and no table: .*\.csv, \.tsv"):
-            domains.own([tmp_path / name])
+            domains.load_user_domains([tmp_path / name])
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        domains.own([tmp_path / "absent"])
+        domains.load_user_domains([tmp_path / "absent"])
 
 
 def test_own_reads_no_picture_until_it_is_asked_for(tmp_path, monkeypatch):
@@ -94,12 +94,15 @@ def test_own_reads_no_picture_until_it_is_asked_for(tmp_path, monkeypatch):
         write(tmp_path / "birds" / "ab"[number % 2] / f"{number}.png")
     whole = {e.id for e in domains.Domain.from_folder(tmp_path / "birds")}
     with monkeypatch.context() as patch:
-        patch.setattr(domains.files, "read_bytes", lambda *_: pytest.fail("read"))
-        parts = [domains.own([tmp_path / "birds"], split)["birds"] for split in domains.SPLITS]
+        patch.setattr(domains.examples.files, "read_bytes", lambda *_: pytest.fail("read"))
+        parts = [
+            domains.load_user_domains([tmp_path / "birds"], split)["birds"]
+            for split in domains.SPLITS
+        ]
     ids = [{e.id for e in part} for part in parts]
     assert ids[0] | ids[1] == whole
     assert not ids[0] & ids[1]
-    assert len(ids[0]) == sum(domains._hash(i) % 4 == 0 for i in whole)
+    assert len(ids[0]) == sum(domains.user.is_test(i) for i in whole)
 
 
 def test_a_damaged_index_is_named(tmp_path):
@@ -109,3 +112,8 @@ def test_a_damaged_index_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"index\.json is damaged; delete .*objects to build"):
             domains.build("objects", tmp_path)
+
+
+def test_the_old_name_of_load_user_domains_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match="load_user_domains"), pytest.raises(OSError):
+        domains.own([tmp_path / "absent"])

@@ -35,9 +35,9 @@ def read(path) -> list[tuple[str, str, str]]:
 
 
 def whole(path):
-    """The domain, by the reader that `own` takes for its ending."""
-    name, rows = domains._own_rows(path)
-    return domains.Domain(name, "test", domains.Files(name, rows))
+    """The domain, by the reader that `load_user_domains` takes for its ending."""
+    name, rows = domains.user.read_rows(path)
+    return domains.Domain(name, "test", domains.FileExamples(name, rows))
 
 
 def refused(path, says: str, kind=ValueError) -> None:
@@ -121,7 +121,7 @@ class TestCsv:
             lines = (f"{i}.jpg,What is {i}?,answer {i}" for i in range(count))
             path.write_text("\n".join(["image,question,answer", *lines]))
             started = time.process_time()
-            rows = domains._own_rows(path)[1]
+            rows = domains.user.read_rows(path)[1]
             assert len(rows) == count
             assert all(len(row.questions()[0].options) == 4 for row in rows[:: count // 1000])
             return time.process_time() - started
@@ -244,7 +244,7 @@ class TestConversations:
         import numpy as np
 
         from mllm_jax.data import batching
-        from tests import tiny
+        from tests.helpers import tiny
 
         path = tmp_path / "llava.json"
         path.write_text(json.dumps([talk("<image>\nwhat is shown ?", "red")]))

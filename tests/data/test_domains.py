@@ -54,7 +54,7 @@ def tiny_recipes(monkeypatch):
             return RECIPE
         raise packages.MissingPackage(f"domain {name!r} needs the package 'x': pip install x")
 
-    monkeypatch.setattr(domains, "recipe", found)
+    monkeypatch.setattr(domains.builder, "recipe", found)
 
 
 def example(**changes) -> domains.Example:
@@ -176,7 +176,7 @@ class TestEmbedded:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(domains, "_pack", full)
+            patch.setattr(domains.records, "pack", full)
             with pytest.raises(OSError, match=r"No space left on device.*MLLM_JAX_CACHE"):
                 domains.embedded("test", ["objects"], root=tmp_path / "root")
         assert list((tmp_path / "root").iterdir()) == []

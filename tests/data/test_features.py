@@ -14,7 +14,7 @@ from flax import nnx
 
 from mllm_jax.data import features
 from mllm_jax.interventions.tap import Taps
-from tests import tiny
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_features_are_those_of_the_tower(tiny_model, examples, tmp_path):
 
     read_again = []
     with pytest.MonkeyPatch.context() as patch:
-        one = features.encode
+        one = features.encode_pictures
         patch.setattr(features, "encode", lambda *a: read_again.append(1) or one(*a))
         found = read(examples)
         assert len(read_again) == 2

@@ -13,7 +13,7 @@ from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions.tap import Taps
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
 
@@ -141,7 +141,12 @@ def test_tiles_are_weighed_by_whether_they_are_real():
     batch = types.SimpleNamespace(is_real_tile=real, image_token_index=at, tile=tile)
     values = np.full((2 * places, 1), 99.0)
     values[real] = [[1], [3], [1], [2], [6]]
-    assert features.by_row(config, batch, values)[:, 0].tolist() == [2, 3, np.float32(13 / 5), 0]
+    assert features.mean_over_tiles(config, batch, values)[:, 0].tolist() == [
+        2,
+        3,
+        np.float32(13 / 5),
+        0,
+    ]
 
 
 def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):

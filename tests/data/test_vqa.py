@@ -13,7 +13,7 @@ import pytest
 from mllm_jax.data import vqa
 from mllm_jax.data.vqa import builder, prompts
 from mllm_jax.evaluation.metrics import datasets, lingo_judge
-from tests.vqa_trees import TREES, picture, rsvqa_hr, vqav2
+from tests.helpers.vqa_trees import TREES, picture, rsvqa_hr, vqav2
 
 pytest.importorskip("tensorflow_datasets")
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -11,7 +11,7 @@ from mllm_jax.data import batching, domains, tasks
 from mllm_jax.data.embedded import recipe
 from mllm_jax.evaluation import answers
 from mllm_jax.interventions.tap import Taps
-from tests import tiny
+from tests.helpers import tiny
 
 CLASSES = ("cat", "dog", "ship tree star")
 

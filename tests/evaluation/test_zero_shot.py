@@ -10,7 +10,7 @@ import pytest
 
 from mllm_jax.evaluation import zero_shot
 from mllm_jax.loading import clip
-from tests import tiny, tiny_clip
+from tests.helpers import tiny, tiny_clip
 
 LABELS = ("Apple scab leaf", "a spiral galaxy", "DOG", "sheet music", "x")
 # Plain colours among noise: a random tower tells them apart.

@@ -2,77 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import random
 import runpy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
 import pytest
-import tokenizers
-from flax import nnx
 
 from mllm_jax.families.llava import model as llava
-from mllm_jax.loading import save
-
-ROOT = pathlib.Path(__file__).parents[2]
-TEMPLATE = (
-    "{% for m in messages %}user {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
-LABELS = ("a circle", "a square", "a stripe", "a dot")
+from tests.helpers import studies
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
     """A random tiny LLaVA whose tokenizer knows bytes."""
-    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), LM, fold=2, image_token=257)
+    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), studies.LM, fold=2, image_token=257)
     size = {"height": config.vision.image_size, "width": config.vision.image_size}
-    return write_checkpoint(
+    return studies.write_checkpoint(
         tmp_path_factory.mktemp("model") / "tiny", config,
         image_processor_type="CLIPImageProcessor", size={"shortest_edge": size["width"]},
         crop_size=size,
     )  # fmt: skip
-
-
-LM = llava.LlamaConfig(
-    vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
-)
-
-
-def write_checkpoint(folder: pathlib.Path, config, **pictures) -> pathlib.Path:
-    """A random model in the form of the hub, a tokenizer of bytes, and its image processor."""
-    save.save_hf(config.build(rngs=nnx.Rngs(0)), None, folder)
-    write_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    write_json(folder / "preprocessor_config.json", pictures)
-    return folder
-
-
-def write_tokenizer(folder: pathlib.Path) -> None:
-    folder.mkdir(exist_ok=True)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>", "<image>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"},
-    )
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    path.write_text(json.dumps(value))
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +37,7 @@ def folders(tmp_path_factory) -> list[pathlib.Path]:
     root = tmp_path_factory.mktemp("domains")
     random = np.random.default_rng(0)
     for channel, name in enumerate(("reds", "greens", "blues")):
-        for label in LABELS:
+        for label in studies.LABELS:
             folder = root / name / label
             folder.mkdir(parents=True)
             for i in range(8):
@@ -98,21 +54,12 @@ def command(checkpoint, folders):
     def make(study: str, config: str, workdir: pathlib.Path, *more: str, count: int = 3):
         paths = "".join(f"{str(folder)!r}," for folder in folders[:count])
         return [
-            sys.executable, "-m", f"experiments.{study}", f"--config={ROOT / config}",
+            sys.executable, "-m", f"experiments.{study}", f"--config={studies.ROOT / config}",
             f"--workdir={workdir}", f"--config.model={checkpoint}", f"--config.paths=({paths})",
             *more,
         ]  # fmt: skip
 
     return make
-
-
-COMPILED = tempfile.TemporaryDirectory()  # programs that one process compiled and the next needs
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +68,7 @@ def config_of():
 
     def make(name: str, **fields):
         path, _, size = name.partition(":")
-        config = runpy.run_path(str(ROOT / path))["get_config"](*([size] if size else []))
+        config = runpy.run_path(str(studies.ROOT / path))["get_config"](*([size] if size else []))
         config.update(fields)
         return config
 
@@ -133,9 +80,15 @@ def execute():
     """Runs a command in the checkout; its result with the text of both streams."""
 
     def run(command: list[str], **how) -> subprocess.CompletedProcess:
-        environment = os.environ | ENVIRONMENT
+        environment = os.environ | studies.ENVIRONMENT
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **how
+            command,
+            cwd=studies.ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            **how,
         )
 
     return run
@@ -185,7 +138,7 @@ def survive():
 
 def _start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT,
+        command, cwd=studies.ROOT, env=os.environ | studies.ENVIRONMENT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 

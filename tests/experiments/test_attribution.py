@@ -55,7 +55,7 @@ def test_attributions_add_up(finished):
 @pytest.mark.slow
 def test_they_are_gradients_on_the_way(finished, checkpoint, folders):
     model, processor = mj.load(checkpoint)
-    domain = domains.own([str(f) for f in folders[:2]], "train")["greens"]
+    domain = domains.load_user_domains([str(f) for f in folders[:2]], "train")["greens"]
     pairs = batching.ask(list(domain)[:3], ("category",))
     batch = processor([e.image for e, _ in pairs], [q.prompt for _, q in pairs])
     options = [(q.answer, next(o for o in q.options if o != q.answer)) for _, q in pairs]

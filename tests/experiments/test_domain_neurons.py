@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from experiments import domain_neurons, study
+from experiments import command, domain_neurons
 from mllm_jax import store
 
 QUICK = "configs/embedded.py:quick"
@@ -140,7 +140,7 @@ def refuse(config_of, checkpoint, folders, tmp_path):
 
     def run(says: str, **fields):
         given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
-        with pytest.raises(study.EXPECTED, match=re.escape(says)):
+        with pytest.raises(command.EXPECTED, match=re.escape(says)):
             domain_neurons.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
 
     return run

@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from tests.experiments.conftest import ENVIRONMENT, ROOT
-from tests.experiments.test_launch import EVALUATE, several
+from tests.helpers.studies import ENVIRONMENT, EVALUATE, ROOT, several
 
 pytestmark = pytest.mark.slow
 LOST = "was lost (killed, or its host failed): what was finished is saved; start again with the"
@@ -22,7 +21,7 @@ STOPPED = "what was finished is saved; start again with the same flags to contin
 @pytest.fixture
 def line(command, tmp_path):
     made = command("evaluate", EVALUATE, tmp_path / "work", "--config.batch_size=2", count=1)
-    made[made.index("experiments.evaluate")] = "tests.experiments.slowly"
+    made[made.index("experiments.evaluate")] = "tests.helpers.slowly"
     return made
 
 

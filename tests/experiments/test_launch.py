@@ -16,15 +16,10 @@ import numpy as np
 import pytest
 
 from experiments import launch
-from tests.experiments.conftest import ENVIRONMENT, ROOT
+from tests.helpers.studies import ENVIRONMENT, EVALUATE, ROOT, assert_close, several
 
-EVALUATE = "configs/embedded_evaluate.py"
 SMALL = ("--config.test_per_domain=3", "--config.batch_size=2", "--config.styles=('choice',)")
 CAPTURES = "--captures=fire=stats lm.mlp.act by=kind; seen=stats vision.mlp.act"
-
-
-def several(command: list[str], count: int = 2) -> list[str]:
-    return [sys.executable, "-m", "experiments.launch", f"--processes={count}", "--", *command]
 
 
 @pytest.mark.slow
@@ -59,7 +54,7 @@ def assert_same(one: pathlib.Path, two: pathlib.Path) -> None:
 
 def test_one_that_fails_ends_all_with_its_error(command, execute, tmp_path):
     line = command("evaluate", EVALUATE, tmp_path / "work")
-    line[line.index("experiments.evaluate")] = "tests.experiments.fails"
+    line[line.index("experiments.evaluate")] = "tests.helpers.fails"
     done = execute(several(line))
     assert done.returncode == 1
     says = [text for text in done.stderr.splitlines() if "the disk of the second host" in text]
@@ -73,8 +68,8 @@ OWN = """
 import os, time
 from mllm_jax.sharding import hosts
 number, count = (int(os.environ[f"JAX_{name}"]) for name in ("PROCESS_ID", "NUM_PROCESSES"))
-hosts.join(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
-hosts.meet("here")
+hosts.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+hosts.barrier("here")
 time.sleep(3 * number)
 """
 
@@ -133,7 +128,7 @@ def apart(line: list[str], *more: tuple[str, ...]) -> list[subprocess.CompletedP
 def slowly(command, workdir: pathlib.Path, *more: str, count: int = 3) -> list[str]:
     small = "--config.batch_size=2"
     line = command("evaluate", EVALUATE, workdir, small, *more, count=count)
-    line[line.index("experiments.evaluate")] = "tests.experiments.slowly"
+    line[line.index("experiments.evaluate")] = "tests.helpers.slowly"
     return line
 
 
@@ -224,22 +219,6 @@ def test_the_main_study_of_two_processes_is_that_of_one(finished, command, execu
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((w / "results.json").read_text()) for w in (finished, tmp_path / "work"))
     assert_close(one, two)
-
-
-def assert_close(one, two) -> None:
-    """The same JSON; floats as near as sums in another order are."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert_close(one[key], two[key])
-    elif isinstance(one, list):
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
-            assert_close(a, b)
-    elif isinstance(one, float):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
-    else:
-        assert one == two
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from experiments import das, mask
 from mllm_jax import sites as S
 from mllm_jax.interventions import spec
 from mllm_jax.store import Workdir
-from tests import tiny
+from tests.helpers import tiny
 
 SMALL = {"test_per_domain": 24, "controls": 1, "batch_size": 4, "model": "tiny"}
 LABELS = ("not", "tree", "which")

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.neurons import ablation, base, counts, layers
 from mllm_jax.families.llava_next import model as llava_next
-from tests import tiny
+from tests.helpers import tiny
 
 RNG = np.random.default_rng(0)
 

@@ -14,8 +14,8 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.models import eva, qformer
-from tests import vqa_trees
-from tests.experiments.conftest import LM, ROOT, write_checkpoint, write_tokenizer
+from tests.helpers import vqa_trees
+from tests.helpers.studies import LM, ROOT, write_checkpoint, write_tokenizer
 
 CONFIGS = {
     "next": "configs/mmneuron_llava_next.py",
@@ -147,7 +147,7 @@ def test_instructblip_to_its_page(study):
 @pytest.mark.slow
 def test_llava_next_as_released(study):
     """Neurons as the transcription of the procedure finds them in what was counted."""
-    published = pytest.importorskip("tests.published")
+    published = pytest.importorskip("tests.helpers.published")
     workdir = study(
         "next", "official", "--config.modules=('projector', 'vision')",
         "--config.train_tokens=80", "--config.top_rate=0.1",

@@ -9,9 +9,8 @@ import pytest
 
 from mllm_jax.analysis import projection
 from mllm_jax.data import domains, tasks
-from tests import tiny_clip
-from tests.experiments.conftest import LABELS
-from tests.experiments.test_launch import assert_close, several
+from tests.helpers import tiny_clip
+from tests.helpers.studies import LABELS, assert_close, several
 
 CONFIG = "configs/embedded_projection.py:quick"
 SMALL = (

@@ -16,7 +16,7 @@ import mllm_jax as mj
 from experiments import agreement
 from mllm_jax.loading import save
 from mllm_jax.store import Workdir
-from tests.experiments.conftest import LABELS
+from tests.helpers.studies import LABELS
 
 PICTURES = {"train_per_domain": 4, "test_per_domain": 4, "batch_size": 2}
 TASK = {"train_per_task": 8, "held_per_task": 4, "test_per_task": 4, "tasks": ()}

@@ -14,8 +14,8 @@ from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
 from mllm_jax.store import Workdir
+from tests.helpers.studies import EVALUATE
 
-EVALUATE = "configs/embedded_evaluate.py"
 TEXT = "ablate lm.mlp.act[3,@neurons.json] >> add lm.resid_post[1:] @v.npy*4 where=text"
 ASKED = "fire=stats lm.mlp.act by=kind; last=keep lm.resid_post[-1]; tiles=mean vision.resid_post"
 
@@ -58,7 +58,7 @@ def test_they_are_kept_with_the_results(evaluated, files):
 
 def test_captures_are_those_of_the_edited_prompts(evaluated, files, checkpoint, folders):
     model, processor = mj.load(checkpoint)
-    domain = domains.own([str(f) for f in folders[:2]], "test")["greens"]
+    domain = domains.load_user_domains([str(f) for f in folders[:2]], "test")["greens"]
     pairs = batching.ask(list(domain)[:3], ("choice",))
     length = batching.row_length(processor, pairs)
     batch = batching.QuestionBatches(processor, pairs, 3, length)[0]  # at one time

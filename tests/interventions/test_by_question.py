@@ -16,7 +16,7 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import captures
-from tests import tiny
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -128,7 +128,7 @@ def test_a_shared_picture_counts_for_each_question(family):
     """Two pictures, one of which three rows share: as alone, exactly."""
     shared = read(family.processor, [0, 1, 2, 4], 4)
     # The Q-Former reads a picture in the light of the question.
-    count = 4 if family.processor.anew else 2
+    count = 4 if family.processor.reencode_per_question else 2
     assert len(shared.is_real_tile) == count * family.config.tiles
     check(family, [[0, 1, 2, 4]], rows=4)
     # As the paper counts: all tokens of all tiles of each question's picture.

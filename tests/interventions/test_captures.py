@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import oracle
 import pytest
 
 import mllm_jax as mj
@@ -12,6 +11,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import captures
 from mllm_jax.passes import run
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 

@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from mllm_jax.interventions import binding
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import run
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 

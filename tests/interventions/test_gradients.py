@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile", "in_float64")
 

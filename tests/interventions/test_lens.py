@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import oracle
 import pytest
 from flax import nnx
 
@@ -16,6 +15,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures, logit_lens
 from mllm_jax.passes import run
+from tests.helpers import oracle
 
 
 @pytest.fixture(scope="module")

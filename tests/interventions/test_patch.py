@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from tests import tiny
+from tests.helpers import oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
@@ -44,8 +44,8 @@ def small(config):
 @dataclasses.dataclass(frozen=True)
 class Case:
     model: llava.Llava
-    batch: llava.Batch  # rows A, B, B, A: pictures and prompts are shared
-    alone: tuple[llava.Batch, llava.Batch]  # A and B
+    batch: Batch  # rows A, B, B, A: pictures and prompts are shared
+    alone: tuple[Batch, Batch]  # A and B
     clean: tuple  # logits and tensors of these
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _quick_to_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(autouse=True, scope="module")
+def _quick_to_compile(quick_to_compile):
+    """Compile every program of this folder quickly."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf
 import jax
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures
 from mllm_jax.models import clip
 from mllm_jax.passes import run
+from tests.helpers import hf
 
 LAYERS = 3
 STACKED = tuple(
@@ -23,7 +23,7 @@ STACKED = tuple(
 
 def config_of(**vision) -> llava.LlavaConfig:
     vision = dataclasses.replace(clip.ClipConfig.tiny(), layers=LAYERS, **vision)
-    return llava.LlavaConfig.of(vision, llava.LlamaConfig.tiny(), image_token=95)
+    return llava.LlavaConfig.of(vision, llava.DecoderConfig.tiny(), image_token=95)
 
 
 def network(config: llava.LlavaConfig) -> hf.transformers.CLIPVisionModel:

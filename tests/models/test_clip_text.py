@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hf
 import jax
 import numpy as np
 import pytest
 
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.loading import clip as checkpoints
-from tests import tiny_clip
+from tests.helpers import hf, tiny_clip
 
 BOUND = 1e-5
 END = tiny_clip.letters()["<|endoftext|>"]

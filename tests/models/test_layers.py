@@ -37,7 +37,7 @@ def by_hand(query, key, value, mask, past):
 @pytest.mark.parametrize("past", [0, 3])
 @pytest.mark.parametrize("at_once", [2**20, 0])
 def test_attention(at_once, past, masked, monkeypatch):
-    monkeypatch.setattr(rows, "AT_ONCE", at_once)
+    monkeypatch.setattr(rows, "MAX_ELEMENTS_AT_ONCE", at_once)
     *inputs, before = arrays(past, masked)
     got = jax.jit(lambda *a, past: layers.attention(*a, past=past))(*inputs, past=before)
     np.testing.assert_allclose(got, by_hand(*inputs, before), rtol=0, atol=1e-6)
@@ -50,12 +50,12 @@ def test_row_by_row_has_the_same_slope(monkeypatch):
         return jax.jit(jax.grad(lambda q: (layers.attention(q, *rest) ** 2).sum()))(query)
 
     want = slope(query)
-    monkeypatch.setattr(rows, "AT_ONCE", 0)
+    monkeypatch.setattr(rows, "MAX_ELEMENTS_AT_ONCE", 0)
     np.testing.assert_allclose(slope(query), want, rtol=0, atol=1e-6)
 
 
 def test_who_reads_the_pattern_sees_all_rows(monkeypatch):
-    monkeypatch.setattr(rows, "AT_ONCE", 0)
+    monkeypatch.setattr(rows, "MAX_ELEMENTS_AT_ONCE", 0)
     inputs = arrays(2, True)
     seen = []
     layers.attention(*inputs[:4], past=inputs[4], pattern=lambda p: seen.append(p.shape) or p)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import hf
 import numpy as np
 import pytest
 
+from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.models import projector
 from mllm_jax.passes import run
+from tests.helpers import hf
 
 
 def config_of(**fields) -> llava.LlavaConfig:
@@ -20,7 +21,7 @@ def config_of(**fields) -> llava.LlavaConfig:
     )
 
 
-def with_features(batch: llava.Batch, config: llava.LlavaConfig, seed: int = 0) -> llava.Batch:
+def with_features(batch: Batch, config: llava.LlavaConfig, seed: int = 0) -> Batch:
     """A batch that reads features instead of pixels."""
     shape = (len(batch.is_real_tile), config.vision.grid**2, config.vision.width)
     features = np.random.default_rng(seed).normal(size=shape).astype(np.float32)

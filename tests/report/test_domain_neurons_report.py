@@ -2,12 +2,12 @@ import copy
 import csv
 import json
 
-import fake_study
 import numpy as np
 import pytest
-import test_page
 
 from mllm_jax.report import domain_neurons, evidence, figures, page
+from tests.helpers import fake_study
+from tests.helpers.html_reader import Reader
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -45,7 +45,7 @@ def rows(path):
 
 def test_every_link_leads_to_a_file(written):
     folder, _ = written
-    reader = test_page.Reader((folder / "index.html").read_text(encoding="utf-8"))
+    reader = Reader((folder / "index.html").read_text(encoding="utf-8"))
     assert reader.open == []
     links = {link for link in reader.links if not link.startswith("#")}
     assert links and all((folder / link).is_file() for link in links)
@@ -217,7 +217,7 @@ def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
         change(results)
     domain_neurons.write(tmp_path, results)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert test_page.Reader(text).tags.count("section") == sections
+    assert Reader(text).tags.count("section") == sections
     assert "nan" not in text.replace("Nan", "")
 
 

@@ -1,14 +1,14 @@
 import csv
 import json
 
-import fake_projection
 import numpy as np
 import pytest
-import test_page
 from PIL import Image
 
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
 from mllm_jax.report import figures, page, projection
+from tests.helpers import fake_projection
+from tests.helpers.html_reader import Reader
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -43,7 +43,7 @@ def rows(path):
 
 
 def test_every_link_leads_to_a_file(folder):
-    reader = test_page.Reader((folder / "index.html").read_text(encoding="utf-8"))
+    reader = Reader((folder / "index.html").read_text(encoding="utf-8"))
     assert reader.open == []
     links = {link for link in reader.links if not link.startswith("#")}
     assert set(contents(folder)) == links | {"index.html"}
@@ -117,7 +117,7 @@ def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeyp
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part, sections):
     projection.write(tmp_path, {key: value for key, value in results.items() if key != part})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert test_page.Reader(text).tags.count("section") == sections
+    assert Reader(text).tags.count("section") == sections
     assert "nan" not in text
 
 

@@ -24,7 +24,7 @@ def heeded():
     hosts.handle_sigterm()
     yield
     signal.signal(signal.SIGTERM, before)
-    hosts._asked.clear()
+    hosts._preempted.clear()
 
 
 class Batches:
@@ -51,7 +51,7 @@ def test_sigterm_saves_what_is_summed_and_a_restart_goes_on(
     with pytest.raises(SystemExit) as end:
         mj.reduce(CAPTURES, tiny_model, Batches(make_batch, True), save=save)
     assert end.value.code == 128 + signal.SIGTERM
-    hosts._asked.clear()
+    hosts._preempted.clear()
     rest = Batches(make_batch, False)
     found = mj.reduce(CAPTURES, tiny_model, rest, save=save)
     assert rest.made == [0, 1, 2, 3, 4]  # those that are summed are compared with what they were

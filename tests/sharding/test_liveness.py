@@ -83,7 +83,7 @@ def test_one_that_says_goodbye_is_not_missed(three):
 def test_processes_that_differ_are_named(others, says, monkeypatch):
     """The exchange is that of JAX; what is compared is ours."""
     parts = [{"config": {"seed": 1}, "code": "a"}, *others]
-    texts = [hosts._encoded(part) for part in parts]
+    texts = [hosts._encode_parts(part) for part in parts]
     size = max(map(len, texts))
 
     def allgather(value):
@@ -92,7 +92,7 @@ def test_processes_that_differ_are_named(others, says, monkeypatch):
         assert bytes(value).rstrip() == texts[0] and len(value) == size
         return np.array([np.frombuffer(text.ljust(size), np.uint8) for text in texts])
 
-    monkeypatch.setattr(hosts, "count", lambda: len(parts))
+    monkeypatch.setattr(hosts, "process_count", lambda: len(parts))
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", allgather)
     if says is None:
         hosts.require_same(**parts[0])

@@ -43,11 +43,13 @@ def test_what_an_axis_is_split_over():
     abstract = jax.sharding.AbstractMesh(
         (2, 3, 4), mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
-    assert mesh.mesh_axes_of("B", 12) is None and mesh.spec("BTF", (6, 5, 8)) == P(None, None, None)
+    assert mesh.axes_for("B", 12) is None and mesh.partition_spec("BTF", (6, 5, 8)) == P(
+        None, None, None
+    )
     with jax.sharding.use_abstract_mesh(abstract):
-        assert mesh.spec("BTF", (12, 5, 8)) == P(("data", "fsdp"), None, "model")
-        assert mesh.spec("BTN", (9, 5, 6)) == P(None, None, None)  # they do not divide
-        assert mesh.shards_of_axis("I", 6) == 6 and mesh.shards_of_axis("I", 4) == 1
+        assert mesh.partition_spec("BTF", (12, 5, 8)) == P(("data", "fsdp"), None, "model")
+        assert mesh.partition_spec("BTN", (9, 5, 6)) == P(None, None, None)  # they do not divide
+        assert mesh.shard_count("I", 6) == 6 and mesh.shard_count("I", 4) == 1
 
 
 class Chip:

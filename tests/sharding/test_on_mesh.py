@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-CASES = pathlib.Path(__file__).with_name("on_mesh.py")
+CASES = pathlib.Path(__file__).parents[1] / "helpers" / "on_mesh.py"
 
 
 def run(shape: str, families: str, *more: str) -> None:

@@ -14,10 +14,9 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.passes import clean_pass as trunk
-from mllm_jax.passes import sweep
+from mllm_jax.passes import clean_pass, sweep
 from mllm_jax.training import fit
-from tests import tiny
+from tests.helpers import tiny
 
 reduce_ = importlib.import_module("mllm_jax.passes.reduce")
 EXAMPLES = [types.SimpleNamespace(image=tiny.picture(i)) for i in range(4)]
@@ -72,23 +71,19 @@ def trained(model, batches, data, setting, **how):
 
 KINDS = {
     "reduce": (sums, lambda p: p / "x.npz", [(reduce_.run_, "run")]),
-    "sweep": (rows, lambda p: p / "x.npz", [(trunk, "grow"), (sweep._Rows, "write")]),
+    "sweep": (
+        rows,
+        lambda p: p / "x.npz",
+        [(clean_pass, "compute_clean_pass"), (sweep._Rows, "write")],
+    ),
     "features": (seen, lambda p: p, [(features, "encode")]),
     "pooled": (means, lambda p: p, [(pooled, "_pooled")]),
     "fit": (trained, lambda p: p, [(fit, "_update")]),
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_to_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
-def models(tiny_model):
+def models(tiny_model, quick_to_compile):
     """Three, which differ in one weight of the tower, and in one of the projector."""
 
     def changed(name):

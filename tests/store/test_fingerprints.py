@@ -20,7 +20,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.store import fingerprint, fingerprints
-from tests import tiny
+from tests.helpers import tiny
 
 GLOBAL = 3
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-import lesson
 import numpy as np
 import pytest
 
 from mllm_jax.families.llava import model as llava
-from tests import tiny
+from tests.helpers import lesson, tiny
 
 
 @pytest.fixture(scope="package")
@@ -40,9 +38,6 @@ def batches(processor, features):
     return [both[step % 2] for step in range(lesson.STEPS)]
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _quick_to_compile():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(autouse=True, scope="module")
+def _quick_to_compile(quick_to_compile):
+    """Compile every program of this folder quickly."""

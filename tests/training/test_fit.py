@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import lesson
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +13,7 @@ from flax import nnx
 import mllm_jax as mj
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.training import fit, losses, parts
+from tests.helpers import lesson
 
 RECIPE = fit.Recipe(rate=0.1, warmup=0.1, every=3)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import lesson
 import numpy as np
 import optax
 import pytest
 
 from mllm_jax.training import edits, fit, losses, parts
+from tests.helpers import lesson
 
 STEPS, RATE = 80, 2e-5  # the paper's rate
 SLOW = pytest.mark.slow

@@ -11,14 +11,14 @@ from mllm_jax.training import losses, parts
 
 torch = pytest.importorskip("torch")
 
-CONFIG = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.LlamaConfig.tiny(), image_token=95)
+CONFIG = llava.LlavaConfig.of(llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95)
 PROJECTOR = "model.multi_modal_projector."
 LAYER = "model.language_model.layers.2.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_of_the_projector_and_the_language_model(remat, make_batch):
-    from tests.models import hf
+    from tests.helpers import hf
 
     theirs = hf.random(hf.transformers.LlavaForConditionalGeneration(hf.llava_config(CONFIG)))
     ours = hf.transfer(CONFIG, theirs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from lesson import TURNS
 
 import mllm_jax as mj
 from mllm_jax.training import losses
+from tests.helpers.lesson import TURNS
 
 
 @jax.jit

@@ -61,7 +61,7 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
         FileNotFoundError: it is not built; the message says how.
     """
     kind, root = _builder(name), _root(root)
-    source = kind.source(root, domains.known("split", split, kind.SPLITS))
+    source = kind.source(root, domains.require_known("split", split, kind.SPLITS))
     if source is None:
         raise FileNotFoundError(
             f"{name} is not built in {root}: run "
@@ -93,7 +93,7 @@ def task(
     """
     kind = _builder(name)
     classes = kind.CLASSES
-    if domains.known("spelling", spelling, SPELLINGS) == "official":
+    if domains.require_known("spelling", spelling, SPELLINGS) == "official":
         classes = {label.replace("_", ""): label for label in classes.values()}
     return tasks.Task.from_domain(
         load(name, "train", root=root),
@@ -134,7 +134,7 @@ class _Records(Sequence):
 
 
 def _builder(name: str):
-    domains.known("data set", name, NAMES)
+    domains.require_known("data set", name, NAMES)
     return importlib.import_module(f"mllm_jax.data.classification.{name}").Builder
 
 

@@ -45,7 +45,7 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
         """The rows of a split, in order; by default `folder/<split>/<label>/<picture>`."""
         for file in sorted((folder / split).glob("*/*")):
-            if file.suffix.lower() in domains.IMAGE_ENDINGS and not file.name.startswith("."):
+            if file.suffix.lower() in domains.IMAGE_EXTENSIONS and not file.name.startswith("."):
                 yield Row(file.relative_to(folder).as_posix(), file.parent.name, file)
 
     def record(self) -> dict[str, Any]:

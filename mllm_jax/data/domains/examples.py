@@ -73,7 +73,7 @@ class Row:
     licence: str = ""
 
 
-class Files(Sequence):
+class FileExamples(Sequence):
     """Examples whose images are files of the user, read when they are asked for."""
 
     def __init__(self, domain: str, rows: Sequence[Row]):

@@ -95,7 +95,7 @@ def _unused(file: pathlib.Path) -> list[str]:
         return ["named in other than UTF-8"]
     if file.is_dir():
         return ["in deeper folders"] * sum(1 for _ in _deeper(file))
-    if file.suffix.lower() not in pictures.ENDINGS:
+    if file.suffix.lower() not in pictures.EXTENSIONS:
         return [files.name(file.suffix.lower(), 20) or "without an ending"]
     return [] if file.is_file() else ["not regular"]
 

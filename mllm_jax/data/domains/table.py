@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mllm_jax.data.domains.examples import Row
@@ -23,6 +23,7 @@ from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.processors import files
 
 Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
+Reader = Callable[[pathlib.Path], list[Record]]
 
 NEEDED = ("image", "question", "answer")
 TEXTS = {*NEEDED, "style", "label", "id", "licence"}

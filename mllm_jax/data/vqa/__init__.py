@@ -60,7 +60,7 @@ def build(
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
     """
-    return _builder(name).build(manual, _root(root), domains.known("size", size, SIZES))
+    return _builder(name).build(manual, _root(root), domains.require_known("size", size, SIZES))
 
 
 def load(
@@ -90,8 +90,8 @@ def load(
         FileNotFoundError: it is not built; the message says how.
     """
     root = _root(root)
-    domains.known("split", split, SPLITS)
-    source = _builder(name).source(root, split, domains.known("size", size, SIZES))
+    domains.require_known("split", split, SPLITS)
+    source = _builder(name).source(root, split, domains.require_known("size", size, SIZES))
     if source is None:
         raise FileNotFoundError(
             f"{name} ({size}) is not built in {root}: run "
@@ -157,7 +157,7 @@ class _Records(Sequence):
 
 
 def _builder(name: str):
-    domains.known("data set", name, NAMES)
+    domains.require_known("data set", name, NAMES)
     return importlib.import_module(f"mllm_jax.data.vqa.{name}").Builder
 
 

@@ -11,9 +11,10 @@ import dataclasses
 from flax import nnx
 
 from mllm_jax import tokens
-from mllm_jax.families.llava.model import Batch, Llava, LlavaConfig
+from mllm_jax.batch import Batch
+from mllm_jax.families.llava.model import Llava, LlavaConfig
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
-from mllm_jax.models.llama import Llama, LlamaConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.qformer import QFormer, QFormerConfig
 from mllm_jax.typing import Array, Float
@@ -45,7 +46,7 @@ class InstructBlipConfig(LlavaConfig):
 
     @classmethod
     def of(
-        cls, vision: EvaConfig, qformer: QFormerConfig, lm: LlamaConfig, **fields
+        cls, vision: EvaConfig, qformer: QFormerConfig, lm: DecoderConfig, **fields
     ) -> InstructBlipConfig:
         """An InstructBLIP of these three, with one linear map before the LM."""
         projector = ProjectorConfig(in_width=qformer.width, out_width=lm.width, depth=1)
@@ -53,12 +54,12 @@ class InstructBlipConfig(LlavaConfig):
 
     @classmethod
     def vicuna_7b(cls) -> InstructBlipConfig:
-        lm = dataclasses.replace(LlamaConfig.vicuna_7b(), vocab=32001, eps=1e-6)
+        lm = dataclasses.replace(DecoderConfig.vicuna_7b(), vocab=32001, eps=1e-6)
         return cls.of(EvaConfig.vit_g_14(), QFormerConfig.instructblip(), lm)
 
     @classmethod
     def tiny(cls) -> InstructBlipConfig:
-        return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), LlamaConfig.tiny(), image_token=95)
+        return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), DecoderConfig.tiny(), image_token=95)
 
 
 class InstructBlip(Llava):
@@ -69,7 +70,7 @@ class InstructBlip(Llava):
         self.vision = EvaVision(config.vision, rngs=rngs)
         self.qformer = QFormer(config.qformer, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Llama(config.lm, rngs=rngs)
+        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """The token map of each module: vision [I, P], qformer [I, Q + T], projector [I, Q], LM.

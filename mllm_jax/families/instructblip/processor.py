@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax import tokens
+from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip.model import InstructBlipConfig
-from mllm_jax.families.llava.model import Batch
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.prompts import IMAGE, Chat, Questions, short
-from mllm_jax.processors.rows import Picture, Row, padded
+from mllm_jax.processors.rows import Picture, Row, round_up_length
 
 
 class InstructBlipProcessor(Processor):
@@ -27,7 +27,7 @@ class InstructBlipProcessor(Processor):
       qformer_tokenizer: of transformers, fast.
     """
 
-    anew = True
+    reencode_per_question = True
 
     def __init__(self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **how):
         super().__init__(tokenizer, pictures, config, directory, **how)
@@ -67,7 +67,7 @@ class InstructBlipProcessor(Processor):
         row.add(*self._coded(prompt, text, questions))
         told, qformer = Row(), self.config.qformer
         told.add(
-            *prompts_.coded(
+            *prompts_.tokenize(
                 self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
             )
         )
@@ -81,7 +81,9 @@ class InstructBlipProcessor(Processor):
 
     def _batch(self, made: list[Row], *rest) -> Batch:
         batch = super()._batch(made, *rest)
-        T = padded(max((len(told.ids) for row in made for told in row.qformer_rows), default=0))
+        T = round_up_length(
+            max((len(told.ids) for row in made for told in row.qformer_rows), default=0)
+        )
         ids = np.zeros((len(batch.is_real_tile), T), np.int32)
         kind = np.full(ids.shape, tokens.CODE["pad"], np.int8)
         for at, row in zip(batch.image_token_index, made, strict=False):

@@ -14,7 +14,7 @@ from mllm_jax.checkpoints.schema import Unknown
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 from mllm_jax.models.clip import ClipConfig
-from mllm_jax.models.llama import LlamaConfig
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.projector import ProjectorConfig
 
 ACTIVATIONS = {
@@ -323,9 +323,9 @@ def head_width(llama: Mapping[str, Any]) -> int:
     return llama["head_dim"] or llama["hidden_size"] // llama["num_attention_heads"]
 
 
-def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig:
+def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> DecoderConfig:
     """Our config of what `read_llama` found; `tied` where the whole model says so."""
-    return LlamaConfig(
+    return DecoderConfig(
         vocab=llama["vocab_size"],
         width=llama["hidden_size"],
         layers=llama["num_hidden_layers"],
@@ -339,7 +339,7 @@ def llama_config(llama: Mapping[str, Any], *, tied: bool = False) -> LlamaConfig
     )
 
 
-def llama_fields(lm: LlamaConfig) -> dict[str, Any]:
+def llama_fields(lm: DecoderConfig) -> dict[str, Any]:
     """The `text_config` of a language model."""
     return {
         "model_type": "llama",

@@ -10,27 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import notebook, sites, tokens
+from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
-from mllm_jax.models.llama import Llama, LlamaConfig
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
-from mllm_jax.sharding import collectives as split
-from mllm_jax.typing import Array, Float, Int
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How one picture is read.
-
-    Attributes:
-      tiles: squares of it that the vision tower sees.
-      patches: int32[n], which patch each of its tokens in the LM is, counted through its tiles; -1
-        for a newline.
-    """
-
-    tiles: int
-    patches: np.ndarray
+from mllm_jax.sharding import collectives
+from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +32,7 @@ class LlavaConfig:
 
     vision: ClipConfig
     projector: ProjectorConfig
-    lm: LlamaConfig
+    lm: DecoderConfig
     image_token: int = 32000
     pinpoints: ClassVar[tuple[tuple[int, int], ...]] = ()
 
@@ -96,115 +83,27 @@ class LlavaConfig:
         return Llava(self, rngs=rngs)
 
     @classmethod
-    def of(cls, vision: ClipConfig, lm: LlamaConfig, *, fold: int = 1, **fields) -> LlavaConfig:
+    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields) -> LlavaConfig:
         """A LLaVA of these two, with the usual two-layer projector between them."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
 
     @classmethod
     def llava_1_5_7b(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_7b())
 
     @classmethod
     def llava_1_5_13b(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_13b())
 
     @classmethod
     def embedded(cls) -> LlavaConfig:
-        vision, lm = ClipConfig.vit_b_16(), LlamaConfig.smollm2_135m()
+        vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
         return cls.of(vision, lm, fold=2, image_token=49152)
 
     @classmethod
     def tiny(cls) -> LlavaConfig:
-        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), fold=2, image_token=95)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What one forward pass reads. Made by a processor; shapes are padded to a few lengths.
-
-    Attributes:
-      ids: int32[B, T], image placeholders included.
-      position: int32[B, T], of each token in its row.
-      tokens: the token map of the LM.
-      image_token_index: int32[B, T], which image token stands here, counted through all tiles, and
-        after the last of them the newline; -1 for text.
-      pixels: float32[I, row, column, 3], normalised; I tiles over all rows, as many for each row.
-      tile: int16[I], number of the tile within its row.
-      is_real_tile: bool[I], False for tiles that only fill the batch.
-      features: float[I, P, E] or None: vision features computed before; then pixels are not read.
-      segment: int32[B, T] or None. Several questions on one picture share a row: a token sees
-        segment 0 (the picture) and its own.
-      labels: int32[B, A] or None, where the answer tokens are, -1 to fill up.
-      qformer_ids: int32[I, T] or None: what a Q-Former is told, for each image, as its own tokens.
-      qformer_kind: int8[I, T] or None, kinds of these tokens.
-      processor: made the batch; turns tokens into text. Static.
-    """
-
-    ids: Any
-    position: Any
-    tokens: tokens.TokenMap
-    image_token_index: Any
-    pixels: Any
-    tile: Any
-    is_real_tile: Any
-    features: Any = None
-    segment: Any = None
-    labels: Any = None
-    qformer_ids: Any = None
-    qformer_kind: Any = None
-    processor: Any = dataclasses.field(default=None, metadata={"static": True})
-
-    @property
-    def valid(self) -> Any:
-        """bool[B, T], False for padding."""
-        return self.tokens.kind != tokens.CODE["pad"]
-
-    @property
-    def last(self) -> Any:
-        """int32[B], where each row's prompt ends."""
-        return self.tokens.last.argmax(-1)
-
-    def replace(self, **fields) -> Batch:
-        return dataclasses.replace(self, **fields)
-
-    def prompts(self) -> Batch:
-        """The batch with the prompts alone: what follows a prompt becomes padding.
-
-        Raises:
-          ValueError: a row holds several questions.
-        """
-        if self.segment is not None:
-            _check_one_question(self.segment)
-        xp = np if isinstance(self.tokens.kind, np.ndarray) else jnp
-        after = xp.arange(self.ids.shape[-1]) > self.last[:, None]
-        kind = xp.where(after, np.int8(tokens.CODE["pad"]), self.tokens.kind)
-        prompts = dataclasses.replace(self.tokens, kind=kind)
-        return self.replace(tokens=prompts, segment=None, labels=None)
-
-    def _fingerprint_(self) -> list[Any]:
-        """Its content: the arrays, in order."""
-        fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
-        return [getattr(self, name) for name in fields]
-
-    def _repr_html_(self) -> str:
-        return notebook.batch(self)
-
-
-def _check_one_question(segment: Int[Array, "B T"]) -> None:
-    """Raises where a row holds several questions: after which of them would one continue?"""
-    if isinstance(segment, jax.core.Tracer):
-        raise ValueError(
-            "packed rows inside a transformation of JAX: nobody can see there how many questions a "
-            "row holds; make the batch by calling the processor with one question a row"
-        )
-    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
-    if len(several):
-        raise ValueError(
-            f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
-            "generate and score read one prompt a row; call the processor with one question a row"
-        )
+        return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), fold=2, image_token=95)
 
 
 class Llava(nnx.Module):
@@ -212,7 +111,7 @@ class Llava(nnx.Module):
         self.config = config
         self.vision = ClipVision(config.vision, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Llama(config.lm, rngs=rngs)
+        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """The token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
@@ -292,7 +191,7 @@ class Llava(nnx.Module):
             return tap(sites.lm.embed, words)
         images = self.images(batch, taps).astype(words.dtype)
         at = batch.image_token_index
-        images = split.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
+        images = collectives.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
         merged = jnp.where((at >= 0)[..., None], images, words)
         return tap(sites.lm.embed, merged)
 

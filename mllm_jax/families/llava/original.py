@@ -125,4 +125,4 @@ def image_processor(tower: pathlib.Path, config: LlavaConfig):
         kind = LlavaNextImageProcessorPil
         how = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
     path = tower / "preprocessor_config.json"
-    return image_processors.made(path, lambda: kind.from_pretrained(tower, **how))
+    return image_processors.construct(path, lambda: kind.from_pretrained(tower, **how))

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.families.llava.model import Batch, Layout, Llava, LlavaConfig
+from mllm_jax.batch import Batch, Layout
+from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.clip import ClipConfig
-from mllm_jax.models.llama import LlamaConfig
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.typing import Array, Float
 
 Size = tuple[int, int]  # height, width
@@ -36,20 +37,20 @@ class LlavaNextConfig(LlavaConfig):
 
     @classmethod
     def vicuna_7b(cls) -> LlavaNextConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_7b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_7b())
 
     @classmethod
     def vicuna_13b(cls) -> LlavaNextConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.vicuna_13b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_13b())
 
     @classmethod
     def mistral_7b(cls) -> LlavaNextConfig:
-        return cls.of(ClipConfig.vit_l_14_336(), LlamaConfig.mistral_7b())
+        return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.mistral_7b())
 
     @classmethod
     def tiny(cls) -> LlavaNextConfig:
         pinpoints = ((24, 48), (48, 24), (48, 48), (72, 24), (24, 72))
-        return cls.of(ClipConfig.tiny(), LlamaConfig.tiny(), image_token=95, pinpoints=pinpoints)
+        return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), image_token=95, pinpoints=pinpoints)
 
     @property
     def tiles(self) -> int:

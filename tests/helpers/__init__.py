@@ -1,0 +1,1 @@
+"""What several tests need; every helper is imported from here."""

@@ -1,0 +1,122 @@
+"""Tiny random checkpoints in the form of released ones, made and saved by transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from mllm_jax.batch import Batch
+from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_next import model as llava_next
+from tests.helpers import hf, tiny
+
+# What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MISTRAL = (
+    "{% for message in messages %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% endfor %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A checkpoint.
+
+    Attributes:
+      config: ours. network, processor: theirs, in float32. directory: where both were saved.
+    """
+
+    config: llava.LlavaConfig
+    network: Any
+    processor: Any
+    directory: pathlib.Path
+
+
+def llava_1_5(directory: pathlib.Path) -> Family:
+    config = llava.LlavaConfig.of(
+        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95
+    )
+    network = hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config))
+    images = hf.transformers.CLIPImageProcessorPil
+    return _save(config, network, hf.transformers.LlavaProcessor, images, VICUNA, directory)
+
+
+def next_vicuna(directory: pathlib.Path) -> Family:
+    return _next(llava_next.LlavaNextConfig.tiny(), None, VICUNA, directory)
+
+
+def next_mistral(directory: pathlib.Path) -> Family:
+    lm = dataclasses.replace(llava.DecoderConfig.tiny(), kv_heads=1, rope_theta=1e6)
+    config = dataclasses.replace(llava_next.LlavaNextConfig.tiny(), lm=lm)
+    text = hf.llama_config(lm, hf.transformers.MistralConfig, sliding_window=None)
+    return _next(config, text, MISTRAL, directory)
+
+
+ALL = {"llava": llava_1_5, "next-vicuna": next_vicuna, "next-mistral": next_mistral}
+
+
+def _next(config, text, template: str, directory: pathlib.Path) -> Family:
+    network = hf.transformers.LlavaNextForConditionalGeneration(hf.llava_config(config, text))
+    images = hf.transformers.LlavaNextImageProcessorPil
+    return _save(config, network, hf.transformers.LlavaNextProcessor, images, template, directory)
+
+
+def _save(config, network, kind, images, template, directory) -> Family:
+    side = config.vision.image_size
+    cuts = {"image_grid_pinpoints": [list(p) for p in config.pinpoints]} if config.pinpoints else {}
+    processor = kind(
+        image_processor=images(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **cuts
+        ),
+        tokenizer=tiny.tokenizer(config, None, bos_token="<s>"),
+        patch_size=config.vision.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the CLS token, which is then taken away again
+        chat_template=template,
+    )
+    hf.random(network).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return Family(config, network, processor, directory)
+
+
+def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
+    """A batch of ours as the network of transformers wants it; tiles that fill it are left out."""
+    found = {
+        "input_ids": batch.ids.astype(int),
+        "attention_mask": batch.valid.astype(int),
+        "position_ids": batch.position.astype(int),
+    }
+    if batch.is_real_tile.any():
+        found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
+    if batch.processor.config.pinpoints:
+        found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
+    return found
+
+
+def placed(want: dict[str, np.ndarray], real: np.ndarray) -> dict[str, np.ndarray]:
+    """Tensors of real tiles at their places among all tiles of the batch, the others zero."""
+
+    def one(name: str, array: np.ndarray) -> np.ndarray:
+        if name.startswith(("lm.", "logits")):
+            return array
+        axis = hf.sites.get(name).stacked
+        out = np.zeros((*array.shape[:axis], len(real), *array.shape[axis + 1 :]), array.dtype)
+        out[(slice(None),) * axis + (real,)] = array
+        return out
+
+    return {name: one(name, array) for name, array in want.items()}

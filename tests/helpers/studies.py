@@ -1,0 +1,74 @@
+"""A tiny checkpoint for studies that run as processes, and the environment of these processes."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import pytest
+import tokenizers
+from flax import nnx
+
+from mllm_jax.families.llava import model as llava
+from mllm_jax.loading import save
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}user {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+EVALUATE = "configs/embedded_evaluate.py"
+LABELS = ("a circle", "a square", "a stripe", "a dot")
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+LM = llava.DecoderConfig(
+    vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
+)
+
+
+def write_checkpoint(folder: pathlib.Path, config, **pictures) -> pathlib.Path:
+    """A random model in the form of the hub, a tokenizer of bytes, and its image processor."""
+    save.save_hf(config.build(rngs=nnx.Rngs(0)), None, folder)
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(folder / "preprocessor_config.json", pictures)
+    return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    folder.mkdir(exist_ok=True)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"},
+    )
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    path.write_text(json.dumps(value))
+
+
+def several(command: list[str], count: int = 2) -> list[str]:
+    return [sys.executable, "-m", "experiments.launch", f"--processes={count}", "--", *command]
+
+
+def assert_close(one, two) -> None:
+    """The same JSON; floats as near as sums in another order are."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_close(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_close(a, b)
+    elif isinstance(one, float):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    else:
+        assert one == two
