@@ -19,7 +19,7 @@ METRICS = {
 
 @style.styled
 def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Draw attributions by layer, a panel per domain: positive ones above zero, negative ones below.
+    """Draw attributions by layer, a panel per domain: positive above zero, negative below.
 
     Args:
         layers: {domain: {"for": float[L], "against": float[L]}}, nats per question.
@@ -41,7 +41,7 @@ def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 @style.styled
 def ablation(rows: Sequence[Mapping]) -> Figure:
-    """Draw the change of the metric by the number of ablated units: top units, and random ones in grey.
+    """Draw the change of the metric by the number of ablated units; random units are grey.
 
     Args:
         rows: the rows of results.json.
@@ -87,9 +87,9 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         folder / "index.html",
         page.Page(
             title="Attribution of the answer",
-            lead=f"How much does each unit of {results['site']} of {page.edited(results)} contribute to "
-            f"{METRICS[results['metric']]}? The attributions of all units come from one backward pass, "
-            f"by {method}.",
+            lead=f"How much does each unit of {results['site']} of {page.edited(results)} "
+            f"contribute to {METRICS[results['metric']]}? The attributions of all units come from "
+            f"one backward pass, by {method}.",
             facts=[
                 (f"{results['layers'] * results['units']:,}", "units"),
                 (f"{sum(results['examples'].values()):,}", "questions"),
@@ -121,8 +121,8 @@ def _layers(folder: pathlib.Path, results: Mapping) -> page.Section:
               *(page.number(sums[key]) for key in ("metric", "sum", "change")))
              for domain, sums in results["completeness"].items()],
         ),
-        note="Colour: positive attributions; grey: negative ones. Integrated gradients of enough steps "
-        "add up to the drop of the metric when all gates are closed.",
+        note="Colour: positive attributions; grey: negative ones. Integrated gradients of enough "
+        "steps add up to the drop of the metric when all gates are closed.",
         data=[("by_layer.csv", "tables/by_layer.csv")],
     )  # fmt: skip
 
@@ -164,10 +164,14 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
     )
     return page.Section(
         title="Validation by ablation",
-        reading=f"With the top {most:,} units ablated, the metric changes by {page.number(top)} nats "
-        f"on test questions; with equally many random units of the same layers, by "
+        reading=f"With the top {most:,} units ablated, the metric changes by {page.number(top)} "
+        f"nats on test questions; with equally many random units of the same layers, by "
         f"{page.number(random)}.",
-        figures=[page.Figure("figures/ablation.png", "Change of the metric by the number of ablated units")],
+        figures=[
+            page.Figure(
+                "figures/ablation.png", "Change of the metric by the number of ablated units"
+            )
+        ],
         note="Colour: units chosen on training questions; grey: random units. Bands: 95 % "
         "bootstrap intervals over questions.",
         data=[("ablation.csv", "tables/ablation.csv")],

@@ -38,9 +38,7 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def write(
-    workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.ndarray]
-) -> None:
+def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.ndarray]) -> None:
     """Write the figures, the tables and index.html.
 
     Args:

@@ -128,9 +128,7 @@ def _prepare(base: context.Context, questions: Mapping[str, list[tuple[Any, Any]
     # Without the end of the turn, which depends on the answer and not on the exchanged state.
     ids = score.candidate_ids(base.processor, labels, 1, end=False)[0]
     length = batching.row_length(base.processor, pairs[:1])
-    return Study(
-        **vars(base), prompt=prompt, labels=labels, ids=ids, length=length, features=read
-    )
+    return Study(**vars(base), prompt=prompt, labels=labels, ids=ids, length=length, features=read)
 
 
 def answer(study: Study, split: str) -> dict[str, np.ndarray]:
@@ -195,7 +193,7 @@ def train(study: Study, layer: int, labels: np.ndarray) -> dict[str, np.ndarray]
 def _test_rows(
     study: Study, layer: int, basis: np.ndarray, labels: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Return the interchange accuracy of the trained subspace, the full residual and random ones."""
+    """Return the interchange accuracy of the trained, the full and random subspaces."""
     random = {
         f"random{seed}": np.random.default_rng(seed).normal(size=basis.shape)
         for seed in range(study.config.controls)

@@ -125,9 +125,7 @@ def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
     return tuple(ours[m] for m in official.ablated(released.get(n, n) for n in named))
 
 
-def _cells(
-    config: ml_collections.ConfigDict, names: tuple[str, ...], data: str
-) -> Iterator[Cell]:
+def _cells(config: ml_collections.ConfigDict, names: tuple[str, ...], data: str) -> Iterator[Cell]:
     """Yield every mask on a domain, and the controls of the domain's own mask."""
     for module in config.modules:
         for mask in names:
@@ -229,7 +227,7 @@ def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 def _against(
     module: str, name: str, edited: Mapping[Cell, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """Compare a domain's own neurons with random ones, the mean over seeds, question by question."""
+    """Compare a domain's own neurons with the mean of random ones, question by question."""
     own = edited[Cell(module, name, name, None)]["score"]
     random = [
         arrays["score"]

@@ -1,4 +1,4 @@
-"""The context of the domain-neuron study: its pictures, its questions and the shapes of its modules."""
+"""The context of the domain-neuron study: its pictures, questions and modules."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
             for array in (lens.sum, np.broadcast_to(lens.tokens, lens.sum.shape))
         )
         config = study.model.config
-        means = {name: features_.mean_over_tiles(config, batch, out[name])[:rows] for name in FEATURES}
+        means = {
+            name: features_.mean_over_tiles(config, batch, out[name])[:rows] for name in FEATURES
+        }
         return {"sums": sums, "tokens": tokens[:, 0], **means}
 
     def read_domain(name: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Measures of a model's answers to the questions of a domain: options by likelihood, or free text."""
+"""How a model's answers to the questions of a domain are taken: as options, or as free text."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class Measure(Protocol):
     domain: str
     questions: batching.QuestionBatches
 
-    def respond(
-        self, number: int, batch, edits: Edits
-    ) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the responses to a batch as arrays, and the last residual of the pass."""
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -59,9 +57,7 @@ class Options:
         self.length = score.answer_length(study.processor, itertools.chain(*options))
         self.chance: float | None = float(np.mean([1 / len(choices) for choices in options]))
 
-    def respond(
-        self, number: int, batch, edits: Edits
-    ) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return whether each answer of a batch is right, and the last residual of the pass."""
         candidates = self.questions.candidates(number)
         ids = score.candidate_ids(
@@ -92,9 +88,7 @@ class Answers:
             )
         self.name = datasets.name(domain, **self.options)
 
-    def respond(
-        self, number: int, batch, edits: Edits
-    ) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the generated texts of a batch, and the last residual of the pass."""
         model, config = self.study.model, self.study.config
         last = mj.run(model, batch, edits, LAST, logits="none")["last"]

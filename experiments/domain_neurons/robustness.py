@@ -10,7 +10,8 @@ import numpy as np
 from experiments.domain_neurons import selection
 from experiments.domain_neurons.context import Study
 from experiments.domain_neurons.counts import Counts
-from mllm_jax.analysis import domain_neurons, selectors, stability as stability_
+from mllm_jax.analysis import domain_neurons, selectors
+from mllm_jax.analysis import stability as stability_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
 
@@ -46,9 +47,7 @@ def compare(
             for module, overlap in shared.items()
         },
         "settings": [
-            _setting(
-                field, value, neurons, selection.select(study, counted, rule | {field: value})
-            )
+            _setting(field, value, neurons, selection.select(study, counted, rule | {field: value}))
             for field, value in settings
         ],
     }

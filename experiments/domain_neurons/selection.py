@@ -19,8 +19,8 @@ import tqdm
 import mllm_jax as mj
 from experiments import context
 from experiments.domain_neurons.context import Study
-from experiments.modules import MODULES
 from experiments.domain_neurons.counts import SCOPES, Counts
+from experiments.modules import MODULES
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.checkpoints import masks

@@ -12,8 +12,8 @@ import mllm_jax as mj
 from experiments import examples
 from experiments.domain_neurons import ablation, counts, layers, pictures, robustness, selection
 from experiments.domain_neurons.context import Study
-from experiments.modules import MODULES
 from experiments.domain_neurons.report import page
+from experiments.modules import MODULES
 from mllm_jax import store
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.data import domains

@@ -11,6 +11,4 @@ during the prompts, and written to `captures/DOMAIN-STYLE.npz`.
 from experiments.running import command
 
 if __name__ == "__main__":
-    command.main(
-        "experiments.evaluate.study", takes=("edits", "captures"), rows={"batch_size": 1}
-    )
+    command.main("experiments.evaluate.study", takes=("edits", "captures"), rows={"batch_size": 1})

@@ -83,9 +83,7 @@ def _accuracy(study: Context, name: str, pictures: list, wording: str) -> dict[s
     }  # fmt: skip
 
 
-def score_options(
-    study: Context, name: str, pictures: list, wording: str
-) -> dict[str, np.ndarray]:
+def score_options(study: Context, name: str, pictures: list, wording: str) -> dict[str, np.ndarray]:
     """Score the options of each question.
 
     Args:

@@ -3,8 +3,8 @@
     python -m experiments.sweep --config=configs/embedded_sweep.py:tokens --workdir=DIR
 
 Pictures are paired within a domain: the two have the same question and different answers. The
-metric is the log-odds of the picture's own answer against that of its partner, at the first answer token.
-The rows of the grid are layers, and its columns are one of
+metric is the log-odds of the picture's own answer against that of its partner, at the first
+answer token. The rows of the grid are layers, and its columns are one of
 
 * tokens: the residual of some tokens is replaced by the partner's (causal tracing by interchange);
 * heads: one attention head is ablated;

@@ -43,8 +43,8 @@ def label_ends(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str]) 
     for (name, end), place in zip(ends.items(), places, strict=True):
         ax.annotate(
             name, (1, end), (1.03, place), xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(), color=style.darken(hue[name]), va="center", fontsize=8.5,
-            annotation_clip=False,
+            textcoords=ax.get_yaxis_transform(), color=style.darken(hue[name]), va="center",
+            fontsize=8.5, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue[name], "linewidth": 0.6, "shrinkA": 1,
                         "shrinkB": 1, "relpos": (0, 0.5)},
         )  # fmt: skip

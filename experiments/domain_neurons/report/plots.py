@@ -150,7 +150,8 @@ def _matrix(
         ax.text(
             column, row, f"{_points(value)}{mark}", ha="center", va="center", fontsize=7.5,
             in_layout=False,
-            color=style.ink_on(image.cmap(image.norm(value))), fontweight="bold" if mark else "normal",
+            color=style.ink_on(image.cmap(image.norm(value))),
+            fontweight="bold" if mark else "normal",
         )  # fmt: skip
     for own in range(min(values.shape)):
         frame = matplotlib.patches.Rectangle(

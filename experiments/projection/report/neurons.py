@@ -153,10 +153,12 @@ def _off_csv(folder: pathlib.Path, name: str, rows: Sequence[Mapping]) -> tuple[
     classes = list(rows[0].get("recall", ()))
     return parts.csv(
         folder, name,
-        ("task", "variant", "ablated", "neurons", *cells.VALUE, *(f"change_{c}" for c in cells.CHANGE),
+        ("task", "variant", "ablated", "neurons", *cells.VALUE,
+         *(f"change_{c}" for c in cells.CHANGE),
          *(f"recall_{c}" for c in classes)),
         [
-            (row["task"], row["variant"], row["ablated"], row["neurons"], *cells.pick(row["f1"], cells.VALUE),
+            (row["task"], row["variant"], row["ablated"], row["neurons"],
+             *cells.pick(row["f1"], cells.VALUE),
              *cells.pick(row["change"], cells.CHANGE), *(row["recall"][c] for c in classes))
             for row in rows
         ],

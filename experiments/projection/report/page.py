@@ -25,7 +25,8 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
     parts.require(results, KEYS, "projection")
     folder = pathlib.Path(workdir)
     made = (
-        _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons, neurons.ablation, neurons.suppression, _paper,
+        _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons,
+        neurons.ablation, neurons.suppression, _paper,
     )  # fmt: skip
     sections = [section for part in made if (section := part(folder, results))]
     content = page.Page(

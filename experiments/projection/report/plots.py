@@ -74,7 +74,8 @@ def _forest_line(ax: Axes, y: float, value: Mapping[str, float], colour: str, sh
     ax.plot([value["mean"]], [y], "o", markersize=6, color=colour, markeredgewidth=0)
     ax.text(
         1.02, y, shown(value["mean"]).replace("-", "\N{MINUS SIGN}"), va="center",
-        transform=ax.get_yaxis_transform(), color=style.darken(colour), fontsize=8, fontweight="bold",
+        transform=ax.get_yaxis_transform(), color=style.darken(colour), fontsize=8,
+        fontweight="bold",
     )  # fmt: skip
 
 
@@ -150,8 +151,8 @@ def depth(
                 ax.axhline(levels[task], color=style.GREY, linewidth=0.9, linestyle=(0, (2, 2)))
                 ax.text(
                     0.99, levels[task], "before the projection", ha="right", va="bottom",
-                    transform=ax.get_yaxis_transform(), color=style.GREY, fontsize=7.5, style="italic",
-                    path_effects=style.halo(),
+                    transform=ax.get_yaxis_transform(), color=style.GREY, fontsize=7.5,
+                    style="italic", path_effects=style.halo(),
                 )  # fmt: skip
             if row == 0:
                 ax.set_title(task)

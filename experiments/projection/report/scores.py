@@ -199,15 +199,14 @@ def _interval(value: Mapping) -> str:
 def _pivot(rows: Sequence[Mapping], named: Mapping[str, str]) -> page.Table:
     """F1 and its relative change: a row for each pair of keys, a column a task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    cells: dict = {}
+    texts: dict = {}
     for row in rows:
         first = tuple(row[key] or page.DASH for key in named)
-        cells.setdefault(first, {})[row["task"]] = cells.value(row["f1"]) + cells.relative(
-            row["change"]
-        )
+        text = cells.value(row["f1"]) + cells.relative(row["change"])
+        texts.setdefault(first, {})[row["task"]] = text
     lines = [
         (*first, *(by_task.get(task, page.DASH) for task in tasks))
-        for first, by_task in cells.items()
+        for first, by_task in texts.items()
     ]
     return page.Table((*named.values(), *tasks), lines)
 
@@ -224,7 +223,8 @@ def _rows_csv(
         folder, name, columns,
         [
             (*(row[c] for c in first), row["variant"], row["runs"], row["images"],
-             *cells.pick(row["f1"], cells.VALUE), *cells.pick(row["accuracy"], cells.VALUE), *cells.pick(row["change"], cells.CHANGE))
+             *cells.pick(row["f1"], cells.VALUE), *cells.pick(row["accuracy"], cells.VALUE),
+             *cells.pick(row["change"], cells.CHANGE))
             for row in rows
         ],
     )  # fmt: skip

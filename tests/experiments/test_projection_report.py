@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.projection.report import page as report
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
-from mllm_jax.report import figures, page, projection
+from mllm_jax.report import page, style
 from tests.helpers import fake_projection
 from tests.helpers.html_reader import Reader
 
@@ -27,14 +28,14 @@ def folder(tmp_path_factory, results):
     folder = tmp_path_factory.mktemp("study")
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "manifest.json").write_text("{}")
-    projection.write(folder, results)
+    report.write(folder, results)
     return folder
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, but not rendered: the page does not look at them."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    monkeypatch.setattr(style, "save", lambda figure, path: None)
 
 
 def rows(path):
@@ -96,17 +97,17 @@ def test_sentences_follow_from_the_numbers(folder, results):
 def test_with_clip_nothing_is_missing(tmp_path, undrawn, results):
     rows = [row | {"variant": CLIP, "runs": 1, "change": None, "f1": row["f1"] | {"deviation": None}}
             for row in results["answers"] if row["variant"] == ORIGINAL]  # fmt: skip
-    projection.write(tmp_path, {**results, "answers": [*rows, *results["answers"]]})
+    report.write(tmp_path, {**results, "answers": [*rows, *results["answers"]]})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert f"<td>{CLIP}" in text and "config.clip" not in text
 
 
 @pytest.mark.slow
 def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeypatch):
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # quicker
-    projection.write(tmp_path, results)
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)  # quicker
+    report.write(tmp_path, results)
     first = contents(tmp_path)
-    projection.write(tmp_path, results)
+    report.write(tmp_path, results)
     assert contents(tmp_path) == first
 
 
@@ -115,7 +116,7 @@ def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeyp
     [("controls", 9), ("depth", 8), ("factors", 8), ("neurons", 8), ("ablation", 7)],
 )
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part, sections):
-    projection.write(tmp_path, {key: value for key, value in results.items() if key != part})
+    report.write(tmp_path, {key: value for key, value in results.items() if key != part})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert Reader(text).tags.count("section") == sections
     assert "nan" not in text
@@ -129,7 +130,7 @@ def test_a_study_of_one_task_one_seed_and_one_probe(tmp_path, undrawn, results):
                      if (row["task"], row["probe"]) == ("digits", "paper")],
         "factors": [row | {"probe": None} for row in results["factors"] if row["task"] == "digits"],
     }  # fmt: skip
-    projection.write(tmp_path, some)
+    report.write(tmp_path, some)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "for both sides" not in text and page.DASH in text
 
@@ -137,5 +138,5 @@ def test_a_study_of_one_task_one_seed_and_one_probe(tmp_path, undrawn, results):
 def test_missing_keys_are_named(tmp_path, results):
     some = {key: value for key, value in results.items() if key not in ("rule", "answers")}
     with pytest.raises(ValueError, match="lack answers, rule; run the study again"):
-        projection.write(tmp_path, some)
+        report.write(tmp_path, some)
     assert not list(tmp_path.iterdir())

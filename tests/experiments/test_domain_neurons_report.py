@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from mllm_jax.report import domain_neurons, evidence, figures, page
+from experiments.domain_neurons.report import page as report
+from experiments.domain_neurons.report import robustness
+from mllm_jax.report import page, style
 from tests.helpers import fake_study
 from tests.helpers.html_reader import Reader
 
@@ -28,14 +30,14 @@ def contents(folder):
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     results = study(folder, grids=(7, 4))
-    domain_neurons.write(folder, results)
+    report.write(folder, results)
     return folder, results
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, but not rendered: the page does not look at them."""
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    monkeypatch.setattr(style, "save", lambda figure, path: None)
 
 
 def rows(path):
@@ -78,15 +80,15 @@ def test_tables_hold_the_numbers_exactly(written):
         "ablation.csv", "accuracy.csv", "against_random.csv", "deviation.csv",
         "domains_per_neuron.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
         "overlap.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
-        "steadiness.csv", "tokens.csv",
+        "stability.csv", "tokens.csv",
     }  # fmt: skip
 
 
 def test_too_few_groups_are_told_as_such(tmp_path):
     results = study(tmp_path)
-    for test in results["steadiness"].values():
-        test.update(lowest=None, shuffled=None, beyond=None)
-    section = evidence.steadiness(tmp_path, results)
+    for test in results["stability"].values():
+        test.update(lowest_entropy=None, shuffled_entropy=None, beyond_chance=None)
+    section = robustness.stability(tmp_path, results)
     assert section.reading.startswith("These are too few groups of examples to tell")
     assert {row[-1] for row in section.table.rows} == {page.DASH}
 
@@ -117,7 +119,7 @@ def test_sentences_follow_from_the_numbers(written):
     assert f"as many random neurons: {points(random)}" in text
     assert f"the change is beyond chance in {stars} of 5 domains, and other than that" in text
     assert "that of random neurons in 3 of 5" in text
-    beyond = sum(test["beyond"] for test in results["steadiness"].values())
+    beyond = sum(test["beyond_chance"] for test in results["stability"].values())
     selected = sum(found["selected"] for found in results["selection"].values())
     assert f"{beyond:,} of {selected:,} selected neurons have a lower entropy" in text
     assert "AUROC shares most neurons with entropy: a Jaccard index of 0.30" in text
@@ -132,12 +134,12 @@ def test_sentences_follow_from_the_numbers(written):
 
 @pytest.mark.slow
 def test_written_again_the_bytes_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(figures.STYLE, "savefig.dpi", 40)  # quicker
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)  # quicker
     results = study(tmp_path, domains=["cats", "dogs"], grids=(4,))
-    domain_neurons.write(tmp_path, results)
+    report.write(tmp_path, results)
     first = contents(tmp_path)
     assert len(first) > 15
-    domain_neurons.write(tmp_path, results)
+    report.write(tmp_path, results)
     assert contents(tmp_path) == first
 
 
@@ -199,7 +201,7 @@ def in_parts(results):
         ((with_one_cell_only, without_neurons), 10),
         ((without_deviation, without("pictures")), 8),
         ((without("ablation"), without("baseline")), 7),
-        ((without("lens"), without("steadiness"), without("comparison")), 7),
+        ((without("lens"), without("stability"), without("comparison")), 7),
         ((of_given_neurons, in_parts), 10),
     ],
     ids=[
@@ -215,7 +217,7 @@ def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
     results = study(tmp_path, domains=["cats", "dogs"], grids=(2,))
     for change in changes:
         change(results)
-    domain_neurons.write(tmp_path, results)
+    report.write(tmp_path, results)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert Reader(text).tags.count("section") == sections
     assert "nan" not in text.replace("Nan", "")
@@ -225,11 +227,11 @@ def test_missing_keys_are_named(tmp_path):
     results = copy.deepcopy(fake_study.fake_results(grids=()))
     del results["lens"], results["stages"]
     with pytest.raises(ValueError, match="lack lens, stages; run the study again"):
-        domain_neurons.write(tmp_path, results)
+        report.write(tmp_path, results)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_picture_is_named(tmp_path, undrawn):
     results = fake_study.fake_results(domains=["cats", "dogs"], grids=(2,))
     with pytest.raises(FileNotFoundError, match=r"picture of cats/0000 is missing.*picture-0\.png"):
-        domain_neurons.write(tmp_path, results)
+        report.write(tmp_path, results)
