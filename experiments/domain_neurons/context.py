@@ -12,8 +12,7 @@ from experiments import context
 from experiments.modules import MODULES
 from mllm_jax.analysis import official
 from mllm_jax.data import batching, domains
-from mllm_jax.interventions import edits as edits_
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.sharding import mesh
 
 Split = Literal["train", "test", "lens"]
@@ -97,9 +96,9 @@ class Study(context.Context):
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape (L, F) of the neurons of each module that the model has."""
         batch = self.questions("train", self.names[0])[0].replace(processor=None)
-        specs = run_.site_shapes(self.model, batch)
+        specs = site_shapes(self.model, batch)
         return {
-            module: (spec.layers, spec.shape[edits_.unit_axis(site)])
+            module: (spec.layers, spec.shape[site.unit_axis])
             for module, site in MODULES.items()
             if (spec := specs.get(site.name))
         }

@@ -70,8 +70,8 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
                     [(mask, f"{values['divergence']['mean']:.2f}",
                       f"{values['agreement']['mean']:.2f}") for mask, values in test.items()],
                 ),
-                note="Random masks keep equally many units in every layer. Divergence: KL divergence "
-                "from the full model, mean over questions.",
+                note="Random masks keep equally many units in every layer. Divergence: the KL "
+                "divergence from the full model, mean over questions.",
                 data=[("test.csv", "tables/test.csv")],
             ),
             learning.section(folder, {"gates": curve}),

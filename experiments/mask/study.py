@@ -19,9 +19,8 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import domain_neurons, intervals
 from mllm_jax.data import batching
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.sites import Site
 from mllm_jax.training import edits as training
 
@@ -62,8 +61,8 @@ def run(
     )
     study.claim({split: context.content(pairs) for split, pairs in questions.items()})
     train, test = (_batches(study, pairs) for pairs in questions.values())
-    spec = edits_.look_up(site, run_.site_shapes(model, train[0].batch))
-    shape = spec.layers, spec.shape[edits_.unit_axis(site)]
+    spec = look_up(site, site_shapes(model, train[0].batch))
+    shape = spec.layers, spec.shape[site.unit_axis]
     trained = workdir.arrays("learned", lambda: train_gates(study, train, site, shape))
     kept = trained["gates"] > 0.5
     masks = {"learned": kept} | {

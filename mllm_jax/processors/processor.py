@@ -15,7 +15,7 @@ import numpy as np
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import files
-from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import image_processors
 from mllm_jax.processors import pictures as picture_files
 from mllm_jax.processors import prompts as prompts_
@@ -47,7 +47,7 @@ class Processor:
         self,
         tokenizer,
         pictures,
-        config: LlavaConfig,
+        config: MultimodalConfig,
         directory=None,
         *,
         image_aspect_ratio: str | None = None,
@@ -82,7 +82,7 @@ class Processor:
     def from_directory(
         cls,
         directory,
-        config: LlavaConfig,
+        config: MultimodalConfig,
         *,
         pictures=None,
         image_aspect_ratio: str | None = None,
