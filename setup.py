@@ -57,7 +57,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "vqa": ["pyarrow"],  # what reads LingoQA and DocVQA as they are downloaded
         "docs": ["mkdocs>=1.6"],  # docs/ as a site
-        "test": ["hypothesis", "pyarrow", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff"],
         "parity": ["torch==2.13.0"],
     },
 )

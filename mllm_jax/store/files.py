@@ -176,9 +176,9 @@ def noted(journal: pathlib.Path) -> set[str]:
 
 
 def note(path: pathlib.Path) -> None:
-    """Writes down, once, that a file of a workdir is one that a study writes."""
+    """Write down, once, that a study writes this file of a workdir, or all of this folder."""
     if journal := journal_of(path.parent):
-        line = str(path.relative_to(journal.parent))
+        line = f"{path.relative_to(journal.parent)}{'/' if path.is_dir() else ''}"
         if line not in noted(journal):
             noted(journal).add(line)
             with journal.open("a") as file:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,8 @@ class Workdir:
                 continue
             if path.is_file() or path.is_symlink():
                 path.unlink()
+            elif line.endswith("/"):
+                shutil.rmtree(path, ignore_errors=True)
             for folder in path.relative_to(self.path).parents[:-1]:
                 with contextlib.suppress(OSError):  # it holds something else
                     (self / folder).rmdir()

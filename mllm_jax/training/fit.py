@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,19 @@ import numpy as np
 import optax
 import tqdm
 
+from mllm_jax.batch import Batch
 from mllm_jax.sharding import hosts, mesh
-from mllm_jax.store import Store
 from mllm_jax.training import losses, parts
+from mllm_jax.training.checkpoint import Checkpoint
+from mllm_jax.typing import Array, Float, Int
+
+
+class Loss(Protocol):
+    """A loss of a batch: its sums, and what they are sums over, one of each a row."""
+
+    def __call__(
+        self, model: Any, batch: Batch, *, remat: bool
+    ) -> tuple[Float[Array, " B"], Int[Array, " B"]]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,90 +97,132 @@ def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], jax.Array]
 
 
 def fit(
-    model,
-    batches: Sequence[Any],
+    model: Any,
+    batches: Sequence[Batch],
     recipe: Recipe,
     *,
-    neurons: Mapping[str, Any] | None = None,
+    neurons: Mapping[str, np.ndarray] | None = None,
     save: str | pathlib.Path | None = None,
     restart: bool = False,
-    loss: Callable = losses.answer_nll,
+    loss: Loss = losses.answer_nll,
     label: str = "train",
-):
-    """The model after all batches, `recipe.accumulate` of them a step, and the loss of each step.
+) -> tuple[Any, np.ndarray]:
+    """Train a part of a model, with one step on every `recipe.accumulate` batches.
 
     What trains is float32 until the end, with its gradient and the optimiser's moments, whatever
     the model's dtype; see `parts`.
 
     Args:
-      batches: made when asked for, always the same at the same place, all of one shape.
-      neurons: those that train, if the part says so; see `parts.split`.
-      save: a folder for the checkpoint: what trains, its optimiser's state and the curve, with
+      model: it stays as it is.
+      batches: all of one shape. They are computed when they are read, and must be the same
+        whenever they are read.
+      recipe: what trains, and how.
+      neurons: the neurons that train, where the recipe trains some; see `parts.partition`.
+      save: a folder for the checkpoint: what trains, the optimiser's state and the curve, with
         fingerprints of the start, the recipe, the loss and the batches so far. A killed run
-        continues from it and ends with the same weights; batches of finished steps are made
-        again, to compare their content. After the last step nothing is trained.
-      restart: remove what is saved there.
+        continues from it and ends with the same weights. Batches of finished steps are read
+        again, to compare their content; a run that is finished trains nothing.
+      restart: whether to remove the checkpoint that is there.
       loss: (model, batch, remat=) -> sums float32[B] and what they are sums over [B], such as
-        tokens. All sums of a step are divided by all counts: it does not matter how a step is cut
-        into batches. A function of a module, so that a second run compiles nothing.
-      label: of the progress bar.
+        tokens. All sums of a step are divided by all counts, so that it does not matter how a
+        step is divided into batches. A module-level function, so that a second run compiles
+        nothing.
+      label: the text before the progress bar.
 
     Returns:
-      The trained model in the dtype that it had, float32[steps].
+      The trained model, and the loss of each step before its update, float32[steps].
 
     Raises:
-      ValueError: the batches are no whole steps, or `save` holds the training of another start
-        model, recipe, number of steps, loss or other batches, or is damaged.
+      ValueError: the batches do not divide into steps, or `save` is damaged or holds the training
+        of another start model, recipe, number of steps, loss or batches.
       FloatingPointError: a loss is not finite.
+      OSError: the checkpoint cannot be written.
     """
-    merge, trained, frozen = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
-    size = recipe.accumulate
-    steps, left = divmod(len(batches), size)
-    if left:
-        raise ValueError(f"{len(batches)} batches are no steps of accumulate={size}")
+    partition = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
+    merge, trained, frozen = partition
+    steps, remainder = divmod(len(batches), recipe.accumulate)
+    if remainder:
+        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     settings |= {"every": None, "steps": steps, "neurons": neurons}  # saving changes no number
-    store = Store(
-        None if save is None else pathlib.Path(save) / "checkpoint.npz", restart=restart,
-        model=model, settings=settings, code={"loss": loss},
-    )  # fmt: skip
-    kept = store.read()
-    rest = store.resume(_Steps(batches, size))
+    checkpoint = Checkpoint(
+        save, restart=restart, model=model, settings=settings, code={"loss": loss}
+    )
+    exists = checkpoint.find()
+    rest = checkpoint.resume(_Steps(batches, recipe.accumulate))
+    optimiser = recipe.optimiser(steps)
     with mesh.use_mesh_of(model):
-        if kept is not None and store.done == steps:
-            return merge(_restored(mesh.replicate(trained), kept), frozen), kept["curve"]
-        # Each step takes the place of the last in memory, and the model's own arrays stay.
-        own = set(map(id, jax.tree.leaves(model)))
-        trained = jax.tree.map(lambda a: jnp.copy(a) if id(a) in own else a, trained)
-        trained, state = mesh.replicate((trained, recipe.optimiser(steps).init(trained)))
-        where = tuple(jax.tree.leaves(mesh.shardings_of((trained, state))))
-        advance = functools.partial(
-            _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=where
+        curve = mesh.replicate(jnp.zeros((steps,)))
+        if exists and checkpoint.done == steps:
+            unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
+            trained, _, curve = checkpoint.load((mesh.replicate(trained), unread, curve))
+            return merge(trained, frozen), np.array(curve)
+        trained = _copy_shared(trained, model)
+        trained, state = mesh.replicate((trained, optimiser.init(trained)))
+        if exists:
+            trained, state, curve = checkpoint.load((trained, state, curve))
+        shardings = tuple(jax.tree.leaves(mesh.shardings_of((trained, state))))
+        step = functools.partial(
+            _update, merge=merge, recipe=recipe, steps=steps, loss=loss, places=shardings
         )
-        curve = np.zeros((steps,), np.float32)
-        if kept is not None:
-            (trained, state), curve = _restored((trained, state), kept), kept["curve"]
-        bar = tqdm.tqdm(rest, desc=label, initial=store.done, total=steps, mininterval=1)
-        for some in bar:
-            step = store.done
-            placed = [mesh.shard_batch(batch.replace(processor=None)) for batch in some]
-            trained, state, value = advance(trained, state, frozen, placed)
-            curve[step] = value
-            recent = curve[max(0, step - 19) : step + 1].mean()
-            bar.set_postfix(loss=f"{recent:.3f}")
-            if not np.isfinite(curve[step]):
-                raise FloatingPointError(
-                    f"{label}: the loss of step {step} is {curve[step]}; lower the learning rate "
-                    f"(now {recipe.rate}) or look at batch {step}"
-                )
-            store.add(some)
+        run = _Run(step, recipe, checkpoint, np.array(curve), label)
+        trained = run.train(trained, state, frozen, rest)
+    return merge(trained, frozen), run.curve
+
+
+def _copy_shared(trained: Any, model: Any) -> Any:
+    """Copy the arrays of the model itself: each step overwrites in memory those that it updates."""
+    own = set(map(id, jax.tree.leaves(model)))
+    return jax.tree.map(lambda array: jnp.copy(array) if id(array) in own else array, trained)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The loop over steps.
+
+    Attributes:
+      step: (trained, state, frozen, batches) -> trained, state, loss.
+      recipe: when to save.
+      checkpoint: where to save, and how many steps are done.
+      curve: float32[steps], the loss of each step so far.
+      label: the text before the progress bar.
+    """
+
+    step: Callable[..., tuple[Any, Any, jax.Array]]
+    recipe: Recipe
+    checkpoint: Checkpoint
+    curve: np.ndarray
+    label: str
+
+    def train(self, trained: Any, state: Any, frozen: Any, rest: Iterator[list[Batch]]) -> Any:
+        """Return what trains after the remaining steps."""
+        done, steps = self.checkpoint.done, len(self.curve)
+        bar = tqdm.tqdm(rest, desc=self.label, initial=done, total=steps, mininterval=1)
+        for batches in bar:
+            number = self.checkpoint.done
+            placed = [mesh.shard_batch(batch.replace(processor=None)) for batch in batches]
+            trained, state, value = self.step(trained, state, frozen, placed)
+            self._note(number, value)
+            bar.set_postfix(loss=f"{self.curve[max(0, number - 19) : number + 1].mean():.3f}")
+            self.checkpoint.add(batches)
             leaving = hosts.preemption_requested()
-            if leaving or store.done % recipe.every == 0 or store.done == steps:
-                leaves = jax.tree.leaves((trained, state))
-                store.write({"curve": curve, **{str(i): leaf for i, leaf in enumerate(leaves)}})
+            if leaving or self._is_saved_after(number):
+                curve = mesh.replicate(jnp.asarray(self.curve))
+                self.checkpoint.save((trained, state, curve))
             if leaving:
-                hosts.exit_preempted(label)
-    return merge(trained, frozen), curve
+                hosts.exit_preempted(self.label)
+        return trained
+
+    def _note(self, number: int, loss: jax.Array) -> None:
+        self.curve[number] = loss
+        if not np.isfinite(self.curve[number]):
+            raise FloatingPointError(
+                f"{self.label}: the loss of step {number} is {self.curve[number]}; lower the "
+                f"learning rate (now {self.recipe.rate}) or look at batch {number}"
+            )
+
+    def _is_saved_after(self, number: int) -> bool:
+        return (number + 1) % self.recipe.every == 0 or number + 1 == len(self.curve)
 
 
 def update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
@@ -215,16 +267,6 @@ class _Steps(Sequence):
 
     def __getitem__(self, step: int) -> list[Any]:
         return [self.batches[step * self.size + i] for i in range(self.size)]
-
-
-def _restored(tree: Any, kept: Mapping[str, np.ndarray]) -> Any:
-    """The tree with the arrays that were kept, by number, each where that of the tree lies."""
-    leaves, shape = jax.tree.flatten(tree)
-    found = [
-        jax.make_array_from_callback(leaf.shape, leaf.sharding, kept[str(i)].__getitem__)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(shape, found)
 
 
 def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[float, float]:

@@ -1,0 +1,170 @@
+"""Checkpoints of training: Orbax keeps the arrays, the common store's key decides.
+
+A folder holds `checkpoint.json`, the record of what the checkpoint was made for, and `steps/N`, the
+arrays after step N as Orbax wrote them. The record names the step and the digest of each of its
+files. It is replaced once Orbax has finished a step, and only then are other steps removed. A
+process that is killed at any moment therefore leaves a complete checkpoint, the new or the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mllm_jax.sharding import hosts
+from mllm_jax.store import files, fingerprints
+from mllm_jax.store.made import Made
+
+_DISK_ERROR = re.compile(r": ([^:]+) \[os_error_code=")
+
+
+class Checkpoint(Made):
+    """The newest state of a training run, with the key of a `mllm_jax.store.Store`.
+
+    All processes save and load together, each its own parts of arrays that are spread over them.
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path | None, *, restart: bool = False, **parts: Any
+    ) -> None:
+        """Name the folder and compute the key.
+
+        Args:
+          folder: where the checkpoint is kept; None keeps nothing.
+          restart: whether to remove the checkpoint that is there.
+          **parts: what the training depends on, as of `Store`.
+        """
+        path = None if folder is None else pathlib.Path(folder) / "checkpoint.json"
+        super().__init__(path, parts)
+        self._digests: dict[str, str] = {}
+        if restart and self.path is not None:
+            files.remove(self.path)
+            self._remove_steps(but=None)
+
+    def find(self) -> bool:
+        """Return whether there is a checkpoint to `load`, after a look at its key.
+
+        Raises:
+          ValueError: it was made for something else, or its record is damaged.
+        """
+        if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
+            return False
+        record = files.parse(self.path, self.path.read_text("utf-8", "replace"))
+        try:
+            self._check(record)
+            self._digests = dict(record["digests"])
+        except (KeyError, TypeError) as error:
+            raise files.damaged(self.path, error) from error
+        return True
+
+    def load(self, like: Any) -> Any:
+        """Return the arrays of the checkpoint that `find` found.
+
+        Args:
+          like: a pytree of arrays, each placed as the loaded one shall be; what is `...` instead
+            is not read.
+
+        Returns:
+          The same pytree with the saved values.
+
+        Raises:
+          ValueError: a file is missing or its bytes are not those that were written.
+        """
+        assert self.path is not None
+        step = self._step(self._kept[0])
+        self._refuse_damaged(step)
+        leaves, structure = jax.tree.flatten(like)
+        wanted = {str(number): _abstract(leaf) for number, leaf in enumerate(leaves)}
+        try:
+            with _quiet():
+                loaded = ocp.load(step, wanted)
+        except Exception as error:  # Orbax raises many kinds for what is not as it wrote it
+            raise files.damaged(step, error) from error
+        return jax.tree.unflatten(structure, [loaded[name] for name in wanted])
+
+    def save(self, tree: Any) -> None:
+        """Replace the checkpoint by a pytree of arrays and what is `done`.
+
+        Raises:
+          OSError: a file could not be written; the checkpoint from before is kept.
+        """
+        if self.path is None:
+            return
+        step = self._step(self.done)
+        if hosts.is_primary():
+            with files.written_to(step):
+                step.parent.mkdir(parents=True, exist_ok=True)
+                files.note(step.parent)
+        arrays = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
+        with files.written_to(step), _quiet():
+            try:
+                ocp.save(step, arrays, overwrite=True)
+            except ValueError as error:  # TensorStore's name for errors of the disk
+                if reason := _DISK_ERROR.search(str(error)):
+                    raise OSError(reason[1]) from error
+                raise
+        if hosts.is_primary():
+            with files.written_to(step):
+                digests = _digests(step)
+            files.atomic_json(self.path, self._record() | {"digests": digests})
+            self._remove_steps(but=step)
+
+    def _step(self, number: int) -> pathlib.Path:
+        assert self.path is not None
+        return self.path.absolute().parent / "steps" / str(number)
+
+    def _remove_steps(self, but: pathlib.Path | None) -> None:
+        """Remove all steps but one, and what killed processes left of steps."""
+        folder = self._step(0).parent
+        if not (hosts.is_primary() and folder.is_dir()):
+            return
+        for path in folder.iterdir():
+            if path != but:
+                shutil.rmtree(path, ignore_errors=True)
+        if but is None:
+            folder.rmdir()
+
+    def _refuse_damaged(self, step: pathlib.Path) -> None:
+        names, changed = sorted(self._digests), -1
+        if hosts.is_primary():  # all processes then raise the same
+            written = _digests(step)
+            changed = next(
+                (n for n, name in enumerate(names) if written.get(name) != self._digests[name]), -1
+            )
+        changed = hosts.broadcast_from_primary(changed)
+        if changed >= 0 or not names:
+            name = names[changed] if names else ""
+            raise files.damaged(step / name, "its bytes are not those that were written")
+
+
+def _abstract(leaf: Any) -> Any:
+    if leaf is ...:
+        return ocp.PLACEHOLDER
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _digests(step: pathlib.Path) -> dict[str, str]:
+    """Return the digest of each file of a step, by its path in the step's folder."""
+    return {
+        str(path.relative_to(step)): fingerprints.file(path) for path in fingerprints.files(step)
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from logging the stack trace of an error that is raised as one line."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
