@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def case(request):
     pictures = [tiny.picture(n, 24 + 8 * n, 40) for n in range(3)]
     packed = processor.pack(pictures, TURNS, rows=4)
     images = [picture for picture, pairs in zip(pictures, TURNS, strict=True) for _ in pairs]
-    questions, answers = zip(*sum(TURNS, []), strict=True)
+    questions, answers = zip(*itertools.chain(*TURNS), strict=True)
     alone = processor(images, questions, answers=answers)
     return processor, packed, alone
 
