@@ -17,10 +17,10 @@ from flax import nnx
 
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.tap import Resume, Taps
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
@@ -69,13 +69,13 @@ class Program:
     back: int = 0
 
 
-def model(config: llava.LlavaConfig, dtype) -> nnx.Module:
+def model(config: MultimodalConfig, dtype) -> nnx.Module:
     """The network without weights."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def batch(config: llava.LlavaConfig, size: Size) -> Batch:
+def batch(config: MultimodalConfig, size: Size) -> Batch:
     """Rows of one picture, as large as one can be, between a system word and a question.
 
     What edits and captures select by is there; pixels and words are shapes.

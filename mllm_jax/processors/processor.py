@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import image_processors, packing, row_pictures, tokenizers
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
@@ -44,7 +44,7 @@ class Processor(PromptEncoder):
         self,
         tokenizer: PreTrainedTokenizerFast,
         pictures: Callable[[], Any],
-        config: LlavaConfig,
+        config: MultimodalConfig,
         directory: str | os.PathLike | None = None,
         *,
         image_aspect_ratio: str | None = None,
@@ -64,7 +64,7 @@ class Processor(PromptEncoder):
     def from_directory(
         cls,
         directory: str | os.PathLike,
-        config: LlavaConfig,
+        config: MultimodalConfig,
         *,
         pictures: Callable[[], Any] | None = None,
         image_aspect_ratio: str | None = None,

@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax import tokens
 from mllm_jax.checkpoints import files
-from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
 from mllm_jax.processors import tokenizers
@@ -42,7 +42,7 @@ class PromptEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        config: LlavaConfig,
+        config: MultimodalConfig,
         directory: str | os.PathLike | None = None,
         *,
         stop_ids: Sequence[int] = (),

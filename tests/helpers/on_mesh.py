@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 
 import mllm_jax as mj
+from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.families import registry as architectures
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -83,7 +83,7 @@ def spread(model, on_mesh):
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     shapes = {load.dotted(path): leaf.shape for path, leaf in flat.items()}
-    table = architectures.of(model.config).rules(model.config)
+    table = families.of(model.config).sharding_rules(model.config)
     places = rules.shardings(model.config, table, shapes, on_mesh)
 
     def place(x, path):  # also on devices of another process

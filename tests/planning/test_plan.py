@@ -11,10 +11,9 @@ import pytest
 from absl import flags
 
 import mllm_jax as mj
+from mllm_jax import families, store
 from mllm_jax import sites as S
-from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax.families import released
 from mllm_jax.families.llava import model as llava
 from mllm_jax.passes import run
 from mllm_jax.planning import chips, hlo, plan, programs, work
@@ -416,7 +415,7 @@ RECIPES = "llava-1.5-7b", "llava-1.5-13b", "llava-next-vicuna-7b", "instructblip
 def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
     """Those of docs/pods.md on eight chips."""
     size = programs.Size(rows=8, lanes=4, words=64)
-    found = plan.plan(released.RELEASED[name](), size, topology="v5e:2x4", study=study)
+    found = plan.plan(families.RELEASED[name](), size, topology="v5e:2x4", study=study)
     assert found.how == plan.COMPILED and found.fits
     assert not found.gathers()
     assert found.flops == pytest.approx(found.ideal, rel=0.05) or "instructblip" in name
