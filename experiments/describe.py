@@ -25,9 +25,9 @@ from flax import nnx
 
 from mllm_jax import families, sites, store, tokens
 from mllm_jax.batch import Batch
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.passes import run
 from mllm_jax.report import tables
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
@@ -74,7 +74,7 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
         counts[module] = counts.get(module, 0) + math.prod(param.shape)
     parameters = {module: count for module, count in counts.items() if count}
     parameters["all"] = sum(parameters.values())
-    found = run.site_shapes(model, batch(config))
+    found = site_shapes(model, batch(config))
     described, neurons = [], {}
     for site in sites.TABLE:
         if site.name not in found:

@@ -361,7 +361,7 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
 
     def place(kind: str, tree: Any) -> tuple[str, Any]:
         if kind == "edits" and not lanes:
-            return kind, run.place(tree, put)
+            return kind, run.shard_edits(tree, put)
 
         def one(path, leaf):
             if not hasattr(leaf, "shape"):

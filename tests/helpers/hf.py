@@ -18,7 +18,7 @@ from mllm_jax.checkpoints import keys
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
-from mllm_jax.interventions import captures, edits
+from mllm_jax.interventions import captures
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -238,9 +238,9 @@ def worst(got: dict, want: dict, maps: dict[str, tokens.TokenMap]) -> dict[str, 
     def one(name):
         site, theirs = sites.get(name), want[name]
         ours = np.asarray(got[name]).reshape(theirs.shape)  # theirs has all heads in one axis
-        axis = edits.token_axis(site) + site.stacked
+        axis = site.token_axis + site.stacked
         real = np.asarray(site.entry(maps).kind) != tokens.CODE["pad"]
-        ours, theirs = (np.moveaxis(a, (axis - edits.token_axis(site), axis), (0, 1))[real]
+        ours, theirs = (np.moveaxis(a, (axis - site.token_axis, axis), (0, 1))[real]
                         for a in (ours, theirs))  # fmt: skip
         assert np.abs(theirs).max() > 0.1, f"{name}: a reference of zeros proves nothing"
         return float(np.abs(ours - theirs).max())
