@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 
-from mllm_jax.families import released
+from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.models import clip, decoder
 
@@ -89,7 +89,7 @@ def run(
     from tests.helpers import random_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
-        config = released.RELEASED[model]() if model else about_one_gib()
+        config = families.RELEASED[model]() if model else about_one_gib()
         shard = random_checkpoint.SHARD if model else GIB // 4
         random_checkpoint.write(config, pathlib.Path(temporary), shard=shard)
         return run(directory=temporary, devices=devices)
@@ -98,7 +98,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", choices=released.RELEASED, help="a released model; by default one of about 1 GiB"
+        "--model", choices=families.RELEASED, help="a released model; by default one of about 1 GiB"
     )
     parser.add_argument("--directory", help="a checkpoint that is there already")
     parser.add_argument("--devices", type=int, default=1, help="fake ones, to split it over")

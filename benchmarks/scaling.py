@@ -45,7 +45,7 @@ def measure(
     name: str, study: str, chips: Sequence[int], along: Sequence[int], rows: int
 ) -> list[dict[str, Any]]:
     """A point for each way to scale and number of chips."""
-    from mllm_jax.families import released
+    from mllm_jax import families
     from mllm_jax.planning import plan, programs
     from mllm_jax.planning.chips import CHIPS
     from mllm_jax.sharding import mesh
@@ -53,7 +53,7 @@ def measure(
     ways = [("weak, data", n, (n, 1), rows) for n in chips]
     ways += [("strong, data", n, (n, 1), rows // n) for n in chips if rows % n == 0]
     ways += [("strong, model", n, (1, n), rows) for n in along]
-    config, points = released.RELEASED[name](), []
+    config, points = families.RELEASED[name](), []
     for way, n, (data, model), each in ways:
         found = plan.plan(
             config, programs.Size(rows=each), study=study, topology=mesh.mesh(data, model)

@@ -35,9 +35,8 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import attribution, domain_neurons, intervals
 from mllm_jax.data import batching
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.passes import score
 from mllm_jax.report import attribution as page
 
@@ -61,8 +60,8 @@ class Study:
         """(layers, units) of the site: the shape of the gates."""
         site = S.get(self.config.site)
         _, batch, *_ = next(self.batches(next(iter(self.train.values()))))
-        spec = edits_.look_up(site, run_.site_shapes(self.model, batch))
-        return spec.layers, spec.shape[edits_.unit_axis(site)]
+        spec = look_up(site, site_shapes(self.model, batch))
+        return spec.layers, spec.shape[site.unit_axis]
 
     @functools.cached_property
     def lengths(self) -> tuple[int, int]:

@@ -23,12 +23,11 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from mllm_jax import sites, store, tokens
+from mllm_jax import families, sites, store, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.families import released
-from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
-from mllm_jax.passes import run
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.report import tables
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
@@ -37,16 +36,16 @@ DTYPES = ("float32", "bfloat16")
 WORDS = 32
 
 
-def find(name: str) -> LlavaConfig:
+def find(name: str) -> MultimodalConfig:
     """The config of a model.
 
     Raises:
         FileNotFoundError, ValueError: nothing has this name, and the message lists the nearest
             released models; or the config is not that of a model we have.
     """
-    if name in released.RELEASED:
-        return released.RELEASED[name]()
-    near = ", ".join(released.nearest(name))
+    if name in families.RELEASED:
+        return families.RELEASED[name]()
+    near = ", ".join(families.nearest(name))
     if "/" not in name and not pathlib.Path(name).is_dir():
         raise ValueError(
             f"{name!r} is neither a released model nor a directory nor a hub id; nearest: {near}"
@@ -58,7 +57,7 @@ def find(name: str) -> LlavaConfig:
     return load.read_config(directory)
 
 
-def describe(config: LlavaConfig) -> dict[str, Any]:
+def describe(config: MultimodalConfig) -> dict[str, Any]:
     """What a model has, found by shape alone.
 
     Args:
@@ -75,7 +74,7 @@ def describe(config: LlavaConfig) -> dict[str, Any]:
         counts[module] = counts.get(module, 0) + math.prod(param.shape)
     parameters = {module: count for module, count in counts.items() if count}
     parameters["all"] = sum(parameters.values())
-    found = run.site_shapes(model, batch(config))
+    found = site_shapes(model, batch(config))
     described, neurons = [], {}
     for site in sites.TABLE:
         if site.name not in found:
@@ -103,7 +102,7 @@ def describe(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def batch(config: LlavaConfig) -> Batch:
+def batch(config: MultimodalConfig) -> Batch:
     """A batch of one row without content: its largest picture, and WORDS more tokens."""
     layout = config.layout(config.largest)
     T, I, side = len(layout.patches) + WORDS, layout.tiles, config.vision.image_size

@@ -32,9 +32,8 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import domain_neurons, intervals
 from mllm_jax.data import batching
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.report import learned as page
 from mllm_jax.training import edits as learning
 
@@ -51,8 +50,8 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     data = {half: study.content(pairs) for half, pairs in asked.items()}
     study.claim(workdir, config, model, processor, data)
     train, test = (_batches(config, model, processor, edits, pairs) for pairs in asked.values())
-    spec = edits_.look_up(site, run_.site_shapes(model, train[0]["batch"]))
-    shape = spec.layers, spec.shape[edits_.unit_axis(site)]
+    spec = look_up(site, site_shapes(model, train[0]["batch"]))
+    shape = spec.layers, spec.shape[site.unit_axis]
     found = workdir.arrays("learned", lambda: learn(config, model, train, site, shape, edits))
     kept = found["gates"] > 0.5
     masks = {"learned": kept} | {

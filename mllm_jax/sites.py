@@ -13,10 +13,12 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+
+from mllm_jax.typing import AnyArray
 
 _ABOVE = "; layers above the feature layer never reach the LM, so they are not run"
 END = 2**30  # an open end of a slice
@@ -31,16 +33,16 @@ class Site:
       shape: the axes of the tensor in one layer, in axis letters.
       about: where it is read and written.
       stacked: whether the site exists once per layer.
-      lens: the TransformerLens name, for people who come from there.
-      hf: the tensor in HF transformers, for people who come from there; where InstructBLIP names it
-        otherwise, its name comes second.
+      transformer_lens_name: the name in TransformerLens, "" where it has none.
+      hf: the tensor in HF transformers; where InstructBLIP has another name for it, that name comes
+        second.
     """
 
     name: str
     shape: str
     about: str
     stacked: bool = True
-    lens: str = ""
+    transformer_lens_name: str = ""
     hf: str = ""
 
     @property
@@ -51,6 +53,16 @@ class Site:
     def axes(self) -> tuple[str, ...]:
         return tuple(self.shape.split())
 
+    @property
+    def unit_axis(self) -> int:
+        """The axis of the tensor that holds its units: the first of neither rows nor tokens."""
+        return next(i for i, axis in enumerate(self.axes) if axis not in "BITPSQ")
+
+    @property
+    def token_axis(self) -> int:
+        """The axis of the tensor that holds its tokens."""
+        return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
+
     def entry(self, table: Mapping[str, Any]) -> Any:
         """What a table by module says of this site; its own line, where it has one, comes first."""
         return table[self.name if self.name in table else self.module]
@@ -60,6 +72,21 @@ class Site:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteShape:
+    """The tensor of a site in a model.
+
+    Attributes:
+      layers: How many layers have the site.
+      shape: The shape of the tensor in one layer.
+      dtype: Its dtype.
+    """
+
+    layers: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 @jax.tree_util.register_dataclass
@@ -244,6 +271,10 @@ class Address:
         if units.form == "pairs":
             return rows & units.pairs_mask(layers, width, name)
         return rows & units.mask(width, f"{name}: unit")[None, :]
+
+
+# What a user may give as the target of an edit or capture: `Address.of` reads it.
+Target: TypeAlias = "Site | Address | Namespace | AnyArray"
 
 
 def _check_two_lists(site: Site, selections: list[Selection]) -> None:

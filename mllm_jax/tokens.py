@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+
+from mllm_jax.typing import AnyArray
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
@@ -168,6 +170,10 @@ class Where:
             return (tokens.kind[..., None] == self.value).any(-1)
         at = getattr(tokens, self.form)
         return (at == self.value) & (at >= 0)
+
+
+# What a user may give as a selector of tokens: `of` reads it.
+Selector: TypeAlias = Where | str | AnyArray | None
 
 
 def _prompt_mask(mask, tokens: TokenMap) -> Any:

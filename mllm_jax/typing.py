@@ -11,7 +11,13 @@ Every shape in a docstring, an einsum, a site or a sharding rule is spelled with
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float, Int
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+
+# An array of NumPy where its values are known, of JAX where they are computed or traced.
+AnyArray = np.ndarray | jax.Array
 
 LETTERS = {
     "B": "batch",
@@ -33,4 +39,14 @@ LETTERS = {
     "C": "classes",
 }
 
-__all__ = ["LETTERS", "Array", "Bool", "Float", "Int"]
+__all__ = [
+    "LETTERS",
+    "AnyArray",
+    "Array",
+    "ArrayLike",
+    "Bool",
+    "Float",
+    "Int",
+    "Num",
+    "Shaped",
+]

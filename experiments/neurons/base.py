@@ -16,10 +16,9 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import official
 from mllm_jax.data import batching, domains
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.sharding import mesh
 
 MODULES = {
@@ -121,10 +120,10 @@ class Study:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(layers, neurons of a layer) of each module that the model has."""
         batch = self.asked("train", self.names[0])[0].replace(processor=None)
-        found = run_.site_shapes(self.model, batch)
+        found = site_shapes(self.model, batch)
         specs = {m: (site, found.get(site.name)) for m, site in MODULES.items()}
         return {
-            module: (spec.layers, spec.shape[edits_.unit_axis(site)])
+            module: (spec.layers, spec.shape[site.unit_axis])
             for module, (site, spec) in specs.items()
             if spec
         }

@@ -14,7 +14,8 @@ import onnx
 import tqdm
 from onnx import numpy_helper
 
-from mllm_jax.checkpoints import files, tables
+from mllm_jax.checkpoints import files
+from mllm_jax.checkpoints.networks import clip
 
 _QUANTISED = "/MatMul_quant"
 
@@ -92,7 +93,7 @@ _LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(.+)")
 
 def _check_names(tensors: dict[str, np.ndarray]) -> None:
     """The names are those of a CLIP, and its layers are alike: a damaged name is another one."""
-    known = {row.key for row in tables.clip_vision("vision_model", "")} | {
+    known = {row.key for row in clip.vision("vision_model", "")} | {
         "vision_model.post_layernorm.weight",
         "vision_model.post_layernorm.bias",
         "vision_model.embeddings.position_ids",

@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from mllm_jax import store
-from mllm_jax.checkpoints import files, tables, torch_file
+from mllm_jax.checkpoints import files, torch_file
+from mllm_jax.checkpoints import keys as keys_
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first there is, whole or in shards
@@ -40,12 +41,15 @@ def has_weights(directory: pathlib.Path) -> bool:
     return any((directory / f"{n}{end}").exists() for n in WEIGHTS for end in ("", ".index.json"))
 
 
-def open_directory(directory: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
+def open_directory(
+    directory: pathlib.Path, problems: list[Exception], canonical_key: Callable[[str], str] = str
+) -> dict[str, Stored | None]:
     """The tensors of a checkpoint: safetensors or else PyTorch files, whole or in shards.
 
     Args:
         directory: of the checkpoint.
         problems: what is wrong with its files is added here, one error each.
+        canonical_key: maps the spellings of keys to the canonical one; by default none is changed.
 
     Returns:
         Canonical key -> tensor, not yet read; None where the index names it and its shard does not
@@ -57,9 +61,9 @@ def open_directory(directory: pathlib.Path, problems: list[Exception]) -> dict[s
     for name in WEIGHTS:
         if (directory / name).exists():
             opened = _open_files([directory / name], problems)
-            return by_name(itertools.chain(*opened.values()), problems)
+            return by_name(itertools.chain(*opened.values()), problems, canonical_key)
         if (index := directory / f"{name}.index.json").exists():
-            return _open_shards(index, problems)
+            return _open_shards(index, problems, canonical_key)
     names = " nor ".join(WEIGHTS)
     problem = f"has neither {names}, nor an index of shards of it"
     raise FileNotFoundError(files.refusal(directory, [problem]))
@@ -77,11 +81,13 @@ def open_file(path: pathlib.Path) -> list[Stored]:
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
-def by_name(tensors: Iterable[Stored], problems: list[Exception]) -> dict[str, Stored]:
+def by_name(
+    tensors: Iterable[Stored], problems: list[Exception], canonical_key: Callable[[str], str] = str
+) -> dict[str, Stored]:
     """Canonical key -> tensor; one that is there twice is added to the problems."""
     found: dict[str, Stored] = {}
     for tensor in tensors:
-        first = found.setdefault(tables.canonical(tensor.key), tensor)
+        first = found.setdefault(canonical_key(tensor.key), tensor)
         if first is not tensor:
             place = "" if first.path == tensor.path else f" of {files.line(first.path.name, 60)}"
             one, other = files.line(tensor.key, 60), files.line(first.key, 60)
@@ -103,7 +109,9 @@ def _open_files(
     return opened
 
 
-def _open_shards(index: pathlib.Path, problems: list[Exception]) -> dict[str, Stored | None]:
+def _open_shards(
+    index: pathlib.Path, problems: list[Exception], canonical_key: Callable[[str], str]
+) -> dict[str, Stored | None]:
     try:
         places = _places(index)
     except (OSError, ValueError) as error:
@@ -115,10 +123,10 @@ def _open_shards(index: pathlib.Path, problems: list[Exception]) -> dict[str, St
         absent = [key for key, place in places.items() if place == shard and key not in keys]
         if absent:
             lacks = f"names tensors that {files.line(shard.name, 60)} lacks"
-            named = files.some(tables.brief(absent))
+            named = files.some(keys_.brief(absent))
             problems.append(ValueError(files.refusal(index, [f"{lacks}: {named}"])))
-    lost = dict.fromkeys(map(tables.canonical, places))
-    return lost | by_name(itertools.chain(*opened.values()), problems)
+    lost = dict.fromkeys(map(canonical_key, places))
+    return lost | by_name(itertools.chain(*opened.values()), problems, canonical_key)
 
 
 def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -1,1 +1,63 @@
-"""families."""
+"""The registry of families: a family is a folder here, and one line of `_FOLDERS`.
+
+Everything outside of the folders reaches a family through this module, by the `model_type` of a
+checkpoint, by a config, or by the name of a released model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mllm_jax.checkpoints import files
+from mllm_jax.families.base import Family, OriginalLayout
+from mllm_jax.models.multimodal import MultimodalConfig
+
+_FOLDERS = (
+    "llava",
+    "llava_next",
+    "instructblip",
+)
+
+_MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+RELEASED: dict[str, Callable[[], MultimodalConfig]] = {
+    name: config for family in FAMILIES.values() for name, config in family.released.items()
+}
+ORIGINAL_LAYOUTS: tuple[OriginalLayout, ...] = tuple(
+    {id(f.original): f.original for f in FAMILIES.values() if f.original is not None}.values()
+)
+
+
+def of(config: MultimodalConfig) -> Family:
+    """Return the family of a config."""
+    return next(family for family in FAMILIES.values() if family.config is type(config))
+
+
+def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> MultimodalConfig:
+    """Return the config of a checkpoint of any family.
+
+    Args:
+        fields: the content of `config.json`.
+        source: the name of the file in an error.
+
+    Raises:
+        ValueError: no family has this `model_type`, or the fields are not those of a known model.
+    """
+    name = fields.get("model_type", "llava")
+    if not isinstance(name, str) or name not in FAMILIES:
+        problem = f"model_type={files.shown(name)} is not supported, only {', '.join(FAMILIES)}"
+        raise ValueError(files.refusal(source, [problem]))
+    return FAMILIES[name].from_hf(fields, source)
+
+
+def original_layout(fields: Mapping[str, Any]) -> OriginalLayout | None:
+    """Return the original layout that a `config.json` has; None for that of transformers."""
+    return next((layout for layout in ORIGINAL_LAYOUTS if layout.is_original(fields)), None)
+
+
+def nearest(name: str) -> list[str]:
+    """Return the names of released models most like this one, or all where none is like it."""
+    return difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.5) or list(RELEASED)

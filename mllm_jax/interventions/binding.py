@@ -1,4 +1,4 @@
-"""Binding: edits in the shapes of a model and a batch.
+"""Binding: edits and captures in the shapes of a model and a batch.
 
 An address becomes a mask over layers and units, a selector a mask over tokens, and values get a
 leading layer axis. What is known before the program runs stays in NumPy, where it can be refused.
@@ -6,166 +6,194 @@ leading layer axis. What is known before the program runs stays in NumPy, where 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sites, tokens
-from mllm_jax.interventions.edits import (
-    SUBSPACES,
-    BoundEdit,
-    Edit,
-    Edits,
-    SiteShape,
-    look_up,
-    unit_axis,
-)
-from mllm_jax.numerics import precision
-from mllm_jax.sites import Address
+from mllm_jax.batch import Batch
+from mllm_jax.interventions.captures import FORMS, BoundCapture, Capture
+from mllm_jax.interventions.edits import KINDS, BoundEdit, Edit, Edits
+from mllm_jax.interventions.model import Model
+from mllm_jax.interventions.routes import bind_route
+from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.interventions.values import fit_basis, fit_value
+from mllm_jax.sites import Site, SiteShape
+from mllm_jax.tokens import TokenMap
+from mllm_jax.typing import AnyArray, Bool, Int
+
+Shapes = dict[str, SiteShape]
+Maps = dict[str, TokenMap]
 
 
 def bind(
-    edits: Edits | None, shapes: dict[str, SiteShape], maps: dict[str, tokens.TokenMap]
-) -> tuple[BoundEdit, ...]:
-    """Edits in the shapes of a model and a batch. Stays in NumPy where the inputs are known.
+    model: Model,
+    batch: Batch,
+    edits: Edits | None,
+    captures: dict[str, Capture] | None,
+    logits: str = "all",
+) -> tuple[tuple[BoundEdit, ...], dict[str, BoundCapture]]:
+    """Bind edits and captures to a model and a batch.
 
     Args:
-      shapes: the sites that this pass runs through.
-      maps: the token map of each module, and of sites that have one of their own.
+      model: The model.
+      batch: What it reads.
+      edits: What to change.
+      captures: What to bring back, by name.
+      logits: The logits that the pass computes, as in `run`.
 
     Raises:
-      ValueError: a site this pass does not have, a layer or unit out of range, a mask or value
-        of the wrong shape, or an edit that selects nothing.
+      ValueError: An edit or capture does not fit, or selects nothing.
     """
-    return tuple(_bind(edit, shapes, maps) for edit in edits or ())
+    if not edits and not captures:
+        return (), {}
+    shapes, maps = site_shapes(model, batch), model.token_maps(batch)
+    bound_edits, bound_captures = (
+        bind_edits(edits, shapes, maps),
+        bind_captures(captures, shapes, maps),
+    )
+    if logits == "last":
+        items = (*bound_edits, *bound_captures.values())
+        _check_logits_computed(items, batch.last, batch.ids.shape[1])
+    return bound_edits, bound_captures
 
 
-def _bind(edit: Edit, shapes, maps) -> BoundEdit:
+def bind_continuation(
+    model: Model, batch: Batch, edits: Edits | None, steps: int
+) -> tuple[BoundEdit, ...]:
+    """Bind edits to the prompts of a batch and `steps` tokens after each.
+
+    A value with a token axis continues after the prompt with the value at its last token.
+
+    Raises:
+      ValueError: See `bind`.
+    """
+    if not edits:
+        return ()
+    maps = model.token_maps(batch)
+    maps |= {name: maps[name].extended(steps) for name in ("lm", "logits")}
+    bound = bind_edits(edits, site_shapes(model, batch), maps)
+    _check_logits_computed(bound, batch.last, batch.ids.shape[1])
+    return tuple(_continue_values(edit, batch.last, steps) for edit in bound)
+
+
+def bind_edits(edits: Edits | None, shapes: Shapes, maps: Maps) -> tuple[BoundEdit, ...]:
+    """Bind edits to the sites and the tokens of a pass.
+
+    Args:
+      edits: What to change.
+      shapes: The sites that the pass runs through.
+      maps: The token map of each module, and of sites that have one of their own.
+
+    Raises:
+      ValueError: The pass does not have a site, a layer or unit is out of range, a mask or value
+        has the wrong shape, or an edit selects nothing.
+    """
+    return tuple(_bind_edit(edit, shapes, maps) for edit in edits or ())
+
+
+def bind_captures(
+    captures: dict[str, Capture] | None, shapes: Shapes, maps: Maps
+) -> dict[str, BoundCapture]:
+    """Bind captures to the sites and the tokens of a pass; arguments and errors as `bind_edits`."""
+    return {name: _bind_capture(c, shapes, maps) for name, c in (captures or {}).items()}
+
+
+def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps) -> BoundEdit:
     site = edit.address.site
     spec = look_up(site, shapes)
-    units = edit.address.mask(spec.layers, spec.shape[unit_axis(site)])
-    map_ = site.entry(maps)
-    where = edit.where.mask(map_)
-    _refuse_nothing(site, units, where)
-    fit = _value if edit.kind not in SUBSPACES else _basis
+    units = edit.address.mask(spec.layers, spec.shape[site.unit_axis])
+    token_map = site.entry(maps)
+    where = edit.where.mask(token_map)
+    _check_edit_selects(site, units, where)
+    fit = fit_basis if KINDS[edit.kind].is_subspace else fit_value
     values = {
         name: fit(sites.as_array(value), edit.address, spec) for name, value in edit.values.items()
     }
     along = {}
     if edit.route is not None:
-        where, along = _route(site, where, map_.readers, *edit.route)
+        where, along = bind_route(site, where, token_map.readers, *edit.route)
     if edit.on is not None:
-        along = {"hidden": edit.on.mask(map_)}
-        _refuse_nothing(site, units, along["hidden"])
+        along = {"hidden": edit.on.mask(token_map)}
+        _check_edit_selects(site, units, along["hidden"])
     if edit.strengths is not None:
-        step = map_.step.clip(0, len(edit.strengths) - 1)
+        step = token_map.step.clip(0, len(edit.strengths) - 1)
         known = isinstance(step, np.ndarray) and isinstance(edit.strengths, np.ndarray)
         along["strength"] = (np if known else jnp).take(edit.strengths, step).astype(spec.dtype)
     return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
 
 
-def _route(site, where, readers, source, into):
-    """Where a patch writes, bool[B, T], and what it reads there, int32[B, T] each: row and token.
-
-    At a site of tiles B is tiles, and the tokens of a row are those of the tiles that it reads, one
-    tile after the other. What cannot be patched is an error where it is known, and otherwise not
-    written: rows that are not there, that have different numbers of selected tokens or that are
-    written twice, and tiles that another row reads as well.
-
-    Args:
-      where: bool[B, T], the selected tokens.
-      readers: bool[rows, B] of a site of tiles, None where B is rows.
-    """
-    B, T = where.shape
-    readers = np.eye(B, dtype=bool) if readers is None else readers
-    arrays = where, readers, source, into
-    known = not any(isinstance(array, jax.core.Tracer) for array in arrays)
-    xp = np if known else jnp
-    where, readers, source, into = map(xp.asarray, arrays)
-    source, into = xp.broadcast_arrays(*map(xp.atleast_1d, (source, into)))
-
-    def of_pairs(rows):
-        """bool[pairs, rows], which row it is, and bool[pairs, B], which tiles it reads."""
-        here = rows[:, None] == xp.arange(len(readers))
-        return here, (here[:, :, None] & readers).any(1)
-
-    (_, read), (here, written) = of_pairs(source), of_pairs(into)
-    others = (~here[:, :, None] & readers).any(1)
-    shared = (written & others & where.any(1)).any(1)
-    read, written = ((tiles[:, :, None] & where).reshape(-1, B * T) for tiles in (read, written))
-    counts = read.sum(1), written.sum(1)
-    if known:
-        _refuse_route(site, len(readers), source, into, counts, shared)
-    once = (into[:, None] == into).sum(1) == 1
-    written = written & (once & ~shared & (counts[0] == counts[1]))[:, None]
-    # The tokens that are read first; of the n-th that is written, the n-th of these.
-    order = xp.argsort(~read, axis=1, stable=True)
-    at = xp.take_along_axis(order, xp.maximum(xp.cumsum(written, 1) - 1, 0), 1)
-    at = xp.where(written, at, 0).sum(0).reshape(B, T)  # one pair at most writes a token
-    along = {"row": (at // T).astype(xp.int32), "at": (at % T).astype(xp.int32)}
-    return written.any(0).reshape(B, T), along
-
-
-def _refuse_route(site, rows: int, source, into, counts, shared) -> None:
-    if len(set(into.tolist())) < len(into):
-        raise ValueError(f"the patch of {site.name} writes a row twice: {into.tolist()}")
-    for a, b, read, written, also in zip(source, into, *counts, shared, strict=True):
-        if not (0 <= a < rows and 0 <= b < rows):
-            raise ValueError(
-                f"the patch of {site.name} reads row {a} and writes row {b}: "
-                f"the batch has rows 0 to {rows - 1}"
-            )
-        if read != written or not read:
-            raise ValueError(
-                f"the patch of {site.name} matches {read} tokens of row {a} with {written} "
-                f"of row {b}: they must be as many, and some"
-            )
-        if also:
-            raise ValueError(
-                f"the patch of {site.name} writes the pictures of row {b}, which another row of "
-                "the batch shares: make each its own with model.unshared(batch)"
-            )
-
-
-def _refuse_nothing(site, units, where) -> None:
+def _check_edit_selects(
+    site: Site, units: Bool[AnyArray, "L F"], where: Bool[AnyArray, "B T"]
+) -> None:
+    """Raise an error if an edit selects nothing, where this is known."""
     if not isinstance(units, jax.core.Tracer) and not np.asarray(units).any():
         raise ValueError(f"the edit of {site.name} selects no layer or unit: nothing would change")
     if not isinstance(where, jax.core.Tracer) and not np.asarray(where).any():
         raise ValueError(f"the edit of {site.name} selects no token of this batch (see where=)")
 
 
-def refuse_uncomputed(items: Iterable[Any], last: Any, prompt: int) -> None:
-    """An edit or capture of logits whose tokens are not computed, as far as that is known.
+def _continue_values(edit: BoundEdit, last: Int[AnyArray, " B"], steps: int) -> BoundEdit:
+    """Repeat the values at the last token of each prompt for `steps` further tokens."""
+    site = edit.site
+    if site.module not in ("lm", "logits"):
+        return edit
+    axis, rank = 1 + site.token_axis, 1 + len(site.axes)
 
-    A pass for the last token computes the logits of that, and of those which follow the prompt.
+    def continued(value):
+        if value.ndim != rank or value.shape[axis] == 1:
+            return value
+        xp = np if isinstance(value, np.ndarray) and isinstance(last, np.ndarray) else jnp
+        at = last.reshape(1, -1, *(1,) * (rank - 2))
+        by_row = xp.broadcast_to(value, (value.shape[0], at.shape[1], *value.shape[2:]))
+        end = xp.take_along_axis(by_row, at, axis)
+        return xp.concatenate([by_row, xp.repeat(end, steps, axis)], axis)
+
+    if "S" in site.axes and any(v.ndim == rank and v.shape[-1] > 1 for v in edit.values.values()):
+        raise ValueError(
+            f"{edit.label}: a value with the axis S gives one number for each key of the prompt, "
+            "but generation adds keys; give a value of length 1 on that axis"
+        )
+    return dataclasses.replace(edit, values=jax.tree.map(continued, edit.values))
+
+
+def _check_logits_computed(
+    items: Iterable[BoundEdit | BoundCapture], last: Int[AnyArray, " B"], prompt: int
+) -> None:
+    """Raise an error if an item is of logits that the pass does not compute, where this is known.
+
+    A pass for the last token computes its logits, and those of the tokens that follow the prompt.
 
     Args:
-      items: bound edits and captures.
-      last: int32[B], where each row's prompt ends. prompt: how many tokens prompts have.
+      items: Bound edits and captures.
+      last: Where each row's prompt ends.
+      prompt: The length T of the prompts.
     """
     for item in items:
         along = getattr(item, "along", {})
         arrays = item.tokens, last, *(along[name] for name in ("row", "at") if name in along)
         if item.site != sites.logits or any(isinstance(a, jax.core.Tracer) for a in arrays):
             continue
-        tokens_, last_, *route = map(np.asarray, arrays)
-        at = np.arange(tokens_.shape[1])
-        after = (at >= prompt) & (at < len(at) - 1)  # of the last of all nothing is asked
-        reached = tokens_ & ((at == last_[:, None]) | after)
-        if not reached.any():
+        selected, ends, *route = map(np.asarray, arrays)
+        at = np.arange(selected.shape[1])
+        after = (at >= prompt) & (at < len(at) - 1)  # no logits follow the very last token
+        computed = selected & ((at == ends[:, None]) | after)
+        if not computed.any():
             raise ValueError(
-                "this pass computes the logits of each row's last token alone, and what is asked "
-                'of them is of other tokens: use where=tok.last, or run(..., logits="all")'
+                "this pass computes the logits of each row's last token alone, but an edit or "
+                'capture of them is of other tokens: use where=tok.last, or run(..., logits="all")'
             )
         if route:
             row, read = route
-            _refuse_unread(reached & (read != np.where(at < prompt, last_[row], at)), row, read)
+            _check_patch_of_logits(
+                computed & (read != np.where(at < prompt, ends[row], at)), row, read
+            )
 
 
-def _refuse_unread(wrong, row, read) -> None:
+def _check_patch_of_logits(wrong: np.ndarray, row: np.ndarray, read: np.ndarray) -> None:
     if wrong.any():
         to, at = np.argwhere(wrong)[0]
         raise ValueError(
@@ -175,87 +203,92 @@ def _refuse_unread(wrong, row, read) -> None:
         )
 
 
-def _value(value, address: Address, spec: SiteShape):
-    """A value with a leading L axis and then the rank of the site."""
-    shape = _reading(value.shape, address, spec)
-    full = value.astype(spec.dtype).reshape(shape)
-    if value.ndim:  # a scalar stays one, however many units are listed
-        full = _scatter_units(full, address, spec)
-    return _per_layer(full, spec.layers)
+def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
+    address, site = capture.address, capture.address.site
+    spec = look_up(site, shapes)
+    FORMS[capture.form].check(capture, shapes)
+    slots, order, absent, count = None, None, None, spec.layers
+    if site.stacked and address.layers.form != "all":
+        layers, absent = _indices(address.layers, spec.layers, f"{site.name}: layer")
+        count = len(absent)
+        if not count:
+            raise ValueError(f"the capture of {site.name} selects no layer")
+        slots = _slots(layers, spec.layers)
+        order = (
+            slots[layers]
+            if isinstance(layers, np.ndarray)
+            else slots.at[layers].get(mode="fill", fill_value=count)
+        )
+    units = None
+    if address.units.form != "all":
+        units, _ = _indices(address.units, spec.shape[site.unit_axis], f"{site.name}: unit")
+        if not len(units):
+            raise ValueError(f"the capture of {site.name} selects no unit")
+    token_map = site.entry(maps)
+    bound = BoundCapture(
+        form=capture.form,
+        site=site,
+        by=capture.by,
+        k=capture.k,
+        count=count,
+        single=not site.stacked or address.layers.form == "one",
+        slots=slots,
+        order=order,
+        absent=absent,
+        units=units,
+        tokens=capture.where.mask(token_map),
+        kind=token_map.kind,
+        on=None if capture.on is None else capture.on.mask(token_map),
+        rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
+        readers=token_map.readers,
+    )
+    _check_capture_selects(bound)
+    return bound
 
 
-def _reading(given: tuple[int, ...], address: Address, spec: SiteShape) -> tuple[int, ...]:
-    """The shape of a value with all axes of the site, 1 where it repeats.
+def _check_capture_selects(bound: BoundCapture) -> None:
+    """Raise an error if a capture selects no token, where the batch is known."""
+    form, on, readers = FORMS[bound.form], bound.on, bound.readers
+    if not form.needs_a_token:
+        return
+    if any(isinstance(a, jax.core.Tracer) for a in (bound.tokens, on, bound.rows, readers)):
+        return
+    what = f"the {bound.form} of {bound.site.name} selects no"
+    count = np.asarray(bound.tokens).sum(-1)
+    if readers is not None:
+        count = np.asarray(readers) @ count
+    if not count.any():
+        raise ValueError(f"{what} token of this batch (see where=)")
+    if on is not None and not np.asarray(on).any():
+        raise ValueError(f"{what} key of this batch (see on=)")
+    without = np.flatnonzero(np.asarray(bound.rows) & (count == 0))
+    if form.needs_every_row and len(without):
+        raise ValueError(
+            f"{what} token of row {without[0]}, so that row has no {bound.form}: choose others "
+            "with where=, or leave such rows out of the batch"
+        )
 
-    Which axes were given is told by their number and lengths; there must be one way to read them.
+
+def _indices(
+    selection: sites.Selection, size: int, what: str
+) -> tuple[Int[AnyArray, " n"], Bool[AnyArray, " n"]]:
+    """Return the selected entries of an axis, `size` for those that are absent, and which are.
+
+    Traced indices alone can be absent; known ones are then an error.
     """
-    site = address.site
-    letters, full = ("L", *site.axes), (spec.layers, *spec.shape)
-    unit, every = 1 + unit_axis(site), tuple(range(len(full)))
-    forms = ((), (unit,), (0, unit), every[unit:], (0, *every[unit:]), every[1:], every)
-
-    def fits(n: int, axis: int) -> bool:
-        return n in (1, full[axis]) or (axis == unit and n == _listed(address))
-
-    readings = {}
-    for axes in forms:
-        if len(axes) == len(given) and all(map(fits, given, axes)):
-            lengths = dict(zip(axes, given, strict=True))
-            readings[tuple(lengths.get(axis, 1) for axis in every)] = axes
-    if not readings:
-        raise ValueError(
-            f"{site.name}: a value of shape {given} does not fit; the site is "
-            f"[{' '.join(letters)}] = {list(full)}"
-        )
-    if len(readings) > 1:
-        names = " or ".join(f"[{' '.join(letters[a] for a in axes)}]" for axes in readings.values())
-        raise ValueError(
-            f"{site.name}: a value of shape {given} may be {names}; write it with all axes of "
-            f"[{' '.join(letters)}]: {' or '.join(str(list(shape)) for shape in readings)}"
-        )
-    return next(iter(readings))
+    if selection.form in ("one", "index") and isinstance(selection.value, jax.core.Tracer):
+        index = jnp.atleast_1d(selection.value)
+        absent = (index < -size) | (index >= size)
+        return jnp.where(absent, size, index % size), absent
+    index = selection.indices(size, what)
+    return index, np.zeros(len(index), bool)
 
 
-def _listed(address: Address) -> int | None:
-    """How many units the address lists, if it does."""
-    return len(address.units.value) if address.units.form == "index" else None
-
-
-def _per_layer(array, layers: int):
-    if array.shape[0] == layers:
-        return array
-    xp = np if isinstance(array, np.ndarray) else jnp
-    return xp.broadcast_to(array, (layers, *array.shape[1:]))
-
-
-def _scatter_units(value, address: Address, spec: SiteShape):
-    """Values given for the listed units alone, put in the places of these units."""
-    axis = 1 + unit_axis(address.site)
-    if value.shape[axis] != _listed(address):
-        return value
-    units = address.units.value
-    shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))
-    at = (*(slice(None),) * axis, units)
-    if isinstance(value, jax.Array) or isinstance(units, jax.Array):
-        return jnp.zeros(shape, value.dtype).at[at].set(value)
-    full = np.zeros(shape, value.dtype)
-    full[at] = value
-    return full
-
-
-def _basis(basis, address: Address, spec: SiteShape):
-    """[L, D, r], orthonormal columns that span those given, in float32 or better."""
-    site = address.site
-    basis = basis[:, None] if basis.ndim == 1 else basis
-    if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
-        raise ValueError(
-            f"{site.name}: the basis is {basis.shape}, expected [{spec.shape[-1]}, directions]"
-        )
-    xp = np if isinstance(basis, np.ndarray) else jnp
-    if xp is np and (rank := np.linalg.matrix_rank(basis)) < basis.shape[1]:
-        raise ValueError(
-            f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
-        )
-    basis = basis.astype(precision.at_least_float32_dtype(spec.dtype))
-    columns = np.linalg.qr(basis)[0] if xp is np else precision.orthonormalize(basis)
-    return _per_layer(columns[None], spec.layers)
+def _slots(index: Int[AnyArray, " count"], layers: int) -> Int[AnyArray, " L"]:
+    """Return the slot of each layer, `count` for layers that are not captured."""
+    if isinstance(index, np.ndarray):
+        slots = np.full((layers,), len(index), np.int32)
+        slots[index] = np.arange(len(index))
+        return slots
+    slots = jnp.full((layers,), len(index), jnp.int32)
+    return slots.at[index].set(jnp.arange(len(index)), mode="drop")

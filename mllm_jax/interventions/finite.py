@@ -1,4 +1,4 @@
-"""Where a pass is no longer finite: every site and layer asked, one boolean each."""
+"""Find the first site and layer of a pass that is not finite, from one boolean for each."""
 
 from __future__ import annotations
 
@@ -8,52 +8,62 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax import sites
+from mllm_jax import sites, tokens
 from mllm_jax.interventions.captures import Capture
-from mllm_jax.interventions.edits import SiteShape
-from mllm_jax.sites import Address
+from mllm_jax.sites import Address, SiteShape
+from mllm_jax.typing import AnyArray, Bool
 
-_PREFIX = "is finite: "  # no name that a user gives to a capture
-# A mask is boolean; a pattern is not made as a whole unless it is asked, and heads show it.
-_LEFT_OUT = (sites.lm.attn.mask, sites.lm.attn.pattern)
+_PREFIX = "is finite: "  # no user gives such a name to a capture
+# A mask is boolean; a pattern exists as a whole only if it is captured, and the heads show it.
+_EXCLUDED = (sites.lm.attn.mask, sites.lm.attn.pattern)
 
 
 def captures(shapes: dict[str, SiteShape], logits: str) -> dict[str, Capture]:
-    """One for each site of a pass."""
-    every = [sites.get(name) for name in shapes]
-    asked = [s for s in every if s not in _LEFT_OUT and (logits != "none" or s != sites.logits)]
-    return {_PREFIX + s.name: Capture("finite", Address(s), every) for s in asked}
-
-
-def split(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Captures of the user, and bool[L] of each site."""
-    checks = {k.removeprefix(_PREFIX): v for k, v in found.items() if k.startswith(_PREFIX)}
-    return {k: v for k, v in found.items() if not k.startswith(_PREFIX)}, checks
-
-
-def first_not_finite(finite: dict[str, Any]) -> tuple[str, int | None] | None:
-    """The first site that is not finite, and its layer where there are layers; None if all are.
+    """Return a capture for each site of a pass, which checks all its tokens.
 
     Args:
-      finite: `Out.finite`.
+      shapes: The sites of the pass.
+      logits: The logits that the pass computes, as in `run`.
     """
-    # The table has the sites of a layer in the order in which they are computed.
+    checked = [
+        site
+        for site in map(sites.get, shapes)
+        if site not in _EXCLUDED and (logits != "none" or site != sites.logits)
+    ]
+    return {_PREFIX + site.name: Capture("finite", Address(site), tokens.every) for site in checked}
+
+
+def separate(
+    captured: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Bool[AnyArray, ...]]]:
+    """Separate the captures of the user from the checks of each site, bool[L]."""
+    checks = {k.removeprefix(_PREFIX): v for k, v in captured.items() if k.startswith(_PREFIX)}
+    return {k: v for k, v in captured.items() if not k.startswith(_PREFIX)}, checks
+
+
+def first_not_finite(finite: dict[str, Bool[AnyArray, ...]]) -> tuple[str, int | None] | None:
+    """Return the first site that is not finite, with its layer; None if all are finite.
+
+    Args:
+      finite: `Out.finite`: bool[L] of each site, or bool[] of a site without layers.
+    """
+    # The table lists the sites of a layer in the order in which they are computed.
     order = [site for site in sites.TABLE if site.name in finite]
     known = [(site, np.atleast_1d(np.asarray(finite[site.name]))) for site in order]
     for (_, stacked), group in itertools.groupby(known, lambda e: (e[0].module, e[0].stacked)):
-        group = list(group)
-        for layer in range(len(group[0][1])):
-            for site, ok in group:
+        members = list(group)
+        for layer in range(len(members[0][1])):
+            for site, ok in members:
                 if not ok[layer]:
                     return site.name, layer if stacked else None
     return None
 
 
-def require(finite: dict[str, Any]) -> None:
-    """Raises an error that names the first site that is not finite; of traced values nothing.
+def require(finite: dict[str, Bool[AnyArray, ...]]) -> None:
+    """Raise an error that names the first site that is not finite, unless values are traced.
 
     Raises:
-      ValueError: a site is not finite.
+      ValueError: A site is not finite.
     """
     if any(isinstance(ok, jax.core.Tracer) for ok in finite.values()):
         return

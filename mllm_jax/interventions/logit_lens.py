@@ -1,30 +1,36 @@
-"""The logit lens: what each token's state says through the head, in chunks of tokens."""
+"""The logit lens: the words that the head reads from each token's state, in chunks of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.results import Lens
 from mllm_jax.sharding import collectives, mesh
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 LENS_CHUNK = 128  # tokens whose logits exist at one time
-TOP_BLOCK = 128  # values that are looked at together for the highest
+TOP_BLOCK = 128  # values of which `top_k` first compares the maxima
 
 
-def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k: int) -> Lens:
-    """The lens of the selected tokens.
+def read(
+    x: Float[Array, "B T D"],
+    selected: Bool[AnyArray, "B T"],
+    lens: Callable[[Array], Array],
+    k: int,
+) -> Lens:
+    """Return the lens of the selected tokens.
 
-    These come first, in chunks; chunks without a selected token are not computed. On a mesh each
-    data shard orders its own tokens, so that none moves.
+    The selected tokens are sorted to the front and cut into chunks; chunks without a selected token
+    are not computed. On a mesh each data shard sorts its own tokens, so that none moves.
 
     Args:
-      x: float[B, T, D], states. selected: bool[B, T].
-      lens: turns states [..., D] into logits float32[..., V].
-      k: how many words.
+      x: The states.
+      selected: The tokens to read.
+      lens: A function from states [..., D] to logits float32[..., V].
+      k: How many words to name.
     """
     B, T, D = x.shape
     shards = mesh.shard_count("B", B)
@@ -42,19 +48,21 @@ def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k:
         array = array.reshape(shards, -1, chunk, *tail).swapaxes(0, 1)
         return mesh.constrain(array, (None, "B", *(None,) * (array.ndim - 2)))
 
-    states, chosen = chunks(x.reshape(shards, n, D)), chunks(mask)
+    states, is_selected = chunks(x.reshape(shards, n, D)), chunks(mask)
     shape = jax.eval_shape(lens, states[0])
 
-    def one(args):
-        states, chosen = args
+    def read_chunk(args):
+        states, is_selected = args
         skipped = Lens(
             jnp.full((shards, chunk, k), -1, jnp.int32),
             jnp.zeros((shards, chunk, k), shape.dtype),
             jnp.zeros((shards, chunk), shape.dtype),
         )
-        return jax.lax.cond(chosen.any(), lambda: _lens(lens(states), chosen, k), lambda: skipped)
+        return jax.lax.cond(
+            is_selected.any(), lambda: _lens(lens(states), is_selected, k), lambda: skipped
+        )
 
-    parts = jax.lax.map(one, (states, chosen))
+    parts = jax.lax.map(read_chunk, (states, is_selected))
     inverse = jnp.argsort(order, axis=1)
 
     def unsort(part):
@@ -66,31 +74,31 @@ def read(x: jax.Array, selected: Any, lens: Callable[[jax.Array], jax.Array], k:
     return jax.tree.map(unsort, parts)
 
 
-def _lens(logits, chosen, k: int) -> Lens:
+def _lens(logits: Float[Array, "... V"], is_selected: Bool[Array, ...], k: int) -> Lens:
     logits = mesh.constrain(logits, ("B", None, "V"))
     best, ids = collectives.top_k(logits, k, top_k)
     highest = logits.max(-1)
-    below = logits - highest[..., None]
-    odds = jnp.exp(below)
-    total = _over_words(odds)
-    entropy = jnp.log(total) - _over_words(odds * below) / total
+    shifted = logits - highest[..., None]
+    weights = jnp.exp(shifted)
+    total = _sum_over_words(weights)
+    entropy = jnp.log(total) - _sum_over_words(weights * shifted) / total
     log_probs = best - (highest + jnp.log(total))[..., None]
     return Lens(
-        ids=jnp.where(chosen[..., None], ids.astype(jnp.int32), -1),
-        log_probs=jnp.where(chosen[..., None], log_probs, 0),
-        entropy=jnp.where(chosen, entropy, 0),
+        ids=jnp.where(is_selected[..., None], ids.astype(jnp.int32), -1),
+        log_probs=jnp.where(is_selected[..., None], log_probs, 0),
+        entropy=jnp.where(is_selected, entropy, 0),
     )
 
 
-def _over_words(x):
-    """x.sum(-1), as a product with ones: a CPU adds up in it eight numbers at a time."""
+def _sum_over_words(x: Float[Array, "... V"]) -> Float[Array, ...]:
+    """Return x.sum(-1) as a product with ones, in which a CPU adds eight numbers at a time."""
     return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`, by way of the k blocks with the highest maxima: they hold all the best.
+def top_k(x: Float[Array, "... V"], k: int) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
+    """Compute `jax.lax.top_k` within the k blocks of the highest maxima, which hold the result.
 
-    Of equal values the first is taken, as there.
+    Of equal values the first comes first, as there.
     """
     blocks = -(-x.shape[-1] // TOP_BLOCK)
     if blocks <= 2 * k:

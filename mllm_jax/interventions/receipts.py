@@ -1,9 +1,8 @@
-"""Receipts: what an edit did, reported by the edit itself."""
+"""Receipts: what each edit did in a pass."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +10,32 @@ import numpy as np
 
 from mllm_jax import notebook
 from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What one edit did, per layer. Padding never counts.
+    """What one edit did in each layer. Padding never counts.
 
     Attributes:
-      edit: its kind and site. Static.
-      tokens: int32[L], tokens it matched.
-      elements: int32[L], elements whose value changed; of those selected, NaN counts as changed.
-      norm: float32[L], root of the summed squares of the change; NaN where it made or met NaN.
+      edit: The kind and the site of the edit. Static.
+      tokens: How many tokens it matched, int32[L].
+      elements: How many of the selected elements changed their value, int32[L]; NaN counts as a
+        change.
+      norm: The L2 norm of the change, float32[L]; NaN where the edit made or met NaN.
     """
 
     edit: str = dataclasses.field(metadata={"static": True})
-    tokens: Any
-    elements: Any
-    norm: Any
+    tokens: Int[AnyArray, " L"]
+    elements: Int[AnyArray, " L"]
+    norm: Float[AnyArray, " L"]
 
     def __str__(self) -> str:
-        edit, *told = self.line()
-        return "{}: {}, {} tokens, {} elements changed, norm {}".format(edit, *told)
+        return "{}: {}, {} tokens, {} elements changed, norm {}".format(*self.line())
 
     def line(self) -> tuple[str, str, int, int, str]:
-        """Edit, layers, tokens, elements changed, norm of the change over all layers."""
+        """Return edit, layers, tokens, changed elements, and the norm over all layers."""
         elements, norm = np.asarray(self.elements), np.asarray(self.norm)
         layers = np.flatnonzero(np.asarray(self.tokens))
         span = f"layers {layers.min()}-{layers.max()}" if len(layers) else "no layer"
@@ -46,18 +46,25 @@ class Receipt:
         return notebook.receipts([self])
 
 
-def measure(before: jax.Array, after: jax.Array, mask: jax.Array, token_axes: tuple[int, ...]):
-    """(tokens, elements, norm) of one edit in one layer.
+def measure(
+    before: Shaped[Array, ...],
+    after: Shaped[Array, ...],
+    mask: Bool[Array, ...],
+    token_axes: tuple[int, ...],
+) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
+    """Return tokens, elements and norm of one edit in one layer, as a receipt has them.
 
     Args:
-      mask: bool, broadcastable to the site, True where the edit acts.
-      token_axes: the axes of the site that are rows and tokens.
+      before: The tensor of the site.
+      after: The tensor that the edit makes of it.
+      mask: Where the edit acts; it broadcasts to the site.
+      token_axes: The axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
-    # Elsewhere there may be NaN too, of an edit before.
+    # Elsewhere there may be NaN as well, from an earlier edit.
     change = jnp.where(mask, at_least_float32(after) - at_least_float32(before), 0)
     squares = jnp.sum(change * change)
-    changed = squares != 0  # a root has no slope at 0, which is where an edit without effect is
+    changed = squares != 0  # a root has no derivative at 0, the norm of an edit without effect
     return (
         jnp.sum(mask.any(rest), dtype=jnp.int32),
         jnp.sum(mask & (after != before), dtype=jnp.int32),

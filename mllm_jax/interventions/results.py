@@ -1,56 +1,58 @@
-"""Results of captures: what leaves a pass, and how those of several batches are put together."""
+"""Results of captures: what leaves a pass, and how the results of several batches merge."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+
+from mllm_jax.typing import AnyArray, Float, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Statistics of every unit. With `by`, a last axis of kinds; the layer axis leads.
+    """Statistics of every unit. The layer axis leads; with `by`, the last axis is kinds.
 
     Attributes:
-      positive: int32[L, F, kinds], how often the value was above zero.
-      sum, squares: float32[L, F, kinds], of the value and of its square.
-      max: float32[L, F, kinds], -inf where there was no token.
-      tokens: int32[L, kinds], how many there were.
-      centred: float32[L, F, kinds], sum of the squared deviations from the mean. `squares` loses
-        them where the mean is large.
-      kinds: what the last axis means; empty without `by`. Static.
+      positive: How often the value was above zero, int32[L, F, kinds].
+      sum: The sum of the values, float32[L, F, kinds].
+      squares: The sum of their squares, float32[L, F, kinds].
+      max: Their maximum, float32[L, F, kinds]; -inf where there was no token.
+      tokens: How many tokens there were, int32[L, kinds].
+      centred: The sum of squared deviations from the mean, float32[L, F, kinds], which cannot be
+        recovered from `squares` where the mean is large.
+      kinds: The names along the last axis; empty without `by`. Static.
     """
 
-    positive: Any
-    sum: Any
-    squares: Any
-    max: Any
-    tokens: Any
-    centred: Any
+    positive: Int[AnyArray, "L F kinds"]
+    sum: Float[AnyArray, "L F kinds"]
+    squares: Float[AnyArray, "L F kinds"]
+    max: Float[AnyArray, "L F kinds"]
+    tokens: Int[AnyArray, "L kinds"]
+    centred: Float[AnyArray, "L F kinds"]
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property
-    def mean(self) -> np.ndarray:
-        """float64[L, F, kinds]; NaN where there was no token."""
+    def mean(self) -> Float[np.ndarray, "L F kinds"]:
+        """The mean, float64; NaN where there was no token."""
         return self._per_token(self.sum)
 
     @property
-    def variance(self) -> np.ndarray:
-        """float64[L, F, kinds], over the tokens there were; NaN where there was none."""
+    def variance(self) -> Float[np.ndarray, "L F kinds"]:
+        """The variance of the population, float64; NaN where there was no token."""
         return self._per_token(self.centred)
 
     @property
-    def std(self) -> np.ndarray:
-        """Root of the variance."""
+    def std(self) -> Float[np.ndarray, "L F kinds"]:
+        """The standard deviation, float64."""
         return np.sqrt(self.variance)
 
     def merge(self, other: Stats) -> Stats:
-        """Of both sets of tokens. Integers are exact, in any order."""
-        between = _between((self._count(), other._count()), (self.sum, other.sum))
+        """Return the statistics of both sets of tokens. Integers are exact, in any order."""
+        between = _between_groups((self._count(), other._count()), (self.sum, other.sum))
         centred = self.centred + other.centred + between.astype(self.centred.dtype)
         return Stats(
             positive=self.positive + other.positive,
@@ -63,7 +65,7 @@ class Stats:
         )
 
     def wide(self) -> Stats:
-        """The same in int64 and float64 on the host, to be added up over a data set."""
+        """Return the same in int64 and float64 on the host, to be added up over a data set."""
         return Stats(
             positive=np.asarray(self.positive, np.int64),
             sum=np.asarray(self.sum, np.float64),
@@ -75,7 +77,7 @@ class Stats:
         )
 
     def _count(self) -> np.ndarray:
-        """float64, `tokens` with ones for the axes of units."""
+        """Return `tokens` in float64, with axes of length 1 for those of units."""
         count, kinds = np.asarray(self.tokens, np.float64), bool(self.kinds)
         lead = count.ndim - kinds
         ones = (1,) * (np.ndim(self.sum) - count.ndim)
@@ -86,59 +88,59 @@ class Stats:
             return np.asarray(total, np.float64) / self._count()
 
 
-def _between(counts: Sequence[np.ndarray], sums: Sequence[Any]) -> np.ndarray:
-    """float64: what the means of two groups add to their squared deviations (Chan et al. 1979)."""
+def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> np.ndarray:
+    """Return what two groups' means add to their squared deviations (Chan et al. 1979), float64."""
     n, m = counts
     means = (
         np.asarray(s, np.float64) / np.maximum(c, 1) for s, c in zip(sums, counts, strict=True)
     )
-    one, other = means
-    return np.where((n > 0) & (m > 0), (one - other) ** 2, 0) * (n * m / np.maximum(n + m, 1))
+    a, b = means
+    return np.where((n > 0) & (m > 0), (a - b) ** 2, 0) * (n * m / np.maximum(n + m, 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """What each token's residual says through the head.
+    """The distribution over words that the head reads from each token's residual.
 
     Attributes:
-      ids: int32[L, B, T, k], most probable words, best first; -1 where not selected. Of the
+      ids: The most probable words, best first, int32[L, B, T, k]; -1 where not selected. Of the
         projector [L, I, P, k], tile by tile.
-      log_probs: float32[L, B, T, k], natural logarithm; 0 where not selected.
-      entropy: float32[L, B, T], nats; 0 where not selected.
+      log_probs: Their log-probabilities, float32[L, B, T, k]; 0 where not selected.
+      entropy: The entropy in nats, float32[L, B, T]; 0 where not selected.
     """
 
-    ids: Any
-    log_probs: Any
-    entropy: Any
+    ids: Int[AnyArray, "L B T k"]
+    log_probs: Float[AnyArray, "L B T k"]
+    entropy: Float[AnyArray, "L B T"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Entropy:
-    """Entropy of the lens, summed over the tokens of each row by kind.
+    """The entropy of the lens, summed over the tokens of each row by kind.
 
-    Of the projector, over those of all pictures that the row reads.
+    At the projector the tokens are those of all pictures that the row reads.
 
     Attributes:
-      sum: float32[L, B, kinds], nats.
-      top: float32[L, B, kinds], probability of the most probable word, summed.
-      tokens: int32[L, B, kinds].
-      kinds: what the last axis means. Static.
+      sum: The summed entropy in nats, float32[L, B, kinds].
+      top: The summed probability of the most probable word, float32[L, B, kinds].
+      tokens: How many tokens there were, int32[L, B, kinds].
+      kinds: The names along the last axis. Static.
     """
 
-    sum: Any
-    top: Any
-    tokens: Any
+    sum: Float[AnyArray, "L B kinds"]
+    top: Float[AnyArray, "L B kinds"]
+    tokens: Int[AnyArray, "L B kinds"]
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def merge(self, other: Entropy) -> Entropy:
-        """Of the rows of both; see `wide`."""
+        """Return the sums of both; see `wide`."""
         pairs = zip(self._arrays(), other._arrays(), strict=True)
         return Entropy(*(a + b for a, b in pairs), self.kinds)
 
     def wide(self) -> Entropy:
-        """All rows together, without their axis, in float64 and int64: for any number of rows."""
+        """Return the sums over all rows, without their axis, in float64 and int64."""
         return Entropy(
             sum=np.asarray(self.sum, np.float64).sum(-2),
             top=np.asarray(self.top, np.float64).sum(-2),
@@ -146,5 +148,5 @@ class Entropy:
             kinds=self.kinds,
         )
 
-    def _arrays(self):
+    def _arrays(self) -> tuple[AnyArray, AnyArray, AnyArray]:
         return self.sum, self.top, self.tokens

@@ -1,17 +1,19 @@
-"""Edits and captures as strings, for the command line, and as JSON, to stand beside a result.
+"""Edits and captures as text, for the command line, and as JSON, to be stored beside a result.
 
     ablate lm.mlp.act[12,@neurons.json] >> add lm.resid_post[18:24] @v.npy*4 where=text
     fire=stats lm.mlp.act by=kind; lens=lens lm.resid_post[18:24] k=5 where=image
 
-Edits are a chain, each its kind, its site with an address, a value if the kind takes one, then
-`name=value` options. Captures are named and parted by `;`, each its form, its site, then options.
+Edits are chained by `>>`. Each is written as its kind, its site with an address, a value if the
+kind takes one, and `name=value` options. Captures have names and are separated by `;`. Each is
+written as its form, its site with an address, and options. `edits.KINDS` and `captures.FORMS`
+register the values and options that the tables below list.
 
-An address is as in Python, but that a list is `1+5+9` (of one entry `1+`) or in a file. Layers and
-neurons mean these neurons in each of these layers; pairs of one layer and one neuron are written
-`lm.mlp.act[(0,5)+(1,6)]`, or stand in a file as [n, 2].
-A value is a number, numbers `0.5,1,2`, or an array in a file (`@file.npy`, `@file.json`), times a
-number if wanted. A selector is a name of `tokens.NAMED`, `row(3)`, `column(3)`, `tile(0)` or
-`@mask.npy`, joined by `|` and `&` (which binds closer), turned around by `~`.
+An address is written as in Python, except that a list is `1+5+9` (`1+` for one entry) or a file.
+Layers and neurons mean these neurons in each of these layers; pairs of one layer and one neuron
+are written `lm.mlp.act[(0,5)+(1,6)]`, or stored in a file as [n, 2].
+A value is a number, several numbers `0.5,1,2`, or an array in a file (`@file.npy`, `@file.json`),
+optionally times a number. A selector is a name of `tokens.NAMED`, `row(3)`, `column(3)`, `tile(0)`
+or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly) and negated by `~`.
 
 | edit | value | options |
 |---|---|---|
@@ -39,63 +41,59 @@ import json
 import operator
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from mllm_jax import sites, tokens
-from mllm_jax.interventions import captures as captures_
-from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions.captures import Capture
-from mllm_jax.interventions.edits import Edit, Edits
+from mllm_jax.interventions.captures import FORMS, Capture, Form
+from mllm_jax.interventions.edits import KINDS, Edit, EditKind, Edits, per_step
+from mllm_jax.typing import AnyArray
 
-# What each function of a kind or form takes: its value, by the name of its parameter, and options.
-VALUES = {"scale": "by", "add": "value", "replace": "value", "project_out": "basis"}
-OPTIONS = dict.fromkeys(("ablate", *VALUES), ("where", "steps")) | {
-    "patch": ("source", "into", "basis", "where", "steps"),
-    "knockout": ("to", "on"),
-}
-CAPTURES = {name: form.options for name, form in captures_.FORMS.items() if form.options}
+# The kinds and forms that text can express.
+EDITS = {name: kind for name, kind in KINDS.items() if kind.options is not None}
+CAPTURES = {name: form for name, form in FORMS.items() if form.options is not None}
 _PAIRS = r"\(-?\d+,-?\d+\)(\+\(-?\d+,-?\d+\))*\+?"
 _ITEM = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
 
 
 def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
-    """Edits of a string.
+    """Parse edits.
 
     Args:
-      root: the folder that `@files` are relative to.
+      text: The edits, chained by `>>`.
+      root: The folder that `@files` are relative to.
 
     Raises:
-      ValueError: what is not understood, where it stands, and what would be.
+      ValueError: A part is not understood; the message says which, and what is expected.
     """
     chain = Edits()
     for number, part in enumerate(text.split(">>"), 1):
-        with _named(f"edit {number}, '{part.strip()}'"):
+        with _error_prefix(f"edit {number}, '{part.strip()}'"):
             chain = chain >> _edit(part.split(), pathlib.Path(root))
     return chain
 
 
 def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Capture]:
-    """Captures of a string, by name; as `parse`."""
-    found: dict[str, Capture] = {}
+    """Parse captures, separated by `;`, by name; arguments and errors as `parse`."""
+    captures: dict[str, Capture] = {}
     for part in text.split(";"):
-        with _named(f"capture '{part.strip()}'"):
+        with _error_prefix(f"capture '{part.strip()}'"):
             name, _, rest = (piece.strip() for piece in part.partition("="))
             if not name.isidentifier():
                 raise ValueError(
                     f"a capture begins with its name: fire=stats lm.mlp.act, not '{name}'"
                 )
-            if name in found:
-                raise ValueError(f"there is a capture '{name}' already")
-            found[name] = _capture(rest.split(), pathlib.Path(root))
-    return found
+            if name in captures:
+                raise ValueError(f"there is already a capture '{name}'")
+            captures[name] = _capture(rest.split(), pathlib.Path(root))
+    return captures
 
 
 @contextlib.contextmanager
-def _named(place: str):
-    """Errors of what stands here, as one that says where."""
+def _error_prefix(place: str) -> Iterator[None]:
+    """Turn errors inside into a ValueError that begins with the place in the text."""
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
@@ -104,51 +102,57 @@ def _named(place: str):
 
 
 def _edit(words: list[str], root: pathlib.Path) -> Edits:
-    kind, target, values, options = _words(words, "an edit", OPTIONS)
-    given = _options(options, root)
-    if kind in VALUES:
+    name, target, values, options = _words(words, "an edit", EDITS)
+    kind, arguments = EDITS[name], _options(options, root)
+    if kind.value is not None:
         if len(values) != 1:
-            raise ValueError(f"{kind} takes one value, such as 2.0 or @file.npy*0.5")
-        given[VALUES[kind]] = _value(values[0], root)
+            raise ValueError(f"{name} takes one value, such as 2.0 or @file.npy*0.5")
+        arguments[kind.value] = _value(values[0], root)
     elif values:
-        raise ValueError(f"{kind} takes no value, got {' '.join(values)}")
-    steps = given.pop("steps", None)
-    edit = getattr(edits_, kind)(_address(target, root), **given)
-    return edit if steps is None else edits_.per_step(edit, steps)
+        raise ValueError(f"{name} takes no value, got {' '.join(values)}")
+    steps = arguments.pop("steps", None)
+    edit = kind.build(_address(target, root), **arguments)
+    return edit if steps is None else per_step(edit, steps)
 
 
 def _capture(words: list[str], root: pathlib.Path) -> Capture:
-    form, target, values, options = _words(words, "a capture", CAPTURES)
+    name, target, values, options = _words(words, "a capture", CAPTURES)
     if values:
-        raise ValueError(f"{form} takes no value, got {' '.join(values)}")
-    return getattr(captures_, form)(_address(target, root), **_options(options, root))
+        raise ValueError(f"{name} takes no value, got {' '.join(values)}")
+    build = CAPTURES[name].build
+    assert build is not None, f"{name} has options, so it has a function"
+    return build(_address(target, root), **_options(options, root))
 
 
-def _words(words: list[str], what: str, known: dict[str, tuple[str, ...]]):
-    """(kind, target, values, options by name) of one edit or capture."""
+def _words(
+    words: list[str], what: str, known: Mapping[str, EditKind | Form]
+) -> tuple[str, str, list[str], dict[str, str]]:
+    """Return the kind, the target, the values and the options of one edit or capture."""
     if not words or words[0] not in known:
         raise ValueError(f"{what} begins with one of {', '.join(known)}")
     kind, target, *rest = words if len(words) > 1 else [*words, ""]
-    options = dict(word.split("=", 1) for word in rest if "=" in word)
+    options: dict[str, str] = dict(word.split("=", 1) for word in rest if "=" in word)  # type: ignore[misc]
+    allowed = known[kind].options or ()
     for name in options:
-        if name not in known[kind]:
-            raise ValueError(f"{kind} has no option '{name}'; it has: {', '.join(known[kind])}")
+        if name not in allowed:
+            raise ValueError(f"{kind} has no option '{name}'; it has: {', '.join(allowed)}")
     return kind, target, [word for word in rest if "=" not in word], options
 
 
 def _options(options: dict[str, str], root: pathlib.Path) -> dict[str, Any]:
-    read = dict.fromkeys(("where", "to", "on"), _where) | {
+    parsers: dict[str, Callable[[str, pathlib.Path], Any]] = {
+        "where": _where, "to": _where, "on": _where,
         "source": _index, "into": _index, "basis": _value, "steps": _value,
         "by": lambda text, _: tokens.kind if text == "kind" else tuple(text.split(",")),
         "k": lambda text, _: int(text),
     }  # fmt: skip
-    return {name: read[name](text, root) for name, text in options.items()}
+    return {name: parsers[name](text, root) for name, text in options.items()}
 
 
-def _address(text: str, root: pathlib.Path):
+def _address(text: str, root: pathlib.Path) -> sites.Address:
     match = _ITEM.match(text)
     if not match:
-        raise ValueError(f"'{text}' is no site with an address, such as lm.mlp.act[12,0:8]")
+        raise ValueError(f"'{text}' is not a site with an address, such as lm.mlp.act[12,0:8]")
     name = match["site"]
     site = sites.lm.attn.mask if name == "lm.attn" else sites.get(name)
     if match["at"] is None:
@@ -160,7 +164,7 @@ def _address(text: str, root: pathlib.Path):
     return site[np.ix_(*parts) if lists else parts]
 
 
-def _index(text: str, root: pathlib.Path):
+def _index(text: str, root: pathlib.Path) -> int | slice | np.ndarray:
     if text.startswith("@"):
         return np.asarray(_file(text[1:], root))
     if text in ("", ":"):
@@ -172,7 +176,7 @@ def _index(text: str, root: pathlib.Path):
     return int(text)
 
 
-def _value(text: str, root: pathlib.Path):
+def _value(text: str, root: pathlib.Path) -> np.float32 | np.ndarray:
     if not text.startswith("@"):
         numbers = np.array([float(part) for part in text.split(",")], np.float32)
         return numbers if "," in text else numbers[0]
@@ -180,7 +184,7 @@ def _value(text: str, root: pathlib.Path):
     return np.asarray(_file(file, root), np.float32) * np.float32(factor or 1)
 
 
-def _file(name: str, root: pathlib.Path):
+def _file(name: str, root: pathlib.Path) -> Any:
     path = root / name
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
@@ -203,40 +207,43 @@ def _where(text: str, root: pathlib.Path) -> tokens.Where:
     return tokens.of(text)
 
 
-def to_json(asked: Edits | dict[str, Capture]) -> Any:
-    """Edits as a list of plain values, captures as a dictionary of them.
+def to_json(items: Edits | dict[str, Capture]) -> list[Any] | dict[str, Any]:
+    """Return edits as a list of plain values, captures as a dictionary of them.
 
-    `from_json` turns them back into the same edits and captures, bit for bit.
+    `from_json` restores the same edits and captures, bit for bit.
+
+    Raises:
+      ValueError: An edit is a `call`, whose function is code.
     """
-    if isinstance(asked, Edits):
-        return [_edit_json(edit) for edit in asked]
-    return {name: _capture_json(capture) for name, capture in asked.items()}
+    if isinstance(items, Edits):
+        return [_edit_json(edit) for edit in items]
+    return {name: _capture_json(capture) for name, capture in items.items()}
 
 
-def from_json(items: Any) -> Edits | dict[str, Capture]:
-    """What `to_json` was given."""
+def from_json(items: list[Any] | dict[str, Any]) -> Edits | dict[str, Capture]:
+    """Invert `to_json`."""
     if isinstance(items, list):
         return Edits(tuple(_edit_of(item) for item in items))
     return {name: _capture_of(item) for name, item in items.items()}
 
 
-def digest(asked: Edits | dict[str, Capture]) -> str:
-    """A short hash of edits or captures and all their arrays, to know a result by."""
-    text = json.dumps(to_json(asked), sort_keys=True)
+def digest(items: Edits | dict[str, Capture]) -> str:
+    """Return a short hash of edits or captures with all their arrays, to identify a result."""
+    text = json.dumps(to_json(items), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _edit_json(edit: Edit) -> dict[str, Any]:
     if edit.fn is not None:
-        raise ValueError(f"a call of {edit.fn} is code and cannot be written as data")
+        raise ValueError(f"a call of {edit.fn} is code and cannot be written as JSON")
     return {
         "kind": edit.kind,
         **_address_json(edit.address),
         "where": _where_json(edit.where),
         "values": {name: _array_json(value) for name, value in edit.values.items()},
         "route": None if edit.route is None else [_array_json(rows) for rows in edit.route],
-        "on": _maybe(_where_json, edit.on),
-        "strengths": _maybe(_array_json, edit.strengths),
+        "on": _optional(_where_json, edit.on),
+        "strengths": _optional(_array_json, edit.strengths),
     }
 
 
@@ -247,8 +254,8 @@ def _edit_of(item: dict[str, Any]) -> Edit:
         where=_where_of(item["where"]),
         values={name: _array_of(value) for name, value in item["values"].items()},
         route=None if item["route"] is None else tuple(map(_array_of, item["route"])),
-        on=_maybe(_where_of, item["on"]),
-        strengths=_maybe(_array_of, item["strengths"]),
+        on=_optional(_where_of, item["on"]),
+        strengths=_optional(_array_of, item["strengths"]),
     )
 
 
@@ -257,9 +264,9 @@ def _capture_json(capture: Capture) -> dict[str, Any]:
         "form": capture.form,
         **_address_json(capture.address),
         "where": _where_json(capture.where),
-        "by": _maybe(list, capture.by),
+        "by": _optional(list, capture.by),
         "k": capture.k,
-        "on": _maybe(_where_json, capture.on),
+        "on": _optional(_where_json, capture.on),
     }
 
 
@@ -268,14 +275,14 @@ def _capture_of(item: dict[str, Any]) -> Capture:
         form=item["form"],
         address=_address_of(item),
         where=_where_of(item["where"]),
-        by=_maybe(tuple, item["by"]),
+        by=_optional(tuple, item["by"]),
         k=item["k"],
-        on=_maybe(_where_of, item["on"]),
+        on=_optional(_where_of, item["on"]),
     )
 
 
-def _maybe(turn: Callable, value):
-    return None if value is None else turn(value)
+def _optional(convert: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else convert(value)
 
 
 def _address_json(address: sites.Address) -> dict[str, Any]:
@@ -293,27 +300,27 @@ def _address_of(item: dict[str, Any]) -> sites.Address:
 
 
 def _selection_json(selection: sites.Selection) -> dict[str, Any]:
-    return {"form": selection.form, "value": _maybe(_array_json, selection.value)}
+    return {"form": selection.form, "value": _optional(_array_json, selection.value)}
 
 
 def _selection_of(item: dict[str, Any]) -> sites.Selection:
-    return sites.Selection(item["form"], _maybe(_array_of, item["value"]))
+    return sites.Selection(item["form"], _optional(_array_of, item["value"]))
 
 
 def _where_json(where: tokens.Where) -> dict[str, Any]:
     return {
         "form": where.form,
         "parts": [_where_json(part) for part in where.parts],
-        "value": _maybe(_array_json, where.value),
+        "value": _optional(_array_json, where.value),
     }
 
 
 def _where_of(item: dict[str, Any]) -> tokens.Where:
     parts = tuple(_where_of(part) for part in item["parts"])
-    return tokens.Where(item["form"], parts, _maybe(_array_of, item["value"]))
+    return tokens.Where(item["form"], parts, _optional(_array_of, item["value"]))
 
 
-def _array_json(value) -> dict[str, Any]:
+def _array_json(value: AnyArray) -> dict[str, Any]:
     array = np.asarray(value)
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}

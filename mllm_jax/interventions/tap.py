@@ -1,9 +1,9 @@
 """Taps: how a network offers its sites.
 
 A network calls `x = tap(site, x)` where it computes the tensor of a site. While a program is
-traced, the tap applies the edits of that site and reads its captures; it leaves nothing behind
-when there are none. A tensor that would be made for its site alone is made unless `tap.idle(site,
-shape)`. Taps live during one trace: they are how a pure function is written, not
+traced, the tap applies the edits of that site and reads its captures; where there are none, it
+leaves nothing behind. A tensor that would be computed for its site alone is computed unless
+`tap.idle(site, shape)`. Taps live during one trace: they are how a pure function is written, not
 state that outlives it.
 """
 
@@ -17,52 +17,57 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax import sites
-from mllm_jax.interventions import captures as captures_
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions import receipts
+from mllm_jax.interventions.captures import BoundCapture
+from mllm_jax.interventions.edits import BoundEdit
+from mllm_jax.interventions.reductions import expand_tokens
 from mllm_jax.numerics import indexing
 from mllm_jax.sharding import mesh
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """Where a pass goes on in the middle of a module's layers.
+    """Where a pass resumes in the middle of a module's layers.
 
     Attributes:
-      start: int32[], the first layer to run.
-      x: what enters it; None for what the pass has itself, at the first layer of all.
-      captured: what the captures found in a pass through all layers: those below stay.
-      stop: int32[], the first layer that is run for `places` alone: the last, or none.
-      places: int32[B], the tokens whose final state is asked; None for all.
+      start: The first layer to run, int32[].
+      x: What enters that layer; None for what the pass itself computes, at the first layer of all.
+      captured: The results of the captures in a pass through all layers, which the layers below
+        `start` keep.
+      stop: The first layer that runs for `places` alone, int32[]: the last layer, or their number.
+      places: The tokens whose final states are needed, int32[B]; None for all.
     """
 
-    start: Any
-    x: Any
+    start: Int[AnyArray, ""]
+    x: Float[Array, "B T D"] | None
     captured: dict[str, Any]
-    stop: Any = None
-    places: Any = None
+    stop: Int[AnyArray, ""] | None = None
+    places: Int[AnyArray, " B"] | None = None
 
 
 class Taps:
-    """What one forward pass was asked, and what it found.
+    """The edits and captures of one forward pass, and the results that they leave.
 
     Attributes:
-      edits, captures: bound to the shapes of this pass.
-      at: int32[], the position of the first token of this pass in the token masks: not 0 when
-        a cached pass reads on.
-      resume: of a module whose lower layers were run before: where to go on.
-      remat: whether a layer's tensors are computed again in the backward pass.
-      shapes: the sites met, by name.
-      receipts: by number of the edit. captured: by name of the capture.
+      edits: Edits bound to the shapes of this pass.
+      captures: Captures bound to the shapes of this pass, by name.
+      at: The position in the token masks of the first token of this pass, int32[]; not 0 when a
+        pass continues from a cache.
+      resume: Where to resume, for modules whose lower layers were run before.
+      remat: Whether a layer's tensors are computed again in the backward pass.
+      shapes: The sites that the pass ran through, by name.
+      receipts: The measurements of each edit, by its number; see `receipts.measure`.
+      captured: The results of the captures, by name.
     """
 
     def __init__(
         self,
-        edits: tuple[edits_.BoundEdit, ...] = (),
-        captures: dict[str, captures_.BoundCapture] | None = None,
+        edits: tuple[BoundEdit, ...] = (),
+        captures: dict[str, BoundCapture] | None = None,
         *,
-        at: Any = 0,
+        at: int | Int[Array, ""] = 0,
         resume: dict[str, Resume] | None = None,
         remat: bool = False,
     ):
@@ -71,41 +76,56 @@ class Taps:
         self.at = at
         self.resume = resume or {}
         self.remat = remat
-        self.shapes: dict[str, edits_.SiteShape] = {}
+        self.shapes: dict[str, sites.SiteShape] = {}
         self.receipts: dict[int, Any] = {}
         self.captured: dict[str, Any] = {}
 
+    def with_items(self, edits: tuple[BoundEdit, ...], captures: dict[str, BoundCapture]) -> Taps:
+        """Return taps of other edits and captures, which leave their results in these."""
+        taps = Taps(edits, captures, at=self.at, resume=self.resume, remat=self.remat)
+        taps.shapes, taps.receipts, taps.captured = self.shapes, self.receipts, self.captured
+        return taps
+
     def module(self, name: str, lens: Callable | None = None) -> ModuleTap:
-        """The taps of one module; `lens` turns its residual into logits."""
+        """Return the taps of one module; `lens` turns its residual into logits."""
         return ModuleTap(self, name, lens)
 
     def receipt_list(self) -> tuple[receipts.Receipt, ...]:
-        """In the order of the edits."""
+        """Return the receipts in the order of the edits."""
         return tuple(
-            receipts.Receipt(f"{edit.kind} {edit.site.name}", *self.receipts[i])
-            for i, edit in enumerate(self.edits)
+            receipts.Receipt(edit.label, *self.receipts[i]) for i, edit in enumerate(self.edits)
         )
 
 
 @dataclasses.dataclass
 class Tap:
-    """The taps of one layer while it is traced: edits and captures are those of this layer."""
+    """The taps of one layer while it is traced.
+
+    Attributes:
+      taps: The taps of the whole pass.
+      lens: A function from the module's residual to logits.
+      layers: How many layers the module has.
+      edits: The edits of this layer, by number.
+      captures: The captures of this layer, by name.
+      receipts: The measurements of the edits, by number.
+      captured: The results of the captures, by name.
+    """
 
     taps: Taps
     lens: Callable | None
     layers: int
-    edits: dict[int, edits_.BoundEdit]
-    captures: dict[str, captures_.BoundCapture]
+    edits: dict[int, BoundEdit]
+    captures: dict[str, BoundCapture]
     receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
     captured: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
-        """Whether nobody asks for this tensor, so that it need not be made as a whole."""
-        self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)
+        """Return whether no edit or capture needs this tensor, so that it may stay fused."""
+        self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
         return not any(i.site == site for i in (*self.edits.values(), *self.captures.values()))
 
-    def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
-        self.taps.shapes[site.name] = edits_.SiteShape(self.layers, x.shape, x.dtype)
+    def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
         x = mesh.constrain(x, site.axes)
         for number, edit in self.edits.items():
             if edit.site == site:
@@ -115,26 +135,28 @@ class Tap:
                 self.captured[name] = self._read(capture, x)
         return x
 
-    def _edit(self, number: int, edit: edits_.BoundEdit, x: jax.Array) -> jax.Array:
-        rank, units, along = x.ndim, edits_.unit_axis(edit.site), edits_.token_axis(edit.site)
-        length = x.shape[along]
+    def _edit(self, number: int, edit: BoundEdit, x: jax.Array) -> jax.Array:
+        rank, units, axis = x.ndim, edit.site.unit_axis, edit.site.token_axis
+        length = x.shape[axis]
         where = self._window(edit.tokens, 1, length)
         if "at" in edit.along:  # only what this pass computes can be read
-            read = self._follow("at", edit.along["at"], x, along)
+            read = self._window_along("at", edit.along["at"], x, axis)
             where = where & (read >= 0) & (read < length)
-        mask = captures_.along_tokens(where, along, rank)
+        mask = expand_tokens(where, axis, rank)
         mask = mask & edit.units.reshape(*(1,) * units, -1, *(1,) * (rank - units - 1))
         values = {
-            name: self._window(value, along, length) if value.ndim == rank else value
+            name: self._window(value, axis, length) if value.ndim == rank else value
             for name, value in edit.values.items()
         }
-        follow = {name: self._follow(name, array, x, along) for name, array in edit.along.items()}
-        y = dataclasses.replace(edit, values=values, along=follow).apply(x, mask)
-        self.receipts[number] = receipts.measure(x, y, mask, (0, along))
+        along = {
+            name: self._window_along(name, array, x, axis) for name, array in edit.along.items()
+        }
+        y = dataclasses.replace(edit, values=values, along=along).apply(x, mask)
+        self.receipts[number] = receipts.measure(x, y, mask, (0, axis))
         return y
 
-    def _read(self, capture: captures_.BoundCapture, x: jax.Array) -> Any:
-        length = x.shape[edits_.token_axis(capture.site)]
+    def _read(self, capture: BoundCapture, x: jax.Array) -> Any:
+        length = x.shape[capture.site.token_axis]
         capture = dataclasses.replace(
             capture,
             tokens=self._window(capture.tokens, 1, length),
@@ -143,55 +165,65 @@ class Tap:
         if capture.slots is None:
             return capture.read(x, self.lens)
         shape = jax.eval_shape(lambda: capture.read(x, self.lens))
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-        asked = capture.slots < capture.count
-        return jax.lax.cond(asked, lambda: capture.read(x, self.lens), lambda: nothing)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        is_captured = capture.slots < capture.count
+        return jax.lax.cond(is_captured, lambda: capture.read(x, self.lens), lambda: zeros)
 
-    def _follow(self, name: str, array, x: jax.Array, along: int):
-        """An array that follows the tokens, as this pass counts them."""
+    def _window_along(self, name: str, array: AnyArray, x: jax.Array, axis: int) -> AnyArray:
+        """Return the part of an array of `BoundEdit.along` that this pass computes."""
         if name == "hidden":
             return self._keys(array, x)
-        array = self._window(array, 1, x.shape[along])
+        array = self._window(array, 1, x.shape[axis])
         if name == "strength":
-            return captures_.along_tokens(array, along, x.ndim)
+            return expand_tokens(array, axis, x.ndim)
         return array - self.taps.at if name == "at" else array
 
-    def _keys(self, array, mask: jax.Array):
-        """The part of an array over all tokens that the keys of an attention mask are."""
+    def _keys(self, array: AnyArray, mask: Bool[Array, "B N T S"]) -> Array:
+        """Return the part of an array over all tokens that belongs to the keys of a mask."""
         *_, T, S = mask.shape
         return jnp.concatenate([array[:, : S - T], self._window(array, 1, T)], 1)
 
-    def _window(self, array, axis: int, length: int):
-        """The part of an array over all tokens that this pass computes."""
+    def _window(self, array: AnyArray, axis: int, length: int) -> AnyArray:
+        """Return the part of an array over all tokens that this pass computes."""
         if array.shape[axis] in (1, length):
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.taps.at, length, axis)
 
 
 class ModuleTap:
-    """The taps of one module: called for the sites it has once, scanned over its layers."""
+    """The taps of one module, called at the sites that exist once and scanned over its layers.
+
+    Attributes:
+      taps: The taps of the whole pass.
+      name: The name of the module.
+      lens: A function from the module's residual to logits.
+      edits: The edits of the module, by number.
+      captures: The captures of the module, by name.
+    """
 
     def __init__(self, taps: Taps, name: str, lens: Callable | None):
         self.taps, self.name, self.lens = taps, name, lens
         self.edits = {i: e for i, e in enumerate(taps.edits) if e.site.module == name}
         self.captures = {n: c for n, c in taps.captures.items() if c.site.module == name}
 
-    def __call__(self, site: sites.Site, x: jax.Array) -> jax.Array:
+    def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
         tap = self._tap(1, _first(_at(self.edits, False)), _at(self.captures, False))
         x = tap(site, x)
         self.taps.receipts |= _add_axis(tap.receipts)
         self.taps.captured |= tap.captured
         return x
 
-    def scan(self, step: Callable, layers: Any, x: jax.Array, extra: Any = None):
-        """x through every layer, one compiled body.
+    def scan(
+        self, step: Callable, layers: Any, x: Float[Array, "B T D"], extra: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Run x through every layer with one compiled body.
 
         Args:
-          step: (layer, x, tap, extra) -> (x, out). Where a pass may ask for some tokens alone, also
-            `only=places` int32[B], and then x is [B, 1, D].
-          layers: a module whose arrays lead with L.
-          x: what enters the first layer.
-          extra: further arrays that lead with L, one slice a step.
+          step: (layer, x, tap, extra) -> (x, out). Where a pass may need some tokens alone, it also
+            takes `only=places`, int32[B], and then returns x as [B, 1, D].
+          layers: A module whose arrays lead with L.
+          x: What enters the first layer.
+          extra: Further arrays that lead with L; each step gets its slice.
 
         Returns:
           x after the last layer, and the stacked outs [L, ...].
@@ -202,9 +234,9 @@ class ModuleTap:
         if self.name in self.taps.resume:
             return self._resumed(step, layers, x, extra, edits, captures, arrays, count)
 
-        whole = jax.lax.stop_gradient((layers, extra))  # gradients go through what is scanned
+        whole = jax.lax.stop_gradient((layers, extra))  # gradients flow through the scanned slices
 
-        def one(sliced, x, tap, i):
+        def run_layer(sliced, x, tap, i):
             layer, more = indexing.index_without_upcast(sliced, whole, i)
             return step(layer, x, tap, more)
 
@@ -212,19 +244,19 @@ class ModuleTap:
             x, kept = carry
             sliced, i, (edit_arrays, slots) = inputs
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
-            x, out = self._step(one)(sliced, x, tap, i)
+            x, out = self._checkpointed(run_layer)(sliced, x, tap, i)
             kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
             return (x, kept), (out, (tap.receipts, tap.captured))
 
-        kept = self._empty(step, layers, x, extra, edits, captures, count)
+        kept = self._empty_slots(step, layers, x, extra, edits, captures, count)
         inputs = (layers, extra), indexing.layer_indices(whole), arrays
-        (x, kept), (out, found) = jax.lax.scan(body, (x, kept), inputs)
-        self.taps.receipts |= found[0]
-        self.taps.captured |= found[1] | self._carried(kept, captures)
+        (x, kept), (out, (receipts_, captured)) = jax.lax.scan(body, (x, kept), inputs)
+        self.taps.receipts |= receipts_
+        self.taps.captured |= captured | _finish(kept, captures)
         return x, out
 
     def _resumed(self, step, layers, x, extra, edits, captures, arrays, count):
-        """The layers from `resume.start` on, which is data: one program for every start."""
+        """Run the layers from `resume.start` on, which is data: one program for every start."""
         resume = self.taps.resume[self.name]
         x = x if resume.x is None else resume.x
 
@@ -232,7 +264,7 @@ class ModuleTap:
             whole = layers, extra
             return indexing.index_without_upcast(jax.tree.map(lambda a: a[i], whole), whole, i)
 
-        def one(i, x):
+        def run_layer(i, x):
             (layer, more), (edit_arrays, slots) = at(i), jax.tree.map(lambda a: a[i], arrays)
             tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
             x, out = step(layer, x, tap, more)
@@ -241,56 +273,60 @@ class ModuleTap:
 
         def body(i, carry):
             x, receipts_, captured = carry
-            x, receipt, found, places, _ = one(i, x)
-            captured = {n: _put(captured[n], found[n], places[n]) for n in captured}
+            x, receipt, results, places, _ = run_layer(i, x)
+            captured = {n: _put(captured[n], results[n], places[n]) for n in captured}
             return x, _put(receipts_, receipt, i), captured
 
-        def last(x):
+        def run_last_layer(x):
             layer, more = at(count - 1)
             y, _ = step(layer, x, self._tap(count, {}, {}), more, only=resume.places)
             return x.at[jnp.arange(len(x)), resume.places].set(y[:, 0])
 
-        _, receipt, _, _, out = jax.eval_shape(one, 0, x)
+        _, receipt, _, _, out = jax.eval_shape(run_layer, 0, x)
         receipts_ = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), receipt)
-        before = {n: _reopened(resume.captured[n], captures[n]) for n in captures}
-        # The first by itself: vmap makes what comes before its edits once for all lanes.
+        before = {n: _unfinish(resume.captured[n], captures[n]) for n in captures}
+        # The first layer runs by itself: vmap computes what precedes its edits once for all lanes.
         carry = body(resume.start, (x, receipts_, before))
         stop = count if resume.places is None else resume.stop
         x, receipts_, captured = jax.lax.fori_loop(resume.start + 1, stop, body, carry)
         if resume.places is not None:
-            x = jax.lax.cond(stop < count, last, lambda x: x, x)
+            x = jax.lax.cond(stop < count, run_last_layer, lambda x: x, x)
         kept = {n: captured.pop(n) for n in arrays[1]}
         self.taps.receipts |= receipts_
-        self.taps.captured |= captured | self._carried(kept, captures)
-        return x, jax.tree.map(lambda _: None, out)  # of some layers there is none
+        self.taps.captured |= captured | _finish(kept, captures)
+        return x, jax.tree.map(lambda _: None, out)  # some layers have no out
 
-    def _step(self, step: Callable) -> Callable:
-        """The step, of which a backward pass has kept the matrix products, or with remat nothing.
+    def _checkpointed(self, step: Callable) -> Callable:
+        """Return a step that keeps its matrix products for the backward pass; with remat, nothing.
 
-        The products are what costs time, all that comes between them what takes memory.
+        The products cost most of the time, the tensors between them most of the memory.
         """
-        kept = jax.checkpoint_policies
-        policy = kept.nothing_saveable if self.taps.remat else kept.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        policy = (
+            policies.nothing_saveable
+            if self.taps.remat
+            else policies.dots_with_no_batch_dims_saveable
+        )
 
-        def again(layer, x, tap, extra):
+        def checkpointed(layer, x, tap, extra):
             # The tap collects while it is traced; what it collects must leave through the outputs.
             def pure(layer, x, extra):
                 inside = dataclasses.replace(tap, receipts={}, captured={})
                 out = step(layer, x, inside, extra)
                 return out, inside.receipts, inside.captured
 
-            # A scan keeps the backward pass apart by itself.
-            found = jax.checkpoint(pure, policy=policy, prevent_cse=False)(layer, x, extra)
-            out, tap.receipts, tap.captured = found
+            # A scan already prevents common subexpression elimination with the backward pass.
+            pure = jax.checkpoint(pure, policy=policy, prevent_cse=False)
+            out, tap.receipts, tap.captured = pure(layer, x, extra)
             return out
 
-        return again
+        return checkpointed
 
     def loop(self, step: Callable, layers: list, x: jax.Array) -> jax.Array:
-        """As `scan`, for a few layers of unequal shape: step is (layer, x, tap) -> x."""
+        """Run x through a few layers of unequal shapes; step is (layer, x, tap) -> x."""
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays, slots = _stacked(edits), _slots(captures)
-        kept, found = {}, []
+        kept, results = {}, []
         for i, layer in enumerate(layers):
             now = _unstack(edits, jax.tree.map(lambda a, i=i: a[i], arrays))
             here = _with_slots(captures, {name: s[i] for name, s in slots.items()})
@@ -299,20 +335,20 @@ class ModuleTap:
             for name in slots:
                 value = tap.captured.pop(name)
                 if name not in kept:
-                    kept[name] = _room(value, captures[name].count)
+                    kept[name] = _zeros(value, captures[name].count)
                 kept[name] = _put(kept[name], value, slots[name][i])
-            found.append((tap.receipts, tap.captured))
-        if found:
-            stacked = jax.tree.map(lambda *a: jnp.stack(a), *found)
+            results.append((tap.receipts, tap.captured))
+        if results:
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *results)
             self.taps.receipts |= stacked[0]
-            self.taps.captured |= stacked[1] | self._carried(kept, captures)
+            self.taps.captured |= stacked[1] | _finish(kept, captures)
         return x
 
     def _tap(self, layers: int, edits: dict, captures: dict) -> Tap:
         return Tap(self.taps, self.lens, layers, edits, captures)
 
-    def _empty(self, step, layers, x, extra, edits, captures, count):
-        """Room for the captures that are carried, found by shape alone."""
+    def _empty_slots(self, step, layers, x, extra, edits, captures, count):
+        """Return zeros for the captures that are carried, whose shapes are found abstractly."""
         slots = _slots(captures)
         if not slots:
             return {}
@@ -325,24 +361,25 @@ class ModuleTap:
             step(layer, x, tap, more)
             return {name: tap.captured[name] for name in slots}
 
-        return {name: _room(s, captures[name].count) for name, s in jax.eval_shape(first).items()}
+        return {name: _zeros(s, captures[name].count) for name, s in jax.eval_shape(first).items()}
 
-    @staticmethod
-    def _carried(kept, captures) -> dict[str, Any]:
-        return {name: captures[name].finish(value) for name, value in kept.items()}
+
+def _finish(kept: dict[str, Any], captures: dict[str, BoundCapture]) -> dict[str, Any]:
+    return {name: captures[name].finish(value) for name, value in kept.items()}
 
 
 def _at(items: dict, stacked: bool) -> dict:
+    """Return the edits or captures of sites that exist per layer, or of those that do not."""
     return {key: item for key, item in items.items() if item.site.stacked == stacked}
 
 
 def _stacked(edits: dict) -> dict:
-    """The arrays of edits that lead with L."""
+    """Return the arrays of edits that lead with L."""
     return {i: (edit.units, edit.values) for i, edit in edits.items()}
 
 
 def _unstack(edits: dict, arrays: dict) -> dict:
-    """Edits with the arrays of one layer."""
+    """Return edits with the arrays of one layer."""
     return {
         i: dataclasses.replace(edit, units=arrays[i][0], values=arrays[i][1])
         for i, edit in edits.items()
@@ -361,21 +398,21 @@ def _with_slots(captures: dict, slots: dict) -> dict:
     return {name: dataclasses.replace(c, slots=slots.get(name)) for name, c in captures.items()}
 
 
-def _room(value: Any, count: int) -> Any:
-    """Zeros for `count` layers and one place for what is not asked."""
+def _zeros(value: Any, count: int) -> Any:
+    """Return zeros for `count` layers, and one slot for the layers that are not captured."""
     return jax.tree.map(lambda s: jnp.zeros((count + 1, *s.shape), s.dtype), value)
 
 
-def _put(room: Any, value: Any, slot) -> Any:
-    return jax.tree.map(lambda r, v: r.at[slot].set(v), room, value)
+def _put(slots: Any, value: Any, slot: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda s, v: s.at[slot].set(v), slots, value)
 
 
 def _add_axis(tree: Any) -> Any:
     return jax.tree.map(lambda a: a[None], tree)
 
 
-def _reopened(value: Any, capture: captures_.BoundCapture) -> Any:
-    """What `_carried` has finished, with the place of the layers that are not asked again."""
+def _unfinish(value: Any, capture: BoundCapture) -> Any:
+    """Invert `_finish`: add the slot of the layers that are not captured."""
     if capture.slots is None:
         return value
     value = _add_axis(value) if capture.single else value

@@ -12,13 +12,13 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.checkpoints import files, schema, tables, tensors
+from mllm_jax.checkpoints import files, keys, schema, tensors
 from mllm_jax.checkpoints.stored import Stored
 
 CONFIG = "adapter_config.json"
@@ -118,7 +118,10 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def merge(
-    base: Mapping[str, Stored | None], directory: pathlib.Path, problems: list[Exception]
+    base: Mapping[str, Stored | None],
+    directory: pathlib.Path,
+    problems: list[Exception],
+    canonical_key: Callable[[str], str],
 ) -> dict[str, Stored | Merged | None]:
     """The tensors of a model with those of an adapter.
 
@@ -126,6 +129,7 @@ def merge(
         base: canonical key -> tensor of the model.
         directory: of the adapter.
         problems: what is wrong with its files is added here.
+        canonical_key: maps the spellings of keys to the canonical one.
 
     Returns:
         Canonical key -> tensor, not yet read: changed by its two factors, or replaced where the
@@ -149,12 +153,12 @@ def merge(
         if match and factors.setdefault(match[1], {}).setdefault(match[2], tensor) is not tensor:
             wrong.append(f"{files.line(match[1], 80)} is there twice")
     replaced = (tensor for match, tensor in matches if not match)
-    model = dict(base) | tensors.by_name(itertools.chain(replaced, whole), problems)
+    model = dict(base) | tensors.by_name(itertools.chain(replaced, whole), problems, canonical_key)
     if not factors:
         wrong.append("no tensor is named lora_A or lora_B")
     for module, pair in factors.items():
-        key = tables.canonical(f"{module}.weight")
-        module = module.removeprefix(tables.WRAPPED)
+        key = canonical_key(f"{module}.weight")
+        module = module.removeprefix(keys.PEFT_PREFIX)
         rank = _of("rank_pattern", "r", fields, module)
         if reason := _misfit(key in model, model.get(key), pair, rank):
             wrong.append(f"{files.line(module, 80)}: {reason}")

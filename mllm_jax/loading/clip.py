@@ -8,8 +8,9 @@ from typing import Any
 
 from flax import nnx
 
-from mllm_jax.checkpoints import schema, tables
-from mllm_jax.families.llava import config as configs
+from mllm_jax.checkpoints import fields as fields_
+from mllm_jax.checkpoints import keys, schema
+from mllm_jax.checkpoints.networks import clip
 from mllm_jax.loading import load as load_
 from mllm_jax.loading import settings, sources
 from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
@@ -32,29 +33,29 @@ _TEXT = {
     "intermediate_size": (schema.WIDTH, 2048),
     "num_hidden_layers": (schema.LAYERS, 12),
     "num_attention_heads": (schema.HEADS, 8),
-    "hidden_act": (configs.ACTIVATION, "quick_gelu"),
+    "hidden_act": (fields_.ACTIVATION, "quick_gelu"),
     "layer_norm_eps": (schema.EPSILON, 1e-5),
     "eos_token_id": (schema.ID, 49407),
 }
 # The scale is among the tensors.
-_IGNORED = configs.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
+_IGNORED = fields_.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
 _HIGHEST = 2  # the end token in configs before transformers 4.31, which then took the highest id
 
 TABLE = (
-    *tables.clip_vision("vision_model", "vision"),
-    tables.Row("vision_model.post_layernorm.weight", "vision_norm.scale", tables.COPY),
-    tables.Row("vision_model.post_layernorm.bias", "vision_norm.bias", tables.COPY),
-    tables.Row("visual_projection.weight", "vision_out.kernel", tables.LINEAR),
-    *tables.rows(
+    *clip.vision("vision_model", "vision"),
+    keys.Row("vision_model.post_layernorm.weight", "vision_norm.scale", keys.COPY),
+    keys.Row("vision_model.post_layernorm.bias", "vision_norm.bias", keys.COPY),
+    keys.Row("visual_projection.weight", "vision_out.kernel", keys.LINEAR),
+    *keys.rows(
         "text_model",
         "text",
-        ("embeddings.token_embedding.weight", "words", tables.COPY),
-        ("embeddings.position_embedding.weight", "position", tables.COPY),
-        *tables.norm("final_layer_norm", "norm"),
+        ("embeddings.token_embedding.weight", "words", keys.COPY),
+        ("embeddings.position_embedding.weight", "position", keys.COPY),
+        *keys.norm("final_layer_norm", "norm"),
     ),
-    *tables.clip_layers("text_model", "text"),
-    tables.Row("text_projection.weight", "text_out.kernel", tables.LINEAR),
-    tables.Row("logit_scale", "scale", tables.COPY),
+    *clip.layers("text_model", "text"),
+    keys.Row("text_projection.weight", "text_out.kernel", keys.LINEAR),
+    keys.Row("logit_scale", "scale", keys.COPY),
 )
 
 
@@ -79,11 +80,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPa
     """Reads the config of a CLIP checkpoint; see `config.from_hf`."""
     problems: list[str] = []
     pair = schema.read(fields, _PAIR, _IGNORED, "", problems)
-    vision = configs.read_clip(_part(pair, "vision_config"), problems)
+    vision = clip.read(_part(pair, "vision_config"), problems)
     text = schema.read(_part(pair, "text_config"), _TEXT, _IGNORED, "text_config.", problems)
     heads = "num_attention_heads", text["num_attention_heads"]
     schema.divides(heads, ("text_config.hidden_size", text["hidden_size"]), problems)
-    return configs.settle(lambda: _config(pair, vision, text), source, problems)
+    return fields_.checked(lambda: _config(pair, vision, text), source, problems)
 
 
 def _part(pair: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -95,7 +96,7 @@ def _part(pair: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _config(pair: Mapping, vision: Mapping, text: Mapping) -> ClipPairConfig:
     end = text["eos_token_id"]
     return ClipPairConfig(
-        vision=configs.clip_config(vision, feature_layer=-1, select="full"),
+        vision=clip.config(vision, feature_layer=-1, select="full"),
         text=ClipTextConfig(
             vocab=text["vocab_size"],
             positions=text["max_position_embeddings"],
@@ -103,7 +104,7 @@ def _config(pair: Mapping, vision: Mapping, text: Mapping) -> ClipPairConfig:
             layers=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
             mlp=text["intermediate_size"],
-            act=configs.ACTIVATIONS[text["hidden_act"]],
+            act=fields_.ACTIVATIONS[text["hidden_act"]],
             eps=text["layer_norm_eps"],
             end=None if end == _HIGHEST else end,
         ),

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import files, tables, tensors
+from mllm_jax import families
+from mllm_jax.checkpoints import fields as fields_
+from mllm_jax.checkpoints import files, keys, tensors
 from mllm_jax.checkpoints.stored import Stored
-from mllm_jax.families import registry as architectures
-from mllm_jax.families.llava import config as configs
-from mllm_jax.families.llava import model as llava
-from mllm_jax.families.llava import original
 from mllm_jax.loading import adapters, embedded, settings, sources
 from mllm_jax.loading.sources import locate, read_config, read_fields
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector
 from mllm_jax.numerics import precision
 from mllm_jax.processors import image_processors
@@ -42,7 +41,7 @@ def load(
     base: str | os.PathLike | None = None,
     seed: int = 0,
     image_aspect_ratio: str | None = None,
-) -> tuple[llava.Llava, Processor]:
+) -> tuple[MultimodalModel, Processor]:
     """Loads a model and its processor.
 
     Args:
@@ -83,15 +82,16 @@ def load(
     place = sources.holder(directory, base, sources.CONFIG)
     texts = sources.holder(directory, base, sources.TOKENS)
     fields, how = read_fields(place), {"image_aspect_ratio": image_aspect_ratio}
-    if original.is_original(fields):
-        pictures = sources.part(place / "config.json", fields, "mm_vision_tower", weights=False)
+    if original := families.original_layout(fields):
+        config_file = place / "config.json"
+        pictures = sources.part(config_file, fields, original.tower_field, weights=False)
         how["pictures"] = functools.partial(original.image_processor, pictures, model.config)
         how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
     else:
         pictures = sources.holder(directory, base, settings.PICTURES)
         how["pictures"] = functools.partial(image_processors.read, pictures)
     settings.check(pictures, texts, model.config.vision.image_size)
-    processor = architectures.of(model.config).processor
+    processor = families.of(model.config).processor
     return model, processor.from_directory(texts, model.config, **how)
 
 
@@ -103,7 +103,7 @@ def read_model(
     base: str | os.PathLike | None = None,
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-) -> llava.Llava:
+) -> MultimodalModel:
     """Reads the model of a checkpoint directory, tensor by tensor; see `load`.
 
     On the host there is never more than one stacked parameter, or a device's part of one, beside
@@ -122,26 +122,27 @@ def read_model(
     try:
         place = sources.holder(directory, base, sources.CONFIG)
         config = read_config(place)
-    except configs.Refused as error:
+    except fields_.Refused as error:
         if error.config is None:
             raise
         config = error.config
         problems.append(error)
     graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
-    slots = tables.slots(shapes, architectures.of(config).table(config))
+    family = families.of(config)
+    slots = keys.slots(shapes, family.key_table(config))
 
     broken: list[Exception] = []
-    stored = sources.open_tensors(directory, place, base, broken)
+    stored = sources.open_tensors(directory, place, base, family, broken)
     problems += broken
-    if projector is None and not any(map(sources.of_projector, stored)):
-        beside = directory / original.PROJECTOR
+    if projector is None and family.original and not any(map(family.is_projector, stored)):
+        beside = directory / family.original.projector_file
         projector = beside if beside.exists() else None
     if projector is not None:
-        stored = {key: tensor for key, tensor in stored.items() if not sources.of_projector(key)}
-        own = [slot for slot in slots if sources.of_projector(slot.key)]
-        slots = [slot for slot in slots if not sources.of_projector(slot.key)]
+        stored = {key: tensor for key, tensor in stored.items() if not family.is_projector(key)}
+        own = [slot for slot in slots if family.is_projector(slot.key)]
+        slots = [slot for slot in slots if not family.is_projector(slot.key)]
     if stored or not broken:
-        _check(stored, slots, config, directory, problems)
+        _check(stored, slots, _unused(config), directory, problems)
     if projector not in (None, "random"):
         overlay = _open_projector(projector, own, config, problems)
         stored, slots = stored | overlay, slots + own
@@ -157,7 +158,7 @@ def read_model(
 
 def read_whole(
     build: Callable[[], nnx.Module],
-    table: tuple[tables.Row, ...],
+    table: tuple[keys.Row, ...],
     directory: pathlib.Path,
     dtype: jax.typing.DTypeLike,
 ) -> nnx.Module:
@@ -174,11 +175,11 @@ def read_whole(
         FileNotFoundError, ValueError: all that is wrong with the tensors, in one line.
     """
     graph, abstract, shapes = _abstract(build)
-    slots = tables.slots(shapes, table)
+    slots = keys.slots(shapes, table)
     problems: list[Exception] = []
     stored = tensors.open_directory(directory, problems)
     if stored or not problems:
-        _check(stored, slots, None, directory, problems)
+        _check(stored, slots, keys.is_buffer, directory, problems)
     _raise(problems)
     arrays = _fill(stored, slots, shapes, jnp.dtype(dtype), None)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
@@ -192,7 +193,7 @@ def _abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict, dict
     return graph, abstract, {dotted(path): param.shape for path, param in abstract.items()}
 
 
-def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
+def read_projector(model: MultimodalModel, path: str | os.PathLike) -> MultimodalModel:
     """The model with the projector of a file in place of its own; all else is shared.
 
     Args:
@@ -210,7 +211,7 @@ def read_projector(model: llava.Llava, path: str | os.PathLike) -> llava.Llava:
     state = dict(nnx.to_flat_state(state))
     own = {dotted(at): param for at, param in state.items() if at[0] == "projector"}
     shapes = {name: param.shape for name, param in own.items()}
-    slots = tables.slots(shapes, architectures.of(model.config).table(model.config))
+    slots = keys.slots(shapes, families.of(model.config).key_table(model.config))
     problems: list[Exception] = []
     overlay = _open_projector(path, slots, model.config, problems)
     _raise(problems)
@@ -228,28 +229,29 @@ def dotted(path: tuple) -> str:
 
 def _open_projector(
     path: str | os.PathLike,
-    slots: list[tables.Slot],
-    config: llava.LlavaConfig,
+    slots: list[keys.Slot],
+    config: MultimodalConfig,
     problems: list[Exception],
 ) -> dict[str, Stored]:
     """The tensors of a file with a projector, or of the one in a directory of the original code."""
-    path = pathlib.Path(path).expanduser()
+    family, path = families.of(config), pathlib.Path(path).expanduser()
     if path.is_dir():
         beside = adapters.is_adapter(path) and (path / adapters.BESIDE).exists()
-        path /= adapters.BESIDE if beside else original.PROJECTOR
+        name = family.original.projector_file if family.original else ""
+        path /= adapters.BESIDE if beside else name
     try:
-        found = tensors.by_name(tensors.open_file(path), problems)
+        found = tensors.by_name(tensors.open_file(path), problems, family.canonical_key)
     except (OSError, ValueError) as error:
         problems.append(error)
         return {}
-    _check(found, slots, config, path, problems)
+    _check(found, slots, _unused(config), path, problems)
     return found
 
 
 def _check(
     stored: Mapping[str, Stored | None],
-    slots: list[tables.Slot],
-    config: llava.LlavaConfig | None,
+    slots: list[keys.Slot],
+    is_unused: Callable[[str], bool],
     source: str | os.PathLike,
     problems: list[Exception],
 ) -> None:
@@ -257,7 +259,7 @@ def _check(
     wanted = {slot.key: slot.shape for slot in slots}
     shapes = {key: wanted.get(key) if t is None else t.shape for key, t in stored.items()}
     try:
-        tables.check(shapes, slots, config)
+        keys.check(shapes, slots, is_unused)
     except ValueError as error:
         problems.append(ValueError(files.refusal(source, [error])))
     problems += [
@@ -272,6 +274,11 @@ def _check(
     ]
 
 
+def _unused(config: MultimodalConfig) -> Callable[[str], bool]:
+    """Return which tensors a checkpoint may hold although the model does not use them."""
+    return lambda key: families.of(config).is_unused(key, config)
+
+
 def _raise(problems: list[Exception]) -> None:
     """Raises one error that names as many problems as a line holds; its cause has them all."""
     if problems:
@@ -281,11 +288,12 @@ def _raise(problems: list[Exception]) -> None:
 
 
 def _check_tied(
-    stored: Mapping[str, Stored], config: llava.LlavaConfig, directory: pathlib.Path
+    stored: Mapping[str, Stored], config: MultimodalConfig, directory: pathlib.Path
 ) -> None:
     """A tied model may come with its head, if that is the embedding once more."""
-    if config.lm.tied and tables.TIED_HEAD in stored:
-        head, embed = (stored[key].read() for key in (tables.TIED_HEAD, tables.EMBEDDING))
+    named = {row.path: row.key for row in families.of(config).key_table(config)}
+    if config.lm.tied and named["lm.head.kernel"] in stored:
+        head, embed = (stored[named[path]].read() for path in ("lm.head.kernel", "lm.embed"))
         if not np.array_equal(head, embed):
             problem = (
                 "tie_word_embeddings is true, but the file has a head that is not "
@@ -295,21 +303,21 @@ def _check_tied(
 
 
 def _places(
-    config: llava.LlavaConfig,
-    shapes: Mapping[str, tables.Shape],
+    config: MultimodalConfig,
+    shapes: Mapping[str, keys.Shape],
     mesh: jax.sharding.Mesh | None,
 ) -> Mapping[str, jax.sharding.Sharding] | None:
     """Our path -> where the parameter goes on the mesh, given or entered; None without one."""
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     if mesh.empty:
         return None
-    return rules.shardings(config, architectures.of(config).rules(config), shapes, mesh)
+    return rules.shardings(config, families.of(config).sharding_rules(config), shapes, mesh)
 
 
 def _fill(
     stored: Mapping[str, Stored],
-    slots: list[tables.Slot],
-    shapes: Mapping[str, tables.Shape],
+    slots: list[keys.Slot],
+    shapes: Mapping[str, keys.Shape],
     dtype: np.dtype,
     places: Mapping[str, jax.sharding.Sharding] | None,
 ) -> dict[str, jax.Array]:
@@ -323,7 +331,7 @@ def _fill(
 
 def _put(
     read: Callable[[tuple[slice, ...]], np.ndarray],
-    shape: tables.Shape,
+    shape: keys.Shape,
     place: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """An array, of which every part is read once and given to all devices here that hold it."""
@@ -343,7 +351,7 @@ def _put(
 
 def _read(
     stored: Mapping[str, Stored],
-    slots: list[tables.Slot],
+    slots: list[keys.Slot],
     dtype: np.dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
@@ -366,7 +374,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
         target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
 
 
-def _empty(shape: tables.Shape, dtype: np.dtype) -> np.ndarray:
+def _empty(shape: keys.Shape, dtype: np.dtype) -> np.ndarray:
     """An array that JAX on CPU takes over without a copy: it begins at a multiple of 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
@@ -375,7 +383,7 @@ def _empty(shape: tables.Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _random_projector(
-    config: llava.LlavaConfig,
+    config: MultimodalConfig,
     dtype: np.dtype,
     seed: int,
     places: Mapping[str, jax.sharding.Sharding] | None,

@@ -15,12 +15,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import files, tables, tensors, torch_file
-from mllm_jax.families import registry as architectures
-from mllm_jax.families.llava import model as llava
-from mllm_jax.families.llava import original
+from mllm_jax import families
+from mllm_jax.checkpoints import files, keys, tensors, torch_file
 from mllm_jax.loading import load
-from mllm_jax.models import clip
+from mllm_jax.models.multimodal import MultimodalModel
 from mllm_jax.sharding import hosts, mesh
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ _OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "max_position_embeddings", 
 
 
 def save_hf(
-    model: llava.Llava, processor: Processor | None, directory: str | os.PathLike
+    model: MultimodalModel, processor: Processor | None, directory: str | os.PathLike
 ) -> pathlib.Path:
     """Writes a model as a checkpoint that transformers loads.
 
@@ -76,7 +74,7 @@ def save_hf(
     taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if hosts.broadcast_from_primary(taken):
         raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
-    arrays = _tensors(model) | _identity_norm(model)
+    arrays = _tensors(model) | families.of(model.config).unused_tensors(model)
     if hosts.is_primary():
         _write(model, arrays, processor, directory)
     hosts.barrier(str(directory))
@@ -89,7 +87,7 @@ def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) 
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         tensors.write(arrays, partial / "model.safetensors")
-        fields = architectures.of(model.config).to_hf(model.config)
+        fields = families.of(model.config).to_hf(model.config)
         fields = _merge(_source_config(source), fields)
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if source is not None:
@@ -104,13 +102,13 @@ def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def projector_tensors(model: llava.Llava) -> dict[str, np.ndarray]:
+def projector_tensors(model: MultimodalModel) -> dict[str, np.ndarray]:
     """The projector under its Hugging Face keys: `multi_modal_projector.linear_1.weight`, ..."""
     return {key: np.asarray(value) for key, value in _tensors(model, "projector").items()}
 
 
 def write_projector(
-    model: llava.Llava, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
+    model: MultimodalModel, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
 ) -> None:
     """Writes the projector alone, as `load(..., projector=path)` and `read_projector` read it.
 
@@ -131,7 +129,11 @@ def write_projector(
     if path.suffix == ".safetensors":
         tensors.write(arrays, path)
     elif path.suffix == ".bin":
-        names = tables.original_projector(arrays)
+        original = families.of(model.config).original
+        if original is None:
+            problem = f"its original layout has no name for {files.some(arrays)}"
+            raise ValueError(files.refusal(path, [f"{problem}; write .safetensors instead"]))
+        names = original.projector_keys(arrays)
         torch_file.write({names[key]: value for key, value in arrays.items()}, path)
     else:
         raise ValueError(f"{path}: a projector is written as .safetensors or .bin")
@@ -142,10 +144,10 @@ class _Turned:
     """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
 
     arrays: list[np.ndarray]  # its parts
-    slot: tables.Slot  # of one of them
+    slot: keys.Slot  # of one of them
 
     @property
-    def shape(self) -> tables.Shape:
+    def shape(self) -> keys.Shape:
         return self.slot.shape
 
     @property
@@ -157,7 +159,7 @@ class _Turned:
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype)
 
 
-def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
+def _tensors(model: MultimodalModel, part: str | None = None) -> dict[str, _Turned]:
     """Hugging Face key -> tensor, of the model or of one part of it."""
     params = {
         load.dotted(path): param
@@ -166,20 +168,12 @@ def _tensors(model: llava.Llava, part: str | None = None) -> dict[str, _Turned]:
     }
     arrays = {path: mesh.to_numpy(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
-    table = architectures.of(model.config).table(model.config)
+    table = families.of(model.config).key_table(model.config)
     found: dict[str, _Turned] = {}
-    for slot in tables.slots(shapes, table):
+    for slot in keys.slots(shapes, table):
         array = arrays[slot.path][... if slot.layer is None else slot.layer]
         found.setdefault(slot.key, _Turned([], slot)).arrays.append(array)
     return found
-
-
-def _identity_norm(model: llava.Llava) -> dict[str, np.ndarray]:
-    if not isinstance(model.vision, clip.ClipVision):
-        return {}
-    name, width = "vision_tower.vision_model.post_layernorm", model.config.vision.width
-    dtype = model.vision.cls.dtype
-    return {f"{name}.weight": np.ones(width, dtype), f"{name}.bias": np.zeros(width, dtype)}
 
 
 def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
     if source is None or not (source / "config.json").exists():
         return {}
     fields = files.read_json(source / "config.json")
-    if original.is_original(fields):
+    if families.original_layout(fields):
         return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in _SAID_OTHERWISE:

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import files, schema
-from mllm_jax.families.llava import config as configs
 
 PICTURES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
@@ -38,7 +38,7 @@ _FIELDS = {
     "rescale_factor": (schema.optional(schema.real(1e-6, 1000)), None),
     "image_mean": (_COLOUR, None),
     "image_std": (_SPREAD, None),
-    "image_grid_pinpoints": (configs.PINPOINTS, None),
+    "image_grid_pinpoints": (fields_.PINPOINTS, None),
 }
 _EDGES = ("shortest_edge", "longest_edge", "height", "width")
 
@@ -64,7 +64,7 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
             _check_pictures(path, side)
     if (path := texts / _GENERATION).exists():
         problems: list[str] = []
-        schema.values(files.read_json(path), configs.TOKEN_IDS, "", problems)
+        schema.values(files.read_json(path), fields_.TOKEN_IDS, "", problems)
         if problems:
             raise ValueError(files.refusal(path, problems))
 

@@ -9,18 +9,19 @@ from typing import Any
 
 import huggingface_hub
 
-from mllm_jax.checkpoints import files, schema, tables
+from mllm_jax import families
+from mllm_jax.checkpoints import files, schema
 from mllm_jax.checkpoints import tensors as tensors_
 from mllm_jax.checkpoints.stored import Stored
-from mllm_jax.families import registry as architectures
-from mllm_jax.families.llava import model as llava
-from mllm_jax.families.llava import original
+from mllm_jax.families.base import Family
 from mllm_jax.loading import adapters, embedded
+from mllm_jax.models.multimodal import MultimodalConfig
 
 _HUB_SETTINGS = ["*.json", "*.jinja", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
 _HUB_PICKLES = [  # where there are no safetensors, or not of all that an adapter has
-    "pytorch_model*.bin", "adapter_model.bin", original.PROJECTOR, adapters.BESIDE,
+    "pytorch_model*.bin", "adapter_model.bin", adapters.BESIDE,
+    *(layout.projector_file for layout in families.ORIGINAL_LAYOUTS),
 ]  # fmt: skip
 CONFIG = ("config.json",)
 TOKENS = ("tokenizer.json", "tokenizer.model")
@@ -55,13 +56,13 @@ def _fetch(name: str | os.PathLike, more: list[str]) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(os.fspath(name), allow_patterns=patterns))
 
 
-def read_config(directory: pathlib.Path) -> llava.LlavaConfig:
+def read_config(directory: pathlib.Path) -> MultimodalConfig:
     """Reads `config.json` of a checkpoint directory."""
     path, fields = directory / "config.json", read_fields(directory)
-    if original.is_original(fields):
-        tower = part(path, fields, "mm_vision_tower", weights=False)
+    if original := families.original_layout(fields):
+        tower = part(path, fields, original.tower_field, weights=False)
         fields = original.to_hf(fields, read_fields(tower), path)
-    return architectures.from_hf(fields, path)
+    return families.from_hf(fields, path)
 
 
 def read_fields(directory: pathlib.Path) -> dict[str, Any]:
@@ -117,22 +118,20 @@ def holder(
     return base_of(directory, base, weights=False)
 
 
-def of_projector(key: str) -> bool:
-    """Whether a tensor belongs to a projector, by its canonical key."""
-    return key.startswith(("multi_modal_projector.", "language_projection."))
-
-
 def open_tensors(
     directory: pathlib.Path,
     settings: pathlib.Path,
     base: str | os.PathLike | None,
+    family: Family,
     problems: list[Exception],
 ) -> dict[str, Stored | adapters.Merged | None]:
     """The tensors of a checkpoint, from all places it keeps them in.
 
     Args:
-        directory: of the checkpoint. settings: where its `config.json` is.
+        directory: of the checkpoint.
+        settings: where its `config.json` is.
         base: of an adapter, see `base_of`.
+        family: of the model.
         problems: what is wrong with the files is added here.
 
     Returns:
@@ -140,30 +139,33 @@ def open_tensors(
         opened: nobody knows what is missing then.
     """
     whole = base_of(directory, base, weights=True)
-    found = _open_whole(whole, settings, problems)
-    return adapters.merge(found, directory, problems) if whole != directory and found else found
+    found = _open_whole(whole, settings, family, problems)
+    if whole == directory or not found:
+        return found
+    return adapters.merge(found, directory, problems, family.canonical_key)
 
 
 def _open_whole(
-    directory: pathlib.Path, settings: pathlib.Path, problems: list[Exception]
+    directory: pathlib.Path, settings: pathlib.Path, family: Family, problems: list[Exception]
 ) -> dict[str, Stored | None]:
     """The tensors of a whole model, of which the config may lie elsewhere."""
     fields = read_fields(settings)
-    if not original.is_original(fields):
-        return tensors_.open_directory(directory, problems)
+    original = families.original_layout(fields)
+    if original is None:
+        return tensors_.open_directory(directory, problems, family.canonical_key)
     config = settings / "config.json"
-    projector_alone = (directory / original.PROJECTOR).exists() and not tensors_.has_weights(
+    projector_alone = (directory / original.projector_file).exists() and not tensors_.has_weights(
         directory
     )
     if projector_alone:
-        base = part(config, fields, "_name_or_path", weights=True)
-        found = tensors_.open_directory(base, problems)
-        found = {key: tensor for key, tensor in found.items() if not of_projector(key)}
+        base = part(config, fields, original.base_field, weights=True)
+        found = tensors_.open_directory(base, problems, family.canonical_key)
+        found = {key: tensor for key, tensor in found.items() if not family.is_projector(key)}
     else:
-        found = tensors_.open_directory(directory, problems)
+        found = tensors_.open_directory(directory, problems, family.canonical_key)
     if any(key.startswith("vision_tower.") for key in found):
         return found
-    tower = part(config, fields, "mm_vision_tower", weights=True)
-    theirs = tensors_.open_directory(tower, problems)
-    named = {name: t for key, t in theirs.items() if (name := tables.of_tower(key))}
+    tower = part(config, fields, original.tower_field, weights=True)
+    theirs = tensors_.open_directory(tower, problems, family.canonical_key)
+    named = {name: t for key, t in theirs.items() if (name := original.tower_key(key))}
     return found | named if found and named else {}

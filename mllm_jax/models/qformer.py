@@ -44,7 +44,8 @@ class QFormerConfig:
     eps: float = 1e-12
 
     @classmethod
-    def instructblip(cls) -> QFormerConfig:
+    def bert_base(cls) -> QFormerConfig:
+        """Return the config of the Q-Former of Li et al. 2023, as large as BERT-base."""
         return cls()
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The compile counter: what a sweep that recompiles would cost, made visible."""
+"""The compile counter, which makes recompilation visible."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import jax
 _count = 0
 
 
-def _heard(event: str, duration: float, **_) -> None:
+def _count_compile(event: str, duration: float, **_) -> None:
     global _count
     if event == "/jax/core/compile/backend_compile_duration":
         _count += 1
 
 
-jax.monitoring.register_event_duration_secs_listener(_heard)
+jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def compiles() -> int:
-    """Programs that XLA has compiled in this process since mllm_jax was imported."""
+    """Return how many programs XLA has compiled in this process since mllm_jax was imported."""
     return _count

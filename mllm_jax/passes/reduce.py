@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from mllm_jax.batch import Batch
 from mllm_jax.interventions import results
 from mllm_jax.interventions.captures import FORMS, Capture
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes import run as run_
+from mllm_jax.interventions.model import Model
+from mllm_jax.passes.run import run
 from mllm_jax.sharding import hosts
 from mllm_jax.store import Store
 
 
 def reduce(
     captures: dict[str, Capture],
-    model,
-    batches: Iterable[Any],
+    model: Model,
+    batches: Iterable[Batch],
     edits: Edits | None = None,
     *,
     save: str | pathlib.Path | None = None,
@@ -28,21 +30,26 @@ def reduce(
     every: int = 8,
     label: str = "reduce",
 ) -> dict[str, Any]:
-    """Captures added up over batches; integers in int64, exactly.
+    """Add up captures over batches, integers exactly in int64.
 
     Args:
-      captures: those that can be merged: `stats`, and `lens` with `by`.
-      batches: a sequence or an iterable, read one by one.
-      save: an .npz file that the sums are written to, with fingerprints of model, captures, edits
-        and of the batches so far. A killed run continues from it and ends with the same numbers;
-        batches that were added up before are made again, to compare their content, but not run.
-        After the last one nothing is run; more batches are added to those.
-      restart: remove what is saved there.
-      every: batches between two writes.
-      label: of the progress bar.
+      captures: Captures that can be merged: `stats`, and `lens` with `by`.
+      model: See `run`.
+      batches: A sequence or an iterable, read one by one.
+      edits: What to change.
+      save: An .npz file for the sums, with fingerprints of the model, the captures, the edits and
+        the batches so far. A killed run continues from it and ends with the same numbers. Batches
+        that were already added are made again to compare their content, but are not run; further
+        batches are added to them.
+      restart: Whether to remove what is saved there.
+      every: How many batches lie between two writes.
+      label: The label of the progress bar.
+
+    Returns:
+      The merged results by name, `results.Stats` or `results.Entropy`.
 
     Raises:
-      ValueError: a capture cannot be added up, there is no batch, or `save` holds sums of another
+      ValueError: A capture cannot be added up, there is no batch, or `save` holds sums of another
         model, other captures, edits or batches, of more batches, or is damaged.
     """
     for name, capture in captures.items():
@@ -52,21 +59,21 @@ def reduce(
                 "use stats(...), or lens(..., by=tokens.kind)"
             )
     store = Store(save, restart=restart, model=model, captures=captures, edits=edits)
-    kept = store.read()
-    total = None if kept is None else _unflatten(kept)
+    saved = store.read()
+    total = None if saved is None else _unflatten(saved)
     rest = store.resume(batches)
     count = len(batches) if hasattr(batches, "__len__") else None
     written = store.done
     for batch in tqdm.tqdm(rest, desc=label, initial=store.done, total=count, leave=False):
-        out = run_.run(model, batch, edits, captures, logits="none")
-        found = {name: value.wide() for name, value in out.captures.items()}
-        total = found if total is None else {n: total[n].merge(found[n]) for n in found}
+        out = run(model, batch, edits, captures, logits="none")
+        part = {name: value.wide() for name, value in out.captures.items()}
+        total = part if total is None else {n: total[n].merge(part[n]) for n in part}
         store.add(batch)
-        leaving = hosts.preemption_requested()
-        if leaving or store.done % every == 0:
+        preempted = hosts.preemption_requested()
+        if preempted or store.done % every == 0:
             store.write(_flatten(total))
             written = store.done
-        if leaving:
+        if preempted:
             hosts.exit_preempted(label)
     if total is None:
         raise ValueError(f"{label}: there was no batch to reduce")
@@ -76,6 +83,7 @@ def reduce(
 
 
 def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return results as arrays of an .npz file, by name and field."""
     arrays = {}
     for name, value in total.items():
         arrays[f"{name}/type"] = np.array([type(value).__name__, *value.kinds])
@@ -86,6 +94,7 @@ def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Invert `_flatten`."""
     names = sorted({key.split("/")[0] for key in arrays if "/" in key})
     total = {}
     for name in names:

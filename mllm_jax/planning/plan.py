@@ -22,11 +22,11 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mllm_jax import families
 from mllm_jax.batch import Batch
-from mllm_jax.families import registry as architectures
-from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.passes import run
 from mllm_jax.planning import hlo, programs, work
 from mllm_jax.planning.chips import GIB, Chip, Slice
@@ -138,7 +138,7 @@ class Plan:
 
 
 def plan(
-    model: llava.Llava | llava.LlavaConfig,
+    model: MultimodalModel | MultimodalConfig,
     batch: Size | Batch | None = None,
     edits: Edits | None = None,
     captures: dict[str, Capture] | None = None,
@@ -342,7 +342,7 @@ def _over(size: Size, mesh, study: str) -> Size:
 
 def _placed(program: Program, network, mesh, lanes: bool) -> Program:
     """The program with each shape where it lies on the mesh."""
-    table = architectures.of(network.config).rules(network.config)
+    table = families.of(network.config).sharding_rules(network.config)
     weights = rules.specs(network.config, table, _shapes(network), mesh)
     how: dict[str, Callable[[str, Any], P]] = {
         kind: lambda path, leaf: _of_parameter(path, weights)
@@ -361,7 +361,7 @@ def _placed(program: Program, network, mesh, lanes: bool) -> Program:
 
     def place(kind: str, tree: Any) -> tuple[str, Any]:
         if kind == "edits" and not lanes:
-            return kind, run.place(tree, put)
+            return kind, run.shard_edits(tree, put)
 
         def one(path, leaf):
             if not hasattr(leaf, "shape"):

@@ -17,10 +17,12 @@ from flax import nnx
 
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import binding
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Resume, Taps
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
@@ -69,13 +71,13 @@ class Program:
     back: int = 0
 
 
-def model(config: llava.LlavaConfig, dtype) -> nnx.Module:
+def model(config: MultimodalConfig, dtype) -> nnx.Module:
     """The network without weights."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def batch(config: llava.LlavaConfig, size: Size) -> Batch:
+def batch(config: MultimodalConfig, size: Size) -> Batch:
     """Rows of one picture, as large as one can be, between a system word and a question.
 
     What edits and captures select by is there; pixels and words are shapes.
@@ -139,7 +141,7 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
 
 
 def _run(model, batch, edits, captures, size: Size, logits: str = "last") -> Program:
-    bound, found = run.bind(model, batch, edits, captures)
+    bound, found = binding.bind(model, batch, edits, captures)
     args = ("weights", model), ("batch", batch), ("edits", bound), ("captures", found)
     return Program(run._run, args, {"logits": logits, "remat": False})
 
@@ -151,8 +153,8 @@ def _reduce(model, batch, edits, captures, size: Size) -> Program:
 def _sweep(model, batch, edits, captures, size: Size) -> Program:
     """Lanes that start at the first layer and share the picture: the most that they can cost."""
     edits = edits or edits_.ablate(sites.lm.mlp.act[0, :1])
-    shapes = run.site_shapes(model, batch)
-    bound, found = run.bind(model, batch, edits, captures)
+    shapes = site_shapes(model, batch)
+    bound, found = binding.bind(model, batch, edits, captures)
     lanes = jax.tree.map(lambda a: _shape(a.dtype, size.lanes, *np.shape(a)), bound)
     x = shapes[sites.lm.resid_pre.name]
     layers = model.config.lm.layers
@@ -164,7 +166,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
         lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
     )  # fmt: skip
-    stops = clean_pass.stops([bound], found, "last", layers)
+    stops = clean_pass.stop_layers([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
     if stops is not None:  # of the last layer all tokens but the last one are left out
         places = _shape(np.int32, size.rows)
@@ -184,7 +186,7 @@ def _metric(out: run.Out) -> jax.Array:
 
 
 def _generate(model, batch, edits, captures, size: Size) -> Program:
-    bound = generate.bind(model, batch, edits, size.steps)
+    bound = binding.bind_continuation(model, batch, edits, size.steps)
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (
         ("weights", model), ("batch", batch), ("edits", bound), ("", _shape(np.int32, 1)),
@@ -195,8 +197,8 @@ def _generate(model, batch, edits, captures, size: Size) -> Program:
 
 
 def _score(model, batch, edits, captures, size: Size) -> Program:
-    bound = generate.bind(model, batch, edits, size.answer)
-    found = run.bind(model, batch, None, captures)[1]
+    bound = binding.bind_continuation(model, batch, edits, size.answer)
+    found = binding.bind(model, batch, None, captures)[1]
     ids = _shape(np.int32, size.rows, size.candidates, size.answer)
     args = (
         ("weights", model), ("batch", batch), ("edits", bound), ("captures", found), ("batch", ids),

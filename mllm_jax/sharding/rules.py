@@ -68,8 +68,6 @@ QFORMER = (
     *_mlp(r"qformer\.layers\.(query_)?mlp", "W"),
 )
 
-NEWLINE = ((r"newline", P(None)),)
-
 LLAMA = (
     (r"lm\.embed", P("V", "D")),
     (r"lm\.norm\.scale", P(None)),
@@ -96,16 +94,6 @@ def projector(depth: int) -> tuple[Rule, ...]:
         (r"projector\.linears\.[1-9]\d*\.kernel", P("F", "D")),
         (r"projector\.linears\.[1-9]\d*\.bias", P(None)),
     )
-
-
-def llava(config) -> tuple[Rule, ...]:
-    """The table of a LLaVA or LLaVA-NeXT model."""
-    return (*VISION, *projector(config.projector.depth), *NEWLINE, *LLAMA)
-
-
-def instructblip(config) -> tuple[Rule, ...]:
-    """The table of an InstructBLIP model."""
-    return (*VISION, *QFORMER, *projector(config.projector.depth), *LLAMA)
 
 
 def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:

@@ -10,6 +10,7 @@ import pytest
 
 import mllm_jax as mj
 from benchmarks import real_size
+from mllm_jax.interventions import binding
 from mllm_jax.passes import generate, run
 from tests.helpers import make_checkpoint, tiny
 
@@ -47,7 +48,7 @@ def test_shapes(size):
 def programs(model, batch):
     """What `benchmarks.real_size` runs, lowered."""
     for name, asked in (("counts", real_size.COUNTS), ("lens", real_size.LENS)):
-        bound = run.bind(model, batch, None, asked)
+        bound = binding.bind(model, batch, None, asked)
         yield name, run._run.lower(model, batch, *bound, logits="none", remat=False)
     yield (
         "generate",

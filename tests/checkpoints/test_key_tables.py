@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm_jax.checkpoints import tables
+from mllm_jax import families
+from mllm_jax.checkpoints import keys
+from mllm_jax.checkpoints.networks import llama
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.loading import load
@@ -27,8 +30,9 @@ def shapes_of(config):
     ],
 )
 def test_every_parameter_has_its_place(make):
-    shapes = shapes_of(make())
-    slots = tables.slots(shapes, tables.llava(TINY))
+    config = make()
+    shapes = shapes_of(config)
+    slots = keys.slots(shapes, families.of(config).key_table(config))
     assert {slot.path for slot in slots} == set(shapes)
     assert len({slot.key for slot in slots}) == len(slots)
     total = sum(np.prod(shape) for shape in shapes.values())
@@ -37,10 +41,10 @@ def test_every_parameter_has_its_place(make):
 
 def test_a_parameter_without_a_row():
     with pytest.raises(ValueError, match=r"without a row in the key tables: \['lm.gizmo'\]"):
-        tables.slots({"lm.gizmo": (3,)}, tables.LLAMA)
+        keys.slots({"lm.gizmo": (3,)}, llama.TABLE)
 
 
-@pytest.mark.parametrize("transform", [tables.COPY, tables.LINEAR, tables.PATCHES])
+@pytest.mark.parametrize("transform", [keys.COPY, keys.LINEAR, keys.PATCHES])
 def test_transforms_are_inverse(transform):
     kernel = np.random.default_rng(0).normal(size=(4 * 4 * 3, 5))
     np.testing.assert_array_equal(transform.ours(transform.hf(kernel)), kernel)
@@ -50,7 +54,7 @@ def test_patches_equal_the_convolution():
     rng = np.random.default_rng(0)
     conv, image = rng.normal(size=(5, 3, 4, 4)), rng.normal(size=(4, 4, 3))
     expected = np.einsum("ecyx,yxc->e", conv, image)
-    np.testing.assert_allclose(image.reshape(-1) @ tables.PATCHES.ours(conv), expected)
+    np.testing.assert_allclose(image.reshape(-1) @ keys.PATCHES.ours(conv), expected)
 
 
 VISION = "vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias"
@@ -83,31 +87,31 @@ LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
     ],
 )
 def test_spellings(key, spelling):
-    assert tables.canonical(key) == spelling
+    assert llava_keys.canonical_key(key) == spelling
 
 
 def test_projectors_of_the_original_code():
     for depth, numbers in ((1, [""]), (2, ["0.", "2."]), (3, ["0.", "2.", "4."])):
-        keys = [row.key for row in tables.projector(depth)]
-        names = tables.original_projector(keys)
+        keys = [row.key for row in llava_keys.projector(depth)]
+        names = llava_keys.original_projector_keys(keys)
         assert set(names.values()) == {
             f"model.mm_projector.{n}{kind}" for n in numbers for kind in ("weight", "bias")
         }
-        assert [tables.canonical(names[key]) for key in keys] == keys
+        assert [llava_keys.canonical_key(names[key]) for key in keys] == keys
     with pytest.raises(ValueError, match="no name for language_projection.weight"):
-        tables.original_projector(["language_projection.weight"])
+        llava_keys.original_projector_keys(["language_projection.weight"])
 
 
 def test_everything_wrong_in_one_error():
-    slots = tables.slots(shapes_of(TINY), tables.llava(TINY))
+    slots = keys.slots(shapes_of(TINY), llava_keys.key_table(TINY))
     found = {slot.key: slot.shape for slot in slots}
-    tables.check(found, slots, TINY)
+    keys.check(found, slots, lambda key: llava_keys.is_unused(key, TINY))
     for layer in range(TINY.lm.layers):
         del found[f"language_model.model.layers.{layer}.mlp.up_proj.weight"]
     found["multi_modal_projector.linear_1.bias"] = (7,)
     found["language_model.model.layers.9.mlp.up_proj.weight"] = (7, 7)
     with pytest.raises(ValueError) as error:
-        tables.check(found, slots, TINY)
+        keys.check(found, slots, lambda key: llava_keys.is_unused(key, TINY))
     message = str(error.value)
     assert "4 missing: language_model.model.layers.{0,1,2,3}.mlp.up_proj.weight;" in message
     assert "1 left over: language_model.model.layers.9.mlp.up_proj.weight;" in message
@@ -123,11 +127,11 @@ def test_unused_tensors_are_known_by_name():
         f"{vision}.embeddings.position_ids",
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
     ):
-        assert tables.unused(key, TINY), key
+        assert llava_keys.is_unused(key, TINY), key
     for key in (
         f"{vision}.encoder.layers.1.mlp.fc1.weight",
         f"{vision}.encoder.layers.3.mlp.fc1.weight",  # there is no such layer
         "language_model.lm_head.weight",  # not tied
         "image_newline",
     ):
-        assert not tables.unused(key, TINY), key
+        assert not llava_keys.is_unused(key, TINY), key

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments import describe
-from mllm_jax.families import released
+from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 
@@ -48,7 +48,7 @@ def test_neurons_and_sites(seven):
         assert len(site["axes"]) == len(site["shape"])
 
 
-@pytest.mark.parametrize("name", released.RELEASED)
+@pytest.mark.parametrize("name", families.RELEASED)
 def test_every_released_model(name):
     found = describe.describe(describe.find(name))
     assert found["parameters"]["all"] > 1e8

@@ -11,7 +11,7 @@ import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax.passes import run
+from mllm_jax.interventions.shapes import site_shapes
 from tests.helpers import families, hf, tiny
 
 PICTURES = [
@@ -57,7 +57,7 @@ def test_every_site(pad, family, loaded, batches):
     """From pictures of several shapes, several in a row, none in a row, and an empty row."""
     model, batch = loaded[0], batches[pad]
     assert not batch.is_real_tile.all()
-    names = set(run.site_shapes(model, batch)) - {"lm.attn.mask"}
+    names = set(site_shapes(model, batch)) - {"lm.attn.mask"}
     assert len(names) >= 21
     want = hf.tensors(family.network, names, **families.inputs(batch, PICTURES))
     for name in names:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mllm_jax.families.llava import config
+from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 
@@ -80,7 +80,7 @@ def changed(base=LLAVA_1_5_7B, **parts):
 
 
 def test_llava_1_5_7b():
-    assert config.from_hf(LLAVA_1_5_7B) == llava.LlavaConfig.llava_1_5_7b()
+    assert families.from_hf(LLAVA_1_5_7B) == llava.LlavaConfig.llava_1_5_7b()
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_llava_1_5_7b():
     ],
 )
 def test_llava_next(fields, known):
-    found = config.from_hf(fields)
+    found = families.from_hf(fields)
     assert found == known and type(found) is llava_next.LlavaNextConfig
 
 
 def test_no_vision_config_is_llavas_own_default():
     fields = {k: v for k, v in LLAVA_1_5_7B.items() if k != "vision_config"}
-    assert config.from_hf(fields).vision == llava.ClipConfig.vit_l_14_336()
+    assert families.from_hf(fields).vision == llava.ClipConfig.vit_l_14_336()
 
 
 def test_defaults_are_those_of_transformers():
@@ -118,7 +118,7 @@ def test_defaults_are_those_of_transformers():
         vision_config=transformers.CLIPVisionConfig(), text_config=transformers.LlamaConfig()
     )
     empty = {"vision_config": {"model_type": "clip_vision_model"}, "text_config": {}}
-    assert config.from_hf(hf.to_dict()) == config.from_hf(empty)
+    assert families.from_hf(hf.to_dict()) == families.from_hf(empty)
 
 
 def test_defaults_of_llava_next_and_mistral():
@@ -134,12 +134,12 @@ def test_defaults_of_llava_next_and_mistral():
         "text_config": {"model_type": "mistral", "sliding_window": None},
         "image_grid_pinpoints": [[224, 448]],
     }
-    assert config.from_hf(hf.to_dict()) == config.from_hf(empty)
+    assert families.from_hf(hf.to_dict()) == families.from_hf(empty)
     given = transformers.MistralConfig()
     assert given.sliding_window < given.max_position_embeddings  # and so it is refused
     del empty["text_config"]["sliding_window"]
     with pytest.raises(ValueError, match=r"text_config.sliding_window=4096 is not supported where"):
-        config.from_hf(empty)
+        families.from_hf(empty)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_defaults_of_llava_next_and_mistral():
     ],
 )
 def test_spellings_of_rope(rope):
-    assert config.from_hf(changed(text_config=rope)).lm.rope_theta == 5e5
+    assert families.from_hf(changed(text_config=rope)).lm.rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_spellings_of_rope(rope):
     ],
 )
 def test_to_hf_and_back_changes_only_the_unread_layers(ours):
-    back = config.from_hf(config.to_hf(ours))
+    back = families.from_hf(families.of(ours).to_hf(ours))
     assert back.vision.run_layers == back.vision.layers == ours.vision.run_layers
     assert dataclasses.replace(back, vision=ours.vision) == ours
 
@@ -226,7 +226,7 @@ def test_to_hf_and_back_changes_only_the_unread_layers(ours):
 )
 def test_refused_by_name(fields, words):
     with pytest.raises(ValueError) as error:
-        config.from_hf(fields, "here/config.json")
+        families.from_hf(fields, "here/config.json")
     assert str(error.value).startswith("here/config.json: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
@@ -234,6 +234,8 @@ def test_refused_by_name(fields, words):
 
 def test_all_problems_at_once():
     with pytest.raises(ValueError, match=r"projector_hidden_act='tanh'.*") as error:
-        config.from_hf(changed(projector_hidden_act="tanh", text_config={"mlp_bias": True, "a": 1}))
+        families.from_hf(
+            changed(projector_hidden_act="tanh", text_config={"mlp_bias": True, "a": 1})
+        )
     assert "text_config.mlp_bias" in str(error.value)
     assert "text_config.a" in str(error.value)

@@ -19,8 +19,8 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.interventions import edits, tap
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
-from mllm_jax.passes import run
 from tests.helpers import hf
 
 SITES = (
@@ -169,7 +169,7 @@ def test_text_alone(make_batch):
         want = theirs.language_model(hf.torch.from_numpy(batch.ids)).logits
     got = mj.run(ours, batch, logits="all").logits
     np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-4)
-    assert not any(name.startswith("qformer") for name in run.site_shapes(ours, batch))
+    assert not any(name.startswith("qformer") for name in site_shapes(ours, batch))
 
 
 def test_a_batch_without_a_text_for_the_qformer(make_batch):
@@ -281,7 +281,7 @@ def test_sizes_of_the_real_one(make_batch):
     config = instructblip.InstructBlipConfig.vicuna_7b()
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     batch = told(make_batch(config, images=(1,), words=(8,)), config)
-    shapes = run.site_shapes(model, batch)
+    shapes = site_shapes(model, batch)
     found = {}
     for name in ("lm.mlp.act", "vision.mlp.act", "qformer.mlp.act", "qformer.query_mlp.act"):
         neurons = shapes[name].layers * shapes[name].shape[-1]

@@ -9,9 +9,9 @@ import safetensors.numpy
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import tables
-from mllm_jax.families import registry as architectures
-from mllm_jax.families.instructblip import checkpoint as instructblip
+from mllm_jax import families
+from mllm_jax.checkpoints import keys
+from mllm_jax.families.instructblip import config as instructblip
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.loading import load, save
@@ -87,22 +87,22 @@ def changed(**parts):
 
 def test_the_released_config():
     released = InstructBlipConfig.vicuna_7b()
-    assert architectures.from_hf(changed(image_token_index=32000)) == released
-    assert architectures.from_hf(changed(image_token_id=32000)) == released
-    old = architectures.from_hf(VICUNA_7B)  # prepends its queries, and reserves no id for them
+    assert families.from_hf(changed(image_token_index=32000)) == released
+    assert families.from_hf(changed(image_token_id=32000)) == released
+    old = families.from_hf(VICUNA_7B)  # prepends its queries, and reserves no id for them
     assert (old.image_token, old.lm, old.qformer) == (-1, released.lm, released.qformer)
 
 
 @pytest.mark.parametrize("config", [TINY, InstructBlipConfig.vicuna_7b()])
 def test_to_hf_and_back(config):
-    assert architectures.from_hf(architectures.of(config).to_hf(config)) == config
+    assert families.from_hf(families.of(config).to_hf(config)) == config
 
 
 def test_defaults_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.InstructBlipConfig(text_config=transformers.LlamaConfig())
     empty = {"model_type": "instructblip", "text_config": {"model_type": "llama"}}
-    assert architectures.from_hf(theirs.to_dict()) == architectures.from_hf(empty)
+    assert families.from_hf(theirs.to_dict()) == families.from_hf(empty)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_defaults_are_those_of_transformers():
 )
 def test_refused_by_name(fields, words):
     with pytest.raises(ValueError) as error:
-        architectures.from_hf(fields, "here/config.json")
+        families.from_hf(fields, "here/config.json")
     message = str(error.value)
     assert message.startswith("here/config.json: ") and words in message and "\n" not in message
 
 
 @pytest.mark.parametrize("config", [LlavaConfig.tiny(), TINY, InstructBlipConfig.vicuna_7b()])
 def test_every_architecture_has_a_table_of_its_whole_network(config):
-    architecture = architectures.of(config)
+    architecture = families.of(config)
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     params = nnx.to_flat_state(nnx.state(abstract))
     shapes = {load.dotted(path): param.shape for path, param in params}
-    slots = tables.slots(shapes, architecture.table(config))
+    slots = keys.slots(shapes, architecture.key_table(config))
     assert {slot.path for slot in slots} == set(shapes)
     places = {(slot.key, slot.part) for slot in slots}
     assert len(places) == len(slots)
@@ -153,7 +153,7 @@ def test_every_architecture_has_a_table_of_its_whole_network(config):
 def test_several_of_ours_in_one_tensor():
     fused = np.arange(18.0).reshape(6, 3)
     slots = [
-        tables.Slot(key="qkv", path=p, layer=None, shape=(6, 3), transform=tables.LINEAR, part=(n, 3))
+        keys.Slot(key="qkv", path=p, layer=None, shape=(6, 3), transform=keys.LINEAR, part=(n, 3))
         for n, p in enumerate("qkv")
     ]  # fmt: skip
     parts = [slot.ours(fused) for slot in slots]

@@ -13,6 +13,7 @@ from flax import nnx
 
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import tap
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.passes import run
 from tests.helpers import hf
 
@@ -56,7 +57,7 @@ def test_text_alone(make_batch):
     batch = make_batch(ours.config, images=(0, 0), words=(9, 9))
     want = hf.tensors(theirs, ("lm.embed", "logits"), input_ids=batch.ids.astype(int))
     hf.assert_equal(ours, batch, want)
-    assert not any(name.startswith("vision") for name in run.site_shapes(ours, batch))
+    assert not any(name.startswith("vision") for name in site_shapes(ours, batch))
 
 
 def test_a_row_alone_is_the_row_in_its_batch(make_batch, tiny_model):

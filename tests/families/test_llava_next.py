@@ -18,7 +18,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.data import batching, features
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from mllm_jax.passes import run
+from mllm_jax.interventions.shapes import site_shapes
 from tests.helpers import hf, tiny
 
 theirs = pytest.importorskip("transformers.models.llava_next.modeling_llava_next")
@@ -223,7 +223,7 @@ def test_modules_of_the_real_ones(name, make_batch):
     """
     config, mlp, layers = REAL_ONES[name]
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
-    shapes = run.site_shapes(model, make_batch(config, images=(1,), words=(8,)))
+    shapes = site_shapes(model, make_batch(config, images=(1,), words=(8,)))
     found = {
         module: (shapes[f"{module}.mlp.act"].layers, shapes[f"{module}.mlp.act"].shape[-1])
         for module in ("lm", "vision")

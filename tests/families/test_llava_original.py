@@ -13,8 +13,9 @@ import safetensors.numpy
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import tables, torch_file
-from mllm_jax.families.llava import config as configs
+from mllm_jax import families
+from mllm_jax.checkpoints import torch_file
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava import original
 from mllm_jax.families.llava_next import model as llava_next
@@ -35,7 +36,7 @@ def expected(hf_directory):
 @pytest.fixture(scope="module")
 def root(torch, hf_model, hf_directory, tmp_path_factory):
     """That model in the original layout, with files of torch itself."""
-    tensors = {tables.canonical(key): t for key, t in hf_model.state_dict().items()}
+    tensors = {llava_keys.canonical_key(key): t for key, t in hf_model.state_dict().items()}
     fields = json.loads((hf_directory / "config.json").read_text())
     directory = tmp_path_factory.mktemp("original") / "llava"
     spellings.write_original(tensors, fields, directory, torch.save)
@@ -83,7 +84,7 @@ def test_tower_within_the_checkpoint(copy, expected, hf_model):
     directory = copy(mm_vision_tower="../clip")  # as seen from the checkpoint
     (directory.parent / "clip" / "pytorch_model.bin").unlink()
     (directory / "pytorch_model.bin.index.json").unlink()
-    tensors = {tables.canonical(key): t.numpy() for key, t in hf_model.state_dict().items()}
+    tensors = {llava_keys.canonical_key(key): t.numpy() for key, t in hf_model.state_dict().items()}
     tensors = {key: np.ascontiguousarray(t) for key, t in tensors.items()}
     safetensors.numpy.save_file(
         spellings.spell(tensors, "original"), directory / "model.safetensors"
@@ -287,7 +288,7 @@ def test_fields_of_the_released_model():
         "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
         "patch_size": 14, "projection_dim": 768,
     }  # fmt: skip
-    found = configs.from_hf(original.to_hf(fields, {"vision_config": tower}, "config.json"))
+    found = families.from_hf(original.to_hf(fields, {"vision_config": tower}, "config.json"))
     released = llava.LlavaConfig.llava_1_5_7b()
     assert found.vision == released.vision and found.projector == released.projector
     assert found.lm == llava.DecoderConfig(vocab=32000)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm_jax import sites, tokens
+from mllm_jax import families, sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.checkpoints import tables
-from mllm_jax.families import registry as architectures
+from mllm_jax.checkpoints import keys
 from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
-from mllm_jax.interventions import captures, edits
+from mllm_jax.interventions import captures
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -147,11 +147,17 @@ def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = 
         return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
     shapes = {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
-    theirs = {tables.canonical(prefix + k): v.numpy() for k, v in network.state_dict().items()}
+    theirs = {
+        llava_keys.canonical_key(prefix + k): v.numpy() for k, v in network.state_dict().items()
+    }
     parts = {key.split(".")[0] for key in theirs}
-    table = architectures.of(config).table(config)
-    slots = [slot for slot in tables.slots(shapes, table) if slot.key.split(".")[0] in parts]
-    tables.check({key: array.shape for key, array in theirs.items()}, slots, config)
+    table = families.of(config).key_table(config)
+    slots = [slot for slot in keys.slots(shapes, table) if slot.key.split(".")[0] in parts]
+    keys.check(
+        {key: array.shape for key, array in theirs.items()},
+        slots,
+        lambda key: families.of(config).is_unused(key, config),
+    )
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for slot in slots:
         place = ... if slot.layer is None else slot.layer
@@ -190,7 +196,7 @@ def tensors(
         return module.register_forward_hook(hook, with_kwargs=True)
 
     named = ((f"{prefix}{name}".removesuffix("."), m) for name, m in network.named_modules())
-    modules = {tables.canonical(f"{name}."): module for name, module in named}
+    modules = {llava_keys.canonical_key(f"{name}."): module for name, module in named}
     hooks = []
     for name in set(names) - {"logits"}:
         for path, read in re.findall(r"(\S+) \((\w+)\)", sites.get(name).hf):
@@ -232,9 +238,9 @@ def worst(got: dict, want: dict, maps: dict[str, tokens.TokenMap]) -> dict[str, 
     def one(name):
         site, theirs = sites.get(name), want[name]
         ours = np.asarray(got[name]).reshape(theirs.shape)  # theirs has all heads in one axis
-        axis = edits.token_axis(site) + site.stacked
+        axis = site.token_axis + site.stacked
         real = np.asarray(site.entry(maps).kind) != tokens.CODE["pad"]
-        ours, theirs = (np.moveaxis(a, (axis - edits.token_axis(site), axis), (0, 1))[real]
+        ours, theirs = (np.moveaxis(a, (axis - site.token_axis, axis), (0, 1))[real]
                         for a in (ours, theirs))  # fmt: skip
         assert np.abs(theirs).max() > 0.1, f"{name}: a reference of zeros proves nothing"
         return float(np.abs(ours - theirs).max())

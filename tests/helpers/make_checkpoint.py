@@ -21,8 +21,9 @@ import transformers
 from flax import nnx
 
 from mllm_jax import store
-from mllm_jax.checkpoints import tables, tensors
+from mllm_jax.checkpoints import keys, tensors
 from mllm_jax.families.llava import config as configs
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load
 from tests.helpers import tiny
@@ -42,7 +43,7 @@ class Drawn:
     """A random tensor, drawn when it is asked for the array: the same for the same key."""
 
     key: str
-    shape: tables.Shape
+    shape: keys.Shape
     dtype: np.dtype = BFLOAT16
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -75,7 +76,7 @@ def drawn(config: llava.LlavaConfig) -> list[Drawn]:
     all_layers = dataclasses.replace(config.vision, feature_layer=-1)
     state = nnx.to_flat_state(nnx.state(abstract(dataclasses.replace(config, vision=all_layers))))
     shapes = {load.dotted(path): param.shape for path, param in state}
-    found = [Drawn(s.key, s.shape) for s in tables.slots(shapes, tables.llava(config))]
+    found = [Drawn(s.key, s.shape) for s in keys.slots(shapes, llava_keys.key_table(config))]
     last = "vision_tower.vision_model.post_layernorm"
     return found + [Drawn(f"{last}.{kind}", (config.vision.width,)) for kind in ("weight", "bias")]
 

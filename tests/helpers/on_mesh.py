@@ -18,13 +18,13 @@ import pytest
 from flax import nnx
 
 import mllm_jax as mj
+from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.families import registry as architectures
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from mllm_jax.interventions import logit_lens
+from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import plan, programs
@@ -83,7 +83,7 @@ def spread(model, on_mesh):
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     shapes = {load.dotted(path): leaf.shape for path, leaf in flat.items()}
-    table = architectures.of(model.config).rules(model.config)
+    table = families.of(model.config).sharding_rules(model.config)
     places = rules.shardings(model.config, table, shapes, on_mesh)
 
     def place(x, path):  # also on devices of another process
@@ -251,7 +251,7 @@ def test_a_checkpoint_is_read_once(family, on_mesh, tmp_path, monkeypatch):
 def lowered(many, processor, name: str) -> jax.stages.Lowered:
     """The program of a pass."""
     batch = batch_of(processor).replace(processor=None)
-    asked = run.bind(many, batch, None, CAPTURES)[1]
+    asked = binding.bind(many, batch, None, CAPTURES)[1]
     options = score.candidate_ids(processor, ["a cat", "yes"], len(batch.ids))
     with mesh.use_mesh_of(many):
         batch = mesh.shard_batch(batch)

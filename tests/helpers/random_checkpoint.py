@@ -17,9 +17,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from mllm_jax.checkpoints import tables, tensors
-from mllm_jax.families import registry as architectures
-from mllm_jax.families import released
+from mllm_jax import families
+from mllm_jax.checkpoints import keys, tensors
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load
 
@@ -65,8 +64,8 @@ def write(
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))))
     shapes = {load.dotted(path): param.shape for path, param in state}
     shards: list[dict[str, Noise]] = [{}]
-    table = architectures.of(config).table(config)
-    slots = {slot.key: slot for slot in tables.slots(shapes, table)}
+    table = families.of(config).key_table(config)
+    slots = {slot.key: slot for slot in keys.slots(shapes, table)}
     for _, slot in sorted(slots.items()):
         tensor = Noise(slot.key, slot.shape, np.dtype(dtype))
         if shards[-1] and tensor.nbytes + sum(t.nbytes for t in shards[-1].values()) > shard:
@@ -79,15 +78,15 @@ def write(
         places |= dict.fromkeys(part, name)
     index = {"metadata": {}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps(architectures.of(config).to_hf(config)))
+    (directory / "config.json").write_text(json.dumps(families.of(config).to_hf(config)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=released.RELEASED, required=True)
+    parser.add_argument("--model", choices=families.RELEASED, required=True)
     parser.add_argument("--directory", type=pathlib.Path, required=True)
     asked = parser.parse_args()
-    write(released.RELEASED[asked.model](), asked.directory)
+    write(families.RELEASED[asked.model](), asked.directory)
 
 
 if __name__ == "__main__":

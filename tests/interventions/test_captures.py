@@ -9,8 +9,7 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures
-from mllm_jax.passes import run
+from mllm_jax.interventions import binding, captures
 from tests.helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
@@ -109,7 +108,7 @@ def test_mean_is_over_the_selected_tokens_of_each_row(model, batch, seen):
     ],
 )
 def test_a_row_without_a_token_has_no_mean(capture, model, batch):
-    message = f"{capture.form} of .* selects no token of row 1, which has no {capture.form}"
+    message = f"{capture.form} of .* selects no token of row 1, so that row has no {capture.form}"
     with pytest.raises(ValueError, match=message):
         read(model, batch, x=capture)
 
@@ -153,7 +152,7 @@ def assert_stats(found, want):
 @pytest.mark.parametrize("site", [S.lm.mlp.act, S.lm.resid_post, S.vision.mlp.act, S.projector.act],
                          ids=str)  # fmt: skip
 def test_stats_by_kind(site, model, batch, seen):
-    kinds = captures.KINDS_OF[site.module]
+    kinds = captures.TOKEN_KINDS[site.module]
     kind = batch.tokens.kind
     if site.module != "lm":
         kind = np.full((9, 17 if site.module == "vision" else 4), tok.CODE["image"])
@@ -199,9 +198,9 @@ def test_merging_is_exact_in_any_order(model, batch, pictures):
 
 
 def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
-    bound = run.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[2])})[1]["x"]
+    bound = binding.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[2])})[1]["x"]
     traced = jax.eval_shape(  # the shapes are known, the layer is not
-        lambda at: run.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[at])})[1]["x"], 2
+        lambda at: binding.bind(model, batch, None, {"x": mj.keep(S.lm.resid_post[at])})[1]["x"], 2
     )
     assert jax.tree.structure(traced) == jax.tree.structure(bound)
     assert traced.slots.shape == bound.slots.shape
@@ -223,7 +222,7 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
          r"a lens reads tensors of the LM's width D; lm.mlp.act is \[B T F\]"),
         (lambda: mj.lens(S.vision.resid_post), ValueError, "width D; vision.resid_post is .I P E."),
         (lambda: mj.lens(S.lm.resid_post[1, :5]), ValueError, "a lens reads all units of lm.resid"),
-        (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is normed already"),
+        (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is already normalised"),
         (lambda: mj.lens(S.lm.resid_post, k=97), ValueError,
          "lens k=97 of lm.resid_post: the vocabulary has 96 words"),
         (lambda: mj.lens(S.lm.resid_post, k=0), ValueError, "k=0: a lens names one word or more"),

@@ -15,7 +15,6 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import binding
-from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import run
 from tests.helpers import oracle
@@ -275,8 +274,8 @@ def test_listed_values_follow_the_list(model, batch):
 
 
 SQUARE = {  # as many heads as channels a head; as many layers, or not
-    layers: {"lm.attn.heads": edits_.SiteShape(layers, (2, 9, 4, 4), np.float32),
-             "lm.attn.pattern": edits_.SiteShape(layers, (2, 4, 9, 9), np.float32)}
+    layers: {"lm.attn.heads": S.SiteShape(layers, (2, 9, 4, 4), np.float32),
+             "lm.attn.pattern": S.SiteShape(layers, (2, 4, 9, 9), np.float32)}
     for layers in (2, 3, 4)
 }  # fmt: skip
 MAPS = {"lm": tok.TokenMap.grid(np.zeros(2, int), (3, 3), False, np.ones(2, bool))}
@@ -296,7 +295,7 @@ MAPS = {"lm": tok.TokenMap.grid(np.zeros(2, int), (3, 3), False, np.ones(2, bool
 def test_how_values_are_read(layers, site, given, read):
     """[L B T N H] and [L B N T S], 1 where a value repeats."""
     value = np.random.default_rng(0).normal(size=given).astype(np.float32)
-    (bound,) = binding.bind(mj.add(S.get(f"lm.attn.{site}"), value), SQUARE[layers], MAPS)
+    (bound,) = binding.bind_edits(mj.add(S.get(f"lm.attn.{site}"), value), SQUARE[layers], MAPS)
     want = np.broadcast_to(value.reshape(read), (layers, *read[1:]))
     np.testing.assert_array_equal(bound.values["value"], want)
 
@@ -315,7 +314,7 @@ def test_how_values_are_read(layers, site, given, read):
 )  # fmt: skip
 def test_values_without_one_reading_are_refused(layers, site, given, message):
     with pytest.raises(ValueError, match=message):
-        binding.bind(mj.add(S.get(f"lm.attn.{site}"), np.ones(given)), SQUARE[layers], MAPS)
+        binding.bind_edits(mj.add(S.get(f"lm.attn.{site}"), np.ones(given)), SQUARE[layers], MAPS)
 
 
 def same(model, batch, a, b, atol=1e-6):
@@ -450,7 +449,7 @@ def test_padding_is_never_edited(site, pad, model, rows):
 
 
 def test_only_padding_changes_nothing_where_it_cannot_be_refused(model, batch, clean):
-    (bound,), _ = run.bind(model, batch, mj.ablate(S.lm.resid_post), None)
+    (bound,), _ = binding.bind(model, batch, mj.ablate(S.lm.resid_post), None)
     nowhere = dataclasses.replace(bound, tokens=np.zeros_like(bound.tokens))
     out = run._run(model, batch, (nowhere,), {}, logits="all", remat=False)
     np.testing.assert_array_equal(out.logits, clean)
@@ -638,9 +637,9 @@ def test_ablating_a_neuron_is_zeroing_its_row_of_the_down_map(model, random_mode
 
 
 def test_a_basis_is_made_orthonormal_in_float32():
-    shape = {"lm.resid_post": edits_.SiteShape(L, (2, 15, 32), jnp.bfloat16)}
+    shape = {"lm.resid_post": S.SiteShape(L, (2, 15, 32), jnp.bfloat16)}
     map_ = tok.TokenMap.grid(np.zeros(2, int), (3, 5), False, np.ones(2, bool))
-    (bound,) = binding.bind(mj.project_out(RESID, V), shape, {"lm": map_})
+    (bound,) = binding.bind_edits(mj.project_out(RESID, V), shape, {"lm": map_})
     basis = np.asarray(bound.values["basis"][1, :, 0], np.float32)
     assert bound.values["basis"].dtype == jnp.float32
     np.testing.assert_allclose(abs(basis), abs(V) / np.linalg.norm(V), rtol=1e-5)
@@ -699,7 +698,7 @@ def test_what_does_not_fit_is_said_in_one_line(make, message, model, pictures):
         (lambda: mj.per_step(mj.knockout(S.lm.attn), [1.0]), "a knockout is a boolean mask"),
         (
             lambda: mj.per_step(mj.per_step(mj.ablate(RESID), [1.0]), [1.0]),
-            "the ablate of lm.resid_post has strengths already",
+            "the ablate of lm.resid_post already has strengths",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
-from mllm_jax.interventions import captures, logit_lens
+from mllm_jax.interventions import binding, captures, logit_lens
 from mllm_jax.passes import run
 from tests.helpers import oracle
 
@@ -65,7 +65,7 @@ def test_the_last_layer_is_the_models_own_logits(out, batch):
 def test_by_kind(out, batch, log_probs):
     found = out["kinds"]
     entropy, top = -(np.exp(log_probs) * log_probs).sum(-1), np.exp(log_probs.max(-1))
-    assert found.kinds == captures.KINDS_OF["lm"]
+    assert found.kinds == captures.TOKEN_KINDS["lm"]
     for i, kind in enumerate(found.kinds):
         mask = batch.tokens.kind == tok.CODE[kind]
         for got, want in ((found.sum, entropy), (found.top, top)):
@@ -87,7 +87,7 @@ def program_bytes(config, batch, asked, **lm) -> int:
     """What a program needs beside its arguments, results included, for a model with another LM."""
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, **lm))
     model = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
-    bound, want = run.bind(model, batch, None, asked)
+    bound, want = binding.bind(model, batch, None, asked)
     lowered = run._run.lower(model, batch, bound, want, logits="none", remat=False)
     memory = lowered.compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes

@@ -197,13 +197,13 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", spec.OPTIONS)
+@pytest.mark.parametrize("kind", spec.EDITS)
 @FEW
 @given(data=st.data())
 def test_every_kind_of_edit_comes_back(kind, data, files):
-    first = data.draw(said(kind, spec.OPTIONS[kind], spec.VALUES.get(kind)))
-    other = data.draw(st.sampled_from(list(spec.OPTIONS)))
-    second = data.draw(said(other, spec.OPTIONS[other], spec.VALUES.get(other)))
+    first = data.draw(said(kind, spec.EDITS[kind].options, spec.EDITS[kind].value))
+    other = data.draw(st.sampled_from(list(spec.EDITS)))
+    second = data.draw(said(other, spec.EDITS[other].options, spec.EDITS[other].value))
     found = spec.parse(f"{first[0]} >> {second[0]}", files)
     assert same(found, first[1] >> second[1])
     assert came_back(found)
@@ -213,8 +213,8 @@ def test_every_kind_of_edit_comes_back(kind, data, files):
 @FEW
 @given(data=st.data())
 def test_every_form_of_capture_comes_back(form, data, files):
-    first = data.draw(said(form, spec.CAPTURES[form]))
-    second = data.draw(said("keep", spec.CAPTURES["keep"]))
+    first = data.draw(said(form, spec.CAPTURES[form].options))
+    second = data.draw(said("keep", spec.CAPTURES["keep"].options))
     found = spec.parse_captures(f"one={first[0]}; two = {second[0]}", files)
     assert same(found, {"one": first[1], "two": second[1]})
     assert came_back(found)
@@ -247,7 +247,7 @@ def test_whatever_dtype_an_array_has_it_comes_back():
         ("a=stat lm.mlp.act", "capture 'a=stat lm.mlp.act': a capture begins with one of keep"),
         ("a=keep lm.mlp.akt", "nearest: lm.mlp.act"),
         ("a=keep lm.embed 3", "keep takes no value, got 3"),
-        ("a=keep lm.embed; a=keep lm.norm", "there is a capture 'a' already"),
+        ("a=keep lm.embed; a=keep lm.norm", "there is already a capture 'a'"),
         ("a=lens lm.resid_post k=five", "capture 'a=lens lm.resid_post k=five': invalid literal"),
         ("a=mean lm.embed by=kind", "mean has no option 'by'; it has: where"),
     ],

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 import mllm_jax as mj
-from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.checkpoints import torch_file
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load, save
 from tests.helpers import damage, spellings, tiny
@@ -246,6 +247,6 @@ def test_adapters_that_do_not_fit(base, whole, tmp_path, monkeypatch):
 
 def test_canonical_keys():
     for key in ("base_model.model.model.mm_projector.0.weight", "mm_projector.0.weight"):
-        assert tables.canonical(key) == "multi_modal_projector.linear_1.weight"
+        assert llava_keys.canonical_key(key) == "multi_modal_projector.linear_1.weight"
     key = "base_model.model.model.layers.3.self_attn.q_proj.weight"
-    assert tables.canonical(key) == f"{LM}.3.self_attn.q_proj.weight"
+    assert llava_keys.canonical_key(key) == f"{LM}.3.self_attn.q_proj.weight"

@@ -13,6 +13,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains
+from mllm_jax.interventions import binding
 
 
 def _installed(*names: str) -> bool:
@@ -66,7 +67,7 @@ def test_no_buffer_of_the_whole_lens(embedded, medical):
     model, processor = embedded
     batch = processor([medical[0].image], ["What is this?"]).replace(processor=None)
     captures = {"lens": mj.lens(S.lm.resid_post, k=10)}
-    _, asked = run.bind(model, batch, None, captures)
+    _, asked = binding.bind(model, batch, None, captures)
     compiled = run._run.lower(model, batch, (), asked, logits="none", remat=False).compile()
     lm = model.config.lm
     whole = lm.layers * batch.ids.shape[1] * lm.vocab * 4

@@ -16,7 +16,8 @@ import safetensors.numpy
 from flax import nnx
 
 from benchmarks import load_memory
-from mllm_jax.checkpoints import tables, torch_file
+from mllm_jax.checkpoints import torch_file
+from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load, save
 from tests.helpers import spellings
@@ -74,7 +75,7 @@ def test_spellings_are_those_of_transformers(hf_model, hf_directory, tmp_path):
     """On disk and in memory, as the installed transformers has them."""
     disk = safetensors.numpy.load_file(hf_directory / "model.safetensors")
     memory = {key: t.numpy().copy() for key, t in hf_model.state_dict().items()}
-    hub = {tables.canonical(key): t for key, t in disk.items()}
+    hub = {llava_keys.canonical_key(key): t for key, t in disk.items()}
     assert spellings.spell(hub, "transformers-5-disk").keys() == disk.keys()
     assert spellings.spell(hub, "transformers-5-memory").keys() == memory.keys()
     (tmp_path / "config.json").write_bytes((hf_directory / "config.json").read_bytes())

@@ -11,6 +11,7 @@ import pytest
 from mllm_jax import sites
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.models import clip
 from mllm_jax.passes import run
 from tests.helpers import hf
@@ -62,7 +63,7 @@ def test_every_site(act, at, run_layers, make_batch):
 def test_layers_above_the_one_that_is_read_do_not_exist(at, run_layers, make_batch, random_model):
     config = config_of(feature_layer=at)
     model, batch = random_model(config), make_batch(config)
-    shapes = run.site_shapes(model, batch)
+    shapes = site_shapes(model, batch)
     assert {shapes[name].layers for name in STACKED} == {run_layers}
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.vision.layers)} == {run_layers}
     with pytest.raises(ValueError, match="out of range"):

@@ -9,8 +9,8 @@ import pytest
 
 from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.models import projector
-from mllm_jax.passes import run
 from tests.helpers import hf
 
 
@@ -59,7 +59,7 @@ def test_another_depth_as_the_original(depth, make_batch):
             acts += [x.numpy()] if isinstance(module, hf.torch.nn.GELU) else []
     want = {"projector.out": x.numpy()} | ({"projector.act": np.stack(acts)} if acts else {})
     hf.assert_equal(ours, batch, want)
-    assert ("projector.act" in run.site_shapes(ours, batch)) == (depth > 1)
+    assert ("projector.act" in site_shapes(ours, batch)) == (depth > 1)
 
 
 @pytest.mark.parametrize(("grid", "side"), [(4, 2), (6, 2), (6, 3), (4, 1)])

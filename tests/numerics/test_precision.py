@@ -20,6 +20,7 @@ from mllm_jax.evaluation import zero_shot
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.interventions import binding
 from mllm_jax.loading import load
 from mllm_jax.models import clip_text
 from mllm_jax.numerics import precision
@@ -126,12 +127,12 @@ def of_features(dtype):
     return said(features.encode_pictures, network, batch)
 
 
-def of_trunk(dtype):
+def of_clean_pass(dtype):
     """The clean pass of a sweep."""
     config = CONFIGS["llava"]
     network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
     state = mj.keep(S.lm.resid_pre)
-    bound = programs.run.bind(network, batch, None, {clean_pass._STATE: state})[1]
+    bound = binding.bind(network, batch, None, {clean_pass._STATE: state})[1]
     clean = functools.partial(clean_pass._clean, module="lm", prefix=0)
     return said(clean, network, batch, bound)
 
@@ -148,7 +149,7 @@ PROGRAMS = {
     ),
     "lora": functools.partial(of_training, "projector+lora"),
     "vision features": of_features,
-    "clean pass of a sweep": of_trunk,
+    "clean pass of a sweep": of_clean_pass,
     "clip": of_clip,
 }
 

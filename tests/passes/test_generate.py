@@ -175,10 +175,10 @@ def test_samples_are_by_their_key_and_have_the_models_probabilities(tiny_model, 
     ("how", "message"),
     [
         ({"temperature": -0.5}, "temperature=-0.5 is below 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: one or more can be generated"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
         (
             {"edits": mj.add(S.lm.attn.pattern, np.ones((4, 15, 15)))},
-            "add lm.attn.pattern: a value with the axis S is of the prompt's keys",
+            "add lm.attn.pattern: a value with the axis S gives one number for each key of the prompt",
         ),
         ({"temperature": 1.0}, r"sampling needs key=jax.random.key\(seed\)"),
     ],

@@ -92,11 +92,11 @@ def passes(monkeypatch):
     """The batches that passes are run over."""
     counts = []
 
-    def counted(model, batch, *args, run=reduce_.run_.run, **how):
+    def counted(model, batch, *args, run=reduce_.run, **how):
         counts.append(batch)
         return run(model, batch, *args, **how)
 
-    monkeypatch.setattr(reduce_.run_, "run", counted)
+    monkeypatch.setattr(reduce_, "run", counted)
     return counts
 
 

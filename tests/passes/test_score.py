@@ -19,7 +19,7 @@ LENGTHS[1, 7:] = 0  # row 1 has seven candidates
 @pytest.fixture(autouse=True, scope="module")
 def _few_together():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score, "TOGETHER", 64)
+        patch.setattr(score, "CHUNK_TOKENS", 64)
         yield
 
 

@@ -14,7 +14,8 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.passes import clean_pass, run, sweep
+from mllm_jax.interventions import binding
+from mllm_jax.passes import clean_pass, sweep
 
 
 def metric(out):
@@ -176,8 +177,8 @@ def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
     }
     asked = {"mean": mj.mean(S.lm.resid_post, where=where), "norm": mj.mean(S.lm.norm, where=where)}
     for swept in edits.values():
-        bound = [run.bind(tiny_model, batch, edit, None)[0] for edit in swept]
-        bound_asked = run.bind(tiny_model, batch, None, asked)[1]
+        bound = [binding.bind(tiny_model, batch, edit, None)[0] for edit in swept]
+        bound_asked = binding.bind(tiny_model, batch, None, asked)[1]
         assert all(
             clean_pass.prefix_length(batch, b, bound_asked, "last") in (16, 32) for b in bound
         )
@@ -192,7 +193,7 @@ def test_a_prefix_that_something_reads_is_not_clean(tiny_model, make_batch):
     batch = make_batch(images=(4, 3), words=(21, 23))
 
     def prefix(edit, asked=None, logits="last"):
-        bound = run.bind(tiny_model, batch, edit, asked)
+        bound = binding.bind(tiny_model, batch, edit, asked)
         return clean_pass.prefix_length(batch, *bound, logits)
 
     late = mj.ablate(S.lm.mlp.act[1], where=tok.last)
@@ -259,7 +260,9 @@ def test_rows_of_something_else_are_refused(tmp_path, tiny_model, make_batch):
             mj.sweep(metric, tiny_model, data, swept, save=path, **how)
     before = mj.compiles()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clean_pass, "grow", None)  # nothing is run for rows that are there
+        patch.setattr(
+            clean_pass, "compute_clean_pass", None
+        )  # nothing is run for rows that are there
         same(mj.sweep(lambda out: out.logits[:, 3], tiny_model, batch, swept, save=path), rows)
     assert mj.compiles() == before
     start_over = mj.sweep(two, tiny_model, batch, swept, save=path, restart=True)
@@ -304,8 +307,8 @@ def test_lanes_with_and_without_steps_and_of_any_rank_are_one_structure(tiny_mod
     """A strength of 1 is the edit to the last bit; columns of zeros are in no span."""
     batch = make_batch()
     for name in ("ranks", "a subspace of rows", "some by step"):
-        lanes = [run.bind(tiny_model, batch, edit, None)[0] for edit in EDITS[name]]
-        equal = sweep._equal_lanes(lanes)
+        lanes = [binding.bind(tiny_model, batch, edit, None)[0] for edit in EDITS[name]]
+        equal = sweep._equalise_lanes(lanes)
         assert len({jax.tree.structure(lane) for lane in equal}) == 1
         x = np.random.default_rng(2).normal(size=(*batch.ids.shape, 32)).astype(np.float32)
         x = x if name != "some by step" else np.resize(x, (*batch.ids.shape, 48))

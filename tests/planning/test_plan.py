@@ -11,11 +11,11 @@ import pytest
 from absl import flags
 
 import mllm_jax as mj
+from mllm_jax import families, store
 from mllm_jax import sites as S
-from mllm_jax import store
 from mllm_jax import tokens as tok
-from mllm_jax.families import released
 from mllm_jax.families.llava import model as llava
+from mllm_jax.interventions import binding
 from mllm_jax.passes import run
 from mllm_jax.planning import chips, hlo, plan, programs, work
 from mllm_jax.sharding import mesh as mesh_
@@ -290,7 +290,7 @@ def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatc
     )  # else this size takes one branch everywhere
     network, batch = programs.model(TINY, jnp.bfloat16), programs.batch(TINY, SIZE)
     captures = {"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}
-    _, asked = run.bind(network, batch, None, captures)
+    _, asked = binding.bind(network, batch, None, captures)
     jax.clear_caches()  # of another MAX_ELEMENTS_AT_ONCE
     traced = run._run.trace(network, batch, (), asked, logits="none", remat=False)
     text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
@@ -416,7 +416,7 @@ RECIPES = "llava-1.5-7b", "llava-1.5-13b", "llava-next-vicuna-7b", "instructblip
 def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
     """Those of docs/pods.md on eight chips."""
     size = programs.Size(rows=8, lanes=4, words=64)
-    found = plan.plan(released.RELEASED[name](), size, topology="v5e:2x4", study=study)
+    found = plan.plan(families.RELEASED[name](), size, topology="v5e:2x4", study=study)
     assert found.how == plan.COMPILED and found.fits
     assert not found.gathers()
     assert found.flops == pytest.approx(found.ideal, rel=0.05) or "instructblip" in name

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.interventions import binding
 from mllm_jax.passes import run
 from mllm_jax.sharding import mesh
 
@@ -18,7 +19,7 @@ LENS = {"lens": mj.lens(S.lm.resid_post, k=2, where=tok.image)}
 
 
 def traced(model, batch, captures) -> str:
-    asked = run.bind(model, batch, None, captures)[1]
+    asked = binding.bind(model, batch, None, captures)[1]
     return str(run._run.trace(model, batch, (), asked, logits="last", remat=False).jaxpr)
 
 

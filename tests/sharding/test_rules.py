@@ -9,8 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import mllm_jax as mj
-from mllm_jax.families import registry as architectures
-from mllm_jax.families import released
+from mllm_jax import families
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -31,7 +30,7 @@ def shapes_of(config) -> dict[str, tuple[int, ...]]:
 
 
 def specs(config, mesh) -> dict[str, P]:
-    table = architectures.of(config).rules(config)
+    table = families.of(config).sharding_rules(config)
     return rules.specs(config, table, shapes_of(config), mesh)
 
 
@@ -51,10 +50,10 @@ def stays_whole(config, path: str) -> bool:
     return path == "qformer.words"
 
 
-@pytest.mark.parametrize("name", released.RELEASED)
+@pytest.mark.parametrize("name", families.RELEASED)
 def test_every_parameter_of_a_released_model_has_a_rule(name):
     """And nearly all bytes are split (not norms and patches), also over both axes; layers never."""
-    config = released.RELEASED[name]()
+    config = families.RELEASED[name]()
     shapes = shapes_of(config)
     for where, share in ((abstract(model=8), 8), (abstract(fsdp=8), 8), (abstract(2, 4, 2), 8)):
         found = specs(config, where)

@@ -12,16 +12,16 @@ from flax import nnx
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.qformer import QFormer, QFormerConfig
 from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InstructBlipConfig(LlavaConfig):
+class InstructBlipConfig(MultimodalConfig):
     """An InstructBLIP model.
 
     Attributes:
@@ -55,14 +55,14 @@ class InstructBlipConfig(LlavaConfig):
     @classmethod
     def vicuna_7b(cls) -> InstructBlipConfig:
         lm = dataclasses.replace(DecoderConfig.vicuna_7b(), vocab=32001, eps=1e-6)
-        return cls.of(EvaConfig.vit_g_14(), QFormerConfig.instructblip(), lm)
+        return cls.of(EvaConfig.vit_g_14(), QFormerConfig.bert_base(), lm)
 
     @classmethod
     def tiny(cls) -> InstructBlipConfig:
         return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), DecoderConfig.tiny(), image_token=95)
 
 
-class InstructBlip(Llava):
+class InstructBlip(MultimodalModel):
     """LLaVA with a Q-Former between vision tower and projector."""
 
     def __init__(self, config: InstructBlipConfig, *, rngs: nnx.Rngs):

@@ -2,7 +2,8 @@
 
 Its `config.json` is that of the language model with further fields `mm_...`; the vision tower is a
 CLIP checkpoint of its own that the config names; and a projector may come alone, in
-`mm_projector.bin`, as pretraining leaves it. The tensors keep their names (`tables.canonical`).
+`mm_projector.bin`, as pretraining leaves it. The tensors keep their names
+(`keys.canonical_key`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm_jax.checkpoints import files, schema
-from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.families.base import OriginalLayout
+from mllm_jax.families.llava import keys
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import image_processors
 
-PROJECTOR = "mm_projector.bin"
-
+_TOWER = "mm_vision_tower"
 # model_type -> that of the language model
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _SELECT = {"patch": "default", "cls_patch": "full"}
@@ -25,7 +27,7 @@ _PINPOINTS = "image_grid_pinpoints"
 _PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]|1[0-6])x_gelu")
 # The fields we read, with the value of the original code where a field is not there.
 _FIELDS = {
-    "mm_vision_tower": (schema.NAME, None),
+    _TOWER: (schema.NAME, None),
     "mm_projector_type": (
         schema.Kind(
             "'linear', 'mlp2x_gelu' and up to 'mlp16x_gelu'",
@@ -60,12 +62,12 @@ _IGNORED = frozenset(
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is of this layout."""
-    return "mm_vision_tower" in fields
+    """Return whether a `config.json` is of this layout."""
+    return _TOWER in fields
 
 
 def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The same model as the fields of a `config.json` of transformers.
+    """Return the same model as the fields of a `config.json` of transformers.
 
     Args:
         fields: of the original `config.json`.
@@ -87,7 +89,7 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     text = {n: value for n, value in fields.items() if n not in _IGNORED and n not in table}
     vision = tower.get("vision_config", tower)
     if not isinstance(vision, Mapping):
-        problems.append(f"{files.shown(ours['mm_vision_tower'])} has no object as vision_config")
+        problems.append(f"{files.shown(ours[_TOWER])} has no object as vision_config")
         vision = {}
     width, theirs = ours["mm_hidden_size"], vision.get("hidden_size")
     if width not in (None, theirs):
@@ -111,7 +113,7 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     }
 
 
-def image_processor(tower: pathlib.Path, config: LlavaConfig):
+def image_processor(tower: pathlib.Path, config: MultimodalConfig):
     """The image processor of transformers (PIL backend) that does what the original code does.
 
     Args:
@@ -126,3 +128,15 @@ def image_processor(tower: pathlib.Path, config: LlavaConfig):
         how = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
     path = tower / "preprocessor_config.json"
     return image_processors.construct(path, lambda: kind.from_pretrained(tower, **how))
+
+
+LAYOUT = OriginalLayout(
+    is_original=is_original,
+    to_hf=to_hf,
+    image_processor=image_processor,
+    tower_field=_TOWER,
+    base_field="_name_or_path",
+    projector_file="mm_projector.bin",
+    projector_keys=keys.original_projector_keys,
+    tower_key=keys.tower_key,
+)

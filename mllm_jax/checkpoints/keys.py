@@ -1,0 +1,206 @@
+"""Key tables: which Hugging Face tensor is which of our parameters, and how its axes are turned.
+
+Our parameters are named by dotted path (`lm.layers.attn.q.kernel`); those of layers are stacked on
+a leading axis L. Hugging Face tensors are named in the one canonical spelling of their family; the
+`canonical_key` of the family maps other spellings to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from mllm_jax.checkpoints import files
+
+Shape = tuple[int, ...]
+
+PEFT_PREFIX = "base_model.model."  # of the keys of a model that PEFT has wrapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How the axes of one tensor are turned, from Hugging Face to us and back."""
+
+    name: str
+    ours: Callable[[np.ndarray], np.ndarray]
+    hf: Callable[[np.ndarray], np.ndarray]
+
+
+def _patches_from_conv(weight: np.ndarray) -> np.ndarray:
+    """[E, 3, row, column] -> [row * column * 3, E]."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
+
+
+def _conv_from_patches(kernel: np.ndarray) -> np.ndarray:
+    pixels, width = kernel.shape
+    side = math.isqrt(pixels // 3)
+    return kernel.reshape(side, side, 3, width).transpose(3, 2, 0, 1)
+
+
+COPY = Transform("copy", lambda x: x, lambda x: x)
+LINEAR = Transform("linear", np.transpose, np.transpose)  # [out, in] <-> [in, out]
+PATCHES = Transform("patches", _patches_from_conv, _conv_from_patches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        key: Hugging Face key, with `{layer}` where it has a layer number.
+        path: our path.
+        transform: how the axes are turned.
+        part: (number, count) where the tensor is several of ours, one after the other on its first
+            axis.
+        every: what our layer number is multiplied with to give theirs.
+    """
+
+    key: str
+    path: str
+    transform: Transform
+    part: tuple[int, int] = (0, 1)
+    every: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A place of one Hugging Face tensor in our parameters.
+
+    Attributes:
+        key: Hugging Face key.
+        path: our path. layer: index on its L axis, or None when it has none.
+        shape: the shape of the Hugging Face tensor.
+        transform: how the axes are turned.
+        part: which part of the tensor it is, see `Row`.
+    """
+
+    key: str
+    path: str
+    layer: int | None
+    shape: Shape
+    transform: Transform
+    part: tuple[int, int] = (0, 1)
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """What stands here, of a Hugging Face tensor."""
+        number, count = self.part
+        return self.transform.ours(tensor if count == 1 else np.split(tensor, count)[number])
+
+
+def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
+    """Rows under a prefix; a line of the table is (key, path, transform), or with a part."""
+    return tuple(
+        Row(f"{hf}.{key}", f"{ours}.{path}", *rest, every=every) for key, path, *rest in table
+    )
+
+
+def linear(hf: str, ours: str, *part: tuple[int, int]) -> tuple[tuple, ...]:
+    """The lines of a linear map."""
+    weight = (f"{hf}.weight", f"{ours}.kernel", LINEAR, *part)
+    return weight, (f"{hf}.bias", f"{ours}.bias", COPY, *part)
+
+
+def norm(hf: str, ours: str) -> tuple[tuple, ...]:
+    """The lines of a layer norm."""
+    return (f"{hf}.weight", f"{ours}.scale", COPY), (f"{hf}.bias", f"{ours}.bias", COPY)
+
+
+def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
+    """The place of every tensor of a model.
+
+    Args:
+        shapes: our path -> shape, of all parameters, L axis included.
+        table: of its architecture. Rows of parameters that the model does not have (a tied head,
+            biases) fall away.
+
+    Returns:
+        The slots, those of one path next to each other.
+    """
+    table = [row for row in table if row.path in shapes]
+    if unknown := set(shapes) - {row.path for row in table}:
+        raise ValueError(f"parameters without a row in the key tables: {sorted(unknown)}")
+    return [slot for row in table for slot in _slots(row, shapes[row.path])]
+
+
+def _slots(row: Row, shape: Shape) -> list[Slot]:
+    stacked = "{layer}" in row.key
+    whole = row.transform.hf(np.broadcast_to(np.int8(0), shape[1:] if stacked else shape)).shape
+    if row.part[1] > 1:
+        whole = (whole[0] * row.part[1], *whole[1:])
+    return [
+        Slot(
+            key=row.key.format(layer=layer * row.every) if stacked else row.key,
+            path=row.path,
+            layer=layer if stacked else None,
+            shape=whole,
+            transform=row.transform,
+            part=row.part,
+        )
+        for layer in range(shape[0] if stacked else 1)
+    ]
+
+
+_BUFFER = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
+
+
+def is_buffer(key: str) -> bool:
+    """Return whether a tensor is a buffer that older checkpoints hold beside the parameters."""
+    return bool(_BUFFER.fullmatch(key))
+
+
+def check(
+    shapes: Mapping[str, Shape], wanted: Iterable[Slot], is_unused: Callable[[str], bool]
+) -> None:
+    """Compare the tensors of a checkpoint with the slots of a model.
+
+    Args:
+        shapes: the shape of each tensor by its canonical key.
+        wanted: the slots.
+        is_unused: whether a checkpoint may hold a tensor that the model does not use.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; all in one line.
+    """
+    expected = {slot.key: slot.shape for slot in wanted}
+    missing = [key for key in expected if key not in shapes]
+    leftover = [key for key in shapes if key not in expected and not is_unused(key)]
+    misshapen = [
+        f"{files.line(key, 80)} is {files.shown(list(shapes[key]))}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and tuple(shapes[key]) != shape
+    ]
+    parts = [
+        f"{len(keys)} {word}: {files.some(brief(keys) if fold else keys, 2, 110)}"
+        for word, keys, fold in (
+            ("missing", missing, True),
+            ("left over", leftover, True),
+            ("of another shape", misshapen, False),
+        )
+        if keys
+    ]
+    if parts:
+        raise ValueError(f"tensors do not fit the config: {'; '.join(parts)}")
+
+
+_LAYER = re.compile(r"(?:(?<=layers\.)|(?<=layer\.))\d+")
+
+
+def brief(keys: Iterable[str]) -> list[str]:
+    """Keys that differ in the layer number alone, in one: `layers.{0,1,2}.mlp.fc1.weight`."""
+    layers: dict[str, list[str]] = {}
+    for key in keys:
+        number = _LAYER.search(key)
+        layers.setdefault(_LAYER.sub("{}", key, count=1), []).append(number[0] if number else "")
+    return [
+        pattern.replace("{}", numbers[0] if len(numbers) == 1 else f"{{{_numbers(numbers)}}}")
+        for pattern, numbers in layers.items()
+    ]
+
+
+def _numbers(numbers: list[str]) -> str:
+    """All of few layer numbers, the ends of many."""
+    return ",".join(numbers if len(numbers) <= 8 else [*numbers[:3], "...", numbers[-1]])

@@ -1,0 +1,1 @@
+"""The config fields and key tables of networks that several families share."""

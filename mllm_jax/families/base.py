@@ -1,0 +1,83 @@
+"""What a family is: one value that its folder exports and everything else reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.checkpoints import keys
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.processors.processor import Processor
+from mllm_jax.sharding import rules
+
+Fields = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OriginalLayout:
+    """A layout of checkpoints that the authors' own code writes, unlike that of transformers.
+
+    Attributes:
+        is_original: whether the fields of a `config.json` are of this layout.
+        to_hf: the fields, those of the vision tower and the name of the file -> the fields of a
+            `config.json` of transformers.
+        image_processor: the directory of the vision tower and the config -> an image processor.
+        tower_field: the field that names the checkpoint of the vision tower.
+        base_field: the field that names the model to which a projector alone belongs.
+        projector_file: the name of a file with the projector alone.
+        projector_keys: canonical keys of a projector -> canonical key to key in that file.
+        tower_key: a key of the tower's checkpoint -> its canonical key; None for unused tensors.
+    """
+
+    is_original: Callable[[Fields], bool]
+    to_hf: Callable[[Fields, Fields, object], dict[str, Any]]
+    image_processor: Callable[[pathlib.Path, MultimodalConfig], Any]
+    tower_field: str
+    base_field: str
+    projector_file: str
+    projector_keys: Callable[[Iterable[str]], dict[str, str]]
+    tower_key: Callable[[str], str | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models: an architecture as it is released.
+
+    Attributes:
+        name: the `model_type` of its `config.json`.
+        config: the config class, which builds the network.
+        from_hf: the fields of a `config.json` and the name of the file -> the config.
+        to_hf: the config -> the fields.
+        key_table: the config -> the key table of its checkpoints.
+        canonical_key: a key in any known spelling -> its spelling in the key table.
+        is_unused: whether a checkpoint may hold a tensor that the model does not use, by its
+            canonical key.
+        projector_prefix: the prefix of the canonical keys of its projector.
+        sharding_rules: the config -> the sharding rules.
+        processor: the class of its processor.
+        released: the configs of its released sizes by name.
+        original: the layout of the authors' own code, if checkpoints in it are read.
+        unused_tensors: the model -> tensors that transformers expects and the model does not use.
+    """
+
+    name: str
+    config: type[MultimodalConfig]
+    from_hf: Callable[[Fields, object], MultimodalConfig]
+    to_hf: Callable[[Any], dict[str, Any]]
+    key_table: Callable[[Any], tuple[keys.Row, ...]]
+    canonical_key: Callable[[str], str]
+    is_unused: Callable[[str, Any], bool]
+    projector_prefix: str
+    sharding_rules: Callable[[Any], tuple[rules.Rule, ...]]
+    processor: type[Processor]
+    released: Mapping[str, Callable[[], MultimodalConfig]]
+    original: OriginalLayout | None = None
+    unused_tensors: Callable[[Any], dict[str, np.ndarray]] = lambda model: {}
+
+    def is_projector(self, key: str) -> bool:
+        """Return whether a tensor belongs to the projector, by its canonical key."""
+        return key.startswith(self.projector_prefix)

@@ -1,0 +1,58 @@
+"""What a pass needs of a model: the protocol that every family fulfils."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from mllm_jax.batch import Batch
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.models.cache import Cache
+from mllm_jax.tokens import TokenMap
+from mllm_jax.typing import Array, Bool, Float, Int
+
+
+class LanguageModel(Protocol):
+    """The language model within a multimodal model."""
+
+    def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the word embeddings of token ids."""
+
+
+class Model(Protocol):
+    """A multimodal model, a pytree, as `run`, `generate`, `score`, `sweep` and `reduce` use it."""
+
+    @property
+    def config(self) -> Any:
+        """The configuration that the model was built from."""
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The language model."""
+
+    def token_maps(self, batch: Batch) -> dict[str, TokenMap]:
+        """Return the token map of each module, and of sites that have one of their own."""
+
+    def unshared(self, batch: Batch) -> Batch:
+        """Return the batch with tiles of its own for each row."""
+
+    def features(self, batch: Batch, taps: Taps) -> Float[Array, "I P E"]:
+        """Return what the vision tower gives to the projector."""
+
+    def __call__(
+        self, batch: Batch, taps: Taps, past: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return the final normed states of every token, and their keys and values."""
+
+    def read(
+        self,
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        taps: Taps,
+        past: Cache | None = None,
+        segment: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run the language model on embeddings into which the images are already merged."""
+
+    def logits(self, x: Float[Array, "B T D"], taps: Taps) -> Float[Array, "B T V"]:
+        """Return the float32 logits of normed states."""

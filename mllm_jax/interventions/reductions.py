@@ -1,0 +1,159 @@
+"""Reductions: how a capture reduces the tensor of a site, within the pass and layer by layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.interventions import logit_lens
+from mllm_jax.interventions.results import Entropy, Lens, Stats
+from mllm_jax.numerics import rows
+from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Shaped
+
+if TYPE_CHECKING:
+    from mllm_jax.interventions.captures import BoundCapture
+
+# Statistics are computed in float32, whatever precision a chip uses for other products.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def expand_tokens(
+    array: Shaped[AnyArray, "B T"], axis: int, rank: int
+) -> Shaped[AnyArray, "B ... T ..."]:
+    """Reshape an array [B, T] to broadcast over a site of this rank with its tokens on `axis`."""
+    B, T = array.shape
+    return array.reshape(B, *(1,) * (axis - 1), T, *(1,) * (rank - axis - 1))
+
+
+def read_finite(capture: BoundCapture, x: Array, lens: Callable | None) -> Bool[Array, ""]:
+    """Return whether x is finite at the selected tokens; see `finite`."""
+    mask = expand_tokens(capture.tokens, capture.site.token_axis, x.ndim)
+    return (jnp.isfinite(x) | ~mask).all()
+
+
+def read_keep(capture: BoundCapture, x: Array, lens: Callable | None) -> Shaped[Array, ...]:
+    """Return x, zero where not selected."""
+    mask = expand_tokens(capture.tokens, capture.site.token_axis, x.ndim)
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B ..."]:
+    """Return the mean over the selected tokens of each row."""
+    selected = expand_tokens(capture.tokens, 1, x.ndim)
+    total = jnp.where(selected, at_least_float32(x), 0).sum(1)
+    return _average(capture, total, capture.tokens.sum(-1))
+
+
+def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"]:
+    """Return the attention that the selected queries of each row pay to its keys, on average."""
+    assert capture.on is not None, "a mass has keys"
+    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
+    total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
+    return _average(capture, total, capture.tokens.sum(-1))
+
+
+def read_lens(capture: BoundCapture, x: Array, lens: Callable | None) -> Lens:
+    """Return the logit lens of the selected tokens."""
+    return logit_lens.read(x, capture.tokens, lens, max(capture.k, 1))
+
+
+def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entropy:
+    """Return the entropy of the logit lens, summed over the tokens of each row by kind."""
+    result = logit_lens.read(x, capture.tokens, lens, 1)
+    hot = _one_hot(capture)
+    parts = (
+        _product("BT,BTk->Bk", result.entropy, hot),
+        _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
+        hot.sum(1).astype(jnp.int32),
+    )
+    return Entropy(*(_sum_by_row(capture, part) for part in parts), capture.by or ())
+
+
+def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:
+    """Return statistics of every unit over the selected tokens, by kind."""
+    hot = _one_hot(capture)
+    if capture.readers is not None:  # a tile counts once for each row that reads it
+        hot = hot * capture.readers.sum(0, dtype=jnp.float32)[:, None, None]
+    parts = rows.map_rows_on_cpu(_row_stats, at_least_float32(x), hot, num_elements=x.size)
+    positive, sums, rounding, centred, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
+    counts = hot.sum(1)
+    counts = counts.reshape(len(hot), *(1,) * (sums.ndim - 2), -1)
+    count, total = counts.sum(0), sums.sum(0)
+    # The mean of a row minus the mean of all, corrected by what each was rounded by, so that large
+    # means lose no precision.
+    apart = sums / jnp.maximum(counts, 1) - total / jnp.maximum(count, 1)
+    apart = apart + rounding / jnp.maximum(counts, 1)
+    apart = apart - (counts * apart).sum(0) / jnp.maximum(count, 1)
+    centred = (centred + counts * apart**2).sum(0)
+    result = Stats(
+        positive=positive.astype(jnp.int32).sum(0),
+        sum=total,
+        squares=centred + total**2 / jnp.maximum(count, 1),
+        max=highest.max(0),
+        tokens=hot.astype(jnp.int32).sum((0, 1)),
+        centred=centred,
+        kinds=capture.by or (),
+    )
+    return result if capture.by is not None else jax.tree.map(lambda a: a[..., 0], result)
+
+
+def _row_stats(
+    x: Float[Array, "B T ..."], hot: Float[Array, "B T kinds"]
+) -> tuple[Float[Array, "B kinds ..."], ...]:
+    """Compute the statistics of each row by kind.
+
+    Args:
+      x: The values.
+      hot: How often a token counts, in one kind at most.
+
+    Returns:
+      How many values are positive, their sum, the rounding error of that sum, the sum of squared
+      deviations from the mean, and the maximum.
+    """
+
+    def total(values):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
+        return _product("BTk,BT...->Bk...", hot, values)
+
+    def highest(column):
+        counted = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
+        return jnp.where(counted, x, -jnp.inf).max(1)
+
+    x = jnp.where(expand_tokens(hot.any(-1), 1, x.ndim), x, 0)
+    sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
+    counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
+    mean = _product("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
+    rounding = total(x - mean)  # zero, but for the rounding of the mean
+    centred = jnp.maximum(total((x - mean) ** 2) - rounding**2 / counts, 0)
+    kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
+    return total((x > 0).astype(x.dtype)), sums, rounding, centred, jnp.stack(kinds, 1)
+
+
+def _average(capture: BoundCapture, total: Array, count: AnyArray) -> Float[Array, "B ..."]:
+    """Return the mean of each row from the sums and token counts of each row or tile."""
+    total, count = _sum_by_row(capture, total), _sum_by_row(capture, count)
+    count, rows = (a.reshape(-1, *(1,) * (total.ndim - 1)) for a in (count, capture.rows))
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.where(rows, jnp.nan, 0))
+
+
+def _sum_by_row(capture: BoundCapture, total: AnyArray) -> AnyArray:
+    """Add up the sums of tiles [I, ...] over the tiles that each row reads: [B, ...]."""
+    if capture.readers is None:
+        return total
+    readers = jnp.asarray(capture.readers).astype(total.dtype)
+    return _product("BI,I...->B...", readers, total)
+
+
+def _one_hot(capture: BoundCapture) -> Float[Array, "B T kinds"]:
+    """Return the selected tokens by kind; one kind without `by`."""
+    selected = capture.tokens[..., None]
+    if capture.by is not None:
+        codes = np.array([tokens.CODE[kind] for kind in capture.by], np.int8)
+        selected = selected & (capture.kind[..., None] == codes)
+    return selected.astype(jnp.float32)

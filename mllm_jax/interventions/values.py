@@ -1,0 +1,104 @@
+"""Values of edits, in the shape of a site: how axes are recognised, and bases orthonormalised."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.numerics import precision
+from mllm_jax.sites import Address, SiteShape
+from mllm_jax.typing import AnyArray, Shaped
+
+
+def fit_value(
+    value: Shaped[AnyArray, ...], address: Address, spec: SiteShape
+) -> Shaped[AnyArray, "L ..."]:
+    """Return a value with a leading L axis and then the rank of the site."""
+    shape = _broadcastable_shape(value.shape, address, spec)
+    full = value.astype(spec.dtype).reshape(shape)
+    if value.ndim:  # a scalar stays one, however many units are listed
+        full = _scatter_units(full, address, spec)
+    return _per_layer(full, spec.layers)
+
+
+def fit_basis(
+    basis: Shaped[AnyArray, ...], address: Address, spec: SiteShape
+) -> Shaped[AnyArray, "L D r"]:
+    """Return orthonormal columns that span the given ones, in float32 or better."""
+    site = address.site
+    basis = basis[:, None] if basis.ndim == 1 else basis
+    if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
+        raise ValueError(
+            f"{site.name}: the basis is {basis.shape}, expected [{spec.shape[-1]}, directions]"
+        )
+    known = isinstance(basis, np.ndarray)
+    if known and (rank := np.linalg.matrix_rank(basis)) < basis.shape[1]:
+        raise ValueError(
+            f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
+        )
+    basis = basis.astype(precision.at_least_float32_dtype(spec.dtype))
+    columns = np.linalg.qr(basis)[0] if known else precision.orthonormalize(basis)
+    return _per_layer(columns[None], spec.layers)
+
+
+def _broadcastable_shape(
+    given: tuple[int, ...], address: Address, spec: SiteShape
+) -> tuple[int, ...]:
+    """Return the shape of a value with all axes of the site, 1 where it repeats.
+
+    The number and the lengths of the given axes decide which axes they are; there must be one way
+    to read them.
+    """
+    site = address.site
+    letters, full = ("L", *site.axes), (spec.layers, *spec.shape)
+    unit, every = 1 + site.unit_axis, tuple(range(len(full)))
+    forms = ((), (unit,), (0, unit), every[unit:], (0, *every[unit:]), every[1:], every)
+
+    def fits(n: int, axis: int) -> bool:
+        return n in (1, full[axis]) or (axis == unit and n == _num_listed(address))
+
+    readings = {}
+    for axes in forms:
+        if len(axes) == len(given) and all(map(fits, given, axes)):
+            lengths = dict(zip(axes, given, strict=True))
+            readings[tuple(lengths.get(axis, 1) for axis in every)] = axes
+    if not readings:
+        raise ValueError(
+            f"{site.name}: a value of shape {given} does not fit; the site is "
+            f"[{' '.join(letters)}] = {list(full)}"
+        )
+    if len(readings) > 1:
+        names = " or ".join(f"[{' '.join(letters[a] for a in axes)}]" for axes in readings.values())
+        raise ValueError(
+            f"{site.name}: a value of shape {given} may be {names}; write it with all axes of "
+            f"[{' '.join(letters)}]: {' or '.join(str(list(shape)) for shape in readings)}"
+        )
+    return next(iter(readings))
+
+
+def _num_listed(address: Address) -> int | None:
+    """Return how many units the address lists, None where it lists none."""
+    return len(address.units.value) if address.units.form == "index" else None
+
+
+def _per_layer(array: AnyArray, layers: int) -> AnyArray:
+    if array.shape[0] == layers:
+        return array
+    xp = np if isinstance(array, np.ndarray) else jnp
+    return xp.broadcast_to(array, (layers, *array.shape[1:]))
+
+
+def _scatter_units(value: AnyArray, address: Address, spec: SiteShape) -> AnyArray:
+    """Put values that are given for the listed units alone in the places of these units."""
+    axis = 1 + address.site.unit_axis
+    if value.shape[axis] != _num_listed(address):
+        return value
+    units = address.units.value
+    shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))
+    at = (*(slice(None),) * axis, units)
+    if isinstance(value, jax.Array) or isinstance(units, jax.Array):
+        return jnp.zeros(shape, value.dtype).at[at].set(value)
+    full = np.zeros(shape, value.dtype)
+    full[at] = value
+    return full

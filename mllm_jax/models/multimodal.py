@@ -1,0 +1,202 @@
+"""What all families share: the tokens of images merged into those of a language model."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch, Layout
+from mllm_jax.models.cache import Cache
+from mllm_jax.models.clip import ClipConfig, ClipVision
+from mllm_jax.models.decoder import Decoder, DecoderConfig
+from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.sharding import collectives
+from mllm_jax.typing import Array, Bool, Float, Int
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultimodalConfig(abc.ABC):
+    """The config of a model of any family.
+
+    Attributes:
+      vision: the vision tower.
+      projector: the projector from the tower, or from what follows it, to the language model.
+      lm: the language model.
+      image_token: the id of an image token in the text.
+      pinpoints: the resolutions (height, width) at which an image may be cut into tiles; empty
+        where each image is one square.
+    """
+
+    vision: ClipConfig | EvaConfig
+    projector: ProjectorConfig
+    lm: DecoderConfig
+    image_token: int = 32000
+    pinpoints: ClassVar[tuple[Size, ...]] = ()
+
+    @property
+    @abc.abstractmethod
+    def image_tokens(self) -> int:
+        """Return the number of tokens of one tile in the language model."""
+
+    @property
+    @abc.abstractmethod
+    def token_grid(self) -> int:
+        """Return the side of the square that the tokens of a tile form; 0 where they form none."""
+
+    @abc.abstractmethod
+    def build(self, *, rngs: nnx.Rngs) -> MultimodalModel:
+        """Return the network with random weights."""
+
+    @property
+    def tiles(self) -> int:
+        """Return the number of places for tiles that an image has in a batch."""
+        return 1
+
+    @property
+    def largest(self) -> Size:
+        """Return the (height, width) of an image with the most tokens that one can have."""
+        return (self.vision.image_size,) * 2
+
+    def layout(self, size: Size | None = None) -> Layout:
+        """Return how an image of this (height, width) is read."""
+        del size
+        return Layout(1, np.arange(self.image_tokens))
+
+    def readers(self, batch: Batch) -> Bool[Array, "B I"]:
+        """Return which tiles each row reads: all those of each of its images."""
+        xp = np if isinstance(batch.image_token_index, np.ndarray) else jnp
+        rows, tiles = len(batch.image_token_index), len(batch.tile)
+        # The tile of a token: negative for text, beyond the last tile for a newline.
+        tile = batch.image_token_index // self.image_tokens
+        at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
+        read = xp.zeros((rows, tiles + 1), bool)
+        if xp is np:
+            read[at] = True
+        else:
+            read = read.at[at].set(True)
+        # A tile that shows nothing but bars has no token in the LM, but its image is read.
+        image = xp.cumsum(batch.tile % self.tiles == 0)
+        return (read[:, :tiles, None] & (image[:, None] == image)).any(1)
+
+
+class MultimodalModel(nnx.Module):
+    """A network of any family: a vision tower, a projector and a language model.
+
+    Attributes:
+      config: the config that built it.
+      vision: the vision tower.
+      projector: the projector.
+      lm: the language model.
+    """
+
+    config: MultimodalConfig
+    vision: ClipVision | EvaVision
+    projector: Projector
+    lm: Decoder
+
+    def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
+        """Return the token map of each module by its name."""
+        raise NotImplementedError
+
+    def with_readers(
+        self, batch: Batch, maps: dict[str, tokens.TokenMap]
+    ) -> dict[str, tokens.TokenMap]:
+        """Return maps of tiles that know which rows of the batch read them."""
+        readers = self.config.readers(batch)
+        return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
+
+    def unshared(self, batch: Batch) -> Batch:
+        """Return the batch with tiles of its own for each row, or itself if rows share none.
+
+        A traced batch is returned as it is: the number of tiles must be known.
+        """
+        readers = self.config.readers(batch)
+        if isinstance(readers, jax.core.Tracer):
+            return batch
+        readers = np.asarray(readers)
+        if (readers.sum(0) <= 1).all():
+            return batch
+        rows, size = len(readers), int(np.max(batch.tile)) + 1  # places for tiles in each row
+        first = readers.argmax(1) // size * size  # the tiles of a row stand side by side
+        at = (first[:, None] + np.arange(size)).reshape(-1)
+        real = np.asarray(batch.is_real_tile)[at] & np.repeat(readers.any(1), size)
+
+        def copy_tiles(array, fill=0):
+            if array is None or not len(array):
+                return array
+            array = np.asarray(array)[at]
+            return np.where(real.reshape(-1, *(1,) * (array.ndim - 1)), array, fill)
+
+        tokens_per_row = size * self.config.image_tokens
+        index = np.asarray(batch.image_token_index)
+        moved = index + (np.arange(rows) - first // size)[:, None] * tokens_per_row
+        newline = index == len(batch.tile) * self.config.image_tokens
+        index = np.where(newline, rows * tokens_per_row, np.where(index < 0, -1, moved))
+        return batch.replace(
+            image_token_index=index.astype(np.int32),
+            pixels=copy_tiles(batch.pixels),
+            tile=np.asarray(batch.tile)[at],
+            is_real_tile=real,
+            features=copy_tiles(batch.features),
+            qformer_ids=copy_tiles(batch.qformer_ids),
+            qformer_kind=copy_tiles(batch.qformer_kind, tokens.CODE["pad"]),
+        )
+
+    def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
+        """Return what the vision tower gives to the projector."""
+        dtype = self.vision.cls.dtype
+        if batch.features is not None:
+            return batch.features.astype(dtype)
+        return self.vision(batch.pixels.astype(dtype), taps.module("vision"))
+
+    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        """Return the image tokens of all tiles in the order that `image_token_index` counts."""
+        features = self.features(batch, taps)
+        images = self.projector(features, taps.module("projector", lens=self.lm.lens))
+        return images.reshape(-1, images.shape[-1])
+
+    def embed(self, batch: Batch, taps) -> Float[Array, "B T D"]:
+        """Return word embeddings with the image tokens merged in place."""
+        words = self.lm.embeddings(batch.ids)
+        tap = taps.module("lm", lens=self.lm.lens)
+        if not len(batch.is_real_tile):  # text alone: neither vision nor projector are run
+            return tap(sites.lm.embed, words)
+        images = self.images(batch, taps).astype(words.dtype)
+        at = batch.image_token_index
+        images = collectives.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
+        merged = jnp.where((at >= 0)[..., None], images, words)
+        return tap(sites.lm.embed, merged)
+
+    def __call__(
+        self, batch: Batch, taps, past: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Return the final normed states of every token, and the cache."""
+        x = self.embed(batch, taps)
+        return self.read(x, batch.position, batch.valid, taps, past, batch.segment)
+
+    def read(
+        self,
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        taps,
+        past: Cache | None = None,
+        segment: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run the language model on merged embeddings."""
+        tap = taps.module("lm", lens=self.lm.lens)
+        return self.lm(x, position, valid, tap, past, segment)
+
+    def logits(self, x: Float[Array, "B T D"], taps) -> Float[Array, "B T V"]:
+        """Return the float32 logits of normed states."""
+        return taps.module("logits")(sites.logits, self.lm.logits(x))
