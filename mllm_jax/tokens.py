@@ -8,7 +8,6 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any, TypeAlias
 
 import jax
@@ -291,11 +290,3 @@ def of(selector) -> Where:
 
 NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "every", "last", "generating")}
 NAMED["all"] = every  # as edits were written before
-
-
-def __getattr__(name: str) -> Where:
-    """Return the selectors that had another name before."""
-    if name == "all":
-        warnings.warn("tokens.all is called tokens.every", DeprecationWarning, stacklevel=2)
-        return every
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
