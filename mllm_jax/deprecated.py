@@ -21,7 +21,7 @@ MODULES = {
     "mllm_jax.axes": "mllm_jax.typing",
     "mllm_jax.precision": "mllm_jax.numerics.precision",
     "mllm_jax.products": "mllm_jax.numerics.products",
-    "mllm_jax.workdir": "mllm_jax.store.workdir",
+    "mllm_jax.workdir": "mllm_jax.store",
     "mllm_jax.interventions.run": "mllm_jax.passes.run",
     "mllm_jax.interventions.sweep": "mllm_jax.passes.sweep",
     "mllm_jax.interventions.reduce": "mllm_jax.passes.reduce",
