@@ -28,7 +28,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.passes import run
-from mllm_jax.planning import hlo, programs, work
+from mllm_jax.planning import hlo, hlo_work, programs, work
 from mllm_jax.planning.chips import GIB, Chip, Slice
 from mllm_jax.planning.programs import Program, Size
 from mllm_jax.report import tables
@@ -485,7 +485,7 @@ def _findings(
             "collectives": (),
             "seconds": _seconds(chip, ideal, lying),
         }
-    done = hlo.Program(found.text).work(unknown=program.unknown)
+    done = hlo_work.count_work(hlo.Program(found.text), unknown=program.unknown)
     held |= {"activations": found.temporary, "results": found.results, "code": found.code}
     return {
         "how": COMPILED,

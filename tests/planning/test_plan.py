@@ -17,7 +17,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import binding
 from mllm_jax.passes import run
-from mllm_jax.planning import chips, hlo, plan, programs, work
+from mllm_jax.planning import chips, hlo, hlo_collectives, hlo_work, plan, programs, work
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.training import parts
 
@@ -96,7 +96,7 @@ def test_a_product_in_a_loop_counts_as_often_as_it_runs():
     assert work.flops(loop, x, w) == 7 * 2 * 4 * 8 * 8
     program = hlo.Program(jax.jit(loop).lower(x, w).compile().as_text())
     assert program.loops() == [7]
-    assert program.work().flops == 7 * 2 * 4 * 8 * 8
+    assert hlo_work.count_work(program).flops == 7 * 2 * 4 * 8 * 8
 
 
 def test_products_are_those_of_the_network():
@@ -111,7 +111,7 @@ def test_products_are_those_of_the_network():
 def test_a_program_for_tpus_is_read():
     program = hlo.Program(TPU)
     assert program.loops() == [32]
-    done = program.work()
+    done = hlo_work.count_work(program)
     inside = 2 * 4 * 16 * 64 * 128  # of each of the two convolutions in the loop
     scores = 2 * 8 * 4 * 40 * 40 * 16  # a product for each of 8 x 4, not for every pair of them
     assert done.flops == 32 * 2 * inside + scores
@@ -181,7 +181,7 @@ ENTRY %main (a.0: bf16[512,256], a.1: bf16[64,32], a.2: bf16[32,16]) -> bf16[512
 
 
 def test_a_collective_beside_other_work_counts_once():
-    done = hlo.Program(ASYNC).work()
+    done = hlo_work.count_work(hlo.Program(ASYNC))
     gather, scatter = done.collectives
     assert (gather.kind, str(gather.array), gather.times) == ("all-gather", "bf16[4096,256]", 1)
     assert (scatter.kind, str(scatter.array)) == ("reduce-scatter", "bf16[512,256]")
@@ -210,13 +210,13 @@ def test_a_collective_beside_other_work_counts_once():
 )
 def test_how_many_chips_exchange(groups, count):
     op = hlo.Op("x", (), "all-reduce", (), f", channel_id=1, {groups}, to_apply=%add", False)
-    assert hlo._group(op, 8) == count
+    assert hlo_collectives.group_size(op, 8) == count
 
 
 def test_chips_that_cannot_be_read_are_an_error():
     op = hlo.Op("x", (), "all-reduce", (), ", replica_groups=@all", False)
     with pytest.raises(ValueError, match="cannot be read"):
-        hlo._group(op, 8)
+        hlo_collectives.group_size(op, 8)
 
 
 def test_a_loop_that_counts_by_two_runs_half_as_often():
@@ -228,8 +228,8 @@ def test_a_loop_that_counts_by_two_runs_half_as_often():
     ]
     once, twice = (hlo.Program("\n".join(text)) for text in (TPU.splitlines(), lines))
     assert twice.loops() == [16]
-    assert [c.times for c in twice.work().collectives] == [1, 16]
-    assert [c.times for c in once.work().collectives] == [1, 32]
+    assert [c.times for c in hlo_work.count_work(twice).collectives] == [1, 16]
+    assert [c.times for c in hlo_work.count_work(once).collectives] == [1, 32]
 
 
 def test_what_chips_exchange_is_told_by_its_shape():
