@@ -115,7 +115,7 @@ def learn(config, model, batches, site, shape, edits: Edits) -> dict[str, np.nda
     logits, curve = learning.learn(
         loss, start, model, order, optax.adam(config.rate), seed=config.seed, label="gates"
     )
-    return {"gates": np.asarray(gate.settle(logits)), "curve": curve}
+    return {"gates": np.asarray(gate.final(logits)), "curve": curve}
 
 
 def divergence(model, read: dict[str, Any], edits: Edits) -> tuple[jax.Array, jax.Array]:
