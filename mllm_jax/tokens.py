@@ -13,7 +13,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from mllm_jax.typing import AnyArray, Bool, Int
+from mllm_jax.typing import AnyArray, Bool, Int, Shaped
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
@@ -142,8 +142,8 @@ class Where:
     """A selector of tokens. Combine selectors with |, & and ~.
 
     Attributes:
-      form: How it is resolved: "kind", "last", "row", "column", "tile", "mask", "and", "or" or "not".
-        Static.
+      form: How it is resolved: "kind", "last", "row", "column", "tile", "mask", "and", "or" or
+        "not". Static.
       parts: The selectors that it combines.
       value: Its data: kind codes int8[n], an index int32[], or an explicit mask bool[B, T].
     """
