@@ -104,7 +104,7 @@ def steadiness(this: Study, counts: selection.All, module: str) -> dict[str, Any
             return dict.fromkeys(("lowest", "shuffled", "beyond"))
         test = stability.shuffle_test(*data, shuffles=config.shuffles, level=config.level, **how)
         return {
-            "lowest": _finite(test.found.entropy.min()),
+            "lowest": _finite(test.selection.entropy.min()),
             "shuffled": _finite(np.quantile(test.lowest, config.level, method="inverted_cdf")),
             "beyond": int(test.mask.any(axis=0).sum()),
         }

@@ -42,7 +42,7 @@ def dark(pictures, return_tensors):
 def seen(model, batches, data, setting, save, **how):
     processor = tiny.processor(model.config)
     if setting:
-        processor._pictures = lambda: dark
+        processor._make_image_processor = lambda: dark
     some = [EXAMPLES[i] for i in data]
     return features.vision_features(model, processor, some, save / "x.npy", batch_size=2, **how)
 
