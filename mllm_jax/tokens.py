@@ -13,7 +13,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from mllm_jax.typing import AnyArray, Bool, Int, Shaped
+from mllm_jax.typing import AnyArray, Bool, Int
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
