@@ -1,4 +1,4 @@
-"""Where the embedded model stores what kind of picture it sees.
+"""Subspaces in which the embedded model stores the kind of a picture, by alignment search.
 
 python -m experiments.das --config=configs/embedded_das.py --workdir=DIR
 python -m experiments.das --config=configs/embedded_das.py:quick --workdir=DIR
@@ -12,10 +12,10 @@ from configs import base
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
     base.check_variant("embedded_das.py", size, ("full", "quick"))
     config = base.embedded()
-    config.style = "kind"  # of the question; own pictures have "category"
-    config.layers = (5, 10, 15, 20, 25)  # one subspace each
+    config.style = "kind"  # of the question; your own pictures have "category"
+    config.layers = (5, 10, 15, 20, 25)  # one subspace for each layer
     config.rank = 4
-    config.rate = 0.01  # of Adam
+    config.rate = 0.01  # learning rate of Adam
     config.steps = 100
     config.train_per_domain = 40
     config.test_per_domain = 20

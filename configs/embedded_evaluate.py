@@ -1,4 +1,4 @@
-"""Held-out accuracy of the embedded model.
+"""The accuracy of the embedded model on held-out pictures.
 
 python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR
 """

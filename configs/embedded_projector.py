@@ -1,10 +1,11 @@
-"""The projector of the embedded model, trained on the five embedded domains; all else frozen.
+"""Training of the embedded model's projector on the five embedded domains.
 
     python -m experiments.train --config=configs/embedded_projector.py --workdir=ONE
     python -m experiments.train --config=configs/embedded_projector.py:second --workdir=TWO \
         --config.projector=ONE/projector.safetensors
 
-The first stage asks everything; the second goes on with the questions that need a close look.
+Everything else is frozen. The first stage trains on all question styles; the second continues with
+the styles that need details of the picture.
 """
 
 import ml_collections
@@ -17,13 +18,13 @@ def get_config(stage: str = "first") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = "embedded"
     config.projector = "random"
-    config.domains = ()  # some of the embedded domains; all five by default
-    config.paths = ()  # or own domains: folders, .csv or .jsonl files
+    config.domains = ()  # a subset of the embedded domains; empty for all five
+    config.paths = ()  # or your own domains: folders, .csv or .jsonl files
     config.train_per_domain = 500
     config.test_per_domain = 60
-    config.batch_size = 4  # pictures; each with `questions` questions in one row
+    config.batch_size = 4  # pictures, each with `questions` questions packed into one row
     config.questions = 4
-    config.styles = ()  # all
+    config.styles = ()  # empty for all
     config.steps = 480
     config.seed = 0
     config.recipe = ml_collections.ConfigDict()

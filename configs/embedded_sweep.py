@@ -1,4 +1,4 @@
-"""Where the embedded model makes its answers: grids of edits by layer.
+"""Grids of edits by layer that locate the computation of the embedded model's answers.
 
 python -m experiments.sweep --config=configs/embedded_sweep.py:GRID --workdir=DIR
 

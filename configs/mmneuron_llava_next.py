@@ -1,22 +1,24 @@
-"""Paper A (MMNeuron, Huo et al., EMNLP 2024) on its own data: LLaVA-NeXT, five VQA data sets.
+"""MMNeuron (Huo et al., EMNLP 2024) on its own data: LLaVA-NeXT, five VQA data sets.
 
     python -m experiments.domain_neurons --config=configs/mmneuron_llava_next.py --workdir=DIR \
         --config.vqa.manual=FOLDER
 
-FOLDER holds the data sets as they are downloaded, `vqa.instructions(NAME)` of mllm_jax.data.vqa
-says what and where; they are built once. `:official` does what the released code does, its
-metrics, its sampling and its few counted pictures included (docs/official.md).
+FOLDER holds the data sets as they are downloaded; `vqa.instructions(NAME)` of mllm_jax.data.vqa
+states what to download and where to put it. They are built once. `:official` follows the released
+code, including its metrics, its sampling and its small number of counted pictures
+(docs/official.md).
 
-To expect: no accuracy changes by more than 10 % when domain neurons are off, and under 1 % of the
-neurons are domain-specific (the paper's abstract and text; its tables by module are not public as
-numbers). The rates fix how many are selected, K = round(0.01 * layers * width):
+Expected results: ablating domain neurons changes no accuracy by more than 10 %, and less than 1 %
+of the neurons are domain-specific (from the paper's abstract and text; its tables by module are not
+public as numbers). The rates determine the number of selected neurons,
+K = round(0.01 * layers * width):
 
     module     layers * width        K
     lm         32 * 11,008       3,523
-    vision     23 *  4,096         942   (the release: 24 layers, 983; the last reaches nothing)
+    vision     23 *  4,096         942   (the release: 24 layers, 983; the last affects nothing)
     projector   1 *  4,096          41
 
-What it takes, in floating-point operations, with T = 2,928 image tokens + some 60 of text at most,
+Cost in floating-point operations, with at most T = 2,928 image tokens + about 60 of text,
 P = 6.7e9 parameters of the LM, 32 layers of width 4,096, V = 32,064 words:
 
     pass      2 P T + 4 * 32 * 4,096 T^2     = 4.0e13 + 0.5e13     the LM reads one picture
@@ -27,11 +29,11 @@ P = 6.7e9 parameters of the LM, 32 layers of width 4,096, V = 32,064 words:
     ablate    5 *  1,001 * 33   * (2 pass + tower)         = 1.5e19   33 = 1 + 4 * (5 + 3) cells
     lens      5 *    200        * (pass + tower + lens)    = 7.2e16
 
-in all 1.8e19: half a day on one accelerator that keeps up 4e14 a second, after the formula and not
-a clock. Fewer `modules` and `controls` cost less in proportion. Memory: 14 GB of weights in
-bfloat16, 0.5 MB of cache a token (6 GB for a batch of 4); of counts 3 GB on the host, 0.6 GB a
-domain on disk.
-What a slice of TPUs has to hold, by the compiler:
+The total is 1.8e19: half a day on one accelerator that sustains 4e14 operations per second, by the
+formula and not by measurement. The cost is proportional to the number of `modules` and `controls`.
+Memory: 14 GB of weights in bfloat16, 0.5 MB of cache per token (6 GB for a batch of 4); for counts
+3 GB on the host and 0.6 GB per domain on disk.
+The memory that a TPU slice needs, from the compiler:
 
     python -m experiments.plan --model=llava-next-vicuna-7b --topology=v5e:2x4 --study=counts+lens
 """
@@ -45,7 +47,7 @@ def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
     base.check_variant("mmneuron_llava_next.py", procedure, ("paper", "official"))
     config = base.mmneuron(procedure)
     config.model = "llava-hf/llava-v1.6-vicuna-7b-hf"
-    config.vqa.model = "llava_next"  # whose prompts
-    config.modules = ("lm", "vision", "projector", "all")  # cut; several are joined by +
+    config.vqa.model = "llava_next"  # the model whose prompts are used
+    config.modules = ("lm", "vision", "projector", "all")  # to ablate; join several by +
     config.batch_size = 4
     return config

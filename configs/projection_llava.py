@@ -1,12 +1,13 @@
-"""Paper B (Verma et al. 2024) as it was: LLaVA-1.5-7B on the four data sets of the paper.
+"""Cross-Modal Projection (Verma et al., ACL 2024) as published: LLaVA-1.5-7B, four data sets.
 
     python -c 'from mllm_jax.data import classification as c; c.build("plantdoc", "/data/tasks")'
     python -m experiments.projection --config=configs/projection_llava.py:plantdoc --workdir=DIR
     python -m experiments.projection --config=configs/projection_llava.py:plantdoc-official ...
 
-The names are plantdoc, dtd, dermnet and crisismmd. It has not been run: the paper took 2 A100-80GB,
-an hour a fine-tuning. Vision features are kept as float32, 2.4 MB a picture (5 GB of plantdoc, 46
-GB of dermnet). What the paper printed (macro-F1 / accuracy; probes macro-F1):
+The data sets are plantdoc, dtd, dermnet and crisismmd. This config has not been run; the paper used
+2 A100-80GB and an hour for each fine-tuning. Vision features are stored as float32, 2.4 MB per
+picture (5 GB for plantdoc, 46 GB for dermnet). The paper's results (macro-F1 / accuracy; probes
+macro-F1):
 
     |                          | plantdoc      | dtd           | dermnet       | crisismmd     |
     |--------------------------|---------------|---------------|---------------|---------------|
@@ -20,19 +21,20 @@ GB of dermnet). What the paper printed (macro-F1 / accuracy; probes macro-F1):
     | probe after, FT-Proj     | 0.413         | 0.474         | 0.218         | 0.603         |
     | probe after, FT-E2E      | 0.535         | 0.621         | 0.253         | 0.724         |
 
-`official` does what the released code does: FT-Proj reads the picture alone and learns no end of
-turn, its pictures are cropped and its rate is that of a projector at random; labels lose their
-underscores; probes have the code's rate, batch and epochs, without stopping. What it does not do is
-choose probes on the test pictures, sample the answers at temperature 0.2, or shuffle without a
-seed. By default all this is corrected. In both, a tenth of train is held of the data sets without a
-split for it, so steps are a tenth fewer there.
+`official` follows the released code: FT-Proj reads the picture alone and does not learn the end of
+turn, its pictures are cropped, and its learning rate is that of a randomly initialised projector;
+labels lose their underscores; probes have the code's learning rate, batch size and epochs, without
+early stopping. It does not select probes on the test pictures, sample the answers at temperature
+0.2, or shuffle without a seed. The default corrects all of these settings. In both variants a tenth
+of the training set is held out of data sets without a split for it, so they have a tenth fewer
+training steps.
 """
 
 import ml_collections
 
 from configs import base
 
-# Pictures to train on. Of crisismmd nobody says; this is the paper's total by the division of all.
+# Training pictures. The paper does not state crisismmd's; this is its total by the usual division.
 TRAIN = {"plantdoc": 2108, "dtd": 1880, "dermnet": 14_000, "crisismmd": 7_873}
 ALL = 1_000_000
 
@@ -41,13 +43,13 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
     name, _, choices = which.partition("-")
     if name not in TRAIN or choices not in ("", "official", "corrected"):
         raise ValueError(
-            f"configs/projection_llava.py:{which} is none of {', '.join(TRAIN)}, with -official "
-            "behind it or not"
+            f"configs/projection_llava.py:{which} is none of {', '.join(TRAIN)}, with or without "
+            "-official after the name"
         )
     official = choices == "official"
     config = base.projection()
     config.model = "liuhaotian/llava-v1.5-7b"
-    config.clip = "openai/clip-vit-large-patch14-336"  # for its zero-shot; "" leaves it out
+    config.clip = "openai/clip-vit-large-patch14-336"  # for zero-shot; "" skips it
     config.tasks = (name,)
     config.choices = "official" if official else "corrected"
     config.seeds = (0, 1, 2, 3, 4)
@@ -74,10 +76,10 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
 
 
 def _setting(part: str, name: str, batch: int, rate: float) -> ml_collections.ConfigDict:
-    """LLaVA-1.5's recipe for one epoch on 2 GPUs (scripts/v1_5), with AdamW as in HF's trainer."""
+    """Return LLaVA-1.5's recipe for one epoch on 2 GPUs, with AdamW as in HF's trainer."""
     setting = base.fine_tuning(part, rate)
     setting.batch_size = batch
     setting.steps = -(-TRAIN[name] // batch)  # one epoch
-    setting.recipe.lora = ml_collections.ConfigDict({"rank": 128, "alpha": 256.0})  # if part has it
+    setting.recipe.lora = ml_collections.ConfigDict({"rank": 128, "alpha": 256.0})
     setting.recipe.remat = True
     return setting

@@ -75,7 +75,7 @@ class Context:
         content = {"format": parts.FORMAT, **results, **named}
         store.atomic_json(self.workdir / "results.json", content)
         write_page(self.workdir.path, content)
-        store.manifest(self.workdir, **manifest)
+        store.write_manifest(self.workdir, **manifest)
 
     def with_features(self, batch):
         """Return a batch with its vision features, so that passes skip the vision tower.

@@ -105,11 +105,11 @@ def _check_one_question(segment: Int[Array, "B T"]) -> None:
     if isinstance(segment, jax.core.Tracer):
         raise ValueError(
             "packed rows inside a transformation of JAX: nobody can see there how many questions a "
-            "row holds; make the batch by calling the processor with one question a row"
+            "row holds; processor.unpack(batch) gives one question a row"
         )
     several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
     if len(several):
         raise ValueError(
             f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
-            "generate and score read one prompt a row; call the processor with one question a row"
+            "generate and score read one prompt a row; processor.unpack(batch) gives such rows"
         )

@@ -67,11 +67,11 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
     entry = study.workdir.json(f"picture-{name}", make)
     if entry is None:
         return None
-    original = store.relative_picture(study.workdir, f"picture-{number}.png", example.image)
+    original = store.save_figure(study.workdir, f"picture-{number}.png", example.image)
     batch = study.processor([example.image], ["<image>"])
     seen = as_seen(study.processor, batch)
     return entry | {
-        "image": store.relative_picture(study.workdir, f"seen-{number}.png", seen),
+        "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
         "original": original,
     }
 

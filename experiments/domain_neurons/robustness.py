@@ -117,7 +117,7 @@ def stability(study: Study, counted: selection.DomainCounts, module: str) -> dic
         )
         shuffled = np.quantile(test.lowest, config.level, method="inverted_cdf")
         return {
-            "lowest_entropy": _finite(test.found.entropy.min()),
+            "lowest_entropy": _finite(test.selection.entropy.min()),
             "shuffled_entropy": _finite(shuffled),
             "beyond_chance": int(test.mask.any(axis=0).sum()),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from mllm_jax.analysis import checks
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SelectedNeurons:
-    """What `select` found in one module. D_ domains, L layers, F neurons.
+    """The domain-specific neurons of one module. D_ domains, L layers, F neurons.
 
     Attributes:
         entropy: float64[L, F], nats; +inf where a neuron was filtered out. The entropy before the
@@ -27,12 +28,13 @@ class SelectedNeurons:
         selected: bool[L, F], the neurons of lowest entropy: `k` of them, or all candidates if those
             are fewer.
         mask: bool[D_, L, F], the domains of each selected neuron. A neuron may have several; a
-            domain may have none and keeps its place.
-        threshold: a neuron whose probability exceeds this in no domain is no candidate. A float, or
-            float64[L] where each layer has its own.
-        bar: a selected neuron belongs to the domains in which its probability exceeds this;
-            likewise.
-        k: how many neurons `top_rate` asked for; of all modules, where they share thresholds.
+            domain without neurons keeps its place.
+        threshold: a candidate has a probability above this in some domain. A float, or float64[L]
+            where each layer has its own.
+        bar: a selected neuron belongs to the domains in which its probability exceeds this. A
+            float, or float64[L].
+        k: the number of neurons that `top_rate` stands for; of all modules, where they share
+            thresholds.
     """
 
     entropy: np.ndarray
@@ -51,34 +53,34 @@ def select(
     top_rate: float = 0.01,
     filter_rate: float = 0.95,
     bar_rate: float = 0.95,
-    assign: str = "multiple",
+    assign: Literal["multiple", "single"] = "multiple",
     names: Sequence[str] = (),
-    compat: str | None = None,
+    compat: Literal["official"] | None = None,
 ) -> SelectedNeurons:
-    """Selects the domain-specific neurons of one module.
+    """Select the domain-specific neurons of one module.
 
     Rates become ranks by Python's `round` (half to even), ranks count from the smallest value,
     comparisons are strict, and equal entropies are taken in (layer, neuron) order.
 
     Args:
-        counts: int[D_, L, F], tokens of each domain on which a neuron is active.
-        tokens: int[D_], tokens of each domain.
+        counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
+        tokens: int[D_], number of tokens of each domain.
         top_rate: share of all neurons of the module to keep, in (0, 1].
         filter_rate: quantile of all probabilities (layers, neurons, domains) that a candidate must
             exceed in some domain.
         bar_rate: quantile that a selected neuron must exceed in a domain to belong to it.
         assign: "multiple", or "single": a neuron belongs to its most probable domain alone.
         names: the domains' names, for error messages only.
-        compat: "official" counts in float32 and fills up to `k` with neurons that are no
+        compat: "official" divides in float32 and fills up to `k` with neurons that are no
             candidates, as the released code does; see docs/official.md.
 
     Returns:
-        What was found.
+        The selected neurons.
 
     Raises:
-        ValueError: fewer than two domains, a domain without tokens, shapes that do not fit, counts
-            that are no counts or above the tokens of their domain, a rate outside (0, 1], or an
-            option that is not known.
+        ValueError: there are fewer than two domains, a domain without tokens, shapes that do not
+            match, counts that are negative or above the tokens of their domain, a rate outside
+            (0, 1], or an unknown option.
     """
     rule = _Rule(top_rate, filter_rate, bar_rate, assign, compat)
     return rule(_probability(counts, tokens, names, rule))
@@ -88,11 +90,11 @@ def select_modules(
     counts: Mapping[str, np.ndarray],
     tokens: Mapping[str, np.ndarray],
     *,
-    thresholds: str = "module",
+    thresholds: Literal["module", "global", "layer"] = "module",
     names: Sequence[str] = (),
-    **options,
+    **options: Any,
 ) -> dict[str, SelectedNeurons]:
-    """Selects in several modules, whose neurons compete within a layer, a module or all of them.
+    """Select in several modules, whose neurons compete within a layer, a module or all of them.
 
     Args:
         counts: {module: int[D_, L, F]}; L and F are each module's own.
@@ -103,7 +105,7 @@ def select_modules(
         **options: rates, assign and compat, as in `select`.
 
     Returns:
-        {module: what was found}.
+        {module: the selected neurons}.
     """
     rule = _Rule(**options)
     if not counts or counts.keys() != tokens.keys():
@@ -111,41 +113,30 @@ def select_modules(
             f"counts of {', '.join(counts) or 'no module'}, tokens of "
             f"{', '.join(tokens) or 'none'}: both are needed, of the same modules"
         )
-    found = {m: _probability(counts[m], tokens[m], names, rule) for m in counts}
+    probabilities = {m: _probability(counts[m], tokens[m], names, rule) for m in counts}
     if thresholds == "module":
-        return {module: rule(p) for module, p in found.items()}
+        return {module: rule(p) for module, p in probabilities.items()}
     if thresholds == "layer":
-        return {module: _layers([rule(l) for l in np.split(p, p.shape[1], axis=1)])
-                for module, p in found.items()}  # fmt: skip
-    if thresholds == "global":
-        flat = [p.reshape(len(p), 1, -1) for p in found.values()]
-        every = rule(np.concatenate(flat, axis=2))
-        ends = np.cumsum([p.shape[2] for p in flat])[:-1]
-        parts = [
-            np.split(array, ends, axis=-1)
-            for array in (every.entropy, every.probability, every.selected, every.mask)
-        ]
         return {
-            module: SelectedNeurons(
-                *(a.reshape(*a.shape[:-2], *p.shape[1:]) for a in arrays),
-                every.threshold, every.bar, every.k,
-            )
-            for (module, p), *arrays in zip(found.items(), *parts, strict=True)
-        }  # fmt: skip
+            module: _join_layers([rule(layer) for layer in np.split(p, p.shape[1], axis=1)])
+            for module, p in probabilities.items()
+        }
+    if thresholds == "global":
+        return _select_together(probabilities, rule)
     raise ValueError(f"thresholds={thresholds!r} is none of 'module', 'global', 'layer'")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """The options of `select`, checked."""
+    """The checked options of `select`; called with probabilities, it selects."""
 
     top_rate: float = 0.01
     filter_rate: float = 0.95
     bar_rate: float = 0.95
-    assign: str = "multiple"
-    compat: str | None = None
+    assign: Literal["multiple", "single"] = "multiple"
+    compat: Literal["official"] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("top_rate", "filter_rate", "bar_rate"):
             rate = getattr(self, name)
             if not 0 < rate <= 1:
@@ -176,28 +167,58 @@ class _Rule:
         )
 
 
-def _probability(counts, tokens, names: Sequence[str], rule: _Rule) -> np.ndarray:
+def _probability(
+    counts: np.ndarray, tokens: np.ndarray, names: Sequence[str], rule: _Rule
+) -> np.ndarray:
     counts, tokens = _checked(counts, tokens, names)
     if rule.compat:  # torch divides integers in float32
         counts, tokens = counts.astype(np.float32), tokens.astype(np.float32)
     return counts / tokens[:, None, None]
 
 
-def _layers(found: Sequence[SelectedNeurons]) -> SelectedNeurons:
-    """One finding of several, each of one layer."""
+def _select_together(
+    probabilities: Mapping[str, np.ndarray], rule: _Rule
+) -> dict[str, SelectedNeurons]:
+    """Select with one ranking, one threshold and one bar over the neurons of all modules."""
+    flat = [p.reshape(len(p), 1, -1) for p in probabilities.values()]
+    every = rule(np.concatenate(flat, axis=2))
+    ends = np.cumsum([p.shape[2] for p in flat])[:-1]
+
+    def of_module(array: np.ndarray, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        part = np.split(array, ends, axis=-1)[number]
+        return part.reshape(*part.shape[:-2], *shape)
+
+    return {
+        module: SelectedNeurons(
+            entropy=of_module(every.entropy, number, p.shape[1:]),
+            probability=of_module(every.probability, number, p.shape[1:]),
+            selected=of_module(every.selected, number, p.shape[1:]),
+            mask=of_module(every.mask, number, p.shape[1:]),
+            threshold=every.threshold,
+            bar=every.bar,
+            k=every.k,
+        )
+        for number, (module, p) in enumerate(probabilities.items())
+    }
+
+
+def _join_layers(layers: Sequence[SelectedNeurons]) -> SelectedNeurons:
+    """Join selections of one layer each."""
     return SelectedNeurons(
-        np.concatenate([f.entropy for f in found]),
-        np.concatenate([f.probability for f in found], axis=1),
-        np.concatenate([f.selected for f in found]),
-        np.concatenate([f.mask for f in found], axis=1),
-        np.array([f.threshold for f in found]),
-        np.array([f.bar for f in found]),
-        sum(f.k for f in found),
+        np.concatenate([layer.entropy for layer in layers]),
+        np.concatenate([layer.probability for layer in layers], axis=1),
+        np.concatenate([layer.selected for layer in layers]),
+        np.concatenate([layer.mask for layer in layers], axis=1),
+        np.array([layer.threshold for layer in layers]),
+        np.array([layer.bar for layer in layers]),
+        sum(layer.k for layer in layers),
     )
 
 
 def entropy(probability: np.ndarray) -> np.ndarray:
-    """Entropy of each neuron's activation probabilities, normalised over the domains (DAPE).
+    """Compute the entropy of each neuron's activation probabilities over the domains (DAPE).
+
+    The probabilities of a neuron are divided by their sum over the domains.
 
     Args:
         probability: float64[D_, L, F].
@@ -214,24 +235,31 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     return 0.0 - (share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(axis=0)
 
 
-def random_like(found: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
-    """A random control: as many neurons in every layer of every domain, without replacement.
+def random_like(selection: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
+    """Draw a random control: as many neurons in every layer of every domain, without replacement.
 
     Args:
-        found: the neurons to match.
+        selection: the neurons to match.
         key: an int seed or a JAX PRNG key. The same key gives the same neurons.
 
     Returns:
         bool[D_, L, F].
     """
-    return random_mask_like(found.mask, key)
+    return random_mask_like(selection.mask, key)
 
 
 def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
-    """As many neurons in every layer of a mask bool[..., L, F], without replacement.
+    """Draw as many neurons in every layer of a mask, without replacement.
 
     The draw is over all neurons of the layer; those of the mask are not excluded, so that the
     control is the plain null hypothesis "any neurons of these layers".
+
+    Args:
+        mask: bool[..., L, F], the neurons to match.
+        key: an int seed or a JAX PRNG key.
+
+    Returns:
+        bool[..., L, F].
     """
     mask = checks.mask(mask, "mask")
     neurons = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)
@@ -240,24 +268,25 @@ def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
 
 
 def generator(key: int | jax.Array) -> np.random.Generator:
-    """NumPy's generator out of an int seed or a JAX PRNG key."""
+    """Return NumPy's generator for an int seed or a JAX PRNG key."""
     seed = key if isinstance(key, int) else [int(word) for word in jax.random.key_data(key).ravel()]
     return np.random.default_rng(seed)
 
 
-def per_layer(found: SelectedNeurons) -> np.ndarray:
-    """int64[D_, L]: number of neurons of each domain in each layer."""
-    return found.mask.sum(axis=-1)
+def per_layer(selection: SelectedNeurons) -> np.ndarray:
+    """Count the neurons of each domain in each layer: int64[D_, L]."""
+    return selection.mask.sum(axis=-1)
 
 
-def domains_per_neuron(found: SelectedNeurons) -> np.ndarray:
-    """int64[D_ + 1]: number of selected neurons that belong to 0, 1, ... D_ domains."""
-    return np.bincount(found.mask.sum(axis=0)[found.selected], minlength=len(found.mask) + 1)
+def domains_per_neuron(selection: SelectedNeurons) -> np.ndarray:
+    """Count the selected neurons that belong to 0, 1, ... D_ domains: int64[D_ + 1]."""
+    domains = selection.mask.sum(axis=0)[selection.selected]
+    return np.bincount(domains, minlength=len(selection.mask) + 1)
 
 
-def overlap(found: SelectedNeurons) -> np.ndarray:
-    """float64[D_, D_]: Jaccard index of the neurons of two domains; 0 where both have none."""
-    members = found.mask.reshape(len(found.mask), -1).astype(np.int64)
+def overlap(selection: SelectedNeurons) -> np.ndarray:
+    """Return the Jaccard index of each two domains, float64[D_, D_]; 0 where both are empty."""
+    members = selection.mask.reshape(len(selection.mask), -1).astype(np.int64)
     both = members @ members.T
     sizes = members.sum(axis=1)
     either = sizes[:, None] + sizes[None, :] - both
@@ -265,7 +294,7 @@ def overlap(found: SelectedNeurons) -> np.ndarray:
 
 
 def _quantile(probability: np.ndarray, rate: float, name: str) -> float:
-    """The round(rate * size)-th smallest value."""
+    """Return the round(rate * size)-th smallest value."""
     rank = round(rate * probability.size)
     if rank == 0:
         raise ValueError(
@@ -274,7 +303,9 @@ def _quantile(probability: np.ndarray, rate: float, name: str) -> float:
     return float(np.partition(probability, rank - 1, axis=None)[rank - 1])
 
 
-def _checked(counts, tokens, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    counts: np.ndarray, tokens: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     counts, tokens = np.asarray(counts), np.asarray(tokens)
     if counts.ndim != 3 or 0 in counts.shape[1:]:
         raise ValueError(f"counts must be [domains, layers, neurons], not of shape {counts.shape}")
@@ -292,7 +323,7 @@ def _checked(counts, tokens, names: Sequence[str]) -> tuple[np.ndarray, np.ndarr
         )
     if (counts < 0).any():
         raise ValueError("counts has negative entries; were they summed in a type too narrow?")
-    for domain in np.flatnonzero(tokens <= 0):
+    for domain in np.flatnonzero(tokens <= 0).tolist():
         name = repr(names[domain]) if names else domain
         raise ValueError(
             f"domain {name} has {tokens[domain]} tokens; leave it out or give it examples"

@@ -1,11 +1,11 @@
 """Bootstrap intervals over examples, a paired test, and Holm's correction for many tests.
 
-Everything is seeded and free of BLAS, so the same numbers give the same bytes.
+Everything is seeded and free of BLAS, so that equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,23 +13,32 @@ from mllm_jax.analysis import checks
 
 RESAMPLES = 2000
 LEVEL = 0.95
+Value = TypeVar("Value", float, np.ndarray)
 
 
-class Interval(NamedTuple):
-    """A value and its percentile interval; floats, or float64 arrays of one shape."""
+class Interval(NamedTuple, Generic[Value]):
+    """A value and its percentile interval; floats, or float64 arrays of one shape.
 
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    Attributes:
+        value: the estimate.
+        low: the lower end.
+        high: the upper end.
+    """
+
+    value: Value
+    low: Value
+    high: Value
 
     @property
-    def excludes_zero(self) -> np.ndarray:
-        """Whether zero lies outside."""
+    def excludes_zero(self) -> Any:
+        """Return whether zero lies outside: a bool, or bools in the shape of the value."""
         return (self.low > 0) | (self.high < 0)
 
 
-def draws(examples: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each example is drawn in each bootstrap resample: int64[resamples, examples]."""
+def draws(
+    examples: int, *, resamples: int = RESAMPLES, seed: int | tuple[int, ...] = 0
+) -> np.ndarray:
+    """Draw bootstrap resamples: int64[resamples, examples], how often each holds each example."""
     if examples < 1:
         raise ValueError("a bootstrap needs at least one example, got none")
     if resamples < 1:
@@ -39,16 +48,22 @@ def draws(examples: int, *, resamples: int = RESAMPLES, seed: int = 0) -> np.nda
 
 
 def percentiles(
-    samples: np.ndarray, *, level: float = LEVEL, **how
+    samples: np.ndarray, *, level: float = LEVEL, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The central interval of the samples on the first axis: (low, high)."""
+    """Return the central interval (low, high) of samples along their first axis.
+
+    Args:
+        samples: float[samples, ...].
+        level: mass of the interval.
+        **options: options of `np.quantile`.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
     if not len(checks.numbers(samples, "samples")):
         raise ValueError("samples is empty: there is no interval of nothing")
     checks.finite(samples, "samples")
     tail = (1 - level) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], axis=0, **how)
+    low, high = np.quantile(samples, [tail, 1 - tail], axis=0, **options)
     return low, high
 
 
@@ -59,15 +74,15 @@ def ratio(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Interval:
-    """Ratio of two totals, such as entropy per token, with an interval over examples.
+) -> Interval[np.ndarray]:
+    """Compute the ratio of two totals, such as entropy per token, with an interval over examples.
 
     Args:
         sums: float[N, ...], each example's sum.
         weights: float[N, ...], each example's weight (its number of tokens), or 1 on an axis.
         level: mass of the interval.
         resamples: number of bootstrap resamples.
-        seed: of the resamples. Equal seeds resample alike, which pairs two calls.
+        seed: seed of the resamples. Equal seeds resample alike, which pairs two calls.
 
     Returns:
         The interval of sum(sums) / sum(weights), shape of sums without its first axis.
@@ -92,11 +107,11 @@ def ratio(
     return Interval(value, *percentiles(np.where(totals > 0, samples, value), level=level))
 
 
-def mean(values: np.ndarray, **options) -> Interval:
-    """Mean over examples, such as accuracy.
+def mean(values: np.ndarray, **options: Any) -> Interval[np.ndarray]:
+    """Compute the mean over examples, such as accuracy.
 
     Args:
-        values: float[N, ...], one value (or array of values) an example.
+        values: float[N, ...], a value (or an array of values) for each example.
         **options: level, resamples and seed, as in `ratio`.
 
     Returns:
@@ -106,11 +121,13 @@ def mean(values: np.ndarray, **options) -> Interval:
     return ratio(values, np.ones((len(values),) + (1,) * (values.ndim - 1)), **options)
 
 
-def paired_difference(before: np.ndarray, after: np.ndarray, **options) -> Interval:
-    """Mean of after - before over the same examples, such as a change of accuracy.
+def paired_difference(
+    before: np.ndarray, after: np.ndarray, **options: Any
+) -> Interval[np.ndarray]:
+    """Compute the mean of after - before over the same examples, such as a change of accuracy.
 
     Args:
-        before: float[N, ...], one value an example.
+        before: float[N, ...], a value for each example.
         after: float[N, ...], of the same examples in the same order.
         **options: level, resamples and seed, as in `ratio`.
 
@@ -126,15 +143,15 @@ def paired_difference(before: np.ndarray, after: np.ndarray, **options) -> Inter
 
 
 def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided p-value that paired differences have mean zero, by flipping their signs at random.
+    """Test whether paired differences have mean zero, by flipping their signs at random.
 
     Args:
         differences: float[N], after - before of each example.
         resamples: number of random flips; the smallest p-value is 1 / (resamples + 1).
-        seed: of the flips.
+        seed: seed of the flips.
 
     Returns:
-        The p-value, in (0, 1].
+        The two-sided p-value, in (0, 1].
     """
     differences = checks.finite(differences, "differences", axes="[N]")
     if not differences.size:
@@ -144,13 +161,13 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
         return 1.0
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, changed.size))
     flipped = np.abs(np.einsum("rn,n->r", signs, changed))
-    # sums that are equal but for rounding count as equal
+    # Sums that differ by rounding alone count as equal.
     as_large = flipped >= np.abs(changed.sum()) * (1 - 1e-12)
     return float((1 + as_large.sum()) / (1 + resamples))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """P-values adjusted for their number: reject where they fall below the level (Holm 1979).
+    """Adjust p-values for their number: reject where they fall below the level (Holm 1979).
 
     Args:
         p_values: float[...], of one family of tests.

@@ -1,22 +1,22 @@
 """The tables and claims of the projection study (Verma et al. 2024), from the answers of each run.
 
-A variant (Original, FT-Proj, FT-E2E, or a baseline) says of each test picture which class it is, in
-R runs with different seeds: int[R, N], -1 where an answer named no class. So do the probes.
+A variant (Original, FT-Proj, FT-E2E, or a baseline) assigns a class to each test picture in R runs
+with different seeds: int[R, N], -1 where an answer names no class. So do the probes.
 
     task = Task(truth, classes, said={"Original": ..., "FT-Proj": ..., "FT-E2E": ...},
                 probed={"paper": {"before": ..., "Original": ..., "FT-Proj": ..., "FT-E2E": ...}})
     table(task.truth, task.said, classes, over="Original")      # rows of Table 1
     claims({"objects": task, ...})                              # each claim with its verdict
 
-Intervals are percentile bootstraps that draw pictures and runs anew; differences are paired, by
-picture and by run. TABLE_1, TABLE_2 and TABLE_3 are what the paper found.
+Intervals are percentile bootstraps that resample pictures and runs; differences are paired by
+picture and by run. TABLE_1, TABLE_2 and TABLE_3 hold the results of the paper.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,8 @@ from mllm_jax.analysis import checks, intervals
 
 CLIP, ORIGINAL, PROJ, E2E, BEFORE = "CLIP zero-shot", "Original", "FT-Proj", "FT-E2E", "before"
 
-# Verma et al. 2024, Tables 1 to 3, by task: macro-F1 and accuracy, of probes after the projection
-# macro-F1 alone. Mean of 5 runs (Table 1).
+# Verma et al. 2024, Tables 1 to 3, by task. Tables 1 and 3 hold macro-F1 and accuracy, Table 2 the
+# macro-F1 of probes after the projection. Table 1 is a mean over 5 runs.
 TASKS = ("Agriculture", "Textures", "Dermatology", "Humanitarian")
 TABLE_1 = {
     "Random": ((0.0309, 0.0339), (0.0214, 0.0218), (0.0451, 0.0483), (0.2425, 0.2664)),
@@ -45,14 +45,14 @@ TABLE_3 = ((0.6991, 0.7118), (0.7644, 0.7638), (0.6046, 0.6492), (0.7506, 0.8238
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What was found of one task.
+    """The answers and probe predictions of one task.
 
     Attributes:
         truth: int[N], the classes of the test pictures.
-        classes: C.
+        classes: number of classes, C.
         said: {variant: int[R, N]}, the model's answers.
-        probed: {probe: {variant: int[R, N]}}, what a probe reads after the projection; under
-            "before", what it reads before. The paper's probes are named "paper".
+        probed: {probe: {variant: int[R, N]}}, the predictions of a probe after the projection;
+            under "before", those before it. The paper's probes are named "paper".
     """
 
     truth: np.ndarray
@@ -60,17 +60,17 @@ class Task:
     said: Mapping[str, np.ndarray]
     probed: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
-    def answers(self, of: str, variant: str) -> np.ndarray | None:
-        """int[R, N], of the model ("model") or of a probe by its name; None if not measured."""
-        return (self.said if of == "model" else self.probed.get(of, {})).get(variant)
+    def answers(self, reader: str, variant: str) -> np.ndarray | None:
+        """Return int[R, N] of the model ("model") or of a named probe; None if not measured."""
+        return (self.said if reader == "model" else self.probed.get(reader, {})).get(variant)
 
 
 class Sample(NamedTuple):
-    """A metric of R runs, and what it would be on other pictures and with other seeds.
+    """A metric of R runs, and its bootstrap distribution over pictures and runs.
 
     Attributes:
-        runs: float64[R].
-        resamples: float64[resamples].
+        runs: float64[R], the metric of each run.
+        resamples: float64[resamples], its mean over runs in each resample.
     """
 
     runs: np.ndarray
@@ -78,60 +78,65 @@ class Sample(NamedTuple):
 
     @property
     def mean(self) -> float:
+        """Return the mean over runs."""
         return float(self.runs.mean())
 
     @property
     def deviation(self) -> float | None:
-        """Of the runs; None of a single one."""
+        """Return the standard deviation over runs; None for a single run."""
         return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else None
 
-    def interval(self, level: float = intervals.LEVEL) -> intervals.Interval:
-        """The mean and its interval."""
+    def interval(self, level: float = intervals.LEVEL) -> intervals.Interval[float]:
+        """Return the mean and its interval."""
         low, high = intervals.percentiles(self.resamples, level=level)
         return intervals.Interval(self.mean, float(low), float(high))
 
     def row(self) -> dict[str, float | None]:
-        """As results.json has it."""
+        """Return the sample as plain values, as results.json holds it."""
         _, low, high = self.interval()
         return {"mean": self.mean, "deviation": self.deviation, "low": low, "high": high}
 
 
 def f1(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sample:
-    """Macro-F1: the mean over classes of 2 hits / (pictures of the class + answers of the class).
+    """Compute macro-F1: the mean over classes of 2 hits / (pictures + answers of the class).
 
     A class that is neither true nor answered does not count, as in scikit-learn; nor does -1.
 
     Args:
-        truth: int[N]. predicted: int[R, N]. classes: C.
-        **options: resamples and seed. Equal seeds draw alike, which pairs two samples.
+        truth: int[N], the true classes.
+        predicted: int[R, N], the predicted classes.
+        classes: number of classes, C.
+        **options: resamples and seed. Equal seeds resample alike, which pairs two samples.
     """
     return _sample(_macro_f1, truth, predicted, classes, **options)
 
 
 def accuracy(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sample:
-    """The share of right answers; see `f1`."""
+    """Compute the share of correct answers; see `f1`."""
     return _sample(_accuracy, truth, predicted, classes, **options)
 
 
-def difference(of: Sample, over: Sample) -> Sample:
-    """`of` minus `over`, paired by picture, and by run where both have as many."""
-    if len(of.resamples) != len(over.resamples):
+def difference(sample: Sample, baseline: Sample) -> Sample:
+    """Subtract a baseline, paired by picture, and by run where both have equally many."""
+    if len(sample.resamples) != len(baseline.resamples):
         raise ValueError(
-            f"samples of {len(of.resamples)} and {len(over.resamples)} resamples do not pair up"
+            f"samples of {len(sample.resamples)} and {len(baseline.resamples)} resamples do not "
+            "pair up"
         )
-    runs = of.runs - (over.runs if len(of.runs) == len(over.runs) else over.runs.mean())
-    return Sample(runs, of.resamples - over.resamples)
+    paired = len(sample.runs) == len(baseline.runs)
+    runs = sample.runs - (baseline.runs if paired else baseline.runs.mean())
+    return Sample(runs, sample.resamples - baseline.resamples)
 
 
-def change(of: Sample, over: Sample) -> dict[str, float | None]:
-    """The difference as results.json has it; relative to `over`, None where that is zero."""
-    value, low, high = difference(of, over).interval()
-    relative = value / over.mean if over.mean else None
+def change(sample: Sample, baseline: Sample) -> dict[str, float | None]:
+    """Return the difference as results.json holds it; relative is None where the baseline is 0."""
+    value, low, high = difference(sample, baseline).interval()
+    relative = value / baseline.mean if baseline.mean else None
     return {"value": value, "low": low, "high": high, "relative": relative}
 
 
 def uniform(count: int, classes: int, runs: int, *, seed: int = 0) -> np.ndarray:
-    """int64[R, N]: answers drawn uniformly, the random baseline of Table 1."""
+    """Draw answers int64[R, N] uniformly: the random baseline of Table 1."""
     if classes < 1:
         raise ValueError(f"classes={classes}: there must be one to draw")
     return np.random.default_rng(seed).integers(0, classes, (runs, count))
@@ -145,11 +150,13 @@ def table(
     over: str | None = None,
     **options,
 ) -> list[dict[str, Any]]:
-    """A row for each variant: F1 and accuracy, and the change of F1 against one of them.
+    """Return a row for each variant: F1, accuracy, and the change of F1 from one of them.
 
     Args:
-        truth: int[N]. predicted: {variant: int[R, N]}. classes: C.
-        over: the variant that changes are against.
+        truth: int[N], the true classes.
+        predicted: {variant: int[R, N]}, the predicted classes.
+        classes: number of classes, C.
+        over: the variant that changes are measured from.
         **options: resamples and seed, as in `f1`.
 
     Returns:
@@ -159,27 +166,27 @@ def table(
     scores = {name: f1(truth, said, classes, **options) for name, said in predicted.items()}
     rows = []
     for name, said in predicted.items():
-        compared = over in scores and name != over
+        baseline = scores.get(over) if over is not None and name != over else None
         rows.append({
             "variant": name, "runs": len(scores[name].runs), "images": len(truth),
             "f1": scores[name].row(),
             "accuracy": accuracy(truth, said, classes, **options).row(),
-            "change": change(scores[name], scores[over]) if compared else None,
+            "change": None if baseline is None else change(scores[name], baseline),
         })  # fmt: skip
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """F1 of some variants lies above that of another, or below, on all tasks or most.
+    """A claim that F1 of some variants is higher than that of another, or lower, on most tasks.
 
     Attributes:
-        text: the claim.
-        of: ("model" or a probe, variant), each compared with
-        over: (the same), on every task.
-        sign: 1 for above, -1 for below.
-        misses: comparisons in which it may be otherwise.
-        paper: what the paper found.
+        text: the claim in words.
+        of: pairs ("model" or the name of a probe, variant) that are compared on every task.
+        over: the pair that each of them is compared with.
+        sign: 1 for higher, -1 for lower.
+        misses: number of comparisons that may contradict the claim.
+        paper: the result of the paper.
     """
 
     text: str
@@ -215,7 +222,7 @@ CLAIMS = (
 
 
 def controls(probes: Sequence[str]) -> list[Claim]:
-    """Claim 2 by other probes, and whether the projection itself loses what a probe can read."""
+    """Return claim 2 for other probes, and claims that the projection loses what probes read."""
     again = [
         dataclasses.replace(
             CLAIMS[1], text=f"{CLAIMS[1].text}, by the {name} probe", paper="",
@@ -247,17 +254,17 @@ RULE = (
 
 def claims(
     tasks: Mapping[str, Task],
-    asked: Sequence[Claim] = CLAIMS,
+    statements: Sequence[Claim] = CLAIMS,
     *,
     alpha: float = 1 - intervals.LEVEL,
     **options,
 ) -> list[dict[str, Any]]:
-    """The verdict of each claim, by RULE.
+    """Return the verdict on each claim, by RULE.
 
     Args:
-        tasks: by name.
-        asked: CLAIMS, and what `controls` gives.
-        alpha: probability of either error that is allowed.
+        tasks: the tasks, by name.
+        statements: the claims to judge: CLAIMS, and those of `controls`.
+        alpha: highest probability of either error.
         **options: resamples and seed, as in `f1`.
 
     Returns:
@@ -265,17 +272,19 @@ def claims(
         [{"task", "of", "variant", "over", "value", "low", "high", "side": "supports",
         "contradicts" or "neither"}]}. What was not measured is undecided, and the reason says so.
     """
-    return [_judged(claim, tasks, alpha, options) for claim in asked]
+    return [_judge(claim, tasks, alpha, options) for claim in statements]
 
 
-def _judged(claim: Claim, tasks: Mapping[str, Task], alpha: float, options: dict) -> dict:
+def _judge(
+    claim: Claim, tasks: Mapping[str, Task], alpha: float, options: dict[str, Any]
+) -> dict[str, Any]:
     head = {"claim": claim.text, "paper": claim.paper}
     missing = sorted(
         {
-            variant if of == "model" else f"{variant} by the {of} probe"
+            variant if reader == "model" else f"{variant} by the {reader} probe"
             for task in tasks.values()
-            for of, variant in (*claim.of, claim.over)
-            if task.answers(of, variant) is None
+            for reader, variant in (*claim.of, claim.over)
+            if task.answers(reader, variant) is None
         }
     )
     if missing or not tasks:
@@ -283,20 +292,11 @@ def _judged(claim: Claim, tasks: Mapping[str, Task], alpha: float, options: dict
         return {**head, "verdict": "undecided", "reason": reason, "comparisons": []}
 
     n = len(tasks) * len(claim.of)
-    levels = 1 - alpha / (claim.misses + 1), 1 - alpha / max(1, n - claim.misses)
-    rows = []
-    for name, task in tasks.items():
-        base = f1(task.truth, task.answers(*claim.over), task.classes, **options)
-        for of, variant in claim.of:
-            score = f1(task.truth, task.answers(of, variant), task.classes, **options)
-            moved = difference(score, base)
-            value, low, high = moved.interval(levels[0])
-            wide = moved.interval(levels[1])
-            supports = low > 0 if claim.sign > 0 else high < 0
-            contradicts = wide.high < 0 if claim.sign > 0 else wide.low > 0
-            side = "supports" if supports else "contradicts" if contradicts else "neither"
-            rows.append({"task": name, "of": of, "variant": variant, "over": claim.over[1],
-                         "value": value, "low": low, "high": high, "side": side})  # fmt: skip
+    rows = [
+        {"task": name, **row}
+        for name, task in tasks.items()
+        for row in _comparisons(claim, task, n, alpha, options)
+    ]
     counts = {side: sum(row["side"] == side for row in rows)
               for side in ("supports", "contradicts")}  # fmt: skip
     verdict = (
@@ -308,15 +308,40 @@ def _judged(claim: Claim, tasks: Mapping[str, Task], alpha: float, options: dict
     return {**head, "verdict": verdict, "reason": reason, "comparisons": rows}
 
 
-def moved(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> list[dict]:
-    """How a domain's neurons moved within each module, and between modules.
+def _comparisons(
+    claim: Claim, task: Task, n: int, alpha: float, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Compare the variants of a claim on one task, of n comparisons in all."""
+
+    def score(reader: str, variant: str) -> Sample:
+        answers = task.answers(reader, variant)
+        assert answers is not None  # `_judge` has looked for what is missing
+        return f1(task.truth, answers, task.classes, **options)
+
+    baseline = score(*claim.over)
+    for reader, variant in claim.of:
+        gain = difference(score(reader, variant), baseline)
+        value, low, high = gain.interval(1 - alpha / (claim.misses + 1))
+        _, lowest, highest = gain.interval(1 - alpha / max(1, n - claim.misses))
+        supports = low > 0 if claim.sign > 0 else high < 0
+        contradicts = highest < 0 if claim.sign > 0 else lowest > 0
+        side = "supports" if supports else "contradicts" if contradicts else "neither"
+        yield {"of": reader, "variant": variant, "over": claim.over[1],
+               "value": value, "low": low, "high": high, "side": side}  # fmt: skip
+
+
+def moved(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Compare the neurons of a domain before and after training, in each module.
 
     Args:
-        before, after: {module: bool[L, F]}, the domain's neurons.
+        before: {module: bool[L, F]}, the domain's neurons before.
+        after: {module: bool[L, F]}, the domain's neurons after.
 
     Returns:
-        A row a module: {"module", "before", "after", "kept", "jaccard", "chance" (the Jaccard
-        index that sets of these sizes have by chance), "share_before", "share_after" (of the
+        A row for each module: {"module", "before", "after", "kept", "jaccard", "chance" (the
+        Jaccard index of random sets of these sizes), "share_before", "share_after" (of the
         domain's neurons in all modules), "per_layer_before", "per_layer_after": [L]}.
     """
     if before.keys() != after.keys():
@@ -340,7 +365,16 @@ def moved(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
     return rows
 
 
-def _sample(metric, truth, predicted, classes, *, resamples=intervals.RESAMPLES, seed=0) -> Sample:
+def _sample(
+    metric: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    classes: int,
+    *,
+    resamples: int = intervals.RESAMPLES,
+    seed: int = 0,
+) -> Sample:
+    """Compute a metric of (drawn, truth, predicted, classes) and its bootstrap distribution."""
     truth = checks.integers(truth, "truth", axes="[N]")
     predicted = checks.integers(predicted, "answers")
     if predicted.ndim != 2 or predicted.shape[1:] != truth.shape or not predicted.size:
@@ -356,19 +390,23 @@ def _sample(metric, truth, predicted, classes, *, resamples=intervals.RESAMPLES,
     )
 
 
-def _macro_f1(drawn, truth, predicted, classes) -> np.ndarray:
-    """float64[resamples, R], of pictures drawn so often: float64[resamples, N], whole numbers."""
+def _macro_f1(
+    drawn: np.ndarray, truth: np.ndarray, predicted: np.ndarray, classes: int
+) -> np.ndarray:
+    """Return float64[resamples, R]; `drawn` float64[resamples, N] says how often each counts."""
     is_class = truth[:, None] == np.arange(classes)  # [N, C]
     true = drawn @ is_class.astype(np.float64)
     out = np.empty((len(drawn), len(predicted)))
-    for run, answer in enumerate(predicted):
-        says = answer[:, None] == np.arange(classes)
-        both = true + drawn @ says.astype(np.float64)
-        hits = drawn @ (is_class & says).astype(np.float64)
+    for run, answers in enumerate(predicted):
+        is_answer = answers[:, None] == np.arange(classes)
+        both = true + drawn @ is_answer.astype(np.float64)
+        hits = drawn @ (is_class & is_answer).astype(np.float64)
         values = np.divide(2 * hits, both, out=np.zeros(both.shape), where=both > 0)
         out[:, run] = values.sum(1) / np.maximum((both > 0).sum(1), 1)
     return out
 
 
-def _accuracy(drawn, truth, predicted, classes) -> np.ndarray:
+def _accuracy(
+    drawn: np.ndarray, truth: np.ndarray, predicted: np.ndarray, classes: int
+) -> np.ndarray:
     return drawn @ (predicted == truth).T.astype(np.float64) / len(truth)

@@ -1,8 +1,8 @@
-"""Ways to rank the neurons of domains, in one form: scores, from which `top` takes the best.
+"""Ways to rank the neurons of domains: scores, from which `top` selects the highest.
 
 A selector is a function of arrays that gives float64[D_, L, F]: the higher, the more a neuron
-belongs to the domain; -inf where it does not at all. D_ domains, L layers, F neurons, N examples.
-All of it is computed in float64, and what is given must be finite.
+belongs to the domain; -inf where it does not belong to it. D_ domains, L layers, F neurons, N
+examples. All is computed in float64, and inputs must be finite.
 
     scores = {
         "entropy": selectors.entropy(counts, tokens),
@@ -10,13 +10,13 @@ All of it is computed in float64, and what is given must be finite.
         "random": selectors.random(counts.shape, seed),
     }
     masks = {name: selectors.top(s, k) for name, s in scores.items()}   # bool[D_, L, F]
-    selectors.overlap(masks)                                            # who agrees with whom
+    selectors.overlap(masks)                                            # agreement of each two
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,28 +24,30 @@ import numpy as np
 from mllm_jax.analysis import checks, domain_neurons
 
 
-def entropy(counts: np.ndarray, tokens: np.ndarray, **options) -> np.ndarray:
-    """Minus the entropy over domains, of the neurons above the bar (DAPE, LAPE).
+def entropy(counts: np.ndarray, tokens: np.ndarray, **options: Any) -> np.ndarray:
+    """Score neurons above the bar by minus their entropy over domains (DAPE, LAPE).
 
-    `top(entropy(counts, tokens), select(counts, tokens).mask.sum((1, 2)))` is that mask.
+    `top(entropy(counts, tokens), select(counts, tokens).mask.sum((1, 2)))` is the mask of `select`.
 
     Args:
-        counts: int[D_, L, F]. tokens: int[D_].
+        counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
+        tokens: int[D_], number of tokens of each domain.
         **options: filter_rate, bar_rate, assign and compat, as in `domain_neurons.select`.
     """
-    found = domain_neurons.select(counts, tokens, top_rate=1.0, **options)
-    return np.where(found.mask, -found.entropy.astype(np.float64), -np.inf)
+    selection = domain_neurons.select(counts, tokens, top_rate=1.0, **options)
+    return np.where(selection.mask, -selection.entropy.astype(np.float64), -np.inf)
 
 
 def auroc(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """How well a neuron tells a domain's examples from all others (Suau et al.; AurA, 2024).
+    """Score how well a neuron tells a domain's examples from all others (Suau et al., AurA, 2024).
 
     Args:
         responses: float[N, L, F], of each example, such as the largest activation over its tokens.
         domain: int[N], each example's domain, 0 to D_ - 1.
 
     Returns:
-        The area under the ROC curve, 0 to 1; 0.5 says nothing. Equal responses count half.
+        The area under the ROC curve, 0 to 1, float64[D_, L, F]; 0.5 is chance. Equal responses
+        count half.
     """
     responses, domain, domains = _labelled(responses, domain)
     out = np.empty((domains, *responses.shape[1:]))
@@ -60,10 +62,10 @@ def auroc(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
 
 
 def aura_gain(auroc: np.ndarray) -> np.ndarray:
-    """The factor that AurA puts on a neuron: 1 - 2 (AUROC - 0.5) of experts, 1 of all others.
+    """Return AurA's factor of each neuron: 1 - 2 (AUROC - 0.5) for experts, 1 for all others.
 
     Args:
-        auroc: float[...], of one domain, as `auroc` gives it.
+        auroc: float[...], of one domain, as `auroc` returns it.
 
     Returns:
         float64[...], 0 to 1, for `mj.scale(site, gain)`.
@@ -74,7 +76,7 @@ def aura_gain(auroc: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, 1.0 - 2.0 * (auroc - 0.5))
 
 
-# Activations are added up in float32. What sums of squares lose, and sums, as a share of them:
+# Activations are summed in float32. The rounding of sums of squares and of sums, relative to them:
 SQUARES_LOSE = 4 * float(np.finfo(np.float32).eps)
 SUMS_LOSE = 1e-5
 
@@ -86,20 +88,21 @@ def mean_difference(
     *,
     centred: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Mean activation in a domain minus that in all others together.
+    """Score the mean activation in a domain minus that in all other domains together.
 
     Args:
-        sums: float[D_, L, F], of the activations over tokens.
-        squares: float[D_, L, F], of their squares, to measure in standard deviations (those within
-            the two groups, pooled over tokens); None measures in activations.
-        tokens: int[D_].
-        centred: float[D_, L, F], the squared deviations from each domain's mean, as `mj.stats`
-            gives them: better than `squares`, which lose them where the mean is large.
+        sums: float[D_, L, F], sum of the activations over tokens.
+        squares: float[D_, L, F], sum of their squares. With it, or with `centred`, the difference
+            is measured in standard deviations (within the two groups, pooled over tokens);
+            otherwise in activations.
+        tokens: int[D_], number of tokens of each domain.
+        centred: float[D_, L, F], sum of squared deviations from each domain's mean, as `mj.stats`
+            returns it: more accurate than `squares` where the mean is large.
 
     Returns:
-        The difference, always finite. A standard deviation that sums in float32 cannot tell from
-        nothing, below 7e-4 of the activations by `squares` and 1e-5 of them by `centred`, counts as
-        that much: a neuron that is constant but for rounding scores about 0.
+        The difference, always finite. A standard deviation below what float32 sums resolve, 7e-4 of
+        the activations by `squares` and 1e-5 of them by `centred`, counts as that much: a neuron
+        that is constant up to rounding scores about 0.
     """
     sums = checks.finite(sums, "sums", axes="[D_, L, F]")
     tokens = checks.finite(tokens, "tokens", axes="[D_]")
@@ -118,24 +121,29 @@ def mean_difference(
     return np.divide(difference, spread, out=np.zeros_like(difference), where=spread > 0)
 
 
-def _deviations(means, counts, squares, centred) -> np.ndarray:
-    """float64[D_, L, F]: squared deviations from each domain's mean, at least what is rounding."""
-    name, given = ("squares", squares) if centred is None else ("centred", centred)
-    given = checks.at_least(checks.finite(given, name), 0, name)
-    if given.shape != means.shape:
-        raise ValueError(f"{name} must be of the shape of sums {means.shape}, not {given.shape}")
+def _deviations(
+    means: np.ndarray,
+    counts: np.ndarray,
+    squares: np.ndarray | None,
+    centred: np.ndarray | None,
+) -> np.ndarray:
+    """Return the squared deviations from each domain's mean, no less than rounding resolves."""
+    name, values = ("squares", squares) if centred is None else ("centred", centred)
+    values = checks.at_least(checks.finite(values, name), 0, name)
+    if values.shape != means.shape:
+        raise ValueError(f"{name} must be of the shape of sums {means.shape}, not {values.shape}")
     power = counts * means**2
     if centred is None:
-        return np.maximum(given - power, SQUARES_LOSE * given)
-    return np.maximum(given, SUMS_LOSE**2 * power)
+        return np.maximum(values - power, SQUARES_LOSE * values)
+    return np.maximum(values, SUMS_LOSE**2 * power)
 
 
 def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray:
-    """1 - cosine of a neuron's weights before and after training on a domain (NeFT, 2024).
+    """Score 1 - cosine of a neuron's weights before and after training on a domain (NeFT, 2024).
 
     Args:
         before: float[L, F, D], each neuron's weights, such as the columns of `up` transposed.
-        after: [D_] of float[L, F, D], of the model that was trained on each domain.
+        after: [D_] of float[L, F, D], the weights of the model that was trained on each domain.
 
     Returns:
         float64[D_, L, F], 0 to 2; 1 where either is zero and the other is not.
@@ -154,11 +162,11 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
 
 
 def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """Mean size of a neuron's attribution in a domain, minus that in all others together.
+    """Score the mean absolute attribution in a domain minus that in all other domains together.
 
     Args:
-        attributions: float[N, L, F], of each example: the gradient of its metric by the neurons'
-            gates, or that times the activation.
+        attributions: float[N, L, F], of each example: the gradient of its metric with respect to
+            the neurons' gates, or that times the activation.
         domain: int[N], each example's domain.
     """
     attributions, domain, domains = _labelled(attributions, domain)
@@ -168,7 +176,7 @@ def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:
 
 
 def random(shape: Sequence[int], key: int | jax.Array) -> np.ndarray:
-    """Scores at random: the control.
+    """Draw random scores: the control.
 
     Args:
         shape: (D_, L, F).
@@ -178,35 +186,35 @@ def random(shape: Sequence[int], key: int | jax.Array) -> np.ndarray:
 
 
 def top(scores: np.ndarray, k: int | Sequence[int], *, per_layer: bool = False) -> np.ndarray:
-    """The neurons of highest score.
+    """Select the neurons of highest score.
 
     Args:
         scores: float[D_, L, F].
-        k: how many of each domain, over all layers: a number, or [D_].
-        per_layer: take k in every layer.
+        k: number of neurons of each domain, over all layers: an int, or [D_].
+        per_layer: whether to select k in every layer.
 
     Returns:
-        bool[D_, L, F]. Equal scores go by (layer, neuron); a score of -inf is never taken.
+        bool[D_, L, F]. Equal scores go by (layer, neuron); a score of -inf is never selected.
     """
     scores = checks.not_nan(scores, "scores", axes="[D_, L, F]")
     flat = scores if per_layer else scores.reshape(len(scores), 1, -1)
-    k = np.broadcast_to(checks.integers(k, "k"), len(scores))
-    if (k < 0).any() or (k > flat.shape[-1]).any():
-        raise ValueError(f"k={k.tolist()} must lie between 0 and the {flat.shape[-1]} neurons")
+    counts = np.broadcast_to(checks.integers(k, "k"), len(scores))
+    if (counts < 0).any() or (counts > flat.shape[-1]).any():
+        raise ValueError(f"k={counts.tolist()} must lie between 0 and the {flat.shape[-1]} neurons")
     order = np.argsort(-flat, axis=-1, kind="stable")
     mask = np.zeros(flat.shape, bool)
-    np.put_along_axis(mask, order, np.arange(flat.shape[-1]) < k[:, None, None], axis=-1)
+    np.put_along_axis(mask, order, np.arange(flat.shape[-1]) < counts[:, None, None], axis=-1)
     return mask.reshape(scores.shape) & (scores > -np.inf)
 
 
 class Overlap(NamedTuple):
-    """How far selectors agree. S selectors, in the order of `names`.
+    """The agreement of S selectors.
 
     Attributes:
-        names: of the selectors.
-        jaccard: float64[D_, S, S], shared neurons over all neurons of two selectors.
-        chance: float64[D_, S, S], what sets of these sizes drawn at random would share.
-        selectors_per_neuron: int64[D_, S + 1], neurons that 0, 1, ... S selectors take.
+        names: names of the selectors, in the order of the axes.
+        jaccard: float64[D_, S, S], Jaccard index of the neurons of two selectors.
+        chance: float64[D_, S, S], that of random sets of these sizes.
+        selectors_per_neuron: int64[D_, S + 1], number of neurons that 0, 1, ... S selectors select.
     """
 
     names: tuple[str, ...]
@@ -215,7 +223,7 @@ class Overlap(NamedTuple):
     selectors_per_neuron: np.ndarray
 
     def rows(self, domains: Sequence[str]) -> list[tuple[str, str, str, float, float]]:
-        """A table: domain, selector, selector, Jaccard, chance; each pair once."""
+        """Return a table of (domain, selector, selector, Jaccard, chance), each pair once."""
         pairs = [(a, b) for a in range(len(self.names)) for b in range(a)]
         return [
             (domain, self.names[b], self.names[a],
@@ -226,7 +234,7 @@ class Overlap(NamedTuple):
 
 
 def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
-    """Agreement of selectors; `report.figures.overlap` draws it, one domain a column.
+    """Compute the agreement of selectors; `report.figures.overlap` draws it.
 
     Args:
         masks: {selector: bool[D_, L, F]}.
@@ -252,7 +260,7 @@ def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the first axis; equal values share their mean rank."""
+    """Return ranks from 1 along the first axis; equal values share their mean rank."""
     order = np.argsort(values, axis=0, kind="stable")
     ordered = np.take_along_axis(values, order, axis=0)
     place = np.arange(len(values))[:, None]
@@ -269,8 +277,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _one_minus_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Half the squared distance of the unit vectors, which is exact near zero."""
-    # scaled before they are squared, which very large and very small ones would not survive
+    """Compute half the squared distance of the unit vectors, which is accurate near zero."""
+    # Scale before squaring: very large and very small vectors would overflow or underflow.
     largest = [np.abs(x).max(axis=-1, keepdims=True, initial=0) for x in (a, b)]
     a, b = (x / np.where(n > 0, n, 1) for x, n in zip((a, b), largest, strict=True))
     lengths = [np.sqrt((x * x).sum(axis=-1, keepdims=True)) for x in (a, b)]

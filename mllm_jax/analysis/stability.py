@@ -1,9 +1,9 @@
-"""Are domain neurons more than chance? Stability against the sample, and shuffled domains.
+"""Tests of whether domain neurons are more than chance: other examples, and shuffled domains.
 
-Entropy with a top rate selects its one percent whatever the data are, so a selection alone proves
-nothing. Here the examples of the domains are split, resampled and shuffled:
+Selection by entropy with a top rate of one percent selects one percent of any data, so a selection
+alone proves nothing. These functions split, resample and shuffle the examples of the domains:
 
-    split_half(counts, tokens, domain, sizes=(50, 100, 200))   # do two halves find the same?
+    split_half(counts, tokens, domain, sizes=(50, 100, 200))   # do two halves select the same?
     bootstrap(counts, tokens, domain)                          # how often is each neuron selected?
     shuffle_test(counts, tokens, domain)                       # which are beyond shuffled domains?
 
@@ -26,24 +26,35 @@ import scipy.stats
 from mllm_jax.analysis import checks, domain_neurons, intervals
 
 POWER = 0.5  # a test that would miss the most specific neuron more often than this is refused
-Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # counts, tokens of domains to a mask
+Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (counts, tokens) of domains -> mask
 
 
 def neurons(counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The selection of the paper: bool[D_, L, F] of int[D_, L, F] and int[D_]."""
+    """Select the neurons as the paper does.
+
+    Args:
+        counts: int[D_, L, F], of each domain.
+        tokens: int[D_], of each domain.
+
+    Returns:
+        bool[D_, L, F].
+    """
     return domain_neurons.select(counts, tokens).mask
 
 
 def pool(
     counts: np.ndarray, tokens: np.ndarray, domain: np.ndarray, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and tokens of domains: int64[D_, L, F], int64[D_].
+    """Sum counts and tokens by domain.
 
     Args:
         counts: int[N, L, F], of each example.
-        tokens: int[N].
-        domain: int[N].
+        tokens: int[N], of each example.
+        domain: int[N], of each example.
         weight: int[N], how often each example counts; once by default.
+
+    Returns:
+        The counts int64[D_, L, F] and the tokens int64[D_] of each domain.
     """
     counts, tokens, domain = (
         checks.integers(array, name)
@@ -57,12 +68,12 @@ def pool(
 
 
 class Agreement(NamedTuple):
-    """What two halves share.
+    """How far the selections of two halves agree.
 
     Attributes:
-        sizes: int64[S], examples of a domain in a half.
-        jaccard: float64[S, R, D_], shared over all neurons of the two halves in each repeat; 0
-            where both have none.
+        sizes: int64[S], number of examples of a domain in a half.
+        jaccard: float64[S, R, D_], Jaccard index of the two halves in each repeat; 0 where both
+            are empty.
         neurons: float64[S, D_], mean number of neurons of a half.
     """
 
@@ -81,14 +92,16 @@ def split_half(
     seed: int = 0,
     select: Select = neurons,
 ) -> Agreement:
-    """Agreement of selections from two disjoint halves, against their size.
+    """Measure how far selections from two disjoint halves agree, by their size.
 
     Args:
-        counts, tokens, domain: by example, see `pool`.
-        sizes: examples of each domain in a half; by default half of the smallest domain alone.
-        repeats: random splits of each size.
-        seed: of the splits.
-        select: any selection; that of the paper by default.
+        counts: int[N, L, F], of each example.
+        tokens: int[N], of each example.
+        domain: int[N], of each example.
+        sizes: numbers of examples of each domain in a half; by default half of the smallest domain.
+        repeats: number of random splits of each size.
+        seed: seed of the splits.
+        select: the selection; that of the paper by default.
 
     Returns:
         The agreement.
@@ -98,13 +111,15 @@ def split_half(
         raise ValueError(f"repeats={repeats}: one split or more is needed")
     members = [np.flatnonzero(domain == d) for d in range(domain.max() + 1)]
     most = min(map(len, members)) // 2
-    sizes = np.array(sizes or (most,))
-    if most < 1 or (sizes < 1).any() or (sizes > most).any():
-        raise ValueError(f"a half can have 1 to {most} examples of a domain, not {sizes.tolist()}")
+    halves_of = np.array(sizes or (most,))
+    if most < 1 or (halves_of < 1).any() or (halves_of > most).any():
+        raise ValueError(
+            f"a half can have 1 to {most} examples of a domain, not {halves_of.tolist()}"
+        )
     rng = np.random.default_rng(seed)
-    found = np.empty((len(sizes), repeats, len(members)))
-    count = np.zeros((len(sizes), len(members)))
-    for s, size in enumerate(sizes):
+    agreement = np.empty((len(halves_of), repeats, len(members)))
+    count = np.zeros((len(halves_of), len(members)))
+    for s, size in enumerate(halves_of):
         for repeat in range(repeats):
             drawn = np.stack([rng.permutation(m)[: 2 * size] for m in members])
             halves = []
@@ -112,8 +127,8 @@ def split_half(
                 at = half.ravel()
                 halves.append(select(*pool(counts[at], tokens[at], domain[at])))
                 count[s] += halves[-1].sum(axis=(1, 2)) / (2 * repeats)
-            found[s, repeat] = jaccard(*halves)
-    return Agreement(sizes, found, count)
+            agreement[s, repeat] = jaccard(*halves)
+    return Agreement(halves_of, agreement, count)
 
 
 class Bootstrap(NamedTuple):
@@ -122,13 +137,13 @@ class Bootstrap(NamedTuple):
     Attributes:
         mask: bool[D_, L, F], the selection of all examples.
         frequency: float64[D_, L, F], share of the resamples that select a neuron.
-        jaccard: of each resample with `mask`; the interval of float64[D_] over resamples, its value
-            the mean.
+        jaccard: the Jaccard index of a resample with `mask`, float64[D_]: its mean and interval
+            over resamples.
     """
 
     mask: np.ndarray
     frequency: np.ndarray
-    jaccard: intervals.Interval
+    jaccard: intervals.Interval[np.ndarray]
 
 
 def bootstrap(
@@ -141,46 +156,49 @@ def bootstrap(
     seed: int = 0,
     select: Select = neurons,
 ) -> Bootstrap:
-    """How stable each neuron is when the examples of every domain are drawn again.
+    """Measure how often each neuron is selected when the examples of every domain are resampled.
 
     Args:
-        counts, tokens, domain: by example, see `pool`.
-        resamples: how many.
+        counts: int[N, L, F], of each example.
+        tokens: int[N], of each example.
+        domain: int[N], of each example.
+        resamples: number of resamples.
         level: mass of the interval.
-        seed: of the resamples.
-        select: any selection; that of the paper by default.
+        seed: seed of the resamples.
+        select: the selection; that of the paper by default.
     """
     counts, tokens, domain = _checked(counts, tokens, domain)
     mask = select(*pool(counts, tokens, domain))
     rng = np.random.default_rng(seed)
-    times, found = np.zeros(mask.shape, np.int64), []
+    times = np.zeros(mask.shape, np.int64)
+    similarities: list[np.ndarray] = []
     for _ in range(resamples):
         weight = np.zeros(len(domain), np.int64)
         for d in range(len(mask)):
             members = np.flatnonzero(domain == d)
             weight[members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)))
-        again = select(*pool(counts, tokens, domain, weight))
-        times += again
-        found.append(jaccard(mask, again))
-    low, high = intervals.percentiles(np.array(found), level=level)
-    mean = intervals.Interval(np.mean(found, axis=0), low, high)
+        resampled = select(*pool(counts, tokens, domain, weight))
+        times += resampled
+        similarities.append(jaccard(mask, resampled))
+    low, high = intervals.percentiles(np.array(similarities), level=level)
+    mean = intervals.Interval(np.mean(similarities, axis=0), low, high)
     return Bootstrap(mask, times / resamples, mean)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShuffleTest:
-    """Which selected neurons are beyond what shuffled domains give.
+    """The selected neurons whose entropy is below what shuffled domains give.
 
     Attributes:
-        found: the selection of the true domains.
-        p_values: float64[L, F], that a neuron's entropy comes from examples whose domain does not
-            matter; adjusted for all neurons of the module. 1 for what is no candidate.
-        mask: bool[D_, L, F], `found.mask` where p <= level: the domain neurons to speak of.
-        level: chance that `mask` has any neuron when domains do not matter.
+        selection: the selection of the true domains.
+        p_values: float64[L, F], of the hypothesis that the domain of an example does not matter to
+            the neuron; adjusted for all neurons of the module. 1 where it is no candidate.
+        mask: bool[D_, L, F], `selection.mask` where p <= level: the significant domain neurons.
+        level: probability that `mask` has any neuron when domains do not matter.
         lowest: float64[R], the lowest entropy in each shuffle, nats.
     """
 
-    found: domain_neurons.SelectedNeurons
+    selection: domain_neurons.SelectedNeurons
     p_values: np.ndarray
     mask: np.ndarray
     level: float
@@ -197,25 +215,27 @@ def shuffle_test(
     seed: int = 0,
     **options,
 ) -> ShuffleTest:
-    """Tests the lowest entropies against those of shuffled domain labels.
+    """Test the entropies against the lowest entropies of shuffled domain labels.
 
     Whole examples change their domain, so that tokens of one example stay together. Each shuffle
     gives the lowest entropy of all its candidates, and a neuron's p-value is the share of shuffles
-    that go as low: one false neuron in the whole module is as rare as `level` says (the minimum
-    method of Westfall and Young, 1993). It is exact, whatever the counts are like.
+    that reach its entropy: the probability of any false neuron in the module is at most `level`
+    (the minimum method of Westfall and Young, 1993). The test is exact for any counts.
 
     Args:
-        counts, tokens, domain: by example, see `pool`.
-        shuffles: R; the smallest p-value is 1 / (R + 1).
-        level: of the test.
-        seed: of the shuffles.
-        **options: of `domain_neurons.select`.
+        counts: int[N, L, F], of each example.
+        tokens: int[N], of each example.
+        domain: int[N], of each example.
+        shuffles: number of shuffles, R; the smallest p-value is 1 / (R + 1).
+        level: level of the test.
+        seed: seed of the shuffles.
+        **options: options of `domain_neurons.select`.
 
     Returns:
         The test.
 
     Raises:
-        ValueError: no neuron could be beyond the level, see `power`.
+        ValueError: no neuron could be significant, see `power`.
     """
     if not 1 / (shuffles + 1) <= level < 1:
         raise ValueError(
@@ -225,48 +245,51 @@ def shuffle_test(
     if power(domain, shuffles, level) < POWER:
         raise ValueError(
             f"level={level} cannot be reached by {len(domain)} examples: one shuffle of "
-            f"{1 / _true_again(domain):.0f} gives the true division again; count more examples, or "
-            "smaller groups of them"
+            f"{1 / _chance_of_true_division(domain):.0f} gives the true division again; count "
+            "more examples, or smaller groups of them"
         )
 
-    def select(labels):
+    def select(labels: np.ndarray) -> domain_neurons.SelectedNeurons:
         return domain_neurons.select(*pool(counts, tokens, labels), **options)
 
     rng = np.random.default_rng(seed)
-    found = select(domain)
+    selection = select(domain)
     lowest = np.array([select(rng.permutation(domain)).entropy.min() for _ in range(shuffles)])
-    as_low = np.searchsorted(np.sort(lowest), found.entropy, side="right")
-    p_values = np.where(np.isinf(found.entropy), 1.0, (1 + as_low) / (1 + shuffles))
-    return ShuffleTest(found, p_values, found.mask & (p_values <= level), level, lowest)
+    as_low = np.searchsorted(np.sort(lowest), selection.entropy, side="right")
+    p_values = np.where(np.isinf(selection.entropy), 1.0, (1 + as_low) / (1 + shuffles))
+    return ShuffleTest(selection, p_values, selection.mask & (p_values <= level), level, lowest)
 
 
 def power(domain: np.ndarray, shuffles: int, level: float) -> float:
-    """The chance that `shuffle_test` finds even the most specific neuron that there can be.
+    """Return the probability that `shuffle_test` finds the most specific neuron possible.
 
-    Shuffles that give the true division again are as low as the truth.
+    Shuffles that repeat the true division of the examples have its entropy as well.
 
     Args:
         domain: int[N], of each example.
-        shuffles, level: of the test.
+        shuffles: number of shuffles of the test.
+        level: level of the test.
     """
     allowed = math.floor(level * (shuffles + 1) + 1e-9) - 1
-    return float(scipy.stats.binom.cdf(allowed, shuffles, _true_again(domain)))
+    return float(scipy.stats.binom.cdf(allowed, shuffles, _chance_of_true_division(domain)))
 
 
-def _true_again(domain: np.ndarray) -> float:
-    """Share of all labellings that divide the examples as they are; domains may change names."""
+def _chance_of_true_division(domain: np.ndarray) -> float:
+    """Return the share of labellings that divide the examples as `domain` does, in any order."""
     sizes = np.bincount(domain).tolist()
     names = math.prod(map(math.factorial, collections.Counter(sizes).values()))
     return names * math.prod(map(math.factorial, sizes)) / math.factorial(sum(sizes))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64[D_]: shared over all neurons of two bool[D_, L, F]; 0 where both have none."""
+    """Return the Jaccard indices float64[D_] of two bool[D_, L, F]; 0 where both are empty."""
     a, b = checks.mask(a, "a"), checks.mask(b, "b")
     return (a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1)
 
 
-def _checked(counts, tokens, domain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _checked(
+    counts: np.ndarray, tokens: np.ndarray, domain: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts, tokens, domain = (
         checks.integers(array, name)
         for array, name in ((counts, "counts"), (tokens, "tokens"), (domain, "domain"))

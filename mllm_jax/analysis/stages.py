@@ -1,32 +1,32 @@
-"""Do layers fall into three stages? Two change points of an entropy curve, with their uncertainty.
+"""Change points between three stages of layers in an entropy curve, with their uncertainty.
 
-MMNeuron reads the logit-lens entropy of image tokens as three stages: alignment (high and flat),
-processing (falling sharply), token selection (rising a little). It gives no rule for the
-boundaries. The rule here: three straight segments, free of one another, that fit the curve with the
-least squared error. Straight rather than constant, because the claim is about slopes, and constant
-segments would cut one long fall in two; free rather than joined, because a curve may jump. A
-segment has at least three layers, since a line fits any two.
+MMNeuron describes the logit-lens entropy of image tokens as three stages: alignment (high and
+flat), processing (falling sharply), token selection (rising a little). It gives no rule for the
+boundaries. This module fits three independent straight segments by least squares. They are straight
+rather than constant, because the claim is about slopes and constant segments would divide one long
+fall in two; they are independent rather than joined, because a curve may jump. A segment has at
+least three layers, since a line fits any two.
 
-A boundary is reported only if the data decide it:
-  * there are enough examples: the bootstrap's intervals are too narrow over a few;
-  * three segments have a lower BIC than two and than one (a flat or straight curve has no stages);
-  * over bootstrap resamples of the examples each boundary stays within a third of the layers, and
+A boundary is reported only under these conditions:
+  * There are enough examples: bootstrap intervals over a few are too narrow.
+  * Three segments have a lower BIC than two and than one (a flat or straight curve has no stages).
+  * Over bootstrap resamples of the examples each boundary stays within a third of the layers, and
     the two intervals do not meet.
-Any fit breaks a smooth bend somewhere, so the verdict also says how each segment runs, and whether
-that is the claimed pattern.
+Segments also fit a smooth bend, so the verdict states the direction of each segment, and whether
+this is the claimed pattern.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mllm_jax.analysis import checks, intervals
 
-# Examples. Of a normal variable the bootstrap's 95 % interval holds the mean in 92 % of samples of
-# 16, in 89 % of 8: 2 * t.cdf(1.96 * sqrt((n - 1) / n), n - 1) - 1.
+# Number of examples. The bootstrap's 95 % interval of a normal variable covers its mean in 92 % of
+# samples of 16 and in 89 % of samples of 8: 2 * t.cdf(1.96 * sqrt((n - 1) / n), n - 1) - 1.
 FEWEST = 16
 RULE = (
     "least-squares fit of three free straight segments of at least three layers to the mean "
@@ -38,12 +38,14 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stages:
-    """Boundaries of the stages of one curve.
+    """The boundaries of the stages of one curve.
 
     Attributes:
         boundaries: first layers of the second and of the third stage; None if undecided.
-        low, high: bootstrap interval of each boundary, in layers; None if there are too few layers.
-        verdict: one line that says what was found, or why nothing was.
+        low: lower end of the bootstrap interval of each boundary, in layers; None if there are too
+            few layers.
+        high: upper end of it, likewise.
+        verdict: one line with the result, or why it is undecided.
         curve: float64[L], mean entropy, nats.
         fit: float64[L], the three segments; None if there are too few layers.
         slopes: float64[3], nats per layer; None if there are too few layers.
@@ -70,16 +72,16 @@ def find(
     resamples: int = intervals.RESAMPLES,
     seed: int = 0,
 ) -> Stages:
-    """Finds the two stage boundaries of a mean entropy curve.
+    """Find the two stage boundaries of a mean entropy curve.
 
     Args:
         sums: float[N, L], sum of the entropies of an example's tokens at each layer, nats.
         tokens: int[N], number of those tokens.
-        min_length: least number of layers in a stage, at least 3.
-        fewest: examples below which nothing is decided.
+        min_length: smallest number of layers in a stage, at least 3.
+        fewest: smallest number of examples for a decision.
         level: mass of the intervals.
         resamples: number of bootstrap resamples.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Returns:
         The stages.
@@ -107,23 +109,20 @@ def find(
     drawn = intervals.draws(examples, resamples=resamples, seed=seed)
     resampled = np.einsum("rn,nl->rl", drawn, sums) / (drawn @ tokens)[:, None]
     samples, _ = _split(_costs(resampled, min_length), min_length)
-    low, high = intervals.percentiles(samples, level=level, method="inverted_cdf")
-    low, high = tuple(low.tolist()), tuple(high.tolist())
-
+    low, high = map(_pair, intervals.percentiles(samples, level=level, method="inverted_cdf"))
     costs = _costs(curve[None], min_length)
-    (boundaries,), (error,) = _split(costs, min_length)
-    boundaries = tuple(boundaries.tolist())
+    pairs, (error,) = _split(costs, min_length)
+    boundaries = _pair(pairs[0])
     fit, slopes = _lines(curve, boundaries)
+    doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     if examples < fewest:
         doubt = f"{examples} examples are too few, it takes {fewest}"
-    else:
-        doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     verdict = f"undecided: {doubt}" if doubt else _describe(slopes, boundaries, curve)
     return Stages(None if doubt else boundaries, low, high, verdict, curve, fit, slopes, samples)
 
 
 def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
-    """A second opinion: layers at which the smoothed curve turns from falling to rising or back.
+    """Return the layers at which the smoothed curve turns from falling to rising or back.
 
     Args:
         curve: float[L], mean entropy, nats.
@@ -144,12 +143,12 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
 
 
 def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
-    """A second rule, which looks nearby: the two layers at which the slope changes most.
+    """Return the two layers at which the slope changes most: a second, local rule.
 
     Args:
         curve: float[L], mean entropy, nats.
-        window: layers before a bend, and from it on, whose slopes are compared; a sixth of all by
-            default, at least three. Bends lie as far apart.
+        window: number of layers on either side of a bend whose slopes are compared, and smallest
+            distance of the bends; by default a sixth of the layers, at least three.
 
     Returns:
         The first layers after the bends, in order; none where there are too few layers.
@@ -169,39 +168,51 @@ def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
     return sorted((first + window, second + window))
 
 
-def confirmed(found: Stages, points: Sequence[int], *, slack: int = 1) -> list[bool] | None:
-    """Whether the second rule finds each boundary of the first: a bend within its interval.
+def confirmed(stages: Stages, points: Sequence[int], *, slack: int = 1) -> list[bool] | None:
+    """Return whether the second rule finds each boundary of the first: a bend in its interval.
 
     Args:
-        found: by `find`.
-        points: by `bends`.
-        slack: layers that a bend may lie beyond the interval.
+        stages: the stages, from `find`.
+        points: the bends, from `bends`.
+        slack: number of layers by which a bend may lie outside the interval.
 
     Returns:
-        One answer a boundary; None if the boundaries are undecided.
+        One answer for each boundary; None if the boundaries are undecided.
     """
-    if found.boundaries is None:
+    if stages.boundaries is None:
         return None
     return [
         any(low - slack <= point <= high + slack for point in points)
-        for low, high in zip(found.low, found.high, strict=True)
+        for low, high in _interval_ends(stages)
     ]
 
 
 def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | None:
-    """Whether the intervals of two curves' boundaries meet, first with first, second with second.
+    """Return whether the intervals of two curves' boundaries meet, each with its counterpart.
 
     Args:
-        one, other: by `find`, such as of entropies and of numbers of neurons.
-        slack: layers that may lie between the intervals.
+        one: the stages of one curve, such as of entropies.
+        other: the stages of another curve, such as of numbers of neurons.
+        slack: number of layers that may lie between the intervals.
 
     Returns:
-        One answer a boundary; None if either is undecided.
+        One answer for each boundary; None if either curve is undecided.
     """
     if one.boundaries is None or other.boundaries is None:
         return None
-    pairs = zip(one.low, one.high, other.low, other.high, strict=True)
-    return [a <= d + slack and c <= b + slack for a, b, c, d in pairs]
+    pairs = zip(_interval_ends(one), _interval_ends(other), strict=True)
+    return [a <= d + slack and c <= b + slack for (a, b), (c, d) in pairs]
+
+
+def _interval_ends(stages: Stages) -> Iterator[tuple[int, int]]:
+    """Return the ends of the interval of each boundary, of stages with enough layers."""
+    assert stages.low is not None and stages.high is not None
+    return zip(stages.low, stages.high, strict=True)
+
+
+def _pair(values: np.ndarray) -> tuple[int, int]:
+    first, second = values.tolist()
+    return first, second
 
 
 def _curve(curve: np.ndarray) -> np.ndarray:
@@ -212,7 +223,7 @@ def _curve(curve: np.ndarray) -> np.ndarray:
 
 
 def _costs(curves: np.ndarray, min_length: int) -> np.ndarray:
-    """Squared error of a line through layers [start, stop): float64[R, L + 1, L + 1]."""
+    """Return the squared error of a line through layers [start, stop), float64[R, L + 1, L + 1]."""
     resamples, layers = curves.shape
     centred = curves - curves.mean(axis=1, keepdims=True)
     costs = np.full((resamples, layers + 1, layers + 1), np.inf)
@@ -228,7 +239,7 @@ def _costs(curves: np.ndarray, min_length: int) -> np.ndarray:
 
 
 def _split(costs: np.ndarray, min_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best two boundaries and their squared error: int64[R, 2], float64[R]."""
+    """Return the best two boundaries and their squared error: int64[R, 2], float64[R]."""
     layers = costs.shape[-1] - 1
     pairs = np.array(
         [
@@ -244,6 +255,7 @@ def _split(costs: np.ndarray, min_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lines(curve: np.ndarray, boundaries: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a line to each segment: the fitted curve float64[L] and the slopes float64[3]."""
     fit, slopes = np.empty_like(curve), []
     for start, stop in zip((0, *boundaries), (*boundaries, len(curve)), strict=True):
         x = np.arange(stop - start) - (stop - start - 1) / 2
@@ -253,10 +265,17 @@ def _lines(curve: np.ndarray, boundaries: tuple[int, int]) -> tuple[np.ndarray, 
     return fit, np.array(slopes)
 
 
-def _doubt(curve, costs, three, min_length, low, high) -> str | None:
-    """Why the boundaries are not decided; None if they are."""
+def _doubt(
+    curve: np.ndarray,
+    costs: np.ndarray,
+    three: float,
+    min_length: int,
+    low: tuple[int, int],
+    high: tuple[int, int],
+) -> str | None:
+    """Return why the boundaries are undecided; None if they are decided."""
     layers = len(curve)
-    # a residual below a millionth of the curve is rounding, not shape
+    # A residual below a millionth of the curve is rounding.
     floor = layers * (1e-6 * np.abs(curve).max()) ** 2
     one = costs[0, layers]
     if one <= floor:
@@ -281,7 +300,7 @@ def _doubt(curve, costs, three, min_length, low, high) -> str | None:
 
 
 def _describe(slopes: np.ndarray, boundaries: tuple[int, int], curve: np.ndarray) -> str:
-    """Each segment in one word; flat is a change below a tenth of the curve's range."""
+    """Describe each segment in a word; flat is a change below a tenth of the curve's range."""
     changes = slopes * np.diff((0, *boundaries, len(curve))) / np.ptp(curve)
     words = ["flat" if abs(c) < 0.1 else "rising" if c > 0 else "falling" for c in changes]
     claimed = words[1:] == ["falling", "rising"] and slopes[1] < slopes[0]

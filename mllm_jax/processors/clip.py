@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mllm_jax.models.clip_text import ClipPairConfig
-from mllm_jax.processors import image_processors, prompts
+from mllm_jax.processors import image_processors, tokenizers
 from mllm_jax.processors import pictures as picture_files
 
 
@@ -28,7 +28,7 @@ class ClipProcessor:
     @classmethod
     def from_directory(cls, directory: pathlib.Path, config: ClipPairConfig) -> ClipProcessor:
         """Of a local checkpoint directory."""
-        tokenizer = prompts.read_tokenizer(directory)
+        tokenizer = tokenizers.read_tokenizer(directory)
         return cls(tokenizer, image_processors.read(directory), config)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:

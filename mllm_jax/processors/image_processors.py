@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.checkpoints import files
-from mllm_jax.processors import pictures, prompts
+from mllm_jax.processors import pictures, tokenizers
 
 # A picture's shorter side is scaled to as many sides of a tile, at most.
 MAX_UPSCALE = 16
@@ -40,7 +40,7 @@ def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:
-        reason = prompts.first_line(error)
+        reason = tokenizers.first_line(error)
         message = f"{files.line(path, 200)}: no image processor of transformers: {reason}"
         raise ValueError(message) from error
 
@@ -78,7 +78,7 @@ def preprocess(processor, images: list, side: int, directory) -> np.ndarray:
     try:
         values = np.asarray(processor(images, return_tensors="np")["pixel_values"])
     except Exception as error:  # whatever a wrong setting leads to
-        reason = prompts.first_line(error)
+        reason = tokenizers.first_line(error)
         raise ValueError(f"{path}: pictures cannot be prepared like this: {reason}") from error
     if values.shape[-2:] != (side, side):
         raise ValueError(

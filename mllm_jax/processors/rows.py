@@ -1,4 +1,4 @@
-"""Rows of a batch before padding, and the arithmetic that lays them out."""
+"""Rows of a batch before padding, and the arrays that they become."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from mllm_jax import tokens
 from mllm_jax.batch import Layout
@@ -15,7 +16,7 @@ from mllm_jax.batch import Layout
 LENGTHS = (
     32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 2560, 3072, 4096,
 )  # fmt: skip
-LONGER = 1024  # beyond those, to a multiple of this
+LENGTH_MULTIPLE = 1024  # longer rows are padded to a multiple of this
 IMAGE_KINDS = (tokens.CODE["image"], tokens.CODE["newline"])
 
 
@@ -24,33 +25,55 @@ class Picture:
     """One picture of a row.
 
     Attributes:
-      image: in RGB, or None where features stand for it.
+      image: the picture in RGB, or None where features replace it.
       layout: how the model reads it.
     """
 
-    image: Any
+    image: PIL.Image.Image | None
     layout: Layout
 
 
 @dataclasses.dataclass
 class Row:
-    """One tokenised row, before padding."""
+    """One tokenised row, before padding.
+
+    Attributes:
+      ids: the id of each token.
+      kinds: the kind of each token, a code of `tokens.CODE`.
+      patches: the patch of each token, counted through all tiles of the row, or -1.
+      positions: the position of each token.
+      segments: the packed question that each token belongs to, from 1 on, or 0.
+      prompt: the number of tokens of the prompt, or of the first of several.
+      qformer_rows: for each image, the text that a Q-Former reads beside it.
+    """
 
     ids: list[int] = dataclasses.field(default_factory=list)
     kinds: list[int] = dataclasses.field(default_factory=list)
-    patches: list[int] = dataclasses.field(default_factory=list)  # through all its tiles, or -1
+    patches: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
     segments: list[int] = dataclasses.field(default_factory=list)
-    prompt: int = 0  # tokens of the prompt, or of the first of several
-    qformer_rows: list[Row] = dataclasses.field(
-        default_factory=list
-    )  # for each image, a Q-Former's text
+    prompt: int = 0
+    qformer_rows: list[Row] = dataclasses.field(default_factory=list)
 
     def add(
-        self, ids: Sequence[int], kinds: Sequence[int], patches=None, *, segment: int = 0, at=None
+        self,
+        ids: Sequence[int],
+        kinds: Sequence[int],
+        patches: Sequence[int] | None = None,
+        *,
+        segment: int = 0,
+        start: int | None = None,
     ) -> None:
-        """Appends tokens; `at` is the position of the first, if it is not the next."""
-        start = len(self.ids) if at is None else at
+        """Append tokens.
+
+        Args:
+          ids: their ids.
+          kinds: their kinds.
+          patches: their patches; none by default.
+          segment: the packed question that they belong to.
+          start: the position of the first, if it is not the next.
+        """
+        start = len(self.ids) if start is None else start
         self.ids.extend(ids)
         self.kinds.extend(kinds)
         self.patches.extend([-1] * len(ids) if patches is None else patches)
@@ -58,16 +81,37 @@ class Row:
         self.segments.extend([segment] * len(ids))
 
 
-def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
-    """Where each row's pictures stand among all, and how many places there are.
+@dataclasses.dataclass(frozen=True)
+class ImageSlots:
+    """Where the image tokens of a batch stand among those of all its pictures.
 
-    Rows that read the same pictures, and are told the same of them, share a place; then the places
-    are a power of two: few shapes. Where these are not fewer than the rows, each has its own.
+    Rows with the same pictures share a slot.
+
+    Attributes:
+      of_row: the slot of each row's pictures.
+      count: the number of slots.
+      tiles: the number of tiles of a slot.
+      tile_tokens: the number of image tokens of a tile.
+      grid: rows, and columns, of the square of patches that a tile's tokens are.
     """
 
-    def key(shown: list[Picture], row: Row) -> tuple:
-        images = tuple(id(p.image) for p in shown if p.image is not None)
-        return images and (images, tuple(tuple(told.ids) for told in row.qformer_rows))
+    of_row: list[int]
+    count: int
+    tiles: int
+    tile_tokens: int
+    grid: int
+
+
+def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
+    """Return the image slot of each row, and the number of slots.
+
+    Rows with the same pictures, and the same text for a Q-Former, share a slot; the number of slots
+    is then a power of two, for few shapes. Where that would save none, each row has its own.
+    """
+
+    def key(row_pictures: list[Picture], row: Row) -> tuple:
+        images = tuple(id(p.image) for p in row_pictures if p.image is not None)
+        return images and (images, tuple(tuple(text.ids) for text in row.qformer_rows))
 
     keys = [key(*pair) for pair in zip(pictures, rows, strict=True)]
     distinct = list(dict.fromkeys(filter(None, keys)))
@@ -78,26 +122,94 @@ def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[
 
 
 def round_up_length(length: int) -> int:
-    """The nearest of LENGTHS."""
-    return next((n for n in LENGTHS if n >= length), -(-length // LONGER) * LONGER)
+    """Return the smallest padded length that holds this many tokens."""
+    rounded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return next((n for n in LENGTHS if n >= length), rounded)
 
 
-def place_features(features: np.ndarray, pictures: list[list[Picture]], count: int) -> np.ndarray:
-    """Features of one picture a row at each place [B, count] where it is read, zero elsewhere."""
-    out = np.zeros((len(pictures), count, *features.shape[1:]), features.dtype)
-    for places, row, values in zip(out, pictures, features, strict=False):
-        places[: len(row)] = values
+def token_arrays(
+    rows: list[Row], length: int, slots: ImageSlots, *, padding_id: int, left: bool
+) -> dict[str, Any]:
+    """Return the fields of a batch that have one value for each token.
+
+    Args:
+      rows: the rows; a row without tokens is padding alone.
+      length: T, the tokens of a padded row.
+      slots: where the image tokens of each row stand.
+      padding_id: the id of padding.
+      left: whether to pad on the left.
+
+    Returns:
+      `ids`, `position`, `image_token_index` int32[B, T], `segment` int32[B, T] or None, and
+      `tokens`.
+    """
+    shape = len(rows), length
+    ids = np.full(shape, padding_id, np.int32)
+    position, segment = np.zeros((2, *shape), np.int32)
+    kind = np.zeros(shape, np.int8)
+    image_token_index = np.full(shape, -1, np.int32)
+    grid = {name: np.full(shape, -1, np.int16) for name in ("row", "column", "tile")}
+    last = np.zeros(shape, bool)
+    tile_tokens, slot_tokens = slots.tile_tokens, slots.tiles * slots.tile_tokens
+    for b, row in enumerate(rows):
+        if not row.ids:
+            continue
+        at = np.arange(len(row.ids)) + (length - len(row.ids) if left else 0)
+        ids[b, at], kind[b, at] = row.ids, row.kinds
+        position[b, at], segment[b, at] = row.positions, row.segments
+        last[b, at[row.prompt - 1]] = True
+        kinds, patches = np.array(row.kinds), np.array(row.patches)
+        image_token_index[b, at[kinds == tokens.CODE["newline"]]] = slots.count * slot_tokens
+        columns, patch = at[patches >= 0], patches[patches >= 0]
+        image_token_index[b, columns] = slots.of_row[b] * slot_tokens + patch
+        grid["tile"][b, columns] = patch // tile_tokens
+        # Tokens that are no patch, such as CLS, come first in a tile.
+        patch = patch % tile_tokens - (tile_tokens - slots.grid**2)
+        columns, patch = columns[patch >= 0], patch[patch >= 0]
+        grid["row"][b, columns], grid["column"][b, columns] = np.divmod(patch, max(slots.grid, 1))
+    return {
+        "ids": ids,
+        "position": position,
+        "tokens": tokens.TokenMap(
+            kind=kind, last=last, row=grid["row"], column=grid["column"], tile=grid["tile"]
+        ),
+        "image_token_index": image_token_index,
+        "segment": segment if segment.any() else None,
+    }
+
+
+def place_features(features: np.ndarray, pictures: list[list[Picture]], places: int) -> np.ndarray:
+    """Return the features of one picture a row at each place where the row reads it.
+
+    Args:
+      features: [B, ...], of one picture a row.
+      pictures: the pictures of each row, all the same one.
+      places: the number of places for pictures that a row has.
+
+    Returns:
+      [B, places, ...], zero where a row reads no picture.
+    """
+    out = np.zeros((len(pictures), places, *features.shape[1:]), features.dtype)
+    for row_places, row, values in zip(out, pictures, features, strict=False):
+        row_places[: len(row)] = values
     return out
 
 
 def answer_positions(kind: np.ndarray) -> np.ndarray | None:
-    """int32[B, A]: the places of the answer tokens, -1 to fill up; A is a multiple of 8."""
+    """Return where the answer tokens are.
+
+    Args:
+      kind: int8[B, T], the kind of each token.
+
+    Returns:
+      int32[B, A], padded with -1 to a multiple of 8, or None where there is no answer.
+    """
     answer = kind == tokens.CODE["answer"]
     most = answer.sum(-1).max()
     if not most:
         return None
-    labels = np.full((len(kind), -(-most // 8) * 8), -1, np.int32)
-    for row, found in zip(labels, answer, strict=True):
-        places = np.flatnonzero(found)
-        row[: len(places)] = places
-    return labels
+    positions = np.full((len(kind), -(-most // 8) * 8), -1, np.int32)
+    for row, is_answer in zip(positions, answer, strict=True):
+        columns = np.flatnonzero(is_answer)
+        row[: len(columns)] = columns
+    return positions

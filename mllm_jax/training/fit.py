@@ -152,7 +152,7 @@ def fit(
     rest = checkpoint.resume(_Steps(batches, recipe.accumulate))
     optimiser = recipe.optimiser(steps)
     with mesh.use_mesh_of(model):
-        curve = mesh.replicate(jnp.zeros((steps,)))
+        curve = mesh.replicate(jnp.zeros((steps,), jnp.float32))
         if exists and checkpoint.done == steps:
             unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
             trained, _, curve = checkpoint.load((mesh.replicate(trained), unread, curve))

@@ -55,7 +55,7 @@ def test_the_planted_neuron_is_found_in_20_of_20_seeds():
         d, layer, neuron = PLANTED
         assert found.p_values[layer, neuron] == 1 / 40, seed
         assert found.mask[:, layer, neuron].tolist() == [False, False, True], seed
-        assert found.found.mask[d, layer, neuron]
+        assert found.selection.mask[d, layer, neuron]
 
 
 def test_shuffled_domains_have_false_neurons_no_more_often_than_the_level():
@@ -67,7 +67,7 @@ def test_shuffled_domains_have_false_neurons_no_more_often_than_the_level():
         found = stability.shuffle_test(
             counts, tokens, shuffled, shuffles=19, level=level, seed=seed, **RATES
         )
-        assert found.found.selected.sum() == found.found.k == 4  # selects whatever comes
+        assert found.selection.selected.sum() == found.selection.k == 4  # selects whatever comes
         false += found.mask.any()
     # what a test of this very level exceeds once in 1,000 times
     assert false <= scipy.stats.binom.isf(1e-3, sets, level)
@@ -77,7 +77,7 @@ def test_shuffled_domains_have_false_neurons_no_more_often_than_the_level():
 def test_p_values_are_counts_of_shuffles():
     counts, tokens, domain = examples(3)
     found = stability.shuffle_test(counts, tokens, domain, shuffles=49, **RATES)
-    for (layer, neuron), value in np.ndenumerate(found.found.entropy):
+    for (layer, neuron), value in np.ndenumerate(found.selection.entropy):
         expected = (1 + (found.lowest <= value).sum()) / 50 if np.isfinite(value) else 1.0
         assert found.p_values[layer, neuron] == expected
     again = stability.shuffle_test(counts, tokens, domain, shuffles=49, **RATES)
@@ -180,4 +180,4 @@ def test_a_shuffle_that_goes_as_low_counts_against():
     one = np.random.default_rng(0).integers(0, 100, (1, 3, 60))
     counts, domain = np.repeat(one, 12, axis=0), np.arange(12) % 3
     found = stability.shuffle_test(counts, np.full(12, 100), domain, shuffles=19, **RATES)
-    assert found.found.selected.any() and (found.p_values == 1).all() and not found.mask.any()
+    assert found.selection.selected.any() and (found.p_values == 1).all() and not found.mask.any()

@@ -86,7 +86,7 @@ def instructblip_processor(
 ) -> InstructBlipProcessor:
     plain = processor(config, template)
     return InstructBlipProcessor(
-        plain.tokenizer, plain._pictures, config, qformer_tokenizer=qformer_tokenizer()
+        plain.tokenizer, plain._make_image_processor, config, qformer_tokenizer=qformer_tokenizer()
     )
 
 

@@ -14,7 +14,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 from mllm_jax.passes import score
-from mllm_jax.processors import prompts
+from mllm_jax.processors import tokenizers
 from mllm_jax.processors.processor import Processor
 from tests.helpers import tiny
 
@@ -406,14 +406,15 @@ class TestFiles:
 
         panic.name_or_path = "somewhere"
         refused(
-            lambda: prompts.encode(panic, "what ?"), "tokenizer of somewhere cannot read 'what .'"
+            lambda: tokenizers.encode(panic, "what ?"),
+            "tokenizer of somewhere cannot read 'what .'",
         )
 
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            prompts.encode(interrupted, "what ?")
+            tokenizers.encode(interrupted, "what ?")
 
     def test_a_tokenizer_that_loses_the_question(self, processor, monkeypatch):
         def lose(text, **how):
@@ -519,7 +520,7 @@ class TestImageProcessors:
 
     def test_whatever_is_shown_has_its_tokens(self, processor, monkeypatch):
         """However a family lays out its pictures: a picture without tokens is an error."""
-        monkeypatch.setattr(Processor, "_add_picture", lambda self, row, number, picture: None)
+        monkeypatch.setattr(Processor, "_append_picture", lambda self, row, number, picture: None)
         refused(lambda: processor([tiny.picture(0)], ["what ?"]), "1 pictures need 4 image tokens")
         blind = tiny.instructblip_processor(InstructBlipConfig.tiny())
         refused(lambda: blind([tiny.picture(0)], ["what ?"]), "1 pictures need 5 image tokens")

@@ -42,7 +42,7 @@ def dark(pictures, return_tensors):
 def seen(model, batches, data, setting, save, **how):
     processor = tiny.processor(model.config)
     if setting:
-        processor._pictures = lambda: dark
+        processor._make_image_processor = lambda: dark
     some = [EXAMPLES[i] for i in data]
     return features.vision_features(model, processor, some, save / "x.npy", batch_size=2, **how)
 
@@ -83,7 +83,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, quick_to_compile):
+def models(tiny_model):
     """Three, which differ in one weight of the tower, and in one of the projector."""
 
     def changed(name):

@@ -11,8 +11,10 @@ from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.processors import prompts as prompts_
+from mllm_jax.processors import tokenizers
+from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.processor import Processor
-from mllm_jax.processors.prompts import IMAGE, Chat, Questions, short
+from mllm_jax.processors.prompts import IMAGE, Chat, short
 from mllm_jax.processors.rows import Picture, Row, round_up_length
 
 
@@ -36,7 +38,7 @@ class InstructBlipProcessor(Processor):
     @classmethod
     def from_directory(cls, directory, config: InstructBlipConfig, **how) -> InstructBlipProcessor:
         """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
-        tokenizer = prompts_.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
+        tokenizer = tokenizers.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
         return super().from_directory(directory, config, qformer_tokenizer=tokenizer, **how)
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
@@ -57,17 +59,17 @@ class InstructBlipProcessor(Processor):
             )
         return text, (slice(0, len(text)),)
 
-    def _prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
+    def _encode_prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
         text, questions = self.render(prompt, len(pictures))
         if IMAGE in text:
             raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
         row = Row()
         for number, picture in enumerate(pictures, first):
-            self._add_picture(row, number, picture)
-        row.add(*self._coded(prompt, text, questions))
+            self._append_picture(row, number, picture)
+        row.add(*self._tokenize(prompt, text, questions))
         told, qformer = Row(), self.config.qformer
         told.add(
-            *prompts_.tokenize(
+            *tokenizers.tokenize(
                 self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
             )
         )
@@ -79,14 +81,14 @@ class InstructBlipProcessor(Processor):
         row.qformer_rows = [told] * len(pictures)
         return row
 
-    def _batch(self, made: list[Row], *rest) -> Batch:
-        batch = super()._batch(made, *rest)
+    def _assemble(self, encoded: list[Row], *rest) -> Batch:
+        batch = super()._assemble(encoded, *rest)
         T = round_up_length(
-            max((len(told.ids) for row in made for told in row.qformer_rows), default=0)
+            max((len(told.ids) for row in encoded for told in row.qformer_rows), default=0)
         )
         ids = np.zeros((len(batch.is_real_tile), T), np.int32)
         kind = np.full(ids.shape, tokens.CODE["pad"], np.int8)
-        for at, row in zip(batch.image_token_index, made, strict=False):
+        for at, row in zip(batch.image_token_index, encoded, strict=False):
             images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
             for image, told in zip(images, row.qformer_rows, strict=True):
                 ids[image, : len(told.ids)], kind[image, : len(told.ids)] = told.ids, told.kinds

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from mllm_jax.loading import embedded
-from mllm_jax.processors import templates
+from mllm_jax.processors import template_sandbox
 from tests.helpers import tiny
 
 CHAT = [
@@ -58,19 +58,21 @@ def test_as_transformers(source, chat):
     want, _ = chat_template_utils.render_jinja_template(
         [chat], chat_template=source, add_generation_prompt=True, **variables
     )
-    assert templates.render(source, chat, **variables) == want[0]
+    assert template_sandbox.render(source, chat, **variables) == want[0]
     want, _ = chat_template_utils.render_jinja_template([chat], chat_template=source, **variables)
-    assert templates.render(source, chat, add_generation_prompt=False, **variables) == want[0]
+    assert (
+        template_sandbox.render(source, chat, add_generation_prompt=False, **variables) == want[0]
+    )
 
 
 def test_long_chats_are_within_the_limits():
     chat = [
         {"role": role, "content": "what is it ? " * 20000} for role in ("user", "assistant")
     ] * 4
-    assert len(templates.render(tiny.TEMPLATE, chat)) > 8 * 260_000
+    assert len(template_sandbox.render(tiny.TEMPLATE, chat)) > 8 * 260_000
     many = [{"role": "user", "content": "what ?"}] * 1000
     want, _ = chat_template_utils.render_jinja_template([many], chat_template=RICH, bos_token="")
-    assert templates.render(RICH, many, add_generation_prompt=False, bos_token="") == want[0]
+    assert template_sandbox.render(RICH, many, add_generation_prompt=False, bos_token="") == want[0]
 
 
 BIG = "{% set b = 'x' * 900000 %}"
@@ -124,10 +126,10 @@ GROWING = {
 def test_limits(name, monkeypatch):
     """In little time and memory."""
     source, message = GROWING[name]
-    monkeypatch.setattr(templates, "SECONDS", 0.3)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
-        templates.render(source, CHAT)
+        template_sandbox.render(source, CHAT)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
     assert time.process_time() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # in KiB
@@ -135,4 +137,4 @@ def test_limits(name, monkeypatch):
 
 def test_a_namespace_is_no_text():
     """It may hold much, and be put out often."""
-    assert templates.render("{{ namespace(a='x' * 100)|string }}", CHAT) == "<namespace>"
+    assert template_sandbox.render("{{ namespace(a='x' * 100)|string }}", CHAT) == "<namespace>"

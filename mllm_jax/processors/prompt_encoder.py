@@ -1,0 +1,245 @@
+"""Prompts and answers to rows of tokens: the text side of a processor."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.checkpoints import files
+from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.processors import prompts as prompts_
+from mllm_jax.processors import rows as rows_
+from mllm_jax.processors import tokenizers
+from mllm_jax.processors.chat_template import ChatTemplate, Questions
+from mllm_jax.processors.prompts import IMAGE, Chat, short
+from mllm_jax.processors.rows import Picture, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class PromptEncoder:
+    """A tokenizer and a chat template, which make rows of tokens of prompts and answers.
+
+    Args:
+      tokenizer: a fast tokenizer of transformers (it must give character offsets).
+      config: the model's config: which id is the image token, and how many tokens a picture has.
+      directory: the checkpoint's directory, for errors.
+      stop_ids: ids that end an answer, beside the tokenizer's end of sequence.
+
+    Attributes:
+      reencode_per_question: whether a packed row encodes its picture again for each question.
+    """
+
+    reencode_per_question = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: MultimodalConfig,
+        directory: str | os.PathLike | None = None,
+        *,
+        stop_ids: Sequence[int] = (),
+    ):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.directory = directory
+        self._stop_ids = tuple(stop_ids)
+        self._check_image_token()
+
+    def _check_image_token(self) -> None:
+        """Raise ValueError if the config and the tokenizer disagree on the image token."""
+        theirs = self.tokenizer.get_vocab().get(IMAGE)
+        if theirs is not None and self.config.image_token not in (-1, theirs):
+            place = f"{files.line(self.directory, 200)}/" if self.directory else ""
+            raise ValueError(
+                f"{place}config.json: image_token_index is {self.config.image_token}, but the "
+                f"tokenizer (tokenizer.json beside it) gives {IMAGE} the id {theirs}: make them "
+                "the same, else no picture would be seen"
+            )
+
+    @functools.cached_property
+    def stop_ids(self) -> np.ndarray:
+        """int32[n], the ids that end an answer, those at which transformers stops."""
+        end = self.tokenizer.eos_token_id
+        ids = ([] if end is None else [end]) + list(self._stop_ids)
+        return np.array(list(dict.fromkeys(ids)), np.int32)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template, if there is one."""
+        return ChatTemplate.from_tokenizer(self.tokenizer)
+
+    def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
+        """Return the ids of an answer.
+
+        Args:
+          answer: the text.
+          end: whether to add the end of turn.
+
+        Raises:
+          ValueError: it holds the text of a special token; or no token ends a turn.
+        """
+        ids = tokenizers.answer_ids(self.tokenizer, answer)
+        tokenizers.check_vocab(self.tokenizer, ids, self.config.lm.vocab)
+        if end and not len(self.stop_ids):
+            raise ValueError(
+                f"the tokenizer of {self.directory or 'this model'} names no token that ends an "
+                "answer: set eos_token in tokenizer_config.json"
+            )
+        return ids + [int(token) for token in self.stop_ids[:end]]
+
+    def text(self, ids: np.ndarray, *, stop: bool = True) -> list[str]:
+        """Return the text of each row of ids.
+
+        Args:
+          ids: int[B, N]; negative ids are left out.
+          stop: whether to cut each row at its end of turn.
+        """
+        texts = []
+        for row in np.asarray(ids):
+            ends = np.flatnonzero(np.isin(row, self.stop_ids))
+            row = row[: ends[0]] if stop and len(ends) else row[row >= 0]
+            texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
+        return texts
+
+    def word(self, token: int) -> str:
+        """Return the text of one token."""
+        return self.tokenizer.decode([int(token)])
+
+    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
+        """Return the whole text of a prompt with this many images, and where the question is."""
+        if isinstance(prompt, str):
+            if IMAGE in prompt or not self.chat_template:
+                before = "" if IMAGE in prompt else f"{IMAGE}\n" * images
+                return before + prompt, (slice(len(before), len(before) + len(prompt)),)
+            prompt = [{"role": "user", "content": prompt}]
+        if not self.chat_template:
+            raise ValueError(
+                f"{self.directory or 'this model'} has no chat template to set a chat into"
+            )
+        try:
+            return self.chat_template.render(prompts_.put_images_first(prompt, images))
+        except ValueError as error:
+            turn = "a plain user turn" if len(prompt) == 1 else "this chat"
+            raise ValueError(
+                f"the chat template of {self.directory} does not take {turn} ({error}); "
+                f"write {IMAGE} into the prompt to use it as it stands"
+            ) from error
+
+    def _needs_special_tokens(self, prompt: str | Chat, text: str) -> bool:
+        """Return whether the tokenizer has to add its special tokens to a rendered text."""
+        if not self.chat_template or (isinstance(prompt, str) and IMAGE in prompt):
+            return True
+        # A tokenizer's template writes them itself; a processor's may leave them to the tokenizer.
+        begin = self.tokenizer.bos_token
+        return self.chat_template.takes_parts and not (begin and text.startswith(begin))
+
+    def _encode_row(
+        self, prompt: str | Chat, pictures: Sequence[Picture], where: str, first: int = 0
+    ) -> Row:
+        """Return the tokens of a prompt.
+
+        Args:
+          prompt: the prompt.
+          pictures: its pictures.
+          where: where it comes from, for errors.
+          first: how many pictures stand in the row before it.
+        """
+        with _errors_at(where):
+            row = self._encode_prompt(prompt, pictures, first)
+            if not row.ids:
+                raise ValueError("the prompt is empty")
+            image = sum(kind in rows_.IMAGE_KINDS for kind in row.kinds)
+            needed = sum(len(picture.layout.patches) for picture in pictures)
+            if image != needed:
+                raise ValueError(
+                    f"{len(pictures)} pictures need {needed} image tokens, the prompt has {image}"
+                )
+        row.prompt = len(row.ids)
+        return row
+
+    def _encode_prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
+        """Return the tokens of a prompt, each image token replaced by those of its picture."""
+        text, questions = self.render(prompt, len(pictures))
+        row, numbered = Row(), enumerate(pictures, first)
+        ids, kinds = self._tokenize(prompt, text, questions)
+        if text.count(IMAGE) != len(pictures):
+            raise ValueError(
+                f"the prompt {short(prompt)} has {text.count(IMAGE)} {IMAGE} "
+                f"for {len(pictures)} pictures"
+            )
+        if ids.count(self.config.image_token) != len(pictures):
+            raise ValueError(f"the tokenizer makes other tokens of {IMAGE} than the image token")
+        for token, kind in zip(ids, kinds, strict=True):
+            if token == self.config.image_token:
+                self._append_picture(row, *next(numbered))
+            else:
+                row.add([token], [kind])
+        return row
+
+    def _append_picture(self, row: Row, number: int, picture: Picture) -> None:
+        """Append the image tokens of the row's picture of this number."""
+        places, patches = self.config.tiles * self.config.image_tokens, picture.layout.patches
+        kinds = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
+        patches = np.where(patches < 0, -1, number * places + patches)
+        row.add([self.config.image_token] * len(patches), kinds.tolist(), patches.tolist())
+
+    def _tokenize(
+        self, prompt: str | Chat, text: str, questions: Questions
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids and kinds of the whole text of a prompt."""
+        return tokenizers.tokenize(
+            self.tokenizer, text, questions, special=self._needs_special_tokens(prompt, text),
+            vocab=self.config.lm.vocab, image=self.config.image_token,
+        )  # fmt: skip
+
+    def _append_answer(
+        self, row: Row, answer: str, where: str, *, segment: int = 0, start: int | None = None
+    ) -> None:
+        with _errors_at(where):
+            ids = self.answer_ids(answer)
+        row.add(ids, [tokens.CODE["answer"]] * len(ids), segment=segment, start=start)
+
+    def _pack_row(
+        self, pairs: Sequence[tuple[str, str]], pictures: Sequence[Picture], where: str
+    ) -> Row:
+        """Return the tokens of a row of (question, answer) pairs."""
+        row, shared = Row(), 0
+        for segment, (question, answer) in enumerate(pairs, 1):
+            place = f"{where}, question {segment}"
+            if IMAGE in question:
+                raise ValueError(
+                    f"{place}: the packed question {short(question)} names its picture again"
+                )
+            single = self._encode_row(question, pictures, place, first=len(row.qformer_rows))
+            ids, kinds, patches = single.ids, single.kinds, single.patches
+            row.qformer_rows += single.qformer_rows
+            if segment == 1:  # up to the question all rows of a template are the same
+                if not self.reencode_per_question:
+                    shared = kinds.index(tokens.CODE["question"])
+                row.add(ids[:shared], kinds[:shared], patches[:shared])
+                row.prompt = len(ids)
+            rest = slice(shared, None)
+            row.add(ids[rest], kinds[rest], patches[rest], segment=segment, start=shared)
+            self._append_answer(row, answer, place, segment=segment, start=len(ids))
+        return row
+
+    @property
+    def _padding_id(self) -> int:
+        return int(self.stop_ids[0]) if len(self.stop_ids) else 0
+
+
+@contextlib.contextmanager
+def _errors_at(where: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the place that the wrong value comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(files.line(f"{where}: {error}")) from error

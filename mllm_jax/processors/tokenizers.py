@@ -1,0 +1,206 @@
+"""Tokenizers of checkpoints: read without trust, and texts as ids and kinds of tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mllm_jax import tokens
+from mllm_jax.checkpoints import files
+from mllm_jax.processors.prompts import IMAGE, short
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+_TOKENIZER_BYTES = 2**28
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's name."""
+    lines = str(error).strip().splitlines()
+    return files.line(lines[0], 120) if lines else type(error).__name__
+
+
+def tokenizer_origin(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return where a tokenizer comes from, for errors."""
+    return files.line(getattr(tokenizer, "name_or_path", None) or "this model", 120)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> BatchEncoding:
+    """Return a tokenizer's encoding of a text.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      text: the text.
+      **options: options of the tokenizer's call.
+
+    Raises:
+      ValueError: the tokenizer raised any error.
+    """
+    return _guarded(
+        lambda: tokenizer(text, return_attention_mask=False, **options),
+        lambda: f"the tokenizer of {tokenizer_origin(tokenizer)} cannot read {short(text)}",
+    )
+
+
+def _guarded(call: Callable[[], Any], describe: Callable[[], str]) -> Any:
+    """Call into the tokenizers package, whose errors are of any kind, panics of Rust included."""
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{describe()}: {first_line(error)}") from error
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    questions: Sequence[slice],
+    *,
+    special: bool,
+    vocab: int,
+    image: int = -1,
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a text, and their kinds: question or system.
+
+    Args:
+      tokenizer: a fast tokenizer of transformers.
+      text: the text.
+      questions: the characters of the text that are the question.
+      special: whether the tokenizer adds its special tokens.
+      vocab: the size of the model's vocabulary.
+      image: the id of the image token.
+
+    Raises:
+      ValueError: the tokenizer is broken, or not the model's.
+    """
+    encoding = encode(tokenizer, text, add_special_tokens=special, return_offsets_mapping=True)
+    in_question = [
+        high > low and any(low < part.stop and high > part.start for part in questions)
+        for low, high in encoding["offset_mapping"]
+    ]
+    ids = encoding["input_ids"]
+    check_vocab(tokenizer, ids, vocab, image)
+    words = "".join(text[part] for part in questions).replace(IMAGE, "").strip()
+    if words and not any(q and token != image for q, token in zip(in_question, ids, strict=True)):
+        raise ValueError(
+            f"the tokenizer of {tokenizer_origin(tokenizer)} makes no token of "
+            f"{short(words)}: its files are incomplete"
+        )
+    return ids, [tokens.CODE["question" if q else "system"] for q in in_question]
+
+
+def check_vocab(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], vocab: int, image: int = -1
+) -> None:
+    """Raise ValueError if an id, other than the image token's, is beyond the model's vocabulary."""
+    beyond = [token for token in ids if token >= vocab and token != image]
+    if beyond:
+        raise ValueError(
+            f"the tokenizer of {tokenizer_origin(tokenizer)} gives "
+            f"{short(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
+            "words: the tokenizer is another model's"
+        )
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
+    """Return the ids of an answer, which is plain text.
+
+    Raises:
+      ValueError: it holds the text of a special token, such as `<image>` or the end of a turn.
+    """
+    ids = encode(tokenizer, answer, add_special_tokens=False)["input_ids"]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = [token for token in sorted({*special, IMAGE}, key=len) if token in answer]
+    if named:
+        plain = encode(tokenizer, answer, add_special_tokens=False, split_special_tokens=True)
+        if plain["input_ids"] != ids:
+            raise ValueError(
+                f"the answer {short(answer)} holds {named[-1]}, which is a token of the model and "
+                "no text; leave it out (the end of a turn is added by itself)"
+            )
+    return ids
+
+
+def read_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved in a directory; one of sentencepiece alone is a Llama's.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it cannot be read.
+    """
+    # A second to import: only when needed.
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    for name, kind in (
+        ("tokenizer.json", PreTrainedTokenizerFast),
+        ("tokenizer.model", LlamaTokenizer),
+    ):
+        path = directory / name
+        if path.exists():
+            return _load(path, kind)
+    raise FileNotFoundError(
+        f"{directory} has neither tokenizer.json nor tokenizer.model: save the tokenizer there "
+        "with save_pretrained"
+    )
+
+
+def _load(path: pathlib.Path, kind: Any) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a file, of this class of transformers."""
+    if not 0 < files.regular(path).stat().st_size <= _TOKENIZER_BYTES:
+        raise ValueError(
+            f"{files.line(path, 200)}: {path.stat().st_size:,} bytes are no tokenizer; "
+            "fetch it again"
+        )
+    tokenizer = _guarded(
+        functools.partial(kind.from_pretrained, path.parent, trust_remote_code=False),
+        lambda: f"{files.line(path, 200)}: not readable as a tokenizer with the files by it",
+    )
+    tokenizer.chat_template = tokenizer.chat_template or _read_chat_template(path.parent)
+    return tokenizer
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerFast | None) -> list[Any] | None:
+    """Return all that a fast tokenizer depends on, for fingerprints.
+
+    The padding and truncation of its last call are left out.
+    """
+    if tokenizer is None:
+        return None
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core |= {"padding": None, "truncation": None}
+    return [core, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
+def _read_chat_template(directory: pathlib.Path) -> str | None:
+    """Return the chat template in a file of its own; older checkpoints wrap it in JSON."""
+    plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
+    if plain.exists():
+        try:
+            return files.regular(plain).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(files.refusal(plain, ["not readable as UTF-8"])) from error
+    source = files.read_json(wrapped).get("chat_template") if wrapped.exists() else None
+    if source is not None and not isinstance(source, str):
+        raise ValueError(files.refusal(wrapped, [f"chat_template is no string: {short(source)}"]))
+    return source
+
+
+def read_stop_ids(directory: pathlib.Path) -> list[int]:
+    """Return the ids at which transformers stops, of generation_config.json or else config.json."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        path = directory / "config.json"
+    fields = files.read_json(path) if path.exists() else {}
+    text = fields.get("text_config")
+    fields = text if isinstance(text, dict) and "eos_token_id" in text else fields
+    ids = fields.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        problem = f"eos_token_id is {short(ids)}, not one or several ids"
+        raise ValueError(files.refusal(path, [problem]))
+    return ids

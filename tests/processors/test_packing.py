@@ -1,0 +1,75 @@
+"""A packed batch taken apart: the rows of the prompts alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mllm_jax as mj
+from mllm_jax import sites
+from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.families.llava_next.model import LlavaNextConfig
+from tests.helpers import tiny
+
+TURNS = [
+    [("what is shown ?", "a cat"), ("which ?", "red"), ("is it ?", "no")],
+    [("which ?", "blue")],
+    [("is it ?", "yes"), ("what is shown ?", "a cat")],
+]
+CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig, "instructblip": InstructBlipConfig}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request):
+    """The processor, the packed batch, and the batch of the prompts alone."""
+    config = CONFIGS[request.param].tiny()
+    instructblip = request.param == "instructblip"
+    processor = (tiny.instructblip_processor if instructblip else tiny.processor)(config)
+    pictures = [tiny.picture(n, 24 + 8 * n, 40) for n in range(3)]
+    packed = processor.pack(pictures, TURNS, rows=4)
+    images = [picture for picture, pairs in zip(pictures, TURNS, strict=True) for _ in pairs]
+    questions, answers = zip(*itertools.chain(*TURNS), strict=True)
+    alone = processor(images, questions, answers=answers)
+    return processor, packed, alone
+
+
+def test_each_row_has_the_tokens_of_its_prompt_alone(case):
+    processor, packed, alone = case
+    rows = processor.unpack(packed)
+    assert rows.segment is None and packed.segment is not None
+    for name in ("ids", "position", "labels", "last"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(alone, name), err_msg=name)
+    for name in ("kind", "row", "column", "tile", "last"):
+        ours, theirs = getattr(rows.tokens, name), getattr(alone.tokens, name)
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        assert ours.dtype == theirs.dtype
+
+
+def test_each_row_reads_the_pictures_of_its_prompt_alone(case):
+    """Through everything: the vision tower, a Q-Former's text and the language model."""
+    processor, packed, alone = case
+    model = processor.config.build(rngs=nnx.Rngs(0))
+    read = {"image": mj.keep(sites.lm.embed)}
+    rows, want = (mj.run(model, b, None, read) for b in (processor.unpack(packed), alone))
+    np.testing.assert_allclose(rows.logits, want.logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(rows["image"], want["image"], rtol=0, atol=1e-5)
+
+
+def test_the_rows_of_an_unpacked_batch_continue(case):
+    processor, packed, alone = case
+    model = jax.eval_shape(lambda: processor.config.build(rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"processor\.unpack"):
+        mj.generate(model, packed, max_new_tokens=2)
+    unpacked = processor.unpack(packed).prompts()
+    np.testing.assert_array_equal(unpacked.tokens.kind, alone.prompts().tokens.kind)
+
+
+def test_a_batch_that_is_not_packed_is_refused(case):
+    processor, _, alone = case
+    with pytest.raises(ValueError, match="not packed"):
+        processor.unpack(alone)
