@@ -71,7 +71,9 @@ def run(
         edits: edits of every pass; none of the vision tower.
     """
     if any(edit.address.site.module == "vision" for edit in edits or ()):
-        raise ValueError("--edits: this study reads each picture once, without edits of its tower")
+        raise ValueError(
+            "--edits: this study takes no edits of the vision tower, which it runs once"
+        )
     model, processor = mj.load(config.model)
     questions = {
         split: batching.ask(examples.examples_of(config, split, count), (config.style,))

@@ -121,5 +121,5 @@ def test_errors_come_before_anything_is_read(config_of):
     ):
         mask.run(config, None)
     config = config_of("configs/embedded_das.py", model="nowhere")
-    with pytest.raises(ValueError, match="--edits of the vision tower are none"):
+    with pytest.raises(ValueError, match="takes no edits of the vision tower"):
         das.run(config, None, spec.parse("ablate vision.mlp.act"))
