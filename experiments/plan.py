@@ -26,7 +26,7 @@ from experiments import command, describe
 from mllm_jax import store
 from mllm_jax.interventions import spec
 from mllm_jax.planning import plan as plans
-from mllm_jax.planning import programs
+from mllm_jax.planning import programs, search
 from mllm_jax.report import figures
 from mllm_jax.report import plan as report
 
@@ -66,12 +66,12 @@ def run() -> list[plans.Plan]:
 
 def _find(name: str, config, size: programs.Size, how: dict) -> plans.Plan:
     if FIND.value == "topology":
-        plan = plans.smallest(config, size, study=name, **how)
+        plan = search.smallest_topology(config, size, study=name, **how)
         if plan is None:
             raise ValueError(f"{name} fits on no slice from {how['topology']} on")
         return plan
     if FIND.value:
-        number, plan = plans.largest(FIND.value, config, size, study=name, **how)
+        number, plan = search.largest_that_fits(FIND.value, config, size, study=name, **how)
         print(f"the most {FIND.value} of a data shard that fit: {number}\n")
         return plan
     return plans.plan(config, size, study=name, **how)
