@@ -75,6 +75,7 @@ class Batch:
         return self.tokens.last.argmax(-1)
 
     def replace(self, **fields) -> Batch:
+        """Return a copy with other values in some fields."""
         return dataclasses.replace(self, **fields)
 
     def prompts(self) -> Batch:

@@ -47,10 +47,12 @@ class Site:
 
     @property
     def module(self) -> str:
+        """Return the module of the site: the first part of its name."""
         return self.name.split(".")[0]
 
     @property
     def axes(self) -> tuple[str, ...]:
+        """Return the axis letters of the tensor."""
         return tuple(self.shape.split())
 
     @property
@@ -105,6 +107,7 @@ class Selection:
 
     @classmethod
     def parse(cls, item) -> Selection:
+        """Read what stands between brackets for one axis."""
         if item is None:
             return cls("all")
         if isinstance(item, slice):
@@ -230,6 +233,7 @@ class Address:
 
     @classmethod
     def parse(cls, site: Site, item) -> Address:
+        """Read what stands between the brackets after a site."""
         parts = item if isinstance(item, tuple) else (item,)
         if not site.stacked:
             if len(parts) != 1:

@@ -75,7 +75,8 @@ class TokenMap:
         """The map of tokens that are on no grid.
 
         Args:
-          kind: int8[I, T]. tiles: int[I], number of the tile that they belong to.
+          kind: int8[I, T].
+          tiles: int[I], number of the tile that they belong to.
         """
         xp = np if isinstance(kind, np.ndarray) else jax.numpy
         nowhere = xp.full(kind.shape, -1, np.int16)

@@ -125,6 +125,7 @@ class Tap:
         return not any(i.site == site for i in (*self.edits.values(), *self.captures.values()))
 
     def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        """Edit and capture a tensor at its site."""
         self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
         x = mesh.constrain(x, site.axes)
         for number, edit in self.edits.items():
@@ -207,6 +208,7 @@ class ModuleTap:
         self.captures = {n: c for n, c in taps.captures.items() if c.site.module == name}
 
     def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        """Edit and capture a tensor at its site."""
         tap = self._tap(1, _first(_at(self.edits, False)), _at(self.captures, False))
         x = tap(site, x)
         self.taps.receipts |= _add_axis(tap.receipts)

@@ -24,7 +24,9 @@ def grid(effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.n
     """Effects by layer (upwards) and column; a dot marks intervals that exclude zero.
 
     Args:
-        effect, low, high: float[L, columns], nats of log-odds.
+        effect: float[L, columns], nats of log-odds.
+        low: float[L, columns], nats of log-odds.
+        high: float[L, columns], nats of log-odds.
     """
     layers, count = effect.shape
     figure = Figure(figsize=(max(4.2, 1.8 + 0.42 * count), max(3.2, 1.2 + 0.16 * layers)))

@@ -36,6 +36,7 @@ class Judge:
 
     @property
     def is_fallback(self) -> bool:
+        """Return whether this is not the released judge."""
         return self.name == FALLBACK
 
     def score(self, question: str, references: Sequence[str], prediction: str) -> float:
