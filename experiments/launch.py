@@ -24,7 +24,12 @@ GRACE = 20  # seconds for the others to end by themselves, when one has failed
 
 
 def launch(command: list[str], count: int) -> int:
-    """Starts the processes and waits for them; the status of the first that fails, or 0."""
+    """Start the processes, wait for them, and return an exit status.
+
+    Returns:
+        128 + the signal's number if a process was killed, else the status of the first that
+        failed, or 0.
+    """
     address = f"127.0.0.1:{_free_port()}"
     started = [_start(command, address, count, number) for number in range(count)]
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,10 +66,13 @@ def _wait(started: list[subprocess.Popen]) -> int:
     end = time.monotonic() + GRACE
     while any(process.poll() is None for process in started) and time.monotonic() < end:
         time.sleep(0.1)
-    status = failed[0]
-    if all((process.poll() or 0) < 0 for process in started):
+    statuses = [process.poll() or 0 for process in started]
+    if all(status < 0 for status in statuses):
         _explain(started)
-    return status if status > 0 else 128 - status  # as a shell says it of a signal
+    # A process that was killed is the cause, whichever ended first; one that aborts never is.
+    killed = [status for status in statuses if status < 0 and status != -signal.SIGABRT]
+    status = (killed or failed)[0]
+    return status if status > 0 else 128 - status  # as a shell reports a signal
 
 
 def _explain(started: list[subprocess.Popen]) -> None:

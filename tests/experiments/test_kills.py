@@ -56,7 +56,7 @@ def finish(line: list[str], workdir: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "whom", "status", "says"),
     [
-        (signal.SIGKILL, [1], 1, f"error: process 1 {LOST}"),
+        (signal.SIGKILL, [1], 137, f"error: process 1 {LOST}"),
         (signal.SIGKILL, [0], 137, f"error: process 0 {LOST}"),
         (signal.SIGKILL, [0, 1], 137, f"error: process 0 was ended by SIGKILL: {STOPPED}"),
         (signal.SIGTERM, [1], 143, f"stopped by SIGTERM: {STOPPED}"),
