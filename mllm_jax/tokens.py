@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import jax
 import numpy as np
 
-from mllm_jax.typing import AnyArray, Bool, Int, Shaped
+from mllm_jax.typing import AnyArray, Bool, Int
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
@@ -150,7 +150,7 @@ class Where:
 
     form: str = dataclasses.field(metadata={"static": True})
     parts: tuple[Where, ...] = ()
-    value: Shaped[AnyArray, ...] | np.int32 | None = None
+    value: AnyArray | np.int32 | None = None
 
     def __or__(self, other: Where) -> Where:
         return Where("or", (self, other))

@@ -211,6 +211,7 @@ def compiled_run(
     logits: Logits,
     remat: bool,
 ) -> Out:
+    """Run one forward pass of what is bound already; see `run`."""
     taps = Taps(edits, captures, remat=remat)
     scores, _ = forward(model, batch, taps, logits)
     return Out(scores, taps.captured, taps.receipt_list())

@@ -181,6 +181,7 @@ def compiled_score(
     captures: dict[str, BoundCapture],
     ids: Int[Array, "B C A"],
 ) -> Scores:
+    """Score all candidates; see `score`."""
     T, A = batch.ids.shape[1], ids.shape[-1]
     taps = Taps(edits, captures)
     x, cache = model(batch, taps)

@@ -251,6 +251,8 @@ def compiled_lanes(
     logits: Logits,
     prefix: int,
 ):
+    """Run lanes of edits and apply the metric to each; see `sweep`."""
+
     def lane(edits, metric, model, batch, captures, resume, past):
         taps = Taps(edits, captures, resume=resume, at=prefix)
         if past is None:
