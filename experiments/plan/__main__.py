@@ -28,7 +28,7 @@ from experiments.running import command
 from mllm_jax import store
 from mllm_jax.interventions import spec
 from mllm_jax.planning import plan as plans
-from mllm_jax.planning import programs
+from mllm_jax.planning import programs, search
 from mllm_jax.report import style
 
 TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], "Chips and slices: v5e:2x4,v5p:4x4x4.")
@@ -67,12 +67,12 @@ def run() -> list[plans.Plan]:
 
 def _find(name: str, config, size: programs.Size, how: dict) -> plans.Plan:
     if FIND.value == "topology":
-        plan = plans.smallest_topology(config, size, study=name, **how)
+        plan = search.smallest_topology(config, size, study=name, **how)
         if plan is None:
             raise ValueError(f"{name} fits on no slice from {how['topology']} on")
         return plan
     if FIND.value:
-        number, plan = plans.largest_that_fits(FIND.value, config, size, study=name, **how)
+        number, plan = search.largest_that_fits(FIND.value, config, size, study=name, **how)
         print(f"the most {FIND.value} of a data shard that fit: {number}\n")
         return plan
     return plans.plan(config, size, study=name, **how)
