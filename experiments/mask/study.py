@@ -131,7 +131,7 @@ def train_gates(
     logits, curve = training.learn(
         loss, start, study.model, order, optax.adam(config.rate), seed=config.seed, label="gates"
     )
-    return {"gates": np.asarray(gate.settle(logits)), "curve": curve}
+    return {"gates": np.asarray(gate.final(logits)), "curve": curve}
 
 
 def divergence(model, read: Read, edits: Edits) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.checkpoints import files, keys, schema, tensors
+from mllm_jax import files
+from mllm_jax.checkpoints import keys, schema, tensors
 from mllm_jax.checkpoints.stored import Stored
 
 CONFIG = "adapter_config.json"
@@ -72,14 +73,17 @@ class Merged:
 
     @property
     def path(self) -> pathlib.Path:
+        """Return the file of the base matrix."""
         return self.base.path
 
     @property
     def key(self) -> str:
+        """Return the key of the base matrix."""
         return self.base.key
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape of the base matrix."""
         return self.base.shape
 
     def read(self) -> np.ndarray:

@@ -6,12 +6,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from mllm_jax import tokens
-from mllm_jax.checkpoints import files
+from mllm_jax import files, tokens
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
@@ -106,12 +105,13 @@ class PromptEncoder:
         for row in np.asarray(ids):
             ends = np.flatnonzero(np.isin(row, self.stop_ids))
             row = row[: ends[0]] if stop and len(ends) else row[row >= 0]
-            texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
+            text = cast(str, self.tokenizer.decode(row, skip_special_tokens=True))
+            texts.append(text.strip())
         return texts
 
     def word(self, token: int) -> str:
         """Return the text of one token."""
-        return self.tokenizer.decode([int(token)])
+        return cast(str, self.tokenizer.decode([int(token)]))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
         """Return the whole text of a prompt with this many images, and where the question is."""

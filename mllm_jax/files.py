@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: opened without trust, and refused in one short line."""
+"""Open files that somebody else wrote without trust, and refuse them in one short line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import reprlib
+import stat
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ _JSON_BYTES = 16 * 2**20
 
 
 def line(text: object, length: int = LINE) -> str:
-    """Text of a hostile file in one line: control characters escaped, the middle left out."""
+    """Return text as one line: control characters are escaped, the middle of a long one is cut."""
     words = str(text)[: 64 * length]  # escaping what is cut anyway would take time
     words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     if len(words) <= length:
@@ -23,8 +24,25 @@ def line(text: object, length: int = LINE) -> str:
     return f"{words[:head]} ... {words[head + 5 - length :]}"
 
 
+def name(path: object, length: int = 120) -> str:
+    """Return a path, or other text of a user, for one line: a long one is cut to its end."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+    return text if len(text) <= length else f"...{text[3 - length :]}"
+
+
+def reason(error: BaseException | None) -> str:
+    """Return the message of an error as one short line."""
+    message = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return line(message, 160) or type(error).__name__
+
+
+def is_text(text: str) -> bool:
+    """Return whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def some(items: Iterable[object], most: int = 3, length: int = 60) -> str:
-    """The first few of many names, each cut, and how many more there are."""
+    """Return the first few of many names, each cut, and how many more there are."""
     items = list(items)
     named = ", ".join(
         line(item, length) if isinstance(item, str) else shown(item) for item in items[:most]
@@ -33,7 +51,7 @@ def some(items: Iterable[object], most: int = 3, length: int = 60) -> str:
 
 
 def shown(value: object, length: int = 60) -> str:
-    """A value of a hostile file as Python writes it, whatever its size and depth."""
+    """Return a value of a hostile file as Python writes it, whatever its size and depth."""
     short = reprlib.Repr()
     short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 2, 4, 4, 4
     short.maxstring = short.maxother = length
@@ -44,13 +62,13 @@ def shown(value: object, length: int = 60) -> str:
 
 
 def refusal(source: object, problems: Iterable[object]) -> str:
-    """The message of an error: the file, and as many of its problems as a line holds."""
+    """Return the message of an error: the file, and as many of its problems as a line holds."""
     return joined([f"{line(source, 200)}: {problem}" if n == 0 else problem
                    for n, problem in enumerate(problems)])  # fmt: skip
 
 
 def joined(problems: Iterable[object]) -> str:
-    """As many problems as a line holds, the first at least, and how many more there are."""
+    """Return as many problems as a line holds, one at least, and how many more there are."""
     first, *rest = problems
     message = line(first, LINE - 30)
     for n, problem in enumerate(rest):
@@ -62,7 +80,7 @@ def joined(problems: Iterable[object]) -> str:
 
 
 def regular(path: str | os.PathLike) -> pathlib.Path:
-    """The path of a file that has an end: no directory, pipe or device is opened.
+    """Return the path of a regular file; a pipe or a device, which may never end, is not opened.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,8 +94,29 @@ def regular(path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """Return the content of a regular file; a pipe or a device is not opened.
+
+    Args:
+        path: the file; links are followed.
+        limit: the largest size in bytes.
+
+    Raises:
+        OSError: the file is missing, not regular or too large; the message is the reason alone.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError("it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is a pipe or a device, not a regular file")
+    if status.st_size > limit:
+        raise OSError(f"it has {status.st_size:,} bytes, more than {limit:,}")
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,7 +130,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, source: object) -> dict[str, Any]:
-    """The JSON object of some bytes; `source` is what to call them. See `read_json`."""
+    """Return the JSON object in bytes, see `read_json`; `source` names them in an error."""
     try:
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number
