@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def read(
     """The fields of a table; what is wrong with any field goes into `problems`.
 
     Args:
+        problems: where problems are appended, one line each.
         fields: of a config, or of a part of one.
         table: the fields that are read.
         ignored: names of fields that do not matter. Any further one is a problem.

@@ -83,7 +83,9 @@ def packed_length(processor: Processor, asked: Iterable[Sequence[Any]], question
     """Tokens of the longest packed row, rounded up to a multiple of 8.
 
     Args:
-      asked: the questions of each example. questions: how many of them share a row.
+      processor: its processor.
+      asked: the questions of each example.
+      questions: how many of them share a row.
     """
     most = 0
     one = _blank(processor, 1)

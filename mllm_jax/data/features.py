@@ -57,6 +57,10 @@ def vision_features(
     read each time, to compare them, and the tower runs for new ones alone.
 
     Args:
+      processor: its processor.
+      model: the network.
+      label: what the progress bar says.
+      batch_size: rows, or pictures, of a batch.
       examples: each with an `image`, and `encoded` if its bytes are at hand.
       path: the .npy file; beside it a .json says how much of it is done, and what it was made for.
       restart: remove what is there.

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from mllm_jax.processors import files, pictures
+from mllm_jax import files
+from mllm_jax.processors import pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Builds the data set into array_record files under `root`, unless it is there.
 
         Args:
+            config: the config of the study.
             manual: the folder that holds `<name>/` with the files as they were downloaded.
 
         Returns:

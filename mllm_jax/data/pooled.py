@@ -42,6 +42,10 @@ def pooled_features(
     continues where it stopped.
 
     Args:
+      processor: its processor.
+      model: the network.
+      label: what the progress bar says.
+      batch_size: rows, or pictures, of a batch.
       examples: each with an `image`.
       prompts: one an example. Image tokens stand before the question, so that only `lm.last`
         depends on it (with a Q-Former, all but `vision` do).

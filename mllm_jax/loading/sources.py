@@ -9,8 +9,8 @@ from typing import Any
 
 import huggingface_hub
 
-from mllm_jax import families
-from mllm_jax.checkpoints import files, schema
+from mllm_jax import families, files
+from mllm_jax.checkpoints import schema
 from mllm_jax.checkpoints import tensors as tensors_
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.families.base import Family
@@ -31,7 +31,8 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
     """The directory of a checkpoint, made or fetched if need be; see `load`.
 
     Args:
-        name: as `load` has it. weights: whether they are fetched too, or the settings alone.
+        name: as `load` has it.
+        weights: whether they are fetched too, or the settings alone.
     """
     if name == "embedded":
         return embedded.directory()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 from mllm_jax.processors import pictures, tokenizers
 
 # A picture's shorter side is scaled to as many sides of a tile, at most.
@@ -68,8 +68,10 @@ def preprocess(processor, images: list, side: int, directory) -> np.ndarray:
     """float[n, ..., 3, side, side]: what an image processor makes of pictures.
 
     Args:
-      processor: of transformers. images: of PIL, in RGB.
-      side: of the squares that the vision tower reads. directory: of the checkpoint, for errors.
+      processor: of transformers.
+      images: of PIL, in RGB.
+      side: of the squares that the vision tower reads.
+      directory: of the checkpoint, for errors.
 
     Raises:
       ValueError: it cannot, or makes something that the tower does not read.
@@ -101,7 +103,8 @@ def pad_to_square(image, mean: Sequence[float]):
     """A picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
 
     Args:
-      image: of PIL, in RGB. mean: of each channel, 0 to 1.
+      image: of PIL, in RGB.
+      mean: of each channel, 0 to 1.
     """
     import PIL.Image
 

@@ -10,9 +10,10 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from mllm_jax import files
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
-from mllm_jax.processors import files, pictures
+from mllm_jax.processors import pictures
 
 # Besides what begins with a dot: leftovers of systems and programs, in lower case.
 SYSTEM = {
@@ -25,7 +26,8 @@ def read(root: pathlib.Path, name: str, question: str | None) -> list[Row]:
     """The images of a folder, ordered by path; one line says which files are not used.
 
     Args:
-      root: the folder. name: of the domain.
+      root: the folder.
+      name: of the domain.
       question: asked instead of the built-in wordings of the category question.
     """
     if not root.is_dir():
