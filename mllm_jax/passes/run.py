@@ -149,7 +149,8 @@ def forward(
     """Trace the pass; return the logits, and the keys and values of every token."""
     x, cache = model(batch, taps)
     if logits == "none":
-        if any(i.site == sites.logits for i in (*taps.edits, *taps.captures.values())):
+        items: list[BoundEdit | BoundCapture] = [*taps.edits, *taps.captures.values()]
+        if any(item.site == sites.logits for item in items):
             raise ValueError('this pass computes no logits to edit or capture: logits="none"')
         return None, cache
     if logits == "all":

@@ -309,6 +309,7 @@ class _Rows:
 
     def _check(self, saved: np.ndarray) -> None:
         """Raise an error unless the saved rows are of these edits, or of the first of them."""
+        assert self._store.path is not None, "what is saved has a path"
         if not np.array_equal(saved[: len(self._edits)], self._edits[: len(saved)]):
             raise mismatch_error(self._store.path, ["edits"])
         if len(saved) > len(self._edits):

@@ -13,7 +13,7 @@ from mllm_jax.report import figures, page, parts
 
 
 def lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
-    """Build the section on the logit lens by layer; None where it was not measured."""
+    """Build the section on the logit lens by layer; None where not measured."""
     lens, stages = results["lens"], results["stages"]
     if not lens:
         return None

@@ -45,7 +45,7 @@ def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
 
 
 def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
-    """Build the section on probes before and after the projector; None where it was not measured."""
+    """Build the section on probes before and after the projector; None where not measured."""
     rows = results["richness"]
     if not rows:
         return None
@@ -85,7 +85,7 @@ def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def depth(folder: pathlib.Path, results: Mapping) -> page.Section | None:
-    """Build the section on probes by layer of the language model; None where it was not measured."""
+    """Build the section on probes by layer of the language model; None where not measured."""
     rows = results.get("depth")
     if not rows:
         return None
@@ -131,7 +131,7 @@ def _rise(kind: str, by_task: Mapping) -> str:
 
 
 def factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
-    """Build the section on changes of one setting at a time; None where it was not measured."""
+    """Build the section on changes of one setting at a time; None where not measured."""
     rows = results.get("factors")
     if not rows:
         return None
