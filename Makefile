@@ -36,7 +36,7 @@ test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 slow: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "slow and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not long"
 
 long: $(VENV)/.tested
 	$(BIN)/python -m pytest -m long

@@ -131,7 +131,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     store.atomic_npz(workdir / "attribution.npz", mean)
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(workdir)
+    store.write_manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 

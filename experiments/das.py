@@ -134,7 +134,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
     } | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
     page.write_das(workdir.path, results, curves)
-    store.manifest(workdir, seed=config.seed)
+    store.write_manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 

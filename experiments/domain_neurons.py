@@ -84,5 +84,5 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     } | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(workdir, seed=config.seed)
+    store.write_manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")

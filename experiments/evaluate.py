@@ -72,7 +72,7 @@ def run(config, workdir: store.Workdir, edits=None, captures=None) -> None:
     nested = {name: {s: rows[name, s] for s in config.styles} for name in found}
     results = {"study": "evaluate", "accuracy": nested} | study.named(workdir)
     store.atomic_json(workdir / "results.json", results)
-    store.manifest(workdir)
+    store.write_manifest(workdir)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def run(config, workdir: store.Workdir, edits: Edits | None = None) -> None:
         np.save(file, ~kept)
     store.atomic_json(workdir / "results.json", results)
     page.write_mask(workdir.path, results, found["curve"])
-    store.manifest(workdir, seed=config.seed)
+    store.write_manifest(workdir, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -66,12 +66,12 @@ def run() -> list[plans.Plan]:
 
 def _find(name: str, config, size: programs.Size, how: dict) -> plans.Plan:
     if FIND.value == "topology":
-        plan = plans.smallest(config, size, study=name, **how)
+        plan = plans.smallest_topology(config, size, study=name, **how)
         if plan is None:
             raise ValueError(f"{name} fits on no slice from {how['topology']} on")
         return plan
     if FIND.value:
-        number, plan = plans.largest(FIND.value, config, size, study=name, **how)
+        number, plan = plans.largest_that_fits(FIND.value, config, size, study=name, **how)
         print(f"the most {FIND.value} of a data shard that fit: {number}\n")
         return plan
     return plans.plan(config, size, study=name, **how)

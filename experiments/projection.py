@@ -193,7 +193,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     page.write(workdir.path, results)
-    store.manifest(workdir)
+    store.write_manifest(workdir)
     print(f"finished: {workdir / 'index.html'}")
 
 

@@ -81,7 +81,7 @@ def run(config, workdir: store.Workdir) -> None:
     }  # fmt: skip
     store.atomic_json(workdir / "results.json", results)
     report.write(workdir, results)
-    store.manifest(workdir)
+    store.write_manifest(workdir)
     print(f"finished: {workdir.path / 'index.html'}")
 
 

@@ -77,5 +77,5 @@ def run(config, workdir: store.Workdir) -> None:
             "projector": store.fingerprint(trained),
         },
     )
-    store.manifest(workdir, seed=config.seed)
+    store.write_manifest(workdir, seed=config.seed)
     print(f"held-out loss {before[0]:.3f} -> {after[0]:.3f}; with the wrong picture {after[1]:.3f}")

@@ -171,11 +171,9 @@ def picture(this: Study, number: int, name: str) -> dict[str, Any] | None:
     shown = this.workdir.json(f"picture-{name}", make)
     if shown is None:
         return None
-    image = store.relative_picture(this.workdir, f"picture-{number}.png", example.image)
+    image = store.save_figure(this.workdir, f"picture-{number}.png", example.image)
     batch = this.processor([example.image], ["<image>"])
-    tower = store.relative_picture(
-        this.workdir, f"seen-{number}.png", as_seen(this.processor, batch)
-    )
+    tower = store.save_figure(this.workdir, f"seen-{number}.png", as_seen(this.processor, batch))
     return shown | {"image": tower, "original": image}
 
 

@@ -13,7 +13,7 @@ import tqdm
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
-from mllm_jax.store import Rows
+from mllm_jax.store import RowStore
 
 
 @jax.jit
@@ -68,7 +68,7 @@ def vision_features(
     path = pathlib.Path(path)
     vision = model.config.vision
     tokens = model.config.tiles * vision.feature_tokens
-    store = Rows(
+    store = RowStore(
         path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
         model=[model.config, model.vision], processor=processor.picture_settings(),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from mllm_jax.interventions import captures
 from mllm_jax.passes import run
 from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
-from mllm_jax.store import Rows
+from mllm_jax.store import RowStore
 
 CAPTURES = {
     "projector": captures.mean(sites.projector.out, where=~tokens.cls),
@@ -63,7 +63,7 @@ def pooled_features(
     if len(prompts) != len(examples) or not len(examples):
         raise ValueError(f"{len(examples)} examples for {len(prompts)} prompts")
     folder = pathlib.Path(path)
-    store = Rows(
+    store = RowStore(
         folder / "progress.json", lambda name: folder / f"{name}.npy", len(examples),
         restart=restart, model=model, processor=processor,
     )  # fmt: skip

@@ -93,7 +93,7 @@ def generate(
     bound = binding.bind_continuation(model, batch, edits, max_new_tokens)
     stops = processor.stop_ids if stop else np.full((1,), -1, np.int32)
     with mesh.use_mesh_of(model):
-        outputs = _generate(
+        outputs = compiled_generate(
             model, mesh.shard_batch(batch), shard_edits(bound), stops, np.float32(temperature or 1),
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,
         )  # fmt: skip
@@ -117,7 +117,7 @@ def _check_no_nan(tokens: Int[AnyArray, "B N"]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "greedy"))
-def _generate(
+def compiled_generate(
     model: Model,
     batch: Batch,
     edits: tuple[BoundEdit, ...],

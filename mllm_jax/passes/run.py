@@ -101,7 +101,7 @@ def run(
     bound_edits, bound_captures = binding.bind(model, batch, edits, captures, logits)
     with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures
-        out = mesh.gather_to_host(_run(model, *inputs, logits=logits, remat=remat))
+        out = mesh.gather_to_host(compiled_run(model, *inputs, logits=logits, remat=remat))
     if not check_finite:
         return out
     results, checks = finite.separate(out.captures)
@@ -201,7 +201,7 @@ def _taps_at_last(taps: Taps, batch: Batch) -> Taps:
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "remat"))
-def _run(
+def compiled_run(
     model: Model,
     batch: Batch,
     edits: tuple[BoundEdit, ...],

@@ -96,7 +96,7 @@ def score_with(
     _, bound_captures = binding.bind(model, batch, None, captures, "last")
     with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, candidates
-        return mesh.gather_to_host(_score(model, *inputs))
+        return mesh.gather_to_host(compiled_score(model, *inputs))
 
 
 def answer_length(processor: Tokenizing, answers: Iterable[str]) -> int:
@@ -166,7 +166,7 @@ def _encode(processor: Tokenizing, text: Any, end: bool, where: str) -> list[int
 
 
 @jax.jit
-def _score(
+def compiled_score(
     model: Model,
     batch: Batch,
     edits: tuple[BoundEdit, ...],

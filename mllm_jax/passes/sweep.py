@@ -39,7 +39,7 @@ from mllm_jax.passes.clean_pass import CleanPass, Lane
 from mllm_jax.passes.run import Logits, Out, forward, logits_at_last, unshare_patched
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.sites import SiteShape
-from mllm_jax.store import Store, fingerprint, refusal
+from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
 
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
@@ -186,7 +186,7 @@ def _run_chunks(
         stacked = _stack_lanes(shapes, [lanes[i] for i in np.resize(numbers, chunk)])
         resume, past = clean.resume(numbers)
         return functools.partial(
-            _lanes, metric, model, clean.batch, stacked, captures, resume, past,
+            compiled_lanes, metric, model, clean.batch, stacked, captures, resume, past,
             logits=logits, prefix=int(clean.prefix[numbers[0]]),
         )  # fmt: skip
 
@@ -239,7 +239,7 @@ def _stack_lanes(shapes: Any, lanes: Sequence[Lane]) -> Lane:
 
 
 @functools.partial(jax.jit, static_argnames=("logits", "prefix"))
-def _lanes(
+def compiled_lanes(
     metric: Callable[[Out], Any],
     model: Model,
     batch: Batch,
@@ -308,9 +308,11 @@ class _Rows:
     def _check(self, saved: np.ndarray) -> None:
         """Raise an error unless the saved rows are of these edits, or of the first of them."""
         if not np.array_equal(saved[: len(self._edits)], self._edits[: len(saved)]):
-            raise refusal(self._store.path, ["edits"])
+            raise mismatch_error(self._store.path, ["edits"])
         if len(saved) > len(self._edits):
-            raise refusal(self._store.path, [f"edits ({len(saved)} there, {len(self._edits)} now)"])
+            raise mismatch_error(
+                self._store.path, [f"edits ({len(saved)} there, {len(self._edits)} now)"]
+            )
 
     def allocate(self, shape: Any) -> None:
         """Allocate the rows and fill in those that are saved.

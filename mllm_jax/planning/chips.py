@@ -57,7 +57,7 @@ class Slice:
     shape: str
 
     @classmethod
-    def of(cls, name: str) -> Slice:
+    def parse(cls, name: str) -> Slice:
         """Reads the name of a topology.
 
         Raises:

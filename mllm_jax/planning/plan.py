@@ -121,17 +121,22 @@ class Plan:
         if self.how == SHAPES:
             head += "\nFrom shapes alone: no compiler was asked for activations and traffic."
         verdict = {True: "fits", False: "does not fit", None: "fits or not: not known"}[self.fits]
-        rows = [(name, size(count)) for name, count in self.bytes.items() if count]
-        rows.append(("in all", f"{size(self.total)} of {size(self.capacity)}: {verdict}"))
+        rows = [(name, format_bytes(count)) for name, count in self.bytes.items() if count]
+        rows.append(
+            ("in all", f"{format_bytes(self.total)} of {format_bytes(self.capacity)}: {verdict}")
+        )
         rows.append(("matrix products", f"{self.flops / 1e12:.3g} Tflop"))
         if self.moved is not None:
-            rows += [("bytes moved", size(self.moved)), ("bytes received", size(self.received))]
-        rows += [(f"at least, by {name}", _time(s)) for name, s in self.seconds.items()]
+            rows += [
+                ("bytes moved", format_bytes(self.moved)),
+                ("bytes received", format_bytes(self.received)),
+            ]
+        rows += [(f"at least, by {name}", format_seconds(s)) for name, s in self.seconds.items()]
         parts = [head, tables.markdown(("a chip", ""), rows)]
         columns = ("collective", "of", "array", "chips", "times", "received")
         exchanged = [
             (c["kind"], c["of"], c["array"], c["group"], c["times"],
-             size(c["received"] * c["times"]))
+             format_bytes(c["received"] * c["times"]))
             for c in self.collectives
         ]  # fmt: skip
         return "\n\n".join([*parts, tables.markdown(columns, exchanged)] if exchanged else parts)
@@ -167,7 +172,7 @@ def plan(
       ValueError: there is no such topology or study, or the mesh does not divide its chips.
     """
     config = getattr(model, "config", model)
-    network = programs.model(config, dtype)
+    network = programs.abstract_model(config, dtype)
     mesh = (
         topology
         if isinstance(topology, Mesh)
@@ -177,7 +182,7 @@ def plan(
     if isinstance(batch, Batch):
         asked = dataclasses.replace(asked, rows=len(batch.ids))
     else:
-        batch = programs.batch(config, asked)
+        batch = programs.abstract_batch(config, asked)
     program = programs.build(study, network, batch.replace(processor=None), edits, captures, asked)
     program = _placed(program, network, mesh, lanes=study == "sweep")
     args = [tree for _, tree in program.args]
@@ -196,7 +201,7 @@ def plan(
         lanes=asked.lanes if study == "sweep" else 0,
         ideal=flops / mesh.size,
         **_findings(
-            program, found, flops / mesh.size, Slice.of(topology).chip if named else None,
+            program, found, flops / mesh.size, Slice.parse(topology).chip if named else None,
             _subjects(network, mesh),
         ),
     )  # fmt: skip
@@ -215,16 +220,19 @@ def summary(found: Sequence[Plan]) -> str:
             (
                 p.topology, p.study, f"data={p.data},fsdp={p.fsdp},model={p.model}",
                 f"{p.rows} x {p.tokens}" + (f", {p.lanes} lanes" if p.lanes else ""),
-                size(p.total), verdict[p.fits], f"{p.flops / 1e12:.3g}", size(p.moved),
-                size(p.received) if p.how == COMPILED and p.moved is not None else "?",
-                _time(max(p.seconds.values(), default=0)), p.limit, p.how,
+                format_bytes(p.total), verdict[p.fits], f"{p.flops / 1e12:.3g}",
+                format_bytes(p.moved),
+                format_bytes(p.received) if p.how == COMPILED and p.moved is not None else "?",
+                format_seconds(max(p.seconds.values(), default=0)), p.limit, p.how,
             )
             for p in found
         ],
     )  # fmt: skip
 
 
-def smallest(model, batch: Size | None = None, *, topology: str, **how: Any) -> Plan | None:
+def smallest_topology(
+    model, batch: Size | None = None, *, topology: str, **how: Any
+) -> Plan | None:
     """The plan on the smallest slice that fits, of those at least as large as this one.
 
     Args:
@@ -233,14 +241,14 @@ def smallest(model, batch: Size | None = None, *, topology: str, **how: Any) -> 
     Returns:
       None where no slice fits. Without a compiler the first that is not known to be too small.
     """
-    for slice_ in Slice.of(topology).larger():
+    for slice_ in Slice.parse(topology).larger():
         found = plan(model, batch, topology=str(slice_), **how)
         if found.fits is not False:
             return found
     return None
 
 
-def largest(field: str, model, batch: Size | None = None, **how: Any) -> tuple[int, Plan]:
+def largest_that_fits(field: str, model, batch: Size | None = None, **how: Any) -> tuple[int, Plan]:
     """The largest number of rows or lanes of a data shard that fits.
 
     Memory is taken to grow in a line, through a compiled plan of the number given and one of twice
@@ -288,12 +296,12 @@ def _shard(found: Plan, field: str) -> int:
     return getattr(found, field) // (found.data * found.fsdp)
 
 
-def compiler() -> bool:
+def has_tpu_compiler() -> bool:
     """Whether the compiler for TPUs is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
-def devices(slice_: Slice) -> list[Any]:
+def topology_devices(slice_: Slice) -> list[Any]:
     """The chips of a slice, to compile for; none of them is there."""
     # The library would ask the metadata server of a cloud machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -304,7 +312,7 @@ def _mesh(
     topology: str, network, study: str, data: int | None, fsdp: int, compile: bool
 ) -> Mesh | AbstractMesh:
     """The mesh of a topology; an abstract one where nothing is compiled."""
-    slice_ = Slice.of(topology)
+    slice_ = Slice.parse(topology)
     if data is None:
         data = _data(slice_, network, study, fsdp)
     if slice_.chips % (data * fsdp):
@@ -312,10 +320,10 @@ def _mesh(
             f"data={data} x fsdp={fsdp} does not divide the {slice_.chips} chips of {topology}"
         )
     model = slice_.chips // (data * fsdp)
-    if not (compile and compiler()):
+    if not (compile and has_tpu_compiler()):
         shape = data, fsdp, model
         return AbstractMesh(shape, mesh_.AXES, axis_types=(AxisType.Auto,) * len(shape))
-    return mesh_.mesh(data, model, fsdp=fsdp, devices=devices(slice_))
+    return mesh_.mesh(data, model, fsdp=fsdp, devices=topology_devices(slice_))
 
 
 def _data(slice_: Slice, network, study: str, fsdp: int) -> int:
@@ -559,7 +567,7 @@ def _subjects(network, mesh) -> Callable[[hlo.Array], str]:
     return subject
 
 
-def size(count: float | None) -> str:
+def format_bytes(count: float | None) -> str:
     """Bytes for people."""
     if count is None:
         return "?"
@@ -569,5 +577,5 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"

@@ -27,7 +27,7 @@ from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
 _STEPS = 100  # of a training: it does not matter how many
-LENGTH = 128  # T is a multiple of this: a TPU works on tiles of so many
+TOKEN_MULTIPLE = 128  # T is a multiple of this: a TPU works on tiles of so many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,20 +71,20 @@ class Program:
     back: int = 0
 
 
-def model(config: MultimodalConfig, dtype) -> nnx.Module:
+def abstract_model(config: MultimodalConfig, dtype) -> nnx.Module:
     """The network without weights."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def batch(config: MultimodalConfig, size: Size) -> Batch:
+def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
     """Rows of one picture, as large as one can be, between a system word and a question.
 
     What edits and captures select by is there; pixels and words are shapes.
     """
     layout = config.layout(config.largest)
     patches, tiles, B = layout.patches, config.tiles, size.rows
-    T = -(-(len(patches) + size.words) // LENGTH) * LENGTH
+    T = -(-(len(patches) + size.words) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     kind = np.full(T, tokens.CODE["question"], np.int8)
     kind[0] = tokens.CODE["system"]
     here = slice(1, 1 + len(patches))
@@ -115,7 +115,7 @@ def batch(config: MultimodalConfig, size: Size) -> Batch:
     )  # fmt: skip
 
 
-def asked(study: str) -> dict[str, captures_.Capture]:
+def study_captures(study: str) -> dict[str, captures_.Capture]:
     """What a study brings back of each pass."""
     known = {
         "counts": lambda: captures_.stats(sites.lm.mlp.act, by=tokens.kind),
@@ -134,16 +134,16 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
     Raises:
       ValueError: there is no such study.
     """
-    if study not in STUDIES and not asked(study):
+    if study not in STUDIES and not study_captures(study):
         raise ValueError(f"study {study!r} is none of {', '.join(STUDIES)}, counts+lens")
     make = STUDIES.get(study, _reduce)
-    return make(model, batch, edits, asked(study) | (captures or {}), size)
+    return make(model, batch, edits, study_captures(study) | (captures or {}), size)
 
 
 def _run(model, batch, edits, captures, size: Size, logits: str = "last") -> Program:
     bound, found = binding.bind(model, batch, edits, captures)
     args = ("weights", model), ("batch", batch), ("edits", bound), ("captures", found)
-    return Program(run._run, args, {"logits": logits, "remat": False})
+    return Program(run.compiled_run, args, {"logits": logits, "remat": False})
 
 
 def _reduce(model, batch, edits, captures, size: Size) -> Program:
@@ -163,7 +163,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     kept = _shape(x.dtype, -(-layers // every), *x.shape)
     seen = batch.replace(features=_features(model, batch))
     captured = jax.eval_shape(
-        lambda m, b, c: run._run(m, b, (), c, logits="none", remat=False).captures,
+        lambda m, b, c: run.compiled_run(m, b, (), c, logits="none", remat=False).captures,
         model, batch, found,
     )  # fmt: skip
     stops = clean_pass.stop_layers([bound], found, "last", layers)
@@ -178,7 +178,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     )  # fmt: skip
     static = {"logits": "last", "prefix": 0}
     loop = (layers if stops is None else int(stops[0])) - 1  # the first layer is outside of it
-    return Program(sweep._lanes, args, static, (("states", kept),), unknown=loop)
+    return Program(sweep.compiled_lanes, args, static, (("states", kept),), unknown=loop)
 
 
 def _metric(out: run.Out) -> jax.Array:
@@ -193,7 +193,7 @@ def _generate(model, batch, edits, captures, size: Size) -> Program:
         ("", _shape(np.float32)), ("", key),
     )  # fmt: skip
     static = {"steps": size.steps, "greedy": True}
-    return Program(generate._generate, args, static, unknown=size.steps - 1)
+    return Program(generate.compiled_generate, args, static, unknown=size.steps - 1)
 
 
 def _score(model, batch, edits, captures, size: Size) -> Program:
@@ -203,7 +203,7 @@ def _score(model, batch, edits, captures, size: Size) -> Program:
     args = (
         ("weights", model), ("batch", batch), ("edits", bound), ("captures", found), ("batch", ids),
     )  # fmt: skip
-    return Program(score._score, args, {})
+    return Program(score.compiled_score, args, {})
 
 
 def _train(part: str) -> Callable:

@@ -11,30 +11,30 @@ from mllm_jax.store.files import (
     atomic_json,
     atomic_npz,
     cache_directory,
-    damaged,
+    damaged_error,
     read_json,
     read_npz,
     write,
 )
 from mllm_jax.store.fingerprints import fingerprint
-from mllm_jax.store.made import Store, refusal
-from mllm_jax.store.rows import Rows
-from mllm_jax.store.workdir import Workdir, manifest, relative_picture
+from mllm_jax.store.resumable import Store, mismatch_error
+from mllm_jax.store.row_store import RowStore
+from mllm_jax.store.workdir import Workdir, save_figure, write_manifest
 
 __all__ = [
-    "Rows",
+    "RowStore",
     "Store",
     "Workdir",
     "atomic",
     "atomic_json",
     "atomic_npz",
     "cache_directory",
-    "damaged",
+    "damaged_error",
     "fingerprint",
-    "manifest",
+    "mismatch_error",
     "read_json",
     "read_npz",
-    "refusal",
-    "relative_picture",
+    "save_figure",
     "write",
+    "write_manifest",
 ]

@@ -32,17 +32,17 @@ def atomic(path: str | pathlib.Path):
         with tempfile.TemporaryFile() as nowhere:  # an archive looks where it is in the file
             yield nowhere
         return
-    with written_to(path):
+    with naming_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
-        note(path)
+        record_in_journal(path)
     temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
-        with written_to(path), open(temporary, "wb") as file:
+        with naming_path(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with written_to(path):
+        with naming_path(path):
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ _ABANDONED = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.partial")
 
 
 @contextlib.contextmanager
-def written_to(path: pathlib.Path):
+def naming_path(path: pathlib.Path):
     """Says of an error of the disk which file could not be written."""
     try:
         yield
@@ -70,11 +70,11 @@ def _remove_abandoned(folder: pathlib.Path) -> None:
     """Removes the temporaries of processes of this host that were killed."""
     for path in folder.iterdir():
         found = _ABANDONED.fullmatch(path.name)
-        if found and not _lives(int(found[1])):
+        if found and not _is_alive(int(found[1])):
             path.unlink(missing_ok=True)
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -124,11 +124,11 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:  # there is no end to what readers say of damaged files
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
     return arrays
 
 
-def damaged(path: str | pathlib.Path, why: Any) -> ValueError:
+def damaged_error(path: str | pathlib.Path, why: Any) -> ValueError:
     reason = " ".join(str(why).split())[:80]
     return ValueError(
         f"{path} is damaged ({reason}): remove it, or start over with restart=True (--restart of "
@@ -144,13 +144,13 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(base).expanduser() / "mllm_jax"
 
 
-def parse(path: pathlib.Path, text: str) -> dict[str, Any]:
+def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
     if not isinstance(found, dict):
-        raise damaged(path, "no JSON object")
+        raise damaged_error(path, "no JSON object")
     return found
 
 
@@ -164,22 +164,22 @@ JOURNAL = ".written"  # of a workdir: the files that studies wrote, one a line
 
 
 @functools.cache
-def journal_of(folder: pathlib.Path) -> pathlib.Path | None:
+def find_journal(folder: pathlib.Path) -> pathlib.Path | None:
     """The journal of the workdir that a folder is in."""
     return next((f / JOURNAL for f in (folder, *folder.parents) if (f / JOURNAL).exists()), None)
 
 
 @functools.cache
-def noted(journal: pathlib.Path) -> set[str]:
+def read_journal(journal: pathlib.Path) -> set[str]:
     """The lines of a journal, as this process knows them."""
     return set(journal.read_text().splitlines())
 
 
-def note(path: pathlib.Path) -> None:
+def record_in_journal(path: pathlib.Path) -> None:
     """Write down, once, that a study writes this file of a workdir, or all of this folder."""
-    if journal := journal_of(path.parent):
+    if journal := find_journal(path.parent):
         line = f"{path.relative_to(journal.parent)}{'/' if path.is_dir() else ''}"
-        if line not in noted(journal):
-            noted(journal).add(line)
+        if line not in read_journal(journal):
+            read_journal(journal).add(line)
             with journal.open("a") as file:
                 file.write(f"{line}\n")

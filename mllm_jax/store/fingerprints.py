@@ -83,13 +83,13 @@ class _Encoder:
 
     def encode(self, value: Any) -> bytes:
         if type(value) in _PLAIN:
-            return _hashed(type(value).__name__, repr(value).encode("utf-8", "surrogatepass"))
+            return _hash(type(value).__name__, repr(value).encode("utf-8", "surrogatepass"))
         if isinstance(value, types.ModuleType):
-            return _hashed("module", value.__name__.encode())
+            return _hash("module", value.__name__.encode())
         if isinstance(value, _ARRAYS):
             return self._array(value)
         if id(value) in self._inside:
-            return _hashed("inside", str(self._inside[id(value)]).encode())
+            return _hash("inside", str(self._inside[id(value)]).encode())
         self._inside[id(value)] = len(self._inside)
         try:
             return self._composed(value)
@@ -103,9 +103,9 @@ class _Encoder:
             return self._class(value)
         if isinstance(value, Mapping):
             pairs = sorted((self.encode(key), self.encode(item)) for key, item in value.items())
-            return _hashed("mapping", *(part for pair in pairs for part in pair))
+            return _hash("mapping", *(part for pair in pairs for part in pair))
         if isinstance(value, Set):
-            return _hashed("set", *sorted(map(self.encode, value)))
+            return _hash("set", *sorted(map(self.encode, value)))
         if isinstance(value, list | tuple):
             return self._all(type(value).__name__, *value)
         if isinstance(value, types.CodeType):
@@ -118,7 +118,7 @@ class _Encoder:
         return self._object(value)
 
     def _all(self, kind: str, *values: Any) -> bytes:
-        return _hashed(kind, *map(self.encode, values))
+        return _hash(kind, *map(self.encode, values))
 
     def _array(self, array: Any) -> bytes:
         if not isinstance(array, jax.Array):
@@ -151,15 +151,15 @@ class _Encoder:
             if wrapped := getattr(value, "__wrapped__", None):  # of jax.jit and such
                 return self._all("wrapped", type(value).__qualname__, wrapped)
             if isinstance(value, types.BuiltinFunctionType | np.ufunc):
-                return self._all("builtin", *_name(value))
+                return self._all("builtin", *_qualified_name(value))
             return None
         name, reads = None, {}
         if _is_library(value):
-            name = _name(value)
+            name = _qualified_name(value)
         else:
-            reads = {n: value.__globals__[n] for n in _names(value.__code__)
+            reads = {n: value.__globals__[n] for n in _global_names(value.__code__)
                      if n in value.__globals__}  # fmt: skip
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        cells = [_cell_contents(cell) for cell in value.__closure__ or ()]
         return self._all(
             "function", name, value.__code__, value.__defaults__, value.__kwdefaults__, cells, reads
         )
@@ -174,12 +174,12 @@ class _Encoder:
 
     def _class(self, value: type) -> bytes:
         if _is_library(value):
-            return self._all("class", *_name(value))
+            return self._all("class", *_qualified_name(value))
         if issubclass(value, enum.Enum):
             members = {name: member.value for name, member in value.__members__.items()}
             return self._all("enum", value.__qualname__, members)
         hidden = ("__dict__", "__weakref__", "__module__", "__firstlineno__", "__doc__")
-        body = {n: _method(m) for n, m in vars(value).items() if n not in hidden}
+        body = {n: _unwrap_member(m) for n, m in vars(value).items() if n not in hidden}
         return self._all("class", value.__qualname__, value.__bases__, body)
 
     def _object(self, value: Any) -> bytes:
@@ -194,7 +194,7 @@ class _Encoder:
             return self._all("dataclass", kind, fields)
         if isinstance(value, pathlib.PurePath):
             return self._all("path", str(value))
-        state = _state(value)
+        state = _object_state(value)
         if isinstance(state, dict):  # what a cached property keeps is no content
             cached = {n for c in kind.__mro__ for n, m in vars(c).items()
                       if isinstance(m, functools.cached_property)}  # fmt: skip
@@ -204,7 +204,7 @@ class _Encoder:
         return self._all("object", kind, state)
 
 
-def _hashed(kind: str, *parts: bytes) -> bytes:
+def _hash(kind: str, *parts: bytes) -> bytes:
     digest = hashlib.sha256(f"{kind} {len(parts)} ".encode())
     for part in parts:
         digest.update(f"{len(part)} ".encode())
@@ -217,29 +217,29 @@ def _forget(key: int, dead: weakref.ref) -> None:
         del _arrays[key]
 
 
-def _name(value: Any) -> tuple[str, str]:
+def _qualified_name(value: Any) -> tuple[str, str]:
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", repr(value))
     return str(getattr(value, "__module__", "")), name
 
 
 def _is_library(value: Any) -> bool:
-    return _name(value)[0].split(".")[0] in _LIBRARIES
+    return _qualified_name(value)[0].split(".")[0] in _LIBRARIES
 
 
-def _names(code: types.CodeType) -> set[str]:
+def _global_names(code: types.CodeType) -> set[str]:
     """The names that code, and code inside of it, looks up."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(_global_names, inner))
 
 
-def _content(cell: types.CellType) -> Any:
+def _cell_contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return "an empty cell"
 
 
-def _method(member: Any) -> Any:
+def _unwrap_member(member: Any) -> Any:
     """What is called of a static or class method, or read of a property."""
     if isinstance(member, property):
         return [member.fget, member.fset, member.fdel]
@@ -248,7 +248,7 @@ def _method(member: Any) -> Any:
     return getattr(member, "__func__", member)
 
 
-def _state(value: Any) -> Any:
+def _object_state(value: Any) -> Any:
     """What an object of Python holds; None of others."""
     try:
         return value.__getstate__()

@@ -14,9 +14,15 @@ import numpy as np
 
 from mllm_jax.sharding import hosts
 from mllm_jax.store import files
-from mllm_jax.store.files import JOURNAL, atomic_json, damaged, parse, write
+from mllm_jax.store.files import JOURNAL, atomic_json, damaged_error, parse_json_object, write
 from mllm_jax.store.fingerprints import fingerprint
-from mllm_jax.store.made import FORMAT, Store, differences, part_fingerprints, refuse_others
+from mllm_jax.store.resumable import (
+    FORMAT,
+    Store,
+    differences,
+    part_fingerprints,
+    require_same_parts,
+)
 
 
 class Workdir:
@@ -35,8 +41,8 @@ class Workdir:
         self.config = json.loads(json.dumps(config))
         self.parts: dict[str, Any] = {}
         if hosts.is_primary():
-            files.journal_of.cache_clear()
-            files.noted.cache_clear()
+            files.find_journal.cache_clear()
+            files.read_journal.cache_clear()
             if restart:
                 self._clear()
             self._begin()
@@ -47,7 +53,7 @@ class Workdir:
         asked = self / "config.json"
         work = [p for p in self.path.iterdir() if p != asked and not p.name.startswith(".")]
         if asked.exists() and work:
-            before = parse(asked, asked.read_text("utf-8", "replace"))
+            before = parse_json_object(asked, asked.read_text("utf-8", "replace"))
             if before != self.config:
                 raise ValueError(
                     f"{self.path} belongs to another config (it differs in "
@@ -92,8 +98,8 @@ class Workdir:
         self.parts = part_fingerprints(parts)
         path = self / "made_for.json"
         if hosts.broadcast_from_primary(path.exists()):
-            record = parse(path, path.read_text("utf-8", "replace"))
-            refuse_others(self.path, record, self.parts)
+            record = parse_json_object(path, path.read_text("utf-8", "replace"))
+            require_same_parts(self.path, record, self.parts)
         else:
             atomic_json(path, {"format": FORMAT, "parts": self.parts})
             hosts.barrier("claim")
@@ -119,10 +125,10 @@ class Workdir:
         def read():
             if not hosts.broadcast_from_primary(path.exists()):
                 return None
-            record = parse(path, path.read_text("utf-8", "replace"))
-            refuse_others(path, record, self.parts)
+            record = parse_json_object(path, path.read_text("utf-8", "replace"))
+            require_same_parts(path, record, self.parts)
             if fingerprint(record.get("value")) != record.get("checksum"):
-                raise damaged(path, "its values are not those that were written")
+                raise damaged_error(path, "its values are not those that were written")
             return record
 
         return self._step(name, read, write)["value"]
@@ -139,7 +145,7 @@ class Workdir:
         return found
 
 
-def relative_picture(workdir: Workdir, name: str, picture) -> str:
+def save_figure(workdir: Workdir, name: str, picture) -> str:
     """Writes a PIL picture into the figures; its path as seen from the workdir."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
@@ -147,7 +153,7 @@ def relative_picture(workdir: Workdir, name: str, picture) -> str:
     return f"figures/{name}"
 
 
-def manifest(workdir: Workdir, **fields: Any) -> None:
+def write_manifest(workdir: Workdir, **fields: Any) -> None:
     """`manifest.json`: versions, fingerprints of what was claimed, and whatever else made it."""
     import importlib.metadata
 

@@ -21,12 +21,12 @@ from orbax.checkpoint import v1 as ocp
 
 from mllm_jax.sharding import hosts
 from mllm_jax.store import files, fingerprints
-from mllm_jax.store.made import Made
+from mllm_jax.store.resumable import ResumableStore
 
 _DISK_ERROR = re.compile(r": ([^:]+) \[os_error_code=")
 
 
-class Checkpoint(Made):
+class Checkpoint(ResumableStore):
     """The newest state of a training run, with the key of a `mllm_jax.store.Store`.
 
     All processes save and load together, each its own parts of arrays that are spread over them.
@@ -57,12 +57,12 @@ class Checkpoint(Made):
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return False
-        record = files.parse(self.path, self.path.read_text("utf-8", "replace"))
+        record = files.parse_json_object(self.path, self.path.read_text("utf-8", "replace"))
         try:
             self._check(record)
             self._digests = dict(record["digests"])
         except (KeyError, TypeError) as error:
-            raise files.damaged(self.path, error) from error
+            raise files.damaged_error(self.path, error) from error
         return True
 
     def load(self, like: Any) -> Any:
@@ -87,7 +87,7 @@ class Checkpoint(Made):
             with _quiet():
                 loaded = ocp.load(step, wanted)
         except Exception as error:  # Orbax raises many kinds for what is not as it wrote it
-            raise files.damaged(step, error) from error
+            raise files.damaged_error(step, error) from error
         return jax.tree.unflatten(structure, [loaded[name] for name in wanted])
 
     def save(self, tree: Any) -> None:
@@ -100,11 +100,11 @@ class Checkpoint(Made):
             return
         step = self._step(self.done)
         if hosts.is_primary():
-            with files.written_to(step):
+            with files.naming_path(step):
                 step.parent.mkdir(parents=True, exist_ok=True)
-                files.note(step.parent)
+                files.record_in_journal(step.parent)
         arrays = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
-        with files.written_to(step), _quiet():
+        with files.naming_path(step), _quiet():
             try:
                 ocp.save(step, arrays, overwrite=True)
             except ValueError as error:  # TensorStore's name for errors of the disk
@@ -112,7 +112,7 @@ class Checkpoint(Made):
                     raise OSError(reason[1]) from error
                 raise
         if hosts.is_primary():
-            with files.written_to(step):
+            with files.naming_path(step):
                 digests = _digests(step)
             files.atomic_json(self.path, self._record() | {"digests": digests})
             self._remove_steps(but=step)
@@ -142,7 +142,7 @@ class Checkpoint(Made):
         changed = hosts.broadcast_from_primary(changed)
         if changed >= 0 or not names:
             name = names[changed] if names else ""
-            raise files.damaged(step / name, "its bytes are not those that were written")
+            raise files.damaged_error(step / name, "its bytes are not those that were written")
 
 
 def _abstract(leaf: Any) -> Any:

@@ -49,10 +49,10 @@ def programs(model, batch):
     """What `benchmarks.real_size` runs, lowered."""
     for name, asked in (("counts", real_size.COUNTS), ("lens", real_size.LENS)):
         bound = binding.bind(model, batch, None, asked)
-        yield name, run._run.lower(model, batch, *bound, logits="none", remat=False)
+        yield name, run.compiled_run.lower(model, batch, *bound, logits="none", remat=False)
     yield (
         "generate",
-        generate._generate.lower(
+        generate.compiled_generate.lower(
             model, batch, (), np.full((1,), -1, np.int32), np.float32(1), jax.random.key(0),
             steps=16, greedy=True,
         ),

@@ -62,10 +62,10 @@ def test_a_step_of_7b_gives_back_what_trains(variant, numbers):
     """By shapes alone, at the batch of the paper."""
     setting = get_config("projection_llava.py", "dtd")[variant]
     recipe = fit.Recipe.of(setting.recipe.to_dict())
-    network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
+    network = programs.abstract_model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     size = programs.Size(rows=setting.batch_size)
     planned = programs.build(
-        "projection", network, programs.batch(network.config, size), None, None, size
+        "projection", network, programs.abstract_batch(network.config, size), None, None, size
     )
     (batch,) = [tree for name, tree in planned.args if name == "batch"]
     merge, trained, frozen = parts.partition(network, recipe.part)

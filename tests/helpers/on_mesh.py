@@ -256,12 +256,12 @@ def lowered(many, processor, name: str) -> jax.stages.Lowered:
     with mesh.use_mesh_of(many):
         batch = mesh.shard_batch(batch)
         if name == "run":
-            return run._run.lower(many, batch, (), asked, logits="last", remat=False)
+            return run.compiled_run.lower(many, batch, (), asked, logits="last", remat=False)
         if name == "score":
-            return score._score.lower(many, batch, (), {}, options)
+            return score.compiled_score.lower(many, batch, (), {}, options)
         stops = np.full((1,), -1, np.int32)
         how = {"steps": 3, "greedy": True}
-        return generate._generate.lower(many, batch, (), stops, np.float32(1), None, **how)
+        return generate.compiled_generate.lower(many, batch, (), stops, np.float32(1), None, **how)
 
 
 def gathered(text: str) -> list[int]:

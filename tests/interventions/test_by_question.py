@@ -139,7 +139,9 @@ def test_a_shared_picture_counts_for_each_question(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 4))]
+)
 def test_in_random_batchings(seed, family):
     check(family, list(batchings(seed, 2 + seed % 4)), rows=2 + seed % 4)
 

@@ -451,7 +451,7 @@ def test_padding_is_never_edited(site, pad, model, rows):
 def test_only_padding_changes_nothing_where_it_cannot_be_refused(model, batch, clean):
     (bound,), _ = binding.bind(model, batch, mj.ablate(S.lm.resid_post), None)
     nowhere = dataclasses.replace(bound, tokens=np.zeros_like(bound.tokens))
-    out = run._run(model, batch, (nowhere,), {}, logits="all", remat=False)
+    out = run.compiled_run(model, batch, (nowhere,), {}, logits="all", remat=False)
     np.testing.assert_array_equal(out.logits, clean)
     assert not out.receipts[0].tokens.any() and not out.receipts[0].elements.any()
 

@@ -88,7 +88,7 @@ def program_bytes(config, batch, asked, **lm) -> int:
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, **lm))
     model = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
     bound, want = binding.bind(model, batch, None, asked)
-    lowered = run._run.lower(model, batch, bound, want, logits="none", remat=False)
+    lowered = run.compiled_run.lower(model, batch, bound, want, logits="none", remat=False)
     memory = lowered.compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 

@@ -99,8 +99,9 @@ def last(batch, logits) -> np.ndarray:
 
 
 def every_pair():
-    """All; in the quick suite one family, two pictures a row and a few sites."""
+    """All; in the quick suite one family, two pictures a row and a few sites; more in the slow."""
     few = {S.vision.resid_post, S.projector.out, S.lm.attn.heads, S.logits}
+    sample = few | {S.vision.attn_out, S.projector.act, S.lm.mlp.act, S.lm.embed}
     for family, count in [(f, n) for f in CONFIGS for n in (1, 2, 3)]:
         sites = [s for s in TILES if s.module != "qformer" or family == "instructblip"]
         if family == "instructblip":  # one linear map has no activation, and CLS no norm before it
@@ -108,7 +109,7 @@ def every_pair():
         for site in [*sites, *OTHERS]:
             quick = family == "next" and count == 2 and site in few
             marks = [] if quick else [pytest.mark.slow]
-            marks += [pytest.mark.long] if count != 2 else []
+            marks += [pytest.mark.long] if count != 2 or site not in sample else []
             yield pytest.param(family, count, site, id=f"{family}-{count}-{site}", marks=marks)
 
 

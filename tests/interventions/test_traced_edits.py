@@ -14,6 +14,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
+LONG = (pytest.mark.slow, pytest.mark.long)
 
 L, B, D, F, N = 4, 4, 32, 48, 4
 
@@ -71,7 +72,9 @@ def traced(tiny_model, batch):
     return jax.jit(functools.partial(edited, tiny_model, batch))
 
 
-@pytest.mark.parametrize("draws", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "draws", [8, pytest.param(40, marks=pytest.mark.slow), pytest.param(300, marks=LONG)]
+)
 def test_chains_under_jit_and_vmap_are_those_outside(draws, tiny_model, batch, traced):
     rng = np.random.default_rng(draws)
     numbers = [draw(rng) for _ in range(draws)]
@@ -89,7 +92,7 @@ def test_chains_under_jit_and_vmap_are_those_outside(draws, tiny_model, batch, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draws", [100])
+@pytest.mark.parametrize("draws", [15, pytest.param(100, marks=pytest.mark.long)])
 def test_gradients_through_traced_chains_are_those_outside(draws, tiny_model, batch):
     def value(learned, n):
         return edited(tiny_model, batch, n | learned)[0].std()

@@ -68,7 +68,7 @@ def test_no_buffer_of_the_whole_lens(embedded, medical):
     batch = processor([medical[0].image], ["What is this?"]).replace(processor=None)
     captures = {"lens": mj.lens(S.lm.resid_post, k=10)}
     _, asked = binding.bind(model, batch, None, captures)
-    compiled = run._run.lower(model, batch, (), asked, logits="none", remat=False).compile()
+    compiled = run.compiled_run.lower(model, batch, (), asked, logits="none", remat=False).compile()
     lm = model.config.lm
     whole = lm.layers * batch.ids.shape[1] * lm.vocab * 4
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 4

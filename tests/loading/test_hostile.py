@@ -60,9 +60,11 @@ def test_damaged_files_are_right_or_refused(checkpoints, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_many_damaged_files(checkpoints, tmp_path, name):
-    fuzz(checkpoints, tmp_path / "copy", name, range(1000, 1040 if name in FORMATS[:6] else 1400))
+def test_many_damaged_files(checkpoints, tmp_path, name, times):
+    count = times * (10 if name in FORMATS[:6] else 100)
+    fuzz(checkpoints, tmp_path / "copy", name, range(1000, 1000 + count))
 
 
 def test_a_damaged_byte_of_an_archive_never_gives_other_numbers(tmp_path):

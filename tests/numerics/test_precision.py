@@ -61,7 +61,7 @@ def said(fn, *args) -> collections.Counter:
 
 def of_study(study: str, dtype, config=CONFIGS["llava"], edits=None) -> collections.Counter:
     """Of the very program that a study runs."""
-    network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
+    network, batch = programs.abstract_model(config, dtype), programs.abstract_batch(config, SIZE)
     program = programs.build(study, network, batch, edits, None, SIZE)
     args = [tree for _, tree in program.args]
     return said(functools.partial(program.fn, **program.static), *args)
@@ -88,14 +88,14 @@ def everything(model, batch, gates):
 
 def of_everything(fn, dtype):
     config = CONFIGS["llava"]
-    network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
+    network, batch = programs.abstract_model(config, dtype), programs.abstract_batch(config, SIZE)
     gates = jnp.ones((config.lm.layers, config.lm.mlp))
     return said(fn, network, batch, gates)
 
 
 def of_training(part: str, dtype):
     config = CONFIGS["llava"]
-    network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
+    network, batch = programs.abstract_model(config, dtype), programs.abstract_batch(config, SIZE)
     batch = batch.replace(labels=jax.ShapeDtypeStruct((2, 3), np.int32))
     merge, trained, frozen = parts.partition(network, part)
     recipe = fit.Recipe(part=part)
@@ -123,14 +123,14 @@ def of_clip(dtype):
 
 def of_features(dtype):
     config = CONFIGS["llava"]
-    network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
+    network, batch = programs.abstract_model(config, dtype), programs.abstract_batch(config, SIZE)
     return said(features.encode_pictures, network, batch)
 
 
 def of_clean_pass(dtype):
     """The clean pass of a sweep."""
     config = CONFIGS["llava"]
-    network, batch = programs.model(config, dtype), programs.batch(config, SIZE)
+    network, batch = programs.abstract_model(config, dtype), programs.abstract_batch(config, SIZE)
     state = mj.keep(S.lm.resid_pre)
     bound = binding.bind(network, batch, None, {clean_pass._STATE: state})[1]
     clean = functools.partial(clean_pass._clean, module="lm", prefix=0)

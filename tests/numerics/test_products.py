@@ -43,7 +43,7 @@ def test_flags(flags, monkeypatch):
 
 def test_this_xla_knows_it():
     code = (
-        "from mllm_jax import products; products.prefer_eigen(); import jax, jax.numpy as jnp;"
+        "from mllm_jax.numerics import products; products.prefer_eigen(); import jax, jax.numpy as jnp;"
         "x = jnp.ones((64, 64)); print(jax.jit(lambda x: x @ x).lower(x).compile().as_text())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

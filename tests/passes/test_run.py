@@ -95,7 +95,7 @@ def test_nothing_asked_costs_nothing(tiny_model, make_batch):
         x, _ = model(batch, Null())
         return model.logits(jnp.take_along_axis(x, batch.last[:, None, None], 1), Null())[:, 0]
 
-    ours = run._run.lower(tiny_model, batch, (), {}, logits="last", remat=False).compile()
+    ours = run.compiled_run.lower(tiny_model, batch, (), {}, logits="last", remat=False).compile()
     theirs = plain.lower(tiny_model, batch).compile()
     assert instructions(ours) == instructions(theirs)
     assert len(instructions(ours)) > 100

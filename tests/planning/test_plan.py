@@ -101,7 +101,7 @@ def test_a_product_in_a_loop_counts_as_often_as_it_runs():
 
 def test_products_are_those_of_the_network():
     found = plan.plan(TINY, SIZE, topology=one_device())
-    assert found.tokens == programs.LENGTH and found.rows == 2
+    assert found.tokens == programs.TOKEN_MULTIPLE and found.rows == 2
     assert found.ideal == products(TINY, 2, found.tokens)
     assert found.flops == found.ideal  # as the compiler wrote them
     assert found.how == plan.COMPILED and found.bytes["activations"] > 0
@@ -233,7 +233,7 @@ def test_a_loop_that_counts_by_two_runs_half_as_often():
 
 
 def test_what_chips_exchange_is_told_by_its_shape():
-    network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
+    network = programs.abstract_model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     mesh = jax.sharding.AbstractMesh((2, 1, 4), mesh_.AXES)
     subject = plan._subjects(network, mesh)
     found = {
@@ -251,7 +251,7 @@ def test_what_chips_exchange_is_told_by_its_shape():
 
 
 def test_what_is_whole_to_be_used_where_chips_share_one_copy():
-    network = programs.model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
+    network = programs.abstract_model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     shared = plan._subjects(network, jax.sharding.AbstractMesh((1, 2, 4), mesh_.AXES))
     found = {
         shape: shared(hlo.Array("bf16", shape))
@@ -267,13 +267,13 @@ def test_what_is_whole_to_be_used_where_chips_share_one_copy():
 
 @pytest.mark.parametrize("study", [*programs.STUDIES, "counts+lens"])
 def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
-    monkeypatch.setattr(plan, "compiler", lambda: False)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
     found = plan.plan(TINY, SIZE, topology="v5e:2x4", study=study, data=2)
     whole = plan.plan(TINY, SIZE, topology="v5e:1x1", study=study, data=1)
     assert found.how == plan.SHAPES and found.fits is None
     assert (found.data, found.fsdp, found.model) == (2, 1, 4)
     assert "From shapes alone" in found.table()
-    network = programs.model(TINY, jnp.bfloat16)
+    network = programs.abstract_model(TINY, jnp.bfloat16)
     trained = {"projection": (network.projector,), "e2e": (network.projector, network.lm)}
     count = parts.size(trained.get(study, ()))  # float32, as its two moments
     assert whole.bytes["weights"] == 2 * parts.size(network) + 2 * count
@@ -288,11 +288,14 @@ def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatc
     monkeypatch.setattr(
         "mllm_jax.numerics.rows.MAX_ELEMENTS_AT_ONCE", 0
     )  # else this size takes one branch everywhere
-    network, batch = programs.model(TINY, jnp.bfloat16), programs.batch(TINY, SIZE)
+    network, batch = (
+        programs.abstract_model(TINY, jnp.bfloat16),
+        programs.abstract_batch(TINY, SIZE),
+    )
     captures = {"fire": mj.stats(S.lm.mlp.act, by=tok.kind)}
     _, asked = binding.bind(network, batch, None, captures)
     jax.clear_caches()  # of another MAX_ELEMENTS_AT_ONCE
-    traced = run._run.trace(network, batch, (), asked, logits="none", remat=False)
+    traced = run.compiled_run.trace(network, batch, (), asked, logits="none", remat=False)
     text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
     loops = {name: lines.count("stablehlo.while") for name, lines in text.items()}
     assert loops["tpu"] == 2 < loops["cpu"]  # the layers of both networks, and no rows
@@ -311,17 +314,17 @@ def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatc
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_error(how, message, monkeypatch):
-    monkeypatch.setattr(plan, "compiler", lambda: False)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
     with pytest.raises(ValueError, match=message):
         plan.plan(TINY, SIZE, **how)
 
 
 def test_slices_in_order():
-    assert [str(s) for s in chips.Slice.of("v5e:4x8").larger()] == [
+    assert [str(s) for s in chips.Slice.parse("v5e:4x8").larger()] == [
         "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16",
     ]  # fmt: skip
     for chip in chips.CHIPS.values():
-        counts = [chips.Slice.of(f"v5p:{s}" if len(s) > 5 else f"v5e:{s}").chips
+        counts = [chips.Slice.parse(f"v5p:{s}" if len(s) > 5 else f"v5e:{s}").chips
                   for s in chip.slices if s.count("x") == 1]  # fmt: skip
         assert counts == sorted(counts)
 
@@ -336,19 +339,22 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
     monkeypatch.setattr(plan, "_lower", lambda program, mesh: program)
     monkeypatch.setattr(plan, "_compile", compiled)
     monkeypatch.setattr(plan, "_mesh", lambda *how: one_device())
-    number, found = plan.largest("rows", TINY, SIZE, topology="v5e:2x4", study="counts")
+    number, found = plan.largest_that_fits("rows", TINY, SIZE, topology="v5e:2x4", study="counts")
     assert number == int((16 * plan.USABLE - 3) / 0.5) and found.fits
     many = programs.Size(rows=40)
-    assert plan.smallest(TINY, many, topology="v5p:2x2x1", study="counts").topology == "v5p:2x2x1"
-    assert plan.smallest(TINY, many, topology="v5e:2x4", study="counts") is None
+    assert (
+        plan.smallest_topology(TINY, many, topology="v5p:2x2x1", study="counts").topology
+        == "v5p:2x2x1"
+    )
+    assert plan.smallest_topology(TINY, many, topology="v5e:2x4", study="counts") is None
     with pytest.raises(ValueError, match="40 rows do not fit"):
-        plan.largest("rows", TINY, many, topology="v5e:2x4", study="counts")
+        plan.largest_that_fits("rows", TINY, many, topology="v5e:2x4", study="counts")
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
     from experiments import plan as command
 
-    monkeypatch.setattr(plan, "compiler", lambda: False)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
     arguments = ["plan", "--model=embedded", "--study=counts,sweep", f"--out={tmp_path}"]
     arguments.append("--edits=ablate lm.mlp.act[3]")
     monkeypatch.setattr(sys, "argv", arguments)
@@ -383,7 +389,7 @@ def test_gathers_of_what_should_stay():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
 def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time():
     lm = dataclasses.replace(
         TINY.lm, width=1024, heads=8, kv_heads=8, head_width=128, mlp=2816, vocab=8000
@@ -397,7 +403,7 @@ def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
 def test_compiled_for_tpus_nothing_is_gathered_that_should_stay():
     found = plan.plan(TINY, SIZE, topology="v5e:2x4", study="counts+lens", data=2)
     assert found.how == plan.COMPILED and found.fits
@@ -410,7 +416,7 @@ RECIPES = "llava-1.5-7b", "llava-1.5-13b", "llava-next-vicuna-7b", "instructblip
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
 @pytest.mark.parametrize("study", ["counts+lens", "sweep", "projection"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
@@ -424,11 +430,11 @@ def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(not plan.compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:2x4"])
 def test_compiled_for_tpus_7b_trains_whole_where_chips_share_one_copy(topology):
     """docs/pods.md: four chips are the fewest."""
-    of = chips.Slice.of(topology)
+    of = chips.Slice.parse(topology)
     size, config = programs.Size(rows=1, words=64), llava.LlavaConfig.llava_1_5_7b()
     found = plan.plan(config, size, topology=topology, study="e2e", data=1, fsdp=of.chips)
     assert found.how == plan.COMPILED and found.fits

@@ -20,7 +20,7 @@ LENS = {"lens": mj.lens(S.lm.resid_post, k=2, where=tok.image)}
 
 def traced(model, batch, captures) -> str:
     asked = binding.bind(model, batch, None, captures)[1]
-    return str(run._run.trace(model, batch, (), asked, logits="last", remat=False).jaxpr)
+    return str(run.compiled_run.trace(model, batch, (), asked, logits="last", remat=False).jaxpr)
 
 
 @pytest.mark.parametrize("captures", [{}, LENS])

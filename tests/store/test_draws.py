@@ -83,7 +83,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, quick_to_compile):
+def models(tiny_model):
     """Three, which differ in one weight of the tower, and in one of the projector."""
 
     def changed(name):

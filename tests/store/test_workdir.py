@@ -143,7 +143,7 @@ def test_pickles_are_not_read(tmp_path):
 
 def test_pictures(tmp_path):
     picture = PIL.Image.new("RGB", (2, 1), (1, 2, 3))
-    name = store.relative_picture(Workdir(tmp_path, {}), "one.png", picture)
+    name = store.save_figure(Workdir(tmp_path, {}), "one.png", picture)
     assert name == "figures/one.png"
     read = PIL.Image.open(io.BytesIO((tmp_path / name).read_bytes()))
     assert read.getpixel((1, 0)) == (1, 2, 3)
@@ -163,7 +163,7 @@ def test_fingerprints_tell_arrays_apart():
 
 
 def test_a_manifest_says_what_made_the_result(tmp_path):
-    store.manifest(Workdir(tmp_path, {"seed": 3}), model="abc")
+    store.write_manifest(Workdir(tmp_path, {"seed": 3}), model="abc")
     found = store.read_json(tmp_path / "manifest.json")
     assert found["config"] == {"seed": 3} and found["model"] == "abc"
     assert {"jax", "numpy"} <= set(found["versions"])

@@ -67,7 +67,7 @@ def optimiser_bytes(trained) -> int:
 def test_memory_of_the_optimiser_at_real_size(dtype):
     """The embedded model and LLaVA-1.5-7B, by shape alone: 3 x 4 bytes a trained number."""
     for config in (llava.LlavaConfig.embedded(), llava.LlavaConfig.llava_1_5_7b()):
-        model = programs.model(config, dtype)
+        model = programs.abstract_model(config, dtype)
         trained = parts.partition(model, "projector").trained
         projector = 4 * parts.size(model.projector)
         assert nbytes(trained) == projector

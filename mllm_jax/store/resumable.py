@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.sharding import hosts
-from mllm_jax.store.files import atomic_npz, damaged, parse, read_npz, remove
+from mllm_jax.store.files import atomic_npz, damaged_error, parse_json_object, read_npz, remove
 from mllm_jax.store.fingerprints import fingerprint
 
 FORMAT = 1  # of the files of a store; another one whenever they are written in another way
 _RECORD = "record"  # the member of a store that says what it was made for
 
 
-class Made:
+class ResumableStore:
     """What something on disk was made for, and how much of it is done.
 
     Attributes:
@@ -49,14 +49,14 @@ class Made:
         count, data = self._kept
         if hasattr(items, "__len__") and len(items) < count:
             raise self._fewer(count, len(items))
-        rest = _each(items)
+        rest = _iterate(items)
         for number in range(count):
             try:
                 self.add(next(rest))
             except StopIteration:
                 raise self._fewer(count, number) from None
         if self.data != data:
-            raise refusal(self.path, [f"data (what the first {count} were)"])
+            raise mismatch_error(self.path, [f"data (what the first {count} were)"])
         return rest
 
     def add(self, item: Any) -> None:
@@ -75,18 +75,18 @@ class Made:
         return {"format": FORMAT, "parts": self.parts, "done": self.done, "data": self.data}
 
     def _check(self, record: Mapping[str, Any]) -> None:
-        refuse_others(self.path, record, self.parts)
+        require_same_parts(self.path, record, self.parts)
         self._kept = record["done"], record["data"]
 
 
-def _each(items: Iterable[Any]) -> Iterator[Any]:
+def _iterate(items: Iterable[Any]) -> Iterator[Any]:
     """The items, one by one; a sequence need not say where it ends but by its length."""
     if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
         return (items[i] for i in range(len(items)))
     return iter(items)
 
 
-class Store(Made):
+class Store(ResumableStore):
     """Arrays in one .npz file, which is replaced whole.
 
     Process 0 writes it, and all read what it wrote.
@@ -114,10 +114,10 @@ class Store(Made):
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return None
         arrays = read_npz(self.path)
-        record = parse(self.path, str(arrays.pop(_RECORD, "{}")))
+        record = parse_json_object(self.path, str(arrays.pop(_RECORD, "{}")))
         self._check(record)
         if sorted(arrays) != record.get("arrays"):
-            raise damaged(self.path, "it does not hold the arrays that it names")
+            raise damaged_error(self.path, "it does not hold the arrays that it names")
         for name, dtype in record["dtypes"].items():
             arrays[name] = arrays[name].view(dtype)
         return arrays
@@ -145,15 +145,17 @@ def part_fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def refuse_others(path: pathlib.Path, record: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+def require_same_parts(
+    path: pathlib.Path, record: Mapping[str, Any], parts: Mapping[str, Any]
+) -> None:
     """Refuses what was made for other parts than these, or in another format."""
     if record.get("format") != FORMAT:
-        raise refusal(path, ["format (it is of another version of this library)"])
+        raise mismatch_error(path, ["format (it is of another version of this library)"])
     if record.get("parts") != parts:
-        raise refusal(path, differences(record.get("parts", {}), parts))
+        raise mismatch_error(path, differences(record.get("parts", {}), parts))
 
 
-def refusal(path: pathlib.Path, differ: Sequence[str]) -> ValueError:
+def mismatch_error(path: pathlib.Path, differ: Sequence[str]) -> ValueError:
     said = ", ".join(differ)
     said = said if len(said) < 160 else f"{said[:160]}..."
     return ValueError(

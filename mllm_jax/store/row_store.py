@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.sharding import hosts
-from mllm_jax.store.files import atomic_json, damaged, note, parse, remove, written_to
-from mllm_jax.store.made import Made
+from mllm_jax.store.files import (
+    atomic_json,
+    damaged_error,
+    naming_path,
+    parse_json_object,
+    record_in_journal,
+    remove,
+)
+from mllm_jax.store.resumable import ResumableStore
 
-_AT_ONCE = 2**24  # bytes that are hashed at one time
+_MAX_READ_BYTES = 2**24  # bytes that are hashed at one time
 
 
-class Rows(Made):
+class RowStore(ResumableStore):
     """Arrays that grow by rows: one .npy file of each, and a record of how many rows are done.
 
     Rows are on the disk before the record counts them, so a killed run leaves no half row. The
@@ -52,15 +59,17 @@ class Rows(Made):
             self._open()
 
     def _open(self) -> None:
-        record = parse(self.path, self.path.read_text("utf-8", "replace"))
+        record = parse_json_object(self.path, self.path.read_text("utf-8", "replace"))
         self._check(record)
         try:
             for name, (dtype, shape, digest) in record["arrays"].items():
                 self._kinds[name] = dtype, tuple(shape)
                 path, rows = self._file(name), record["done"]
-                self._sums[name] = _checked(path, dtype, tuple(shape), rows, digest).copy()
+                self._sums[name] = _verified_checksum(
+                    path, dtype, tuple(shape), rows, digest
+                ).copy()
         except (KeyError, TypeError) as error:
-            raise damaged(self.path, error) from error
+            raise damaged_error(self.path, error) from error
         if hosts.is_primary() and record["done"] <= self.count:
             for name in self._kinds:
                 self._shape(name)
@@ -78,12 +87,12 @@ class Rows(Made):
                 self._kinds[name] = rows.dtype.str, rows.shape[1:]
                 self._sums[name] = hashlib.sha256()
                 self._shape(name)
-            self._sums[name].update(_bytes(rows))
+            self._sums[name].update(_byte_view(rows))
             if hosts.is_primary():
                 path = self._file(name)
-                with written_to(path), open(path, "r+b") as file:
+                with naming_path(path), open(path, "r+b") as file:
                     file.seek(len(self._header(name)) + self.done * rows[:1].nbytes)
-                    file.write(_bytes(rows))
+                    file.write(_byte_view(rows))
                     file.flush()
                     os.fsync(file.fileno())
         for item in items:
@@ -107,10 +116,10 @@ class Rows(Made):
         path, (dtype, shape) = self._file(name), self._kinds[name]
         header = self._header(name)
         size = len(header) + self.count * int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with written_to(path):
+        with naming_path(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            note(path)
-            if self._kept[0] and path.stat().st_size == size and _begins(path, header):
+            record_in_journal(path)
+            if self._kept[0] and path.stat().st_size == size and _starts_with(path, header):
                 return
             with open(path, "r+b" if self._kept[0] else "wb") as file:
                 file.write(header)
@@ -124,12 +133,14 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()  # NumPy leaves room for the rows to grow
 
 
-def _begins(path: pathlib.Path, header: bytes) -> bool:
+def _starts_with(path: pathlib.Path, header: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(header)) == header
 
 
-def _checked(path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, digest: str):
+def _verified_checksum(
+    path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, digest: str
+):
     """The running checksum of the rows of a file that are done.
 
     Raises:
@@ -139,26 +150,26 @@ def _checked(path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, 
     try:
         stat = path.stat()
         stamp = stat.st_size, stat.st_mtime_ns, stat.st_ino
-        found = _sum(path, len(_npy_header(dtype, (rows, *shape))), length, stamp)
+        found = _checksum(path, len(_npy_header(dtype, (rows, *shape))), length, stamp)
     except OSError as error:
-        raise damaged(path, error.strerror) from error
+        raise damaged_error(path, error.strerror) from error
     if found.hexdigest() != digest:
-        raise damaged(path, f"its first {rows} rows are not those that were written")
+        raise damaged_error(path, f"its first {rows} rows are not those that were written")
     return found
 
 
 @functools.lru_cache(64)
-def _sum(path: pathlib.Path, start: int, length: int, stamp: tuple[int, int, int]):
+def _checksum(path: pathlib.Path, start: int, length: int, stamp: tuple[int, int, int]):
     """The checksum of a part of a file, once for each state of it (its stamp)."""
     del stamp
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
-        while length and (some := file.read(min(length, _AT_ONCE))):
+        while length and (some := file.read(min(length, _MAX_READ_BYTES))):
             digest.update(some)
             length -= len(some)
     return digest
 
 
-def _bytes(rows: np.ndarray) -> memoryview:
+def _byte_view(rows: np.ndarray) -> memoryview:
     return rows.reshape(-1).view(np.uint8).data
