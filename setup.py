@@ -21,9 +21,7 @@ setuptools.setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(
-        include=["mllm_jax", "mllm_jax.*", "experiments", "experiments.*"]
-    ),
+    packages=setuptools.find_packages(include=["mllm_jax", "mllm_jax.*"]),
     package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md"]},
     python_requires=">=3.11",
     install_requires=[
@@ -41,6 +39,7 @@ setuptools.setup(
         "ml_collections",
         "numpy>=2.0",
         "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.0",
         "pillow",
         "safetensors>=0.5",
         "sentencepiece",  # checkpoints of the original LLaVA code come with a tokenizer.model alone

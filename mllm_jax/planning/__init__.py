@@ -1,1 +1,1 @@
-"""planning."""
+"""Plan the memory, work and traffic of compiled programs, without weights or hardware."""

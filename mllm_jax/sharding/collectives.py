@@ -22,7 +22,8 @@ def top_k(
     """The k largest of a vocabulary: those of each part, and of these the largest.
 
     Args:
-        x: its first axis is split as rows are. k: how many.
+        x: its first axis is split as rows are.
+        k: how many.
         whole: what finds them where all are on one device; of equal values it takes the first.
     """
     axes, rows = mesh.axes_for("V", x.shape[-1]), mesh.axes_for("B", x.shape[0])
@@ -43,7 +44,7 @@ def top_k(
 
 
 def take_along_vocabulary(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """x at one id a row."""
+    """Return the value of x at one id of each row."""
     if mesh.axes_for("V", x.shape[-1]) is None:
         return jnp.take_along_axis(x, ids[..., None], -1)[..., 0]
     return jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0).sum(-1)

@@ -27,7 +27,7 @@ from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, save
 from mllm_jax.passes import generate, run, score
-from mllm_jax.planning import plan, programs
+from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
 from tests.helpers import tiny
@@ -292,7 +292,7 @@ def test_only_the_layer_in_use_is_gathered(family, on_mesh, monkeypatch):
     config = family[0].config
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, vocab=104))
     size = programs.Size(rows=2, words=20, answer=5)  # no width is that of the vocabulary
-    monkeypatch.setattr(plan, "SMALL", 0)
+    monkeypatch.setattr(exchanges, "SMALL_BYTES", 0)
     jax.config.update("jax_disable_most_optimizations", False)
     found = plan.plan(config, size, topology=on_mesh, study="e2e", dtype=jnp.float32)
     jax.config.update("jax_disable_most_optimizations", True)

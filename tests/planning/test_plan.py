@@ -17,7 +17,19 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import binding
 from mllm_jax.passes import run
-from mllm_jax.planning import chips, hlo, plan, programs, work
+from mllm_jax.planning import (
+    chips,
+    compilation,
+    exchanges,
+    hlo,
+    hlo_collectives,
+    hlo_work,
+    placement,
+    plan,
+    programs,
+    search,
+    work,
+)
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.training import parts
 
@@ -96,7 +108,7 @@ def test_a_product_in_a_loop_counts_as_often_as_it_runs():
     assert work.flops(loop, x, w) == 7 * 2 * 4 * 8 * 8
     program = hlo.Program(jax.jit(loop).lower(x, w).compile().as_text())
     assert program.loops() == [7]
-    assert program.work().flops == 7 * 2 * 4 * 8 * 8
+    assert hlo_work.count_work(program).flops == 7 * 2 * 4 * 8 * 8
 
 
 def test_products_are_those_of_the_network():
@@ -111,7 +123,7 @@ def test_products_are_those_of_the_network():
 def test_a_program_for_tpus_is_read():
     program = hlo.Program(TPU)
     assert program.loops() == [32]
-    done = program.work()
+    done = hlo_work.count_work(program)
     inside = 2 * 4 * 16 * 64 * 128  # of each of the two convolutions in the loop
     scores = 2 * 8 * 4 * 40 * 40 * 16  # a product for each of 8 x 4, not for every pair of them
     assert done.flops == 32 * 2 * inside + scores
@@ -181,7 +193,7 @@ ENTRY %main (a.0: bf16[512,256], a.1: bf16[64,32], a.2: bf16[32,16]) -> bf16[512
 
 
 def test_a_collective_beside_other_work_counts_once():
-    done = hlo.Program(ASYNC).work()
+    done = hlo_work.count_work(hlo.Program(ASYNC))
     gather, scatter = done.collectives
     assert (gather.kind, str(gather.array), gather.times) == ("all-gather", "bf16[4096,256]", 1)
     assert (scatter.kind, str(scatter.array)) == ("reduce-scatter", "bf16[512,256]")
@@ -210,13 +222,13 @@ def test_a_collective_beside_other_work_counts_once():
 )
 def test_how_many_chips_exchange(groups, count):
     op = hlo.Op("x", (), "all-reduce", (), f", channel_id=1, {groups}, to_apply=%add", False)
-    assert hlo._group(op, 8) == count
+    assert hlo_collectives.group_size(op, 8) == count
 
 
 def test_chips_that_cannot_be_read_are_an_error():
     op = hlo.Op("x", (), "all-reduce", (), ", replica_groups=@all", False)
     with pytest.raises(ValueError, match="cannot be read"):
-        hlo._group(op, 8)
+        hlo_collectives.group_size(op, 8)
 
 
 def test_a_loop_that_counts_by_two_runs_half_as_often():
@@ -228,14 +240,14 @@ def test_a_loop_that_counts_by_two_runs_half_as_often():
     ]
     once, twice = (hlo.Program("\n".join(text)) for text in (TPU.splitlines(), lines))
     assert twice.loops() == [16]
-    assert [c.times for c in twice.work().collectives] == [1, 16]
-    assert [c.times for c in once.work().collectives] == [1, 32]
+    assert [c.times for c in hlo_work.count_work(twice).collectives] == [1, 16]
+    assert [c.times for c in hlo_work.count_work(once).collectives] == [1, 32]
 
 
 def test_what_chips_exchange_is_told_by_its_shape():
     network = programs.abstract_model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
     mesh = jax.sharding.AbstractMesh((2, 1, 4), mesh_.AXES)
-    subject = plan._subjects(network, mesh)
+    subject = exchanges.classifier(network, mesh)
     found = {
         shape: subject(hlo.Array("bf16", shape))
         for shape in (
@@ -252,7 +264,7 @@ def test_what_chips_exchange_is_told_by_its_shape():
 
 def test_what_is_whole_to_be_used_where_chips_share_one_copy():
     network = programs.abstract_model(llava.LlavaConfig.llava_1_5_7b(), jnp.bfloat16)
-    shared = plan._subjects(network, jax.sharding.AbstractMesh((1, 2, 4), mesh_.AXES))
+    shared = exchanges.classifier(network, jax.sharding.AbstractMesh((1, 2, 4), mesh_.AXES))
     found = {
         shape: shared(hlo.Array("bf16", shape))
         for shape in (
@@ -267,7 +279,7 @@ def test_what_is_whole_to_be_used_where_chips_share_one_copy():
 
 @pytest.mark.parametrize("study", [*programs.STUDIES, "counts+lens"])
 def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
-    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     found = plan.plan(TINY, SIZE, topology="v5e:2x4", study=study, data=2)
     whole = plan.plan(TINY, SIZE, topology="v5e:1x1", study=study, data=1)
     assert found.how == plan.SHAPES and found.fits is None
@@ -314,7 +326,7 @@ def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatc
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_error(how, message, monkeypatch):
-    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     with pytest.raises(ValueError, match=message):
         plan.plan(TINY, SIZE, **how)
 
@@ -333,28 +345,28 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
     # A compiler whose programs take 3 GiB and 0.5 GiB a row, beside the weights.
     def compiled(program):
         rows = len(dict(program.args)["batch"].ids)
-        return plan._Compiled(nothing, temporary=int((3 + 0.5 * rows) * chips.GIB))
+        return compilation.Compiled(nothing, temporary=int((3 + 0.5 * rows) * chips.GIB))
 
     nothing = "ENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}"
-    monkeypatch.setattr(plan, "_lower", lambda program, mesh: program)
-    monkeypatch.setattr(plan, "_compile", compiled)
-    monkeypatch.setattr(plan, "_mesh", lambda *how: one_device())
-    number, found = plan.largest_that_fits("rows", TINY, SIZE, topology="v5e:2x4", study="counts")
-    assert number == int((16 * plan.USABLE - 3) / 0.5) and found.fits
+    monkeypatch.setattr(compilation, "lower", lambda program, mesh: program)
+    monkeypatch.setattr(compilation, "compile_lowered", compiled)
+    monkeypatch.setattr(placement, "topology_mesh", lambda *how: one_device())
+    number, found = search.largest_that_fits("rows", TINY, SIZE, topology="v5e:2x4", study="counts")
+    assert number == int((16 * search.USABLE - 3) / 0.5) and found.fits
     many = programs.Size(rows=40)
     assert (
-        plan.smallest_topology(TINY, many, topology="v5p:2x2x1", study="counts").topology
+        search.smallest_topology(TINY, many, topology="v5p:2x2x1", study="counts").topology
         == "v5p:2x2x1"
     )
-    assert plan.smallest_topology(TINY, many, topology="v5e:2x4", study="counts") is None
+    assert search.smallest_topology(TINY, many, topology="v5e:2x4", study="counts") is None
     with pytest.raises(ValueError, match="40 rows do not fit"):
-        plan.largest_that_fits("rows", TINY, many, topology="v5e:2x4", study="counts")
+        search.largest_that_fits("rows", TINY, many, topology="v5e:2x4", study="counts")
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
-    from experiments import plan as command
+    from experiments.plan import __main__ as command
 
-    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     arguments = ["plan", "--model=embedded", "--study=counts,sweep", f"--out={tmp_path}"]
     arguments.append("--edits=ablate lm.mlp.act[3]")
     monkeypatch.setattr(sys, "argv", arguments)
@@ -389,7 +401,9 @@ def test_gathers_of_what_should_stay():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(
+    not compilation.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs"
+)
 def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time():
     lm = dataclasses.replace(
         TINY.lm, width=1024, heads=8, kv_heads=8, head_width=128, mlp=2816, vocab=8000
@@ -403,7 +417,9 @@ def test_compiled_for_tpus_a_step_gathers_one_layer_at_a_time():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(
+    not compilation.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs"
+)
 def test_compiled_for_tpus_nothing_is_gathered_that_should_stay():
     found = plan.plan(TINY, SIZE, topology="v5e:2x4", study="counts+lens", data=2)
     assert found.how == plan.COMPILED and found.fits
@@ -416,7 +432,9 @@ RECIPES = "llava-1.5-7b", "llava-1.5-13b", "llava-next-vicuna-7b", "instructblip
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(
+    not compilation.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs"
+)
 @pytest.mark.parametrize("study", ["counts+lens", "sweep", "projection"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
@@ -430,7 +448,9 @@ def test_compiled_for_tpus_every_recipe_fits_and_gathers_nothing(name, study):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.skipif(not plan.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs")
+@pytest.mark.skipif(
+    not compilation.has_tpu_compiler(), reason="needs libtpu, the compiler for TPUs"
+)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:2x4"])
 def test_compiled_for_tpus_7b_trains_whole_where_chips_share_one_copy(topology):
     """docs/pods.md: four chips are the fewest."""

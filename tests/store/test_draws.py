@@ -70,13 +70,13 @@ def trained(model, batches, data, setting, **how):
 
 
 KINDS = {
-    "reduce": (sums, lambda p: p / "x.npz", [(reduce_.run_, "run")]),
+    "reduce": (sums, lambda p: p / "x.npz", [(reduce_, "run")]),
     "sweep": (
         rows,
         lambda p: p / "x.npz",
         [(clean_pass, "compute_clean_pass"), (sweep._Rows, "write")],
     ),
-    "features": (seen, lambda p: p, [(features, "encode")]),
+    "features": (seen, lambda p: p, [(features, "encode_pictures")]),
     "pooled": (means, lambda p: p, [(pooled, "_pooled")]),
     "fit": (trained, lambda p: p, [(fit, "_update")]),
 }
