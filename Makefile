@@ -1,14 +1,14 @@
-# make demo   fresh environment, install, paper A on the embedded model: results/demo/index.html
+# make demo   fresh environment, installation, MMNeuron on the embedded model: results/demo/index.html
 # make test   the quick test suite
-# make slow   the slow checks (real weights, kills and restarts)
-# make long   those that CI has no time for (every family on every mesh)
+# make slow   the slow tests (real weights, kills and restarts, code of the documentation)
+# make long   the longest tests, which CI does not run (every family on every mesh)
 # make lint   ruff
 
 PYTHON ?= python3
 VENV ?= .venv
 RESULTS ?= results/demo
 BIN := $(VENV)/bin
-# For parity tests only; `make test TORCH=` goes without and skips them.
+# Only parity tests need it; `make test TORCH=` skips them.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test slow long lint install clean
