@@ -1,6 +1,6 @@
-"""CLIP's vision transformer (Radford et al. 2021), as LLaVA uses it: one hidden layer is read.
+"""The vision transformer of CLIP (Radford et al. 2021), read at one hidden layer.
 
-Layers above the one that is read are neither loaded nor run, so they offer no sites.
+Layers above that layer are neither loaded nor run, so they offer no sites.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ class ClipConfig:
     """A CLIP vision tower.
 
     Attributes:
-      width: E. layers: blocks in the checkpoint. heads: N. mlp: F.
-      image_size, patch: pixels; the grid has image_size // patch rows.
-      act: "quick_gelu" (OpenAI's weights) or "gelu". eps: of the layer norms.
-      feature_layer: the hidden state read, counted as HF does: 0 is the embedding, -1 the last.
-      select: "patch" drops the CLS token of the features, "full" keeps it.
+        width: E.
+        layers: the number of blocks in the checkpoint.
+        heads: N.
+        mlp: F.
+        image_size: the side of an image in pixels.
+        patch: the side of a patch in pixels.
+        act: the activation of the MLPs: "quick_gelu" (OpenAI's weights) or "gelu".
+        eps: the epsilon of the layer norms.
+        feature_layer: the hidden state that is read, counted as in HF: 0 is the embedding, -1 the
+            last layer.
+        select: "patch" drops the CLS token of the features, "full" keeps it.
     """
 
     width: int = 1024
@@ -40,38 +46,38 @@ class ClipConfig:
 
     @property
     def grid(self) -> int:
-        """Rows, and columns, of patches."""
+        """The number of rows, and of columns, of patches."""
         return self.image_size // self.patch
 
     @property
     def feature_tokens(self) -> int:
-        """Tokens of its features."""
+        """The number of tokens of the features."""
         return self.grid**2 + (self.select == "full")
 
     @property
     def run_layers(self) -> int:
-        """Blocks below the feature layer: those that exist here."""
+        """The number of blocks below the feature layer; only these exist."""
         at = self.feature_layer
         return at if at >= 0 else self.layers + 1 + at
 
     @classmethod
     def vit_l_14_336(cls) -> ClipConfig:
-        """Return the config of OpenAI's ViT-L/14 at 336 pixels."""
+        """Return the config of ViT-L/14 at 336 pixels."""
         return cls()
 
     @classmethod
     def vit_b_16(cls) -> ClipConfig:
-        """Return the config of OpenAI's ViT-B/16 at 224 pixels."""
+        """Return the config of ViT-B/16 at 224 pixels."""
         return cls(width=768, layers=12, heads=12, mlp=3072, image_size=224, patch=16)
 
     @classmethod
     def tiny(cls) -> ClipConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         return cls(width=32, layers=3, heads=4, mlp=64, image_size=24, patch=6)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention of the patches."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -82,7 +88,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "I P E"], mask: Bool[Array, "I 1 P P"] | None = None
     ) -> Float[Array, "I P E"]:
-        """Return the output of all heads."""
+        """Return the output of the heads."""
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
         heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return self.o(heads.reshape(x.shape))
@@ -97,13 +103,13 @@ class MLP(nnx.Module):
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P E"]:
-        """Apply the maps."""
+        """Return the output of the second map."""
         act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](self.up(x)))
         return tap(S.mlp.out, self.down(act))
 
 
 class Block(nnx.Module):
-    """One transformer block with norms before its attention and its MLP."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.norm1 = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
@@ -114,7 +120,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "I P E"], tap, mask: Bool[Array, "I 1 P P"] | None = None
     ) -> Float[Array, "I P E"]:
-        """Apply the block."""
+        """Return the residual after the block."""
         x = tap(S.resid_pre, x)
         x = x + tap(S.attn_out, self.attn(self.norm1(x), mask))
         x = x + self.mlp(self.norm2(x), tap)
@@ -122,7 +128,7 @@ class Block(nnx.Module):
 
 
 class ClipVision(nnx.Module):
-    """Pixels to patch features. P counts the CLS token inside the tower."""
+    """The tower from pixels to patch features; P counts the CLS token inside the tower."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
@@ -135,11 +141,11 @@ class ClipVision(nnx.Module):
         self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.run_layers, rngs)
 
     def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:
-        """Features of the selected layer, without CLS unless `select` is "full".
+        """Return the features of the selected layer, without CLS unless `select` is "full".
 
         Args:
-          pixels: normalised, image_size squared.
-          tap: the taps of the vision module.
+            pixels: normalised images of image_size x image_size pixels.
+            tap: the taps of the vision module.
         """
         x = self.patch(patches(pixels, self.config.patch))
         cls = jnp.broadcast_to(self.cls[...], (len(x), 1, x.shape[-1])).astype(x.dtype)
@@ -150,7 +156,7 @@ class ClipVision(nnx.Module):
 
 
 def patches(pixels: Float[Array, "I row column 3"], size: int) -> Float[Array, "I P pixel"]:
-    """The picture cut in squares, row by row; a square's pixels are (row, column, channel)."""
+    """Cut images into square patches, row by row; the pixels of one are (row, column, channel)."""
     I, H, W, C = pixels.shape
     x = pixels.reshape(I, H // size, size, W // size, size, C)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(I, (H // size) * (W // size), size * size * C)

@@ -1,4 +1,4 @@
-"""The Llama decoder (Touvron et al. 2023): rotary positions, grouped queries, gated MLP."""
+"""A decoder with rotary positions, grouped queries and gated MLPs (Touvron et al. 2023)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from mllm_jax.typing import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama language model.
+    """A language model.
 
     Attributes:
-      vocab: V. width: D. layers: L. heads: N. kv_heads: K. head_width: H. mlp: F.
-      rope_theta: base of the rotary angles. eps: of the norms.
-      tied: whether the head is the embedding.
+        vocab: V.
+        width: D.
+        layers: L.
+        heads: N.
+        kv_heads: K.
+        head_width: H.
+        mlp: F.
+        rope_theta: the base of the rotary angles.
+        eps: the epsilon of the norms.
+        tied: whether the head shares the matrix of the embedding.
     """
 
     vocab: int = 32064
@@ -40,17 +47,17 @@ class DecoderConfig:
 
     @classmethod
     def vicuna_7b(cls) -> DecoderConfig:
-        """Return the config of Vicuna 7B (Llama 2)."""
+        """Return the config of Vicuna 7B."""
         return cls()
 
     @classmethod
     def vicuna_13b(cls) -> DecoderConfig:
-        """Return the config of Vicuna 13B (Llama 2)."""
+        """Return the config of Vicuna 13B."""
         return cls(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 
     @classmethod
     def mistral_7b(cls) -> DecoderConfig:
-        """Version 0.2, which has no window: it is a Llama."""
+        """Return the config of Mistral 7B version 0.2, which has no sliding window."""
         return cls(kv_heads=8, mlp=14336, rope_theta=1000000.0)
 
     @classmethod
@@ -63,7 +70,7 @@ class DecoderConfig:
 
     @classmethod
     def tiny(cls) -> DecoderConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         return cls(vocab=96, width=32, layers=4, heads=4, kv_heads=2, head_width=8, mlp=48)
 
 
@@ -79,7 +86,7 @@ class Attention(nnx.Module):
         self.o = layers.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
-        """The heads' output, and this call's keys and values [B, K, T, H]."""
+        """Return the output of the heads, and the keys and values [B, K, T, H] of this call."""
         B, T, _ = x.shape
         k = layers.rotate(self.k(x).reshape(B, T, self.kv_heads, -1), *rope).swapaxes(1, 2)
         v = self.v(x).reshape(B, T, self.kv_heads, -1).swapaxes(1, 2)
@@ -98,7 +105,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated MLP: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.gate = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
@@ -106,7 +113,7 @@ class MLP(nnx.Module):
         self.down = layers.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
-        """Apply the maps."""
+        """Return the output of the last map."""
         gate = tap(S.mlp.gate, self.gate(x))
         act = tap(S.mlp.act, layers.ACTIVATIONS["silu"](gate))
         gated = tap(S.mlp.gated, act * self.up(x))
@@ -114,7 +121,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder block with norms before its attention and its MLP."""
+    """A pre-norm decoder layer."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attn_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
@@ -123,7 +130,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
-        """The states, of all tokens or those at `only` int32[B]; keys and values of all."""
+        """Return the states of all tokens, or those at `only` int32[B], and all keys and values."""
         x = tap(S.resid_pre, x)
         out, kv = self.attn(self.attn_norm(x), rope, mask, past, tap, only)
         x = x if only is None else _take(x, only)
@@ -133,13 +140,13 @@ class Block(nnx.Module):
 
 
 def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
-    """One place of an axis for each row; the axis stays."""
-    at = places.reshape(-1, *(1,) * (array.ndim - 1))
-    return jnp.take_along_axis(array, at, axis)
+    """Take one place of an axis for each row, and keep the axis."""
+    index = places.reshape(-1, *(1,) * (array.ndim - 1))
+    return jnp.take_along_axis(array, index, axis)
 
 
 class Decoder(nnx.Module):
-    """Embedding, decoder blocks, final norm and head."""
+    """A language model: embedding, decoder layers, norm and head."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         embed = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width))
@@ -151,8 +158,8 @@ class Decoder(nnx.Module):
             self.head = layers.Linear(config.width, config.vocab, use_bias=False, rngs=rngs)
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Word embeddings. Ids outside the vocabulary (placeholders) give those of id 0."""
-        # Chips that share its columns gather those: else they gather its rows, and what comes out.
+        """Return word embeddings; ids outside the vocabulary (placeholders) count as id 0."""
+        # Gather the columns that chips share; without this they would gather rows and the result.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
         return indexing.index_without_upcast(table[ids], table, ids)
@@ -166,15 +173,17 @@ class Decoder(nnx.Module):
         past: Cache | None = None,
         segment: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Final normed states, and the cache of these T tokens.
+        """Return the final normed states, and the cache of these T tokens.
 
         Args:
-          x: embeddings.
-          position: of each token in its row; a token sees valid tokens at its own or a lower one.
-          valid: False for padding.
-          tap: the taps of the LM.
-          past: what was read before, S slots.
-          segment: a token sees segment 0 and its own; None where there is one conversation a row.
+            x: embeddings.
+            position: the position of each token in its row; a token attends to valid tokens at the
+                same or a lower position.
+            valid: False for padding.
+            tap: the taps of the language model.
+            past: the cache of earlier tokens, with S slots.
+            segment: the segment of each token; it attends to segment 0 and its own. None where a
+                row is one conversation.
         """
         key_position, key_valid = position, valid
         if past is not None:
@@ -196,7 +205,7 @@ class Decoder(nnx.Module):
         return tap(S.norm, self.norm(x)), Cache(key, value, position, valid)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits of normed states, in float32 or better."""
+        """Return next-token logits of normed states, in float32 or better."""
         if self.config.tied:
             table = mesh.constrain(self.embed[...], ("V", "D"))
             return precision.einsum("...D,VD->...V", x, table, into_float32=True)
@@ -204,5 +213,5 @@ class Decoder(nnx.Module):
         return precision.einsum("...D,DV->...V", x, kernel, into_float32=True)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The logit lens: logits of a residual, as if it were the last (nostalgebraist 2020)."""
+        """Return the logits of a residual as if it were the last (nostalgebraist 2020)."""
         return self.logits(self.norm(x))

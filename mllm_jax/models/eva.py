@@ -1,7 +1,7 @@
-"""EVA's vision transformer (Fang et al. 2023), as InstructBLIP uses it: the last layer is read.
+"""The vision transformer of EVA (Fang et al. 2023), read at its last layer.
 
-Its blocks are CLIP's. Around them it differs: no norm before the first block, one after the last,
-and a bias where patches are embedded.
+Its blocks are those of CLIP. It has no norm before the first block, one after the last, and a bias
+in the embedding of patches.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ class EvaConfig:
     """An EVA vision tower.
 
     Attributes:
-      width: E. layers: blocks. heads: N. mlp: F.
-      image_size, patch: pixels; the grid has image_size // patch rows.
-      act: activation of the MLPs. eps: of the layer norms.
+        width: E.
+        layers: the number of blocks.
+        heads: N.
+        mlp: F.
+        image_size: the side of an image in pixels.
+        patch: the side of a patch in pixels.
+        act: the activation of the MLPs.
+        eps: the epsilon of the layer norms.
     """
 
     width: int = 1408
@@ -37,32 +42,32 @@ class EvaConfig:
 
     @property
     def grid(self) -> int:
-        """Rows, and columns, of patches."""
+        """The number of rows, and of columns, of patches."""
         return self.image_size // self.patch
 
     @property
     def run_layers(self) -> int:
-        """Blocks that exist here: all."""
+        """The number of blocks that are run: all."""
         return self.layers
 
     @property
     def feature_tokens(self) -> int:
-        """Tokens of its features: the patches, and CLS."""
+        """The number of tokens of the features: the patches and CLS."""
         return self.grid**2 + 1
 
     @classmethod
     def vit_g_14(cls) -> EvaConfig:
-        """Return the config of EVA ViT-g/14 at 224 pixels."""
+        """Return the config of ViT-g/14 at 224 pixels."""
         return cls()
 
     @classmethod
     def tiny(cls) -> EvaConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         return cls(width=32, layers=3, heads=4, mlp=64, image_size=24, patch=6)
 
 
 class EvaVision(nnx.Module):
-    """Pixels to features of CLS and of every patch."""
+    """The tower from pixels to features of CLS and of every patch."""
 
     def __init__(self, config: EvaConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
@@ -74,11 +79,11 @@ class EvaVision(nnx.Module):
         self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:
-        """Features of the last layer, normed; P counts the CLS token.
+        """Return the normed features of the last layer; P counts the CLS token.
 
         Args:
-          pixels: normalised, image_size squared.
-          tap: the taps of the vision module.
+            pixels: normalised images of image_size x image_size pixels.
+            tap: the taps of the vision module.
         """
         x = self.patch(clip.patches(pixels, self.config.patch))
         cls = jnp.broadcast_to(self.cls[...], (len(x), *self.cls.shape)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The few layers that every network shares: norms, attention, rotary positions, stacking."""
+"""Layers that networks share: linear maps, norms, attention, rotary positions, stacking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mllm_jax.numerics import precision, rows
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.typing import Array, Bool, Float, Int
 
-_BLOCKS = 4  # of queries, in causal attention
+_BLOCKS = 4  # blocks of queries in causal attention
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -29,13 +29,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A matrix W + scale A B in the place of a kernel; `Linear` multiplies without making the sum.
+    """A matrix W + scale A B in the place of a kernel; `Linear` multiplies by it without the sum.
 
-    A change that is small beside W would be rounded away in the sum, where that is narrower than
-    float32. All else reads the sum, by `[...]`.
+    In a dtype narrower than float32 a small change would be rounded away in the sum. Other code
+    reads the sum by `[...]`.
 
     Attributes:
-      weight: float[*L, n, m], W. a: float32[*L, n, r]. b: float32[*L, r, m]. scale: static.
+        weight: float[*L, n, m], W.
+        a: float32[*L, n, r], A.
+        b: float32[*L, r, m], B.
+        scale: the factor of the change; static.
     """
 
     weight: Array
@@ -45,12 +48,12 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole matrix."""
+        """The shape of the sum."""
         return self.weight.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Return the type of the whole matrix."""
+        """The dtype of W."""
         return self.weight.dtype
 
     def __getitem__(self, index) -> Array:
@@ -66,10 +69,12 @@ class LowRank:
 
 
 class Linear(nnx.Linear):
-    """x W + b, of float32 arrays in float32 on every chip; see `precision`."""
+    """x W + b, with the precision of `numerics.precision`."""
 
-    def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
-        """Multiply by the kernel and add the bias."""
+    def __call__(  # type: ignore[override] - narrower than the base class
+        self, x: Float[Array, "*B n"]
+    ) -> Float[Array, "*B m"]:
+        """Return x W + b."""
         kernel = self.kernel.get_value()
         low_rank = isinstance(kernel, LowRank)
         y = kernel.multiply(x) if low_rank else precision.matmul(x, kernel)
@@ -82,8 +87,10 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         super().__init__(width, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-        """Normalise the last axis."""
+    def __call__(  # type: ignore[override] - narrower than the base class
+        self, x: Float[Array, "*B E"]
+    ) -> Float[Array, "*B E"]:
+        """Return the normed array in the dtype of x."""
         return super().__call__(at_least_float32(x)).astype(x.dtype)
 
 
@@ -96,14 +103,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalise the last axis."""
+        """Return the normed array in the dtype of x."""
         y = at_least_float32(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`layers` modules in one, each parameter with a leading L axis, to be scanned."""
+    """Build `layers` modules as one whose parameters have a leading L axis, for a scan."""
     keys = jax.random.split(rngs.params(), layers)
     return jax.vmap(lambda key: build(nnx.Rngs(params=key)))(keys)
 
@@ -118,18 +125,18 @@ def attention(
     pattern: Callable[[Array], Array] | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v, with N / K query heads to each key-value head.
+    """Compute softmax(q k^T / sqrt(H)) v, with N / K query heads for each key-value head.
 
     Args:
-      query: The queries.
-      key: The keys of this call.
-      value: The values of this call.
-      mask: bool[B, N or 1, T, S], True where a query may look; None for everywhere. A query
-        that may look nowhere gets zeros.
-      past: keys and values before these; S of the mask counts both.
-      pattern: applied to the probabilities [B, N, T, S] before they meet the values; None where
-        nobody asks for them: then they need not be made all at one time.
-      causal: whether the mask shows no query a key after its own: these products are left out.
+        query: the queries.
+        key: the keys.
+        value: the values.
+        mask: bool[B, N or 1, T, S], True where a query may attend; None for everywhere. The result
+            of a query that may attend nowhere is zero.
+        past: earlier keys and values; S of the mask counts both.
+        pattern: a function applied to the probabilities [B, N, T, S] before they multiply the
+            values. With None they are not all computed at the same time.
+        causal: whether the mask is causal, so that products with later keys can be left out.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
     (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
@@ -145,7 +152,7 @@ def attention(
 
 
 def _attend_causally(query, parts, mask):
-    """In blocks of queries, each with the keys that come before its end."""
+    """Attend in blocks of queries, each with the keys up to its end."""
     [(key, value)], T = parts, query.shape[1]
     ends = [T * n // _BLOCKS for n in range(_BLOCKS + 1)]
     return jnp.concatenate(
@@ -160,7 +167,7 @@ def _attend_causally(query, parts, mask):
 def _attend(query, parts, mask, pattern=None):
     B, T, N, H = query.shape
     K = parts[0][0].shape[1]
-    # The axes lie as the products read and write them: nothing of size [T, S] is ever moved.
+    # In this order of axes the products need no transposition of an array of size [T, S].
     grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = [
         precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
@@ -191,9 +198,9 @@ def _concatenate(parts):
 def rotary(
     positions: Int[Array, "B T"], head_width: int, theta: float
 ) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
-    """Cosine and sine of rotary position embedding (Su et al. 2021), halves layout."""
-    # On the host, in this order: what the weights were trained with. The power is rounded once,
-    # from float64: in float32 its last bit depends on the CPU, and one ulp of a frequency is an
+    """Return cosine and sine of rotary position embeddings (Su et al. 2021), halves layout."""
+    # On the host and in this order, as the weights were trained. The power is rounded once from
+    # float64: in float32 its last bit depends on the CPU, and one ulp of a frequency is an
     # angle off by 1e-4 at position 4096.
     exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     power = np.float64(theta) ** exponent.astype(np.float64)
@@ -204,7 +211,7 @@ def rotary(
 
 
 def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """Rotate each head by its position, given the cosine and sine of its angles."""
+    """Rotate x by its position."""
     half = x.shape[-1] // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], -1)
-    return (x * cos + turned * sin).astype(x.dtype)
+    rotated = jnp.concatenate([-x[..., half:], x[..., :half]], -1)
+    return (x * cos + rotated * sin).astype(x.dtype)

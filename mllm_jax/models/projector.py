@@ -18,9 +18,12 @@ class ProjectorConfig:
     """An MLP projector.
 
     Attributes:
-      in_width: E. out_width: D. depth: linear maps: 1 is linear, N is mlpNx_gelu.
-      act: between the maps. bias: of the maps.
-      fold: side of the square of patches that becomes one token; 1 keeps every patch.
+        in_width: E.
+        out_width: D.
+        depth: the number of linear maps: 1 is "linear", N is "mlpNx_gelu".
+        act: the activation between the maps.
+        bias: whether the maps have a bias.
+        fold: the side of the square of patches that becomes one token; 1 keeps every patch.
     """
 
     in_width: int
@@ -43,7 +46,7 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P D"]:
-        """Project the features of a picture into the width of the language model."""
+        """Return the image tokens of the language model."""
         x = fold(x, self.config.fold)
         act = layers.ACTIVATIONS[self.config.act]
         x = tap.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
@@ -51,7 +54,7 @@ class Projector(nnx.Module):
 
 
 def fold(x: Float[Array, "I P E"], side: int) -> Float[Array, "I p e"]:
-    """Concatenate side x side neighbouring patches in one token; p = P / side^2."""
+    """Concatenate side x side neighbouring patches into one token; p = P / side^2."""
     if side == 1:
         return x
     I, P, E = x.shape

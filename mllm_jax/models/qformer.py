@@ -1,8 +1,8 @@
-"""The Q-Former (Li et al. 2023): learned queries that ask a picture, with a text beside them.
+"""The Q-Former (Li et al. 2023): learned queries that attend to an image, next to a text.
 
-A BERT of two branches (Dai et al. 2023): queries and text attend to one another and have an MLP
-each; in every second layer the queries also look at the picture. Only the queries leave it, so the
-text's MLP of the last layer reaches nothing.
+A BERT of two branches (Dai et al. 2023): queries and text attend to one another and have separate
+MLPs; in every second layer the queries also attend to the image. Only the states of the queries are
+returned, so the MLP of the text in the last layer has no effect.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ class QFormerConfig:
     """A Q-Former.
 
     Attributes:
-      queries: Q. vocab: V of its text. positions: most tokens of its text.
-      width, layers, heads, mlp: as BERT has them.
-      vision_width: E of the picture's features.
-      look_every: layers from one that looks at the picture to the next; the first does.
-      act: activation of the MLPs. eps: of the layer norms.
+        queries: Q.
+        vocab: V of its text.
+        positions: the largest number of tokens of its text.
+        width: W.
+        layers: L.
+        heads: N.
+        mlp: F.
+        vision_width: E of the image features.
+        look_every: every how many layers the queries attend to the image, starting with the first.
+        act: the activation of the MLPs.
+        eps: the epsilon of the layer norms.
     """
 
     queries: int = 32
@@ -50,14 +56,14 @@ class QFormerConfig:
 
     @classmethod
     def tiny(cls) -> QFormerConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         return cls(
             queries=5, vocab=60, positions=40, width=24, layers=4, heads=4, mlp=40, vision_width=32
         )
 
 
 class Attention(nnx.Module):
-    """x attends to a source, and the result is added to it and normed."""
+    """Attention to a source, with a residual connection and a norm after it."""
 
     def __init__(self, config: QFormerConfig, source_width: int, *, rngs: nnx.Rngs):
         W = config.width
@@ -74,7 +80,7 @@ class Attention(nnx.Module):
         source: Float[Array, "I S E"],
         mask: Bool[Array, "I 1 1 S"] | None = None,
     ) -> Float[Array, "I T W"]:
-        """Return the output of all heads."""
+        """Return the normed states."""
         q, k, v = (
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
@@ -84,7 +90,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two maps, the result added and normed."""
+    """Two linear maps, with a residual connection and a norm after them."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         self.up = layers.Linear(config.width, config.mlp, rngs=rngs)
@@ -93,13 +99,13 @@ class MLP(nnx.Module):
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I T W"], site: Site, tap) -> Float[Array, "I T W"]:
-        """Apply the maps."""
+        """Return the normed states; the activation is tapped at `site`."""
         act = tap(site, layers.ACTIVATIONS[self.act](self.up(x)))
         return self.norm(x + self.down(act))
 
 
 class Block(nnx.Module):
-    """One block: self-attention, cross-attention of the queries, and an MLP for each branch."""
+    """A layer for queries and text."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         self.queries = config.queries
@@ -108,7 +114,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "I T W"], mask, look, tap) -> Float[Array, "I T W"]:
-        """Queries come first, then the text; `look` lets the queries see the picture."""
+        """Return the states of queries, then text; `look` lets the queries attend to the image."""
         queries, text = jnp.split(self.attn(x, x, mask), [self.queries], 1)
         queries = self.query_mlp(look(queries), S.query_mlp.act, tap)
         text = self.mlp(text, S.mlp.act, tap)
@@ -116,10 +122,10 @@ class Block(nnx.Module):
 
 
 class QFormer(nnx.Module):
-    """Features of a picture to Q queries that have seen it.
+    """The network from image features to the states of Q queries.
 
-    `look` holds the cross-attention of the layers that have one, in a stack of its own: the layers
-    are alike without it, so that one scan runs them all and takes from that stack where it is due.
+    `look` stacks the cross-attention of the layers that have one. Without it all layers are alike,
+    so that one scan runs them and takes from `look` where it is due.
     """
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
@@ -145,13 +151,13 @@ class QFormer(nnx.Module):
         valid: Bool[Array, "I T"],
         tap,
     ) -> Float[Array, "I Q W"]:
-        """The queries after the last layer.
+        """Return the states of the queries after the last layer.
 
         Args:
-          features: of the picture.
-          ids: the text that is asked about it, one for each picture.
-          valid: False for padding.
-          tap: the taps of the Q-Former.
+            features: the image features.
+            ids: the tokens of the text of each image.
+            valid: False for padding.
+            tap: the taps of the Q-Former.
         """
         Q, every = self.config.queries, self.config.look_every
         features = features.astype(self.queries.dtype)

@@ -1,6 +1,6 @@
-"""What chips can do by their makers' word, and the slices that they are sold in.
+"""Published peak rates of TPU chips, and the slices in which they are available.
 
-Peak compute in bfloat16, HBM and interconnect of a chip, from the pages of Cloud TPU:
+Peak compute in bfloat16, HBM and interconnect of a chip, from the documentation of Cloud TPU:
 
     v4   https://cloud.google.com/tpu/docs/v4    275 TFLOPs, 32 GiB, 1200 GBps; 6 links of 50
          GBps each way (Jouppi et al. 2023, "TPU v4", table 4)
@@ -8,8 +8,8 @@ Peak compute in bfloat16, HBM and interconnect of a chip, from the pages of Clou
     v5p  https://cloud.google.com/tpu/docs/v5p   459 TFLOPs, 95 GB, 2765 GBps, 1200 GBps both ways
     v6e  https://cloud.google.com/tpu/docs/v6e   918 TFLOPs, 32 GB, 1638 GBps, 800 GBps both ways
 
-What a chip can receive is half of what its links carry both ways. A slice that is no torus does not
-use all links, so times from these figures are lower bounds.
+A chip can receive half of what its links carry in both directions. A slice that is not a torus does
+not use all links, so times computed from these figures are lower bounds.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Chip:
     """A kind of chip.
 
     Attributes:
-      flops: bfloat16 operations a second.
-      memory: bytes of HBM.
-      bandwidth: bytes a second from HBM.
-      links: bytes a second that it can receive from other chips.
-      slices: the topologies that one can have, the smallest first.
+        flops: bfloat16 operations per second.
+        memory: bytes of HBM.
+        bandwidth: bytes per second from HBM.
+        links: bytes per second that it can receive from other chips.
+        slices: the available topologies, the smallest first.
     """
 
     flops: float
@@ -51,17 +51,17 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A topology by name, `v5e:2x4`."""
+    """A topology by name, such as `v5e:2x4`."""
 
     kind: str
     shape: str
 
     @classmethod
     def parse(cls, name: str) -> Slice:
-        """Reads the name of a topology.
+        """Parse the name of a topology.
 
         Raises:
-          ValueError: no chip is called so, or it is not sold in that shape.
+            ValueError: the chip is unknown, or not available in that shape.
         """
         kind, _, shape = name.partition(":")
         if kind not in CHIPS:
@@ -73,16 +73,16 @@ class Slice:
 
     @property
     def chip(self) -> Chip:
-        """Return the kind of chip."""
+        """The kind of chip."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
-        """Return the number of chips."""
+        """The number of chips."""
         return math.prod(map(int, self.shape.split("x")))
 
     def larger(self) -> list[Slice]:
-        """This slice and those of more chips, of the same kind."""
+        """Return this slice and the larger ones of the same kind."""
         shapes = self.chip.slices[self.chip.slices.index(self.shape) :]
         return [Slice(self.kind, shape) for shape in shapes]
 

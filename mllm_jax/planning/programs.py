@@ -1,6 +1,6 @@
-"""The program of each study, with shapes in the place of arrays: what a plan compiles.
+"""Build the program of each study with shapes in place of arrays, for a plan to compile.
 
-They are the very functions that the studies run, found where the studies find them.
+The functions are those that the studies run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
-_STEPS = 100  # of a training: it does not matter how many
-TOKEN_MULTIPLE = 128  # T is a multiple of this: a TPU works on tiles of so many
+_STEPS = 100  # of a training; the program does not depend on the number
+TOKEN_MULTIPLE = 128  # T is a multiple of this, the size of a tile of a TPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much one program works on.
+    """The sizes of the inputs of a program.
 
     Attributes:
-      rows: B, over all data shards. words: in each row beside the picture, at least.
-      lanes: edits at one time in a sweep, over all data shards.
-      steps: tokens to be generated. answer: of an answer to score or to train on.
-      candidates: C. remat: of training.
+        rows: B over all data shards.
+        words: the least number of tokens in a row besides the image.
+        lanes: the edits that a sweep runs at a time, over all data shards.
+        steps: the number of tokens to generate.
+        answer: the number of tokens of an answer to score or to train on.
+        candidates: C.
+        remat: whether training recomputes layers in the backward pass.
     """
 
     rows: int = 8
@@ -52,15 +55,16 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled function to be, and what it is given.
+    """A function to compile, and its arguments.
 
     Attributes:
-      fn: jitted, unless it gives some of its arguments back. static: its static arguments.
-      args: trees of shapes by what they are: weights, frozen, optimiser, batch, edits, captures,
-        and "" for the rest, in the order of the call.
-      kept: further trees that lie in memory meanwhile.
-      unknown: trips of its loops whose length is data.
-      back: how many of its first arguments come back, to lie where they lay.
+        fn: the function; jitted, unless it returns some of its arguments updated.
+        args: pytrees of shapes with their roles (weights, frozen, optimiser, batch, edits,
+            captures, or "" for others), in the order of the call.
+        static: its static arguments.
+        kept: further pytrees that are in memory meanwhile.
+        unknown: the number of trips of loops whose length is data.
+        back: the number of leading arguments that are returned updated, with the same sharding.
     """
 
     fn: Callable
@@ -72,39 +76,40 @@ class Program:
 
 
 def abstract_model(config: MultimodalConfig, dtype) -> nnx.Module:
-    """The network without weights."""
+    """Return the network with shapes in place of weights."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
 def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
-    """Rows of one picture, as large as one can be, between a system word and a question.
+    """Return a batch of rows with one image of the largest size, a system token and a question.
 
-    What edits and captures select by is there; pixels and words are shapes.
+    The arrays that edits and captures select tokens by have values; pixels and ids are shapes.
     """
     layout = config.layout(config.largest)
     patches, tiles, B = layout.patches, config.tiles, size.rows
     T = -(-(len(patches) + size.words) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     kind = np.full(T, tokens.CODE["question"], np.int8)
     kind[0] = tokens.CODE["system"]
-    here = slice(1, 1 + len(patches))
-    kind[here] = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
+    image = slice(1, 1 + len(patches))
+    kind[image] = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
     image_token_index = np.full((B, T), -1, np.int32)
     first = np.arange(B)[:, None] * tiles * config.image_tokens
-    image_token_index[:, here] = np.where(
+    image_token_index[:, image] = np.where(
         patches < 0, B * tiles * config.image_tokens, first + patches
     )
 
-    def each(value, dtype) -> np.ndarray:
+    def broadcast(value, dtype) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), (B, T))
 
     tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.vision.image_size
     return Batch(
         ids=_shape(np.int32, B, T),
-        position=each(np.arange(T), np.int32),
+        position=broadcast(np.arange(T), np.int32),
         tokens=tokens.TokenMap(
-            kind=each(kind, np.int8), row=each(-1, np.int16), column=each(-1, np.int16),
-            tile=each(-1, np.int16), last=each(np.arange(T) == T - 1, bool),
+            kind=broadcast(kind, np.int8), row=broadcast(-1, np.int16),
+            column=broadcast(-1, np.int16),
+            tile=broadcast(-1, np.int16), last=broadcast(np.arange(T) == T - 1, bool),
         ),
         image_token_index=image_token_index,
         pixels=_shape(np.float32, B * tiles, side, side, 3),
@@ -116,7 +121,7 @@ def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
 
 
 def study_captures(study: str) -> dict[str, captures_.Capture]:
-    """What a study brings back of each pass."""
+    """Return the captures of a study."""
     known = {
         "counts": lambda: captures_.stats(sites.lm.mlp.act, by=tokens.kind),
         "lens": lambda: captures_.lens(sites.lm.resid_post, by=tokens.kind),
@@ -125,18 +130,18 @@ def study_captures(study: str) -> dict[str, captures_.Capture]:
 
 
 def build(study: str, model, batch, edits, captures, size: Size) -> Program:
-    """The program of a study.
+    """Build the program of a study.
 
     Args:
-      size: the sizes of the study.
-      model: the network, with shapes for arrays.
-      captures: further captures of each pass.
-      batch: what it reads.
-      study: a name of STUDIES, or several captures joined by "+".
-      edits: of each pass; of a sweep those of its first lane.
+        study: a member of STUDIES, or captures joined by "+".
+        model: the network, as shapes.
+        batch: the batch.
+        edits: the edits of each pass; of a sweep those of its first lane.
+        captures: the captures of each pass, besides those of the study.
+        size: the sizes of the inputs.
 
     Raises:
-      ValueError: there is no such study.
+        ValueError: the study is unknown.
     """
     if study not in STUDIES and not study_captures(study):
         raise ValueError(f"study {study!r} is none of {', '.join(STUDIES)}, counts+lens")
@@ -155,7 +160,7 @@ def _reduce(model, batch, edits, captures, size: Size) -> Program:
 
 
 def _sweep(model, batch, edits, captures, size: Size) -> Program:
-    """Lanes that start at the first layer and share the picture: the most that they can cost."""
+    """Build lanes that start at the first layer and share the image: the most expensive case."""
     edits = edits or edits_.ablate(sites.lm.mlp.act[0, :1])
     shapes = site_shapes(model, batch)
     bound, found = binding.bind(model, batch, edits, captures)
@@ -172,7 +177,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     )  # fmt: skip
     stops = clean_pass.stop_layers([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
-    if stops is not None:  # of the last layer all tokens but the last one are left out
+    if stops is not None:  # the last layer computes the last token alone
         places = _shape(np.int32, size.rows)
         resume = dataclasses.replace(resume, stop=_shape(np.int32), places=places)
     metric = jax.tree_util.Partial(_metric)
@@ -181,7 +186,9 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
         ("states", {"lm": resume}), ("", None),
     )  # fmt: skip
     static = {"logits": "last", "prefix": 0}
-    loop = (layers if stops is None else int(stops[0])) - 1  # the first layer is outside of it
+    loop = (
+        layers if stops is None else int(stops[0])
+    ) - 1  # the first layer is outside of the loop
     return Program(sweep.compiled_lanes, args, static, (("states", kept),), unknown=loop)
 
 
@@ -245,7 +252,7 @@ STUDIES: dict[str, Callable] = {
 
 
 def _features(model, batch) -> jax.ShapeDtypeStruct:
-    """The vision features, which sweeps and training read before they begin."""
+    """Return the vision features, which sweeps and training compute first."""
     return jax.eval_shape(lambda model, batch: model.features(batch, Taps()), model, batch)
 
 

@@ -1,21 +1,24 @@
-"""Counts the matrix products of a program before it is compiled, loops counted out."""
+"""Count the matrix products of a program before it is compiled, with the trips of its loops."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 
-def flops(fn, *args, unknown: int = 1, **static) -> float:
-    """Of matrix products in fn(*args, **static); an addition and a multiplication are two.
+def flops(fn: Callable[..., Any], *args: Any, unknown: int = 1, **static: Any) -> float:
+    """Count the operations of matrix products; an addition and a multiplication are two.
+
+    Of the branches of a conditional the one with the most operations counts.
 
     Args:
-      fn: the function.
-      **static: its static keyword arguments.
-      args: arrays or shapes.
-      unknown: trips of a loop whose length is data. Of branches the one that does most counts.
+        fn: the function.
+        *args: its arguments, as arrays or shapes.
+        unknown: the number of trips of a loop whose length is data.
+        **static: its static arguments.
     """
     return _count(jax.make_jaxpr(lambda *a: fn(*a, **static))(*args).jaxpr, unknown)
 
@@ -47,7 +50,7 @@ def _equation(equation: Any, unknown: int) -> float:
     return inside
 
 
-def _jaxprs(params: dict[str, Any]):
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for name, value in params.items():
         inner = getattr(value, "jaxpr", value)
         if hasattr(inner, "eqns") and not name.startswith(("jvp", "fwd", "bwd")):

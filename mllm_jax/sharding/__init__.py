@@ -1,1 +1,1 @@
-"""From one device to a pod: meshes, which axis is split over what, many processes."""
+"""Run on one device or a pod: meshes, sharding rules, collectives, several processes."""

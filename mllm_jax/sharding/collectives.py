@@ -1,12 +1,13 @@
-"""Look-ups along an axis that is split, without gathering the axis.
+"""Look up elements along a sharded axis without gathering the axis.
 
-Each device looks among what it holds, and only what was found is exchanged. Where the axis is not
-split these are the plain operations.
+Each device searches its own part, and only the results are exchanged. Where the axis is not sharded
+these functions are the plain operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,67 +18,68 @@ from mllm_jax.typing import Array, Float, Int
 
 
 def top_k(
-    x: Float[Array, "*B V"], k: int, whole: Callable[[Array, int], tuple[Array, Array]]
+    x: Float[Array, "*B V"], k: int, local_top_k: Callable[[Array, int], tuple[Array, Array]]
 ) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
-    """The k largest of a vocabulary: those of each part, and of these the largest.
+    """Return the k largest elements along the vocabulary, and their indices.
 
     Args:
-        x: its first axis is split as rows are.
-        k: how many.
-        whole: what finds them where all are on one device; of equal values it takes the first.
+        x: the array; its first axis is sharded as rows are.
+        k: the number of elements.
+        local_top_k: the function for one device, which takes the first of equal values.
     """
     axes, rows = mesh.axes_for("V", x.shape[-1]), mesh.axes_for("B", x.shape[0])
     if not axes and not rows:
-        return whole(x, k)
+        return local_top_k(x, k)
 
     def local(x):
-        best, ids = whole(x, min(k, x.shape[-1]))
+        best, ids = local_top_k(x, min(k, x.shape[-1]))
         if not axes:
             return best, ids
         ids = ids + x.shape[-1] * jax.lax.axis_index(axes)
         best, ids = (jax.lax.all_gather(a, axes, axis=a.ndim - 1, tiled=True) for a in (best, ids))
-        best, at = jax.lax.top_k(best, k)
-        return best, jnp.take_along_axis(ids, at, -1)
+        best, order = jax.lax.top_k(best, k)
+        return best, jnp.take_along_axis(ids, order, -1)
 
     lead = (rows, *(None,) * (x.ndim - 2))
     return _shard_map(local, {*(axes or ()), *(rows or ())}, P(*lead, axes), P(*lead, None))(x)
 
 
 def take_along_vocabulary(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Return the value of x at one id of each row."""
+    """Return the element of x at one id for each row."""
     if mesh.axes_for("V", x.shape[-1]) is None:
         return jnp.take_along_axis(x, ids[..., None], -1)[..., 0]
     return jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0).sum(-1)
 
 
 def take_image_tokens(
-    table: Float[Array, "n D"], at: Int[Array, "B T"], tiles: int
+    table: Float[Array, "n D"], index: Int[Array, "B T"], tiles: int
 ) -> Float[Array, "B T D"]:
-    """table[at], where the tokens of a row's own tiles stand in the part that has the row.
+    """Return table[index], reading the tokens of a row's own tiles on the device of the row.
 
     Args:
-        table: n // tiles tokens of each tile, tile after tile; what comes after all of them is
-            the same for every row.
-        at: of each place in a row.
-        tiles: I, as many for each row, or else rows share them.
+        table: n // tiles tokens of each tile, tile by tile, and then tokens for every row.
+        index: the place in the table of each token of a row.
+        tiles: I. Rows share images where the number of rows does not divide it.
     """
-    rows = mesh.axes_for("B", len(at))
+    rows = mesh.axes_for("B", len(index))
     if rows is None:
-        return table[at]
-    if tiles % len(at):  # rows share pictures
-        return mesh.constrain(table, (None, None))[at]
+        return table[index]
+    if tiles % len(index):  # rows share images
+        return mesh.constrain(table, (None, None))[index]
     count = len(table) // tiles * tiles
 
-    def local(own, shared, at):
-        here = at - len(own) * jax.lax.axis_index(rows)
-        here = jnp.where(at < count, here, len(own) + at - count)
-        return jnp.concatenate([own, shared])[here]
+    def local(own, shared, index):
+        own_index = index - len(own) * jax.lax.axis_index(rows)
+        local_index = jnp.where(index < count, own_index, len(own) + index - count)
+        return jnp.concatenate([own, shared])[local_index]
 
     run = _shard_map(local, set(rows), (P(rows), P(), P(rows)), P(rows))
-    return run(table[:count], table[count:], at)
+    return run(table[:count], table[count:], index)
 
 
-def _shard_map(fn: Callable, axes: set[str], in_specs, out_specs) -> Callable:
+def _shard_map(
+    fn: Callable[..., Any], axes: set[str], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     return jax.shard_map(
         fn, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )

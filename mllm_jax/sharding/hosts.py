@@ -1,7 +1,7 @@
-"""Many processes: how they find each other, who writes, and how they end together.
+"""Run several processes: connect them, choose which one writes, and end them together.
 
-JAX does the rest: every process runs the same program on arrays that lie on the devices of all.
-A single process does none of this.
+JAX does the rest: every process runs the same program on arrays that are sharded over the devices
+of all processes. With a single process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jax.experimental import multihost_utils
 
 from mllm_jax.sharding import liveness
 
-CONNECT_TIMEOUT = 40  # seconds for all to come
+CONNECT_TIMEOUT = 40  # seconds until all processes have connected
 _HEARTBEAT_TIMEOUT = (
     24 * 3600
 )  # of JAX, which ends all when one is silent for so long: see `liveness`
-_SHUTDOWN_TIMEOUT = 60  # seconds for all to come to the end
-_CAUSE_DELAY = 1.0  # seconds after an error in which another process may turn out to be its cause
+_SHUTDOWN_TIMEOUT = 60  # seconds until all processes have reached the end
+_CAUSE_DELAY = 1.0  # seconds in which another process may report that it caused an error
 RESUME_HINT = "what was finished is saved; start again with the same flags to continue"
 _preempted = threading.Event()
 _exit_lock = threading.Lock()
@@ -39,27 +39,27 @@ _interrupted = threading.Event()
 
 
 class _State:
-    """Of a run of several processes."""
+    """The state of this process in a run of several processes."""
 
     process = 0
-    process_count = 1
-    local = False  # whether all are on this machine
+    count = 1
+    preemption_checks = 0
+    local = False  # whether all processes run on this machine
     monitor: liveness.Monitor | None = None
     log: pathlib.Path | None = None
 
 
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Becomes one of several processes; to be called before JAX is used.
+    """Join several processes; call this before JAX is used.
 
-    When not all have come after WAIT seconds, this process ends with one line: JAX would end it
-    with a stack trace. What JAX's C++ code writes to stderr, as when another process has died,
-    goes to a file in the folder for temporary files, which a normal end removes.
+    If not all processes have connected after CONNECT_TIMEOUT seconds, this process ends with one
+    line, where JAX would abort with a stack trace. Messages of JAX's C++ code to stderr, such as
+    those about a lost process, go to a temporary file, which a normal end removes.
 
     Args:
-        coordinator: host:port of process 0.
-        processes: how many.
-        process: which is this. All None
-            where JAX finds them out by itself: on TPU, Slurm, MPI.
+        coordinator: host:port of process 0; None where JAX detects it (TPU, Slurm, MPI).
+        processes: the number of processes; None where JAX detects it.
+        process: the number of this process; None where JAX detects it.
 
     Raises:
         ValueError: the port is taken, or JAX cannot connect the processes.
@@ -93,17 +93,17 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Return whether a host name is a loopback address of this machine."""
     return host == "localhost" or host.startswith("127.") or host in ("::1", "[::1]")
 
 
 def _check_port(host: str, port: int, coordinator: str) -> None:
-    """JAX would end with a stack trace where another program listens."""
+    """Refuse a port on which another program listens; JAX would abort with a stack trace."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            trial.bind((host.strip("[]") if _State.local else "", port))
+            listener.bind((host.strip("[]") if _State.local else "", port))
         except OSError as error:
             raise ValueError(
                 f"--coordinator={coordinator}: process 0 cannot listen there "
@@ -112,29 +112,29 @@ def _check_port(host: str, port: int, coordinator: str) -> None:
 
 
 def _divert_stderr() -> None:
-    """Python goes on writing to stderr, and C++ code writes to a file."""
+    """Redirect what C++ code writes to stderr to a file; Python keeps writing to stderr."""
     handle, name = tempfile.mkstemp(prefix=f"mllm_jax-{os.getpid()}-", suffix=".log")
     _State.log = pathlib.Path(name)
     sys.stderr.flush()
-    shown = os.dup(2)
+    terminal = os.dup(2)
     os.dup2(handle, 2)
     os.close(handle)
-    sys.stderr = os.fdopen(shown, "w", buffering=1, errors="backslashreplace")
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="backslashreplace")
 
 
 def _start_monitor() -> None:
-    """Starts the monitor: processes end together, whichever fails."""
+    """Start the monitor, by which all processes end when one of them fails."""
     monitor = liveness.Monitor(_State.process, _exit_after_failure)
     listener, address = None, liveness.Address("", 0, "")
     if is_primary():
         listener, address = liveness.listen("127.0.0.1" if _State.local else liveness.own_address())
-    sent = json.dumps(address).encode().ljust(256)
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+    message = json.dumps(address).encode().ljust(256)
+    received = multihost_utils.broadcast_one_to_all(np.frombuffer(message, np.uint8))
     try:
         if listener is not None:
             monitor.accept(listener, address.token, _State.count - 1)
         else:
-            monitor.connect(liveness.Address(*json.loads(bytes(np.asarray(told)))))
+            monitor.connect(liveness.Address(*json.loads(bytes(np.asarray(received)))))
     except OSError as error:
         raise ValueError(
             f"process {_State.process} cannot connect to process 0 ({error}): open the ports "
@@ -151,35 +151,35 @@ def _exit_unconnected(coordinator: str | None, processes: int | None) -> None:
 
 
 def _exit_after_failure(failed: int, text: str | None) -> None:
-    """Ends this process because another failed; on one machine one of those left says so."""
+    """End this process because another failed; on one machine a single process reports it."""
     if _interrupted.is_set():
         _exit_now("", 128 + signal.SIGINT)
-    said = f"process {failed} failed: {text}"
+    message = f"process {failed} failed: {text}"
     if text is None:
-        said = f"error: process {failed} was lost (killed, or its host failed): {RESUME_HINT}"
-    _exit_now(said if _is_reporter(failed) else "")
+        message = f"error: process {failed} was lost (killed, or its host failed): {RESUME_HINT}"
+    _exit_now(message if _is_reporter(failed) else "")
 
 
 def _is_reporter(failed: int | None = None) -> bool:
-    """Whether this process says what concerns all: on one machine the first that is left."""
+    """Return whether this process prints messages for all; on one machine only one does."""
     return not _State.local or _State.process == (1 if failed == 0 else 0)
 
 
 def _exit_now(text: str, status: int = 1, *, report: bool = False) -> NoReturn:
-    """At once: nobody comes to the barrier that JAX waits at when a process ends by itself."""
+    """Exit without the barrier at which JAX waits for all processes at a normal exit."""
     if not _exit_lock.acquire(blocking=False):
-        threading.Event().wait()  # another thread of this process is about to end it
+        threading.Event().wait()  # another thread is about to end this process
     if text:
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
-    if report:
+    if report and _State.monitor is not None:
         _State.monitor.report(text.splitlines()[-1])
     _remove_log()
     os._exit(status)
 
 
 def fail(text: str) -> NoReturn:
-    """Ends this process, and with it all others, which say why: the last line of the text."""
+    """End this process and all others, which print the last line of the text."""
     if _State.monitor is None:
         _remove_log()
         sys.exit(text)
@@ -188,36 +188,36 @@ def fail(text: str) -> NoReturn:
 
 
 def process_count() -> int:
-    """How many processes there are; does not start JAX's backend."""
+    """Return the number of processes, without starting JAX's backend."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return whether this process is the one that writes files."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all are here: what process 0 wrote before, all can read after."""
+    """Wait for all processes; afterwards they can read what process 0 wrote before."""
     if process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def broadcast_from_primary(value: int) -> int:
-    """What process 0 says of it, such as whether a file is there."""
+    """Return the value of process 0, such as whether a file exists."""
     if process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
 def require_same(**parts: Any) -> None:
-    """Refuses processes that were started for different things.
+    """Refuse processes that were started with different flags, code or files.
 
     Args:
-        parts: plain JSON values; of mappings, the fields that differ are named.
+        **parts: plain JSON values that must be the same; a mapping is compared by fields.
 
     Raises:
-        ValueError: in every process, naming the first that differs from process 0 and in what.
+        ValueError: a process differs from process 0; raised in every process.
     """
     if process_count() == 1:
         return
@@ -241,44 +241,44 @@ def _encode_parts(parts: Mapping[str, Any]) -> bytes:
 
 
 def _flatten(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    fields: dict[str, Any] = {}
     for name, value in parts.items():
         nested = isinstance(value, Mapping) and value
-        found |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
+        fields |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return fields
 
 
 def handle_sigterm() -> None:
-    """From now on SIGTERM does not end this process where it stands, but where work is saved.
+    """Delay the effect of SIGTERM until work is saved, see `preemption_requested`.
 
-    With several processes JAX listens to it, and finds a step that all of them can reach.
+    With several processes JAX handles the signal, and finds a step that all of them can reach.
     """
     if process_count() == 1:
         signal.signal(signal.SIGTERM, lambda *_: _preempted.set())
 
 
 def interrupt() -> None:
-    """Asks this process, for Ctrl-C, to save and leave as for SIGTERM."""
+    """Handle Ctrl-C as SIGTERM: save and exit."""
     _interrupted.set()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def preemption_requested() -> bool:
-    """Whether SIGTERM came: then save, and `leave`. To be asked by all processes alike."""
+    """Return whether to save and call `exit_preempted`, because SIGTERM came.
+
+    All processes must call this equally often.
+    """
     if process_count() > 1:
-        preemption_requested.calls += 1
-        return multihost_utils.reached_preemption_sync_point(preemption_requested.calls)
+        _State.preemption_checks += 1
+        return multihost_utils.reached_preemption_sync_point(_State.preemption_checks)
     return _preempted.is_set()
 
 
-preemption_requested.calls = 0
-
-
 def shutdown() -> None:
-    """The end, where all processes have come to it; at the latest when Python ends."""
+    """Wait for all processes and disconnect; registered to run when Python exits."""
     if _State.monitor is not None:
         monitor, _State.monitor = _State.monitor, None
-        jax.distributed.shutdown()  # once all have come
+        jax.distributed.shutdown()  # waits for all processes
         monitor.close()
         _remove_log()
 
@@ -289,11 +289,11 @@ def _remove_log() -> None:
 
 
 def exit_preempted(what: str) -> NoReturn:
-    """Ends this process after SIGTERM or Ctrl-C; all that is done is saved."""
+    """End this process after SIGTERM or Ctrl-C; call it when finished work is saved."""
     number = signal.SIGINT if _interrupted.is_set() else signal.SIGTERM
     cause = "Ctrl-C" if _interrupted.is_set() else "SIGTERM"
-    speaks = _is_reporter() or process_count() == 1
+    reports = _is_reporter() or process_count() == 1
     shutdown()
-    if speaks and _exit_lock.acquire(blocking=False):
+    if reports and _exit_lock.acquire(blocking=False):
         print(f"{what}: stopped by {cause}: {RESUME_HINT}", file=sys.stderr, flush=True)
     sys.exit(128 + number)

@@ -1,8 +1,8 @@
-"""Which of several processes live: one TCP connection from each of them to process 0.
+"""Detect failed processes by a TCP connection from each process to process 0.
 
 The kernel closes the connections of a process that dies, however it dies, so that the others know
-at once. A process that is stopped keeps them and is waited for. TCP keepalive finds a host that
-is gone. What is sent are lines of JSON, `[kind, process, text]`.
+at once. A process that is merely stopped keeps its connection, and the others wait for it. TCP
+keepalive detects a lost host. Messages are lines of JSON, `[kind, process, text]`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 CONNECT_TIMEOUT = 20  # seconds to connect to process 0
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 6}  # two minutes
-_MAX_MESSAGE_BYTES = 4096  # bytes of a message at most
+_MAX_MESSAGE_BYTES = 4096  # the longest message
 
 OnFailure = Callable[[int, str | None], None]
 
 
 class Address(NamedTuple):
-    """Where process 0 listens, and the word that the others show it."""
+    """The address of process 0, and the token that other processes prove themselves with."""
 
     host: str
     port: int
@@ -31,11 +31,11 @@ class Address(NamedTuple):
 
 
 class Monitor:
-    """Calls `on_failure(process, text)` when another process fails; the text of a dead one is None.
+    """Call `on_failure(process, text)` when another process fails.
 
     Args:
-      process: the number of this one.
-      on_failure: called in a thread.
+        process: the number of this process.
+        on_failure: the callback, called in a thread; the text of a dead process is None.
     """
 
     def __init__(self, process: int, on_failure: OnFailure):
@@ -44,13 +44,13 @@ class Monitor:
         self._closed = False
 
     def connect(self, address: Address) -> None:
-        """Connects to process 0; every other process does it once."""
+        """Connect to process 0; every other process calls this once."""
         peer = socket.create_connection(address[:2], timeout=CONNECT_TIMEOUT)
         _send(peer, ["hello", self.process, address.token])
         self._follow(0, peer)
 
     def accept(self, listener: socket.socket, token: str, count: int) -> None:
-        """Waits in process 0 until `count` others have connected, and closes the listener."""
+        """Wait in process 0 until `count` others have connected, and close the listener."""
         with listener:
             while len(self._peers) < count:
                 peer, _ = listener.accept()
@@ -60,23 +60,23 @@ class Monitor:
                 if kind == "hello" and secrets.compare_digest(str(text), token):
                     self._follow(process, peer, reader)
                 else:
-                    peer.close()  # a stranger
+                    peer.close()  # not a process of this run
 
     def report(self, text: str) -> None:
-        """Tells the others that this process fails, in a few words."""
+        """Tell the others that this process fails, and why."""
         self._broadcast(["failed", self.process, text[: _MAX_MESSAGE_BYTES // 8]])
 
     def close(self) -> None:
-        """Says goodbye: from now on nobody's end is a failure."""
+        """Announce a normal end; from now on the end of another process is no failure."""
         self._closed = True
         self._broadcast(["done", self.process, ""])
 
-    def _broadcast(self, message: list, but: int | None = None) -> None:
+    def _broadcast(self, message: list[Any], skip: int | None = None) -> None:
         for process, peer in list(self._peers.items()):
-            if process != but:
+            if process != skip:
                 _send(peer, message)
 
-    def _follow(self, process: int, peer: socket.socket, reader=None) -> None:
+    def _follow(self, process: int, peer: socket.socket, reader: IO[bytes] | None = None) -> None:
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
@@ -86,26 +86,26 @@ class Monitor:
         arguments = process, reader or peer.makefile("rb")
         threading.Thread(target=self._watch, args=arguments, daemon=True).start()
 
-    def _watch(self, process: int, reader) -> None:
-        """Until the peer says goodbye or its connection ends; process 0 passes on what it hears."""
+    def _watch(self, process: int, reader: IO[bytes]) -> None:
+        """Wait for a message or the end of a connection; process 0 forwards messages."""
         message = _receive(reader)
         if self._closed or (message and message[0] == "done"):
             return
         kind, failed, text = message or ("lost", process, None)
         if self.process == 0:
-            self._broadcast([kind, failed, text], but=process)
+            self._broadcast([kind, failed, text], skip=process)
         self._on_failure(failed, text)
 
 
 def listen(host: str) -> tuple[socket.socket, Address]:
-    """A listener of process 0 on a free port of one of its addresses, and where it is."""
+    """Listen in process 0 on a free port, and return the listener and its address."""
     listener = socket.create_server((host, 0))
     listener.settimeout(CONNECT_TIMEOUT)
     return listener, Address(host, listener.getsockname()[1], secrets.token_hex(16))
 
 
 def own_address() -> str:
-    """The address by which other hosts reach this one."""
+    """Return the address by which other hosts reach this one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing: the kernel picks the interface
@@ -114,13 +114,13 @@ def own_address() -> str:
             return socket.gethostbyname(socket.gethostname())
 
 
-def _send(peer: socket.socket, message: list) -> None:
-    with contextlib.suppress(OSError):  # it is gone, and its reader finds out
+def _send(peer: socket.socket, message: list[Any]) -> None:
+    with contextlib.suppress(OSError):  # the reader of the connection detects the loss
         peer.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(reader) -> list | None:
-    """The next message; None where the connection ended."""
+def _receive(reader: IO[bytes]) -> list[Any] | None:
+    """Return the next message; None at the end of the connection."""
     try:
         line = reader.readline(_MAX_MESSAGE_BYTES)
         return json.loads(line) if line.endswith(b"\n") else None

@@ -1,8 +1,8 @@
-"""A mesh of devices, and what of a forward pass lies where on it.
+"""Create a mesh of devices, and shard the arrays of a forward pass over it.
 
-A model's arrays carry their sharding, so a pass knows its mesh from them. Where it starts it
-enters that mesh (`on`) and spreads what it reads (`place`); inside, the tensor of a site lies as
-its axis letters say (`constrain`). Without a mesh none of these does anything.
+The arrays of a model carry their sharding, so a pass finds its mesh there. At its start a pass
+enters that mesh (`use_mesh_of`) and shards its inputs (`shard_batch`); inside, the tensor of a site
+is sharded by its axis letters (`constrain`). Without a mesh these functions do nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-_MAX_FETCH_BYTES = 2**26  # bytes that a process fetches from others at one time
+_MAX_FETCH_BYTES = 2**26  # of an array that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-# What axes of activations are split over; of parameters, `rules` says it.
-MESH_AXES = dict.fromkeys("BI", BATCH_AXES) | {"R": ("data",)} | dict.fromkeys("NKFV", ("model",))
+# The mesh axes over which axes of activations are split; `rules` has those of parameters.
+MESH_AXES: dict[str, tuple[str, ...]] = (
+    dict.fromkeys("BI", BATCH_AXES) | {"R": ("data",)} | dict.fromkeys("NKFV", ("model",))
+)
 
 
 def mesh(
@@ -33,34 +35,34 @@ def mesh(
     fsdp: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
-    """A mesh for `load`, of `data` x `fsdp` x `model` devices.
+    """Create a mesh of `data` x `fsdp` x `model` devices, for `load`.
 
     Args:
-        data: parts of a batch, each with all of the model; by default as many as there are devices
-            for.
-        model: parts of every layer (tensor parallelism).
-        fsdp: further parts of a batch, which share one copy of the model and gather a layer when
-            it is its turn (fully sharded data parallelism).
-        devices: by default all, of all processes.
+        data: the number of shards of a batch that have a copy of the model each; by default the
+            largest number for which there are devices.
+        model: the number of parts of each layer (tensor parallelism).
+        fsdp: the number of further shards of a batch that share one copy of the model and gather
+            each layer in turn (fully sharded data parallelism).
+        devices: the devices; by default those of all processes.
 
     Returns:
         A mesh with the axes "data", "fsdp" and "model", of type Auto: the compiler moves the data.
 
     Raises:
-        ValueError: there are not that many devices, or they are of several slices.
+        ValueError: there are too few devices, or they belong to several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data is None:
         data = max(1, len(devices) // max(1, model * fsdp))
-    asked = f"mesh(data={data}, model={model}, fsdp={fsdp})"
+    call = f"mesh(data={data}, model={model}, fsdp={fsdp})"
     if min(data, model, fsdp) < 1:
-        raise ValueError(f"{asked}: each is 1 or more")
+        raise ValueError(f"{call}: each is 1 or more")
     size = data * model * fsdp
     if size > len(devices):
-        raise ValueError(f"{asked} needs {size} devices, there are {len(devices)}; make it smaller")
+        raise ValueError(f"{call} needs {size} devices, there are {len(devices)}; make it smaller")
     if len({getattr(device, "slice_index", None) for device in devices[:size]}) > 1:
-        raise ValueError(f"{asked}: its devices are of several slices; give it those of one")
-    # A mesh need not be made of whole axes of the slice: 32 x 2 lies on 8 x 8 as well.
+        raise ValueError(f"{call}: its devices are of several slices; give it those of one")
+    # An axis of the mesh may span parts of axes of the slice: 32 x 2 fits on 8 x 8.
     placed = mesh_utils.create_device_mesh(
         (data, fsdp, model), devices[:size], allow_split_physical_axes=True
     )
@@ -68,7 +70,7 @@ def mesh(
 
 
 def mesh_of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
-    """The mesh that arrays lie on, abstract while they are traced; None for one device."""
+    """Return the mesh of some arrays, abstract while they are traced; None on one device."""
     for leaf in jax.tree.leaves(tree):
         traced = isinstance(leaf, jax.core.Tracer)
         sharding = getattr(jax.typeof(leaf) if traced else leaf, "sharding", None)
@@ -77,18 +79,18 @@ def mesh_of(tree: Any) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     return None
 
 
-def use_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
-    """To be on the mesh of some arrays, if they are on one: what is traced inside is for it."""
-    found = mesh_of(tree)
-    if found is None:
+def use_mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the mesh of some arrays is active; without a mesh it is empty."""
+    mesh = mesh_of(tree)
+    if mesh is None:
         return contextlib.nullcontext()
-    if _active_mesh() is None:
-        return jax.sharding.use_abstract_mesh(found.abstract_mesh)
-    return jax.set_mesh(found)
+    if _active_mesh() is None or not isinstance(mesh, jax.sharding.Mesh):
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return jax.set_mesh(mesh)
 
 
 def _active_mesh() -> jax.sharding.Mesh | None:
-    """The mesh we are on, with its devices; None while something is traced."""
+    """Return the active mesh with its devices; None inside of a trace."""
     try:
         return jax.sharding.get_mesh()
     except ValueError:
@@ -96,18 +98,20 @@ def _active_mesh() -> jax.sharding.Mesh | None:
 
 
 def is_active() -> bool:
-    """Whether what is traced here is for a mesh."""
+    """Return whether a mesh is active."""
     return jax.sharding.get_abstract_mesh().axis_names == AXES
 
 
 def axes_for(letter: str | None, size: int) -> tuple[str, ...] | None:
-    """The mesh axes that an axis of this letter and size is split over, where we are now."""
-    here = jax.sharding.get_abstract_mesh()
+    """Return the axes of the active mesh that split an axis of this letter and size, or None."""
+    active = jax.sharding.get_abstract_mesh()
     if not is_active():
         return None
-    axes = tuple(axis for axis in MESH_AXES.get(letter, ()) if here.shape[axis] > 1)
-    # Inside of a `shard_map` an axis is taken: each device sees its own part alone.
-    free = all(AxisType.Auto == t for a, t in zip(here.axis_names, here.axis_types) if a in axes)
+    axes = tuple(axis for axis in MESH_AXES.get(letter or "", ()) if active.shape[axis] > 1)
+    # Inside of a `shard_map` over an axis, arrays are already the part of one device.
+    free = all(
+        AxisType.Auto == t for a, t in zip(active.axis_names, active.axis_types) if a in axes
+    )
     divides = size % _size(axes) == 0
     return axes if axes and free and divides else None
 
@@ -125,7 +129,7 @@ def shard_count(letter: str, size: int | None = None) -> int:
 
 
 def round_up_to_shards(letter: str, size: int) -> int:
-    """The size up to which an axis of this letter is filled, so that the mesh divides it."""
+    """Return the smallest multiple of `shard_count(letter)` that is at least `size`."""
     return -(-size // shard_count(letter)) * shard_count(letter)
 
 
@@ -135,24 +139,24 @@ def _size(axes: Sequence[str]) -> int:
 
 
 def partition_spec(letters: Sequence[str | None], shape: Sequence[int]) -> P:
-    """The PartitionSpec of a tensor, from its axis letters."""
+    """Return the PartitionSpec of a tensor from its axis letters."""
     return P(*(axes_for(letter, n) for letter, n in zip(letters, shape, strict=True)))
 
 
 def constrain(x: jax.Array, letters: Sequence[str | None]) -> jax.Array:
-    """x, split as its axis letters say; x itself where there is no mesh."""
+    """Shard a traced array by its axis letters; return it unchanged without a mesh."""
     if not is_active():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(letters, x.shape))
 
 
-def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
-    """fn(lanes, *shared), with the lanes over the data axis, whose every part has all rows.
+def map_lanes(fn: Callable[..., Any], lanes: Any, *shared: Any) -> Any:
+    """Compute fn(lanes, *shared) with the lanes split over the data axis and all else replicated.
 
     Args:
-        fn: the function of one part of the lanes.
-        lanes: arrays that lead with R, as those that come out; None where each part does the same.
-        shared: trees of arrays.
+        fn: the function; its results lead with R.
+        lanes: a pytree of arrays that lead with R; None where every shard computes the same.
+        *shared: pytrees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
     if shard_count("R") == 1 or (leaves and axes_for("R", len(leaves[0])) is None):
@@ -165,14 +169,14 @@ def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
 
 
 def shard(x: Any, letters: Sequence[str | None]) -> Any:
-    """An array of the host, split as its axis letters say; x itself where there is no mesh.
+    """Shard an array of the host by its axis letters; return it unchanged without a mesh.
 
-    Each process puts its own parts of what all of them have.
+    All processes hold the array, and each copies the parts of its own devices.
     """
-    here = _active_mesh()
-    if here is None or here.empty or isinstance(x, jax.core.Tracer):
+    active = _active_mesh()
+    if active is None or active.empty or isinstance(x, jax.core.Tracer):
         return x
-    sharding = NamedSharding(here, partition_spec(letters, np.shape(x)))
+    sharding = NamedSharding(active, partition_spec(letters, np.shape(x)))
     if isinstance(x, jax.Array) and mesh_of(x) is not None:
         return jax.device_put(x, sharding)
     array = np.asarray(x)
@@ -180,22 +184,22 @@ def shard(x: Any, letters: Sequence[str | None]) -> Any:
 
 
 def replicate(tree: Any) -> Any:
-    """The same on the mesh: arrays that are not on it come to be whole in every place."""
+    """Replicate the arrays of a pytree that are not on the active mesh."""
     return jax.tree.map(lambda x: x if mesh_of(x) else shard(x, (None,) * np.ndim(x)), tree)
 
 
 def shardings_of(tree: Any) -> Any:
-    """Where arrays lie, for what shall lie there after them; None where there is no mesh."""
+    """Return the shardings of a pytree of arrays; None without a mesh."""
     return jax.tree.map(lambda x: x.sharding, tree) if is_active() else None
 
 
 def shard_batch(batch: Any) -> Any:
-    """A batch with its rows, and the tiles of each, spread over the mesh.
+    """Shard the rows of a batch and their tiles over the mesh.
 
-    One row alone is read everywhere, and so are pictures that rows share.
+    A single row is replicated, and so are images that rows share.
 
     Raises:
-        ValueError: the rows do not divide.
+        ValueError: the mesh does not divide the rows.
     """
     if not is_active() or _active_mesh() is None:
         return batch
@@ -206,19 +210,25 @@ def shard_batch(batch: Any) -> Any:
             f"of it: give it a multiple of {parts} rows, or one"
         )
 
-    def spread(x):
-        apart = rows > 1 and len(x) and len(x) % rows == 0
-        return shard(x, ("B" if apart else None, *(None,) * (np.ndim(x) - 1)))
+    def shard_rows(x):
+        by_row = rows > 1 and len(x) and len(x) % rows == 0
+        return shard(x, ("B" if by_row else None, *(None,) * (np.ndim(x) - 1)))
 
-    return jax.tree.map(spread, batch)
+    return jax.tree.map(shard_rows, batch)
 
 
 def gather_to_host(tree: Any) -> Any:
-    """The same; arrays of which other processes hold parts come to the host, whole."""
-    far = [leaf for leaf in jax.tree.leaves(tree) if _is_remote(leaf)]
-    if not far:
+    """Copy arrays of which other processes hold parts to the host; leave others as they are."""
+    remote = [leaf for leaf in jax.tree.leaves(tree) if _is_remote(leaf)]
+    if not remote:
         return tree
-    return jax.tree.map(np.asarray, _reshard(tree, NamedSharding(mesh_of(far), P())))
+    return jax.tree.map(np.asarray, _reshard(tree, _replicated(remote)))
+
+
+def _replicated(tree: Any) -> NamedSharding:
+    mesh = mesh_of(tree)
+    assert mesh is not None, "arrays of several processes lie on a mesh"
+    return NamedSharding(mesh, P())
 
 
 def _is_remote(leaf: Any) -> bool:
@@ -233,18 +243,18 @@ def _reshard(tree: Any, place: NamedSharding) -> Any:
 
 
 def iterate_rows(x: Any) -> Iterator[np.ndarray]:
-    """An array as the host reads it, in order; what other processes hold comes some rows a time."""
+    """Yield an array on the host in order, a few rows at a time where it is remote."""
     if not _is_remote(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return
-    place = NamedSharding(mesh_of(x), P())
+    place = _replicated(x)
     step = max(1, _MAX_FETCH_BYTES * len(x) // x.nbytes)
     for start in range(0, len(x), step):
         yield np.asarray(_fetch_rows(x, start, min(step, len(x) - start), place))
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """An array on the host, whole."""
+    """Return a complete array on the host."""
     parts = list(iterate_rows(x))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

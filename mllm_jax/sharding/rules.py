@@ -1,15 +1,15 @@
-"""Which parameter is split along which axis: a table for each architecture, in axis letters.
+"""Shard parameters by rules in axis letters.
 
-A rule is a pattern of dotted paths and a PartitionSpec of axis letters (`axes.LETTERS`); `None` is
-an axis that is never split. What a letter means on a mesh is said once, in `SPLIT`:
+A rule is a pattern of dotted paths and a PartitionSpec of axis letters (`typing.LETTERS`), where
+`None` is an axis that is never split. `PARAMETER_MESH_AXES` maps letters to axes of the mesh:
 
 * heads, neurons and vocabulary over `model`, as Megatron-LM does (Shoeybi et al. 2019): one
   reduction after attention, one after the MLP;
 * the other axis of each matrix over `fsdp`: a device holds a share of every layer and gathers the
-  one in use (ZeRO 3, Rajbhandari et al. 2020).
+  layer in use (ZeRO 3, Rajbhandari et al. 2020).
 
-The `data` axis holds copies. Layers are stacked on the axis L, which is never split: a scan takes
-one after the other.
+Parameters are replicated over `data`. Layers are stacked on the axis L, which is never split: a
+scan takes one after the other.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from jax.sharding import PartitionSpec as P
 Rule = tuple[str, P]
 Shape = tuple[int, ...]
 
-SPLIT = dict.fromkeys("NKFV", "model") | dict.fromkeys("DEW", "fsdp")
+PARAMETER_MESH_AXES = dict.fromkeys("NKFV", "model") | dict.fromkeys("DEW", "fsdp")
 
 
 def _attention(path: str, width: str, source: str, kv: str = "N") -> tuple[Rule, ...]:
-    """The rules of an attention that maps a source into what has this width."""
+    """Return the rules of an attention from a source to states of this width."""
     return (
         (rf"{path}\.q\.kernel", P("L", width, "N")),
         (rf"{path}\.q\.bias", P("L", "N")),
@@ -68,7 +68,7 @@ QFORMER = (
     *_mlp(r"qformer\.layers\.(query_)?mlp", "W"),
 )
 
-LLAMA = (
+DECODER = (
     (r"lm\.embed", P("V", "D")),
     (r"lm\.norm\.scale", P(None)),
     (r"lm\.head\.kernel", P("D", "V")),
@@ -79,9 +79,9 @@ LLAMA = (
 
 
 def projector(depth: int) -> tuple[Rule, ...]:
-    """The rules of a projector of `depth` linear maps.
+    """Return the rules of a projector of `depth` linear maps.
 
-    The first makes neurons, each later one reads those of all devices and sums.
+    The first map is split by its neurons; each later map is split by its inputs and summed.
     """
     if depth == 1:
         return (
@@ -97,21 +97,21 @@ def projector(depth: int) -> tuple[Rule, ...]:
 
 
 def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:
-    """Path -> PartitionSpec in axis letters.
+    """Return the PartitionSpec, in axis letters, of each parameter by path.
 
     Args:
-        paths: dotted, of parameters.
-        table: of the architecture.
+        paths: the dotted paths of parameters.
+        table: the rules of the architecture.
 
     Raises:
-        ValueError: all parameters that match no rule, or more than one.
+        ValueError: a parameter matches no rule, or several; the message names all of them.
     """
     table = tuple(table)
-    found = {path: [rule for rule in table if re.fullmatch(rule[0], path)] for path in paths}
-    none = [path for path, hits in found.items() if not hits]
+    matches = {path: [rule for rule in table if re.fullmatch(rule[0], path)] for path in paths}
+    none = [path for path, hits in matches.items() if not hits]
     several = [
         f"{path} ({' and '.join(pattern for pattern, _ in hits)})"
-        for path, hits in found.items()
+        for path, hits in matches.items()
         if len(hits) > 1
     ]
     parts = [
@@ -124,7 +124,7 @@ def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:
     ]
     if parts:
         raise ValueError(f"{'; '.join(parts)}; every parameter needs one (mllm_jax.sharding.rules)")
-    return {path: hits[0][1] for path, hits in found.items()}
+    return {path: hits[0][1] for path, hits in matches.items()}
 
 
 def specs(
@@ -133,18 +133,18 @@ def specs(
     shapes: Mapping[str, Shape],
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> dict[str, P]:
-    """Path -> PartitionSpec on a mesh.
+    """Return the PartitionSpec on a mesh of each parameter by path.
 
-    An axis that the mesh does not divide stays whole; heads are divided as heads, never one in two.
+    An axis that the mesh does not divide is not split. Heads are never divided themselves.
 
     Args:
-        config: of the model: how many heads there are.
-        table: of its architecture.
-        shapes: dotted path -> shape, of all parameters, L axis included.
-        mesh: of `mesh.mesh`; an abstract one will do.
+        config: the config of the model, for its numbers of heads.
+        table: the rules of its architecture.
+        shapes: the shape of each parameter by dotted path, L axis included.
+        mesh: a mesh as `mesh.mesh` creates it, or an abstract one.
 
     Raises:
-        ValueError: a parameter without a rule or with two.
+        ValueError: a parameter matches no rule, or several.
     """
     return {
         path: P(
@@ -157,17 +157,19 @@ def specs(
     }
 
 
-def _axis(letter: str | None, count: int, mesh) -> str | None:
-    axis = SPLIT.get(letter)
+def _axis(
+    letter: str | None, count: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> str | None:
+    axis = PARAMETER_MESH_AXES.get(letter or "")
     return axis if axis and mesh.shape[axis] > 1 and count % mesh.shape[axis] == 0 else None
 
 
 def _count(config: Any, path: str, letter: str | None) -> int | None:
-    """How many heads an axis holds, of all that attend in this module; None for other axes."""
+    """Return the number of heads of an axis of heads; None for other axes."""
     if letter not in ("N", "K"):
         return None
     part = getattr(config, path.split(".")[0])
-    return getattr(part, "kv_heads", part.heads)  # they divide the query heads
+    return getattr(part, "kv_heads", part.heads)  # key-value heads divide the query heads
 
 
 def shardings(
@@ -176,6 +178,8 @@ def shardings(
     shapes: Mapping[str, Shape],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.sharding.NamedSharding]:
-    """Path -> sharding, see `specs`."""
-    found = specs(config, table, shapes, mesh)
-    return {path: jax.sharding.NamedSharding(mesh, spec) for path, spec in found.items()}
+    """Return the sharding of each parameter by path, see `specs`."""
+    return {
+        path: jax.sharding.NamedSharding(mesh, spec)
+        for path, spec in specs(config, table, shapes, mesh).items()
+    }

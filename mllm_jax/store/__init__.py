@@ -1,9 +1,10 @@
-"""Files, and results that know what they were made for.
+"""Write files atomically, and keep results that record what they were made for.
 
-A store keeps arrays with fingerprints of all that they depend on: model, edits, captures, data,
-settings, functions, and the format of the file. Asked for the same it is read, or resumed where a
-killed run left it; made for something else, or damaged, it is refused in one line. The steps of a
-study are such stores, so a killed study continues and ends with the same bytes.
+A store keeps arrays with fingerprints of everything that they depend on: model, edits, captures,
+data, settings, functions and the format of the file. It is read, or resumed where a killed run left
+it, only for the same dependencies; a store for something else, or a damaged one, is refused in one
+line. The steps of a study are such stores, so a killed study continues and ends with the same
+bytes.
 """
 
 from mllm_jax.store.files import (

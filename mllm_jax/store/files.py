@@ -1,4 +1,4 @@
-"""Files: atomic writes, what a killed process left, and the user's cache."""
+"""Write files atomically, remove what killed processes left, and find the user's cache."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mllm_jax.sharding import hosts, mesh
 
 @contextlib.contextmanager
 def atomic(path: str | pathlib.Path):
-    """A file to write in binary; it takes the place of `path` only when it is whole.
+    """Open a binary file that replaces `path` only when it is complete.
 
-    Of several processes only the first writes, and what the others write is dropped; but in the
-    cache, which may be a folder of each host, all do.
+    Of several processes only process 0 writes, and the output of the others is discarded. In the
+    cache, which may be local to each host, all processes write.
     """
     path = pathlib.Path(path)
     if not (hosts.is_primary() or path.is_relative_to(cache_directory())):
-        with tempfile.TemporaryFile() as nowhere:  # an archive looks where it is in the file
+        with tempfile.TemporaryFile() as nowhere:  # zipfile needs a file that it can seek in
             yield nowhere
         return
     with naming_path(path):
@@ -55,7 +55,7 @@ _ABANDONED = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.partial")
 
 @contextlib.contextmanager
 def naming_path(path: pathlib.Path):
-    """Says of an error of the disk which file could not be written."""
+    """Name the file in errors about writing it."""
     try:
         yield
     except OSError as error:
@@ -67,10 +67,10 @@ def naming_path(path: pathlib.Path):
 
 @functools.cache
 def _remove_abandoned(folder: pathlib.Path) -> None:
-    """Removes the temporaries of processes of this host that were killed."""
+    """Remove temporary files of processes of this host that were killed."""
     for path in folder.iterdir():
-        found = _ABANDONED.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
+        match = _ABANDONED.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
             path.unlink(missing_ok=True)
 
 
@@ -79,19 +79,19 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is of another user
+    except PermissionError:  # the process belongs to another user
         return True
     return True
 
 
 def write(path: str | pathlib.Path, content: str | bytes) -> None:
-    """A whole file or none: bytes, or text in UTF-8."""
+    """Write a file atomically: bytes, or text in UTF-8."""
     with atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def atomic_json(path: str | pathlib.Path, value: Any) -> None:
-    """Sorted keys and no time in it: the same value is the same bytes."""
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
     write(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -101,36 +101,36 @@ def read_json(path: str | pathlib.Path) -> Any:
 
 
 def atomic_npz(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays as NumPy's .npz, one in memory at a time; the same arrays are the same bytes."""
+    """Write arrays as .npz, one in memory at a time; equal arrays give equal bytes."""
     with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
-            # The time of a member is always 1980.
+            # ZipInfo sets a constant time of modification.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, mesh.to_numpy(array), allow_pickle=False)
 
 
 def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, whose checksums are right.
+    """Read all arrays of an .npz file and verify its checksums.
 
     Raises:
-      ValueError: the file is damaged, or holds Python objects.
+        ValueError: the file is damaged, or holds Python objects.
     """
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
-                content = io.BytesIO(archive.read(member))  # whole: then its checksum is looked at
+                content = io.BytesIO(archive.read(member))  # a complete read verifies the checksum
                 array = np.lib.format.read_array(content, allow_pickle=False)
                 arrays[member.removesuffix(".npy")] = array
     except FileNotFoundError:
         raise
-    except Exception as error:  # there is no end to what readers say of damaged files
+    except Exception as error:  # readers raise many kinds of errors for damaged files
         raise damaged_error(path, error) from error
     return arrays
 
 
-def damaged_error(path: str | pathlib.Path, why: Any) -> ValueError:
-    """Return the error of a file whose content cannot be read."""
+def damaged_error(path: str | pathlib.Path, why: object) -> ValueError:
+    """Return the error about a damaged file."""
     reason = " ".join(str(why).split())[:80]
     return ValueError(
         f"{path} is damaged ({reason}): remove it, or start over with restart=True (--restart of "
@@ -139,7 +139,7 @@ def damaged_error(path: str | pathlib.Path, why: Any) -> ValueError:
 
 
 def cache_directory() -> pathlib.Path:
-    """The folder for files that can be made again: `MLLM_JAX_CACHE`, or the user's cache."""
+    """Return the folder for files that can be recreated: `MLLM_JAX_CACHE`, or the user's cache."""
     if own := os.environ.get("MLLM_JAX_CACHE"):
         return pathlib.Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -147,40 +147,44 @@ def cache_directory() -> pathlib.Path:
 
 
 def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
-    """Parse the text of a JSON file that must contain an object."""
+    """Parse the text of a file as a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise damaged_error(path, error) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise damaged_error(path, "no JSON object")
-    return found
+    return value
 
 
 def remove(path: pathlib.Path) -> None:
-    """Remove a file in the primary process; all processes wait for it."""
+    """Remove a file, if it exists, for all processes."""
     if hosts.is_primary():
         path.unlink(missing_ok=True)
     hosts.barrier(f"remove {path}")
 
 
-JOURNAL = ".written"  # of a workdir: the files that studies wrote, one a line
+JOURNAL = ".written"  # in a workdir: lists the files that studies wrote, one per line
 
 
 @functools.cache
 def find_journal(folder: pathlib.Path) -> pathlib.Path | None:
-    """The journal of the workdir that a folder is in."""
+    """Return the path of the journal of the workdir that contains a folder."""
     return next((f / JOURNAL for f in (folder, *folder.parents) if (f / JOURNAL).exists()), None)
 
 
 @functools.cache
 def read_journal(journal: pathlib.Path) -> set[str]:
-    """The lines of a journal, as this process knows them."""
+    """Return the lines of a journal; cached by this process."""
     return set(journal.read_text().splitlines())
 
 
 def record_in_journal(path: pathlib.Path) -> None:
-    """Write down, once, that a study writes this file of a workdir, or all of this folder."""
+    """Record in the journal that a study writes this file, or all of this folder."""
     if journal := find_journal(path.parent):
         line = f"{path.relative_to(journal.parent)}{'/' if path.is_dir() else ''}"
         if line not in read_journal(journal):

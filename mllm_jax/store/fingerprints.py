@@ -1,8 +1,8 @@
-"""Fingerprints: a short hash of content, by which a stored result knows what it was made for.
+"""Fingerprint the dependencies of a stored result by a short hash of their content.
 
-Everything that a result depends on has one: arrays by their bytes, pytrees by their leaves and
-structure, pictures by their pixels, functions by their code. Each part is written with its kind
-and its length, so that no two contents have one encoding.
+Arrays are hashed by their bytes, pytrees by leaves and structure, images by pixels, functions by
+code. Each part is encoded with its kind and its length, so that no two contents have the same
+encoding.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ import numpy as np
 from mllm_jax.sharding import mesh
 
 LENGTH = 32  # hexadecimal digits
-# Functions of these are known by name and code; what they call belongs to the versions.
+# Their functions are hashed by name and code, not by what they call.
 _LIBRARIES = frozenset(("mllm_jax", "jax", "jaxlib", "flax", "optax", "numpy", "builtins"))
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
-_FLAGS = 0x3AC  # of code: *args, **kwargs, generator, coroutine; not where it stands in a file
+_FLAGS = 0x3AC  # of code: *args, **kwargs, generator, coroutine
 _ARRAYS = (np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
-_arrays: dict[int, tuple[weakref.ref, bytes]] = {}  # hashes of immutable arrays, while they live
+_arrays: dict[int, tuple[weakref.ref, bytes]] = {}  # hashes of arrays that are alive
 
 
 def fingerprint(*values: Any) -> str:
-    """A short hash of the content of any values: arrays, pytrees, pictures, text, functions.
+    """Return a short hash of the content of values: arrays, pytrees, images, text, functions.
 
-    Functions are known by bytecode, constants, defaults, closures and the globals that they read,
-    not by name. An object may say itself what it is: `_fingerprint_()` returns what is hashed for
-    it.
+    Functions are hashed by bytecode, constants, defaults, closures and the globals that they read,
+    not by name. An object can define its own content: what its method `_fingerprint_()` returns is
+    hashed instead.
 
     Args:
-      values: whose arrays may be spread over a mesh; then all processes must ask together.
+        *values: the values. If arrays are sharded over several processes, all of them must call
+            this together.
 
     Returns:
-      LENGTH hexadecimal digits.
+        LENGTH hexadecimal digits.
     """
     return _Encoder().encode(values).hex()[:LENGTH]
 
 
 def file(path: str | pathlib.Path) -> str:
-    """The fingerprint of a file's bytes, or of all files in a folder with their names."""
+    """Return the fingerprint of the bytes of a file, or of the names and files of a folder."""
     path = pathlib.Path(path)
     if path.is_dir():
         return fingerprint({str(p.relative_to(path)): file(p) for p in files(path)})
@@ -58,27 +59,29 @@ def file(path: str | pathlib.Path) -> str:
 
 
 def files(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    """The files in a folder and all below it, in order."""
+    """Return the files in and below a folder, sorted."""
     return sorted(path for path in folder.rglob(pattern) if path.is_file())
 
 
 @functools.cache
 def code(*packages: str) -> str:
-    """The fingerprint of the source of some packages."""
+    """Return the fingerprint of the source code of packages."""
     import importlib.util
 
-    found = {}
+    sources = {}
     for package in packages:
-        for folder in importlib.util.find_spec(package).submodule_search_locations or ():
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, f"no package {package}"
+        for folder in spec.submodule_search_locations or ():
             for path in files(pathlib.Path(folder), "*.py"):
-                found[f"{package}/{path.relative_to(folder)}"] = file(path)
-    return fingerprint(found)
+                sources[f"{package}/{path.relative_to(folder)}"] = file(path)
+    return fingerprint(sources)
 
 
 class _Encoder:
-    """Hashes one value, with a memory of what it is inside of: a cycle is said, not followed."""
+    """Hash one value; a cycle is encoded by the depth of the object that it returns to."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._inside: dict[int, int] = {}
 
     def encode(self, value: Any) -> bytes:
@@ -112,7 +115,7 @@ class _Encoder:
             return self._code(value)
         if callable(value) and (found := self._function(value)) is not None:
             return found
-        if hasattr(value, "tobytes") and hasattr(value, "getbands"):  # a picture of PIL
+        if hasattr(value, "tobytes") and hasattr(value, "getbands"):  # a PIL image
             palette = value.getpalette() if value.mode in ("P", "PA") else None
             return self._all("picture", value.mode, value.size, palette, value.tobytes())
         return self._object(value)
@@ -142,13 +145,13 @@ class _Encoder:
         return digest.digest()
 
     def _function(self, value: Any) -> bytes | None:
-        """None of an object that only can be called."""
+        """Hash a function; return None for other callable objects."""
         if isinstance(value, functools.partial):  # and jax.tree_util.Partial
             return self._all("partial", value.func, value.args, value.keywords)
         if isinstance(value, types.MethodType):
             return self._all("method", value.__func__, value.__self__)
         if not isinstance(value, types.FunctionType):
-            if wrapped := getattr(value, "__wrapped__", None):  # of jax.jit and such
+            if wrapped := getattr(value, "__wrapped__", None):  # jax.jit and the like
                 return self._all("wrapped", type(value).__qualname__, wrapped)
             if isinstance(value, types.BuiltinFunctionType | np.ufunc):
                 return self._all("builtin", *_qualified_name(value))
@@ -195,7 +198,7 @@ class _Encoder:
         if isinstance(value, pathlib.PurePath):
             return self._all("path", str(value))
         state = _object_state(value)
-        if isinstance(state, dict):  # what a cached property keeps is no content
+        if isinstance(state, dict):  # values of cached properties are no content
             cached = {n for c in kind.__mro__ for n, m in vars(c).items()
                       if isinstance(m, functools.cached_property)}  # fmt: skip
             state = {name: item for name, item in state.items() if name not in cached}
@@ -217,7 +220,7 @@ def _forget(key: int, dead: weakref.ref) -> None:
         del _arrays[key]
 
 
-def _qualified_name(value: Any) -> tuple[str, str]:
+def _qualified_name(value: Any) -> tuple[str, Any]:
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", repr(value))
     return str(getattr(value, "__module__", "")), name
 
@@ -227,7 +230,7 @@ def _is_library(value: Any) -> bool:
 
 
 def _global_names(code: types.CodeType) -> set[str]:
-    """The names that code, and code inside of it, looks up."""
+    """Return the names that code and the code nested in it look up."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return set(code.co_names).union(*map(_global_names, inner))
 
@@ -235,12 +238,12 @@ def _global_names(code: types.CodeType) -> set[str]:
 def _cell_contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:  # not yet assigned
         return "an empty cell"
 
 
 def _unwrap_member(member: Any) -> Any:
-    """What is called of a static or class method, or read of a property."""
+    """Return the functions of a property, or the function of a static or class method."""
     if isinstance(member, property):
         return [member.fget, member.fset, member.fdel]
     if isinstance(member, functools.cached_property):
@@ -249,7 +252,7 @@ def _unwrap_member(member: Any) -> Any:
 
 
 def _object_state(value: Any) -> Any:
-    """What an object of Python holds; None of others."""
+    """Return the state of a Python object; None for other objects."""
     try:
         return value.__getstate__()
     except Exception:

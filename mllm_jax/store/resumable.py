@@ -1,15 +1,15 @@
-"""Arrays in one file that know what they were made for.
+"""Keep arrays in one file with fingerprints of what they were made for.
 
-Asked for the same they are read, or resumed where a killed run left them; made for something else,
-or damaged, they are refused in one line.
+The file is read, or resumed where a killed run left it, for the same dependencies only; a file that
+was made for something else, or is damaged, is refused in one line.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,17 +17,18 @@ from mllm_jax.sharding import hosts
 from mllm_jax.store.files import atomic_npz, damaged_error, parse_json_object, read_npz, remove
 from mllm_jax.store.fingerprints import fingerprint
 
-FORMAT = 1  # of the files of a store; another one whenever they are written in another way
-_RECORD = "record"  # the member of a store that says what it was made for
+FORMAT = 1  # of the files of a store; to be raised with every change of the format
+_RECORD = "record"  # the member of a store that holds its dependencies
 
 
 class ResumableStore:
-    """What something on disk was made for, and how much of it is done.
+    """The dependencies of a result on disk, and the number of items it contains.
 
     Attributes:
-      path: None keeps nothing.
-      parts: fingerprints of what it depends on.
-      done: items that went in so far; `data` is the fingerprint of these.
+        path: the file; None stores nothing.
+        parts: fingerprints of its dependencies, by name.
+        done: the number of items that it contains so far.
+        data: the fingerprint of these items.
     """
 
     def __init__(self, path: str | pathlib.Path | None, parts: Mapping[str, Any]):
@@ -37,17 +38,16 @@ class ResumableStore:
         self._kept = 0, ""
 
     def resume(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items that are not done yet; those that are have to be the same as they were.
+        """Return the items that are not done yet.
 
         Args:
-          items: a sequence or any iterable, of which the first that were done are read again to
-            compare their content.
+            items: all items. Those that are done are read again, to compare their content.
 
         Raises:
-          ValueError: they begin with others than those that are done, or are fewer.
+            ValueError: the first items differ from those that are done, or there are fewer.
         """
         count, data = self._kept
-        if hasattr(items, "__len__") and len(items) < count:
+        if isinstance(items, Sized) and len(items) < count:
             raise self._fewer(count, len(items))
         rest = _iterate(items)
         for number in range(count):
@@ -60,7 +60,7 @@ class ResumableStore:
         return rest
 
     def add(self, item: Any) -> None:
-        """Counts an item as done, from the next write on."""
+        """Count an item as done, from the next write on."""
         self.done += 1
         if self.path is not None:
             self.data = fingerprint(self.data, item)
@@ -79,23 +79,31 @@ class ResumableStore:
         self._kept = record["done"], record["data"]
 
 
+@runtime_checkable
+class _Indexed(Protocol):
+    """A sequence that may not signal its end to `iter`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 def _iterate(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, one by one; a sequence need not say where it ends but by its length."""
-    if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
+    """Iterate over the items; a sequence ends by its length."""
+    if isinstance(items, _Indexed):
         return (items[i] for i in range(len(items)))
     return iter(items)
 
 
 class Store(ResumableStore):
-    """Arrays in one .npz file, which is replaced whole.
+    """Arrays in one .npz file, which is replaced atomically.
 
-    Process 0 writes it, and all read what it wrote.
+    Process 0 writes it, and all processes read it.
 
     Args:
-      path: None keeps nothing.
-      restart: remove what is there.
-      parts: what the arrays depend on, by name, such as `model=` and `settings=`; of a mapping
-        each entry. Any content that `fingerprint` takes.
+        path: the file; None stores nothing.
+        restart: whether to remove an existing file.
+        **parts: the dependencies of the arrays, by name, such as `model=` and `settings=`: any
+            content that `fingerprint` takes. The entries of a mapping are compared one by one.
     """
 
     def __init__(
@@ -106,10 +114,10 @@ class Store(ResumableStore):
             remove(self.path)
 
     def read(self) -> dict[str, np.ndarray] | None:
-        """The arrays; None where there are none yet.
+        """Return the arrays; None where there are none yet.
 
         Raises:
-          ValueError: they were made for something else, or the file is damaged.
+            ValueError: they were made for something else, or the file is damaged.
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return None
@@ -123,20 +131,20 @@ class Store(ResumableStore):
         return arrays
 
     def write(self, arrays: Mapping[str, Any]) -> None:
-        """Replaces the file by these arrays and what is `done`."""
+        """Replace the file by these arrays and the count of items that are done."""
         if self.path is None:
             return
         arrays = {n: a if hasattr(a, "dtype") else np.asarray(a) for n, a in arrays.items()}
-        # Of bfloat16 and such NumPy's format knows the size alone.
+        # NumPy's format does not keep dtypes such as bfloat16.
         other = {name: str(a.dtype) for name, a in arrays.items() if a.dtype.kind == "V"}
         plain = {n: a.view(f"u{a.dtype.itemsize}") if n in other else a for n, a in arrays.items()}
         record = self._record() | {"arrays": sorted(plain), "dtypes": other}
-        record = json.dumps(record, sort_keys=True)
-        atomic_npz(self.path, {_RECORD: np.array(record), **plain})
+        text = json.dumps(record, sort_keys=True)
+        atomic_npz(self.path, {_RECORD: np.array(text), **plain})
 
 
 def part_fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint of each part; of a part that is a mapping with names, of each entry."""
+    """Return the fingerprint of each part; of a mapping with names, those of its entries."""
     return {
         name: {key: fingerprint(item) for key, item in part.items()}
         if isinstance(part, dict) and part and all(isinstance(key, str) for key in part)
@@ -148,28 +156,34 @@ def part_fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
 def require_same_parts(
     path: pathlib.Path, record: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> None:
-    """Refuses what was made for other parts than these, or in another format."""
+    """Refuse a record with other parts, or in another format.
+
+    Raises:
+        ValueError: the record differs.
+    """
     if record.get("format") != FORMAT:
         raise mismatch_error(path, ["format (it is of another version of this library)"])
     if record.get("parts") != parts:
-        raise mismatch_error(path, differences(record.get("parts", {}), parts))
+        raise mismatch_error(path, differences(record.get("parts") or {}, parts))
 
 
-def mismatch_error(path: pathlib.Path, differ: Sequence[str]) -> ValueError:
-    """Return the error of a store that was made for other inputs."""
-    said = ", ".join(differ)
-    said = said if len(said) < 160 else f"{said[:160]}..."
+def mismatch_error(path: pathlib.Path | None, differ: Sequence[str]) -> ValueError:
+    """Return the error about a file that was made for something else."""
+    names = ", ".join(differ)
+    names = names if len(names) < 160 else f"{names[:160]}..."
     return ValueError(
-        f"{path} was made for something else: it differs in {said}; give another path, or start "
+        f"{path} was made for something else: it differs in {names}; give another path, or start "
         "over with restart=True (--restart of a study)"
     )
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The names of what differs, and of mappings in brackets of which entries."""
+    """Return the names that differ, with the entries of mappings in brackets."""
     differ = []
     for name in sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key)):
-        one, other = a.get(name), b.get(name)
-        nested = isinstance(one, dict) and isinstance(other, dict)
-        differ.append(f"{name} ({', '.join(differences(one, other))})" if nested else name)
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            differ.append(f"{name} ({', '.join(differences(left, right))})")
+        else:
+            differ.append(name)
     return differ

@@ -1,4 +1,4 @@
-"""Arrays on disk that grow by rows and know what they were made for."""
+"""Keep arrays on disk that grow by rows, with fingerprints of what they were made for."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mllm_jax.store.files import (
 )
 from mllm_jax.store.resumable import ResumableStore
 
-_MAX_READ_BYTES = 2**24  # bytes that are hashed at one time
+_MAX_READ_BYTES = 2**24  # bytes that are hashed at a time
 
 
 class RowStore(ResumableStore):
-    """Arrays that grow by rows: one .npy file of each, and a record of how many rows are done.
+    """Arrays that grow by rows: one .npy file for each, and a record of the rows that are done.
 
-    Rows are on the disk before the record counts them, so a killed run leaves no half row. The
-    record holds a checksum of them. Process 0 writes, and all read what it wrote.
+    Rows are on disk before the record counts them, so a killed run leaves no partial row. The
+    record holds a checksum of the rows. Process 0 writes, and all processes read.
 
     Args:
-      record: the path of the record, a .json.
-      file: the path of the array of this name.
-      count: rows when all are done.
-      restart: remove what is there.
-      parts: as of `Store`.
+        record: the path of the record, a .json file.
+        file: returns the path of the array of a name.
+        count: the number of rows when all are done.
+        restart: whether to remove an existing record.
+        **parts: the dependencies, as in `Store`.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class RowStore(ResumableStore):
                 self._shape(name)
 
     def append(self, items: Sequence[Any], values: Mapping[str, np.ndarray]) -> None:
-        """Writes the rows of some items.
+        """Write the rows of some items.
 
         Args:
-          items: whose content is compared when this is resumed.
-          values: a row an item, by name of the array.
+            items: the items, whose content is compared when the store is resumed.
+            values: one row for each item, by name of the array.
         """
         values = {name: np.ascontiguousarray(rows) for name, rows in values.items()}
         for name, rows in values.items():
@@ -101,7 +101,7 @@ class RowStore(ResumableStore):
         atomic_json(self.path, self._record() | {"arrays": arrays})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays, mapped, once all processes are here."""
+        """Wait for all processes, and return the arrays, memory-mapped."""
         hosts.barrier(str(self.path))
         return {name: np.load(self._file(name), mmap_mode="r") for name in sorted(self._kinds)}
 
@@ -110,7 +110,7 @@ class RowStore(ResumableStore):
         return _npy_header(dtype, (self.count, *shape))
 
     def _shape(self, name: str) -> None:
-        """Makes the file as long as all rows; those that are there stay."""
+        """Allocate the file for all rows; existing rows stay."""
         if not hosts.is_primary():
             return
         path, (dtype, shape) = self._file(name), self._kinds[name]
@@ -130,7 +130,9 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
     about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
     np.lib.format.write_array_header_1_0(header, about | {"shape": shape})
-    return header.getvalue()  # NumPy leaves room for the rows to grow
+    return (
+        header.getvalue()
+    )  # NumPy pads it, so that its length does not depend on the number of rows
 
 
 def _starts_with(path: pathlib.Path, header: bytes) -> bool:

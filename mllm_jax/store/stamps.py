@@ -1,4 +1,4 @@
-"""Stamps: large files that are read whole once, and again when their size or time changed."""
+"""Verify large files once, and again only when their size or time has changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping
 
-NAME = ".checked.json"  # beside the files: what each was when its content was found to be right
+NAME = ".checked.json"  # beside the files: the size and time of each when it was verified
 
 
 def check(
@@ -15,15 +15,16 @@ def check(
     expected: Mapping[str, str],
     digest: Callable[[pathlib.Path], str],
 ) -> str | None:
-    """Compares the content of files in a folder with what it has to be.
+    """Compare the files of a folder with their expected digests.
 
     Args:
-      folder: the folder of the files.
-      expected: the digest of each file, by name.
-      digest: reads a file; called when the file is another than at the last check.
+        folder: the folder.
+        expected: the digest of each file, by name.
+        digest: computes the digest of a file; called only for files that have changed since the
+            last check.
 
     Returns:
-      The name of the first file that is not as expected; None if all are.
+        The name of the first file that differs; None if all are as expected.
     """
     before = _read(folder)
     now = {}
@@ -36,13 +37,13 @@ def check(
         except FileNotFoundError:
             return name
     if now != before:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is looked at each time
+        with contextlib.suppress(OSError):  # in a read-only folder files are verified each time
             (folder / NAME).write_text(json.dumps(now))
     return None
 
 
 def forget(folder: pathlib.Path) -> None:
-    """Has all files in and below a folder looked at again."""
+    """Discard the results of earlier checks in and below a folder."""
     for stamp in folder.rglob(NAME):
         stamp.unlink(missing_ok=True)
 

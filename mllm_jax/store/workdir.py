@@ -1,4 +1,4 @@
-"""The folder of a study: steps, each done once, for one config, model, data and code."""
+"""The folder of a study, in which each step is computed once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from mllm_jax.store.resumable import (
 
 
 class Workdir:
-    """A study's folder. It belongs to one config, model, data and code; others are refused.
+    """The folder of a study, which belongs to one config, model, data and code.
 
     Args:
-      path: made if it is missing.
-      config: what the study was asked, as plain JSON values.
-      restart: remove what a study wrote here before; files of others stay.
+        path: the folder; created if it is missing.
+        config: the config of the study, as plain JSON values.
+        restart: whether to remove the files that a study wrote here before; other files stay.
+
+    Raises:
+        ValueError: the folder belongs to another config.
     """
 
     def __init__(self, path: str | pathlib.Path, config: dict[str, Any], *, restart: bool = False):
@@ -50,10 +53,10 @@ class Workdir:
 
     def _begin(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        asked = self / "config.json"
-        work = [p for p in self.path.iterdir() if p != asked and not p.name.startswith(".")]
-        if asked.exists() and work:
-            before = parse_json_object(asked, asked.read_text("utf-8", "replace"))
+        config = self / "config.json"
+        work = [p for p in self.path.iterdir() if p != config and not p.name.startswith(".")]
+        if config.exists() and work:
+            before = parse_json_object(config, config.read_text("utf-8", "replace"))
             if before != self.config:
                 raise ValueError(
                     f"{self.path} belongs to another config (it differs in "
@@ -62,10 +65,10 @@ class Workdir:
                 )
         else:
             (self / JOURNAL).touch()
-            atomic_json(asked, self.config)
+            atomic_json(config, self.config)
 
     def _clear(self) -> None:
-        """Removes the files that its journal names, and folders that are empty then."""
+        """Remove the files that the journal names, and folders that are empty then."""
         journal = self / JOURNAL
         if not journal.exists():
             if (self / "config.json").exists():
@@ -83,17 +86,20 @@ class Workdir:
             elif line.endswith("/"):
                 shutil.rmtree(path, ignore_errors=True)
             for folder in path.relative_to(self.path).parents[:-1]:
-                with contextlib.suppress(OSError):  # it holds something else
+                with contextlib.suppress(OSError):  # it holds other files
                     (self / folder).rmdir()
         journal.unlink()
 
     def claim(self, **parts: Any) -> None:
-        """Refuses to go on with work of another model, of other data, files or code.
+        """Refuse to continue the work of another model, data, files or code.
 
-        To be called once, when all of that is known and before the first step.
+        Call this once, before the first step.
 
         Args:
-          parts: what the study depends on, as of `Store`.
+            **parts: the dependencies of the study, as in `Store`.
+
+        Raises:
+            ValueError: the folder was made for other parts.
         """
         self.parts = part_fingerprints(parts)
         path = self / "made_for.json"
@@ -108,13 +114,13 @@ class Workdir:
         return self.path / name
 
     def arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a step: read if it was done before, made and written if not."""
+        """Return the arrays of a step; compute and write them if they do not exist."""
         step = Store(self.path / "steps" / f"{name}.npz")
         step.parts = self.parts
         return self._step(name, step.read, lambda: step.write(make()))
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
-        """The plain values of a step, likewise."""
+        """Return the JSON values of a step; compute and write them if they do not exist."""
         path = self.path / "steps" / f"{name}.json"
 
         def write():
@@ -134,7 +140,7 @@ class Workdir:
         return self._step(name, read, write)["value"]
 
     def _step(self, name: str, read: Callable, write: Callable) -> Any:
-        """What is read of a step; written by process 0 first, if it is not there."""
+        """Read a step; compute and write it first where it does not exist."""
         found = read()
         if found is None:
             write()
@@ -146,7 +152,7 @@ class Workdir:
 
 
 def save_figure(workdir: Workdir, name: str, picture) -> str:
-    """Writes a PIL picture into the figures; its path as seen from the workdir."""
+    """Write a PIL image into the figures, and return its path relative to the workdir."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     write(workdir / "figures" / name, encoded.getvalue())
@@ -154,7 +160,7 @@ def save_figure(workdir: Workdir, name: str, picture) -> str:
 
 
 def write_manifest(workdir: Workdir, **fields: Any) -> None:
-    """`manifest.json`: versions, fingerprints of what was claimed, and whatever else made it."""
+    """Write `manifest.json`: config, versions, fingerprints of the claimed parts, and fields."""
     import importlib.metadata
 
     names = ("jax", "flax", "numpy", "optax", "transformers", "mllm-jax")

@@ -86,7 +86,7 @@ def test_heads_are_not_cut():
 
 
 def test_parameters_without_a_rule_or_with_two_are_listed():
-    table = (*rules.LLAMA, (r"lm\.em.*", P("V", None)))
+    table = (*rules.DECODER, (r"lm\.em.*", P("V", None)))
     paths = ["lm.embed", "lm.head.kernel", "lm.layers.mlp.gate.scale", "vision.cls"]
     with pytest.raises(ValueError) as error:
         rules.match(paths, table)

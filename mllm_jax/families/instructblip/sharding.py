@@ -8,4 +8,4 @@ from mllm_jax.sharding import rules
 
 def sharding_rules(config: InstructBlipConfig) -> tuple[rules.Rule, ...]:
     """Return the sharding rules of an InstructBLIP model."""
-    return (*rules.VISION, *rules.QFORMER, *rules.projector(config.projector.depth), *rules.LLAMA)
+    return (*rules.VISION, *rules.QFORMER, *rules.projector(config.projector.depth), *rules.DECODER)

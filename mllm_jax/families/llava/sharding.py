@@ -8,4 +8,4 @@ from mllm_jax.sharding import rules
 
 def sharding_rules(config: LlavaConfig) -> tuple[rules.Rule, ...]:
     """Return the sharding rules of a LLaVA model."""
-    return (*rules.VISION, *rules.projector(config.projector.depth), *rules.LLAMA)
+    return (*rules.VISION, *rules.projector(config.projector.depth), *rules.DECODER)
