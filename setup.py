@@ -21,9 +21,7 @@ setuptools.setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(
-        include=["mllm_jax", "mllm_jax.*", "experiments", "experiments.*"]
-    ),
+    packages=setuptools.find_packages(include=["mllm_jax", "mllm_jax.*"]),
     package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md"]},
     python_requires=">=3.11",
     install_requires=[

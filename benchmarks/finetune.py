@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks import harness, work
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.training import fit
 
 RECIPE = fit.Recipe(rate=1e-3)
@@ -31,13 +31,13 @@ def sides(done: work.Work):
     return {harness.OURS: ours}
 
 
-def config(done: work.Work) -> llava.LlavaConfig:
+def config(done: work.Work) -> MultimodalConfig:
     """That of the work, with four patches folded into each image token."""
     of = done.size.config
-    return llava.LlavaConfig.of(of.vision, of.lm, fold=2, image_token=of.image_token)
+    return work.FAMILY.config.of(of.vision, of.lm, fold=2, image_token=of.image_token)
 
 
-def folded(done: work.Work) -> llava.Llava:
+def folded(done: work.Work) -> MultimodalModel:
     """The model of the work with a projector of folded patches."""
     model = work.random_model(config(done))
     model.vision, model.lm = done.model.vision, done.model.lm

@@ -19,18 +19,18 @@ import threading
 import time
 
 from mllm_jax import families
-from mllm_jax.families.llava import model as llava
 from mllm_jax.models import clip, decoder
+from mllm_jax.models.multimodal import MultimodalConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 BOUND = 1 * GIB
 
 
-def about_one_gib() -> llava.LlavaConfig:
+def about_one_gib() -> MultimodalConfig:
     """The real vision tower, a vocabulary as large as the real one, a narrower language model."""
     lm = decoder.DecoderConfig(width=1536, layers=6, heads=12, kv_heads=12, mlp=4096)
-    return llava.LlavaConfig.of(clip.ClipConfig.vit_l_14_336(), lm)
+    return families.FAMILIES["llava"].config.of(clip.ClipConfig.vit_l_14_336(), lm)
 
 
 def measure(directory: pathlib.Path, devices: int = 1) -> dict[str, float]:

@@ -75,8 +75,9 @@ def measure(
 
 def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, Any]]) -> None:
     """Table, JSON and picture."""
+    from experiments.plan import plots
     from mllm_jax import store
-    from mllm_jax.report import figures, plan, tables
+    from mllm_jax.report import style, tables
 
     store.atomic_json(out / "scaling.json", {"model": name, "study": study, "points": points})
     rows = [
@@ -101,8 +102,8 @@ def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, A
         way: [(n, mib) for n, mib in line if mib]
         for way, line in curves(lambda p: p["received"] / 2**20).items()
     }
-    figures.save(
-        plan.scaling({
+    style.save(
+        plots.scaling({
             "Tflop of a chip": curves(lambda p: p["flops"] / 1e12),
             "MiB received by a chip": {way: line for way, line in received.items() if line},
             f"rows a second at most, {CHIP}": curves(

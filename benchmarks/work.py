@@ -14,11 +14,14 @@ import numpy as np
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax import tokens
+from mllm_jax import families, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.families.llava import model as llava
+from mllm_jax.models.clip import ClipConfig
+from mllm_jax.models.decoder import DecoderConfig
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 
 BATCH = 8  # rows at one time
+FAMILY = families.FAMILIES["llava"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Size:
       steps: tokens to be generated.
     """
 
-    config: llava.LlavaConfig
+    config: MultimodalConfig
     words: int = 60
     edits: int = 96
     groups: int = 4
@@ -42,15 +45,13 @@ class Size:
     steps: int = 32
 
 
-def _tiny() -> llava.LlavaConfig:
-    return llava.LlavaConfig.of(
-        llava.ClipConfig.tiny(), llava.DecoderConfig.tiny(), fold=1, image_token=95
-    )
+def _tiny() -> MultimodalConfig:
+    return FAMILY.config.of(ClipConfig.tiny(), DecoderConfig.tiny(), fold=1, image_token=95)
 
 
-def _small() -> llava.LlavaConfig:
-    vision, lm = llava.ClipConfig.vit_b_16(), llava.DecoderConfig.smollm2_135m()
-    return llava.LlavaConfig.of(vision, lm, fold=1, image_token=lm.vocab - 1)
+def _small() -> MultimodalConfig:
+    vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
+    return FAMILY.config.of(vision, lm, fold=1, image_token=lm.vocab - 1)
 
 
 SIZES = {
@@ -71,7 +72,7 @@ class Work:
     """
 
     size: Size
-    model: llava.Llava
+    model: MultimodalModel
     inputs: dict[str, np.ndarray]
     fields: dict[str, Any]
     directory: pathlib.Path
@@ -88,7 +89,7 @@ class Work:
         return to_batch(self.size.config, self.inputs["ids"][at], self.inputs["pixels"][at])
 
 
-def to_batch(config: llava.LlavaConfig, ids: np.ndarray, pixels: np.ndarray) -> Batch:
+def to_batch(config: MultimodalConfig, ids: np.ndarray, pixels: np.ndarray) -> Batch:
     """Inputs as our models read them."""
     rows, T = ids.shape
     image, side = ids == config.image_token, config.token_grid
@@ -137,7 +138,7 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
     return Work(size, model, inputs, fields, directory)
 
 
-def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
+def random_model(config: MultimodalConfig, seed: int = 0) -> MultimodalModel:
     """Random weights that keep tensors of order 1, by NumPy: flax takes long to compile its own."""
     rng = np.random.default_rng(seed)
 
@@ -151,7 +152,7 @@ def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
         # The embedding may be the head as well: logits of order 1 to 10.
         return jnp.asarray((0.3 if "embed" in name else 0.2) * noise)
 
-    abstract = nnx.eval_shape(lambda: llava.Llava(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 

@@ -1,1 +1,1 @@
-"""One absl binary per study: flags, a config, calls into the library, files out."""
+"""The studies: one folder each, with flags, steps and report; run them from the checkout."""

@@ -5,7 +5,7 @@ where it is computed. Start with `load`, `run` and the edits below; sites are in
 `mllm_jax.sites`, token kinds in `mllm_jax.tokens`.
 """
 
-from mllm_jax import sites, tokens
+from mllm_jax import deprecated, sites, tokens
 from mllm_jax.interventions.captures import keep, lens, mass, mean, stats
 from mllm_jax.interventions.edits import (
     ablate,
@@ -30,6 +30,8 @@ from mllm_jax.planning.plan import plan
 from mllm_jax.sharding.mesh import mesh
 
 __version__ = "0.1.0"
+
+deprecated.install()
 
 __all__ = [
     "__version__",

@@ -1,4 +1,4 @@
-"""A batch: what one forward pass reads, and how a picture becomes its tokens."""
+"""The batch that one forward pass reads, and the layout of an image in it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, tokens
-from mllm_jax.typing import Array, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one picture is read.
+    """The tiles and the tokens of one image.
 
     Attributes:
-      tiles: squares of it that the vision tower sees.
-      patches: int32[n], which patch each of its tokens in the LM is, counted through its tiles; -1
-        for a newline.
+      tiles: How many squares of it the vision tower sees.
+      patches: The patch that each of its tokens in the LM stands for, int32[n], counted through its
+        tiles; -1 for a newline.
     """
 
     tiles: int
-    patches: np.ndarray
+    patches: Int[np.ndarray, " n"]
 
 
 @jax.tree_util.register_dataclass
@@ -33,55 +33,56 @@ class Batch:
     """What one forward pass reads. Made by a processor; shapes are padded to a few lengths.
 
     Attributes:
-      ids: int32[B, T], image placeholders included.
-      position: int32[B, T], of each token in its row.
-      tokens: the token map of the LM.
-      image_token_index: int32[B, T], which image token stands here, counted through all tiles, and
-        after the last of them the newline; -1 for text.
-      pixels: float32[I, row, column, 3], normalised; I tiles over all rows, as many for each row.
-      tile: int16[I], number of the tile within its row.
-      is_real_tile: bool[I], False for tiles that only fill the batch.
-      features: float[I, P, E] or None: vision features computed before; then pixels are not read.
-      segment: int32[B, T] or None. Several questions on one picture share a row: a token sees
-        segment 0 (the picture) and its own.
-      labels: int32[B, A] or None, where the answer tokens are, -1 to fill up.
-      qformer_ids: int32[I, T] or None: what a Q-Former is told, for each image, as its own tokens.
-      qformer_kind: int8[I, T] or None, kinds of these tokens.
-      processor: made the batch; turns tokens into text. Static.
+      ids: The token ids, int32[B, T], including image placeholders.
+      position: The position of each token in its row, int32[B, T].
+      tokens: The token map of the LM.
+      image_token_index: Which image token stands here, int32[B, T], counted through all tiles and
+        followed by the newline; -1 for text.
+      pixels: The normalised tiles of all rows, float32[I, row, column, 3], equally many a row.
+      tile: The number of each tile within its row, int16[I].
+      is_real_tile: False for tiles that only fill up the batch, bool[I].
+      features: Precomputed vision features, float[I, P, E], in place of pixels; or None.
+      segment: The question that each token belongs to, int32[B, T], or None. Several questions
+        about one picture share a row: a token sees segment 0 (the picture) and its own.
+      labels: The places of the answer tokens, int32[B, A], filled up with -1; or None.
+      qformer_ids: The question of each image in the Q-Former's own tokens, int32[I, T], or None.
+      qformer_kind: The kinds of these tokens, int8[I, T], or None.
+      processor: The processor that made the batch, which turns tokens into text. Static.
     """
 
-    ids: Any
-    position: Any
+    ids: Int[AnyArray, "B T"]
+    position: Int[AnyArray, "B T"]
     tokens: tokens.TokenMap
-    image_token_index: Any
-    pixels: Any
-    tile: Any
-    is_real_tile: Any
-    features: Any = None
-    segment: Any = None
-    labels: Any = None
-    qformer_ids: Any = None
-    qformer_kind: Any = None
+    image_token_index: Int[AnyArray, "B T"]
+    pixels: Float[AnyArray, "I row column 3"]
+    tile: Int[AnyArray, " I"]
+    is_real_tile: Bool[AnyArray, " I"]
+    features: Float[AnyArray, "I P E"] | None = None
+    segment: Int[AnyArray, "B T"] | None = None
+    labels: Int[AnyArray, "B A"] | None = None
+    qformer_ids: Int[AnyArray, "I T"] | None = None
+    qformer_kind: Int[AnyArray, "I T"] | None = None
     processor: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
-    def valid(self) -> Any:
-        """bool[B, T], False for padding."""
+    def valid(self) -> Bool[AnyArray, "B T"]:
+        """False for padding."""
         return self.tokens.kind != tokens.CODE["pad"]
 
     @property
-    def last(self) -> Any:
-        """int32[B], where each row's prompt ends."""
+    def last(self) -> Int[AnyArray, " B"]:
+        """The last token of each row's prompt."""
         return self.tokens.last.argmax(-1)
 
     def replace(self, **fields) -> Batch:
+        """Return the batch with other values of some fields."""
         return dataclasses.replace(self, **fields)
 
     def prompts(self) -> Batch:
-        """The batch with the prompts alone: what follows a prompt becomes padding.
+        """Return the batch with the prompts alone: the tokens after a prompt become padding.
 
         Raises:
-          ValueError: a row holds several questions.
+          ValueError: A row holds several questions.
         """
         if self.segment is not None:
             _check_one_question(self.segment)
@@ -92,7 +93,7 @@ class Batch:
         return self.replace(tokens=prompts, segment=None, labels=None)
 
     def _fingerprint_(self) -> list[Any]:
-        """Its content: the arrays, in order."""
+        """Return the content that identifies the batch: its arrays, in order."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
         return [getattr(self, name) for name in fields]
 
@@ -101,11 +102,11 @@ class Batch:
 
 
 def _check_one_question(segment: Int[Array, "B T"]) -> None:
-    """Raises where a row holds several questions: after which of them would one continue?"""
+    """Raise an error if a row holds several questions: which of them to continue is ambiguous."""
     if isinstance(segment, jax.core.Tracer):
         raise ValueError(
-            "packed rows inside a transformation of JAX: nobody can see there how many questions a "
-            "row holds; processor.unpack(batch) gives one question a row"
+            "packed rows inside a transformation of JAX: the number of questions in a row is "
+            "unknown there; processor.unpack(batch) gives one question a row"
         )
     several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
     if len(several):

@@ -63,6 +63,15 @@ class Site:
         """The axis of the tensor that holds its tokens."""
         return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
 
+    @property
+    def lens(self) -> str:
+        """The old name of `transformer_lens_name`."""
+        message = (
+            "Site.lens is now Site.transformer_lens_name; the old name goes with the next release"
+        )
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.transformer_lens_name
+
     def entry(self, table: Mapping[str, Any]) -> Any:
         """What a table by module says of this site; its own line, where it has one, comes first."""
         return table[self.name if self.name in table else self.module]

@@ -1,6 +1,6 @@
 """Token kinds: which tokens an edit or a capture means.
 
-A token map travels with every module of a batch and says of each position what it is. A
+Each module has a token map, which holds the kind and the place of every token of a batch. A
 selector such as `tokens.image`, `tokens.text & ~tokens.last` or `tokens.row(3)` is resolved
 against that map, so user code does no index arithmetic, and no padding is ever selected.
 """
@@ -8,13 +8,12 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
 
-from mllm_jax.typing import AnyArray
+from mllm_jax.typing import AnyArray, Bool, Int
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
@@ -24,38 +23,47 @@ TEXT = ("system", "question", "answer")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """What each token of one module is. B is rows, or image tiles for the vision side.
+    """The kind and the place of each token of one module.
+
+    B is the rows of the batch, or its image tiles on the vision side.
 
     Attributes:
-      kind: int8[B, T], a code of KINDS.
-      row: int16[B, T], row on the patch grid of the tile, -1 elsewhere.
-      column: int16[B, T], column on that grid, -1 elsewhere.
-      tile: int16[B, T], image tile within the row, -1 elsewhere. LLaVA: the number of the picture.
-        LLaVA-NeXT: 0 is the whole picture made small, and its parts follow in reading order; the
-        next picture of the row begins at `config.tiles`, however many parts the first has.
-      last: bool[B, T], the last token of the prompt.
-      added: how many of the T were added after the prompt, to be generated or scored. Static.
-      readers: bool[rows, B] of the vision side, which rows of the batch read each tile: rows that
-        share a picture share its tiles. None where B are the rows themselves.
+      kind: The kind, a code of `KINDS`, int8[B, T].
+      row: The row on the patch grid of the tile, int16[B, T]; -1 elsewhere.
+      column: The column on that grid, int16[B, T]; -1 elsewhere.
+      tile: The image tile within the row, int16[B, T]; -1 elsewhere. In LLaVA it is the number of
+        the picture. In LLaVA-NeXT tile 0 is the whole picture, scaled down, and its parts follow in
+        reading order; the next picture of the row starts at `config.tiles`, however many parts the
+        first has.
+      last: True at the last token of the prompt, bool[B, T].
+      added: How many of the T were added after the prompt, to be generated or scored. Static.
+      readers: Which rows of the batch read each tile, bool[rows, B], on the vision side: rows that
+        share a picture share its tiles. None where B is the rows themselves.
     """
 
-    kind: Any
-    row: Any
-    column: Any
-    tile: Any
-    last: Any
+    kind: Int[AnyArray, "B T"]
+    row: Int[AnyArray, "B T"]
+    column: Int[AnyArray, "B T"]
+    tile: Int[AnyArray, "B T"]
+    last: Bool[AnyArray, "B T"]
     added: int = dataclasses.field(default=0, metadata={"static": True})
-    readers: Any = None
+    readers: Bool[AnyArray, "rows B"] | None = None
 
     @classmethod
-    def grid(cls, tiles: Any, side: tuple[int, int], cls_token: bool, real: Any) -> TokenMap:
-        """The map of image tiles: a grid of patches, with or without a CLS token before it.
+    def grid(
+        cls,
+        tiles: Int[AnyArray, " I"],
+        side: tuple[int, int],
+        cls_token: bool,
+        real: Bool[AnyArray, " I"],
+    ) -> TokenMap:
+        """Return the map of image tiles: a grid of patches, after a CLS token if there is one.
 
         Args:
-          tiles: int[I], number of the tile within its row of the batch.
-          side: rows and columns of the grid.
-          cls_token: whether position 0 is CLS.
-          real: bool[I], False for tiles that only fill the batch.
+          tiles: The number of each tile within its row of the batch.
+          side: The rows and columns of the grid.
+          cls_token: Whether position 0 is CLS.
+          real: False for tiles that only fill up the batch.
         """
         rows, columns = np.divmod(np.arange(side[0] * side[1]), side[1])
         kind = np.full(rows.shape, CODE["image"])
@@ -71,11 +79,12 @@ class TokenMap:
         )
 
     @classmethod
-    def plain(cls, kind: Any, tiles: Any) -> TokenMap:
-        """The map of tokens that are on no grid.
+    def plain(cls, kind: Int[AnyArray, "I T"], tiles: Int[AnyArray, " I"]) -> TokenMap:
+        """Return the map of tokens that are on no grid.
 
         Args:
-          kind: int8[I, T]. tiles: int[I], number of the tile that they belong to.
+          kind: The kind of each token.
+          tiles: The number of the tile that the tokens belong to.
         """
         xp = np if isinstance(kind, np.ndarray) else jax.numpy
         nowhere = xp.full(kind.shape, -1, np.int16)
@@ -83,19 +92,21 @@ class TokenMap:
         return cls(kind, nowhere, nowhere, tile, xp.zeros(kind.shape, bool))
 
     @classmethod
-    def alike(cls, name: str, count: int, tiles: Any, real: Any) -> TokenMap:
-        """`plain`, with `count` tokens of one kind for each tile that is real."""
+    def alike(
+        cls, name: str, count: int, tiles: Int[AnyArray, " I"], real: Bool[AnyArray, " I"]
+    ) -> TokenMap:
+        """Return the map of `count` tokens of one kind for each real tile."""
         xp = np if isinstance(real, np.ndarray) else jax.numpy
         kind = xp.where(real, CODE[name], CODE["pad"]).astype(np.int8)
         return cls.plain(xp.broadcast_to(kind[:, None], (len(kind), count)), tiles)
 
     def followed_by(self, other: TokenMap) -> TokenMap:
-        """These tokens of each row, then those."""
+        """Return the map of these tokens of each row, followed by those of `other`."""
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
         return jax.tree.map(lambda a, b: xp.concatenate([a, b], 1), self, other)
 
     def extended(self, steps: int) -> TokenMap:
-        """With `steps` generated tokens after the prompt: of kind answer, but in empty rows."""
+        """Return the map with `steps` generated tokens after each prompt, padding in empty rows."""
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
         real = (self.kind != CODE["pad"]).any(-1, keepdims=True)
         fill = {
@@ -111,34 +122,35 @@ class TokenMap:
         return TokenMap(**columns, added=self.added + steps)
 
     @property
-    def step(self) -> Any:
-        """int32[B, T], the step of generation that reads a token.
+    def step(self) -> Int[AnyArray, "B T"]:
+        """The step of generation that reads each token.
 
         Step 0 reads the prompt and chooses the first token of the answer; step i reads the i-th
         token of the answer and chooses the next.
         """
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
-        said = self.kind == CODE["answer"]
-        count = xp.cumsum(said, -1, dtype=np.int32)
-        # Several questions may share a row: after every token of a prompt the count begins anew.
-        prompt = xp.where(said | (self.kind == CODE["pad"]), 0, count)
+        is_answer = self.kind == CODE["answer"]
+        count = xp.cumsum(is_answer, -1, dtype=np.int32)
+        # Several questions may share a row: after every token of a prompt the count restarts.
+        prompt = xp.where(is_answer | (self.kind == CODE["pad"]), 0, count)
         return count - (np.maximum.accumulate if xp is np else jax.lax.cummax)(prompt, axis=1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Some tokens. Combine with |, & and ~.
+    """A selector of tokens. Combine selectors with |, & and ~.
 
     Attributes:
-      form: how it is resolved. Static.
-      parts: selectors it is made of.
-      value: data: kind codes, an index, or an explicit mask bool[B, T].
+      form: How it is resolved: "kind", "last", "row", "column", "tile", "mask", "and", "or" or
+        "not". Static.
+      parts: The selectors that it combines.
+      value: Its data: kind codes int8[n], an index int32[], or an explicit mask bool[B, T].
     """
 
     form: str = dataclasses.field(metadata={"static": True})
     parts: tuple[Where, ...] = ()
-    value: Any = None
+    value: AnyArray | None = None
 
     def __or__(self, other: Where) -> Where:
         return Where("or", (self, other))
@@ -149,11 +161,11 @@ class Where:
     def __invert__(self) -> Where:
         return Where("not", (self,))
 
-    def mask(self, tokens: TokenMap) -> Any:
-        """bool[B, T]: the selected tokens, padding excluded."""
+    def mask(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
+        """Return the selected tokens of a module, without padding."""
         return self._resolve(tokens) & (tokens.kind != CODE["pad"])
 
-    def _resolve(self, tokens: TokenMap) -> Any:
+    def _resolve(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
         parts = [part._resolve(tokens) for part in self.parts]
         if self.form == "or":
             return parts[0] | parts[1]
@@ -164,8 +176,8 @@ class Where:
         if self.form == "last":
             return tokens.last
         if self.form == "mask":
-            of = _prompt_mask if tokens.readers is None else _tile_mask
-            return of(self.value, tokens)
+            fit = _prompt_mask if tokens.readers is None else _tile_mask
+            return fit(self.value, tokens)
         if self.form == "kind":
             return (tokens.kind[..., None] == self.value).any(-1)
         at = getattr(tokens, self.form)
@@ -176,8 +188,8 @@ class Where:
 Selector: TypeAlias = Where | str | AnyArray | None
 
 
-def _prompt_mask(mask, tokens: TokenMap) -> Any:
-    """An explicit mask bool[B, T]; one of the prompt alone selects nothing after it."""
+def _prompt_mask(mask: Bool[AnyArray, "B T"], tokens: TokenMap) -> Bool[AnyArray, "B T"]:
+    """Return an explicit mask; a mask of the prompt alone selects nothing after it."""
     rows, length = tokens.kind.shape
     prompt = length - tokens.added
     if tuple(mask.shape) not in ((rows, length), (rows, prompt)):
@@ -188,12 +200,13 @@ def _prompt_mask(mask, tokens: TokenMap) -> Any:
     return xp.pad(mask, ((0, 0), (0, length - mask.shape[1])))
 
 
-def _tile_mask(mask, tokens: TokenMap) -> Any:
-    """An explicit mask of the vision side: by tile bool[I, P], or by row bool[B, tiles, P].
+def _tile_mask(mask: Bool[AnyArray, ...], tokens: TokenMap) -> Bool[AnyArray, "I P"]:
+    """Return an explicit mask of the vision side, given by tile [I, P] or by row [B, tiles, P].
 
-    By row, the tiles of a row are counted as `tile` counts them; rows that share a picture must say
-    the same of it.
+    A mask by row numbers the tiles of a row as `TokenMap.tile` does; rows that share a picture must
+    select the same tokens of it.
     """
+    assert tokens.readers is not None, "a module of tiles has readers"
     (rows, tiles), (_, length) = tokens.readers.shape, tokens.kind.shape
     arrays = mask, tokens.readers, tokens.tile
     known = not any(isinstance(array, jax.core.Tracer) for array in arrays)
@@ -215,14 +228,14 @@ def _tile_mask(mask, tokens: TokenMap) -> Any:
         raise ValueError(
             f"the token mask is of {mask.shape[1]} tiles a row, the batch has {number.max() + 1}"
         )
-    said = mask[:, number.clip(0, mask.shape[1] - 1)]  # [B, I, P]
-    chosen = (said & readers[:, :, None]).any(0)
-    if known and ((said != chosen) & readers[:, :, None]).any():
+    by_row = mask[:, number.clip(0, mask.shape[1] - 1)]  # [B, I, P]
+    selected = (by_row & readers[:, :, None]).any(0)
+    if known and ((by_row != selected) & readers[:, :, None]).any():
         raise ValueError(
             "rows that share a picture have different token masks for it: give each row a picture "
             "of its own with model.unshared(batch)"
         )
-    return chosen
+    return selected
 
 
 def _kinds(*names: str) -> Where:
@@ -240,17 +253,17 @@ kind = KINDS[1:]  # for `by=`: the kinds that statistics are split by
 
 
 def row(index) -> Where:
-    """Image tokens in one row of the patch grid."""
+    """Select the image tokens in one row of the patch grid."""
     return _grid("row", index)
 
 
 def column(index) -> Where:
-    """Image tokens in one column of the patch grid."""
+    """Select the image tokens in one column of the patch grid."""
     return _grid("column", index)
 
 
 def tile(index) -> Where:
-    """Image tokens of one tile."""
+    """Select the image tokens of one tile."""
     return _grid("tile", index)
 
 
@@ -258,15 +271,16 @@ def _grid(form: str, index) -> Where:
     if isinstance(index, jax.core.Tracer):
         return Where(form, value=index.astype(np.int32))
     if index < 0:
-        raise ValueError(f"{form} {index}: they are counted from 0")
+        raise ValueError(f"{form} {index} is negative: a {form} is counted from 0")
     return Where(form, value=np.int32(index))
 
 
-def mask(array) -> Where:
-    """Exactly these tokens: bool[B, T].
+def mask(array: Bool[AnyArray, ...]) -> Where:
+    """Select exactly these tokens.
 
-    On the vision side (vision, Q-Former, projector) a mask is by tile, bool[I, P] in the order of
-    `batch.tile`, or by row, bool[B, tiles, P].
+    Args:
+      array: A mask bool[B, T]. On the vision side (vision tower, Q-Former, projector) it is a mask
+        by tile, bool[I, P] in the order of `batch.tile`, or by row, bool[B, tiles, P].
     """
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.dtype != bool:
@@ -276,8 +290,12 @@ def mask(array) -> Where:
     return Where("mask", value=array)
 
 
-def of(selector) -> Where:
-    """A selector from what a user may give: a selector, a mask, or nothing (all tokens)."""
+def of(selector: Selector) -> Where:
+    """Return the selector that a user means by a selector, a name, a mask or None (all tokens).
+
+    Raises:
+      KeyError: A name is unknown.
+    """
     if selector is None:
         return every
     if isinstance(selector, Where):
@@ -290,12 +308,4 @@ def of(selector) -> Where:
 
 
 NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "every", "last", "generating")}
-NAMED["all"] = every  # as edits were written before
-
-
-def __getattr__(name: str) -> Where:
-    """Return the selectors that had another name before."""
-    if name == "all":
-        warnings.warn("tokens.all is called tokens.every", DeprecationWarning, stacklevel=2)
-        return every
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+NAMED["all"] = every  # the name of `every` in older text

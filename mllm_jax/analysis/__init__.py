@@ -1,1 +1,1 @@
-"""Pure functions of arrays, one idea per file; they know no models and no files."""
+"""Pure functions of arrays, one idea per file, independent of models and files."""

@@ -1,16 +1,16 @@
-"""Attribution: how much of a metric goes through each gate, all gates in one backward pass.
+"""Attribution: how much of a metric depends on each gate, all gates in one backward pass.
 
-A gate multiplies a tensor and is 1 in the model as it is: `mj.scale(S.lm.mlp.act, gates)` with
-gates float32[L, F], `mj.scale(S.lm.attn.heads, gates)` with [L, N]. An attribution estimates what
-of the metric is lost when a gate is closed:
+A gate multiplies a tensor and is 1 in the unedited model: `mj.scale(S.lm.mlp.act, gates)` with
+gates float32[L, F], `mj.scale(S.lm.attn.heads, gates)` with [L, N]. An attribution estimates by how
+much the metric decreases when a gate is closed:
 
     def metric(gates):
         return answer(mj.run(model, batch, mj.scale(S.lm.mlp.act, gates)))
 
-    found = attribution.integrated(metric, np.ones((L, F), np.float32), steps=8)
+    attributed = attribution.integrated(metric, np.ones((L, F), np.float32), steps=8)
 
-Gates may be any pytree, such as a dictionary of sites. All of it runs inside or outside `jax.jit`;
-outside, a metric or a slope that is not finite is an error.
+Gates may be any pytree, such as a dictionary of sites. All functions work inside and outside of
+`jax.jit`; outside, a metric or gradient that is not finite raises an error.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mllm_jax.analysis import checks
 
 
 class Attribution(NamedTuple):
-    """What goes through each gate.
+    """The attribution of a metric to gates.
 
     Attributes:
-        values: in the shapes of the gates, in units of the metric.
-        metric: float[], with the gates as they were given.
+        values: attribution of each gate, in the units of the metric.
+        metric: float[], the metric with the given gates.
     """
 
     values: Any
@@ -38,33 +38,33 @@ class Attribution(NamedTuple):
 
 
 def first_order(metric: Callable[[Any], jax.Array], gates: Any) -> Attribution:
-    """gate * d metric / d gate: the change from closing a gate alone, to first order.
+    """Compute gate * d metric / d gate: the effect of closing each gate alone, to first order.
 
     Mozer and Smolensky 1988, "Skeletonization"; as attribution patching, Nanda 2023.
 
     Args:
-        metric: of the gates; a scalar.
-        gates: arrays.
+        metric: gates -> a scalar.
+        gates: a pytree of arrays.
     """
     value, slope = jax.value_and_grad(metric)(gates)
     return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), value))
 
 
 def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) -> Attribution:
-    """Integrated gradients from closed gates: gate * the mean slope on the way from 0 to the gates.
+    """Compute integrated gradients: gate * the mean gradient along the line from 0 to the gates.
 
-    Sundararajan et al. 2017, equation 1, by the midpoint rule. The values of all gates add up to
-    metric(gates) - metric(0), as nearly as the steps are fine.
+    Sundararajan et al. 2017, equation 1, by the midpoint rule. The values of all gates sum to
+    metric(gates) - metric(0) up to the error of that rule.
 
     Args:
-        metric: of the gates; a scalar.
-        gates: arrays.
-        steps: gradients that are averaged; they are computed one after the other.
+        metric: gates -> a scalar.
+        gates: a pytree of arrays.
+        steps: number of gradients that are averaged; they are computed in sequence.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: integrated gradients need one or more")
 
-    def add(total, share):
+    def add(total: Any, share: jax.Array) -> tuple[Any, None]:
         slope = jax.grad(metric)(jax.tree.map(lambda gate: gate * share, gates))
         return jax.tree.map(jnp.add, total, slope), None
 
@@ -76,17 +76,17 @@ def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) ->
     return _checked(Attribution(values, metric(gates)))
 
 
-def _checked(found: Attribution) -> Attribution:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+def _checked(attribution: Attribution) -> Attribution:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(attribution):
         if not isinstance(leaf, jax.core.Tracer):
             checks.finite(leaf, f"attribution{jax.tree_util.keystr(path)}")
-    return found
+    return attribution
 
 
 def top(values: np.ndarray, count: int) -> np.ndarray:
-    """int64[count, axes]: where the largest values are, largest first; ties in order of place.
+    """Return the indices of the largest values, int64[count, axes], largest first.
 
-    All of them where there are no more than `count`.
+    Equal values are in the order of their indices. Fewer values than `count` are all returned.
     """
     values = checks.finite(values, "values")
     if count < 0:
@@ -96,7 +96,7 @@ def top(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def top_mask(values: np.ndarray, count: int) -> np.ndarray:
-    """bool, in the shape of values: the `count` largest, an address of an edit."""
+    """Return a mask of the `count` largest values: an address for an edit."""
     mask = np.zeros(np.shape(values), bool)
     mask[tuple(top(values, count).T)] = True
     return mask

@@ -1,44 +1,46 @@
-"""What every function of the analysis asks of its arrays: numbers, all finite, in float64."""
+"""Checks of the arrays that functions of the analysis get: finite numbers, as float64."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 COUNTS = {1: "one axis", 2: "two axes", 3: "three axes"}
 
 
-def finite(values, name: str, *, axes: str | None = None) -> np.ndarray:
-    """The values in float64.
+def finite(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
+    """Return an array of finite numbers as float64.
 
     Args:
         values: an array.
-        name: of the argument, for the error.
-        axes: what its axes are, such as "[N, F]"; None takes any number of them.
+        name: name of the argument, for the error message.
+        axes: its axes, such as "[N, F]"; None allows any.
 
     Raises:
-        ValueError: it is no array of numbers, has other axes, or holds a value that is not finite;
-            the message says which is the first.
+        ValueError: it is no array of numbers, has other axes, or holds a value that is not finite,
+            the first of which is named.
     """
     values = numbers(values, name, axes=axes).astype(np.float64)
     _refuse(values, ~np.isfinite(values), name, "every value must be finite")
     return values
 
 
-def not_nan(values, name: str, *, axes: str | None = None) -> np.ndarray:
-    """As `finite`, but a value may be infinite: scores, of which -inf is none at all."""
+def not_nan(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
+    """Return an array as `finite` does, but allow infinite values, such as a score of -inf."""
     values = numbers(values, name, axes=axes).astype(np.float64)
     if np.isnan(values).any():
         raise ValueError(f"{name}{np.argwhere(np.isnan(values))[0].tolist()} is not a number")
     return values
 
 
-def numbers(values, name: str, *, axes: str | None = None) -> np.ndarray:
-    """The values as an array of real numbers, in their own type."""
+def numbers(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
+    """Return an array of real numbers in its own dtype."""
     values = np.asarray(values)
     real = values.dtype == bool or np.issubdtype(values.dtype, np.number)
     if not values.size and values.dtype == object:
         real = True
-    # bfloat16 and its like belong to ml_dtypes, and NumPy knows no kind for them
+    # bfloat16 and similar dtypes are from ml_dtypes, and NumPy has no kind for them.
     if np.iscomplexobj(values) or not (real or values.dtype.kind == "V"):
         raise ValueError(f"{name} must hold real numbers, not {values.dtype}")
     if axes is not None and values.ndim != (count := axes.count(",") + 1):
@@ -47,21 +49,21 @@ def numbers(values, name: str, *, axes: str | None = None) -> np.ndarray:
 
 
 def at_least(values: np.ndarray, least: float, name: str) -> np.ndarray:
-    """The values, none of them below `least`."""
+    """Return the values if none is below `least`."""
     _refuse(values, values < least, name, f"no value may be below {least}")
     return values
 
 
-def integers(values, name: str, *, axes: str | None = None) -> np.ndarray:
-    """The values as they are, if they are integers."""
+def integers(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
+    """Return the values if they are integers."""
     values = numbers(values, name, axes=axes)
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"{name} must be integers, not {values.dtype}")
     return values
 
 
-def mask(values, name: str) -> np.ndarray:
-    """The values as they are, if they are booleans."""
+def mask(values: Any, name: str) -> np.ndarray:
+    """Return the values if they are booleans."""
     values = np.asarray(values)
     if values.dtype != bool:
         raise ValueError(f"{name} must be a mask of booleans, not {values.dtype}")

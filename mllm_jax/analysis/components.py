@@ -13,9 +13,9 @@ class Components(NamedTuple):
     """The directions in which features vary most.
 
     Attributes:
-        scores: float64[N, k], each example's coordinates.
-        axes: float64[k, F], of length one; the entry of largest size is positive.
-        share: float64[k], of the whole variance; 0 where nothing varies.
+        scores: float64[N, k], coordinates of each example.
+        axes: float64[k, F], unit vectors whose entry of largest absolute value is positive.
+        share: float64[k], share of the total variance; 0 where nothing varies.
         centre: float64[F], the mean.
     """
 
@@ -26,11 +26,11 @@ class Components(NamedTuple):
 
 
 def principal(features: np.ndarray, k: int = 2) -> Components:
-    """The first k principal components.
+    """Compute the first k principal components.
 
     Args:
-        features: float[N, F], such as the mean over the tokens of a picture.
-        k: how many, at most N and F.
+        features: float[N, F], such as the mean over the tokens of each picture.
+        k: number of components, at most N and F.
     """
     features = checks.finite(features, "features", axes="[N, F]")
     if not 1 <= k <= min(features.shape):
@@ -38,7 +38,7 @@ def principal(features: np.ndarray, k: int = 2) -> Components:
     centred = _centred(features)
     left, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)[:, 0]
-    sign = np.where(largest < 0, -1.0, 1.0)[:k]  # a component has no direction of its own
+    sign = np.where(largest < 0, -1.0, 1.0)[:k]  # the sign of a component is arbitrary
     variance = (sizes / (sizes[0] or 1)) ** 2
     share = variance[:k] / (variance.sum() or 1)
     scores, centre = left[:, :k] * sizes[:k] * sign, features[0] - centred[0]
@@ -46,11 +46,11 @@ def principal(features: np.ndarray, k: int = 2) -> Components:
 
 
 def between(features: np.ndarray, domain: np.ndarray) -> float:
-    """Share of the variance that lies between the means of domains, 0 to 1; 0 if nothing varies.
+    """Compute the share of the variance between the means of domains, 0 to 1; 0 if nothing varies.
 
     Args:
-        features: float[N, F].
-        domain: int[N], each example's domain.
+        features: float[N, F], of each example.
+        domain: int[N], the domain of each example.
     """
     features = checks.finite(features, "features", axes="[N, F]")
     domain = checks.numbers(domain, "domain")
@@ -67,6 +67,6 @@ def between(features: np.ndarray, domain: np.ndarray) -> float:
 
 
 def _centred(features: np.ndarray) -> np.ndarray:
-    """Less the mean. What is constant is zero exactly, whatever the mean of it is rounded to."""
+    """Subtract the mean; a constant becomes exactly zero, however its mean is rounded."""
     apart = features - features[0]
     return apart - apart.mean(axis=0)

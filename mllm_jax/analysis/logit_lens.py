@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mllm_jax.analysis import checks, intervals
 
 
-def entropy_curve(sums: np.ndarray, tokens: np.ndarray, **options) -> intervals.Interval:
-    """Mean entropy per token by layer and token kind, with a bootstrap interval over examples.
+def entropy_curve(
+    sums: np.ndarray, tokens: np.ndarray, **options: Any
+) -> intervals.Interval[np.ndarray]:
+    """Compute the mean entropy per token by layer and kind, with an interval over examples.
 
     Args:
-        sums: float[N, L, kinds], sum over an example's tokens of the entropy of their lens, nats.
-        tokens: int[N, kinds], number of those tokens. An example may lack a kind; at least one
-            must have it.
+        sums: float[N, L, kinds], sum of the logit-lens entropies of an example's tokens, nats.
+        tokens: int[N, kinds], number of those tokens. An example may have none of a kind, but not
+            all examples.
         **options: level, resamples and seed, as in `intervals.ratio`.
 
     Returns:
-        Interval of float64[L, kinds], nats.
+        The interval of float64[L, kinds], nats.
     """
     sums, tokens = checks.finite(sums, "sums"), checks.finite(tokens, "tokens")
     if sums.ndim != 3 or tokens.shape != (sums.shape[0], sums.shape[2]):

@@ -1,8 +1,8 @@
-"""What MMNeuron's released code does around the selection, for reproducing its numbers.
+"""The steps of MMNeuron's released code around the selection, for reproducing its numbers.
 
 The selection itself is `domain_neurons.select(..., compat="official")`, the metrics are in
-`mllm_jax.evaluation.metrics.official`, the prompts in `mllm_jax.data.vqa.prompts`. Every
-difference from the defaults, and why they differ, is told in docs/official.md.
+`mllm_jax.evaluation.metrics.official`, the prompts in `mllm_jax.data.vqa.prompts`.
+docs/official.md explains every difference from the defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm_jax.analysis import checks
 
-# The release's names of modules, and the sites where it counts and cuts.
+# The release's names of modules, and the sites where it counts activations and sets them to 0.
 SITES = {
     "lang": "lm.mlp.act",
     "vision": "vision.mlp.act",
@@ -22,7 +22,7 @@ SITES = {
     "qformer": "qformer.mlp.act",
     "query": "qformer.query_mlp.act",
 }
-# The sets that it evaluates.
+# The sets of modules that it evaluates.
 EVALUATED = {
     "llava_next": ((), ("lang",), ("vision",), ("mmproj",), ("lang", "vision", "mmproj")),
     "instructblip": (
@@ -30,30 +30,31 @@ EVALUATED = {
         ("lang", "encoder", "qformer"),
     ),
 }  # fmt: skip
-TEMPERATURE = 0.9  # it samples, without a seed
-MAX_LENGTH = 512  # of prompt and answer together
-GENERATED = 1001  # examples of each domain
-COUNTED = 10_001  # at most; see `examples_counted`
-SNAPSHOT = 100_000  # vision tokens
+TEMPERATURE = 0.9  # it samples without a seed
+MAX_LENGTH = 512  # tokens of prompt and answer together
+GENERATED = 1001  # examples of each domain for which it generates answers
+COUNTED = 10_001  # largest number of examples that it counts; see `examples_counted`
+SNAPSHOT = 100_000  # vision tokens between two files of counts
 
 
 def examples_counted(vision_tokens: Iterable[int], every: int = SNAPSHOT) -> int:
-    """How many examples of a domain decide its neurons.
+    """Count the examples of a domain from which the release identifies its neurons.
 
-    The release writes its counts when the vision tokens read so far first reach a multiple of
+    The release writes its counts when the number of vision tokens first reaches a multiple of
     100,000, and identifies neurons from the first of these files alone: about 35 pictures of five
     tiles.
 
     Args:
-        vision_tokens: of each example in order, such as 2885 for five tiles of 577.
-        every: tokens between two files.
+        vision_tokens: number of vision tokens of each example, in order, such as 2885 for five
+            tiles of 577.
+        every: number of tokens between two files.
 
     Returns:
-        Examples in the first file.
+        The number of examples in the first file.
 
     Raises:
-        ValueError: that file is never written: too few tokens in 10,001 examples, or one example
-            that leads past it.
+        ValueError: this file is never written: there are too few tokens in 10,001 examples, or one
+            example skips it.
     """
     total = 0
     for number, count in enumerate(vision_tokens, 1):
@@ -68,10 +69,10 @@ def examples_counted(vision_tokens: Iterable[int], every: int = SNAPSHOT) -> int
 
 
 def ablated(modules: Iterable[str]) -> tuple[str, ...]:
-    """The modules that the release really cuts when it is told to cut `modules`.
+    """Return the modules that the release ablates when it is given `modules`.
 
-    "vision" cuts the projector too and "qformer" the queries, which is meant. "mmproj" alone cuts
-    nothing, which is a typing error in it.
+    "vision" also ablates the projector and "qformer" the queries, which is intended. "mmproj" alone
+    ablates nothing, because of a typing error in the release.
     """
     modules = tuple(modules)
     if unknown := [module for module in modules if module not in SITES]:
@@ -81,19 +82,19 @@ def ablated(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def max_new_tokens(prompt_tokens: int) -> int:
-    """Tokens that it generates at most after a prompt of so many; image tokens count as read."""
+    """Return its limit of new tokens after a prompt, whose image tokens count as expanded."""
     return max(1, MAX_LENGTH - prompt_tokens)
 
 
 def lists(mask: np.ndarray) -> list[list[np.ndarray]]:
-    """The neurons as the release's `identify.py` returns them.
+    """Return the neurons in the form of the release's `identify.py`.
 
     Args:
-        mask: bool[D_, L, F].
+        mask: bool[D_, L, F], the neurons of each domain.
 
     Returns:
-        A list over domains of a list over layers of int64 indices. Domains without neurons are
-        missing at the end of the list, and there alone.
+        A list over domains of lists over layers of int64 indices. Domains without neurons are
+        missing at the end of the list only.
     """
     mask = checks.mask(mask, "mask")
     last = max(np.flatnonzero(mask.any(axis=(1, 2))), default=-1)

@@ -1,16 +1,16 @@
-"""Probes: how well a classifier reads the class from frozen features (Verma et al. 2024, 4).
+"""Probes: how well a classifier predicts the class from frozen features (Verma et al. 2024, 4).
 
-Features are one vector a picture. Several seeds, and several sites of one width, are trained in
-one compiled program, side by side:
+Features are one vector for each picture. Probes of several seeds, and of several sites of one
+width, are trained in parallel in one compiled program:
 
     names, ids = probe.class_ids(labels)
     train, held, test = (probe.Part(features[split], ids[split]) for split in ...)
-    found = probe.fit(probe.AFTER, train, held, test, classes=len(names), seeds=(0, 1, 2))
-    found.predicted                                      # int32[seeds, N], on the test pictures
+    fitted = probe.fit(probe.AFTER, train, held, test, classes=len(names), seeds=(0, 1, 2))
+    fitted.predicted                                     # int32[seeds, N], on the test pictures
 
 BEFORE and AFTER are the paper's probes of the two sides of the projection. They differ in depth and
-width, so that their figures differ for more reasons than the projection; `matched` reads both sides
-through the same probe on as many numbers, and LINEAR asks what can be read without any depth.
+width, so that their results differ for more reasons than the projection; `matched` gives both sides
+the same probe on equally many numbers, and LINEAR is a probe without hidden layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import optax
 from mllm_jax.analysis import checks
 from mllm_jax.numerics import precision
 
-AT_ONCE = 50_000_000  # parameters of the probes that are trained side by side
+AT_ONCE = 50_000_000  # largest number of parameters of the probes that are trained in parallel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,16 @@ class Probe:
     """A multilayer perceptron with ReLU, its inputs, and how it is trained, by Adam.
 
     Attributes:
-        hidden: widths between the features and the classes; none is a linear probe.
-        standard: whether features are standardised, by the mean and deviation of those for
-            training.
-        components: how many principal components of the features it reads; None is the features.
+        hidden: widths of the hidden layers; a linear probe has none.
+        standard: whether features are standardised, by the mean and standard deviation of the
+            training examples.
+        components: number of principal components that it reads; None reads the features.
         rate: learning rate.
-        batch: examples of a step.
-        epochs: at most.
-        patience: epochs without a lower loss on held-out examples that end the training; the
-            weights of the lowest are used. None never stops, and uses the last.
-        least: nats by which a loss must be lower to count.
+        batch: number of examples of a step.
+        epochs: largest number of epochs.
+        patience: number of epochs without a lower held-out loss after which training ends; the
+            weights of the lowest loss are used. None trains all epochs and uses the last weights.
+        least: smallest decrease of the held-out loss that counts, nats.
     """
 
     hidden: tuple[int, ...] = ()
@@ -59,35 +59,35 @@ class Probe:
     least: float = 0.0
 
     def widths(self, features: int, classes: int) -> tuple[int, ...]:
-        """From the input to the output, of features of a width."""
+        """Return the widths from the input to the output, for features of a width."""
         return min(features, self.components or features), *self.hidden, classes
 
     def parameters(self, features: int, classes: int) -> int:
-        """How many numbers it learns."""
+        """Count its parameters."""
         return sum((n + 1) * m for n, m in itertools.pairwise(self.widths(features, classes)))
 
 
-# The paper, appendix: 1024 and 4096 wide are its features; Adam 1e-4, batch 128, early stopping.
+# The paper's appendix: features of 1024 and 4096 numbers; Adam 1e-4, batch 128, early stopping.
 BEFORE = Probe(hidden=(2000, 3600, 1024, 600, 256), standard=False)
 AFTER = Probe(hidden=(2048, 1536, 1024, 512, 256), standard=False)
 LINEAR = Probe(rate=1e-2)
 
 
 def released(probe: Probe) -> Probe:
-    """The same trained as the paper's released code does it: 100 epochs, none held out."""
+    """Return the probe trained as in the paper's released code: 100 epochs, none held out."""
     return dataclasses.replace(probe, rate=1e-3, batch=32, epochs=100, patience=None)
 
 
 def matched(*widths: int, hidden: Sequence[int] = (256,)) -> Probe:
-    """The control that the paper lacks: one probe for sites of several widths.
+    """Return one probe for sites of several widths, a control that the paper lacks.
 
-    Each site is read through as many principal components as the narrowest has numbers.
+    It reads as many principal components of each site as the narrowest site has numbers.
     """
     return Probe(hidden=tuple(hidden), components=min(widths), rate=1e-3)
 
 
 class Part(NamedTuple):
-    """Examples.
+    """The features and labels of some examples.
 
     Attributes:
         features: float[N, W], or float[S, N, W] of several sites.
@@ -99,28 +99,28 @@ class Part(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """What probes say of the test examples, R seeds. With several sites, their axis leads.
+    """Predictions of probes with R seeds. With several sites, their axis leads.
 
     Attributes:
-        predicted: int32[R, N].
-        epochs: int32[R], after how many the weights were taken.
-        losses: float32[R, epochs], nats per held-out example; nan where training had ended.
+        predicted: int32[R, N], the class of each test example.
+        epochs: int32[R], the number of epochs after which the weights were taken.
+        losses: float32[R, epochs], nats per held-out example; nan after the end of training.
     """
 
-    predicted: np.ndarray
-    epochs: np.ndarray
-    losses: np.ndarray
+    predicted: np.ndarray | jax.Array
+    epochs: np.ndarray | jax.Array
+    losses: np.ndarray | jax.Array
 
 
 def class_ids(labels: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The classes in alphabetic order, and int32[N], the place of each label among them."""
+    """Return the classes in alphabetic order, and the index of each label among them, int32[N]."""
     names = tuple(sorted(set(labels)))
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([place[label] for label in labels], np.int32)
 
 
 def hold_out(labels: np.ndarray, share: float = 0.2, *, seed: int = 0) -> np.ndarray:
-    """bool[N]: a share of each class, drawn; one example at least of a class with two."""
+    """Draw a share of each class, bool[N]: at least one example of a class with two or more."""
     if not 0 < share < 1:
         raise ValueError(f"share={share} lies outside (0, 1)")
     labels = np.asarray(labels)
@@ -140,15 +140,22 @@ def fit(
     classes: int,
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Fitted:
-    """Trains a probe with each seed on each site.
+    """Train a probe with each seed on each site.
 
     Args:
-        train: to learn from. held: decides when to stop. test: is classified, never learned from.
-        classes: C.
-        seeds: of the first weights and of the order of the examples.
+        probe: the architecture and how it is trained.
+        train: the examples to learn from.
+        held: the examples whose loss decides when to stop.
+        test: the examples to classify.
+        classes: number of classes, C.
+        seeds: seeds of the initial weights and of the order of the examples.
 
     Returns:
-        What they say; equal for equal arguments.
+        The predictions for the test examples; equal for equal arguments.
+
+    Raises:
+        ValueError: features and labels do not match, or are not finite.
+        FloatingPointError: the held-out loss is not finite.
     """
     parts = [_checked(part, name, classes) for part, name in
              zip((train, held, test), ("train", "held", "test"), strict=True)]  # fmt: skip
@@ -168,23 +175,27 @@ def fit(
     )
     shape = (len(sites[0]), len(seeds)) if several else (len(seeds),)
     rows = [np.asarray(a).reshape(-1, *a.shape[2:])[:count] for a in fitted]
-    found = Fitted(*(a.reshape(*shape, *a.shape[1:]) for a in rows))
-    if not np.isfinite(found.losses[..., 0]).all():
+    results = Fitted(*(a.reshape(*shape, *a.shape[1:]) for a in rows))
+    if not np.isfinite(results.losses[..., 0]).all():
         raise FloatingPointError(
             f"the held-out loss of a probe is not finite after one epoch; lower its rate (now "
             f"{probe.rate}) or standardise its features"
         )
-    return found
+    return results
 
 
 def prepare(probe: Probe, train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Features as a probe reads them: float32[S, N, W] each.
+    """Standardise features and project them on principal components, as a probe requires.
 
-    A feature that does not vary in `train`, but for what float32 rounds, is centred alone.
+    A feature that does not vary in `train`, beyond rounding in float32, is only centred.
 
     Args:
-        train: float[S, N, W], which means, deviations and components are of.
-        others: of the same sites.
+        probe: whether to standardise, and the number of components.
+        train: float[S, N, W], from which means, deviations and components are computed.
+        *others: float[S, N, W], other examples of the same sites.
+
+    Returns:
+        float32[S, N, W] of each.
     """
     parts = [_float32(x) for x in (train, *others)]
     if probe.components is not None and parts[0].shape[1] < 2:
@@ -211,7 +222,7 @@ def _float32(features: np.ndarray) -> np.ndarray:
 
 
 def start(widths: Sequence[int], key: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """First weights [n, m] and biases [m], distributed as those of PyTorch's nn.Linear."""
+    """Draw initial weights [n, m] and biases [m] with the distribution of PyTorch's nn.Linear."""
     params = []
     for n, m in itertools.pairwise(widths):
         key, kernel, bias = jax.random.split(key, 3)
@@ -221,7 +232,7 @@ def start(widths: Sequence[int], key: jax.Array) -> list[tuple[jax.Array, jax.Ar
 
 
 def logits(params: Sequence[tuple[Any, Any]], x: jax.Array) -> jax.Array:
-    """float32[N, C] of features float32[N, W]."""
+    """Compute the logits float32[N, C] of features float32[N, W]."""
     *first, (kernel, bias) = params
     for weight, offset in first:
         x = jax.nn.relu(precision.matmul(x, weight) + offset)
@@ -229,17 +240,19 @@ def logits(params: Sequence[tuple[Any, Any]], x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("probe", "classes"))
-def _fit(probe: Probe, train: Part, held: Part, test: Part, lanes, *, classes) -> Fitted:
-    """Of lanes int32[turns, lanes, 2], (site, seed) each, side by side in each turn."""
+def _fit(
+    probe: Probe, train: Part, held: Part, test: Part, lanes: jax.Array, *, classes: int
+) -> Fitted:
+    """Train lanes int32[turns, lanes, 2] of (site, seed), those of a turn in parallel."""
 
-    def turn(lanes):
+    def turn(lanes: jax.Array) -> Fitted:
         return _train(probe, classes, train, held, test, lanes[:, 0], lanes[:, 1])
 
     return jax.lax.map(turn, lanes)
 
 
 class _State(NamedTuple):
-    """Of one probe: its weights now, and those of the lowest held-out loss."""
+    """The training state of one probe: its weights, and those of the lowest held-out loss."""
 
     params: Any
     adam: Any
@@ -248,10 +261,18 @@ class _State(NamedTuple):
     losses: Any
 
 
-def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, sites, seeds):
-    """Probes side by side, until the held-out loss of none has fallen for a while.
+def _train(
+    probe: Probe,
+    classes: int,
+    train: Part,
+    held: Part,
+    test: Part,
+    sites: jax.Array,
+    seeds: jax.Array,
+) -> Fitted:
+    """Train probes in parallel until all have stopped early.
 
-    One that is done earlier learns on with the others, but its best weights stay.
+    One that has stopped continues with the others, but its best weights stay.
     """
     N, width = train.features.shape[1:]
     batch = min(probe.batch, N)
@@ -259,21 +280,21 @@ def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, site
     weight = (np.arange(steps * batch) < N).astype(np.float32).reshape(steps, batch)
     adam = optax.adam(probe.rate)
 
-    def loss(params, x, labels, weight):
-        wrong = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels)
-        return (wrong * weight).sum() / weight.sum()
+    def loss(params: Any, x: Any, labels: Any, weight: Any) -> jax.Array:
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels)
+        return (nll * weight).sum() / weight.sum()
 
-    def begin(key) -> _State:
+    def begin(key: jax.Array) -> _State:
         params = start((width, *probe.hidden, classes), key)
         losses = jnp.full((probe.epochs,), jnp.nan)
         return _State(params, adam.init(params), params, jnp.int32(0), losses)
 
-    def going(now: _State, number):
-        waiting = probe.patience is None or number - now.taken < probe.patience
-        return (number < probe.epochs) & waiting
+    def is_training(now: _State, number: jax.Array) -> jax.Array:
+        is_patient = probe.patience is None or number - now.taken < probe.patience
+        return (number < probe.epochs) & is_patient
 
-    def epoch(now: _State, number, site, key) -> _State:
-        def step(carry, drawn):
+    def epoch(now: _State, number: jax.Array, site: jax.Array, key: jax.Array) -> _State:
+        def step(carry: Any, drawn: Any) -> tuple[Any, None]:
             params, state = carry
             at, weight = drawn
             slope = jax.grad(loss)(params, train.features[site, at], train.labels[at], weight)
@@ -286,7 +307,7 @@ def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, site
         value = loss(params, held.features[site], held.labels, jnp.ones(held.labels.shape))
         lowest = jnp.nanmin(now.losses, initial=jnp.inf)
         lower = (value < lowest - probe.least) | (probe.patience is None)
-        active = going(now, number)
+        active = is_training(now, number)
         return _State(
             params,
             state,
@@ -298,12 +319,12 @@ def _train(probe: Probe, classes: int, train: Part, held: Part, test: Part, site
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
     every = jax.vmap(epoch, (0, None, 0, 0))
     _, end = jax.lax.while_loop(
-        lambda carry: jax.vmap(going, (0, None))(carry[1], carry[0]).any(),
+        lambda carry: jax.vmap(is_training, (0, None))(carry[1], carry[0]).any(),
         lambda carry: (carry[0] + 1, every(carry[1], carry[0], sites, keys[:, 1])),
         (jnp.int32(0), jax.vmap(begin)(keys[:, 0])),
     )
-    said = jax.vmap(logits)(end.best, test.features[sites]).argmax(-1).astype(jnp.int32)
-    return Fitted(said, end.taken, end.losses)
+    predicted = jax.vmap(logits)(end.best, test.features[sites]).argmax(-1).astype(jnp.int32)
+    return Fitted(predicted, end.taken, end.losses)
 
 
 def _checked(part: Part, name: str, classes: int) -> Part:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mllm_jax.checkpoints import files, schema
+from mllm_jax import files
+from mllm_jax.checkpoints import schema
 
 Config = TypeVar("Config")
 

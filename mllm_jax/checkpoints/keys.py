@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 
 Shape = tuple[int, ...]
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax import store
-from mllm_jax.checkpoints import archive, files, torch_file
+from mllm_jax import files, store
+from mllm_jax.checkpoints import archive, torch_file
 
 _MOST = 2**29  # neurons over all domains and layers of a mask: a domain of Llama 405B has 7 million
 _MOST_LISTS = 2**17

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 from mllm_jax.checkpoints.networks import llama
 
 _OUTER = {

@@ -14,7 +14,7 @@ import onnx
 import tqdm
 from onnx import numpy_helper
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 from mllm_jax.checkpoints.networks import clip
 
 _QUANTISED = "/MatMul_quant"

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 
 
 @dataclasses.dataclass(frozen=True)

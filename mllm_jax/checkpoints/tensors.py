@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
-from mllm_jax import store
-from mllm_jax.checkpoints import files, torch_file
+from mllm_jax import files, store
 from mllm_jax.checkpoints import keys as keys_
+from mllm_jax.checkpoints import torch_file
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first there is, whole or in shards

@@ -20,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mllm_jax import store
-from mllm_jax.checkpoints import archive, files
+from mllm_jax import files, store
+from mllm_jax.checkpoints import archive
 from mllm_jax.checkpoints.stored import Stored, row_major
 
 _STORAGES = {

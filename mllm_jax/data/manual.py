@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from mllm_jax.processors import files, pictures
+from mllm_jax import files
+from mllm_jax.processors import pictures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Generation and scoring."""
+"""Evaluation: classification by generated answers and by scores, CLIP zero-shot, metrics."""

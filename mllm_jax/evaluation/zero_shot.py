@@ -1,7 +1,7 @@
-"""Classification by CLIP without training: the class whose name fits a picture best.
+"""Classification by CLIP without training: the class whose name is most similar to a picture.
 
-model, processor = clip.load("openai/clip-vit-large-patch14-336")     # checkpoints.clip
-said = zero_shot.zero_shot(model, processor, pictures, task.classes)
+model, processor = clip.load("openai/clip-vit-large-patch14-336")     # loading.clip
+predicted = zero_shot.zero_shot(model, processor, pictures, task.classes)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mllm_jax.models.clip_text import Clip
 from mllm_jax.processors.clip import ClipProcessor
 from mllm_jax.sharding import mesh
 
-# What the pipeline `zero-shot-image-classification` of transformers says, which Verma et al. 2024
-# gave the classes in lower case.
+# The template of the pipeline `zero-shot-image-classification` of transformers, which Verma et al.
+# 2024 used with classes in lower case.
 TEMPLATE = "This is a photo of {}."
 
 
@@ -32,31 +32,32 @@ def zero_shot(
     *,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """int32[N]: of each picture, the label that fits it best, counted from 0.
+    """Return the most similar label of each picture, int32[N], counted from 0.
 
     Args:
-        model, processor: as `checkpoints.clip.load` gives them.
-        pictures: N, see `data.pictures.read`; read as they are needed.
-        labels: C names of classes; they are read in lower case.
-        batch_size: pictures at one time.
+        model: the model, from `loading.clip.load`.
+        processor: its processor.
+        pictures: N pictures, see `data.pictures.read`; an iterator is read batch by batch.
+        labels: C names of classes, which are used in lower case.
+        batch_size: number of pictures of a batch.
     """
     if not labels:
         raise ValueError("no labels to choose from")
     prompts = [TEMPLATE.format(label.lower()) for label in labels]
     model = mesh.replicate(model)
     texts = _texts(model, processor.texts(prompts))
-    found = [np.zeros(0, np.int32)]
+    predicted = [np.zeros(0, np.int32)]
     count = operator.length_hint(pictures) or None
     with tqdm.tqdm(desc="CLIP zero-shot", total=count, leave=False) as bar:
         pictures = iter(pictures)
-        while some := list(itertools.islice(pictures, batch_size)):
-            pixels = processor.pictures(some)
-            full = np.zeros((batch_size, *pixels.shape[1:]), np.float32)
-            full[: len(some)] = pixels
-            logits = np.asarray(mesh.gather_to_host(_logits(model, full, texts)))
-            found.append(logits[: len(some)].argmax(-1).astype(np.int32))
-            bar.update(len(some))
-    return np.concatenate(found)
+        while batch := list(itertools.islice(pictures, batch_size)):
+            pixels = processor.pictures(batch)
+            padded = np.zeros((batch_size, *pixels.shape[1:]), np.float32)
+            padded[: len(batch)] = pixels
+            logits = np.asarray(mesh.gather_to_host(_logits(model, padded, texts)))
+            predicted.append(logits[: len(batch)].argmax(-1).astype(np.int32))
+            bar.update(len(batch))
+    return np.concatenate(predicted)
 
 
 @jax.jit

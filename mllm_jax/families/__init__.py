@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 from mllm_jax.families.base import Family, OriginalLayout
 from mllm_jax.models.multimodal import MultimodalConfig
 

@@ -18,7 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.checkpoints import files, keys, schema, tensors
+from mllm_jax import files
+from mllm_jax.checkpoints import keys, schema, tensors
 from mllm_jax.checkpoints.stored import Stored
 
 CONFIG = "adapter_config.json"

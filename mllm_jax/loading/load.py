@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import families
+from mllm_jax import families, files
 from mllm_jax.checkpoints import fields as fields_
-from mllm_jax.checkpoints import files, keys, tensors
+from mllm_jax.checkpoints import keys, tensors
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.loading import adapters, embedded, settings, sources
 from mllm_jax.loading.sources import locate, read_config, read_fields

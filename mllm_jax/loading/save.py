@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mllm_jax import families
-from mllm_jax.checkpoints import files, keys, tensors, torch_file
+from mllm_jax import families, files
+from mllm_jax.checkpoints import keys, tensors, torch_file
 from mllm_jax.loading import load
 from mllm_jax.models.multimodal import MultimodalModel
 from mllm_jax.sharding import hosts, mesh

@@ -7,8 +7,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_jax import files
 from mllm_jax.checkpoints import fields as fields_
-from mllm_jax.checkpoints import files, schema
+from mllm_jax.checkpoints import schema
 
 PICTURES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"

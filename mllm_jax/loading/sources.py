@@ -9,8 +9,8 @@ from typing import Any
 
 import huggingface_hub
 
-from mllm_jax import families
-from mllm_jax.checkpoints import files, schema
+from mllm_jax import families, files
+from mllm_jax.checkpoints import schema
 from mllm_jax.checkpoints import tensors as tensors_
 from mllm_jax.checkpoints.stored import Stored
 from mllm_jax.families.base import Family

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_jax.checkpoints import files
+from mllm_jax import files
 from mllm_jax.processors import pictures, tokenizers
 
 # A picture's shorter side is scaled to as many sides of a tile, at most.

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageCms
 
-from mllm_jax.processors import files
+from mllm_jax import files
 
 # What is opened, by Pillow's names; JPEG includes MPO. HEIF is there once a program has called
 # pillow_heif.register_heif_opener(). Never a format that starts a program: EPS, PDF.

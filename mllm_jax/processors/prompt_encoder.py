@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mllm_jax import tokens
-from mllm_jax.checkpoints import files
+from mllm_jax import files, tokens
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from mllm_jax.checkpoints.files import shown as short
+from mllm_jax.files import shown as short
 
 IMAGE = "<image>"
 Chat = list[dict[str, Any]]

@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm_jax import tokens
-from mllm_jax.checkpoints import files
+from mllm_jax import files, tokens
 from mllm_jax.processors.prompts import IMAGE, short
 
 if TYPE_CHECKING:

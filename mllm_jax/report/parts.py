@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import figures, page, tables
+from mllm_jax.report import page, style, tables
 
+FORMAT = 1  # version of results.json; raised when keys change
 NAMES = {
     "vision": "Vision encoder",
     "qformer": "Q-Former, text",
@@ -22,9 +23,14 @@ NAMES = {
 
 
 def require(results: Mapping, keys: Sequence[str], study: str) -> None:
-    """Refuses the results of a study that lack some of the keys."""
+    """Refuse the results of a study that lack some of its keys, or have another format."""
     if missing := [key for key in keys if key not in results]:
         raise ValueError(f"results of {study} lack {', '.join(missing)}; run the study again")
+    if results.get("format") != FORMAT:
+        raise ValueError(
+            f"results of {study} have format {results.get('format')}, and this version reads "
+            f"{FORMAT}; run the study again"
+        )
 
 
 def png(
@@ -32,7 +38,7 @@ def png(
 ) -> page.Figure:
     """Writes figures/NAME.png."""
     path = f"figures/{name}.png"
-    figures.save(figure, folder / path)
+    style.save(figure, folder / path)
     return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: which parts train, what is minimised, and the loop."""
+"""Fine-tuning: the parts that train, the losses, the loop and its checkpoints."""

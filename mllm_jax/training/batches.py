@@ -1,4 +1,4 @@
-"""Training batches of one question a row, on vision features that were computed before."""
+"""Training batches of one question a row, with precomputed vision features."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from mllm_jax.processors.processor import Processor
 
 @dataclasses.dataclass(frozen=True)
 class AnswerBatches:
-    """A sequence of batches, always the same at the same place; each epoch has its own order.
+    """A deterministic sequence of batches; each epoch has its own order.
 
     Attributes:
+      processor: the processor of the model.
       ask: (example, epoch) -> its question, which may differ from epoch to epoch.
-      features: float[N, P, E], of the examples.
-      size: rows of a batch. count: batches. length: tokens of a row.
-      seed: of the order.
+      features: float[N, P, E], vision features of the examples.
+      size: number of rows of a batch.
+      count: number of batches.
+      length: number of tokens of a row.
+      seed: seed of the order.
       end: whether the end of turn after an answer is learned.
     """
 
@@ -39,26 +42,27 @@ class AnswerBatches:
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < self.count:
             raise IndexError(f"batch {number} of {self.count}")
-        drawn = [self._drawn(at) for at in range(number * self.size, (number + 1) * self.size)]
-        asked = [self.ask(*one) for one in drawn]
+        rows = range(number * self.size, (number + 1) * self.size)
+        drawn = [self._draw(row) for row in rows]
+        questions = [self.ask(example, epoch) for example, epoch in drawn]
         batch = self.processor(
             None,
-            [q.prompt for q in asked],
-            answers=[q.answer for q in asked],
-            features=np.stack([self.features[row] for row, _ in drawn]),
+            [question.prompt for question in questions],
+            answers=[question.answer for question in questions],
+            features=np.stack([self.features[example] for example, _ in drawn]),
             length=self.length,
         )
         return batch if self.end else batch.replace(labels=without_end(batch.labels))
 
-    def _drawn(self, at: int) -> tuple[int, int]:
-        """The example at this place of all epochs, and the epoch."""
-        epoch, place = divmod(at, len(self.features))
+    def _draw(self, row: int) -> tuple[int, int]:
+        """Return the example of a row, counted through all epochs, and the epoch."""
+        epoch, place = divmod(row, len(self.features))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.features))
         return int(order[place]), epoch
 
 
 def without_end(labels: np.ndarray) -> np.ndarray:
-    """Labels int32[B, A] without the last of each row, the end of turn."""
+    """Remove the last label of each row, the end of turn, from labels int32[B, A]."""
     real = labels >= 0
     last = real.sum(-1, keepdims=True) - 1
     return np.where(np.arange(labels.shape[-1]) == last, -1, labels)

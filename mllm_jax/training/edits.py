@@ -1,7 +1,7 @@
-"""What an edit can learn, of a frozen model: gates that open or close, or the subspace of a patch.
+"""Learned edits of a frozen model: gates that open or close, or the subspace of a patch.
 
-Parameters are the values of an edit and the loss is of a run with it, so that any edit can be
-learned by the same loop:
+The parameters are values of an edit, and the loss is that of a run with it, so that one loop learns
+any edit:
 
     def loss(logits, model, batch, key):
         gates = HARD_CONCRETE.draw(logits, key)
@@ -11,7 +11,7 @@ learned by the same loop:
     logits, curve = learn(loss, start, model, batches, optax.adam(0.1))
 
 The subspace of distributed alignment search (Geiger et al. 2024) is `mj.patch(..., basis=params)`
-with params float32[D, r]: a patch makes its basis orthonormal, and the gradient goes through that.
+with params float32[D, r]: a patch makes its basis orthonormal, and is differentiated through that.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from mllm_jax.sharding import mesh
 
 
 class Gate(NamedTuple):
-    """A gate between 0 and 1 of a parameter, its logit.
+    """A gate between 0 and 1 with a logit as its parameter.
 
     Attributes:
-        draw: (logits, key) -> gates while they are learned.
-        cost: logits -> what each gate costs, to be weighed against the loss.
-        settle: logits -> gates when they are learned.
+        draw: (logits, key) -> gates during training.
+        cost: logits -> penalty of each gate, to be weighted and added to the loss.
+        final: logits -> gates after training.
     """
 
     draw: Callable[[jax.Array, jax.Array], jax.Array]
     cost: Callable[[jax.Array], jax.Array]
-    settle: Callable[[jax.Array], jax.Array]
+    final: Callable[[jax.Array], jax.Array]
 
 
 # Louizos et al. 2018, "Learning sparse neural networks through L0 regularization", section 2.2.
@@ -57,16 +57,16 @@ def _draw(logits: jax.Array, key: jax.Array) -> jax.Array:
     return _stretch(jax.nn.sigmoid((noise + logits) / TEMPERATURE))
 
 
-# Exactly 0 or 1 now and then; the cost is the probability that it is not 0, so that costs add up
-# to the expected number of open gates (L0).
+# Gates that may be exactly 0 or 1. The cost is the probability that a gate is not 0, so that costs
+# sum to the expected number of open gates (L0).
 HARD_CONCRETE = Gate(
     draw=_draw,
     cost=lambda logits: jax.nn.sigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH)),
-    settle=lambda logits: _stretch(jax.nn.sigmoid(logits)),
+    final=lambda logits: _stretch(jax.nn.sigmoid(logits)),
 )
 # No noise; the cost is the gate itself (L1).
 SIGMOID = Gate(
-    draw=lambda logits, key: jax.nn.sigmoid(logits), cost=jax.nn.sigmoid, settle=jax.nn.sigmoid
+    draw=lambda logits, key: jax.nn.sigmoid(logits), cost=jax.nn.sigmoid, final=jax.nn.sigmoid
 )
 GATES = {"hard_concrete": HARD_CONCRETE, "sigmoid": SIGMOID}
 
@@ -81,18 +81,28 @@ def learn(
     seed: int = 0,
     label: str = "learn",
 ) -> tuple[Any, np.ndarray]:
-    """Parameters after one step on each batch, and the loss of each step, float32[steps].
+    """Minimise a loss over the parameters of an edit, with one step on each batch.
 
     Args:
-        loss: (params, model, batch, key) -> a scalar. Pure; the model stays as it is.
-        start: the first parameters, a pytree; they are float32 or better from there on, as is the
+        loss: (params, model, batch, key) -> a scalar. It is pure; the model stays as it is.
+        start: the initial parameters, a pytree. They are trained in float32 or wider, as is the
             optimiser's state, whatever the model's dtype.
-        batches: pytrees of one shape, read once each in their order.
-        seed: of the keys.
-        label: of the progress bar.
+        model: the frozen model.
+        batches: pytrees of one shape, each read once, in order.
+        optimiser: the optimiser.
+        seed: seed of the keys.
+        label: the text before the progress bar.
+
+    Returns:
+        The trained parameters, and the loss of each step, float32[steps].
+
+    Raises:
+        FloatingPointError: a loss is not finite.
     """
 
-    def update(params, state, model, batch, key):
+    def step_on(
+        params: Any, state: Any, model: Any, batch: Any, key: jax.Array
+    ) -> tuple[Any, Any, jax.Array]:
         value, slope = jax.value_and_grad(loss)(params, model, batch, key)
         change, state = optimiser.update(slope, state, params)
         return optax.apply_updates(params, change), state, value
@@ -101,7 +111,7 @@ def learn(
     with mesh.use_mesh_of(model):
         params = mesh.replicate(jax.tree.map(_widened, start))
         state = mesh.replicate(optimiser.init(params))
-        update = jax.jit(update, out_shardings=(*map(mesh.shardings_of, (params, state)), None))
+        update = jax.jit(step_on, out_shardings=(*map(mesh.shardings_of, (params, state)), None))
         bar = tqdm.tqdm(range(len(batches)), desc=label, leave=False, mininterval=1)
         for step in bar:
             key = jax.random.fold_in(jax.random.key(seed), step)
@@ -122,10 +132,11 @@ def _widened(leaf: Any) -> jax.Array:
 
 
 def alignment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64[r]: cosines of the principal angles of two subspaces, largest first.
+    """Return the cosines of the principal angles of two subspaces: float64[r], largest first.
 
     Args:
-        a, b: float[D, r], columns that span them.
+        a: float[D, r], columns that span one subspace.
+        b: float[D, r], columns that span the other.
     """
     a, b = (np.linalg.qr(np.asarray(columns, np.float64))[0] for columns in (a, b))
     return np.linalg.svd(a.T @ b, compute_uv=False)

@@ -1,4 +1,4 @@
-"""The training loop: one compiled step, checkpoints, the same weights after a kill."""
+"""The training loop: one compiled step, and checkpoints from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ class Loss(Protocol):
 
     def __call__(
         self, model: Any, batch: Batch, *, remat: bool
-    ) -> tuple[Float[Array, " B"], Int[Array, " B"]]: ...
+    ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+        """Return the sums float32[B] and the numbers of terms int32[B]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a part is trained.
+    """How a part of a model is trained.
 
     Attributes:
-      part: what trains, see `parts.split`. lora: if it is low-rank, how.
-      rate: peak learning rate. warmup: share of the steps that it rises over; see `schedule`.
-      projector_rate: that of the projector, where it is another.
-      weight_decay: of AdamW, for matrices alone; see `parts.decays`.
+      part: what trains, see `parts.partition`.
+      lora: the low-rank adaptation, if the part has one.
+      rate: peak learning rate.
+      projector_rate: peak learning rate of the projector, if it has its own.
+      warmup: share of the steps in which the learning rate rises; see `schedule`.
+      weight_decay: weight decay of AdamW, for matrices alone; see `parts.decays`.
       clip: largest norm of the gradient, 0 for none.
-      accumulate: batches to a step.
-      remat: save memory in the backward pass.
-      every: steps between two checkpoints.
+      accumulate: number of batches of a step.
+      remat: whether to recompute layers in the backward pass, which saves memory.
+      every: number of steps between two checkpoints.
     """
 
     part: str = "projector"
@@ -57,14 +61,14 @@ class Recipe:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Out of plain values, as a config holds them."""
+        """Return the recipe of plain values, as a config holds them."""
         lora = parts.Lora(**fields.get("lora", {}))
         return cls(**{**fields, "lora": lora})
 
     def optimiser(self, steps: int) -> optax.GradientTransformation:
-        """AdamW with warm-up and cosine, of what `parts.split` says that trains."""
+        """Return AdamW with warm-up and cosine decay, for the trained part of `parts.partition`."""
 
-        def adamw(rate):
+        def adamw(rate: float) -> optax.GradientTransformation:
             return optax.adamw(
                 schedule(rate, round(self.warmup * steps), steps),
                 weight_decay=self.weight_decay,
@@ -82,13 +86,13 @@ class Recipe:
 
 
 def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate of each step, counted from 0; that of no step is 0.
+    """Return the learning rate as a function of the step, counted from 0; it is never 0.
 
-    The first `warmup` steps have 1/warmup, 2/warmup, ... of the rate; those after fall along half a
-    cosine, from the rate to just above 0.
+    The first `warmup` steps have 1/warmup, 2/warmup, ... of the rate; the others decay along half
+    a cosine, from the rate to just above 0.
     """
 
-    def at(step):
+    def at(step: Any) -> jax.Array:
         rise = (step + 1) / max(1, warmup)
         done = (step - warmup) / max(1, steps - warmup)
         return rate * jnp.where(step < warmup, rise, (1 + jnp.cos(jnp.pi * done)) / 2)
@@ -225,26 +229,52 @@ class _Run:
         return (number + 1) % self.recipe.every == 0 or number + 1 == len(self.curve)
 
 
-def update(trained, state, frozen, batches, *, merge, recipe, steps, loss, places):
-    """One step on some batches; the loss before it. What comes out lies where it lay."""
+def update(
+    trained: Any,
+    state: Any,
+    frozen: Any,
+    batches: Sequence[Batch],
+    *,
+    merge: parts.Merge,
+    recipe: Recipe,
+    steps: int,
+    loss: Loss,
+    places: tuple[jax.sharding.Sharding, ...],
+) -> tuple[Any, Any, jax.Array]:
+    """Compute one step on several batches.
 
-    def total(trained, batch):
+    Args:
+      trained: what trains; its memory is reused.
+      state: the optimiser's state; its memory is reused.
+      frozen: the other arrays of the model.
+      batches: the batches of the step, all of one shape.
+      merge: (trained, frozen) -> the model.
+      recipe: how it is trained.
+      steps: number of steps of the whole training, for the learning rate.
+      loss: the loss, see `fit`.
+      places: sharding of each array of (trained, state), which the results keep.
+
+    Returns:
+      The new `trained` and `state`, and the loss before the step, float32[].
+    """
+
+    def total(trained: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         sums, counts = loss(merge.for_pass(trained, frozen), batch, remat=recipe.remat)
         return sums.sum(), counts.sum()
 
-    def add(found, batch):
+    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
         (value, count), gradient = jax.value_and_grad(total, has_aux=True)(trained, batch)
-        return jax.tree.map(jnp.add, found, (gradient, value, count.astype(jnp.float32))), None
+        return jax.tree.map(jnp.add, sums, (gradient, value, count.astype(jnp.float32))), None
 
-    nothing = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros(())
+    zeros = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros(())
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-    (gradient, value, count), _ = jax.lax.scan(add, nothing, stacked)
+    (gradient, value, count), _ = jax.lax.scan(add, zeros, stacked)
     count = jnp.maximum(count, 1)
     gradient = jax.tree.map(lambda g: g / count.astype(g.dtype), gradient)
     change, state = recipe.optimiser(steps).update(gradient, state, trained)
     leaves, shape = jax.tree.flatten((optax.apply_updates(trained, change), state))
     if places:
-        leaves = map(jax.lax.with_sharding_constraint, leaves, places)
+        leaves = list(map(jax.lax.with_sharding_constraint, leaves, places))
     return *jax.tree.unflatten(shape, leaves), value / count
 
 
@@ -256,23 +286,34 @@ _update = jax.jit(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps(Sequence):
+class _Steps:
     """The batches of each step."""
 
-    batches: Sequence[Any]
+    batches: Sequence[Batch]
     size: int
 
     def __len__(self) -> int:
         return len(self.batches) // self.size
 
-    def __getitem__(self, step: int) -> list[Any]:
+    def __getitem__(self, step: int) -> list[Batch]:
         return [self.batches[step * self.size + i] for i in range(self.size)]
 
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return (self[step] for step in range(len(self)))
 
-def evaluate(model, batches: Sequence[Any], *, label: str = "loss") -> tuple[float, float]:
-    """Nats per answer token over batches, and the same with each row given the next row's picture.
+
+def evaluate(model: Any, batches: Sequence[Batch], *, label: str = "loss") -> tuple[float, float]:
+    """Compute the loss with each row's own picture, and with that of the next row.
 
     A model that answers from the picture does much worse with a wrong one.
+
+    Args:
+      model: the model.
+      batches: batches with answers and vision features.
+      label: the text before the progress bar.
+
+    Returns:
+      Both losses, in nats per answer token over all batches.
     """
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0

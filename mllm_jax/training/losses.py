@@ -1,22 +1,32 @@
-"""The loss: next-token likelihood of the answer, logits at label positions only."""
+"""The loss: likelihood of the answer's tokens, with logits at label positions only."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import collectives
+from mllm_jax.typing import Array, Float, Int
 
 
-def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of the answer tokens, in nats: its sum float32[B], and their number.
+def answer_nll(
+    model: Any, batch: Batch, *, remat: bool = False
+) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """Compute the negative log-likelihood of the answer tokens given picture and question.
 
-    Verma et al. 2024, section 2: the likelihood of the label given picture and question.
+    Verma et al. 2024, section 2.
 
     Args:
-      batch: with answers.
-      remat: compute a layer's tensors again in the backward pass.
+      model: the model.
+      batch: a batch with answers.
+      remat: whether to recompute a layer's tensors in the backward pass, which saves memory.
+
+    Returns:
+      The sum float32[B] over the answer tokens of each row, in nats, and their number int32[B].
 
     Raises:
       ValueError: the batch has no answers.
@@ -30,9 +40,9 @@ def answer_nll(model, batch, *, remat: bool = False) -> tuple[jax.Array, jax.Arr
     x, _ = model(batch, taps)
     labels = jnp.asarray(batch.labels)
     real = labels >= 0
-    before = jnp.maximum(labels - 1, 0)  # a token is predicted where the one before it stands
+    before = jnp.maximum(labels - 1, 0)  # a token is predicted at the position before it
     states = jnp.take_along_axis(x, before[..., None], 1)
     wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
     log_probs = jax.nn.log_softmax(model.logits(states, taps))
-    said = collectives.take_along_vocabulary(log_probs, wanted)
-    return -jnp.where(real, said, 0).sum(-1), real.sum(-1)
+    answer = collectives.take_along_vocabulary(log_probs, wanted)
+    return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)

@@ -1,16 +1,16 @@
-"""What trains of a model. Gradients and optimiser state exist for that alone.
+"""Which part of a model trains. Gradients and optimiser state exist for that part alone.
 
-    merge, trained, frozen = parts.split(model, "projector+lora", lora=parts.Lora(rank=16))
-    merge(trained, frozen)    # the model, inside of a loss too: it need not know how it is trained
+    merge, trained, frozen = parts.partition(model, "projector+lora", lora=parts.Lora(rank=16))
+    merge(trained, frozen)    # the model; a loss need not know which part of it trains
 
-A part is a module as a whole, or a change of weights that are frozen themselves: low-rank products
-that are added to matrices, or some neurons' own weights that are put into theirs. The gradient of
-a matrix with neurons that train exists as a whole while a step is computed, and is not kept.
+A part is a whole module, or a change of frozen weights: low-rank products that are added to
+matrices, or the weights of single neurons, which replace their columns and rows. The gradient of a
+matrix with such neurons exists as a whole while a step is computed, and is not kept.
 
-What trains is float32 whatever the model is, as its gradient and the optimiser's moments are: a
-step at a rate of 2e-5 is less than a bfloat16 weight can tell. It is cast to the model's dtype
-where it enters the pass. That takes 12 bytes a trained number, for weight and two moments, and 4
-for the gradient while a step is computed.
+What trains is float32 for every model, as are its gradient and the optimiser's moments: a step at a
+learning rate of 2e-5 is below the resolution of bfloat16. It is cast to the model's dtype where it
+enters the pass. This takes 12 bytes a trained number, for the weight and two moments, and 4 for
+the gradient while a step is computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODULES = ("projector", "lm")
 PARTS = (*MODULES, "lora", "neurons")
 MLP = "lm.layers.mlp.{}.kernel"
 
-Weights = dict[str, jax.Array]  # by dotted name: lm.layers.attn.q.kernel
+Weights = dict[str, Any]  # arrays, or `LowRank`, by dotted name: lm.layers.attn.q.kernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,10 @@ class Lora:
     A is uniform within 1 / sqrt(inputs), B is zero: at the start the model is what it was.
 
     Attributes:
-      rank: columns of A.
-      alpha: times 1 / rank is the weight of the product.
-      matrices: a regular expression that the whole names of the weights match; by default all of
-        the LM's layers, as LLaVA's recipe has it.
+      rank: number of columns of A.
+      alpha: scale of the product, times the rank.
+      matrices: a regular expression for the full names of the weights; by default all matrices of
+        the LM's layers, as in LLaVA's recipe.
     """
 
     rank: int = 8
@@ -53,7 +53,7 @@ class Lora:
     matrices: str = r"lm\.layers\..*\.kernel"
 
     def start(self, weights: Weights, seed: int) -> dict[str, dict[str, jax.Array]]:
-        """A float32[L, n, rank] and B float32[L, rank, m] of each chosen float[L, n, m]."""
+        """Return A float32[L, n, rank] and B float32[L, rank, m] of each chosen float[L, n, m]."""
         names = sorted(name for name in weights if re.fullmatch(self.matrices, name))
         if not names:
             raise ValueError(f"no weight is named {self.matrices}; there are {', '.join(weights)}")
@@ -66,15 +66,17 @@ class Lora:
         return low
 
     def put(self, weights: Weights, low: dict[str, dict[str, jax.Array]]) -> dict[str, Any]:
-        """The weights with the products beside their matrices."""
+        """Return the weights with each product beside its matrix."""
         scale = self.alpha / self.rank
         return weights | {
             name: LowRank(weights[name], **pair, scale=scale) for name, pair in low.items()
         }
 
 
-def _neurons_start(weights: Weights, masks: Mapping[str, Any]) -> tuple[Weights, dict[str, Any]]:
-    """float[n, D], the weights of the chosen neurons of each matrix; and (layers, neurons) each."""
+def _neurons_start(
+    weights: Weights, masks: Mapping[str, np.ndarray]
+) -> tuple[Weights, dict[str, dict[str, jax.Array]]]:
+    """Return the weights float[n, D] of the chosen neurons of each matrix, and their indices."""
     own, at = {}, {}
     for matrix, mask in masks.items():
         if matrix not in ("gate", "up", "down"):
@@ -93,25 +95,27 @@ def _neurons_start(weights: Weights, masks: Mapping[str, Any]) -> tuple[Weights,
     return own, at
 
 
-def _neurons_put(weights: Weights, own: Weights, at: dict[str, Any]) -> Weights:
-    """The weights with those of the chosen neurons in their places."""
+def _neurons_put(weights: Weights, own: Weights, at: dict[str, dict[str, jax.Array]]) -> Weights:
+    """Return the weights with those of the chosen neurons in their places."""
     changed = {}
     for matrix, rows in own.items():
         name, (layer, neuron) = MLP.format(matrix), (at[matrix]["layer"], at[matrix]["neuron"])
         # A neuron is a column of gate and up, [L, D, F], and a row of down, [L, F, D].
-        place = weights[name].at
-        place = place[layer, neuron] if matrix == "down" else place[layer, :, neuron]
+        matrices = weights[name].at
+        place = matrices[layer, neuron] if matrix == "down" else matrices[layer, :, neuron]
         changed[name] = place.set(rows.astype(weights[name].dtype), unique_indices=True)
     return weights | changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """merge(trained, frozen) -> the model. Two of one structure are equal: jit compiles once.
+    """A function merge(trained, frozen) -> model; equal for models of one structure, for `jit`.
 
     Attributes:
-      structure: of the model. names, dtypes: of its weights, in order.
-      lora: as `split` was given it.
+      structure: the tree of the model.
+      names: names of its weights, in order.
+      dtypes: dtypes of its weights, in order.
+      lora: the low-rank adaptation that `partition` was given.
     """
 
     structure: jax.tree_util.PyTreeDef
@@ -120,7 +124,7 @@ class Merge:
     lora: Lora
 
     def __call__(self, trained: dict[str, Any], frozen: dict[str, Any]) -> Any:
-        """The model, each weight an array of its own dtype."""
+        """Return the model; each weight is an array of its own dtype."""
         model = self.for_pass(trained, frozen)
         return jax.tree.map(
             lambda weight: weight[...] if isinstance(weight, LowRank) else weight,
@@ -128,7 +132,7 @@ class Merge:
         )  # fmt: skip
 
     def for_pass(self, trained: dict[str, Any], frozen: dict[str, Any]) -> Any:
-        """The model to compute with: low-rank products stay beside their matrices."""
+        """Return the model for a pass: low-rank products stay beside their matrices."""
         weights = dict(frozen["weights"])
         for module in MODULES:
             weights |= trained.get(module, {})
@@ -138,17 +142,18 @@ class Merge:
             weights = _neurons_put(weights, trained["neurons"], frozen["neurons"])
         leaves = [
             weight if isinstance(weight, LowRank) else weight.astype(dtype)
-            for weight, dtype in zip(map(weights.get, self.names), self.dtypes, strict=True)
+            for weight, dtype in zip((weights[n] for n in self.names), self.dtypes, strict=True)
         ]
         return jax.tree.unflatten(self.structure, leaves)
 
 
 class Partition(NamedTuple):
-    """A model in two.
+    """A model in two parts.
 
     Attributes:
       merge: (trained, frozen) -> the model.
-      trained: by part, arrays by name, in float32 or better. frozen: all else, as it was.
+      trained: the arrays that train, by part and name, in float32 or wider.
+      frozen: all other arrays, unchanged.
     """
 
     merge: Merge
@@ -161,17 +166,21 @@ def partition(
     part: str,
     *,
     lora: Lora | None = None,
-    neurons: Mapping[str, Any] | None = None,
+    neurons: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> Partition:
-    """What trains of a model, and what is frozen.
+    """Divide a model into what trains and what is frozen.
 
     Args:
-      part: one of PARTS, or several with "+" between them: "projector+lora".
-      lora: which matrices, and the rank.
-      neurons: {"up": bool[L, F], "down": bool[L, F]}, of the LM's MLPs: whose weights train. A
-        neuron has its own row of `up_proj` and column of `down_proj` (NeFT, Xu et al. 2024).
-      seed: of the low-rank arrays.
+      model: the model, or the shapes of one.
+      part: one of PARTS, or several joined by "+": "projector+lora".
+      lora: the matrices of a low-rank adaptation, and its rank.
+      neurons: {"up": bool[L, F], "down": bool[L, F]}, the neurons of the LM's MLPs that train. Each
+        has a row of `up_proj` and a column of `down_proj` (NeFT, Xu et al. 2024).
+      seed: seed of the low-rank arrays.
+
+    Raises:
+      ValueError: the part is unknown, trains weights twice, or lacks what it needs.
     """
     chosen = part.split("+")
     if unknown := [name for name in chosen if name not in PARTS]:
@@ -201,8 +210,8 @@ def partition(
     return Partition(merge, trained, frozen)
 
 
-def _widened(leaf):
-    """An array, or the shape of one, in float32 or better: itself, if it is."""
+def _widened(leaf: Any) -> Any:
+    """Return an array, or the shape of one, in float32 or wider."""
     dtype = precision.at_least_float32_dtype(leaf.dtype)
     if leaf.dtype == dtype:
         return leaf
@@ -212,23 +221,23 @@ def _widened(leaf):
 
 
 def decays(trained: dict[str, Any]) -> dict[str, Any]:
-    """Of each array that trains, whether weight decay is for it: not for biases and norms' scales.
+    """Return for each array that trains whether weight decay applies to it.
 
-    Matrices decay, those of word embeddings, low-rank products and neurons too: as in the trainer
-    of transformers, which LLaVA was trained with.
+    Matrices decay, including word embeddings, low-rank products and neurons; biases and scales of
+    norms do not. This is the rule of the trainer of transformers, which LLaVA was trained with.
     """
 
-    def one(path, leaf) -> bool:
+    def has_decay(path: tuple[Any, ...], leaf: Any) -> bool:
         return weight_name(path).rsplit(".", 1)[-1] not in ("bias", "scale")
 
-    return jax.tree_util.tree_map_with_path(one, trained)
+    return jax.tree_util.tree_map_with_path(has_decay, trained)
 
 
-def weight_name(path) -> str:
-    """The dotted name of a weight, from its path in a tree."""
+def weight_name(path: tuple[Any, ...]) -> str:
+    """Return the dotted name of a weight from its path in a tree."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def size(tree) -> int:
-    """How many numbers a tree of arrays holds."""
+def size(tree: Any) -> int:
+    """Count the numbers in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,8 @@
-"""Where training starts: a projector whose outputs have the scale of words."""
+"""The start of training: a projector whose outputs have the scale of word embeddings."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,19 @@ from mllm_jax.models import projector
 from mllm_jax.sharding import mesh
 
 
-def scale_projector(model, features: np.ndarray, *, gain: float = 4.0):
-    """The model with its random projector fitted to the features it will see.
+def scale_projector(model: Any, features: np.ndarray, *, gain: float = 4.0) -> Any:
+    """Scale the random projector of a model to the features that it will read.
 
-    The first map takes the features' mean and deviation into itself, so that its inputs are
-    standardised; the last is scaled to `gain` times the deviation of word embeddings.
+    The first layer absorbs the mean and standard deviation of the features, which standardises its
+    inputs; the last is scaled to `gain` times the standard deviation of word embeddings.
 
     Args:
+      model: the model, whose projector is changed in place.
       features: float[N, P, E], a sample of vision features.
-      gain: image tokens need more than the scale of words to be heard at all.
+      gain: scale of image tokens relative to words; at 1 the LM hardly attends to them.
+
+    Returns:
+      The model.
     """
     linears = model.projector.linears
     folded = np.asarray(projector.fold(jnp.asarray(features), model.config.projector.fold))
@@ -30,12 +36,12 @@ def scale_projector(model, features: np.ndarray, *, gain: float = 4.0):
     first.kernel[...] = _placed_like(first.kernel[...], kernel)
     first.bias[...] = _placed_like(first.bias[...], -mean @ kernel)
     out = model.projector(jnp.asarray(features), Taps().module("projector"))
-    words = float(jnp.std(model.lm.embed[...]))
-    factor = gain * words / float(jnp.std(out))
+    embedding_deviation = float(jnp.std(model.lm.embed[...]))
+    factor = gain * embedding_deviation / float(jnp.std(out))
     last.kernel[...] = last.kernel[...] * factor
     return model
 
 
 def _placed_like(array: jax.Array, values: np.ndarray) -> jax.Array:
-    """Values of the host in the dtype of an array and where it lies, on the devices of all."""
+    """Place values of the host as an array is placed, in its dtype, on the devices of all."""
     return jax.device_put(np.asarray(values, array.dtype), array.sharding)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mllm_jax as mj
-from experiments import attribution
+from experiments.attribution import study as attribution
 from mllm_jax import sites as S
 from mllm_jax.data import batching, domains
 from mllm_jax.passes import score
@@ -47,7 +47,7 @@ def test_leaves_results_tables_figures_and_a_page(finished):
 @pytest.mark.slow
 def test_attributions_add_up(finished):
     """To what closing all gates takes away."""
-    for found in json.loads((finished / "results.json").read_text())["complete"].values():
+    for found in json.loads((finished / "results.json").read_text())["completeness"].values():
         assert abs(found["change"]) > 1e-3
         assert abs(found["sum"] - found["change"]) < 0.02 * abs(found["change"])
 
@@ -76,7 +76,7 @@ def test_they_are_gradients_on_the_way(finished, checkpoint, folders):
 @pytest.mark.parametrize(
     ("field", "says"),
     [
-        ({"metric": "loss"}, "config.metric='loss' is none of answer, difference"),
+        ({"metric": "loss"}, "config.metric: 'loss' is not one of answer, difference"),
         ({"site": "lm.mlp.akt"}, "unknown site 'lm.mlp.akt'; nearest: lm.mlp.act"),
     ],
 )

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments import command, lock
+from experiments.running import command, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 EVALUATE = "--config=configs/embedded_evaluate.py"
@@ -140,9 +140,7 @@ def test_every_study(study, config, given, says, say):
 
 def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
     """Also after SIGKILL nothing stale stays."""
-    code = (
-        f"from experiments import lock; lock.take({str(tmp_path)!r}); print(1, flush=True); input()"
-    )
+    code = f"from experiments.running import lock; lock.take({str(tmp_path)!r}); print(1, flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -165,7 +163,7 @@ def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
 
 WAITS = """
 import sys, threading
-from experiments import interrupts
+from experiments.running import interrupts
 interrupts.watch()
 if "save" in sys.argv:
     asked = threading.Event()

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from experiments import command, domain_neurons
+from experiments.domain_neurons import study as domain_neurons
+from experiments.running import command
 from mllm_jax import store
 
 QUICK = "configs/embedded.py:quick"
@@ -79,7 +80,7 @@ def test_masks_are_written_and_read_back(finished, command, execute, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         second = json.loads((work / "results.json").read_text())
         assert second["ablation"] == first["ablation"] and second["selector"] == "given"
-        assert second["steadiness"] == second["comparison"] == second["tokens"] == {}
+        assert second["stability"] == second["comparison"] == second["tokens"] == {}
     done = execute(
         command("domain_neurons", QUICK, tmp_path / "two", *SMALL,
                 f"--config.masks={finished / 'masks.npz'}", count=2)
@@ -101,9 +102,9 @@ def test_what_the_selection_hangs_on(finished):
     text = next(row for row in comparison["settings"] if row["value"] == "text")
     # the tower reads no text: all its tokens count
     assert text["selected"]["vision"] == results["selection"]["vision"]["selected"]
-    for module, test in results["steadiness"].items():
-        assert test["examples"] == [1, 3] and test["beyond"] >= 0, module
-        assert test["beyond"] <= results["selection"][module]["selected"]
+    for module, test in results["stability"].items():
+        assert test["examples"] == [1, 3] and test["beyond_chance"] >= 0, module
+        assert test["beyond_chance"] <= results["selection"][module]["selected"]
 
 
 def test_features_of_the_colours_lie_apart(finished):
@@ -115,12 +116,12 @@ def test_features_of_the_colours_lie_apart(finished):
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"selector": "lape"}, "config.selector='lape' is none of entropy, auroc"),
-        ({"scope": "pad"}, "config.scope='pad' is none of all, image, text"),
-        ({"measure": "words"}, "config.measure='words' is none of options, answers"),
+        ({"selector": "lape"}, "config.selector: 'lape' is not one of entropy, auroc"),
+        ({"scope": "pad"}, "config.scope: 'pad' is not one of all, image, text"),
+        ({"measure": "words"}, "config.measure: 'words' is not one of options, answers"),
         (
             {"measure": "answers"},
-            "config.measure='answers' has metrics for the data sets of paper A",
+            "config.measure='answers' has metrics only for MMNeuron's data sets",
         ),
         ({"modules": ("lm", "query")}, "the model has no neurons in 'query'; it has vision, proj"),
         ({"masks": "neurons.pth"}, "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),

@@ -139,7 +139,7 @@ def others(checkpoint, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("another")
     for package in ("mllm_jax", "experiments", "tests", "configs"):
         shutil.copytree(ROOT / package, tmp_path / "code" / package)
-    with open(tmp_path / "code" / "experiments" / "study.py", "a") as file:
+    with open(tmp_path / "code" / "experiments" / "context.py", "a") as file:
         file.write("# another version\n")
     return {
         "size": ({}, "--config.batch_size=4"),

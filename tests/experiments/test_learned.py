@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import mllm_jax as mj
-from experiments import das, mask
+from experiments.das import study as das
+from experiments.mask import study as mask
 from mllm_jax import sites as S
 from mllm_jax.interventions import spec
 from mllm_jax.store import Workdir
@@ -90,7 +91,7 @@ def aligned(study):
 def test_a_subspace_exchanges_answers(aligned):
     results = json.loads((aligned / "results.json").read_text())
     assert results["labels"] == list(LABELS)
-    assert sum(results["answered"]["train"]) == 96
+    assert sum(results["answer_counts"]["train"]) == 96
     accuracy = {row["subspace"]: row["accuracy"] for row in results["interchange"]}
     assert accuracy["whole"] == 1  # after the last layer the state of the last token is all
     assert accuracy["learned"] > 0.7 > 0.4 > accuracy["random0"]
@@ -115,8 +116,10 @@ def test_pairs_have_different_answers():
 
 def test_errors_come_before_anything_is_read(config_of):
     config = config_of("configs/embedded_mask.py", gate="hard", model="nowhere")
-    with pytest.raises(ValueError, match="config.gate='hard' is none of hard_concrete, sigmoid"):
+    with pytest.raises(
+        ValueError, match="config.gate: 'hard' is not one of hard_concrete, sigmoid"
+    ):
         mask.run(config, None)
     config = config_of("configs/embedded_das.py", model="nowhere")
-    with pytest.raises(ValueError, match="--edits of the vision tower are none"):
+    with pytest.raises(ValueError, match="takes no edits of the vision tower"):
         das.run(config, None, spec.parse("ablate vision.mlp.act"))

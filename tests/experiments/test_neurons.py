@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.neurons import ablation, base, counts, layers
+from experiments.domain_neurons import ablation, context, counts, pictures
 from mllm_jax.families.llava_next import model as llava_next
 from tests.helpers import tiny
 
@@ -54,7 +54,7 @@ def test_the_smallest_domain_has_its_groups_whatever_the_batch(pictures, batch_s
     this = types.SimpleNamespace(
         names=tuple(sizes), config=config, _pairs=lambda half, name: range(sizes[name])
     )
-    found = base.Study.counted_at_once.func(this)
+    found = context.Study.count_batch_size.func(this)
     assert found == rows
     assert min(pictures) / found >= min(8, min(pictures))
 
@@ -78,20 +78,20 @@ LLAVA, BLIP = ("vision", "projector", "lm"), ("vision", "qformer", "query", "lm"
 def test_what_is_cut(shapes, compat, module, cut):
     config = types.SimpleNamespace(compat=compat)
     this = types.SimpleNamespace(config=config, shapes=dict.fromkeys(shapes))
-    assert ablation.cut(this, module) == cut
+    assert ablation.ablated_modules(this, module) == cut
     with pytest.raises(ValueError, match="no neurons in 'mmproj'; it has vision"):
-        ablation.cut(this, "mmproj")
+        ablation.ablated_modules(this, "mmproj")
 
 
 def test_tokens_of_the_parts_lie_as_the_picture_does():
     config = llava_next.LlavaNextConfig.tiny()
     processor = tiny.processor(config)
     batch = processor([tiny.picture(0, 24, 48)], ["what is shown ?"])
-    whole, parts = layers.grids(batch.tokens)
+    whole, parts = pictures.grids(batch.tokens)
     assert whole.shape == (4, 4) and parts.shape == (4, 8)
     assert (np.diff(batch.image_token_index[0, whole].ravel()) == 1).all()
     tile, column = (getattr(batch.tokens, name)[0, parts] for name in ("tile", "column"))
     assert tile.tolist() == [[1] * 4 + [2] * 4] * 4 and column.tolist() == [[0, 1, 2, 3] * 2] * 4
     plain = tiny.processor(llava_next.LlavaConfig.tiny())
-    whole, parts = layers.grids(plain([tiny.picture(0)], ["what ?"]).tokens)
+    whole, parts = pictures.grids(plain([tiny.picture(0)], ["what ?"]).tokens)
     assert whole.shape == (2, 2) and parts.size == 0

@@ -75,7 +75,7 @@ def test_every_variant_of_every_task_is_measured(results):
     assert len(results["richness"]) == 2 * 3 * 4
     assert all(row["comparisons"] for row in results["claims"])
     assert len(results["depth"]) == 2 * 2 * 2 * 9
-    assert {row["off"] for row in results["ablation"] if row["task"] == "reds"} == {
+    assert {row["ablated"] for row in results["ablation"] if row["task"] == "reds"} == {
         "its domain's neurons", "random neurons",
     }  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_what_trains_moves_and_nothing_else(finished):
 
 
 def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_path, monkeypatch):
-    from experiments import projection as study
+    from experiments.projection import study
     from mllm_jax import store
 
     reds = tasks.Task.from_domain(domains.Domain.from_folder(folders[0]), near_copy=None)
@@ -136,21 +136,21 @@ def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_
 
 
 def test_unknown_task_is_named(config_of, monkeypatch):
-    from experiments import projection as study
+    from experiments.projection import study
 
     monkeypatch.setattr(tasks, "embedded", lambda seed: {"objects": None, "astronomy": None})
     with pytest.raises(
-        ValueError, match=r"config.tasks: plants is none of objects, astronomy, plantdoc, "
+        ValueError, match=r"config.tasks: plants is not one of objects, astronomy, plantdoc, "
     ):
         study._tasks(config_of(CONFIG, tasks=("plants",)))
 
 
 def test_errors_come_before_anything_is_read(config_of):
-    from experiments import projection as study
+    from experiments.projection import study
 
     for fields, says in (
-        ({"depth": ("FT",)}, "config.depth: FT is none of Original, FT-Proj, FT-E2E"),
-        ({"seeds": (1, 2)}, "config.factors.seeds: 0 is none of config.seeds"),
+        ({"depth": ("FT",)}, "config.depth: 'FT' is not one of Original, FT-Proj, FT-E2E"),
+        ({"seeds": (1, 2)}, "config.factors.seeds: 0 is not one of config.seeds"),
     ):
         with pytest.raises(ValueError, match=says):
             study.run(config_of(CONFIG, model="nowhere", **fields), None)

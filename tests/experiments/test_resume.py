@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import mllm_jax as mj
-from experiments import agreement
+from experiments.running import agreement
 from mllm_jax.loading import save
 from mllm_jax.store import Workdir
 from tests.helpers.studies import LABELS
@@ -71,7 +71,7 @@ def start(config_of, place, monkeypatch):
         ended = pytest.raises(ends) if ends else contextlib.nullcontext()
         with monkeypatch.context() as patch, ended as said:
             patch.setattr(Workdir, "_step", step)
-            importlib.import_module(f"experiments.{name}").run(config, workdir)
+            importlib.import_module(f"experiments.{name}.study").run(config, workdir)
         return workdir if ends in (Killed, None) else said.value
 
     return run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mllm_jax as mj
-from experiments import domain_neurons
+from experiments.domain_neurons import study as domain_neurons
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.data import batching, domains

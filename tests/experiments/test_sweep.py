@@ -40,4 +40,4 @@ def test_leaves_a_grid_and_a_page(grid, columns, paths, command, execute, tmp_pa
 
 def test_unknown_grid_is_named(command, execute, tmp_path):
     done = execute(command("sweep", f"{CONFIG}:rows", tmp_path / "work", *SMALL))
-    assert done.returncode == 1 and "'rows' is none of tokens" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "'rows' is not one of tokens" in done.stderr.splitlines()[-1]

@@ -54,7 +54,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
         return projection.table(task.truth, said, task.classes, over=ORIGINAL, **FAST)
 
     results = {
-        "study": "projection", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
+        "format": 1, "study": "projection", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "seeds": [0, 1, 2], "rule": projection.RULE,
         "tasks": {
             name: {"topic": name, "classes": [f"{name} {c}" for c in range(task.classes)],
@@ -115,7 +115,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
                 said[off] = np.where(lost, -1, task.said[v])
             rows = projection.table(task.truth, said, task.classes, over="none", **FAST)
             results["ablation"] += [
-                {"task": name, "variant": v, "off": row["variant"], "neurons": 461,
+                {"task": name, "variant": v, "ablated": row["variant"], "neurons": 461,
                  "f1": row["f1"], "change": row["change"]}
                 for row in rows[1:]
             ]  # fmt: skip
@@ -128,10 +128,10 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
     rows = projection.table(two.truth, said, 2, over="nothing", **FAST)
     none = {"value": 0.0, "low": 0.0, "high": 0.0, "relative": 0.0}
     results["ablation"] += [
-        {"task": "objects: tulip or rose", "variant": ORIGINAL, "off": row["variant"],
+        {"task": "objects: tulip or rose", "variant": ORIGINAL, "ablated": row["variant"],
          "neurons": 0 if row["variant"] == "nothing" else 2211, "f1": row["f1"],
          "change": row["change"] or none,
-         "called": {name: float((said[row["variant"]][0] == c)[two.truth == c].mean())
+         "recall": {name: float((said[row["variant"]][0] == c)[two.truth == c].mean())
                     for c, name in enumerate(("tulip", "rose"))}}
         for row in rows
     ]  # fmt: skip

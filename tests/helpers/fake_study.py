@@ -69,12 +69,12 @@ def fake_results(
         }  # fmt: skip
 
     effect = {"vision": 0.09, "projector": 0.015, "lm": 0.05, "all": 0.14}
-    steadiness = {
+    stability = {
         module: {
             "examples": [15, 30, 60],
             "halves": [(np.array([0.3, 0.45, 0.6])[i] + rng.uniform(0, 0.2, count)).tolist() for i in range(3)],
             "bootstrap": {key: rng.uniform(0.5, 0.8, count).tolist() for key in ("value", "low", "high")},
-            "always": found["k"] // 3, "lowest": 0.41, "shuffled": 1.32, "beyond": found["k"] // 2,
+            "stable": found["k"] // 3, "lowest_entropy": 0.41, "shuffled_entropy": 1.32, "beyond_chance": found["k"] // 2,
             "level": 0.05,
         }
         for module, found in selection.items()
@@ -209,11 +209,11 @@ def fake_results(
 
     accuracy = [0.74, 0.61, 0.69, 0.43, 0.82]
     return {
-        "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
+        "format": 1, "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
         "selection": selection, "selector": "entropy",
-        "steadiness": steadiness, "comparison": comparison, "against_random": against,
+        "stability": stability, "comparison": comparison, "against_random": against,
         "baseline": {
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments import command
+from experiments.running import command
 
 if __name__ == "__main__":
     command.main("tests.helpers.slowly", rows={"batch_size": 1})

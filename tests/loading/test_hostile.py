@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mllm_jax.checkpoints import archive, files, masks, schema, torch_file
+from mllm_jax import files
+from mllm_jax.checkpoints import archive, masks, schema, torch_file
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load, save, settings
 from tests.helpers import damage

@@ -364,7 +364,7 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
-    from experiments import plan as command
+    from experiments.plan import __main__ as command
 
     monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     arguments = ["plan", "--model=embedded", "--study=counts,sweep", f"--out={tmp_path}"]

@@ -70,7 +70,7 @@ def trained(model, batches, data, setting, **how):
 
 
 KINDS = {
-    "reduce": (sums, lambda p: p / "x.npz", [(reduce_.run_, "run")]),
+    "reduce": (sums, lambda p: p / "x.npz", [(reduce_, "run")]),
     "sweep": (
         rows,
         lambda p: p / "x.npz",

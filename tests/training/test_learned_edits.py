@@ -47,7 +47,7 @@ def test_a_mask_keeps_the_neurons_that_matter(name, tiny_config, random_model, b
 
     start = jnp.full((4, 48), 1.0)
     logits, curve = edits.learn(loss, start, model, batches, optax.adam(0.1))
-    kept = np.asarray(gate.settle(logits)) > 0.5
+    kept = np.asarray(gate.final(logits)) > 0.5
     np.testing.assert_array_equal(np.argwhere(kept), PLANTED)
     assert curve[-10:].mean() < curve[:10].mean()
 
@@ -88,7 +88,7 @@ def test_hard_concrete_gates_are_those_of_the_paper():
     np.testing.assert_allclose((gates == 1).mean(0), 1 - below(1.0), atol=0.01)
     np.testing.assert_allclose((gates < 0.3).mean(0), below(0.3), atol=0.01)
     np.testing.assert_allclose(edits.HARD_CONCRETE.cost(logits), 1 - below(0.0), rtol=1e-5)
-    np.testing.assert_array_equal(edits.HARD_CONCRETE.settle(np.array([-9.0, 9.0])), [0, 1])
+    np.testing.assert_array_equal(edits.HARD_CONCRETE.final(np.array([-9.0, 9.0])), [0, 1])
 
 
 def test_a_loss_that_is_no_number_is_said(tiny_model, batches):

@@ -16,8 +16,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_jax import files
 from mllm_jax.data.domains.table import Record
-from mllm_jax.processors import files
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import PIL.Image
 
+from mllm_jax import files
 from mllm_jax.data.embedded.questions import Question
-from mllm_jax.processors import files, pictures
+from mllm_jax.processors import pictures
 
 
 @dataclasses.dataclass(frozen=True)

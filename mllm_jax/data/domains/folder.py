@@ -10,9 +10,10 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from mllm_jax import files
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
-from mllm_jax.processors import files, pictures
+from mllm_jax.processors import pictures
 
 # Besides what begins with a dot: leftovers of systems and programs, in lower case.
 SYSTEM = {

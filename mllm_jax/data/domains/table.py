@@ -18,9 +18,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from mllm_jax import files
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
-from mllm_jax.processors import files
 
 Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
 Reader = Callable[[pathlib.Path], list[Record]]

@@ -7,11 +7,11 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from mllm_jax import files
 from mllm_jax.data.domains import folder, table
 from mllm_jax.data.domains.domain import Domain, read_table
 from mllm_jax.data.domains.examples import FileExamples, Row
 from mllm_jax.data.domains.records import SPLITS
-from mllm_jax.processors import files
 
 TABLES: dict[str, table.Reader] = {
     ".csv": table.from_csv,

@@ -1,14 +1,15 @@
-"""The metric of each data set of MMNeuron, standard and official side by side.
+"""The metric of each data set of MMNeuron, in its standard form and in that of the release.
 
 datasets.score("docvqa", predictions, questions)                       # float64[N]
-datasets.score("docvqa", predictions, questions, compat="official")    # as the release has it
-datasets.name("docvqa", compat="official")                             # what to write over it
+datasets.score("docvqa", predictions, questions, compat="official")    # as in the release
+datasets.name("docvqa", compat="official")                             # the metric's name
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,18 +49,18 @@ def score(
     judge: Judge | None = None,
     compat: str | None = None,
 ) -> np.ndarray:
-    """The metric of every question.
+    """Compute the metric of every question.
 
     Args:
         dataset: one of NAMES.
-        predictions: [N], what the model says.
-        questions: [N].
-        judge: of lingoqa; see `mllm_jax.evaluation.metrics.lingo_judge.load`.
+        predictions: [N], the model's answers.
+        questions: [N], the questions.
+        judge: the judge of lingoqa; see `mllm_jax.evaluation.metrics.lingo_judge.load`.
         compat: None for the standard metric, "official" for that of MMNeuron's release.
 
     Returns:
-        float64[N]. In lingoqa the standard judges each row by the references of all rows that ask
-        the same question; the official is float64[questions], 1 if any of its rows is right.
+        float64[N]. For lingoqa the standard metric judges each row by the references of all rows
+        with the same question; the official one is float64[questions], 1 if any row is correct.
     """
     table = _table(dataset, compat)
     if len(predictions) != len(questions) or not len(questions):
@@ -69,8 +70,8 @@ def score(
         )
     text.strings(predictions, "predictions")
     if dataset != "lingoqa":
-        of = table[dataset][1]
-        return np.array([of(*pair) for pair in zip(predictions, questions)], np.float64)
+        metric = table[dataset][1]
+        return np.array([metric(*pair) for pair in zip(predictions, questions)], np.float64)
     if judge is None:
         raise ValueError("lingoqa is judged by a classifier: pass judge=lingo_judge.load()")
     ids = [question.id for question in questions]
@@ -78,7 +79,7 @@ def score(
         texts, answers = [q.text for q in questions], [q.answer for q in questions]
         right = official.lingo_judge(judge, ids, texts, answers, predictions)
         return np.array(list(right.values()), np.float64)
-    references = collections.defaultdict(list)
+    references: dict[str, list[str]] = collections.defaultdict(list)
     for question in questions:
         references[question.id].extend(question.answers)
     return np.array(
@@ -88,7 +89,7 @@ def score(
 
 
 def name(dataset: str, *, judge: Judge | None = None, compat: str | None = None) -> str:
-    """What a table should call the metric; of lingoqa the name of its judge."""
+    """Return the name of the metric for a table; for lingoqa that of the judge."""
     table = _table(dataset, compat)
     if dataset != "lingoqa":
         return table[dataset][0]
@@ -96,7 +97,7 @@ def name(dataset: str, *, judge: Judge | None = None, compat: str | None = None)
     return f"{judged}, any row of a question" if compat else judged
 
 
-def _table(dataset: str, compat: str | None) -> dict:
+def _table(dataset: str, compat: str | None) -> Mapping[str, tuple[str, Callable[..., Any]]]:
     if dataset not in NAMES:
         raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(NAMES)}")
     if compat not in (None, "official"):

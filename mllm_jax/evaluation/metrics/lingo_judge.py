@@ -1,11 +1,10 @@
-"""Lingo-Judge: a classifier that says whether a free answer about driving is right (LingoQA 2023).
+"""Lingo-Judge: a classifier of whether a free answer about driving is correct (LingoQA 2023).
 
     judge = lingo_judge.load()                     # or load(fallback=True) without its weights
     judge.right(question, references, prediction)  # bool
 
-The classifier runs in transformers with torch. Where its weights are not at hand, `load` is an
-error, unless a fallback is asked for: words in common, which is another metric and says so in
-`Judge.name` and in every table that carries it.
+The classifier runs in transformers with torch. Without its weights `load` raises an error, unless
+a fallback is allowed: common words, a different metric, as `Judge.name` and every table say.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from collections.abc import Callable, Sequence
 
 WEIGHTS = "wayveai/Lingo-Judge"
 FALLBACK = "token F1 (fallback, NOT Lingo-Judge)"
-LONGEST = 128  # tokens; the rest of a text is cut
+LONGEST = 128  # tokens; longer texts are truncated
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Scores answers.
+    """A judge of answers.
 
     Attributes:
-        name: what to write over the numbers.
-        probability: of (question, reference, prediction) that the prediction is right, 0 to 1.
+        name: its name for tables.
+        probability: (question, reference, prediction) -> probability that the prediction is
+            correct, 0 to 1.
     """
 
     name: str
@@ -36,42 +36,43 @@ class Judge:
 
     @property
     def is_fallback(self) -> bool:
+        """Return whether this is token F1 in place of the classifier."""
         return self.name == FALLBACK
 
     def score(self, question: str, references: Sequence[str], prediction: str) -> float:
-        """The highest probability over the references, as the LingoQA benchmark takes it."""
+        """Return the highest probability over the references, as in the LingoQA benchmark."""
         if not references:
             raise ValueError(f"question {question!r} has no reference answer to judge by")
         prediction = prediction.lower().strip()
         return max(self.judged(question, r.lower().strip(), prediction) for r in references)
 
     def judged(self, question: str, reference: str, prediction: str) -> float:
-        """The probability of one reference, checked.
+        """Return the probability for one reference.
 
         Raises:
-            ValueError: the classifier gave what is no probability, such as nan.
+            ValueError: the classifier returned no probability, such as nan.
         """
-        found = self.probability(question, reference, prediction)
-        if not 0 <= found <= 1:
+        probability = self.probability(question, reference, prediction)
+        if not 0 <= probability <= 1:
             raise ValueError(
-                f"{self.name} gave {found} for question {question!r:.80}, no probability"
+                f"{self.name} gave {probability} for question {question!r:.80}, no probability"
             )
-        return found
+        return probability
 
     def right(self, question: str, references: Sequence[str], prediction: str) -> bool:
-        """Whether the score is above one half."""
+        """Return whether the score is above one half."""
         return self.score(question, references, prediction) > 0.5
 
 
 def load(source: str | pathlib.Path = WEIGHTS, *, fallback: bool = False) -> Judge:
-    """The judge.
+    """Load the judge.
 
     Args:
         source: a folder, or a name in the local cache of the hub; nothing is downloaded.
-        fallback: take token F1 where the classifier cannot be loaded.
+        fallback: whether to use token F1 where the classifier cannot be loaded.
 
     Raises:
-        FileNotFoundError: the classifier or torch is missing, and no fallback was asked for.
+        FileNotFoundError: the classifier or torch is missing, and no fallback is allowed.
     """
     try:
         return Judge(str(source), _classifier(source))
@@ -86,17 +87,17 @@ def load(source: str | pathlib.Path = WEIGHTS, *, fallback: bool = False) -> Jud
 
 
 def text(cls: str, question: str, reference: str, prediction: str) -> str:
-    """What the classifier reads."""
+    """Return the input of the classifier."""
     return f"{cls}\nQuestion: {question}\nAnswer: {reference}\nStudent: {prediction}"
 
 
 def token_f1(question: str, reference: str, prediction: str) -> float:
-    """F1 of the words that reference and prediction share; the fallback. The question is unused."""
-    said, wanted = (re.findall(r"\w+", words.lower()) for words in (prediction, reference))
-    if not said or not wanted:
-        return float(said == wanted)
-    common = (collections.Counter(said) & collections.Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted))
+    """Compute F1 of the words of a prediction, the fallback; the question is unused."""
+    predicted, wanted = (re.findall(r"\w+", text.lower()) for text in (prediction, reference))
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    common = (collections.Counter(predicted) & collections.Counter(wanted)).total()
+    return 2 * common / (len(predicted) + len(wanted))
 
 
 def _classifier(source: str | pathlib.Path) -> Callable[[str, str, str], float]:
@@ -110,8 +111,8 @@ def _classifier(source: str | pathlib.Path) -> Callable[[str, str, str], float]:
         raise ValueError(f"a judge has one output, this classifier has {model.config.num_labels}")
 
     def probability(question: str, reference: str, prediction: str) -> float:
-        asked = text(tokenizer.cls_token, question, reference, prediction)
-        inputs = tokenizer(asked, return_tensors="pt", truncation=True, max_length=LONGEST)
+        prompt = text(tokenizer.cls_token, question, reference, prediction)
+        inputs = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=LONGEST)
         with torch.inference_mode():
             return 1 / (1 + math.exp(-model(**inputs).logits.item()))
 

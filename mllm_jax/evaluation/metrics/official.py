@@ -1,7 +1,7 @@
 """The metrics of MMNeuron's released code, oddities included: for comparison with its numbers.
 
-Each gives one number a question; the paper's figure is their mean. What differs from the standard
-metric, and why the standard one is the default, is told in docs/official.md.
+Each returns one number a question; the paper reports their mean. docs/official.md explains how they
+differ from the standard metrics, and why those are the default.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from mllm_jax.evaluation.metrics.lingo_judge import Judge
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """ANLS without a cut: any common character is worth something."""
+    """Compute ANLS without a threshold: any common character counts."""
     return text.anls(prediction, answers, threshold=1.0)
 
 
 def option_letter(prediction: str, label: str) -> int:
-    """How many characters of the answer are the right letter: may exceed 1, and reads words."""
+    """Count the characters of the answer, within words too, that are the correct letter."""
     text.strings([prediction, label], "texts")
     return prediction.count(label) if label in tuple("ABCDE") else 0
 
 
 def vqa(prediction: str, answers: Sequence[str], confidence: Sequence[str]) -> float:
-    """1 if any person who was sure gave this very answer, but for case."""
+    """Return 1 if any person who was sure gave this answer, up to case."""
     text.strings([prediction], "prediction")
     text.strings(answers, "answers")
     if not len(answers):
@@ -36,7 +36,7 @@ def vqa(prediction: str, answers: Sequence[str], confidence: Sequence[str]) -> f
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 if equal but for case; white space counts."""
+    """Return 1 if the texts are equal up to case; white space counts."""
     text.strings([prediction, answer], "texts")
     return float(prediction.lower() == answer.lower())
 
@@ -48,15 +48,17 @@ def lingo_judge(
     references: Sequence[str],
     predictions: Sequence[str],
 ) -> dict[str, float]:
-    """1 for a question of which any row is right: each row has a prediction and one reference.
+    """Return 1 for each question of which any row is correct.
 
     Args:
-        judge: gets the texts as they are, in their own case.
-        ids: [N], of the question that a row asks; rows that share it are one question.
-        questions, references, predictions: [N].
+        judge: the judge, which reads the texts in their own case.
+        ids: [N], id of the question of each row; rows that share it are one question.
+        questions: [N], the question of each row.
+        references: [N], its reference answer.
+        predictions: [N], the model's answer.
 
     Returns:
-        By id, in order of appearance.
+        {id: 0.0 or 1.0}, in order of appearance.
     """
     if not len(ids):
         raise ValueError("there is no question to judge")

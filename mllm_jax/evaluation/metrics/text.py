@@ -1,7 +1,7 @@
 """Metrics of short answers: ANLS, option letters, exact match; and averages by type of question.
 
-Each gives one number a question, so that `mllm_jax.analysis.intervals` puts intervals on the mean
-and tests differences on pairs.
+Each returns one number a question, from which `mllm_jax.analysis.intervals` computes intervals of
+the mean and tests of paired differences.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def anls(prediction: str, answers: Sequence[str], threshold: float | None = 0.5) -> float:
-    """Normalised Levenshtein similarity to the nearest answer (ST-VQA, Biten et al. 2019).
+    """Compute the normalised Levenshtein similarity to the nearest answer (ANLS, ST-VQA 2019).
 
     Case does not count, and any white space is one space.
 
     Args:
-        prediction: what the model says.
-        answers: what is right, any of them.
-        threshold: from this normalised distance on, an answer is worth nothing; None cuts nothing.
+        prediction: the model's answer.
+        answers: the correct answers.
+        threshold: normalised distance from which the similarity is 0; None for no threshold.
 
     Returns:
         1 - distance / length of the longer text, 0 to 1; 1 for two empty texts.
@@ -41,11 +42,11 @@ def anls(prediction: str, answers: Sequence[str], threshold: float | None = 0.5)
 
 
 def strings(texts: Sequence[str], name: str) -> None:
-    """Refuses what is no list of texts, such as one text, which would be read letter by letter.
+    """Refuse what is no list of texts, such as a single text, which is a sequence of letters.
 
     Args:
-        texts: what is given.
-        name: of the argument, for the error.
+        texts: the argument.
+        name: its name, for the error message.
     """
     if isinstance(texts, str) or not isinstance(texts, (list, tuple, np.ndarray)):
         raise ValueError(f"{name} must be a list of texts, got {type(texts).__name__}")
@@ -55,7 +56,7 @@ def strings(texts: Sequence[str], name: str) -> None:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Characters to insert, delete or replace to make one text of the other."""
+    """Count the insertions, deletions and replacements that turn one text into the other."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -67,16 +68,16 @@ def levenshtein(a: str, b: str) -> int:
 def option_letter(
     prediction: str, options: Sequence[str] = (), letters: str = "ABCD"
 ) -> str | None:
-    """The option that an answer names.
+    """Return the option that an answer names.
 
-    In this order: the answer begins with a letter that stands alone ("B", "(b) ...", "B: a lung");
-    it says "answer is B" or "option B"; it is the text of one option; a capital letter stands alone
-    in it ("I choose C."), where "A" before another word is an article.
+    These rules apply in order: the answer begins with a single letter ("B", "(b) ...", "B: a
+    lung"); it contains "answer is B" or "option B"; it is the text of one option; it contains a
+    single capital letter ("I choose C."), where "A" before another word is an article.
 
     Args:
-        prediction: what the model says.
-        options: their texts, with or without "A:" in front.
-        letters: of the options, in order.
+        prediction: the model's answer.
+        options: texts of the options, with or without a prefix "A:".
+        letters: letters of the options, in order.
 
     Returns:
         The letter, or None if it names none.
@@ -84,12 +85,12 @@ def option_letter(
     strings([prediction], "prediction")
     strings(options, "options")
     text = prediction.strip()
-    one = f"[{letters}{letters.lower()}]"
-    if found := re.match(rf"\(?({one})(?:[).:,\n]|\s*$)", text):
-        return found[1].upper()
-    if found := re.search(rf"\b(?:answer is|answer:|option|choice)\s*\(?([{letters}])\b", text):
-        return found[1]
-    bare = [re.sub(rf"^\s*{one}\s*[:.)]", "", option) for option in options]
+    any_letter = f"[{letters}{letters.lower()}]"
+    if match := re.match(rf"\(?({any_letter})(?:[).:,\n]|\s*$)", text):
+        return match[1].upper()
+    if match := re.search(rf"\b(?:answer is|answer:|option|choice)\s*\(?([{letters}])\b", text):
+        return match[1]
+    bare = [re.sub(rf"^\s*{any_letter}\s*[:.)]", "", option) for option in options]
     same = [letter for letter, option in zip(letters, bare) if _plain(option) == _plain(text)]
     if len(same) == 1:
         return same[0]
@@ -98,19 +99,19 @@ def option_letter(
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Equal but for case and white space around."""
+    """Return whether the texts are equal up to case and surrounding white space."""
     strings([prediction, answer], "texts")
     return prediction.strip().lower() == answer.strip().lower()
 
 
 class ByType(NamedTuple):
-    """Means of a metric.
+    """Means of a metric by type of question.
 
     Attributes:
-        overall: over all questions.
-        average: over the types, each counted once.
-        types: of each type, in alphabetic order.
-        questions: how many each type has.
+        overall: mean over all questions.
+        average: mean over the means of the types.
+        types: mean of each type, in alphabetic order.
+        questions: number of questions of each type.
     """
 
     overall: float
@@ -119,23 +120,23 @@ class ByType(NamedTuple):
     questions: dict[str, int]
 
 
-def by_type(values: Sequence[float], types: Sequence[str]) -> ByType:
-    """Means over all questions, over each type of question, and over the types.
+def by_type(values: ArrayLike, types: ArrayLike) -> ByType:
+    """Compute the means over all questions, over each type of question, and over the types.
 
     Args:
-        values: [N], of each question.
-        types: [N], its type, such as "count".
+        values: float[N], the metric of each question.
+        types: str[N], its type, such as "count".
     """
-    values, types = np.asarray(values, np.float64), np.asarray(types, np.str_)
-    if not values.size or values.shape != types.shape:
-        raise ValueError(f"{values.size} values for {types.size} types; both need one a question")
-    if not np.isfinite(values).all():
-        place = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise ValueError(f"values{place} is {values[tuple(place)]}; every value must be finite")
-    names = [str(name) for name in np.unique(types)]
-    means = {name: float(values[types == name].mean()) for name in names}
-    questions = {name: int((types == name).sum()) for name in names}
-    return ByType(float(values.mean()), float(np.mean(list(means.values()))), means, questions)
+    metric, kinds = np.asarray(values, np.float64), np.asarray(types, np.str_)
+    if not metric.size or metric.shape != kinds.shape:
+        raise ValueError(f"{metric.size} values for {kinds.size} types; both need one a question")
+    if not np.isfinite(metric).all():
+        place = np.argwhere(~np.isfinite(metric))[0].tolist()
+        raise ValueError(f"values{place} is {metric[tuple(place)]}; every value must be finite")
+    names = [str(name) for name in np.unique(kinds)]
+    means = {name: float(metric[kinds == name].mean()) for name in names}
+    questions = {name: int((kinds == name).sum()) for name in names}
+    return ByType(float(metric.mean()), float(np.mean(list(means.values()))), means, questions)
 
 
 def _plain(text: str) -> str:

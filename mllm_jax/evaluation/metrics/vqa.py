@@ -2,9 +2,9 @@
 
     accuracy("2 dogs.", ["two dogs", "2", ...])   # 1.0 if three people or more said "2 dogs"
 
-Text is normalised as the official evaluation does it, its oddities included, so that numbers agree
-with published ones: a number word becomes a digit only as a word of its own, "none" is "0", and
-people's answers are normalised only where they differ among themselves.
+Text is normalised as in the official evaluation, oddities included, so that numbers agree with
+published ones: a number word becomes a digit only as a separate word, "none" is "0", and people's
+answers are normalised only if they differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mllm_jax.evaluation.metrics import text
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(digit) for digit, word in enumerate(_NUMBERS.split())} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-# Spellings that miss one apostrophe are mended, "couldnt've" but not "couldntve". The official
+# Spellings without one apostrophe are corrected, "couldnt've" but not "couldntve". The official
 # entries of "I'm" have a capital and never match, since text is lower-cased first.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -31,18 +31,18 @@ _CONTRACTIONS = """
     you've
 """
 _MENDED = {
-    word[: found.start()] + word[found.end() :]: word
+    word[: mark.start()] + word[mark.end() :]: word
     for word in _CONTRACTIONS.split()
-    for found in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # the one entry of the official table that goes the other way
+    for mark in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}  # the one reversed entry of the official table
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS = 32  # that are removed: the official code passes a flag where the count belongs
+_PERIODS = 32  # number of periods removed: the official code passes a flag as the count
 
 
 def normalise(text: str) -> str:
-    """An answer in lower case, without punctuation and articles, with digits and apostrophes."""
+    """Normalise an answer: lower case, digits and apostrophes, no punctuation or articles."""
     out = text
     for mark in _PUNCTUATION:
         glued = mark + " " not in text and " " + mark not in text and not _DIGIT_COMMA.search(text)
@@ -53,14 +53,14 @@ def normalise(text: str) -> str:
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """min(matches / 3, 1), averaged over leaving out each person once.
+    """Compute min(matches / 3, 1), averaged over leaving out each person once.
 
     Args:
-        prediction: what the model says.
-        answers: what people said, ten of them in VQAv2.
+        prediction: the model's answer.
+        answers: people's answers, ten of them in VQAv2.
 
     Returns:
-        0 to 1.
+        The accuracy, 0 to 1.
     """
     text.strings([prediction], "prediction")
     text.strings(answers, "answers")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mllm_jax import files
 from mllm_jax.checkpoints import fields as fields_
-from mllm_jax.checkpoints import files, schema
+from mllm_jax.checkpoints import schema
 from mllm_jax.checkpoints.networks import clip as clip_
 from mllm_jax.checkpoints.networks import llama as llama_
 from mllm_jax.families.llava.model import LlavaConfig

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mllm_jax.checkpoints import files, keys
+from mllm_jax import files
+from mllm_jax.checkpoints import keys
 from mllm_jax.checkpoints.networks import clip, llama
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 

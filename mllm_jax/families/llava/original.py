@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mllm_jax.checkpoints import files, schema
+from mllm_jax import files
+from mllm_jax.checkpoints import schema
 from mllm_jax.families.base import OriginalLayout
 from mllm_jax.families.llava import keys
 from mllm_jax.models.multimodal import MultimodalConfig

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mllm_jax import files
 from mllm_jax.checkpoints import fields as fields_
-from mllm_jax.checkpoints import files, schema
+from mllm_jax.checkpoints import schema
 from mllm_jax.families.llava import config as llava
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 

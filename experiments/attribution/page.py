@@ -1,0 +1,178 @@
+"""The report of the attribution study: figures, tables and a page."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mllm_jax.report import page, style, tables
+
+METRICS = {
+    "answer": "the log-likelihood of the right answer",
+    "difference": "the log-likelihood of the right answer minus that of a wrong option",
+}
+
+
+@style.styled
+def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Draw attributions by layer, a panel per domain: positive above zero, negative below.
+
+    Args:
+        layers: {domain: {"for": float[L], "against": float[L]}}, nats per question.
+    """
+    hue = style.palette(list(layers))
+    figure = Figure(figsize=(11, 2.6))
+    panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+    for ax, (domain, sums) in zip(panels, layers.items(), strict=True):
+        places = np.arange(len(sums["for"]))
+        ax.bar(places, sums["for"], width=0.8, color=hue[domain])
+        ax.bar(places, sums["against"], width=0.8, color=style.GREY)
+        ax.axhline(0, color=style.INK, linewidth=0.6)
+        ax.set(title=domain, xlabel="layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(axis="y")
+    panels[0].set_ylabel("nats per question")
+    return figure
+
+
+@style.styled
+def ablation(rows: Sequence[Mapping]) -> Figure:
+    """Draw the change of the metric by the number of ablated units; random units are grey.
+
+    Args:
+        rows: the rows of results.json.
+    """
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    hue = style.palette(domains)
+    figure = Figure(figsize=(11, 2.6))
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
+    for ax, domain in zip(panels, domains, strict=True):
+        selected = [row for row in rows if row["domain"] == domain]
+        for units in dict.fromkeys(row["units"] for row in selected):
+            line = [row for row in selected if row["units"] == units]
+            count, change, low, high = (
+                np.array([row[key] for row in line]) for key in ("ablated", "change", "low", "high")
+            )
+            colour = hue[domain] if units == "top" else style.GREY
+            ax.plot(count, change, "o-", markersize=3.5, color=colour)
+            ax.fill_between(count, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.axhline(0, color=style.INK, linewidth=0.6)
+        ax.set(title=domain, xscale="log", xlabel="units ablated")
+        counts = sorted({row["ablated"] for row in selected})
+        ax.set_xticks(counts, [f"{count:,}" for count in counts])
+        ax.minorticks_off()
+        ax.grid(axis="y")
+    panels[0].set_ylabel("change, nats per question")
+    return figure
+
+
+def write(workdir: str | os.PathLike, results: Mapping) -> None:
+    """Write the figures, the tables and index.html.
+
+    Args:
+        workdir: the folder of the study.
+        results: the content of results.json.
+    """
+    folder = pathlib.Path(workdir)
+    method = (
+        f"integrated gradients of {results['steps']} steps"
+        if results["steps"]
+        else "the first-order approximation"
+    )
+    page.write(
+        folder / "index.html",
+        page.Page(
+            title="Attribution of the answer",
+            lead=f"How much does each unit of {results['site']} of {page.edited(results)} "
+            f"contribute to {METRICS[results['metric']]}? The attributions of all units come from "
+            f"one backward pass, by {method}.",
+            facts=[
+                (f"{results['layers'] * results['units']:,}", "units"),
+                (f"{sum(results['examples'].values()):,}", "questions"),
+                (f"{len(results['domains'])}", "domains"),
+            ],
+            sections=[_layers(folder, results), _top(folder, results), _ablation(folder, results)],
+            data=[(name, name) for name in ("results.json", "attribution.npz", "manifest.json")],
+        ),
+    )
+
+
+def _layers(folder: pathlib.Path, results: Mapping) -> page.Section:
+    layers = results["by_layer"]
+    style.save(by_layer(layers), folder / "figures/by_layer.png")
+    tables.write(
+        folder / "tables/by_layer.csv", ("domain", "layer", "for", "against"),
+        [(domain, layer, *values) for domain, sums in layers.items()
+         for layer, values in enumerate(zip(sums["for"], sums["against"], strict=True))],
+    )  # fmt: skip
+    total = np.sum([sums["for"] for sums in layers.values()], 0)
+    return page.Section(
+        title="By layer",
+        reading=f"Layer {total.argmax()} has the largest share of the positive attributions, "
+        f"{100 * total.max() / max(total.sum(), 1e-12):.0f} %.",
+        figures=[page.Figure("figures/by_layer.png", "Attribution by layer and domain")],
+        table=page.Table(
+            ("domain", "questions", "metric", "sum of attributions", "all gates closed"),
+            [(domain, f"{results['examples'][domain]}",
+              *(page.number(sums[key]) for key in ("metric", "sum", "change")))
+             for domain, sums in results["completeness"].items()],
+        ),
+        note="Colour: positive attributions; grey: negative ones. Integrated gradients of enough "
+        "steps add up to the drop of the metric when all gates are closed.",
+        data=[("by_layer.csv", "tables/by_layer.csv")],
+    )  # fmt: skip
+
+
+def _top(folder: pathlib.Path, results: Mapping) -> page.Section:
+    rows = [
+        (domain, rank, *unit)
+        for domain, units in results["top"].items()
+        for rank, unit in enumerate(units, 1)
+    ]
+    tables.write(
+        folder / "tables/top_units.csv", ("domain", "rank", "layer", "unit", "attribution"), rows
+    )
+    places = [{(layer, unit) for layer, unit, _ in units} for units in results["top"].values()]
+    common = len(set.intersection(*places))
+    return page.Section(
+        title="The top units",
+        reading=f"{common} of the top {len(places[0])} units are the same in every domain.",
+        table=page.Table(
+            ("domain", "rank", "layer", "unit", "nats"),
+            [(row[0], *map(str, row[1:4]), page.number(row[4])) for row in rows if row[1] <= 5],
+        ),
+        data=[("top_units.csv", "tables/top_units.csv")],
+    )
+
+
+def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
+    rows = results["ablation"]
+    style.save(ablation(rows), folder / "figures/ablation.png")
+    columns = ("domain", "ablated", "units", "clean", "change", "low", "high", "n")
+    tables.write(
+        folder / "tables/ablation.csv", columns, [[row[c] for c in columns] for row in rows]
+    )
+    most = max(row["ablated"] for row in rows)
+    last = [row for row in rows if row["ablated"] == most]
+    top, random = (
+        np.mean([row["change"] for row in last if (row["units"] == "top") == own] or [np.nan])
+        for own in (True, False)
+    )
+    return page.Section(
+        title="Validation by ablation",
+        reading=f"With the top {most:,} units ablated, the metric changes by {page.number(top)} "
+        f"nats on test questions; with equally many random units of the same layers, by "
+        f"{page.number(random)}.",
+        figures=[
+            page.Figure(
+                "figures/ablation.png", "Change of the metric by the number of ablated units"
+            )
+        ],
+        note="Colour: units chosen on training questions; grey: random units. Bands: 95 % "
+        "bootstrap intervals over questions.",
+        data=[("ablation.csv", "tables/ablation.csv")],
+    )

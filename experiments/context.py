@@ -1,0 +1,127 @@
+"""The context of a study: what every step reads, and how its results are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.running import agreement
+from mllm_jax import store
+from mllm_jax.data import features as features_
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.report import parts
+from mllm_jax.sharding import mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every step of a study reads.
+
+    Attributes:
+        config: the settings of the study.
+        workdir: the folder of its steps and results.
+        model: the model under study.
+        processor: the processor of the model.
+        edits: the edits that are applied in every pass.
+        captures: the captures of `--captures`, by name.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: store.Workdir
+    model: Any
+    processor: Any
+    edits: Edits = dataclasses.field(default_factory=Edits)
+    captures: Mapping[str, Capture] = dataclasses.field(default_factory=dict)
+
+    def claim(self, data: Mapping[str, Any]) -> None:
+        """Refuse a workdir with work of another model, data, files, code or versions.
+
+        Call it once, before the first step of the study.
+
+        Args:
+            data: the fingerprints of what the study reads (see `content`), by name.
+        """
+        self.workdir.claim(
+            model=self.model, processor=self.processor, files=agreement.files(self.config),
+            data=data, **agreement.made_by(),
+        )  # fmt: skip
+
+    def finish(
+        self,
+        results: Mapping[str, Any],
+        write_page: Callable[[pathlib.Path, dict[str, Any]], None],
+        **manifest: Any,
+    ) -> None:
+        """Write `results.json`, the report and the manifest.
+
+        Args:
+            results: the results of the study, as plain JSON values. The version of their format,
+                and the edits and captures of the study, are added.
+            write_page: the function that writes the report, called with the folder and the results.
+            **manifest: further entries of the manifest, such as `seed`.
+        """
+        named = {
+            name: {key: self.workdir.config[name][key] for key in ("text", "digest")}
+            for name in ("edits", "captures")
+            if name in self.workdir.config
+        }
+        content = {"format": parts.FORMAT, **results, **named}
+        store.atomic_json(self.workdir / "results.json", content)
+        write_page(self.workdir.path, content)
+        store.write_manifest(self.workdir, **manifest)
+
+    def with_features(self, batch):
+        """Return a batch with its vision features, so that passes skip the vision tower.
+
+        The batch is returned unchanged if an edit lies in the vision tower.
+        """
+        if any(edit.address.site.module == "vision" for edit in self.edits):
+            return batch
+        with mesh.use_mesh_of(self.model):
+            sharded = mesh.shard_batch(batch.replace(processor=None))
+            features = features_.encode_pictures(self.model, sharded)
+            return batch.replace(features=mesh.gather_to_host(features))
+
+
+def content(examples: Iterable[Any]) -> list[str]:
+    """Return the fingerprints of examples, which are read one at a time.
+
+    Args:
+        examples: the examples, or pairs of an example and its question.
+    """
+    fingerprints = []
+    for item in examples:
+        example, *question = item if isinstance(item, tuple) else (item,)
+        about = [example.id, example.domain, example.label, example.encoded, example.questions]
+        fingerprints.append(store.fingerprint(about, question))
+    return fingerprints
+
+
+def write_captures(path: pathlib.Path, captures: Mapping[str, Any]) -> None:
+    """Write captures as one .npz.
+
+    Its arrays are `NAME`, or `NAME/FIELD` for captures with fields, and `NAME/kinds`.
+    """
+    arrays = {
+        jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(captures)
+    }
+    kinds = {
+        f"{name}/kinds": np.array(capture.kinds)
+        for name, capture in captures.items()
+        if hasattr(capture, "kinds")
+    }
+    store.atomic_npz(path, arrays | kinds)
+
+
+def require_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value of a config field that is not one of its choices."""
+    if value not in (known := tuple(choices)):
+        raise ValueError(f"{field}: {value!r} is not one of {', '.join(known)}")

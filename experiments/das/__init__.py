@@ -1,0 +1,1 @@
+"""Distributed alignment search: training of subspaces, their test, and its report."""

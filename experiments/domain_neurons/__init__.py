@@ -1,0 +1,1 @@
+"""The domain-neuron study: counts, selection, ablation, logit lens, and their report."""

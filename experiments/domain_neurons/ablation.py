@@ -1,0 +1,247 @@
+"""Measure what the model loses when the neurons of a domain are ablated (MMNeuron)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.measures import MEASURES, Measure, check_measure
+from experiments.modules import ablate_masks
+from mllm_jax import tokens as tok
+from mllm_jax.analysis import deviation, domain_neurons, intervals, official
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
+
+KINDS = ("image", "question", "system")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One ablation.
+
+    Attributes:
+        module: the module whose neurons are ablated, several joined by +, or "all".
+        mask: the domain whose neurons are ablated.
+        data: the domain that is tested.
+        control: the seed of equally many random neurons in their place; None for none.
+    """
+
+    module: str
+    mask: str
+    data: str
+    control: int | None
+
+    @property
+    def name(self) -> str:
+        """The name of the ablation among those of its data."""
+        kind = "selected" if self.control is None else f"random{self.control}"
+        return f"{self.module}-{self.mask}-{kind}"
+
+
+class Ablations(NamedTuple):
+    """The results of all ablations, as plain JSON values.
+
+    Attributes:
+        baseline: the accuracy of the model without ablation, by domain.
+        cells: a row for each cell.
+        against_random: a row for each domain's own neurons against random ones, by module.
+    """
+
+    baseline: dict[str, dict[str, Any]]
+    cells: list[dict[str, Any]]
+    against_random: list[dict[str, Any]]
+
+
+Masks = Mapping[str, np.ndarray]  # bool[L, F] by module
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuse a measure that cannot be taken, before anything is computed."""
+    check_measure(config)
+
+
+def ablate(study: Study, neurons: Mapping[str, SelectedNeurons]) -> Ablations:
+    """Measure the accuracy and the deviation of hidden states of every ablation."""
+    random = {
+        (module, seed): domain_neurons.random_like(selected, seed)
+        for module, selected in neurons.items()
+        for seed in range(study.config.controls)
+    }
+
+    def masks_of(cell: Cell) -> dict[str, np.ndarray]:
+        domain = study.names.index(cell.mask)
+        masks = {
+            m: (neurons[m].mask if cell.control is None else random[m, cell.control])[domain]
+            for m in ablated_modules(study, cell.module)
+        }
+        return {m: mask for m, mask in masks.items() if mask.any()}
+
+    baseline, rows, against = {}, [], []
+    for name in study.names:
+        measure = MEASURES[study.config.measure](study, name)
+        cells = {cell: masks_of(cell) for cell in _cells(study.config, study.names, name)}
+        clean, edited = measure_all(study, measure, cells)
+        baseline[name] = _mean(clean["score"]) | {"chance": measure.chance, "metric": measure.name}
+        rows += [
+            _row(cell, clean, edited[cell], sum(int(mask.sum()) for mask in masks.values()))
+            for cell, masks in cells.items()
+        ]
+        against += [_against(module, name, edited) for module in study.config.modules]
+    _correct([row for row in rows if row["control"] is None])
+    against = [row for row in against if row]
+    _correct(against)
+    return Ablations(baseline, rows, against)
+
+
+def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
+    """Return the modules that an entry of `config.modules` names.
+
+    Args:
+        study: the study.
+        module: a module, several joined by +, or "all". With `compat="official"`, the released
+            code decides which modules it ablates under this name.
+
+    Raises:
+        ValueError: the model lacks a module.
+    """
+    named = tuple(study.shapes) if module == "all" else tuple(module.split("+"))
+    if unknown := [name for name in named if name not in study.shapes]:
+        raise ValueError(
+            f"config.modules: the model has no neurons in {unknown[0]!r}; it has "
+            f"{', '.join(study.shapes)}, all, or several joined by +"
+        )
+    if not study.config.compat:
+        return named
+    vision = "encoder" if "qformer" in study.shapes else "vision"
+    released = {"lm": "lang", "vision": vision, "projector": "mmproj"}
+    ours = {released.get(name, name): name for name in study.shapes}
+    return tuple(ours[m] for m in official.ablated(released.get(n, n) for n in named))
+
+
+def _cells(config: ml_collections.ConfigDict, names: tuple[str, ...], data: str) -> Iterator[Cell]:
+    """Yield every mask on a domain, and the controls of the domain's own mask."""
+    for module in config.modules:
+        for mask in names:
+            yield Cell(module, mask, data, None)
+        for seed in range(config.controls):
+            yield Cell(module, data, data, seed)
+
+
+def measure_all(
+    study: Study, measure: Measure, cells: Mapping[Cell, Masks]
+) -> tuple[dict[str, np.ndarray], dict[Cell, dict[str, np.ndarray]]]:
+    """Measure all cells on one domain, batch by batch, so that clean states of one batch are kept.
+
+    Args:
+        study: the study.
+        measure: the measure on the questions of the domain.
+        cells: the masks of each cell.
+
+    Returns:
+        The arrays of the model without ablation, and those of each cell: `score` of every question,
+        and in a cell also the deviation sums.
+    """
+    questions, domain = measure.questions, measure.domain
+
+    def measure_batch(number: int) -> dict[str, np.ndarray]:
+        batch, rows = questions[number], len(questions.rows(number))
+        with_features = study.with_features(batch)
+        # The same program as for the edits, so that no ablation means no deviation.
+        response, clean = measure.respond(number, with_features, study.edits)
+        arrays = {f"clean/{key}": value for key, value in response.items()}
+        for cell, masks in tqdm.tqdm(cells.items(), desc=f"ablate, {domain}", leave=False):
+            edits = study.edits >> ablate_masks(masks)
+            cell_batch = batch if "vision" in masks else with_features
+            response, hidden = measure.respond(number, cell_batch, edits)
+            cell_arrays = response | _deviation(clean, hidden, batch, rows)._asdict()
+            arrays |= {f"{cell.name}/{key}": value for key, value in cell_arrays.items()}
+        return arrays
+
+    parts = [
+        study.workdir.arrays(
+            f"ablation/{domain}-{number}", functools.partial(measure_batch, number)
+        )
+        for number in tqdm.trange(len(questions), desc=f"ablation, {domain}", leave=False)
+    ]
+
+    def join(prefix: str) -> dict[str, np.ndarray]:
+        keys = [key for key in parts[0] if key.startswith(f"{prefix}/")]
+        return {
+            key.removeprefix(f"{prefix}/"): np.concatenate([part[key] for part in parts], axis=-1)
+            for key in keys
+        }
+
+    def score(prefix: str) -> dict[str, np.ndarray]:
+        responses = join(prefix)
+        step = f"scores/{domain}/{prefix}"
+        return responses | study.workdir.arrays(step, lambda: {"score": measure.score(responses)})
+
+    return score("clean"), {cell: score(cell.name) for cell in cells}
+
+
+def _deviation(clean: jax.Array, edited: jax.Array, batch, rows: int) -> deviation.Sums:
+    weight = np.stack([np.asarray(getattr(tok, k).mask(batch.tokens)) for k in KINDS])
+    sums = deviation.sums(clean[:rows], edited[:rows], weight[:, :rows])
+    return deviation.join([sums])
+
+
+def _mean(scores: np.ndarray) -> dict[str, Any]:
+    value, low, high = intervals.mean(scores)
+    return {"accuracy": float(value), "low": float(low), "high": float(high), "n": len(scores)}
+
+
+def _row(
+    cell: Cell, clean: Mapping[str, np.ndarray], edited: Mapping[str, np.ndarray], neurons: int
+) -> dict[str, Any]:
+    sums = deviation.Sums(edited["relative_l2"], edited["cosine"], edited["tokens"])
+    mean = deviation.finish(sums)
+    return {
+        **dataclasses.asdict(cell),
+        "neurons": neurons,
+        "accuracy": float(edited["score"].mean()),
+        **_change(clean["score"], edited["score"]),
+        "deviation": {
+            kind: {"relative_l2": float(mean.relative_l2[k]), "cosine": float(mean.cosine[k])}
+            for k, kind in enumerate(KINDS)
+            if sums.tokens[k].any()
+        },
+    }
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Return the mean paired difference, its interval, and the p-value of no difference."""
+    change = intervals.paired_difference(before, after)
+    return {
+        "difference": float(change.value), "low": float(change.low), "high": float(change.high),
+        "p": intervals.sign_flip(after - before),
+    }  # fmt: skip
+
+
+def _against(
+    module: str, name: str, edited: Mapping[Cell, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Compare a domain's own neurons with the mean of random ones, question by question."""
+    own = edited[Cell(module, name, name, None)]["score"]
+    random = [
+        arrays["score"]
+        for cell, arrays in edited.items()
+        if cell.module == module and cell.control is not None
+    ]
+    if not random:
+        return {}
+    return {"module": module, "data": name, **_change(np.mean(random, axis=0), own)}
+
+
+def _correct(rows: list[dict[str, Any]]) -> None:
+    """Add `p_holm`, the p-values corrected for the number of rows (Holm)."""
+    if rows:
+        adjusted = intervals.holm([row["p"] for row in rows])
+        for row, p in zip(rows, adjusted, strict=True):
+            row["p_holm"] = float(p)

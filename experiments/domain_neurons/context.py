@@ -1,0 +1,104 @@
+"""The context of the domain-neuron study: its pictures, questions and modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+
+from experiments import context
+from experiments.modules import MODULES
+from mllm_jax.analysis import official
+from mllm_jax.data import batching, domains
+from mllm_jax.interventions.shapes import site_shapes
+from mllm_jax.sharding import mesh
+
+Split = Literal["train", "test", "lens"]
+SPLITS: tuple[Split, ...] = ("train", "test", "lens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(context.Context):
+    """What every step of the study reads.
+
+    Attributes:
+        train: the pictures by domain on which activations are counted.
+        test: the pictures by domain on which answers are scored.
+        lens: the pictures by domain that the logit lens reads.
+    """
+
+    train: dict[str, domains.Domain]
+    test: dict[str, domains.Domain]
+    lens: dict[str, domains.Domain]
+
+    def content(self) -> dict[str, list[str]]:
+        """Return the fingerprints of the pictures and questions, by split and domain."""
+        return {
+            f"{split}/{name}": context.content(self._pairs(split, name))
+            for split in SPLITS
+            for name in self.names
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the domains."""
+        return tuple(self.train)
+
+    def questions(self, split: Split, name: str) -> batching.QuestionBatches:
+        """Return batches with one question per picture of a domain.
+
+        The styles of the config take turns.
+        """
+        pairs = self._pairs(split, name)
+        if split != "train":
+            return batching.QuestionBatches(
+                self.processor, pairs, self.config.batch_size, self.length
+            )
+        size = self.count_batch_size
+        filled = mesh.round_up_to_shards("B", size)
+        return batching.QuestionBatches(self.processor, pairs, size, self.length, filled=filled)
+
+    @functools.cached_property
+    def count_batch_size(self) -> int:
+        """The rows of a batch that is counted: few enough for `groups` in the smallest domain."""
+        smallest = min(len(self._pairs("train", name)) for name in self.names)
+        return max(1, min(self.config.batch_size, smallest // self.config.groups))
+
+    def groups(self, questions: batching.QuestionBatches) -> list[np.ndarray]:
+        """Return the indices of the batches of each group of examples, in order."""
+        count = len(questions)
+        return np.array_split(np.arange(count), min(self.config.groups, count))
+
+    def _pairs(self, split: Split, name: str) -> batching.ExampleQuestions:
+        examples = getattr(self, split)[name]
+        count = self.config[f"{split}_per_domain"]
+        if split == "train" and self.config.train_tokens:
+            sizes = (self._vision_tokens(example) for example in examples)
+            count = official.examples_counted(sizes, self.config.train_tokens)
+        return batching.ExampleQuestions(examples, tuple(self.config.styles), count)
+
+    def _vision_tokens(self, example: domains.Example) -> int:
+        """Return the number of vision tokens in all tiles of a picture."""
+        tiles = self.model.config.layout(example.image.size[::-1]).tiles
+        return tiles * (self.model.config.vision.grid**2 + 1)
+
+    @functools.cached_property
+    def length(self) -> int | None:
+        """The tokens of the longest prompt, to which all are padded; None pads each on its own."""
+        if not self.config.one_length:
+            return None
+        pairs = [p for split in SPLITS for name in self.names for p in self._pairs(split, name)]
+        return batching.row_length(self.processor, pairs)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape (L, F) of the neurons of each module that the model has."""
+        batch = self.questions("train", self.names[0])[0].replace(processor=None)
+        specs = site_shapes(self.model, batch)
+        return {
+            module: (spec.layers, spec.shape[site.unit_axis])
+            for module, site in MODULES.items()
+            if (spec := specs.get(site.name))
+        }

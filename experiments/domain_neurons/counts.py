@@ -1,0 +1,114 @@
+"""Count how often, and how strongly, each neuron is active in each domain.
+
+Examples are counted in groups, so that the data can be split, resampled and shuffled afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+import mllm_jax as mj
+from experiments import context
+from experiments.domain_neurons.context import Study
+from experiments.modules import MODULES
+from mllm_jax import tokens as tok
+
+KINDS = tuple(kind for kind in tok.kind if kind != "answer")
+Scope = Literal["all", "image", "text", "question", "system"]
+SCOPES: dict[Scope, tuple[str, ...]] = {
+    "all": KINDS, "image": ("image",), "text": tok.TEXT, "question": ("question",),
+    "system": ("system",),
+}  # fmt: skip
+FIELDS = ("positive", "sum", "squares", "tokens")
+
+
+def count(study: Study, name: str) -> dict[str, np.ndarray]:
+    """Return the activation statistics of a domain.
+
+    Args:
+        study: the study.
+        name: the name of the domain.
+
+    Returns:
+        `MODULE/positive`, `MODULE/sum` and `MODULE/squares` [groups, L, F, kinds], `MODULE/tokens`
+        [groups, kinds], and `MODULE/kinds`.
+    """
+    questions = study.questions("train", name)
+    groups = study.groups(questions)
+    captures = {module: mj.stats(MODULES[module], by=KINDS) for module in study.shapes}
+
+    def count_group(number: int) -> dict[str, np.ndarray]:
+        batches = (questions[i] for i in groups[number])
+        label = f"count, {name}, {number + 1} of {len(groups)}"
+        total = mj.reduce(captures, study.model, batches, study.edits, label=label)
+        arrays = {f"{m}/{field}": getattr(s, field) for m, s in total.items() for field in FIELDS}
+        arrays |= {f"{module}/tokens": stats.tokens[0] for module, stats in total.items()}
+        return arrays | {f"{m}/kinds": np.array(stats.kinds) for m, stats in total.items()}
+
+    parts = [
+        study.workdir.arrays(f"counts/{name}-{number}", functools.partial(count_group, number))
+        for number in range(len(groups))
+    ]
+    if study.captures:
+        total = mj.reduce(
+            study.captures, study.model, questions, study.edits,
+            save=study.workdir / "steps" / f"captures-{name}.npz", label=f"capture, {name}",
+        )  # fmt: skip
+        context.write_captures(study.workdir / "captures" / f"{name}.npz", total)
+    return {
+        key: value if key.endswith("/kinds") else np.stack([part[key] for part in parts])
+        for key, value in parts[0].items()
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counts:
+    """The activations of one module by group of examples: N groups in all, D_ domains.
+
+    Attributes:
+        positive: int64[N, L, F], the number of tokens on which a neuron is active.
+        sum: float64[N, L, F], the sum of its activations.
+        squares: float64[D_, L, F], the sum of their squares.
+        tokens: int64[N], the number of tokens.
+        domain: int64[N], the index of the domain.
+    """
+
+    positive: np.ndarray
+    sum: np.ndarray
+    squares: np.ndarray
+    tokens: np.ndarray
+    domain: np.ndarray
+
+    @classmethod
+    def of(
+        cls, counted: Mapping[str, Mapping[str, np.ndarray]], module: str, scope: Scope
+    ) -> Counts:
+        """Return the counts over the tokens of a scope, of all domains.
+
+        A module without tokens of the scope (the vision tower has none of text) is counted over all
+        of its tokens.
+
+        Args:
+            counted: what `count` returns, by domain.
+            module: the name of the module.
+            scope: the tokens to count.
+        """
+        parts: dict[str, list[np.ndarray]] = {field: [] for field in FIELDS}
+        for arrays in counted.values():
+            kinds = [kind in SCOPES[scope] for kind in arrays[f"{module}/kinds"]]
+            chosen = np.array(kinds) if any(kinds) else np.ones(len(kinds), bool)
+            for field in FIELDS:
+                parts[field].append(arrays[f"{module}/{field}"][..., chosen].sum(-1))
+        groups = [len(tokens) for tokens in parts["tokens"]]
+        return cls(
+            positive=np.concatenate(parts["positive"]),
+            sum=np.concatenate(parts["sum"]),
+            squares=np.stack([squares.sum(0) for squares in parts["squares"]]),
+            tokens=np.concatenate(parts["tokens"]),
+            domain=np.repeat(np.arange(len(groups)), groups),
+        )

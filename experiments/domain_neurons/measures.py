@@ -1,0 +1,124 @@
+"""How a model's answers to the questions of a domain are taken: as options, or as free text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+import mllm_jax as mj
+from experiments import context
+from experiments.domain_neurons.context import Study
+from mllm_jax import sites as S
+from mllm_jax.analysis import official
+from mllm_jax.data import batching
+from mllm_jax.evaluation.metrics import datasets, lingo_judge
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import score
+
+LAST = {"last": mj.keep(S.lm.resid_post[-1])}
+
+
+class Measure(Protocol):
+    """How answers to the questions of a domain are taken and scored.
+
+    Attributes:
+        name: the name of the metric.
+        chance: the expected score of a guess; None where it is not defined.
+        domain: the name of the domain.
+        questions: batches of its test questions.
+    """
+
+    name: str
+    chance: float | None
+    domain: str
+    questions: batching.QuestionBatches
+
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """Return the responses to a batch as arrays, and the last residual of the pass."""
+
+    def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return float64[N], the scores of all responses."""
+
+
+class Options:
+    """The answer is the option of the highest likelihood; see `Measure`."""
+
+    name = "accuracy over options"
+
+    def __init__(self, study: Study, domain: str):
+        self.study, self.domain = study, domain
+        self.questions = study.questions("test", domain)
+        options = [question.options for _, question in self.questions.pairs]
+        self.length = score.answer_length(study.processor, itertools.chain(*options))
+        self.chance: float | None = float(np.mean([1 / len(choices) for choices in options]))
+
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """Return whether each answer of a batch is right, and the last residual of the pass."""
+        candidates = self.questions.candidates(number)
+        ids = score.candidate_ids(
+            self.study.processor, candidates, len(batch.ids), length=self.length
+        )
+        out = score.score_with(self.study.model, batch, ids, edits, LAST)
+        rows = len(self.questions.rows(number))
+        best = np.asarray(out.values)[:rows].argmax(-1)
+        return {"right": best == self.questions.right(number)}, out.captures["last"]
+
+    def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return float64[N], 1 where the answer is right."""
+        return responses["right"].astype(float)
+
+
+class Answers:
+    """The answer is generated, and scored by the metric of the data set; see `Measure`."""
+
+    chance: float | None = None
+
+    def __init__(self, study: Study, domain: str):
+        self.study, self.domain = study, domain
+        self.questions = study.questions("test", domain)
+        self.options = {"compat": study.config.compat or None}
+        if domain == "lingoqa":
+            self.options["judge"] = lingo_judge.load(
+                study.config.judge, fallback=study.config.judge_fallback
+            )
+        self.name = datasets.name(domain, **self.options)
+
+    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """Return the generated texts of a batch, and the last residual of the pass."""
+        model, config = self.study.model, self.study.config
+        last = mj.run(model, batch, edits, LAST, logits="none")["last"]
+        sampling = {}
+        if config.compat:
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            sampling = {"temperature": official.TEMPERATURE, "key": key}
+        generated = mj.generate(
+            model, batch, edits, max_new_tokens=config.new_tokens, stop=True, **sampling
+        )
+        texts = generated.text[: len(self.questions.rows(number))]
+        return {"said": np.array(texts)}, last
+
+    def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return float64[N], the metric of the data set."""
+        questions = [question for _, question in self.questions.pairs]
+        return datasets.score(self.domain, responses["said"].tolist(), questions, **self.options)
+
+
+MEASURES: dict[str, type[Options] | type[Answers]] = {"options": Options, "answers": Answers}
+
+
+def check_measure(config: ml_collections.ConfigDict) -> None:
+    """Refuse a measure that is unknown, or cannot be taken on the domains of the config."""
+    context.require_choice("config.measure", config.measure, MEASURES)
+    if config.measure == "answers":
+        if not config.get("vqa"):
+            raise ValueError(
+                "config.measure='answers' has metrics only for MMNeuron's data sets (config.vqa); "
+                "use config.measure='options' for other domains"
+            )
+        if "lingoqa" in (config.domains or datasets.NAMES):
+            lingo_judge.load(config.judge, fallback=config.judge_fallback)

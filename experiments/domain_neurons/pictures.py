@@ -1,0 +1,99 @@
+"""Read the logit lens at each image token of one picture per domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+import mllm_jax as mj
+from experiments.domain_neurons.context import Study
+from mllm_jax import sites as S
+from mllm_jax import store
+from mllm_jax import tokens as tok
+
+
+def pictures(study: Study) -> list[dict[str, Any]]:
+    """Return the entries of all domains whose image tokens lie on a grid, see `picture`."""
+    entries = [picture(study, number, name) for number, name in enumerate(study.names)]
+    return [entry for entry in entries if entry]
+
+
+def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
+    """Return the most likely word and the entropy at each image token of a domain's first picture.
+
+    The grid is that of the full picture as the vision tower sees it (LLaVA-NeXT: the base tile).
+    If the picture is also split into parts, their grid is in `parts`.
+
+    Args:
+        study: the study.
+        number: the index of the domain, for the names of the files.
+        name: the name of the domain.
+
+    Returns:
+        The entry of results.json; None where image tokens lie on no grid (InstructBLIP's queries).
+    """
+    example = study.lens[name][0]
+
+    def make() -> dict[str, Any] | None:
+        question = study.questions("lens", name).pairs[0][1]
+        batch = study.processor([example.image], [question.prompt])
+        full, parts = grids(batch.tokens)
+        if not full.size:
+            return None
+        last = study.model.config.lm.layers - 1
+        layers = [int(i) for i in np.linspace(0, last, study.config.picture_layers).round()]
+        capture = mj.lens(S.lm.resid_post[layers], k=1, where=tok.image)
+        out = mj.run(study.model, batch, study.edits, {"lens": capture}, logits="none")["lens"]
+        ids, entropy = (np.asarray(a)[:, 0] for a in (out.ids[..., 0], out.entropy))
+        generated = mj.generate(study.model, batch, study.edits, max_new_tokens=12, stop=True)
+
+        def read_grid(at: np.ndarray) -> dict[str, list]:
+            words = [[[study.processor.word(i) for i in row] for row in layer[at]] for layer in ids]
+            return {"words": words, "entropy": entropy[:, at].astype(float).tolist()}
+
+        return {
+            "domain": name,
+            "id": example.id,
+            "question": question.prompt,
+            "answer": question.answer,
+            "generated": generated.text[0],
+            "layers": layers,
+            **read_grid(full),
+            "parts": read_grid(parts) if parts.size else None,
+        }
+
+    entry = study.workdir.json(f"picture-{name}", make)
+    if entry is None:
+        return None
+    original = store.save_figure(study.workdir, f"picture-{number}.png", example.image)
+    batch = study.processor([example.image], ["<image>"])
+    seen = as_seen(study.processor, batch)
+    return entry | {
+        "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
+        "original": original,
+    }
+
+
+def grids(tokens: tok.TokenMap) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the image tokens in the first row of a batch, as two grids.
+
+    Returns:
+        int[rows, columns] of the full picture, and of its parts; empty where there is no such grid.
+    """
+    kind, row = np.asarray(tokens.kind[0]), np.asarray(tokens.row[0])
+    image = (kind == tok.CODE["image"]) & (row >= 0)
+    full = np.flatnonzero(image & (np.asarray(tokens.tile[0]) == 0))
+    parts = np.flatnonzero(image & (np.asarray(tokens.tile[0]) > 0))
+    newlines = int((kind == tok.CODE["newline"]).sum())  # one ends each row of the parts
+    side = round(len(full) ** 0.5)
+    return full.reshape(side, -1) if side else full, parts.reshape(max(newlines, 1), -1)
+
+
+def as_seen(processor, batch) -> PIL.Image.Image:
+    """Return the first tile of a batch as a picture: the input of the vision tower."""
+    image_processor = processor.image_processor
+    pixels = batch.pixels[0] * np.asarray(image_processor.image_std)
+    pixels = pixels + np.asarray(image_processor.image_mean)
+    return PIL.Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))

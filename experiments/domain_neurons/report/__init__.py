@@ -1,0 +1,1 @@
+"""The report of the domain-neuron study: its sections, plots and page."""

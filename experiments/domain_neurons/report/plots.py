@@ -1,0 +1,372 @@
+"""F"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.domain_neurons.report import stage_plots
+from mllm_jax.report import figures, style
+
+
+@style.styled
+def neurons_per_layer(
+    counts: Mapping[str, Mapping[str, Sequence[int]]], subtitles: Mapping[str, str]
+) -> Figure:
+    """Neurons of each domain by layer: a row a domain, a column a module, one scale in a column.
+
+    Args:
+        counts: {module: {domain: int[L]}}.
+        subtitles: {module: a second line under its title}.
+    """
+    domains = list(next(iter(counts.values())))
+    hue = style.palette(domains)
+    depth = {module: len(next(iter(by_domain.values()))) for module, by_domain in counts.items()}
+    figure = Figure(figsize=(11, 1.0 + 0.95 * len(domains)))
+    grid = figure.subplots(
+        len(domains),
+        len(counts),
+        squeeze=False,
+        width_ratios=[max(layers, 7) for layers in depth.values()],
+    )
+    for column, (module, by_domain) in enumerate(counts.items()):
+        top = max(1, max(max(values) for values in by_domain.values()))
+        for row, (domain, values) in enumerate(by_domain.items()):
+            ax = grid[row, column]
+            if depth[module] == 1:
+                _one_layer(ax, values[0], top, hue[domain])
+            else:
+                _many_layers(ax, np.asarray(values), top, hue[domain])
+            ax.tick_params(labelbottom=row == len(domains) - 1 and depth[module] > 1)
+            if column == 0:
+                ax.set_ylabel(
+                    domain, rotation=0, ha="right", va="center", color=style.darken(hue[domain]),
+                    fontweight="bold", fontsize=9.5, labelpad=12,
+                )  # fmt: skip
+        _heading(grid[0, column], module, subtitles[module])
+        if depth[module] > 1:
+            grid[-1, column].set_xlabel("layer")
+    return figure
+
+
+def _heading(ax: Axes, title: str, subtitle: str) -> None:
+    write = functools.partial(
+        ax.annotate, xy=(0, 1), xycoords="axes fraction", textcoords="offset points"
+    )
+    write(title, xytext=(0, 19), fontweight="bold", fontsize=style.STYLE["axes.titlesize"])
+    write(subtitle, xytext=(0, 6), color=style.GREY, fontsize=8)
+
+
+def _many_layers(ax: Axes, values: np.ndarray, top: int, colour: str) -> None:
+    ax.bar(np.arange(len(values)), values, width=0.78, color=colour)
+    ax.set(xlim=(-0.7, len(values) - 0.3), ylim=(0, top * 1.25), yticks=[0, _round_below(top)])
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+    ax.grid(axis="y")
+    ax.text(
+        0.998, 1.0, f"{values.sum():,}", transform=ax.transAxes, ha="right", va="top",
+        color=style.darken(colour), path_effects=style.halo(), fontweight="bold",
+    )  # fmt: skip
+
+
+def _one_layer(ax: Axes, value: int, top: int, colour: str) -> None:
+    ax.barh([0], [value], height=0.5, color=colour)
+    ax.text(
+        value + top * 0.05,
+        0,
+        f"{value:,}",
+        va="center",
+        color=style.darken(colour),
+        fontweight="bold",
+    )
+    ax.set(xlim=(0, top * 1.45), ylim=(-0.8, 0.8), xticks=[], yticks=[])
+    ax.spines["bottom"].set_visible(False)
+
+
+@style.styled
+def ablation_matrix(
+    selected: Mapping[str, np.ndarray],
+    control: Mapping[str, np.ndarray],
+    star: Mapping[str, np.ndarray],
+    domains: Sequence[str],
+    control_title: str,
+) -> Figure:
+    """Change of accuracy when a domain's neurons are off, and when random ones are.
+
+    Args:
+        selected: {module: float[D_, D_]}, rows are the masks, columns the data; nan where not
+            measured.
+        control: the same for random neurons; a module may be absent.
+        star: {module: bool[D_, D_]}, where `selected` is beyond chance.
+        domains: names of rows and columns.
+        control_title: what the random row is.
+    """
+    both = [*selected.values(), *control.values()]
+    bound = max(0.05, float(np.nanmax(np.abs(np.stack(both)), initial=0)))
+    rows = [("domain neurons off", selected, star)]
+    if control:
+        rows.append((control_title, control, {}))
+    cell = max(0.42 * len(domains), 1.7)  # as long as a title is
+    width = 2.3 + (cell + 0.35) * len(selected)
+    figure = Figure(figsize=(width, (cell + 0.5) * len(rows) + 0.9))
+    grid = figure.subplots(len(rows), len(selected), squeeze=False)
+    for row, (title, values, marks) in enumerate(rows):
+        for column, module in enumerate(selected):
+            ax = grid[row, column]
+            if module not in values:
+                ax.set_axis_off()
+                continue
+            image = _matrix(ax, values[module], domains, bound, marks.get(module))
+            ax.tick_params(labelleft=column == 0, labelbottom=row == len(rows) - 1)
+            if row == 0:
+                ax.set_title(module)
+        grid[row, 0].set_ylabel(title, color=style.INK, fontweight="bold")
+    for ax in grid[-1]:
+        ax.set_xlabel("tested on")
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.015)
+    bar.outline.set_visible(False)
+    bar.set_label("change of accuracy, points")
+    told = "framed: tested on its own domain", "bold with *: beyond chance, corrected for all cells"
+    figure.supxlabel((" · " if width > 6 else "\n").join(told), color=style.GREY, fontsize=8)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
+    return figure
+
+
+def _matrix(
+    ax: Axes, values: np.ndarray, domains: Sequence[str], bound: float, star: np.ndarray | None
+):
+    """A heat map of accuracy differences, in points; a frame on each domain's own neurons."""
+    shades = matplotlib.colormaps["RdBu"].with_extremes(bad="#F2F2F2")
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=-bound, vmax=bound)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        mark = "*" if star is not None and star[row, column] else ""
+        ax.text(
+            column, row, f"{_points(value)}{mark}", ha="center", va="center", fontsize=7.5,
+            in_layout=False,
+            color=style.ink_on(image.cmap(image.norm(value))),
+            fontweight="bold" if mark else "normal",
+        )  # fmt: skip
+    for own in range(min(values.shape)):
+        frame = matplotlib.patches.Rectangle(
+            (own - 0.5, own - 0.5), 1, 1, fill=False, edgecolor=style.INK, linewidth=1.1
+        )
+        ax.add_patch(frame)
+    figures.name_cells(ax, domains)
+    return image
+
+
+@style.styled
+def deviation(
+    selected: Mapping[str, Mapping[str, Mapping[str, float]]],
+    control: Mapping[str, Mapping[str, Mapping[str, float]]],
+    measures: Mapping[str, str],
+) -> Figure:
+    """How far hidden states move: a dot for the domain's neurons, a ring for random ones.
+
+    Args:
+        selected: {module: {kind: {domain: {measure: value}}}}.
+        control: the same for random neurons; anything may be absent.
+        measures: {measure: axis label}, a row of panels each.
+    """
+    first = next(iter(selected.values()))
+    kinds, domains = list(first), list(next(iter(first.values())))
+    hue = style.palette(domains)
+    height = 0.16 * len(domains) * len(kinds) + 0.75
+    figure = Figure(figsize=(11, height * len(measures) + 0.4))
+    grid = figure.subplots(len(measures), len(selected), squeeze=False, sharey=True, sharex="row")
+    step = 0.8 / len(domains)
+
+    for row, (measure, label) in enumerate(measures.items()):
+        values = np.array(
+            [
+                value
+                for source in (selected, control)
+                for by_kind in source.values()
+                for by_domain in by_kind.values()
+                for measured in by_domain.values()
+                for name, value in measured.items()
+                if name == measure
+            ]
+        )
+        # a logarithmic scale has no zero; an empty mask, which moves nothing, stands at the edge
+        floor = values[values > 0].min(initial=1) / 2
+        for column, module in enumerate(selected):
+            ax = grid[row, column]
+            for i, kind in enumerate(kinds):
+                for j, domain in enumerate(domains):
+                    y = i + (j - (len(domains) - 1) / 2) * step
+                    own, other = (
+                        source.get(module, {}).get(kind, {}).get(domain, {}).get(measure)
+                        for source in (selected, control)
+                    )
+                    _dumbbell(ax, y, own, other, hue[domain], floor)
+            ax.set(yticks=range(len(kinds)), ylim=(len(kinds) - 0.45, -0.55), xlabel=label)
+            ax.set_yticklabels(kinds)
+            ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=style.INK)
+            ax.set(xscale="log", xlim=(floor * 0.9, max(values.max(initial=1e-9), floor) * 1.3))
+            ticks = _log_ticks(1.5 * floor, ax.get_xlim()[1])
+            zero = [floor] if (values <= 0).any() else []
+            ax.set_xticks([*zero, *ticks], [*("0" for _ in zero), *(f"{tick:g}" for tick in ticks)])
+            ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            ax.grid(axis="x")
+            for line in np.arange(0.5, len(kinds) - 1):
+                ax.axhline(line, color=style.FAINT, linewidth=0.6)
+            ax.spines["left"].set_visible(False)
+            if row == 0:
+                ax.set_title(module)
+    _key(figure, hue, rings=bool(control))
+    return figure
+
+
+def _dumbbell(
+    ax: Axes, y: float, own: float | None, other: float | None, colour: str, floor: float
+) -> None:
+    own, other = (None if value is None else max(value, floor) for value in (own, other))
+    if own is not None and other is not None:
+        ax.plot([other, own], [y, y], color=colour, linewidth=1.2, alpha=0.45)
+    if other is not None:
+        ax.plot(
+            [other], [y], "o", markersize=4.5, markerfacecolor="white", markeredgecolor=colour,
+            markeredgewidth=1.1, clip_on=False,
+        )  # fmt: skip
+    if own is not None:
+        ax.plot([own], [y], "o", markersize=5, color=colour, markeredgewidth=0, clip_on=False)
+
+
+def _key(figure: Figure, hue: Mapping[str, str], *, rings: bool) -> None:
+    """One line above the panels that names the colours and the two marks."""
+    dot = functools.partial(matplotlib.lines.Line2D, [], [], linestyle="none", marker="o")
+    handles = [dot(color=colour, markersize=6, label=name) for name, colour in hue.items()]
+    handles.append(dot(color=style.GREY, markersize=5, label="the domain's own neurons"))
+    if rings:
+        handles.append(
+            dot(markerfacecolor="white", color=style.GREY, markersize=4.5, label="random neurons")
+        )
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), frameon=False,
+        handletextpad=0.1, columnspacing=1.2, fontsize=8.5,
+    )  # fmt: skip
+
+
+@style.styled
+def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
+    """Jaccard index of the neurons of two halves by their size, a panel a module.
+
+    Args:
+        found: {module: {"examples": int[S], "halves": float[S, D_]}}.
+    """
+    hue = style.palette(domains)
+    figure = Figure(figsize=(11, 2.9))
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for ax, (module, test) in zip(panels, found.items(), strict=True):
+        for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
+            ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
+        ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
+        ax.set_xticks(test["examples"])
+        ax.grid(axis="y")
+    panels[0].set_ylabel("shared neurons (Jaccard)")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
+    )
+    return figure
+
+
+@style.styled
+def scatter(found: Mapping[str, Mapping]) -> Figure:
+    """Points of two principal components, a panel a module, each domain's name at its middle.
+
+    Args:
+        found: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
+    """
+    hue = style.palette(list(next(iter(found.values()))["points"]))
+    figure = Figure(figsize=(11, 4.4))
+    for ax, (module, of) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for domain, points in of["points"].items():
+            x, y = np.transpose(points)
+            ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
+            ax.text(
+                x.mean(), y.mean(), domain, color=style.darken(hue[domain]), ha="center",
+                va="center", fontweight="bold", path_effects=style.halo(),
+            )  # fmt: skip
+        first, second = (f"{100 * share:.0f} % of the variance" for share in of["share"])
+        ax.set(title=module, xlabel=f"first component, {first}", ylabel=f"second, {second}")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+@style.styled
+def overview(
+    tokens: tuple[np.ndarray, Sequence[Sequence[str]], np.ndarray, str] | None,
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    overall: Mapping | None,
+    change: np.ndarray,
+    star: np.ndarray,
+    titles: Mapping[str, str],
+) -> Figure:
+    """The study in one picture: words on image tokens, entropy by layer, the ablation matrix.
+
+    Args:
+        tokens: (picture, words, entropy, title) as in `token_map`, of one layer; None for none.
+        curves: {domain: {"mean", "low", "high"}} of image tokens.
+        overall: stage boundaries of all domains together.
+        change: float[D_, D_], change of accuracy, as in `ablation_matrix`.
+        star: bool[D_, D_], where it is beyond chance.
+        titles: {"curves": ..., "matrix": ...}.
+    """
+    domains = list(curves)
+    hue = style.palette(domains)
+    widths = [*([1.0] if tokens else []), 1.2, 1.0]
+    figure = Figure(figsize=(4.1 * sum(widths), 4.1), layout="compressed")
+    figure.get_layout_engine().set(wspace=0.03)
+    panels = figure.subplots(1, len(widths), width_ratios=widths)
+    if tokens:
+        picture, words, entropy, title = tokens
+        entropy = np.asarray(entropy)
+        panels[0].set_axis_off()
+        figures.token_panel(panels[0], picture, words, entropy, (entropy.min(), entropy.max()), 3.6)
+        panels[0].set_title(title)
+    lines, matrix = panels[-2:]
+    figures.draw_curves(lines, curves, hue)
+    figures.label_ends(lines, curves, hue)
+    if overall:
+        stage_plots.draw_stages(lines, overall)
+    lines.set(xlabel="layer", ylabel="entropy of the lens, nats")
+    lines.set_box_aspect(0.8)
+    lines.set_title(titles["curves"])
+    bound = max(0.05, float(np.nanmax(np.abs(change), initial=0)))
+    _matrix(matrix, change, domains, bound, star)
+    matrix.set(xlabel="tested on", ylabel="neurons of")
+    matrix.set_title(titles["matrix"])
+    return figure
+
+
+def _points(value: float) -> str:
+    """A difference of accuracy in percentage points."""
+    points = 100 * value
+    text = f"{points:+.0f}" if abs(points) >= 9.95 else f"{points:+.1f}"
+    return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _round_below(value: int) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50 ... that is not above the value."""
+    power = 10 ** (len(str(int(value))) - 1)
+    return max(step * power for step in (1, 2, 5) if step * power <= value)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between the two; steps of 1, 2, 5 where those are fewer than two."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5)):
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 1:
+            break
+    return ticks

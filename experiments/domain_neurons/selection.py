@@ -1,0 +1,214 @@
+"""Select the neurons of each domain: by MMNeuron's rule, by another selector, or from a file.
+
+The rule is set by the config: `selector`, `scope`, `thresholds`, `assign`, `compat` and the rates.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+
+import mllm_jax as mj
+from experiments import context
+from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.counts import SCOPES, Counts
+from experiments.modules import MODULES
+from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
+from mllm_jax.checkpoints import masks
+from mllm_jax.passes import score
+
+SELECTORS = ("entropy", "auroc", "difference", "attribution", "random")
+SETTINGS = {
+    "scope": ("all", "image", "text"),
+    "thresholds": ("module", "global", "layer"),
+    "assign": ("multiple", "single"),
+    "compat": ("", "official"),
+}
+DomainCounts = Mapping[str, Mapping[str, np.ndarray]]  # {domain: what `counts.count` returns}
+Rule = Mapping[str, str]  # the fields of SETTINGS, and "selector"
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuse unknown settings, before anything is computed."""
+    for field, choices in (SETTINGS | {"scope": tuple(SCOPES), "selector": SELECTORS}).items():
+        context.require_choice(f"config.{field}", config[field], choices)
+    for name in config.compare:
+        context.require_choice("config.compare", name, SELECTORS)
+    path = config.masks
+    if path and not path.endswith(".npz") and "{module}" not in path:
+        raise ValueError(
+            f"config.masks={path!r}: write FILE.npz, or FOLDER/{{module}}.pth with the word "
+            "{module} in it"
+        )
+    if config.compat and any(config[f] != SETTINGS[f][0] for f in SETTINGS if f != "compat"):
+        raise ValueError(
+            "config.compat='official' counts all tokens, sets thresholds by module and assigns "
+            "multiple domains to a neuron: leave scope, thresholds and assign at their defaults"
+        )
+
+
+def rule(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Return the settings of the selection, except its rates."""
+    return {field: config[field] for field in (*SETTINGS, "selector")}
+
+
+def options(config: ml_collections.ConfigDict, rule: Rule) -> dict[str, Any]:
+    """Return the keyword arguments of `domain_neurons.select`."""
+    rates = {name: config[name] for name in ("top_rate", "filter_rate", "bar_rate")}
+    return rates | {"assign": rule["assign"], "compat": rule["compat"] or None}
+
+
+def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, SelectedNeurons]:
+    """Return the neurons of every module.
+
+    Selectors other than the entropy select as many neurons of each domain as the entropy does.
+    """
+    counts = {module: Counts.of(counted, module, rule["scope"]) for module in study.shapes}
+    pooled = {m: stability.pool(c.positive, c.tokens, c.domain) for m, c in counts.items()}
+    by_entropy = domain_neurons.select_modules(
+        {module: positive for module, (positive, _) in pooled.items()},
+        {module: tokens for module, (_, tokens) in pooled.items()},
+        thresholds=rule["thresholds"], names=study.names, **options(study.config, rule),
+    )  # fmt: skip
+    if rule["selector"] == "entropy":
+        return by_entropy
+    sizes = {module: selected.mask.sum(axis=(1, 2)) for module, selected in by_entropy.items()}
+    return {
+        m: from_mask(selectors.top(scores(study, rule["selector"], m, counts[m]), sizes[m]))
+        for m in by_entropy
+    }
+
+
+def scores(study: Study, selector: str, module: str, counts: Counts) -> np.ndarray:
+    """Return float64[D_, L, F]: the higher a score, the more the neuron belongs to the domain."""
+    domains = range(len(study.names))
+    if selector == "auroc":
+        mean = counts.sum / np.maximum(counts.tokens, 1)[:, None, None]
+        return selectors.auroc(mean, counts.domain)
+    if selector == "difference":
+        sums = np.stack([counts.sum[counts.domain == d].sum(axis=0) for d in domains])
+        tokens = np.bincount(counts.domain, counts.tokens)
+        return selectors.mean_difference(sums, counts.squares, tokens)
+    if selector == "attribution":
+        values = [attributions(study, name)[module] for name in study.names]
+        domain = np.repeat(np.arange(len(values)), [len(groups) for groups in values])
+        return selectors.attribution(np.concatenate(values), domain)
+    return selectors.random((len(domains), *study.shapes[module]), study.config.seed)
+
+
+def attributions(study: Study, name: str) -> dict[str, np.ndarray]:
+    """Return the gradients of the likelihood of right answers, by group of a domain.
+
+    Returns:
+        float32[groups, L, F] by module: d metric / d gate of gates that multiply the activations.
+    """
+    questions = study.questions("train", name)
+    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
+
+    def attribute_batch(number: int) -> dict[str, np.ndarray]:
+        right = [[question.answer] for _, question in questions.rows(number)]
+        batch = questions[number].replace(processor=None)
+        ids = score.candidate_ids(study.processor, right, len(batch.ids))
+        return jax.device_get(_attribute(gates, study.model, batch, ids, study.edits))
+
+    def add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return jax.tree.map(np.add, a, b)
+
+    def make() -> dict[str, np.ndarray]:
+        groups = tqdm.tqdm(study.groups(questions), desc=f"attribute, {name}", leave=False)
+        sums = [functools.reduce(add, map(attribute_batch, group)) for group in groups]
+        return {module: np.stack([part[module] for part in sums]) for module in gates}
+
+    return study.workdir.arrays(f"attribution-{name}", make)
+
+
+@jax.jit
+def _attribute(gates, model, batch, ids, edits):
+    def metric(gates):
+        scaled = [mj.scale(MODULES[module], gate) for module, gate in gates.items()]
+        scores = mj.score(model, batch, ids, functools.reduce(operator.rshift, scaled, edits))
+        return jnp.where(ids[..., 0] >= 0, scores, 0).sum()
+
+    return attribution.first_order(metric, gates).values
+
+
+def from_mask(mask: np.ndarray) -> SelectedNeurons:
+    """Return selected neurons whose entropies are unknown."""
+    unknown, selected = np.full(mask.shape[1:], np.nan), mask.any(axis=0)
+    return SelectedNeurons(unknown, unknown, selected, mask, np.nan, np.nan, int(selected.sum()))
+
+
+def read(study: Study) -> dict[str, SelectedNeurons]:
+    """Return the neurons of `config.masks`: our .npz, or MMNeuron's `FOLDER/{module}.pth`.
+
+    MMNeuron's .pth of the vision tower may have one layer more than the model runs here; edits of
+    that layer have no effect, so it is dropped.
+    """
+    path = study.config.masks
+    if path.endswith(".npz"):
+        by_module = _read_npz(study, path)
+    else:
+        by_module = {
+            module: masks.read_pth(path.format(module=module), width, domains=len(study.names))
+            for module, (_, width) in study.shapes.items()
+        }
+        layers = study.shapes["vision"][0]
+        if by_module["vision"].shape[1] == layers + 1:
+            by_module["vision"] = by_module["vision"][:, :layers]
+    for module, mask in by_module.items():
+        if mask.shape[1:] != study.shapes[module]:
+            raise ValueError(
+                f"{path}: {module} has (layers, neurons) {mask.shape[1:]}, but the model has "
+                f"{study.shapes[module]}"
+            )
+    return {module: from_mask(mask) for module, mask in by_module.items()}
+
+
+def _read_npz(study: Study, path: str) -> dict[str, np.ndarray]:
+    stored = masks.load(path)
+    if set(stored.domains) != set(study.names):
+        raise ValueError(f"{path} has the domains {list(stored.domains)}, not {list(study.names)}")
+    order = [stored.domains.index(name) for name in study.names]
+    missing = [MODULES[m].name for m in study.shapes if MODULES[m].name not in stored.modules]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it has {', '.join(stored.modules)}")
+    return {module: stored.modules[MODULES[module].name][order] for module in study.shapes}
+
+
+def write(study: Study, neurons: Mapping[str, SelectedNeurons]) -> None:
+    """Write `masks.npz`, and `masks/MODULE.pth` for MMNeuron's code."""
+    by_site = {MODULES[module].name: selected.mask for module, selected in neurons.items()}
+    masks.save(study.workdir / "masks.npz", by_site, study.names)
+    for module, selected in neurons.items():
+        masks.write_pth(study.workdir / "masks" / f"{module}.pth", selected.mask)
+
+
+def describe(study: Study, selected: SelectedNeurons) -> dict[str, Any]:
+    """Return what results.json holds about the neurons of a module."""
+    layers = domain_neurons.per_layer(selected)
+    counts = domain_neurons.domains_per_neuron(selected)
+    return {
+        "k": selected.k,
+        "threshold": _plain(selected.threshold),
+        "bar": _plain(selected.bar),
+        "selected": int(selected.selected.sum()),
+        "share": float(selected.selected.mean()),
+        "neurons_per_domain": {n: int(layers[d].sum()) for d, n in enumerate(study.names)},
+        "domains_per_neuron": {str(n): int(c) for n, c in enumerate(counts)},
+        "per_layer": {n: layers[d].tolist() for d, n in enumerate(study.names)},
+        "overlap": domain_neurons.overlap(selected).tolist(),
+    }
+
+
+def _plain(value: float | np.ndarray) -> float | list[float] | None:
+    """Return a JSON value; None where a mask from a file does not tell."""
+    return None if np.isnan(value).any() else np.asarray(value).tolist()

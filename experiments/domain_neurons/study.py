@@ -1,0 +1,96 @@
+"""The steps of the domain-neuron study, in order; see `experiments/domain_neurons/__main__.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+import mllm_jax as mj
+from experiments import examples
+from experiments.domain_neurons import ablation, counts, layers, pictures, robustness, selection
+from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.report import page
+from experiments.modules import MODULES
+from mllm_jax import store
+from mllm_jax.analysis.domain_neurons import SelectedNeurons
+from mllm_jax.data import domains
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edits
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: store.Workdir,
+    edits: Edits | None = None,
+    captures: Mapping[str, Capture] | None = None,
+) -> None:
+    """Run the study.
+
+    Args:
+        config: its settings, see configs/embedded.py.
+        workdir: the folder of its steps and results.
+        edits: edits of every pass.
+        captures: captures to read during the count.
+    """
+    selection.check(config)
+    ablation.check(config)
+    train, test = (examples.domains_of(config, split) for split in ("train", "test"))
+    domains.require_domains(train)
+    lens = examples.domains_of(config, "lens") if config.get("vqa") else test
+    model, processor = mj.load(config.model)
+    study = Study(
+        config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits(),
+        captures=captures or {}, train=train, test=test, lens=lens,
+    )  # fmt: skip
+    study.claim(study.content())
+    for module in config.modules:
+        ablation.ablated_modules(study, module)  # refuse an unknown module before the count
+
+    counted: selection.DomainCounts = {}
+    neurons = selection.read(study) if config.masks else {}
+    if not neurons:
+        counted = {name: counts.count(study, name) for name in train}
+        neurons = selection.select(study, counted, selection.rule(config))
+    selection.write(study, neurons)
+    study.finish(_results(study, counted, neurons), page.write, seed=config.seed)
+    print(f"finished: {workdir / 'index.html'}")
+
+
+def _results(
+    study: Study, counted: selection.DomainCounts, neurons: Mapping[str, SelectedNeurons]
+) -> dict[str, Any]:
+    """Return the content of results.json. `counted` is empty where a file gave the neurons."""
+    config = study.config
+    ablated = ablation.ablate(study, neurons)
+    lens = layers.read(study)
+    modules = study.shapes if counted else ()
+    return {
+        "study": "domain_neurons",
+        "model": config.model,
+        "domains": list(study.names),
+        "compat": config.compat,
+        "selector": "given" if config.masks else config.selector,
+        "modules": {
+            module: {"site": MODULES[module].name, "layers": shape[0], "width": shape[1]}
+            for module, shape in study.shapes.items()
+        },
+        "tokens": {module: _tokens(counted, module) for module in modules},
+        "selection": {m: selection.describe(study, selected) for m, selected in neurons.items()},
+        "stability": {m: robustness.stability(study, counted, m) for m in modules},
+        "comparison": robustness.compare(study, counted, neurons) if counted else {},
+        "baseline": ablated.baseline,
+        "ablation": ablated.cells,
+        "against_random": ablated.against_random,
+        "lens": layers.curves(lens),
+        "stages": layers.staged(lens, neurons["lm"]),
+        "features": layers.features(lens),
+        "pictures": pictures.pictures(study),
+    }
+
+
+def _tokens(counted: Mapping[str, Mapping[str, np.ndarray]], module: str) -> dict[str, int]:
+    """Return the number of counted tokens of each domain."""
+    return {name: int(arrays[f"{module}/tokens"].sum()) for name, arrays in counted.items()}

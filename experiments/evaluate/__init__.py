@@ -1,0 +1,1 @@
+"""Accuracy by domain and style of question."""

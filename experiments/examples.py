@@ -1,0 +1,51 @@
+"""The visual domains and the examples that a config names."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_collections
+
+from mllm_jax.data import batching, domains, vqa
+
+# The split of MMNeuron's data sets and the kind of prompt, by our name of the split.
+VQA_SPLITS = {
+    "train": ("train", "activation"),
+    "test": ("val", "generation"),
+    "lens": ("train", "lens"),
+}
+
+
+def domains_of(config: ml_collections.ConfigDict, split: str) -> dict[str, domains.Domain]:
+    """Return the domains of a config, by name.
+
+    They are MMNeuron's data sets (`vqa`), the user's own folders (`paths`), or the embedded ones.
+
+    Args:
+        config: the settings of the study.
+        split: "train" or "test"; of MMNeuron's data sets also "lens", which differs in its prompts.
+    """
+    if config.get("vqa"):
+        return _vqa(config, *VQA_SPLITS[split])
+    if config.paths:
+        return domains.load_user_domains(config.paths, split)
+    return domains.embedded(split, domains=tuple(config.domains) or None)
+
+
+def examples_of(
+    config: ml_collections.ConfigDict, split: str, per_domain: int
+) -> list[domains.Example]:
+    """Return the first examples of all domains, interleaved by domain."""
+    by_domain = domains_of(config, split).values()
+    return batching.interleave([list(itertools.islice(d, per_domain)) for d in by_domain])
+
+
+def _vqa(config: ml_collections.ConfigDict, split: str, prompts: str) -> dict[str, domains.Domain]:
+    names = tuple(config.domains) or vqa.NAMES
+    where = {"root": config.vqa.root or None, "size": config.vqa.size}
+    if config.vqa.manual:
+        for name in names:
+            vqa.build(name, config.vqa.manual, **where)
+    return {
+        name: vqa.load(name, split, model=config.vqa.model, of=prompts, **where) for name in names
+    }

@@ -1,0 +1,1 @@
+"""Trained masks of units: training, test against random masks, and its report."""

@@ -1,0 +1,27 @@
+"""The modules whose neurons the studies select, and the edits that ablate masks of them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+
+import numpy as np
+
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax.interventions.edits import Edits
+
+MODULES = {
+    "vision": S.vision.mlp.act,
+    "qformer": S.qformer.mlp.act,
+    "query": S.qformer.query_mlp.act,
+    "projector": S.projector.act,
+    "lm": S.lm.mlp.act,
+}
+
+
+def ablate_masks(masks: Mapping[str, np.ndarray]) -> Edits:
+    """Return the edits that ablate the neurons of masks, bool[L, F] by module."""
+    edits = (mj.ablate(MODULES[module][mask]) for module, mask in masks.items() if mask.any())
+    return functools.reduce(operator.rshift, edits, Edits())

@@ -1,0 +1,1 @@
+"""Plans of studies on a topology, without weights or hardware."""

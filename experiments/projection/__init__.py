@@ -1,0 +1,1 @@
+"""The projection study: fine-tuning, probes, factors, neurons, and their report."""

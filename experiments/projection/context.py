@@ -1,0 +1,153 @@
+"""The context of the projection study: its tasks, its runs and their questions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments import context
+from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
+from mllm_jax.data import batching, tasks
+from mllm_jax.data import features as features_
+from mllm_jax.data.domains import Example
+from mllm_jax.data.embedded.questions import Question
+from mllm_jax.evaluation import answers
+from mllm_jax.sharding import mesh
+
+NEUTRAL_QUESTION = "What is shown in the picture?"  # for passes in which no class may be named
+DEPTH_KINDS = ("image", "last")
+Arrays = Mapping[str, np.ndarray]
+Outputs = Mapping[tuple[str, str, int], Arrays]  # of each run, by task, variant and seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One model of the study.
+
+    Attributes:
+        task: the name of the task.
+        variant: Original, FT-Proj, FT-E2E, or the name of a recipe of the factors.
+        seed: the seed of its training and of the order of the classes in its prompts.
+        setting: the settings of its fine-tuning; None for the model as it is.
+    """
+
+    task: str
+    variant: str
+    seed: int
+    setting: ml_collections.ConfigDict | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.task}/{self.variant}-{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Its key in `Outputs`."""
+        return self.task, self.variant, self.seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(context.Context):
+    """What every step of the study reads.
+
+    Attributes:
+        tasks: the classification tasks, by name.
+    """
+
+    tasks: dict[str, tasks.Task]
+
+    def count(self, task: str, split: str) -> int:
+        """Return how many pictures of a split are used: the first, as the classes alternate."""
+        return min(getattr(self.config, f"{split}_per_task"), len(self.tasks[task][split]))
+
+    def examples(self, task: str, split: str) -> list[Example]:
+        """Return the pictures of a split that are used, read from disk."""
+        return [self.tasks[task][split][i] for i in range(self.count(task, split))]
+
+    def content(self) -> dict[str, list[Any]]:
+        """Return the topic, the classes and the fingerprints of the pictures, by task."""
+        return {
+            name: [task.topic, task.classes]
+            + [context.content(self.examples(name, split)) for split in tasks.SPLITS]
+            for name, task in self.tasks.items()
+        }
+
+    def ids(self, task: str, split: str) -> np.ndarray:
+        """Return int32[N], the classes of the pictures of a split."""
+        return self.tasks[task].ids(split)[: self.count(task, split)]
+
+    def features(self, task: str, split: str, aspect: str | None = None) -> np.ndarray:
+        """Return float32[N, P, E], the features of the vision tower, which are computed once.
+
+        Args:
+            task: the name of the task.
+            split: the split of its pictures.
+            aspect: how pictures are made square; by default `config.aspect`.
+        """
+        aspect = aspect or self.config.aspect
+        processor = copy.copy(self.processor)
+        processor.image_aspect_ratio = aspect
+        path = self.workdir / "features" / f"{task}-{split}-{aspect}.npy"
+        return features_.vision_features(
+            self.model, processor, self.examples(task, split), path, label=f"features, {task}"
+        )
+
+    def questions(self, task: tasks.Task, split: str, seed: int) -> batching.QuestionBatches:
+        """Return batches of the questions for the class of each picture."""
+        pairs = [
+            (e, answers.question(task, e, wording=self.config.wording, seed=seed))
+            for e in self.examples(task.name, split)
+        ]
+        return self._batches(pairs, task.name, split, self._length(task, split))
+
+    def neutral_questions(self, task: str, split: str, count: int) -> batching.QuestionBatches:
+        """Return batches of one question that names no class, for the first pictures."""
+        pairs = [
+            (e, Question("shown", NEUTRAL_QUESTION, e.label, self.tasks[task].classes))
+            for e in self.examples(task, split)[:count]
+        ]
+        return self._batches(pairs, task, split, batching.row_length(self.processor, pairs))
+
+    def _batches(
+        self, pairs: Sequence[tuple[Example, Question]], task: str, split: str, length: int
+    ) -> batching.QuestionBatches:
+        features = self.features(task, split)[: len(pairs)]
+        size = self.config.rows
+        return batching.QuestionBatches(self.processor, pairs, size, length, features)
+
+    def _length(self, task: tasks.Task, split: str) -> int:
+        """Return the tokens of the longest prompt of all seeds, which then share one program."""
+        return batching.row_length(
+            self.processor,
+            [
+                (e, answers.question(task, e, wording=self.config.wording, seed=seed))
+                for e in self.examples(task.name, split)
+                for seed in self.config.seeds
+            ],
+        )
+
+    def variants(self) -> dict[str, ml_collections.ConfigDict | None]:
+        """Return the settings of the models of the main tables, by variant."""
+        return {ORIGINAL: None, PROJ: self.config.proj, E2E: self.config.e2e}
+
+
+def stack_seeds(
+    outputs: Outputs, task: str, variant: str, seeds: Sequence[int], key: str
+) -> np.ndarray:
+    """Return an output of the runs of all seeds, stacked: [R, ...]."""
+    return np.stack([outputs[task, variant, seed][key] for seed in seeds])
+
+
+def map_batches(
+    fn: Callable[[np.ndarray], jax.Array | np.ndarray], features: np.ndarray, size: int = 32
+) -> np.ndarray:
+    """Return fn(features), computed on some rows of a memory-mapped file at a time."""
+    starts = range(0, len(features), size)
+    return np.concatenate([mesh.to_numpy(fn(np.asarray(features[i : i + size]))) for i in starts])

@@ -1,0 +1,141 @@
+"""Probe the classes of pictures before and after projectors, and after every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from experiments.projection.context import (
+    DEPTH_KINDS,
+    Arrays,
+    Outputs,
+    Study,
+    map_batches,
+    stack_seeds,
+)
+from mllm_jax.analysis import probe, projection
+from mllm_jax.analysis.projection import BEFORE, PROJ
+from mllm_jax.data import tasks
+
+
+def read(
+    study: Study, outputs: Outputs, task: str, name: str, variants: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Return int32[R, N] by variant: the class that a probe predicts for each picture.
+
+    Args:
+        study: the study.
+        outputs: the outputs of all runs.
+        task: the name of the task.
+        name: the probe: "paper", "linear" or "matched".
+        variants: the runs whose projector is read; by default those of the main tables, and
+            "before", the features before the projection.
+    """
+    named, seeds = variants or tuple(study.variants()), study.config.seeds
+    if variants:
+        seeds = study.config.factors.seeds
+    after = outputs[task, named[0], seeds[0]]["after/train"]
+    width = study.features(task, "train").shape[-1]
+    kinds = _probes(study.config, width, after.shape[-1])[name]
+
+    def predict(kind: probe.Probe, features: Arrays, seed: int) -> np.ndarray:
+        parts = [probe.Part(features[s], study.ids(task, s)) for s in tasks.SPLITS]
+        classes = len(study.tasks[task].classes)
+        return probe.fit(kind, *parts, classes=classes, seeds=(seed,)).predicted
+
+    def make() -> dict[str, np.ndarray]:
+        made = {}
+        if not variants:
+            before = {
+                s: map_batches(lambda x: x.mean(1), study.features(task, s)) for s in tasks.SPLITS
+            }
+            made[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
+        by_seed = []
+        for seed in seeds:  # all variants at once
+            features = {
+                s: np.stack([outputs[task, v, seed][f"after/{s}"] for v in named])
+                for s in tasks.SPLITS
+            }
+            by_seed.append(predict(kinds[1], features, seed)[:, 0])
+        return made | dict(zip(named, np.stack(by_seed, 1), strict=True))
+
+    return study.workdir.arrays(f"probes/{task}-{name}{'-factors' if variants else ''}", make)
+
+
+def _probes(
+    config: ml_collections.ConfigDict, before: int, after: int
+) -> dict[str, tuple[probe.Probe, probe.Probe]]:
+    """Return the probes before and after the projection, by name.
+
+    Args:
+        config: the settings of the study.
+        before: the width of the features before the projection.
+        after: their width after it.
+    """
+    stopping = {"epochs": config.probe.epochs, "patience": config.probe.patience}
+    paper = {**stopping, "rate": config.probe.rate, "batch": config.probe.batch}
+    matched = probe.matched(before, after)
+    return {
+        "paper": (
+            dataclasses.replace(probe.BEFORE, **paper), dataclasses.replace(probe.AFTER, **paper),
+        ),
+        "linear": (dataclasses.replace(probe.LINEAR, **stopping),) * 2,
+        "matched": (dataclasses.replace(matched, **stopping),) * 2,
+    }  # fmt: skip
+
+
+def depth(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]:
+    """Yield the F1 of a linear probe after each layer."""
+    truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
+    stopping = {"epochs": study.config.probe.epochs, "patience": study.config.probe.patience}
+    for variant, kind in itertools.product(study.config.depth, DEPTH_KINDS):
+        arrays = outputs[task, variant, study.config.seeds[0]]
+
+        def make(arrays=arrays, kind=kind) -> dict[str, np.ndarray]:
+            parts = [
+                probe.Part(arrays[f"{kind}/{s}"].swapaxes(0, 1), study.ids(task, s))
+                for s in tasks.SPLITS
+            ]
+            linear = dataclasses.replace(probe.LINEAR, **stopping)
+            fitted = probe.fit(linear, *parts, classes=classes, seeds=tuple(study.config.seeds))
+            return {"predicted": fitted.predicted}
+
+        by_layer = study.workdir.arrays(f"probes/{task}-{variant}-{kind}", make)["predicted"]
+        for layer, predicted in enumerate(by_layer):
+            value = projection.f1(truth, predicted, classes).row()
+            yield {"task": task, "variant": variant, "tokens": kind, "layer": layer, **value}
+
+
+def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]:
+    """Yield what each changed setting of FT-Proj changes, against the unchanged recipe."""
+    seeds, changes = study.config.factors.seeds, study.config.factors.changes
+    truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
+    recipes = (PROJ, *changes)
+    probed = read(study, outputs, task, "paper", recipes)
+    scores = {
+        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "said"), classes)
+        for name in recipes
+    }
+    for name in recipes:
+        yield {
+            "task": task,
+            "recipe": name,
+            "factor": "" if name == PROJ else name,
+            "setting": "" if name == PROJ else _format(changes[name].to_dict()),
+            "f1": scores[name].row(),
+            "change": None if name == PROJ else projection.change(scores[name], scores[PROJ]),
+            "probe": projection.f1(truth, probed[name], classes).row(),
+        }
+
+
+def _format(settings: Mapping[str, Any]) -> str:
+    """Return {"recipe": {"rate": 0.1}, "end": False} as "end False, rate 0.1"."""
+    flat = {k: v for k, v in settings.items() if not isinstance(v, Mapping)}
+    for value in settings.values():
+        flat |= value if isinstance(value, Mapping) else {}
+    return ", ".join(f"{name} {value}" for name, value in flat.items())

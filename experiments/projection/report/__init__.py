@@ -1,0 +1,1 @@
+"""The report of the projection study: its sections, plots and page."""

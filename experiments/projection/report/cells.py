@@ -1,0 +1,58 @@
+"""P"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
+from mllm_jax.report import page, style
+
+FIXED = {
+    "Random": "#A8A8A8", CLIP: "#CC79A7", BEFORE: "#009E73", ORIGINAL: "#5B5B5B",
+    PROJ: "#0072B2", E2E: "#D55E00",
+}  # fmt: skip
+VALUE = ("mean", "deviation", "low", "high")
+CHANGE = ("value", "low", "high", "relative")
+
+
+def group(rows: Iterable[Mapping], outer: str, inner: str) -> dict[str, dict[str, Mapping]]:
+    found: dict = {}
+    for row in rows:
+        found.setdefault(row[outer], {})[row[inner]] = row
+    return found
+
+
+def colours(rows: Sequence[Mapping]) -> dict[str, str]:
+    """A colour for each variant of the rows, the known ones first and always the same."""
+    named = dict.fromkeys(row["variant"] for row in rows)
+    others = [name for name in named if name not in FIXED]
+    spare = [colour for colour in style.PALETTE if colour not in FIXED.values()]
+    more = dict(zip(others, spare * len(others), strict=False))
+    return {name: colour for name, colour in (FIXED | more).items() if name in named}
+
+
+def value(value: Mapping) -> str:
+    deviation = value.get("deviation")
+    return f"{value['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+
+
+def relative(change: Mapping | None) -> str:
+    """In brackets, as a share; * where the interval excludes zero. Nothing of no change."""
+    if change is None or change["relative"] is None:
+        return ""
+    star = "*" if change["low"] > 0 or change["high"] < 0 else ""
+    return f" ({100 * change['relative']:+.0f} %{star})".replace("-", page.MINUS)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def pick(values: Mapping | None, keys: Sequence[str]) -> list:
+    return [None if values is None else values.get(key) for key in keys]
+
+
+def change(change: Mapping | None) -> str:
+    if change is None:
+        return page.DASH
+    return page.number(change["value"]) + relative(change)

@@ -1,0 +1,165 @@
+"""P"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.projection.report import cells, plots
+from mllm_jax.report import page, parts, style
+
+
+def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    rows = results.get("neurons")
+    if not rows:
+        return None
+    by_module: dict = {}
+    for row in rows:
+        by_task = by_module.setdefault(parts.name(row["module"]), {})
+        by_task.setdefault(row["task"], {})[row["variant"]] = row
+    figure = plots.migration(by_module, cells.colours(rows))
+
+    def mean(variant: str, key: str) -> float:
+        return float(np.mean([row[key] for row in rows if row["variant"] == variant]))
+
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    columns = (
+        "task", "variant", "module", "before", "after", "kept", "jaccard", "chance",
+        "share_before", "share_after",
+    )  # fmt: skip
+    layers = [
+        (*(row[c] for c in columns[:3]), layer, *counts)
+        for row in rows
+        for layer, counts in enumerate(
+            zip(row["per_layer_before"], row["per_layer_after"], strict=True)
+        )
+    ]
+    return page.Section(
+        title="Domain neurons before and after",
+        reading="A domain's neurons before and after fine-tuning share, by their Jaccard index, "
+        + "; ".join(
+            f"{mean(v, 'jaccard'):.2f} for {v} (by chance {mean(v, 'chance'):.2f})"
+            for v in variants
+        )
+        + ", on average over tasks and modules.",
+        figures=[parts.png(folder, "neurons", figure, "Neurons kept, lost and gained by module")],
+        table=page.Table(
+            ("task", "variant", "module", "before", "after", "kept", "Jaccard", "share before",
+             "share after"),
+            [
+                (*(row[c] for c in columns[:3]), *(f"{row[c]:,}" for c in columns[3:6]),
+                 f"{row['jaccard']:.2f}", cells.percent(row["share_before"]),
+                 cells.percent(row["share_after"]))
+                for row in rows
+            ],
+        ),
+        note="Shares are of the domain's neurons in all modules: where they differ, neurons moved "
+        "from module to module.",
+        data=[
+            parts.csv(folder, "neurons", columns, [[row[c] for c in columns] for row in rows]),
+            parts.csv(
+                folder, "neurons_per_layer", (*columns[:3], "layer", "before", "after"), layers
+            ),
+        ],
+    )  # fmt: skip
+
+
+def ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    rows = [row for row in results.get("ablation", ()) if "recall" not in row]
+    if not rows:
+        return None
+    kinds = list(dict.fromkeys(row["ablated"] for row in rows))
+    return page.Section(
+        title="Switching neurons off",
+        reading="The model's macro-F1 changes, on average over tasks and variants, by "
+        + ", by ".join(f"{_mean_off(rows, kind)} with {kind} off" for kind in kinds)
+        + ".",
+        figures=[
+            parts.png(
+                folder, "ablation", _changes(rows, "variant"),
+                "Change of macro-F1 by whose neurons are off",
+            )
+        ],
+        table=page.Table(
+            ("task", "variant", "off", "neurons", "macro-F1", "change of F1"),
+            [
+                (row["task"], row["variant"], row["ablated"], f"{row['neurons']:,}",
+                 cells.value(row["f1"]), cells.change(row["change"]))
+                for row in rows
+            ],
+        ),
+        note="Intervals are paired by picture; * marks those that exclude zero.",
+        data=[_off_csv(folder, "ablation", rows)],
+    )  # fmt: skip
+
+
+def suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    rows = [row for row in results.get("ablation", ()) if "recall" in row]
+    if not rows:
+        return None
+    edited = [row for row in rows if row["change"]["value"] or row["neurons"]]
+    first, *_ = edited
+    changes = ", ".join(f"{row['ablated']} {page.number(row['change']['value'])}" for row in edited)
+    classes = list(first["recall"])
+    return page.Section(
+        title="Suppressing one class",
+        reading=f"Two classes ({' and '.join(classes)}), {classes[0]} suppressed. Macro-F1 changes "
+        f"by: {changes}.",
+        figures=[
+            parts.png(folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit")
+        ],
+        table=page.Table(
+            ("edit", "neurons", *(f"recall of {name}" for name in classes), "macro-F1",
+             "change of F1"),
+            [
+                (row["ablated"], f"{row['neurons']:,}",
+                 *(cells.percent(row["recall"][name]) for name in classes), cells.value(row["f1"]),
+                 cells.change(row["change"]))
+                for row in rows
+            ],
+        ),
+        note="AurA (Suau et al. 2024) scales a neuron by 1 less its advantage over chance at "
+        "telling the class; experts are the neurons with the largest, switched off.",
+        data=[_off_csv(folder, "suppression", rows)],
+    )  # fmt: skip
+
+
+def _changes(rows: Sequence[Mapping], group: str) -> Figure:
+    """Changes of F1 by what is off, a row of panels a group."""
+    kinds = list(dict.fromkeys(row["ablated"] for row in rows))
+    plain = iter(style.PALETTE)
+    hue = {
+        kind: style.GREY if "random" in kind or "shuffled" in kind else next(plain)
+        for kind in kinds
+    }
+    panels: dict = {}
+    for row in rows:
+        change = row["change"]
+        point = {"mean": change["value"], "low": change["low"], "high": change["high"]}
+        by_task = panels.setdefault(row.get(group, ""), {})
+        by_task.setdefault(row["task"], {})[row["ablated"]] = point
+    return plots.forest(panels, hue, "change of macro-F1", against="0", shown="{:+.2f}".format)
+
+
+def _mean_off(rows: Sequence[Mapping], kind: str) -> str:
+    changes = [row["change"]["value"] for row in rows if row["ablated"] == kind]
+    return page.number(float(np.mean(changes)))
+
+
+def _off_csv(folder: pathlib.Path, name: str, rows: Sequence[Mapping]) -> tuple[str, str]:
+    classes = list(rows[0].get("recall", ()))
+    return parts.csv(
+        folder, name,
+        ("task", "variant", "ablated", "neurons", *cells.VALUE,
+         *(f"change_{c}" for c in cells.CHANGE),
+         *(f"recall_{c}" for c in classes)),
+        [
+            (row["task"], row["variant"], row["ablated"], row["neurons"],
+             *cells.pick(row["f1"], cells.VALUE),
+             *cells.pick(row["change"], cells.CHANGE), *(row["recall"][c] for c in classes))
+            for row in rows
+        ],
+    )  # fmt: skip

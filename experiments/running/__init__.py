@@ -1,0 +1,1 @@
+"""How a study runs: its command line, its lock, its signals, and what its processes share."""

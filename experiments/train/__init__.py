@@ -1,0 +1,1 @@
+"""Training of the projector, and its loss curve."""

@@ -1,0 +1,110 @@
+"""Names that have moved: the old ones keep working for one release, with a DeprecationWarning.
+
+`MODULES` and `MEMBERS` map old names to new ones. Importing an old module, or reading it as an
+attribute of its package, gives a module that reads its members from their new places. Nothing is
+imported before an old name is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+MODULES = {
+    "mllm_jax.axes": "mllm_jax.typing",
+    "mllm_jax.precision": "mllm_jax.numerics.precision",
+    "mllm_jax.products": "mllm_jax.numerics.products",
+    "mllm_jax.workdir": "mllm_jax.store",
+    "mllm_jax.interventions.run": "mllm_jax.passes.run",
+    "mllm_jax.interventions.sweep": "mllm_jax.passes.sweep",
+    "mllm_jax.interventions.reduce": "mllm_jax.passes.reduce",
+    "mllm_jax.interventions.compiles": "mllm_jax.passes.compiles",
+    "mllm_jax.evaluation.generate": "mllm_jax.passes.generate",
+    "mllm_jax.evaluation.score": "mllm_jax.passes.score",
+    "mllm_jax.sharding.plan": "mllm_jax.planning.plan",
+    "mllm_jax.sharding.programs": "mllm_jax.planning.programs",
+    "mllm_jax.sharding.chips": "mllm_jax.planning.chips",
+    "mllm_jax.sharding.hlo": "mllm_jax.planning.hlo",
+    "mllm_jax.models.llama": "mllm_jax.models.decoder",
+    "mllm_jax.models.llava": "mllm_jax.families.llava.model",
+    "mllm_jax.models.llava_next": "mllm_jax.families.llava_next.model",
+    "mllm_jax.models.instructblip": "mllm_jax.families.instructblip.model",
+    "mllm_jax.data.processor": "mllm_jax.processors.processor",
+    "mllm_jax.data.pictures": "mllm_jax.processors.pictures",
+    "mllm_jax.data.prompts": "mllm_jax.processors.prompts",
+    "mllm_jax.data.image_processors": "mllm_jax.processors.image_processors",
+    "mllm_jax.data.templates": "mllm_jax.processors.templates",
+    "mllm_jax.data.instructblip": "mllm_jax.families.instructblip.processor",
+    "mllm_jax.checkpoints.load": "mllm_jax.loading.load",
+    "mllm_jax.checkpoints.save": "mllm_jax.loading.save",
+    "mllm_jax.checkpoints.adapters": "mllm_jax.loading.adapters",
+    "mllm_jax.checkpoints.embedded": "mllm_jax.loading.embedded",
+}
+MEMBERS = {
+    "mllm_jax.interventions.run.bind": "mllm_jax.interventions.binding.bind",
+    "mllm_jax.models.llama.Llama": "mllm_jax.models.decoder.Decoder",
+    "mllm_jax.models.llama.LlamaConfig": "mllm_jax.models.decoder.DecoderConfig",
+    "mllm_jax.models.llava.Batch": "mllm_jax.batch.Batch",
+    "mllm_jax.tokens.all": "mllm_jax.tokens.every",
+}
+
+
+def install() -> None:
+    """Make old modules importable, and old names readable from the modules that are loaded."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    for name in MODULES | MEMBERS:
+        owner = sys.modules.get(name.rpartition(".")[0])
+        if owner is not None and "__getattr__" not in vars(owner):
+            vars(owner)["__getattr__"] = functools.partial(_member, owner.__name__)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of `MODULES`."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec of an old module, None for any other name."""
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MODULES else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Let the module read its members from their new places."""
+        _warn(module.__name__, MODULES[module.__name__])
+        vars(module)["__getattr__"] = functools.partial(_member, module.__name__)
+
+
+def _member(module: str, name: str) -> Any:
+    """Return what a module had under an old name: the `__getattr__` of that module."""
+    path = f"{module}.{name}"
+    if path in MEMBERS:
+        _warn(path, MEMBERS[path])
+        owner, _, member = MEMBERS[path].rpartition(".")
+        return getattr(importlib.import_module(owner), member)
+    if path in MODULES:
+        _warn(path, MODULES[path])
+        old = types.ModuleType(path)
+        vars(old)["__getattr__"] = functools.partial(_member, path)
+        return old
+    if module in MODULES and not name.startswith("__"):
+        return getattr(importlib.import_module(MODULES[module]), name)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def _warn(old: str, new: str) -> None:
+    """Warn at the line that uses an old name: two calls up, without the frames of an import."""
+    warnings.warn(
+        f"{old} is now {new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,237 @@
+import copy
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments.domain_neurons.report import page as report
+from experiments.domain_neurons.report import robustness
+from mllm_jax.report import page, style
+from tests.helpers import fake_study
+from tests.helpers.html_reader import Reader
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def study(folder, **options):
+    results = json.loads(json.dumps(fake_study.fake_results(**options)))
+    fake_study.write_pictures(folder, results)
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "manifest.json").write_text("{}")
+    return results
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    results = study(folder, grids=(7, 4))
+    report.write(folder, results)
+    return folder, results
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made, but not rendered: the page does not look at them."""
+    monkeypatch.setattr(style, "save", lambda figure, path: None)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_link_leads_to_a_file(written):
+    folder, _ = written
+    reader = Reader((folder / "index.html").read_text(encoding="utf-8"))
+    assert reader.open == []
+    links = {link for link in reader.links if not link.startswith("#")}
+    assert links and all((folder / link).is_file() for link in links)
+    made = {name for name in contents(folder) if not name.startswith("figures/picture")}
+    assert made == links | {"index.html"}
+    assert reader.tags.count("section") == 10
+
+
+def test_figures_are_png_of_a_legible_size(written):
+    for path in (written[0] / "figures").glob("*.png"):
+        with fake_study.Image.open(path) as image:
+            assert image.format == "PNG" and image.width >= 224
+
+
+def test_tables_hold_the_numbers_exactly(written):
+    folder, results = written
+    table = rows(folder / "tables/ablation.csv")
+    assert len(table) == len(results["ablation"])
+    for row, run in zip(table, results["ablation"], strict=True):
+        assert float(row["difference"]) == run["difference"]
+        assert row["control"] == ("" if run["control"] is None else str(run["control"]))
+    per_layer = rows(folder / "tables/neurons_per_layer.csv")
+    assert len(per_layer) == 5 * (11 + 1 + 30)
+    assert sum(int(row["neurons"]) for row in per_layer) == sum(
+        sum(found["neurons_per_domain"].values()) for found in results["selection"].values()
+    )
+    undecided = rows(folder / "tables/stages.csv")[4]
+    assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
+    assert {path.name for path in (folder / "tables").iterdir()} == {
+        "ablation.csv", "accuracy.csv", "against_random.csv", "deviation.csv",
+        "domains_per_neuron.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
+        "overlap.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
+        "stability.csv", "tokens.csv",
+    }  # fmt: skip
+
+
+def test_too_few_groups_are_told_as_such(tmp_path):
+    results = study(tmp_path)
+    for test in results["stability"].values():
+        test.update(lowest_entropy=None, shuffled_entropy=None, beyond_chance=None)
+    section = robustness.stability(tmp_path, results)
+    assert section.reading.startswith("These are too few groups of examples to tell")
+    assert {row[-1] for row in section.table.rows} == {page.DASH}
+
+
+def test_sentences_follow_from_the_numbers(written):
+    folder, results = written
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    own, random = (
+        [
+            run
+            for run in results["ablation"]
+            if run["module"] == "all"
+            and run["mask"] == run["data"]
+            and (run["control"] is None) == selected
+        ]
+        for selected in (True, False)
+    )
+
+    def points(runs):
+        change = 100 * np.mean([run["difference"] for run in runs])
+        return f"{change:+.1f}".replace("-", page.MINUS)
+
+    def moved(runs):
+        return np.mean([run["deviation"]["image"]["relative_l2"] for run in runs])
+
+    stars = sum(run["p_holm"] <= 0.05 for run in own)
+    assert f"changes by {points(own)} points" in text
+    assert f"as many random neurons: {points(random)}" in text
+    assert f"the change is beyond chance in {stars} of 5 domains, and other than that" in text
+    assert "that of random neurons in 3 of 5" in text
+    beyond = sum(test["beyond_chance"] for test in results["stability"].values())
+    selected = sum(found["selected"] for found in results["selection"].values())
+    assert f"{beyond:,} of {selected:,} selected neurons have a lower entropy" in text
+    assert "AUROC shares most neurons with entropy: a Jaccard index of 0.30" in text
+    assert "One of the two boundaries meets one in the number of neurons by layer" in text
+    assert "60\N{NO-BREAK SPACE}% in the vision encoder and 60" in text
+    assert f"by {moved(own):.2f} of their norm; random neurons, by {moved(random):.2f}" in text
+    assert "beats chance in 5 of 5 domains" in text
+    assert "best in astronomy (82\N{NO-BREAK SPACE}%" in text
+    assert "boundaries are decided in 4 of 5 domains" in text
+    assert "a ball &lt;round&gt;" in text and "A ball &amp; its shadow." in text
+
+
+@pytest.mark.slow
+def test_written_again_the_bytes_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 40)  # quicker
+    results = study(tmp_path, domains=["cats", "dogs"], grids=(4,))
+    report.write(tmp_path, results)
+    first = contents(tmp_path)
+    assert len(first) > 15
+    report.write(tmp_path, results)
+    assert contents(tmp_path) == first
+
+
+def without(key):
+    def change(results):
+        results[key] = type(results[key])()
+
+    return change
+
+
+def without_controls(results):
+    results["against_random"] = []
+    results["ablation"] = [run for run in results["ablation"] if run["control"] is None]
+
+
+def with_one_cell_only(results):
+    results["ablation"] = results["ablation"][:1]
+
+
+def without_deviation(results):
+    for run in results["ablation"]:
+        run["deviation"] = {}
+
+
+def without_neurons(results):
+    for found in results["selection"].values():
+        found.update(selected=0, share=0.0, domains_per_neuron={})
+        found["neurons_per_domain"] = dict.fromkeys(found["neurons_per_domain"], 0)
+        found["per_layer"] = {d: [0] * len(n) for d, n in found["per_layer"].items()}
+        found["overlap"] = np.zeros_like(found["overlap"]).tolist()
+
+
+def without_stages(results):
+    nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers",
+               "bends": [], "confirmed": None}  # fmt: skip
+    results["stages"] |= {"all": nothing, "text": nothing, "neurons": nothing, "agreement": None}
+    results["stages"]["by_domain"] = dict.fromkeys(results["domains"], nothing)
+
+
+def of_given_neurons(results):
+    results["selector"] = "given"
+    for found in results["selection"].values():
+        found.update(threshold=None, bar=[0.5, 0.6])
+    for score in results["baseline"].values():
+        score["chance"] = None
+
+
+def in_parts(results):
+    for shown in results["pictures"]:
+        shown["parts"] = {
+            "words": [[["a"] * 30] * 20] * 3, "entropy": np.ones((3, 20, 30)).tolist(),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, sections",
+    [
+        ((without_controls, without_stages), 10),
+        ((with_one_cell_only, without_neurons), 10),
+        ((without_deviation, without("pictures")), 8),
+        ((without("ablation"), without("baseline")), 7),
+        ((without("lens"), without("stability"), without("comparison")), 7),
+        ((of_given_neurons, in_parts), 10),
+    ],
+    ids=[
+        "controls, stages",
+        "cells, neurons",
+        "deviation, pictures",
+        "ablation, baseline",
+        "lens",
+        "neurons of a file, parts",
+    ],
+)
+def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
+    results = study(tmp_path, domains=["cats", "dogs"], grids=(2,))
+    for change in changes:
+        change(results)
+    report.write(tmp_path, results)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert Reader(text).tags.count("section") == sections
+    assert "nan" not in text.replace("Nan", "")
+
+
+def test_missing_keys_are_named(tmp_path):
+    results = copy.deepcopy(fake_study.fake_results(grids=()))
+    del results["lens"], results["stages"]
+    with pytest.raises(ValueError, match="lack lens, stages; run the study again"):
+        report.write(tmp_path, results)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_picture_is_named(tmp_path, undrawn):
+    results = fake_study.fake_results(domains=["cats", "dogs"], grids=(2,))
+    with pytest.raises(FileNotFoundError, match=r"picture of cats/0000 is missing.*picture-0\.png"):
+        report.write(tmp_path, results)
