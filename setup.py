@@ -39,6 +39,7 @@ setuptools.setup(
         "ml_collections",
         "numpy>=2.0",
         "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.0",
         "pillow",
         "safetensors>=0.5",
         "sentencepiece",  # checkpoints of the original LLaVA code come with a tokenizer.model alone

@@ -15,6 +15,7 @@ ASKED = {
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batches = work.model, work.batches
 
     def ours():

@@ -20,6 +20,7 @@ RECIPE = fit.Recipe(rate=1e-3)
 
 
 def sides(done: work.Work):
+    """Return what is measured: the sides of this comparison by name."""
     batches = [labelled(done, batch) for batch in folded_batches(done)]
     model = folded(done)
     features = jax.jit(lambda model, batch: model.features(batch, Taps()))

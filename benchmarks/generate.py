@@ -12,6 +12,7 @@ from mllm_jax import tokens as tok
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     layer, (start, stop) = work.fields["ablated_layer"], work.fields["steered_layers"]
     steer = mj.add(S.lm.resid_post[start:stop], work.inputs["vector"], where=tok.text)

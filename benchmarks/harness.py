@@ -75,6 +75,7 @@ class Bound:
     most: float | None = None
 
     def kept(self, value: float) -> bool:
+        """Return whether a value lies within the bound."""
         return value >= self.least if self.most is None else value <= self.most
 
     def __str__(self) -> str:
@@ -147,6 +148,7 @@ class Rival:
         self.process.wait()
 
     def lap(self) -> clock.Lap:
+        """Run the task of the process once and return its times."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self._answer()

@@ -26,6 +26,7 @@ def install(name: str, environments: pathlib.Path) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rivals", default=",".join(harness.ENVIRONMENT))
     parser.add_argument("--environments", type=pathlib.Path, default=harness.ENVIRONMENTS)

@@ -15,6 +15,7 @@ ASKED = {"lens": mj.lens(S.lm.resid_post, k=10)}
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     lm, (B, T) = work.size.config.lm, batch.ids.shape
     states = jax.random.normal(jax.random.key(0), (lm.layers * B * T, lm.width))

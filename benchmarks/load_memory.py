@@ -96,6 +96,7 @@ def run(
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", choices=families.RELEASED, help="a released model; by default one of about 1 GiB"

@@ -16,6 +16,7 @@ from mllm_jax.interventions import tap
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     vision, (B, T) = work.size.config.vision, batch.ids.shape
     key = jax.random.key(0)

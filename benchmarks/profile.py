@@ -22,7 +22,9 @@ def seconds(run: Callable, *args, rounds: int = 3) -> dict[tuple[str, tuple[str,
     Where several operations are under way at one moment, each has its part of it.
 
     Args:
-      run: of the arguments, to be compiled. rounds: runs to take the mean of.
+      run: the function to compile.
+      *args: its arguments.
+      rounds: runs to take the mean of.
     """
     compiled = jax.jit(run).lower(*args).compile()
     stacks = _stacks(compiled.as_text())

@@ -12,6 +12,7 @@ from mllm_jax import tokens
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batch = work.model, work.batch(rows=1)
     candidates = work.inputs["candidates"].astype(np.int32)
     whole = [_with_answer(batch, candidate) for candidate in candidates]

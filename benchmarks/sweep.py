@@ -11,6 +11,7 @@ from mllm_jax import sites as S
 
 
 def sides(work: Work):
+    """Return what is measured: the sides of this comparison by name."""
     model, batch, options = (
         work.model,
         work.batch(rows=work.fields["pictures"]),

@@ -118,6 +118,7 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
     """Makes the work and writes it.
 
     Args:
+      size: model and sequence lengths.
       directory: empty.
       pictures: how many rows the sides read.
     """

@@ -40,6 +40,7 @@ ALL = 1_000_000
 
 
 def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
+    """Return the config of the study, at the named size where it has sizes."""
     name, _, choices = which.partition("-")
     if name not in TRAIN or choices not in ("", "official", "corrected"):
         raise ValueError(

@@ -156,6 +156,7 @@ def _size(count: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:

@@ -89,6 +89,7 @@ def page(indices: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     root = pathlib.Path(ROOT.value) if ROOT.value else domains.default_root()

@@ -99,6 +99,7 @@ def _free_port() -> int:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")

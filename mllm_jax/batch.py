@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, tokens
-from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Batch:
         return notebook.batch(self)
 
 
-def _check_one_question(segment: Int[Array, "B T"]) -> None:
+def _check_one_question(segment: Int[AnyArray, "B T"]) -> None:
     """Raise an error if a row holds several questions: which of them to continue is ambiguous."""
     if isinstance(segment, jax.core.Tracer):
         raise ValueError(

@@ -40,7 +40,6 @@ MODULES = {
     "mllm_jax.data.pictures": "mllm_jax.processors.pictures",
     "mllm_jax.data.prompts": "mllm_jax.processors.prompts",
     "mllm_jax.data.image_processors": "mllm_jax.processors.image_processors",
-    "mllm_jax.data.templates": "mllm_jax.processors.templates",
     "mllm_jax.data.instructblip": "mllm_jax.families.instructblip.processor",
     "mllm_jax.checkpoints.load": "mllm_jax.loading.load",
     "mllm_jax.checkpoints.save": "mllm_jax.loading.save",

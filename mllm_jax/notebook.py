@@ -1,4 +1,4 @@
-"""What a notebook shows of batches, edits, captures and receipts, as HTML."""
+"""Batches, edits, captures and receipts as HTML, for notebooks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import jax
 import numpy as np
 
 from mllm_jax import sites, tokens
+from mllm_jax.typing import ArrayLike
 
-ROWS = 4  # of a batch that are shown
-SIDE = 168  # pixels of a tile as shown
+ROWS = 4  # rows of a batch that are shown
+SIDE = 168  # pixels of the side of a tile as shown
 WORD = "border-radius:3px;padding:1px 3px;margin:1px;white-space:pre;color:#222;background:{}"
-COLOURS = {  # of the kinds of tokens: Okabe and Ito's, made light
+COLOURS = {  # by kind of token: the palette of Okabe and Ito, lightened
     "pad": "#eeeeee", "system": "#cfd8dc", "question": "#9fd4f5", "image": "#f7d58b",
     "newline": "#e6b8d3", "answer": "#8fd9bf", "cls": "#e2a27a", "query": "#f3ee9c",
 }  # fmt: skip
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Rows of plain values."""
+    """Return a table of plain values."""
 
     def cells(values: Sequence, tag: str) -> str:
         inside = "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
@@ -34,117 +35,121 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     return f"<table><thead>{cells(columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def receipts(of: Iterable[Any]) -> str:
-    """What edits did."""
+def receipts(items: Iterable[Any]) -> str:
+    """Return a table of what edits did."""
     columns = "edit", "layers", "tokens", "elements changed", "norm"
-    return table(columns, [receipt.line() for receipt in of])
+    return table(columns, [receipt.line() for receipt in items])
 
 
-def address(of: sites.Address) -> str:
-    """An address as it is written: `lm.mlp.act[12, [7, 3]]`."""
-    if of.units.form == "pairs" or (of.units.form == "mask" and of.units.value.ndim > 1):
-        return f"{of.site}[{_selection(of.units)}]"
-    parts = [of.layers, of.units] if of.site.stacked else [of.units]
+def address(address: sites.Address) -> str:
+    """Return an address as it is written: `lm.mlp.act[12, [7, 3]]`."""
+    layers, units, site = address.layers, address.units, address.site
+    if units.form == "pairs" or (units.form == "mask" and units.value.ndim > 1):
+        return f"{site}[{_selection(units)}]"
+    parts = [layers, units] if site.stacked else [units]
     while parts and parts[-1].form == "all":
         parts.pop()
-    return f"{of.site}[{', '.join(map(_selection, parts))}]" if parts else str(of.site)
+    return f"{site}[{', '.join(map(_selection, parts))}]" if parts else str(site)
 
 
-def _selection(of: sites.Selection) -> str:
-    if of.form == "all":
+def _selection(selection: sites.Selection) -> str:
+    if selection.form == "all":
         return ":"
-    value = np.asarray(of.value)
-    if of.form == "mask":
+    value = np.asarray(selection.value)
+    if selection.form == "mask":
         return f"{value.sum():,} of a mask"
-    if of.form == "range":
+    if selection.form == "range":
         start, stop, step = value.tolist()
         shown = f"{start or ''}:{'' if stop == sites.END else stop}"
         return shown if step == 1 else f"{shown}:{step}"
-    if of.form == "pairs":
+    if selection.form == "pairs":
         return _few([tuple(pair) for pair in value.tolist()])
-    return str(value.item()) if of.form == "one" else _few(value)
+    return str(value.item()) if selection.form == "one" else _few(value)
 
 
-def where(of: tokens.Where | None) -> str:
-    """A token selector as it is written: `image & ~last`."""
-    if of is None:
+def where(selector: tokens.Where | None) -> str:
+    """Return a token selector as it is written: `image & ~last`."""
+    if selector is None:
         return ""
-    named = (name for name, known in tokens.NAMED.items() if _same(of, known))
+    form, parts, value = selector.form, selector.parts, selector.value
+    named = (name for name, known in tokens.NAMED.items() if _same(selector, known))
     if name := next(named, None):
         return name
-    if of.form in ("or", "and"):
-        left, right = map(where, of.parts)
-        return f"({left} {'|' if of.form == 'or' else '&'} {right})"
-    if of.form == "not":
-        return f"~{where(of.parts[0])}"
-    if of.form == "mask":
-        return f"{np.asarray(of.value).sum():,} of a mask"
-    return f"{of.form}({np.asarray(of.value)})"
+    if form in ("or", "and"):
+        left, right = map(where, parts)
+        return f"({left} {'|' if form == 'or' else '&'} {right})"
+    if form == "not":
+        return f"~{where(parts[0])}"
+    if form == "mask":
+        return f"{np.asarray(value).sum():,} of a mask"
+    return f"{form}({np.asarray(value)})"
 
 
 def _same(a: tokens.Where, b: tokens.Where) -> bool:
-    return a.form == b.form and not a.parts and np.array_equal(a.value, b.value)
+    if a.form != b.form or a.parts:
+        return False
+    return np.array_equal(np.asarray(a.value), np.asarray(b.value))
 
 
-def value(of: Any) -> str:
-    """A number, a few numbers, or the shape of many."""
-    array = np.asarray(of)
+def value(value: ArrayLike) -> str:
+    """Return a number, a few numbers, or the shape of an array."""
+    array = np.asarray(value)
     if not array.ndim:
         return f"{array.item():.4g}"
     return _few(array) if array.ndim == 1 else f"array {list(array.shape)}"
 
 
-def _few(array: Sequence, most: int = 6) -> str:
+def _few(array: Sequence | np.ndarray, most: int = 6) -> str:
     numbers = np.asarray(array).dtype.kind == "f"
     shown = [f"{entry:.4g}" if numbers else str(entry) for entry in array[:most]]
     more = [f"... {len(array):,} in all"] if len(array) > most else []
     return f"[{', '.join(shown + more)}]"
 
 
-def edits(of: Iterable[Any]) -> str:
-    """The changes of an `Edits`, in order."""
-    rows = ((e.kind, address(e.address), where(e.where), _how(e)) for e in of)
+def edits(items: Iterable[Any]) -> str:
+    """Return a table of edits, in order."""
+    rows = ((e.kind, address(e.address), where(e.where), _arguments(e)) for e in items)
     return table(("edit", "site", "where", "how"), rows)
 
 
-def _how(edit: Any) -> str:
-    """What an edit is given beside its place."""
-    told = [f"{name} {value(array)}" for name, array in edit.values.items()]
+def _arguments(edit: Any) -> str:
+    """Return the arguments of an edit other than its target and tokens."""
+    arguments = [f"{name} {value(array)}" for name, array in edit.values.items()]
     if edit.fn is not None:
-        told.insert(0, getattr(edit.fn, "__name__", type(edit.fn).__name__))
+        arguments.insert(0, getattr(edit.fn, "__name__", type(edit.fn).__name__))
     if edit.route is not None:
         source, into = map(value, edit.route)
-        told.append(f"rows {source} into {into}")
+        arguments.append(f"rows {source} into {into}")
     if edit.on is not None:
-        told.append(f"on {where(edit.on)}")
+        arguments.append(f"on {where(edit.on)}")
     if edit.strengths is not None:
-        told.append(f"by step {value(edit.strengths)}")
-    return ", ".join(told)
+        arguments.append(f"by step {value(edit.strengths)}")
+    return ", ".join(arguments)
 
 
-def capture(of: Any) -> str:
-    """What a capture brings back."""
-    told = [f"by {', '.join(of.by)}"] if of.by else []
-    told += [f"{of.k} words"] if of.form == "lens" else []
-    told += [f"on {where(of.on)}"] if of.on is not None else []
-    line = of.form, address(of.address), where(of.where), ", ".join(told)
+def capture(capture: Any) -> str:
+    """Return a table of a capture and its arguments."""
+    arguments = [f"by {', '.join(capture.by)}"] if capture.by else []
+    arguments += [f"{capture.k} words"] if capture.form == "lens" else []
+    arguments += [f"on {where(capture.on)}"] if capture.on is not None else []
+    line = capture.form, address(capture.address), where(capture.where), ", ".join(arguments)
     return table(("capture", "site", "where", "how"), [line])
 
 
-def batch(of: Any) -> str:
-    """The first rows of a batch: its words coloured by kind, and what is seen of its pictures.
+def batch(batch: Any) -> str:
+    """Return the first rows of a batch: words coloured by kind, and the tiles of its pictures.
 
-    What no token reads of a picture is dark. A batch that no processor made has no words and no
-    pictures: its token numbers are shown.
+    Parts of a picture that no token reads are dark. A batch that no processor made has no words and
+    no pictures: its token ids are shown.
     """
-    of = jax.tree.map(np.asarray, of)
-    kinds = of.tokens.kind
+    batch = jax.tree.map(np.asarray, batch)
+    kinds = batch.tokens.kind
     present = [name for code, name in enumerate(tokens.KINDS) if (kinds == code).any()]
     counts = (f"{name} x {(kinds == tokens.CODE[name]).sum():,}" for name in present)
     key = "".join(_span(text, name) for text, name in zip(counts, present, strict=True))
     shown = "".join(
-        f"<div style='margin:8px 0;line-height:1.7'><b>{row}</b> {_words(of, row)}"
-        f"<div>{''.join(_tiles(of, row))}</div></div>"
+        f"<div style='margin:8px 0;line-height:1.7'><b>{row}</b> {_words(batch, row)}"
+        f"<div>{''.join(_tiles(batch, row))}</div></div>"
         for row in range(min(ROWS, len(kinds)))
     )
     more = f"<p>and {len(kinds) - ROWS} more rows</p>" if len(kinds) > ROWS else ""
@@ -156,51 +161,51 @@ def _span(text: str, kind: str) -> str:
     return f"<span style='{WORD.format(COLOURS[kind])}'>{html.escape(text)}</span>"
 
 
-def _words(of: Any, row: int) -> str:
-    """The tokens of a row; what is not a word is counted."""
-    kinds, tiles = of.tokens.kind[row], of.tokens.tile[row]
-    found = []
+def _words(batch: Any, row: int) -> str:
+    """Return the words of a row, and the number of tokens of each other kind between them."""
+    kinds, tiles = batch.tokens.kind[row], batch.tokens.tile[row]
+    spans = []
     runs = itertools.groupby(range(len(kinds)), key=lambda at: (kinds[at], tiles[at]))
-    for (code, tile), places in runs:
-        name, places = tokens.KINDS[code], list(places)
+    for (code, tile), run in runs:
+        name, places = tokens.KINDS[code], list(run)
         if name in tokens.TEXT:
-            found += [_span(_word(of, row, at), name) for at in places]
+            spans += [_span(_word(batch, row, at), name) for at in places]
         else:
-            found.append(_span(f"{name}{f' {tile}' if tile >= 0 else ''} x {len(places)}", name))
-    return " ".join(found)
+            spans.append(_span(f"{name}{f' {tile}' if tile >= 0 else ''} x {len(places)}", name))
+    return " ".join(spans)
 
 
-def _word(of: Any, row: int, at: int) -> str:
-    token = int(of.ids[row, at])
-    word = str(token) if of.processor is None else of.processor.word(token)
+def _word(batch: Any, row: int, at: int) -> str:
+    token = int(batch.ids[row, at])
+    word = str(token) if batch.processor is None else batch.processor.word(token)
     return word.replace("\n", "↵")
 
 
-def _tiles(of: Any, row: int) -> Iterator[str]:
-    """The tiles that a row reads, with a cell for each of their tokens."""
-    if of.processor is None or of.features is not None or not of.pixels.size:
+def _tiles(batch: Any, row: int) -> Iterator[str]:
+    """Yield the tiles that a row reads, with a cell for each of their tokens."""
+    if batch.processor is None or batch.features is not None or not batch.pixels.size:
         return
-    config, map_ = of.processor.config, of.tokens
+    config, map_ = batch.processor.config, batch.tokens
     at, tile, down, across = (
-        array[row] for array in (of.image_token_index, map_.tile, map_.row, map_.column)
+        array[row] for array in (batch.image_token_index, map_.tile, map_.row, map_.column)
     )
     for number in np.unique(tile[(at >= 0) & (tile >= 0)]):
         own = (at >= 0) & (tile == number)
         cells = np.zeros((config.token_grid,) * 2, bool)
         grid = own & (down >= 0)
         cells[down[grid], across[grid]] = True
-        picture = _picture(of, int(at[own][0]) // config.image_tokens, cells)
+        picture = _picture(batch, int(at[own][0]) // config.image_tokens, cells)
         title = f"tile {number}: tokens {np.flatnonzero(own)[0]} to {np.flatnonzero(own)[-1]}"
         yield f"<img style='margin:4px 6px 0 0' title='{title}' alt='{title}' src='{picture}'>"
 
 
-def _picture(of: Any, tile: int, cells: np.ndarray) -> str:
-    """A tile as PNG in a data address, what no token reads dark, a line between tokens."""
+def _picture(batch: Any, tile: int, cells: np.ndarray) -> str:
+    """Return a tile as the data URL of a PNG with a line between tokens; unread parts are dark."""
     import PIL.Image
 
-    prepared = of.processor.image_processor
+    prepared = batch.processor.image_processor
     mean, spread = (getattr(prepared, f"image_{name}", n) for name, n in (("mean", 0), ("std", 1)))
-    pixels = of.pixels[tile] * np.asarray(spread) + np.asarray(mean)
+    pixels = batch.pixels[tile] * np.asarray(spread) + np.asarray(mean)
     picture = PIL.Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     shown = np.array(picture.resize((SIDE, SIDE)), np.float32)
     if len(cells):

@@ -1,9 +1,9 @@
 """Sites: the named tensors of a forward pass, and addresses within them.
 
-A site is static: `sites.lm.mlp.act`. A misspelt one is an error that lists the nearest names.
-What stands in brackets is an address: layers, then neurons (channels, heads), and is data:
-`sites.lm.mlp.act[12, neurons]`, `sites.lm.resid_post[18:24]`, `sites.lm.mlp.act[mask]`. It means
-these neurons in each of these layers; single neurons of several layers are pairs int[n, 2],
+A site is static: `sites.lm.mlp.act`. A misspelt site is an error that lists the nearest names.
+The brackets after a site hold an address: layers, then neurons (channels, heads). An address is
+data: `sites.lm.mlp.act[12, neurons]`, `sites.lm.resid_post[18:24]`, `sites.lm.mlp.act[mask]`. It
+means these neurons in each of these layers; single neurons of several layers are pairs int[n, 2],
 `sites.lm.mlp.act[[(0, 5), (1, 6)]]`. See `Address`.
 """
 
@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from mllm_jax.typing import AnyArray
+from mllm_jax.typing import AnyArray, Bool, Int
 
-_ABOVE = "; layers above the feature layer never reach the LM, so they are not run"
-END = 2**30  # an open end of a slice
+_ABOVE_FEATURE_LAYER = "; layers above the feature layer never reach the LM and do not run"
+END = 2**30  # the open end of a slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Site:
     """One named tensor.
 
     Attributes:
-      name: dotted name, the module first.
-      shape: the axes of the tensor in one layer, in axis letters.
-      about: where it is read and written.
-      stacked: whether the site exists once per layer.
-      transformer_lens_name: the name in TransformerLens, "" where it has none.
-      hf: the tensor in HF transformers; where InstructBLIP has another name for it, that name comes
+      name: The dotted name, with the module first.
+      shape: The axes of the tensor in one layer, in axis letters.
+      about: What the tensor is.
+      stacked: Whether the site exists once per layer.
+      transformer_lens_name: The name in TransformerLens, "" where it has none.
+      hf: The tensor in HF transformers; where InstructBLIP has another name for it, that name comes
         second.
     """
 
@@ -47,10 +47,12 @@ class Site:
 
     @property
     def module(self) -> str:
+        """The module that the site belongs to."""
         return self.name.split(".")[0]
 
     @property
     def axes(self) -> tuple[str, ...]:
+        """The axis letters of the tensor in one layer."""
         return tuple(self.shape.split())
 
     @property
@@ -73,7 +75,7 @@ class Site:
         return self.transformer_lens_name
 
     def entry(self, table: Mapping[str, Any]) -> Any:
-        """What a table by module says of this site; its own line, where it has one, comes first."""
+        """Return the entry of this site in a table by site or module; a site takes precedence."""
         return table[self.name if self.name in table else self.module]
 
     def __getitem__(self, item) -> Address:
@@ -101,19 +103,26 @@ class SiteShape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Some entries of one axis, as data: all, a range, a list of indices, or a mask.
+    """A selection of entries of one axis: all, a range, a list of indices, or a mask.
 
     Attributes:
       form: "all", "one", "range", "index", "mask" or "pairs". Static.
-      value: int32[] for one, int32[3] for a range, int32[n] for indices, bool[n] for a mask;
-        int32[n, 2] for pairs of a layer and a unit.
+      value: The data: int32[] for one, int32[3] for a range, int32[n] for indices, bool[n] for a
+        mask, int32[n, 2] for pairs of a layer and a unit; None for all.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
     value: Any = None
 
     @classmethod
-    def parse(cls, item) -> Selection:
+    def parse(cls, item: Any) -> Selection:
+        """Return the selection that one part of the brackets after a site means.
+
+        Raises:
+          ValueError: A slice has a step below 1.
+          TypeError: The part holds neither integers, slices nor masks.
+          IndexError: Integers have a shape other than [], [n] or [n, 2].
+        """
         if item is None:
             return cls("all")
         if isinstance(item, slice):
@@ -139,12 +148,15 @@ class Selection:
             )
         return cls(("one", "index", "pairs")[array.ndim], array.astype(np.int32))
 
-    def mask(self, size: int, what: str) -> Any:
-        """bool[size], or the mask itself. Indices out of range are an error where they are known.
+    def mask(self, size: int, what: str) -> Bool[AnyArray, " size"]:
+        """Return the selected entries as a mask.
 
         Args:
-          size: length of the axis.
-          what: what the axis is, for the error: "lm.mlp.act: layer".
+          size: The length of the axis.
+          what: The name of the axis in error messages: "lm.mlp.act: layer".
+
+        Raises:
+          ValueError: Indices that are known are out of range, or a mask has another length.
         """
         if self.form == "all":
             return np.ones((size,), bool)
@@ -163,36 +175,36 @@ class Selection:
             return (at >= start) & (at < stop) & ((at - start) % step == 0)
         return (xp.arange(size)[:, None] == self.entries(size, what)).any(1)
 
-    def entries(self, size: int, what: str) -> Any:
-        """int32[n]: the indices, counted from the start.
+    def entries(self, size: int, what: str) -> Int[AnyArray, " n"]:
+        """Return the indices, counted from the start.
 
-        Out of range they are an error where they are known, and `size` where they are traced: of
-        no entry.
+        Indices out of range are an error where they are known; where they are traced they become
+        `size`, which is no entry.
         """
         xp = np if _concrete(self.value) else jax.numpy
         index = xp.atleast_1d(self.value)
         if xp is np and index.size and (index.min() < -size or index.max() >= size):
             wrong = index[(index < -size) | (index >= size)][0]
-            note = _ABOVE if what.startswith("vision.") and what.endswith("layer") else ""
+            is_vision = what.startswith("vision.") and what.endswith("layer")
+            note = _ABOVE_FEATURE_LAYER if is_vision else ""
             raise ValueError(
                 f"{what} {wrong} is out of range: the model has {size} (0 to {size - 1}){note}"
             )
         index = xp.where(index < 0, index + size, index)
         return xp.where((index >= 0) & (index < size), index, size)
 
-    def pairs_mask(self, layers: int, width: int, name: str) -> Any:
-        """bool[L, width] of pairs."""
-        xp = np if _concrete(self.value) else jax.numpy
+    def pairs_mask(self, layers: int, width: int, name: str) -> Bool[AnyArray, "L width"]:
+        """Return pairs as a mask."""
         layer = Selection("index", self.value[:, 0]).entries(layers, f"{name}: layer")
         unit = Selection("index", self.value[:, 1]).entries(width, f"{name}: unit")
-        at, found = (layer, unit), xp.zeros((layers, width), bool)
-        if xp is np:
-            found[at] = True
-            return found
-        return found.at[at].set(True, mode="drop")
+        if _concrete(self.value):
+            mask = np.zeros((layers, width), bool)
+            mask[layer, unit] = True
+            return mask
+        return jax.numpy.zeros((layers, width), bool).at[layer, unit].set(True, mode="drop")
 
-    def indices(self, size: int, what: str) -> np.ndarray:
-        """int32[n] of a selection whose number of entries must be static, as a capture needs."""
+    def indices(self, size: int, what: str) -> Int[AnyArray, " n"]:
+        """Return the indices of a selection whose size must be static, as a capture needs it."""
         if self.form == "pairs" or (self.form == "mask" and self.value.ndim > 1):
             raise ValueError(
                 f"{what}: a capture takes the same units in every layer, "
@@ -208,13 +220,18 @@ class Selection:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """A site with the layers and the neurons that are meant.
+    """A site with a selection of its layers and units.
 
     `site[layers, units]` means these units in each of these layers, however both are given: one
     index, a slice, a list or a mask. NumPy would read two lists of one length as pairs, so a
     warning says that they are not; `site[np.ix_(layers, units)]` means the same without a warning.
     `site[pairs]` with pairs int[n, 2] of (layer, unit), such as `np.argwhere(mask)`, means one unit
     of one layer each. `site[mask]` takes a mask bool[L, F].
+
+    Attributes:
+      site: The site. Static.
+      layers: The selected layers.
+      units: The selected units; a mask [L, F] and pairs select layers as well.
     """
 
     site: Site = dataclasses.field(metadata={"static": True})
@@ -222,8 +239,15 @@ class Address:
     units: Selection = Selection("all")
 
     @classmethod
-    def of(cls, target) -> Address:
-        """A site, an address, or a mask bool[L, F], which stands for `lm.mlp.act[mask]`."""
+    def of(cls, target: Target) -> Address:
+        """Return the address that a user means.
+
+        Args:
+          target: A site, an address, or a mask bool[L, F], which stands for `lm.mlp.act[mask]`.
+
+        Raises:
+          TypeError: The target is none of these.
+        """
         if isinstance(target, Address):
             return target
         if isinstance(target, Site):
@@ -238,7 +262,14 @@ class Address:
         )
 
     @classmethod
-    def parse(cls, site: Site, item) -> Address:
+    def parse(cls, site: Site, item: Any) -> Address:
+        """Return the address that the brackets after a site mean.
+
+        Raises:
+          IndexError: The brackets have too many parts, or a part that the site does not allow.
+          TypeError: A part holds neither integers, slices nor masks.
+          ValueError: A slice has a step below 1.
+        """
         parts = item if isinstance(item, tuple) else (item,)
         if not site.stacked:
             if len(parts) != 1:
@@ -249,8 +280,8 @@ class Address:
             return cls(site, units=units)
         if len(parts) > 2:
             raise IndexError(f"an address is {site}[layers, neurons], got {len(parts)} parts")
-        parts = [p if p is None or isinstance(p, slice) else as_array(p) for p in parts]
-        first, shapes = parts[0], [getattr(part, "shape", ()) for part in parts]
+        parts = tuple(p if p is None or isinstance(p, slice) else as_array(p) for p in parts)
+        first, shapes = parts[0], [tuple(getattr(part, "shape", ())) for part in parts]
         if _is_mask(first) and first.ndim == 2:
             if len(parts) > 1:
                 raise IndexError(f"{site}[mask] with a mask bool[L, F] takes no second part")
@@ -263,8 +294,16 @@ class Address:
         _check_two_lists(site, selections)
         return cls(site, *selections)
 
-    def mask(self, layers: int, width: int) -> Any:
-        """bool[L, width], or bool[L, 1] where all units are meant; NumPy where it can be."""
+    def mask(self, layers: int, width: int) -> Bool[AnyArray, "L width"]:
+        """Return a mask [L, width], or [L, 1] for all units; of NumPy where the address is known.
+
+        Args:
+          layers: How many layers the site has.
+          width: How many units a layer has.
+
+        Raises:
+          ValueError: An index is out of range, or a mask has another shape.
+        """
         name = self.site.name
         units = self.units
         rows = self.layers.mask(layers, f"{name}: layer")[:, None]
@@ -299,16 +338,16 @@ def _check_two_lists(site: Site, selections: list[Selection]) -> None:
         )
 
 
-def _is_mask(value) -> bool:
+def _is_mask(value: Any) -> bool:
     return hasattr(value, "dtype") and value.dtype == np.bool_
 
 
-def _concrete(value) -> bool:
+def _concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def as_array(value) -> Any:
-    """What a user gave as an array: NumPy's, or JAX's where it is one or holds traced values."""
+def as_array(value: Any) -> AnyArray:
+    """Return a value as an array of NumPy, or of JAX if it is one or holds traced values."""
     if isinstance(value, jax.Array):
         return value
     if all(_concrete(leaf) for leaf in jax.tree.leaves(value)):
@@ -323,7 +362,7 @@ class Namespace:
         self._prefix = prefix
         self._entries: dict[str, Any] = {}
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         if name in self._entries:
@@ -406,16 +445,16 @@ BY_NAME = {site.name: site for site in TABLE}
 
 
 def unknown(name: str) -> str:
-    """The one line said of a name that is no site."""
+    """Return the error message for a name that is not a site."""
     near = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.4) or list(BY_NAME)
     return f"unknown site '{name}'; nearest: {', '.join(near)} (sites.TABLE lists all)"
 
 
 def get(name: str) -> Site:
-    """The site of a dotted name.
+    """Return the site of a dotted name.
 
     Raises:
-      KeyError: no such site; the message lists the nearest names.
+      KeyError: There is no such site; the message lists the nearest names.
     """
     if name not in BY_NAME:
         raise KeyError(unknown(name))

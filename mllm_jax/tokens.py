@@ -8,7 +8,7 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ class TokenMap:
           real: False for tiles that only fill up the batch.
         """
         rows, columns = np.divmod(np.arange(side[0] * side[1]), side[1])
-        kind = np.full(rows.shape, CODE["image"])
+        kind: np.ndarray = np.full(rows.shape, CODE["image"])
         if cls_token:
             rows, columns = np.append(-1, rows), np.append(-1, columns)
             kind = np.append(CODE["cls"], kind)
@@ -150,7 +150,7 @@ class Where:
 
     form: str = dataclasses.field(metadata={"static": True})
     parts: tuple[Where, ...] = ()
-    value: AnyArray | None = None
+    value: AnyArray | np.int32 | None = None
 
     def __or__(self, other: Where) -> Where:
         return Where("or", (self, other))
@@ -177,9 +177,9 @@ class Where:
             return tokens.last
         if self.form == "mask":
             fit = _prompt_mask if tokens.readers is None else _tile_mask
-            return fit(self.value, tokens)
+            return fit(cast(AnyArray, self.value), tokens)
         if self.form == "kind":
-            return (tokens.kind[..., None] == self.value).any(-1)
+            return (tokens.kind[..., None] == cast(AnyArray, self.value)).any(-1)
         at = getattr(tokens, self.form)
         return (at == self.value) & (at >= 0)
 
@@ -210,7 +210,8 @@ def _tile_mask(mask: Bool[AnyArray, ...], tokens: TokenMap) -> Bool[AnyArray, "I
     (rows, tiles), (_, length) = tokens.readers.shape, tokens.kind.shape
     arrays = mask, tokens.readers, tokens.tile
     known = not any(isinstance(array, jax.core.Tracer) for array in arrays)
-    mask, readers, number = map(np.asarray if known else jax.numpy.asarray, arrays)
+    xp: Any = np if known else jax.numpy
+    mask, readers, number = map(xp.asarray, arrays)
     if mask.shape == (tiles, length):
         if known and rows == tiles and (readers & ~np.eye(rows, dtype=bool)).any():
             raise ValueError(

@@ -17,6 +17,7 @@ def finetune(work: Work, cached: bool = False, everywhere: bool = True):
     """The loss of each step.
 
     Args:
+      work: model, inputs and settings.
       cached: features of the tower are computed once, before.
       everywhere: logits at every token, not where an answer stands alone.
     """

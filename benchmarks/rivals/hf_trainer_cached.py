@@ -7,4 +7,5 @@ from benchmarks.rivals.serve import Work
 
 
 def finetune(work: Work):
+    """Return the loss of each step, with vision features computed once."""
     return hf_trainer.finetune(work, cached=True)

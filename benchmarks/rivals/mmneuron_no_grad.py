@@ -7,4 +7,5 @@ from benchmarks.rivals.serve import Work
 
 
 def counts(work: Work):
+    """Return MMNeuron's counts, computed without gradients."""
     return mmneuron.counts(work, grad=False)

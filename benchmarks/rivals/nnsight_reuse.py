@@ -7,4 +7,5 @@ from benchmarks.rivals.serve import Work
 
 
 def sweep(work: Work):
+    """Return the results of a sweep with nnsight that encodes pictures once."""
     return nnsight.sweep(work, reuse=True)

@@ -29,6 +29,7 @@ class Work:
 
     @classmethod
     def read(cls, directory: pathlib.Path) -> Work:
+        """Read the work that `benchmarks.work.make` has written to a directory."""
         with np.load(directory / "inputs.npz") as file:
             inputs = dict(file)
         return cls(

@@ -7,4 +7,5 @@ from benchmarks.rivals.serve import Work
 
 
 def sweep(work: Work):
+    """Return the results of a sweep with TransformerLens that encodes pictures once."""
     return transformer_lens.sweep(work, reuse=True)

@@ -79,6 +79,7 @@ def _find(name: str, config, size: programs.Size, how: dict) -> plans.Plan:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:

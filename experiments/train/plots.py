@@ -14,7 +14,8 @@ def loss_curve(curve: np.ndarray, right: float, wrong: float) -> Figure:
 
     Args:
       curve: float[steps], nats per answer token.
-      right, wrong: held-out nats per answer token.
+      right: held-out nats per answer token.
+      wrong: held-out nats per answer token.
     """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     ax = figure.subplots()

@@ -1,1 +1,1 @@
-"""Visual domains, the processor, and sequences of batches."""
+"""Visual domains, classification tasks, VQA data sets, and sequences of batches."""

@@ -1,19 +1,24 @@
-"""Sequences of batches: made when asked for, always the same at the same place."""
+"""Sequences of batches: each is made when it is needed, and is always the same at its index."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
+from mllm_jax.batch import Batch
+from mllm_jax.data.domains import Example
+from mllm_jax.data.embedded.questions import Question
 from mllm_jax.processors.processor import Processor
 
+T = TypeVar("T")
 
-def interleave(lists: Sequence[Sequence]) -> list:
-    """One of each in turn, spread evenly: long lists do not come last."""
+
+def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
+    """Return the items of all lists in one, each list spread evenly over it."""
     placed = [
         ((i + 0.5) / len(items), number, item)
         for number, items in enumerate(lists)
@@ -24,17 +29,21 @@ def interleave(lists: Sequence[Sequence]) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class PackedQuestions:
-    """Training batches: several questions of one picture in a row, the picture read once.
+    """Training batches with several questions on one picture in a row; the picture is read once.
 
     Attributes:
-      examples: with questions. features: float[N, P, E] of them.
-      size: pictures in a batch. steps: batches. questions: of each picture, chosen anew each epoch.
-      styles: of the questions that are asked; all by default.
-      seed: of the order; None goes through the examples as they stand, first questions first.
+      processor: makes the batches.
+      examples: the examples, with questions.
+      features: float[N, P, E], the vision features of the examples.
+      size: the number of pictures in a batch.
+      steps: the number of batches.
+      questions: the number of questions of each picture, drawn again each epoch.
+      seed: the seed of the order; None goes through the examples in order, first questions first.
+      styles: the styles of the questions; all by default.
     """
 
     processor: Processor
-    examples: Sequence[Any]
+    examples: Sequence[Example]
     features: np.ndarray
     size: int
     steps: int
@@ -45,7 +54,8 @@ class PackedQuestions:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int):
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a training step."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         at = np.arange(step * self.size, (step + 1) * self.size)
@@ -64,66 +74,80 @@ class PackedQuestions:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
 
     def _turns(self, row: int, step: int) -> list[tuple[str, str]]:
-        asked = self._asked(self.examples[row])
-        chosen = np.arange(len(asked))
+        questions = self._questions_of(self.examples[row])
+        drawn = np.arange(len(questions))
         if self.seed is not None:
-            chosen = np.random.default_rng([self.seed, row, step]).permutation(chosen)
-        return [(asked[i].prompt, asked[i].answer) for i in chosen[: self.questions]]
+            drawn = np.random.default_rng([self.seed, row, step]).permutation(drawn)
+        return [(questions[i].prompt, questions[i].answer) for i in drawn[: self.questions]]
 
-    def _asked(self, example) -> list:
+    def _questions_of(self, example: Example) -> list[Question]:
         return [q for q in example.questions if not self.styles or q.style in self.styles]
 
     @functools.cached_property
     def _length(self) -> int:
         """One length for all batches, so that training compiles once."""
-        return packed_length(self.processor, map(self._asked, self.examples), self.questions)
+        return packed_length(self.processor, map(self._questions_of, self.examples), self.questions)
 
 
-def packed_length(processor: Processor, asked: Iterable[Sequence[Any]], questions: int) -> int:
-    """Tokens of the longest packed row, rounded up to a multiple of 8.
+def packed_length(
+    processor: Processor, questions_of: Iterable[Sequence[Question]], questions: int
+) -> int:
+    """Return the number of tokens of the longest packed row, rounded up to a multiple of 8.
 
     Args:
-      asked: the questions of each example. questions: how many of them share a row.
+      processor: makes the batches.
+      questions_of: the questions of each example.
+      questions: how many of them share a row.
     """
     most = 0
-    one = _blank(processor, 1)
-    shared = None
+    placeholder = _placeholder_pictures(processor, 1)
+    shared = 0
     sizes: dict[tuple[str, str], int] = {}
-    for some in asked:
+    for example_questions in questions_of:
         lengths = []
-        for question in some:
+        for question in example_questions:
             pair = (question.prompt, question.answer)
             if pair not in sizes:
-                batch = processor.pack(None, [[pair]], **one)
+                batch = processor.pack(None, [[pair]], **placeholder)
+                assert batch.segment is not None
                 sizes[pair] = int((batch.segment > 0).sum())
                 shared = int(batch.valid.sum()) - sizes[pair]
             lengths.append(sizes[pair])
         most = max(most, sum(sorted(lengths)[-questions:]))
-    return -(-((shared or 0) + most) // 8) * 8
+    return -(-(shared + most) // 8) * 8
 
 
-def ask(examples: Sequence[Any], styles: Sequence[str]) -> list[tuple[Any, Any]]:
-    """(example, question) pairs: each example one question, the styles that it has in turn."""
+def ask(examples: Sequence[Example], styles: Sequence[str]) -> list[tuple[Example, Question]]:
+    """Return one (example, question) pair for each example, its styles in turn."""
     return list(ExampleQuestions(examples, tuple(styles)))
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleQuestions(Sequence):
-    """The pairs of `ask`, each made when it is asked for: pictures stay where they are.
+class ExampleQuestions(Sequence[tuple[Example, Question]]):
+    """The pairs of `ask`, each made when it is needed: pictures stay where they are.
 
     Attributes:
-      examples: with questions. styles: of the questions that are asked.
-      count: how many at most.
+      examples: the examples, with questions.
+      styles: the styles of the questions.
+      count: the largest number of pairs.
     """
 
-    examples: Sequence[Any]
+    examples: Sequence[Example]
     styles: tuple[str, ...]
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # Sequence has a method of this name
 
     def __len__(self) -> int:
         return len(self.examples) if self.count is None else min(self.count, len(self.examples))
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> tuple[Example, Question]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Example, Question]]: ...
+
+    def __getitem__(
+        self, index: int | slice
+    ) -> tuple[Example, Question] | list[tuple[Example, Question]]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
@@ -134,23 +158,27 @@ class ExampleQuestions(Sequence):
                 f"{example.domain}/{example.id} has no question of style {' or '.join(self.styles)}"
             )
         style = has[i % len(has)]
-        asked = [q for q in example.questions if q.style == style]
-        return example, asked[i // len(has) % len(asked)]
+        questions = [q for q in example.questions if q.style == style]
+        return example, questions[i // len(has) % len(questions)]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionBatches:
-    """Batches of one question a row, all of one shape; the last is filled up with empty rows.
+    """Batches of one question a row, all of one shape; empty rows fill up the last.
 
     Attributes:
-      pairs: (example, question), see `ask`.
-      size: rows of a batch. length: tokens of a row.
-      features: float[N, P, E], of the examples of the pairs; pictures are not opened then.
-      filled: rows that every batch is filled up to, such as a mesh divides; `size` by default.
+      processor: makes the batches.
+      pairs: (example, question) pairs, see `ask`.
+      size: the number of questions in a batch.
+      length: the number of tokens of a row.
+      features: float[N, P, E], the vision features of the examples of the pairs; then pictures are
+        not opened.
+      filled: the number of rows that empty rows fill every batch up to, such as a mesh divides;
+        `size` by default.
     """
 
     processor: Processor
-    pairs: Sequence[tuple[Any, Any]]
+    pairs: Sequence[tuple[Example, Question]]
     size: int
     length: int | None = None
     features: np.ndarray | None = None
@@ -159,42 +187,51 @@ class QuestionBatches:
     def __len__(self) -> int:
         return -(-len(self.pairs) // self.size)
 
-    def __getitem__(self, number: int):
-        rows = self.rows(number)
-        prompts = [question.prompt for _, question in rows]
-        shape = {"rows": self.filled or self.size, "length": self.length}
+    def __getitem__(self, number: int) -> Batch:
+        """Return the batch of this number."""
+        pairs = self.rows(number)
+        prompts = [question.prompt for _, question in pairs]
+        rows = self.filled or self.size
         if self.features is None:
-            return self.processor([example.image for example, _ in rows], prompts, **shape)
-        features = self.features[number * self.size :][: len(rows)]
-        return self.processor(None, prompts, features=np.asarray(features), **shape)
+            images = [example.image for example, _ in pairs]
+            return self.processor(images, prompts, rows=rows, length=self.length)
+        features = np.asarray(self.features[number * self.size :][: len(pairs)])
+        return self.processor(None, prompts, features=features, rows=rows, length=self.length)
 
-    def rows(self, number: int) -> Sequence[tuple[Any, Any]]:
-        """The pairs of a batch."""
+    def rows(self, number: int) -> Sequence[tuple[Example, Question]]:
+        """Return the pairs of a batch."""
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of {len(self)}")
         return self.pairs[number * self.size : (number + 1) * self.size]
 
     def candidates(self, number: int) -> list[tuple[str, ...]]:
-        """The options of each row."""
+        """Return the options of each row of a batch."""
         return [question.options for _, question in self.rows(number)]
 
     def right(self, number: int) -> np.ndarray:
-        """int[rows]: which option is the right one."""
+        """Return int[rows], the index of each row's right option."""
         return np.array([q.options.index(q.answer) for _, q in self.rows(number)])
 
 
 def row_length(
-    processor: Processor, pairs: Sequence[tuple[Any, Any]], *, answers: bool = False
+    processor: Processor, pairs: Sequence[tuple[Any, Question]], *, answers: bool = False
 ) -> int:
-    """Tokens of the longest prompt of all pairs, with its answer if asked; a multiple of 8."""
-    asked = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
-    prompts, said = ([pair[i] for pair in asked] for i in (0, 1))
-    how = _blank(processor, len(prompts)) | ({"answers": said} if answers else {})
-    longest = processor(None, prompts, **how).valid.sum(-1).max()
+    """Return the number of tokens of the longest row, rounded up to a multiple of 8.
+
+    Args:
+      processor: makes the batches.
+      pairs: (example, question) pairs.
+      answers: whether a row holds the answer as well as the prompt.
+    """
+    texts = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
+    prompts = [prompt for prompt, _ in texts]
+    said = [answer for _, answer in texts] if answers else None
+    placeholders = _placeholder_pictures(processor, len(prompts))
+    longest = processor(None, prompts, answers=said, **placeholders).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
 
 
-def _blank(processor: Processor, pictures: int) -> dict[str, Any]:
-    """What stands for pictures while tokens are counted: the largest that there are."""
+def _placeholder_pictures(processor: Processor, pictures: int) -> dict[str, Any]:
+    """Return features and sizes for pictures with as many tokens as one can have."""
     features = np.zeros((pictures, processor.config.tiles, 1), np.float32)
     return {"features": features, "sizes": [processor.config.largest] * pictures}

@@ -1,4 +1,4 @@
-"""Vision features of a data set, computed once and kept: the tower is frozen."""
+"""Vision features of a data set, computed once and stored, as the vision tower is frozen."""
 
 from __future__ import annotations
 
@@ -10,56 +10,74 @@ import jax
 import numpy as np
 import tqdm
 
+from mllm_jax.batch import Batch
+from mllm_jax.data.domains import Example
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
 from mllm_jax.store import RowStore
+from mllm_jax.typing import Array, Float
 
 
 @jax.jit
-def encode_pictures(model, batch) -> jax.Array:
-    """float[I, P, E]: what the vision tower gives for the pictures of a batch."""
+def encode_pictures(model: MultimodalModel, batch: Batch) -> Float[Array, "I P E"]:
+    """Return the vision tower's features of the pictures of a batch."""
     return model.features(batch, Taps())
 
 
-def mean_over_tiles(config, batch, values) -> np.ndarray:
-    """float32[B, W]: of each row's pictures, the mean of their tiles' values float[I, W].
+def mean_over_tiles(config: MultimodalConfig, batch: Batch, values: Any) -> np.ndarray:
+    """Return the mean value of the tiles that each row reads.
 
-    A row without a picture is 0.
+    Args:
+      config: the model's config.
+      batch: the batch.
+      values: float[I, W], of each tile.
+
+    Returns:
+      float32[B, W], 0 for a row without a picture.
     """
-    weight = (config.readers(batch) & batch.is_real_tile).astype(np.float64)
+    weight = np.asarray(config.readers(batch) & batch.is_real_tile, np.float64)
     total = weight @ np.asarray(values, np.float64)
     return (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32)
 
 
-def picture_indices(config, batch) -> np.ndarray:
-    """int[B]: which of a batch's pictures each row reads; a picture that is given twice is one."""
+def picture_indices(config: MultimodalConfig, batch: Batch) -> np.ndarray:
+    """Return int[B], which of a batch's pictures each row reads.
+
+    Rows that share a picture have the same index; that of a row without a picture means nothing.
+    """
     each = config.tiles * config.image_tokens
     first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
-    return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)  # empty rows: any
+    return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)
 
 
 def vision_features(
-    model,
+    model: MultimodalModel,
     processor: Processor,
-    examples: Sequence,
+    examples: Sequence[Example],
     path: str | pathlib.Path,
     *,
     batch_size: int = 8,
     restart: bool = False,
     label: str = "vision features",
 ) -> np.ndarray:
-    """float32[N, P, E]: what the vision tower gives for each example, in a mapped file.
-
-    P counts the patches of all places that a picture has for tiles.
+    """Return the vision tower's features of each example, stored in a mapped file.
 
     A killed run continues where it stopped; examples may be added after these. The pictures are
-    read each time, to compare them, and the tower runs for new ones alone.
+    read each time, to compare them with those of the file, and the tower runs for new ones alone.
 
     Args:
-      examples: each with an `image`, and `encoded` if its bytes are at hand.
-      path: the .npy file; beside it a .json says how much of it is done, and what it was made for.
-      restart: remove what is there.
+      model: the model.
+      processor: its processor.
+      examples: the examples, each with an `image`, and `encoded` if its bytes are at hand.
+      path: the .npy file; a .json beside it records how much of it is done, and for what.
+      batch_size: the number of pictures that the tower reads at one time.
+      restart: whether to remove what is there.
+      label: the name on the progress bar.
+
+    Returns:
+      float32[N, P, E]; P counts the patches of all places that a picture has for tiles.
 
     Raises:
       ValueError: the file holds features of another model, processor or other pictures, of more
@@ -79,18 +97,18 @@ def vision_features(
     ):
         size = mesh.round_up_to_shards("B", batch_size)
         while store.done < len(examples):
-            some = [examples[i] for i in range(len(examples))[store.done : store.done + size]]
-            batch = processor([e.image for e in some], ["<image>"] * len(some), rows=size)
+            chunk = [examples[i] for i in range(len(examples))[store.done : store.done + size]]
+            batch = processor([e.image for e in chunk], ["<image>"] * len(chunk), rows=size)
             values = mesh.gather_to_host(
                 encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
             )
             values = np.asarray(values, np.float32).reshape(-1, tokens, vision.width)
-            values = values[picture_indices(model.config, batch)[: len(some)]]
-            store.append([picture_content(e) for e in some], {"features": values})
-            bar.update(len(some))
+            values = values[picture_indices(model.config, batch)[: len(chunk)]]
+            store.append([picture_content(e) for e in chunk], {"features": values})
+            bar.update(len(chunk))
     return store.arrays()["features"]
 
 
-def picture_content(example: Any) -> Any:
-    """The content of an example's picture: the bytes of its file, or the picture."""
+def picture_content(example: Example) -> Any:
+    """Return the content of an example's picture: the bytes of its file, or the picture."""
     return getattr(example, "encoded", None) or example.image

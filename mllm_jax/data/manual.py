@@ -1,4 +1,4 @@
-"""Data sets in files that were downloaded by hand: what all TFDS builders share."""
+"""TFDS builders of data sets in files that a user downloads by hand."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mllm_jax.processors import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """A file or a folder that has to be there.
+    """A file or a folder that a data set needs.
 
     Attributes:
-        path: within the data set's folder; may hold a `*`.
+        path: its path within the data set's folder; may hold a `*`.
         source: where it comes from.
     """
 
@@ -29,10 +29,10 @@ class Need:
     source: str
 
 
-class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # untyped
     """A data set in files that were downloaded by hand; examples keep their order.
 
-    A subclass says what it needs, what a record holds, and which examples a split has.
+    A subclass defines the files it needs, the features of a record, and the examples of a split.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,10 +48,10 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def require(cls, folder: pathlib.Path) -> None:
-        """Lists what is missing in the data set's folder, if anything is.
+        """Check that the data set's folder has the files it needs.
 
         Raises:
-            FileNotFoundError: with the list.
+            FileNotFoundError: files are missing; the message lists them.
         """
         missing = [need for need in cls.NEEDS if not any(folder.glob(need.path))]
         if missing:
@@ -62,40 +62,42 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def build(
         cls, manual: str | os.PathLike, root: pathlib.Path, config: str | None = None
     ) -> pathlib.Path:
-        """Builds the data set into array_record files under `root`, unless it is there.
+        """Build the data set into array_record files under `root`, unless it is there.
 
         Args:
             manual: the folder that holds `<name>/` with the files as they were downloaded.
+            root: the folder where data sets are kept.
+            config: the name of the builder's config.
 
         Returns:
-            The folder of what is built.
+            The folder of the built data set.
         """
         cls.require(pathlib.Path(manual) / cls.name)
-        made = cls(data_dir=str(root), config=config, file_format="array_record")
-        made.download_and_prepare(
+        builder = cls(data_dir=str(root), config=config, file_format="array_record")
+        builder.download_and_prepare(
             download_dir=str(root / "downloads"),
             download_config=tfds.download.DownloadConfig(
                 manual_dir=str(manual), try_download_gcs=False
             ),
         )
-        return pathlib.Path(made.data_dir)
+        return pathlib.Path(builder.data_dir)
 
     @classmethod
     def source(
         cls, root: pathlib.Path, split: str, config: str | None = None
     ) -> Sequence[Mapping] | None:
-        """The records of a split; None if the data set is not built under `root`."""
+        """Return the records of a split, or None if the data set is not built under `root`."""
         folder = root / cls.name / (config or "") / str(cls.VERSION)
         if not (folder / "dataset_info.json").is_file():
             return None
         return tfds.builder_from_directory(str(folder)).as_data_source(split)
 
     def record(self) -> dict[str, Any]:
-        """The features of a record, by name."""
+        """Return the TFDS features of a record, by name."""
         raise NotImplementedError
 
     def examples(self, folder: pathlib.Path, split: str) -> Iterator[dict]:
-        """The records of a split, in order."""
+        """Yield the records of a split, in order."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -118,7 +120,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """A JSON file of a data set; an error names it."""
+    """Return the content of a JSON file of a data set; an error names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -126,7 +128,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def encoded(name: str, file: pathlib.Path) -> bytes:
-    """A picture's file, TIFF as PNG; an error names the data set `name`."""
+    """Return the bytes of a picture's file, TIFF as PNG; an error names the data set `name`."""
     try:
         if file.suffix.lower() not in (".tif", ".tiff"):
             return file.read_bytes()

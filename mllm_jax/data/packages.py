@@ -1,8 +1,8 @@
-"""Where the raw images come from: files inside installed PyPI packages and inside Debian packages.
+"""Files inside installed PyPI packages and inside Debian packages: the sources of the raw images.
 
-A PyPI file is found through `importlib.metadata`. A Debian package is downloaded by `apt-get
-download` (no root, nothing is installed), checked against its hash, and read as the archive it is:
-nothing is unpacked on the disk. `MLLM_JAX_DEBS` names a folder with `.deb` files to look in first.
+`importlib.metadata` locates a PyPI file. A Debian package is downloaded by `apt-get download` (no
+root, nothing is installed), checked against its hash, and read as an archive: nothing is unpacked
+on the disk. `MLLM_JAX_DEBS` names a folder with `.deb` files to look in first.
 """
 
 from __future__ import annotations
@@ -22,12 +22,19 @@ from mllm_jax.store import cache_directory
 
 
 class MissingPackage(ImportError):
-    """A package that a domain is built from is not here; the message says how to get it."""
+    """A package that a domain is built from is missing; the message says how to get it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """A PyPI package that holds images or labels; the version is the one it was tried with."""
+    """A PyPI package that holds images or labels.
+
+    Attributes:
+      name: the package.
+      version: the version it was tested with.
+      licence: the licence of package and content.
+      homepage: where it comes from.
+    """
 
     name: str
     version: str
@@ -38,10 +45,11 @@ class Wheel:
 
     @property
     def found_version(self) -> str:
+        """The version that is installed."""
         return importlib.metadata.version(self.name)
 
     def file(self, ending: str) -> pathlib.Path:
-        """The installed file whose path ends in `ending`."""
+        """Return the installed file whose path ends in `ending`."""
         mend = f"pip install --no-deps {self.name}=={self.version}"
         try:
             files = importlib.metadata.files(self.name) or ()
@@ -56,7 +64,15 @@ class Wheel:
 
 @dataclasses.dataclass(frozen=True)
 class Deb:
-    """A Debian package that holds images or labels, pinned by version and hash."""
+    """A Debian package that holds images or labels, pinned by version and hash.
+
+    Attributes:
+      name: the package.
+      version: its version.
+      sha256: the hash of the `.deb` file.
+      licence: the licence of package and content.
+      homepage: where it comes from.
+    """
 
     name: str
     version: str
@@ -68,26 +84,29 @@ class Deb:
 
     @property
     def found_version(self) -> str:
+        """The version, which is pinned."""
         return self.version
 
     @property
     def filename(self) -> str:
+        """The name of the `.deb` file."""
         return f"{self.name}_{self.version}_all.deb"
 
     def path(self) -> pathlib.Path:
-        """The verified `.deb` file; downloaded on first use.
+        """Return the verified `.deb` file; the first call downloads it.
 
-        It is looked for in `MLLM_JAX_DEBS`, then in the cache, then asked from apt.
+        The folder `MLLM_JAX_DEBS` is searched first, then the cache, then apt is asked.
         """
         cache = cache_directory() / "debs"
-        own = os.environ.get("MLLM_JAX_DEBS")
-        for folder in filter(None, (own and pathlib.Path(own).expanduser(), cache)):
-            if (found := folder / self.filename).is_file():
-                return self._verified(found)
+        users = os.environ.get("MLLM_JAX_DEBS")
+        folders = [pathlib.Path(users).expanduser()] if users else []
+        for folder in (*folders, cache):
+            if (path := folder / self.filename).is_file():
+                return self._verified(path)
         return self._download(cache)
 
     def members(self, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-        """Contents of the package's files whose path (`usr/share/...`) is wanted, in memory."""
+        """Return the contents of the files whose path (`usr/share/...`) is wanted, by path."""
         path = self.path()
         try:
             with path.open("rb") as file:
@@ -139,7 +158,7 @@ def _apt(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
 
 
 def _apt_state(cache: pathlib.Path) -> pathlib.Path:
-    """A private state directory for apt, so that `update` needs no root."""
+    """Return a private state directory for apt, so that `update` needs no root."""
     state = cache / "apt"
     for folder in (state / "lists" / "partial", state / "archives" / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +166,7 @@ def _apt_state(cache: pathlib.Path) -> pathlib.Path:
 
 
 def _data_archive(file: BinaryIO, path: pathlib.Path) -> BinaryIO:
-    """Moves `file`, a .deb (an `ar` archive), to the start of its `data.tar` member."""
+    """Seek in `file`, a .deb (an `ar` archive), to the start of its `data.tar` member."""
     if file.read(8) != b"!<arch>\n":
         raise tarfile.ReadError(f"{path.name} is not a Debian package")
     while header := file.read(60):
@@ -162,5 +181,6 @@ def _tar_members(file: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[tupl
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             name = member.name.removeprefix("./")
-            if member.isfile() and wanted(name):
-                yield name, archive.extractfile(member).read()
+            content = archive.extractfile(member) if member.isfile() and wanted(name) else None
+            if content is not None:
+                yield name, content.read()

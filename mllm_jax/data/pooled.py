@@ -1,16 +1,20 @@
-"""Features for probes: one vector a picture and site, pooled inside the pass, and kept."""
+"""Features for probes: the mean of each picture at each site, taken inside the pass and stored."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
 
 from mllm_jax import sites, tokens
+from mllm_jax.batch import Batch
+from mllm_jax.data.domains import Example
 from mllm_jax.data.features import encode_pictures, mean_over_tiles, picture_content
 from mllm_jax.interventions import captures
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.passes import run
 from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
@@ -24,9 +28,9 @@ CAPTURES = {
 
 
 def pooled_features(
-    model,
+    model: MultimodalModel,
     processor: Processor,
-    examples: Sequence,
+    examples: Sequence[Example],
     prompts: Sequence[str],
     path: str | pathlib.Path,
     *,
@@ -36,20 +40,24 @@ def pooled_features(
     restart: bool = False,
     label: str = "pooled features",
 ) -> dict[str, np.ndarray]:
-    """What each side of the projection and each layer of the LM holds of a picture, on average.
+    """Return each picture's mean state on both sides of the projection and in each layer of the LM.
 
-    Only means leave the pass: no tensor of images by tokens by width is ever kept. A killed run
+    Only means leave the pass: no tensor of images by tokens by width is ever stored. A killed run
     continues where it stopped.
 
     Args:
-      examples: each with an `image`.
-      prompts: one an example. Image tokens stand before the question, so that only `lm.last`
+      model: the model.
+      processor: its processor.
+      examples: the examples, each with an `image`.
+      prompts: one for each example. Image tokens stand before the question, so that only `lm.last`
         depends on it (with a Q-Former, all but `vision` do).
-      path: a folder for the arrays; it belongs to one model and processor, and to these pictures,
+      path: the folder of the arrays; it belongs to one model and processor, and to these pictures,
         prompts and features. Examples may be added after them.
       features: float[N, P, E] of the examples, see `vision_features`; then the tower is not run.
-      length: tokens of a row, so that all batches are alike.
-      restart: remove what is there.
+      batch_size: the number of rows of a batch.
+      length: the number of tokens of a row, so that all batches have one shape.
+      restart: whether to remove what is there.
+      label: the name on the progress bar.
 
     Returns:
       Mapped arrays: `vision` float32[N, E], before the projection, and `projector` float32[N, D],
@@ -57,8 +65,8 @@ def pooled_features(
       over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
 
     Raises:
-      ValueError: examples and prompts are not as many, or the folder holds features of something
-        else, or is damaged.
+      ValueError: the numbers of examples and prompts differ, or the folder holds features of
+        something else, or is damaged.
     """
     if len(prompts) != len(examples) or not len(examples):
         raise ValueError(f"{len(examples)} examples for {len(prompts)} prompts")
@@ -69,7 +77,7 @@ def pooled_features(
     )  # fmt: skip
 
     def item(i: int) -> tuple:
-        """What the rows of an example depend on."""
+        """Return what the arrays of an example depend on."""
         row = None if features is None else np.asarray(features[i])
         return picture_content(examples[i]), prompts[i], row
 
@@ -77,18 +85,20 @@ def pooled_features(
     with tqdm.tqdm(total=len(examples), initial=store.done, desc=label, leave=False) as bar:
         while store.done < len(examples):
             at = slice(store.done, store.done + batch_size)
-            some = range(len(examples))[at]
-            pictures = [examples[i].image for i in some]
-            given = _given(model.config, pictures, features, at)
-            batch = processor(prompts=prompts[at], rows=batch_size, length=length, **given)
+            chunk = range(len(examples))[at]
+            pictures = [examples[i].image for i in chunk]
+            inputs = _picture_arguments(model.config, pictures, features, at)
+            batch = processor(prompts=prompts[at], rows=batch_size, length=length, **inputs)
             rows = _pooled(model, batch.replace(processor=None), len(pictures))
-            store.append([item(i) for i in some], rows)
+            store.append([item(i) for i in chunk], rows)
             bar.update(len(pictures))
     return store.arrays()
 
 
-def _given(config, pictures: list, features, at: slice) -> dict:
-    """What the processor reads of some pictures: they, or their features."""
+def _picture_arguments(
+    config: MultimodalConfig, pictures: list, features: np.ndarray | None, at: slice
+) -> dict[str, Any]:
+    """Return the processor's arguments for pictures: the pictures, or their features."""
     if features is None:
         return {"images": pictures}
     # PIL says the width first; only a model that cuts pictures needs their size
@@ -96,18 +106,18 @@ def _given(config, pictures: list, features, at: slice) -> dict:
     return {"images": None, "features": np.asarray(features[at]), "sizes": sizes}
 
 
-def _pooled(model, batch, rows: int) -> dict[str, np.ndarray]:
-    """The arrays of a batch, of its first rows."""
+def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.ndarray]:
+    """Return the arrays of the first rows of a batch."""
     with mesh.use_mesh_of(model):
         batch = batch.replace(
             features=mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
         )
-    found = run.run(model, batch, None, CAPTURES, logits="none").captures
+    means = run.run(model, batch, None, CAPTURES, logits="none").captures
     patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
-    made = {
+    arrays = {
         "vision": mean_over_tiles(model.config, batch, patches),
-        "projector": found["projector"],
-        "lm.image": np.asarray(found["lm.image"]).swapaxes(0, 1),
-        "lm.last": np.asarray(found["lm.last"]).swapaxes(0, 1),
+        "projector": means["projector"],
+        "lm.image": np.asarray(means["lm.image"]).swapaxes(0, 1),
+        "lm.last": np.asarray(means["lm.last"]).swapaxes(0, 1),
     }
-    return {name: np.asarray(values[:rows], np.float32) for name, values in made.items()}
+    return {name: np.asarray(values[:rows], np.float32) for name, values in arrays.items()}

@@ -3,9 +3,9 @@
     found = tasks.embedded(seed=0)     # {"objects": Task, "astronomy": Task, ...}
     mine = tasks.Task.from_domain(domains.Domain.from_folder("birds"))    # birds/<class>/*.jpg
 
-The test pictures of the embedded tasks are the test pictures of the embedded domains, which the
-projector of the embedded model has never seen. It was trained on those of train and held: held is
-for stopping and choosing, never for reporting.
+The test pictures of the embedded tasks are the test pictures of the embedded domains, on which the
+projector of the embedded model was not trained. It was trained on those of train and held: held is
+for early stopping and selection, never for reporting.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, overload
 
 import numpy as np
+import PIL.Image
 
 from mllm_jax.data import batching, domains
 from mllm_jax.data.embedded import objects, recipe
 
-SPLITS = ("train", "held", "test")
-TEST = 0.25  # of each class, where a domain has no test pictures
-HELD = 0.2  # of each class, of what is not for testing
-RATIO = 2.0  # pictures of a class to train on, at most, for one of the smallest class
+Split = Literal["train", "held", "test"]
+SPLITS: tuple[Split, ...] = ("train", "held", "test")
+TEST = 0.25  # share of each class, where a domain has no test pictures
+HELD = 0.2  # share of each class among the pictures that are not for testing
+RATIO = 2.0  # the most training pictures of a class for each one of the smallest class
 
 # Classes in the order of their ids, and the label that the domain gives them. "land in Australia"
 # is left out: it has 12 pictures to train on.
@@ -87,10 +90,12 @@ class Task:
     """One classification task.
 
     Attributes:
-        name: "astronomy".
+        name: the task's name, such as "astronomy".
         topic: what the classes are, for the prompt: "objects of the night sky".
-        classes: their names; a class's place here is its id. The label of an example is its class.
-        train: for fitting. held: for stopping. test: for reporting.
+        classes: their names; a class's index is its id. The label of an example is its class.
+        train: the examples for fitting.
+        held: the examples for early stopping.
+        test: the examples for reporting.
     """
 
     name: str
@@ -101,23 +106,23 @@ class Task:
     test: Sequence[domains.Example]
 
     def ids(self, split: str) -> np.ndarray:
-        """int32[N]: the class ids of a split's examples."""
-        place = {name: number for number, name in enumerate(self.classes)}
-        return np.array([place[example.label] for example in self[split]], np.int32)
+        """Return int32[N], the class ids of a split's examples."""
+        ids = {name: number for number, name in enumerate(self.classes)}
+        return np.array([ids[example.label] for example in self[split]], np.int32)
 
     def counts(self, split: str) -> np.ndarray:
-        """int64[C]: how many examples of each class a split has."""
+        """Return int64[C], the number of examples of each class in a split."""
         return np.bincount(self.ids(split), minlength=len(self.classes))
 
     def __getitem__(self, split: str) -> Sequence[domains.Example]:
-        """The examples of a split."""
+        """Return the examples of a split."""
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; a task has {', '.join(SPLITS)}")
         return getattr(self, split)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the classes and of all pictures in their order, for manifests."""
+        """The sha256 of the classes and of all pictures in their order, for manifests."""
         digest = hashlib.sha256(repr((self.name, self.topic, self.classes)).encode())
         for split in SPLITS:
             for example in self[split]:
@@ -140,44 +145,46 @@ class Task:
         near_copy: float | None = recipe.NEAR_COPY,
         seed: int = 0,
     ) -> Task:
-        """A task whose classes are labels of a domain.
+        """Return a task whose classes are labels of a domain.
 
-        Near copies, by the rule of the embedded domains (`recipe.NEAR_COPY`), are never in two
-        splits that are made here: those of a given picture are left out, others stay together, as
-        do pictures of one group. Classes alternate in each split: any beginning is balanced.
+        Near copies, by the rule of the embedded domains (`recipe.NEAR_COPY`), never end up in two
+        splits that are made here: those of a given split are left out, others stay together, as do
+        the pictures of one group. Classes alternate in each split: any prefix is balanced.
 
         Args:
-            domain: what is divided.
-            test: test pictures, all taken in an order that no seed changes; or which share of each
-                class of `domain` they are.
-            held: the same of held pictures; the share is of what is not for testing.
+            domain: the domain to divide.
+            test: the test pictures, in an order that no seed changes; or their share of each class
+                of `domain`.
+            held: the held pictures; or their share of the pictures that are not for testing.
             classes: labels in the order of their ids, or {class: label}; examples with other
                 labels are left out. All labels in alphabetic order by default.
             topic: what the classes are; the name by default.
-            name: of the task; the domain's by default.
-            group: pictures that belong together, such as views of one thing, have the same.
-            ratio: a class counts at most so many times the pictures of the smallest, in each
-                split that is made here.
-            near_copy: how alike two near copies are; None compares no pictures.
-            seed: of the division.
+            name: the task's name; the domain's by default.
+            group: returns the same text for pictures that belong together, such as views of one
+                thing.
+            ratio: the most pictures of a class for each one of the smallest class, in each split
+                that is made here.
+            near_copy: the correlation from which on two pictures are near copies; None compares no
+                pictures.
+            seed: the seed of the division.
 
         Raises:
-            ValueError: fewer than two classes, or a class without a picture in a split that is
-                made here.
+            ValueError: there are fewer than two classes, or a class has no picture in a split that
+                is made here.
         """
         name = name or domain.name
         named = _named(name, domain, classes)
         parts = {
-            split: _read(found, named, group, seed=0)
-            for split, found in (("test", test), ("held", held))
-            if isinstance(found, domains.Domain)
+            split: _read(pictures, named, group, seed=0)
+            for split, pictures in (("test", test), ("held", held))
+            if isinstance(pictures, domains.Domain)
         }
         given = set(parts)
         rest = _read(domain, named, group, seed)
         if near_copy is not None:
             rest = _apart(rest, [picture for part in parts.values() for picture in part], near_copy)
         for split, share in (("test", test), ("held", held)):
-            if split not in parts:
+            if not isinstance(share, domains.Domain):
                 parts[split], rest = _divide(rest, share, ratio)
         parts["train"] = _first(rest, _limits(rest, ratio))
         for split in SPLITS:
@@ -187,22 +194,22 @@ class Task:
                     f"task {name!r}: class {min(lacking)!r} has no picture for {split}; add "
                     "pictures, or leave it out of classes="
                 )
-        made = {
-            split: domains.Domain(name, split, _Chosen(parts[split], tuple(named)))
+        splits = {
+            split: domains.Domain(name, split, _Alternating(parts[split], tuple(named)))
             for split in SPLITS
         }
-        return cls(name, topic or name, tuple(named), **made)
+        return cls(name, topic or name, tuple(named), **splits)
 
 
 def embedded(seed: int = 0, root: str | os.PathLike | None = None) -> dict[str, Task]:
-    """The four tasks on the embedded domains: objects, astronomy, satellite and documents.
+    """Return the four tasks on the embedded domains by name.
 
     Args:
-        seed: of the division into train and held; test is always the same.
-        root: where the domains are kept; the user's cache by default.
+        seed: the seed of the division into train and held; test is always the same.
+        root: the folder where the domains are kept; the user's cache by default.
 
-    Returns:
-        Tasks by name. A domain that cannot be built is an error.
+    Raises:
+        MissingPackage: a domain cannot be built.
     """
     train = domains.embedded("train", tuple(EMBEDDED), root)
     test = domains.embedded("test", tuple(EMBEDDED), root)
@@ -220,7 +227,7 @@ def embedded(seed: int = 0, root: str | os.PathLike | None = None) -> dict[str, 
 
 
 def _variants(example: domains.Example) -> str:
-    """A picture's class, and its file's name without what numbers variants."""
+    """Return a picture's class, and its file's name without the numbers of variants."""
     return f"{example.label} {objects.stem(example.id.rsplit('-', 1)[-1])}"
 
 
@@ -232,8 +239,10 @@ class _Picture(recipe.Candidate):
     index: int = -1
 
 
-def _named(name: str, domain: domains.Domain, classes) -> dict[str, str]:
-    """Class to label."""
+def _named(
+    name: str, domain: domains.Domain, classes: Sequence[str] | Mapping[str, str] | None
+) -> dict[str, str]:
+    """Return {class: label}."""
     if classes is None:
         classes = sorted({example.label for example in domain})
     if isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes):
@@ -241,8 +250,13 @@ def _named(name: str, domain: domains.Domain, classes) -> dict[str, str]:
     return dict(classes) if isinstance(classes, Mapping) else {label: label for label in classes}
 
 
-def _read(domain: domains.Domain, named: dict[str, str], group, seed: int) -> list[_Picture]:
-    """The examples of the classes, in the order of the seed."""
+def _read(
+    domain: domains.Domain,
+    named: dict[str, str],
+    group: Callable[[domains.Example], str] | None,
+    seed: int,
+) -> list[_Picture]:
+    """Return the examples of the classes, in the order of the seed."""
     class_of = {label: name for name, label in named.items()}
     pictures = []
     for index, example in enumerate(domain):
@@ -262,20 +276,20 @@ def _read(domain: domains.Domain, named: dict[str, str], group, seed: int) -> li
     return sorted(pictures, key=lambda picture: recipe.hashed(picture.name))
 
 
-def _image(domain: domains.Domain, index: int):
+def _image(domain: domains.Domain, index: int) -> PIL.Image.Image:
     return domain[index].image
 
 
 def _thumbnails(pictures: Sequence[_Picture]) -> np.ndarray:
-    """float32[N, 2, pixels]: see `recipe.thumbnail`."""
-    made = [recipe.thumbnail(picture.image()) for picture in pictures]
-    return np.stack(made) if made else np.zeros((0, 2, recipe.THUMBNAIL**2), np.float32)
+    """Return float32[N, 2, pixels], see `recipe.thumbnail`."""
+    thumbnails = [recipe.thumbnail(picture.image()) for picture in pictures]
+    return np.stack(thumbnails) if thumbnails else np.zeros((0, 2, recipe.THUMBNAIL**2), np.float32)
 
 
 def _apart(
     pictures: Sequence[_Picture], seen: Sequence[_Picture], near_copy: float
 ) -> list[_Picture]:
-    """The pictures that are no near copies of those seen; their own are in one group."""
+    """Return the pictures that are no near copies of those seen, near copies in one group."""
     thumbnails = _thumbnails(pictures)
     if seen:
         others = _thumbnails(seen)[:, 0]
@@ -302,7 +316,7 @@ def _apart(
 
 
 def _limits(pictures: Iterable[_Picture], ratio: float) -> dict[str, int]:
-    """How many pictures of each class count."""
+    """Return the largest number of pictures of each class."""
     counts = collections.Counter(picture.label for picture in pictures)
     most = ratio * min(counts.values(), default=0)
     return {label: int(min(count, most)) for label, count in counts.items()}
@@ -311,25 +325,25 @@ def _limits(pictures: Iterable[_Picture], ratio: float) -> dict[str, int]:
 def _divide(
     pictures: Sequence[_Picture], share: float, ratio: float
 ) -> tuple[list[_Picture], list[_Picture]]:
-    """A share of each class, and the rest; no group on both sides."""
+    """Return a share of each class, and the rest; no group is on both sides."""
     limits = _limits(pictures, ratio)
     sides = recipe.split_by_group(pictures, lambda label: max(1, round(share * limits[label])))
     return sides["test"], sides["train"]
 
 
 def _first(pictures: Iterable[_Picture], limits: dict[str, int]) -> list[_Picture]:
-    """The first pictures of each class, up to its limit."""
+    """Return the first pictures of each class, up to its limit."""
     left = collections.Counter(limits)
-    chosen = []
+    selected = []
     for picture in pictures:
         left[picture.label] -= 1
         if left[picture.label] >= 0:
-            chosen.append(picture)
-    return chosen
+            selected.append(picture)
+    return selected
 
 
-class _Chosen(Sequence):
-    """Examples with classes for labels; classes alternate."""
+class _Alternating(Sequence[domains.Example]):
+    """The examples of pictures, with classes for labels; classes alternate."""
 
     def __init__(self, pictures: Sequence[_Picture], classes: tuple[str, ...]):
         by_class = [[p for p in pictures if p.label == name] for name in classes]
@@ -338,6 +352,15 @@ class _Chosen(Sequence):
     def __len__(self) -> int:
         return len(self._pictures)
 
-    def __getitem__(self, place: int) -> domains.Example:
-        picture = self._pictures[place]
+    @overload
+    def __getitem__(self, index: int) -> domains.Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[domains.Example]: ...
+
+    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        picture = self._pictures[index]
+        assert picture.domain is not None
         return dataclasses.replace(picture.domain[picture.index], label=picture.label)

@@ -56,7 +56,7 @@ def bind(
         bind_captures(captures, shapes, maps),
     )
     if logits == "last":
-        items = (*bound_edits, *bound_captures.values())
+        items: list[BoundEdit | BoundCapture] = [*bound_edits, *bound_captures.values()]
         _check_logits_computed(items, batch.last, batch.ids.shape[1])
     return bound_edits, bound_captures
 
@@ -113,7 +113,7 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps) -> BoundEdit:
     values = {
         name: fit(sites.as_array(value), edit.address, spec) for name, value in edit.values.items()
     }
-    along = {}
+    along: dict[str, AnyArray] = {}
     if edit.route is not None:
         where, along = bind_route(site, where, token_map.readers, *edit.route)
     if edit.on is not None:
@@ -216,7 +216,7 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         slots = _slots(layers, spec.layers)
         order = (
             slots[layers]
-            if isinstance(layers, np.ndarray)
+            if isinstance(slots, np.ndarray)
             else slots.at[layers].get(mode="fill", fill_value=count)
         )
     units = None
@@ -280,8 +280,8 @@ def _indices(
         index = jnp.atleast_1d(selection.value)
         absent = (index < -size) | (index >= size)
         return jnp.where(absent, size, index % size), absent
-    index = selection.indices(size, what)
-    return index, np.zeros(len(index), bool)
+    known = selection.indices(size, what)
+    return known, np.zeros(len(known), bool)
 
 
 def _slots(index: Int[AnyArray, " count"], layers: int) -> Int[AnyArray, " L"]:
@@ -290,5 +290,8 @@ def _slots(index: Int[AnyArray, " count"], layers: int) -> Int[AnyArray, " L"]:
         slots = np.full((layers,), len(index), np.int32)
         slots[index] = np.arange(len(index))
         return slots
-    slots = jnp.full((layers,), len(index), jnp.int32)
-    return slots.at[index].set(jnp.arange(len(index)), mode="drop")
+    return (
+        jnp.full((layers,), len(index), jnp.int32)
+        .at[index]
+        .set(jnp.arange(len(index)), mode="drop")
+    )

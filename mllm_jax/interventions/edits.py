@@ -199,15 +199,15 @@ def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
       edits: What to apply.
       strengths: One strength a step, float[steps]: 0 leaves x as it is, 1 is the edit.
     """
-    strengths = sites.as_array(strengths)
-    if strengths.ndim != 1 or not len(strengths):
-        raise ValueError(f"per_step takes strengths [steps], got shape {strengths.shape}")
+    by_step = sites.as_array(strengths)
+    if by_step.ndim != 1 or not len(by_step):
+        raise ValueError(f"per_step takes strengths [steps], got shape {by_step.shape}")
     for edit in edits:
         if not KINDS[edit.kind].has_strength:
             raise ValueError(f"a {edit.kind} is a boolean mask, which has no strength for per_step")
         if edit.strengths is not None:
             raise ValueError(f"the {edit.kind} of {edit.address.site} already has strengths")
-    return Edits(tuple(dataclasses.replace(edit, strengths=strengths) for edit in edits))
+    return Edits(tuple(dataclasses.replace(edit, strengths=by_step) for edit in edits))
 
 
 def _project_out(x, basis):
@@ -297,7 +297,7 @@ class BoundEdit:
         """The kind and the site, as a receipt names the edit."""
         return f"{self.kind} {self.site.name}"
 
-    def apply(self, x: Shaped[Array, ...], mask: Bool[Array, ...]) -> Shaped[Array, ...]:
+    def apply(self, x: Shaped[Array, ...], mask: Bool[AnyArray, ...]) -> Shaped[Array, ...]:
         """Return x, changed where the mask is True. The values are those of one layer."""
         along = dict(self.along)
         strength = along.pop("strength", None)

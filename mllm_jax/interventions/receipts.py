@@ -49,7 +49,7 @@ class Receipt:
 def measure(
     before: Shaped[Array, ...],
     after: Shaped[Array, ...],
-    mask: Bool[Array, ...],
+    mask: Bool[AnyArray, ...],
     token_axes: tuple[int, ...],
 ) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
     """Return tokens, elements and norm of one edit in one layer, as a receipt has them.

@@ -61,19 +61,24 @@ def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[A
 
 def read_lens(capture: BoundCapture, x: Array, lens: Callable | None) -> Lens:
     """Return the logit lens of the selected tokens."""
+    assert lens is not None, "a module with sites of the LM's width has a lens"
     return logit_lens.read(x, capture.tokens, lens, max(capture.k, 1))
 
 
 def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entropy:
     """Return the entropy of the logit lens, summed over the tokens of each row by kind."""
+    assert lens is not None, "a module with sites of the LM's width has a lens"
     result = logit_lens.read(x, capture.tokens, lens, 1)
     hot = _one_hot(capture)
-    parts = (
-        _product("BT,BTk->Bk", result.entropy, hot),
-        _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot),
-        hot.sum(1).astype(jnp.int32),
+    entropy = _product("BT,BTk->Bk", result.entropy, hot)
+    top = _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot)
+    counts = hot.sum(1).astype(jnp.int32)
+    return Entropy(
+        sum=_sum_by_row(capture, entropy),
+        top=_sum_by_row(capture, top),
+        tokens=_sum_by_row(capture, counts),
+        kinds=capture.by or (),
     )
-    return Entropy(*(_sum_by_row(capture, part) for part in parts), capture.by or ())
 
 
 def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:
@@ -135,7 +140,7 @@ def _row_stats(
     return total((x > 0).astype(x.dtype)), sums, rounding, centred, jnp.stack(kinds, 1)
 
 
-def _average(capture: BoundCapture, total: Array, count: AnyArray) -> Float[Array, "B ..."]:
+def _average(capture: BoundCapture, total: AnyArray, count: AnyArray) -> Float[Array, "B ..."]:
     """Return the mean of each row from the sums and token counts of each row or tile."""
     total, count = _sum_by_row(capture, total), _sum_by_row(capture, count)
     count, rows = (a.reshape(-1, *(1,) * (total.ndim - 1)) for a in (count, capture.rows))
@@ -156,4 +161,4 @@ def _one_hot(capture: BoundCapture) -> Float[Array, "B T kinds"]:
     if capture.by is not None:
         codes = np.array([tokens.CODE[kind] for kind in capture.by], np.int8)
         selected = selected & (capture.kind[..., None] == codes)
-    return selected.astype(jnp.float32)
+    return jnp.asarray(selected).astype(jnp.float32)

@@ -136,8 +136,12 @@ class Entropy:
 
     def merge(self, other: Entropy) -> Entropy:
         """Return the sums of both; see `wide`."""
-        pairs = zip(self._arrays(), other._arrays(), strict=True)
-        return Entropy(*(a + b for a, b in pairs), self.kinds)
+        return Entropy(
+            sum=self.sum + other.sum,
+            top=self.top + other.top,
+            tokens=self.tokens + other.tokens,
+            kinds=self.kinds,
+        )
 
     def wide(self) -> Entropy:
         """Return the sums over all rows, without their axis, in float64 and int64."""
@@ -147,6 +151,3 @@ class Entropy:
             tokens=np.asarray(self.tokens, np.int64).sum(-2),
             kinds=self.kinds,
         )
-
-    def _arrays(self) -> tuple[AnyArray, AnyArray, AnyArray]:
-        return self.sum, self.top, self.tokens

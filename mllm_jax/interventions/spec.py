@@ -49,7 +49,7 @@ import numpy as np
 from mllm_jax import sites, tokens
 from mllm_jax.interventions.captures import FORMS, Capture, Form
 from mllm_jax.interventions.edits import KINDS, Edit, EditKind, Edits, per_step
-from mllm_jax.typing import AnyArray
+from mllm_jax.typing import ArrayLike
 
 # The kinds and forms that text can express.
 EDITS = {name: kind for name, kind in KINDS.items() if kind.options is not None}
@@ -253,10 +253,15 @@ def _edit_of(item: dict[str, Any]) -> Edit:
         address=_address_of(item),
         where=_where_of(item["where"]),
         values={name: _array_of(value) for name, value in item["values"].items()},
-        route=None if item["route"] is None else tuple(map(_array_of, item["route"])),
+        route=_optional(_route_of, item["route"]),
         on=_optional(_where_of, item["on"]),
         strengths=_optional(_array_of, item["strengths"]),
     )
+
+
+def _route_of(rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    source, into = map(_array_of, rows)
+    return source, into
 
 
 def _capture_json(capture: Capture) -> dict[str, Any]:
@@ -320,7 +325,7 @@ def _where_of(item: dict[str, Any]) -> tokens.Where:
     return tokens.Where(item["form"], parts, _optional(_array_of, item["value"]))
 
 
-def _array_json(value: AnyArray) -> dict[str, Any]:
+def _array_json(value: ArrayLike) -> dict[str, Any]:
     array = np.asarray(value)
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}

@@ -122,9 +122,11 @@ class Tap:
     def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
         """Return whether no edit or capture needs this tensor, so that it may stay fused."""
         self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
-        return not any(i.site == site for i in (*self.edits.values(), *self.captures.values()))
+        items: list[BoundEdit | BoundCapture] = [*self.edits.values(), *self.captures.values()]
+        return not any(item.site == site for item in items)
 
     def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        """Return the tensor of a site with its edits applied, and read its captures."""
         self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
         x = mesh.constrain(x, site.axes)
         for number, edit in self.edits.items():
@@ -207,6 +209,7 @@ class ModuleTap:
         self.captures = {n: c for n, c in taps.captures.items() if c.site.module == name}
 
     def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+        """Return the tensor of a site with its edits applied, and read its captures."""
         tap = self._tap(1, _first(_at(self.edits, False)), _at(self.captures, False))
         x = tap(site, x)
         self.taps.receipts |= _add_axis(tap.receipts)

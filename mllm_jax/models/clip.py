@@ -56,18 +56,23 @@ class ClipConfig:
 
     @classmethod
     def vit_l_14_336(cls) -> ClipConfig:
+        """Return the config of OpenAI's ViT-L/14 at 336 pixels."""
         return cls()
 
     @classmethod
     def vit_b_16(cls) -> ClipConfig:
+        """Return the config of OpenAI's ViT-B/16 at 224 pixels."""
         return cls(width=768, layers=12, heads=12, mlp=3072, image_size=224, patch=16)
 
     @classmethod
     def tiny(cls) -> ClipConfig:
+        """Return a config small enough for tests."""
         return cls(width=32, layers=3, heads=4, mlp=64, image_size=24, patch=6)
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention of the patches."""
+
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
         self.q, self.k, self.v, self.o = (
@@ -77,23 +82,29 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "I P E"], mask: Bool[Array, "I 1 P P"] | None = None
     ) -> Float[Array, "I P E"]:
+        """Return the output of all heads."""
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
         heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return self.o(heads.reshape(x.shape))
 
 
 class MLP(nnx.Module):
+    """Two linear maps with an activation between them."""
+
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.up = layers.Linear(config.width, config.mlp, rngs=rngs)
         self.down = layers.Linear(config.mlp, config.width, rngs=rngs)
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P E"]:
+        """Apply the maps."""
         act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](self.up(x)))
         return tap(S.mlp.out, self.down(act))
 
 
 class Block(nnx.Module):
+    """One transformer block with norms before its attention and its MLP."""
+
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.norm1 = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
         self.attn = Attention(config, rngs=rngs)
@@ -103,6 +114,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "I P E"], tap, mask: Bool[Array, "I 1 P P"] | None = None
     ) -> Float[Array, "I P E"]:
+        """Apply the block."""
         x = tap(S.resid_pre, x)
         x = x + tap(S.attn_out, self.attn(self.norm1(x), mask))
         x = x + self.mlp(self.norm2(x), tap)

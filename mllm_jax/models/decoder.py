@@ -40,10 +40,12 @@ class DecoderConfig:
 
     @classmethod
     def vicuna_7b(cls) -> DecoderConfig:
+        """Return the config of Vicuna 7B (Llama 2)."""
         return cls()
 
     @classmethod
     def vicuna_13b(cls) -> DecoderConfig:
+        """Return the config of Vicuna 13B (Llama 2)."""
         return cls(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 
     @classmethod
@@ -53,6 +55,7 @@ class DecoderConfig:
 
     @classmethod
     def smollm2_135m(cls) -> DecoderConfig:
+        """Return the config of SmolLM2 135M."""
         return cls(
             vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, mlp=1536,
             rope_theta=100000.0, tied=True,
@@ -60,10 +63,13 @@ class DecoderConfig:
 
     @classmethod
     def tiny(cls) -> DecoderConfig:
+        """Return a config small enough for tests."""
         return cls(vocab=96, width=32, layers=4, heads=4, kv_heads=2, head_width=8, mlp=48)
 
 
 class Attention(nnx.Module):
+    """Causal attention with rotary positions and grouped queries."""
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         D, H = config.width, config.head_width
         self.heads, self.kv_heads = config.heads, config.kv_heads
@@ -92,12 +98,15 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.gate = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.up = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.down = layers.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
+        """Apply the maps."""
         gate = tap(S.mlp.gate, self.gate(x))
         act = tap(S.mlp.act, layers.ACTIVATIONS["silu"](gate))
         gated = tap(S.mlp.gated, act * self.up(x))
@@ -105,6 +114,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One decoder block with norms before its attention and its MLP."""
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attn_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
         self.attn = Attention(config, rngs=rngs)
@@ -128,6 +139,8 @@ def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
 
 
 class Decoder(nnx.Module):
+    """Embedding, decoder blocks, final norm and head."""
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         embed = nnx.initializers.normal(0.02)(rngs.params(), (config.vocab, config.width))
         self.config = config

@@ -52,10 +52,12 @@ class EvaConfig:
 
     @classmethod
     def vit_g_14(cls) -> EvaConfig:
+        """Return the config of EVA ViT-g/14 at 224 pixels."""
         return cls()
 
     @classmethod
     def tiny(cls) -> EvaConfig:
+        """Return a config small enough for tests."""
         return cls(width=32, layers=3, heads=4, mlp=64, image_size=24, patch=6)
 
 

@@ -45,10 +45,12 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape of the whole matrix."""
         return self.weight.shape
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Return the type of the whole matrix."""
         return self.weight.dtype
 
     def __getitem__(self, index) -> Array:
@@ -56,7 +58,7 @@ class LowRank:
         return (self.weight + change).astype(self.weight.dtype)[index]
 
     def multiply(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
-        """x (W + scale A B), rounded once."""
+        """Return x (W + scale A B), rounded once."""
         low = precision.matmul(x, self.a.astype(x.dtype))
         change = precision.matmul(low, self.b.astype(x.dtype), into_float32=True)
         y = precision.matmul(x, self.weight, into_float32=True) + self.scale * change
@@ -67,6 +69,7 @@ class Linear(nnx.Linear):
     """x W + b, of float32 arrays in float32 on every chip; see `precision`."""
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
+        """Multiply by the kernel and add the bias."""
         kernel = self.kernel.get_value()
         low_rank = isinstance(kernel, LowRank)
         y = kernel.multiply(x) if low_rank else precision.matmul(x, kernel)
@@ -80,6 +83,7 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(width, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Normalise the last axis."""
         return super().__call__(at_least_float32(x)).astype(x.dtype)
 
 
@@ -92,6 +96,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise the last axis."""
         y = at_least_float32(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
@@ -116,6 +121,9 @@ def attention(
     """softmax(q k^T / sqrt(H)) v, with N / K query heads to each key-value head.
 
     Args:
+      query: The queries.
+      key: The keys of this call.
+      value: The values of this call.
       mask: bool[B, N or 1, T, S], True where a query may look; None for everywhere. A query
         that may look nowhere gets zeros.
       past: keys and values before these; S of the mask counts both.
@@ -196,7 +204,7 @@ def rotary(
 
 
 def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """x turned by its position."""
+    """Rotate each head by its position, given the cosine and sine of its angles."""
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], -1)
     return (x * cos + turned * sin).astype(x.dtype)

@@ -43,6 +43,7 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P D"]:
+        """Project the features of a picture into the width of the language model."""
         x = fold(x, self.config.fold)
         act = layers.ACTIVATIONS[self.config.act]
         x = tap.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
@@ -50,7 +51,7 @@ class Projector(nnx.Module):
 
 
 def fold(x: Float[Array, "I P E"], side: int) -> Float[Array, "I p e"]:
-    """side x side neighbouring patches side by side in one token; p = P / side^2."""
+    """Concatenate side x side neighbouring patches in one token; p = P / side^2."""
     if side == 1:
         return x
     I, P, E = x.shape

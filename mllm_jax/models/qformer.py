@@ -50,6 +50,7 @@ class QFormerConfig:
 
     @classmethod
     def tiny(cls) -> QFormerConfig:
+        """Return a config small enough for tests."""
         return cls(
             queries=5, vocab=60, positions=40, width=24, layers=4, heads=4, mlp=40, vision_width=32
         )
@@ -73,6 +74,7 @@ class Attention(nnx.Module):
         source: Float[Array, "I S E"],
         mask: Bool[Array, "I 1 1 S"] | None = None,
     ) -> Float[Array, "I T W"]:
+        """Return the output of all heads."""
         q, k, v = (
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
@@ -91,11 +93,14 @@ class MLP(nnx.Module):
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I T W"], site: Site, tap) -> Float[Array, "I T W"]:
+        """Apply the maps."""
         act = tap(site, layers.ACTIVATIONS[self.act](self.up(x)))
         return self.norm(x + self.down(act))
 
 
 class Block(nnx.Module):
+    """One block: self-attention, cross-attention of the queries, and an MLP for each branch."""
+
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         self.queries = config.queries
         self.attn = Attention(config, config.width, rngs=rngs)
@@ -144,7 +149,8 @@ class QFormer(nnx.Module):
 
         Args:
           features: of the picture.
-          ids: the text that is asked about it, one for each picture; valid: False for padding.
+          ids: the text that is asked about it, one for each picture.
+          valid: False for padding.
           tap: the taps of the Q-Former.
         """
         Q, every = self.config.queries, self.config.look_every

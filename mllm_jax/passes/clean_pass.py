@@ -67,12 +67,14 @@ class CleanPass:
             assert self.states is not None, "a shared module has states"
             number = int(self.first[lanes].min()) // self.every
             x = self.states[number][:, prefix:]
-            resume[self.module] = Resume(np.int32(number * self.every), x, self.captured)
+            resume[self.module] = Resume(
+                np.asarray(number * self.every, np.int32), x, self.captured
+            )
             past = self.past.first(prefix) if prefix and self.past is not None else None
         if self.stop is not None:
             resume["lm"] = dataclasses.replace(
-                resume.get("lm", Resume(np.int32(0), None, {})),
-                stop=np.int32(self.stop[lanes].max()),
+                resume.get("lm", Resume(np.asarray(0, np.int32), None, {})),
+                stop=np.asarray(self.stop[lanes].max(), np.int32),
                 places=np.asarray(self.batch.last, np.int32) - prefix,
             )
         return resume, past

@@ -7,7 +7,7 @@ import jax
 _count = 0
 
 
-def _count_compile(event: str, duration: float, **_) -> None:
+def _count_compile(event: str, duration_secs: float, **_) -> None:
     global _count
     if event == "/jax/core/compile/backend_compile_duration":
         _count += 1

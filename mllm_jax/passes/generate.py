@@ -128,6 +128,7 @@ def compiled_generate(
     steps: int,
     greedy: bool,
 ) -> tuple[Int[Array, "B N"], tuple[Receipt, ...]]:
+    """Prefill and decode; see `generate`."""
     B, T = batch.ids.shape
     taps = Taps(edits)
     x, cache = model(batch, taps)

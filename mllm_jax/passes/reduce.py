@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def reduce(
     saved = store.read()
     total = None if saved is None else _unflatten(saved)
     rest = store.resume(batches)
-    count = len(batches) if hasattr(batches, "__len__") else None
+    count = len(batches) if isinstance(batches, Sized) else None
     written = store.done
     for batch in tqdm.tqdm(rest, desc=label, initial=store.done, total=count, leave=False):
         out = run(model, batch, edits, captures, logits="none")

@@ -149,7 +149,8 @@ def forward(
     """Trace the pass; return the logits, and the keys and values of every token."""
     x, cache = model(batch, taps)
     if logits == "none":
-        if any(i.site == sites.logits for i in (*taps.edits, *taps.captures.values())):
+        items: list[BoundEdit | BoundCapture] = [*taps.edits, *taps.captures.values()]
+        if any(item.site == sites.logits for item in items):
             raise ValueError('this pass computes no logits to edit or capture: logits="none"')
         return None, cache
     if logits == "all":
@@ -210,6 +211,7 @@ def compiled_run(
     logits: Logits,
     remat: bool,
 ) -> Out:
+    """Run one forward pass of what is bound already; see `run`."""
     taps = Taps(edits, captures, remat=remat)
     scores, _ = forward(model, batch, taps, logits)
     return Out(scores, taps.captured, taps.receipt_list())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,19 +84,27 @@ def score_with(
     """Compute `score`, with captures and receipts of the prompt."""
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
-    if not jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
-        if processor is None:
-            raise ValueError("candidates as text need a batch made by a processor; or give ids")
-        candidates = candidate_ids(processor, candidates, len(batch.ids))
-    if candidates.ndim != 3 or len(candidates) != len(batch.ids):
-        raise ValueError(
-            f"candidates as ids are int32[B, C, A] of {len(batch.ids)} rows, not {candidates.shape}"
-        )
-    bound_edits = binding.bind_continuation(model, batch, edits, candidates.shape[-1])
+    ids = _as_ids(candidates, processor, len(batch.ids))
+    bound_edits = binding.bind_continuation(model, batch, edits, ids.shape[-1])
     _, bound_captures = binding.bind(model, batch, None, captures, "last")
     with mesh.use_mesh_of(model):
-        inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, candidates
+        inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, ids
         return mesh.gather_to_host(compiled_score(model, *inputs))
+
+
+def _as_ids(
+    candidates: Candidates, processor: Tokenizing | None, rows: int
+) -> Int[AnyArray, "B C A"]:
+    """Return candidates as token ids."""
+    if jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
+        ids = cast(AnyArray, candidates)
+    elif processor is None:
+        raise ValueError("candidates as text need a batch made by a processor; or give ids")
+    else:
+        ids = candidate_ids(processor, cast(Sequence, candidates), rows)
+    if ids.ndim != 3 or len(ids) != rows:
+        raise ValueError(f"candidates as ids are int32[B, C, A] of {rows} rows, not {ids.shape}")
+    return ids
 
 
 def answer_length(processor: Tokenizing, answers: Iterable[str]) -> int:
@@ -173,6 +181,7 @@ def compiled_score(
     captures: dict[str, BoundCapture],
     ids: Int[Array, "B C A"],
 ) -> Scores:
+    """Score all candidates; see `score`."""
     T, A = batch.ids.shape[1], ids.shape[-1]
     taps = Taps(edits, captures)
     x, cache = model(batch, taps)

@@ -251,6 +251,8 @@ def compiled_lanes(
     logits: Logits,
     prefix: int,
 ):
+    """Run lanes of edits and apply the metric to each; see `sweep`."""
+
     def lane(edits, metric, model, batch, captures, resume, past):
         taps = Taps(edits, captures, resume=resume, at=prefix)
         if past is None:
@@ -307,6 +309,7 @@ class _Rows:
 
     def _check(self, saved: np.ndarray) -> None:
         """Raise an error unless the saved rows are of these edits, or of the first of them."""
+        assert self._store.path is not None, "what is saved has a path"
         if not np.array_equal(saved[: len(self._edits)], self._edits[: len(saved)]):
             raise mismatch_error(self._store.path, ["edits"])
         if len(saved) > len(self._edits):

@@ -1,1 +1,1 @@
-"""processors."""
+"""Pictures and text to batches: what the processors of all families share."""

@@ -1,9 +1,10 @@
-"""What CLIP reads: texts as tokens, pictures as pixels."""
+"""CLIP's processor: texts to tokens, pictures to pixels."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,35 +12,44 @@ from mllm_jax.models.clip_text import ClipPairConfig
 from mllm_jax.processors import image_processors, tokenizers
 from mllm_jax.processors import pictures as picture_files
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 class ClipProcessor:
-    """A tokenizer and an image processor: those of the checkpoint.
+    """The tokenizer and the image processor of a checkpoint.
 
     Args:
-      tokenizer: of transformers. pictures: the image processor (PIL backend).
-      config: of the model.
+      tokenizer: a tokenizer of transformers.
+      pictures: the image processor of transformers (PIL backend).
+      config: the model's config.
     """
 
-    def __init__(self, tokenizer, pictures, config: ClipPairConfig):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        pictures: Callable[..., Any],
+        config: ClipPairConfig,
+    ):
         self.tokenizer = tokenizer
         self.config = config
         self._pictures = pictures
 
     @classmethod
     def from_directory(cls, directory: pathlib.Path, config: ClipPairConfig) -> ClipProcessor:
-        """Of a local checkpoint directory."""
+        """Return the processor of a local checkpoint directory."""
         tokenizer = tokenizers.read_tokenizer(directory)
         return cls(tokenizer, image_processors.read(directory), config)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """int32[C, T]: texts as tokens, filled up with 0 behind their ends.
+        """Return the ids of texts, int32[C, T], padded with 0.
 
         Raises:
           ValueError: a text is too long, or its tokens are not the model's.
         """
-        coded = self.tokenizer(list(texts))["input_ids"]
-        out = np.zeros((len(coded), max(map(len, coded))), np.int32)
-        for row, ids, text in zip(out, coded, texts, strict=True):
+        encoded = self.tokenizer(list(texts))["input_ids"]
+        out = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
+        for row, ids, text in zip(out, encoded, texts, strict=True):
             self._check(text, ids)
             row[: len(ids)] = ids
         return out
@@ -57,7 +67,7 @@ class ClipProcessor:
             )
 
     def pictures(self, pictures: Sequence) -> np.ndarray:
-        """float32[I, row, column, 3]: pictures, see `pictures.read`, as pixels."""
+        """Return float32[I, row, column, 3], the pixels of pictures; see `pictures.read`."""
         images = [
             picture_files.read(picture, f"picture {number}")
             for number, picture in enumerate(pictures)

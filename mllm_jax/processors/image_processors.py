@@ -1,4 +1,4 @@
-"""Image processors of checkpoints: those of transformers, that nothing strange runs in."""
+"""Image processors of checkpoints: those of transformers; no code of a checkpoint runs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from mllm_jax import files
 from mllm_jax.processors import pictures, tokenizers
 
-# A picture's shorter side is scaled to as many sides of a tile, at most.
+# The most sides of a tile that a picture's shorter side may be scaled to.
 MAX_UPSCALE = 16
 
 
-def read(directory: pathlib.Path):
-    """The checkpoint's image processor, PIL backend: pixel values do not depend on torch.
+def read(directory: pathlib.Path) -> Any:
+    """Return the checkpoint's image processor, PIL backend: pixel values do not depend on torch.
 
     Code that comes with a checkpoint is never run.
+
+    Raises:
+      FileNotFoundError: the directory has none.
+      ValueError: transformers has no such image processor.
     """
     from transformers import AutoImageProcessor
 
@@ -36,7 +41,7 @@ def read(directory: pathlib.Path):
 
 
 def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-    """An image processor of transformers; whatever its settings lead to is a ValueError."""
+    """Return the image processor that `make` constructs; any error of its is a ValueError."""
     try:
         return make()
     except Exception as error:
@@ -45,11 +50,17 @@ def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
         raise ValueError(message) from error
 
 
-def check_size(images, side: int, directory) -> None:
-    """Raises where an image processor makes pictures of another size than the tower reads."""
-    size, crop = (_sides(getattr(images, name, None)) for name in ("size", "crop_size"))
-    shape = crop if getattr(images, "do_center_crop", False) else size
-    shape = [shape[name] for name in ("height", "width") if name in shape]
+def check_size(processor: Any, side: int, directory: object) -> None:
+    """Raise ValueError if an image processor makes pictures that the vision tower does not read.
+
+    Args:
+      processor: the image processor of transformers.
+      side: the side of the squares that the vision tower reads.
+      directory: the checkpoint's directory, for errors.
+    """
+    size, crop = (_sides(getattr(processor, name, None)) for name in ("size", "crop_size"))
+    sides = crop if getattr(processor, "do_center_crop", False) else size
+    shape = [sides[name] for name in ("height", "width") if name in sides]
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
     if any(number != side for number in shape):
         raise ValueError(
@@ -64,15 +75,22 @@ def check_size(images, side: int, directory) -> None:
         )
 
 
-def preprocess(processor, images: list, side: int, directory) -> np.ndarray:
-    """float[n, ..., 3, side, side]: what an image processor makes of pictures.
+def preprocess(
+    processor: Any, images: list[PIL.Image.Image], side: int, directory: object
+) -> np.ndarray:
+    """Return the pixels that an image processor makes of pictures.
 
     Args:
-      processor: of transformers. images: of PIL, in RGB.
-      side: of the squares that the vision tower reads. directory: of the checkpoint, for errors.
+      processor: the image processor of transformers.
+      images: pictures of PIL, in RGB.
+      side: the side of the squares that the vision tower reads.
+      directory: the checkpoint's directory, for errors.
+
+    Returns:
+      float[n, ..., 3, side, side].
 
     Raises:
-      ValueError: it cannot, or makes something that the tower does not read.
+      ValueError: it fails, or makes pixels that the tower does not read.
     """
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
     try:
@@ -90,21 +108,23 @@ def preprocess(processor, images: list, side: int, directory) -> np.ndarray:
     return values
 
 
-def _sides(size: Any) -> dict[str, int]:
-    """The numbers of a size of transformers."""
+def _sides(size: Any) -> dict[str, float]:
+    """Return the numbers of a size of transformers by their name."""
     names = ("height", "width", "shortest_edge", "longest_edge")
-    found = {name: getattr(size, name, None) for name in names}
-    return {name: number for name, number in found.items() if isinstance(number, (int, float))}
+    values = {name: getattr(size, name, None) for name in names}
+    return {name: number for name, number in values.items() if isinstance(number, (int, float))}
 
 
-def pad_to_square(image, mean: Sequence[float]):
-    """A picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
+def pad_to_square(image: PIL.Image.Image, mean: Sequence[float]) -> PIL.Image.Image:
+    """Return a picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
 
     Args:
-      image: of PIL, in RGB. mean: of each channel, 0 to 1.
-    """
-    import PIL.Image
+      image: a picture of PIL, in RGB.
+      mean: the mean of each channel, 0 to 1.
 
+    Raises:
+      ValueError: the square would be too large.
+    """
     side = max(image.size)
     if side**2 > pictures.MAX_PIXELS:
         raise ValueError(

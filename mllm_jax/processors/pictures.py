@@ -1,9 +1,9 @@
-"""Pictures as a person sees them: one function opens every picture of the library.
+"""Pictures as a viewer shows them: one function opens every picture of the library.
 
     pictures.read("scan.png")        # also bytes, an open file, an array, a picture of PIL
 
-The picture comes turned by its EXIF orientation, with transparency laid on white, in 8 bits a
-channel. Of an animation, or a file of several pages, it is the first frame. Colour profiles are
+The picture is turned by its EXIF orientation, its transparency is laid on white, and it has 8 bits
+a channel. Of an animation, or a file of several pages, the first frame is read. Colour profiles are
 not applied.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -19,17 +20,17 @@ import PIL.ImageCms
 
 from mllm_jax import files
 
-# What is opened, by Pillow's names; JPEG includes MPO. HEIF is there once a program has called
-# pillow_heif.register_heif_opener(). Never a format that starts a program: EPS, PDF.
+# The formats that are opened, by Pillow's names; JPEG includes MPO. HEIF is available once
+# pillow_heif.register_heif_opener() was called. EPS and PDF are not: they would start a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
-EXTENSIONS = {  # of files that are taken for pictures, in lower case
+EXTENSIONS = {  # of picture files, in lower case
     ".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib",
     ".gif", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif",
 }  # fmt: skip
-MAX_PIXELS = 2**26  # of one picture, 8192 x 8192; a few kilobytes can decode to gigabytes
+MAX_PIXELS = 2**26  # of a picture, 8192 x 8192; a few kilobytes can decode to gigabytes
 MAX_RATIO = 500  # of a picture's sides: image processors scale the shorter one up to a tile
-MAX_BYTES = 300 * 2**20  # of one file
-STRIP = 512  # rows that are converted at one time
+MAX_BYTES = 300 * 2**20  # of a file
+STRIP = 512  # the number of rows that are converted at one time
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +42,7 @@ TRANSPOSES = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # file brands
-OTHER_FORMATS = (  # how files begin that are taken for pictures
+OTHER_FORMATS = (  # the first bytes of files that are mistaken for pictures
     (b"%!PS", "PostScript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"%PDF", "PDF"),
@@ -54,32 +55,32 @@ OTHER_FORMATS = (  # how files begin that are taken for pictures
 BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
-def read(picture, name: str = "the picture") -> PIL.Image.Image:
-    """A picture in RGB, 8 bits a channel, as a viewer shows it.
+def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
+    """Return a picture in RGB, 8 bits a channel, as a viewer shows it.
 
-    Values of more than 8 bits are scaled to what they show: 16 bits by 1/257. Mode I is of 16 bits
-    where its file says so, else of 8 bits if no value is above 255, of 16 bits otherwise. Mode F is
-    from 0 to 1 if no value is above 1, else from 0 to 255.
+    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits where its file
+    says so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1
+    if no value is above 1, else from 0 to 255.
 
     Args:
       picture: a path; the bytes of a file, or the file, opened in binary mode; an array (of NumPy,
         JAX, torch) [row, column], or [row, column, channels] with 1, 3 or 4 channels, the fourth
         alpha: uint8, uint16, bool, or float from 0 to 1; or a picture of PIL, opened or not yet.
-      name: what an error calls it, where it has no path.
+      name: the picture's name in errors, where it has no path.
 
     Raises:
-      ValueError: it cannot be read, or shows nothing certain; one line with its path or name.
+      ValueError: it cannot be read, or its values are ambiguous; one line with its path or name.
     """
     if isinstance(picture, (str, os.PathLike)):
         name = f"the picture {files.name(picture)}"
     try:
-        return _shown(_opened(picture))
+        return _to_rgb(_open(picture))
     except Exception as error:  # whatever a decoder raises over damaged bytes
         raise ValueError(f"cannot read {name}: {files.reason(error)}") from error
 
 
 def from_array(values: np.ndarray) -> PIL.Image.Image:
-    """An array [row, column] or [row, column, channels] as a picture of PIL; see `read`."""
+    """Return an array [row, column] or [row, column, channels] as a picture of PIL; see `read`."""
     shape = " x ".join(map(str, values.shape))
     if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
         raise ValueError(
@@ -92,22 +93,22 @@ def from_array(values: np.ndarray) -> PIL.Image.Image:
     _check_size(*values.shape[1::-1])
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
-    return PIL.Image.fromarray(np.ascontiguousarray(_in_8_bits(values)))
+    return PIL.Image.fromarray(np.ascontiguousarray(_to_uint8(values)))
 
 
-def _opened(picture) -> PIL.Image.Image:
-    """A picture of PIL, its size checked, its pixels perhaps not yet decoded."""
+def _open(picture: Any) -> PIL.Image.Image:
+    """Return a picture of PIL whose size is checked; its pixels may not be decoded yet."""
     if isinstance(picture, PIL.Image.Image):
         if picture.format == "EPS":
             raise ValueError("it is PostScript, which would start a program: save it as PNG")
         _check_size(*picture.size)
         return picture
     if isinstance(picture, (str, os.PathLike)):
-        return _decoder(files.read_bytes(picture, MAX_BYTES))
+        return _read_header(files.read_bytes(picture, MAX_BYTES))
     if isinstance(picture, (bytes, bytearray, memoryview)):
-        return _decoder(bytes(picture))
+        return _read_header(bytes(picture))
     if hasattr(picture, "read"):
-        return _decoder(_content(picture))
+        return _read_header(_read_file(picture))
     if hasattr(picture, "__array__"):
         return from_array(np.asarray(picture))
     raise ValueError(
@@ -115,8 +116,8 @@ def _opened(picture) -> PIL.Image.Image:
     )
 
 
-def _content(file) -> bytes:
-    """All bytes of an open file, from its beginning where it has one."""
+def _read_file(file: Any) -> bytes:
+    """Return all bytes of an open file, from its beginning if it is seekable."""
     try:
         mode = os.fstat(file.fileno()).st_mode
     except (AttributeError, OSError):  # it is in memory
@@ -133,20 +134,20 @@ def _content(file) -> bytes:
     return content
 
 
-def _decoder(content: bytes) -> PIL.Image.Image:
-    """The picture of a file's bytes: its header is read, its pixels are not."""
+def _read_header(content: bytes) -> PIL.Image.Image:
+    """Return the picture of a file's bytes: its header is read, its pixels are not."""
     PIL.Image.init()
     formats = [name for name in FORMATS if name in PIL.Image.OPEN]
     try:
         picture = PIL.Image.open(io.BytesIO(content), formats=formats)
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(_what_else(content)) from error
+        raise ValueError(_explain_unreadable(content)) from error
     _check_size(*picture.size)
     return picture
 
 
-def _what_else(content: bytes) -> str:
-    """Why bytes are no picture that can be opened."""
+def _explain_unreadable(content: bytes) -> str:
+    """Return why bytes cannot be opened as a picture."""
     if not content:
         return "it is empty"
     if content[4:8] == b"ftyp" and content[8:12] in HEIC:
@@ -162,7 +163,7 @@ def _what_else(content: bytes) -> str:
 
 
 def _check_size(width: int, height: int) -> None:
-    """Refuses, before anything is decoded, a picture without pixels or with too many."""
+    """Raise ValueError, before anything is decoded, for a picture of no pixels or too many."""
     size = f"{width} x {height} (width x height)"
     if width < 1 or height < 1:
         raise ValueError(f"it has no pixels: {size}")
@@ -172,17 +173,15 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"it is of {size}, one side over {MAX_RATIO} times the other: crop it")
 
 
-def _shown(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in RGB, decoded, turned, on white."""
+def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the picture in RGB, decoded, turned, on white."""
     raw = _raw_mode(picture)
     _load(picture)
-    turn = TRANSPOSES.get(_orientation(picture))
+    turn = TRANSPOSES.get(_orientation(picture) or 1)
     if picture.mode.startswith(("I", "F")):
-        shown = _grey(picture).convert("RGB")
+        shown = _to_8_bit_grey(picture).convert("RGB")
     elif picture.mode == "LAB":
-        lab, srgb = map(PIL.ImageCms.createProfile, ("LAB", "sRGB"))
-        exact = PIL.ImageCms.Flags.NOOPTIMIZE  # else dark colours are off by 3
-        shown = PIL.ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB", flags=exact)
+        shown = _lab_to_rgb(picture)
     elif _is_transparent(picture):
         shown = _on_white(_with_true_key(picture, raw))
     else:
@@ -190,24 +189,34 @@ def _shown(picture: PIL.Image.Image) -> PIL.Image.Image:
     return shown if turn is None else shown.transpose(turn)
 
 
-def _load(picture: PIL.Image.Image) -> None:
-    """Decodes the pixels.
+def _lab_to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a picture of mode LAB in RGB."""
+    lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
+    exact = PIL.ImageCms.Flags.NOOPTIMIZE  # else dark colours are off by 3
+    rgb = PIL.ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB", flags=exact)
+    assert rgb is not None  # it is None only where the picture is changed in place
+    return rgb
 
-    Pillow maps a TIFF that has a file's name into memory, and one that is to be turned with its
-    sides exchanged: without a name it reads it right.
+
+def _load(picture: PIL.Image.Image) -> None:
+    """Decode the pixels.
+
+    Pillow maps a TIFF with a file name into memory, and exchanges the sides of one that is to be
+    turned; without a name it reads it correctly.
     """
     if picture.format != "TIFF":
         picture.load()
         return
-    name, picture.filename = getattr(picture, "filename", ""), ""
+    file: Any = picture  # only pictures of files have a name
+    name, file.filename = getattr(picture, "filename", ""), ""
     try:
         picture.load()
     finally:
-        picture.filename = name
+        file.filename = name
 
 
 def _orientation(picture: PIL.Image.Image) -> int | None:
-    """What EXIF says, once the picture is loaded (TIFF is turned by its reader)."""
+    """Return the EXIF orientation of a loaded picture (TIFF is turned by its reader)."""
     try:
         return picture.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF: viewers show the picture as it lies
@@ -215,22 +224,22 @@ def _orientation(picture: PIL.Image.Image) -> int | None:
 
 
 def _raw_mode(picture: PIL.Image.Image) -> str:
-    """How a PNG stores its pixels, as long as it is not loaded: "L;4"."""
+    """Return how a PNG that is not loaded stores its pixels, such as "L;4"; else ""."""
     tile = getattr(picture, "tile", None)
     return str(tile[0].args) if tile and picture.format == "PNG" else ""
 
 
 def _is_transparent(picture: PIL.Image.Image) -> bool:
-    """Whether a picture of 8 bits a channel has transparency that its mode can have."""
+    """Return whether a picture of 8 bits a channel has transparency."""
     if picture.mode in ("1", "L", "P", "RGB"):
         return picture.has_transparency_data
     return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 def _with_true_key(picture: PIL.Image.Image, raw: str) -> PIL.Image.Image:
-    """The picture, its transparent value in the units of its pixels.
+    """Return the picture with its transparent value on the scale of its pixels.
 
-    Pillow scales pixels of 2, 4 and 16 bits to 8, and leaves the value as it was.
+    Pillow scales pixels of 2, 4 and 16 bits to 8, and leaves the transparent value unscaled.
     """
     scale = {"L;2": lambda v: v * 85, "L;4": lambda v: v * 17}.get(raw)
     if raw == "RGB;16B":
@@ -243,6 +252,7 @@ def _with_true_key(picture: PIL.Image.Image, raw: str) -> PIL.Image.Image:
 
 
 def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a transparent picture on a white background."""
     if picture.mode.endswith("a"):  # premultiplied
         *_, alpha = bands = np.moveaxis(np.asarray(picture), -1, 0)
         shown = [np.minimum(band, alpha) + (255 - alpha) for band in bands[:-1]]
@@ -255,19 +265,19 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     return white
 
 
-def _grey(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture of mode F, I or I;16 in 8 bits."""
+def _to_8_bit_grey(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a picture of mode F, I or I;16 in 8 bits."""
     values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
     if picture.mode == "F":
-        values = _in_8_bits(values, top=255)
+        values = _to_uint8(values, top=255)
     elif picture.mode == "I":
-        values = _in_8_bits(_unsigned(values, picture.format in ("PNG", "PPM")))
+        values = _to_uint8(_unsigned(values, picture.format in ("PNG", "PPM")))
     else:
         key = picture.info.get("transparency")
         clear = values == key if isinstance(key, int) else None
         if tags.get(BITS) == (12,):
             values = (values.astype(np.uint32) * 65535 // 4095).astype(np.uint16)
-        values = _in_8_bits(values)
+        values = _to_uint8(values)
         if tags.get(PHOTOMETRIC) == 0:  # white is zero
             values = 255 - values
         if clear is not None:
@@ -275,22 +285,22 @@ def _grey(picture: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(values)
 
 
-def _unsigned(values: np.ndarray, wide: bool) -> np.ndarray:
-    """int32 values as what they are: uint8, or uint16 if they are known to be, or too large."""
+def _unsigned(values: np.ndarray, has_16_bits: bool) -> np.ndarray:
+    """Return int32 values as uint8, or as uint16 if they have 16 bits or are too large."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(
             f"its values reach from {low} to {high}: scale them to 0 to 255, or 0 to 65535"
         )
-    return values.astype(np.uint16 if wide or high > 255 else np.uint8)
+    return values.astype(np.uint16 if has_16_bits or high > 255 else np.uint8)
 
 
-def _in_8_bits(values: np.ndarray, top: int = 1) -> np.ndarray:
-    """uint8 of an array's shape: what bool, uint8, uint16 and float values show.
+def _to_uint8(values: np.ndarray, top: int = 1) -> np.ndarray:
+    """Return bool, uint8, uint16 and float values as uint8 of the same shape.
 
     Args:
-      values: of any shape.
-      top: the most that a float may be; above 1, floats are from 0 to 255 if one is above 1.
+      values: an array of any shape.
+      top: the largest valid float; if it is above 1, floats range to 255 where one is above 1.
     """
     if values.dtype == np.uint8:
         return values
@@ -308,7 +318,7 @@ def _in_8_bits(values: np.ndarray, top: int = 1) -> np.ndarray:
         ask = "0 to 1" if top == 1 else "0 to 1, or 0 to 255"
         raise ValueError(f"its floats reach from {low:g} to {high:g}: give finite ones from {ask}")
     scale = np.float32(255 if high <= 1 + 1e-3 else 1)
-    made = np.empty(values.shape, np.uint8)
-    for row, into in zip(values, made, strict=True):  # one by one: a copy of all takes gigabytes
+    result = np.empty(values.shape, np.uint8)
+    for row, into in zip(values, result, strict=True):  # one by one: a copy of all takes gigabytes
         into[...] = np.rint(row.astype(np.float32) * scale).clip(0, 255)
-    return made
+    return result

@@ -7,7 +7,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Processor(PromptEncoder):
         tokenizer = tokenizers.read_tokenizer(directory)
         if IMAGE not in tokenizer.get_vocab():  # the original LLaVA code has none
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-            added = tokenizer.convert_tokens_to_ids(IMAGE)
+            added = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
             config = dataclasses.replace(config, image_token=added)
         pictures = pictures or functools.partial(image_processors.read, directory)
         options["image_aspect_ratio"] = image_aspect_ratio

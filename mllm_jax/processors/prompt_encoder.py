@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -105,12 +105,13 @@ class PromptEncoder:
         for row in np.asarray(ids):
             ends = np.flatnonzero(np.isin(row, self.stop_ids))
             row = row[: ends[0]] if stop and len(ends) else row[row >= 0]
-            texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
+            text = cast(str, self.tokenizer.decode(row, skip_special_tokens=True))
+            texts.append(text.strip())
         return texts
 
     def word(self, token: int) -> str:
         """Return the text of one token."""
-        return self.tokenizer.decode([int(token)])
+        return cast(str, self.tokenizer.decode([int(token)]))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
         """Return the whole text of a prompt with this many images, and where the question is."""

@@ -1,9 +1,9 @@
 """Chat templates of checkpoints, rendered as transformers does, within limits of time and size.
 
-A template is a program by a stranger. It runs in Jinja's immutable sandbox, so it reaches no file
-and changes nothing that is given to it; here it is also counted. Every turn of a loop and call of a
-macro is a step; every value that it builds has a weight, its characters, a thing that is listed
-twice counted twice; and what one operation could make of its operands is bounded before it runs.
+A template is an untrusted program. It runs in Jinja's immutable sandbox, so it reaches no file and
+changes none of its arguments. Here its resources are limited too: each turn of a loop and call of a
+macro is a step; each value that it builds has a weight, its number of characters (an object that a
+list holds twice counts twice); and the result of an operation is bounded before it runs.
 """
 
 from __future__ import annotations
@@ -27,22 +27,29 @@ import jinja2.sandbox
 import jinja2.utils
 import jinja2.visitor
 
-SOURCE = 2**16  # characters of a template
-WEIGHT = 10**6  # characters of one value, and of all that is put out, beside those of the chat
-ITEM = 16  # what an item of a list weighs beside its characters
-PRODUCT = 10**8  # weights of an operation's operands, multiplied
-BITS = 10**4  # of an integer
+SOURCE = 2**16  # the most characters of a template
+WEIGHT = 10**6  # the most characters of a value, and of the output, beside those of the chat
+ITEM = 16  # the weight of an item of a list beside its characters
+PRODUCT = 10**8  # the largest product of the weights of two operands
+BITS = 10**4  # the most bits of an integer
 SECONDS = 2.0
-_WIDTH = re.compile(r"\d{5}|\*")  # a width in a format that is no width
+_WIDTH = re.compile(r"\d{5}|\*")  # a format width that is too large
 
 
 class LimitError(ValueError):
-    """A template loops or grows beyond the limits."""
+    """A template takes more steps, or builds larger values, than the limits allow."""
 
 
 @dataclasses.dataclass
 class Budget:
-    """What one rendering may still use."""
+    """The resources that a rendering has left.
+
+    Attributes:
+      steps: the number of steps.
+      output: the number of characters of output.
+      weight: the largest weight of a value.
+      end: the time by which it has to end.
+    """
 
     steps: int
     output: int
@@ -50,6 +57,7 @@ class Budget:
     end: float
 
     def step(self) -> None:
+        """Count a step."""
         self.steps -= 1
         if self.steps < 0:
             raise LimitError("it takes too many steps")
@@ -57,19 +65,20 @@ class Budget:
             raise LimitError(f"it takes longer than {SECONDS:.0f} s")
 
     def put_out(self, value: Any) -> None:
+        """Count a value as output."""
         self.output -= self.checked(value)
         if self.output < 0:
             raise LimitError("its text grows too long")
 
     def checked(self, value: Any) -> int:
-        """The weight of a value that is not too heavy."""
+        """Return the weight of a value, once it is below the limit."""
         weight = weigh(value, self.weight)
         if weight > self.weight:
             raise LimitError("a value grows too large")
         return weight
 
     def product(self, operands: list[Any]) -> None:
-        """Refuses operands that an operation could multiply beyond bounds, the two largest."""
+        """Raise LimitError if the product of the two heaviest operands is beyond the limit."""
         sizes = (abs(o) if type(o) is int else self.checked(o) for o in operands)
         if math.prod(sorted(sizes)[-2:]) > max(PRODUCT, self.weight):
             raise LimitError("an operation would make too large a value")
@@ -79,15 +88,16 @@ _BUDGET: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
 
 
 def weigh(value: Any, most: int) -> int:
-    """Characters of a value, those of its items included; a weight above `most` is not exact."""
+    """Return the weight of a value; above `most` it is a lower bound."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, range):
         return len(value)
     if isinstance(value, _Counted):
-        return jinja2.sandbox.MAX_RANGE  # at most: nobody knows before it has run
+        return jinja2.sandbox.MAX_RANGE  # an upper bound: its length is unknown until it has run
     if isinstance(value, int) and value.bit_length() > BITS:
         return most + 1
+    items: Iterator[Any]
     if isinstance(value, dict):
         items = (part for pair in value.items() for part in pair)
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -120,7 +130,13 @@ class _Counted:
 
 
 def _operate(call: Callable, operands: list[Any], *, form: Any = None) -> Any:
-    """What a function makes of operands, both within the limits."""
+    """Return the result of a call, with its operands and its result within the limits.
+
+    Args:
+      call: makes the result.
+      operands: the operands.
+      form: the format string, if the call formats.
+    """
     budget = _BUDGET.get()
     budget.step()
     budget.product(operands)
@@ -134,7 +150,7 @@ def _operate(call: Callable, operands: list[Any], *, form: Any = None) -> Any:
 
 
 def _limited(name: str, function: Callable) -> Callable:
-    """A filter within the limits."""
+    """Return a filter whose operands and results are within the limits."""
 
     @functools.wraps(function)
     def limited(*args, **kwargs):
@@ -146,7 +162,7 @@ def _limited(name: str, function: Callable) -> Callable:
 
 
 class _Count(jinja2.visitor.NodeTransformer):
-    """Puts the checks into a template."""
+    """Inserts the checks into a template."""
 
     def _body(self, node):
         node = self.generic_visit(node)
@@ -169,7 +185,7 @@ class _Count(jinja2.visitor.NodeTransformer):
 
 
 def _call(name: str, *args, lineno: int) -> jinja2.nodes.Filter:
-    """A call of one of our own functions, which no template can name."""
+    """Return a call of one of our functions, which no template can name."""
     first, *rest = args or (jinja2.nodes.Const(None, lineno=lineno),)
     return jinja2.nodes.Filter(first, name, list(rest), [], None, None, lineno=lineno)
 
@@ -223,9 +239,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """The blocks `{% generation %}` that mark what an assistant says; here they mark nothing."""
+    """The blocks `{% generation %}` around the assistant's words, rendered as if not there."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}
 
     def parse(self, parser):
         lineno = next(parser.stream).lineno
@@ -290,25 +306,25 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def render(source: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """The text of a chat.
+    """Return the text of a chat.
 
     Args:
-      source: of the template.
-      messages: of the chat, plain values.
-      variables: what else the template may read: the special tokens by name, and the like.
+      source: the template's source.
+      messages: the messages of the chat, plain values.
+      **variables: further variables of the template, such as the special tokens by name.
 
     Raises:
       ValueError: the template is wrong, raises an exception, or goes beyond the limits.
     """
     if len(source) > SOURCE:
         raise ValueError(f"it has {len(source):,} characters, more than {SOURCE:,}")
-    said = weigh(messages, 10**9)
-    steps = 4 * PRODUCT // max(len(source), 1000)  # what it puts out of itself is within bounds
-    budget = Budget(steps, WEIGHT + 8 * said, WEIGHT + 2 * said, time.monotonic() + SECONDS)
+    weight = weigh(messages, 10**9)
+    steps = 4 * PRODUCT // max(len(source), 1000)  # bounds the output of its own text
+    budget = Budget(steps, WEIGHT + 8 * weight, WEIGHT + 2 * weight, time.monotonic() + SECONDS)
     token = _BUDGET.set(budget)
-    given = {"tools": None, "documents": None, "add_generation_prompt": True}
+    defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        return _compiled(source).render(**given | variables, messages=messages)
+        return _compiled(source).render(**defaults | variables, messages=messages)
     except LimitError:
         raise
     except RecursionError:

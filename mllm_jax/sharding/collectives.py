@@ -22,7 +22,8 @@ def top_k(
     """The k largest of a vocabulary: those of each part, and of these the largest.
 
     Args:
-        x: its first axis is split as rows are. k: how many.
+        x: its first axis is split as rows are.
+        k: how many.
         whole: what finds them where all are on one device; of equal values it takes the first.
     """
     axes, rows = mesh.axes_for("V", x.shape[-1]), mesh.axes_for("B", x.shape[0])

@@ -56,7 +56,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     goes to a file in the folder for temporary files, which a normal end removes.
 
     Args:
-        coordinator: host:port of process 0. processes: how many. process: which is this. All None
+        coordinator: host:port of process 0.
+        processes: how many.
+        process: which is this. All None
             where JAX finds them out by itself: on TPU, Slurm, MPI.
 
     Raises:

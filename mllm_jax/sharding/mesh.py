@@ -150,6 +150,7 @@ def map_lanes(fn: Callable, lanes: Any, *shared: Any) -> Any:
     """fn(lanes, *shared), with the lanes over the data axis, whose every part has all rows.
 
     Args:
+        fn: the function of one part of the lanes.
         lanes: arrays that lead with R, as those that come out; None where each part does the same.
         shared: trees of arrays.
     """

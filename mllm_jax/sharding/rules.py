@@ -100,7 +100,8 @@ def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:
     """Path -> PartitionSpec in axis letters.
 
     Args:
-        paths: dotted, of parameters. table: of the architecture.
+        paths: dotted, of parameters.
+        table: of the architecture.
 
     Raises:
         ValueError: all parameters that match no rule, or more than one.

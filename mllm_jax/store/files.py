@@ -96,6 +96,7 @@ def atomic_json(path: str | pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: str | pathlib.Path) -> Any:
+    """Read a JSON file."""
     return json.loads(pathlib.Path(path).read_text())
 
 
@@ -129,6 +130,7 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def damaged_error(path: str | pathlib.Path, why: Any) -> ValueError:
+    """Return the error of a file whose content cannot be read."""
     reason = " ".join(str(why).split())[:80]
     return ValueError(
         f"{path} is damaged ({reason}): remove it, or start over with restart=True (--restart of "
@@ -145,6 +147,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
+    """Parse the text of a JSON file that must contain an object."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -155,6 +158,7 @@ def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
 
 
 def remove(path: pathlib.Path) -> None:
+    """Remove a file in the primary process; all processes wait for it."""
     if hosts.is_primary():
         path.unlink(missing_ok=True)
     hosts.barrier(f"remove {path}")

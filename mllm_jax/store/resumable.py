@@ -156,6 +156,7 @@ def require_same_parts(
 
 
 def mismatch_error(path: pathlib.Path, differ: Sequence[str]) -> ValueError:
+    """Return the error of a store that was made for other inputs."""
     said = ", ".join(differ)
     said = said if len(said) < 160 else f"{said[:160]}..."
     return ValueError(

@@ -18,6 +18,7 @@ def check(
     """Compares the content of files in a folder with what it has to be.
 
     Args:
+      folder: the folder of the files.
       expected: the digest of each file, by name.
       digest: reads a file; called when the file is another than at the last check.
 

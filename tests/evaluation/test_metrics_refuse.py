@@ -49,7 +49,7 @@ QUESTION = types.SimpleNamespace(answers=["a"], answer="a", id="1", text="?")
         (lambda: datasets.score("docvqa", [], []), "0 predictions for 0 questions"),
         (lambda: datasets.score("docvqa", ["a", "b"], [QUESTION]), "2 predictions for 1 questions"),
         (lambda: classification.confusion([0, NAN], [0, 1], 2), "truth must be class ids"),
-        (lambda: classification.confusion([0, 1], [0.0, NAN], 2), "said must be class ids"),
+        (lambda: classification.confusion([0, 1], [0.0, NAN], 2), "predicted must be class ids"),
         (lambda: classification.confusion([], [], 2), "both need one a picture"),
         (lambda: classification.confusion([0], [0, 1], 2), "both need one a picture"),
         (lambda: classification.accuracy(np.zeros((2, 3), int)), "not all of them 0"),

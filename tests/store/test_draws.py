@@ -76,7 +76,7 @@ KINDS = {
         lambda p: p / "x.npz",
         [(clean_pass, "compute_clean_pass"), (sweep._Rows, "write")],
     ),
-    "features": (seen, lambda p: p, [(features, "encode")]),
+    "features": (seen, lambda p: p, [(features, "encode_pictures")]),
     "pooled": (means, lambda p: p, [(pooled, "_pooled")]),
     "fit": (trained, lambda p: p, [(fit, "_update")]),
 }

@@ -14,31 +14,33 @@ import importlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Literal, overload
 
 from mllm_jax import store
 from mllm_jax.data import domains, tasks
 
 NAMES = ("plantdoc", "dtd", "dermnet", "crisismmd")  # in the paper's order
-SPELLINGS = ("corrected", "official")
+Spelling = Literal["corrected", "official"]
+SPELLINGS: tuple[Spelling, ...] = ("corrected", "official")
 
 
 def instructions(name: str) -> str:
-    """What to download for a data set, and where it goes."""
+    """Return what to download for a data set, and where it goes."""
     return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
 
 
 def build(
     name: str, manual: str | os.PathLike, root: str | os.PathLike | None = None
 ) -> pathlib.Path:
-    """Builds a data set into array_record files, unless it is there.
+    """Build a data set into array_record files, unless it is there.
 
     Args:
         name: one of NAMES.
         manual: the folder that holds `<name>/` with the files as they were downloaded.
-        root: where data sets are kept; the user's cache by default.
+        root: the folder where data sets are kept; the user's cache by default.
 
     Returns:
-        The folder of what is built.
+        The folder of the built data set.
 
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
@@ -47,7 +49,7 @@ def build(
 
 
 def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> domains.Domain:
-    """A split of a data set that is built; pictures are read when they are asked for.
+    """Return a split of a built data set; pictures are read when they are needed.
 
     Args:
         name: one of NAMES.
@@ -55,7 +57,7 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
         root: where data sets are kept; the user's cache by default.
 
     Returns:
-        The domain. An example's label is that of the data set; it has no questions.
+        The domain. The labels are those of the data set; its examples have no questions.
 
     Raises:
         FileNotFoundError: it is not built; the message says how.
@@ -73,23 +75,24 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
 def task(
     name: str,
     *,
-    spelling: str = "corrected",
+    spelling: Spelling = "corrected",
     held: float = 0.1,
     near_copy: float | None = None,
     seed: int = 0,
     root: str | os.PathLike | None = None,
 ) -> tasks.Task:
-    """A data set that is built, as a task with the paper's classes and splits.
+    """Return a built data set as a task with the paper's classes and splits.
 
     Args:
         name: one of NAMES.
-        spelling: of the classes. "official" leaves the underscores of labels out, as the released
-            code does ("Bellpepper leaf"); "corrected" has spaces for them.
-        held: which share of each class of train is held, of a data set without "val".
-        near_copy: how alike two near copies are, such as 0.98: train is freed of those of test and
-            held pictures. None compares nothing and keeps the splits as they are.
-        seed: of what is held.
-        root: where data sets are kept; the user's cache by default.
+        spelling: the spelling of the classes. "official" leaves the underscores of labels
+            out, as the released code does ("Bellpepper leaf"); "corrected" has spaces for them.
+        held: the share of each class of train that is held, for a data set without "val".
+        near_copy: the correlation from which on two pictures are near copies, such as 0.98: near
+            copies of test and held pictures are removed from train. None compares nothing and keeps
+            the splits as they are.
+        seed: the seed of the held pictures.
+        root: the folder where data sets are kept; the user's cache by default.
     """
     kind = _builder(name)
     classes = kind.CLASSES
@@ -108,7 +111,7 @@ def task(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(Sequence):
+class _Records(Sequence[domains.Example]):
     """Examples of a TFDS data source."""
 
     name: str
@@ -120,7 +123,15 @@ class _Records(Sequence):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> domains.Example:
+    @overload
+    def __getitem__(self, index: int) -> domains.Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[domains.Example]: ...
+
+    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         record = self.source[index]
         return domains.Example(
             id=f"{self.split} {record['id'].decode()}",

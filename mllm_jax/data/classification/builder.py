@@ -1,4 +1,4 @@
-"""What the four builders share: a picture and its class a record."""
+"""The base of the four builders: a record is a picture and its class."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Row:
     """One picture, which is not read yet.
 
     Attributes:
-        id: of the picture in its data set.
+        id: the name of the picture in its data set.
         label: one of the data set's LABELS.
-        file: the picture.
+        file: the picture's file.
     """
 
     id: str
@@ -30,10 +30,10 @@ class Row:
 class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     """Pictures of one class each.
 
-    A subclass says what it needs, and which rows a split has where they are not in folders.
+    A subclass defines the files it needs, and the rows of a split where they are not in folders.
 
     Attributes:
-        LABELS: as the data set has them; a label's place is its id.
+        LABELS: the labels of the data set; a label's index is its id.
         CLASSES: those of the paper (Verma et al. 2024), {class in prompts: label}.
         TOPIC: what the classes are, for the prompt.
     """
@@ -43,17 +43,19 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     TOPIC = ""
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
-        """The rows of a split, in order; by default `folder/<split>/<label>/<picture>`."""
+        """Yield the rows of a split, in order; by default `folder/<split>/<label>/<picture>`."""
         for file in sorted((folder / split).glob("*/*")):
             if file.suffix.lower() in domains.IMAGE_EXTENSIONS and not file.name.startswith("."):
                 yield Row(file.relative_to(folder).as_posix(), file.parent.name, file)
 
     def record(self) -> dict[str, Any]:
+        """Return the TFDS features of a record: id, label and the encoded picture."""
         text = tfds.features.Text()
         label = tfds.features.ClassLabel(names=list(self.LABELS))
         return {"id": text, "label": label, "picture": text}  # the picture as it is encoded
 
     def examples(self, folder: pathlib.Path, split: str) -> Iterator[dict]:
+        """Yield the records of a split, in order."""
         for row in self.rows(folder, split):
             if row.label not in self.LABELS:
                 raise ValueError(
@@ -65,5 +67,5 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
 
 
 def plain(labels: Iterable[str]) -> dict[str, str]:
-    """{class: label}, the class with spaces for underscores."""
+    """Return {class: label}, where a class is its label with spaces for underscores."""
     return {label.replace("_", " "): label for label in labels}

@@ -1,9 +1,10 @@
 """CrisisMMD v2.0 (Alam et al. 2018): pictures of tweets in seven natural disasters.
 
 The official division of all tweets, 13,608, 2,237 and 2,237 pictures, with what people saw in the
-picture (`label_image`, whatever the text says). The projection paper has 10,461 pictures of the
-four classes that its Figure 3 shows, and does not say which labels they are; the labels of those
-names are taken here, and pictures of the other four are built but belong to no class of the task.
+picture (`label_image`, whatever the text says). Cross-Modal Projection (Verma et al.
+2024) has 10,461 pictures of the four classes that its Figure 3 shows, and does not say which labels
+they are; the labels of those names are taken here, and pictures of the other four are built but
+belong to no class of the task.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Crisismmd(builder.ClassificationBuilder):
     TOPIC = "humanitarian categories"
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[builder.Row]:
+        """Yield the rows of a split, in the order of the official table."""
         path = folder / _TABLES.format(_NAMES[split])
         with path.open(encoding="utf-8", newline="") as file:
             # Tweets hold quotation marks that quote nothing.

@@ -1,14 +1,15 @@
 """Describable Textures (Cimpoi et al. 2014): 47 textures, 120 pictures each.
 
-The first of ten official partitions, as in the projection paper: 1,880 pictures a split. That
-paper leaves the pictures of `val1` out. `load` and `task` also read what TFDS's own `dtd` has
-prepared as array_record, if `root` is its data_dir.
+The first of ten official partitions, as in Cross-Modal Projection (Verma et al. 2024): 1,880
+pictures a split. That paper leaves the pictures of `val1` out. `load` and `task` also read what
+TFDS's own `dtd` has prepared as array_record, if `root` is its data_dir.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import tensorflow_datasets as tfds
 
@@ -41,6 +42,7 @@ class Dtd(builder.ClassificationBuilder):
     TOPIC = "visual textures"
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[builder.Row]:
+        """Yield the rows of a split, in the order of the official list."""
         for name in (folder / "labels" / f"{split}1.txt").read_text().split():
             yield builder.Row(name, name.partition("/")[0], folder / "images" / name)
 
@@ -48,14 +50,15 @@ class Dtd(builder.ClassificationBuilder):
     def source(
         cls, root: pathlib.Path, split: str, config: str | None = None
     ) -> Sequence[Mapping] | None:
-        found, folder = super().source(root, split, config), root / cls.name / CATALOGUE
-        if found is None and (folder / "dataset_info.json").is_file():
+        """Return the records of a split, also of TFDS's own `dtd`, or None if neither is built."""
+        records, folder = super().source(root, split, config), root / cls.name / CATALOGUE
+        if records is None and (folder / "dataset_info.json").is_file():
             return _Catalogue(folder, {"val": "validation"}.get(split, split))
-        return found
+        return records
 
 
-class _Catalogue(Sequence):
-    """Records of TFDS's own `dtd`, as those that are built here."""
+class _Catalogue(Sequence[Mapping]):
+    """The records of TFDS's own `dtd`, in the form of those that are built here."""
 
     def __init__(self, folder: pathlib.Path, split: str):
         self._source = tfds.builder_from_directory(str(folder)).as_data_source(
@@ -65,7 +68,15 @@ class _Catalogue(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> dict:
+    @overload
+    def __getitem__(self, index: int) -> Mapping: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Mapping]: ...
+
+    def __getitem__(self, index: int | slice) -> Mapping | list[Mapping]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         record = self._source[index]
         name = record["file_name"]
         label = LABELS.index(name.decode().partition("/")[0])

@@ -1,11 +1,11 @@
-"""LLaVA's training data as a domain: a JSON list of conversations about images.
+r"""LLaVA's training data as a domain: a JSON list of conversations about images.
 
     [{"id": "1", "image": "coco/1.jpg", "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is shown?"},
+        {"from": "human", "value": "<image>\nWhat is shown?"},
         {"from": "gpt", "value": "A cat."}]}]
 
-The first question of each conversation is asked, with its answer: later ones depend on what was
-said before. Records without an image, or with several, are counted and left out.
+The first question of each conversation is read, with its answer; later ones depend on the turns
+before them. Records without an image, or with several, are left out, and a warning counts them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def flattened(path: pathlib.Path, records: Sequence[Record]) -> list[Record]:
-    """Records with a question and an answer in place of their conversations, if they have any."""
-    made, unused = [], collections.Counter()
+    """Return records with a question and an answer in place of their conversations, if any.
+
+    Args:
+      path: the file, for the warning.
+      records: its records.
+    """
+    flat: list[Record] = []
+    unused: collections.Counter[str] = collections.Counter()
     for where, record in records:
         if "conversations" not in record:
-            made.append((where, record))
+            flat.append((where, record))
             continue
         turns = _turns(record["conversations"], where)
         images = record.get("image", [])
@@ -36,28 +42,28 @@ def flattened(path: pathlib.Path, records: Sequence[Record]) -> list[Record]:
         if len(images) != 1:
             unused[f"records with {'several images' if images else 'no image'}"] += 1
             continue
-        asked = {"image": images[0], "question": turns[0], "answer": turns[1]}
-        made.append((where, asked))
+        first = {"image": images[0], "question": turns[0], "answer": turns[1]}
+        flat.append((where, first))
         if len(turns) > 2:
             unused["later questions"] += (len(turns) - 2) // 2
     if unused:
-        said = ", ".join(f"{what} {count}" for what, count in sorted(unused.items()))
-        logging.getLogger(__name__).warning(f"{files.name(path)}: not used: {said}")
-    return made
+        counts = ", ".join(f"{what} {count}" for what, count in sorted(unused.items()))
+        logging.getLogger(__name__).warning(f"{files.name(path)}: not used: {counts}")
+    return flat
 
 
 def _turns(conversation: Any, where: str) -> list[str]:
-    """What was said, in turn by user and assistant, the picture's place left out."""
-    said, roles = [], []
+    """Return the texts of user and assistant in turn, without the picture's placeholder."""
+    texts: list[str] = []
+    roles: list[str | None] = []
     for turn in conversation if isinstance(conversation, list) else [None]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f"{where}: conversations is not a list of {{from, value}}")
         if turn.get("from") == "system":
             continue
         roles.append(ROLES.get(str(turn.get("from"))))
-        said.append(turn["value"].replace(IMAGE, "").strip())
-    if len(said) < 2 or roles != ["user", "assistant"] * (len(said) // 2) + ["user"] * (
-        len(said) % 2
-    ):
+        texts.append(turn["value"].replace(IMAGE, "").strip())
+    in_turn = ["user", "assistant"] * (len(texts) // 2) + ["user"] * (len(texts) % 2)
+    if len(texts) < 2 or roles != in_turn:
         raise ValueError(f"{where}: the conversation is not in turn of human and gpt")
-    return said
+    return texts

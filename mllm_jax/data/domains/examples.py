@@ -1,9 +1,10 @@
-"""Examples: an image with its questions, and sequences of those whose images are files."""
+"""Examples, images with their questions, and sequences of those whose images are files."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import PIL.Image
 
@@ -17,13 +18,13 @@ class Example:
     """One image with its questions.
 
     Attributes:
-      id: unique in its domain.
+      id: a name that is unique in its domain.
       domain: its domain's name.
       label: what it shows.
       encoded: the image file's bytes.
-      questions: what can be asked, with answers and options.
+      questions: the questions about it, with answers and options.
       source: where the image comes from.
-      licence: of the image; empty when not known.
+      licence: the image's licence; empty when unknown.
     """
 
     id: str
@@ -46,7 +47,11 @@ class Example:
             ) from error
 
     def ask(self, style: str) -> Question:
-        """The first question of a style."""
+        """Return the first question of a style.
+
+        Raises:
+          ValueError: there is none.
+        """
         for question in self.questions:
             if question.style == style:
                 return question
@@ -62,9 +67,11 @@ class Row:
     """An example whose image is still in its file.
 
     Attributes:
-      id, label, licence: as an `Example` has them.
-      file: of the image.
-      questions: makes them, when they are needed.
+      id: as in `Example`.
+      label: as in `Example`.
+      file: the image file.
+      questions: returns the questions.
+      licence: as in `Example`.
     """
 
     id: str
@@ -74,8 +81,13 @@ class Row:
     licence: str = ""
 
 
-class FileExamples(Sequence):
-    """Examples whose images are files of the user, read when they are asked for."""
+class FileExamples(Sequence[Example]):
+    """Examples whose images are files of the user, read when they are needed.
+
+    Args:
+      domain: the domain's name.
+      rows: the examples.
+    """
 
     def __init__(self, domain: str, rows: Sequence[Row]):
         self._domain = domain
@@ -84,7 +96,15 @@ class FileExamples(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Example:
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         row = self._rows[index]
         try:
             encoded = files.read_bytes(row.file, pictures.MAX_BYTES)

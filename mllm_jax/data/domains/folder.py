@@ -1,4 +1,4 @@
-"""A domain out of a folder of folders: `birds/<label>/<image>`."""
+"""The examples of a folder of folders: `birds/<label>/<image>`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.processors import pictures
 
-# Besides what begins with a dot: leftovers of systems and programs, in lower case.
+# Files and folders that systems and programs leave behind, in lower case.
 SYSTEM = {
     "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information",
     "lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -23,57 +23,63 @@ SYSTEM = {
 
 
 def read(root: pathlib.Path, name: str, question: str | None) -> list[Row]:
-    """The images of a folder, ordered by path; one line says which files are not used.
+    """Return the images of a folder, ordered by path; a warning counts the files not used.
 
     Args:
-      root: the folder. name: of the domain.
-      question: asked instead of the built-in wordings of the category question.
+      root: the folder.
+      name: the domain's name.
+      question: the question that replaces the built-in wordings of the category question.
+
+    Raises:
+      OSError: there is no such folder, or it cannot be read.
+      ValueError: it holds no images in folders named by their label.
     """
     if not root.is_dir():
         missing = "is no folder" if root.exists() else "does not exist"
         raise FileNotFoundError(f"domain folder {files.name(root)} {missing}")
     try:
-        images, unused = _divided(root)
+        images, unused = _find_images(root)
     except OSError as error:
         raise OSError(
             f"domain folder {files.name(root)} cannot be read: {files.reason(error)}"
         ) from error
-    said = f"{sum(unused.values())} files not used: " + ", ".join(
+    summary = f"{sum(unused.values())} files not used: " + ", ".join(
         f"{what} {count}" for what, count in sorted(unused.items())
     )
     if not images:
         raise ValueError(
             files.line(
                 f"domain {files.name(name, 40)!r} is empty: {files.name(root)} holds no images in "
-                f"folders named by their label (<label>/<image>){'; ' + said if unused else ''}"
+                f"folders named by their label (<label>/<image>){'; ' + summary if unused else ''}"
             )
         )
     if unused:
-        logging.getLogger(__name__).warning(files.line(f"{files.name(root)}: {said}"))
+        logging.getLogger(__name__).warning(files.line(f"{files.name(root)}: {summary}"))
     labels = sorted({image.parent.name for image in images})
     rows = []
     for image in images:
         label = image.parent.name
         key = f"{label}/{image.name}"
-        made = functools.partial(_questions, f"{name} {key}", label, labels, question)
-        rows.append(Row(key, label, str(image), made))
+        questions = functools.partial(_questions, f"{name} {key}", label, labels, question)
+        rows.append(Row(key, label, str(image), questions))
     return rows
 
 
 def _questions(
     key: str, label: str, labels: Sequence[str], question: str | None
 ) -> tuple[questions_lib.Question, ...]:
-    made = questions_lib.questions_for(key, label, labels)
+    questions = questions_lib.questions_for(key, label, labels)
     if question is None:
-        return made
+        return questions
     return tuple(
-        dataclasses.replace(q, prompt=question) if q.style == "category" else q for q in made
+        dataclasses.replace(q, prompt=question) if q.style == "category" else q for q in questions
     )
 
 
-def _divided(root: pathlib.Path) -> tuple[list[pathlib.Path], collections.Counter]:
-    """The images that are used, and how many files are not, by what they are."""
-    images, unused = [], collections.Counter()
+def _find_images(root: pathlib.Path) -> tuple[list[pathlib.Path], collections.Counter[str]]:
+    """Return the images, and the numbers of other files by their kind."""
+    images: list[pathlib.Path] = []
+    unused: collections.Counter[str] = collections.Counter()
     for entry in sorted(root.iterdir()):
         if _is_system(entry.name):
             unused["hidden or system"] += 1
@@ -89,7 +95,7 @@ def _divided(root: pathlib.Path) -> tuple[list[pathlib.Path], collections.Counte
 
 
 def _unused(file: pathlib.Path) -> list[str]:
-    """What a file of a label is, if it is not used; of a folder, what is in it."""
+    """Return the kind of a file that is not used, once for each file that it stands for."""
     if _is_system(file.name):
         return ["hidden or system"]
     if not files.is_text(f"{file.parent.name}/{file.name}"):
@@ -102,7 +108,7 @@ def _unused(file: pathlib.Path) -> list[str]:
 
 
 def _deeper(folder: pathlib.Path) -> Iterator[str]:
-    """The files below a folder, whatever they are."""
+    """Yield the names of all files below a folder."""
     for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not _is_system(name)]
         yield from names

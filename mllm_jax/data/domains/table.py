@@ -1,7 +1,7 @@
 """Tables of a user: CSV, JSON lines and JSON, read into records and grouped by image.
 
-A record is a dict with the fields image, question and answer, and if it has them options, style,
-label, id, licence. With each goes where it stands, for errors: "birds.csv, line 3".
+A record is a dict with the fields image, question and answer, and optionally options, style, label,
+id and licence. Each is paired with its place in the file, for errors: "birds.csv, line 3".
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mllm_jax import files
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
 
-Record = tuple[str, dict[str, Any]]  # where it stands, and its fields
+Record = tuple[str, dict[str, Any]]  # its place in the file, and its fields
 Reader = Callable[[pathlib.Path], list[Record]]
 
 NEEDED = ("image", "question", "answer")
 TEXTS = {*NEEDED, "style", "label", "id", "licence"}
 DELIMITERS = (",", ";", "\t")
 MAX_BYTES = 2**31  # of one table
-MARKS = (  # of an encoding, at the beginning of a file; UTF-32 begins like UTF-16
+BYTE_ORDER_MARKS = (  # UTF-32 begins like UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -39,7 +39,7 @@ MARKS = (  # of an encoding, at the beginning of a file; UTF-32 begins like UTF-
 
 
 def from_csv(path: pathlib.Path) -> list[Record]:
-    """The records of a table with commas, semicolons or tabs; the header tells which."""
+    """Return the records of a table with commas, semicolons or tabs, as its header has them."""
     text = _text(path)
     header_line = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     reader = csv.reader(
@@ -73,7 +73,7 @@ def from_csv(path: pathlib.Path) -> list[Record]:
 
 
 def _numbered(reader, path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the number of its first line."""
+    """Yield the rows that are not blank, each with the number of its first line."""
     while True:
         number = reader.line_num + 1
         try:
@@ -90,7 +90,7 @@ def _numbered(reader, path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _delimiter(header: str) -> str:
-    """The one under which most of the needed columns are there."""
+    """Return the delimiter with which the header has most of the needed columns."""
 
     def columns(delimiter: str) -> int:
         return len({cell.strip(' "\r\n') for cell in header.split(delimiter)} & {*NEEDED})
@@ -99,7 +99,7 @@ def _delimiter(header: str) -> str:
 
 
 def from_jsonl(path: pathlib.Path) -> list[Record]:
-    """The records of a file with one JSON object a line."""
+    """Return the records of a file with one JSON object a line."""
     records, named = [], files.name(path)
     for number, line in enumerate(io.StringIO(_text(path)), 1):
         if line.strip():
@@ -109,16 +109,16 @@ def from_jsonl(path: pathlib.Path) -> list[Record]:
 
 
 def from_json(path: pathlib.Path) -> list[Record]:
-    """The records of a file that is one JSON list of objects."""
+    """Return the records of a file that is one JSON list of objects."""
     named = files.name(path)
-    found = _json(_text(path), named)
-    if not isinstance(found, list):
+    objects = _json(_text(path), named)
+    if not isinstance(objects, list):
         raise ValueError(
-            f"{named}: a JSON {type(found).__name__}, not a list of objects; one object "
+            f"{named}: a JSON {type(objects).__name__}, not a list of objects; one object "
             "a line is read from a .jsonl"
         )
-    places = (f"{named}, record {number}" for number in range(len(found)))
-    return [(where, _object(one, where)) for where, one in zip(places, found, strict=True)]
+    places = (f"{named}, record {number}" for number in range(len(objects)))
+    return [(where, _object(value, where)) for where, value in zip(places, objects, strict=True)]
 
 
 def _json(text: str, where: str) -> Any:
@@ -129,21 +129,21 @@ def _json(text: str, where: str) -> Any:
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    """A JSON object without its nulls."""
+    """Return a JSON object without its nulls."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: not a JSON object")
     return {name: field for name, field in value.items() if field is not None}
 
 
 def _text(path: pathlib.Path) -> str:
-    """A file as text: UTF-8, or what its byte order mark says."""
+    """Return a file as text, in the encoding of its byte order mark, or UTF-8."""
     try:
         content = files.read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"domain file {files.name(path)} cannot be read: {files.reason(error)}"
         ) from error
-    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -159,30 +159,36 @@ def _text(path: pathlib.Path) -> str:
 
 
 def grouped(name: str, path: pathlib.Path, records: Sequence[Record]) -> list[Row]:
-    """An example of each image, with the questions of all its records.
+    """Return one example for each image, with the questions of all its records.
 
-    Options that a record does not name are other answers to questions of its style.
+    Where a record has no options, they are drawn from the answers to other questions of its style.
 
     Args:
-      name: of the domain.
-      path: of the table; images stand relative to its folder.
-      records: of the table.
+      name: the domain's name.
+      path: the table; images are relative to its folder.
+      records: the table's records.
+
+    Raises:
+      ValueError: there are no records, or one is wrong.
     """
     if not records:
         raise ValueError(
             f"domain {files.name(name, 40)!r} is empty: {files.name(path)} has no rows"
         )
-    answers = collections.defaultdict(dict)  # of each style, as an ordered set
-    by_image = collections.defaultdict(list)
+    # The answers of each style; a dict is an ordered set.
+    answers: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    by_image: dict[str, list[Record]] = collections.defaultdict(list)
     for where, record in records:
         record = _checked(record, where)
         answers[record["style"]][record["answer"]] = None
         by_image[record["image"]].append((where, record))
-    families = {style: tuple(said) for style, said in answers.items()}
-    rows, seen, folder = [], {}, str(path.parent)
-    for image, about in by_image.items():
-        where, first = about[0]
-        key = first.get("id", image)
+    families = {style: tuple(of_style) for style, of_style in answers.items()}
+    rows: list[Row] = []
+    seen: dict[str, str] = {}
+    folder = str(path.parent)
+    for image, of_image in by_image.items():
+        where, first = of_image[0]
+        key: str = first.get("id", image)
         if key in seen:
             raise ValueError(
                 files.line(f"{where}: the id {files.name(key, 60)!r} is that of {seen[key]} too")
@@ -191,39 +197,41 @@ def grouped(name: str, path: pathlib.Path, records: Sequence[Record]) -> list[Ro
         rows.append(
             Row(
                 id=key,
-                label=first.get("label", first["answer"]),
+                label=str(first.get("label", first["answer"])),
                 file=os.path.join(folder, image),
-                questions=functools.partial(_questions, name, about, families),
+                questions=functools.partial(_questions, name, of_image, families),
                 licence=first.get("licence", ""),
             )
         )
     return rows
 
 
-def _questions(name: str, about: Sequence[Record], families: Mapping[str, Sequence[str]]):
-    """The questions of an image's records."""
-    made = []
-    for _, record in about:
+def _questions(
+    name: str, of_image: Sequence[Record], families: Mapping[str, Sequence[str]]
+) -> tuple[questions_lib.Question, ...]:
+    """Return the questions of an image's records."""
+    questions = []
+    for _, record in of_image:
         style, prompt, answer = (record[field] for field in ("style", "question", "answer"))
         key = f"{name} {record['image']} {prompt}"
         options = record["options"] or questions_lib.options_for(answer, families[style], key)
-        made.append(questions_lib.Question(style, prompt, answer, tuple(options)))
-    return tuple(made)
+        questions.append(questions_lib.Question(style, prompt, answer, tuple(options)))
+    return tuple(questions)
 
 
 def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """A record whose fields are text, its options a list of texts."""
+    """Return a record whose fields are text and whose options are a tuple of texts."""
     _require(record, where, "fields")
-    made = {"style": "category", "options": ()}
+    checked: dict[str, Any] = {"style": "category", "options": ()}
     for field, value in record.items():
         if field in TEXTS:
-            made[field] = _as_text(value, field, where)
-    if not all(made[field].strip() for field in NEEDED):
-        empty = [field for field in NEEDED if not made[field].strip()]
+            checked[field] = _as_text(value, field, where)
+    if not all(checked[field].strip() for field in NEEDED):
+        empty = [field for field in NEEDED if not checked[field].strip()]
         raise ValueError(f"{where} lacks the fields {empty}: they are empty")
     if options := record.get("options"):
-        made["options"] = _options(options, made["answer"], where)
-    return made
+        checked["options"] = _options(options, checked["answer"], where)
+    return checked
 
 
 def _options(options: Any, answer: str, where: str) -> tuple[str, ...]:

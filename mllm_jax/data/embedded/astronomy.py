@@ -48,7 +48,7 @@ NEIGHBOURS_DEGREES = 1.0
 
 
 class Catalogue:
-    """Reads `catalog.dat`: gzip, big-endian QDataStream, floats stored as doubles."""
+    """The entries of `catalog.dat`: gzip, big-endian QDataStream, floats stored as doubles."""
 
     def __init__(self, packed: bytes):
         self._data = gzip.decompress(packed)
@@ -56,7 +56,7 @@ class Catalogue:
         self.version, self.edition = self._text(), self._text()
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], int, str, float, float]]:
-        """Yields (catalogue numbers, type, morphology, right ascension, declination) in radians."""
+        """Yield (catalogue numbers, type, morphology, right ascension, declination) in radians."""
         while self._at < len(self._data):
             _, ascension, declination, _, _, kind = self._numbers("I4dI")
             morphology = self._text()
@@ -83,7 +83,7 @@ class Catalogue:
 
 
 def label_of(kind: int, morphology: str) -> str | None:
-    """The label of a catalogue entry; None for one that we do not ask about."""
+    """Return the label of a catalogue entry; None for one of no label."""
     if kind in GALAXIES:
         spiral = re.match(r"\(?[R']*\)?S(?!0|A0|B0|AB0|.*0)|^[1-9]$", morphology)
         return "a spiral galaxy" if spiral else None
@@ -91,14 +91,14 @@ def label_of(kind: int, morphology: str) -> str | None:
 
 
 def sky_groups(directions: np.ndarray, degrees: float) -> list[int]:
-    """Joins objects that lie closer together than `degrees`, chains included.
+    """Group objects that lie closer together than `degrees`, chains included.
 
     Args:
       directions: float64[N, 2], right ascension and declination in radians.
       degrees: the distance.
 
     Returns:
-      For each object the index of the first object of its group.
+      The index of the first object of each object's group.
     """
     ascension, declination = directions.T
     unit = np.stack(
@@ -119,10 +119,11 @@ def sky_groups(directions: np.ndarray, degrees: float) -> list[int]:
 
 
 def pictures() -> Iterator[recipe.Candidate]:
+    """Yield the photographs whose object is in the catalogue and has a label."""
     files = STELLARIUM.members(
         lambda name: name.startswith(FOLDER) and name.endswith((".png", "catalog.dat"))
     )
-    entries = {}
+    entries: dict[tuple[int, int], tuple[int, str, list[float]]] = {}
     for numbers, kind, morphology, *direction in Catalogue(files.pop(FOLDER + "catalog.dat")):
         for column in set(CATALOGUES.values()):
             if numbers[column]:

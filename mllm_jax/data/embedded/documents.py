@@ -1,6 +1,6 @@
-"""Documents: pages of the LilyPond manuals, by what is on them, and handwritten digits.
+"""Documents: pages of the LilyPond manuals, by their content, and handwritten digits.
 
-Pages are split by manual. What a page holds is read from its text layer: fonts and dot leaders.
+Pages are split by manual. A page's label depends on its text layer: fonts and dot leaders.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ DIGITS = tuple(f"the digit {number}" for number in NUMBERS)
 
 
 def page_label(text: str, fonts: dict[str, float], drawn: int) -> str | None:
-    """What a page holds; None for a page that holds several things, or almost nothing.
+    """Return the label of a page; None for one of several kinds of content, or almost none.
 
     Args:
       text: its text layer.
       fonts: the share of its characters by font name.
-      drawn: how many lines and shapes it has: staves, stems, frames.
+      drawn: the number of its lines and shapes: staves, stems, frames.
     """
 
     def share(name: str) -> float:
@@ -73,6 +73,7 @@ def page_label(text: str, fonts: dict[str, float], drawn: int) -> str | None:
 
 
 def pages() -> Iterator[recipe.Candidate]:
+    """Yield the pages that have a label."""
     names = {FOLDER + f"{m}.pdf": m for manuals in MANUALS.values() for m in manuals}
     files = LILYPOND.members(names.__contains__)
     for split, manuals in MANUALS.items():
@@ -92,10 +93,10 @@ def pages() -> Iterator[recipe.Candidate]:
 
 
 def _content(page: pypdfium2.PdfPage, every: int = 5) -> tuple[str, dict[str, float], int]:
-    """A page's text, the share of each font among every fifth character, and its drawn shapes."""
+    """Return a page's text, the share of each font, sampled, and the number of drawn shapes."""
     layer = page.get_textpage()
     name, flags = ctypes.create_string_buffer(80), ctypes.c_int()
-    fonts = collections.Counter()
+    fonts: dict[str, float] = collections.defaultdict(float)
     sampled = range(0, layer.count_chars(), every)
     for at in sampled:
         pypdfium2.raw.FPDFText_GetFontInfo(layer.raw, at, name, len(name), flags)
@@ -106,13 +107,14 @@ def _content(page: pypdfium2.PdfPage, every: int = 5) -> tuple[str, dict[str, fl
 
 
 def _render(document: pypdfium2.PdfDocument, number: int) -> PIL.Image.Image:
-    """The page without its running head and its margins."""
+    """Return the page without its running head and its margins."""
     page = document[number].render(scale=1.0).to_pil().convert("L")
     page = page.crop((0, round(0.08 * page.height), *page.size))
     return recipe.squared(page.crop(PIL.ImageOps.invert(page).getbbox()), margin=0.03)
 
 
 def digits() -> Iterator[recipe.Candidate]:
+    """Yield the handwritten digits."""
     path = SKLEARN.file("datasets/data/digits.csv.gz")
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     for index, row in enumerate(table):
@@ -127,7 +129,7 @@ def digits() -> Iterator[recipe.Candidate]:
 
 
 def _digit(ink: np.ndarray) -> PIL.Image.Image:
-    """Dark ink on white, from 8 x 8 pixels of 0 (none) to 16."""
+    """Return a digit, dark ink on white, from 8 x 8 pixels of 0 (none) to 16."""
     grey = 255 - np.minimum(ink.astype(np.int32) * 16, 255).astype(np.uint8)
     large = PIL.Image.fromarray(grey).resize((160, 160), PIL.Image.Resampling.BICUBIC)
     return recipe.squared(large, margin=0.2)

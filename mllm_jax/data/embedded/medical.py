@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gzip
 from collections.abc import Iterator
+from typing import cast
 
 import nibabel
 import numpy as np
@@ -46,7 +47,7 @@ GAP = 6
 
 
 def depths(axis: int, split: str) -> list[int]:
-    """Depths in millimetres of the slices of one split, GAP or more away from the other split."""
+    """Return the depths in millimetres of a split's slices, GAP or more away from the other's."""
     _, (first, last), blocks = PLANES[axis]
     margin = GAP if split == "train" else 0
 
@@ -57,20 +58,22 @@ def depths(axis: int, split: str) -> list[int]:
 
 
 def slice_at(volume: np.ndarray, affine: np.ndarray, axis: int, depth: float) -> np.ndarray:
-    """The plane of a volume at `depth` millimetres, front or top of the head upwards."""
+    """Return the plane of a volume at `depth` millimetres, front or top of the head upwards."""
     index = round((depth - affine[axis, 3]) / affine[axis, axis])
     return np.take(volume, index, axis=axis).T[::-1]
 
 
 def mni_slices() -> Iterator[recipe.Candidate]:
+    """Yield the slices of the MNI152 template of nilearn."""
     for short in MAPS:
         ending = f"mni_icbm152_{short}_tal_nlin_sym_09a_converted.nii.gz"
-        volume = nibabel.load(NILEARN.file(ending))
+        volume = cast(nibabel.Nifti1Image, nibabel.load(NILEARN.file(ending)))
         splits = ("train",) if short == "t1" else ("train", "test")
         yield from _slices(volume, short, NILEARN, ending, splits)
 
 
 def ch2_slices() -> Iterator[recipe.Candidate]:
+    """Yield the T1 slices of the brain ch2bet of MRIcron, for testing."""
     packed = MRICRON.members(CH2BET.__eq__)[CH2BET]
     volume = nibabel.Nifti1Image.from_bytes(gzip.decompress(packed))
     yield from _slices(volume, "t1", MRICRON, CH2BET.rsplit("/", 1)[-1], ("test",))

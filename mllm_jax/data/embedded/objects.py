@@ -76,7 +76,7 @@ NOT_PICTURES = re.compile(
 
 
 def furniture_label(name: str, category: str) -> str | None:
-    """The label of a catalogue entry: by the last word of what it is, else by its category."""
+    """Return the label of a catalogue entry: by the last word of its name, else its category."""
     name = name.lower()
     if name in NOT_WHAT_THEY_SAY:
         return None
@@ -88,19 +88,20 @@ def furniture_label(name: str, category: str) -> str | None:
 
 
 def stamp_label(path: str, description: str) -> str | None:
-    """The label of a stamp, by its folder."""
+    """Return the label of a stamp, by its folder."""
     if NOT_PICTURES.search(path) or NOT_PICTURES.search(description):
         return None
     return next((label for folder, label in FOLDERS.items() if path.startswith(folder + "/")), None)
 
 
 def stem(name: str) -> str:
-    """A file's name without what numbers its variants: `chair2_b` and `chair` are one group."""
+    """Return a file's name without the number of its variant: `chair2_b` is `chair`."""
     name = name.lower().removeprefix("t_")
     return re.sub(r"[\d_\-].*$", "", name) or name
 
 
 def stamps() -> Iterator[recipe.Candidate]:
+    """Yield the stamps that have a label."""
     files = STAMPS.members(
         lambda name: name.startswith(STAMP_FOLDER) and name.endswith((".png", ".txt"))
     )
@@ -121,6 +122,7 @@ def stamps() -> Iterator[recipe.Candidate]:
 
 
 def furniture() -> Iterator[recipe.Candidate]:
+    """Yield the icons of furniture that have a label."""
     files = FURNITURE.members(lambda name: name.endswith(".sh3f"))
     for path, packed in sorted(files.items()):
         catalogue = path.removeprefix(CATALOGUE_FOLDER).removesuffix(".sh3f")

@@ -1,8 +1,8 @@
 """Questions about an image, made from its label alone: the same four styles in every domain.
 
-Domain and answer style must not be the same thing, or "domain neurons" could be answer-style
-neurons. Every image is asked what kind of picture it is, what it shows, two yes/no questions (one
-of each answer) and a multiple choice. Wrong options come from the same family of labels, so that
+Domain and answer style must not coincide, or "domain neurons" could be answer-style neurons. Every
+image has a question for its kind, one for its category, two yes/no questions (one of each answer)
+and a multiple choice. Wrong options come from the same family of labels, so that
 neither the prompt nor the frequency of an answer gives it away.
 """
 
@@ -21,7 +21,7 @@ KINDS = {
     "astronomy": "an astronomy photograph",
 }
 STYLES = ("kind", "category", "yesno", "choice")
-MANY = 1000  # names in a family from which a few are drawn, rather than all put in order
+MANY = 1000  # from this many names of a family a few are drawn, rather than all put in order
 
 PROMPTS = {
     "kind": (
@@ -50,10 +50,10 @@ class Question:
     """One question about one image.
 
     Attributes:
-      style: "kind", "category", "yesno" or "choice" (a user's own style is as good).
+      style: "kind", "category", "yesno", "choice", or a style of the user.
       prompt: the question, without `<image>`.
       answer: the right answer.
-      options: candidate answers, the right one among them; for scoring.
+      options: the candidates for scoring, the right answer among them.
     """
 
     style: str
@@ -70,28 +70,34 @@ class Question:
 
 
 def shuffled(items: Iterable[str], key: str) -> list[str]:
-    """The items in an order that depends on nothing but themselves and the key."""
+    """Return the items in an order that depends on the items and the key alone."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest())
 
 
 def others(answer: str, family: Sequence[str], key: str, count: int) -> list[str]:
-    """`count` of a family that are not the answer, or all; which depends on the key.
+    """Return members of a family that are not the answer.
 
-    Of a large family they are drawn, so that many questions take no longer for many answers.
+    Of a large family they are drawn, so that the time of a question does not grow with the family.
+
+    Args:
+      answer: the answer.
+      family: the family.
+      key: the text that decides which members.
+      count: the number of members; a smaller family gives all.
     """
     drawn: dict[str, None] = {}
     for number in range(8 * count if len(family) > MANY else 0):
         digest = hashlib.sha256(f"{key}\0{number}".encode()).digest()
-        one = family[int.from_bytes(digest[:8], "big") % len(family)]
-        if one != answer:
-            drawn[one] = None
+        name = family[int.from_bytes(digest[:8], "big") % len(family)]
+        if name != answer:
+            drawn[name] = None
         if len(drawn) == count:
             return list(drawn)
     return shuffled({*family} - {answer}, key)[:count]
 
 
 def options_for(answer: str, family: Sequence[str], key: str, count: int = 4) -> tuple[str, ...]:
-    """The answer and `count - 1` others of its family, in a shuffled order."""
+    """Return the answer and `count - 1` others of its family, in a shuffled order."""
     wrong = others(answer, family, f"{key} wrong", count - 1)
     return tuple(shuffled([answer, *wrong], f"{key} order"))
 
@@ -99,13 +105,13 @@ def options_for(answer: str, family: Sequence[str], key: str, count: int = 4) ->
 def questions_for(
     key: str, label: str, family: Sequence[str], kind: str | None = None
 ) -> tuple[Question, ...]:
-    """All questions about one image.
+    """Return all questions about one image.
 
     Args:
-      key: the example's id; with it the wording and the options are fixed.
-      label: what the image shows, "a galaxy".
-      family: labels that may stand in for it, the label itself among them.
-      kind: what kind of picture it is, one of KINDS; None asks no such question.
+      key: the example's id, which decides the wording and the options.
+      label: what the image shows, such as "a galaxy".
+      family: the labels for wrong options, the label itself among them.
+      kind: the kind of the picture, a value of KINDS; None makes no such question.
 
     Returns:
       The questions, in the order of STYLES.
@@ -114,20 +120,20 @@ def questions_for(
     def prompt(style: str, salt: str = "") -> str:
         return shuffled(PROMPTS[style], f"{key} {style} {salt}")[0]
 
-    made = []
+    questions = []
     if kind is not None:
         options = options_for(kind, tuple(KINDS.values()), f"{key} kind")
-        made.append(Question("kind", prompt("kind"), kind, options))
+        questions.append(Question("kind", prompt("kind"), kind, options))
     options = options_for(label, family, f"{key} category")
-    made.append(Question("category", prompt("category"), label, options))
+    questions.append(Question("category", prompt("category"), label, options))
     if wrong := others(label, family, f"{key} yesno", 1):
         for answer, shown in (("yes", label), ("no", wrong[0])):
-            asked = _capitalised(prompt("yesno", answer).format(shown))
-            made.append(Question("yesno", asked, answer, ("yes", "no")))
+            text = _capitalised(prompt("yesno", answer).format(shown))
+            questions.append(Question("yesno", text, answer, ("yes", "no")))
         options = options_for(label, family, f"{key} choice")
         listed = ", ".join(options[:-1]) + f" or {options[-1]}"
-        made.append(Question("choice", prompt("choice").format(listed), label, options))
-    return tuple(made)
+        questions.append(Question("choice", prompt("choice").format(listed), label, options))
+    return tuple(questions)
 
 
 def _capitalised(text: str) -> str:

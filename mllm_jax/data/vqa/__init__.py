@@ -19,6 +19,7 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 import PIL.Image
@@ -31,12 +32,13 @@ from mllm_jax.data.vqa.questions import VqaQuestion
 from mllm_jax.processors import pictures as picture_files
 
 NAMES = prompts.DATASETS
+Size = Literal["paper", "full"]
 SPLITS = ("train", "val")
-SIZES = ("paper", "full")
+SIZES: tuple[Size, ...] = ("paper", "full")
 
 
 def instructions(name: str) -> str:
-    """What to download for a data set, and where it goes."""
+    """Return what to download for a data set, and where it goes."""
     return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
 
 
@@ -44,18 +46,18 @@ def build(
     name: str,
     manual: str | os.PathLike,
     root: str | os.PathLike | None = None,
-    size: str = "paper",
+    size: Size = "paper",
 ) -> pathlib.Path:
-    """Builds a data set into array_record files, unless it is there.
+    """Build a data set into array_record files, unless it is there.
 
     Args:
         name: one of NAMES.
         manual: the folder that holds `<name>/` with the files as they were downloaded.
-        root: where data sets are kept; the user's cache by default.
+        root: the folder where data sets are kept; the user's cache by default.
         size: one of SIZES.
 
     Returns:
-        The folder of what is built.
+        The folder of the built data set.
 
     Raises:
         FileNotFoundError: files are missing; the message lists them and where they come from.
@@ -67,24 +69,24 @@ def load(
     name: str,
     split: str = "val",
     *,
-    model: str,
-    of: str = "generation",
+    model: prompts.Model,
+    of: prompts.Pass = "generation",
     root: str | os.PathLike | None = None,
-    size: str = "paper",
+    size: Size = "paper",
 ) -> domains.Domain:
-    """A data set that is built, as a domain whose prompts are those of the paper.
+    """Return a built data set as a domain with the prompts of the paper.
 
     Args:
         name: one of NAMES.
         split: "train" or "val".
         model: "llava_next" or "instructblip".
         of: "activation", "lens" or "generation"; see `prompts.prompt`.
-        root: where data sets are kept, which may be a bucket, "gs://..."; the user's cache by
-            default.
+        root: the folder where data sets are kept, which may be a bucket, "gs://..."; the user's
+            cache by default.
         size: one of SIZES.
 
     Returns:
-        The domain; each example has one VqaQuestion. Pictures are read when they are asked for.
+        The domain; each example has one VqaQuestion. Pictures are read when they are needed.
 
     Raises:
         FileNotFoundError: it is not built; the message says how.
@@ -101,7 +103,11 @@ def load(
 
 
 def side_by_side(pictures: Sequence[bytes]) -> bytes:
-    """One picture of several, left to right; encoded without loss."""
+    """Return one picture of several, left to right, encoded without loss.
+
+    Raises:
+        ValueError: their heights differ.
+    """
     opened = [np.asarray(picture_files.read(data)) for data in pictures]
     heights = sorted({len(pixels) for pixels in opened})
     if len(heights) != 1:
@@ -112,23 +118,31 @@ def side_by_side(pictures: Sequence[bytes]) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(Sequence):
+class _Records(Sequence[domains.Example]):
     """Examples of a TFDS data source."""
 
     name: str
-    source: Sequence
-    model: str
-    of: str
+    source: Any  # a data source of TFDS
+    model: prompts.Model
+    of: prompts.Pass
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what TFDS says of the files: they are too many to be read for it."""
+        """The sha256 of TFDS's description of the files, which are too many to be read for it."""
         return hashlib.sha256(self.source.dataset_info.as_json.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> domains.Example:
+    @overload
+    def __getitem__(self, index: int) -> domains.Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[domains.Example]: ...
+
+    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         record = self.source[index]
         pictures = record["pictures"]
         text = {key: record[key].decode() for key in ("id", "question", "answer", "type", "source")}

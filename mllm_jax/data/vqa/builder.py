@@ -1,4 +1,4 @@
-"""What the five builders share: rows of questions, sizes, and the orders of the released code."""
+"""The base of the five builders: rows of questions, sizes, and the orders of the released code."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ class Row:
     """One question about one picture, which is not read yet.
 
     Attributes:
-        id: of the question. picture: the picture's name; one row is taken of each.
-        files: the picture, or its frames from left to right.
+        id: the question's id.
+        picture: the picture's name; one row of each picture is taken.
+        files: the picture's file, or its frames from left to right.
+        question: the question.
         answer: one right answer, or the letter of the right choice.
-        answers, confidence, choices, type: see `questions.VqaQuestion`.
+        answers: see `questions.VqaQuestion`.
+        confidence: see `questions.VqaQuestion`.
+        choices: see `questions.VqaQuestion`.
+        type: see `questions.VqaQuestion`.
     """
 
     id: str
@@ -38,7 +43,12 @@ class Row:
 
 @dataclasses.dataclass
 class Size(tfds.core.BuilderConfig):
-    """How many examples of each split; all where it is None."""
+    """The number of examples of each split, where None is all.
+
+    Attributes:
+        train: of the training split.
+        val: of the validation split.
+    """
 
     train: int | None = None
     val: int | None = None
@@ -47,7 +57,7 @@ class Size(tfds.core.BuilderConfig):
 class VqaBuilder(manual.ManualBuilder, skip_registration=True):
     """Pictures with questions.
 
-    A subclass says what it needs and in which order its rows come.
+    A subclass defines the files it needs and the order of its rows.
     """
 
     BUILDER_CONFIGS: ClassVar = [
@@ -57,17 +67,18 @@ class VqaBuilder(manual.ManualBuilder, skip_registration=True):
     ONE_A_PICTURE = True
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterable[Row]:
-        """The rows of a split in the order of the released code."""
+        """Yield the rows of a split in the order of the released code."""
         raise NotImplementedError
 
     def pictures(
         self, folder: pathlib.Path, split: str, rows: Sequence[Row]
     ) -> Iterator[list[bytes]]:
-        """The encoded picture of each row, or its frames."""
+        """Yield the encoded picture of each row, or its frames."""
         for row in rows:
             yield [manual.encoded(self.name, file) for file in row.files]
 
     def record(self) -> dict[str, Any]:
+        """Return the TFDS features of a record."""
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
         return {
             "id": text, "question": text, "answer": text, "type": text, "source": text,
@@ -76,7 +87,8 @@ class VqaBuilder(manual.ManualBuilder, skip_registration=True):
         }  # fmt: skip
 
     def examples(self, folder: pathlib.Path, split: str) -> Iterator[dict]:
-        rows = list(self._chosen(self.rows(folder, split), getattr(self.builder_config, split)))
+        """Yield the records of a split, in order."""
+        rows = list(self._select(self.rows(folder, split), getattr(self.builder_config, split)))
         for row, pictures in zip(rows, self.pictures(folder, split, rows), strict=True):
             yield {
                 "id": row.id, "question": row.question, "answer": row.answer, "type": row.type,
@@ -84,9 +96,9 @@ class VqaBuilder(manual.ManualBuilder, skip_registration=True):
                 "choices": row.choices, "pictures": pictures,
             }  # fmt: skip
 
-    def _chosen(self, rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
-        """The first row of each picture, up to the limit."""
-        seen = set()
+    def _select(self, rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
+        """Yield the first row of each picture, up to the limit."""
+        seen: set[str | int] = set()
         for row in rows:
             if limit is not None and len(seen) >= limit:
                 return
@@ -97,24 +109,24 @@ class VqaBuilder(manual.ManualBuilder, skip_registration=True):
 
 
 def shuffled(items: Sequence, seed: int) -> list:
-    """In the order of `random.Random(seed).shuffle`."""
+    """Return the items in the order of `random.Random(seed).shuffle`."""
     items = list(items)
     random.Random(seed).shuffle(items)
     return items
 
 
 def pandas_order(count: int, seed: int) -> np.ndarray:
-    """The order of rows of pandas' `DataFrame.sample(frac=1, random_state=seed)`."""
+    """Return the order of rows of pandas' `DataFrame.sample(frac=1, random_state=seed)`."""
     return np.random.RandomState(seed).choice(count, count, replace=False)
 
 
 def datasets_order(count: int, seed: int) -> np.ndarray:
-    """The order of rows of Hugging Face's `Dataset.shuffle(seed=seed)`."""
+    """Return the order of rows of Hugging Face's `Dataset.shuffle(seed=seed)`."""
     return np.random.default_rng(seed).permutation(count)
 
 
-def parquet():
-    """pyarrow's reader, which two of the data sets need."""
+def parquet() -> Any:
+    """Return pyarrow's module for parquet files, which two of the data sets need."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -21,6 +21,7 @@ class Docvqa(builder.VqaBuilder):
     NEEDS = tuple(Need(shards, "all files of that name") for shards in _SHARDS.values())
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
+        """Yield the rows of a split, in the order of the released code."""
         columns = ["question_id", "question", "answers", "other_metadata"]
         table = [
             row
@@ -41,7 +42,7 @@ class Docvqa(builder.VqaBuilder):
     def pictures(
         self, folder: pathlib.Path, split: str, rows: Sequence[Row]
     ) -> Iterator[list[bytes]]:
-        """Goes through the shards once, and lays the pages down until it is their turn."""
+        """Yield the pages; the shards are read once, and pages wait in a file for their turn."""
         wanted = {row.picture for row in rows}
         where: dict[str, tuple[int, int]] = {}
         with tempfile.TemporaryFile(dir=self.data_path.parent) as pages:

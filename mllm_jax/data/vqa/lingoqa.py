@@ -29,6 +29,7 @@ class Lingoqa(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
+        """Yield the rows of a split, in the order of the released code."""
         path = folder / split / f"{split}.parquet"
         columns = ["question_id", "segment_id", "images", "question", "answer"]
         table = builder.parquet().read_table(path, columns=columns).to_pylist()

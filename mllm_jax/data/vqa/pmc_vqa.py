@@ -31,6 +31,7 @@ class PmcVqa(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
+        """Yield the rows of a split, in the order of the released code."""
         path = folder / _TABLES[split]
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.DictReader(file))

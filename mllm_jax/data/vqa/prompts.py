@@ -1,15 +1,18 @@
 """The prompts of MMNeuron, to the letter (Huo et al. 2024; its released code, December 2024).
 
-`<image>` stands in each of them, so that the processor adds no template of its own.
+`<image>` stands in each of them, so that the processor adds no chat template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 DATASETS = ("lingoqa", "pmc_vqa", "rsvqa_hr", "vqav2", "docvqa")  # in the paper's order
-MODELS = ("llava_next", "instructblip")
-PASSES = ("activation", "lens", "generation")
+Model = Literal["llava_next", "instructblip"]
+Pass = Literal["activation", "lens", "generation"]
+MODELS: tuple[Model, ...] = get_args(Model)
+PASSES: tuple[Pass, ...] = get_args(Pass)
 
 _ROLE = (
     "Role: You are an advanced AI assistant installed on the Ego vehicle, equipped with "
@@ -28,23 +31,26 @@ _VICUNA = (
 
 
 def prompt(
-    dataset: str, question: str, choices: Sequence[str] = (), *, model: str, of: str = "generation"
+    dataset: str,
+    question: str,
+    choices: Sequence[str] = (),
+    *,
+    model: Model,
+    of: Pass = "generation",
 ) -> str:
-    """What a model reads.
+    """Return the prompt of a question.
 
     Args:
         dataset: one of DATASETS.
-        question: as the data set has it.
-        choices: its options as the data set has them, "A:..." included; of pmc_vqa alone.
+        question: the question in the data set's words.
+        choices: its options in the data set's words, "A:..." included; of pmc_vqa alone.
         model: one of MODELS; it matters in generation only.
-        of: "activation", where neurons are counted: the bare question; "lens": the question with
-            its instruction; "generation": that within the model's template.
-
-    Returns:
-        The prompt.
+        of: the pass that reads it: "activation", where neurons are counted: the bare question;
+            "lens": the question with its instruction; "generation": that within the model's
+            template.
 
     Raises:
-        ValueError: a name that is not known, or choices that a data set lacks or should not have.
+        ValueError: a name is unknown, or the data set takes no choices, or needs them.
     """
     for name, value, known in (
         ("data set", dataset, DATASETS), ("model", model, MODELS), ("pass", of, PASSES),

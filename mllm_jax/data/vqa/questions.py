@@ -1,4 +1,4 @@
-"""A question of a VQA data set, with all that its metrics want to know."""
+"""A question of a VQA data set, with what its metrics need."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class VqaQuestion(questions.Question):
         style: "choice" with options, else "open".
         prompt: what the model reads.
         answer: one right answer: the letter of an option, or the first of `answers`.
-        options: what may be scored: the letters, or the answers that differ.
-        id: of the data set. In lingoqa several rows ask the same question and share it.
+        options: the candidates for scoring: the letters, or the distinct answers.
+        id: the id in the data set. In lingoqa several rows ask the same question and share it.
         text: the question alone.
         answers: all answers: of ten people (vqav2), of each annotator (docvqa), or one.
         confidence: how sure each person was, "yes", "maybe" or "no" (vqav2 alone).
-        choices: texts of the options as the data set has them (pmc_vqa alone).
-        type: of question, such as "count"; empty where the data set has none.
+        choices: the texts of the options (pmc_vqa alone).
+        type: the type of question, such as "count"; empty where the data set has none.
     """
 
     id: str = ""

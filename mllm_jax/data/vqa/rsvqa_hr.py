@@ -28,10 +28,11 @@ class RsvqaHr(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
-        asked = manual.read_json(folder / _FILE.format(split, "questions"))["questions"]
-        said = manual.read_json(folder / _FILE.format(split, "answers"))["answers"]
-        answers = {answer["id"]: answer for answer in said}
-        active = [question for question in asked if question["active"]]
+        """Yield the rows of a split, in the order of the released code."""
+        questions = manual.read_json(folder / _FILE.format(split, "questions"))["questions"]
+        all_answers = manual.read_json(folder / _FILE.format(split, "answers"))["answers"]
+        answers = {answer["id"]: answer for answer in all_answers}
+        active = [question for question in questions if question["active"]]
         for question in builder.shuffled(active, 4):
             answer = str(answers[question["answers_ids"][0]]["answer"])
             name = str(question["img_id"])
@@ -47,7 +48,7 @@ class RsvqaHr(builder.VqaBuilder):
 
 
 def _picture(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """PNG, or TIFF as the pictures were cut."""
+    """Return the file of a picture: TIFF, as the pictures were cut, or PNG."""
     tiff = folder / f"{name}.tif"
     return tiff if tiff.exists() else folder / f"{name}.png"
 

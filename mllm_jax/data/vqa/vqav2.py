@@ -31,13 +31,14 @@ class Vqav2(builder.VqaBuilder):
     )
 
     def rows(self, folder: pathlib.Path, split: str) -> Iterator[Row]:
-        asked = manual.read_json(folder / _QUESTIONS.format(split))["questions"]
+        """Yield the rows of a split, in the order of the released code."""
+        questions = manual.read_json(folder / _QUESTIONS.format(split))["questions"]
         annotations = manual.read_json(folder / _ANNOTATIONS.format(split))["annotations"]
-        about = {found["question_id"]: found for found in annotations}
-        for question in builder.shuffled(asked, 4):
-            found = about[question["question_id"]]
-            answers = tuple(said["answer"] for said in found["answers"])
-            common = found.get("multiple_choice_answer")
+        annotation_of = {annotation["question_id"]: annotation for annotation in annotations}
+        for question in builder.shuffled(questions, 4):
+            annotation = annotation_of[question["question_id"]]
+            answers = tuple(entry["answer"] for entry in annotation["answers"])
+            common = annotation.get("multiple_choice_answer")
             name = f"COCO_{split}2014_{question['image_id']:012}.jpg"
             yield Row(
                 id=str(question["question_id"]),
@@ -46,8 +47,8 @@ class Vqav2(builder.VqaBuilder):
                 question=question["question"],
                 answer=common if common in answers else answers[0],
                 answers=answers,
-                confidence=tuple(said["answer_confidence"] for said in found["answers"]),
-                type=found["answer_type"],
+                confidence=tuple(entry["answer_confidence"] for entry in annotation["answers"]),
+                type=annotation["answer_type"],
             )
 
 

@@ -35,13 +35,16 @@ class InstructBlipConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
+        """Return the number of image tokens of a picture: one for each query."""
         return self.qformer.queries
 
     @property
     def token_grid(self) -> int:
+        """Return 0: queries do not lie on a grid."""
         return 0
 
     def build(self, *, rngs: nnx.Rngs) -> InstructBlip:
+        """Build the model with random weights."""
         return InstructBlip(self, rngs=rngs)
 
     @classmethod
@@ -54,11 +57,13 @@ class InstructBlipConfig(MultimodalConfig):
 
     @classmethod
     def vicuna_7b(cls) -> InstructBlipConfig:
+        """Return the config of InstructBLIP with Vicuna 7B."""
         lm = dataclasses.replace(DecoderConfig.vicuna_7b(), vocab=32001, eps=1e-6)
         return cls.of(EvaConfig.vit_g_14(), QFormerConfig.bert_base(), lm)
 
     @classmethod
     def tiny(cls) -> InstructBlipConfig:
+        """Return a config small enough for tests."""
         return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), DecoderConfig.tiny(), image_token=95)
 
 
@@ -94,6 +99,7 @@ class InstructBlip(MultimodalModel):
         return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
 
     def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        """Return the image tokens of all pictures, one after the other."""
         if batch.qformer_ids is None:
             raise ValueError("this batch has no text for the Q-Former: its processor is another's")
         features = self.features(batch, taps)

@@ -22,13 +22,16 @@ class LlavaConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
+        """Return the number of image tokens of a tile."""
         return self.token_grid**2 + (self.vision.select == "full")
 
     @property
     def token_grid(self) -> int:
+        """Return the number of rows, and of columns, of image tokens."""
         return self.vision.grid // self.projector.fold
 
     def build(self, *, rngs: nnx.Rngs) -> Llava:
+        """Build the model with random weights."""
         return Llava(self, rngs=rngs)
 
     @classmethod

@@ -37,27 +37,33 @@ class LlavaNextConfig(LlavaConfig):
 
     @classmethod
     def vicuna_7b(cls) -> LlavaNextConfig:
+        """Return the config of LLaVA-NeXT with Vicuna 7B."""
         return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_7b())
 
     @classmethod
     def vicuna_13b(cls) -> LlavaNextConfig:
+        """Return the config of LLaVA-NeXT with Vicuna 13B."""
         return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.vicuna_13b())
 
     @classmethod
     def mistral_7b(cls) -> LlavaNextConfig:
+        """Return the config of LLaVA-NeXT with Mistral 7B."""
         return cls.of(ClipConfig.vit_l_14_336(), DecoderConfig.mistral_7b())
 
     @classmethod
     def tiny(cls) -> LlavaNextConfig:
+        """Return a config small enough for tests."""
         pinpoints = ((24, 48), (48, 24), (48, 48), (72, 24), (24, 72))
         return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), image_token=95, pinpoints=pinpoints)
 
     @property
     def tiles(self) -> int:
+        """Return the largest number of tiles of a picture."""
         return max(self.layout(size).tiles for size in self.pinpoints)
 
     @property
     def largest(self) -> Size:
+        """Return the (height, width) of which a picture has the most image tokens."""
         return max(self.pinpoints, key=lambda size: len(self.layout(size).patches))
 
     def layout(self, size: Size | None = None) -> Layout:
@@ -81,6 +87,7 @@ class LlavaNextConfig(LlavaConfig):
         return Layout(1 + rows * columns, np.concatenate([base, lines.reshape(-1)]))
 
     def build(self, *, rngs: nnx.Rngs) -> LlavaNext:
+        """Build the model with random weights."""
         return LlavaNext(self, rngs=rngs)
 
 
@@ -93,6 +100,7 @@ class LlavaNext(Llava):
         self.newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
 
     def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+        """Return the image tokens of all tiles, and the newline after them."""
         return jnp.concatenate([super().images(batch, taps), self.newline[...][None]])
 
 
@@ -100,7 +108,8 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
     """The resolution that keeps most of a picture's pixels; of equal ones, the smallest.
 
     Args:
-      size: of the picture. pinpoints: the resolutions there are.
+      size: of the picture.
+      pinpoints: the resolutions there are.
     """
     height, width = size
 
@@ -116,7 +125,8 @@ def unpadded(size: Size, grid: Size) -> tuple[slice, slice]:
     """The rows and columns of a grid that show a picture fitted into its middle, not the bars.
 
     Args:
-      size: of the picture. grid: rows and columns of patches.
+      size: of the picture.
+      grid: rows and columns of patches.
     """
     (height, width), (rows, columns) = size, grid
     # Rounded to 7 places, then down: as the released models were trained.
