@@ -25,6 +25,7 @@ LICENCES = flags.DEFINE_string("licences", None, "A Markdown file to write the t
 
 
 def counts(indices: Sequence[dict]) -> str:
+    """Return a table of the pictures of each domain."""
     rows = []
     for index in indices:
         test, train = (index["splits"][split] for split in ("test", "train"))
@@ -38,6 +39,7 @@ def counts(indices: Sequence[dict]) -> str:
 
 
 def sources(indices: Sequence[dict]) -> str:
+    """Return a table of the packages that the pictures come from."""
     return tables.markdown(
         ("domain", "package", "licence", "home"),
         (
@@ -54,6 +56,7 @@ def sources(indices: Sequence[dict]) -> str:
 
 
 def images_by_licence(indices: Sequence[dict]) -> str:
+    """Return a table of the pictures by licence."""
     rows = []
     for index in indices:
         test, train = (index["splits"][split]["licences"] for split in ("test", "train"))
@@ -63,6 +66,7 @@ def images_by_licence(indices: Sequence[dict]) -> str:
 
 
 def classes(found: dict[str, tasks.Task]) -> str:
+    """Return a table of the classes of each task."""
     rows = []
     for name, task in found.items():
         for number, label in enumerate(task.classes):
@@ -72,6 +76,7 @@ def classes(found: dict[str, tasks.Task]) -> str:
 
 
 def page(indices: Sequence[dict]) -> str:
+    """Return the page on sources and licences as Markdown."""
     return "\n\n".join(
         [
             "# Images of the embedded domains",

@@ -1,6 +1,6 @@
-"""Measure the accuracy of a model on visual domains, by domain and style of question.
+r"""Measure the accuracy of a model on visual domains, by domain and style of question.
 
-    python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR \\
+    python -m experiments.evaluate --config=configs/embedded_evaluate.py --workdir=DIR \
         [--edits='ablate lm.mlp.act[12]'] [--captures='fire=stats lm.mlp.act by=kind']
 
 The answer to a question is its option of the highest log-likelihood. The workdir receives

@@ -1,4 +1,4 @@
-"""P"""
+"""Figures of a plan."""
 
 from __future__ import annotations
 

@@ -105,6 +105,7 @@ def read(
     """The fields of a table; what is wrong with any field goes into `problems`.
 
     Args:
+        problems: where problems are appended, one line each.
         fields: of a config, or of a part of one.
         table: the fields that are read.
         ignored: names of fields that do not matter. Any further one is a problem.

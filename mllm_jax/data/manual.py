@@ -65,6 +65,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         """Build the data set into array_record files under `root`, unless it is there.
 
         Args:
+            config: the config of the study.
             manual: the folder that holds `<name>/` with the files as they were downloaded.
             root: the folder where data sets are kept.
             config: the name of the builder's config.

@@ -111,8 +111,11 @@ def read_model(
 
     Args:
         directory: of the checkpoint.
-        dtype, projector, base, seed, mesh: as `load` has them, save that the projector of the
-            embedded model is not found by itself.
+        dtype: see `load`.
+        projector: see `load`; the projector of the embedded model is not found by itself.
+        base: see `load`.
+        seed: see `load`.
+        mesh: see `load`.
 
     Returns:
         The model.
@@ -165,8 +168,10 @@ def read_whole(
     """Reads a network of another kind, of a checkpoint all of whose tensors belong to it.
 
     Args:
-        build: makes the network. table: its key table.
-        directory: of the checkpoint. dtype: of the parameters.
+        build: makes the network.
+        table: its key table.
+        directory: of the checkpoint.
+        dtype: of the parameters.
 
     Returns:
         The network, on one device.

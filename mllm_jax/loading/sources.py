@@ -31,7 +31,8 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
     """The directory of a checkpoint, made or fetched if need be; see `load`.
 
     Args:
-        name: as `load` has it. weights: whether they are fetched too, or the settings alone.
+        name: as `load` has it.
+        weights: whether they are fetched too, or the settings alone.
     """
     if name == "embedded":
         return embedded.directory()

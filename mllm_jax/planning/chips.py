@@ -73,10 +73,12 @@ class Slice:
 
     @property
     def chip(self) -> Chip:
+        """Return the kind of chip."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
+        """Return the number of chips."""
         return math.prod(map(int, self.shape.split("x")))
 
     def larger(self) -> list[Slice]:

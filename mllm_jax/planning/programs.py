@@ -128,6 +128,10 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
     """The program of a study.
 
     Args:
+      size: the sizes of the study.
+      model: the network, with shapes for arrays.
+      captures: further captures of each pass.
+      batch: what it reads.
       study: a name of STUDIES, or several captures joined by "+".
       edits: of each pass; of a sweep those of its first lane.
 

@@ -12,6 +12,8 @@ def flops(fn, *args, unknown: int = 1, **static) -> float:
     """Of matrix products in fn(*args, **static); an addition and a multiplication are two.
 
     Args:
+      fn: the function.
+      **static: its static keyword arguments.
       args: arrays or shapes.
       unknown: trips of a loop whose length is data. Of branches the one that does most counts.
     """

@@ -1,4 +1,4 @@
-"""F"""
+"""Figures that several studies share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mllm_jax.report import style
 
 
 def name_cells(ax: Axes, names: Sequence[str]) -> None:
+    """Label rows and columns of a matrix with the same names."""
     places = range(len(names))
     ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(places, names)
@@ -24,6 +25,7 @@ def name_cells(ax: Axes, names: Sequence[str]) -> None:
 
 
 def draw_curves(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str]) -> None:
+    """Draw a mean by layer with its interval, one curve for each name."""
     for name, curve in curves.items():
         layers = np.arange(len(curve["mean"]))
         ax.fill_between(

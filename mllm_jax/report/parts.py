@@ -57,11 +57,13 @@ def name(module: str) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
+    """Join words by commas and a last 'and'."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def percent(share: float) -> str:
+    """Return a share in per cent as text."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 

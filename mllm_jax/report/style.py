@@ -1,4 +1,4 @@
-"""STYLE"""
+"""The style of all figures: colours, fonts and sizes."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def palette(names: Sequence[str]) -> dict[str, str]:
 
 
 def halo() -> list:
+    """Return the white outline of text on a picture."""
     return [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 

@@ -44,7 +44,7 @@ def top_k(
 
 
 def take_along_vocabulary(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """x at one id a row."""
+    """Return the value of x at one id of each row."""
     if mesh.axes_for("V", x.shape[-1]) is None:
         return jnp.take_along_axis(x, ids[..., None], -1)[..., 0]
     return jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0).sum(-1)

@@ -52,7 +52,10 @@ class AnswerBatches:
             features=np.stack([self.features[example] for example, _ in drawn]),
             length=self.length,
         )
-        return batch if self.end else batch.replace(labels=without_end(batch.labels))
+        if self.end:
+            return batch
+        assert batch.labels is not None  # the batch was made with answers
+        return batch.replace(labels=without_end(np.asarray(batch.labels)))
 
     def _draw(self, row: int) -> tuple[int, int]:
         """Return the example of a row, counted through all epochs, and the epoch."""

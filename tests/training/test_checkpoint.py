@@ -16,7 +16,7 @@ import pytest
 
 from mllm_jax.store import Workdir
 from mllm_jax.training.checkpoint import Checkpoint
-from tests.training import killed, spread
+from tests.helpers import killed, spread
 
 ARRAYS = {
     "kernel": np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""P"""
+"""Sections of the report on accuracy, on ablation and on the deviation of hidden states."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ LEVEL = 0.05  # of tests, after their correction
 
 
 def accuracy(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on the accuracy of the unedited model; None where not measured."""
     baseline = results["baseline"]
     if not baseline:
         return None
@@ -51,6 +52,7 @@ def accuracy(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def changes(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on accuracy without the neurons of a domain; None where not measured."""
     runs = results["ablation"]
     if not runs:
         return None
@@ -128,6 +130,7 @@ def _against(folder: pathlib.Path, results: Mapping) -> list[tuple[str, str]]:
 
 
 def deviation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on how far ablation moves the hidden states; None where not measured."""
     runs = [run for run in results["ablation"] if run["deviation"]]
     own = [run for run in runs if run["mask"] == run["data"] and run["control"] is None]
     random = [run for run in runs if run["mask"] == run["data"] and run["control"] is not None]

@@ -1,4 +1,4 @@
-"""P"""
+"""Sections of the report on the layers of the language model and on single pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mllm_jax.report import figures, page, parts
 
 
 def lens(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on the logit lens by layer; None where not measured."""
     lens, stages = results["lens"], results["stages"]
     if not lens:
         return None
@@ -150,6 +151,7 @@ def features(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def pictures(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on single pictures and their image tokens; None where there are none."""
     pictures = results["pictures"]
     if not pictures:
         return None
@@ -202,6 +204,7 @@ def token_kinds(by_name: Mapping[str, Mapping]) -> list[str]:
 
 
 def read_picture(folder: pathlib.Path, shown: Mapping) -> np.ndarray:
+    """Read the picture that a result names, as uint8[row, column, 3]."""
     path = folder / shown["image"]
     if not path.exists():
         raise FileNotFoundError(f"picture of {shown['id']} is missing: {path}; run the study again")

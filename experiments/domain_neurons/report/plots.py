@@ -1,4 +1,4 @@
-"""F"""
+"""Figures of the domain-neuron study."""
 
 from __future__ import annotations
 
@@ -260,6 +260,7 @@ def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
     """Jaccard index of the neurons of two halves by their size, a panel a module.
 
     Args:
+        domains: names of the domains, in the order of D_.
         found: {module: {"examples": int[S], "halves": float[S, D_]}}.
     """
     hue = style.palette(domains)

@@ -1,4 +1,4 @@
-"""P"""
+"""Sections of the report on the selected neurons and their overlap."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CHOSEN = {
 
 
 def neurons(folder: pathlib.Path, results: Mapping) -> page.Section:
+    """Build the section on the number of selected neurons by module and layer."""
     selection, modules, domains = results["selection"], results["modules"], results["domains"]
     shape, chosen = ["site", "layers", "width"], ["k", "threshold", "bar", "selected", "share"]
     selected_rows = [
@@ -101,6 +102,7 @@ def _thirds(found: Mapping, name: str) -> str:
 
 
 def overlap(folder: pathlib.Path, results: Mapping) -> page.Section:
+    """Build the section on the neurons that two domains share."""
     selection, domains = results["selection"], results["domains"]
     pairs = [
         [module, first, domains[j], found["overlap"][i][j]]

@@ -1,4 +1,4 @@
-"""F"""
+"""Figures of the stages of the language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P"""
+"""Cells of the tables of the projection study, as text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CHANGE = ("value", "low", "high", "relative")
 
 
 def group(rows: Iterable[Mapping], outer: str, inner: str) -> dict[str, dict[str, Mapping]]:
+    """Return rows by two of their fields, outer before inner."""
     found: dict = {}
     for row in rows:
         found.setdefault(row[outer], {})[row[inner]] = row
@@ -32,6 +33,7 @@ def colours(rows: Sequence[Mapping]) -> dict[str, str]:
 
 
 def value(value: Mapping) -> str:
+    """Return a mean with its deviation as text."""
     deviation = value.get("deviation")
     return f"{value['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
@@ -45,14 +47,17 @@ def relative(change: Mapping | None) -> str:
 
 
 def percent(share: float) -> str:
+    """Return a share in per cent as text."""
     return f"{100 * share:.0f} %"
 
 
 def pick(values: Mapping | None, keys: Sequence[str]) -> list:
+    """Return the values of some keys, None where there are no values."""
     return [None if values is None else values.get(key) for key in keys]
 
 
 def change(change: Mapping | None) -> str:
+    """Return a change with its relative size as text; a dash where it was not measured."""
     if change is None:
         return page.DASH
     return page.number(change["value"]) + relative(change)

@@ -1,4 +1,4 @@
-"""P"""
+"""Sections of the report on neurons and their ablation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mllm_jax.report import page, parts, style
 
 
 def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on the number of selected neurons; None where not measured."""
     rows = results.get("neurons")
     if not rows:
         return None
@@ -68,6 +69,7 @@ def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on scores without the selected neurons; None where not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" not in row]
     if not rows:
         return None
@@ -97,6 +99,7 @@ def ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on the recall of suppressed classes; None where not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" in row]
     if not rows:
         return None

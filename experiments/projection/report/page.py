@@ -1,4 +1,4 @@
-"""P"""
+"""The page of the projection study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""F"""
+"""Figures of the projection study."""
 
 from __future__ import annotations
 

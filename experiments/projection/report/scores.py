@@ -1,4 +1,4 @@
-"""P"""
+"""Sections of the report on scores of answers and of probes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mllm_jax.report import page, parts, style
 
 
 def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
+    """Build the section on the scores of the answers by task and variant."""
     rows = results["answers"]
     found = cells.group(rows, "task", "variant")
     hue = cells.colours(rows)
@@ -44,6 +45,7 @@ def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
 
 
 def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on probes before and after the projector; None where not measured."""
     rows = results["richness"]
     if not rows:
         return None
@@ -83,6 +85,7 @@ def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
 
 
 def depth(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on probes by layer of the language model; None where not measured."""
     rows = results.get("depth")
     if not rows:
         return None
@@ -128,6 +131,7 @@ def _rise(kind: str, by_task: Mapping) -> str:
 
 
 def factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+    """Build the section on changes of one setting at a time; None where not measured."""
     rows = results.get("factors")
     if not rows:
         return None
