@@ -18,7 +18,7 @@ from mllm_jax.passes import run as run_
 from mllm_jax.store import atomic_json
 
 ABOUT = "where the time of a clean pass goes"
-MODULES = {"ClipVision.__call__": "vision", "Llama.__call__": "LM"}
+MODULES = {"ClipVision.__call__": "vision", "Decoder.__call__": "LM"}
 # (a function that asked for the operation, what its time is called); the first that fits.
 PARTS = (
     ("attention", "attention"),
@@ -26,7 +26,7 @@ PARTS = (
     ("rotary", "rotary positions"),
     ("RMSNorm.__call__", "norms"),
     ("LayerNorm.__call__", "norms"),
-    ("Llama.logits", "head"),
+    ("Decoder.logits", "head"),
     ("Projector.__call__", "projector"),
     ("Attention.__call__", "products of attention's maps"),
     ("MLP.__call__", "products and activation of the MLP"),

@@ -124,7 +124,10 @@ def test_features_of_the_colours_lie_apart(finished):
             "config.measure='answers' has metrics only for MMNeuron's data sets",
         ),
         ({"modules": ("lm", "query")}, "the model has no neurons in 'query'; it has vision, proj"),
-        ({"masks": "neurons.pth"}, "config.masks='neurons.pth' is neither FILE.npz nor FOLDER"),
+        (
+            {"masks": "neurons.pth"},
+            "config.masks='neurons.pth': write FILE.npz, or FOLDER/{module}.pth",
+        ),
     ],
 )
 def test_settings_that_are_none(fields, says, refuse):

@@ -119,7 +119,7 @@ def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_
     def of(clip):
         config = config_of(CONFIG, clip=str(clip), test_per_task=6)
         folder = store.Workdir(tmp_path / "work", {})
-        return study.Study(config, folder, None, None, own)
+        return study.Study(config=config, workdir=folder, model=None, processor=None, tasks=own)
 
     assert study.match(of("")) == {"reds": {}}
     with pytest.raises(FileNotFoundError, match="neither a directory nor"):

@@ -268,9 +268,9 @@ class TestCandidates:
             (None, "candidates is a list"),
             ([], "no candidates to score"),
             ([[], []], "no candidates to score"),
-            ([""], "candidates, row 0, number 0: '' is no text"),
+            ([""], "candidates, row 0, number 0: '' is not an answer"),
             (["yes", None], "candidates, row 0"),
-            ([["yes"], ["no", 3]], "candidates, row 1, number 1: 3 is no text"),
+            ([["yes"], ["no", 3]], "candidates, row 1, number 1: 3 is not an answer"),
             ([["yes"], "no"], "candidates, row 1: is a list"),
             ([["yes"]] * 3, "candidates for 3 rows, but the batch has 2"),
             (
@@ -279,7 +279,7 @@ class TestCandidates:
             ),
             (np.zeros((2, 3), np.int32), r"int32\[B, C, A\] of 2 rows, not \(2, 3\)"),
             (np.zeros((1, 3, 4), np.int32), "of 2 rows, not"),
-            (np.zeros((2, 3, 4)), "is no text|is a list"),
+            (np.zeros((2, 3, 4)), "is not an answer|is a list"),
         ],
     )
     def test_that_are_none(self, candidates, message, processor, tiny_model):

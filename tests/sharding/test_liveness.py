@@ -33,8 +33,10 @@ def three():
 
 
 def die(monitor: liveness.Monitor) -> None:
-    """Its connections end as the kernel ends them."""
-    for peer in monitor._peers.values():
+    """Its connections end as the kernel ends them, and it says nothing any more."""
+    peers = list(monitor._peers.values())
+    monitor._peers.clear()
+    for peer in peers:
         peer.shutdown(socket.SHUT_RDWR)
 
 

@@ -1,4 +1,29 @@
-"""The page of the projection study."""
+"""The page of the projection study: figures, tables and index.html from its results.json.
+
+The keys of results.json follow. A *value* is {"mean", "low", "high"}, a mean over runs with its
+95 % interval, and has "deviation" where it is of several runs; a *change* is {"value", "low", "high", "relative"}. Both
+are as `analysis.projection` makes them. Keys in brackets may be empty or absent.
+
+    format             the version of these keys
+    model, seeds       the model's name; the seeds of its runs
+    tasks              {task: {"topic", "classes": [names], "train", "test": numbers of pictures}}
+    answers            Table 1: rows of `projection.table` over Original, each with its "task"
+    richness           Tables 2 and 3: such rows, each with its "task" and "probe" ("paper",
+                       "linear", "matched"); the variant "before" is before the projection
+    claims             what `projection.claims` gives
+    [controls]         the same of `projection.controls`
+    rule               `projection.RULE`
+    [depth]            {"task", "variant", "tokens" ("image", "last"), "layer"} and a value: the F1
+                       of a linear probe on what leaves each layer of the LM
+    [factors]          {"task", "recipe", "factor", "setting", "f1": value, "change": change over
+                       the first recipe or None, "probe": value of the paper's probe or None}
+    [neurons]          rows of `projection.moved`, each with its "task" and "variant"
+    [ablation]         {"task", "variant", "ablated" (whose neurons), "neurons", "f1": value,
+                       "change": change against no ablation}; suppression of one of two classes has "recall"
+                       as well: {class: the share of its pictures that are given its name}
+
+`write` is a pure function of the results: it can be run again and leaves the same bytes.
+"""
 
 from __future__ import annotations
 
