@@ -1,8 +1,9 @@
 """The page of the projection study: figures, tables and index.html from its results.json.
 
 The keys of results.json follow. A *value* is {"mean", "low", "high"}, a mean over runs with its
-95 % interval, and has "deviation" where it is of several runs; a *change* is {"value", "low", "high", "relative"}. Both
-are as `analysis.projection` makes them. Keys in brackets may be empty or absent.
+95 % interval, and has "deviation" where it is of several runs; a *change* is {"value", "low",
+"high", "relative"}. Both are as `analysis.projection` makes them. Keys in brackets may be empty or
+absent.
 
     format             the version of these keys
     model, seeds       the model's name; the seeds of its runs
@@ -19,8 +20,8 @@ are as `analysis.projection` makes them. Keys in brackets may be empty or absent
                        the first recipe or None, "probe": value of the paper's probe or None}
     [neurons]          rows of `projection.moved`, each with its "task" and "variant"
     [ablation]         {"task", "variant", "ablated" (whose neurons), "neurons", "f1": value,
-                       "change": change against no ablation}; suppression of one of two classes has "recall"
-                       as well: {class: the share of its pictures that are given its name}
+                       "change": change against no ablation}; suppression of one of two classes
+                       has "recall" as well: {class: share of its pictures given its name}
 
 `write` is a pure function of the results: it can be run again and leaves the same bytes.
 """
