@@ -125,7 +125,7 @@ def same(a, b):
 
 WIDE = np.random.default_rng(1).normal(size=32).astype(np.float32)
 SHARED = {name: EDITS[name] for name in ("layers and neurons", "vision", "two edits")} | {
-    "vision, whole layers": [mj.ablate(S.vision.mlp.out[layer]) for layer in (0, 1, 2)],
+    "vision, whole layers": [mj.ablate(S.vision.mlp.out[layer]) for layer in (0, 1)],
     "all channels of every layer": [mj.add(S.lm.resid_post[i:], a * WIDE) for i in (0, 2)
                                     for a in (1.0, -2.0)],
 }  # fmt: skip
