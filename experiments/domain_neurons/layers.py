@@ -17,7 +17,6 @@ from mllm_jax.analysis import components, domain_neurons, logit_lens
 from mllm_jax.analysis import stages as stages_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.data import batching
-from mllm_jax.data import features as features_
 
 KINDS = ("image", "question")
 MIN_DOMAINS = 5  # MMNeuron's; with fewer, the curve of neuron counts gets no stages
@@ -45,10 +44,7 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
             np.moveaxis(np.asarray(array), 0, 1)[:rows][..., kinds]
             for array in (lens.sum, np.broadcast_to(lens.tokens, lens.sum.shape))
         )
-        config = study.model.config
-        means = {
-            name: features_.mean_over_tiles(config, batch, out[name])[:rows] for name in FEATURES
-        }
+        means = {name: np.asarray(out[name], np.float32)[:rows] for name in FEATURES}
         return {"sums": sums, "tokens": tokens[:, 0], **means}
 
     def read_domain(name: str) -> dict[str, np.ndarray]:
