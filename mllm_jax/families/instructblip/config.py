@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import schema
-from mllm_jax.checkpoints.networks import clip, llama
+from mllm_jax.checkpoints.networks import clip, decoder
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.models.eva import EvaConfig
 from mllm_jax.models.qformer import QFormerConfig
@@ -66,7 +66,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Instru
     heads = "num_attention_heads", bert["num_attention_heads"]
     schema.divides(heads, ("qformer_config.hidden_size", bert["hidden_size"]), problems)
     # HF takes a text_config without a model_type for an OPT.
-    text = llama.read({"model_type": "opt"} | (blip["text_config"] or {}), problems)
+    text = decoder.read({"model_type": "opt"} | (blip["text_config"] or {}), problems)
     return fields_.checked(lambda: _config(blip, eva, bert, text), source, problems)
 
 
@@ -96,7 +96,7 @@ def _config(blip: Mapping, eva: Mapping, bert: Mapping, text: Mapping) -> Instru
             act=fields_.ACTIVATIONS[bert["hidden_act"]],
             eps=bert["layer_norm_eps"],
         ),
-        llama.config(text),
+        decoder.config(text),
         image_token=-1 if token is None else token,
     )
 
@@ -134,5 +134,5 @@ def to_hf(config: InstructBlipConfig) -> dict[str, Any]:
             "cross_attention_frequency": qformer.look_every,
             "encoder_hidden_size": qformer.vision_width,
         },
-        "text_config": llama.to_hf(config.lm),
+        "text_config": decoder.to_hf(config.lm),
     }
