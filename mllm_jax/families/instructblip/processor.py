@@ -15,7 +15,7 @@ from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.prompts import IMAGE, Chat, short
-from mllm_jax.processors.rows import Picture, Row, round_up_length
+from mllm_jax.processors.rows import Picture, Row, round_up_length, text_tokens
 
 
 class InstructBlipProcessor(Processor):
@@ -65,12 +65,15 @@ class InstructBlipProcessor(Processor):
             raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
         row = Row()
         for number, picture in enumerate(pictures, first):
-            self._append_picture(row, number, picture)
-        row.add(*self._tokenize(prompt, text, questions))
+            for run in self._picture_runs(number, picture):
+                row.add(run)
+        row.add(text_tokens(*self._tokenize(prompt, text, questions)))
         told, qformer = Row(), self.config.qformer
         told.add(
-            *tokenizers.tokenize(
-                self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+            text_tokens(
+                *tokenizers.tokenize(
+                    self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+                )
             )
         )
         if len(told.ids) > qformer.positions:
@@ -91,5 +94,8 @@ class InstructBlipProcessor(Processor):
         for at, row in zip(batch.image_token_index, encoded, strict=False):
             images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
             for image, told in zip(images, row.qformer_rows, strict=True):
-                ids[image, : len(told.ids)], kind[image, : len(told.ids)] = told.ids, told.kinds
+                ids[image, : len(told.ids)], kind[image, : len(told.ids)] = (
+                    told.ids,
+                    told.column("kind"),
+                )
         return batch.replace(qformer_ids=ids, qformer_kind=kind)
