@@ -89,7 +89,7 @@ def mass(target: Target, *, on: Selector, where: Selector = None) -> Capture:
     """Average the attention that the selected queries pay to some keys: float32[L, B, N].
 
     Args:
-      target: `sites.lm.attn.pattern`, or layers and heads of it.
+      target: `sites.lm.attn.pattern` or `sites.vision.attn.pattern`, or layers and heads of it.
       on: The keys; in a row that has none of them the mass is 0.
       where: The queries; a row without any is treated as by `mean`.
     """
@@ -224,14 +224,15 @@ def _check_tokens_lead(capture: Capture, shapes: dict[str, SiteShape]) -> None:
     if site.token_axis != 1:
         raise ValueError(
             f"{capture.form} does not read {site.name}, which is [{site.shape}]; mass reads "
-            "lm.attn.pattern, and keep reads every site"
+            "lm.attn.pattern and vision.attn.pattern, and keep reads every site"
         )
 
 
 def _check_pattern(capture: Capture, shapes: dict[str, SiteShape]) -> None:
-    if capture.address.site != sites.lm.attn.pattern:
+    if capture.address.site not in sites.PATTERNS:
         raise ValueError(
-            f"mass does not read {capture.address.site.name}; mass reads lm.attn.pattern"
+            f"mass does not read {capture.address.site.name}; mass reads lm.attn.pattern and "
+            "vision.attn.pattern"
         )
 
 

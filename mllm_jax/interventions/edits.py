@@ -80,12 +80,14 @@ def _edit(
     **fields,
 ) -> Edits:
     address = Address.of(target)
-    if (kind == "knockout") != (address.site == sites.lm.attn.mask):
-        raise ValueError(f"{kind} does not apply to {address.site}: only lm.attn takes knockout")
-    if kind == "patch" and address.site == sites.lm.attn.pattern:
+    if (kind == "knockout") != (address.site in sites.MASKS):
         raise ValueError(
-            "patch does not apply to lm.attn.pattern: the keys of two rows do not correspond; "
-            "patch lm.attn.heads"
+            f"{kind} does not apply to {address.site}: only lm.attn and vision.attn take knockout"
+        )
+    if kind == "patch" and address.site in sites.PATTERNS:
+        raise ValueError(
+            f"patch does not apply to {address.site}: the keys of two rows do not correspond; "
+            f"patch {address.site.module}.attn.heads"
         )
     return Edits((Edit(kind, address, tokens.of(where), values or {}, **fields),))
 
@@ -169,8 +171,9 @@ def knockout(target: Target, *, to: Selector = None, on: Selector = None) -> Edi
     """Hide keys from queries, in the boolean attention mask.
 
     Args:
-      target: `sites.lm.attn`, or layers and heads of it: `sites.lm.attn[10:, [0, 3]]`.
-      to: The queries.
+      target: `sites.lm.attn` or `sites.vision.attn`, or layers and heads of it:
+        `sites.lm.attn[10:, [0, 3]]`.
+      to: The queries. In the vision tower they see the patches of their own tile alone.
       on: The keys that the queries no longer see.
     """
     return _edit("knockout", target, to, on=tokens.of(on))

@@ -154,7 +154,7 @@ def _address(text: str, root: pathlib.Path) -> sites.Address:
     if not match:
         raise ValueError(f"'{text}' is not a site with an address, such as lm.mlp.act[12,0:8]")
     name = match["site"]
-    site = sites.lm.attn.mask if name == "lm.attn" else sites.get(name)
+    site = sites.get(f"{name}.mask" if f"{name}.mask" in sites.BY_NAME else name)
     if match["at"] is None:
         return sites.Address.of(site)
     if re.fullmatch(_PAIRS, match["at"]):
