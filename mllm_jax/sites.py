@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from mllm_jax.addresses import END as END
     from mllm_jax.addresses import Address as Address
-    from mllm_jax.addresses import Selection as Selection
     from mllm_jax.addresses import Target as Target
-    from mllm_jax.addresses import as_array as as_array
+    from mllm_jax.selections import Selection as Selection
+    from mllm_jax.selections import as_array as as_array
 
 # Members that need JAX, which this module does not: they are imported when they are first read.
-_IN_ADDRESSES = ("END", "Address", "Selection", "Target", "as_array")
+_IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
 
 
 @dataclasses.dataclass(frozen=True)
