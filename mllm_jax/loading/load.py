@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from mllm_jax import families, files
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, tensors
 from mllm_jax.checkpoints.stored import Stored
-from mllm_jax.loading import adapters, embedded, settings, sources
+from mllm_jax.loading import adapters, embedded, parameters, settings, sources
 from mllm_jax.loading.sources import locate, read_config, read_fields
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector
@@ -28,7 +26,6 @@ from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.sharding import rules
 
-_STRIP = 16  # rows of a file's matrix that are turned at a time
 _TRAIN_PROJECTOR = "python -m experiments.train --config=configs/embedded_projector.py"
 
 
@@ -152,7 +149,7 @@ def read_model(
     _raise(problems)
     _check_tied(stored, config, directory)
     places = _places(config, shapes, mesh)
-    arrays = _fill(stored, slots, shapes, dtype, places)
+    arrays = parameters.read(stored, slots, shapes, dtype, places)
     if projector == "random":
         arrays |= _random_projector(config, dtype, seed, places)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
@@ -186,7 +183,7 @@ def read_whole(
     if stored or not problems:
         _check(stored, slots, keys.is_buffer, directory, problems)
     _raise(problems)
-    arrays = _fill(stored, slots, shapes, jnp.dtype(dtype), None)
+    arrays = parameters.read(stored, slots, shapes, jnp.dtype(dtype), None)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
 
@@ -222,7 +219,7 @@ def read_projector(model: MultimodalModel, path: str | os.PathLike) -> Multimoda
     _raise(problems)
     on_mesh = mesh_.mesh_of(list(own.values())) is not None
     places = {name: param[...].sharding for name, param in own.items()} if on_mesh else None
-    arrays = _fill(overlay, slots, shapes, next(iter(own.values())).dtype, places)
+    arrays = parameters.read(overlay, slots, shapes, next(iter(own.values())).dtype, places)
     new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in state.items()}
     return nnx.merge(graph, nnx.from_flat_state(new))
 
@@ -319,74 +316,6 @@ def _places(
     return rules.shardings(config, families.of(config).sharding_rules(config), shapes, mesh)
 
 
-def _fill(
-    stored: Mapping[str, Stored],
-    slots: list[keys.Slot],
-    shapes: Mapping[str, keys.Shape],
-    dtype: np.dtype,
-    places: Mapping[str, jax.sharding.Sharding] | None,
-) -> dict[str, jax.Array]:
-    """Our path -> array, each read into its place."""
-    arrays = {}
-    for path, group in itertools.groupby(slots, lambda slot: slot.path):
-        read = functools.partial(_read, stored, list(group), dtype)
-        arrays[path] = _put(read, shapes[path], places and places[path])
-    return arrays
-
-
-def _put(
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    shape: keys.Shape,
-    place: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """An array, of which every part is read once and given to all devices here that hold it."""
-    if place is None:
-        return jax.device_put(read(tuple(slice(0, n, 1) for n in shape)), may_alias=True)
-    holders: dict[tuple, list[jax.Device]] = {}
-    for device, index in place.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
-        holders.setdefault(bounds, []).append(device)
-    parts = []
-    for bounds, devices in holders.items():
-        part = read(tuple(slice(*ends) for ends in bounds))
-        parts += [jax.device_put(part, device, may_alias=True) for device in devices]
-        del part  # before the next one is read
-    return jax.make_array_from_single_device_arrays(shape, place, parts)
-
-
-def _read(
-    stored: Mapping[str, Stored],
-    slots: list[keys.Slot],
-    dtype: np.dtype,
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """The part of one parameter at this index, each layer copied into its place on the L axis."""
-    array = _empty(tuple(part.stop - part.start for part in index), dtype)
-    for slot in slots:
-        place, at = (..., index) if slot.layer is None else (slot.layer, index[1:])
-        _copy(array[place], slot.ours(stored[slot.key].read())[at])
-    return array
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies and converts, a turned matrix in strips: four times as fast, as they stay in cache."""
-    if source.dtype == target.dtype:  # NumPy moves its own types faster
-        target, source = (array.view(f"u{array.itemsize}") for array in (target, source))
-    if source.ndim != 2 or source.flags.c_contiguous:
-        target[...] = source
-        return
-    for start in range(0, source.shape[1], _STRIP):
-        target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
-
-
-def _empty(shape: keys.Shape, dtype: np.dtype) -> np.ndarray:
-    """An array that JAX on CPU takes over without a copy: it begins at a multiple of 64 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
 def _random_projector(
     config: MultimodalConfig,
     dtype: np.dtype,
@@ -397,6 +326,6 @@ def _random_projector(
     named = {dotted(("projector", *path)): param for path, param in nnx.to_flat_state(state)}
     arrays = {name: np.asarray(param[...].astype(dtype)) for name, param in named.items()}
     return {
-        name: _put(array.__getitem__, array.shape, places and places[name])
+        name: parameters.put(array.__getitem__, array.shape, places and places[name])
         for name, array in arrays.items()
     }
