@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, sites, tokens
+from mllm_jax.interventions import site_rules
 from mllm_jax.numerics import precision
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
@@ -80,15 +81,7 @@ def _edit(
     **fields,
 ) -> Edits:
     address = Address.of(target)
-    if (kind == "knockout") != (address.site in sites.MASKS):
-        raise ValueError(
-            f"{kind} does not apply to {address.site}: only lm.attn and vision.attn take knockout"
-        )
-    if kind == "patch" and address.site in sites.PATTERNS:
-        raise ValueError(
-            f"patch does not apply to {address.site}: the keys of two rows do not correspond; "
-            f"patch {address.site.module}.attn.heads"
-        )
+    site_rules.check_edit(kind, address.site)
     return Edits((Edit(kind, address, tokens.of(where), values or {}, **fields),))
 
 
@@ -232,41 +225,34 @@ def _patch(x, basis=None, *, row, at):
 
 @dataclasses.dataclass(frozen=True)
 class EditKind:
-    """A kind of edit, with everything that binding, text and JSON need to know of it.
+    """A kind of edit, with everything that binding and JSON need to know of it.
+
+    `grammar.EDITS` says how text writes the kinds that it can express.
 
     Attributes:
       build: The public function that makes such an edit.
       apply: The change itself, (x, **values, **along) -> x; None where the edit brings a function.
-      value: In text, the parameter of `build` that takes the value after the site; None for none.
-      options: In text, the further parameters and `steps`; None where text cannot express the kind.
       is_subspace: Whether its values are bases [D, r] instead of values in the shape of the site.
       has_strength: Whether `per_step` applies.
     """
 
     build: Callable[..., Edits]
     apply: Callable | None
-    value: str | None = None
-    options: tuple[str, ...] | None = ("where", "steps")
     is_subspace: bool = False
     has_strength: bool = True
 
 
 KINDS: dict[str, EditKind] = {
     "ablate": EditKind(ablate, lambda x: jnp.zeros_like(x)),
-    "scale": EditKind(scale, lambda x, value: x * value, value="by"),
-    "add": EditKind(add, lambda x, value: x + value, value="value"),
-    "replace": EditKind(replace, lambda x, value: jnp.broadcast_to(value, x.shape), value="value"),
-    "project_out": EditKind(project_out, _project_out, value="basis", is_subspace=True),
-    "patch": EditKind(
-        patch, _patch, options=("source", "into", "basis", "where", "steps"), is_subspace=True
-    ),
+    "scale": EditKind(scale, lambda x, value: x * value),
+    "add": EditKind(add, lambda x, value: x + value),
+    "replace": EditKind(replace, lambda x, value: jnp.broadcast_to(value, x.shape)),
+    "project_out": EditKind(project_out, _project_out, is_subspace=True),
+    "patch": EditKind(patch, _patch, is_subspace=True),
     "knockout": EditKind(
-        knockout,
-        lambda x, *, hidden: x & ~hidden[:, None, None, :],
-        options=("to", "on"),
-        has_strength=False,
+        knockout, lambda x, *, hidden: x & ~hidden[:, None, None, :], has_strength=False
     ),
-    "call": EditKind(call, None, options=None),
+    "call": EditKind(call, None),
 }
 
 

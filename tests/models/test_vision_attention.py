@@ -12,7 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
-from mllm_jax.interventions import tap
+from mllm_jax.interventions import layer_tap, tap
 from mllm_jax.models import clip
 from tests.helpers import hf
 
@@ -115,8 +115,8 @@ def test_a_sweep_of_knockouts_is_a_loop(random_model, batch):
 
 def test_nothing_is_materialised_where_nobody_reads(model, batch, monkeypatch):
     called = []
-    offer = tap.Tap.__call__
-    monkeypatch.setattr(tap.Tap, "__call__", lambda *a: called.append(a[1].name) or offer(*a))
+    offer = layer_tap.LayerTap.__call__
+    monkeypatch.setattr(layer_tap.LayerTap, "__call__", lambda *a: called.append(a[1].name) or offer(*a))
     jax.eval_shape(lambda pixels: model.vision(pixels, tap.Taps().module("vision")), batch.pixels)
     assert "vision.attn.heads" in called
     assert not {"vision.attn.mask", "vision.attn.pattern"} & set(called)
