@@ -116,7 +116,9 @@ def test_a_sweep_of_knockouts_is_a_loop(random_model, batch):
 def test_nothing_is_materialised_where_nobody_reads(model, batch, monkeypatch):
     called = []
     offer = layer_tap.LayerTap.__call__
-    monkeypatch.setattr(layer_tap.LayerTap, "__call__", lambda *a: called.append(a[1].name) or offer(*a))
+    monkeypatch.setattr(
+        layer_tap.LayerTap, "__call__", lambda *a: called.append(a[1].name) or offer(*a)
+    )
     jax.eval_shape(lambda pixels: model.vision(pixels, tap.Taps().module("vision")), batch.pixels)
     assert "vision.attn.heads" in called
     assert not {"vision.attn.mask", "vision.attn.pattern"} & set(called)
