@@ -56,13 +56,9 @@ MEMBERS = {
 
 
 def install() -> None:
-    """Make old modules importable, and old names readable from the modules that are loaded."""
+    """Make old modules importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
-    for name in MODULES | MEMBERS:
-        owner = sys.modules.get(name.rpartition(".")[0])
-        if owner is not None and "__getattr__" not in vars(owner):
-            vars(owner)["__getattr__"] = functools.partial(_member, owner.__name__)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -80,30 +76,41 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         """Let the module read its members from their new places."""
         _warn(module.__name__, MODULES[module.__name__])
-        vars(module)["__getattr__"] = functools.partial(_member, module.__name__)
+        vars(module)["__getattr__"] = functools.partial(member, module.__name__)
 
 
-def _member(module: str, name: str) -> Any:
-    """Return what a module had under an old name: the `__getattr__` of that module."""
+def member(module: str, name: str, stacklevel: int = 1) -> Any:
+    """Return what a module had under an old name.
+
+    Partially applied to the name of a module, it is the `__getattr__` of that module.
+
+    Args:
+      module: The module.
+      name: The name that is read.
+      stacklevel: How many calls up the name is read.
+
+    Raises:
+      AttributeError: The module has no such name.
+    """
     path = f"{module}.{name}"
     if path in MEMBERS:
-        _warn(path, MEMBERS[path])
-        owner, _, member = MEMBERS[path].rpartition(".")
-        return getattr(importlib.import_module(owner), member)
+        _warn(path, MEMBERS[path], stacklevel)
+        owner, _, new = MEMBERS[path].rpartition(".")
+        return getattr(importlib.import_module(owner), new)
     if path in MODULES:
-        _warn(path, MODULES[path])
+        _warn(path, MODULES[path], stacklevel)
         old = types.ModuleType(path)
-        vars(old)["__getattr__"] = functools.partial(_member, path)
+        vars(old)["__getattr__"] = functools.partial(member, path)
         return old
     if module in MODULES and not name.startswith("__"):
         return getattr(importlib.import_module(MODULES[module]), name)
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
-def _warn(old: str, new: str) -> None:
-    """Warn at the line that uses an old name: two calls up, without the frames of an import."""
+def _warn(old: str, new: str, stacklevel: int = 1) -> None:
+    """Warn at the line that uses an old name, without the frames of an import."""
     warnings.warn(
         f"{old} is now {new}; the old name goes with the next release",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=stacklevel + 2,
     )

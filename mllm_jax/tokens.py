@@ -8,16 +8,17 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 
+from mllm_jax import deprecated
+from mllm_jax.token_names import KINDS, SELECTORS, TEXT
 from mllm_jax.typing import AnyArray, Bool, Int
 
-KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
-TEXT = ("system", "question", "answer")
 
 
 @jax.tree_util.register_dataclass
@@ -339,5 +340,8 @@ def of(selector: Selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "every", "last", "generating")}
-NAMED["all"] = every  # the name of `every` in older text
+# "all" is the name of `every` in older text.
+NAMED = {name: every if name == "all" else globals()[name] for name in SELECTORS}
+
+
+__getattr__ = functools.partial(deprecated.member, __name__)

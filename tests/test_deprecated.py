@@ -61,8 +61,9 @@ def test_an_old_module_is_an_attribute_of_its_package():
     with pytest.warns(DeprecationWarning) as warned:
         assert mj.interventions.run.bind is binding.bind
         assert mj.tokens.all is mj.tokens.every
+        assert mj.precision.einsum is importlib.import_module("mllm_jax.numerics.precision").einsum
         assert S.lm.resid_post.lens == "blocks.{i}.hook_resid_post"
-    assert {warning.filename for warning in warned} == {__file__} and len(warned) == 4
+    assert {warning.filename for warning in warned} == {__file__} and len(warned) == 5
 
 
 def test_names_that_never_were_are_still_errors():
