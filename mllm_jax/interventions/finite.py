@@ -15,7 +15,7 @@ from mllm_jax.typing import AnyArray, Bool
 
 _PREFIX = "is finite: "  # no user gives such a name to a capture
 # A mask is boolean; a pattern exists as a whole only if it is captured, and the heads show it.
-_EXCLUDED = (sites.lm.attn.mask, sites.lm.attn.pattern)
+_EXCLUDED = (*sites.MASKS, *sites.PATTERNS)
 
 
 def captures(shapes: dict[str, SiteShape], logits: str) -> dict[str, Capture]:
