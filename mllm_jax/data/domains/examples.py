@@ -62,7 +62,7 @@ class Example:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """An example whose image is still in its file.
 
