@@ -16,7 +16,7 @@ from mllm_jax import store
 from mllm_jax.data import features as features_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.report import parts
+from mllm_jax.report import report
 from mllm_jax.sharding import mesh
 
 
@@ -72,7 +72,7 @@ class Context:
             for name in ("edits", "captures")
             if name in self.workdir.config
         }
-        content = {"format": parts.FORMAT, **results, **named}
+        content = {"format": report.FORMAT, **results, **named}
         store.atomic_json(self.workdir / "results.json", content)
         write_page(self.workdir.path, content)
         store.write_manifest(self.workdir, **manifest)

@@ -22,10 +22,19 @@ class Layout:
       tiles: How many squares of it the vision tower sees.
       patches: The patch that each of its tokens in the LM stands for, int32[n], counted through its
         tiles; -1 for a newline.
+      places: The row and column of each of these tokens on the grid of its tile, int[n, 2]; None
+        where each tile is the same square.
+      runs: How many of these tokens stand at each mention of the image token in the text that the
+        picture becomes; empty where all stand at one.
+      grid: The rows and columns of patches of a picture that is read at its own size; None where
+        tiles are squares.
     """
 
     tiles: int
     patches: Int[np.ndarray, " n"]
+    places: Int[np.ndarray, "n 2"] | None = None
+    runs: tuple[int, ...] = ()
+    grid: tuple[int, int] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import selections, sites, tokens
 from mllm_jax.typing import ArrayLike
 
 ROWS = 4  # rows of a batch that are shown
@@ -52,7 +52,7 @@ def address(address: sites.Address) -> str:
     return f"{site}[{', '.join(map(_selection, parts))}]" if parts else str(site)
 
 
-def _selection(selection: sites.Selection) -> str:
+def _selection(selection: selections.Selection) -> str:
     if selection.form == "all":
         return ":"
     value = np.asarray(selection.value)
@@ -60,7 +60,7 @@ def _selection(selection: sites.Selection) -> str:
         return f"{value.sum():,} of a mask"
     if selection.form == "range":
         start, stop, step = value.tolist()
-        shown = f"{start or ''}:{'' if stop == sites.END else stop}"
+        shown = f"{start or ''}:{'' if stop == selections.END else stop}"
         return shown if step == 1 else f"{shown}:{step}"
     if selection.form == "pairs":
         return _few([tuple(pair) for pair in value.tolist()])

@@ -8,16 +8,17 @@ against that map, so user code does no index arithmetic, and no padding is ever 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
 
+from mllm_jax import deprecated
+from mllm_jax.token_names import KINDS, SELECTORS, TEXT
 from mllm_jax.typing import AnyArray, Bool, Int
 
-KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 CODE = {name: code for code, name in enumerate(KINDS)}
-TEXT = ("system", "question", "answer")
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +77,37 @@ class TokenMap:
             cls.plain(kind, tiles),
             row=xp.broadcast_to(rows.astype(np.int16), kind.shape),
             column=xp.broadcast_to(columns.astype(np.int16), kind.shape),
+        )
+
+    @classmethod
+    def free_grid(
+        cls,
+        tiles: Int[AnyArray, " I"],
+        grid: Int[AnyArray, "I 2"],
+        places: int,
+        merge: int = 1,
+    ) -> TokenMap:
+        """Return the map of pictures of any size: a grid of patches of its own for each.
+
+        Args:
+          tiles: The number of each picture within its row of the batch.
+          grid: The rows and columns of each picture; 0 where there is none.
+          places: The number P of places; those beyond a picture's patches are padding.
+          merge: The side of the squares of patches that stand side by side; the squares follow
+            each other row by row, as do the patches in each.
+        """
+        xp: Any = np if isinstance(grid, np.ndarray) else jax.numpy
+        rows, columns = grid[:, :1], grid[:, 1:]
+        square, within = np.divmod(np.arange(places)[None], merge**2)
+        across = xp.maximum(columns // merge, 1)
+        row = square // across * merge + within // merge
+        column = square % across * merge + within % merge
+        real = np.arange(places)[None] < rows * columns
+        kind = xp.where(real, CODE["image"], CODE["pad"]).astype(np.int8)
+        return dataclasses.replace(
+            cls.plain(kind, tiles),
+            row=xp.where(real, row, -1).astype(np.int16),
+            column=xp.where(real, column, -1).astype(np.int16),
         )
 
     @classmethod
@@ -308,5 +340,8 @@ def of(selector: Selector) -> Where:
     return mask(selector)
 
 
-NAMED = {name: globals()[name] for name in (*KINDS[1:], "text", "every", "last", "generating")}
-NAMED["all"] = every  # the name of `every` in older text
+# "all" is the name of `every` in older text.
+NAMED = {name: every if name == "all" else globals()[name] for name in SELECTORS}
+
+
+__getattr__ = functools.partial(deprecated.member, __name__)

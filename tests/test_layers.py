@@ -18,7 +18,18 @@ from mllm_jax import families
 ROOT = pathlib.Path(__file__).parents[1]
 # From the ground up. The rooms of one line may import from each other.
 LAYERS = (
-    ("deprecated", "files", "typing", "sites", "tokens", "notebook"),
+    (
+        "deprecated",
+        "files",
+        "typing",
+        "selections",
+        "sites",
+        "addresses",
+        "token_names",
+        "tokens",
+        "positions",
+        "notebook",
+    ),
     ("sharding", "numerics"),
     ("store", "batch"),
     ("models",),

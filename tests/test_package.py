@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import shutil
 import subprocess
@@ -10,7 +11,27 @@ import zipfile
 
 import pytest
 
+import mllm_jax as mj
+
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_public_names_are_imported_when_they_are_read():
+    code = "import sys, mllm_jax; assert not {'jax', 'numpy'} & set(sys.modules); print('light')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "light\n", done.stderr
+    assert set(mj.__all__) == {*mj._MODULE_OF, "sites", "tokens", "__version__"}
+    assert set(mj.__all__) <= set(dir(mj))
+    tree = ast.parse((ROOT / "mllm_jax/__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for block in tree.body if isinstance(block, ast.If)
+        for node in block.body if isinstance(node, ast.ImportFrom) and node.module != "mllm_jax"
+        for alias in node.names
+    }  # fmt: skip
+    assert typed == mj._MODULE_OF  # what a type checker reads
+    for name in mj.__all__:
+        assert getattr(mj, name) is not None
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_jax import sites as S
-from mllm_jax.sites import Address, Selection
+from mllm_jax.sites import Address
 
 L, F = 4, 48
 FEW = settings(max_examples=60, deadline=None)
@@ -50,33 +50,6 @@ def test_a_group_of_sites_has_no_address_but_attention():
         S.lm.mlp[3]
     assert S.lm.attn[1:].site is S.lm.attn.mask
     assert Address.of(S.lm.attn).site is S.lm.attn.mask
-
-
-sizes = st.integers(1, 9)
-ends = st.none() | st.integers(-12, 12)
-
-
-@FEW
-@given(sizes, ends, ends, st.none() | st.integers(1, 4))
-def test_slices_are_those_of_numpy(size, start, stop, step):
-    item = slice(start, stop, step)
-    want = np.zeros(size, bool)
-    want[item] = True
-    np.testing.assert_array_equal(Selection.parse(item).mask(size, "axis"), want)
-    np.testing.assert_array_equal(Selection.parse(item).indices(size, "axis"), np.flatnonzero(want))
-
-
-@FEW
-@given(st.data())
-def test_indices_and_masks_are_those_of_numpy(data):
-    size = data.draw(sizes)
-    index = data.draw(st.lists(st.integers(-size, size - 1), max_size=4))
-    want = np.zeros(size, bool)
-    want[np.array(index, int)] = True
-    for item in (index, np.array(index, np.int64), want):
-        np.testing.assert_array_equal(Selection.parse(item).mask(size, "axis"), want)
-    got = Selection.parse(index).indices(size, "axis")  # their order and number are kept
-    np.testing.assert_array_equal(got, np.arange(size)[np.array(index, int)])
 
 
 @FEW

@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -33,7 +34,7 @@ def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         ax.bar(places, sums["against"], width=0.8, color=style.GREY)
         ax.axhline(0, color=style.INK, linewidth=0.6)
         ax.set(title=domain, xlabel="layer")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
         ax.grid(axis="y")
     panels[0].set_ylabel("nats per question")
     return figure
@@ -87,7 +88,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         folder / "index.html",
         page.Page(
             title="Attribution of the answer",
-            lead=f"How much does each unit of {results['site']} of {page.edited(results)} "
+            lead=f"How much does each unit of {results['site']} of {page.model_name(results)} "
             f"contribute to {METRICS[results['metric']]}? The attributions of all units come from "
             f"one backward pass, by {method}.",
             facts=[
@@ -118,7 +119,7 @@ def _layers(folder: pathlib.Path, results: Mapping) -> page.Section:
         table=page.Table(
             ("domain", "questions", "metric", "sum of attributions", "all gates closed"),
             [(domain, f"{results['examples'][domain]}",
-              *(page.number(sums[key]) for key in ("metric", "sum", "change")))
+              *(page.signed(sums[key]) for key in ("metric", "sum", "change")))
              for domain, sums in results["completeness"].items()],
         ),
         note="Colour: positive attributions; grey: negative ones. Integrated gradients of enough "
@@ -143,7 +144,7 @@ def _top(folder: pathlib.Path, results: Mapping) -> page.Section:
         reading=f"{common} of the top {len(places[0])} units are the same in every domain.",
         table=page.Table(
             ("domain", "rank", "layer", "unit", "nats"),
-            [(row[0], *map(str, row[1:4]), page.number(row[4])) for row in rows if row[1] <= 5],
+            [(row[0], *map(str, row[1:4]), page.signed(row[4])) for row in rows if row[1] <= 5],
         ),
         data=[("top_units.csv", "tables/top_units.csv")],
     )
@@ -164,9 +165,9 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
     )
     return page.Section(
         title="Validation by ablation",
-        reading=f"With the top {most:,} units ablated, the metric changes by {page.number(top)} "
+        reading=f"With the top {most:,} units ablated, the metric changes by {page.signed(top)} "
         f"nats on test questions; with equally many random units of the same layers, by "
-        f"{page.number(random)}.",
+        f"{page.signed(random)}.",
         figures=[
             page.Figure(
                 "figures/ablation.png", "Change of the metric by the number of ablated units"

@@ -56,7 +56,7 @@ def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.
     content = page.Page(
         title="Where the answer is stored",
         lead=f"Is there a subspace of {results['rank']} directions at the last token that stores "
-        f"what {page.edited(results)} answers to \u201c{results['prompt']}\u201d?",
+        f"what {page.model_name(results)} answers to \u201c{results['prompt']}\u201d?",
         facts=[
             (f"{results['rank']}", "directions"),
             (f"{len(results['labels'])}", "answers"),

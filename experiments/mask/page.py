@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -19,7 +20,7 @@ def layers(counts: Sequence[int], units: int) -> Figure:
     ax = figure.subplots()
     ax.bar(np.arange(len(counts)), counts, width=0.8, color=style.PALETTE[0])
     ax.set(xlabel="layer", ylabel=f"units kept, of {units:,}")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
     ax.grid(axis="y")
     return figure
 
@@ -47,7 +48,7 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
     trained = test["learned"]
     content = page.Page(
         title="The units that the answer needs",
-        lead=f"How few units of {results['site']} of {page.edited(results)} give the same next "
+        lead=f"How few units of {results['site']} of {page.model_name(results)} give the same next "
         f"word? Gates ({results['gate'].replace('_', ' ')}) trained in {results['steps']} steps.",
         facts=[
             (f"{results['kept']:,}", f"of {every:,} units kept"),

@@ -1,7 +1,7 @@
 """The command line of every study: its flags, its checks, and one line when something is wrong.
 
-This module imports neither JAX nor the library: what is wrong with flags, config and paths is told
-before they are, and the study itself is imported last.
+This module does not import JAX: what is wrong with flags, config and paths is told before that, and
+the study itself is imported last.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.running import agreement, interrupts, lock
+from mllm_jax.interventions import grammar
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; a killed run continues there.")
@@ -200,11 +201,24 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
     for name in ("edits", "captures"):
         if flags.FLAGS[name].value is not None and name not in takes:
             raise ValueError(f"this study takes no --{name}: it runs the model as it is")
+    check_items()
     if (folder := pathlib.Path(WORKDIR.value)).exists() and not folder.is_dir():
         raise NotADirectoryError(f"--workdir={folder}: it is a file; name a folder")
     _mesh_sizes()
     _check_processes()
     _check_paths(CONFIG.value)
+
+
+def check_items() -> None:
+    """Check the text of --edits and --captures as far as it can be without the model.
+
+    Raises:
+      ValueError: a part is not understood, or names a file that is not there.
+    """
+    for flag, check in ((EDITS, grammar.parse), (CAPTURES, grammar.parse_captures)):
+        if flag.value is not None:
+            with grammar.located(f"--{flag.name}"):
+                check(flag.value)
 
 
 def _mesh_sizes() -> dict[str, int]:

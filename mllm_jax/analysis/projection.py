@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mllm_jax.analysis import checks, intervals
+from mllm_jax.analysis.scores import Sample, accuracy, change, difference, f1
 
 CLIP, ORIGINAL, PROJ, E2E, BEFORE = "CLIP zero-shot", "Original", "FT-Proj", "FT-E2E", "before"
 
@@ -63,76 +64,6 @@ class Task:
     def answers(self, reader: str, variant: str) -> np.ndarray | None:
         """Return int[R, N] of the model ("model") or of a named probe; None if not measured."""
         return (self.said if reader == "model" else self.probed.get(reader, {})).get(variant)
-
-
-class Sample(NamedTuple):
-    """A metric of R runs, and its bootstrap distribution over pictures and runs.
-
-    Attributes:
-        runs: float64[R], the metric of each run.
-        resamples: float64[resamples], its mean over runs in each resample.
-    """
-
-    runs: np.ndarray
-    resamples: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        """Return the mean over runs."""
-        return float(self.runs.mean())
-
-    @property
-    def deviation(self) -> float | None:
-        """Return the standard deviation over runs; None for a single run."""
-        return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else None
-
-    def interval(self, level: float = intervals.LEVEL) -> intervals.Interval[float]:
-        """Return the mean and its interval."""
-        low, high = intervals.percentiles(self.resamples, level=level)
-        return intervals.Interval(self.mean, float(low), float(high))
-
-    def row(self) -> dict[str, float | None]:
-        """Return the sample as plain values, as results.json holds it."""
-        _, low, high = self.interval()
-        return {"mean": self.mean, "deviation": self.deviation, "low": low, "high": high}
-
-
-def f1(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sample:
-    """Compute macro-F1: the mean over classes of 2 hits / (pictures + answers of the class).
-
-    A class that is neither true nor answered does not count, as in scikit-learn; nor does -1.
-
-    Args:
-        truth: int[N], the true classes.
-        predicted: int[R, N], the predicted classes.
-        classes: number of classes, C.
-        **options: resamples and seed. Equal seeds resample alike, which pairs two samples.
-    """
-    return _sample(_macro_f1, truth, predicted, classes, **options)
-
-
-def accuracy(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sample:
-    """Compute the share of correct answers; see `f1`."""
-    return _sample(_accuracy, truth, predicted, classes, **options)
-
-
-def difference(sample: Sample, baseline: Sample) -> Sample:
-    """Subtract a baseline, paired by picture, and by run where both have equally many."""
-    if len(sample.resamples) != len(baseline.resamples):
-        raise ValueError(
-            f"samples of {len(sample.resamples)} and {len(baseline.resamples)} resamples do not "
-            "pair up"
-        )
-    paired = len(sample.runs) == len(baseline.runs)
-    runs = sample.runs - (baseline.runs if paired else baseline.runs.mean())
-    return Sample(runs, sample.resamples - baseline.resamples)
-
-
-def change(sample: Sample, baseline: Sample) -> dict[str, float | None]:
-    """Return the difference as results.json holds it; relative is None where the baseline is 0."""
-    value, low, high = difference(sample, baseline).interval()
-    relative = value / baseline.mean if baseline.mean else None
-    return {"value": value, "low": low, "high": high, "relative": relative}
 
 
 def uniform(count: int, classes: int, runs: int, *, seed: int = 0) -> np.ndarray:
@@ -363,50 +294,3 @@ def moved(
             "per_layer_before": old.sum(1).tolist(), "per_layer_after": new.sum(1).tolist(),
         })  # fmt: skip
     return rows
-
-
-def _sample(
-    metric: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
-    truth: np.ndarray,
-    predicted: np.ndarray,
-    classes: int,
-    *,
-    resamples: int = intervals.RESAMPLES,
-    seed: int = 0,
-) -> Sample:
-    """Compute a metric of (drawn, truth, predicted, classes) and its bootstrap distribution."""
-    truth = checks.integers(truth, "truth", axes="[N]")
-    predicted = checks.integers(predicted, "answers")
-    if predicted.ndim != 2 or predicted.shape[1:] != truth.shape or not predicted.size:
-        raise ValueError(f"answers must be int[runs, {len(truth)}], got {predicted.shape}")
-    if truth.min() < 0 or predicted.min() < -1 or max(truth.max(), predicted.max()) >= classes:
-        raise ValueError(f"class ids must lie in 0 to {classes - 1}; -1 is an answer of no class")
-    pictures = intervals.draws(len(truth), resamples=resamples, seed=seed).astype(np.float64)
-    runs = intervals.draws(len(predicted), resamples=resamples, seed=(seed, 1))
-    once = np.ones((1, len(truth)))
-    values = metric(pictures, truth, predicted, classes)
-    return Sample(
-        metric(once, truth, predicted, classes)[0], (values * runs).sum(1) / len(predicted)
-    )
-
-
-def _macro_f1(
-    drawn: np.ndarray, truth: np.ndarray, predicted: np.ndarray, classes: int
-) -> np.ndarray:
-    """Return float64[resamples, R]; `drawn` float64[resamples, N] says how often each counts."""
-    is_class = truth[:, None] == np.arange(classes)  # [N, C]
-    true = drawn @ is_class.astype(np.float64)
-    out = np.empty((len(drawn), len(predicted)))
-    for run, answers in enumerate(predicted):
-        is_answer = answers[:, None] == np.arange(classes)
-        both = true + drawn @ is_answer.astype(np.float64)
-        hits = drawn @ (is_class & is_answer).astype(np.float64)
-        values = np.divide(2 * hits, both, out=np.zeros(both.shape), where=both > 0)
-        out[:, run] = values.sum(1) / np.maximum((both > 0).sum(1), 1)
-    return out
-
-
-def _accuracy(
-    drawn: np.ndarray, truth: np.ndarray, predicted: np.ndarray, classes: int
-) -> np.ndarray:
-    return drawn @ (predicted == truth).T.astype(np.float64) / len(truth)

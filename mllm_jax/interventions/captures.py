@@ -16,7 +16,7 @@ import numpy as np
 
 from mllm_jax import notebook, sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.interventions import reductions
+from mllm_jax.interventions import reductions, site_rules
 from mllm_jax.sites import Address, SiteShape, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import AnyArray, Array, Bool, Int, Shaped
@@ -89,7 +89,7 @@ def mass(target: Target, *, on: Selector, where: Selector = None) -> Capture:
     """Average the attention that the selected queries pay to some keys: float32[L, B, N].
 
     Args:
-      target: `sites.lm.attn.pattern`, or layers and heads of it.
+      target: `sites.lm.attn.pattern` or `sites.vision.attn.pattern`, or layers and heads of it.
       on: The keys; in a row that has none of them the mass is 0.
       where: The queries; a row without any is treated as by `mean`.
     """
@@ -219,32 +219,14 @@ class BoundCapture:
         return jax.tree.map(pick, carried)
 
 
-def _check_tokens_lead(capture: Capture, shapes: dict[str, SiteShape]) -> None:
-    site = capture.address.site
-    if site.token_axis != 1:
-        raise ValueError(
-            f"{capture.form} does not read {site.name}, which is [{site.shape}]; mass reads "
-            "lm.attn.pattern, and keep reads every site"
-        )
-
-
-def _check_pattern(capture: Capture, shapes: dict[str, SiteShape]) -> None:
-    if capture.address.site != sites.lm.attn.pattern:
-        raise ValueError(
-            f"mass does not read {capture.address.site.name}; mass reads lm.attn.pattern"
-        )
+def _check_site(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    address = capture.address
+    site_rules.check_capture(capture.form, address.site, address.units.form == "all")
 
 
 def _check_lens(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    _check_site(capture, shapes)
     site, words = capture.address.site, shapes[sites.logits.name].shape[-1]
-    if site.axes[-1] != "D":
-        raise ValueError(f"a lens reads tensors of the LM's width D; {site.name} is [{site.shape}]")
-    if capture.address.units.form != "all":
-        raise ValueError(f"a lens reads all units of {site.name}: its address is [layers]")
-    if site == sites.lm.norm:
-        raise ValueError(
-            "a lens normalises what it reads, and lm.norm is already normalised: read logits"
-        )
     if capture.form == "lens" and capture.k > words:
         raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
 
@@ -257,10 +239,11 @@ def _accept(capture: Capture, shapes: dict[str, SiteShape]) -> None:
 class Form:
     """A way to reduce the tensor of a site, with everything that other modules must know of it.
 
+    `grammar.CAPTURES` says how text writes the forms that it can express.
+
     Attributes:
       read: The reduction inside the pass, (bound capture, x, lens) -> the result of one layer.
       build: The public function that makes such a capture; None where users have none.
-      options: In text, the parameters of `build` after the site; None where text has no such form.
       check: Raises an error where the form does not read the site, (capture, shapes).
       by: What the rows of a result are: a "row" of the batch; a "token", of which there
         are as many as at the site, on the vision side tile by tile; or the whole "batch".
@@ -271,7 +254,6 @@ class Form:
 
     read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
     build: Callable[..., Capture] | None = None
-    options: tuple[str, ...] | None = None
     check: Callable[[Capture, dict[str, SiteShape]], None] = _accept
     by: Literal["row", "token", "batch"] = "row"
     merges: bool = False
@@ -281,13 +263,11 @@ class Form:
 
 FORMS: dict[str, Form] = {
     "finite": Form(reductions.read_finite, by="batch", needs_a_token=False),
-    "keep": Form(reductions.read_keep, keep, ("where",), by="token"),
-    "mean": Form(reductions.read_mean, mean, ("where",), _check_tokens_lead, needs_every_row=True),
-    "mass": Form(reductions.read_mass, mass, ("on", "where"), _check_pattern, needs_every_row=True),
-    "stats": Form(
-        reductions.read_stats, stats, ("by", "where"), _check_tokens_lead, "batch", merges=True
-    ),
-    "lens": Form(reductions.read_lens, lens, ("k", "by", "where"), _check_lens, "token"),
+    "keep": Form(reductions.read_keep, keep, by="token"),
+    "mean": Form(reductions.read_mean, mean, _check_site, needs_every_row=True),
+    "mass": Form(reductions.read_mass, mass, _check_site, needs_every_row=True),
+    "stats": Form(reductions.read_stats, stats, _check_site, "batch", merges=True),
+    "lens": Form(reductions.read_lens, lens, _check_lens, "token"),
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
 }
 

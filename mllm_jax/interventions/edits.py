@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, sites, tokens
+from mllm_jax.interventions import site_rules
 from mllm_jax.numerics import precision
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
@@ -80,13 +81,7 @@ def _edit(
     **fields,
 ) -> Edits:
     address = Address.of(target)
-    if (kind == "knockout") != (address.site == sites.lm.attn.mask):
-        raise ValueError(f"{kind} does not apply to {address.site}: only lm.attn takes knockout")
-    if kind == "patch" and address.site == sites.lm.attn.pattern:
-        raise ValueError(
-            "patch does not apply to lm.attn.pattern: the keys of two rows do not correspond; "
-            "patch lm.attn.heads"
-        )
+    site_rules.check_edit(kind, address.site)
     return Edits((Edit(kind, address, tokens.of(where), values or {}, **fields),))
 
 
@@ -169,8 +164,9 @@ def knockout(target: Target, *, to: Selector = None, on: Selector = None) -> Edi
     """Hide keys from queries, in the boolean attention mask.
 
     Args:
-      target: `sites.lm.attn`, or layers and heads of it: `sites.lm.attn[10:, [0, 3]]`.
-      to: The queries.
+      target: `sites.lm.attn` or `sites.vision.attn`, or layers and heads of it:
+        `sites.lm.attn[10:, [0, 3]]`.
+      to: The queries. In the vision tower they see the patches of their own tile alone.
       on: The keys that the queries no longer see.
     """
     return _edit("knockout", target, to, on=tokens.of(on))
@@ -229,41 +225,34 @@ def _patch(x, basis=None, *, row, at):
 
 @dataclasses.dataclass(frozen=True)
 class EditKind:
-    """A kind of edit, with everything that binding, text and JSON need to know of it.
+    """A kind of edit, with everything that binding and JSON need to know of it.
+
+    `grammar.EDITS` says how text writes the kinds that it can express.
 
     Attributes:
       build: The public function that makes such an edit.
       apply: The change itself, (x, **values, **along) -> x; None where the edit brings a function.
-      value: In text, the parameter of `build` that takes the value after the site; None for none.
-      options: In text, the further parameters and `steps`; None where text cannot express the kind.
       is_subspace: Whether its values are bases [D, r] instead of values in the shape of the site.
       has_strength: Whether `per_step` applies.
     """
 
     build: Callable[..., Edits]
     apply: Callable | None
-    value: str | None = None
-    options: tuple[str, ...] | None = ("where", "steps")
     is_subspace: bool = False
     has_strength: bool = True
 
 
 KINDS: dict[str, EditKind] = {
     "ablate": EditKind(ablate, lambda x: jnp.zeros_like(x)),
-    "scale": EditKind(scale, lambda x, value: x * value, value="by"),
-    "add": EditKind(add, lambda x, value: x + value, value="value"),
-    "replace": EditKind(replace, lambda x, value: jnp.broadcast_to(value, x.shape), value="value"),
-    "project_out": EditKind(project_out, _project_out, value="basis", is_subspace=True),
-    "patch": EditKind(
-        patch, _patch, options=("source", "into", "basis", "where", "steps"), is_subspace=True
-    ),
+    "scale": EditKind(scale, lambda x, value: x * value),
+    "add": EditKind(add, lambda x, value: x + value),
+    "replace": EditKind(replace, lambda x, value: jnp.broadcast_to(value, x.shape)),
+    "project_out": EditKind(project_out, _project_out, is_subspace=True),
+    "patch": EditKind(patch, _patch, is_subspace=True),
     "knockout": EditKind(
-        knockout,
-        lambda x, *, hidden: x & ~hidden[:, None, None, :],
-        options=("to", "on"),
-        has_strength=False,
+        knockout, lambda x, *, hidden: x & ~hidden[:, None, None, :], has_strength=False
     ),
-    "call": EditKind(call, None, options=None),
+    "call": EditKind(call, None),
 }
 
 

@@ -5,8 +5,8 @@
 
 Edits are chained by `>>`. Each is written as its kind, its site with an address, a value if the
 kind takes one, and `name=value` options. Captures have names and are separated by `;`. Each is
-written as its form, its site with an address, and options. `edits.KINDS` and `captures.FORMS`
-register the values and options that the tables below list.
+written as its form, its site with an address, and options. `grammar.EDITS` and
+`grammar.CAPTURES` register the values and options that the tables below list.
 
 An address is written as in Python, except that a list is `1+5+9` (`1+` for one entry) or a file.
 Layers and neurons mean these neurons in each of these layers; pairs of one layer and one neuron
@@ -34,28 +34,23 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
 import json
 import operator
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mllm_jax import sites, tokens
-from mllm_jax.interventions.captures import FORMS, Capture, Form
-from mllm_jax.interventions.edits import KINDS, Edit, EditKind, Edits, per_step
+from mllm_jax.interventions import grammar
+from mllm_jax.interventions.captures import FORMS, Capture
+from mllm_jax.interventions.edits import KINDS, Edit, Edits, per_step
 from mllm_jax.typing import ArrayLike
 
-# The kinds and forms that text can express.
-EDITS = {name: kind for name, kind in KINDS.items() if kind.options is not None}
-CAPTURES = {name: form for name, form in FORMS.items() if form.options is not None}
-_PAIRS = r"\(-?\d+,-?\d+\)(\+\(-?\d+,-?\d+\))*\+?"
-_ITEM = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
+_JOINS = {"or": operator.or_, "and": operator.and_}
 
 
 def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
@@ -69,142 +64,77 @@ def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
       ValueError: A part is not understood; the message says which, and what is expected.
     """
     chain = Edits()
-    for number, part in enumerate(text.split(">>"), 1):
-        with _error_prefix(f"edit {number}, '{part.strip()}'"):
-            chain = chain >> _edit(part.split(), pathlib.Path(root))
+    for item in grammar.parse(text, root):
+        with grammar.located(item.place):
+            chain = chain >> _edit(item)
     return chain
 
 
 def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Capture]:
     """Parse captures, separated by `;`, by name; arguments and errors as `parse`."""
     captures: dict[str, Capture] = {}
-    for part in text.split(";"):
-        with _error_prefix(f"capture '{part.strip()}'"):
-            name, _, rest = (piece.strip() for piece in part.partition("="))
-            if not name.isidentifier():
-                raise ValueError(
-                    f"a capture begins with its name: fire=stats lm.mlp.act, not '{name}'"
-                )
-            if name in captures:
-                raise ValueError(f"there is already a capture '{name}'")
-            captures[name] = _capture(rest.split(), pathlib.Path(root))
+    for name, item in grammar.parse_captures(text, root).items():
+        with grammar.located(item.place):
+            build = FORMS[item.kind].build
+            assert build is not None, f"text has the form {item.kind}, so it has a function"
+            captures[name] = build(_address(item), **_options(item.options))
     return captures
 
 
-@contextlib.contextmanager
-def _error_prefix(place: str) -> Iterator[None]:
-    """Turn errors inside into a ValueError that begins with the place in the text."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(f"{place}: {reason}") from error
-
-
-def _edit(words: list[str], root: pathlib.Path) -> Edits:
-    name, target, values, options = _words(words, "an edit", EDITS)
-    kind, arguments = EDITS[name], _options(options, root)
-    if kind.value is not None:
-        if len(values) != 1:
-            raise ValueError(f"{name} takes one value, such as 2.0 or @file.npy*0.5")
-        arguments[kind.value] = _value(values[0], root)
-    elif values:
-        raise ValueError(f"{name} takes no value, got {' '.join(values)}")
+def _edit(item: grammar.Item) -> Edits:
+    arguments = _options(item.options)
     steps = arguments.pop("steps", None)
-    edit = kind.build(_address(target, root), **arguments)
+    if (name := grammar.EDITS[item.kind].value) is not None:
+        arguments[name] = _value(item.value)
+    edit = KINDS[item.kind].build(_address(item), **arguments)
     return edit if steps is None else per_step(edit, steps)
 
 
-def _capture(words: list[str], root: pathlib.Path) -> Capture:
-    name, target, values, options = _words(words, "a capture", CAPTURES)
-    if values:
-        raise ValueError(f"{name} takes no value, got {' '.join(values)}")
-    build = CAPTURES[name].build
-    assert build is not None, f"{name} has options, so it has a function"
-    return build(_address(target, root), **_options(options, root))
-
-
-def _words(
-    words: list[str], what: str, known: Mapping[str, EditKind | Form]
-) -> tuple[str, str, list[str], dict[str, str]]:
-    """Return the kind, the target, the values and the options of one edit or capture."""
-    if not words or words[0] not in known:
-        raise ValueError(f"{what} begins with one of {', '.join(known)}")
-    kind, target, *rest = words if len(words) > 1 else [*words, ""]
-    options: dict[str, str] = dict(word.split("=", 1) for word in rest if "=" in word)  # type: ignore[misc]
-    allowed = known[kind].options or ()
-    for name in options:
-        if name not in allowed:
-            raise ValueError(f"{kind} has no option '{name}'; it has: {', '.join(allowed)}")
-    return kind, target, [word for word in rest if "=" not in word], options
-
-
-def _options(options: dict[str, str], root: pathlib.Path) -> dict[str, Any]:
-    parsers: dict[str, Callable[[str, pathlib.Path], Any]] = {
-        "where": _where, "to": _where, "on": _where,
-        "source": _index, "into": _index, "basis": _value, "steps": _value,
-        "by": lambda text, _: tokens.kind if text == "kind" else tuple(text.split(",")),
-        "k": lambda text, _: int(text),
+def _options(options: Mapping[str, grammar.Option]) -> dict[str, Any]:
+    builders: dict[str, Callable[[Any], Any]] = {
+        "where": _where, "to": _where, "on": _where, "source": _index, "into": _index,
+        "basis": _value, "steps": _value,
     }  # fmt: skip
-    return {name: parsers[name](text, root) for name, text in options.items()}
+    return {name: builders.get(name, lambda x: x)(value) for name, value in options.items()}
 
 
-def _address(text: str, root: pathlib.Path) -> sites.Address:
-    match = _ITEM.match(text)
-    if not match:
-        raise ValueError(f"'{text}' is not a site with an address, such as lm.mlp.act[12,0:8]")
-    name = match["site"]
-    site = sites.lm.attn.mask if name == "lm.attn" else sites.get(name)
-    if match["at"] is None:
-        return sites.Address.of(site)
-    if re.fullmatch(_PAIRS, match["at"]):
-        return site[np.array(re.findall(r"-?\d+", match["at"]), np.int32).reshape(-1, 2)]
-    parts = tuple(_index(part.strip(), root) for part in match["at"].split(","))
+def _address(item: grammar.Item) -> sites.Address:
+    if item.at is None:
+        return sites.Address.of(item.site)
+    if isinstance(item.at, list):
+        return item.site[np.array(item.at, np.int32)]
+    parts = tuple(map(_index, item.at))
     lists = len(parts) == 2 and all(isinstance(p, np.ndarray) and p.dtype != bool for p in parts)
-    return site[np.ix_(*parts) if lists else parts]
+    return item.site[np.ix_(*parts) if lists else parts]
 
 
-def _index(text: str, root: pathlib.Path) -> int | slice | np.ndarray:
-    if text.startswith("@"):
-        return np.asarray(_file(text[1:], root))
-    if text in ("", ":"):
-        return slice(None)
-    if ":" in text:
-        return slice(*(int(part) if part else None for part in text.split(":")))
-    if "+" in text:
-        return np.array([int(part) for part in text.split("+") if part])
-    return int(text)
+def _index(index: grammar.Index) -> int | slice | np.ndarray:
+    if isinstance(index, grammar.File):
+        return np.asarray(_file(index))
+    return np.array(index) if isinstance(index, list) else index
 
 
-def _value(text: str, root: pathlib.Path) -> np.float32 | np.ndarray:
-    if not text.startswith("@"):
-        numbers = np.array([float(part) for part in text.split(",")], np.float32)
-        return numbers if "," in text else numbers[0]
-    file, _, factor = text[1:].partition("*")
-    return np.asarray(_file(file, root), np.float32) * np.float32(factor or 1)
+def _value(value: grammar.Value | None) -> np.float32 | np.ndarray:
+    if isinstance(value, grammar.File):
+        return np.asarray(_file(value), np.float32) * np.float32(value.factor)
+    return np.array(value, np.float32) if isinstance(value, list) else np.float32(value)
 
 
-def _file(name: str, root: pathlib.Path) -> Any:
-    path = root / name
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    raise ValueError(f"'{name}' is neither .npy nor .json")
+def _file(file: grammar.File) -> Any:
+    if file.path.suffix == ".npy":
+        return np.load(file.path, allow_pickle=False)
+    return json.loads(file.path.read_text())
 
 
-def _where(text: str, root: pathlib.Path) -> tokens.Where:
-    for sign, join in (("|", operator.or_), ("&", operator.and_)):
-        if sign in text:
-            return functools.reduce(join, (_where(part, root) for part in text.split(sign)))
-    if text.startswith("~"):
-        return ~_where(text[1:], root)
-    if text.startswith("@"):
-        return tokens.mask(np.asarray(_file(text[1:], root), bool))
-    call = re.match(r"(row|column|tile)\((\d+)\)$", text)
-    if call:
-        return getattr(tokens, call[1])(int(call[2]))
-    return tokens.of(text)
+def _where(selector: grammar.Tokens | grammar.File) -> tokens.Where:
+    if isinstance(selector, grammar.File):
+        return tokens.mask(np.asarray(_file(selector), bool))
+    name, parts = selector.name, selector.parts
+    if name in _JOINS:
+        return functools.reduce(_JOINS[name], map(_where, parts))
+    if name == "not":
+        return ~_where(parts[0])
+    return getattr(tokens, name)(*parts) if parts else tokens.of(name)
 
 
 def to_json(items: Edits | dict[str, Capture]) -> list[Any] | dict[str, Any]:

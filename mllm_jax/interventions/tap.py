@@ -20,10 +20,9 @@ from mllm_jax import sites
 from mllm_jax.interventions import receipts
 from mllm_jax.interventions.captures import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
-from mllm_jax.interventions.reductions import expand_tokens
+from mllm_jax.interventions.layer_tap import LayerTap
 from mllm_jax.numerics import indexing
-from mllm_jax.sharding import mesh
-from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
+from mllm_jax.typing import AnyArray, Array, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -95,101 +94,6 @@ class Taps:
         return tuple(
             receipts.Receipt(edit.label, *self.receipts[i]) for i, edit in enumerate(self.edits)
         )
-
-
-@dataclasses.dataclass
-class Tap:
-    """The taps of one layer while it is traced.
-
-    Attributes:
-      taps: The taps of the whole pass.
-      lens: A function from the module's residual to logits.
-      layers: How many layers the module has.
-      edits: The edits of this layer, by number.
-      captures: The captures of this layer, by name.
-      receipts: The measurements of the edits, by number.
-      captured: The results of the captures, by name.
-    """
-
-    taps: Taps
-    lens: Callable | None
-    layers: int
-    edits: dict[int, BoundEdit]
-    captures: dict[str, BoundCapture]
-    receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
-    captured: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
-        """Return whether no edit or capture needs this tensor, so that it may stay fused."""
-        self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
-        items: list[BoundEdit | BoundCapture] = [*self.edits.values(), *self.captures.values()]
-        return not any(item.site == site for item in items)
-
-    def __call__(self, site: sites.Site, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
-        """Return the tensor of a site with its edits applied, and read its captures."""
-        self.taps.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
-        x = mesh.constrain(x, site.axes)
-        for number, edit in self.edits.items():
-            if edit.site == site:
-                x = self._edit(number, edit, x)
-        for name, capture in self.captures.items():
-            if capture.site == site:
-                self.captured[name] = self._read(capture, x)
-        return x
-
-    def _edit(self, number: int, edit: BoundEdit, x: jax.Array) -> jax.Array:
-        rank, units, axis = x.ndim, edit.site.unit_axis, edit.site.token_axis
-        length = x.shape[axis]
-        where = self._window(edit.tokens, 1, length)
-        if "at" in edit.along:  # only what this pass computes can be read
-            read = self._window_along("at", edit.along["at"], x, axis)
-            where = where & (read >= 0) & (read < length)
-        mask = expand_tokens(where, axis, rank)
-        mask = mask & edit.units.reshape(*(1,) * units, -1, *(1,) * (rank - units - 1))
-        values = {
-            name: self._window(value, axis, length) if value.ndim == rank else value
-            for name, value in edit.values.items()
-        }
-        along = {
-            name: self._window_along(name, array, x, axis) for name, array in edit.along.items()
-        }
-        y = dataclasses.replace(edit, values=values, along=along).apply(x, mask)
-        self.receipts[number] = receipts.measure(x, y, mask, (0, axis))
-        return y
-
-    def _read(self, capture: BoundCapture, x: jax.Array) -> Any:
-        length = x.shape[capture.site.token_axis]
-        capture = dataclasses.replace(
-            capture,
-            tokens=self._window(capture.tokens, 1, length),
-            kind=self._window(capture.kind, 1, length),
-        )
-        if capture.slots is None:
-            return capture.read(x, self.lens)
-        shape = jax.eval_shape(lambda: capture.read(x, self.lens))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-        is_captured = capture.slots < capture.count
-        return jax.lax.cond(is_captured, lambda: capture.read(x, self.lens), lambda: zeros)
-
-    def _window_along(self, name: str, array: AnyArray, x: jax.Array, axis: int) -> AnyArray:
-        """Return the part of an array of `BoundEdit.along` that this pass computes."""
-        if name == "hidden":
-            return self._keys(array, x)
-        array = self._window(array, 1, x.shape[axis])
-        if name == "strength":
-            return expand_tokens(array, axis, x.ndim)
-        return array - self.taps.at if name == "at" else array
-
-    def _keys(self, array: AnyArray, mask: Bool[Array, "B N T S"]) -> Array:
-        """Return the part of an array over all tokens that belongs to the keys of a mask."""
-        *_, T, S = mask.shape
-        return jnp.concatenate([array[:, : S - T], self._window(array, 1, T)], 1)
-
-    def _window(self, array: AnyArray, axis: int, length: int) -> AnyArray:
-        """Return the part of an array over all tokens that this pass computes."""
-        if array.shape[axis] in (1, length):
-            return array
-        return jax.lax.dynamic_slice_in_dim(array, self.taps.at, length, axis)
 
 
 class ModuleTap:
@@ -347,8 +251,8 @@ class ModuleTap:
             self.taps.captured |= stacked[1] | _finish(kept, captures)
         return x
 
-    def _tap(self, layers: int, edits: dict, captures: dict) -> Tap:
-        return Tap(self.taps, self.lens, layers, edits, captures)
+    def _tap(self, layers: int, edits: dict, captures: dict) -> LayerTap:
+        return LayerTap(self.taps.shapes, self.taps.at, self.lens, layers, edits, captures)
 
     def _empty_slots(self, step, layers, x, extra, edits, captures, count):
         """Return zeros for the captures that are carried, whose shapes are found abstractly."""

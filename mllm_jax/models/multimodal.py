@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class MultimodalConfig(abc.ABC):
       image_token: the id of an image token in the text.
       pinpoints: the resolutions (height, width) at which an image may be cut into tiles; empty
         where each image is one square.
+      attends_forward: which tokens attend to each other whatever their order: those of a picture,
+        those of the prompt, or none.
     """
 
     vision: ClipConfig | EvaConfig
@@ -43,6 +45,7 @@ class MultimodalConfig(abc.ABC):
     lm: DecoderConfig
     image_token: int = 32000
     pinpoints: ClassVar[tuple[Size, ...]] = ()
+    attends_forward: ClassVar[Literal["none", "picture", "prompt"]] = "none"
 
     @property
     @abc.abstractmethod
@@ -139,10 +142,10 @@ class MultimodalModel(nnx.Module):
 
         A traced batch is returned as it is: the number of tiles must be known.
         """
-        readers = self.config.readers(batch)
-        if isinstance(readers, jax.core.Tracer):
+        known = self.config.readers(batch)
+        if isinstance(known, jax.core.Tracer):
             return batch
-        readers = np.asarray(readers)
+        readers = np.asarray(known)
         if (readers.sum(0) <= 1).all():
             return batch
         rows, size = len(readers), int(np.max(batch.tile)) + 1  # places for tiles in each row

@@ -17,15 +17,15 @@ from mllm_jax.report import style
 
 def name_cells(ax: Axes, names: Sequence[str]) -> None:
     """Label rows and columns of a matrix with the same names."""
-    places = range(len(names))
-    ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(places, names)
+    ticks = range(len(names))
+    ax.set_xticks(ticks, names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(ticks, names)
     ax.tick_params(length=0, colors=style.INK)
     ax.spines[:].set_visible(False)
 
 
 def draw_curves(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str]) -> None:
-    """Draw a mean by layer with its interval, one curve for each name."""
+    """Draw means by layer with their intervals, a curve for each name."""
     for name, curve in curves.items():
         layers = np.arange(len(curve["mean"]))
         ax.fill_between(
@@ -38,13 +38,13 @@ def draw_curves(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str])
 
 
 def label_ends(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str]) -> None:
-    """Each curve's name at its right end."""
+    """Write the name of each curve at its right end."""
     ends = {name: curve["mean"][-1] for name, curve in curves.items()}
     low, high = ax.get_ylim()
-    places = _separate(list(ends.values()), (high - low) * 0.055)
-    for (name, end), place in zip(ends.items(), places, strict=True):
+    heights = _separate(list(ends.values()), (high - low) * 0.055)
+    for (name, end), height in zip(ends.items(), heights, strict=True):
         ax.annotate(
-            name, (1, end), (1.03, place), xycoords=ax.get_yaxis_transform(),
+            name, (1, end), (1.03, height), xycoords=ax.get_yaxis_transform(),
             textcoords=ax.get_yaxis_transform(), color=style.darken(hue[name]), va="center",
             fontsize=8.5, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": hue[name], "linewidth": 0.6, "shrinkA": 1,
@@ -59,17 +59,17 @@ def token_map(
     entropy: np.ndarray,
     titles: Sequence[str],
 ) -> Figure:
-    """A picture, and what a lens reads from each of its image tokens.
+    """Draw a picture, and the word and entropy of a lens at each of its image tokens.
 
     Args:
         picture: uint8[height, width, 3].
         words: [panels][rows][columns], the most likely word of each token.
-        entropy: float[panels, rows, columns], nats.
-        titles: one a panel.
+        entropy: float[panels, rows, columns], in nats.
+        titles: the title of each panel.
     """
     entropy = np.asarray(entropy, np.float64)
-    side = 0.46 * entropy.shape[2]  # inches; a word needs about half of one
-    side = max(3.0, side) if side < 12 else 4.5  # so many have no room for words
+    side = 0.46 * entropy.shape[2]  # inches; a word needs about 0.46 of them
+    side = max(3.0, side) if side < 12 else 4.5  # a larger grid has no room for words
     panels = 1 + len(words)
     columns = panels if side * panels <= 13 else min(2, panels)
     rows = -(-panels // columns)
@@ -99,59 +99,69 @@ def token_panel(
     bounds: tuple[float, float],
     side: float,
 ) -> AxesImage:
-    """Words over a pale picture; the surer the lens, the deeper the colour. side: inches."""
+    """Draw words and entropies on a faded picture; the lower an entropy, the deeper its colour.
+
+    Args:
+        ax: the axes to draw on.
+        picture: uint8[height, width, 3].
+        words: [rows][columns], the most likely word of each token.
+        entropy: float[rows, columns], in nats.
+        bounds: the entropies at the ends of the colour scale.
+        side: the width of the panel in inches.
+    """
     height, width = picture.shape[:2]
     rows, columns = entropy.shape
-    pale = (picture.mean(axis=2) + 120) / 390
+    faded = (picture.mean(axis=2) + 120) / 390
     extent = (0, width, height, 0)
-    ax.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=extent)
+    ax.imshow(faded, cmap="gray", vmin=0, vmax=1, extent=extent)
     image = ax.imshow(
         entropy, cmap="YlGnBu_r", vmin=bounds[0], vmax=bounds[1], alpha=0.62, extent=extent,
         interpolation="nearest",
     )  # fmt: skip
-    if side / columns >= 0.36:  # smaller cells cannot hold a word that can be read
-        _words(ax, words, entropy, image, pale, 72 * side / columns * 0.9)
+    if side / columns >= 0.36:  # words in smaller cells would be illegible
+        _write_words(ax, words, entropy, image, faded, 72 * side / columns * 0.9)
     ax.vlines(np.arange(1, columns) * width / columns, 0, height, "white", linewidth=0.7)
     ax.hlines(np.arange(1, rows) * height / rows, 0, width, "white", linewidth=0.7)
     ax.set(xlim=(0, width), ylim=(height, 0))
     return image
 
 
-def _words(
+def _write_words(
     ax: Axes,
     words: Sequence[Sequence[str]],
     entropy: np.ndarray,
     image: AxesImage,
-    pale: np.ndarray,
-    across: float,
+    faded: np.ndarray,
+    width_in_points: float,
 ) -> None:
-    """A word in each cell, black or white as its ground asks; across: points it may take."""
+    """Write a word in each cell, in black or white by the brightness of its background."""
     rows, columns = entropy.shape
-    height, width = pale.shape
-    longest = max(4, int(across / (0.62 * 5.6)))
+    height, width = faded.shape
+    longest = max(4, int(width_in_points / (0.62 * 5.6)))
     for (row, column), value in np.ndenumerate(entropy):
         word = printable(words[row][column], longest)
-        cell = pale[
+        cell = faded[
             row * height // rows : -(-(row + 1) * height // rows),
             column * width // columns : -(-(column + 1) * width // columns),
         ]
-        ground = 0.62 * np.array(image.cmap(image.norm(value))[:3]) + 0.38 * cell.mean()
+        background = 0.62 * np.array(image.cmap(image.norm(value))[:3]) + 0.38 * cell.mean()
         ax.text(
             (column + 0.5) * width / columns, (row + 0.5) * height / rows, word,
-            ha="center", va="center", color=style.ink_on(ground), in_layout=False,
-            fontsize=min(8, across / (0.62 * len(word))),
+            ha="center", va="center", color=style.text_colour_on(background), in_layout=False,
+            fontsize=min(8, width_in_points / (0.62 * len(word))),
         )  # fmt: skip
 
 
 def printable(word: str, longest: int = 10) -> str:
-    """A token as a figure can show it: no outer spaces, cut if long, ▯ for what has no glyph."""
+    """Return a token as text for a figure: stripped, cut if long, with ▯ for missing glyphs."""
     word = word.replace("\n", "↵").replace("\t", "⇥").strip(" ▁Ġ") or "␣"
-    word = "".join(sign if ord(sign) in _glyphs() else "▯" for sign in word)
+    word = "".join(letter if ord(letter) in _glyphs() else "▯" for letter in word)
     return word if len(word) <= longest else word[: longest - 1] + "…"
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
+    """Return the code points that the font of all figures has."""
     font = matplotlib.font_manager.findfont(style.STYLE["font.family"])
     return frozenset(FT2Font(font).get_charmap())
 
@@ -161,15 +171,15 @@ def overlap(
     jaccard: Mapping[str, np.ndarray],
     domains_per_neuron: Mapping[str, Sequence[int]],
     domains: Sequence[str],
-    members: str = "domains that a neuron belongs to",
+    members: str = "domains of a neuron",
 ) -> Figure:
-    """How far domains share neurons: pairs above, number of domains a neuron has below.
+    """Draw the neurons that pairs of domains share, and the number of domains of each neuron.
 
     Args:
-        jaccard: {module: float[D_, D_]}.
-        domains_per_neuron: {module: int[D_ + 1]}, neurons with 0, 1, ... domains.
-        domains: names of rows and columns.
-        members: what is counted below; with selectors in place of domains, selectors.
+        jaccard: {module: float[D_, D_]}, the Jaccard indices of pairs.
+        domains_per_neuron: {module: int[D_ + 1]}, the numbers of neurons with 0, 1, ... domains.
+        domains: the names of rows and columns.
+        members: the label of the lower panels, for something other than domains.
     """
     figure = Figure(figsize=(1.6 + 3.1 * len(jaccard), 5.0))
     grid = figure.subplots(2, len(jaccard), squeeze=False, height_ratios=[3, 1.6])
@@ -184,7 +194,7 @@ def overlap(
             if not np.isnan(value):
                 above.text(
                     col, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
-                    color=style.ink_on(image.cmap(image.norm(value))),
+                    color=style.text_colour_on(image.cmap(image.norm(value))),
                 )  # fmt: skip
         name_cells(above, domains[:-1])
         above.set_yticks(range(len(domains) - 1), domains[1:] if column == 0 else [])
@@ -203,10 +213,10 @@ def overlap(
 
 @style.styled
 def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Accuracy of each domain with its interval, and chance.
+    """Draw the accuracy of each domain with its interval, and the accuracy of a guess.
 
     Args:
-        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance None for no such.
+        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance may be None.
     """
     hue = style.palette(list(baseline))
     figure = Figure(figsize=(11, 0.4 * len(baseline) + 0.75))
@@ -241,18 +251,17 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _separate(values: Sequence[float], gap: float) -> list[float]:
-    """Places as near to the values as keeps neighbours a gap apart."""
+    """Return the positions nearest to the values at which neighbours are a gap apart."""
     order = np.argsort(values, kind="stable")
     offset = gap * np.arange(len(values))
     target = np.asarray(values, np.float64)[order] - offset
-    # pool neighbours that would overlap (isotonic regression), then put the gaps back
+    # Pool neighbours that would overlap (isotonic regression), then add the gaps again.
     blocks: list[list[float]] = []
     for value in target:
         blocks.append([value])
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
             last = blocks.pop()
             blocks[-1] += last
-    placed = np.concatenate([[np.mean(block)] * len(block) for block in blocks]) + offset
-    places = np.empty(len(values))
-    places[order] = placed
-    return places.tolist()
+    positions = np.empty(len(values))
+    positions[order] = np.concatenate([[np.mean(b)] * len(b) for b in blocks]) + offset
+    return positions.tolist()

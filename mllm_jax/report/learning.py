@@ -1,4 +1,4 @@
-"""The section of a page about training: the loss of every step."""
+"""The section of a page on training: the loss of each step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Sect
     )  # fmt: skip
     return page.Section(
         title="Training",
-        reading="The loss of every step.",
+        reading="The loss of each training step.",
         figures=[page.Figure("figures/loss.png", "Loss by step")],
         data=[("loss.csv", "tables/loss.csv")],
     )

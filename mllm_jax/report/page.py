@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mllm_jax import store
 
-RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))  # of every study
-# Controls that reorder the text around them: embeddings, overrides, isolates.
+# Files that every study writes, as (name, path).
+RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))
+# Control characters that reorder the text around them: embeddings, overrides, isolates.
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"  # before a number; in place of one
+MINUS = "\N{MINUS SIGN}"  # of negative numbers, as wide as a plus sign
+DASH = "\N{EN DASH}"  # in place of a number that was not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Figure:
     """An image file beside the page.
 
     Attributes:
-        path: relative to the page.
-        alt: what it shows, for those who cannot see it.
-        caption: below it.
-        width: on the page, in CSS pixels; by default, the width of the image.
+        path: the path relative to the page.
+        alt: the text for readers who cannot see the image.
+        caption: the text below the image.
+        width: the width on the page in CSS pixels; by default the width of the image.
     """
 
     path: str
@@ -40,7 +43,12 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as they are to be read. Columns of numbers are aligned right."""
+    """A table of formatted cells. Columns of numbers are aligned right.
+
+    Attributes:
+        columns: the names of the columns.
+        rows: the cells of each row.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -48,15 +56,15 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One finding.
+    """One result of a study.
 
     Attributes:
         title: a few words.
-        reading: one sentence that says what the figure shows.
-        figures: in order.
+        reading: one sentence on what the figures show.
+        figures: the figures, in order.
         table: the main numbers.
-        data: names and paths of the files that hold all numbers.
-        note: how it was measured.
+        data: (name, path) of the files with all numbers.
+        note: how the numbers were measured.
     """
 
     title: str
@@ -69,15 +77,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A whole study.
+    """The page of a study.
 
     Attributes:
-        title: of the page.
-        lead: what was asked, in a sentence or two.
-        facts: (number, what it counts), for the row under the title.
-        figure: the study in one picture.
-        sections: in order.
-        data: names and paths of the files of the whole study.
+        title: the title of the page.
+        lead: the question of the study, in a sentence or two.
+        facts: (number, label) of the row below the title.
+        figure: a summary of the study in one figure.
+        sections: the results, in order.
+        data: (name, path) of the files of the study.
     """
 
     title: str
@@ -88,26 +96,26 @@ class Page:
     data: Sequence[tuple[str, str]] = ()
 
 
-def edited(results: Mapping) -> str:
-    """The model of a study, and what was changed in it throughout."""
+def model_name(results: Mapping[str, Any]) -> str:
+    """Return the name of the model of a study, and the edits of all its passes."""
     edits = results.get("edits")
     return (
         f"{results['model']}, edited by \u201c{edits['text']}\u201d," if edits else results["model"]
     )
 
 
-def number(value: float) -> str:
-    """Two decimals, with a sign that is as wide as a digit; a dash for what was not measured."""
+def signed(value: float) -> str:
+    """Return a number with its sign and two decimals; a dash for NaN, which was not measured."""
     return DASH if math.isnan(value) else f"{value:+.2f}".replace("-", MINUS)
 
 
-def write(path: str | os.PathLike, page: Page) -> None:
-    """Writes the page as one HTML file, atomically."""
+def write(path: str | pathlib.Path, page: Page) -> None:
+    """Write a page as one HTML file, atomically."""
     store.write(path, render(page))
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """Return a page as HTML."""
     facts = "".join(
         f"<div><dt>{_text(label)}</dt><dd>{_text(number)}</dd></div>"
         for number, label in page.facts
@@ -197,7 +205,7 @@ def _text(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text whose order of letters is that of its words: what would turn what follows is shown."""
+    """Replace the control characters that would reorder the text after them."""
     return BIDI.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -1,18 +1,17 @@
-"""What the sections of a page are made of: figures and tables as files, numbers as text."""
+"""Parts of the sections of a page: files of figures and tables, and numbers as text."""
 
 from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from mllm_jax.report import page, style, tables
 
-FORMAT = 1  # version of results.json; raised when keys change
-NAMES = {
+MODULE_TITLES = {
     "vision": "Vision encoder",
     "qformer": "Q-Former, text",
     "query": "Q-Former, queries",
@@ -22,53 +21,44 @@ NAMES = {
 }
 
 
-def require(results: Mapping, keys: Sequence[str], study: str) -> None:
-    """Refuse the results of a study that lack some of its keys, or have another format."""
-    if missing := [key for key in keys if key not in results]:
-        raise ValueError(f"results of {study} lack {', '.join(missing)}; run the study again")
-    if results.get("format") != FORMAT:
-        raise ValueError(
-            f"results of {study} have format {results.get('format')}, and this version reads "
-            f"{FORMAT}; run the study again"
-        )
-
-
-def png(
+def write_png(
     folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
 ) -> page.Figure:
-    """Writes figures/NAME.png."""
+    """Write `figures/NAME.png` and return its entry on the page."""
     path = f"figures/{name}.png"
     style.save(figure, folder / path)
     return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
 
 
-def csv(
+def write_csv(
     folder: pathlib.Path, name: str, columns: Sequence[str], rows: Iterable[Sequence]
 ) -> tuple[str, str]:
-    """Writes tables/NAME.csv."""
+    """Write `tables/NAME.csv` and return its name and path."""
     path = f"tables/{name}.csv"
     tables.write(folder / path, columns, rows)
     return f"{name}.csv", path
 
 
-def name(module: str) -> str:
-    """A module, or several joined by +, as a title has it."""
-    return NAMES.get(module) or " + ".join(NAMES.get(part, part) for part in module.split("+"))
+def title(module: str) -> str:
+    """Return the title of a module, or of several joined by +."""
+    return MODULE_TITLES.get(module) or " + ".join(
+        MODULE_TITLES.get(part, part) for part in module.split("+")
+    )
 
 
-def listed(words: Sequence[str]) -> str:
-    """Join words by commas and a last 'and'."""
+def join_words(words: Sequence[str]) -> str:
+    """Join words by commas, and the last one by 'and'."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def percent(share: float) -> str:
-    """Return a share in per cent as text."""
+    """Return a share as a percentage."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def points(differences: np.ndarray) -> str:
-    """Mean difference of accuracy in percentage points; a dash where nothing was measured."""
+    """Return the mean difference of accuracies in percentage points; a dash for none."""
     differences = differences[~np.isnan(differences)]
     return (
         f"{100 * differences.mean():+.1f}".replace("-", page.MINUS)
@@ -77,7 +67,7 @@ def points(differences: np.ndarray) -> str:
     )
 
 
-def small(value: float) -> str:
-    """Two digits, never an exponent."""
+def two_digits(value: float) -> str:
+    """Return a number with two significant digits and no exponent."""
     decimals = 1 - math.floor(math.log10(value)) if value else 0
     return f"{value:.{max(decimals, 0)}f}"

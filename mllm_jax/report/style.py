@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from mllm_jax import store
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
 INK, GREY, FAINT = "#222222", "#7A7A7A", "#E4E4E4"
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "figure.facecolor": "white",
     "figure.dpi": 160,
     "savefig.dpi": 160,
@@ -52,47 +53,49 @@ STYLE = {
 }
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure as PNG, atomically and without a date."""
+def save(figure: Figure, path: str | pathlib.Path) -> None:
+    """Write a figure as PNG, atomically and without a date."""
     png = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, format="png", metadata={"Software": None})
     store.write(path, png.getvalue())
 
 
-def styled(draw):
-    """Draws in the common style, on a canvas of its own and without global state."""
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function draw in the common style, on its own canvas and without global state."""
 
     @functools.wraps(draw)
-    def figure_of(*args, **kwargs) -> Figure:
+    def draw_styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
             figure = draw(*args, **kwargs)
             FigureCanvasAgg(figure)
             return figure
 
-    return figure_of
+    return draw_styled
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name: the fixed ones first, then as many as it takes from viridis."""
-    more = len(names) - len(PALETTE)
-    if more > 0:
-        spare = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-        return {name: colors.to_hex(c) for name, c in zip(names, spare, strict=True)}
+    """Return a colour for each name: those of PALETTE, or of viridis for more names than it has."""
+    if len(names) > len(PALETTE):
+        gradient = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+        return {name: colors.to_hex(c) for name, c in zip(names, gradient, strict=True)}
     return dict(zip(names, PALETTE, strict=False))
 
 
-def halo() -> list:
-    """Return the white outline of text on a picture."""
+def halo() -> list[patheffects.AbstractPathEffect]:
+    """Return the white outline of text on an image."""
     return [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def darken(colour: str) -> np.ndarray:
-    """The colour, dark enough to read as text on white."""
+    """Return a colour that is dark enough for text on white."""
     return np.array(colors.to_rgb(colour)) * 0.78
 
 
-def ink_on(colour) -> str:
-    """Black or white, whichever reads better on the colour."""
-    luminance = np.dot(colors.to_rgb(colour), [0.2126, 0.7152, 0.0722])
+def text_colour_on(background: Any) -> str:
+    """Return black or white, whichever has the higher contrast on a background colour."""
+    luminance = np.dot(colors.to_rgb(background), [0.2126, 0.7152, 0.0722])
     return INK if luminance > 0.5 else "white"

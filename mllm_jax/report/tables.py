@@ -1,42 +1,43 @@
-"""Tables: as CSV, with floats written so that they read back exactly, and as Markdown."""
+"""Tables as CSV, whose floats read back exactly, and as Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
 import numbers
-import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 from mllm_jax import store
 
+# Characters at which a spreadsheet begins to read a formula.
 FORMULAS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
             "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
 
 
-def write(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes one table atomically.
+def write(path: str | pathlib.Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a table as CSV, atomically.
 
-    A text that a spreadsheet would run as a formula, such as "=1+1", gets an apostrophe before it;
-    numbers stay as they are, also negative ones, and texts of numbers.
+    An apostrophe is added before text that a spreadsheet would evaluate as a formula, such as
+    "=1+1". Numbers and their text are unchanged, negative ones as well.
 
     Args:
         path: the CSV file.
-        columns: names, for the first line.
-        rows: one value a column each; None becomes an empty field.
+        columns: the names of the columns.
+        rows: one value for each column; None becomes an empty field.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_inert, columns))
+    writer.writerow(map(_escape_formula, columns))
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(f"{path}: a row of {len(row)} values under {len(columns)} columns")
-        writer.writerow(map(_inert, row))
+            raise ValueError(f"{path}: a row has {len(row)} values for {len(columns)} columns")
+        writer.writerow(map(_escape_formula, row))
     store.write(path, text.getvalue())
 
 
-def _inert(cell: object) -> object:
-    """A cell that a spreadsheet shows and does not run."""
+def _escape_formula(cell: object) -> object:
+    """Return a cell that a spreadsheet displays and does not evaluate."""
     if cell is None or isinstance(cell, numbers.Number):
         return cell
     text = str(cell)
@@ -50,11 +51,11 @@ def _inert(cell: object) -> object:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, padded so that it reads well on a terminal too.
+    """Return a Markdown table whose columns are aligned in a terminal as well.
 
     Args:
-        head: names of the columns.
-        rows: one value a column each.
+        head: the names of the columns.
+        rows: one value for each column.
     """
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,17 +1,9 @@
 import numpy as np
 import pytest
 
-from mllm_jax.analysis import intervals, projection
+from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ, Claim, Task
-
-CLASSES = 4
-
-
-def answers(truth, right, *, runs=3, seed=0):
-    """Right with a probability, else any class, or none."""
-    rng = np.random.default_rng(seed)
-    guess = rng.integers(-1, CLASSES, (runs, len(truth)))
-    return np.where(rng.random((runs, len(truth))) < right, truth, guess)
+from tests.helpers.runs import CLASSES, answers
 
 
 def task(number=0, *, images=150, runs=3, **right):
@@ -34,64 +26,6 @@ def task(number=0, *, images=150, runs=3, **right):
 
 def study(tasks=4, **right):
     return {f"task {i}": task(i, **right) for i in range(tasks)}
-
-
-def test_f1_and_accuracy_agree_with_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    truth = np.random.default_rng(0).integers(0, 3, 40)  # class 3 may be answered, never true
-    said = answers(truth, 0.4)
-    found = projection.f1(truth, said, CLASSES + 1, resamples=20)  # class 4 is in neither
-    labels = [range(CLASSES) if (row == 3).any() else range(3) for row in said]
-    options = {"average": "macro", "zero_division": 0}
-    want = [metrics.f1_score(truth, r, labels=list(n), **options) for r, n in zip(said, labels)]
-    np.testing.assert_allclose(found.runs, want)
-    right = projection.accuracy(truth, said, CLASSES)
-    np.testing.assert_allclose(right.runs, [metrics.accuracy_score(truth, r) for r in said])
-
-
-def test_intervals_agree_with_a_loop_over_pictures_and_runs():
-    truth = np.random.default_rng(0).integers(0, CLASSES, 30)
-    said = answers(truth, 0.5)
-    found = projection.f1(truth, said, CLASSES, resamples=40, seed=7)
-    samples = []
-    pictures = intervals.draws(30, resamples=40, seed=7)
-    runs = intervals.draws(3, resamples=40, seed=(7, 1))
-    for drawn, chosen in zip(pictures, runs):
-        at = np.repeat(np.arange(30), drawn)
-        again = projection.f1(truth[at], said[:, at], CLASSES, resamples=2)
-        samples.append(np.repeat(again.runs, chosen).mean())
-    np.testing.assert_allclose(found.resamples, samples)
-    value, low, high = found.interval(0.9)
-    np.testing.assert_allclose([low, high], np.quantile(samples, [0.05, 0.95]))
-    assert low < value < high and value == found.runs.mean()
-    assert found.row() == {"mean": value, "deviation": found.runs.std(ddof=1),
-                           **dict(zip(("low", "high"), found.interval()[1:]))}  # fmt: skip
-
-
-def test_intervals_cover_pictures_and_runs():
-    hits = 0
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        chance = 0.6 + 0.1 * rng.normal(size=(6, 1))  # every run is as good as it happens to be
-        said = np.where(rng.random((6, 80)) < chance, 0, 1)
-        low, high = projection.accuracy(np.zeros(80, int), said, 2, resamples=300).interval()[1:]
-        hits += low <= 0.6 <= high
-    assert 0.85 <= hits / 200 <= 0.98  # of 6 runs, a bootstrap knows the deviation a little small
-
-
-def test_a_difference_is_paired():
-    truth = np.random.default_rng(0).integers(0, CLASSES, 200)
-    said = answers(truth, 0.5)
-    better = said.copy()
-    better[:, :20] = truth[:20]
-    a, b = (projection.f1(truth, x, CLASSES) for x in (said, better))
-    assert projection.difference(b, a).interval().excludes_zero
-    alone = np.hypot(*(np.subtract(*x.interval()[:0:-1]) for x in (a, b)))
-    assert np.subtract(*projection.difference(b, a).interval()[:0:-1]) < 0.8 * alone
-    assert projection.difference(a, a).interval() == (0, 0, 0)
-    one = projection.f1(truth, said[:1], CLASSES)
-    assert one.deviation is None
-    np.testing.assert_allclose(projection.difference(b, one).runs, b.runs - one.runs)
 
 
 def test_the_uniform_baseline_is_chance():
@@ -216,11 +150,3 @@ def test_neurons_that_moved():
     assert (lm["per_layer_before"], lm["per_layer_after"]) == ([0, 0], [0, 3])
     with pytest.raises(ValueError, match="modules differ: projector, lm before, lm after"):
         projection.moved(before, {"lm": after["lm"]})
-
-
-def test_answers_must_fit():
-    truth = np.array([0, 1, 2])
-    with pytest.raises(ValueError, match=r"answers must be int\[runs, 3\], got \(3,\)"):
-        projection.f1(truth, truth, 3)
-    with pytest.raises(ValueError, match="class ids must lie in 0 to 1"):
-        projection.f1(truth, truth[None], 2)

@@ -138,6 +138,27 @@ def test_every_study(study, config, given, says, say):
     assert says in say(f"--config=configs/{config}.py", "--workdir=W", given, study=study)
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "says"),
+    [
+        ("edits", "abblate lm.mlp.act", "edit 1, 'abblate lm.mlp.act': an edit begins with one of"),
+        ("edits", "ablate lm.embed >> ablate lm.mlp.akt", "edit 2, 'ablate lm.mlp.akt': unknown site"),
+        ("edits", "ablate lm.mlp.act[12", "is not a site with an address"),
+        ("edits", "scale lm.mlp.act two", "could not convert string to float: 'two'"),
+        ("edits", "ablate lm.mlp.act[@none.npy]", "there is no file none.npy"),
+        ("edits", "ablate lm.norm[1,2]", "lm.norm exists once, not per layer"),
+        ("edits", "ablate lm.mlp.act where=imagee", "unknown token kind 'imagee'"),
+        ("edits", "knockout lm.mlp.act", "only lm.attn takes knockout"),
+        ("edits", "", "an edit begins with one of"),
+        ("captures", "stats lm.mlp.act", "a capture begins with its name"),
+        ("captures", "a=mean lm.attn.pattern", "mean does not read lm.attn.pattern"),
+    ],
+)  # fmt: skip
+def test_edits_and_captures(flag, text, says, say):
+    line = say(EVALUATE, "--workdir=W", f"--{flag}={text}")
+    assert line.startswith(f"error: --{flag}: ") and says in line
+
+
 def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
     """Also after SIGKILL nothing stale stays."""
     code = f"from experiments.running import lock; lock.take({str(tmp_path)!r}); print(1, flush=True); input()"

@@ -226,7 +226,7 @@ def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
 def test_missing_keys_are_named(tmp_path):
     results = copy.deepcopy(fake_study.fake_results(grids=()))
     del results["lens"], results["stages"]
-    with pytest.raises(ValueError, match="lack lens, stages; run the study again"):
+    with pytest.raises(ValueError, match="lacks lens, stages; run the study again"):
         report.write(tmp_path, results)
     assert not list(tmp_path.iterdir())
 

@@ -137,6 +137,6 @@ def test_a_study_of_one_task_one_seed_and_one_probe(tmp_path, undrawn, results):
 
 def test_missing_keys_are_named(tmp_path, results):
     some = {key: value for key, value in results.items() if key not in ("rule", "answers")}
-    with pytest.raises(ValueError, match="lack answers, rule; run the study again"):
+    with pytest.raises(ValueError, match="lacks answers, rule; run the study again"):
         report.write(tmp_path, some)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import binding, logit_lens
-from mllm_jax.loading import load, save
+from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
@@ -237,8 +237,8 @@ def test_a_pass_inside_of_a_program_of_the_user(family):
 def test_a_checkpoint_is_read_once(family, on_mesh, tmp_path, monkeypatch):
     one, many, _ = family
     directory = save.save_hf(one, None, tmp_path / "checkpoint")
-    read, copy = [], load._copy
-    monkeypatch.setattr(load, "_copy", lambda a, b: (read.append(b.nbytes), copy(a, b)))
+    read, copy = [], parameters._copy
+    monkeypatch.setattr(parameters, "_copy", lambda a, b: (read.append(b.nbytes), copy(a, b)))
     with jax.set_mesh(on_mesh):
         found = load.read_model(directory)
     monkeypatch.undo()

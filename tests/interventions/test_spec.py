@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import jax
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import spec
+from mllm_jax.interventions import captures as captures_lib
+from mllm_jax.interventions import edits as edits_lib
+from mllm_jax.interventions import grammar, spec
 
 RAMP = np.arange(32, dtype=np.float32)
 GATES = np.array([0, 0.5, 1, 2], np.float32)
@@ -149,14 +152,17 @@ def addresses(draw, kind):
         text, site = "lm.attn.pattern", S.lm.attn.pattern
     else:
         able = [s for s in S.TABLE if "S" not in s.axes]
-        if kind in spec.CAPTURES:  # the kinds of `by` are of the LM
+        if kind in grammar.CAPTURES:  # the kinds of `by` are of the LM
             able = [s for s in able if s.module in ("lm", "logits")]
+        if kind == "lens":
+            able = [s for s in able if s.axes[-1] == "D" and s != S.lm.norm]
         site = draw(st.sampled_from(able))
         text = site.name
     once = isinstance(site, S.Site) and not site.stacked
-    form = draw(
-        st.sampled_from(["whole", "layers"] if once else ["whole", "layers", "both", "mask"])
-    )
+    forms = ["whole", "layers", "both", "mask"]
+    if kind == "lens":  # of all units
+        forms = ["whole"] if once else ["whole", "layers"]
+    form = draw(st.sampled_from(forms[:2] if once else forms))
     a, b = (draw(st.sampled_from(list(INDICES))) for _ in range(2))
     if form == "whole":
         return text, site
@@ -197,24 +203,24 @@ def files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", spec.EDITS)
+@pytest.mark.parametrize("kind", grammar.EDITS)
 @FEW
 @given(data=st.data())
 def test_every_kind_of_edit_comes_back(kind, data, files):
-    first = data.draw(said(kind, spec.EDITS[kind].options, spec.EDITS[kind].value))
-    other = data.draw(st.sampled_from(list(spec.EDITS)))
-    second = data.draw(said(other, spec.EDITS[other].options, spec.EDITS[other].value))
+    first = data.draw(said(kind, grammar.EDITS[kind].options, grammar.EDITS[kind].value))
+    other = data.draw(st.sampled_from(list(grammar.EDITS)))
+    second = data.draw(said(other, grammar.EDITS[other].options, grammar.EDITS[other].value))
     found = spec.parse(f"{first[0]} >> {second[0]}", files)
     assert same(found, first[1] >> second[1])
     assert came_back(found)
 
 
-@pytest.mark.parametrize("form", spec.CAPTURES)
+@pytest.mark.parametrize("form", grammar.CAPTURES)
 @FEW
 @given(data=st.data())
 def test_every_form_of_capture_comes_back(form, data, files):
-    first = data.draw(said(form, spec.CAPTURES[form].options))
-    second = data.draw(said("keep", spec.CAPTURES["keep"].options))
+    first = data.draw(said(form, grammar.CAPTURES[form].options))
+    second = data.draw(said("keep", grammar.CAPTURES["keep"].options))
     found = spec.parse_captures(f"one={first[0]}; two = {second[0]}", files)
     assert same(found, {"one": first[1], "two": second[1]})
     assert came_back(found)
@@ -240,6 +246,21 @@ def test_whatever_dtype_an_array_has_it_comes_back():
     assert came_back(mj.add(S.lm.embed, np.linspace(0, 1, 32)[::2]))
 
 
+def test_text_expresses_every_kind_and_form_that_users_have():
+    made = {name: kind.build for name, kind in edits_lib.KINDS.items()}
+    read = {name: form.build for name, form in captures_lib.FORMS.items() if form.build}
+    assert set(grammar.EDITS) == set(made) - {"call"}
+    assert set(grammar.CAPTURES) == set(read)
+    for name, words in (grammar.EDITS | grammar.CAPTURES).items():
+        parameters = list(inspect.signature((made | read)[name]).parameters.values())[1:]
+        written = {*words.options, words.value} - {None, "steps"}
+        assert written == {parameter.name for parameter in parameters}
+        needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+        assert {*words.required, words.value} - {None} == needed
+        has_steps = name in made and edits_lib.KINDS[name].has_strength
+        assert ("steps" in words.options) == has_steps
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -250,6 +271,15 @@ def test_whatever_dtype_an_array_has_it_comes_back():
         ("a=keep lm.embed; a=keep lm.norm", "there is already a capture 'a'"),
         ("a=lens lm.resid_post k=five", "capture 'a=lens lm.resid_post k=five': invalid literal"),
         ("a=mean lm.embed by=kind", "mean has no option 'by'; it has: where"),
+        ("a=lens lm.mlp.act", r"a lens reads tensors of the LM's width D; lm.mlp.act is \[B T F\]"),
+        ("a=lens lm.resid_post[1,2]", "a lens reads all units of lm.resid_post"),
+        ("a=lens lm.resid_post[(1,2)]", "a lens reads all units of lm.resid_post"),
+        ("a=lens lm.norm", "read logits"),
+        ("a=lens lm.embed k=0", "a lens names at least 1 word, not k=0"),
+        ("a=stats lm.mlp.act by=imagee", "unknown token kind 'imagee'"),
+        ("a=stats lm.attn.mask", "stats does not read lm.attn.mask"),
+        ("a=mass lm.mlp.act on=image", "mass does not read lm.mlp.act"),
+        ("a=mass lm.attn.pattern", "mass needs the option on="),
     ],
 )
 def test_captures_that_are_not_understood_are_said(text, says, root):
@@ -267,6 +297,26 @@ def test_captures_that_are_not_understood_are_said(text, says, root):
         ("ablate lm.mlp.act wher=text", "no option 'wher'"),
         ("ablate lm.mlp.act where=imagee", "unknown token kind 'imagee'"),
         ("ablate lm.mlp.act >> add lm.embed @missing.npy", "edit 2"),
+        ("ablate lm.mlp.act >> add lm.embed @missing.npy", "there is no file .*missing.npy"),
+        ("ablate lm.mlp.act[@v.txt]", "'v.txt' is neither .npy nor .json"),
+        ("ablate lm.mlp.act[12", r"'lm.mlp.act\[12' is not a site with an address"),
+        ("ablate lm.mlp.act[a]", r"edit 1, 'ablate lm.mlp.act\[a\]': invalid literal"),
+        ("scale lm.mlp.act two", "could not convert string to float: 'two'"),
+        ("patch lm.embed source=0", "patch needs the option into="),
+        ("patch lm.embed", "patch needs the option source= and into="),
+        ("ablate lm.embed where=text where=image", "the option 'where' is given twice"),
+        ("ablate lm.embed where=row(x)", r"unknown token kind 'row\(x\)'"),
+        ("ablate lm.embed where=~text|imagee", "unknown token kind 'imagee'"),
+        ("ablate lm.norm[1,2]", r"lm.norm exists once, not per layer: its address is \[neurons\]"),
+        ("ablate lm.norm[(1,2)]", "lm.norm exists once, not per layer"),
+        ("ablate lm.mlp.act[1,2,3]", r"an address is lm.mlp.act\[layers, neurons\], got 3 parts"),
+        ("ablate lm.mlp.act[5:1:0]", "'5:1:0' is not a slice start:stop:step"),
+        ("ablate lm.mlp.act[1:2:3:4]", "'1:2:3:4' is not a slice"),
+        ("knockout lm.mlp.act", "knockout does not apply to lm.mlp.act: only lm.attn"),
+        ("ablate lm.attn", "ablate does not apply to lm.attn.mask"),
+        ("patch lm.attn.pattern source=0 into=1", "the keys of two rows do not correspond"),
+        ("", "an edit begins with one of"),
+        ("ablate", "'' is not a site with an address"),
         ("knockout lm.attn steps=1,2", "knockout has no option 'steps'; it has: to, on"),
     ],
 )

@@ -13,7 +13,7 @@ def test_table(tmp_path):
 
 
 def test_table_with_a_ragged_row(tmp_path):
-    with pytest.raises(ValueError, match=r"t\.csv: a row of 1 values under 2 columns"):
+    with pytest.raises(ValueError, match=r"t\.csv: a row has 1 values for 2 columns"):
         tables.write(tmp_path / "t.csv", ["a", "b"], [[1, 2], [3]])
     assert not (tmp_path / "t.csv").exists()
 

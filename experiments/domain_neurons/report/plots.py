@@ -5,25 +5,31 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from experiments.domain_neurons.report import stage_plots
 from mllm_jax.report import figures, style
+
+# By module, kind of token, domain and measure.
+Deviations = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 
 
 @style.styled
 def neurons_per_layer(
     counts: Mapping[str, Mapping[str, Sequence[int]]], subtitles: Mapping[str, str]
 ) -> Figure:
-    """Neurons of each domain by layer: a row a domain, a column a module, one scale in a column.
+    """Draw the number of neurons by layer: a row for each domain, a column for each module.
 
     Args:
         counts: {module: {domain: int[L]}}.
-        subtitles: {module: a second line under its title}.
+        subtitles: the second line of each module's title.
     """
     domains = list(next(iter(counts.values())))
     hue = style.palette(domains)
@@ -96,22 +102,21 @@ def ablation_matrix(
     domains: Sequence[str],
     control_title: str,
 ) -> Figure:
-    """Change of accuracy when a domain's neurons are off, and when random ones are.
+    """Draw the change of accuracy by the ablation of a domain's neurons, and of random ones.
 
     Args:
-        selected: {module: float[D_, D_]}, rows are the masks, columns the data; nan where not
-            measured.
+        selected: {module: float[D_, D_]} by mask and data; NaN where not measured.
         control: the same for random neurons; a module may be absent.
         star: {module: bool[D_, D_]}, where `selected` is beyond chance.
-        domains: names of rows and columns.
-        control_title: what the random row is.
+        domains: the names of rows and columns.
+        control_title: the title of the row of random neurons.
     """
     both = [*selected.values(), *control.values()]
     bound = max(0.05, float(np.nanmax(np.abs(np.stack(both)), initial=0)))
-    rows = [("domain neurons off", selected, star)]
+    rows = [("domain neurons ablated", selected, star)]
     if control:
         rows.append((control_title, control, {}))
-    cell = max(0.42 * len(domains), 1.7)  # as long as a title is
+    cell = max(0.42 * len(domains), 1.7)  # at least the length of a title
     width = 2.3 + (cell + 0.35) * len(selected)
     figure = Figure(figsize=(width, (cell + 0.5) * len(rows) + 0.9))
     grid = figure.subplots(len(rows), len(selected), squeeze=False)
@@ -131,18 +136,18 @@ def ablation_matrix(
     bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
-    told = "framed: tested on its own domain", "bold with *: beyond chance, corrected for all cells"
-    figure.supxlabel((" · " if width > 6 else "\n").join(told), color=style.GREY, fontsize=8)
+    key = "framed: tested on its own domain", "bold with *: beyond chance, corrected for all cells"
+    figure.supxlabel((" · " if width > 6 else "\n").join(key), color=style.GREY, fontsize=8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
     return figure
 
 
 def _matrix(
     ax: Axes, values: np.ndarray, domains: Sequence[str], bound: float, star: np.ndarray | None
-):
-    """A heat map of accuracy differences, in points; a frame on each domain's own neurons."""
-    shades = matplotlib.colormaps["RdBu"].with_extremes(bad="#F2F2F2")
-    image = ax.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=-bound, vmax=bound)
+) -> AxesImage:
+    """Draw accuracy differences in points as a heat map, with a frame around the diagonal."""
+    colours = matplotlib.colormaps["RdBu"].with_extremes(bad="#F2F2F2")
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=-bound, vmax=bound)
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
@@ -150,7 +155,7 @@ def _matrix(
         ax.text(
             column, row, f"{_points(value)}{mark}", ha="center", va="center", fontsize=7.5,
             in_layout=False,
-            color=style.ink_on(image.cmap(image.norm(value))),
+            color=style.text_colour_on(image.cmap(image.norm(value))),
             fontweight="bold" if mark else "normal",
         )  # fmt: skip
     for own in range(min(values.shape)):
@@ -163,17 +168,13 @@ def _matrix(
 
 
 @style.styled
-def deviation(
-    selected: Mapping[str, Mapping[str, Mapping[str, float]]],
-    control: Mapping[str, Mapping[str, Mapping[str, float]]],
-    measures: Mapping[str, str],
-) -> Figure:
-    """How far hidden states move: a dot for the domain's neurons, a ring for random ones.
+def deviation(selected: Deviations, control: Deviations, measures: Mapping[str, str]) -> Figure:
+    """Draw the deviation of hidden states: dots for a domain's neurons, rings for random ones.
 
     Args:
         selected: {module: {kind: {domain: {measure: value}}}}.
-        control: the same for random neurons; anything may be absent.
-        measures: {measure: axis label}, a row of panels each.
+        control: the same for random neurons; entries may be absent.
+        measures: the axis label of each measure, which has a row of panels.
     """
     first = next(iter(selected.values()))
     kinds, domains = list(first), list(next(iter(first.values())))
@@ -184,18 +185,8 @@ def deviation(
     step = 0.8 / len(domains)
 
     for row, (measure, label) in enumerate(measures.items()):
-        values = np.array(
-            [
-                value
-                for source in (selected, control)
-                for by_kind in source.values()
-                for by_domain in by_kind.values()
-                for measured in by_domain.values()
-                for name, value in measured.items()
-                if name == measure
-            ]
-        )
-        # a logarithmic scale has no zero; an empty mask, which moves nothing, stands at the edge
+        values = np.array([v for source in (selected, control) for v in _values(source, measure)])
+        # A logarithmic scale has no zero: the deviation of an empty mask is drawn at the edge.
         floor = values[values > 0].min(initial=1) / 2
         for column, module in enumerate(selected):
             ax = grid[row, column]
@@ -207,27 +198,45 @@ def deviation(
                         for source in (selected, control)
                     )
                     _dumbbell(ax, y, own, other, hue[domain], floor)
-            ax.set(yticks=range(len(kinds)), ylim=(len(kinds) - 0.45, -0.55), xlabel=label)
-            ax.set_yticklabels(kinds)
-            ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=style.INK)
-            ax.set(xscale="log", xlim=(floor * 0.9, max(values.max(initial=1e-9), floor) * 1.3))
-            ticks = _log_ticks(1.5 * floor, ax.get_xlim()[1])
-            zero = [floor] if (values <= 0).any() else []
-            ax.set_xticks([*zero, *ticks], [*("0" for _ in zero), *(f"{tick:g}" for tick in ticks)])
-            ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            ax.grid(axis="x")
-            for line in np.arange(0.5, len(kinds) - 1):
-                ax.axhline(line, color=style.FAINT, linewidth=0.6)
-            ax.spines["left"].set_visible(False)
+            ax.set_xlabel(label)
+            _set_deviation_axes(ax, kinds, values, floor)
             if row == 0:
                 ax.set_title(module)
     _key(figure, hue, rings=bool(control))
     return figure
 
 
+def _values(deviations: Deviations, measure: str) -> list[float]:
+    """Return the values of a measure in all modules, kinds and domains."""
+    return [
+        measured[measure]
+        for by_kind in deviations.values()
+        for by_domain in by_kind.values()
+        for measured in by_domain.values()
+        if measure in measured
+    ]
+
+
+def _set_deviation_axes(ax: Axes, kinds: Sequence[str], values: np.ndarray, floor: float) -> None:
+    """Set a row for each kind of token, and a logarithmic axis on which `floor` stands for 0."""
+    ax.set(yticks=range(len(kinds)), ylim=(len(kinds) - 0.45, -0.55))
+    ax.set_yticklabels(kinds)
+    ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=style.INK)
+    ax.set(xscale="log", xlim=(floor * 0.9, max(values.max(initial=1e-9), floor) * 1.3))
+    ticks = _log_ticks(1.5 * floor, ax.get_xlim()[1])
+    zero = [floor] if (values <= 0).any() else []
+    ax.set_xticks([*zero, *ticks], [*("0" for _ in zero), *(f"{tick:g}" for tick in ticks)])
+    ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.grid(axis="x")
+    for line in np.arange(0.5, len(kinds) - 1):
+        ax.axhline(line, color=style.FAINT, linewidth=0.6)
+    ax.spines["left"].set_visible(False)
+
+
 def _dumbbell(
     ax: Axes, y: float, own: float | None, other: float | None, colour: str, floor: float
 ) -> None:
+    """Draw the values of a domain's own and of random neurons on one line."""
     own, other = (None if value is None else max(value, floor) for value in (own, other))
     if own is not None and other is not None:
         ax.plot([other, own], [y, y], color=colour, linewidth=1.2, alpha=0.45)
@@ -241,7 +250,7 @@ def _dumbbell(
 
 
 def _key(figure: Figure, hue: Mapping[str, str], *, rings: bool) -> None:
-    """One line above the panels that names the colours and the two marks."""
+    """Draw the legend of the colours and of the two marks above the panels."""
     dot = functools.partial(matplotlib.lines.Line2D, [], [], linestyle="none", marker="o")
     handles = [dot(color=colour, markersize=6, label=name) for name, colour in hue.items()]
     handles.append(dot(color=style.GREY, markersize=5, label="the domain's own neurons"))
@@ -256,17 +265,17 @@ def _key(figure: Figure, hue: Mapping[str, str], *, rings: bool) -> None:
 
 
 @style.styled
-def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
-    """Jaccard index of the neurons of two halves by their size, a panel a module.
+def halves(tests: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> Figure:
+    """Draw the Jaccard index of the neurons of two halves by their size, a panel for each module.
 
     Args:
-        domains: names of the domains, in the order of D_.
-        found: {module: {"examples": int[S], "halves": float[S, D_]}}.
+        tests: {module: {"examples": int[S], "halves": float[S, D_]}}.
+        domains: the names of the domains, in the order of D_.
     """
     hue = style.palette(domains)
     figure = Figure(figsize=(11, 2.9))
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for ax, (module, test) in zip(panels, found.items(), strict=True):
+    panels = figure.subplots(1, len(tests), squeeze=False, sharey=True)[0]
+    for ax, (module, test) in zip(panels, tests.items(), strict=True):
         for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
             ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
         ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
@@ -281,15 +290,16 @@ def halves(found: Mapping[str, Mapping], domains: Sequence[str]) -> Figure:
 
 
 @style.styled
-def scatter(found: Mapping[str, Mapping]) -> Figure:
-    """Points of two principal components, a panel a module, each domain's name at its middle.
+def scatter(features: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw pictures on two principal components, with the name of a domain at its centre.
 
     Args:
-        found: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
+        features: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
     """
-    hue = style.palette(list(next(iter(found.values()))["points"]))
+    hue = style.palette(list(next(iter(features.values()))["points"]))
     figure = Figure(figsize=(11, 4.4))
-    for ax, (module, of) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+    panels = figure.subplots(1, len(features), squeeze=False)[0]
+    for ax, (module, of) in zip(panels, features.items(), strict=True):
         for domain, points in of["points"].items():
             x, y = np.transpose(points)
             ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
@@ -303,37 +313,53 @@ def scatter(found: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
+class TokenPanel(NamedTuple):
+    """The words of a lens on one picture, as in `figures.token_panel`.
+
+    Attributes:
+        picture: uint8[height, width, 3].
+        words: [rows][columns], the most likely word of each token.
+        entropy: float[rows, columns], in nats.
+        title: the title of the panel.
+    """
+
+    picture: np.ndarray
+    words: Sequence[Sequence[str]]
+    entropy: np.ndarray
+    title: str
+
+
 @style.styled
 def overview(
-    tokens: tuple[np.ndarray, Sequence[Sequence[str]], np.ndarray, str] | None,
+    tokens: TokenPanel | None,
     curves: Mapping[str, Mapping[str, Sequence[float]]],
-    overall: Mapping | None,
+    overall: Mapping[str, Any] | None,
     change: np.ndarray,
     star: np.ndarray,
     titles: Mapping[str, str],
 ) -> Figure:
-    """The study in one picture: words on image tokens, entropy by layer, the ablation matrix.
+    """Draw a summary: words on image tokens, entropy by layer, and the ablation matrix.
 
     Args:
-        tokens: (picture, words, entropy, title) as in `token_map`, of one layer; None for none.
-        curves: {domain: {"mean", "low", "high"}} of image tokens.
-        overall: stage boundaries of all domains together.
-        change: float[D_, D_], change of accuracy, as in `ablation_matrix`.
-        star: bool[D_, D_], where it is beyond chance.
+        tokens: the words on a picture, if any.
+        curves: {domain: {"mean", "low", "high"}}, the entropies of image tokens.
+        overall: the stage boundaries of all domains together.
+        change: float[D_, D_], the change of accuracy, as in `ablation_matrix`.
+        star: bool[D_, D_], where the change is beyond chance.
         titles: {"curves": ..., "matrix": ...}.
     """
     domains = list(curves)
     hue = style.palette(domains)
     widths = [*([1.0] if tokens else []), 1.2, 1.0]
-    figure = Figure(figsize=(4.1 * sum(widths), 4.1), layout="compressed")
-    figure.get_layout_engine().set(wspace=0.03)
+    layout = ConstrainedLayoutEngine(compress=True, wspace=0.03)
+    figure = Figure(figsize=(4.1 * sum(widths), 4.1), layout=layout)
     panels = figure.subplots(1, len(widths), width_ratios=widths)
     if tokens:
-        picture, words, entropy, title = tokens
-        entropy = np.asarray(entropy)
+        entropy = np.asarray(tokens.entropy)
+        bounds = entropy.min(), entropy.max()
         panels[0].set_axis_off()
-        figures.token_panel(panels[0], picture, words, entropy, (entropy.min(), entropy.max()), 3.6)
-        panels[0].set_title(title)
+        figures.token_panel(panels[0], tokens.picture, tokens.words, entropy, bounds, 3.6)
+        panels[0].set_title(tokens.title)
     lines, matrix = panels[-2:]
     figures.draw_curves(lines, curves, hue)
     figures.label_ends(lines, curves, hue)
@@ -350,20 +376,20 @@ def overview(
 
 
 def _points(value: float) -> str:
-    """A difference of accuracy in percentage points."""
+    """Return a difference of accuracy in percentage points as text."""
     points = 100 * value
     text = f"{points:+.0f}" if abs(points) >= 9.95 else f"{points:+.1f}"
     return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _round_below(value: int) -> int:
-    """The largest of 1, 2, 5, 10, 20, 50 ... that is not above the value."""
+    """Return the largest of 1, 2, 5, 10, 20, 50, ... that is at most the value."""
     power = 10 ** (len(str(int(value))) - 1)
     return max(step * power for step in (1, 2, 5) if step * power <= value)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between the two; steps of 1, 2, 5 where those are fewer than two."""
+    """Return the powers of ten between two values; steps of 1, 2, 5 if there are fewer than two."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 2, 5)):
         ticks = [step * 10.0**power for power in powers for step in steps]

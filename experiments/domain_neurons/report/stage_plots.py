@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,17 +15,17 @@ from mllm_jax.report import figures, style
 @style.styled
 def entropy_curves(
     curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-    stages: Mapping[str, Mapping] | None = None,
-    overall: Mapping | None = None,
+    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    overall: Mapping[str, Any] | None = None,
     staged_kind: str = "image",
 ) -> Figure:
-    """Entropy of the logit lens by layer, a panel a token kind, with bands and stage boundaries.
+    """Draw the entropy of the logit lens by layer, a panel for each kind of token.
 
     Args:
-        curves: {domain: {kind: {"mean", "low", "high": float[L]}}}, nats.
-        stages: {domain: {"boundaries", "low", "high"}}; boundaries None where undecided.
+        curves: {domain: {kind: {"mean", "low", "high": float[L]}}}, in nats.
+        stages: {domain: {"boundaries", "low", "high"}}; boundaries are None where undecided.
         overall: the same for all domains together.
-        staged_kind: the kind of token that the stages were found on.
+        staged_kind: the kind of token whose curves have these stages.
     """
     kinds = list(dict.fromkeys(kind for by_kind in curves.values() for kind in by_kind))
     hue = style.palette(list(curves))
@@ -43,7 +45,7 @@ def entropy_curves(
         ax.tick_params(labelbottom=True)
         ax.set_xlabel("layer")
     above[0].set_ylabel("entropy of the lens, nats")
-    for ax, kind in zip(above, kinds, strict=True):  # the shared scale is known only now
+    for ax, kind in zip(above, kinds, strict=True):  # needs the final shared scale
         figures.label_ends(
             ax, {d: by_kind[kind] for d, by_kind in curves.items() if kind in by_kind}, hue
         )
@@ -61,30 +63,30 @@ def entropy_curves(
 STAGE_NAMES = ("alignment", "processing", "token selection")
 
 
-def draw_stages(ax: Axes, stage: Mapping) -> None:
-    """Vertical lines between layers, each with the band of its interval, and the stages' names."""
+def draw_stages(ax: Axes, stage: Mapping[str, Any]) -> None:
+    """Draw the boundaries of stages with their intervals, and write the names of the stages."""
     if stage["boundaries"] is None:
         ax.text(
             0.02, 0.98, "stages undecided", transform=ax.transAxes, ha="left", va="top",
             color=style.GREY, fontsize=8.5, style="italic",
         )  # fmt: skip
         return
-    last = ax.get_lines()[0].get_xdata()[-1]
+    last = float(np.asarray(ax.get_lines()[0].get_xdata())[-1])
     for boundary, low, high in zip(stage["boundaries"], stage["low"], stage["high"], strict=True):
         ax.axvspan(low - 0.5, high - 0.5, color=style.INK, alpha=0.07, linewidth=0)
         ax.axvline(boundary - 0.5, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)))
     edges = [0, *(b - 0.5 for b in stage["boundaries"]), last]
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
-        between = name == STAGE_NAMES[1] and right - left < last / 4  # too short for its name
+        is_narrow = name == STAGE_NAMES[1] and right - left < last / 4  # write it one line lower
         ax.text(
-            (left + right) / 2, 0.93 if between else 0.985, name,
+            (left + right) / 2, 0.93 if is_narrow else 0.985, name,
             transform=ax.get_xaxis_transform(), ha="center", va="top", color=style.GREY, fontsize=8,
             style="italic", path_effects=style.halo(),
         )  # fmt: skip
 
 
-def _stage_strip(ax: Axes, stages: Mapping[str, Mapping], hue: Mapping[str, str]) -> None:
-    """Each domain's boundaries and their intervals."""
+def _stage_strip(ax: Axes, stages: Mapping[str, Mapping[str, Any]], hue: Mapping[str, str]) -> None:
+    """Draw the boundaries of each domain and their intervals."""
     for row, (name, stage) in enumerate(stages.items()):
         decided = stage["boundaries"] is not None
         for low, high in zip(stage["low"] or (), stage["high"] or (), strict=True):

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.projection.report import cells, plots
 from mllm_jax.report import page, parts, style
+from mllm_jax.report.report import Results
 
 
-def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on the number of selected neurons; None where not measured."""
     rows = results.get("neurons")
     if not rows:
         return None
-    by_module: dict = {}
+    by_module: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_task = by_module.setdefault(parts.name(row["module"]), {})
+        by_task = by_module.setdefault(parts.title(row["module"]), {})
         by_task.setdefault(row["task"], {})[row["variant"]] = row
     figure = plots.migration(by_module, cells.colours(rows))
 
@@ -46,7 +48,9 @@ def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             for v in variants
         )
         + ", on average over tasks and modules.",
-        figures=[parts.png(folder, "neurons", figure, "Neurons kept, lost and gained by module")],
+        figures=[
+            parts.write_png(folder, "neurons", figure, "Neurons kept, lost and gained by module")
+        ],
         table=page.Table(
             ("task", "variant", "module", "before", "after", "kept", "Jaccard", "share before",
              "share after"),
@@ -60,33 +64,35 @@ def neurons(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         note="Shares are of the domain's neurons in all modules: where they differ, neurons moved "
         "from module to module.",
         data=[
-            parts.csv(folder, "neurons", columns, [[row[c] for c in columns] for row in rows]),
-            parts.csv(
+            parts.write_csv(
+                folder, "neurons", columns, [[row[c] for c in columns] for row in rows]
+            ),
+            parts.write_csv(
                 folder, "neurons_per_layer", (*columns[:3], "layer", "before", "after"), layers
             ),
         ],
     )  # fmt: skip
 
 
-def ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on scores without the selected neurons; None where not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" not in row]
     if not rows:
         return None
     kinds = list(dict.fromkeys(row["ablated"] for row in rows))
     return page.Section(
-        title="Switching neurons off",
+        title="Ablation of the neurons",
         reading="The model's macro-F1 changes, on average over tasks and variants, by "
-        + ", by ".join(f"{_mean_off(rows, kind)} with {kind} off" for kind in kinds)
+        + ", by ".join(f"{_mean_change(rows, kind)} with {kind} ablated" for kind in kinds)
         + ".",
         figures=[
-            parts.png(
+            parts.write_png(
                 folder, "ablation", _changes(rows, "variant"),
-                "Change of macro-F1 by whose neurons are off",
+                "Change of macro-F1 by the neurons that are ablated",
             )
         ],
         table=page.Table(
-            ("task", "variant", "off", "neurons", "macro-F1", "change of F1"),
+            ("task", "variant", "ablated", "neurons", "macro-F1", "change of F1"),
             [
                 (row["task"], row["variant"], row["ablated"], f"{row['neurons']:,}",
                  cells.value(row["f1"]), cells.change(row["change"]))
@@ -94,25 +100,27 @@ def ablation(folder: pathlib.Path, results: Mapping) -> page.Section | None:
             ],
         ),
         note="Intervals are paired by picture; * marks those that exclude zero.",
-        data=[_off_csv(folder, "ablation", rows)],
+        data=[_ablation_csv(folder, "ablation", rows)],
     )  # fmt: skip
 
 
-def suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def suppression(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on the recall of suppressed classes; None where not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" in row]
     if not rows:
         return None
     edited = [row for row in rows if row["change"]["value"] or row["neurons"]]
     first, *_ = edited
-    changes = ", ".join(f"{row['ablated']} {page.number(row['change']['value'])}" for row in edited)
+    changes = ", ".join(f"{row['ablated']} {page.signed(row['change']['value'])}" for row in edited)
     classes = list(first["recall"])
     return page.Section(
         title="Suppressing one class",
         reading=f"Two classes ({' and '.join(classes)}), {classes[0]} suppressed. Macro-F1 changes "
         f"by: {changes}.",
         figures=[
-            parts.png(folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit")
+            parts.write_png(
+                folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit"
+            )
         ],
         table=page.Table(
             ("edit", "neurons", *(f"recall of {name}" for name in classes), "macro-F1",
@@ -124,37 +132,39 @@ def suppression(folder: pathlib.Path, results: Mapping) -> page.Section | None:
                 for row in rows
             ],
         ),
-        note="AurA (Suau et al. 2024) scales a neuron by 1 less its advantage over chance at "
-        "telling the class; experts are the neurons with the largest, switched off.",
-        data=[_off_csv(folder, "suppression", rows)],
+        note="AurA (Suau et al. 2024) scales a neuron by 1 minus its advantage over chance at "
+        "telling the class; experts are the neurons of largest advantage, which are ablated.",
+        data=[_ablation_csv(folder, "suppression", rows)],
     )  # fmt: skip
 
 
-def _changes(rows: Sequence[Mapping], group: str) -> Figure:
-    """Changes of F1 by what is off, a row of panels a group."""
+def _changes(rows: Sequence[cells.Row], group: str) -> Figure:
+    """Draw the changes of F1 by ablation, a row of panels for each group."""
     kinds = list(dict.fromkeys(row["ablated"] for row in rows))
-    plain = iter(style.PALETTE)
+    colours = iter(style.PALETTE)
     hue = {
-        kind: style.GREY if "random" in kind or "shuffled" in kind else next(plain)
+        kind: style.GREY if "random" in kind or "shuffled" in kind else next(colours)
         for kind in kinds
     }
-    panels: dict = {}
+    panels: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         change = row["change"]
         point = {"mean": change["value"], "low": change["low"], "high": change["high"]}
         by_task = panels.setdefault(row.get(group, ""), {})
         by_task.setdefault(row["task"], {})[row["ablated"]] = point
-    return plots.forest(panels, hue, "change of macro-F1", against="0", shown="{:+.2f}".format)
+    return plots.forest(
+        panels, hue, "change of macro-F1", against="0", format_value="{:+.2f}".format
+    )
 
 
-def _mean_off(rows: Sequence[Mapping], kind: str) -> str:
+def _mean_change(rows: Sequence[cells.Row], kind: str) -> str:
     changes = [row["change"]["value"] for row in rows if row["ablated"] == kind]
-    return page.number(float(np.mean(changes)))
+    return page.signed(float(np.mean(changes)))
 
 
-def _off_csv(folder: pathlib.Path, name: str, rows: Sequence[Mapping]) -> tuple[str, str]:
+def _ablation_csv(folder: pathlib.Path, name: str, rows: Sequence[cells.Row]) -> tuple[str, str]:
     classes = list(rows[0].get("recall", ()))
-    return parts.csv(
+    return parts.write_csv(
         folder, name,
         ("task", "variant", "ablated", "neurons", *cells.VALUE,
          *(f"change_{c}" for c in cells.CHANGE),

@@ -23,71 +23,54 @@ absent.
                        "change": change against no ablation}; suppression of one of two classes
                        has "recall" as well: {class: share of its pictures given its name}
 
-`write` is a pure function of the results: it can be run again and leaves the same bytes.
 """
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from experiments.projection.report import cells, neurons, plots, scores
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
 from mllm_jax.report import page, parts
+from mllm_jax.report.report import Report, Results
 
 KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
 
 
-def write(workdir: str | os.PathLike, results: Mapping) -> None:
-    """Writes figures/*.png, tables/*.csv and, last of all, index.html.
-
-    Args:
-        workdir: the study's folder.
-        results: what results.json holds. A part that is empty has no section on the page.
-    """
-    parts.require(results, KEYS, "projection")
-    folder = pathlib.Path(workdir)
-    made = (
-        _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons,
-        neurons.ablation, neurons.suppression, _paper,
-    )  # fmt: skip
-    sections = [section for part in made if (section := part(folder, results))]
-    content = page.Page(
-        title="The projection study",
-        lead=f"Where do domain-specific visual attributes of {page.edited(results)} live after "
-        "fine-tuning, in the projection or in the language model? Fine-tuned: the projector "
-        f"alone ({PROJ}), and projector and language model end to end ({E2E}).",
-        facts=_facts(results),
-        figure=_overview(folder, results),
-        sections=sections,
-        data=page.RECORDS,
+def _lead(results: Results) -> str:
+    return (
+        f"Where are domain-specific visual attributes of {page.model_name(results)} modelled after "
+        "fine-tuning, in the projection or in the language model? Fine-tuned: the projector alone "
+        f"({PROJ}), and projector and language model end to end ({E2E})."
     )
-    page.write(folder / "index.html", content)
 
 
-def _facts(results: Mapping) -> list[tuple[str, str]]:
+def _facts(results: Results) -> list[tuple[str, str]]:
     tasks = results["tasks"].values()
-    held = sum(row["verdict"] == "holds" for row in results["claims"])
+    holding = sum(row["verdict"] == "holds" for row in results["claims"])
     return [
         (f"{len(tasks)}", "tasks"),
         (f"{sum(len(task['classes']) for task in tasks)}", "classes"),
         (f"{sum(task['test'] for task in tasks):,}", "test pictures"),
         (f"{len(results['seeds'])}", "seeds"),
-        (f"{held} of {len(results['claims'])}", "claims hold"),
+        (f"{holding} of {len(results['claims'])}", "claims hold"),
     ]
 
 
-def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure:
+def _overview(folder: pathlib.Path, results: Results) -> page.Figure:
     stages = {BEFORE: "before the\nprojection", ORIGINAL: "after it,\nOriginal"}
 
-    def points(rows: Iterable[Mapping], variants: Sequence[str], names: Mapping) -> dict:
-        found = cells.group(rows, "task", "variant")
+    def points(
+        rows: Iterable[cells.Row], variants: Sequence[str], names: Mapping[str, str]
+    ) -> dict[str, dict[str, Any]]:
+        by_task = cells.group(rows, "task", "variant")
         return {
             task: {names.get(v, v): by_variant[v]["f1"] for v in variants if v in by_variant}
-            for task, by_variant in found.items()
+            for task, by_variant in by_task.items()
         }
 
     probe = [row for row in results["richness"] if row["probe"] == PAPER]
@@ -98,20 +81,20 @@ def _overview(folder: pathlib.Path, results: Mapping) -> page.Figure:
         },
         "macro-F1",
     )
-    return parts.png(
+    return parts.write_png(
         folder, "overview", figure,
         "Macro-F1 of the model and of a probe, before and after fine-tuning",
         "Left: the model's answers. Right: the paper's probes on the features before and after "
-        "the projection. A line a task; bars are 95 % intervals.",
+        "the projection. A line for each task; bars are 95 % intervals.",
     )  # fmt: skip
 
 
-def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
-    asked = [*results["claims"], *results.get("controls", ())]
+def _claims(folder: pathlib.Path, results: Results) -> page.Section:
+    claims = [*results["claims"], *results.get("controls", ())]
     columns = ("task", "of", "variant", "over", "value", "low", "high", "side")
     lines = [
         (row["claim"], row["verdict"], *(comparison[c] for c in columns))
-        for row in asked
+        for row in claims
         for comparison in row["comparisons"]
     ]
     by_verdict = {
@@ -121,8 +104,8 @@ def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
     without = (
         ""
         if any(row["variant"] == CLIP for row in results["answers"])
-        else f" That about {CLIP} is undecided because it was not measured: config.clip names no "
-        "CLIP with a text tower."
+        else f" The claim on {CLIP} is undecided because it was not measured: config.clip names "
+        "no CLIP with a text tower."
     )
     return page.Section(
         title="The claims",
@@ -133,18 +116,18 @@ def _claims(folder: pathlib.Path, results: Mapping) -> page.Section:
             ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
             [
                 (VERDICTS[row["verdict"]], row["claim"], row["reason"], row["paper"] or page.DASH)
-                for row in asked
+                for row in claims
             ],
         ),
         note=f"{results['rule']} The first {len(results['claims'])} are the paper's; the others "
-        "ask again with probes that are the same on both sides of the projection."
-        if len(asked) > len(results["claims"])
+        "repeat them with probes that are the same on both sides of the projection."
+        if len(claims) > len(results["claims"])
         else results["rule"],
-        data=[parts.csv(folder, "claims", ("claim", "verdict", *columns), lines)],
+        data=[parts.write_csv(folder, "claims", ("claim", "verdict", *columns), lines)],
     )
 
 
-def _paper(folder: pathlib.Path, results: Mapping) -> page.Section:
+def _paper(folder: pathlib.Path, results: Results) -> page.Section:
     def pair(values: tuple[float, float]) -> str:
         return f"{values[0]:.4f} / {values[1]:.4f}"
 
@@ -152,10 +135,25 @@ def _paper(folder: pathlib.Path, results: Mapping) -> page.Section:
     before = ("probe, before the projection", *map(pair, projection.TABLE_3))
     after = [(f"probe, {v}", *(f"{f1:.4f}" for f1 in row)) for v, row in projection.TABLE_2.items()]
     return page.Section(
-        title="What the paper found",
+        title="Results of the paper",
         reading="LLaVA-1.5-7B on four data sets: fine-tuning raises the model's F1 on every task, "
         "and lowers what a probe reads after the projection.",
         table=page.Table(("macro-F1 / accuracy", *projection.TASKS), [*models, before, *after]),
         note="Verma et al. 2024, Cross-Modal Projection in Multimodal LLMs Doesn't Really Project "
         "Visual Attributes to Textual Space, Tables 1 to 3.",
     )
+
+
+REPORT = Report(
+    study="projection",
+    keys=KEYS,
+    title="The projection study",
+    lead=_lead,
+    facts=_facts,
+    overview=_overview,
+    sections=(
+        _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons,
+        neurons.ablation, neurons.suppression, _paper,
+    ),
+)  # fmt: skip
+write = REPORT.write

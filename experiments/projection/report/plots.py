@@ -19,16 +19,16 @@ def forest(
     label: str,
     *,
     against: str | None = None,
-    shown: Callable[[float], str] = "{:.2f}".format,
+    format_value: Callable[[float], str] = "{:.2f}".format,
 ) -> Figure:
-    """Values with intervals: a row of panels a group, a panel a task, a line a name.
+    """Draw values with intervals: a row of panels for each group, a panel for each task.
 
     Args:
         panels: {group: {task: {name: {"mean", "low", "high"}}}}; a group may lack names and tasks.
         hue: {name: colour}, in the order of the lines.
-        label: of the axis.
-        against: the name whose value is a line through its panel, to compare with; "0" is zero.
-        shown: how a value is written.
+        label: the label of the axis.
+        against: the name whose value is drawn as a reference line; "0" draws it at zero.
+        format_value: returns the text of a value.
     """
     tasks = list(dict.fromkeys(task for by_task in panels.values() for task in by_task))
     names = {
@@ -43,12 +43,14 @@ def forest(
     for row, (group, by_task) in enumerate(panels.items()):
         for ax, task in zip(grid[row], tasks, strict=True):
             lines = by_task.get(task, {})
-            at = 0.0 if against == "0" else lines.get(against, {}).get("mean")
-            if at is not None:
-                ax.axvline(at, color=style.GREY, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            reference = 0.0 if against == "0" else lines.get(against or "", {}).get("mean")
+            if reference is not None:
+                ax.axvline(
+                    reference, color=style.GREY, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0
+                )
             for y, name in enumerate(names[group]):
                 if name in lines:
-                    _forest_line(ax, y, lines[name], hue[name], shown)
+                    _forest_line(ax, y, lines[name], hue[name], format_value)
             ax.set(ylim=(len(names[group]) - 0.4, -0.6), yticks=range(len(names[group])))
             first = ax is grid[row, 0]
             ax.set_yticklabels(names[group] if first else [])
@@ -69,11 +71,17 @@ def forest(
     return figure
 
 
-def _forest_line(ax: Axes, y: float, value: Mapping[str, float], colour: str, shown) -> None:
+def _forest_line(
+    ax: Axes,
+    y: float,
+    value: Mapping[str, float],
+    colour: str,
+    format_value: Callable[[float], str],
+) -> None:
     ax.plot([value["low"], value["high"]], [y, y], color=colour, linewidth=4, alpha=0.3)
     ax.plot([value["mean"]], [y], "o", markersize=6, color=colour, markeredgewidth=0)
     ax.text(
-        1.02, y, shown(value["mean"]).replace("-", "\N{MINUS SIGN}"), va="center",
+        1.02, y, format_value(value["mean"]).replace("-", "\N{MINUS SIGN}"), va="center",
         transform=ax.get_yaxis_transform(), color=style.darken(colour), fontsize=8,
         fontweight="bold",
     )  # fmt: skip
@@ -83,11 +91,11 @@ def _forest_line(ax: Axes, y: float, value: Mapping[str, float], colour: str, sh
 def slopes(
     panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]], label: str
 ) -> Figure:
-    """From stage to stage, a line a task, a panel a measure.
+    """Draw values by stage: a line for each task, a panel for each measure.
 
     Args:
-        panels: {title: {task: {stage: {"mean", "low", "high"}}}}; stages in order.
-        label: of the values.
+        panels: {title: {task: {stage: {"mean", "low", "high"}}}}, stages in order.
+        label: the label of the values.
     """
     tasks = list(dict.fromkeys(task for by_task in panels.values() for task in by_task))
     hue = style.palette(tasks)
@@ -100,19 +108,17 @@ def slopes(
         1, len(panels), squeeze=False, sharey=True, width_ratios=[len(s) for s in stages.values()]
     )[0]
     for ax, (title, by_task) in zip(axes, panels.items(), strict=True):
-        places = {stage: place for place, stage in enumerate(stages[title])}
+        positions = {stage: position for position, stage in enumerate(stages[title])}
         for number, (task, points) in enumerate(by_task.items()):
-            shift = 0.035 * (
-                number - (len(by_task) - 1) / 2
-            )  # so that intervals stand side by side
-            x = [places[stage] + shift for stage in points]
+            shift = 0.035 * (number - (len(by_task) - 1) / 2)  # separates the intervals of tasks
+            x = [positions[stage] + shift for stage in points]
             mean, low, high = (
                 [point[key] for point in points.values()] for key in ("mean", "low", "high")
             )
             ax.vlines(x, low, high, color=hue[task], linewidth=3.5, alpha=0.25)
             ax.plot(x, mean, "o-", color=hue[task], linewidth=1.6, markersize=5.5)
-        ax.set(xlim=(-0.3, len(places) - 0.7), xticks=range(len(places)))
-        ax.set_xticklabels(places)
+        ax.set(xlim=(-0.3, len(positions) - 0.7), xticks=range(len(positions)))
+        ax.set_xticklabels(list(positions))
         ax.tick_params(axis="x", length=0, labelsize=9, labelcolor=style.INK)
         ax.grid(axis="y")
         ax.set_title(title)
@@ -133,13 +139,13 @@ def depth(
     levels: Mapping[str, float],
     label: str,
 ) -> Figure:
-    """What a probe reads, by layer: a row of panels a kind of token, a panel a task.
+    """Draw the scores of probes by layer: a row of panels for each kind of token.
 
     Args:
         curves: {kind: {task: {variant: {"mean", "low", "high": float[L]}}}}.
         hue: {variant: colour}.
-        levels: {task: the value before the projection}, a line through its panels.
-        label: of the values.
+        levels: {task: the value before the projection}, drawn as reference lines.
+        label: the label of the values.
     """
     tasks = list(dict.fromkeys(task for by_task in curves.values() for task in by_task))
     figure = Figure(figsize=(11, 2.35 * len(curves) + 0.35))
@@ -168,7 +174,7 @@ def depth(
 def migration(
     neurons: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]], hue: Mapping[str, str]
 ) -> Figure:
-    """Neurons that a domain kept, lost and gained: a panel a module, a bar a variant.
+    """Draw the neurons that a domain kept, lost and gained: a panel for each module.
 
     Args:
         neurons: {module: {task: {variant: {"before", "after", "kept", "jaccard"}}}}.
@@ -182,18 +188,19 @@ def migration(
     for ax, (module, by_task) in zip(axes, neurons.items(), strict=True):
         for i, task in enumerate(tasks):
             for j, variant in enumerate(variants):
-                found, y = by_task[task][variant], i + (j - (len(variants) - 1) / 2) * step
-                lost, gained = found["before"] - found["kept"], found["after"] - found["kept"]
+                counts, y = by_task[task][variant], i + (j - (len(variants) - 1) / 2) * step
+                kept = counts["kept"]
+                lost, gained = counts["before"] - kept, counts["after"] - kept
                 bar = functools.partial(ax.barh, y, height=0.8 * step)
                 bar(lost, left=-lost, color=style.FAINT)
-                bar(found["kept"], color=hue[variant])
-                bar(gained, left=found["kept"], color=hue[variant], alpha=0.35)
+                bar(kept, color=hue[variant])
+                bar(gained, left=kept, color=hue[variant], alpha=0.35)
                 ax.text(
-                    1.02, y, f"{found['jaccard']:.2f}", transform=ax.get_yaxis_transform(),
+                    1.02, y, f"{counts['jaccard']:.2f}", transform=ax.get_yaxis_transform(),
                     va="center", fontsize=8, color=style.darken(hue[variant]),
                 )  # fmt: skip
         ax.axvline(0, color=style.GREY, linewidth=0.6)
-        ax.use_sticky_edges = False  # bars keep a margin
+        ax.use_sticky_edges = False  # adds a margin around the bars
         ax.set(ylim=(len(tasks) - 0.5, -0.5), yticks=range(len(tasks)), xlabel="neurons")
         ax.set_yticklabels(tasks if ax is axes[0] else [])
         ax.tick_params(axis="y", length=0, labelsize=9, labelcolor=style.INK)

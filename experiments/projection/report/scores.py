@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.projection.report import cells, plots
 from mllm_jax.analysis.projection import BEFORE, E2E, ORIGINAL, PAPER, PROJ
 from mllm_jax.report import page, parts, style
+from mllm_jax.report.report import Results
 
 
-def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
+def answers(folder: pathlib.Path, results: Results) -> page.Section:
     """Build the section on the scores of the answers by task and variant."""
     rows = results["answers"]
-    found = cells.group(rows, "task", "variant")
+    by_task = cells.group(rows, "task", "variant")
     hue = cells.colours(rows)
     figure = plots.forest(
         {"": {task: {v: row["f1"] for v, row in by_variant.items()}
-              for task, by_variant in found.items()}},
+              for task, by_variant in by_task.items()}},
         hue, "macro-F1", against=ORIGINAL,
     )  # fmt: skip
     above = {v: sum(_above(row) for row in rows if row["variant"] == v) for v in (PROJ, E2E)}
@@ -28,8 +30,8 @@ def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
         reading=f"Zero-shot, the model's macro-F1 is {_mean(rows, ORIGINAL)} on average over "
         f"tasks; with its projector tuned {_mean(rows, PROJ)}, tuned end to end "
         f"{_mean(rows, E2E)}. The interval of the change lies above zero in {above[PROJ]} of "
-        f"{len(found)} tasks for {PROJ}, in {above[E2E]} for {E2E}.",
-        figures=[parts.png(folder, "answers", figure, "Macro-F1 by task and variant")],
+        f"{len(by_task)} tasks for {PROJ}, in {above[E2E]} for {E2E}.",
+        figures=[parts.write_png(folder, "answers", figure, "Macro-F1 by task and variant")],
         table=page.Table(
             ("task", "variant", "runs", "macro-F1", "interval", "accuracy", "change of F1"),
             [
@@ -44,12 +46,12 @@ def answers(folder: pathlib.Path, results: Mapping) -> page.Section:
     )  # fmt: skip
 
 
-def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on probes before and after the projector; None where not measured."""
     rows = results["richness"]
     if not rows:
         return None
-    by_probe = {}
+    by_probe: dict[str, list[cells.Row]] = {}
     for row in rows:
         by_probe.setdefault(row["probe"], []).append(row)
     figure = plots.forest(
@@ -74,22 +76,24 @@ def richness(folder: pathlib.Path, results: Mapping) -> page.Section | None:
         reading=f"The paper's probes reach a macro-F1 of {_mean(own, BEFORE)} before the "
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
-        figures=[parts.png(folder, "richness", figure, "Macro-F1 of probes by task and variant")],
+        figures=[
+            parts.write_png(folder, "richness", figure, "Macro-F1 of probes by task and variant")
+        ],
         table=_pivot(rows, {"probe": "probe", "variant": "features"}),
-        note="Features are means over the patches of a picture. The paper's probes have another "
-        "depth and width before the projection than after it; the matched probe has the same of "
-        "both, and reads as many numbers; the linear one has no depth. In brackets the change "
+        note="Features are means over the patches of a picture. The paper's probes differ in "
+        "depth and width before and after the projection; the matched probe has the same on both "
+        "sides, and as many inputs; the linear one has no hidden layer. In brackets the change "
         "against Original; * marks intervals that exclude zero. Tables 2 and 3 of the paper.",
         data=[_rows_csv(folder, "richness", ("probe", "task"), rows)],
     )  # fmt: skip
 
 
-def depth(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on probes by layer of the language model; None where not measured."""
     rows = results.get("depth")
     if not rows:
         return None
-    curves: dict = {}
+    curves: dict[str, dict[str, dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["layer"]):
         by_variant = curves.setdefault(row["tokens"], {}).setdefault(row["task"], {})
         curve = by_variant.setdefault(row["variant"], {"mean": [], "low": [], "high": []})
@@ -109,47 +113,49 @@ def depth(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     return page.Section(
         title="Along the depth of the language model",
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
-        figures=[parts.png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
-        note="A linear probe on what leaves each layer; bands are 95 % intervals. The dashed line "
-        "is the same probe on the features before the projection.",
-        data=[parts.csv(folder, "depth", columns, [[row[c] for c in columns] for row in rows])],
+        figures=[parts.write_png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
+        note="A linear probe on the output of each layer; bands are 95 % intervals. Dashed line: "
+        "the same probe on the features before the projection.",
+        data=[
+            parts.write_csv(folder, "depth", columns, [[row[c] for c in columns] for row in rows])
+        ],
     )
 
 
-def _rise(kind: str, by_task: Mapping) -> str:
-    """Where along the layers most can be read of a kind of token, on average over tasks."""
-    found = []
+def _rise(kind: str, by_task: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the sentence on the scores by layer of a kind of token, mean over tasks."""
+    sentences = []
     for variant in (ORIGINAL, PROJ, E2E):
         means = [task[variant]["mean"] for task in by_task.values() if variant in task]
         if means:
             curve = np.mean(means, axis=0)
-            found.append(
+            sentences.append(
                 f"{variant} {curve[0]:.2f} at layer 0, {curve.max():.2f} at layer "
                 f"{curve.argmax()}, {curve[-1]:.2f} at the last"
             )
-    return f"At the {kind}: {'; '.join(found)}."
+    return f"At the {kind}: {'; '.join(sentences)}."
 
 
-def factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
+def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on changes of one setting at a time; None where not measured."""
     rows = results.get("factors")
     if not rows:
         return None
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    found = cells.group(rows, "task", "recipe")
+    by_task = cells.group(rows, "task", "recipe")
     panels = {
         "model": {
             task: {recipe: row["f1"] for recipe, row in by_recipe.items()}
-            for task, by_recipe in found.items()
+            for task, by_recipe in by_task.items()
         },
         "probe after it": {
             task: {recipe: row["probe"] for recipe, row in by_recipe.items() if row["probe"]}
-            for task, by_recipe in found.items()
+            for task, by_recipe in by_task.items()
         },
     }
     hue = dict.fromkeys(recipes, style.PALETTE[0]) | {recipes[0]: style.GREY}
     figure = plots.forest(
-        {group: by_task for group, by_task in panels.items() if any(by_task.values())},
+        {group: by_name for group, by_name in panels.items() if any(by_name.values())},
         hue, "macro-F1", against=recipes[0],
     )  # fmt: skip
     largest = max(
@@ -159,13 +165,13 @@ def factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     return page.Section(
         title="What the recipe changes",
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
-        f"{page.number(_mean_change(rows, largest))} on average over tasks.",
-        figures=[parts.png(folder, "factors", figure, "Macro-F1 by recipe and task")],
+        f"{page.signed(_mean_change(rows, largest))} on average over tasks.",
+        figures=[parts.write_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
-        note="One factor at a time is set otherwise than in the first recipe. The dashed line is "
+        note="One setting of the first recipe is changed at a time. The dashed line is "
         "the first recipe. * marks changes whose interval excludes zero.",
         data=[
-            parts.csv(
+            parts.write_csv(
                 folder, "factors",
                 ("task", "recipe", "factor", "setting", *cells.VALUE,
                  *(f"change_{c}" for c in cells.CHANGE), *(f"probe_{c}" for c in cells.VALUE)),
@@ -180,30 +186,30 @@ def factors(folder: pathlib.Path, results: Mapping) -> page.Section | None:
     )  # fmt: skip
 
 
-def _mean_change(rows: Sequence[Mapping], recipe: str) -> float:
+def _mean_change(rows: Sequence[cells.Row], recipe: str) -> float:
     changes = [row["change"]["value"] for row in rows
                if row["recipe"] == recipe and row["change"]]  # fmt: skip
     return float(np.mean(changes)) if changes else 0.0
 
 
-def _above(row: Mapping) -> bool:
+def _above(row: cells.Row) -> bool:
     return bool(row["change"]) and row["change"]["low"] > 0
 
 
-def _mean(rows: Iterable[Mapping], variant: str) -> str:
-    """The mean F1 of a variant over tasks."""
+def _mean(rows: Iterable[cells.Row], variant: str) -> str:
+    """Return the mean F1 of a variant over tasks."""
     values = [row["f1"]["mean"] for row in rows if row["variant"] == variant]
     return f"{np.mean(values):.2f}" if values else page.DASH
 
 
-def _interval(value: Mapping) -> str:
+def _interval(value: cells.Row) -> str:
     return f"{value['low']:.3f} to {value['high']:.3f}"
 
 
-def _pivot(rows: Sequence[Mapping], named: Mapping[str, str]) -> page.Table:
-    """F1 and its relative change: a row for each pair of keys, a column a task."""
+def _pivot(rows: Sequence[cells.Row], named: Mapping[str, str]) -> page.Table:
+    """Return F1 and its relative change: a row for each pair of keys, a column for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    texts: dict = {}
+    texts: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         first = tuple(row[key] or page.DASH for key in named)
         text = cells.value(row["f1"]) + cells.relative(row["change"])
@@ -216,14 +222,14 @@ def _pivot(rows: Sequence[Mapping], named: Mapping[str, str]) -> page.Table:
 
 
 def _rows_csv(
-    folder: pathlib.Path, name: str, first: Sequence[str], rows: Sequence[Mapping]
+    folder: pathlib.Path, name: str, first: Sequence[str], rows: Sequence[cells.Row]
 ) -> tuple[str, str]:
-    """Rows of `projection.table` with further columns before them."""
+    """Write rows of `projection.table`, with further columns before theirs."""
     columns = (
         *first, "variant", "runs", "images", *(f"f1_{c}" for c in cells.VALUE),
         *(f"accuracy_{c}" for c in cells.VALUE), *(f"change_{c}" for c in cells.CHANGE),
     )  # fmt: skip
-    return parts.csv(
+    return parts.write_csv(
         folder, name, columns,
         [
             (*(row[c] for c in first), row["variant"], row["runs"], row["images"],

@@ -1,0 +1,54 @@
+"""Which sites a kind of edit changes and a form of capture reads; imports no JAX."""
+
+from __future__ import annotations
+
+from mllm_jax import sites
+from mllm_jax.sites import Site
+
+
+def check_edit(kind: str, site: Site) -> None:
+    """Check that a kind of edit applies to a site.
+
+    Raises:
+      ValueError: It does not.
+    """
+    if (kind == "knockout") != (site in sites.MASKS):
+        raise ValueError(
+            f"{kind} does not apply to {site}: only lm.attn and vision.attn take knockout"
+        )
+    if kind == "patch" and site in sites.PATTERNS:
+        raise ValueError(
+            f"patch does not apply to {site}: the keys of two rows do not correspond; "
+            f"patch {site.module}.attn.heads"
+        )
+
+
+def check_capture(form: str, site: Site, all_units: bool) -> None:
+    """Check that a form of capture reads a site.
+
+    Args:
+      form: The name of the form.
+      site: The site.
+      all_units: Whether all units of the site are read.
+
+    Raises:
+      ValueError: It does not read the site, or not some units of it.
+    """
+    if form in ("mean", "stats") and site.token_axis != 1:
+        raise ValueError(
+            f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern "
+            "and vision.attn.pattern, and keep reads every site"
+        )
+    if form == "mass" and site not in sites.PATTERNS:
+        raise ValueError(
+            f"mass does not read {site}; mass reads lm.attn.pattern and vision.attn.pattern"
+        )
+    if form in ("lens", "entropy"):
+        if site.axes[-1] != "D":
+            raise ValueError(f"a lens reads tensors of the LM's width D; {site} is [{site.shape}]")
+        if not all_units:
+            raise ValueError(f"a lens reads all units of {site}: its address is [layers]")
+        if site == sites.lm.norm:
+            raise ValueError(
+                "a lens normalises what it reads, and lm.norm is already normalised: read logits"
+            )

@@ -1,0 +1,74 @@
+"""The report of a study: how its page, figures and tables are built from its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mllm_jax.report import page
+
+FORMAT = 1  # the version of results.json, increased when its keys change
+Results = Mapping[str, Any]  # the content of results.json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The report of a study.
+
+    Attributes:
+        study: the name of the study.
+        keys: the keys that its results must have.
+        title: the title of the page.
+        lead: returns the question of the study in a sentence or two.
+        facts: returns (number, label) of the row below the title.
+        overview: writes the summary figure, and returns it or None.
+        sections: write the figures and tables of a section, and return it, or None where a part of
+            the results is empty.
+    """
+
+    study: str
+    keys: Sequence[str]
+    title: str
+    lead: Callable[[Results], str]
+    facts: Callable[[Results], Sequence[tuple[str, str]]]
+    overview: Callable[[pathlib.Path, Results], page.Figure | None]
+    sections: Sequence[Callable[[pathlib.Path, Results], page.Section | None]]
+
+    def write(self, workdir: str | os.PathLike, results: Results) -> None:
+        """Write `figures/*.png`, `tables/*.csv` and, at the end, `index.html`.
+
+        The same results give the same bytes.
+
+        Args:
+            workdir: the folder of the study, with the pictures that the results name.
+            results: the content of results.json.
+
+        Raises:
+            ValueError: the results lack a key, or have another format.
+        """
+        require_keys(results, self.keys, self.study)
+        folder = pathlib.Path(workdir)
+        built = [build(folder, results) for build in self.sections]
+        content = page.Page(
+            title=self.title,
+            lead=self.lead(results),
+            facts=self.facts(results),
+            figure=self.overview(folder, results),
+            sections=[section for section in built if section],
+            data=page.RECORDS,
+        )
+        page.write(folder / "index.html", content)
+
+
+def require_keys(results: Results, keys: Sequence[str], study: str) -> None:
+    """Raise a ValueError if results of a study lack a key or have another format."""
+    if missing := [key for key in keys if key not in results]:
+        raise ValueError(f"results.json of {study} lacks {', '.join(missing)}; run the study again")
+    if results.get("format") != FORMAT:
+        raise ValueError(
+            f"results.json of {study} has format {results.get('format')}, and this version reads "
+            f"format {FORMAT}; run the study again"
+        )
