@@ -95,17 +95,28 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 or better."""
+    """x / rms(x) * scale, in float32 or better.
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-        del rngs  # starts at one
-        self.scale = nnx.Param(jnp.ones((width,)))
+    Args:
+        width: D.
+        eps: the epsilon.
+        unit_offset: whether the factor is 1 + scale, multiplied before the result is rounded to
+            the dtype of x, as Gemma has it.
+        rngs: not used: the norm starts as the identity.
+    """
+
+    def __init__(self, width: int, *, eps: float, unit_offset: bool = False, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.zeros((width,)) if unit_offset else jnp.ones((width,)))
         self.eps = eps
+        self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return the normed array in the dtype of x."""
         y = at_least_float32(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        if self.unit_offset:
+            return (y * (1 + at_least_float32(self.scale[...]))).astype(x.dtype)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
 
