@@ -105,7 +105,7 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
 def batch(config: MultimodalConfig) -> Batch:
     """A batch of one row without content: its largest picture, and WORDS more tokens."""
     layout = config.layout(config.largest)
-    T, I, side = len(layout.patches) + WORDS, layout.tiles, config.vision.image_size
+    T, I, side = len(layout.patches) + WORDS, layout.tiles, config.tile_side
 
     def each(dtype, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -19,6 +19,8 @@ _FOLDERS = (
     "llava",
     "llava_next",
     "instructblip",
+    "gemma3",
+    "gemma3_text",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

@@ -93,7 +93,7 @@ def load(
     else:
         pictures = sources.directory_with(settings.PICTURES, directory, base)
         options["pictures"] = functools.partial(image_processors.read, pictures)
-    settings.check(pictures, token_directory, model.config.vision.image_size)
+    settings.check(pictures, token_directory, model.config.tile_side)
     processor = families.of(model.config).processor
     return model, processor.from_directory(token_directory, model.config, **options)
 
@@ -132,6 +132,8 @@ def read_model(
             raise
         config = error.config
         problems.append(error)
+    if projector is not None and config.projector is None:
+        raise ValueError(files.refusal(directory, ["projector=: this model has no projector"]))
     graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
     family = families.of(config)
     slots = keys.slots(shapes, family.key_table(config))

@@ -33,6 +33,7 @@ _FIELDS = {
     "do_rescale": (_FLAG, None),
     "do_normalize": (_FLAG, None),
     "do_pad": (_FLAG, None),
+    "do_pan_and_scan": (schema.only(False, None), None),
     "size": (_SIZE, None),
     "crop_size": (_SIZE, None),
     "resample": (schema.optional(schema.whole(0, 5)), None),
@@ -50,7 +51,7 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
     Args:
         pictures: the directory with the settings of the image processor.
         texts: the directory of the tokenizer.
-        side: the side of the images that the tower reads, in pixels.
+        side: the side of the images that the tower reads, in pixels; 0 where they keep their size.
 
     Raises:
         ValueError: a value is not supported, or images have another size than the tower reads.
@@ -85,9 +86,10 @@ def _check_pictures(path: pathlib.Path, side: int) -> None:
     sizes = {
         name: _size(found[name], f"{prefix}{name}", side, problems)
         for name in ("size", "crop_size")
+        if side
     }
-    cut = sizes["crop_size"] if found["do_center_crop"] is not False else {}
-    final = cut or sizes["size"]
+    cut = sizes.get("crop_size") if found["do_center_crop"] is not False else {}
+    final = cut or sizes.get("size", {})
     wrong = [final[edge] for edge in ("height", "width") if final.get(edge, side) != side]
     if wrong:
         problems.append(f"makes pictures of {wrong[0]} pixels, and the vision tower sees {side}")

@@ -54,6 +54,11 @@ class FreeGridConfig(MultimodalConfig):
         return 0
 
     @property
+    def tile_side(self) -> int:
+        """Return 0: each picture has a size of its own."""
+        return 0
+
+    @property
     def largest(self) -> Size:
         """Return the (height, width) of the largest picture."""
         rows, columns = self.largest_grid

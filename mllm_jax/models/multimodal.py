@@ -17,12 +17,16 @@ from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
 
 Size = tuple[int, int]  # height, width
+TowerConfig = ClipConfig | EvaConfig | InternVitConfig | SiglipConfig
+Tower = ClipVision | EvaVision | InternVit | SiglipVision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig
+    vision: TowerConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -72,9 +76,14 @@ class MultimodalConfig(abc.ABC):
         return 1
 
     @property
+    def tile_side(self) -> int:
+        """Return the side of a tile in pixels; 0 where tiles are no squares of one size."""
+        return self.vision.image_size
+
+    @property
     def largest(self) -> Size:
         """Return the (height, width) of an image with the most tokens that one can have."""
-        return (self.vision.image_size,) * 2
+        return (self.tile_side,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:
         """Return how an image of this (height, width) is read."""
@@ -122,7 +131,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision
+    vision: Tower
     projector: Projector
     lm: Decoder
 

@@ -103,7 +103,7 @@ def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
     def broadcast(value, dtype) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), (B, T))
 
-    tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.vision.image_size
+    tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.tile_side
     return Batch(
         ids=_shape(np.int32, B, T),
         position=broadcast(np.arange(T), np.int32),

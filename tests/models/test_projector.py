@@ -94,8 +94,8 @@ def gemma3():
         text_config={"hidden_size": D, "num_attention_heads": 4},
         mm_tokens_per_image=4,
     )
-    ours = projector.ProjectorConfig.gemma3(E, D, pool=3, eps=1e-3)
-    return module.Gemma3MultiModalProjector(config), ours, projectors.gemma3
+    ours = projector.ProjectorConfig.pooled(E, D, pool=3, eps=1e-3)
+    return module.Gemma3MultiModalProjector(config), ours, projectors.pooled
 
 
 def paligemma():
@@ -142,7 +142,7 @@ class InternVl(hf.torch.nn.Module):
 
 
 def internvl():
-    return InternVl(), projector.ProjectorConfig.internvl(E, D), projectors.internvl
+    return InternVl(), projector.ProjectorConfig.shuffled(E, D), projectors.shuffled
 
 
 @pytest.mark.parametrize("build", [gemma3, paligemma, idefics3, internvl])
@@ -205,7 +205,9 @@ def test_edits_of_both_the_activation_and_deepstack():
         "projector.act": S.SiteShape(1, (1, 2, 4 * E), np.dtype("float32")),
         "projector.deepstack": S.SiteShape(3, (1, 2, D), np.dtype("float32")),
     }
-    maps = {"projector": tokens.TokenMap.grid(np.zeros(1, np.int16), (1, 2), True, np.ones(1, bool))}
+    maps = {
+        "projector": tokens.TokenMap.grid(np.zeros(1, np.int16), (1, 2), True, np.ones(1, bool))
+    }
 
     def both(edits):
         taps = Taps(binding.bind_edits(edits, shapes, maps))
