@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 
@@ -24,7 +23,6 @@ CLASSES = {
     "3": ("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
 }
 CONFIGS = {version: qwen_vision.QwenVisionConfig.tiny(version) for version in CLASSES}
-CONFIGS["2"] = dataclasses.replace(CONFIGS["2"], mlp=64)  # a multiple of the width
 KIND = {"2": "layer", "2.5": "rms", "3": "layer"}
 
 

@@ -7,15 +7,20 @@ from typing import Any
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
-from mllm_jax.checkpoints.networks import clip
+from mllm_jax.checkpoints.networks import clip, encoder
 from mllm_jax.models.siglip import SiglipConfig
 
-_SIGLIP = clip.TOWER | {
-    "model_type": (schema.only("siglip_vision_model"), "siglip_vision_model"),
-    "patch_size": (schema.SIDE, 16),
-    "hidden_act": (fields_.ACTIVATION, "gelu_pytorch_tanh"),
-    "layer_norm_eps": (schema.EPSILON, 1e-6),
-}
+_SIGLIP = encoder.CHANNELS | encoder.table(
+    "siglip_vision_model",
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=16,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
 _IDEFICS3 = _SIGLIP | {
     "model_type": (
         schema.only("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"), "idefics3_vision",
@@ -67,6 +72,7 @@ def read_idefics3(fields: Mapping[str, Any], problems: list[str]) -> dict[str, A
 
 
 def _read(fields: Mapping[str, Any], table: schema.Table, problems: list[str]) -> dict[str, Any]:
+    # The side of an image need not be a multiple of that of a patch: the rest is cut off.
     siglip = schema.read(fields, table, _IGNORED, "vision_config.", problems)
     heads = "num_attention_heads", siglip["num_attention_heads"]
     schema.divides(heads, ("vision_config.hidden_size", siglip["hidden_size"]), problems)
@@ -75,31 +81,10 @@ def _read(fields: Mapping[str, Any], table: schema.Table, problems: list[str]) -
 
 def config(siglip: Mapping[str, Any], *, feature_layer: int | None = None) -> SiglipConfig:
     """Return the config of fields from `read`, with the layer that is used; None for all."""
-    return SiglipConfig(
-        width=siglip["hidden_size"],
-        layers=siglip["num_hidden_layers"],
-        heads=siglip["num_attention_heads"],
-        mlp=siglip["intermediate_size"],
-        image_size=siglip["image_size"],
-        patch=siglip["patch_size"],
-        act=fields_.ACTIVATIONS[siglip["hidden_act"]],
-        eps=siglip["layer_norm_eps"],
-        feature_layer=feature_layer,
-    )
+    return SiglipConfig(**encoder.arguments(siglip), feature_layer=feature_layer)
 
 
 def to_hf(vision: SiglipConfig, model_type: str = "siglip_vision_model") -> dict[str, Any]:
     """Return the `vision_config` of a tower that ends at the layer whose output is used."""
     head = {"vision_use_head": False} if model_type == "siglip_vision_model" else {}
-    return {
-        "model_type": model_type,
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
-        "num_hidden_layers": vision.run_layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch,
-        "hidden_act": fields_.HF_ACTIVATIONS[vision.act],
-        "layer_norm_eps": vision.eps,
-        **head,
-    }
+    return encoder.to_hf(vision, model_type) | {"num_hidden_layers": vision.run_layers} | head
