@@ -17,7 +17,6 @@ from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
-from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
@@ -25,8 +24,6 @@ from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
 
 Size = tuple[int, int]  # height, width
-TowerConfig = ClipConfig | EvaConfig | InternVitConfig | SiglipConfig
-Tower = ClipVision | EvaVision | InternVit | SiglipVision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: TowerConfig
+    vision: ClipConfig | EvaConfig | SiglipConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -71,19 +68,24 @@ class MultimodalConfig(abc.ABC):
         """Return the network with random weights."""
 
     @property
+    def tile_side(self) -> int | None:
+        """Return the side of the squares that the tower reads; None where a picture has its own."""
+        return self.vision.image_size
+
+    @property
+    def pixel_shape(self) -> Size | tuple[int, int, int]:
+        """Return the shape of the pixels of a tile, of the largest one where sizes differ."""
+        return (self.vision.image_size, self.vision.image_size, 3)
+
+    @property
     def tiles(self) -> int:
         """Return the number of places for tiles that an image has in a batch."""
         return 1
 
     @property
-    def tile_side(self) -> int:
-        """Return the side of a tile in pixels; 0 where tiles are no squares of one size."""
-        return self.vision.image_size
-
-    @property
     def largest(self) -> Size:
         """Return the (height, width) of an image with the most tokens that one can have."""
-        return (self.tile_side,) * 2
+        return (self.vision.image_size,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:
         """Return how an image of this (height, width) is read."""
@@ -131,7 +133,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: Tower
+    vision: ClipVision | EvaVision | SiglipVision
     projector: Projector
     lm: Decoder
 

@@ -46,9 +46,18 @@ class TextConfig(MultimodalConfig):
         return 0
 
     @property
-    def tile_side(self) -> int:
-        """Return 0: there are no tiles."""
-        return 0
+    def tile_side(self) -> None:
+        """Return None: there are no tiles."""
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Return the shape of no pixels."""
+        return 0, 0, 3
+
+    @property
+    def largest(self) -> Size:
+        """Return the size of no picture."""
+        return 0, 0
 
     def layout(self, size: Size | None = None) -> Layout:
         """Return a layout without tiles and tokens."""

@@ -345,7 +345,7 @@ class Processor(PromptEncoder):
           tiles: the number of tiles of a slot.
           read: whether the pixels are needed; else they are empty.
         """
-        places, size = self.config.tiles, self.config.tile_side if read else 0
+        places, size = self.config.tiles, (self.config.tile_side or 0) if read else 0
         is_real = np.zeros((len(pictures), tiles), bool)
         for slot, row in zip(is_real, pictures, strict=True):
             for number, picture in enumerate(row):
