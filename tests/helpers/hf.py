@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from flax import nnx
 from mllm_jax import families, sites, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import keys
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures
+from mllm_jax.models import siglip
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -64,6 +66,26 @@ def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     )
 
 
+def siglip_config(config: siglip.SiglipConfig) -> transformers.SiglipVisionConfig:
+    return transformers.SiglipVisionConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp,
+        image_size=config.image_size,
+        patch_size=config.patch,
+        hidden_act=ACTIVATIONS.get(config.act, config.act),
+        layer_norm_eps=config.eps,
+        vision_use_head=False,
+        **ATTENTION,
+    )
+
+
+def tower_config(config: llava.ClipConfig | siglip.SiglipConfig) -> transformers.PreTrainedConfig:
+    is_siglip = isinstance(config, siglip.SiglipConfig)
+    return siglip_config(config) if is_siglip else clip_config(config)
+
+
 def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTrainedConfig:
     """Of a LLaVA or a LLaVA-NeXT; `text` is of its LM, where that is no Llama."""
     kind, fields = transformers.LlavaConfig, {}
@@ -71,15 +93,51 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
         kind = transformers.LlavaNextConfig
         fields = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
     return kind(
-        vision_config=clip_config(config.vision),
+        vision_config=tower_config(config.vision),
         text_config=text or llama_config(config.lm),
         image_token_index=config.image_token,
         projector_hidden_act=ACTIVATIONS.get(config.projector.act, config.projector.act),
         multimodal_projector_bias=config.projector.bias,
         vision_feature_layer=config.vision.feature_layer,
-        vision_feature_select_strategy=SELECT[config.vision.select],
+        vision_feature_select_strategy=SELECT[getattr(config.vision, "select", "full")],
         tie_word_embeddings=config.lm.tied,
         **fields,
+        **ATTENTION,
+    )
+
+
+def gemma3_text_config(config: llava.DecoderConfig) -> transformers.Gemma3TextConfig:
+    scaling = config.rope_scaling
+    scaled = {"rope_type": "linear", "factor": scaling.factor} if scaling else {}
+    return transformers.Gemma3TextConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        intermediate_size=config.mlp,
+        rms_norm_eps=config.eps,
+        sliding_window=max(config.windows),
+        layer_types=[("full_attention", "sliding_attention")[bool(n)] for n in config.windows],
+        query_pre_attn_scalar=round((config.query_scale or config.head_width**-0.5) ** -2),
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": config.rope_theta} | scaled,
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_theta},
+        },
+        tie_word_embeddings=config.tied,
+        pad_token_id=None,
+        **ATTENTION,
+    )
+
+
+def gemma3_config(config: gemma3.Gemma3Config) -> transformers.Gemma3Config:
+    return transformers.Gemma3Config(
+        vision_config=siglip_config(config.vision),
+        text_config=gemma3_text_config(config.lm),
+        mm_tokens_per_image=config.image_tokens,
+        image_token_index=config.image_token,
+        tie_word_embeddings=config.lm.tied,
         **ATTENTION,
     )
 
@@ -134,6 +192,17 @@ def random(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return network.eval()
 
 
+def random_gemma(network: torch.nn.Module) -> torch.nn.Module:
+    """A Gemma with random weights; the factor of its RMS norms is 1 + weight."""
+    with torch.no_grad():
+        for name, weight in random(network).named_parameters():
+            if "norm" in name and "vision_tower" not in name:
+                weight.sub_(1)
+            elif "embed_tokens" in name:
+                weight.mul_(0.2)  # else each token predicts itself
+    return network
+
+
 def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = "") -> llava.Llava:
     """Our model with the weights of a network; parts that the network does not have are zero.
 
@@ -174,14 +243,27 @@ READ: dict[str, Callable] = {
 }
 
 
+# Where the outputs of attention and MLP are normed before they are added.
+POST_NORMS = {
+    "lm.attn_out": "language_model.model.layers.{i}.post_attention_layernorm (output)",
+    "lm.resid_mid": "language_model.model.layers.{i}.pre_feedforward_layernorm (input)",
+    "lm.mlp.out": "language_model.model.layers.{i}.post_feedforward_layernorm (output)",
+}
+
+
 def tensors(
-    network: torch.nn.Module, names: Iterable[str], prefix: str = "", **inputs
+    network: torch.nn.Module,
+    names: Iterable[str],
+    prefix: str = "",
+    where: Mapping[str, str] | None = None,
+    **inputs,
 ) -> dict[str, np.ndarray]:
     """What the network computes at our sites, found by the `hf` column of the site table.
 
     Args:
       network: theirs. prefix: of its module names within a LLaVA.
       names: of the sites.
+      where: the column of the site table for sites that are elsewhere in this network.
       inputs: of the network.
 
     Returns:
@@ -199,7 +281,8 @@ def tensors(
     modules = {llava_keys.canonical_key(f"{name}."): module for name, module in named}
     hooks = []
     for name in set(names) - {"logits"}:
-        for path, read in re.findall(r"(\S+) \((\w+)\)", sites.get(name).hf):
+        text = (where or {}).get(name, sites.get(name).hf)
+        for path, read in re.findall(r"(\S+) \((\w+)\)", text):
             path = re.escape(path).replace(r"\{i\}", r"\d+")
             path = re.compile(rf"(vision_tower\.)?{path}\.")
             there = [module for key, module in modules.items() if path.fullmatch(key)]
