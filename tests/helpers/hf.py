@@ -192,6 +192,12 @@ def random(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return network.eval()
 
 
+def count(config) -> int:
+    """The number of parameters of a model of ours."""
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
 def random_gemma(network: torch.nn.Module) -> torch.nn.Module:
     """A Gemma with random weights; the factor of its RMS norms is 1 + weight."""
     with torch.no_grad():

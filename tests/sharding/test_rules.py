@@ -44,7 +44,7 @@ def stays_whole(config, path: str) -> bool:
     """Heads and words that 8 does not divide, and the small table of a Q-Former's words."""
     part = getattr(config, path.split(".")[0], None)
     if ".attn." in path or ".look." in path:
-        return part.heads % 8 > 0
+        return getattr(part, "kv_heads", part.heads) % 8 > 0  # groups of heads stay together
     if path in ("lm.embed", "lm.head.kernel"):
         return part.vocab % 8 > 0
     return path == "qformer.words"
