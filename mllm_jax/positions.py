@@ -50,13 +50,22 @@ class Positions:
         """
         mask = key_order[:, None, None, :] <= self.order[:, None, :, None]
         if self.block is not None:
-            same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block > 0)[:, :, None]
-            earlier = key_order.shape[1] - self.order.shape[1]
-            mask |= jnp.pad(same, ((0, 0), (0, 0), (earlier, 0)))[:, None]
+            mask |= self.same_block(key_order.shape[1])
         if self.segment is not None:
             segment = self.segment[:, None, None, :]
             mask &= (segment == 0) | (segment == self.segment[:, None, :, None])
         return mask & key_valid[:, None, None, :]
+
+    def same_block(self, keys: int) -> Bool[Array, "B 1 T S"]:
+        """Return which keys are of the block of each token; those of earlier tokens are of none.
+
+        Args:
+          keys: The number S of keys: those of earlier tokens, then these.
+        """
+        if self.block is None:
+            return jnp.zeros((1, 1, 1, 1), bool)
+        same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block > 0)[:, :, None]
+        return jnp.pad(same, ((0, 0), (0, 0), (keys - self.order.shape[1], 0)))[:, None]
 
     def from_token(self, start: int) -> Positions:
         """Return the positions from a token on: a static number, the same in each row."""
