@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from mllm_jax import tokens
+from mllm_jax import families, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.llava import model as llava
@@ -112,6 +112,15 @@ def gemma_3(directory: pathlib.Path) -> Family:
         where=hf.POST_NORMS,
         trims=True,
     )
+
+
+def gemma_3_text(directory: pathlib.Path) -> Family:
+    """A language model without pictures; its processor is its tokenizer."""
+    config = families.FAMILIES["gemma3_text"].config.tiny()
+    network = hf.transformers.Gemma3ForCausalLM(hf.gemma3_text_config(config.lm))
+    tokenizer = tiny.gemma3_tokenizer(config, GEMMA)
+    where = hf.POST_NORMS | {"lm.embed": "language_model.model.embed_tokens (output)"}
+    return _keep(config, hf.random_gemma(network), tokenizer, directory, where=where)
 
 
 ALL = {

@@ -46,7 +46,7 @@ def tokenizer(
       lines: the line ends that are one token; the longest that fits is taken.
       special: further arguments of the tokenizer.
     """
-    vocab, own = {image: config.image_token}, (*SPECIAL[:-1], *more)
+    vocab, own = {image: config.image_token % 96}, (*SPECIAL[:-1], *more)
     for word in (*own, *lines, *TEXT.split()):
         vocab.setdefault(word, len(vocab) - 1)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
