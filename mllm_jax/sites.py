@@ -152,6 +152,15 @@ TABLE: tuple[Site, ...] = (
          "vision_model.pre_layrnorm (output); vision_model.embeddings (output)"),
     Site("vision.resid_pre", "I P E", "what enters a block", True,
          "blocks.{i}.hook_resid_pre", "vision_model.encoder.layers.{i} (input)"),
+    Site("vision.attn.mask", "I N P S", "boolean attention mask, for knockout", True,
+         "", "attention_mask"),
+    Site("vision.attn.pattern", "I N P S", "attention probabilities", True,
+         "blocks.{i}.attn.hook_pattern",
+         "vision_model.encoder.layers.{i}.self_attn (weights)"),
+    Site("vision.attn.heads", "I P N H", "each head's result, before the output map", True,
+         "blocks.{i}.attn.hook_z",
+         "vision_model.encoder.layers.{i}.self_attn.out_proj (input); "
+         "vision_model.encoder.layers.{i}.self_attn.projection (input)"),
     Site("vision.attn_out", "I P E", "attention output, before it is added", True,
          "blocks.{i}.hook_attn_out", "vision_model.encoder.layers.{i}.self_attn (output)"),
     Site("vision.mlp.act", "I P F", "neurons: activation of fc1", True,
@@ -202,6 +211,8 @@ TABLE: tuple[Site, ...] = (
 )  # fmt: skip
 
 BY_NAME = {site.name: site for site in TABLE}
+MASKS = tuple(site for site in TABLE if site.name.endswith(".attn.mask"))
+PATTERNS = tuple(site for site in TABLE if site.name.endswith(".attn.pattern"))
 
 
 def unknown(name: str) -> str:

@@ -94,7 +94,8 @@ class Slot:
 def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
     """Rows under a prefix; a line of the table is (key, path, transform), or with a part."""
     return tuple(
-        Row(f"{hf}.{key}", f"{ours}.{path}", *rest, every=every) for key, path, *rest in table
+        dataclasses.replace(Row(f"{hf}.{key}", f"{ours}.{path}", *rest), every=every)
+        for key, path, *rest in table
     )
 
 
@@ -153,12 +154,12 @@ def is_buffer(key: str) -> bool:
 
 
 def check(
-    shapes: Mapping[str, Shape], wanted: Iterable[Slot], is_unused: Callable[[str], bool]
+    shapes: Mapping[str, Shape | None], wanted: Iterable[Slot], is_unused: Callable[[str], bool]
 ) -> None:
     """Compare the tensors of a checkpoint with the slots of a model.
 
     Args:
-        shapes: the shape of each tensor by its canonical key.
+        shapes: the shape of each tensor by its canonical key; None where it is not known.
         wanted: the slots.
         is_unused: whether a checkpoint may hold a tensor that the model does not use.
 
@@ -169,9 +170,9 @@ def check(
     missing = [key for key in expected if key not in shapes]
     leftover = [key for key in shapes if key not in expected and not is_unused(key)]
     misshapen = [
-        f"{files.line(key, 80)} is {files.shown(list(shapes[key]))}, expected {list(shape)}"
+        f"{files.line(key, 80)} is {files.shown(list(given))}, expected {list(shape)}"
         for key, shape in expected.items()
-        if key in shapes and tuple(shapes[key]) != shape
+        if (given := shapes.get(key)) is not None and tuple(given) != shape
     ]
     parts = [
         f"{len(keys)} {word}: {files.some(brief(keys) if fold else keys, 2, 110)}"

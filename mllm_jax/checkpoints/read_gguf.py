@@ -134,7 +134,8 @@ def _check_counts(path: pathlib.Path) -> None:
         _, _, tensors, fields = struct.unpack("<4sIQQ", file.read(24))
         for _ in range(_bounded(fields, 13, file, size)):
             _skip(_STRING, file, size)
-            _skip(*struct.unpack("<I", file.read(4)), file, size)
+            (kind,) = struct.unpack("<I", file.read(4))
+            _skip(kind, file, size)
         for _ in range(_bounded(tensors, 24, file, size)):
             _skip(_STRING, file, size)
             (axes,) = struct.unpack("<I", file.read(4))

@@ -127,8 +127,8 @@ def read(
     for name in fields:
         if name not in table and name not in ignored and name != "quantization_config":
             near = difflib.get_close_matches(name[:100], table, n=1)
-            near = f" (nearest: {near[0]})" if near else ""
-            problems.append(Unknown(f"unknown field {prefix}{files.line(name, 60)}{near}"))
+            hint = f" (nearest: {near[0]})" if near else ""
+            problems.append(Unknown(f"unknown field {prefix}{files.line(name, 60)}{hint}"))
     return values(fields, table, prefix, problems)
 
 

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import pathlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class LazyTensor(Protocol):
+    """A tensor of a checkpoint that is read when it is needed."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file that holds the tensor."""
+
+    @property
+    def key(self) -> str:
+        """The name of the tensor in the file."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+
+    def read(self) -> np.ndarray:
+        """Return the tensor as an array."""
 
 
 class Stored(NamedTuple):

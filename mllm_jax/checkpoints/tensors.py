@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +44,7 @@ def has_weights(directory: pathlib.Path) -> bool:
 
 def open_directory(
     directory: pathlib.Path, problems: list[Exception], canonical_key: Callable[[str], str] = str
-) -> dict[str, Stored | None]:
+) -> Mapping[str, Stored | None]:
     """The tensors of a checkpoint: safetensors or else PyTorch files, whole or in shards.
 
     Args:
@@ -205,7 +206,21 @@ def _open_torch(path: pathlib.Path) -> list[Stored]:
     return [tensor._replace(key=key) for key, tensor in tensors]
 
 
-def write(tensors: Mapping[str, np.typing.ArrayLike], path: pathlib.Path) -> None:
+class Writable(Protocol):
+    """What becomes an array when it is written; its shape and dtype are known before."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the array."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def write(tensors: Mapping[str, Writable], path: pathlib.Path) -> None:
     """Writes a safetensors file, which appears complete or not at all.
 
     Args:

@@ -133,17 +133,19 @@ def _check_program(program: bytes) -> None:
     through it, and a tuple may not be much heavier than the program.
     """
     stack: list[int | None] = []  # weights; None is a mark
-    memo: dict[int, int] = {}
+    memo: dict[int, int | None] = {}
     for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if step > _PROGRAM_STEPS:
             raise ValueError("too many steps")
         if opcode.name.endswith("PUT"):
+            assert argument is not None
             if argument > len(program):
                 raise ValueError("more to remember than it has")  # Python would make room for it
             memo[argument] = stack[-1]
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif opcode.name.endswith("GET"):
+            assert argument is not None
             stack.append(memo[argument])
         elif opcode.name == "DUP":
             stack.append(stack[-1])
@@ -159,8 +161,9 @@ def _taken(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
     weight = 0
     for kind in reversed(opcode.stack_before):
         if kind.name == "stackslice":
-            while stack[-1] is not None:
-                weight += stack.pop()
+            while (top := stack[-1]) is not None:
+                weight += top
+                stack.pop()
         else:
             weight += stack.pop() or 0
     return weight
@@ -238,6 +241,7 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
             return change(value)
         if id(value) not in done:
             done[id(value)] = inside
+            new: Any
             if isinstance(value, dict):
                 new = {key: changed(item) for key, item in value.items()}
             else:
@@ -269,7 +273,7 @@ def write(value: Any, path: str | pathlib.Path) -> None:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program)
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for key, array in enumerate(storages):
-            archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), array)
+            archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), array.data)
         archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 

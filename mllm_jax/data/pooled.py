@@ -109,11 +109,10 @@ def _picture_arguments(
 def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.ndarray]:
     """Return the arrays of the first rows of a batch."""
     with mesh.use_mesh_of(model):
-        batch = batch.replace(
-            features=mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
-        )
+        features = mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
+    batch = batch.replace(features=features)
     means = run.run(model, batch, None, CAPTURES, logits="none").captures
-    patches = batch.features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
+    patches = features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     arrays = {
         "vision": mean_over_tiles(model.config, batch, patches),
         "projector": means["projector"],

@@ -89,7 +89,7 @@ def mass(target: Target, *, on: Selector, where: Selector = None) -> Capture:
     """Average the attention that the selected queries pay to some keys: float32[L, B, N].
 
     Args:
-      target: `sites.lm.attn.pattern`, or layers and heads of it.
+      target: `sites.lm.attn.pattern` or `sites.vision.attn.pattern`, or layers and heads of it.
       on: The keys; in a row that has none of them the mass is 0.
       where: The queries; a row without any is treated as by `mean`.
     """

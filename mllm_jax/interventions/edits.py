@@ -164,8 +164,9 @@ def knockout(target: Target, *, to: Selector = None, on: Selector = None) -> Edi
     """Hide keys from queries, in the boolean attention mask.
 
     Args:
-      target: `sites.lm.attn`, or layers and heads of it: `sites.lm.attn[10:, [0, 3]]`.
-      to: The queries.
+      target: `sites.lm.attn` or `sites.vision.attn`, or layers and heads of it:
+        `sites.lm.attn[10:, [0, 3]]`.
+      to: The queries. In the vision tower they see the patches of their own tile alone.
       on: The keys that the queries no longer see.
     """
     return _edit("knockout", target, to, on=tokens.of(on))

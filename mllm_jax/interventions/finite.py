@@ -15,7 +15,7 @@ from mllm_jax.typing import AnyArray, Bool
 
 _PREFIX = "is finite: "  # no user gives such a name to a capture
 # A mask is boolean; a pattern exists as a whole only if it is captured, and the heads show it.
-_EXCLUDED = (sites.lm.attn.mask, sites.lm.attn.pattern)
+_EXCLUDED = (*sites.MASKS, *sites.PATTERNS)
 
 
 def captures(shapes: dict[str, SiteShape], logits: str) -> dict[str, Capture]:
@@ -59,8 +59,12 @@ def first_not_finite(finite: dict[str, Bool[AnyArray, ...]]) -> tuple[str, int |
     return None
 
 
-def require(finite: dict[str, Bool[AnyArray, ...]]) -> None:
+def require(finite: dict[str, Bool[AnyArray, ...]], of: str = "this pass") -> None:
     """Raise an error that names the first site that is not finite, unless values are traced.
+
+    Args:
+      finite: See `first_not_finite`.
+      of: What the sites belong to, for the message.
 
     Raises:
       ValueError: A site is not finite.
@@ -71,6 +75,6 @@ def require(finite: dict[str, Bool[AnyArray, ...]]) -> None:
         name, layer = at
         where = name if layer is None else f"{name}[{layer}]"
         raise ValueError(
-            f"{where} is the first site of this pass that is not finite: look at the edits there, "
+            f"{where} is the first site of {of} that is not finite: look at the edits there, "
             "at the weights that make it, and at whether its dtype can hold its values"
         )

@@ -181,7 +181,8 @@ def _target(text: str, root: pathlib.Path) -> tuple[sites.Site, tuple[Index, ...
     match = _TARGET.match(text)
     if not match:
         raise ValueError(f"'{text}' is not a site with an address, such as lm.mlp.act[12,0:8]")
-    site = sites.get("lm.attn.mask" if match["site"] == "lm.attn" else match["site"])
+    name = match["site"]
+    site = sites.get(f"{name}.mask" if f"{name}.mask" in sites.BY_NAME else name)
     if match["at"] is None:
         return site, None
     if re.fullmatch(_PAIRS, match["at"]):

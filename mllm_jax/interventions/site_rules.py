@@ -12,12 +12,14 @@ def check_edit(kind: str, site: Site) -> None:
     Raises:
       ValueError: It does not.
     """
-    if (kind == "knockout") != (site == sites.lm.attn.mask):
-        raise ValueError(f"{kind} does not apply to {site}: only lm.attn takes knockout")
-    if kind == "patch" and site == sites.lm.attn.pattern:
+    if (kind == "knockout") != (site in sites.MASKS):
         raise ValueError(
-            "patch does not apply to lm.attn.pattern: the keys of two rows do not correspond; "
-            "patch lm.attn.heads"
+            f"{kind} does not apply to {site}: only lm.attn and vision.attn take knockout"
+        )
+    if kind == "patch" and site in sites.PATTERNS:
+        raise ValueError(
+            f"patch does not apply to {site}: the keys of two rows do not correspond; "
+            f"patch {site.module}.attn.heads"
         )
 
 
@@ -34,11 +36,13 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
     """
     if form in ("mean", "stats") and site.token_axis != 1:
         raise ValueError(
-            f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern, "
-            "and keep reads every site"
+            f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern "
+            "and vision.attn.pattern, and keep reads every site"
         )
-    if form == "mass" and site != sites.lm.attn.pattern:
-        raise ValueError(f"mass does not read {site}; mass reads lm.attn.pattern")
+    if form == "mass" and site not in sites.PATTERNS:
+        raise ValueError(
+            f"mass does not read {site}; mass reads lm.attn.pattern and vision.attn.pattern"
+        )
     if form in ("lens", "entropy"):
         if site.axes[-1] != "D":
             raise ValueError(f"a lens reads tensors of the LM's width D; {site} is [{site.shape}]")

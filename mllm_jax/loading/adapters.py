@@ -20,7 +20,7 @@ import numpy as np
 
 from mllm_jax import files
 from mllm_jax.checkpoints import keys, schema, tensors
-from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.checkpoints.stored import LazyTensor, Stored
 
 CONFIG = "adapter_config.json"
 BESIDE = "non_lora_trainables.bin"
@@ -64,7 +64,7 @@ class Merged:
         scale: of b @ a.
     """
 
-    base: Stored
+    base: LazyTensor
     a: Stored
     b: Stored
     scale: float
@@ -103,7 +103,8 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none of LoRA, or of a kind that is not read, by name.
     """
-    path, problems = directory / CONFIG, []
+    path = directory / CONFIG
+    problems: list[str] = []
     fields = files.read_json(path)
     # What is off says nothing; PEFT adds such fields with every version.
     said = {name: value for name, value in fields.items() if value or name in _FIELDS}
@@ -122,11 +123,11 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def merge(
-    base: Mapping[str, Stored | None],
+    base: Mapping[str, LazyTensor | None],
     directory: pathlib.Path,
     problems: list[Exception],
     canonical_key: Callable[[str], str],
-) -> dict[str, Stored | Merged | None]:
+) -> Mapping[str, LazyTensor | None]:
     """The tensors of a model with those of an adapter.
 
     Args:
@@ -143,13 +144,13 @@ def merge(
     if path is None:
         names = " nor ".join(_FACTORS)
         problems.append(FileNotFoundError(files.refusal(directory, [f"has neither {names}"])))
-        return dict(base)
+        return base
     try:
         fields, found = read_fields(directory), tensors.open_file(path)
         whole = tensors.open_file(beside) if (beside := directory / BESIDE).exists() else []
     except (OSError, ValueError) as error:
         problems.append(error)
-        return dict(base)
+        return base
     matches = [(_FACTOR.fullmatch(tensor.key), tensor) for tensor in found]
     factors: dict[str, dict[str, Stored]] = {}
     wrong = []
@@ -157,25 +158,29 @@ def merge(
         if match and factors.setdefault(match[1], {}).setdefault(match[2], tensor) is not tensor:
             wrong.append(f"{files.line(match[1], 80)} is there twice")
     replaced = (tensor for match, tensor in matches if not match)
-    model = dict(base) | tensors.by_name(itertools.chain(replaced, whole), problems, canonical_key)
+    own = tensors.by_name(itertools.chain(replaced, whole), problems, canonical_key)
+    model: dict[str, LazyTensor | None] = {**base, **own}
     if not factors:
         wrong.append("no tensor is named lora_A or lora_B")
     for module, pair in factors.items():
         key = canonical_key(f"{module}.weight")
         module = module.removeprefix(keys.PEFT_PREFIX)
         rank = _of("rank_pattern", "r", fields, module)
-        if reason := _misfit(key in model, model.get(key), pair, rank):
+        matrix = model.get(key)
+        if reason := _misfit(key in model, matrix, pair, rank):
             wrong.append(f"{files.line(module, 80)}: {reason}")
-        elif model[key] is not None:
+        elif matrix is not None:
             alpha = _of("alpha_pattern", "lora_alpha", fields, module)
             scale = alpha / (math.sqrt(rank) if fields["use_rslora"] else rank)
-            model[key] = Merged(model[key], pair["A"], pair["B"], scale)
+            model[key] = Merged(matrix, pair["A"], pair["B"], scale)
     if wrong:
         problems.append(ValueError(files.refusal(path, wrong)))
     return model
 
 
-def _misfit(known: bool, base: Stored | None, pair: Mapping[str, Stored], rank: int) -> str | None:
+def _misfit(
+    known: bool, base: LazyTensor | None, pair: Mapping[str, Stored], rank: int
+) -> str | None:
     """Why two factors are no change of a tensor; None if they are."""
     if not known:
         return "the base model has no such tensor"

@@ -196,7 +196,9 @@ def _write(
         },
     )
     _write_json(folder / "preprocessor_config.json", _IMAGES)
-    _write_json(folder / "config.json", _config(language, tokenizer.token_to_id(IMAGE_TOKEN)))
+    image_token = tokenizer.token_to_id(IMAGE_TOKEN)
+    assert image_token is not None  # it was added above
+    _write_json(folder / "config.json", _config(language, image_token))
     _write_json(
         folder / _MANIFEST,
         {

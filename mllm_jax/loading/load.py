@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from mllm_jax import families, files
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, tensors
-from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.checkpoints.stored import LazyTensor, Stored
 from mllm_jax.loading import adapters, embedded, parameters, settings, sources
 from mllm_jax.loading.sources import locate, read_config, read_fields
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
@@ -27,6 +28,8 @@ from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.sharding import rules
 
 _TRAIN_PROJECTOR = "python -m experiments.train --config=configs/embedded_projector.py"
+
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def load(
@@ -78,7 +81,8 @@ def load(
     model = read_model(directory, dtype=dtype, projector=projector, base=base, seed=seed, mesh=mesh)
     place = sources.holder(directory, base, sources.CONFIG)
     texts = sources.holder(directory, base, sources.TOKENS)
-    fields, how = read_fields(place), {"image_aspect_ratio": image_aspect_ratio}
+    fields = read_fields(place)
+    how: dict[str, Any] = {"image_aspect_ratio": image_aspect_ratio}
     if original := families.original_layout(fields):
         config_file = place / "config.json"
         pictures = sources.part(config_file, fields, original.tower_field, weights=False)
@@ -145,11 +149,12 @@ def read_model(
         _check(stored, slots, _unused(config), directory, problems)
     if projector not in (None, "random"):
         overlay = _open_projector(projector, own, config, problems)
-        stored, slots = stored | overlay, slots + own
+        stored, slots = {**stored, **overlay}, slots + own
     _raise(problems)
-    _check_tied(stored, config, directory)
+    whole = _complete(stored)
+    _check_tied(whole, config, directory)
     places = _places(config, shapes, mesh)
-    arrays = parameters.read(stored, slots, shapes, dtype, places)
+    arrays = parameters.read(whole, slots, shapes, dtype, places)
     if projector == "random":
         arrays |= _random_projector(config, dtype, seed, places)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
@@ -157,11 +162,11 @@ def read_model(
 
 
 def read_whole(
-    build: Callable[[], nnx.Module],
+    build: Callable[[], Network],
     table: tuple[keys.Row, ...],
     directory: pathlib.Path,
     dtype: jax.typing.DTypeLike,
-) -> nnx.Module:
+) -> Network:
     """Reads a network of another kind, of a checkpoint all of whose tensors belong to it.
 
     Args:
@@ -183,15 +188,15 @@ def read_whole(
     if stored or not problems:
         _check(stored, slots, keys.is_buffer, directory, problems)
     _raise(problems)
-    arrays = parameters.read(stored, slots, shapes, jnp.dtype(dtype), None)
+    arrays = parameters.read(_complete(stored), slots, shapes, jnp.dtype(dtype), None)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
 
 
 def _abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
     """A network without arrays: its structure, its parameters by path, and their shapes by name."""
-    graph, abstract = nnx.split(nnx.eval_shape(build))
-    abstract = dict(nnx.to_flat_state(abstract))
+    graph, state = nnx.split(nnx.eval_shape(build))
+    abstract = dict(nnx.to_flat_state(state))
     return graph, abstract, {dotted(path): param.shape for path, param in abstract.items()}
 
 
@@ -210,8 +215,8 @@ def read_projector(model: MultimodalModel, path: str | os.PathLike) -> Multimoda
         ValueError: it is no projector, or not one of this model.
     """
     graph, state = nnx.split(model)
-    state = dict(nnx.to_flat_state(state))
-    own = {dotted(at): param for at, param in state.items() if at[0] == "projector"}
+    params = dict(nnx.to_flat_state(state))
+    own = {dotted(at): param for at, param in params.items() if at[0] == "projector"}
     shapes = {name: param.shape for name, param in own.items()}
     slots = keys.slots(shapes, families.of(model.config).key_table(model.config))
     problems: list[Exception] = []
@@ -220,7 +225,7 @@ def read_projector(model: MultimodalModel, path: str | os.PathLike) -> Multimoda
     on_mesh = mesh_.mesh_of(list(own.values())) is not None
     places = {name: param[...].sharding for name, param in own.items()} if on_mesh else None
     arrays = parameters.read(overlay, slots, shapes, next(iter(own.values())).dtype, places)
-    new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in state.items()}
+    new = {at: param.replace(arrays.get(dotted(at), param[...])) for at, param in params.items()}
     return nnx.merge(graph, nnx.from_flat_state(new))
 
 
@@ -251,15 +256,15 @@ def _open_projector(
 
 
 def _check(
-    stored: Mapping[str, Stored | None],
+    stored: Mapping[str, LazyTensor | None],
     slots: list[keys.Slot],
     is_unused: Callable[[str], bool],
     source: str | os.PathLike,
     problems: list[Exception],
 ) -> None:
     """Compares tensors with the slots of a model; one that could not be opened fits."""
-    wanted = {slot.key: slot.shape for slot in slots}
-    shapes = {key: wanted.get(key) if t is None else t.shape for key, t in stored.items()}
+    wanted = {slot.key for slot in slots}
+    shapes = {key: None if t is None else t.shape for key, t in stored.items()}
     try:
         keys.check(shapes, slots, is_unused)
     except ValueError as error:
@@ -281,6 +286,11 @@ def _unused(config: MultimodalConfig) -> Callable[[str], bool]:
     return lambda key: families.of(config).is_unused(key, config)
 
 
+def _complete(stored: Mapping[str, LazyTensor | None]) -> dict[str, LazyTensor]:
+    """Return the tensors of a checkpoint without problems: all could be opened."""
+    return {key: tensor for key, tensor in stored.items() if tensor is not None}
+
+
 def _raise(problems: list[Exception]) -> None:
     """Raises one error that names as many problems as a line holds; its cause has them all."""
     if problems:
@@ -290,7 +300,7 @@ def _raise(problems: list[Exception]) -> None:
 
 
 def _check_tied(
-    stored: Mapping[str, Stored], config: MultimodalConfig, directory: pathlib.Path
+    stored: Mapping[str, LazyTensor], config: MultimodalConfig, directory: pathlib.Path
 ) -> None:
     """A tied model may come with its head, if that is the embedding once more."""
     named = {row.path: row.key for row in families.of(config).key_table(config)}
@@ -326,6 +336,8 @@ def _random_projector(
     named = {dotted(("projector", *path)): param for path, param in nnx.to_flat_state(state)}
     arrays = {name: np.asarray(param[...].astype(dtype)) for name, param in named.items()}
     return {
-        name: parameters.put(array.__getitem__, array.shape, places and places[name])
+        name: parameters.put(
+            array.__getitem__, array.shape, None if places is None else places[name]
+        )
         for name, array in arrays.items()
     }

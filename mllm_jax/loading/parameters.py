@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.checkpoints.stored import LazyTensor
 
 _STRIP = 16  # rows of a transposed matrix that are copied at a time
 
 
 def read(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, LazyTensor],
     slots: list[keys.Slot],
     shapes: Mapping[str, keys.Shape],
     dtype: np.dtype,
@@ -35,7 +35,7 @@ def read(
     arrays = {}
     for path, group in itertools.groupby(slots, lambda slot: slot.path):
         part = functools.partial(_read_part, stored, list(group), dtype)
-        arrays[path] = put(part, shapes[path], places and places[path])
+        arrays[path] = put(part, shapes[path], None if places is None else places[path])
     return arrays
 
 
@@ -49,6 +49,7 @@ def put(
         return jax.device_put(read(tuple(slice(0, n, 1) for n in shape)), may_alias=True)
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
+        assert index is not None
         bounds = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     parts = []
@@ -60,7 +61,7 @@ def put(
 
 
 def _read_part(
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, LazyTensor],
     slots: list[keys.Slot],
     dtype: np.dtype,
     index: tuple[slice, ...],

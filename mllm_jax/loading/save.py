@@ -83,7 +83,9 @@ def save_hf(
 
 def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    source = None if processor is None else pathlib.Path(processor.directory)
+    source = None
+    if processor is not None and processor.directory is not None:
+        source = pathlib.Path(processor.directory)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         tensors.write(arrays, partial / "model.safetensors")
@@ -193,6 +195,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[name] = _merge(old, value) if both else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            value = _merge(old, value)
+        merged[name] = value
     return merged

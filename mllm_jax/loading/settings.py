@@ -71,7 +71,8 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
 
 
 def _check_pictures(path: pathlib.Path, side: int) -> None:
-    fields, problems, prefix = files.read_json(path), [], ""
+    problems: list[str] = []
+    fields, prefix = files.read_json(path), ""
     if path.name == PICTURES[1]:  # of a processor, of which the image processor is a part
         part = schema.values(fields, {"image_processor": (schema.PART, None)}, "", problems)
         fields, prefix = part["image_processor"] or {}, "image_processor."

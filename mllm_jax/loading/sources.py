@@ -12,7 +12,7 @@ import huggingface_hub
 from mllm_jax import families, files
 from mllm_jax.checkpoints import schema
 from mllm_jax.checkpoints import tensors as tensors_
-from mllm_jax.checkpoints.stored import Stored
+from mllm_jax.checkpoints.stored import LazyTensor, Stored
 from mllm_jax.families.base import Family
 from mllm_jax.loading import adapters, embedded
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -125,7 +125,7 @@ def open_tensors(
     base: str | os.PathLike | None,
     family: Family,
     problems: list[Exception],
-) -> dict[str, Stored | adapters.Merged | None]:
+) -> Mapping[str, LazyTensor | None]:
     """The tensors of a checkpoint, from all places it keeps them in.
 
     Args:
@@ -148,7 +148,7 @@ def open_tensors(
 
 def _open_whole(
     directory: pathlib.Path, settings: pathlib.Path, family: Family, problems: list[Exception]
-) -> dict[str, Stored | None]:
+) -> Mapping[str, Stored | None]:
     """The tensors of a whole model, of which the config may lie elsewhere."""
     fields = read_fields(settings)
     original = families.original_layout(fields)
@@ -169,4 +169,4 @@ def _open_whole(
     tower = part(config, fields, original.tower_field, weights=True)
     theirs = tensors_.open_directory(tower, problems, family.canonical_key)
     named = {name: t for key, t in theirs.items() if (name := original.tower_key(key))}
-    return found | named if found and named else {}
+    return {**found, **named} if found and named else {}

@@ -10,9 +10,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers
+from mllm_jax.models import layers, vision_block
 from mllm_jax.sites import vision as S
-from mllm_jax.typing import Array, Bool, Float
+from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,13 @@ class ClipConfig:
         at = self.feature_layer
         return at if at >= 0 else self.layers + 1 + at
 
+    @property
+    def block(self) -> vision_block.BlockConfig:
+        """The config of each block."""
+        return vision_block.BlockConfig(
+            width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
+        )
+
     @classmethod
     def vit_l_14_336(cls) -> ClipConfig:
         """Return the config of ViT-L/14 at 336 pixels."""
@@ -76,57 +83,6 @@ class ClipConfig:
         return cls(width=32, layers=3, heads=4, mlp=64, image_size=24, patch=6)
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.q, self.k, self.v, self.o = (
-            layers.Linear(config.width, config.width, rngs=rngs) for _ in range(4)
-        )
-
-    def __call__(
-        self, x: Float[Array, "I P E"], mask: Bool[Array, "I 1 P P"] | None = None
-    ) -> Float[Array, "I P E"]:
-        """Return the output of the heads."""
-        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-        return self.o(heads.reshape(x.shape))
-
-
-class MLP(nnx.Module):
-    """Two linear maps with an activation between them."""
-
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        self.up = layers.Linear(config.width, config.mlp, rngs=rngs)
-        self.down = layers.Linear(config.mlp, config.width, rngs=rngs)
-        self.act = config.act
-
-    def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P E"]:
-        """Return the output of the second map."""
-        act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](self.up(x)))
-        return tap(S.mlp.out, self.down(act))
-
-
-class Block(nnx.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        self.norm1 = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.norm2 = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "I P E"], tap, mask: Bool[Array, "I 1 P P"] | None = None
-    ) -> Float[Array, "I P E"]:
-        """Return the residual after the block."""
-        x = tap(S.resid_pre, x)
-        x = x + tap(S.attn_out, self.attn(self.norm1(x), mask))
-        x = x + self.mlp(self.norm2(x), tap)
-        return tap(S.resid_post, x)
-
-
 class ClipVision(nnx.Module):
     """The tower from pixels to patch features; P counts the CLS token inside the tower."""
 
@@ -138,7 +94,9 @@ class ClipVision(nnx.Module):
         self.cls = nnx.Param(normal(rngs.params(), (config.width,)))
         self.position = nnx.Param(normal(rngs.params(), (config.grid**2 + 1, config.width)))
         self.pre_norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
-        self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.run_layers, rngs)
+        self.layers = layers.stack(
+            lambda keys: vision_block.Block(config.block, rngs=keys), config.run_layers, rngs
+        )
 
     def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:
         """Return the features of the selected layer, without CLS unless `select` is "full".

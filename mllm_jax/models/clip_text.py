@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import clip, layers
+from mllm_jax.models import clip, layers, vision_block
 from mllm_jax.numerics import precision
 from mllm_jax.typing import Array, Float, Int
 
@@ -35,6 +35,13 @@ class ClipTextConfig:
     eps: float = 1e-5
     end: int | None = 49407
 
+    @property
+    def block(self) -> vision_block.BlockConfig:
+        """The config of each block."""
+        return vision_block.BlockConfig(
+            width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipPairConfig:
@@ -58,7 +65,9 @@ class ClipText(nnx.Module):
         self.config = config
         self.words = nnx.Param(normal(rngs.params(), (config.vocab, config.width)))
         self.position = nnx.Param(normal(rngs.params(), (config.positions, config.width)))
-        self.layers = layers.stack(lambda keys: clip.Block(config, rngs=keys), config.layers, rngs)
+        self.layers = layers.stack(
+            lambda keys: vision_block.Block(config.block, rngs=keys), config.layers, rngs
+        )
         self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
@@ -70,14 +79,20 @@ class ClipText(nnx.Module):
         B, T = ids.shape
         x = self.words[...][ids] + self.position[:T]
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, 1, T, T))
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x, _no_tap, causal), None), x, self.layers)
+        x, _ = jax.lax.scan(lambda x, layer: (layer(x, _NoTap(), causal), None), x, self.layers)
         end = self.config.end
         at = (ids if end is None else ids == end).argmax(-1)
         return self.norm(x[jnp.arange(B), at])
 
 
-def _no_tap(site, x):
-    return x
+class _NoTap:
+    """Taps of a network without sites."""
+
+    def idle(self, site, x) -> bool:
+        return True
+
+    def __call__(self, site, x):
+        return x
 
 
 class Clip(nnx.Module):

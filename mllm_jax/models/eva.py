@@ -1,6 +1,6 @@
 """The vision transformer of EVA (Fang et al. 2023), read at its last layer.
 
-Its blocks are those of CLIP. It has no norm before the first block, one after the last, and a bias
+It has no norm before the first block, one after the last, and a bias
 in the embedding of patches.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import clip, layers
+from mllm_jax.models import clip, layers, vision_block
 from mllm_jax.sites import vision as S
 from mllm_jax.typing import Array, Float
 
@@ -55,6 +55,13 @@ class EvaConfig:
         """The number of tokens of the features: the patches and CLS."""
         return self.grid**2 + 1
 
+    @property
+    def block(self) -> vision_block.BlockConfig:
+        """The config of each block."""
+        return vision_block.BlockConfig(
+            width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
+        )
+
     @classmethod
     def vit_g_14(cls) -> EvaConfig:
         """Return the config of ViT-g/14 at 224 pixels."""
@@ -75,7 +82,9 @@ class EvaVision(nnx.Module):
         self.patch = layers.Linear(config.patch**2 * 3, config.width, rngs=rngs)
         self.cls = nnx.Param(normal(rngs.params(), (1, config.width)))
         self.position = nnx.Param(normal(rngs.params(), (config.feature_tokens, config.width)))
-        self.layers = layers.stack(lambda keys: clip.Block(config, rngs=keys), config.layers, rngs)
+        self.layers = layers.stack(
+            lambda keys: vision_block.Block(config.block, rngs=keys), config.layers, rngs
+        )
         self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:

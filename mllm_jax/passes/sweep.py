@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 
 from mllm_jax.batch import Batch
-from mllm_jax.interventions import binding
+from mllm_jax.interventions import binding, finite
 from mllm_jax.interventions.captures import BoundCapture, Capture
 from mllm_jax.interventions.edits import BoundEdit, Edit, Edits
 from mllm_jax.interventions.model import Model
@@ -106,6 +106,7 @@ def sweep(
     logits: Logits = "last",
     chunk: int | None = None,
     share: bool = True,
+    check_finite: bool = False,
     save: str | pathlib.Path | None = None,
     restart: bool = False,
     label: str = "sweep",
@@ -125,6 +126,8 @@ def sweep(
         tensor of a layer under BUDGET bytes, the one that computes the fewest layers and tokens.
         Each chunk counts as one lane more than it has.
       share: Whether what is clean is computed once; False runs all of each lane.
+      check_finite: Whether to look at every site of every lane for NaN and infinities, as `run`
+        does, and name the first. No lane then skips tokens.
       save: An .npz file for finished rows, with fingerprints of everything that they depend on; a
         killed sweep continues from it, also with further edits after these.
       restart: Whether to remove what is saved there.
@@ -134,19 +137,24 @@ def sweep(
       The metrics, stacked: [R, ...] on the host.
 
     Raises:
-      ValueError: An edit does not fit; or `save` holds rows of another metric (its code, or the
-        arrays given to it), model, batch, other captures or edits, of more edits, or is damaged.
+      ValueError: An edit does not fit; with `check_finite`, a site is not finite; or `save` holds
+        rows of another metric (its code, or the arrays given to it), model, batch, other captures
+        or edits, of more edits, or is damaged.
     """
     edits = edits if isinstance(edits, Stack) else stack(edits)
     metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
     batch = batch.replace(processor=None)
     store = Store(
         save, restart=restart, model=model, data=batch, captures=captures,
-        code={"metric": metric}, settings={"logits": logits},
+        code={"metric": metric},
+        settings={"logits": logits} | ({"check_finite": True} if check_finite else {}),
     )  # fmt: skip
     rows = _Rows(edits.items, store)
     all_edits = Edits(tuple(edit for item in edits.items for edit in item))
     batch = unshare_patched(model, batch, all_edits)
+    if check_finite:
+        captures = (captures or {}) | finite.captures(site_shapes(model, batch), logits)
+        metric = jax.tree_util.Partial(_metric_and_checks, metric=metric)
     lanes = [binding.bind(model, batch, item, None, logits)[0] for item in edits.items]
     bound_captures = binding.bind(model, batch, None, captures, logits)[1]
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
@@ -158,7 +166,19 @@ def sweep(
             metric, model, batch, _equalise_lanes(lanes), bound_captures, rows,
             logits=logits, chunk=chunk, share=share, label=label,
         )  # fmt: skip
-    return rows.values
+    if not check_finite:
+        return rows.values
+    values, checks = rows.values
+    for number in range(len(lanes)):
+        of = f"edit {number} of the sweep"
+        finite.require({name: ok[number] for name, ok in checks.items()}, of)
+    return values
+
+
+def _metric_and_checks(out: Out, metric: Callable[[Out], Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the metric of a pass, and whether each site of it is finite."""
+    captured, checks = finite.separate(out.captures)
+    return metric(dataclasses.replace(out, captures=captured, finite=checks)), checks
 
 
 def _run_chunks(

@@ -59,6 +59,7 @@ def lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
     if program.back:
         places = jax.tree.map(lambda leaf: leaf.sharding, args[: program.back])
         fn = jax.jit(fn, out_shardings=(*places, None), donate_argnums=tuple(range(program.back)))
+    assert isinstance(fn, jax.stages.Wrapped)
     with jax.set_mesh(mesh):
         return fn.lower(*args, **program.static)
 

@@ -157,8 +157,8 @@ class _Counter:
 
     def _written(self, op: Op) -> float:
         """Return the bytes that an instruction writes; updates in place write only the update."""
-        inner = self.program.fused(op)
-        root = next((o for o in inner.values() if o.root), None) if inner else None
+        inner = self.program.fused(op) or {}
+        root = next((o for o in inner.values() if o.root), None)
         if root is None or not op.bytes:
             return op.bytes
         if root.code == "dynamic-update-slice":

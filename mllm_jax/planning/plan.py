@@ -169,7 +169,7 @@ def plan(
     Raises:
         ValueError: the topology or study is unknown, or the mesh does not divide the chips.
     """
-    config = getattr(model, "config", model)
+    config = model.config if isinstance(model, MultimodalModel) else model
     network = programs.abstract_model(config, dtype)
     mesh = (
         topology

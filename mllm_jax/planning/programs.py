@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
@@ -22,7 +23,7 @@ from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Resume, Taps
-from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.passes import clean_pass, generate, run, score, sweep
 from mllm_jax.training import losses, parts
 
@@ -75,7 +76,7 @@ class Program:
     back: int = 0
 
 
-def abstract_model(config: MultimodalConfig, dtype) -> nnx.Module:
+def abstract_model(config: MultimodalConfig, dtype: DTypeLike) -> MultimodalModel:
     """Return the network with shapes in place of weights."""
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
@@ -193,6 +194,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
 
 
 def _metric(out: run.Out) -> jax.Array:
+    assert out.logits is not None
     return out.logits[:, :2]
 
 
@@ -251,10 +253,11 @@ STUDIES: dict[str, Callable] = {
 }
 
 
-def _features(model, batch) -> jax.ShapeDtypeStruct:
+def _features(model: MultimodalModel, batch: Batch) -> jax.Array:
     """Return the vision features, which sweeps and training compute first."""
     return jax.eval_shape(lambda model, batch: model.features(batch, Taps()), model, batch)
 
 
-def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _shape(dtype: DTypeLike, *shape: int) -> jax.Array:
+    """Return a shape that stands in place of an array."""
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))

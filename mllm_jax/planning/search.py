@@ -66,7 +66,8 @@ def largest_that_fits(
     batch = batch or Size()
 
     def plan_for(number: int) -> Plan:
-        return plan(model, dataclasses.replace(batch, **{field: number}), **options)
+        sizes: dict[str, Any] = {field: number}
+        return plan(model, dataclasses.replace(batch, **sizes), **options)
 
     few = getattr(batch, field)
     best, next_ = plan_for(few), plan_for(2 * few)

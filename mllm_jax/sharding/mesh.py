@@ -23,9 +23,11 @@ _MAX_FETCH_BYTES = 2**26  # of an array that a process fetches from others at on
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 # The mesh axes over which axes of activations are split; `rules` has those of parameters.
-MESH_AXES: dict[str, tuple[str, ...]] = (
-    dict.fromkeys("BI", BATCH_AXES) | {"R": ("data",)} | dict.fromkeys("NKFV", ("model",))
-)
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys("BI", BATCH_AXES),
+    "R": ("data",),
+    **dict.fromkeys("NKFV", ("model",)),
+}
 
 
 def mesh(

@@ -75,6 +75,7 @@ class ResumableStore:
         return {"format": FORMAT, "parts": self.parts, "done": self.done, "data": self.data}
 
     def _check(self, record: Mapping[str, Any]) -> None:
+        assert self.path is not None  # it holds the record
         require_same_parts(self.path, record, self.parts)
         self._kept = record["done"], record["data"]
 

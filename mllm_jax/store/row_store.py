@@ -40,6 +40,8 @@ class RowStore(ResumableStore):
         **parts: the dependencies, as in `Store`.
     """
 
+    path: pathlib.Path
+
     def __init__(
         self,
         record: str | pathlib.Path,

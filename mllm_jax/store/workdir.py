@@ -87,7 +87,7 @@ class Workdir:
                 shutil.rmtree(path, ignore_errors=True)
             for folder in path.relative_to(self.path).parents[:-1]:
                 with contextlib.suppress(OSError):  # it holds other files
-                    (self / folder).rmdir()
+                    (self.path / folder).rmdir()
         journal.unlink()
 
     def claim(self, **parts: Any) -> None:

@@ -137,8 +137,9 @@ def fit(
       The trained model, and the loss of each step before its update, float32[steps].
 
     Raises:
-      ValueError: the batches do not divide into steps, or `save` is damaged or holds the training
-        of another start model, recipe, number of steps, loss or batches.
+      ValueError: the batches do not divide into steps, one has no answer token, or `save` is
+        damaged or holds the training of another start model, recipe, number of steps, loss or
+        batches.
       FloatingPointError: a loss is not finite.
       OSError: the checkpoint cannot be written.
     """
@@ -204,6 +205,7 @@ class _Run:
         bar = tqdm.tqdm(rest, desc=self.label, initial=done, total=steps, mininterval=1)
         for batches in bar:
             number = self.checkpoint.done
+            self._check(number, batches)
             placed = [mesh.shard_batch(batch.replace(processor=None)) for batch in batches]
             trained, state, value = self.step(trained, state, frozen, placed)
             self._note(number, value)
@@ -216,6 +218,15 @@ class _Run:
             if leaving:
                 hosts.exit_preempted(self.label)
         return trained
+
+    def _check(self, number: int, batches: Sequence[Batch]) -> None:
+        """Raise an error for a batch whose labels hold no token; a loss may need no labels."""
+        try:
+            for batch in batches:
+                if batch.labels is not None:
+                    losses.require_answers(batch)
+        except ValueError as error:
+            raise ValueError(f"{self.label}: step {number}: {error}") from error
 
     def _note(self, number: int, loss: jax.Array) -> None:
         self.curve[number] = loss
@@ -319,6 +330,7 @@ def evaluate(model: Any, batches: Sequence[Batch], *, label: str = "loss") -> tu
     right, wrong, count = 0.0, 0.0, 0
     with mesh.use_mesh_of(model):
         for batch in tqdm.tqdm(batches, desc=label, leave=False):
+            losses.require_answers(batch)
             batch = batch.replace(processor=None)
             swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
             nll, tokens = mesh.gather_to_host(step(model, mesh.shard_batch(batch)))

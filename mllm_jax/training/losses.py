@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
@@ -31,11 +32,7 @@ def answer_nll(
     Raises:
       ValueError: the batch has no answers.
     """
-    if batch.labels is None:
-        raise ValueError(
-            "this batch has no answers to learn: make it with processor(images, prompts, "
-            "answers=[...])"
-        )
+    require_answers(batch)
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
     labels = jnp.asarray(batch.labels)
@@ -46,3 +43,21 @@ def answer_nll(
     log_probs = jax.nn.log_softmax(model.logits(states, taps))
     answer = collectives.take_along_vocabulary(log_probs, wanted)
     return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
+
+
+def require_answers(batch: Batch) -> None:
+    """Check that a batch has answers to learn; labels that are traced cannot be looked at.
+
+    Raises:
+      ValueError: the batch has no labels, or they hold no token.
+    """
+    labels = batch.labels
+    if labels is None:
+        raise ValueError(
+            "this batch has no answers to learn: make it with processor(images, prompts, "
+            "answers=[...])"
+        )
+    if not isinstance(labels, jax.core.Tracer) and not (np.asarray(labels) >= 0).any():
+        raise ValueError(
+            f"this batch has no answer token to learn: its labels {tuple(labels.shape)} are all -1"
+        )

@@ -24,8 +24,8 @@ from mllm_jax.loading import load
 from tests.helpers import hf
 
 SITES = (
-    "vision.embed", "vision.resid_pre", "vision.attn_out", "vision.mlp.act", "vision.mlp.out",
-    "vision.resid_post", "qformer.mlp.act", "qformer.query_mlp.act", "qformer.resid_post",
+    "vision.embed", "vision.resid_pre", "vision.attn.pattern", "vision.attn.heads",
+    "vision.attn_out", "vision.mlp.act", "vision.mlp.out", "vision.resid_post", "qformer.mlp.act", "qformer.query_mlp.act", "qformer.resid_post",
     "projector.out", "lm.embed", "lm.resid_pre", "lm.attn.pattern", "lm.attn.heads", "lm.attn_out",
     "lm.resid_mid", "lm.mlp.gate", "lm.mlp.act", "lm.mlp.gated", "lm.mlp.out", "lm.resid_post",
     "lm.norm", "logits",

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("op_by_op")
 
 L = 3
 PAD, IMAGE = tok.CODE["pad"], tok.CODE["image"]
-VALUED = [site for site in oracle.SITES if site is not S.lm.attn.mask]
+VALUED = [site for site in oracle.SITES if site not in S.MASKS]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_every_pair_is_the_oracle(site, model, pictures, batch, unedited):
     units = some_units(before.shape[axis])
     address = site[units] if layer is None else site[layer, units]
     tokens = image_tokens(site, batch)
-    kinds = [k for k in KINDS if (k, site) != ("patch", S.lm.attn.pattern)]
+    kinds = [k for k in KINDS if k != "patch" or site not in S.PATTERNS]
     rows = [tokens & (np.arange(len(tokens)) == row)[:, None] for row in range(8)]
 
     def change(x):

@@ -85,3 +85,42 @@ def test_generation_says_no_word_of_nan(steps, model, batch):
     edit = mj.per_step(edit, [0.0] * steps + [1.0]) if steps else edit
     with pytest.raises(ValueError, match=f"its generated token {int(bool(steps))} are NaN"):
         mj.generate(model, batch, edit, max_new_tokens=4)
+
+
+def logits_and_kept(out):
+    return out.logits, out.captures
+
+
+@pytest.fixture
+def compiled():
+    with jax.disable_jit(False):
+        yield
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_sweep_names_the_edit_and_its_first_site(share, model, batch):
+    edits = [mj.scale(S.lm.mlp.act[layer, [7]], by) for layer, by in ((0, 2), (2, 2), (1, np.inf))]
+    asked = {"x": mj.mean(S.lm.resid_post[1])}
+    with pytest.raises(
+        ValueError, match=r"^lm.mlp.act\[1\] is the first site of edit 2 of the sweep that is not f"
+    ):
+        mj.sweep(logits_and_kept, model, batch, edits, asked, share=share, check_finite=True)
+    plain, checked = (
+        mj.sweep(logits_and_kept, model, batch, edits[:2], asked, share=share, check_finite=check)
+        for check in (False, True)
+    )
+    assert list(checked[1]) == ["x"]
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(checked), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_sweep_that_was_checked_is_checked_again(model, batch, tmp_path):
+    save = tmp_path / "rows.npz"
+    edits = [mj.add(S.lm.resid_post[1], V), mj.add(S.lm.resid_post[1], 1.0)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^lm.resid_post\[1\] is the first site of edit 0"):
+            mj.sweep(logits_and_kept, model, batch, edits, check_finite=True, save=save)
+    with pytest.raises(ValueError, match="settings"):
+        mj.sweep(logits_and_kept, model, batch, edits, save=save)

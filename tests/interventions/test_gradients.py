@@ -53,7 +53,7 @@ def loss(out):
 
 
 def test_a_model_in_float64_stays_in_float64(wide, batch):
-    asked = {site.name: mj.keep(site) for site in oracle.SITES if site is not S.lm.attn.mask}
+    asked = {site.name: mj.keep(site) for site in oracle.SITES if site not in S.MASKS}
     asked |= {
         "mean": mj.mean(S.lm.mlp.act),
         "mass": mj.mass(S.lm.attn.pattern, on=tok.image),

@@ -21,10 +21,8 @@ from tests.helpers import oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("op_by_op")
 
-TILES = [site for site in S.TABLE if site.axes[0] == "I"]
-OTHERS = [
-    s for s in S.TABLE if s.axes[0] == "B" and s.name not in ("lm.attn.mask", "lm.attn.pattern")
-]
+TILES = [site for site in S.TABLE if site.axes[0] == "I" and "S" not in site.axes]
+OTHERS = [site for site in S.TABLE if site.axes[0] == "B" and "S" not in site.axes]
 CONFIGS = {
     "llava": llava.LlavaConfig.tiny(),
     "next": llava_next.LlavaNextConfig.tiny(),

@@ -18,7 +18,16 @@ from tests.helpers import hf
 
 LAYERS = 3
 STACKED = tuple(
-    f"vision.{name}" for name in ("resid_pre", "attn_out", "mlp.act", "mlp.out", "resid_post")
+    f"vision.{name}"
+    for name in (
+        "resid_pre",
+        "attn.pattern",
+        "attn.heads",
+        "attn_out",
+        "mlp.act",
+        "mlp.out",
+        "resid_post",
+    )
 )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mllm_jax as mj
-from mllm_jax.training import losses
+from mllm_jax.training import fit, losses
 from tests.helpers.lesson import TURNS
 
 
@@ -71,3 +71,19 @@ def test_it_is_minus_the_score(model, processor, features, alone):
     batch = processor(None, ["what is shown ?"], features=features[:1], length=32)
     values = mj.score(model, batch, ["a cat", "a ship"])
     np.testing.assert_allclose(-values[0, 0], alone[0, "what is shown ?"][0], rtol=0, atol=1e-4)
+
+
+def test_a_batch_without_an_answer_token_is_refused(model, processor, features):
+    batch = processor(None, ["what is shown ?"], answers=["a cat"], features=features[:1])
+    none = batch.replace(labels=np.full_like(batch.labels, -1), processor=None)
+    rest = batch.replace(labels=batch.labels[:, :0], processor=None)
+    for empty in (none, rest):
+        says = (
+            f"^this batch has no answer token to learn: its labels \\(1, {empty.labels.shape[1]}\\)"
+        )
+        with pytest.raises(ValueError, match=says):
+            losses.answer_nll(model, empty)
+        with pytest.raises(ValueError, match=f"^tune: step 0: {says[1:]}"):
+            fit.fit(model, [empty, batch], fit.Recipe(rate=0.1), label="tune")
+        with pytest.raises(ValueError, match=says):
+            fit.evaluate(model, [empty])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax import tokens
@@ -70,6 +71,9 @@ class InstructBlipConfig(MultimodalConfig):
 class InstructBlip(MultimodalModel):
     """LLaVA with a Q-Former between vision tower and projector."""
 
+    config: InstructBlipConfig
+    vision: EvaVision
+
     def __init__(self, config: InstructBlipConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.vision = EvaVision(config.vision, rngs=rngs)
@@ -103,7 +107,8 @@ class InstructBlip(MultimodalModel):
         if batch.qformer_ids is None:
             raise ValueError("this batch has no text for the Q-Former: its processor is another's")
         features = self.features(batch, taps)
-        valid = batch.qformer_kind != tokens.CODE["pad"]
-        queries = self.qformer(features, batch.qformer_ids, valid, taps.module("qformer"))
+        ids, kind = jnp.asarray(batch.qformer_ids), jnp.asarray(batch.qformer_kind)
+        valid = kind != tokens.CODE["pad"]
+        queries = self.qformer(features, ids, valid, taps.module("qformer"))
         images = self.projector(queries, taps.module("projector", lens=self.lm.lens))
         return images.reshape(-1, images.shape[-1])

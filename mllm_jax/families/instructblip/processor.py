@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import Questions
@@ -29,6 +32,7 @@ class InstructBlipProcessor(Processor):
       qformer_tokenizer: of transformers, fast.
     """
 
+    config: InstructBlipConfig
     reencode_per_question = True
 
     def __init__(self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **how):
@@ -36,10 +40,13 @@ class InstructBlipProcessor(Processor):
         self.qformer_tokenizer = qformer_tokenizer
 
     @classmethod
-    def from_directory(cls, directory, config: InstructBlipConfig, **how) -> InstructBlipProcessor:
+    def from_directory(
+        cls, directory: str | os.PathLike, config: MultimodalConfig, **options: Any
+    ) -> InstructBlipProcessor:
         """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
         tokenizer = tokenizers.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
-        return super().from_directory(directory, config, qformer_tokenizer=tokenizer, **how)
+        options["qformer_tokenizer"] = tokenizer
+        return cast(InstructBlipProcessor, super().from_directory(directory, config, **options))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
         """The text of a prompt without its pictures, and which parts of it are the question."""

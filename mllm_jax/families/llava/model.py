@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Self
 
 from flax import nnx
 
@@ -35,7 +36,7 @@ class LlavaConfig(MultimodalConfig):
         return Llava(self, rngs=rngs)
 
     @classmethod
-    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields) -> LlavaConfig:
+    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields: Any) -> Self:
         """Return a LLaVA of a tower and a language model, with the usual two-layer projector."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
         return cls(vision=vision, projector=projector, lm=lm, **fields)

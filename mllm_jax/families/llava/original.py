@@ -101,7 +101,8 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     model_type, pinpoints = text.pop("model_type", "llava"), text.pop(_PINPOINTS, None)
     if isinstance(model_type, str):
         model_type = _LANGUAGE.get(model_type, model_type)
-    depth = _PROJECTOR_TYPE.fullmatch(ours["mm_projector_type"])[1]
+    match = _PROJECTOR_TYPE.fullmatch(ours["mm_projector_type"])
+    depth = match and match[1]
     kind = {"model_type": "llava_next", _PINPOINTS: pinpoints} if tiled else {"model_type": "llava"}
     return {
         **kind,
@@ -123,12 +124,12 @@ def image_processor(tower: pathlib.Path, config: MultimodalConfig):
     """
     from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil  # when needed
 
-    kind, how = CLIPImageProcessorPil, {}
+    options: dict[str, Any] = {}
     if config.pinpoints:
-        kind = LlavaNextImageProcessorPil
-        how = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+        options["image_grid_pinpoints"] = [list(size) for size in config.pinpoints]
+    kind = LlavaNextImageProcessorPil if config.pinpoints else CLIPImageProcessorPil
     path = tower / "preprocessor_config.json"
-    return image_processors.construct(path, lambda: kind.from_pretrained(tower, **how))
+    return image_processors.construct(path, lambda: kind.from_pretrained(tower, **options))
 
 
 LAYOUT = OriginalLayout(

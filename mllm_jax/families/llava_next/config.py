@@ -41,7 +41,7 @@ def to_hf(config: LlavaNextConfig) -> dict[str, Any]:
     }
 
 
-def _pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, tuple[tuple[int, int], ...]]:
+def _pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, Any]:
     """Return the field of LlavaNextConfig, or nothing where the config has none."""
     given, side = known.llava["image_grid_pinpoints"], known.clip["image_size"]
     if given is None:

@@ -33,7 +33,13 @@ class LlavaNextConfig(LlavaConfig):
       pinpoints: (height, width) that a picture may be cut at, multiples of the image size.
     """
 
-    pinpoints: tuple[Size, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    pinpoints: tuple[Size, ...] = (  # type: ignore[misc]  # a constant of other families
+        (336, 672),
+        (672, 336),
+        (672, 672),
+        (1008, 336),
+        (336, 1008),
+    )
 
     @classmethod
     def vicuna_7b(cls) -> LlavaNextConfig:
@@ -81,8 +87,8 @@ class LlavaNextConfig(LlavaConfig):
         side = self.vision.grid // self.projector.fold
         rows, columns = (n // self.vision.image_size for n in best_resolution(size, self.pinpoints))
         tiles = len(base) + np.arange(rows * columns * len(base))
-        large = tiles.reshape(rows, columns, side, side).swapaxes(1, 2)
-        large = large.reshape(rows * side, columns * side)
+        by_row = tiles.reshape(rows, columns, side, side).swapaxes(1, 2)
+        large = by_row.reshape(rows * side, columns * side)
         lines = np.pad(large[unpadded(size, large.shape)], ((0, 0), (0, 1)), constant_values=-1)
         return Layout(1 + rows * columns, np.concatenate([base, lines.reshape(-1)]))
 
