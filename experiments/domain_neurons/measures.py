@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import ml_collections
@@ -15,7 +15,9 @@ from experiments import context
 from experiments.domain_neurons.context import Study
 from mllm_jax import sites as S
 from mllm_jax.analysis import official
+from mllm_jax.batch import Batch
 from mllm_jax.data import batching
+from mllm_jax.data.vqa.questions import VqaQuestion
 from mllm_jax.evaluation.metrics import datasets, lingo_judge
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import score
@@ -38,7 +40,9 @@ class Measure(Protocol):
     domain: str
     questions: batching.QuestionBatches
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the responses to a batch as arrays, and the last residual of the pass."""
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -57,7 +61,9 @@ class Options:
         self.length = score.answer_length(study.processor, itertools.chain(*options))
         self.chance: float | None = float(np.mean([1 / len(choices) for choices in options]))
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return whether each answer of a batch is right, and the last residual of the pass."""
         candidates = self.questions.candidates(number)
         ids = score.candidate_ids(
@@ -88,23 +94,24 @@ class Answers:
             )
         self.name = datasets.name(domain, **self.options)
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the generated texts of a batch, and the last residual of the pass."""
         model, config = self.study.model, self.study.config
         last = mj.run(model, batch, edits, LAST, logits="none")["last"]
-        sampling = {}
-        if config.compat:
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
-            sampling = {"temperature": official.TEMPERATURE, "key": key}
+        key = jax.random.fold_in(jax.random.key(config.seed), number) if config.compat else None
         generated = mj.generate(
-            model, batch, edits, max_new_tokens=config.new_tokens, stop=True, **sampling
-        )
+            model, batch, edits, max_new_tokens=config.new_tokens, stop=True, key=key,
+            temperature=official.TEMPERATURE if config.compat else 0.0,
+        )  # fmt: skip
+        assert generated.text is not None  # the batch has a processor
         texts = generated.text[: len(self.questions.rows(number))]
         return {"said": np.array(texts)}, last
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], the metric of the data set."""
-        questions = [question for _, question in self.questions.pairs]
+        questions = [cast(VqaQuestion, question) for _, question in self.questions.pairs]
         return datasets.score(self.domain, responses["said"].tolist(), questions, **self.options)
 
 

@@ -13,6 +13,8 @@ and `--find=lanes` search for the largest number of a data shard. The folder --o
 
 from __future__ import annotations
 
+from typing import cast
+
 from absl import flags
 
 from experiments.running import cli
@@ -70,7 +72,8 @@ def main() -> None:
             model=MODEL.value or "", topologies=TOPOLOGY.value, studies=STUDY.value,
             edits=EDITS.value, captures=CAPTURES.value, data=DATA.value,
             fsdp=FSDP.value, rows=ROWS.value, lanes=LANES.value, words=WORDS.value,
-            steps=STEPS.value, dtype=DTYPE.value, compile=not SHAPES.value, find=FIND.value,
+            steps=STEPS.value, dtype=DTYPE.value, compile=not SHAPES.value,
+            find=cast(planning.Target, FIND.value),
         ),
         OUT.value,
     )  # fmt: skip

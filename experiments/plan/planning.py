@@ -19,6 +19,8 @@ from mllm_jax.planning import plan as plans
 from mllm_jax.planning import programs, search
 from mllm_jax.report import style
 
+Target = Literal["topology", "rows", "lanes"] | None  # of a search
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -54,7 +56,7 @@ class Options:
     steps: int = 32
     dtype: str = "bfloat16"
     compile: bool = True
-    find: Literal["topology", "rows", "lanes"] | None = None
+    find: Target = None
 
     @property
     def size(self) -> programs.Size:

@@ -46,18 +46,19 @@ def read(
     def predict(kind: probe.Probe, features: Arrays, seed: int) -> np.ndarray:
         parts = [probe.Part(features[s], study.ids(task, s)) for s in tasks.SPLITS]
         classes = len(study.tasks[task].classes)
-        return probe.fit(kind, *parts, classes=classes, seeds=(seed,)).predicted
+        fitted = probe.fit(kind, *parts, classes=classes, seeds=(seed,))
+        return np.asarray(fitted.predicted)
 
     def make() -> dict[str, np.ndarray]:
         made = {}
         if not variants:
-            before = {
+            before: dict[str, np.ndarray] = {
                 s: map_batches(lambda x: x.mean(1), study.features(task, s)) for s in tasks.SPLITS
             }
             made[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
         by_seed = []
         for seed in seeds:  # all variants at once
-            features = {
+            features: dict[str, np.ndarray] = {
                 s: np.stack([outputs[task, v, seed][f"after/{s}"] for v in named])
                 for s in tasks.SPLITS
             }
@@ -103,7 +104,7 @@ def depth(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]
             ]
             linear = dataclasses.replace(probe.LINEAR, **stopping)
             fitted = probe.fit(linear, *parts, classes=classes, seeds=tuple(study.config.seeds))
-            return {"predicted": fitted.predicted}
+            return {"predicted": np.asarray(fitted.predicted)}
 
         by_layer = study.workdir.arrays(f"probes/{task}-{variant}-{kind}", make)["predicted"]
         for layer, predicted in enumerate(by_layer):

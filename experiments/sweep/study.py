@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def _measure(study: Context, pairs: list[Pair], columns: dict[str, list[Edits]])
     for start in range(0, len(pairs), size):
         some = pairs[start : start + size]
         step = study.workdir.arrays(
-            f"pairs-{start}", lambda some=some: _effects(study, some, columns, length)
+            f"pairs-{start}", functools.partial(_effects, study, some, columns, length)
         )
         effects.append(step["effect"])
     return np.concatenate(effects, -1)
