@@ -1,4 +1,4 @@
-"""Uncompressed zip files, as `torch.save` and `np.savez` write them, checked byte for byte."""
+"""Read uncompressed zip files of `torch.save` and `np.savez`, with a check of every byte."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import NamedTuple
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _SIGNATURE = b"PK\x03\x04"
 _CHUNK = 2**22
-_BROKEN = (  # what zipfile raises of a damaged zip
+_BROKEN = (  # what zipfile raises for a damaged archive
     zipfile.BadZipFile, struct.error, OSError, EOFError, RuntimeError, UnicodeError, ValueError,
 )  # fmt: skip
 
 
 class Member(NamedTuple):
-    """Where the bytes of a member lie in the archive.
+    """The position of the bytes of a member in the archive.
 
     Attributes:
-        start: of its first byte, in the file. size: in bytes.
+        start: the position of its first byte in the file.
+        size: the number of its bytes.
     """
 
     start: int
@@ -29,22 +30,22 @@ class Member(NamedTuple):
 
 
 class Compressed(ValueError):
-    """The archive is a zip, but its members are not stored as they are."""
+    """The members of the archive are compressed."""
 
 
 class Damaged(ValueError):
-    """The archive is no zip, or not the one that was written."""
+    """The file is not a zip archive, or it was altered."""
 
 
 def members(path: pathlib.Path) -> dict[str, Member]:
-    """The members of an archive, by name, of which every byte is what was written.
+    """Return the members of an archive by name, after a check of their content.
 
-    Both headers of a member must agree, no two members may share a byte, and checksums are
-    compared: a flipped offset gives an error and not another tensor.
+    Both headers of a member must agree, members may not overlap, and checksums must be correct, so
+    that a flipped offset is an error and not another tensor.
 
     Raises:
-        Damaged: truncated, altered, or no zip.
-        Compressed: it would have to be unpacked, to a size that nobody knows.
+        Damaged: the archive is truncated, altered, or not a zip archive.
+        Compressed: members are compressed, so that their size is not known.
     """
     try:
         with zipfile.ZipFile(path) as opened, path.open("rb") as file:
@@ -65,13 +66,14 @@ def members(path: pathlib.Path) -> dict[str, Member]:
 
 
 def read(path: pathlib.Path, member: Member) -> bytes:
-    """The bytes of a member."""
+    """Return the bytes of a member."""
     with path.open("rb") as file:
         file.seek(member.start)
         return file.read(member.size)
 
 
 def _member(entry: zipfile.ZipInfo, file: io.BufferedReader) -> Member:
+    """Return the position of a member; its local header must agree with the directory."""
     if entry.file_size != entry.compress_size:
         raise Damaged(f"{entry.filename} has two sizes")
     file.seek(entry.header_offset)
@@ -82,12 +84,12 @@ def _member(entry: zipfile.ZipInfo, file: io.BufferedReader) -> Member:
 
 
 def _encoded(entry: zipfile.ZipInfo) -> bytes:
-    """The name as it stands in the file."""
+    """Return the name as the file encodes it."""
     return entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
 
 
 def _check_apart(found: dict[str, Member], end: int) -> None:
-    """Members follow each other, and lie before the directory that names them."""
+    """Refuse members that overlap each other or the directory of the archive."""
     before = 0
     for name, member in sorted(found.items(), key=lambda item: item[1]):
         if member.start < before:
@@ -98,6 +100,7 @@ def _check_apart(found: dict[str, Member], end: int) -> None:
 
 
 def _check_sum(entry: zipfile.ZipInfo, member: Member, file: io.BufferedReader) -> None:
+    """Refuse a member whose checksum is wrong."""
     total, left = 0, member.size
     file.seek(member.start)
     while left and (chunk := file.read(min(left, _CHUNK))):

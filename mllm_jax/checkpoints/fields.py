@@ -1,4 +1,4 @@
-"""What the fields of all `config.json` files have in common, and how a config is refused."""
+"""Fields that all `config.json` files share, and the refusal of a config."""
 
 from __future__ import annotations
 

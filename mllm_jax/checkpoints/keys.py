@@ -1,7 +1,7 @@
-"""Key tables: which Hugging Face tensor is which of our parameters, and how its axes are turned.
+"""Map Hugging Face tensors to parameters, and their axes, by key tables.
 
-Our parameters are named by dotted path (`lm.layers.attn.q.kernel`); those of layers are stacked on
-a leading axis L. Hugging Face tensors are named in the one canonical spelling of their family; the
+Parameters are named by dotted path (`lm.layers.attn.q.kernel`); those of layers are stacked along a
+leading axis L. Hugging Face tensors are named in the canonical spelling of their family; the
 `canonical_key` of the family maps other spellings to it.
 """
 
@@ -18,12 +18,18 @@ from mllm_jax import files
 
 Shape = tuple[int, ...]
 
-PEFT_PREFIX = "base_model.model."  # of the keys of a model that PEFT has wrapped
+PEFT_PREFIX = "base_model.model."  # of the keys of a model that PEFT wraps
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How the axes of one tensor are turned, from Hugging Face to us and back."""
+    """A change of axes between Hugging Face and this library.
+
+    Attributes:
+        name: the name of the transform.
+        ours: maps a Hugging Face tensor to a parameter.
+        hf: maps a parameter to a Hugging Face tensor.
+    """
 
     name: str
     ours: Callable[[np.ndarray], np.ndarray]
@@ -31,7 +37,7 @@ class Transform:
 
 
 def _patches_from_conv(weight: np.ndarray) -> np.ndarray:
-    """[E, 3, row, column] -> [row * column * 3, E]."""
+    """Map [E, 3, row, column] to [row * column * 3, E]."""
     return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
 
 
@@ -51,12 +57,11 @@ class Row:
     """One row of a table.
 
     Attributes:
-        key: Hugging Face key, with `{layer}` where it has a layer number.
-        path: our path.
-        transform: how the axes are turned.
-        part: (number, count) where the tensor is several of ours, one after the other on its first
-            axis.
-        every: what our layer number is multiplied with to give theirs.
+        key: the Hugging Face key, with `{layer}` for a layer number.
+        path: the path of the parameter.
+        transform: the change of axes.
+        part: (number, count) where a tensor holds `count` parameters along its first axis.
+        every: the factor between layer numbers of this library and of Hugging Face.
     """
 
     key: str
@@ -68,14 +73,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A place of one Hugging Face tensor in our parameters.
+    """The place of one Hugging Face tensor in the parameters.
 
     Attributes:
-        key: Hugging Face key.
-        path: our path. layer: index on its L axis, or None when it has none.
+        key: the Hugging Face key.
+        path: the path of the parameter.
+        layer: the index on its L axis; None without such an axis.
         shape: the shape of the Hugging Face tensor.
-        transform: how the axes are turned.
-        part: which part of the tensor it is, see `Row`.
+        transform: the change of axes.
+        part: the part of the tensor, see `Row`.
     """
 
     key: str
@@ -86,13 +92,13 @@ class Slot:
     part: tuple[int, int] = (0, 1)
 
     def ours(self, tensor: np.ndarray) -> np.ndarray:
-        """What stands here, of a Hugging Face tensor."""
+        """Return the parameter, or its layer, from a Hugging Face tensor."""
         number, count = self.part
         return self.transform.ours(tensor if count == 1 else np.split(tensor, count)[number])
 
 
 def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
-    """Rows under a prefix; a line of the table is (key, path, transform), or with a part."""
+    """Return rows under a prefix; a line of the table is (key, path, transform[, part])."""
     return tuple(
         dataclasses.replace(Row(f"{hf}.{key}", f"{ours}.{path}", *rest), every=every)
         for key, path, *rest in table
@@ -100,26 +106,29 @@ def rows(hf: str, ours: str, *table: tuple, every: int = 1) -> tuple[Row, ...]:
 
 
 def linear(hf: str, ours: str, *part: tuple[int, int]) -> tuple[tuple, ...]:
-    """The lines of a linear map."""
+    """Return the lines of a linear map."""
     weight = (f"{hf}.weight", f"{ours}.kernel", LINEAR, *part)
     return weight, (f"{hf}.bias", f"{ours}.bias", COPY, *part)
 
 
 def norm(hf: str, ours: str) -> tuple[tuple, ...]:
-    """The lines of a layer norm."""
+    """Return the lines of a layer norm."""
     return (f"{hf}.weight", f"{ours}.scale", COPY), (f"{hf}.bias", f"{ours}.bias", COPY)
 
 
 def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
-    """The place of every tensor of a model.
+    """Return the place of every tensor of a model.
 
     Args:
-        shapes: our path -> shape, of all parameters, L axis included.
-        table: of its architecture. Rows of parameters that the model does not have (a tied head,
-            biases) fall away.
+        shapes: the shapes of all parameters by path, with the L axis.
+        table: the key table. Rows of parameters that the model does not have (a tied head, biases)
+            are skipped.
 
     Returns:
-        The slots, those of one path next to each other.
+        The slots; those of one parameter follow each other.
+
+    Raises:
+        ValueError: a parameter has no row in the table.
     """
     table = [row for row in table if row.path in shapes]
     if unknown := set(shapes) - {row.path for row in table}:
@@ -164,7 +173,7 @@ def check(
         is_unused: whether a checkpoint may hold a tensor that the model does not use.
 
     Raises:
-        ValueError: tensors are missing, left over or of another shape; all in one line.
+        ValueError: tensors are missing, left over or of another shape; one line states all.
     """
     expected = {slot.key: slot.shape for slot in wanted}
     missing = [key for key in expected if key not in shapes]
@@ -191,7 +200,7 @@ _LAYER = re.compile(r"(?:(?<=layers\.)|(?<=layer\.))\d+")
 
 
 def brief(keys: Iterable[str]) -> list[str]:
-    """Keys that differ in the layer number alone, in one: `layers.{0,1,2}.mlp.fc1.weight`."""
+    """Return keys with those of several layers merged: `layers.{0,1,2}.mlp.fc1.weight`."""
     layers: dict[str, list[str]] = {}
     for key in keys:
         number = _LAYER.search(key)
@@ -203,5 +212,5 @@ def brief(keys: Iterable[str]) -> list[str]:
 
 
 def _numbers(numbers: list[str]) -> str:
-    """All of few layer numbers, the ends of many."""
+    """Return a few layer numbers in full, and the first and last of many."""
     return ",".join(numbers if len(numbers) <= 8 else [*numbers[:3], "...", numbers[-1]])

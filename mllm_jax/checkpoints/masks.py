@@ -1,10 +1,11 @@
-"""Files of domain neurons: the `.pth` of MMNeuron and LAPE, and a native one that knows its names.
+"""Read and write domain neurons: `.pth` files of MMNeuron and LAPE, and a native file with names.
 
     masks.read_pth("LLaMA-2-7B.neuron.pth", width=11008)      # bool[D_, L, F]
     masks.save("neurons.npz", {"lm.mlp.act": mask}, domains)  # and masks.load
 
-A `.pth` is a list over domains of a list over layers of int64 neuron indices. It names neither the
-domains, nor the module, nor how many neurons a layer has. D_ domains, L layers, F neurons.
+A `.pth` file is a list over domains of lists over layers of int64 neuron indices. It contains
+neither the names of the domains, nor that of the module, nor the number of neurons of a layer.
+D_ domains, L layers, F neurons.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import numpy as np
 from mllm_jax import files, store
 from mllm_jax.checkpoints import archive, torch_file
 
-_MOST = 2**29  # neurons over all domains and layers of a mask: a domain of Llama 405B has 7 million
-_MOST_LISTS = 2**17
+_MAX_ELEMENTS = 2**29  # of a mask; a domain of Llama 405B has 7 million neurons
+_MAX_LISTS = 2**17
 
 
 class Masks(NamedTuple):
-    """What a native file holds.
+    """The content of a native file.
 
     Attributes:
         modules: {site: bool[D_, L, F]}, the neurons of each domain.
-        domains: their names, [D_].
+        domains: the names of the domains, [D_].
     """
 
     modules: dict[str, np.ndarray]
@@ -37,20 +38,21 @@ class Masks(NamedTuple):
 
 
 def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None) -> np.ndarray:
-    """Reads a file of MMNeuron's `identify.py` or of LAPE; nothing in it is executed.
+    """Read a file of MMNeuron's `identify.py` or of LAPE, without executing its pickle.
 
     Args:
         path: the file.
-        width: F, neurons of a layer, which the file does not say.
+        width: F, the number of neurons of a layer, which the file does not contain.
         domains: D_. The official code drops domains without neurons from the end of the list; they
-            come back as empty. By default as many as there are.
+            are read as empty. By default the number of domains in the file.
 
     Returns:
         bool[D_, L, F].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such list, a neuron lies beyond `width`, or domains are too many.
+        ValueError: it is not such a list, a neuron is not below `width`, or the file has more
+            domains than `domains`.
     """
     path = files.regular(path)
     name, lists = files.line(path, 250), torch_file.read(path)
@@ -60,7 +62,7 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
     if len(lists) > domains:
         raise ValueError(f"{name}: has {len(lists)} domains, more than the {domains} expected")
     count = domains * len(lists[0])
-    if count > _MOST_LISTS or count * width > _MOST:
+    if count > _MAX_LISTS or count * width > _MAX_ELEMENTS:
         raise ValueError(
             f"{name}: a mask of {domains} domains, {len(lists[0])} layers and {width} neurons is "
             "larger than any that is read"
@@ -83,13 +85,13 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
 
 
 def write_pth(path: str | pathlib.Path, mask: np.ndarray) -> None:
-    """Writes a mask as the official code does; `torch.load(path, weights_only=True)` reads it.
+    """Write a mask as the official code does, for `torch.load(path, weights_only=True)`.
 
-    Domains without neurons are written, wherever they stand, so that the official code's own
-    reader finds each domain in its place.
+    Domains without neurons are written as well, so that the official reader assigns each list to
+    its domain.
 
     Args:
-        path: the file; it appears whole or not at all.
+        path: the file, which is written atomically.
         mask: bool[D_, L, F].
     """
     mask = _checked(mask, "mask")
@@ -101,12 +103,15 @@ def write_pth(path: str | pathlib.Path, mask: np.ndarray) -> None:
 def save(
     path: str | pathlib.Path, modules: Mapping[str, np.ndarray], domains: Sequence[str]
 ) -> None:
-    """Writes the native file, an .npz of plain arrays.
+    """Write the native file, an .npz of plain arrays.
 
     Args:
-        path: the file; it appears whole or not at all.
-        modules: {site: bool[D_, L, F]}.
-        domains: their names.
+        path: the file, which is written atomically.
+        modules: {site: bool[D_, L, F]}, the neurons of each domain.
+        domains: the names of the domains.
+
+    Raises:
+        ValueError: a mask has another form, or another number of domains.
     """
     if "domains" in modules:
         raise ValueError("a site cannot be named 'domains'")
@@ -118,17 +123,17 @@ def save(
 
 
 def load(path: str | pathlib.Path) -> Masks:
-    """Reads the native file; no pickle is loaded.
+    """Read the native file; no pickle is loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it is not a regular file.
-        ValueError: it is not a file of `save`, or not as it was written.
+        ValueError: it is not a file of `save`, or it is damaged.
     """
     path = files.regular(path)
     try:
         members = archive.members(path)
-        if sum(member.size for member in members.values()) > _MOST:
+        if sum(member.size for member in members.values()) > _MAX_ELEMENTS:
             raise ValueError("larger than any that is read")
         arrays = {
             name.removesuffix(".npy"): _array(archive.read(path, member))
@@ -138,7 +143,7 @@ def load(path: str | pathlib.Path) -> Masks:
     except archive.Compressed as error:
         reason = "compressed, as masks.save never does; write it by np.savez"
         raise ValueError(files.refusal(path, [reason])) from error
-    except Exception as error:  # the header of an array is Python, which fails in many ways
+    except Exception as error:  # the header of an array is Python code, which can raise anything
         reason = files.line(f"no {error}" if isinstance(error, KeyError) else error, 120)
         raise ValueError(
             files.refusal(path, [f"not a file of domain neurons ({reason})"])
@@ -153,7 +158,7 @@ def load(path: str | pathlib.Path) -> Masks:
 
 
 def _array(content: bytes) -> np.ndarray:
-    """The array of an .npy file, of which the header must name what follows it, to the byte."""
+    """Return the array of an .npy file whose header must describe exactly the bytes after it."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):

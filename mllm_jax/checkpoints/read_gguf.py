@@ -1,7 +1,7 @@
-"""Reads a llama-architecture GGUF file into Hugging-Face-named float32 arrays and a tokenizer.
+"""Read a GGUF file of a Llama into float32 arrays with Hugging Face keys, and a tokenizer.
 
-Quantised tensors are dequantised: the result is the file's own few-bit values written as float32,
-not the original checkpoint.
+Quantised tensors are dequantised: the values are those of the file in float32, not those of the
+original checkpoint.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _CONTROL = 3  # GGUF token type of special tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufLlama:
-    """What a llama GGUF file holds, in Hugging Face terms.
+    """The content of a GGUF file of a Llama, in the terms of Hugging Face.
 
     Attributes:
-        tensors: HF `LlamaForCausalLM` key -> float32 array, linear weights as [out, in].
-        config: the fields of a HF llama `config.json`.
-        tokenizer: the byte-level BPE of the file, special tokens included.
-        tokens: names of the special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
-        chat_template: Jinja source, or None when the file has none.
+        tensors: float32 arrays by key of `LlamaForCausalLM`; linear weights are [out, in].
+        config: the fields of the `config.json`.
+        tokenizer: the byte-level BPE tokenizer of the file, with its special tokens.
+        tokens: the special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
+        chat_template: the chat template in Jinja; None where the file has none.
     """
 
     tensors: dict[str, np.ndarray]
@@ -59,26 +59,26 @@ class GgufLlama:
 
 
 def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
-    """Reads and dequantises a llama GGUF file.
+    """Read and dequantise a GGUF file of a Llama.
 
     Args:
         path: the `.gguf` file.
-        progress: whether to show a bar over the tensors.
+        progress: whether to show a progress bar.
 
     Returns:
-        Its tensors, configuration, tokenizer and chat template.
+        The tensors, config, tokenizer and chat template.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it is not a regular file.
-        ValueError: the file is not GGUF, is cut short, or holds another architecture or tokenizer.
+        ValueError: the file is not GGUF, is truncated, or has another architecture or tokenizer.
     """
     path = files.regular(path)
     try:
         return _read(path, progress)
     except _Unsupported as error:
         raise ValueError(files.refusal(path, [error])) from error
-    except Exception as error:  # whatever the reader raises of a damaged file
+    except Exception as error:  # the reader can raise anything for a damaged file
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         reason = files.line(reason or type(error).__name__, 120)
         raise ValueError(
@@ -87,7 +87,7 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
 
 
 class _Unsupported(Exception):
-    """A GGUF file of something else."""
+    """The file is sound GGUF of an unsupported model."""
 
 
 def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
@@ -128,7 +128,7 @@ _STRING, _ARRAY = 8, 9
 
 
 def _check_counts(path: pathlib.Path) -> None:
-    """Everything that the file counts is in it: the reader of `gguf` counts on past its end."""
+    """Refuse counts beyond the end of the file, where the reader of `gguf` would continue."""
     size = path.stat().st_size
     with path.open("rb") as file:
         _, _, tensors, fields = struct.unpack("<4sIQQ", file.read(24))
@@ -143,7 +143,7 @@ def _check_counts(path: pathlib.Path) -> None:
 
 
 def _skip(kind: int, file: io.BufferedReader, size: int) -> None:
-    """Goes to the end of a value."""
+    """Seek to the end of a value."""
     if kind in _SCALARS:
         file.seek(_SCALARS[kind], io.SEEK_CUR)
     elif kind == _STRING:
@@ -163,7 +163,7 @@ def _skip(kind: int, file: io.BufferedReader, size: int) -> None:
 
 
 def _bounded(count: int, each: int, file: io.BufferedReader, size: int) -> int:
-    """A number of things in the file, each of so many bytes at least."""
+    """Return a count of items of at least `each` bytes; refuse one that exceeds the file."""
     if count * each > size - file.tell():
         raise ValueError(f"it is cut short, or counts {count} where there are fewer")
     return count
@@ -172,7 +172,7 @@ def _bounded(count: int, each: int, file: io.BufferedReader, size: int) -> int:
 def _check_tensors(
     reader: gguf.GGUFReader, found: dict[str, tuple[int, ...]], config: dict[str, Any]
 ) -> None:
-    """The tensors are those of the config, one after the other in the file."""
+    """Refuse tensors that do not fit the config, or that do not follow each other in the file."""
     problems: list[str] = []
     llama.read(config, problems)
     if problems:
@@ -190,7 +190,7 @@ def _check_tensors(
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """HF key -> shape, of all tensors of a model."""
+    """Return the shapes of all tensors of a model by Hugging Face key."""
     V, D, F, H = (
         config[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
     )
@@ -215,17 +215,14 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes the row order that GGUF gives to the query and key weights of llama models.
+    """Return query or key weights with rows in the order of Hugging Face.
 
-    GGUF interleaves the two halves of each head, for a rotary embedding of neighbouring pairs; HF
-    rotates the first half against the second.
+    GGUF interleaves the two halves of each head, for rotary embeddings of neighbouring pairs.
+    Hugging Face rotates the first half against the second.
 
     Args:
         weight: float[heads * head_width, in].
-        heads: number of heads in `weight`.
-
-    Returns:
-        The same rows in HF order.
+        heads: the number of heads.
     """
     out, width = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, width)
@@ -270,7 +267,7 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal with the same float32: 9.99999975e-06 was written as 1e-05."""
+    """Return the shortest decimal of a float32: 9.99999975e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
 
 

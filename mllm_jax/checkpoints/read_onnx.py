@@ -1,7 +1,7 @@
-"""Reads a CLIP vision tower out of a dynamically quantised INT8 ONNX file.
+"""Read a CLIP vision tower from a dynamically quantised INT8 ONNX file.
 
-Each matrix is stored as INT8 with one scale per output column; the values come back as float32,
-`W = q * scale`. They are 8-bit values, not the original checkpoint.
+Each matrix is stored as INT8 with one scale for each output column, and read as float32,
+`W = q * scale`. These are 8-bit values, not those of the original checkpoint.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _QUANTISED = "/MatMul_quant"
 
 
 def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.ndarray]:
-    """Reads and dequantises the vision tower.
+    """Read and dequantise the vision tower.
 
     Args:
         path: the `.onnx` file.
-        progress: whether to show a bar over the tensors.
+        progress: whether to show a progress bar.
 
     Returns:
-        HF `CLIPVisionModelWithProjection` key -> float32 array: `vision_model.*` and, where the
+        float32 arrays by key of `CLIPVisionModelWithProjection`: `vision_model.*` and, where the
         file has it, `visual_projection.weight`. Linear weights are [out, in].
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it is not a regular file.
-        ValueError: the file is not ONNX, is cut short, or is quantised in another way.
+        ValueError: the file is not ONNX, is truncated, or is quantised in another way.
     """
     path = files.regular(path)
     try:
         return _read(path, progress)
     except _Unsupported as error:
         raise ValueError(files.refusal(path, [error])) from error
-    except Exception as error:  # whatever protobuf and NumPy raise of a damaged file
+    except Exception as error:  # protobuf and NumPy can raise anything for a damaged file
         reason = files.line(str(error) or type(error).__name__, 120)
         raise ValueError(
             files.refusal(path, [f"not a readable ONNX file ({reason}); fetch it again"])
@@ -49,7 +49,7 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.nd
 
 
 class _Unsupported(Exception):
-    """An ONNX file of something else."""
+    """The file is sound ONNX of an unsupported model."""
 
 
 def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
 
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
-    """A tensor of the file itself, of as many numbers as its shape says."""
+    """Return a tensor that is stored in the file itself."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
         raise _Unsupported(f"{files.shown(tensor.name)} lies in another file, which is not read")
     return numpy_helper.to_array(tensor)
@@ -92,7 +92,7 @@ _LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(.+)")
 
 
 def _check_names(tensors: dict[str, np.ndarray]) -> None:
-    """The names are those of a CLIP, and its layers are alike: a damaged name is another one."""
+    """Refuse names that are not those of a CLIP tower, and layers with different tensors."""
     known = {row.key for row in clip.vision("vision_model", "")} | {
         "vision_model.post_layernorm.weight",
         "vision_model.post_layernorm.bias",
@@ -121,7 +121,7 @@ def _hf_name(node: str) -> str:
 
 
 def _dequantise(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> np.ndarray:
-    """INT8 [in, out] times scale [out] -> float32 [out, in]."""
+    """Return float32[out, in] = (INT8[in, out] * scale[out])^T."""
     _, weight, _, zero_point = node.input
     scale = weight.removesuffix("_quantized") + "_scale"
     for name in (weight, zero_point, scale):

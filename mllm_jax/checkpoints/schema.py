@@ -1,7 +1,7 @@
-"""What each field of a `config.json` may hold, as tables: name -> (kind of value, default).
+"""Check the fields of a `config.json` by tables: name -> (kind of value, default).
 
-The limits are far above any model there is. They keep a hostile file from asking for more layers or
-words than can be counted, before its tensors are compared with it.
+The limits are far above those of existing models. They keep a hostile file from requesting a huge
+number of layers or words before its tensors are compared with the config.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Kind:
     """A kind of value.
 
     Attributes:
-        expected: what it is, for an error.
-        accepts: whether a value of JSON is of this kind.
+        expected: a description for error messages.
+        accepts: returns whether a JSON value is of this kind.
     """
 
     expected: str
@@ -31,11 +31,11 @@ Table = Mapping[str, tuple[Kind, Any]]
 
 
 class Unknown(str):
-    """A problem with a config that does not keep us from knowing which tensors belong to it."""
+    """An unknown field: a problem with a config whose tensors are nevertheless known."""
 
 
 def whole(low: int, high: int) -> Kind:
-    """Integers; a boolean is none."""
+    """Return the kind of integers in a range, without booleans."""
     return Kind(
         f"one integer from {low} to {high}",
         lambda value: type(value) is int and low <= value <= high,
@@ -43,7 +43,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def real(low: float, high: float) -> Kind:
-    """Finite numbers."""
+    """Return the kind of finite numbers in a range."""
     return Kind(
         f"a number from {low:g} to {high:g}",
         lambda value: type(value) in (int, float) and low <= value <= high,
@@ -51,7 +51,7 @@ def real(low: float, high: float) -> Kind:
 
 
 def only(*values: Any) -> Kind:
-    """One of a few values, of the same type: `true` is not 1."""
+    """Return the kind of these values; types count, so that `true` is not 1."""
     return Kind(
         ", ".join(map(repr, values)),
         lambda value: any(type(value) is type(one) and value == one for one in values),
@@ -59,12 +59,12 @@ def only(*values: Any) -> Kind:
 
 
 def optional(kind: Kind) -> Kind:
-    """Also null."""
+    """Return the kind that also accepts null."""
     return Kind(f"{kind.expected} or null", lambda value: value is None or kind.accepts(value))
 
 
 def many(kind: Kind, least: int, most: int) -> Kind:
-    """Lists of as many values of one kind."""
+    """Return the kind of lists of `least` to `most` values of one kind."""
     return Kind(
         f"a list of {least} to {most} of {kind.expected}" if least < most
         else f"{least} of {kind.expected}",
@@ -74,7 +74,7 @@ def many(kind: Kind, least: int, most: int) -> Kind:
 
 
 def either(*kinds: Kind) -> Kind:
-    """Any of several kinds."""
+    """Return the union of several kinds."""
     return Kind(
         " or ".join(kind.expected for kind in kinds),
         lambda value: any(kind.accepts(value) for kind in kinds),
@@ -102,22 +102,24 @@ def read(
     prefix: str,
     problems: list[str],
 ) -> dict[str, Any]:
-    """The fields of a table; what is wrong with any field goes into `problems`.
+    """Return the fields of a table, and append what is wrong with any field to `problems`.
 
     Args:
-        problems: where problems are appended, one line each.
-        fields: of a config, or of a part of one.
+        fields: the fields of a config, or of a part of one.
         table: the fields that are read.
-        ignored: names of fields that do not matter. Any further one is a problem.
-        prefix: of the names, for an error.
+        ignored: the names of fields that have no effect. Any further field is a problem.
+        prefix: the prefix of field names in error messages.
+        problems: problems are appended here, one line each.
 
     Returns:
-        Name -> value: the default for fields that are missing or wrong, so that every value is of
+        The values by name. Missing and wrong fields have their default, so that every value is of
         its kind.
     """
     kind = table.get("model_type")
     if kind and not kind[0].accepts(fields.get("model_type", kind[1])):
-        fields = {"model_type": fields["model_type"]}  # of another model every field is unknown
+        fields = {
+            "model_type": fields["model_type"]
+        }  # every field of another model would be unknown
     if (how := fields.get("quantization_config")) is not None:
         method = how.get("quant_method", "unnamed") if isinstance(how, Mapping) else how
         problems.append(
@@ -135,19 +137,19 @@ def read(
 def values(
     fields: Mapping[str, Any], table: Table, prefix: str, problems: list[str]
 ) -> dict[str, Any]:
-    """As `read`, whatever other fields there are."""
-    found = {}
+    """Return the fields of a table as `read` does, and ignore all other fields."""
+    known = {}
     for name, (kind, default) in table.items():
         value = fields.get(name, default)
         if name in fields and not kind.accepts(value):
             shown = f"{prefix}{name}={files.shown(value)}"
             problems.append(f"{shown} is not supported, only {kind.expected}")
             value = default
-        found[name] = value
-    return found
+        known[name] = value
+    return known
 
 
 def divides(part: tuple[str, int], whole: tuple[str, int], problems: list[str]) -> None:
-    """One number must be a multiple of another; each with its name, for an error."""
+    """Append a problem if `whole` is not a multiple of `part`; both are (name, number)."""
     if whole[1] % part[1]:
         problems.append(f"{whole[0]}={whole[1]} is not a multiple of {part[0]}={part[1]}")

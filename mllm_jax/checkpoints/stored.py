@@ -1,4 +1,4 @@
-"""A tensor in a file: known by where it lies, read when it is needed."""
+"""Tensors in files, which are read when they are needed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ class LazyTensor(Protocol):
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, not yet read.
+    """A tensor in a file that is not read yet.
 
     Attributes:
-        path: the file. key: its name there.
-        dtype, shape: of the tensor.
-        offset: where its first element begins, in bytes.
-        strides: from one element to the next along each axis, in bytes; none of them negative.
+        path: the file.
+        key: the name of the tensor in the file.
+        dtype: its dtype.
+        shape: its shape.
+        offset: the position of its first element in the file, in bytes.
+        strides: the steps between neighbours along each axis, in bytes; none is negative.
     """
 
     path: pathlib.Path
@@ -50,14 +52,14 @@ class Stored(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where its last element ends, in bytes."""
+        """The position after its last element in the file, in bytes."""
         if 0 in self.shape:
             return self.offset
         steps = ((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         return self.offset + sum(steps) + self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, read-only: a map of its stretch of the file, gone with the array."""
+        """Return the tensor as a read-only array that is mapped from the file."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         stretch = np.memmap(self.path, np.uint8, "r", self.offset, (self.end - self.offset,))
@@ -65,7 +67,7 @@ class Stored(NamedTuple):
 
 
 def row_major(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """The strides, in bytes, of a tensor without gaps."""
+    """Return the strides in bytes of a row-major tensor without gaps."""
     strides, step = [], dtype.itemsize
     for n in reversed(shape):
         strides.append(step)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: opened by canonical key and not yet read, written whole or not."""
+"""Open the tensors of a checkpoint by canonical key without reading them, and write such files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mllm_jax.checkpoints import keys as keys_
 from mllm_jax.checkpoints import torch_file
 from mllm_jax.checkpoints.stored import Stored, row_major
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first there is, whole or in shards
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists, or its shards
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "BOOL": np.dtype(np.bool_),
@@ -34,27 +34,27 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_BYTES = 16 * 2**20  # of a safetensors file; one tensor takes about 100
+_HEADER_BYTES = 16 * 2**20  # maximum of a safetensors file; a tensor takes about 100
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether `open_directory` finds anything to open."""
+    """Return whether a directory contains files that `open_directory` opens."""
     return any((directory / f"{n}{end}").exists() for n in WEIGHTS for end in ("", ".index.json"))
 
 
 def open_directory(
     directory: pathlib.Path, problems: list[Exception], canonical_key: Callable[[str], str] = str
 ) -> Mapping[str, Stored | None]:
-    """The tensors of a checkpoint: safetensors or else PyTorch files, whole or in shards.
+    """Return the tensors of safetensors or PyTorch files, in one file or in shards.
 
     Args:
-        directory: of the checkpoint.
-        problems: what is wrong with its files is added here, one error each.
-        canonical_key: maps the spellings of keys to the canonical one; by default none is changed.
+        directory: the directory of the checkpoint.
+        problems: the problems of its files are appended here, one error for each.
+        canonical_key: maps any spelling of a key to the canonical one; by default the identity.
 
     Returns:
-        Canonical key -> tensor, not yet read; None where the index names it and its shard does not
-        have it, which is among the problems.
+        The tensors by canonical key, not read yet. None for a tensor that the index names and its
+        shard does not contain, which is one of the problems.
 
     Raises:
         FileNotFoundError: there are no such files.
@@ -71,12 +71,12 @@ def open_directory(
 
 
 def open_file(path: pathlib.Path) -> list[Stored]:
-    """The tensors of a `.safetensors` file, or of any other that `torch.save` wrote.
+    """Return the tensors of a `.safetensors` file, or of a file written by `torch.save`.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it is not a regular file.
-        ValueError: it is cut short, or holds something else.
+        ValueError: it is truncated, or contains something else.
     """
     path = files.regular(path)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
@@ -85,7 +85,7 @@ def open_file(path: pathlib.Path) -> list[Stored]:
 def by_name(
     tensors: Iterable[Stored], problems: list[Exception], canonical_key: Callable[[str], str] = str
 ) -> dict[str, Stored]:
-    """Canonical key -> tensor; one that is there twice is added to the problems."""
+    """Return tensors by canonical key; a second tensor of a key is appended to the problems."""
     found: dict[str, Stored] = {}
     for tensor in tensors:
         first = found.setdefault(canonical_key(tensor.key), tensor)
@@ -100,7 +100,7 @@ def by_name(
 def _open_files(
     paths: Iterable[pathlib.Path], problems: list[Exception]
 ) -> dict[pathlib.Path, list[Stored]]:
-    """The tensors of each file that can be opened; why another cannot is added to the problems."""
+    """Return the tensors of each file that can be opened; append the errors of the others."""
     opened = {}
     for path in paths:
         try:
@@ -131,7 +131,7 @@ def _open_shards(
 
 
 def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Key -> the shard that an index says it is in, a file beside it."""
+    """Return the shard of each key according to an index; shards lie in its directory."""
     shards = files.read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(files.refusal(index, ["not a readable index, it has no weight_map"]))
@@ -166,7 +166,7 @@ def _open_safetensors(path: pathlib.Path) -> list[Stored]:
 
 
 def _entry(path: pathlib.Path, key: str, entry: object, start: int) -> Stored:
-    """A tensor as the header of a safetensors file has it; `start` is where the tensors begin."""
+    """Return a tensor from its header entry; `start` is the position of the first tensor."""
     name = files.line(key, 60)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _altered(path, f"{name} has no dtype, shape and data_offsets")
@@ -221,17 +221,19 @@ class Writable(Protocol):
 
 
 def write(tensors: Mapping[str, Writable], path: pathlib.Path) -> None:
-    """Writes a safetensors file, which appears complete or not at all.
+    """Write a safetensors file atomically.
 
     Args:
-        tensors: by key. Each has a shape and a dtype, and becomes an array when its turn comes.
-        path: the file; replaced when it exists.
+        tensors: the tensors by key; each becomes an array only when it is written.
+        path: the file; an existing one is replaced.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written.
+        OSError: the disk is full, or the directory is not writable.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    keys = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # so that all are aligned
+    keys = sorted(
+        tensors, key=lambda key: -tensors[key].dtype.itemsize
+    )  # so that all tensors are aligned
     end = 0
     for key in keys:
         shape, dtype = tensors[key].shape, tensors[key].dtype

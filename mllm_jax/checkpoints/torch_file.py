@@ -1,7 +1,8 @@
-"""Files of `torch.save`, without torch: tensors, lists and dicts of them, and nothing else.
+"""Read and write files of `torch.save` without torch: tensors, and lists and dicts of tensors.
 
-Such a file is a zip of one pickle and of the bytes of every storage. A pickle is a program; this
-reader gives it tensors and ordered dicts to call, and no other function, so it can do no harm.
+Such a file is a zip archive of one pickle and of the bytes of every storage. A pickle is a program.
+This reader lets it construct tensors and ordered dicts and refuses every other call, so that an
+untrusted file is safe to read.
 """
 
 from __future__ import annotations
@@ -37,41 +38,41 @@ _STORAGES = {
     "ShortStorage": np.dtype(np.int16),
 }
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
-_NAMES = frozenset(  # dtypes that may stand beside the tensors; they come back as strings
+_NAMES = frozenset(  # dtypes as values of their own; they are read as strings
     "bfloat16 bool float16 float32 float64 int16 int32 int64 int8 uint8".split()  # noqa: SIM905
 )
-_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files began before PyTorch 1.6
-_PROGRAM_BYTES = 16 * 2**20  # of a pickle; one tensor of a state_dict takes about 200
-_PROGRAM_STEPS = 500_000  # of a pickle; one tensor takes about 30
-_SMALL = 2**20  # bytes that an expanded tensor may have whatever the size of its file
-_AXES = 32  # that a tensor may have
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the start of files before PyTorch 1.6
+_PROGRAM_BYTES = 16 * 2**20  # maximum of a pickle; a tensor of a state_dict takes about 200
+_PROGRAM_STEPS = 500_000  # maximum of a pickle; a tensor takes about 30
+_SMALL = 2**20  # bytes that an expanded tensor may always have, even in a smaller file
+_MAX_AXES = 32  # of a tensor
 
 
 def read(path: str | pathlib.Path) -> Any:
-    """What a file of `torch.save` holds.
+    """Return the content of a file of `torch.save`.
 
     Args:
         path: the file.
 
     Returns:
         A tensor, or lists, tuples and dicts of tensors, numbers and strings. Tensors are read-only
-        arrays mapped from the file; bfloat16 is that of ml_dtypes.
+        arrays that are mapped from the file; bfloat16 is the dtype of ml_dtypes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut short, of a format that is not read, or asks for anything but tensors.
+        ValueError: it is truncated, has an unsupported format, or calls anything but tensors.
     """
     return _map(lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf, index(path))
 
 
 def index(path: str | pathlib.Path) -> Any:
-    """As `read`, with tensors that are not yet read."""
+    """Return the content as `read` does, with tensors that are not read yet."""
     path = files.regular(path)
     program, storages = _unzip(path)
     try:
         _check_program(program)
         value = _Tensors(program, path, storages).load()
-        return _map(lambda leaf: leaf, value)  # as nested as it seems
+        return _map(lambda leaf: leaf, value)  # refuses lists that contain themselves
     except _Refused as error:
         asked = files.line(error, 100)
         raise ValueError(
@@ -83,13 +84,13 @@ def index(path: str | pathlib.Path) -> Any:
                 ],
             )
         ) from error
-    except Exception as error:  # a pickle can fail in as many ways as a program
+    except Exception as error:  # a pickle is a program, which can raise anything
         reason = "nested too deeply" if isinstance(error, RecursionError) else files.line(error, 90)
         raise ValueError(files.refusal(path, [f"not a pickle of tensors ({reason})"])) from error
 
 
 def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, archive.Member]]:
-    """The pickle, and where the bytes of every storage lie in the file."""
+    """Return the pickle, and the position of the bytes of every storage in the file."""
     try:
         members = {name.partition("/")[2]: m for name, m in archive.members(path).items()}
         if "data.pkl" not in members:
@@ -116,6 +117,7 @@ def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, archive.Member]]:
 
 
 def _mend(path: pathlib.Path, error: Exception) -> str:
+    """Return what is wrong with a file that is not the expected archive, and how to mend it."""
     with path.open("rb") as file:
         start = file.read(len(_LEGACY))
     if start == _LEGACY:
@@ -126,11 +128,11 @@ def _mend(path: pathlib.Path, error: Exception) -> str:
 
 
 def _check_program(program: bytes) -> None:
-    """Refuses a pickle that would make more than it holds.
+    """Refuse a pickle whose value is much larger than the pickle when it is traversed.
 
-    A tuple that holds another twice, which holds another twice, is small in memory, but whoever
-    hashes or copies it goes through all of it. So each value has a weight, what it takes to go
-    through it, and a tuple may not be much heavier than the program.
+    A tuple that contains another one twice, which contains another one twice, takes little memory,
+    but hashing or copying it takes exponential time. Each value therefore has a weight, the cost of
+    traversing it, and no weight may be much larger than the program.
     """
     stack: list[int | None] = []  # weights; None is a mark
     memo: dict[int, int | None] = {}
@@ -140,7 +142,9 @@ def _check_program(program: bytes) -> None:
         if opcode.name.endswith("PUT"):
             assert argument is not None
             if argument > len(program):
-                raise ValueError("more to remember than it has")  # Python would make room for it
+                raise ValueError(
+                    "more to remember than it has"
+                )  # Python would allocate as many entries
             memo[argument] = stack[-1]
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
@@ -157,7 +161,7 @@ def _check_program(program: bytes) -> None:
 
 
 def _taken(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
-    """The weight of all that an instruction takes from the stack."""
+    """Pop the operands of an instruction from the stack, and return the sum of their weights."""
     weight = 0
     for kind in reversed(opcode.stack_before):
         if kind.name == "stackslice":
@@ -170,14 +174,14 @@ def _taken(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
 
 
 class _Refused(Exception):
-    """What a pickle asks for and does not get."""
+    """A pickle calls a function that is not allowed."""
 
 
 class _Tensors(pickle.Unpickler):
-    """Runs a pickle that may call for tensors and ordered dicts.
+    """Runs a pickle that may construct tensors and ordered dicts.
 
-    Whatever `find_class` gives is immutable or made for this one file, so that a pickle can change
-    nothing outside of its own value.
+    All that `find_class` returns is immutable or belongs to this file alone, so that a pickle
+    cannot change anything but its own value.
     """
 
     def __init__(self, program: bytes, path: pathlib.Path, storages: dict[str, archive.Member]):
@@ -211,14 +215,14 @@ class _Tensors(pickle.Unpickler):
     def _view(
         self, storage: Stored, first: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> Stored:
-        """A tensor in its storage; `first` and `strides` are counted in elements."""
+        """Return a tensor in its storage; `first` and `strides` are counted in elements."""
         size = storage.dtype.itemsize
         tensor = storage._replace(
             shape=tuple(map(operator.index, shape)),
             offset=storage.offset + operator.index(first) * size,
             strides=tuple(operator.index(stride) * size for stride in strides),
         )
-        if len(shape) > _AXES or len(shape) != len(strides):
+        if len(shape) > _MAX_AXES or len(shape) != len(strides):
             raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
         if min(0, first, *shape, *strides) < 0 or tensor.end > storage.end:
             raise ValueError(f"a tensor reaches beyond its storage {storage.key}")
@@ -228,10 +232,10 @@ class _Tensors(pickle.Unpickler):
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same lists, tuples and dicts with other leaves; what is shared stays so.
+    """Return the same lists, tuples and dicts with changed leaves; shared values stay shared.
 
     Raises:
-        ValueError: a list is within itself.
+        ValueError: a list contains itself.
     """
     done: dict[int, Any] = {}
     inside = object()
@@ -255,16 +259,16 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def write(value: Any, path: str | pathlib.Path) -> None:
-    """Writes arrays as `torch.save` does; `torch.load(path, weights_only=True)` reads them.
+    """Write arrays as `torch.save` does, for `torch.load(path, weights_only=True)`.
 
-    The same value is the same bytes.
+    Equal values give equal bytes.
 
     Args:
         value: an array, or lists, tuples and dicts of arrays, numbers and strings.
-        path: the file; it appears whole or not at all.
+        path: the file, which is written atomically.
 
     Raises:
-        TypeError: a value that is none of these, or of a dtype that torch storages do not have.
+        TypeError: a value is none of these, or has a dtype that torch does not store.
         OSError: the file cannot be written.
     """
     storages: list[np.ndarray] = []
@@ -278,7 +282,7 @@ def write(value: Any, path: str | pathlib.Path) -> None:
 
 
 def _encode(value: Any, storages: list[np.ndarray]) -> bytes:
-    """The part of a pickle that puts a value on the stack; its arrays are added to `storages`."""
+    """Return pickle code that pushes a value; its arrays are appended to `storages`."""
     if isinstance(value, dict):
         items = (part for pair in value.items() for part in pair)
         inside = b"".join(_encode(part, storages) for part in items)
@@ -290,7 +294,7 @@ def _encode(value: Any, storages: list[np.ndarray]) -> bytes:
     if hasattr(value, "dtype"):
         return _encode_tensor(np.asarray(value), storages)
     if value is None or isinstance(value, (bool, int, float, str)):
-        return pickle.dumps(value, protocol=2)[2:-1]  # without the mark of a protocol and the stop
+        return pickle.dumps(value, protocol=2)[2:-1]  # without the protocol and STOP opcodes
     raise TypeError(f"torch files hold arrays, numbers and strings, not {type(value).__name__}")
 
 

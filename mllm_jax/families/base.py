@@ -1,4 +1,4 @@
-"""What a family is: one value that its folder exports and everything else reads."""
+"""The definition of a family: the value that its folder exports and that all other code reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fields = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OriginalLayout:
-    """A layout of checkpoints that the authors' own code writes, unlike that of transformers.
+    """The layout of checkpoints that the authors' code writes, where transformers has another.
 
     Attributes:
         is_original: whether the fields of a `config.json` are of this layout.

@@ -1,1 +1,1 @@
-"""loading."""
+"""Load and save models: checkpoints, adapters, the embedded model."""

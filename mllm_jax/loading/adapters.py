@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) in the layout of PEFT, merged into the model they were trained on.
+"""Merge low-rank adapters (LoRA) in the layout of PEFT into the model they were trained on.
 
-A folder holds `adapter_config.json` and the factors, `adapter_model.safetensors` or `.bin`. The
-original LLaVA code puts what it trained whole, its projector, beside them in
+A directory contains `adapter_config.json` and the factors in `adapter_model.safetensors` or `.bin`.
+The original LLaVA code saves parameters without factors, those of its projector, in
 `non_lora_trainables.bin`.
 """
 
@@ -23,11 +23,11 @@ from mllm_jax.checkpoints import keys, schema, tensors
 from mllm_jax.checkpoints.stored import LazyTensor, Stored
 
 CONFIG = "adapter_config.json"
-BESIDE = "non_lora_trainables.bin"
+TRAINED_WHOLE = "non_lora_trainables.bin"
 BASE = "base_model_name_or_path"
 _FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-_MODULE = re.compile(r"\^?(\w+(\\?\.\w+)*)")  # whoever runs any pattern may never end
+_MODULE = re.compile(r"\^?(\w+(\\?\.\w+)*)")  # an arbitrary pattern might never terminate
 
 _RANK, _ALPHA = schema.whole(1, 2**14), schema.real(0, 1e6)
 _FIELDS = {
@@ -38,13 +38,13 @@ _FIELDS = {
     "use_rslora": (schema.FLAG, False),
     "use_dora": (schema.only(False), False),
     "bias": (schema.only("none"), "none"),
-    # The others change the weights of the model before it is trained.
+    # Other initialisations change the weights of the model before training.
     "init_lora_weights": (schema.only(True, False, "gaussian", "eva", "orthogonal"), True),
     "rank_pattern": (schema.PART, None),
     "alpha_pattern": (schema.PART, None),
 }
-# The factors themselves say which layers they belong to. `fan_in_fan_out` is about layers that keep
-# their weights as [in, out], which none of these models has: PEFT takes no notice of it either.
+# The keys of the factors name their layers. `fan_in_fan_out` concerns weights [in, out], which none
+# of these models has; PEFT ignores it as well.
 _IGNORED = frozenset(
     """
     auto_mapping corda_config eva_config exclude_modules fan_in_fan_out inference_mode
@@ -57,11 +57,13 @@ _IGNORED = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A tensor of a model with a low-rank change added, as `Stored` has it: read when needed.
+    """A matrix of a model plus a low-rank change, computed when it is read; a `LazyTensor`.
 
     Attributes:
-        base: float[out, in]. a: float[r, in]. b: float[out, r].
-        scale: of b @ a.
+        base: float[out, in], the matrix of the model.
+        a: float[r, in], the first factor.
+        b: float[out, r], the second factor.
+        scale: the factor of b @ a.
     """
 
     base: LazyTensor
@@ -87,28 +89,28 @@ class Merged:
         return self.base.shape
 
     def read(self) -> np.ndarray:
-        """float32[out, in]: the sum, not rounded to the dtype of the file."""
+        """Return the sum, float32[out, in], not rounded to the dtype of the file."""
         a, b = (factor.read().astype(np.float32) for factor in (self.a, self.b))
         return self.base.read().astype(np.float32) + np.float32(self.scale) * (b @ a)
 
 
 def is_adapter(directory: pathlib.Path) -> bool:
-    """Whether a directory holds an adapter, and so needs the model that it changes."""
+    """Return whether a directory contains an adapter, which needs the model that it changes."""
     return (directory / CONFIG).exists()
 
 
 def read_fields(directory: pathlib.Path) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`.
+    """Return the fields of an `adapter_config.json`.
 
     Raises:
-        ValueError: it is none of LoRA, or of a kind that is not read, by name.
+        ValueError: the adapter is not a LoRA, or has unsupported fields, which are named.
     """
     path = directory / CONFIG
     problems: list[str] = []
     fields = files.read_json(path)
-    # What is off says nothing; PEFT adds such fields with every version.
-    said = {name: value for name, value in fields.items() if value or name in _FIELDS}
-    found = schema.read(said, _FIELDS, _IGNORED, "", problems)
+    # Options that are off have no effect; every version of PEFT adds some.
+    given = {name: value for name, value in fields.items() if value or name in _FIELDS}
+    found = schema.read(given, _FIELDS, _IGNORED, "", problems)
     for name, kind in (("rank_pattern", _RANK), ("alpha_pattern", _ALPHA)):
         pattern = found[name] or {}
         schema.values(pattern, dict.fromkeys(pattern, (kind, None)), f"{name}.", problems)
@@ -128,17 +130,17 @@ def merge(
     problems: list[Exception],
     canonical_key: Callable[[str], str],
 ) -> Mapping[str, LazyTensor | None]:
-    """The tensors of a model with those of an adapter.
+    """Return the tensors of a model with those of an adapter, by canonical key and not yet read.
 
     Args:
-        base: canonical key -> tensor of the model.
-        directory: of the adapter.
-        problems: what is wrong with its files is added here.
-        canonical_key: maps the spellings of keys to the canonical one.
+        base: the tensors of the model by canonical key.
+        directory: the directory of the adapter.
+        problems: the problems of its files are appended here.
+        canonical_key: maps any spelling of a key to the canonical one.
 
     Returns:
-        Canonical key -> tensor, not yet read: changed by its two factors, or replaced where the
-        adapter has it whole.
+        The tensors by canonical key: changed by two factors, or replaced by a tensor of the
+        adapter.
     """
     path = next((directory / name for name in _FACTORS if (directory / name).exists()), None)
     if path is None:
@@ -147,7 +149,7 @@ def merge(
         return base
     try:
         fields, found = read_fields(directory), tensors.open_file(path)
-        whole = tensors.open_file(beside) if (beside := directory / BESIDE).exists() else []
+        whole = tensors.open_file(beside) if (beside := directory / TRAINED_WHOLE).exists() else []
     except (OSError, ValueError) as error:
         problems.append(error)
         return base
@@ -165,12 +167,12 @@ def merge(
     for module, pair in factors.items():
         key = canonical_key(f"{module}.weight")
         module = module.removeprefix(keys.PEFT_PREFIX)
-        rank = _of("rank_pattern", "r", fields, module)
+        rank = _module_setting("rank_pattern", "r", fields, module)
         matrix = model.get(key)
         if reason := _misfit(key in model, matrix, pair, rank):
             wrong.append(f"{files.line(module, 80)}: {reason}")
         elif matrix is not None:
-            alpha = _of("alpha_pattern", "lora_alpha", fields, module)
+            alpha = _module_setting("alpha_pattern", "lora_alpha", fields, module)
             scale = alpha / (math.sqrt(rank) if fields["use_rslora"] else rank)
             model[key] = Merged(matrix, pair["A"], pair["B"], scale)
     if wrong:
@@ -181,7 +183,7 @@ def merge(
 def _misfit(
     known: bool, base: LazyTensor | None, pair: Mapping[str, Stored], rank: int
 ) -> str | None:
-    """Why two factors are no change of a tensor; None if they are."""
+    """Return why two factors do not fit a tensor; None if they fit."""
     if not known:
         return "the base model has no such tensor"
     if len(pair) < 2:
@@ -195,8 +197,8 @@ def _misfit(
     return f"{shapes} of rank {rank} does not change {list(base.shape)}"
 
 
-def _of(pattern: str, default: str, fields: Mapping[str, Any], module: str) -> Any:
-    """A number of one module: of the first pattern that names it, or of all."""
+def _module_setting(pattern: str, default: str, fields: Mapping[str, Any], module: str) -> Any:
+    """Return a setting of one module: that of the first pattern that names it, or the default."""
     for name, value in (fields[pattern] or {}).items():
         plain = name.removeprefix("^").replace("\\.", ".")
         if module == plain or (not name.startswith("^") and module.endswith(f".{plain}")):

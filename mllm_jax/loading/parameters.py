@@ -1,4 +1,4 @@
-"""Reads tensors of a checkpoint into parameters: each part once, into the memory that JAX keeps."""
+"""Read tensors of a checkpoint into parameters, each part once and into memory that JAX keeps."""
 
 from __future__ import annotations
 

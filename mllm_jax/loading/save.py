@@ -1,4 +1,4 @@
-"""Writes a model back as a Hugging Face checkpoint, through the tables that read it."""
+"""Write a model as a Hugging Face checkpoint, through the key tables that read it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _PROCESSOR_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-# Fields of the source that our config says otherwise, or that are not true any more.
-_SAID_OTHERWISE = (
+# Fields of the source that are no longer true, or that are written in another form.
+_OUTDATED_FIELDS = (
     "dtype",
     "image_token_id",
     "rope_parameters",
@@ -46,22 +46,23 @@ _SAID_OTHERWISE = (
     "sliding_window",
     "torch_dtype",
 )
-_OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
+_TOKENIZER_FIELDS = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")
 
 
 def save_hf(
     model: MultimodalModel, processor: Processor | None, directory: str | os.PathLike
 ) -> pathlib.Path:
-    """Writes a model as a checkpoint that transformers loads.
+    """Write a model as a checkpoint that transformers loads.
 
-    A CLIP tower ends at the layer that is read (`vision_feature_layer` becomes -1): those above
-    were never loaded. Its final norm, which LLaVA does not use, is written as the identity. A model
-    that folds patches, or whose projector is not two maps deep, is written too, with our fields
-    `projector_fold` and `projector_depth`: we load that one, transformers cannot.
+    A CLIP tower ends at the layer whose output is used (`vision_feature_layer` becomes -1), because
+    later layers are not loaded. Its final norm, which LLaVA does not use, is written as the
+    identity. A model that folds patches, or whose projector does not have two linear maps, is
+    written with the fields `projector_fold` and `projector_depth` of this library, which
+    transformers cannot load.
 
     Args:
         model: the model.
-        processor: where the tokenizer and image settings come from; None writes none.
+        processor: the source of the tokenizer and of the image settings; None writes neither.
         directory: a new or empty directory.
 
     Returns:
@@ -105,26 +106,26 @@ def _write(model, arrays, processor: Processor | None, directory: pathlib.Path) 
 
 
 def projector_tensors(model: MultimodalModel) -> dict[str, np.ndarray]:
-    """The projector under its Hugging Face keys: `multi_modal_projector.linear_1.weight`, ..."""
+    """Return the tensors of the projector by Hugging Face key, such as `...linear_1.weight`."""
     return {key: np.asarray(value) for key, value in _tensors(model, "projector").items()}
 
 
 def write_projector(
     model: MultimodalModel, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
 ) -> None:
-    """Writes the projector alone, as `load(..., projector=path)` and `read_projector` read it.
+    """Write the projector alone, for `load(..., projector=path)` and `read_projector`.
 
     Args:
         model: the model.
-        path: a `.safetensors` file with Hugging Face keys, or a `.bin` file as the original LLaVA
-            code has it, `mm_projector.bin`; replaced when it exists.
-        dtype: on disk.
+        path: a `.safetensors` file with Hugging Face keys, or a `.bin` file in the format of
+            `mm_projector.bin` of the original LLaVA code; an existing file is replaced.
+        dtype: the dtype in the file.
 
     Raises:
-        ValueError: the file is of neither kind, or a weight does not fit into dtype.
+        ValueError: the file has another suffix, or a weight overflows in dtype.
     """
     path = pathlib.Path(path)
-    with np.errstate(over="ignore"):  # looked for below
+    with np.errstate(over="ignore"):  # checked below
         arrays = {key: value.astype(dtype) for key, value in projector_tensors(model).items()}
     if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
         raise ValueError(f"{path}: not finite as {np.dtype(dtype).name}: {', '.join(bad)}")
@@ -142,11 +143,16 @@ def write_projector(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Turned:
-    """A tensor as Hugging Face has it, of ours; NumPy makes it when it is asked for the array."""
+class _HfTensor:
+    """A tensor in the layout of Hugging Face, computed from parameters when it is written.
 
-    arrays: list[np.ndarray]  # its parts
-    slot: keys.Slot  # of one of them
+    Attributes:
+        arrays: the parts of the tensor among the parameters.
+        slot: the slot of one of the parts.
+    """
+
+    arrays: list[np.ndarray]
+    slot: keys.Slot
 
     @property
     def shape(self) -> keys.Shape:
@@ -161,8 +167,8 @@ class _Turned:
         return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0], dtype)
 
 
-def _tensors(model: MultimodalModel, part: str | None = None) -> dict[str, _Turned]:
-    """Hugging Face key -> tensor, of the model or of one part of it."""
+def _tensors(model: MultimodalModel, part: str | None = None) -> dict[str, _HfTensor]:
+    """Return the tensors of the model, or of one module, by Hugging Face key."""
     params = {
         load.dotted(path): param
         for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -171,22 +177,22 @@ def _tensors(model: MultimodalModel, part: str | None = None) -> dict[str, _Turn
     arrays = {path: mesh.to_numpy(param[...]) for path, param in params.items()}
     shapes = {path: array.shape for path, array in arrays.items()}
     table = families.of(model.config).key_table(model.config)
-    found: dict[str, _Turned] = {}
+    found: dict[str, _HfTensor] = {}
     for slot in keys.slots(shapes, table):
         array = arrays[slot.path][... if slot.layer is None else slot.layer]
-        found.setdefault(slot.key, _Turned([], slot)).arrays.append(array)
+        found.setdefault(slot.key, _HfTensor([], slot)).arrays.append(array)
     return found
 
 
 def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
-    """What the source says beyond our config: special token ids, context length and the like."""
+    """Return further fields of the source config: special token ids, context length and so on."""
     if source is None or not (source / "config.json").exists():
         return {}
     fields = files.read_json(source / "config.json")
     if families.original_layout(fields):
-        return {"text_config": {k: fields[k] for k in _OF_THE_TOKENIZER if k in fields}}
+        return {"text_config": {k: fields[k] for k in _TOKENIZER_FIELDS if k in fields}}
     for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-        for name in _SAID_OTHERWISE:
+        for name in _OUTDATED_FIELDS:
             part.pop(name, None)
     return fields
 

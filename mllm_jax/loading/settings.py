@@ -1,4 +1,4 @@
-"""The small JSON files beside a checkpoint that transformers reads, checked before it does."""
+"""Check the small JSON files of a checkpoint before transformers reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.checkpoints import schema
 PICTURES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
 _READ = (".jinja", ".json", ".model", ".txt")
-_LARGER = 4  # times the side that a tower sees, to which a picture may be scaled before it is cut
+_MAX_ENLARGEMENT = 4  # of a side before the crop, relative to the side that the tower reads
 
 _FLAG = schema.optional(schema.FLAG)
 _COLOUR = schema.optional(schema.many(schema.real(-1000, 1000), 3, 3))
@@ -45,21 +45,21 @@ _EDGES = ("shortest_edge", "longest_edge", "height", "width")
 
 
 def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
-    """The settings of pictures and of generation are sound, and fit the vision tower.
+    """Refuse settings of images or of generation that are damaged or do not fit the vision tower.
 
     Args:
-        pictures: directory of the image processor's settings.
-        texts: directory of the tokenizer's.
-        side: of the pictures that the tower sees, in pixels.
+        pictures: the directory with the settings of the image processor.
+        texts: the directory of the tokenizer.
+        side: the side of the images that the tower reads, in pixels.
 
     Raises:
-        ValueError: a value that no such file has, or pictures of another size than the tower's.
-        OSError: not a regular file.
+        ValueError: a value is not supported, or images have another size than the tower reads.
+        OSError: a file is not a regular file.
     """
     for directory in {pictures, texts, texts / "qformer_tokenizer"}:
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
             if path.suffix in _READ and path.exists():
-                files.regular(path)  # transformers would wait for a pipe
+                files.regular(path)  # transformers would block on a pipe
     for path in (pictures / name for name in PICTURES):
         if path.exists():
             _check_pictures(path, side)
@@ -73,7 +73,7 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
 def _check_pictures(path: pathlib.Path, side: int) -> None:
     problems: list[str] = []
     fields, prefix = files.read_json(path), ""
-    if path.name == PICTURES[1]:  # of a processor, of which the image processor is a part
+    if path.name == PICTURES[1]:  # of a processor, with a part for the image processor
         part = schema.values(fields, {"image_processor": (schema.PART, None)}, "", problems)
         fields, prefix = part["image_processor"] or {}, "image_processor."
     found = schema.values(fields, _FIELDS, prefix, problems)
@@ -96,11 +96,11 @@ def _check_pictures(path: pathlib.Path, side: int) -> None:
 
 
 def _size(value: Any, name: str, side: int, problems: list[str]) -> dict[str, int]:
-    """The edges of a size, which may be one number."""
+    """Return the edges of a size, which may be a single number."""
     if value is None:
         return {}
     if isinstance(value, int):
         value = {"height": value, "width": value} if "crop" in name else {"shortest_edge": value}
-    edges = dict.fromkeys(_EDGES, (schema.whole(1, _LARGER * side), None))
+    edges = dict.fromkeys(_EDGES, (schema.whole(1, _MAX_ENLARGEMENT * side), None))
     found = schema.read(value, edges, (), f"{name}.", problems)
     return {edge: n for edge, n in found.items() if n is not None}

@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: its folder, the hub, its tower, the base of an adapter."""
+"""Locate the parts of a checkpoint: its directory, the hub, its tower, the base of an adapter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mllm_jax.models.multimodal import MultimodalConfig
 
 _HUB_SETTINGS = ["*.json", "*.jinja", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
-_HUB_PICKLES = [  # where there are no safetensors, or not of all that an adapter has
-    "pytorch_model*.bin", "adapter_model.bin", adapters.BESIDE,
+_HUB_PICKLES = [  # fetched without safetensors, or for an adapter, which may use both formats
+    "pytorch_model*.bin", "adapter_model.bin", adapters.TRAINED_WHOLE,
     *(layout.projector_file for layout in families.ORIGINAL_LAYOUTS),
 ]  # fmt: skip
 CONFIG = ("config.json",)
@@ -28,11 +28,14 @@ TOKENS = ("tokenizer.json", "tokenizer.model")
 
 
 def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
-    """The directory of a checkpoint, made or fetched if need be; see `load`.
+    """Return the directory of a checkpoint, which is created or fetched if necessary.
 
     Args:
-        name: as `load` has it.
-        weights: whether they are fetched too, or the settings alone.
+        name: as in `load`.
+        weights: whether to fetch the weights as well as the settings.
+
+    Raises:
+        FileNotFoundError: the name is no directory, and the hub does not provide it.
     """
     if name == "embedded":
         return embedded.directory()
@@ -58,26 +61,37 @@ def _fetch(name: str | os.PathLike, more: list[str]) -> pathlib.Path:
 
 
 def read_config(directory: pathlib.Path) -> MultimodalConfig:
-    """Reads `config.json` of a checkpoint directory."""
+    """Return the config of a checkpoint directory."""
     path, fields = directory / "config.json", read_fields(directory)
     if original := families.original_layout(fields):
-        tower = part(path, fields, original.tower_field, weights=False)
+        tower = named_directory(path, fields, original.tower_field, weights=False)
         fields = original.to_hf(fields, read_fields(tower), path)
     return families.from_hf(fields, path)
 
 
 def read_fields(directory: pathlib.Path) -> dict[str, Any]:
-    """The fields of `config.json` of a checkpoint directory."""
+    """Return the fields of the `config.json` of a checkpoint directory."""
     path = directory / "config.json"
     if not path.exists():
         raise FileNotFoundError(files.refusal(path, ["missing, so this is not a checkpoint"]))
     return files.read_json(path)
 
 
-def part(
+def named_directory(
     config: pathlib.Path, fields: Mapping[str, Any], field: str, *, weights: bool
 ) -> pathlib.Path:
-    """The directory of another checkpoint that a config names, seen from there or as in `load`."""
+    """Return the directory of another checkpoint that a config names.
+
+    Args:
+        config: the path of the config; the name may be a directory relative to it.
+        fields: the fields of the config.
+        field: the field with the name.
+        weights: whether to fetch the weights as well as the settings.
+
+    Raises:
+        ValueError: the config does not have the field, or its value is not a name.
+        FileNotFoundError: there is no such checkpoint.
+    """
     problems: list[str] = []
     name = schema.values(fields, {field: (schema.NAME, None)}, "", problems)[field]
     if name is None:
@@ -95,10 +109,10 @@ def part(
         ) from error
 
 
-def base_of(
+def base_directory(
     directory: pathlib.Path, base: str | os.PathLike | None, *, weights: bool
 ) -> pathlib.Path:
-    """The directory of the whole model: that which an adapter changes, or the checkpoint itself."""
+    """Return the directory of the model that an adapter changes, or of the checkpoint itself."""
     if not adapters.is_adapter(directory):
         if base is not None:
             problem = f"base= is for a folder with {adapters.CONFIG}, and there is none"
@@ -107,16 +121,16 @@ def base_of(
     if base is not None:
         return locate(base, weights=weights)
     fields = adapters.read_fields(directory)
-    return part(directory / adapters.CONFIG, fields, adapters.BASE, weights=weights)
+    return named_directory(directory / adapters.CONFIG, fields, adapters.BASE, weights=weights)
 
 
-def holder(
-    directory: pathlib.Path, base: str | os.PathLike | None, names: tuple[str, ...]
+def directory_with(
+    names: tuple[str, ...], directory: pathlib.Path, base: str | os.PathLike | None
 ) -> pathlib.Path:
-    """Where one of these files is: with an adapter, or else with the model that it changes."""
+    """Return the directory with one of these files: an adapter's, or that of its base model."""
     if any((directory / name).exists() for name in names) or not adapters.is_adapter(directory):
         return directory
-    return base_of(directory, base, weights=False)
+    return base_directory(directory, base, weights=False)
 
 
 def open_tensors(
@@ -126,30 +140,30 @@ def open_tensors(
     family: Family,
     problems: list[Exception],
 ) -> Mapping[str, LazyTensor | None]:
-    """The tensors of a checkpoint, from all places it keeps them in.
+    """Return the tensors of a checkpoint from all its files, by canonical key and not yet read.
 
     Args:
-        directory: of the checkpoint.
-        settings: where its `config.json` is.
-        base: of an adapter, see `base_of`.
-        family: of the model.
-        problems: what is wrong with the files is added here.
+        directory: the directory of the checkpoint.
+        settings: the directory with its `config.json`.
+        base: the base model of an adapter, see `base_directory`.
+        family: the family of the model.
+        problems: the problems of the files are appended here.
 
     Returns:
-        Canonical key -> tensor, not yet read. None at all where a file without an index cannot be
-        opened: nobody knows what is missing then.
+        The tensors by canonical key. Empty where a file without an index cannot be opened, because
+        the missing keys are then not known.
     """
-    whole = base_of(directory, base, weights=True)
-    found = _open_whole(whole, settings, family, problems)
-    if whole == directory or not found:
-        return found
-    return adapters.merge(found, directory, problems, family.canonical_key)
+    model_directory = base_directory(directory, base, weights=True)
+    tensors = _open_model(model_directory, settings, family, problems)
+    if model_directory == directory or not tensors:
+        return tensors
+    return adapters.merge(tensors, directory, problems, family.canonical_key)
 
 
-def _open_whole(
+def _open_model(
     directory: pathlib.Path, settings: pathlib.Path, family: Family, problems: list[Exception]
 ) -> Mapping[str, Stored | None]:
-    """The tensors of a whole model, of which the config may lie elsewhere."""
+    """Return the tensors of a whole model, whose config may be in another directory."""
     fields = read_fields(settings)
     original = families.original_layout(fields)
     if original is None:
@@ -159,14 +173,14 @@ def _open_whole(
         directory
     )
     if projector_alone:
-        base = part(config, fields, original.base_field, weights=True)
+        base = named_directory(config, fields, original.base_field, weights=True)
         found = tensors_.open_directory(base, problems, family.canonical_key)
         found = {key: tensor for key, tensor in found.items() if not family.is_projector(key)}
     else:
         found = tensors_.open_directory(directory, problems, family.canonical_key)
     if any(key.startswith("vision_tower.") for key in found):
         return found
-    tower = part(config, fields, original.tower_field, weights=True)
+    tower = named_directory(config, fields, original.tower_field, weights=True)
     theirs = tensors_.open_directory(tower, problems, family.canonical_key)
     named = {name: t for key, t in theirs.items() if (name := original.tower_key(key))}
     return {**found, **named} if found and named else {}

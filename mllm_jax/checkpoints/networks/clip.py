@@ -9,7 +9,7 @@ from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
 from mllm_jax.models.clip import ClipConfig
 
-TOWER = {  # of any vision transformer
+TOWER = {  # the fields of any vision transformer
     "hidden_size": (schema.WIDTH, 768),
     "intermediate_size": (schema.WIDTH, 3072),
     "num_hidden_layers": (schema.LAYERS, 12),
@@ -48,7 +48,7 @@ def vision(hf: str, ours: str) -> tuple[keys.Row, ...]:
         ("embeddings.class_embedding", "cls", keys.COPY),
         ("embeddings.patch_embedding.weight", "patch.kernel", keys.PATCHES),
         ("embeddings.position_embedding.weight", "position", keys.COPY),
-        *keys.norm("pre_layrnorm", "pre_norm"),  # the key is spelled so
+        *keys.norm("pre_layrnorm", "pre_norm"),  # the spelling of the key
     )
     return embeddings + layers(hf, ours)
 

@@ -1,4 +1,4 @@
-"""Between the `config.json` of InstructBLIP and our config."""
+"""Convert between the `config.json` of InstructBLIP and its config class."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _QFORMER = {
     "layer_norm_eps": (schema.EPSILON, 1e-12),
     "cross_attention_frequency": (schema.LAYERS, 2),
 }
-# The config of the LM says whether its head is tied, that of the tower the width of features.
+# The config of the LM determines whether its head is tied, that of the tower the feature width.
 _IGNORED = fields_.IGNORED | {"tie_word_embeddings"}
 _QFORMER_IGNORED = _IGNORED | {
     "attention_probs_dropout_prob", "classifier_dropout", "encoder_hidden_size",
@@ -65,7 +65,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Instru
     )
     heads = "num_attention_heads", bert["num_attention_heads"]
     schema.divides(heads, ("qformer_config.hidden_size", bert["hidden_size"]), problems)
-    # HF takes a text_config without a model_type for an OPT.
+    # In transformers a text_config without a model_type is an OPT.
     text = llama.read({"model_type": "opt"} | (blip["text_config"] or {}), problems)
     return fields_.checked(lambda: _config(blip, eva, bert, text), source, problems)
 
@@ -102,7 +102,7 @@ def _config(blip: Mapping, eva: Mapping, bert: Mapping, text: Mapping) -> Instru
 
 
 def to_hf(config: InstructBlipConfig) -> dict[str, Any]:
-    """Return our config as the fields of a `config.json`; the inverse of `from_hf`."""
+    """Return a config as the fields of a `config.json`; the inverse of `from_hf`."""
     vision, qformer = config.vision, config.qformer
     return {
         "model_type": "instructblip",

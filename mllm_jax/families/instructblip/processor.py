@@ -1,4 +1,4 @@
-"""InstructBLIP's processor: the instruction goes to the Q-Former as well as to the LM."""
+"""The processor of InstructBLIP, whose Q-Former reads the instruction as well as the LM does."""
 
 from __future__ import annotations
 
@@ -22,34 +22,41 @@ from mllm_jax.processors.rows import Picture, Row, round_up_length
 
 
 class InstructBlipProcessor(Processor):
-    """A `Processor` whose image tokens stand before all text, with a second tokenizer.
+    """A `Processor` with image tokens before all text, and with a second tokenizer.
 
-    The Q-Former's tokens are of kind question, what its tokenizer adds ([CLS], [SEP]) of kind
-    system. As a picture is read in the light of what is asked, `pack` reads it for each question.
+    The tokens of the Q-Former are of kind question; those that its tokenizer adds ([CLS], [SEP])
+    are of kind system. The features of a picture depend on the question, so `pack` encodes a
+    picture for each question.
 
     Args:
-      tokenizer, pictures, config, directory, how: as `Processor` has them.
-      qformer_tokenizer: of transformers, fast.
+      tokenizer: as in `Processor`.
+      pictures: as in `Processor`.
+      config: as in `Processor`.
+      directory: as in `Processor`.
+      qformer_tokenizer: the fast tokenizer of the Q-Former.
+      **options: further arguments of `Processor`.
     """
 
     config: InstructBlipConfig
     reencode_per_question = True
 
-    def __init__(self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **how):
-        super().__init__(tokenizer, pictures, config, directory, **how)
+    def __init__(
+        self, tokenizer, pictures, config, directory=None, *, qformer_tokenizer, **options
+    ):
+        super().__init__(tokenizer, pictures, config, directory, **options)
         self.qformer_tokenizer = qformer_tokenizer
 
     @classmethod
     def from_directory(
         cls, directory: str | os.PathLike, config: MultimodalConfig, **options: Any
     ) -> InstructBlipProcessor:
-        """As `Processor.from_directory`, with the Q-Former's tokenizer in `qformer_tokenizer/`."""
+        """Return the processor of a directory; the Q-Former's tokenizer is in a subdirectory."""
         tokenizer = tokenizers.read_tokenizer(pathlib.Path(directory) / "qformer_tokenizer")
         options["qformer_tokenizer"] = tokenizer
         return cast(InstructBlipProcessor, super().from_directory(directory, config, **options))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """The text of a prompt without its pictures, and which parts of it are the question."""
+        """Return the text of a prompt without its pictures, and the parts that are the question."""
         if not isinstance(prompt, str):
             if len(prompts_.image_parts(prompt)) not in (0, images):
                 raise ValueError(
@@ -74,29 +81,29 @@ class InstructBlipProcessor(Processor):
         for number, picture in enumerate(pictures, first):
             self._append_picture(row, number, picture)
         row.add(*self._tokenize(prompt, text, questions))
-        told, qformer = Row(), self.config.qformer
-        told.add(
+        qformer_row, qformer = Row(), self.config.qformer
+        qformer_row.add(
             *tokenizers.tokenize(
                 self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
             )
         )
-        if len(told.ids) > qformer.positions:
+        if len(qformer_row.ids) > qformer.positions:
             raise ValueError(
-                f"the prompt has {len(told.ids)} tokens for the Q-Former, "
+                f"the prompt has {len(qformer_row.ids)} tokens for the Q-Former, "
                 f"which reads {qformer.positions} at most: {short(text)}"
             )
-        row.qformer_rows = [told] * len(pictures)
+        row.qformer_rows = [qformer_row] * len(pictures)
         return row
 
     def _assemble(self, encoded: list[Row], *rest) -> Batch:
         batch = super()._assemble(encoded, *rest)
         T = round_up_length(
-            max((len(told.ids) for row in encoded for told in row.qformer_rows), default=0)
+            max((len(text.ids) for row in encoded for text in row.qformer_rows), default=0)
         )
         ids = np.zeros((len(batch.is_real_tile), T), np.int32)
         kind = np.full(ids.shape, tokens.CODE["pad"], np.int8)
         for at, row in zip(batch.image_token_index, encoded, strict=False):
             images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
-            for image, told in zip(images, row.qformer_rows, strict=True):
-                ids[image, : len(told.ids)], kind[image, : len(told.ids)] = told.ids, told.kinds
+            for image, text in zip(images, row.qformer_rows, strict=True):
+                ids[image, : len(text.ids)], kind[image, : len(text.ids)] = text.ids, text.kinds
         return batch.replace(qformer_ids=ids, qformer_kind=kind)

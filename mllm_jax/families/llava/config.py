@@ -1,7 +1,7 @@
-"""Between the `config.json` of LLaVA and our config.
+"""Convert between the `config.json` of LLaVA and its config class.
 
-Every field is read, known to be irrelevant, or refused by name: a field that is skipped in silence
-makes a model subtly wrong.
+Every field is read, known to have no effect, or refused by name: ignoring a field can make a model
+subtly wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIELDS = fields_.TOKEN_IDS | {
     "tie_word_embeddings": (schema.FLAG, False),
     "text_config": (schema.PART, None),
     "vision_config": (schema.PART, None),
-    # Fields of our own: transformers has no such models.
+    # Fields of this library; transformers has no such models.
     "projector_fold": (schema.whole(1, 64), 1),
     "projector_depth": (schema.whole(1, 16), 2),
 }
@@ -40,7 +40,7 @@ _DEFAULT_CLIP = {
     "num_attention_heads": 16,
     "image_size": 336,
     "patch_size": 14,
-}  # of transformers, where there is no vision_config at all
+}  # the defaults of transformers without a vision_config
 _IGNORED = fields_.IGNORED | {"vocab_size"}  # a stray one
 
 
@@ -48,9 +48,9 @@ class Fields(NamedTuple):
     """The fields of a `config.json`.
 
     Attributes:
-        llava: those of the model.
-        clip: those of its vision tower.
-        llama: those of its language model.
+        llava: the fields of the model.
+        clip: the fields of its vision tower.
+        llama: the fields of its language model.
     """
 
     llava: dict[str, Any]
@@ -66,7 +66,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
         source: the name of the file in an error.
 
     Raises:
-        Refused: there are unknown fields or unsupported values; all in one line.
+        Refused: there are unknown fields or unsupported values; one line states all.
     """
     problems: list[str] = []
     known = read(fields, FIELDS, source, problems)
@@ -126,10 +126,10 @@ def parts(known: Fields) -> dict[str, Any]:
 
 
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
-    """Return our config as the fields of a `config.json`; the inverse of `from_hf`.
+    """Return a config as the fields of a `config.json`; the inverse of `from_hf`.
 
-    `projector_fold` and `projector_depth` are ours and appear only where they differ from what
-    transformers has (1 and 2).
+    `projector_fold` and `projector_depth` are fields of this library. They appear only where they
+    differ from what transformers supports (1 and 2).
     """
     kind = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     return kind | parts_to_hf(config)
@@ -155,7 +155,7 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
 def _check_feature_layer(
     llava: Mapping[str, Any], clip: Mapping[str, Any], problems: list[str]
 ) -> None:
-    """Append a layer that the tower does not have; the embedding below all layers (0) is none."""
+    """Append a feature layer that the tower does not have; 0, the embedding, is not supported."""
     layers, at = clip["num_hidden_layers"], llava["vision_feature_layer"]
     if not (1 <= at <= layers or -layers <= at <= -1):
         problems.append(

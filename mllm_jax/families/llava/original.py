@@ -1,9 +1,8 @@
-"""The layout of the original LLaVA code (Liu et al. 2023), as `liuhaotian/llava-v1.5-7b` has it.
+"""Read the layout of the original LLaVA code (Liu et al. 2023): `liuhaotian/llava-v1.5-7b`.
 
-Its `config.json` is that of the language model with further fields `mm_...`; the vision tower is a
-CLIP checkpoint of its own that the config names; and a projector may come alone, in
-`mm_projector.bin`, as pretraining leaves it. The tensors keep their names
-(`keys.canonical_key`).
+Its `config.json` is that of the language model with additional fields `mm_...`. The vision tower is
+a separate CLIP checkpoint that the config names. A projector may be stored alone, in
+`mm_projector.bin`, the result of pretraining. `keys.canonical_key` maps the names of tensors.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import image_processors
 
 _TOWER = "mm_vision_tower"
-# model_type -> that of the language model
+# The model_type of the language model by that of the whole.
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _SELECT = {"patch": "default", "cls_patch": "full"}
 _PINPOINTS = "image_grid_pinpoints"
 _PROJECTOR_TYPE = re.compile(r"linear|mlp([1-9]|1[0-6])x_gelu")
-# The fields we read, with the value of the original code where a field is not there.
+# The fields that are read, with the default of the original code.
 _FIELDS = {
     _TOWER: (schema.NAME, None),
     "mm_projector_type": (
@@ -68,20 +67,20 @@ def is_original(fields: Mapping[str, Any]) -> bool:
 
 
 def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Return the same model as the fields of a `config.json` of transformers.
+    """Return the fields of a `config.json` of transformers for the same model.
 
     Args:
-        fields: of the original `config.json`.
-        tower: of the `config.json` of the vision tower, with or without its text half.
-        source: what to call the file in an error.
+        fields: the fields of the original `config.json`.
+        tower: the fields of the `config.json` of the vision tower, with or without a text tower.
+        source: the name of the file in an error.
 
     Returns:
-        The fields, for `config.from_hf`; what is not known here stands in `text_config`. The
-        original code has no id for an image token; ours is the first after the vocabulary, which
-        the tokenizer gives to `<image>` when it is added.
+        The fields, for `config.from_hf`; unknown fields are in `text_config`. The original code has
+        no id for an image token; this one is the first after the vocabulary, which the tokenizer
+        assigns to `<image>`.
 
     Raises:
-        ValueError: values that we do not support, all in one line.
+        ValueError: values are not supported; one line states all.
     """
     problems: list[str] = []
     tiled = fields.get("mm_patch_merge_type") == "spatial_unpad"
@@ -116,13 +115,16 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
 
 
 def image_processor(tower: pathlib.Path, config: MultimodalConfig):
-    """The image processor of transformers (PIL backend) that does what the original code does.
+    """Return the image processor of transformers (PIL backend) that equals the original one.
 
     Args:
-        tower: the directory of the vision tower, whose settings these are.
-        config: of the model.
+        tower: the directory of the vision tower, which contains the settings.
+        config: the config of the model.
     """
-    from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil  # when needed
+    from transformers import (
+        CLIPImageProcessorPil,
+        LlavaNextImageProcessorPil,
+    )  # imported when needed
 
     options: dict[str, Any] = {}
     if config.pinpoints:

@@ -1,4 +1,4 @@
-"""Between the `config.json` of LLaVA-NeXT and our config."""
+"""Convert between the `config.json` of LLaVA-NeXT and its config class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm_jax.checkpoints import schema
 from mllm_jax.families.llava import config as llava
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 
-_MOST_TILES = 16  # along a side of an image
+_MAX_TILES = 16  # along a side of an image
 _FIELDS = llava.FIELDS | {
     "model_type": (schema.only("llava_next"), "llava_next"),
     "vision_feature_select_strategy": (schema.only("default"), "default"),
@@ -31,7 +31,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaN
 
 
 def to_hf(config: LlavaNextConfig) -> dict[str, Any]:
-    """Return our config as the fields of a `config.json`; the inverse of `from_hf`."""
+    """Return a config as the fields of a `config.json`; the inverse of `from_hf`."""
     return {
         "model_type": "llava_next",
         "architectures": ["LlavaNextForConditionalGeneration"],
@@ -46,9 +46,9 @@ def _pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, Any]:
     given, side = known.llava["image_grid_pinpoints"], known.clip["image_size"]
     if given is None:
         return {}
-    if any(n % side or n > _MOST_TILES * side for pair in given for n in pair):
+    if any(n % side or n > _MAX_TILES * side for pair in given for n in pair):
         problems.append(
             f"image_grid_pinpoints={files.shown(given)} is not supported, only pairs of multiples "
-            f"of vision_config.image_size={side}, up to {_MOST_TILES} times"
+            f"of vision_config.image_size={side}, up to {_MAX_TILES} times"
         )
     return {"pinpoints": tuple(map(tuple, given))}
