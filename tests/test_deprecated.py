@@ -39,6 +39,17 @@ def test_a_new_name_is_there_and_the_old_one_is_gone(old):
     assert old.count(".") > 1 or all(f.find_spec(old, paths) is None for f in finders)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("old", deprecated.MEMBERS)
+def test_an_old_member_is_the_new_one(old):
+    owner, _, name = old.rpartition(".")
+    room, _, new = deprecated.MEMBERS[old].rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {room}.{new}"):
+        assert getattr(importlib.import_module(owner), name) is getattr(
+            importlib.import_module(room), new
+        )
+
+
 def test_an_old_module_is_imported_and_has_the_same_members():
     with pytest.warns(DeprecationWarning, match=r"products is now mllm_jax\.numerics") as warned:
         from mllm_jax.products import prefer_eigen

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+<<<<<<< HEAD
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
+=======
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+>>>>>>> main
 
 import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.data.sequences import LazySequence
 from mllm_jax.processors.processor import Processor
 
 T = TypeVar("T")
@@ -123,7 +129,7 @@ def ask(examples: Sequence[Example], styles: Sequence[str]) -> list[tuple[Exampl
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleQuestions(Sequence[tuple[Example, Question]]):
+class ExampleQuestions(LazySequence[tuple[Example, Question]]):
     """The pairs of `ask`, each made when it is needed: pictures stay where they are.
 
     Attributes:
@@ -139,27 +145,17 @@ class ExampleQuestions(Sequence[tuple[Example, Question]]):
     def __len__(self) -> int:
         return len(self.examples) if self.count is None else min(self.count, len(self.examples))
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[Example, Question]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[Example, Question]]: ...
-
-    def __getitem__(
-        self, index: int | slice
-    ) -> tuple[Example, Question] | list[tuple[Example, Question]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        example = self.examples[i]
+    def item(self, index: int) -> tuple[Example, Question]:
+        """Return the item at an index; see `LazySequence`."""
+        example = self.examples[index]
         has = [s for s in self.styles if any(q.style == s for q in example.questions)]
         if not has:
             raise ValueError(
                 f"{example.domain}/{example.id} has no question of style {' or '.join(self.styles)}"
             )
-        style = has[i % len(has)]
+        style = has[index % len(has)]
         questions = [q for q in example.questions if q.style == style]
-        return example, questions[i // len(has) % len(questions)]
+        return example, questions[index // len(has) % len(questions)]
 
 
 @dataclasses.dataclass(frozen=True)

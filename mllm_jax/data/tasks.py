@@ -16,13 +16,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 import PIL.Image
 
 from mllm_jax.data import batching, domains
 from mllm_jax.data.embedded import objects, recipe
+from mllm_jax.data.sequences import LazySequence
 
 Split = Literal["train", "held", "test"]
 SPLITS: tuple[Split, ...] = ("train", "held", "test")
@@ -342,7 +343,7 @@ def _first(pictures: Iterable[_Picture], limits: dict[str, int]) -> list[_Pictur
     return selected
 
 
-class _Alternating(Sequence[domains.Example]):
+class _Alternating(LazySequence[domains.Example]):
     """The examples of pictures, with classes for labels; classes alternate."""
 
     def __init__(self, pictures: Sequence[_Picture], classes: tuple[str, ...]):
@@ -352,15 +353,8 @@ class _Alternating(Sequence[domains.Example]):
     def __len__(self) -> int:
         return len(self._pictures)
 
-    @overload
-    def __getitem__(self, index: int) -> domains.Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[domains.Example]: ...
-
-    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> domains.Example:
+        """Return the item at an index; see `LazySequence`."""
         picture = self._pictures[index]
         assert picture.domain is not None
         return dataclasses.replace(picture.domain[picture.index], label=picture.label)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
-from mllm_jax.checkpoints.networks import clip
+from mllm_jax.checkpoints.networks import clip, encoder
 from mllm_jax.loading import load as load_
 from mllm_jax.loading import settings, sources
 from mllm_jax.models.clip_text import Clip, ClipPairConfig, ClipTextConfig
@@ -26,15 +26,17 @@ _PAIR = {
     "vision_config_dict": (schema.PART, None),
 }
 _TEXT = {
-    "model_type": (schema.only("clip_text_model"), "clip_text_model"),
-    "vocab_size": (schema.WORDS, 49408),
-    "max_position_embeddings": (schema.whole(1, 2**20), 77),
-    "hidden_size": (schema.WIDTH, 512),
-    "intermediate_size": (schema.WIDTH, 2048),
-    "num_hidden_layers": (schema.LAYERS, 12),
-    "num_attention_heads": (schema.HEADS, 8),
-    "hidden_act": (fields_.ACTIVATION, "quick_gelu"),
-    "layer_norm_eps": (schema.EPSILON, 1e-5),
+    **encoder.table(
+        "clip_text_model",
+        vocab_size=49408,
+        max_position_embeddings=77,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
     "eos_token_id": (schema.ID, 49407),
 }
 # The scale is a tensor of the checkpoint.
@@ -81,9 +83,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> ClipPa
     problems: list[str] = []
     pair = schema.read(fields, _PAIR, _IGNORED, "", problems)
     vision = clip.read(_part(pair, "vision_config"), problems)
-    text = schema.read(_part(pair, "text_config"), _TEXT, _IGNORED, "text_config.", problems)
-    heads = "num_attention_heads", text["num_attention_heads"]
-    schema.divides(heads, ("text_config.hidden_size", text["hidden_size"]), problems)
+    text = encoder.read(_part(pair, "text_config"), _TEXT, _IGNORED, "text_config.", problems)
     return fields_.checked(lambda: _config(pair, vision, text), source, problems)
 
 
@@ -97,16 +97,6 @@ def _config(pair: Mapping, vision: Mapping, text: Mapping) -> ClipPairConfig:
     end = text["eos_token_id"]
     return ClipPairConfig(
         vision=clip.config(vision, feature_layer=-1, select="full"),
-        text=ClipTextConfig(
-            vocab=text["vocab_size"],
-            positions=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            mlp=text["intermediate_size"],
-            act=fields_.ACTIVATIONS[text["hidden_act"]],
-            eps=text["layer_norm_eps"],
-            end=None if end == _HIGHEST_ID else end,
-        ),
+        text=ClipTextConfig(**encoder.arguments(text), end=None if end == _HIGHEST_ID else end),
         width=pair["projection_dim"],
     )

@@ -21,7 +21,7 @@ from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.cache import Cache
 from mllm_jax.sharding import mesh
-from mllm_jax.typing import Array, Bool, Float
+from mllm_jax.typing import AnyArray, Array, Bool, Float
 
 Logits = Literal["last", "all", "none"]
 LOGITS = ("last", "all", "none")
@@ -43,7 +43,7 @@ class Out:
     logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
     captures: dict[str, Any]
     receipts: tuple[Receipt, ...]
-    finite: dict[str, Bool[Array, ...]] | None = None
+    finite: dict[str, Bool[AnyArray, ...]] | None = None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.captures:

@@ -7,6 +7,9 @@ line. The steps of a study are such stores, so a killed study continues and ends
 bytes.
 """
 
+import functools
+
+from mllm_jax import deprecated
 from mllm_jax.store.files import (
     atomic,
     atomic_json,
@@ -39,3 +42,5 @@ __all__ = [
     "write",
     "write_manifest",
 ]
+
+__getattr__ = functools.partial(deprecated.member, __name__)

@@ -148,7 +148,7 @@ def test_every_study(study, config, given, says, say):
         ("edits", "ablate lm.mlp.act[@none.npy]", "there is no file none.npy"),
         ("edits", "ablate lm.norm[1,2]", "lm.norm exists once, not per layer"),
         ("edits", "ablate lm.mlp.act where=imagee", "unknown token kind 'imagee'"),
-        ("edits", "knockout lm.mlp.act", "only lm.attn takes knockout"),
+        ("edits", "knockout lm.mlp.act", "only lm.attn and vision.attn take knockout"),
         ("edits", "", "an edit begins with one of"),
         ("captures", "stats lm.mlp.act", "a capture begins with its name"),
         ("captures", "a=mean lm.attn.pattern", "mean does not read lm.attn.pattern"),

@@ -56,9 +56,11 @@ def test_deviations_of_groups_and_kinds_are_pooled():
 
     sums = stack(lambda values: values.sum(-1))
     centred = stack(
-        lambda values: ((values - values.mean(-1, keepdims=True)) ** 2).sum(-1)
-        if values.size
-        else np.zeros((2, 5))
+        lambda values: (
+            ((values - values.mean(-1, keepdims=True)) ** 2).sum(-1)
+            if values.size
+            else np.zeros((2, 5))
+        )
     )
     every = np.concatenate([values for row in activations for values in row], axis=-1)
     want = ((every - every.mean(-1, keepdims=True)) ** 2).sum(-1)

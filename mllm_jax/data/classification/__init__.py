@@ -14,10 +14,11 @@ import importlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, overload
+from typing import Literal
 
 from mllm_jax import store
 from mllm_jax.data import domains, tasks
+from mllm_jax.data.sequences import LazySequence
 
 NAMES = ("plantdoc", "dtd", "dermnet", "crisismmd")  # in the paper's order
 Spelling = Literal["corrected", "official"]
@@ -111,7 +112,7 @@ def task(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(Sequence[domains.Example]):
+class _Records(LazySequence[domains.Example]):
     """Examples of a TFDS data source."""
 
     name: str
@@ -123,15 +124,8 @@ class _Records(Sequence[domains.Example]):
     def __len__(self) -> int:
         return len(self.source)
 
-    @overload
-    def __getitem__(self, index: int) -> domains.Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[domains.Example]: ...
-
-    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> domains.Example:
+        """Return the item at an index; see `LazySequence`."""
         record = self.source[index]
         return domains.Example(
             id=f"{self.split} {record['id'].decode()}",

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
 
 import tensorflow_datasets as tfds
 
 from mllm_jax.data.classification import builder
 from mllm_jax.data.manual import Need
+from mllm_jax.data.sequences import LazySequence
 
 _NAMES = """
 banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted
@@ -57,7 +57,7 @@ class Dtd(builder.ClassificationBuilder):
         return records
 
 
-class _Catalogue(Sequence[Mapping]):
+class _Catalogue(LazySequence[Mapping]):
     """The records of TFDS's own `dtd`, in the form of those that are built here."""
 
     def __init__(self, folder: pathlib.Path, split: str):
@@ -68,15 +68,8 @@ class _Catalogue(Sequence[Mapping]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> Mapping: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Mapping]: ...
-
-    def __getitem__(self, index: int | slice) -> Mapping | list[Mapping]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> Mapping:
+        """Return the item at an index; see `LazySequence`."""
         record = self._source[index]
         name = record["file_name"]
         label = LABELS.index(name.decode().partition("/")[0])

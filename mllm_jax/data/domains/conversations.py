@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mllm_jax import files
@@ -23,18 +23,17 @@ IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def flattened(path: pathlib.Path, records: Sequence[Record]) -> list[Record]:
-    """Return records with a question and an answer in place of their conversations, if any.
+def flattened(path: pathlib.Path, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield records with a question and an answer in place of their conversations, if any.
 
     Args:
       path: the file, for the warning.
       records: its records.
     """
-    flat: list[Record] = []
     unused: collections.Counter[str] = collections.Counter()
     for where, record in records:
         if "conversations" not in record:
-            flat.append((where, record))
+            yield where, record
             continue
         turns = _turns(record["conversations"], where)
         images = record.get("image", [])
@@ -43,13 +42,12 @@ def flattened(path: pathlib.Path, records: Sequence[Record]) -> list[Record]:
             unused[f"records with {'several images' if images else 'no image'}"] += 1
             continue
         first = {"image": images[0], "question": turns[0], "answer": turns[1]}
-        flat.append((where, first))
+        yield where, first
         if len(turns) > 2:
             unused["later questions"] += (len(turns) - 2) // 2
     if unused:
         counts = ", ".join(f"{what} {count}" for what, count in sorted(unused.items()))
         logging.getLogger(__name__).warning(f"{files.name(path)}: not used: {counts}")
-    return flat
 
 
 def _turns(conversation: Any, where: str) -> list[str]:

@@ -149,7 +149,7 @@ class Domain(Sequence[Example]):
         return cls(name, split, FileExamples(name, read_table(pathlib.Path(path), name, read)))
 
 
-def read_table(path: pathlib.Path, name: str, read: table.Reader) -> list[Row]:
+def read_table(path: pathlib.Path, name: str, read: table.Reader) -> Sequence[Row]:
     """Return the examples of a table, one for each image.
 
     Args:

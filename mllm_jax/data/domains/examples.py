@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import overload
 
 import PIL.Image
 
 from mllm_jax import files
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.data.sequences import LazySequence
 from mllm_jax.processors import pictures
 
 
@@ -62,7 +62,7 @@ class Example:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """An example whose image is still in its file.
 
@@ -81,7 +81,7 @@ class Row:
     licence: str = ""
 
 
-class FileExamples(Sequence[Example]):
+class FileExamples(LazySequence[Example]):
     """Examples whose images are files of the user, read when they are needed.
 
     Args:
@@ -96,15 +96,8 @@ class FileExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> Example:
+        """Return the item at an index; see `LazySequence`."""
         row = self._rows[index]
         try:
             encoded = files.read_bytes(row.file, pictures.MAX_BYTES)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable
 
 from mllm_jax.data.domains.examples import Example
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.data.sequences import LazySequence
 
 SPLITS = ("test", "train")
 VERSION = "1"  # of the format; another version is another folder of the cache
@@ -48,7 +48,7 @@ def write(path: pathlib.Path, examples: Iterable[Example]) -> None:
     writer.close()
 
 
-class Records(Sequence[Example]):
+class Records(LazySequence[Example]):
     """The examples of an array_record file, read one at a time.
 
     Args:
@@ -71,13 +71,6 @@ class Records(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> Example:
+        """Return the item at an index; see `LazySequence`."""
         return unpack(self._source[index])

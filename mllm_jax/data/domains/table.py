@@ -9,21 +9,22 @@ from __future__ import annotations
 import codecs
 import collections
 import csv
+import dataclasses
 import functools
 import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 from mllm_jax import files
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
 
 Record = tuple[str, dict[str, Any]]  # its place in the file, and its fields
-Reader = Callable[[pathlib.Path], list[Record]]
+Reader = Callable[[pathlib.Path], Iterable[Record]]
 
 NEEDED = ("image", "question", "answer")
 TEXTS = {*NEEDED, "style", "label", "id", "licence"}
@@ -38,8 +39,26 @@ BYTE_ORDER_MARKS = (  # UTF-32 begins like UTF-16
 )
 
 
-def from_csv(path: pathlib.Path) -> list[Record]:
-    """Return the records of a table with commas, semicolons or tabs, as its header has them."""
+class Entry(NamedTuple):
+    """A record whose fields have been checked; those it does not have are None."""
+
+    image: str
+    question: str
+    answer: str
+    style: str
+    options: tuple[str, ...]
+    label: str | None
+    id: str | None
+    licence: str | None
+
+    @property
+    def key(self) -> str:
+        """The id of the example: its own, or the name of its image."""
+        return self.image if self.id is None else self.id
+
+
+def from_csv(path: pathlib.Path) -> Iterator[Record]:
+    """Yield the records of a table with commas, semicolons or tabs, as its header has them."""
     text = _text(path)
     header_line = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     reader = csv.reader(
@@ -50,14 +69,13 @@ def from_csv(path: pathlib.Path) -> list[Record]:
     )
     rows = _numbered(reader, path)
     number, header = next(rows, (1, []))
-    header = [cell.strip() for cell in header]
     _require(header, f"table {files.name(path)}", "columns")
     twice = sorted(name for name, count in collections.Counter(header).items() if count > 1)
     if any(twice):
         raise ValueError(
             files.line(f"{files.name(path)}, line {number}: two columns are named {twice[-1]!r}")
         )
-    records, named = [], files.name(path)
+    named = files.name(path)
     for number, cells in rows:
         where = f"{named}, line {number}"
         if len(cells) != len(header):
@@ -65,15 +83,11 @@ def from_csv(path: pathlib.Path) -> list[Record]:
                 f"{where}: {len(cells)} cells under {len(header)} columns; a cell that holds the "
                 "delimiter stands in double quotes"
             )
-        stripped = (cell.strip() for cell in cells)
-        records.append(
-            (where, {name: cell for name, cell in zip(header, stripped, strict=True) if cell})
-        )
-    return records
+        yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
 
 def _numbered(reader, path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not blank, each with the number of its first line."""
+    """Yield the stripped cells of rows that are not blank, with the number of the first line."""
     while True:
         number = reader.line_num + 1
         try:
@@ -85,7 +99,8 @@ def _numbered(reader, path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
                 f"{files.name(path)}, line {number}: not a row of a table ({files.reason(error)}); "
                 "is a double quote left open?"
             ) from error
-        if any(cell.strip() for cell in cells):
+        cells = list(map(str.strip, cells))
+        if any(cells):
             yield number, cells
 
 
@@ -98,18 +113,17 @@ def _delimiter(header: str) -> str:
     return max(DELIMITERS, key=columns)
 
 
-def from_jsonl(path: pathlib.Path) -> list[Record]:
-    """Return the records of a file with one JSON object a line."""
-    records, named = [], files.name(path)
+def from_jsonl(path: pathlib.Path) -> Iterator[Record]:
+    """Yield the records of a file with one JSON object a line."""
+    named = files.name(path)
     for number, line in enumerate(io.StringIO(_text(path)), 1):
         if line.strip():
             where = f"{named}, line {number}"
-            records.append((where, _object(_json(line, where), where)))
-    return records
+            yield where, _object(_json(line, where), where)
 
 
-def from_json(path: pathlib.Path) -> list[Record]:
-    """Return the records of a file that is one JSON list of objects."""
+def from_json(path: pathlib.Path) -> Iterator[Record]:
+    """Yield the records of a file that is one JSON list of objects."""
     named = files.name(path)
     objects = _json(_text(path), named)
     if not isinstance(objects, list):
@@ -117,8 +131,9 @@ def from_json(path: pathlib.Path) -> list[Record]:
             f"{named}: a JSON {type(objects).__name__}, not a list of objects; one object "
             "a line is read from a .jsonl"
         )
-    places = (f"{named}, record {number}" for number in range(len(objects)))
-    return [(where, _object(value, where)) for where, value in zip(places, objects, strict=True)]
+    for number, value in enumerate(objects):
+        where = f"{named}, record {number}"
+        yield where, _object(value, where)
 
 
 def _json(text: str, where: str) -> Any:
@@ -158,7 +173,7 @@ def _text(path: pathlib.Path) -> str:
     return text
 
 
-def grouped(name: str, path: pathlib.Path, records: Sequence[Record]) -> list[Row]:
+def grouped(name: str, path: pathlib.Path, records: Iterable[Record]) -> Rows:
     """Return one example for each image, with the questions of all its records.
 
     Where a record has no options, they are drawn from the answers to other questions of its style.
@@ -171,67 +186,111 @@ def grouped(name: str, path: pathlib.Path, records: Sequence[Record]) -> list[Ro
     Raises:
       ValueError: there are no records, or one is wrong.
     """
-    if not records:
+    # The answers of each style; a dict is an ordered set.
+    answers: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    first: dict[str, Entry] = {}
+    others: dict[str, list[Entry]] = collections.defaultdict(list)
+    places: dict[str, str] = {}  # of the first record of each image
+    for where, record in records:
+        entry = _entry(record, where)
+        answers[entry.style][entry.answer] = None
+        if first.setdefault(entry.image, entry) is entry:
+            places[entry.image] = where
+        else:
+            others[entry.image].append(entry)
+    if not first:
         raise ValueError(
             f"domain {files.name(name, 40)!r} is empty: {files.name(path)} has no rows"
         )
-    # The answers of each style; a dict is an ordered set.
-    answers: dict[str, dict[str, None]] = collections.defaultdict(dict)
-    by_image: dict[str, list[Record]] = collections.defaultdict(list)
-    for where, record in records:
-        record = _checked(record, where)
-        answers[record["style"]][record["answer"]] = None
-        by_image[record["image"]].append((where, record))
-    families = {style: tuple(of_style) for style, of_style in answers.items()}
-    rows: list[Row] = []
     seen: dict[str, str] = {}
-    folder = str(path.parent)
-    for image, of_image in by_image.items():
-        where, first = of_image[0]
-        key: str = first.get("id", image)
+    for image, entry in first.items():
+        key, where = entry.key, places[image]
         if key in seen:
             raise ValueError(
                 files.line(f"{where}: the id {files.name(key, 60)!r} is that of {seen[key]} too")
             )
         seen[key] = where
-        rows.append(
-            Row(
-                id=key,
-                label=str(first.get("label", first["answer"])),
-                file=os.path.join(folder, image),
-                questions=functools.partial(_questions, name, of_image, families),
-                licence=first.get("licence", ""),
-            )
+    families = {style: tuple(of_style) for style, of_style in answers.items()}
+    return Rows(name, os.path.join(path.parent, ""), list(first.values()), others, families)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """The examples of a table, made when they are needed.
+
+    Attributes:
+      name: the domain's name.
+      folder: what relative images are in, with a separator at its end.
+      first: the first entry of each image.
+      others: the further entries of an image.
+      families: the answers of each style.
+    """
+
+    name: str
+    folder: str
+    first: Sequence[Entry]
+    others: Mapping[str, Sequence[Entry]]
+    families: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        first = self.first[index]
+        entries = (first, *self.others.get(first.image, ()))
+        return Row(
+            id=first.key,
+            label=first.answer if first.label is None else first.label,
+            file=os.path.join(self.folder, first.image),
+            questions=functools.partial(_questions, self.name, entries, self.families),
+            licence=first.licence or "",
         )
-    return rows
 
 
 def _questions(
-    name: str, of_image: Sequence[Record], families: Mapping[str, Sequence[str]]
+    name: str, entries: Sequence[Entry], families: Mapping[str, Sequence[str]]
 ) -> tuple[questions_lib.Question, ...]:
-    """Return the questions of an image's records."""
-    questions = []
-    for _, record in of_image:
-        style, prompt, answer = (record[field] for field in ("style", "question", "answer"))
-        key = f"{name} {record['image']} {prompt}"
-        options = record["options"] or questions_lib.options_for(answer, families[style], key)
-        questions.append(questions_lib.Question(style, prompt, answer, tuple(options)))
-    return tuple(questions)
+    """Return the questions of the entries of an image."""
+
+    def question(entry: Entry) -> questions_lib.Question:
+        key = f"{name} {entry.image} {entry.question}"
+        options = entry.options or questions_lib.options_for(
+            entry.answer, families[entry.style], key
+        )
+        return questions_lib.Question(entry.style, entry.question, entry.answer, tuple(options))
+
+    return tuple(map(question, entries))
 
 
-def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
+def _entry(record: dict[str, Any], where: str) -> Entry:
     """Return a record whose fields are text and whose options are a tuple of texts."""
     _require(record, where, "fields")
-    checked: dict[str, Any] = {"style": "category", "options": ()}
-    for field, value in record.items():
-        if field in TEXTS:
-            checked[field] = _as_text(value, field, where)
-    if not all(checked[field].strip() for field in NEEDED):
-        empty = [field for field in NEEDED if not checked[field].strip()]
+    texts = {
+        field: value if type(value) is str and value.isascii() else _as_text(value, field, where)
+        for field, value in record.items()
+        if field in TEXTS
+    }
+    if empty := [field for field in NEEDED if not texts[field].strip()]:
         raise ValueError(f"{where} lacks the fields {empty}: they are empty")
-    if options := record.get("options"):
-        checked["options"] = _options(options, checked["answer"], where)
-    return checked
+    options = record.get("options")
+    return Entry(
+        image=texts["image"],
+        question=texts["question"],
+        answer=texts["answer"],
+        style=texts.get("style", "category"),
+        options=_options(options, texts["answer"], where) if options else (),
+        label=texts.get("label"),
+        id=texts.get("id"),
+        licence=texts.get("licence"),
+    )
 
 
 def _options(options: Any, answer: str, where: str) -> tuple[str, ...]:

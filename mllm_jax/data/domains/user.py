@@ -57,7 +57,7 @@ def is_test(example_id: str) -> bool:
     return int.from_bytes(digest[:8], "big") % 4 == 0
 
 
-def read_rows(path: pathlib.Path) -> tuple[str, list[Row]]:
+def read_rows(path: pathlib.Path) -> tuple[str, Sequence[Row]]:
     """Return the name and the examples of a folder or a table."""
     read = TABLES.get(path.suffix.lower())
     if path.is_dir() or (not path.exists() and read is None):

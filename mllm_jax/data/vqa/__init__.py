@@ -19,7 +19,7 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -27,6 +27,7 @@ from etils import epath
 
 from mllm_jax import store
 from mllm_jax.data import domains
+from mllm_jax.data.sequences import LazySequence
 from mllm_jax.data.vqa import prompts
 from mllm_jax.data.vqa.questions import VqaQuestion
 from mllm_jax.processors import pictures as picture_files
@@ -118,7 +119,7 @@ def side_by_side(pictures: Sequence[bytes]) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records(Sequence[domains.Example]):
+class _Records(LazySequence[domains.Example]):
     """Examples of a TFDS data source."""
 
     name: str
@@ -134,15 +135,8 @@ class _Records(Sequence[domains.Example]):
     def __len__(self) -> int:
         return len(self.source)
 
-    @overload
-    def __getitem__(self, index: int) -> domains.Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[domains.Example]: ...
-
-    def __getitem__(self, index: int | slice) -> domains.Example | list[domains.Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def item(self, index: int) -> domains.Example:
+        """Return the item at an index; see `LazySequence`."""
         record = self.source[index]
         pictures = record["pictures"]
         text = {key: record[key].decode() for key in ("id", "question", "answer", "type", "source")}
