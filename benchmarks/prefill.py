@@ -23,7 +23,7 @@ def sides(work: Work):
     patches = jax.random.normal(key, (B, vision.grid**2 + 1, vision.width))
     words = jax.random.normal(key, (B, T, work.size.config.lm.width))
     features = jax.jit(lambda model: model.features(batch, tap.Taps()))
-    read = jax.jit(lambda m, x: m.read(x, batch.position, batch.valid, tap.Taps())[0][:, -1])
+    read = jax.jit(lambda m, x: m.read(x, batch.positions, tap.Taps())[0][:, -1])
     products = jax.jit(_products)
     return {
         harness.OURS: lambda: {"logits": np.asarray(mj.run(model, batch).logits)},

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, tokens
+from mllm_jax.positions import Positions
 from mllm_jax.typing import AnyArray, Bool, Float, Int
 
 
@@ -21,10 +22,34 @@ class Layout:
       tiles: How many squares of it the vision tower sees.
       patches: The patch that each of its tokens in the LM stands for, int32[n], counted through its
         tiles; -1 for a newline.
+      places: The row and column of each of these tokens on the grid of its tile, int[n, 2]; None
+        where each tile is the same square.
+      runs: How many of these tokens stand at each mention of the image token in the text that the
+        picture becomes; empty where all stand at one.
+      grid: The rows and columns of patches of a picture that is read at its own size; None where
+        tiles are squares.
     """
 
     tiles: int
     patches: Int[np.ndarray, " n"]
+    places: Int[np.ndarray, "n 2"] | None = None
+    runs: tuple[int, ...] = ()
+    grid: tuple[int, int] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Interpolation:
+    """Image tokens that are weighted sums of the projector's, as bilinear resizing makes them.
+
+    Attributes:
+      index: The image tokens that are summed, int32[B, T, 4], counted as in
+        `Batch.image_token_index`; -1 for text.
+      weight: Their weights, float32[B, T, 4].
+    """
+
+    index: Int[AnyArray, "B T 4"]
+    weight: Float[AnyArray, "B T 4"]
 
 
 @jax.tree_util.register_dataclass
@@ -38,13 +63,21 @@ class Batch:
       tokens: The token map of the LM.
       image_token_index: Which image token stands here, int32[B, T], counted through all tiles and
         followed by the newline; -1 for text.
-      pixels: The normalised tiles of all rows, float32[I, row, column, 3], equally many a row.
+      pixels: The normalised tiles of all rows, equally many a row: float32[I, row, column, 3], or,
+        of pictures of any size, their patches float32[I, P, pixel] (see `grid`).
       tile: The number of each tile within its row, int16[I].
       is_real_tile: False for tiles that only fill up the batch, bool[I].
       features: Precomputed vision features, float[I, P, E], in place of pixels; or None.
       segment: The question that each token belongs to, int32[B, T], or None. Several questions
         about one picture share a row: a token sees segment 0 (the picture) and its own.
       labels: The places of the answer tokens, int32[B, A], filled up with -1; or None.
+      rotary_position: The time, row and column of each token, int32[3, B, T], where rotary
+        embeddings read these (mRoPE); or None.
+      block: The block of each token, int32[B, T], 0 for none, or None. The tokens of a block attend
+        to each other whatever their order: a picture of Gemma 3, the prompt of PaliGemma.
+      grid: The rows and columns of patches of each picture, int32[I, 2], 0 where there is none;
+        None where all tiles are squares of one size.
+      interpolation: How image tokens are interpolated from several, or None.
       qformer_ids: The question of each image in the Q-Former's own tokens, int32[I, T], or None.
       qformer_kind: The kinds of these tokens, int8[I, T], or None.
       processor: The processor that made the batch, which turns tokens into text. Static.
@@ -54,12 +87,16 @@ class Batch:
     position: Int[AnyArray, "B T"]
     tokens: tokens.TokenMap
     image_token_index: Int[AnyArray, "B T"]
-    pixels: Float[AnyArray, "I row column 3"]
+    pixels: Float[AnyArray, "I row column 3"] | Float[AnyArray, "I P pixel"]
     tile: Int[AnyArray, " I"]
     is_real_tile: Bool[AnyArray, " I"]
     features: Float[AnyArray, "I P E"] | None = None
     segment: Int[AnyArray, "B T"] | None = None
     labels: Int[AnyArray, "B A"] | None = None
+    rotary_position: Int[AnyArray, "3 B T"] | None = None
+    block: Int[AnyArray, "B T"] | None = None
+    grid: Int[AnyArray, "I 2"] | None = None
+    interpolation: Interpolation | None = None
     qformer_ids: Int[AnyArray, "I T"] | None = None
     qformer_kind: Int[AnyArray, "I T"] | None = None
     processor: Any = dataclasses.field(default=None, metadata={"static": True})
@@ -68,6 +105,12 @@ class Batch:
     def valid(self) -> Bool[AnyArray, "B T"]:
         """False for padding."""
         return self.tokens.kind != tokens.CODE["pad"]
+
+    @property
+    def positions(self) -> Positions:
+        """The positions of the tokens in the language model."""
+        rotary, block = self.rotary_position, self.block
+        return Positions(self.position, self.valid, rotary, self.segment, block)
 
     @property
     def last(self) -> Int[AnyArray, " B"]:

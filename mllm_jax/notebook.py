@@ -194,7 +194,7 @@ def _tiles(batch: Any, row: int) -> Iterator[str]:
         cells = np.zeros((config.token_grid,) * 2, bool)
         grid = own & (down >= 0)
         cells[down[grid], across[grid]] = True
-        picture = _picture(batch, int(at[own][0]) // config.image_tokens, cells)
+        picture = _picture(batch, int(at[own][0]) // config.tile_tokens(batch), cells)
         title = f"tile {number}: tokens {np.flatnonzero(own)[0]} to {np.flatnonzero(own)[-1]}"
         yield f"<img style='margin:4px 6px 0 0' title='{title}' alt='{title}' src='{picture}'>"
 

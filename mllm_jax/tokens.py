@@ -80,6 +80,37 @@ class TokenMap:
         )
 
     @classmethod
+    def free_grid(
+        cls,
+        tiles: Int[AnyArray, " I"],
+        grid: Int[AnyArray, "I 2"],
+        places: int,
+        merge: int = 1,
+    ) -> TokenMap:
+        """Return the map of pictures of any size: a grid of patches of its own for each.
+
+        Args:
+          tiles: The number of each picture within its row of the batch.
+          grid: The rows and columns of each picture; 0 where there is none.
+          places: The number P of places; those beyond a picture's patches are padding.
+          merge: The side of the squares of patches that stand side by side; the squares follow
+            each other row by row, as do the patches in each.
+        """
+        xp: Any = np if isinstance(grid, np.ndarray) else jax.numpy
+        rows, columns = grid[:, :1], grid[:, 1:]
+        square, within = np.divmod(np.arange(places)[None], merge**2)
+        across = xp.maximum(columns // merge, 1)
+        row = square // across * merge + within // merge
+        column = square % across * merge + within % merge
+        real = np.arange(places)[None] < rows * columns
+        kind = xp.where(real, CODE["image"], CODE["pad"]).astype(np.int8)
+        return dataclasses.replace(
+            cls.plain(kind, tiles),
+            row=xp.where(real, row, -1).astype(np.int16),
+            column=xp.where(real, column, -1).astype(np.int16),
+        )
+
+    @classmethod
     def plain(cls, kind: Int[AnyArray, "I T"], tiles: Int[AnyArray, " I"]) -> TokenMap:
         """Return the map of tokens that are on no grid.
 

@@ -27,6 +27,7 @@ LAYERS = (
         "addresses",
         "token_names",
         "tokens",
+        "positions",
         "notebook",
     ),
     ("sharding", "numerics"),

@@ -47,7 +47,7 @@ def picture_indices(config: MultimodalConfig, batch: Batch) -> np.ndarray:
 
     Rows that share a picture have the same index; that of a row without a picture means nothing.
     """
-    each = config.tiles * config.image_tokens
+    each = config.tiles * config.tile_tokens(batch)
     first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
     return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)
 

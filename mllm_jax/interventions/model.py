@@ -7,8 +7,9 @@ from typing import Any, Protocol
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.cache import Cache
+from mllm_jax.positions import Positions
 from mllm_jax.tokens import TokenMap
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import Array, Float, Int
 
 
 class LanguageModel(Protocol):
@@ -43,14 +44,18 @@ class Model(Protocol):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states of every token, and their keys and values."""
 
+    def embed(
+        self, batch: Batch, taps: Taps
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "k B T D"] | None]:
+        """Return embeddings with the images merged, and what is added after the first k layers."""
+
     def read(
         self,
         x: Float[Array, "B T D"],
-        position: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
+        positions: Positions,
         taps: Taps,
         past: Cache | None = None,
-        segment: Int[Array, "B T"] | None = None,
+        deepstack: Float[Array, "k B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run the language model on embeddings into which the images are already merged."""
 

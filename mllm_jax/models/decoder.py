@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers
+from mllm_jax.models import layers, rotary
 from mllm_jax.models.cache import Cache
 from mllm_jax.numerics import indexing, precision
+from mllm_jax.positions import Positions
 from mllm_jax.sharding import mesh
 from mllm_jax.sites import lm as S
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,24 @@ class DecoderConfig:
         kv_heads: K.
         head_width: H.
         mlp: F.
+        act: the activation of the gate.
         rope_theta: the base of the rotary angles.
+        rope_scaling: how the frequencies are scaled for long rows; None for not at all.
+        rope_sections: the axis of position that each frequency turns by (mRoPE); None where a
+            position is one number.
+        local_rope_theta: the base, without scaling, in layers with a window (Gemma 3); None for
+            `rope_theta`.
+        windows: the number of last positions that each layer attends to, 0 for all; empty where no
+            layer has a window.
         eps: the epsilon of the norms.
+        unit_offset: whether the factor of a norm is 1 + scale (Gemma).
+        biases: the maps of attention that have a bias: "", "qkv" (Qwen2) or "qkvo".
+        qk_norm: whether queries and keys are normed by head (Qwen3, Gemma 3).
+        post_norms: whether the outputs of attention and MLP are normed as well (Gemma 2).
+        query_scale: the factor of the products of queries and keys; None for 1 / sqrt(H).
+        attention_softcap: the bound of these products (Gemma 2); None for none.
+        logit_softcap: the bound of the logits (Gemma 2); None for none.
+        embedding_scale: the factor of word embeddings, rounded to their dtype: sqrt(D) in Gemma.
         tied: whether the head shares the matrix of the embedding.
     """
 
@@ -41,8 +59,21 @@ class DecoderConfig:
     kv_heads: int = 32
     head_width: int = 128
     mlp: int = 11008
+    act: str = "silu"
     rope_theta: float = 10000.0
+    rope_scaling: rotary.RopeScaling | None = None
+    rope_sections: rotary.RopeSections | None = None
+    local_rope_theta: float | None = None
+    windows: tuple[int, ...] = ()
     eps: float = 1e-5
+    unit_offset: bool = False
+    biases: Literal["", "qkv", "qkvo"] = ""
+    qk_norm: bool = False
+    post_norms: bool = False
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
     tied: bool = False
 
     @classmethod
@@ -74,40 +105,94 @@ class DecoderConfig:
         return cls(vocab=96, width=32, layers=4, heads=4, kv_heads=2, head_width=8, mlp=48)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What a layer reads beside the states; in a scan each array leads with L.
+
+    Attributes:
+        past: the keys and values of earlier tokens, [B, K, S, H] each; or None.
+        window: the number of last positions that it attends to, int32[], 0 for all; None where no
+            layer has a window.
+        number: the number of the layer, int32[]; None where no layer needs it.
+    """
+
+    past: tuple[Array, Array] | None = None
+    window: Int[Array, ""] | None = None
+    number: Int[Array, ""] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """Which keys the queries attend to, and how both are rotated.
+
+    Attributes:
+        mask: bool[B, N or 1, T, S].
+        query_rotation: cosine and sine of the queries' angles.
+        key_rotation: cosine and sine of the keys' angles.
+        causal: whether no query attends to a later key; static.
+    """
+
+    mask: Bool[Array, "B 1 T S"]
+    query_rotation: rotary.Rotation
+    key_rotation: rotary.Rotation
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def at(self, places: Int[Array, " B"]) -> Reach:
+        """Return the reach of one query of each row."""
+        cos, sin = self.query_rotation
+        rotation = _take(cos, places), _take(sin, places)
+        return Reach(_take(self.mask, places, axis=2), rotation, self.key_rotation, False)
+
+
 class Attention(nnx.Module):
-    """Causal attention with rotary positions and grouped queries."""
+    """Attention with rotary positions and grouped queries."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         D, H = config.width, config.head_width
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.q = layers.Linear(D, config.heads * H, use_bias=False, rngs=rngs)
-        self.k = layers.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
-        self.v = layers.Linear(D, config.kv_heads * H, use_bias=False, rngs=rngs)
-        self.o = layers.Linear(config.heads * H, D, use_bias=False, rngs=rngs)
+        self.config = config
+        for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+            bias = name in config.biases
+            setattr(self, name, layers.Linear(D, heads * H, use_bias=bias, rngs=rngs))
+        self.o = layers.Linear(config.heads * H, D, use_bias="o" in config.biases, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (_norm(config, H, rngs) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
+    def _heads(self, name: Literal["q", "k", "v"], x: Float[Array, "B T D"], tap):
+        """Return queries, keys or values by head, [B, T, heads, H]."""
+        heads = getattr(self, name)(x).reshape(*x.shape[:2], -1, self.config.head_width)
+        heads = tap(getattr(S.attn, name), heads)
+        if self.config.qk_norm and name != "v":
+            heads = getattr(self, f"{name}_norm")(heads)
+        return heads
+
+    def __call__(self, x: Float[Array, "B T D"], reach: Reach, past, tap, only=None):
         """Return the output of the heads, and the keys and values [B, K, T, H] of this call."""
-        B, T, _ = x.shape
-        k = layers.rotate(self.k(x).reshape(B, T, self.kv_heads, -1), *rope).swapaxes(1, 2)
-        v = self.v(x).reshape(B, T, self.kv_heads, -1).swapaxes(1, 2)
+        k = rotary.rotate(self._heads("k", x, tap), *reach.key_rotation).swapaxes(1, 2)
+        v = self._heads("v", x, tap).swapaxes(1, 2)
         if only is not None:
-            x, mask = _take(x, only), _take(mask, only, axis=2)
-            rope, T = [_take(part, only) for part in rope], 1
-        q = layers.rotate(self.q(x).reshape(B, T, self.heads, -1), *rope)
-        shape, precise = (B, self.heads, *mask.shape[2:]), jnp.promote_types(x.dtype, jnp.float32)
+            x, reach = _take(x, only), reach.at(only)
+        q = rotary.rotate(self._heads("q", x, tap), *reach.query_rotation)
+        mask, (B, T, N, _) = reach.mask, q.shape
+        shape, precise = (B, N, *mask.shape[2:]), jnp.promote_types(x.dtype, jnp.float32)
         if not tap.idle(S.attn.mask, jax.ShapeDtypeStruct(shape, bool)):
             mask = tap(S.attn.mask, jnp.broadcast_to(mask, shape))
         unread = tap.idle(S.attn.pattern, jax.ShapeDtypeStruct(shape, precise))
         pattern = None if unread else functools.partial(tap, S.attn.pattern)
-        heads = layers.attention(q, k, v, mask, past=past, pattern=pattern, causal=only is None)
+        heads = layers.attention(
+            q, k, v, mask, past=past, pattern=pattern, causal=reach.causal,
+            scale=self.config.query_scale, softcap=self.config.attention_softcap,
+        )  # fmt: skip
         heads = tap(S.attn.heads, heads)
         return self.o(heads.reshape(B, T, -1)), (k, v)
 
 
 class MLP(nnx.Module):
-    """A gated MLP: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.act = config.act
         self.gate = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.up = layers.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
         self.down = layers.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
@@ -115,34 +200,86 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
         """Return the output of the last map."""
         gate = tap(S.mlp.gate, self.gate(x))
-        act = tap(S.mlp.act, layers.ACTIVATIONS["silu"](gate))
+        act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](gate))
         gated = tap(S.mlp.gated, act * self.up(x))
-        return tap(S.mlp.out, self.down(gated))
+        return self.down(gated)
 
 
 class Block(nnx.Module):
-    """A pre-norm decoder layer."""
+    """A pre-norm decoder layer; with `post_norms` what it adds is normed too."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.attn_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
+        self.attn_norm = _norm(config, config.width, rngs)
         self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
+        self.mlp_norm = _norm(config, config.width, rngs)
         self.mlp = MLP(config, rngs=rngs)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = (
+                _norm(config, config.width, rngs) for _ in range(2)
+            )
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, past, tap, only=None):
+    def __call__(self, x: Float[Array, "B T D"], reach: Reach, past, tap, only=None):
         """Return the states of all tokens, or those at `only` int32[B], and all keys and values."""
         x = tap(S.resid_pre, x)
-        out, kv = self.attn(self.attn_norm(x), rope, mask, past, tap, only)
+        out, kv = self.attn(self.attn_norm(x), reach, past, tap, only)
+        out = self.attn_post_norm(out) if self.post_norms else out
         x = x if only is None else _take(x, only)
         x = tap(S.resid_mid, x + tap(S.attn_out, out))
-        x = x + self.mlp(self.mlp_norm(x), tap)
-        return tap(S.resid_post, x), kv
+        out = self.mlp(self.mlp_norm(x), tap)
+        out = self.mlp_post_norm(out) if self.post_norms else out
+        return tap(S.resid_post, x + tap(S.mlp.out, out)), kv
+
+
+def _norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> layers.RMSNorm:
+    return layers.RMSNorm(width, eps=config.eps, unit_offset=config.unit_offset, rngs=rngs)
 
 
 def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
     """Take one place of an axis for each row, and keep the axis."""
     index = places.reshape(-1, *(1,) * (array.ndim - 1))
     return jnp.take_along_axis(array, index, axis)
+
+
+def _reach(
+    mask: Bool[Array, "B 1 T S"],
+    distance: Int[Array, "B 1 T S"] | None,
+    rotations: tuple[rotary.Rotation, rotary.Rotation | None],
+    window: Int[Array, ""] | None,
+    causal: bool,
+) -> Reach:
+    """Return what a layer attends to.
+
+    Args:
+        mask: what it attends to without a window.
+        distance: how far before each query a key is; None where no layer has a window.
+        rotations: as `Decoder._rotations` returns them.
+        window: the window of the layer, 0 for none.
+        causal: whether no query attends to a later key.
+    """
+    rotation, local = rotations
+    if window is not None and distance is not None:
+        mask = mask & ((distance < window) | (window == 0))
+        if local is not None:
+            is_local = window > 0
+            cos, sin = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local, rotation)
+            rotation = cos, sin
+    return Reach(mask, rotation, rotation, causal)
+
+
+def _add_deepstack(
+    x: Float[Array, "B T D"],
+    deepstack: Float[Array, "k B T D"] | None,
+    number: Int[Array, ""] | None,
+    only: Int[Array, " B"] | None,
+) -> Float[Array, "B T D"]:
+    """Add what belongs to the states after the layer of this number, if there is something."""
+    if deepstack is None or number is None:
+        return x
+    count = len(deepstack)
+    added = deepstack[jnp.minimum(number, count - 1)]
+    added = added if only is None else _take(added, only)
+    return jnp.where(number < count, x + added.astype(x.dtype), x)
 
 
 class Decoder(nnx.Module):
@@ -153,64 +290,84 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = nnx.Param(embed)
         self.layers = layers.stack(lambda keys: Block(config, rngs=keys), config.layers, rngs)
-        self.norm = layers.RMSNorm(config.width, eps=config.eps, rngs=rngs)
+        self.norm = _norm(config, config.width, rngs)
         if not config.tied:
             self.head = layers.Linear(config.width, config.vocab, use_bias=False, rngs=rngs)
 
-    def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embeddings(self, ids: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
         """Return word embeddings; ids outside the vocabulary (placeholders) count as id 0."""
         # Gather the columns that chips share; without this they would gather rows and the result.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
-        return indexing.index_without_upcast(table[ids], table, ids)
+        words = indexing.index_without_upcast(table[ids], table, ids)
+        scale = self.config.embedding_scale
+        return words if scale == 1 else words * jnp.asarray(scale, words.dtype)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        position: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
+        positions: Positions,
         tap,
         past: Cache | None = None,
-        segment: Int[Array, "B T"] | None = None,
+        deepstack: Float[Array, "k B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states, and the cache of these T tokens.
 
         Args:
             x: embeddings.
-            position: the position of each token in its row; a token attends to valid tokens at the
-                same or a lower position.
-            valid: False for padding.
+            positions: where the tokens stand, and which of them attend to which.
             tap: the taps of the language model.
             past: the cache of earlier tokens, with S slots.
-            segment: the segment of each token; it attends to segment 0 and its own. None where a
-                row is one conversation.
+            deepstack: what is added to the states after each of the first k layers (DeepStack,
+                Meng et al. 2024); None for nothing.
         """
-        key_position, key_valid = position, valid
+        order, valid = positions.order, positions.valid
         if past is not None:
-            key_position = jnp.concatenate([past.position, position], 1)
-            key_valid = jnp.concatenate([past.valid, valid], 1)
-        mask = key_valid[:, None, None, :] & (
-            key_position[:, None, None, :] <= position[:, None, :, None]
+            order = jnp.concatenate([past.position, order], 1)
+            valid = jnp.concatenate([past.valid, valid], 1)
+        mask, distance = positions.mask(order, valid), None
+        if self.config.windows:
+            distance = positions.order[:, None, :, None] - order[:, None, None, :]
+        rotations = self._rotations(positions)
+
+        def step(layer, x, tap, inputs, only=None):
+            reach = _reach(mask, distance, rotations, inputs.window, positions.is_causal)
+            x, kv = layer(x, reach, inputs.past, tap, only)
+            return _add_deepstack(x, deepstack, inputs.number, only), kv
+
+        inputs = LayerInputs(
+            past=None if past is None else (past.key, past.value),
+            window=jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None,
+            number=None if deepstack is None else jnp.arange(self.config.layers),
         )
-        if segment is not None:
-            mask &= (segment[:, None, None, :] == 0) | (
-                segment[:, None, None, :] == segment[:, None, :, None]
-            )
-        rope = layers.rotary(position, self.config.head_width, self.config.rope_theta)
-        pasts = None if past is None else (past.key, past.value)
-        x, (key, value) = tap.scan(
-            lambda layer, x, tap, kv, **only: layer(x, rope, mask, kv, tap, **only),
-            self.layers, x, pasts,
-        )  # fmt: skip
-        return tap(S.norm, self.norm(x)), Cache(key, value, position, valid)
+        x, (key, value) = tap.scan(step, self.layers, x, inputs)
+        cache = Cache(key, value, positions.order, positions.valid)
+        return tap(S.norm, self.norm(x)), cache
+
+    def _rotations(self, positions: Positions) -> tuple[rotary.Rotation, rotary.Rotation | None]:
+        """Return the rotation of each token, and that of layers with a window if it differs."""
+        config = self.config
+        position = positions.order if positions.rotary is None else positions.rotary
+
+        def rotation(theta, scaling):
+            frequency = rotary.frequencies(config.head_width, theta, scaling)
+            return rotary.rotation(position, frequency, config.rope_sections)
+
+        whole = rotation(config.rope_theta, config.rope_scaling)
+        if config.local_rope_theta is None:
+            return whole, None
+        return whole, rotation(config.local_rope_theta, None)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return next-token logits of normed states, in float32 or better."""
         if self.config.tied:
             table = mesh.constrain(self.embed[...], ("V", "D"))
-            return precision.einsum("...D,VD->...V", x, table, into_float32=True)
-        kernel = mesh.constrain(self.head.kernel[...], ("D", "V"))
-        return precision.einsum("...D,DV->...V", x, kernel, into_float32=True)
+            logits = precision.einsum("...D,VD->...V", x, table, into_float32=True)
+        else:
+            kernel = mesh.constrain(self.head.kernel[...], ("D", "V"))
+            logits = precision.einsum("...D,DV->...V", x, kernel, into_float32=True)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return the logits of a residual as if it were the last (nostalgebraist 2020)."""

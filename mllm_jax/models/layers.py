@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from flax import nnx
 
 from mllm_jax.numerics import precision, rows
 from mllm_jax.numerics.precision import at_least_float32
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import Array, Bool, Float
 
 _BLOCKS = 4  # blocks of queries in causal attention
 
@@ -71,7 +72,7 @@ class LowRank:
 class Linear(nnx.Linear):
     """x W + b, with the precision of `numerics.precision`."""
 
-    def __call__(  # type: ignore[override] - narrower than the base class
+    def __call__(  # type: ignore[override]  # narrower than the base
         self, x: Float[Array, "*B n"]
     ) -> Float[Array, "*B m"]:
         """Return x W + b."""
@@ -87,7 +88,7 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         super().__init__(width, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
-    def __call__(  # type: ignore[override] - narrower than the base class
+    def __call__(  # type: ignore[override]  # narrower than the base
         self, x: Float[Array, "*B E"]
     ) -> Float[Array, "*B E"]:
         """Return the normed array in the dtype of x."""
@@ -95,17 +96,28 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 or better."""
+    """x / rms(x) * scale, in float32 or better.
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-        del rngs  # starts at one
-        self.scale = nnx.Param(jnp.ones((width,)))
+    Args:
+        width: D.
+        eps: the epsilon.
+        unit_offset: whether the factor is 1 + scale, multiplied before the result is rounded to
+            the dtype of x, as Gemma has it.
+        rngs: not used: the norm starts as the identity.
+    """
+
+    def __init__(self, width: int, *, eps: float, unit_offset: bool = False, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.zeros((width,)) if unit_offset else jnp.ones((width,)))
         self.eps = eps
+        self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return the normed array in the dtype of x."""
         y = at_least_float32(x)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        if self.unit_offset:
+            return (y * (1 + at_least_float32(self.scale[...]))).astype(x.dtype)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
 
@@ -124,8 +136,10 @@ def attention(
     past: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
     pattern: Callable[[Array], Array] | None = None,
     causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Compute softmax(q k^T / sqrt(H)) v, with N / K query heads for each key-value head.
+    """Compute softmax(scale q k^T) v, with N / K query heads for each key-value head.
 
     Args:
         query: the queries.
@@ -137,34 +151,43 @@ def attention(
         pattern: a function applied to the probabilities [B, N, T, S] before they multiply the
             values. With None they are not all computed at the same time.
         causal: whether the mask is causal, so that products with later keys can be left out.
+        scale: the factor of the products; 1 / sqrt(H) by default.
+        softcap: the bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
-    (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
+    (B, T, N, H), S = query.shape, sum(key.shape[2] for key, _ in parts)
+    score = functools.partial(_scale, scale=H**-0.5 if scale is None else scale, softcap=softcap)
     if pattern is not None:
-        return _attend(query, parts, mask, pattern)
+        return _attend(score, query, parts, mask, pattern)
     numbers = B * N * T * S
     attend = (
         _attend_causally
         if causal and past is None and numbers > rows.MAX_ELEMENTS_AT_ONCE
         else _attend
     )
+    attend = functools.partial(attend, score)
     return rows.map_rows_on_cpu(attend, query, parts, mask, num_elements=numbers)
 
 
-def _attend_causally(query, parts, mask):
+def _scale(scores, scale: float, softcap: float | None):
+    scores = scores * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _attend_causally(score, query, parts, mask):
     """Attend in blocks of queries, each with the keys up to its end."""
     [(key, value)], T = parts, query.shape[1]
     ends = [T * n // _BLOCKS for n in range(_BLOCKS + 1)]
     return jnp.concatenate(
         [
-            _attend(query[:, i:j], [(key[:, :, :j], value[:, :, :j])], mask[:, :, i:j, :j])
+            _attend(score, query[:, i:j], [(key[:, :, :j], value[:, :, :j])], mask[:, :, i:j, :j])
             for i, j in itertools.pairwise(ends)
         ],
         1,
     )
 
 
-def _attend(query, parts, mask, pattern=None):
+def _attend(score, query, parts, mask, pattern=None):
     B, T, N, H = query.shape
     K = parts[0][0].shape[1]
     # In this order of axes the products need no transposition of an array of size [T, S].
@@ -172,7 +195,7 @@ def _attend(query, parts, mask, pattern=None):
     scores = [
         precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
     ]
-    scores = _concatenate(scores).reshape(B, N, T, -1) * H**-0.5
+    scores = score(_concatenate(scores).reshape(B, N, T, -1))
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -193,25 +216,3 @@ def _attend(query, parts, mask, pattern=None):
 
 def _concatenate(parts):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-
-
-def rotary(
-    positions: Int[Array, "B T"], head_width: int, theta: float
-) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
-    """Return cosine and sine of rotary position embeddings (Su et al. 2021), halves layout."""
-    # On the host and in this order, as the weights were trained. The power is rounded once from
-    # float64: in float32 its last bit depends on the CPU, and one ulp of a frequency is an
-    # angle off by 1e-4 at position 4096.
-    exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    power = np.float64(theta) ** exponent.astype(np.float64)
-    frequency = np.float32(1) / power.astype(np.float32)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    angle = jnp.concatenate([angle, angle], -1)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:
-    """Rotate x by its position."""
-    half = x.shape[-1] // 2
-    rotated = jnp.concatenate([-x[..., half:], x[..., :half]], -1)
-    return (x * cos + rotated * sin).astype(x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import Array, Bool, Float
 
 Size = tuple[int, int]  # height, width
 
@@ -35,6 +36,8 @@ class MultimodalConfig(abc.ABC):
       image_token: the id of an image token in the text.
       pinpoints: the resolutions (height, width) at which an image may be cut into tiles; empty
         where each image is one square.
+      attends_forward: which tokens attend to each other whatever their order: those of a picture,
+        those of the prompt, or none.
     """
 
     vision: ClipConfig | EvaConfig
@@ -42,11 +45,17 @@ class MultimodalConfig(abc.ABC):
     lm: DecoderConfig
     image_token: int = 32000
     pinpoints: ClassVar[tuple[Size, ...]] = ()
+    attends_forward: ClassVar[Literal["none", "picture", "prompt"]] = "none"
 
     @property
     @abc.abstractmethod
     def image_tokens(self) -> int:
         """Return the number of tokens of one tile in the language model."""
+
+    def tile_tokens(self, batch: Batch) -> int:
+        """Return the number of places for tokens that each tile of a batch has in the LM."""
+        del batch
+        return self.image_tokens
 
     @property
     @abc.abstractmethod
@@ -74,10 +83,10 @@ class MultimodalConfig(abc.ABC):
 
     def readers(self, batch: Batch) -> Bool[Array, "B I"]:
         """Return which tiles each row reads: all those of each of its images."""
-        xp = np if isinstance(batch.image_token_index, np.ndarray) else jnp
+        xp: Any = np if isinstance(batch.image_token_index, np.ndarray) else jnp
         rows, tiles = len(batch.image_token_index), len(batch.tile)
         # The tile of a token: negative for text, beyond the last tile for a newline.
-        tile = batch.image_token_index // self.image_tokens
+        tile = batch.image_token_index // self.tile_tokens(batch)
         at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
         read = xp.zeros((rows, tiles + 1), bool)
         if xp is np:
@@ -87,6 +96,19 @@ class MultimodalConfig(abc.ABC):
         # A tile that shows nothing but bars has no token in the LM, but its image is read.
         image = xp.cumsum(batch.tile % self.tiles == 0)
         return (read[:, :tiles, None] & (image[:, None] == image)).any(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokens:
+    """The image tokens of a batch, tile by tile, and then tokens for every row.
+
+    Attributes:
+        tokens: what the language model reads in the place of word embeddings, [n, D].
+        deepstack: what is added to the states after each of its first k layers, [k, n, D]; or None.
+    """
+
+    tokens: Float[Array, "n D"]
+    deepstack: Float[Array, "k n D"] | None = None
 
 
 class MultimodalModel(nnx.Module):
@@ -120,10 +142,10 @@ class MultimodalModel(nnx.Module):
 
         A traced batch is returned as it is: the number of tiles must be known.
         """
-        readers = self.config.readers(batch)
-        if isinstance(readers, jax.core.Tracer):
+        known = self.config.readers(batch)
+        if isinstance(known, jax.core.Tracer):
             return batch
-        readers = np.asarray(readers)
+        readers = np.asarray(known)
         if (readers.sum(0) <= 1).all():
             return batch
         rows, size = len(readers), int(np.max(batch.tile)) + 1  # places for tiles in each row
@@ -137,14 +159,24 @@ class MultimodalModel(nnx.Module):
             array = np.asarray(array)[at]
             return np.where(real.reshape(-1, *(1,) * (array.ndim - 1)), array, fill)
 
-        tokens_per_row = size * self.config.image_tokens
-        index = np.asarray(batch.image_token_index)
-        moved = index + (np.arange(rows) - first // size)[:, None] * tokens_per_row
-        newline = index == len(batch.tile) * self.config.image_tokens
-        index = np.where(newline, rows * tokens_per_row, np.where(index < 0, -1, moved))
+        tile_tokens = self.config.tile_tokens(batch)
+
+        def move(index, step):
+            index = np.asarray(index)
+            newline = index == len(batch.tile) * tile_tokens
+            moved = np.where(newline, rows * size * tile_tokens, index + step)
+            return np.where(index < 0, -1, moved).astype(np.int32)
+
+        step = (np.arange(rows) - first // size)[:, None] * size * tile_tokens
+        interpolation = batch.interpolation
+        if interpolation is not None:
+            index = move(interpolation.index, step[:, :, None])
+            interpolation = dataclasses.replace(interpolation, index=index)
         return batch.replace(
-            image_token_index=index.astype(np.int32),
+            image_token_index=move(batch.image_token_index, step),
+            interpolation=interpolation,
             pixels=copy_tiles(batch.pixels),
+            grid=copy_tiles(batch.grid),
             tile=np.asarray(batch.tile)[at],
             is_real_tile=real,
             features=copy_tiles(batch.features),
@@ -152,51 +184,73 @@ class MultimodalModel(nnx.Module):
             qformer_kind=copy_tiles(batch.qformer_kind, tokens.CODE["pad"]),
         )
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the vision tower."""
+        return self.vision.patch.kernel[...].dtype
+
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
         """Return what the vision tower gives to the projector."""
-        dtype = self.vision.cls.dtype
         if batch.features is not None:
-            return batch.features.astype(dtype)
-        return self.vision(batch.pixels.astype(dtype), taps.module("vision"))
+            return jnp.asarray(batch.features, self.dtype)
+        return self.vision(jnp.asarray(batch.pixels, self.dtype), taps.module("vision"))
 
-    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+    def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all tiles in the order that `image_token_index` counts."""
         features = self.features(batch, taps)
         images = self.projector(features, taps.module("projector", lens=self.lm.lens))
-        return images.reshape(-1, images.shape[-1])
+        return ImageTokens(images.reshape(-1, images.shape[-1]))
 
-    def embed(self, batch: Batch, taps) -> Float[Array, "B T D"]:
-        """Return word embeddings with the image tokens merged in place."""
+    def embed(
+        self, batch: Batch, taps
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "k B T D"] | None]:
+        """Return word embeddings with the image tokens merged, and what DeepStack adds later."""
         words = self.lm.embeddings(batch.ids)
         tap = taps.module("lm", lens=self.lm.lens)
         if not len(batch.is_real_tile):  # text alone: neither vision nor projector are run
-            return tap(sites.lm.embed, words)
-        images = self.images(batch, taps).astype(words.dtype)
-        at = batch.image_token_index
-        images = collectives.take_image_tokens(images, jnp.maximum(at, 0), len(batch.is_real_tile))
-        merged = jnp.where((at >= 0)[..., None], images, words)
-        return tap(sites.lm.embed, merged)
+            return tap(sites.lm.embed, words), None
+        images, is_image = self.images(batch, taps), (batch.image_token_index >= 0)[..., None]
+        merged = jnp.where(is_image, _take(images.tokens, batch).astype(words.dtype), words)
+        deepstack = images.deepstack
+        if deepstack is not None:
+            taken = jnp.stack([_take(tokens, batch) for tokens in deepstack])
+            deepstack = jnp.where(is_image, taken, 0)
+        return tap(sites.lm.embed, merged), deepstack
 
     def __call__(
         self, batch: Batch, taps, past: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states of every token, and the cache."""
-        x = self.embed(batch, taps)
-        return self.read(x, batch.position, batch.valid, taps, past, batch.segment)
+        x, deepstack = self.embed(batch, taps)
+        return self.read(x, batch.positions, taps, past, deepstack)
 
     def read(
         self,
         x: Float[Array, "B T D"],
-        position: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
+        positions: Positions,
         taps,
         past: Cache | None = None,
-        segment: Int[Array, "B T"] | None = None,
+        deepstack: Float[Array, "k B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run the language model on merged embeddings."""
-        tap = taps.module("lm", lens=self.lm.lens)
-        return self.lm(x, position, valid, tap, past, segment)
+        """Run the language model on merged embeddings; see `Decoder`."""
+        return self.lm(x, positions, taps.module("lm", lens=self.lm.lens), past, deepstack)
 
     def logits(self, x: Float[Array, "B T D"], taps) -> Float[Array, "B T V"]:
         """Return the float32 logits of normed states."""
         return taps.module("logits")(sites.logits, self.lm.logits(x))
+
+
+def _take(images: Float[Array, "n D"], batch: Batch) -> Float[Array, "B T D"]:
+    """Return the image token that stands at each place, something else where none does."""
+    tiles = len(batch.is_real_tile)
+
+    def take(index):
+        return collectives.take_image_tokens(images, jnp.maximum(index, 0), tiles)
+
+    interpolation = batch.interpolation
+    if interpolation is None:
+        return take(batch.image_token_index)
+    return sum(
+        take(interpolation.index[..., n]) * interpolation.weight[..., n, None].astype(images.dtype)
+        for n in range(interpolation.index.shape[-1])
+    )

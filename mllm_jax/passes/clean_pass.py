@@ -212,4 +212,17 @@ def prefix_length(batch: Batch, lane: Lane, captures: Captures, logits: Logits) 
         if "at" in edit.along:  # a patch reads elsewhere than it writes
             places.append(np.asarray(edit.along["at"])[np.asarray(edit.tokens)])
     places += [np.nonzero(mask)[1] for mask in masks]
-    return int(np.concatenate(places).min()) // PREFIX * PREFIX
+    length = int(np.concatenate(places).min()) // PREFIX * PREFIX
+    while length and not _is_closed(batch.block, length):
+        length -= PREFIX
+    return length
+
+
+def _is_closed(block: Int[AnyArray, "B T"] | None, length: int) -> bool:
+    """Return whether the first tokens attend to none of the later ones."""
+    if block is None:
+        return True
+    block = np.asarray(block)
+    before, after = block[:, :length], block[:, length:]
+    same = (before[:, :, None] == after[:, None, :]) & (before > 0)[:, :, None]
+    return not same.any()

@@ -134,7 +134,6 @@ def compiled_generate(
     x, cache = model(batch, taps)
     logits = logits_at_last(model, batch, x, taps)
     receipts = taps.receipt_list()
-    first = jnp.take_along_axis(jnp.asarray(batch.position), batch.last[:, None], 1)
 
     def choose(logits, step):
         if greedy:
@@ -159,7 +158,8 @@ def compiled_generate(
         at = T + step - 1
         taps = Taps(_restrict_to_rows(edits, ~done), at=at)
         word, valid = embed_words(model, token[:, None], taps), jnp.ones((B, 1), bool)
-        x, new = model.read(word, first + step, valid, taps, cache)
+        positions = batch.positions.after(batch.last, step[None], valid)
+        x, new = model.read(word, positions, taps, cache)
         token, done, tokens = append(model.logits(x, taps)[:, 0], step, done, tokens)
         receipts = tuple(
             old if new is None else _add_receipts(old, new)
@@ -169,7 +169,7 @@ def compiled_generate(
 
     empty = ~jnp.asarray(batch.valid).any(-1)
     start = append(logits, 0, empty, jnp.full((B, steps), stops[0]))
-    state = (1, cache.extended(steps - 1), *start, receipts)
+    state = (jnp.int32(1), cache.extended(steps - 1), *start, receipts)
     *_, tokens, receipts = jax.lax.while_loop(unfinished, advance, state)
     return tokens, receipts
 

@@ -186,8 +186,6 @@ def compiled_score(
     taps = Taps(edits, captures)
     x, cache = model(batch, taps)
     first = jax.nn.log_softmax(logits_at_last(model, batch, x, taps))
-    last = jnp.take_along_axis(jnp.asarray(batch.position), batch.last[:, None], 1)
-    position = last + 1 + jnp.arange(A - 1)
 
     def score_candidate(ids):  # int32[B, A]
         valid, at = ids >= 0, jnp.maximum(ids, 0)
@@ -195,7 +193,9 @@ def compiled_score(
         if A > 1:  # the last token is scored, not read
             taps = Taps(edits, at=T)
             x = embed_words(model, ids[:, :-1], taps)
-            x, _ = model.read(x, position, valid[:, :-1], taps, cache)
+            steps = jnp.arange(1, A)
+            positions = batch.positions.after(batch.last, steps, valid[:, :-1])
+            x, _ = model.read(x, positions, taps, cache)
             rest = jax.nn.log_softmax(model.logits(x, taps))
             log_probs.append(collectives.take_along_vocabulary(rest, at[:, 1:]))
         total = jnp.where(valid, jnp.concatenate(log_probs, 1), 0).sum(-1)

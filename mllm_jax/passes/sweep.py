@@ -278,8 +278,10 @@ def compiled_lanes(
         if past is None:
             scores, _ = forward(model, batch, taps, logits)
         else:
-            rest = (a[:, prefix:] for a in (batch.position, batch.valid))
-            x, _ = model.read(resume["lm"].x, *rest, taps, past)
+            positions = batch.positions.from_token(prefix)
+            _, deepstack = model.embed(batch, Taps())
+            deepstack = None if deepstack is None else deepstack[:, :, prefix:]
+            x, _ = model.read(resume["lm"].x, positions, taps, past, deepstack)
             x = jnp.pad(x, ((0, 0), (prefix, 0), (0, 0)))  # positions count from the first token
             scores = logits_at_last(model, batch, x, taps) if logits == "last" else None
         return metric(Out(scores, taps.captured, taps.receipt_list()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,15 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
         image_token_index=select(batch.image_token_index, -1),
         tile=np.asarray(batch.tile) % np.int16(tiles),
         segment=None,
+        rotary_position=_select_axes(batch.rotary_position, select),
+        block=None if batch.block is None else select(batch.block, 0),
         labels=rows.answer_positions(new_kind),
     )
+
+
+def _select_axes(position: Any, select: Callable[[Any, int], np.ndarray]) -> np.ndarray | None:
+    """Return positions of three axes, each selected; or None."""
+    return None if position is None else np.stack([select(axis, 0) for axis in position])
 
 
 def _questions(segment: np.ndarray) -> list[tuple[int, int]]:

@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mllm_jax.batch import Batch
+from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig
-from mllm_jax.processors import image_processors, packing, row_pictures, tokenizers
+from mllm_jax.processors import (
+    attention_order,
+    image_processors,
+    packing,
+    row_pictures,
+    tokenizers,
+)
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
 from mllm_jax.processors.prompt_encoder import PromptEncoder
-from mllm_jax.processors.prompts import IMAGE, Chat
+from mllm_jax.processors.prompts import Chat
 from mllm_jax.processors.rows import Picture, Row
 
 if TYPE_CHECKING:
@@ -81,9 +87,9 @@ class Processor(PromptEncoder):
         """
         directory = pathlib.Path(directory)
         tokenizer = tokenizers.read_tokenizer(directory)
-        if IMAGE not in tokenizer.get_vocab():  # the original LLaVA code has none
-            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-            added = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
+        if cls.image_text not in tokenizer.get_vocab():  # the original LLaVA code has none
+            tokenizer.add_special_tokens({"additional_special_tokens": [cls.image_text]})
+            added = cast(int, tokenizer.convert_tokens_to_ids(cls.image_text))
             config = dataclasses.replace(config, image_token=added)
         pictures = pictures or functools.partial(image_processors.read, directory)
         options["image_aspect_ratio"] = image_aspect_ratio
@@ -98,6 +104,11 @@ class Processor(PromptEncoder):
           ValueError: it makes other pictures than the model reads.
         """
         image_processor = self._make_image_processor()
+        self._check_image_processor(image_processor)
+        return image_processor
+
+    def _check_image_processor(self, image_processor: Any) -> None:
+        """Raise ValueError if an image processor makes other pictures than the model reads."""
         pinpoints = getattr(image_processor, "image_grid_pinpoints", None) or ()
         pinpoints = tuple(map(tuple, pinpoints))
         if pinpoints != self.config.pinpoints:
@@ -106,7 +117,6 @@ class Processor(PromptEncoder):
                 f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
             )
         image_processors.check_size(image_processor, self.config.vision.image_size, self.directory)
-        return image_processor
 
     def picture_settings(self) -> list[Any]:
         """Return what pixels depend on, beside the picture: for the fingerprints of stores."""
@@ -198,6 +208,11 @@ class Processor(PromptEncoder):
           length: as in a call.
         """
         parsed = packing.parse_turns(turns)
+        if self.config.attends_forward == "prompt":
+            raise ValueError(
+                "pack: each picture of this model attends to the question after it, so questions "
+                "cannot share one; give processor(images, prompts) a row for each"
+            )
         pictures = self._read_pictures(images, features, sizes, len(parsed))
         packed = [
             self._pack_row(pairs, row_images, f"turns, row {number}")
@@ -234,16 +249,12 @@ class Processor(PromptEncoder):
         """Return the batch of encoded rows and their pictures; see a call for the arguments."""
         missing = max(0, (rows or 0) - len(encoded))
         encoded, pictures = encoded + [Row()] * missing, pictures + [[]] * missing
-        longest = max(len(row.ids) for row in encoded)
-        T = length or rows_.round_up_length(longest)
-        if longest > T:
-            raise ValueError(f"a row has {longest} tokens, more than length={T}")
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
         of_row, count = rows_.assign_image_slots(pictures, encoded)
         tiles = self.config.tiles * max((len(p) for p in pictures), default=0)
-        slots = rows_.ImageSlots(
-            of_row, count, tiles, self.config.image_tokens, self.config.token_grid
-        )
+        tile_tokens = self._tile_tokens(pictures, features)
+        T = self._padded_length(encoded, tiles * tile_tokens, length)
+        slots = rows_.ImageSlots(of_row, count, tiles, tile_tokens)
         fields = rows_.token_arrays(encoded, T, slots, padding_id=self._padding_id, left=left)
         in_slot: list[list[Picture]] = [[] for _ in range(count)]
         for slot, row_images in zip(of_row, pictures, strict=True):
@@ -252,6 +263,7 @@ class Processor(PromptEncoder):
         if features is not None:
             features = rows_.place_features(features, pictures, tiles // self.config.tiles)
             features = features.reshape(len(real), -1, features.shape[-1])
+        uses_axes = self.config.lm.rope_sections is not None
         return Batch(
             **fields,
             pixels=pixels,
@@ -259,8 +271,42 @@ class Processor(PromptEncoder):
             is_real_tile=real,
             features=features,
             labels=rows_.answer_positions(fields["tokens"].kind),
+            rotary_position=(
+                attention_order.rotary_positions(encoded, T, left) if uses_axes else None
+            ),
+            block=attention_order.blocks(encoded, T, left, self.config.attends_forward),
+            grid=self._grids(in_slot, tiles),
             processor=self,
         )
+
+    def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:
+        """Return T, the length that rows are padded to.
+
+        Args:
+          encoded: the rows.
+          image_places: the number of places for image tokens that each row has.
+          length: the length that the user asks for.
+        """
+        del image_places
+        longest = max(map(len, encoded))
+        T = length or rows_.round_up_length(longest)
+        if longest > T:
+            raise ValueError(f"a row has {longest} tokens, more than length={T}")
+        return T
+
+    def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
+        """Return the number of places for tokens of each tile."""
+        del pictures, features
+        return self.config.image_tokens
+
+    def _grids(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray | None:
+        """Return the rows and columns of patches of each picture, see `Batch.grid`."""
+        del pictures, tiles
+        return None
+
+    def layout(self, size: tuple[int, int] | None) -> Layout:
+        """Return how a picture of this (height, width) is read."""
+        return self.config.layout(size)
 
     def _read_pictures(
         self,
@@ -270,7 +316,7 @@ class Processor(PromptEncoder):
         rows: int,
     ) -> list[list[Picture]]:
         """Return the pictures of each row; given features, pictures without pixels."""
-        layout = self.config.layout
+        layout = self.layout
         if features is not None:
             if images is not None:
                 raise ValueError("give images or features, not both")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from mllm_jax.processors import rows as rows_
 from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import ChatTemplate, Questions
 from mllm_jax.processors.prompts import IMAGE, Chat, short
-from mllm_jax.processors.rows import Picture, Row
+from mllm_jax.processors.rows import Picture, Row, Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,9 +34,15 @@ class PromptEncoder:
 
     Attributes:
       reencode_per_question: whether a packed row encodes its picture again for each question.
+      image_text: the text of the image token in the tokenizer.
+      placeholder: what the chat template writes for a picture; `picture_text` replaces it.
+      written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
     """
 
-    reencode_per_question = False
+    reencode_per_question: ClassVar[bool] = False
+    image_text: ClassVar[str] = IMAGE
+    placeholder: ClassVar[str] = IMAGE
+    written_placeholder: ClassVar[str] = IMAGE
 
     def __init__(
         self,
@@ -54,13 +60,13 @@ class PromptEncoder:
 
     def _check_image_token(self) -> None:
         """Raise ValueError if the config and the tokenizer disagree on the image token."""
-        theirs = self.tokenizer.get_vocab().get(IMAGE)
+        theirs = self.tokenizer.get_vocab().get(self.image_text)
         if theirs is not None and self.config.image_token not in (-1, theirs):
             place = f"{files.line(self.directory, 200)}/" if self.directory else ""
             raise ValueError(
                 f"{place}config.json: image_token_index is {self.config.image_token}, but the "
-                f"tokenizer (tokenizer.json beside it) gives {IMAGE} the id {theirs}: make them "
-                "the same, else no picture would be seen"
+                f"tokenizer (tokenizer.json beside it) gives {self.image_text} the id {theirs}: "
+                "make them the same, else no picture would be seen"
             )
 
     @functools.cached_property
@@ -154,42 +160,62 @@ class PromptEncoder:
         """
         with _errors_at(where):
             row = self._encode_prompt(prompt, pictures, first)
-            if not row.ids:
+            if not row.tokens:
                 raise ValueError("the prompt is empty")
-            image = sum(kind in rows_.IMAGE_KINDS for kind in row.kinds)
+            image = sum(token.is_image for token in row.tokens)
             needed = sum(len(picture.layout.patches) for picture in pictures)
             if image != needed:
                 raise ValueError(
                     f"{len(pictures)} pictures need {needed} image tokens, the prompt has {image}"
                 )
-        row.prompt = len(row.ids)
+        row.prompt = len(row)
         return row
+
+    def picture_text(self, picture: Picture) -> str:
+        """Return the text that stands for a picture: `image_text` once for each of its runs."""
+        del picture
+        return self.image_text
 
     def _encode_prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
         """Return the tokens of a prompt, each image token replaced by those of its picture."""
         text, questions = self.render(prompt, len(pictures))
-        row, numbered = Row(), enumerate(pictures, first)
-        ids, kinds = self._tokenize(prompt, text, questions)
-        if text.count(IMAGE) != len(pictures):
+        if self.placeholder != IMAGE:
+            text, questions = replaced(text, questions, IMAGE, lambda _: self.written_placeholder)
+        if text.count(self.placeholder) != len(pictures):
             raise ValueError(
-                f"the prompt {short(prompt)} has {text.count(IMAGE)} {IMAGE} "
+                f"the prompt {short(prompt)} has {text.count(self.placeholder)} {IMAGE} "
                 f"for {len(pictures)} pictures"
             )
-        if ids.count(self.config.image_token) != len(pictures):
-            raise ValueError(f"the tokenizer makes other tokens of {IMAGE} than the image token")
-        for token, kind in zip(ids, kinds, strict=True):
-            if token == self.config.image_token:
-                self._append_picture(row, *next(numbered))
-            else:
-                row.add([token], [kind])
+        text, questions = replaced(
+            text, questions, self.placeholder, lambda number: self.picture_text(pictures[number])
+        )
+        ids, kinds = self._tokenize(prompt, text, questions)
+        runs = [
+            run
+            for number, picture in enumerate(pictures, first)
+            for run in self._picture_runs(number, picture)
+        ]
+        if ids.count(self.config.image_token) != len(runs):
+            raise ValueError(
+                f"the tokenizer makes other tokens of {self.image_text} than the image token"
+            )
+        row, remaining = Row(), iter(runs)
+        for token in rows_.text_tokens(ids, kinds):
+            is_image = token.id == self.config.image_token
+            row.add(next(remaining) if is_image else [token])
         return row
 
-    def _append_picture(self, row: Row, number: int, picture: Picture) -> None:
-        """Append the image tokens of the row's picture of this number."""
-        places, patches = self.config.tiles * self.config.image_tokens, picture.layout.patches
-        kinds = np.where(patches < 0, tokens.CODE["newline"], tokens.CODE["image"])
-        patches = np.where(patches < 0, -1, number * places + patches)
-        row.add([self.config.image_token] * len(patches), kinds.tolist(), patches.tolist())
+    def _picture_runs(self, number: int, picture: Picture) -> list[list[Token]]:
+        """Return the image tokens of the row's picture of this number, by run."""
+        config, layout = self.config, picture.layout
+        made = rows_.image_tokens(
+            layout, config.image_token, number * config.tiles, config.image_tokens,
+            config.token_grid,
+        )  # fmt: skip
+        if not layout.runs:
+            return [made]
+        ends = np.cumsum(layout.runs)
+        return [made[end - run : end] for run, end in zip(layout.runs, ends, strict=True)]
 
     def _tokenize(
         self, prompt: str | Chat, text: str, questions: Questions
@@ -205,7 +231,8 @@ class PromptEncoder:
     ) -> None:
         with _errors_at(where):
             ids = self.answer_ids(answer)
-        row.add(ids, [tokens.CODE["answer"]] * len(ids), segment=segment, start=start)
+        answer_tokens = rows_.text_tokens(ids, [tokens.CODE["answer"]] * len(ids))
+        row.add(answer_tokens, segment=segment, start=start)
 
     def _pack_row(
         self, pairs: Sequence[tuple[str, str]], pictures: Sequence[Picture], where: str
@@ -219,16 +246,14 @@ class PromptEncoder:
                     f"{place}: the packed question {short(question)} names its picture again"
                 )
             single = self._encode_row(question, pictures, place, first=len(row.qformer_rows))
-            ids, kinds, patches = single.ids, single.kinds, single.patches
             row.qformer_rows += single.qformer_rows
             if segment == 1:  # up to the question all rows of a template are the same
                 if not self.reencode_per_question:
-                    shared = kinds.index(tokens.CODE["question"])
-                row.add(ids[:shared], kinds[:shared], patches[:shared])
-                row.prompt = len(ids)
-            rest = slice(shared, None)
-            row.add(ids[rest], kinds[rest], patches[rest], segment=segment, start=shared)
-            self._append_answer(row, answer, place, segment=segment, start=len(ids))
+                    shared = single.column("kind").tolist().index(tokens.CODE["question"])
+                row.add(single.tokens[:shared])
+                row.prompt = len(single)
+            row.add(single.tokens[shared:], segment=segment, start=shared)
+            self._append_answer(row, answer, place, segment=segment, start=len(single))
         return row
 
     @property
@@ -243,3 +268,30 @@ def _errors_at(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(files.line(f"{where}: {error}")) from error
+
+
+def replaced(
+    text: str, questions: Questions, old: str, new: Callable[[int], str]
+) -> tuple[str, Questions]:
+    """Return a text with each `old` replaced, and where the questions are then.
+
+    Args:
+      text: the text.
+      questions: the characters that the user wrote.
+      old: what is replaced.
+      new: the number of an occurrence -> its replacement, which is no part of a question.
+    """
+    is_question = np.zeros(len(text), bool)
+    for part in questions:
+        is_question[part] = True
+    pieces, masks, start = [], [], 0
+    for number in range(text.count(old)):
+        at = text.index(old, start)
+        replacement = new(number)
+        pieces += [text[start:at], replacement]
+        masks += [is_question[start:at], np.zeros(len(replacement), bool)]
+        start = at + len(old)
+    masks.append(is_question[start:])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], *masks, [False]]).astype(np.int8)))
+    slices = (slice(int(a), int(b)) for a, b in edges.reshape(-1, 2))
+    return "".join(pieces) + text[start:], tuple(slices)

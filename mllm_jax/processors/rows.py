@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -17,7 +17,6 @@ LENGTHS = (
     32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 2560, 3072, 4096,
 )  # fmt: skip
 LENGTH_MULTIPLE = 1024  # longer rows are padded to a multiple of this
-IMAGE_KINDS = (tokens.CODE["image"], tokens.CODE["newline"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,52 +32,106 @@ class Picture:
     layout: Layout
 
 
+class Token(NamedTuple):
+    """One token of a row.
+
+    Attributes:
+      id: its id.
+      kind: its kind, a code of `tokens.CODE`.
+      tile: the tile of an image token, counted through the pictures of the row; -1 for text.
+      patch: which token of that tile it is, in the order of the tower; -1 for text and newlines.
+      row: the row of an image token on the grid of its tile, -1 elsewhere.
+      column: the column on that grid, -1 elsewhere.
+    """
+
+    id: int
+    kind: int
+    tile: int = -1
+    patch: int = -1
+    row: int = -1
+    column: int = -1
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image token or a newline between image tokens."""
+        return self.kind in (tokens.CODE["image"], tokens.CODE["newline"])
+
+
 @dataclasses.dataclass
 class Row:
     """One tokenised row, before padding.
 
     Attributes:
-      ids: the id of each token.
-      kinds: the kind of each token, a code of `tokens.CODE`.
-      patches: the patch of each token, counted through all tiles of the row, or -1.
+      tokens: the tokens.
       positions: the position of each token.
       segments: the packed question that each token belongs to, from 1 on, or 0.
       prompt: the number of tokens of the prompt, or of the first of several.
       qformer_rows: for each image, the text that a Q-Former reads beside it.
     """
 
-    ids: list[int] = dataclasses.field(default_factory=list)
-    kinds: list[int] = dataclasses.field(default_factory=list)
-    patches: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[Token] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
     segments: list[int] = dataclasses.field(default_factory=list)
     prompt: int = 0
     qformer_rows: list[Row] = dataclasses.field(default_factory=list)
 
-    def add(
-        self,
-        ids: Sequence[int],
-        kinds: Sequence[int],
-        patches: Sequence[int] | None = None,
-        *,
-        segment: int = 0,
-        start: int | None = None,
-    ) -> None:
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, added: Iterable[Token], *, segment: int = 0, start: int | None = None) -> None:
         """Append tokens.
 
         Args:
-          ids: their ids.
-          kinds: their kinds.
-          patches: their patches; none by default.
+          added: the tokens.
           segment: the packed question that they belong to.
           start: the position of the first, if it is not the next.
         """
-        start = len(self.ids) if start is None else start
-        self.ids.extend(ids)
-        self.kinds.extend(kinds)
-        self.patches.extend([-1] * len(ids) if patches is None else patches)
-        self.positions.extend(range(start, start + len(ids)))
-        self.segments.extend([segment] * len(ids))
+        added = list(added)
+        start = len(self) if start is None else start
+        self.tokens.extend(added)
+        self.positions.extend(range(start, start + len(added)))
+        self.segments.extend([segment] * len(added))
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one field of each token, int[n]."""
+        return np.array([getattr(token, name) for token in self.tokens], int)
+
+    @property
+    def ids(self) -> list[int]:
+        """The id of each token."""
+        return [token.id for token in self.tokens]
+
+
+def text_tokens(ids: Iterable[int], kinds: Iterable[int]) -> list[Token]:
+    """Return tokens of text."""
+    return [Token(*pair) for pair in zip(ids, kinds, strict=True)]
+
+
+def image_tokens(
+    layout: Layout, image_token: int, first_tile: int, tile_tokens: int, grid: int
+) -> list[Token]:
+    """Return the image tokens of one picture.
+
+    Args:
+      layout: how the model reads the picture.
+      image_token: the id of an image token.
+      first_tile: the number of its first tile in the row.
+      tile_tokens: the number of tokens of a tile.
+      grid: the side of the square at the end of a tile's tokens, for layouts without places.
+    """
+    made = []
+    for number, patch in enumerate(layout.patches.tolist()):
+        if patch < 0:
+            made.append(Token(image_token, tokens.CODE["newline"]))
+            continue
+        tile, at = divmod(patch, tile_tokens)
+        if layout.places is not None:
+            place = layout.places[number].tolist()
+        else:  # tokens that are no patch, such as CLS, come first in a tile
+            on_grid = at - (tile_tokens - grid**2)
+            place = divmod(on_grid, grid) if on_grid >= 0 and grid else (-1, -1)
+        made.append(Token(image_token, tokens.CODE["image"], first_tile + tile, at, *place))
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +145,12 @@ class ImageSlots:
       count: the number of slots.
       tiles: the number of tiles of a slot.
       tile_tokens: the number of image tokens of a tile.
-      grid: rows, and columns, of the square of patches that a tile's tokens are.
     """
 
     of_row: list[int]
     count: int
     tiles: int
     tile_tokens: int
-    grid: int
 
 
 def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[list[int], int]:
@@ -148,34 +199,36 @@ def token_arrays(
     position, segment = np.zeros((2, *shape), np.int32)
     kind = np.zeros(shape, np.int8)
     image_token_index = np.full(shape, -1, np.int32)
-    grid = {name: np.full(shape, -1, np.int16) for name in ("row", "column", "tile")}
+    places = {name: np.full(shape, -1, np.int16) for name in ("row", "column", "tile")}
     last = np.zeros(shape, bool)
-    tile_tokens, slot_tokens = slots.tile_tokens, slots.tiles * slots.tile_tokens
+    newline = slots.count * slots.tiles * slots.tile_tokens
     for b, row in enumerate(rows):
-        if not row.ids:
+        if not row.tokens:
             continue
-        at = np.arange(len(row.ids)) + (length - len(row.ids) if left else 0)
-        ids[b, at], kind[b, at] = row.ids, row.kinds
+        at = token_columns(row, length, left)
+        ids[b, at], kind[b, at] = row.column("id"), row.column("kind")
         position[b, at], segment[b, at] = row.positions, row.segments
         last[b, at[row.prompt - 1]] = True
-        kinds, patches = np.array(row.kinds), np.array(row.patches)
-        image_token_index[b, at[kinds == tokens.CODE["newline"]]] = slots.count * slot_tokens
-        columns, patch = at[patches >= 0], patches[patches >= 0]
-        image_token_index[b, columns] = slots.of_row[b] * slot_tokens + patch
-        grid["tile"][b, columns] = patch // tile_tokens
-        # Tokens that are no patch, such as CLS, come first in a tile.
-        patch = patch % tile_tokens - (tile_tokens - slots.grid**2)
-        columns, patch = columns[patch >= 0], patch[patch >= 0]
-        grid["row"][b, columns], grid["column"][b, columns] = np.divmod(patch, max(slots.grid, 1))
+        for name, array in places.items():
+            array[b, at] = row.column(name)
+        tile, patch = row.column("tile"), row.column("patch")
+        index = (slots.of_row[b] * slots.tiles + tile) * slots.tile_tokens + patch
+        is_newline = row.column("kind") == tokens.CODE["newline"]
+        image_token_index[b, at] = np.where(is_newline, newline, np.where(patch < 0, -1, index))
     return {
         "ids": ids,
         "position": position,
         "tokens": tokens.TokenMap(
-            kind=kind, last=last, row=grid["row"], column=grid["column"], tile=grid["tile"]
+            kind=kind, last=last, row=places["row"], column=places["column"], tile=places["tile"]
         ),
         "image_token_index": image_token_index,
         "segment": segment if segment.any() else None,
     }
+
+
+def token_columns(row: Row, length: int, left: bool) -> np.ndarray:
+    """Return where the tokens of a row stand in a padded row of this length."""
+    return np.arange(len(row)) + (length - len(row) if left else 0)
 
 
 def place_features(features: np.ndarray, pictures: list[list[Picture]], places: int) -> np.ndarray:

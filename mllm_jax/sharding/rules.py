@@ -72,7 +72,8 @@ DECODER = (
     (r"lm\.embed", P("V", "D")),
     (r"lm\.norm\.scale", P(None)),
     (r"lm\.head\.kernel", P("D", "V")),
-    (r"lm\.layers\.(attn|mlp)_norm\.scale", P("L", None)),
+    (r"lm\.layers\.(attn|mlp)_(post_)?norm\.scale", P("L", None)),
+    (r"lm\.layers\.attn\.[qk]_norm\.scale", P("L", None)),
     *_attention(r"lm\.layers\.attn", "D", "D", kv="K"),
     *_mlp(r"lm\.layers\.mlp", "D"),
 )

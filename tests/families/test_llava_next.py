@@ -108,7 +108,7 @@ def test_a_picture_row_by_row():
 
 def test_the_newline_is_after_the_last_tile(model):
     batch = types.SimpleNamespace(features=np.ones((5, 16, TINY.vision.width), np.float32))
-    images = model.images(batch, hf.run.Taps())
+    images = model.images(batch, hf.run.Taps()).tokens
     assert images.shape == (5 * 16 + 1, TINY.lm.width)
     np.testing.assert_array_equal(images[-1], model.newline[...])
 

@@ -11,13 +11,14 @@ import pytest
 
 from mllm_jax.interventions import tap
 from mllm_jax.models import cache
+from mllm_jax.positions import Positions
 
 STEPS = 8
 
 
 @jax.jit
 def read(lm, ids, position, valid, past=None):
-    return lm(lm.embeddings(ids), position, valid, tap.Taps().module("lm"), past)
+    return lm(lm.embeddings(ids), Positions(position, valid), tap.Taps().module("lm"), past)
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.families.llava import model as llava
-from mllm_jax.models import layers
+from mllm_jax.models import rotary
 from tests.helpers import hf
 
 SITES = (
@@ -68,7 +68,7 @@ def test_rotary_angles_far_along_the_row(width, theta):
     position = np.arange(0, 8192, 7)[None]
     theirs = hf.modeling_llama.LlamaRotaryEmbedding(hf.llama_config(config))
     want = theirs(hf.torch.zeros(1), hf.torch.from_numpy(position))
-    got = layers.rotary(position, width, theta)
+    got = rotary.rotation(position, rotary.frequencies(width, theta))
     for ours, reference in zip(got, want, strict=True):
         np.testing.assert_allclose(ours[:, :, 0], reference.numpy(), rtol=0, atol=1e-6)
 

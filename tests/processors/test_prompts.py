@@ -520,7 +520,7 @@ class TestImageProcessors:
 
     def test_whatever_is_shown_has_its_tokens(self, processor, monkeypatch):
         """However a family lays out its pictures: a picture without tokens is an error."""
-        monkeypatch.setattr(Processor, "_append_picture", lambda self, row, number, picture: None)
+        monkeypatch.setattr(Processor, "_picture_runs", lambda self, number, picture: [[]])
         refused(lambda: processor([tiny.picture(0)], ["what ?"]), "1 pictures need 4 image tokens")
         blind = tiny.instructblip_processor(InstructBlipConfig.tiny())
         refused(lambda: blind([tiny.picture(0)], ["what ?"]), "1 pictures need 5 image tokens")

@@ -15,10 +15,9 @@ from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
-from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
+from mllm_jax.models.multimodal import ImageTokens, MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.qformer import QFormer, QFormerConfig
-from mllm_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ class InstructBlip(MultimodalModel):
             }
         return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)
 
-    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+    def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all pictures, one after the other."""
         if batch.qformer_ids is None:
             raise ValueError("this batch has no text for the Q-Former: its processor is another's")
@@ -111,4 +110,4 @@ class InstructBlip(MultimodalModel):
         valid = kind != tokens.CODE["pad"]
         queries = self.qformer(features, ids, valid, taps.module("qformer"))
         images = self.projector(queries, taps.module("projector", lens=self.lm.lens))
-        return images.reshape(-1, images.shape[-1])
+        return ImageTokens(images.reshape(-1, images.shape[-1]))

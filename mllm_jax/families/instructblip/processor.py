@@ -18,7 +18,7 @@ from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.prompts import IMAGE, Chat, short
-from mllm_jax.processors.rows import Picture, Row, round_up_length
+from mllm_jax.processors.rows import Picture, Row, round_up_length, text_tokens
 
 
 class InstructBlipProcessor(Processor):
@@ -79,12 +79,15 @@ class InstructBlipProcessor(Processor):
             raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
         row = Row()
         for number, picture in enumerate(pictures, first):
-            self._append_picture(row, number, picture)
-        row.add(*self._tokenize(prompt, text, questions))
+            for run in self._picture_runs(number, picture):
+                row.add(run)
+        row.add(text_tokens(*self._tokenize(prompt, text, questions)))
         qformer_row, qformer = Row(), self.config.qformer
         qformer_row.add(
-            *tokenizers.tokenize(
-                self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+            text_tokens(
+                *tokenizers.tokenize(
+                    self.qformer_tokenizer, text, questions, special=True, vocab=qformer.vocab
+                )
             )
         )
         if len(qformer_row.ids) > qformer.positions:
@@ -105,5 +108,6 @@ class InstructBlipProcessor(Processor):
         for at, row in zip(batch.image_token_index, encoded, strict=False):
             images = at[at >= 0][:: self.config.image_tokens] // self.config.image_tokens
             for image, text in zip(images, row.qformer_rows, strict=True):
-                ids[image, : len(text.ids)], kind[image, : len(text.ids)] = text.ids, text.kinds
+                ids[image, : len(text)] = text.ids
+                kind[image, : len(text)] = text.column("kind")
         return batch.replace(qformer_ids=ids, qformer_kind=kind)

@@ -19,7 +19,7 @@ from mllm_jax.batch import Batch, Layout
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
-from mllm_jax.typing import Array, Float
+from mllm_jax.models.multimodal import ImageTokens
 
 Size = tuple[int, int]  # height, width
 
@@ -105,9 +105,10 @@ class LlavaNext(Llava):
         width = config.lm.width
         self.newline = nnx.Param(nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)))
 
-    def images(self, batch: Batch, taps) -> Float[Array, "n D"]:
+    def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all tiles, and the newline after them."""
-        return jnp.concatenate([super().images(batch, taps), self.newline[...][None]])
+        tiles = super().images(batch, taps).tokens
+        return ImageTokens(jnp.concatenate([tiles, self.newline[...][None]]))
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:

@@ -1,0 +1,110 @@
+"""Models that read each picture at its own size: a grid of patches, padded to few lengths."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.batch import Batch, Layout
+from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel, Size
+from mllm_jax.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreeGridConfig(MultimodalConfig):
+    """The config of a model that reads each picture at its own size.
+
+    Each picture is one tile. Its patches stand in squares of `merge` x `merge`, each of which
+    becomes one token of the language model.
+
+    Attributes:
+      largest_grid: the rows and columns of patches of the largest picture.
+    """
+
+    largest_grid: Size = (64, 64)
+
+    @property
+    @abc.abstractmethod
+    def merge(self) -> int:
+        """Return the side of the square of patches that becomes one token."""
+
+    @property
+    @abc.abstractmethod
+    def patch_side(self) -> int:
+        """Return the side of a patch in pixels."""
+
+    @property
+    @abc.abstractmethod
+    def patch_width(self) -> int:
+        """Return the number of values of a patch."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Return the largest number of tokens of a picture."""
+        return self.largest_grid[0] * self.largest_grid[1] // self.merge**2
+
+    @property
+    def token_grid(self) -> int:
+        """Return 0: each picture has a grid of its own."""
+        return 0
+
+    @property
+    def largest(self) -> Size:
+        """Return the (height, width) of the largest picture."""
+        rows, columns = self.largest_grid
+        return rows * self.patch_side, columns * self.patch_side
+
+    def tile_tokens(self, batch: Batch) -> int:
+        """Return the number of places for tokens that each picture of a batch has in the LM."""
+        patches = batch.pixels if batch.features is None else batch.features
+        return patches.shape[1] // self.merge**2
+
+    def layout(self, size: Size | None = None) -> Layout:
+        """Return how an image of this (height, width), a multiple of what is merged, is read."""
+        rows, columns = size or self.largest
+        return self.layout_of_grid((rows // self.patch_side, columns // self.patch_side))
+
+    def layout_of_grid(self, grid: Size) -> Layout:
+        """Return how a picture of this many rows and columns of patches is read."""
+        rows, columns = (n // self.merge for n in grid)
+        index = np.arange(rows * columns)
+        places = np.stack(np.divmod(index, max(columns, 1)), 1)
+        return Layout(1, index, places=places, grid=grid)
+
+
+class FreeGridTower(Protocol):
+    """A vision tower that reads patches of pictures of any size."""
+
+    def __call__(
+        self, patches: Float[Array, "I P pixel"], grid: Int[Array, "I 2"], tap
+    ) -> Float[Array, "I P E"]:
+        """Return the features; those of padding mean nothing."""
+
+
+class FreeGridModel(MultimodalModel):
+    """A network that reads each picture at its own size."""
+
+    config: FreeGridConfig
+    vision: FreeGridTower  # type: ignore[assignment]  # reads grids beside patches
+
+    def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
+        """Return what the vision tower gives to the projector."""
+        if batch.features is not None:
+            return jnp.asarray(batch.features, self.dtype)
+        pixels = jnp.asarray(batch.pixels, self.dtype)
+        return self.vision(pixels, jnp.asarray(batch.grid), taps.module("vision"))
+
+    def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
+        """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
+        assert batch.grid is not None, "the processor of this family gives the grids"
+        merge, places = self.config.merge, self.config.tile_tokens(batch)
+        maps = {
+            "vision": tokens.TokenMap.free_grid(batch.tile, batch.grid, places * merge**2, merge),
+            "projector": tokens.TokenMap.free_grid(batch.tile, batch.grid // merge, places),
+        }
+        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)

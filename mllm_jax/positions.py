@@ -1,0 +1,81 @@
+"""Where the tokens of a language model stand, and which of them attend to which."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.typing import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The positions of some tokens of each row.
+
+    A token attends to the valid tokens at the same or a lower position, and to those of its block.
+
+    Attributes:
+      order: The position of each token in its row, int32[B, T].
+      valid: False for padding, bool[B, T].
+      rotary: The positions of rotary embeddings where these are not `order`: time, row and column
+        of each token (mRoPE, Wang et al. 2024, Qwen2-VL), int32[3, B, T]; or None.
+      segment: The segment of each token, int32[B, T]: it attends to segment 0 and its own. None
+        where a row is one conversation.
+      block: The block of each token, int32[B, T], 0 for none. The tokens of a block attend to each
+        other whatever their order. None where all attention is causal.
+    """
+
+    order: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    rotary: Int[Array, "3 B T"] | None = None
+    segment: Int[Array, "B T"] | None = None
+    block: Int[Array, "B T"] | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token attends to a later one."""
+        return self.block is None
+
+    def mask(
+        self, key_order: Int[Array, "B S"], key_valid: Bool[Array, "B S"]
+    ) -> Bool[Array, "B 1 T S"]:
+        """Return which keys each token attends to.
+
+        Args:
+          key_order: The positions of the keys: those of earlier tokens, then these.
+          key_valid: Which keys are valid.
+        """
+        mask = key_order[:, None, None, :] <= self.order[:, None, :, None]
+        if self.block is not None:
+            same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block > 0)[:, :, None]
+            earlier = key_order.shape[1] - self.order.shape[1]
+            mask |= jnp.pad(same, ((0, 0), (0, 0), (earlier, 0)))[:, None]
+        if self.segment is not None:
+            segment = self.segment[:, None, None, :]
+            mask &= (segment == 0) | (segment == self.segment[:, None, :, None])
+        return mask & key_valid[:, None, None, :]
+
+    def from_token(self, start: int) -> Positions:
+        """Return the positions from a token on: a static number, the same in each row."""
+        return jax.tree.map(lambda array: array[..., start:], self)
+
+    def after(
+        self, last: Int[Array, " B"], steps: Int[Array, " n"], valid: Bool[Array, "B n"]
+    ) -> Positions:
+        """Return the positions of tokens that follow a prompt.
+
+        Args:
+          last: The last token of each prompt.
+          steps: How far after the prompt the tokens are: 1 for the first.
+          valid: False for padding.
+        """
+        order = jnp.take_along_axis(jnp.asarray(self.order), last[:, None], 1) + steps
+        if self.rotary is None:
+            return Positions(order, valid)
+        # A picture advances the positions by its longer side: what follows is after all of it.
+        end = jnp.where(self.valid, self.rotary, 0).max((0, 2))
+        rotary = jnp.broadcast_to(end[:, None] + steps, (3, *order.shape))
+        return Positions(order, valid, rotary)

@@ -1,0 +1,86 @@
+"""Processors of models that read each picture at its own size, in few lengths."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.batch import Layout
+from mllm_jax.models.free_grid import FreeGridConfig
+from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.rows import Picture, Row, round_up_length
+
+MIN_PLACES = 256  # patches: smaller pictures are padded to this, larger ones to a power of 2
+
+
+class FreeGridProcessor(Processor, abc.ABC):
+    """A processor of pictures that keep their size: patches, padded to a power of 2."""
+
+    config: FreeGridConfig
+
+    @abc.abstractmethod
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of a picture of this (height, width)."""
+
+    @abc.abstractmethod
+    def _patches(self, images: list[Any]) -> list[np.ndarray]:
+        """Return the patches of each picture, float32[rows * columns, pixel], square by square."""
+
+    def _check_image_processor(self, image_processor: Any) -> None:
+        """Accept any size: the grid of a picture follows from it."""
+
+    def layout(self, size: tuple[int, int] | None) -> Layout:
+        """Return how a picture of this (height, width) is read.
+
+        Raises:
+          ValueError: the size is not known, and everything depends on it.
+        """
+        if size is None:
+            raise ValueError(
+                "this model reads a picture at its own size: beside features= give "
+                "sizes=[(height, width), ...] of the pictures"
+            )
+        return self.config.layout_of_grid(self.patch_grid(size))
+
+    def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
+        if features is not None:
+            return features.shape[1] // self.config.merge**2
+        return _places(pictures) // self.config.merge**2
+
+    def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:
+        # One length for each length of pictures, so that programs are few.
+        text = max(sum(not token.is_image for token in row.tokens) for row in encoded)
+        longest = image_places + round_up_length(text)
+        return super()._padded_length(encoded, image_places, length or longest)
+
+    def _grids(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray:
+        grids = np.zeros((len(pictures), tiles, 2), np.int32)
+        for slot, row in zip(grids, pictures, strict=True):
+            for place, picture in zip(slot, row, strict=False):
+                place[:] = picture.layout.grid
+        return grids.reshape(-1, 2)
+
+    def _pixels(
+        self, pictures: list[list[Picture]], tiles: int, read: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        is_real = np.zeros((len(pictures), tiles), bool)
+        for slot, row in zip(is_real, pictures, strict=True):
+            slot[: len(row)] = True
+        real = is_real.reshape(-1)
+        flat = [picture for row in pictures for picture in row]
+        places, width = _places(pictures) if read else 0, self.config.patch_width
+        pixels = np.zeros((len(real), places, width), np.float32)
+        if read and flat:
+            patches = self._patches([picture.image for picture in flat])
+            for place, picture in zip(np.flatnonzero(real), patches, strict=True):
+                pixels[place, : len(picture)] = picture
+        return pixels, real
+
+
+def _places(pictures: list[list[Picture]]) -> int:
+    """Return the number of places for patches that each picture has."""
+    grids = [picture.layout.grid for row in pictures for picture in row]
+    most = max((grid[0] * grid[1] for grid in grids if grid is not None), default=0)
+    return max(MIN_PLACES, 2 ** max(0, most - 1).bit_length()) if most else 0
