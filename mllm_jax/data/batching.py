@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-<<<<<<< HEAD
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, overload
-=======
-from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
->>>>>>> main
 
 import numpy as np
 
