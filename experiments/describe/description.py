@@ -65,7 +65,7 @@ def find(name: str, base: str | None = None) -> MultimodalConfig:
 def _config_folder(directory: pathlib.Path, base: str | None) -> pathlib.Path:
     """Return the folder of `config.json`: the checkpoint itself, or the model of an adapter."""
     try:
-        return sources.holder(directory, base, sources.CONFIG)
+        return sources.directory_with(sources.CONFIG, directory, base)
     except (FileNotFoundError, ValueError) as error:
         hint = "" if base else "; name the model that the adapter changes with --base"
         raise type(error)(f"{error}{hint}") from error

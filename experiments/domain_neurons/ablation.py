@@ -64,7 +64,7 @@ Masks = Mapping[str, np.ndarray]  # bool[L, F] by module
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse a measure that cannot be taken, before anything is computed."""
+    """Refuse a measure that is not defined, before anything is computed."""
     check_measure(config)
 
 

@@ -1,4 +1,4 @@
-"""How a model's answers to the questions of a domain are taken: as options, or as free text."""
+"""Measures of the answers to the questions of a domain: as options, or as generated text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST = {"last": mj.keep(S.lm.resid_post[-1])}
 
 
 class Measure(Protocol):
-    """How answers to the questions of a domain are taken and scored.
+    """A way to get and score the answers to the questions of a domain.
 
     Attributes:
         name: the name of the metric.
@@ -107,19 +107,19 @@ class Answers:
         )  # fmt: skip
         assert generated.text is not None  # the batch has a processor
         texts = generated.text[: len(self.questions.rows(number))]
-        return {"said": np.array(texts)}, last
+        return {"texts": np.array(texts)}, last
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], the metric of the data set."""
         questions = [cast(VqaQuestion, question) for _, question in self.questions.pairs]
-        return datasets.score(self.domain, responses["said"].tolist(), questions, **self.options)
+        return datasets.score(self.domain, responses["texts"].tolist(), questions, **self.options)
 
 
 MEASURES: dict[str, type[Options] | type[Answers]] = {"options": Options, "answers": Answers}
 
 
 def check_measure(config: ml_collections.ConfigDict) -> None:
-    """Refuse a measure that is unknown, or cannot be taken on the domains of the config."""
+    """Refuse a measure that is unknown, or not defined on the domains of the config."""
     context.require_choice("config.measure", config.measure, MEASURES)
     if config.measure == "answers":
         if not config.get("vqa"):

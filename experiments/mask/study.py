@@ -102,7 +102,7 @@ def _batches(study: Context, pairs: list[tuple[Any, Any]]) -> list[Read]:
     config, processor = study.config, study.processor
     length = batching.row_length(processor, pairs)
     questions = batching.QuestionBatches(processor, pairs, config.batch_size, length)
-    made = []
+    reads = []
     for i in range(len(questions)):
         batch = questions[i]
         if not config.site.startswith("vision."):
@@ -110,8 +110,8 @@ def _batches(study: Context, pairs: list[tuple[Any, Any]]) -> list[Read]:
         batch = batch.replace(processor=None)
         clean = _log_probs(study.model, batch, study.edits)
         real = np.arange(questions.size) < len(questions.rows(i))
-        made.append(Read(batch, real, clean))
-    return made
+        reads.append(Read(batch, real, clean))
+    return reads
 
 
 def _log_probs(model: Any, batch: Batch, edits: Edits) -> jax.Array:

@@ -50,12 +50,12 @@ def read(
         return np.asarray(fitted.predicted)
 
     def make() -> dict[str, np.ndarray]:
-        made = {}
+        predicted = {}
         if not variants:
             before: dict[str, np.ndarray] = {
                 s: map_batches(lambda x: x.mean(1), study.features(task, s)) for s in tasks.SPLITS
             }
-            made[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
+            predicted[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
         by_seed = []
         for seed in seeds:  # all variants at once
             features: dict[str, np.ndarray] = {
@@ -63,7 +63,7 @@ def read(
                 for s in tasks.SPLITS
             }
             by_seed.append(predict(kinds[1], features, seed)[:, 0])
-        return made | dict(zip(named, np.stack(by_seed, 1), strict=True))
+        return predicted | dict(zip(named, np.stack(by_seed, 1), strict=True))
 
     return study.workdir.arrays(f"probes/{task}-{name}{'-factors' if variants else ''}", make)
 
@@ -119,7 +119,7 @@ def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any
     recipes = (PROJ, *changes)
     probed = read(study, outputs, task, "paper", recipes)
     scores = {
-        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "said"), classes)
+        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "predicted"), classes)
         for name in recipes
     }
     for name in recipes:
