@@ -28,8 +28,8 @@ def tensor(work: Work, name: str, start: int = 0, rows: int | None = None) -> to
     return torch.from_numpy(array[start : len(array) if rows is None else start + rows])
 
 
-def blocks(model: Any) -> torch.nn.ModuleList:
-    """Return the decoder layers of the language model."""
+def blocks(model: Any) -> Any:
+    """Return the `ModuleList` of the decoder layers of the language model."""
     return model.model.language_model.layers
 
 

@@ -46,7 +46,7 @@ def sweep(work: Work, reuse: bool = False):
 
 
 def _tokenizer(work: Work):
-    """Return a tokenizer read from files, which the bridge requires but, given tensors, not uses."""
+    """Return a tokenizer read from files: the bridge requires one, although inputs are tensors."""
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="b", eos_token="b", pad_token="a", unk_token="a"
