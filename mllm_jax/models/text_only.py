@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,8 @@ class TextConfig(MultimodalConfig):
 
     def readers(self, batch: Batch) -> Bool[Array, "B I"]:
         """Return which tiles each row reads: there are none."""
-        return np.zeros((len(batch.ids), 0), bool)
+        none: Any = np.zeros((len(batch.ids), 0), bool)
+        return none
 
     def build(self, *, rngs: nnx.Rngs) -> TextModel:
         """Build the model with random weights."""
