@@ -145,7 +145,12 @@ def line_of(command, config_of, folders, tmp_path):
 
 
 # The layers of the tiny model; and its answers follow the picture where they see nothing else.
-MORE = {"das": ("--config.layers=(3, 6)", "--edits=knockout lm.attn to=last on=text")}
+MORE = {
+    "das": (
+        "--config.layers=(3, 6)",
+        "--edits=knockout lm.attn to=last on=text >> scale lm.embed 0.01 where=last",
+    )
+}
 
 
 def results(folder: pathlib.Path) -> dict[str, bytes]:
