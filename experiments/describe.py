@@ -17,17 +17,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from mllm_jax import families, sites, store, tokens
+from mllm_jax import families, sites, store
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.planning import programs
 from mllm_jax.report import tables
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
@@ -104,26 +103,7 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
 
 def batch(config: MultimodalConfig) -> Batch:
     """A batch of one row without content: its largest picture, and WORDS more tokens."""
-    layout = config.layout(config.largest)
-    T, I, side = len(layout.patches) + WORDS, layout.tiles, config.vision.image_size
-
-    def each(dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    row = each(np.int16, 1, T)
-    return Batch(
-        ids=each(np.int32, 1, T),
-        position=each(np.int32, 1, T),
-        tokens=tokens.TokenMap(
-            kind=each(np.int8, 1, T), row=row, column=row, tile=row, last=each(np.bool_, 1, T)
-        ),
-        image_token_index=each(np.int32, 1, T),
-        pixels=each(np.float32, I, side, side, 3),
-        tile=each(np.int16, I),
-        is_real_tile=each(np.bool_, I),
-        qformer_ids=each(np.int32, I, WORDS),
-        qformer_kind=each(np.int8, I, WORDS),
-    )
+    return programs.abstract_batch(config, programs.Size(rows=1, words=WORDS), multiple=1)
 
 
 def page(name: str, found: dict[str, Any]) -> str:
