@@ -11,10 +11,8 @@ from typing import ClassVar, Literal, Self
 
 from flax import nnx
 
-from mllm_jax.batch import Batch
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.free_grid import FreeGridConfig, FreeGridModel
-from mllm_jax.models.multimodal import ImageTokens
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.qwen_vision import QwenVision, QwenVisionConfig
 from mllm_jax.models.rotary import RopeSections
@@ -69,24 +67,24 @@ class QwenVLConfig(FreeGridConfig):
     @classmethod
     def qwen2_5_vl_3b(cls) -> QwenVLConfig:
         """Return the config of Qwen2.5-VL 3B."""
-        return cls.of(QwenVisionConfig.qwen2_5_vl(), lm_3b())
+        return cls.of(QwenVisionConfig.version_2_5(), lm_3b())
 
     @classmethod
     def qwen2_5_vl_7b(cls) -> QwenVLConfig:
         """Return the config of Qwen2.5-VL 7B."""
-        return cls.of(QwenVisionConfig.qwen2_5_vl(), lm_7b())
+        return cls.of(QwenVisionConfig.version_2_5(), lm_7b())
 
     @classmethod
     def qwen2_5_vl_32b(cls) -> QwenVLConfig:
         """Return the config of Qwen2.5-VL 32B."""
-        vision = dataclasses.replace(QwenVisionConfig.qwen2_5_vl(), mlp=3456)
+        vision = dataclasses.replace(QwenVisionConfig.version_2_5(), mlp=3456)
         lm = qwen2_lm(width=5120, layers=64, heads=40, kv_heads=8, mlp=27648)
         return cls.of(vision, lm)
 
     @classmethod
     def qwen2_5_vl_72b(cls) -> QwenVLConfig:
         """Return the config of Qwen2.5-VL 72B."""
-        return cls.of(dataclasses.replace(QwenVisionConfig.qwen2_5_vl(), mlp=3456), lm_72b())
+        return cls.of(dataclasses.replace(QwenVisionConfig.version_2_5(), mlp=3456), lm_72b())
 
     @classmethod
     def tiny(cls) -> Self:
@@ -136,13 +134,3 @@ class QwenVL(FreeGridModel):
         self.vision = QwenVision(config.vision, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
         self.lm = Decoder(config.lm, rngs=rngs)
-
-    def images(self, batch: Batch, taps) -> ImageTokens:
-        """Return the image tokens of all pictures, and what DeepStack adds to them."""
-        features = self.features(batch, taps)
-        tap, width = taps.module("projector", lens=self.lm.lens), self.config.lm.width
-        tokens = self.projector(features, tap).reshape(-1, width)
-        if not self.config.projector.deepstack:
-            return ImageTokens(tokens)
-        added = self.projector.deepstack_tokens(features, tap)
-        return ImageTokens(tokens, added.reshape(len(added), -1, width))

@@ -21,17 +21,17 @@ class Qwen2VLConfig(qwen.QwenVLConfig):
         lm = qwen.qwen2_lm(
             width=1536, layers=28, heads=12, kv_heads=2, mlp=8960, vocab=151936, tied=True
         )
-        return cls.of(QwenVisionConfig.qwen2_vl(), lm)
+        return cls.of(QwenVisionConfig.version_2(), lm)
 
     @classmethod
     def qwen2_vl_7b(cls) -> Qwen2VLConfig:
         """Return the config of Qwen2-VL 7B."""
-        return cls.of(QwenVisionConfig.qwen2_vl(), qwen.lm_7b())
+        return cls.of(QwenVisionConfig.version_2(), qwen.lm_7b())
 
     @classmethod
     def qwen2_vl_72b(cls) -> Qwen2VLConfig:
         """Return the config of Qwen2-VL 72B."""
-        return cls.of(QwenVisionConfig.qwen2_vl(), qwen.lm_72b())
+        return cls.of(QwenVisionConfig.version_2(), qwen.lm_72b())
 
     @classmethod
     def tiny(cls) -> Self:

@@ -31,13 +31,13 @@ class Qwen3VLConfig(qwen.QwenVLConfig):
     def qwen3_vl_8b(cls) -> Qwen3VLConfig:
         """Return the config of Qwen3-VL 8B."""
         lm = _lm(width=4096, layers=36, heads=32, mlp=12288)
-        return cls.of(QwenVisionConfig.qwen3_vl(), lm)
+        return cls.of(QwenVisionConfig.version_3(), lm)
 
     @classmethod
     def qwen3_vl_32b(cls) -> Qwen3VLConfig:
         """Return the config of Qwen3-VL 32B."""
         lm = _lm(width=5120, layers=64, heads=64, mlp=25600)
-        return cls.of(QwenVisionConfig.qwen3_vl(), lm)
+        return cls.of(QwenVisionConfig.version_3(), lm)
 
     @classmethod
     def tiny(cls) -> Self:
@@ -62,5 +62,5 @@ def _lm(*, width: int, layers: int, heads: int, mlp: int, tied: bool = False) ->
 def _small_tower() -> QwenVisionConfig:
     """Return the config of the tower of Qwen3-VL 2B and 4B."""
     return dataclasses.replace(
-        QwenVisionConfig.qwen3_vl(), width=1024, layers=24, mlp=4096, deepstack=(5, 11, 17)
+        QwenVisionConfig.version_3(), width=1024, layers=24, mlp=4096, deepstack=(5, 11, 17)
     )
