@@ -53,6 +53,9 @@ CAPTURES: dict[str, Words] = {
     "mass": Words(options=("on", "where"), required=("on",)),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
+    "top": Words(options=("k", "where")),
+    "sample": Words(options=("k", "where")),
+    "histogram": Words(options=("by", "where")),
 }
 
 

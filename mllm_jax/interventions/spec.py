@@ -29,6 +29,8 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 | mass | on, where |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
+| top, sample | k, where |
+| histogram | by, where |
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +23,8 @@ class Cache:
 
     key: Float[Array, "L B K S H"]
     value: Float[Array, "L B K S H"]
-    position: Int[Array, "B S"]
-    valid: Bool[Array, "B S"]
+    position: Int[AnyArray, "B S"]
+    valid: Bool[AnyArray, "B S"]
 
     def extended(self, slots: int) -> Cache:
         """With `slots` empty slots at the end."""
