@@ -41,7 +41,7 @@ class Positions:
 
     def mask(
         self, key_order: Int[AnyArray, "B S"], key_valid: Bool[AnyArray, "B S"]
-    ) -> Bool[Array, "B 1 T S"]:
+    ) -> Bool[AnyArray, "B 1 T S"]:
         """Return which keys each token attends to.
 
         Args:
