@@ -139,7 +139,7 @@ def lens(
     return Capture(form, Address.of(target), tokens.of(where), _kinds(target, by), k)
 
 
-def top(target: Target, *, k: int = 20, where: Selector = None, largest: bool = True) -> Capture:
+def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
     """Keep the k tokens on which each unit is strongest, see `top_tokens.Top`.
 
     On the vision side a tile that several rows read belongs to the first of them.
@@ -148,11 +148,15 @@ def top(target: Target, *, k: int = 20, where: Selector = None, largest: bool = 
       target: A site with one value for each unit and token, or an address.
       k: How many tokens to keep of each unit.
       where: See `keep`.
-      largest: Whether the largest values are kept; else the smallest.
     """
     _check_k("top", k)
-    form = "top" if largest else "bottom"
-    return Capture(form, Address.of(target), tokens.of(where), k=k)
+    return Capture("top", Address.of(target), tokens.of(where), k=k)
+
+
+def bottom(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
+    """Keep the k tokens on which each unit is weakest; see `top`."""
+    _check_k("bottom", k)
+    return Capture("bottom", Address.of(target), tokens.of(where), k=k)
 
 
 def sample(
@@ -341,7 +345,7 @@ class Form:
     needs_places: bool = False
 
 
-def _keeping_tokens(read: Callable, build: Callable[..., Capture] | None = None) -> Form:
+def _keeping_tokens(read: Callable, build: Callable[..., Capture]) -> Form:
     return Form(read, build, _check_site, "batch", merges=True, needs_places=True)
 
 
@@ -355,7 +359,7 @@ FORMS: dict[str, Form] = {
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
     "histogram": Form(reductions.read_histogram, histogram, _check_site, "batch", merges=True),
     "top": _keeping_tokens(top_tokens.read_top("largest"), top),
-    "bottom": _keeping_tokens(top_tokens.read_top("smallest")),
+    "bottom": _keeping_tokens(top_tokens.read_top("smallest"), bottom),
     "sample": _keeping_tokens(top_tokens.read_sample, sample),
 }
 

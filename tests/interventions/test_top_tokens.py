@@ -53,7 +53,7 @@ def batch(make_batch):
 def test_top_is_a_loop_over_kept_values(tiny_model, batch, largest):
     site, k, sign = S.lm.mlp.act, 7, 1 if largest else -1
     out = mj.run(tiny_model, batch, None, {
-        "x": mj.keep(site, where=tok.image), "top": mj.top(site, k=k, where=tok.image, largest=largest),
+        "x": mj.keep(site, where=tok.image), "top": (mj.top if largest else mj.bottom)(site, k=k, where=tok.image),
     })  # fmt: skip
     top, kept = out["top"], np.asarray(out["x"])
     where, found = np.asarray(tok.image.mask(batch.tokens)), places(batch, site)
@@ -95,7 +95,7 @@ def test_merging_is_associative_and_is_one_batch(tiny_model, make_batch, tmp_pat
     batches = [
         make_batch(images=(1, 0), words=w, seed=i) for i, w in enumerate(((5, 7), (6, 3), (8, 2)))
     ]
-    captures = {"top": mj.top(S.lm.resid_post, k=4), "low": mj.top(S.lm.mlp.act[1:3], k=3, largest=False),
+    captures = {"top": mj.top(S.lm.resid_post, k=4), "low": mj.bottom(S.lm.mlp.act[1:3], k=3),
                 "bins": mj.histogram(S.lm.mlp.act, edges=EDGES, by=tok.kind), "some": mj.sample(S.lm.mlp.act, k=2, edges=EDGES)}  # fmt: skip
     whole = mj.reduce(captures, tiny_model, batches)
     parts = [mj.run(tiny_model, b, None, captures) for b in batches]
