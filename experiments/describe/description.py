@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax import families, sites, store
-from mllm_jax.batch import Batch
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import sources
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -88,7 +87,8 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
         counts[module] = counts.get(module, 0) + math.prod(param.shape)
     parameters = {module: count for module, count in counts.items() if count}
     parameters["all"] = sum(parameters.values())
-    shapes = site_shapes(model, abstract_batch(config))
+    batch = programs.abstract_batch(config, programs.Size(rows=1, words=WORDS), multiple=1)
+    shapes = site_shapes(model, batch)
     described, neurons = [], {}
     for site in sites.TABLE:
         if site.name not in shapes:
@@ -114,11 +114,6 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
         "neurons": neurons,
         "sites": described,
     }
-
-
-def abstract_batch(config: MultimodalConfig) -> Batch:
-    """Return the shapes of a batch of one row: its largest picture, and WORDS more tokens."""
-    return programs.abstract_batch(config, programs.Size(rows=1, words=WORDS), multiple=1)
 
 
 def page(name: str, description: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 from typing import Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import tokens
@@ -107,13 +106,6 @@ class FreeGridModel(MultimodalModel):
 
     config: FreeGridConfig
     vision: FreeGridTower  # type: ignore[assignment]  # reads grids beside patches
-
-    def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
-        """Return what the vision tower gives to the projector."""
-        if batch.features is not None:
-            return jnp.asarray(batch.features, self.dtype)
-        pixels = jnp.asarray(batch.pixels, self.dtype)
-        return self.vision(pixels, jnp.asarray(batch.grid), taps.module("vision"))
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""

@@ -13,8 +13,7 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax.families.llava import keys as spellings
 from mllm_jax.loading import sources
-from tests.helpers import families as saved
-from tests.helpers import hf, tiny
+from tests.helpers import gemma, hf, tiny
 
 # config.json of google/gemma-3-4b-it: what equals the defaults of the time is not in it.
 GEMMA_3_4B = {
@@ -141,7 +140,7 @@ def test_refused_by_name(fields, words):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return saved.gemma_3(tmp_path_factory.mktemp("gemma3"))
+    return gemma.checkpoint(tmp_path_factory.mktemp("gemma3"))
 
 
 def test_keys_of_the_hub_and_of_memory(checkpoint, tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import mllm_jax as mj
-from mllm_jax import families as families_
+from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.planning import plan
-from tests.helpers import families, hf, tiny
+from tests.helpers import gemma, hf, tiny
 
 PROMPTS = ["what is it ? a cat or dog or ship or tree", "yes no", "which kind : red"]
 STEPS = 32
@@ -67,9 +67,9 @@ GEMMA_3_270M = GEMMA_3_1B | {
     ],
 )
 def test_released_configs(fields, name, parameters):
-    config = families_.from_hf(fields)
-    assert config == families_.RELEASED[name]()
-    assert families_.from_hf(families_.of(config).to_hf(config)) == config
+    config = families.from_hf(fields)
+    assert config == families.RELEASED[name]()
+    assert families.from_hf(families.of(config).to_hf(config)) == config
     assert hf.count(config) == parameters
 
 
@@ -83,13 +83,13 @@ def test_released_configs(fields, name, parameters):
 )
 def test_refused_by_name(fields, words):
     with pytest.raises(ValueError) as error:
-        families_.from_hf(fields, "here/config.json")
+        families.from_hf(fields, "here/config.json")
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    return families.gemma_3_text(tmp_path_factory.mktemp("gemma3_text"))
+    return gemma.text_checkpoint(tmp_path_factory.mktemp("gemma3_text"))
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def loaded(family):
     return mj.load(family.directory, dtype=jnp.float32)
 
 
-def given(batch):
-    return {k: hf.torch.from_numpy(v) for k, v in families.inputs(batch, []).items()}
+def given(family, batch):
+    return {k: hf.torch.from_numpy(v) for k, v in family.inputs(batch, []).items()}
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
@@ -108,14 +108,14 @@ def test_every_site(pad, family, loaded):
     batch = processor(None, PROMPTS, rows=4, left=pad == "left")
     names = set(site_shapes(model, batch)) - {site.name for site in S.MASKS}
     assert {name.split(".")[0] for name in names} == {"lm", "logits"} and len(names) == 16
-    inputs = families.inputs(batch, [])
+    inputs = family.inputs(batch, [])
     hf.assert_equal(model, batch, hf.tensors(family.network, names, where=family.where, **inputs))
 
 
 def test_greedy_generation(family, loaded):
     model, processor = loaded
     left, right = (processor(None, PROMPTS, left=left) for left in (True, False))
-    inputs = given(left)
+    inputs = given(family, left)
     del inputs["position_ids"]
     family.network.generation_config.eos_token_id = None
     with hf.torch.no_grad():
@@ -137,7 +137,7 @@ def test_score(family, loaded):
         for column, answer in enumerate(answers):
             whole = processor(None, [prompt], answers=[answer])
             with hf.torch.no_grad():
-                logits = family.network(**given(whole)).logits
+                logits = family.network(**given(family, whole)).logits
             picked = hf.torch.log_softmax(logits[0], -1).numpy()
             at = np.flatnonzero(whole.tokens.kind[0] == mj.tokens.CODE["answer"])
             ids = processor.answer_ids(answer, end=False)
@@ -166,7 +166,9 @@ def test_save_hf(family, loaded, tmp_path):
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     batch = processor(None, PROMPTS)
     with hf.torch.no_grad():
-        before, after = (network(**given(batch)).logits for network in (family.network, back))
+        before, after = (
+            network(**given(family, batch)).logits for network in (family.network, back)
+        )
     np.testing.assert_array_equal(before[batch.valid], after[batch.valid])
     again, same = mj.load(saved, dtype=jnp.float32)
     assert again.config == model.config

@@ -15,7 +15,6 @@ from flax import nnx
 from mllm_jax import families, sites, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import keys
-from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
@@ -106,42 +105,6 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
     )
 
 
-def gemma3_text_config(config: llava.DecoderConfig) -> transformers.Gemma3TextConfig:
-    scaling = config.rope_scaling
-    scaled = {"rope_type": "linear", "factor": scaling.factor} if scaling else {}
-    return transformers.Gemma3TextConfig(
-        vocab_size=config.vocab,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_width,
-        intermediate_size=config.mlp,
-        rms_norm_eps=config.eps,
-        sliding_window=max(config.windows),
-        layer_types=[("full_attention", "sliding_attention")[bool(n)] for n in config.windows],
-        query_pre_attn_scalar=round((config.query_scale or config.head_width**-0.5) ** -2),
-        rope_parameters={
-            "full_attention": {"rope_type": "default", "rope_theta": config.rope_theta} | scaled,
-            "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_theta},
-        },
-        tie_word_embeddings=config.tied,
-        pad_token_id=None,
-        **ATTENTION,
-    )
-
-
-def gemma3_config(config: gemma3.Gemma3Config) -> transformers.Gemma3Config:
-    return transformers.Gemma3Config(
-        vision_config=siglip_config(config.vision),
-        text_config=gemma3_text_config(config.lm),
-        mm_tokens_per_image=config.image_tokens,
-        image_token_index=config.image_token,
-        tie_word_embeddings=config.lm.tied,
-        **ATTENTION,
-    )
-
-
 def instructblip_config(config: instructblip.InstructBlipConfig) -> transformers.InstructBlipConfig:
     vision, qformer = config.vision, config.qformer
     return transformers.InstructBlipConfig(
@@ -198,17 +161,6 @@ def count(config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-def random_gemma(network: torch.nn.Module) -> torch.nn.Module:
-    """A Gemma with random weights; the factor of its RMS norms is 1 + weight."""
-    with torch.no_grad():
-        for name, weight in random(network).named_parameters():
-            if "norm" in name and "vision_tower" not in name:
-                weight.sub_(1)
-            elif "embed_tokens" in name:
-                weight.mul_(0.2)  # else each token predicts itself
-    return network
-
-
 def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = "") -> llava.Llava:
     """Our model with the weights of a network; parts that the network does not have are zero.
 
@@ -258,18 +210,15 @@ POST_NORMS = {
 
 
 def tensors(
-    network: torch.nn.Module,
-    names: Iterable[str],
-    prefix: str = "",
-    where: Mapping[str, str] | None = None,
-    **inputs,
-) -> dict[str, np.ndarray]:
+    network: torch.nn.Module, names: Iterable[str], prefix: str = "",
+    where: Mapping[str, str] | None = None, **inputs,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """What the network computes at our sites, found by the `hf` column of the site table.
 
     Args:
       network: theirs. prefix: of its module names within a LLaVA.
       names: of the sites.
-      where: the column of the site table for sites that are elsewhere in this network.
+      where: what stands in the `hf` column of some sites, with the names of this network.
       inputs: of the network.
 
     Returns:
@@ -284,14 +233,18 @@ def tensors(
         return module.register_forward_hook(hook, with_kwargs=True)
 
     named = ((f"{prefix}{name}".removesuffix("."), m) for name, m in network.named_modules())
-    modules = {llava_keys.canonical_key(f"{name}."): module for name, module in named}
+    modules = {
+        key: module for name, module in named
+        for key in (f"{name}.", llava_keys.canonical_key(f"{name}."))
+    }  # fmt: skip
     hooks = []
     for name in set(names) - {"logits"}:
-        text = (where or {}).get(name, sites.get(name).hf)
-        for path, read in re.findall(r"(\S+) \((\w+)\)", text):
+        for path, read in re.findall(
+            r"(\S+) \((\w+)\)", (where or {}).get(name, sites.get(name).hf)
+        ):
             path = re.escape(path).replace(r"\{i\}", r"\d+")
             path = re.compile(rf"(vision_tower\.)?{path}\.")
-            there = [module for key, module in modules.items() if path.fullmatch(key)]
+            there = {m: None for key, m in modules.items() if path.fullmatch(key)}
             hooks += [watch(module, name, read) for module in there]
             if there:  # of two names, the second is for networks without the first
                 break

@@ -26,55 +26,30 @@ TEMPLATE = (
 
 
 def tokenizer(
-    config: llava.LlavaConfig,
-    template: str | None = TEMPLATE,
-    begin: bool = True,
-    *,
-    image: str = "<image>",
-    more: Sequence[str] = (),
-    lines: Sequence[str] = ("\n",),
-    **special,
-):
+    config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True,
+    names: Sequence[str] = SPECIAL, words: str = "", lines: Sequence[str] = ("\n",), **special,
+):  # fmt: skip
     """Words and line ends are tokens; `<s>` begins a text unless it is told not to.
 
     Args:
-      config: of the model.
-      template: the chat template.
-      begin: whether `<s>` begins a text.
-      image: the text of the image token.
-      more: further special tokens.
-      lines: the line ends that are one token; the longest that fits is taken.
-      special: further arguments of the tokenizer.
+      names: the special tokens, that of images last. words: more of them.
+      lines: the line ends that are one token, of which the longest that fits is taken.
     """
-    vocab, own = {image: config.image_token % 96}, (*SPECIAL[:-1], *more)
-    for word in (*own, *lines, *TEXT.split()):
+    vocab = {names[-1]: config.image_token % 96}
+    for word in (*names[:-1], *lines, *TEXT.split(), *words.split()):
         vocab.setdefault(word, len(vocab) - 1)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     ends = "|".join(sorted(lines, key=len, reverse=True))
-    words = tokenizers.Regex(rf"{ends}|\w+|[^\w\s]")
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, "removed", invert=True)
-    core.add_special_tokens([*own, image])
+    pattern = tokenizers.Regex(rf"{ends}|\w+|[^\w\s]")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "removed", invert=True)
+    core.add_special_tokens(list(names))
     if begin:
         core.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", chat_template=template,
-        **special,
-    )  # fmt: skip
-
-
-def gemma3_tokenizer(config, template: str | None = None):
-    """As that of Gemma 3: line ends merge, also those around pictures with those of the text."""
-    image = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
-    return tokenizer(
-        config, template, image=image["image_token"], bos_token="<s>",
-        more=("<start_of_turn>", "<end_of_turn>", image["boi_token"], image["eoi_token"]),
-        lines=("\n", "\n\n", "\n\n\n"), extra_special_tokens=image,
+        tokenizer_object=core, unk_token="<unk>", chat_template=template,
+        **{"eos_token": "<eos>"} | special,
     )  # fmt: skip
 
 
