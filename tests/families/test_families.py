@@ -178,7 +178,9 @@ def test_the_processor_is_theirs(family, loaded):
         given = family.inputs(batch, [pictures])
         np.testing.assert_array_equal(given["pixel_values"], pixels)
         for name in given.keys() & want.keys() - {"attention_mask", "input_ids"}:
-            np.testing.assert_array_equal(given[name], want[name])
+            ours = given[name]
+            ours = ours[batch.valid][None] if ours.shape == batch.ids.shape else ours
+            np.testing.assert_array_equal(ours, want[name])
 
 
 def read_chat(family, pictures, text: str) -> np.ndarray:
