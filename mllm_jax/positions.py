@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.typing import Array, Bool, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +28,11 @@ class Positions:
         other whatever their order. None where all attention is causal.
     """
 
-    order: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    rotary: Int[Array, "3 B T"] | None = None
-    segment: Int[Array, "B T"] | None = None
-    block: Int[Array, "B T"] | None = None
+    order: Int[AnyArray, "B T"]
+    valid: Bool[AnyArray, "B T"]
+    rotary: Int[AnyArray, "3 B T"] | None = None
+    segment: Int[AnyArray, "B T"] | None = None
+    block: Int[AnyArray, "B T"] | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -40,8 +40,8 @@ class Positions:
         return self.block is None
 
     def mask(
-        self, key_order: Int[Array, "B S"], key_valid: Bool[Array, "B S"]
-    ) -> Bool[Array, "B 1 T S"]:
+        self, key_order: Int[AnyArray, "B S"], key_valid: Bool[AnyArray, "B S"]
+    ) -> Bool[AnyArray, "B 1 T S"]:
         """Return which keys each token attends to.
 
         Args:
