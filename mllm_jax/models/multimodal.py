@@ -18,6 +18,7 @@ from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
@@ -40,7 +41,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig
+    vision: ClipConfig | EvaConfig | SiglipConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -122,7 +123,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision
+    vision: ClipVision | EvaVision | SiglipVision
     projector: Projector
     lm: Decoder
 

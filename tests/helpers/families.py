@@ -12,6 +12,7 @@ import PIL.Image
 from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.models import rotary, siglip
 from tests.helpers import hf, tiny
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
@@ -30,6 +31,15 @@ MISTRAL = (
     "{{ '<image>\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% endfor %}"
+)
+# Of LLaVA-Interleave and LLaVA-OneVision.
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -56,6 +66,46 @@ def llava_1_5(directory: pathlib.Path) -> Family:
     return _save(config, network, hf.transformers.LlavaProcessor, images, VICUNA, directory)
 
 
+def siglip_qwen2(directory: pathlib.Path) -> Family:
+    """As LLaVA-Interleave: the last layer of SigLIP, and Qwen2 with biases and a tied head."""
+    lm = dataclasses.replace(
+        llava.DecoderConfig.tiny(), biases="qkv", tied=True, rope_theta=1e6, eps=1e-6
+    )
+    text = hf.llama_config(lm, hf.transformers.Qwen2Config)
+    return _siglip(lm, text, -1, CHATML, directory)
+
+
+def siglip_gemma(directory: pathlib.Path) -> Family:
+    lm = dataclasses.replace(
+        llava.DecoderConfig.tiny(), unit_offset=True, act="gelu_tanh", embedding_scale=32**0.5,
+        tied=True,
+    )  # fmt: skip
+    return _siglip(lm, hf.llama_config(lm, hf.transformers.GemmaConfig), -2, VICUNA, directory)
+
+
+def clip_llama3(directory: pathlib.Path) -> Family:
+    """As LLaVA-Llama-3: scaled rotary angles."""
+    scaling = rotary.RopeScaling(kind="llama3", factor=8.0, original_length=32)
+    lm = dataclasses.replace(llava.DecoderConfig.tiny(), rope_theta=500.0, rope_scaling=scaling)
+    text = hf.llama_config(lm)
+    text.rope_parameters = {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = llava.LlavaConfig.of(llava.ClipConfig.tiny(), lm, image_token=95)
+    network = hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config, text))
+    images = hf.transformers.CLIPImageProcessorPil
+    return _save(config, network, hf.transformers.LlavaProcessor, images, VICUNA, directory)
+
+
+def _siglip(lm, text, layer: int, template: str, directory: pathlib.Path) -> Family:
+    vision = dataclasses.replace(siglip.SiglipConfig.tiny(), feature_layer=layer)
+    config = llava.LlavaConfig.of(vision, lm, image_token=95)
+    network = hf.transformers.LlavaForConditionalGeneration(hf.llava_config(config, text))
+    images = hf.transformers.SiglipImageProcessorPil
+    return _save(config, network, hf.transformers.LlavaProcessor, images, template, directory)
+
+
 def next_vicuna(directory: pathlib.Path) -> Family:
     return _next(llava_next.LlavaNextConfig.tiny(), None, VICUNA, directory)
 
@@ -67,7 +117,13 @@ def next_mistral(directory: pathlib.Path) -> Family:
     return _next(config, text, MISTRAL, directory)
 
 
-ALL = {"llava": llava_1_5, "next-vicuna": next_vicuna, "next-mistral": next_mistral}
+ALL = {
+    "llava": llava_1_5,
+    "next-vicuna": next_vicuna,
+    "next-mistral": next_mistral,
+    "siglip-qwen2": siglip_qwen2,
+}
+VARIANTS = {"siglip-gemma": siglip_gemma, "clip-llama3": clip_llama3}  # of slow tests
 
 
 def _next(config, text, template: str, directory: pathlib.Path) -> Family:
@@ -79,17 +135,22 @@ def _next(config, text, template: str, directory: pathlib.Path) -> Family:
 def _save(config, network, kind, images, template, directory) -> Family:
     side = config.vision.image_size
     cuts = {"image_grid_pinpoints": [list(p) for p in config.pinpoints]} if config.pinpoints else {}
+    square = {"height": side, "width": side}
+    has_cls = config.vision.has_cls
+    sizes = {"size": {"shortest_edge": side}, "crop_size": square} if has_cls else {"size": square}
     processor = kind(
-        image_processor=images(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **cuts
-        ),
+        image_processor=images(**sizes, **cuts),
         tokenizer=tiny.tokenizer(config, None, bos_token="<s>"),
         patch_size=config.vision.patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the CLS token, which is then taken away again
+        vision_feature_select_strategy="default" if has_cls else "full",
+        num_additional_image_tokens=int(has_cls),  # the CLS token, which is then taken away again
         chat_template=template,
     )
-    hf.random(network).save_pretrained(directory)
+    hf.random(network)
+    if config.lm.tied:  # a factor below zero; else each token predicts itself
+        with hf.torch.no_grad():
+            network.model.language_model.norm.weight.neg_().sub_(2 * config.lm.unit_offset)
+    network.save_pretrained(directory)
     processor.save_pretrained(directory)
     return Family(config, network, processor, directory)
 

@@ -19,6 +19,7 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import captures
+from mllm_jax.models import siglip
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -64,6 +65,26 @@ def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     )
 
 
+def siglip_config(config: siglip.SiglipConfig) -> transformers.SiglipVisionConfig:
+    return transformers.SiglipVisionConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp,
+        image_size=config.image_size,
+        patch_size=config.patch,
+        hidden_act=ACTIVATIONS.get(config.act, config.act),
+        layer_norm_eps=config.eps,
+        vision_use_head=False,
+        **ATTENTION,
+    )
+
+
+def tower_config(config: llava.ClipConfig | siglip.SiglipConfig) -> transformers.PreTrainedConfig:
+    is_siglip = isinstance(config, siglip.SiglipConfig)
+    return siglip_config(config) if is_siglip else clip_config(config)
+
+
 def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTrainedConfig:
     """Of a LLaVA or a LLaVA-NeXT; `text` is of its LM, where that is no Llama."""
     kind, fields = transformers.LlavaConfig, {}
@@ -71,13 +92,13 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
         kind = transformers.LlavaNextConfig
         fields = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
     return kind(
-        vision_config=clip_config(config.vision),
+        vision_config=tower_config(config.vision),
         text_config=text or llama_config(config.lm),
         image_token_index=config.image_token,
         projector_hidden_act=ACTIVATIONS.get(config.projector.act, config.projector.act),
         multimodal_projector_bias=config.projector.bias,
         vision_feature_layer=config.vision.feature_layer,
-        vision_feature_select_strategy=SELECT[config.vision.select],
+        vision_feature_select_strategy=SELECT[getattr(config.vision, "select", "full")],
         tie_word_embeddings=config.lm.tied,
         **fields,
         **ATTENTION,

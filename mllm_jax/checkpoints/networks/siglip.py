@@ -7,15 +7,20 @@ from typing import Any
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
-from mllm_jax.checkpoints.networks import clip
+from mllm_jax.checkpoints.networks import clip, encoder
 from mllm_jax.models.siglip import SiglipConfig
 
-_SIGLIP = clip.TOWER | {
-    "model_type": (schema.only("siglip_vision_model"), "siglip_vision_model"),
-    "patch_size": (schema.SIDE, 16),
-    "hidden_act": (fields_.ACTIVATION, "gelu_pytorch_tanh"),
-    "layer_norm_eps": (schema.EPSILON, 1e-6),
-}
+_SIGLIP = encoder.CHANNELS | encoder.table(
+    "siglip_vision_model",
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=16,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
 _IDEFICS3 = _SIGLIP | {
     "model_type": (
         schema.only("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"), "idefics3_vision",
