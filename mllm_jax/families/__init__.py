@@ -18,6 +18,7 @@ from mllm_jax.models.multimodal import MultimodalConfig
 _FOLDERS = (
     "llava",
     "llava_next",
+    "llava_onevision",
     "instructblip",
 )
 

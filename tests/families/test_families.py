@@ -129,8 +129,9 @@ def test_save_hf(family, loaded, batches, tmp_path):
     ours = (mj.run(m, batches["left"]).logits for m in (model, again))
     np.testing.assert_array_equal(*ours)
     np.testing.assert_array_equal(same(PICTURES, PROMPTS).ids, processor(PICTURES, PROMPTS).ids)
-    theirs_ = hf.transformers.AutoProcessor.from_pretrained(saved, backend="pil")
-    assert type(theirs_) is type(family.processor)
+    if not isinstance(family.processor, families.OneVisionProcessor):  # it needs torchvision
+        theirs_ = hf.transformers.AutoProcessor.from_pretrained(saved, backend="pil")
+        assert type(theirs_) is type(family.processor)
 
 
 def test_bfloat16(family):
@@ -170,18 +171,18 @@ def test_the_processor_is_theirs(family, loaded):
     """Ids, how often `<image>` is repeated, pixels."""
     processor = loaded[1]
     for number, shape in enumerate(SHAPES):
-        pictures = [tiny.picture(number, *shape), tiny.picture(0, 60, 40)]
-        prompt = "<image> what <image> ?"
-        want = family.processor(images=pictures, text=prompt, return_tensors="np")
-        batch = processor([pictures], [prompt])
-        np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
-        pixels = want["pixel_values"]
-        if family.config.pinpoints:
-            counts = [family.config.layout(shape).tiles, family.config.layout((60, 40)).tiles]
-            pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
-        np.testing.assert_array_equal(
-            batch.pixels[batch.is_real_tile], pixels.transpose(0, 2, 3, 1)
-        )
+        two = [tiny.picture(number, *shape), tiny.picture(0, 60, 40)]
+        for pictures, prompt in ((two, "<image> what <image> ?"), (two[:1], "<image> a cat")):
+            want = family.processor(images=[pictures], text=prompt, return_tensors="np")
+            batch = processor([pictures], [prompt])
+            np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
+            pixels = want["pixel_values"]
+            if family.config.pinpoints:
+                counts = [x.tiles for x in processor.layouts([p.size[::-1] for p in pictures])]
+                pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
+            np.testing.assert_array_equal(
+                batch.pixels[batch.is_real_tile], pixels.transpose(0, 2, 3, 1)
+            )
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -190,7 +191,8 @@ def test_the_chat_template_is_theirs(images, family, loaded):
     turns = [{"role": "user", "content": parts}]
     text = family.processor.apply_chat_template(turns, add_generation_prompt=True)
     pictures = [tiny.picture(i, 30, 40) for i in range(images)]
-    want = family.processor(images=pictures or None, text=text, return_tensors="np")["input_ids"]
+    images = [pictures] if pictures else None
+    want = family.processor(images=images, text=text, return_tensors="np")["input_ids"]
     batch = loaded[1]([pictures], ["what is it ?"])
     np.testing.assert_array_equal(batch.ids[batch.valid], want[0])
     assert family.processor.tokenizer.decode(want[0]).startswith("<s>")
@@ -210,7 +212,7 @@ def test_chats_of_several_turns_are_theirs(family, loaded):
     ]
     pictures = [tiny.picture(0, 30, 40), tiny.picture(1, 60, 30)]
     text = family.processor.apply_chat_template(chat, add_generation_prompt=True)
-    want = family.processor(images=pictures, text=text, return_tensors="np")["input_ids"][0]
+    want = family.processor(images=[pictures], text=text, return_tensors="np")["input_ids"][0]
     batch = loaded[1]([pictures], [chat])
     np.testing.assert_array_equal(batch.ids[batch.valid], want)
     asked = batch.ids[batch.tokens.kind == mj.tokens.CODE["question"]]

@@ -12,6 +12,7 @@ import PIL.Image
 from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.models import rotary, siglip
 from tests.helpers import hf, tiny
 
@@ -106,6 +107,30 @@ def _siglip(lm, text, layer: int, template: str, directory: pathlib.Path) -> Fam
     return _save(config, network, hf.transformers.LlavaProcessor, images, template, directory)
 
 
+class OneVisionProcessor(hf.transformers.LlavaOnevisionProcessor):
+    """Theirs without its processor of videos, which needs torchvision."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.video_token_id = None  # the tiny tokenizer has no such token
+
+    def check_argument_for_proper_class(self, *args):
+        return None
+
+    def save_pretrained(self, directory):
+        self.image_processor.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        (directory / "chat_template.jinja").write_text(self.chat_template)
+
+
+def onevision(directory: pathlib.Path) -> Family:
+    config = llava_onevision.LlavaOneVisionConfig.tiny()
+    text = hf.llama_config(config.lm, hf.transformers.Qwen2Config)
+    network = hf.transformers.LlavaOnevisionForConditionalGeneration(hf.llava_config(config, text))
+    images = hf.transformers.LlavaOnevisionImageProcessorPil
+    return _save(config, network, OneVisionProcessor, images, CHATML, directory)
+
+
 def next_vicuna(directory: pathlib.Path) -> Family:
     return _next(llava_next.LlavaNextConfig.tiny(), None, VICUNA, directory)
 
@@ -122,6 +147,7 @@ ALL = {
     "next-vicuna": next_vicuna,
     "next-mistral": next_mistral,
     "siglip-qwen2": siglip_qwen2,
+    "onevision": onevision,
 }
 VARIANTS = {"siglip-gemma": siglip_gemma, "clip-llama3": clip_llama3}  # of slow tests
 
@@ -138,18 +164,25 @@ def _save(config, network, kind, images, template, directory) -> Family:
     square = {"height": side, "width": side}
     has_cls = config.vision.has_cls
     sizes = {"size": {"shortest_edge": side}, "crop_size": square} if has_cls else {"size": square}
+    if kind is OneVisionProcessor:
+        how = {"num_image_tokens": config.image_tokens, "video_processor": None}
+        how["vision_aspect_ratio"] = f"anyres_max_{config.max_tiles}"
+    else:  # the CLS token is taken away again
+        how = {"patch_size": config.vision.patch, "num_additional_image_tokens": int(has_cls)}
     processor = kind(
         image_processor=images(**sizes, **cuts),
         tokenizer=tiny.tokenizer(config, None, bos_token="<s>"),
-        patch_size=config.vision.patch,
+        **how,
         vision_feature_select_strategy="default" if has_cls else "full",
-        num_additional_image_tokens=int(has_cls),  # the CLS token, which is then taken away again
         chat_template=template,
     )
     hf.random(network)
-    if config.lm.tied:  # a factor below zero; else each token predicts itself
-        with hf.torch.no_grad():
-            network.model.language_model.norm.weight.neg_().sub_(2 * config.lm.unit_offset)
+    text, offset = network.model.language_model, int(config.lm.unit_offset)
+    with hf.torch.no_grad():
+        for name, weight in text.named_parameters():
+            weight.sub_(offset * ("norm" in name))  # factors are 1 + weight, of order 1
+        if config.lm.tied:  # a factor below zero; else each token predicts itself
+            text.norm.weight.neg_().sub_(2 * offset)
     network.save_pretrained(directory)
     processor.save_pretrained(directory)
     return Family(config, network, processor, directory)
@@ -166,6 +199,8 @@ def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.
         found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
     if batch.processor.config.pinpoints:
         found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
+    if isinstance(batch.processor.config, llava_onevision.LlavaOneVisionConfig):
+        found["batch_num_images"] = np.array([len(row) for row in pictures if row])
     return found
 
 

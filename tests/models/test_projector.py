@@ -205,7 +205,9 @@ def test_edits_of_both_the_activation_and_deepstack():
         "projector.act": S.SiteShape(1, (1, 2, 4 * E), np.dtype("float32")),
         "projector.deepstack": S.SiteShape(3, (1, 2, D), np.dtype("float32")),
     }
-    maps = {"projector": tokens.TokenMap.grid(np.zeros(1, np.int16), (1, 2), True, np.ones(1, bool))}
+    maps = {
+        "projector": tokens.TokenMap.grid(np.zeros(1, np.int16), (1, 2), True, np.ones(1, bool))
+    }
 
     def both(edits):
         taps = Taps(binding.bind_edits(edits, shapes, maps))

@@ -36,6 +36,7 @@ FIELDS = fields_.TOKEN_IDS | {
     "projector_depth": (schema.whole(1, 16), 2),
 }
 _DEFAULT_CLIP = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -76,7 +77,13 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
 
 
 def read(
-    fields: Mapping[str, Any], table: schema.Table, source: object, problems: list[str]
+    fields: Mapping[str, Any],
+    table: schema.Table,
+    source: object,
+    problems: list[str],
+    *,
+    tower: Mapping[str, Any] = _DEFAULT_CLIP,
+    text: str = "llama",
 ) -> Fields:
     """Read the fields of LLaVA or of a model that is built like it.
 
@@ -85,6 +92,8 @@ def read(
         table: the fields of the model.
         source: the name of the file in an error.
         problems: what is wrong is appended here.
+        tower: the `vision_config` of models without one; its `model_type` is the default.
+        text: the default model type of the language model.
 
     Raises:
         ValueError: the config is one of the original code.
@@ -96,13 +105,14 @@ def read(
         )
         raise ValueError(files.refusal(source, [problem]))
     llava = schema.read(fields_.renamed(fields), table, _IGNORED, "", problems)
-    tower = square_towers.read(llava["vision_config"] or _DEFAULT_CLIP, problems)
-    text = decoder.read(llava["text_config"] or {}, problems, types=TEXT_TYPES)
+    kind = tower["model_type"]
+    vision = square_towers.read(llava["vision_config"] or tower, problems, default=kind)
+    lm = decoder.read(llava["text_config"] or {}, problems, types=TEXT_TYPES, default=text)
     select = _SELECT[llava["vision_feature_select_strategy"]]
-    square_towers.check(tower, llava["vision_feature_layer"], select, problems)
-    grid = "vision_config.image_size / patch_size", tower["image_size"] // tower["patch_size"]
+    square_towers.check(vision, llava["vision_feature_layer"], select, problems)
+    grid = "vision_config.image_size / patch_size", vision["image_size"] // vision["patch_size"]
     schema.divides(("projector_fold", llava["projector_fold"]), grid, problems)
-    return Fields(llava, tower, text)
+    return Fields(llava, vision, lm)
 
 
 def parts(known: Fields) -> dict[str, Any]:
