@@ -1,4 +1,4 @@
-"""The clock of every side: seconds, and how far resident memory rose. Needs nothing but Python."""
+"""Measure seconds and the rise of resident memory, for every side, with Python alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _RESET = pathlib.Path("/proc/self/clear_refs")
 
 @dataclasses.dataclass(frozen=True)
 class Lap:
-    """One run.
+    """One measured run.
 
     Attributes:
-      result: what was computed.
-      seconds: how long it took.
-      cpu: seconds of all its threads, which other work on the machine lengthens less.
-      rise: bytes, highest resident memory during the run above that before it; None where the
-        system does not tell (other than Linux).
+        result: the result of the run.
+        seconds: its wall-clock time.
+        cpu: the CPU time of all its threads, on which other work has less influence.
+        rise: the peak of resident memory above that before the run, in bytes; None on systems
+            other than Linux.
     """
 
     result: Any
@@ -31,7 +31,7 @@ class Lap:
 
 
 def lap(run: Callable[[], Any]) -> Lap:
-    """Runs once."""
+    """Run once and measure."""
     before = _resident()
     start, cpu = time.perf_counter(), time.process_time()
     result = run()
@@ -41,7 +41,7 @@ def lap(run: Callable[[], Any]) -> Lap:
 
 
 def _resident() -> int | None:
-    """Bytes resident now; from here on the high-water mark is counted anew."""
+    """Reset the peak of resident memory, and return the resident bytes."""
     try:
         _RESET.write_text("5")
         return _read("VmRSS")
@@ -50,6 +50,7 @@ def _resident() -> int | None:
 
 
 def _read(field: str) -> int:
+    """Return the bytes of a field of Linux's status of this process."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""How often each neuron is above zero over a set of pictures: what MMNeuron counts."""
+"""Count how often each neuron is above zero over a set of pictures, as MMNeuron does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks import harness
 from benchmarks.work import Work
 from mllm_jax import sites as S
 
-ASKED = {
+CAPTURES = {
     "vision": mj.stats(S.vision.mlp.act),
     "projector": mj.stats(S.projector.act),
     "lm": mj.stats(S.lm.mlp.act),
@@ -15,11 +15,11 @@ ASKED = {
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batches = work.model, work.batches
 
     def ours():
-        total = mj.reduce(ASKED, model, batches)
+        total = mj.reduce(CAPTURES, model, batches)
         return {name: stats.positive for name, stats in total.items()}
 
     return {harness.OURS: ours}

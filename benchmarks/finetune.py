@@ -1,7 +1,7 @@
-"""Fine-tuning of the projector, all else frozen: a few steps of AdamW on batches of eight.
+"""Fine-tune the projector alone: a few steps of AdamW on batches of eight.
 
-The shapes are the embedded model's, patches folded; transformers knows no such model, so that the
-rivals put theirs together out of its parts. Nobody recomputes layers to save memory.
+The shapes are those of the embedded model, with folded patches. transformers has no such model, so
+the rivals assemble theirs from its parts. No side recomputes layers to save memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RECIPE = fit.Recipe(rate=1e-3)
 
 
 def sides(done: work.Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     batches = [labelled(done, batch) for batch in folded_batches(done)]
     model = folded(done)
     features = jax.jit(lambda model, batch: model.features(batch, Taps()))
@@ -33,35 +33,38 @@ def sides(done: work.Work):
 
 
 def config(done: work.Work) -> MultimodalConfig:
-    """That of the work, with four patches folded into each image token."""
-    of = done.size.config
-    return work.FAMILY.config.of(of.vision, of.lm, fold=2, image_token=of.image_token)
+    """Return the config of the work, with four patches folded into each image token."""
+    unfolded = done.size.config
+    return work.llava_config(unfolded.vision, unfolded.lm, fold=2, image_token=unfolded.image_token)
 
 
 def folded(done: work.Work) -> MultimodalModel:
-    """The model of the work with a projector of folded patches."""
+    """Return the model of the work with a projector of folded patches."""
     model = work.random_model(config(done))
     model.vision, model.lm = done.model.vision, done.model.lm
     for i, linear in enumerate(model.projector.linears):
         linear.kernel[...] = jnp.asarray(done.inputs[f"fold_kernel_{i}"])
+        assert linear.bias is not None
         linear.bias[...] = jnp.zeros(linear.bias.shape)
     return model
 
 
 def folded_batches(done: work.Work) -> list[Batch]:
-    """All pictures, with as few image tokens as are left."""
-    of, ids = config(done), done.inputs["ids"]
-    image = np.full((len(ids), of.image_tokens), of.image_token)
+    """Return the batches of all pictures, with folded image tokens."""
+    folded_config, ids = config(done), done.inputs["ids"]
+    image = np.full((len(ids), folded_config.image_tokens), folded_config.image_token)
     ids = np.concatenate([ids[:, :1], image, ids[:, 1 + done.size.config.image_tokens :]], 1)
     starts = range(0, len(ids), work.BATCH)
     return [
-        work.to_batch(of, ids[i : i + work.BATCH], done.inputs["pixels"][i : i + work.BATCH])
+        work.to_batch(
+            folded_config, ids[i : i + work.BATCH], done.inputs["pixels"][i : i + work.BATCH]
+        )
         for i in starts
     ]
 
 
 def labelled(done: work.Work, batch: Batch) -> Batch:
-    """The batch with its last words for an answer."""
+    """Return a batch whose last words are the answer."""
     T, A = batch.ids.shape[1], done.size.answer
     labels = np.broadcast_to(np.arange(T - A, T, dtype=np.int32), (len(batch.ids), A))
     return batch.replace(labels=labels)
@@ -69,7 +72,7 @@ def labelled(done: work.Work, batch: Batch) -> Batch:
 
 BENCHMARK = harness.Benchmark(
     name="finetune",
-    about="steps of AdamW on the projector, batches of eight, vision features kept",
+    about="steps of AdamW on the projector, batches of eight, precomputed vision features",
     sides=sides,
     rivals=("hf_trainer", "hf_trainer_cached", "hf_careful"),
     bounds=(harness.faster("hf_trainer", 2), harness.faster("hf_trainer_cached", 1.2)),

@@ -1,4 +1,4 @@
-"""Greedy generation under two edits: neurons off everywhere, a vector added to text tokens."""
+"""Generate greedily under two edits: an ablation at all tokens, a vector added to text tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mllm_jax import tokens as tok
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     layer, (start, stop) = work.fields["ablated_layer"], work.fields["steered_layers"]
     steer = mj.add(S.lm.resid_post[start:stop], work.inputs["vector"], where=tok.text)
     edits = mj.ablate(S.lm.mlp.act[layer, work.inputs["ablated"]]) >> steer
 
     def ours():
-        found = mj.generate(model, batch, edits, max_new_tokens=work.fields["steps"])
-        return {"tokens": np.asarray(found.tokens)}
+        generated = mj.generate(model, batch, edits, max_new_tokens=work.fields["steps"])
+        return {"tokens": np.asarray(generated.tokens)}
 
     return {harness.OURS: ours}
 

@@ -1,7 +1,7 @@
-"""Measures sides in turns: a round is one run of every side, and ratios are taken within a round.
+"""Measure sides in turns: a round is one run of every side, and ratios are computed by round.
 
-Rivals run in processes of their own (`rivals.serve`); sides of this library run here. Before any
-time is believed, the results of all sides must agree.
+Each rival runs in its own process (`rivals.serve`); sides of this library run in this one. The
+results of all sides must agree before they are timed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,11 +49,12 @@ Result = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """What one side took, round by round.
+    """The measurements of one side by round.
 
     Attributes:
-      seconds, cpu: float64[rounds], of the clock and of all threads.
-      rise: float64[rounds], bytes of resident memory; NaN where the system does not tell.
+        seconds: float64[rounds], wall-clock time.
+        cpu: float64[rounds], CPU time of all threads.
+        rise: float64[rounds], the rise of resident memory in bytes; NaN where it is not known.
     """
 
     seconds: np.ndarray
@@ -61,12 +64,13 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A promise, as a number of each round.
+    """A bound on a number of each round.
 
     Attributes:
-      what: in words.
-      value: from the series by side.
-      least, most: what it must be; one of them.
+        what: a description of the number.
+        value: computes the number from the series by side.
+        least: the lower bound, if there is one.
+        most: the upper bound, otherwise.
     """
 
     what: str
@@ -76,14 +80,16 @@ class Bound:
 
     def kept(self, value: float) -> bool:
         """Return whether a value lies within the bound."""
-        return value >= self.least if self.most is None else value <= self.most
+        if self.most is not None:
+            return value <= self.most
+        return self.least is not None and value >= self.least
 
     def __str__(self) -> str:
         return f"at least {self.least:g}" if self.most is None else f"at most {self.most:g}"
 
 
 def faster(rival: str, times: float) -> Bound:
-    """We are so many times faster than this side."""
+    """Return the bound that this library is so many times faster than a rival."""
     return Bound(
         f"time of {rival} / time of {OURS}",
         lambda series: series[rival].seconds / series[OURS].seconds,
@@ -96,20 +102,20 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-      name: of the table, and of the function of each rival.
-      about: what is measured, in one line.
-      sides: makes our sides from the work, by name; OURS first. Those that return nothing are
-        only timed.
-      rivals: names.
-      bounds: promises. Those that name a side that is not measured are left out.
-      pictures: rows of the work.
-      codes: results that are names, not numbers: compared by how many differ.
-      eigen: whether Eigen multiplies our matrices, see `products`.
+        name: the name of the table, and of the function of each rival.
+        about: a description in one line.
+        sides: makes the sides of this library from the work, by name, OURS first. A side that
+            returns nothing is only timed.
+        rivals: the names of the rivals.
+        bounds: the bounds; those of a side that is not measured are skipped.
+        pictures: the number of rows of the work.
+        codes: results that are ids, compared by the share that differs.
+        eigen: whether Eigen computes matrix products, see `products`.
     """
 
     name: str
     about: str
-    sides: Callable[[work.Work], dict[str, Callable[[], Result]]]
+    sides: Callable[[work.Work], dict[str, Callable[[], Any]]]
     rivals: tuple[str, ...] = ()
     bounds: tuple[Bound, ...] = ()
     pictures: int = work.BATCH
@@ -118,7 +124,7 @@ class Benchmark:
 
 
 class Rival:
-    """A rival's process, prepared and warm. A context manager."""
+    """The process of a rival, prepared and warmed up; a context manager."""
 
     def __init__(self, name: str, task: str, directory: pathlib.Path, environments: pathlib.Path):
         python = environments / ENVIRONMENT[name] / "bin" / "python"
@@ -143,12 +149,14 @@ class Rival:
         self.total = sum(float(np.abs(value).sum()) for value in self.result.values())
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
     def lap(self) -> clock.Lap:
-        """Run the task of the process once and return its times."""
+        """Run the task of the process once and return its measurements."""
+        assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self._answer()
@@ -156,7 +164,8 @@ class Rival:
             raise ValueError(f"{self.name} gave {self.total} first and {answer['total']} now")
         return clock.Lap(None, answer["seconds"], answer["cpu"], answer["rise"])
 
-    def _answer(self) -> dict:
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended:\n{self.log.read_text()[-4000:]}")
@@ -164,19 +173,25 @@ class Rival:
 
 
 def difference(ours: Result, theirs: Result, codes: tuple[str, ...] = ()) -> float:
-    """The largest difference of results, relative to the largest value; of codes, the share."""
+    """Return the largest difference of results, relative to the largest value.
+
+    Args:
+        ours: the results of this library.
+        theirs: those of another side.
+        codes: the names of results that are ids, whose difference is the share that differs.
+    """
     if set(ours) != set(theirs):
         raise ValueError(f"results are {sorted(ours)} on one side and {sorted(theirs)}")
-    found = []
+    differences = []
     for name, mine in ours.items():
         other = theirs[name]
         if mine.shape != other.shape:
             raise ValueError(f"{name} is {mine.shape} on one side and {other.shape} on the other")
         if name in codes:
-            found.append(np.mean(mine != other))
+            differences.append(float(np.mean(mine != other)))
         else:
-            found.append(np.abs(mine - other).max() / np.abs(other).max())
-    return float(max(found))
+            differences.append(float(np.abs(mine - other).max() / np.abs(other).max()))
+    return max(differences)
 
 
 def measure(
@@ -186,14 +201,26 @@ def measure(
     rounds: int,
     environments: pathlib.Path,
 ) -> tuple[dict[str, Series], dict[str, float]]:
-    """Series and differences from ours, by side.
+    """Measure all sides.
+
+    Args:
+        benchmark: the benchmark.
+        done: its work.
+        rivals: the rivals to measure.
+        rounds: the number of rounds.
+        environments: the folder of the environments of the rivals.
+
+    Returns:
+        The series, and the differences from our results, by side.
 
     Raises:
-      ValueError: a side's results are not ours.
+        ValueError: the results of a side differ from ours.
     """
     sides = benchmark.sides(done)
     results = {name: run() for name, run in sides.items()}  # compiles and warms up
-    laps = {name: lambda run=run: clock.lap(run) for name, run in sides.items()}
+    laps: dict[str, Callable[[], clock.Lap]] = {
+        name: functools.partial(clock.lap, run) for name, run in sides.items()
+    }
     with contextlib.ExitStack() as stack:
         for name in rivals:
             process = Rival(name, benchmark.name, done.directory, environments)
@@ -207,16 +234,16 @@ def measure(
         for name, value in differences.items():
             if not value <= TOLERANCE:
                 raise ValueError(f"the results of {name} differ from ours by {value:.2g}")
-        taken = {name: [] for name in laps}
+        taken: dict[str, list[clock.Lap]] = {name: [] for name in laps}
         for round_ in range(rounds):
             for name in _turns(list(laps), round_):
                 taken[name].append(laps[name]())
             print(f"round {round_ + 1} of {rounds}", file=sys.stderr)
-    return {name: _series(found) for name, found in taken.items()}, differences
+    return {name: _series(measured) for name, measured in taken.items()}, differences
 
 
 def _turns(names: list[str], round_: int) -> Iterator[str]:
-    """Every other round the other way about, so that none always follows the same one."""
+    """Reverse the order in every other round, so that no side always follows the same one."""
     return reversed(names) if round_ % 2 else iter(names)
 
 
@@ -229,14 +256,19 @@ def _series(laps: list[clock.Lap]) -> Series:
     )
 
 
-def report(benchmark, done: work.Work, series, differences) -> dict:
-    """Everything as JSON, ratios of each round included."""
+def report(
+    benchmark: Benchmark,
+    done: work.Work,
+    series: dict[str, Series],
+    differences: dict[str, float],
+) -> dict[str, Any]:
+    """Return all measurements as JSON values, with the ratios of each round."""
     ours = series[OURS].seconds
     bounds = []
     for bound in benchmark.bounds:
         try:
             values = bound.value(series)
-        except KeyError:  # a side that was not asked for
+        except KeyError:  # of a side that is not measured
             continue
         middle = float(np.median(values))
         bounds.append(
@@ -276,19 +308,19 @@ def report(benchmark, done: work.Work, series, differences) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """What is printed: a line a side, a line a bound."""
-    w, machine = found["work"], found["machine"]
+def table(report: dict[str, Any]) -> str:
+    """Return a report as text: a line for each side and for each bound."""
+    w, machine = report["work"], report["machine"]
     lines = [
-        f"{found['benchmark']}: {found['about']}",
+        f"{report['benchmark']}: {report['about']}",
         f"{w['pictures']} pictures, {w['tokens']} tokens a row ({w['image_tokens']} of image), "
         f"vision {w['vision'][0]} x {w['vision'][1]}, LM {w['lm'][0]} x {w['lm'][1]}, float32, "
-        f"{machine['cores']} cores, load {machine['load'][0]:.1f}, {found['rounds']} rounds",
+        f"{machine['cores']} cores, load {machine['load'][0]:.1f}, {report['rounds']} rounds",
         "",
         f"{'side':24}{'seconds':>10}{'time / ours':>14}{'[least, most]':>18}{'cpu / ours':>12}"
         f"{'memory rise':>14}{'difference':>12}",
     ]
-    for name, side in found["sides"].items():
+    for name, side in report["sides"].items():
         ratio, rise = np.array(side["ratio"]), np.median(side["rise_mib"])
         span = f"[{ratio.min():.2f}, {ratio.max():.2f}]"
         apart = "" if side["difference"] is None else f"{side['difference']:.1e}"
@@ -297,7 +329,7 @@ def table(found: dict) -> str:
             f"{np.median(side['cpu_ratio']):12.2f}{rise:10.0f} MiB{apart:>12}"
         )
     lines.append("")
-    for bound in found["bounds"]:
+    for bound in report["bounds"]:
         values = np.array(bound["values"])
         mark = "kept" if bound["kept"] else "MISSED"
         lines.append(
@@ -307,17 +339,21 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict:
-    """One benchmark from the command line."""
+def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict[str, Any]:
+    """Run a benchmark from the command line, and return its report."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.about
     )
     parser.add_argument("--size", choices=work.SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rivals", default=",".join(benchmark.rivals), help="names, or nothing")
+    parser.add_argument(
+        "--rivals",
+        default=",".join(benchmark.rivals),
+        help="the names of rivals, separated by commas; may be empty",
+    )
     parser.add_argument("--pictures", type=int, help=f"by default {benchmark.pictures}")
-    parser.add_argument("--edits", type=int, help="ablations of the sweep")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write all rounds")
+    parser.add_argument("--edits", type=int, help="the number of ablations of the sweep")
+    parser.add_argument("--json", type=pathlib.Path, help="the file to write all rounds to")
     parser.add_argument("--environments", type=pathlib.Path, default=ENVIRONMENTS)
     args = parser.parse_args(argv)
     rivals = tuple(name for name in args.rivals.split(",") if name)
@@ -334,17 +370,17 @@ def run(benchmark: Benchmark, argv: list[str] | None = None) -> dict:
         series, differences = measure(
             benchmark, done, rivals, args.rounds, args.environments.absolute()
         )
-    found = report(benchmark, done, series, differences)
-    print(table(found))
+    measured = report(benchmark, done, series, differences)
+    print(table(measured))
     if args.json:
-        atomic_json(args.json, found)
-    return found
+        atomic_json(args.json, measured)
+    return measured
 
 
-def timed(run: Callable, *args) -> Callable[[], None]:
-    """A side that is only timed."""
+def timed(run: Callable[..., Any], *args: Any) -> Callable[[], None]:
+    """Return a side that is only timed."""
 
-    def side():
+    def side() -> None:
         jax.block_until_ready(run(*args))
 
     return side

@@ -1,4 +1,4 @@
-"""Makes the environments of the rivals, with pinned versions.
+"""Create the environments of the rivals, with pinned versions.
 
 python -m benchmarks.install [--rivals=hf_careful,nnsight] [--environments=DIR]
 """
@@ -16,12 +16,12 @@ REQUIREMENTS = pathlib.Path(__file__).parent / "rivals" / "requirements"
 
 
 def install(name: str, environments: pathlib.Path) -> None:
-    """One environment, made anew or brought to the pinned versions."""
+    """Create an environment, or update it to the pinned versions."""
     directory = environments / name
     if not (directory / "bin" / "python").exists():
         venv.create(directory, with_pip=True)
-    command = [directory / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    subprocess.run([*command, "-r", REQUIREMENTS / f"{name}.txt"], check=True)
+    command = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*command, "-r", str(REQUIREMENTS / f"{name}.txt")], check=True)
     print(f"{name}: {directory}")
 
 

@@ -1,9 +1,9 @@
-"""Where the time of a clean pass goes: attention, norms, rotary positions, MLP, head.
+"""Divide the time of a clean pass: attention, norms, rotary positions, MLP, head.
 
     python -m benchmarks.kernels [--size=tiny] [--pictures=8] [--json=FILE]
 
-Time is that of XLA's operations, divided among those under way at one moment. An operation belongs
-to the function that asked for it; what XLA fused from several belongs to its last.
+The time is that of XLA's operations; operations that run at the same moment share it equally. An
+operation belongs to the function that called it; a fusion belongs to the last one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from benchmarks import profile, work
 from mllm_jax.passes import run as run_
 from mllm_jax.store import atomic_json
 
-ABOUT = "where the time of a clean pass goes"
+ABOUT = "the time of the parts of a clean pass"
 MODULES = {"ClipVision.__call__": "vision", "Decoder.__call__": "LM"}
-# (a function that asked for the operation, what its time is called); the first that fits.
+# (a function that called the operation, the name of its time); the first match counts.
 PARTS = (
     ("attention", "attention"),
     ("rotate", "rotary positions"),
@@ -35,7 +35,7 @@ PARTS = (
 
 
 def part(operation: str, stack: tuple[str, ...]) -> str:
-    """What the time of an operation is called."""
+    """Return the name under which the time of an operation is counted."""
     module = next((name for function, name in MODULES.items() if function in stack), "")
     if operation.startswith("dynamic-slice"):
         return f"{module} copies of a layer's weights".strip()
@@ -44,7 +44,7 @@ def part(operation: str, stack: tuple[str, ...]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Prints and returns the seconds of each part."""
+    """Print and return the seconds of each part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=ABOUT)
     parser.add_argument("--size", choices=work.SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     operations = profile.seconds(
         lambda model: run_.run(model, batch).logits, model, rounds=args.rounds
     )
-    parts = collections.Counter()
+    parts: dict[str, float] = collections.defaultdict(float)
     for (operation, stack), seconds in operations.items():
         parts[part(operation, stack)] += seconds
     total = sum(parts.values())
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{args.pictures} pictures, {inputs['ids'].shape[1]} tokens a row, float32, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.rounds} rounds\n"
     )
-    for name, seconds in parts.most_common():
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"{name:44}{seconds:10.4f} s{seconds / total:8.1%}")
     print(f"{'all':44}{total:10.4f} s")
     if args.json:

@@ -1,4 +1,4 @@
-"""The logit lens at every layer and token: entropy and the ten best words."""
+"""Run the logit lens at every layer and token: entropy and the ten most likely words."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.work import Work
 from mllm_jax import sites as S
 from mllm_jax.interventions import logit_lens
 
-ASKED = {"lens": mj.lens(S.lm.resid_post, k=10)}
+CAPTURES = {"lens": mj.lens(S.lm.resid_post, k=10)}
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     lm, (B, T) = work.size.config.lm, batch.ids.shape
     states = jax.random.normal(jax.random.key(0), (lm.layers * B * T, lm.width))
 
     def ours():
-        found = mj.run(model, batch, None, ASKED, logits="none")["lens"]
-        return {name: np.asarray(getattr(found, name)) for name in ("entropy", "log_probs", "ids")}
+        lens = mj.run(model, batch, None, CAPTURES, logits="none")["lens"]
+        return {name: np.asarray(getattr(lens, name)) for name in ("entropy", "log_probs", "ids")}
 
     return {
         harness.OURS: ours,
@@ -32,14 +32,14 @@ def sides(work: Work):
 
 
 def _products(model, states):
-    """The matrix products of the lens and nothing more: of the logits only a maximum is kept."""
+    """Compute the matrix products of the lens alone; only the maximum of the logits is kept."""
     chunk = logit_lens.LENS_CHUNK
     parts = states.reshape(-1, min(chunk, len(states)), states.shape[-1])
     return jax.lax.map(lambda part: model.lm.logits(part).max(-1), parts)
 
 
 def _over_products(series):
-    """The lens alone, over its products."""
+    """Return the time of the lens alone, relative to that of its products."""
     lens = series[harness.OURS].seconds - series["pass without lens"].seconds
     return lens / series["products of the lens"].seconds
 
@@ -50,7 +50,7 @@ def _memory(series):
 
 BENCHMARK = harness.Benchmark(
     name="lens",
-    about="entropy and ten best words of every layer and token",
+    about="entropy and ten most likely words of every layer and token",
     sides=sides,
     rivals=("hf_careful", "mmneuron"),
     bounds=(

@@ -1,4 +1,4 @@
-"""A clean forward pass, against its products with weights alone.
+"""Run a clean forward pass, and its matrix products with weights alone.
 
 The products of attention count as overhead, so a share of 0.7 is at least 70 % of the machine's
 rate of matrix products.
@@ -16,7 +16,7 @@ from mllm_jax.interventions import tap
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batch = work.model, work.batch(rows=work.fields["pictures"])
     vision, (B, T) = work.size.config.vision, batch.ids.shape
     key = jax.random.key(0)
@@ -35,7 +35,7 @@ def sides(work: Work):
 
 
 def _products(layers, x):
-    """Every product of the layers with a weight; of those that lead nowhere only a maximum."""
+    """Compute all products of the layers with weights; unused ones are reduced to a maximum."""
 
     def step(x, layer):
         attn, mlp = layer.attn, layer.mlp
@@ -48,7 +48,7 @@ def _products(layers, x):
 
 
 def _share(parts: tuple[str, ...], whole: str):
-    """Time of the products with weights alone over the time of the pass that contains them."""
+    """Return the bound on the time of the products relative to the pass that contains them."""
 
     def value(series):
         return sum(series[f"{part} products"].seconds for part in parts) / series[whole].seconds

@@ -1,6 +1,6 @@
-"""Where a compiled program spends its time: the profiler's operations, by function.
+"""Measure the time of the operations of a compiled program with the profiler, by function.
 
-XLA remembers for each operation which Python functions asked for it: the model needs no marks.
+XLA records the Python functions that called each operation, so the model needs no annotations.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import collections
 import glob
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -17,17 +18,20 @@ _CONTAINERS = ("while", "call", "conditional")
 
 
 def seconds(run: Callable, *args, rounds: int = 3) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Seconds of one run by (operation, the functions that asked for it, outermost first).
+    """Return the seconds of one run by operation and the functions that called it.
 
-    Where several operations are under way at one moment, each has its part of it.
+    Operations that run at the same moment share it equally.
 
     Args:
-      run: the function to compile.
-      *args: its arguments.
-      rounds: runs to take the mean of.
+        run: the function to compile.
+        *args: its arguments.
+        rounds: the number of runs, whose mean is returned.
+
+    Returns:
+        {(operation, functions, the outermost first): seconds}.
     """
     compiled = jax.jit(run).lower(*args).compile()
-    stacks = _stacks(compiled.as_text())
+    stacks = _stacks(compiled.as_text() or "")
     jax.block_until_ready(compiled(*args))
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -38,8 +42,8 @@ def seconds(run: Callable, *args, rounds: int = 3) -> dict[tuple[str, tuple[str,
     return {(name, stacks.get(name, ())): s / rounds for name, s in _divide(spans).items()}
 
 
-def _spans(data) -> list[tuple[str, float, float]]:
-    """(operation, start, end) in nanoseconds."""
+def _spans(data: Any) -> list[tuple[str, float, float]]:
+    """Return the (operation, start, end) of a profile, in nanoseconds."""
     begun, ended = [], {}
     for plane in data.planes:
         for line in plane.lines:
@@ -47,28 +51,30 @@ def _spans(data) -> list[tuple[str, float, float]]:
                 stats = dict(event.stats)
                 if "hlo_op" in stats and not stats["hlo_op"].startswith(_CONTAINERS):
                     begun.append((stats["hlo_op"], event.start_ns, event.end_ns, stats.get("_p")))
-                elif event.name.startswith("end: "):  # of one that went on in other threads
+                elif event.name.startswith("end: "):  # of an operation that other threads continued
                     ended[stats.get("_c")] = event.end_ns
     return [(name, start, max(end, ended.get(key, end))) for name, start, end, key in begun]
 
 
-def _divide(spans) -> dict[str, float]:
-    """Seconds of each operation, time divided among those under way."""
+def _divide(spans: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+    """Return the seconds of each operation; those that run at the same moment share it."""
     moments = sorted(
         [(start, 1, i) for i, (_, start, _) in enumerate(spans)]
         + [(end, 0, i) for i, (_, _, end) in enumerate(spans)]
     )
-    under_way, found, before = set(), collections.Counter(), 0.0
+    running: set[int] = set()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    before = 0.0
     for now, begins, i in moments:
-        for j in under_way:
-            found[spans[j][0]] += (now - before) / len(under_way) * 1e-9
-        (under_way.add if begins else under_way.discard)(i)
+        for j in running:
+            seconds[spans[j][0]] += (now - before) / len(running) * 1e-9
+        (running.add if begins else running.discard)(i)
         before = now
-    return dict(found)
+    return dict(seconds)
 
 
 def _stacks(text: str) -> dict[str, tuple[str, ...]]:
-    """The functions that asked for each operation of a compiled program."""
+    """Return the functions that called each operation of a compiled program."""
     names = dict(re.findall(r'^(\d+) "(.*)"$', _section(text, "FunctionNames"), re.M))
     places = dict(
         re.findall(r"^(\d+) {.*function_name_id=(\d+)", _section(text, "FileLocations"), re.M)
@@ -80,17 +86,17 @@ def _stacks(text: str) -> dict[str, tuple[str, ...]]:
     frames = {row: (names[places[place]], parent) for row, place, parent in rows}
 
     def stack(frame: str) -> tuple[str, ...]:
-        found = []
+        functions = []
         while frame in frames:
             name, parent = frames[frame]
-            found.append(name)
+            functions.append(name)
             frame = str(int(parent) - 1)  # counted from 1, 0 for none
-        return tuple(reversed(found))
+        return tuple(reversed(functions))
 
     operations = re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = .*stack_frame_id=(\d+)", text, re.M)
     return {name: stack(frame) for name, frame in operations}
 
 
 def _section(text: str, title: str) -> str:
-    """The lines after a title, up to an empty one."""
+    """Return the lines after a title, up to an empty one."""
     return text.partition(f"\n{title}\n")[2].partition("\n\n")[0]

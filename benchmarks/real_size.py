@@ -1,9 +1,9 @@
-"""A model of real size on a small machine: how long each use of it takes, and its peak of memory.
+"""Use a model of real size on a small machine, and measure the time and peak memory of each use.
 
     python -m benchmarks.real_size --model=DIRECTORY [--steps=16] [--most=20] [--json=FILE]
 
-One process loads the model in bfloat16, counts activations, looks through the lens and generates,
-all with one picture on the CPU; this one watches. Seconds are those of a first run, with
+One process loads the model in bfloat16, counts activations, runs the logit lens and generates, all
+with one picture on the CPU; this process reports. Seconds are those of a first run, with
 compilation. `python -m tests.helpers.make_checkpoint` writes a random LLaVA-1.5-7B. Needs Linux.
 """
 
@@ -44,34 +44,35 @@ LENS = {
 
 
 def phases(directory: pathlib.Path, steps: int) -> Iterator[dict[str, Any]]:
-    """Uses the model, in this process.
+    """Use the model in this process.
 
     Yields:
-        Of each phase: name; seconds; cpu, seconds of all threads; peak, bytes of this process;
-        found, what came of it in words. Of the first also model, bytes of the parameters.
+        Of each phase: `name`; `seconds`; `cpu`, the seconds of all threads; `peak`, the bytes of
+        this process; `result`, a summary as text. Of the first also `model`, the bytes of the
+        parameters.
     """
     (model, processor), lap = _lap(lambda: mj.load(directory, dtype=jnp.bfloat16))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    yield lap | {"name": "load", "model": size, "found": f"{size / GIB:.2f} GiB of parameters"}
+    yield lap | {"name": "load", "model": size, "result": f"{size / GIB:.2f} GiB of parameters"}
 
     noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
     batch = processor([PIL.Image.fromarray(noise)], ["What is shown in the picture?"])
     total, lap = _lap(lambda: mj.reduce(COUNTS, model, [batch]))
     shares = (f"{name} {s.positive.mean() / s.tokens.max():.3f}" for name, s in total.items())
-    yield lap | {"name": "counts", "found": f"above zero: {', '.join(shares)}"}
+    yield lap | {"name": "counts", "result": f"above zero: {', '.join(shares)}"}
 
     out, lap = _lap(lambda: jax.block_until_ready(mj.run(model, batch, None, LENS, logits="none")))
     nats = out["entropy"].sum.sum((1, 2)) / out["entropy"].tokens.sum((1, 2))
     ends = f"first layer {nats[0]:.2f} nats, last {nats[-1]:.2f}"
-    yield lap | {"name": "lens", "found": ends}
+    yield lap | {"name": "lens", "result": ends}
 
     made, lap = _lap(lambda: np.asarray(mj.generate(model, batch, max_new_tokens=steps).tokens))
-    yield lap | {"name": "generate", "found": f"tokens {' '.join(map(str, made[0]))}"}
+    yield lap | {"name": "generate", "result": f"tokens {' '.join(map(str, made[0]))}"}
 
 
 def _lap(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What was computed, and what it took."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    """Return a result, and the time and memory of its computation."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start, cpu = time.perf_counter(), time.process_time()
     result = run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -81,10 +82,11 @@ def _lap(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def watched(directory: pathlib.Path, steps: int) -> Iterator[dict[str, Any]]:
-    """The phases, of a process of their own: what it had used before does not count."""
+    """Yield the phases of a separate process, whose memory was not used before."""
     command = [sys.executable, "-m", "benchmarks.real_size", f"--model={directory.absolute()}"]
     command += [f"--steps={steps}", "--inside"]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         yield from map(json.loads, process.stdout)
     if process.returncode:
         why = "killed, as when memory runs out" if process.returncode < 0 else "see above"
@@ -92,7 +94,7 @@ def watched(directory: pathlib.Path, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Prints and returns the phases, each with the bytes it may have at most."""
+    """Print and return the phases, each with its bound on memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_size", description=ABOUT)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a checkpoint directory")
     parser.add_argument("--steps", type=int, default=16, help="tokens to generate")
@@ -105,21 +107,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             print(json.dumps(phase), flush=True)
         return []
     print(f"{'phase':12}{'seconds':>10}{'CPU':>10}{'peak':>12}{'at most':>12}")
-    found = []
+    reported = []
     for phase in watched(args.model, args.steps):
         most = args.most * GIB
         if "model" in phase:
             most = min(most, phase["model"] + LOADING * GIB)
-        found.append(phase | {"most": most})
+        reported.append(phase | {"most": most})
         print(
             f"{phase['name']:12}{phase['seconds']:10.1f}{phase['cpu']:10.1f}"
             f"{phase['peak'] / GIB:8.2f} GiB{most / GIB:8.2f} GiB"
-            f"  {'kept' if phase['peak'] <= most else 'MISSED'}  {phase['found']}",
+            f"  {'kept' if phase['peak'] <= most else 'MISSED'}  {phase['result']}",
             flush=True,
         )
     if args.json:
-        atomic_json(args.json, found)
-    return found
+        atomic_json(args.json, reported)
+    return reported
 
 
 if __name__ == "__main__":

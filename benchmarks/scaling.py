@@ -1,11 +1,11 @@
-"""How work and traffic of a chip change with the number of chips, counted in compiled programs.
+"""Count the work and traffic of a chip in compiled programs, by the number of chips.
 
     python -m benchmarks.scaling --model=llava-1.5-7b --out=docs/scaling [--chips=1,2,4,8,16,256]
 
-Every program is compiled for so many fake devices of this machine's CPU and read, not run: there
-is no time in it. Weak scaling gives each data shard the same rows, strong scaling spreads the same
-rows over more shards, and the model axis spreads the layers over more chips with the same rows.
-Times are lower bounds at the peaks of a v5e.
+Every program is compiled for fake devices of this machine's CPU and is not run, so no time is
+measured. In weak scaling each data shard has the same rows; in strong scaling more shards share the
+same rows; along the model axis more chips share the layers. Times are lower bounds at the peak
+rates of a v5e.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ CHIP = "v5e"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Prints, writes and returns the points."""
+    """Print, write and return the points."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=ABOUT)
     parser.add_argument("--model", default="llava-1.5-7b")
     parser.add_argument("--study", default="counts")
     parser.add_argument("--chips", default="1,2,4,8", help="numbers of chips")
-    parser.add_argument("--model-chips", default="1,2,4,8", help="the same along the model axis")
-    parser.add_argument("--rows", type=int, default=8, help="of a shard (weak), of all (strong)")
+    parser.add_argument(
+        "--model-chips", default="1,2,4,8", help="numbers of chips along the model axis"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, help="rows of a shard (weak) or of all shards (strong)"
+    )
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args(argv)
     chips, along = ([int(n) for n in text.split(",")] for text in (args.chips, args.model_chips))
-    # Before JAX starts: the devices of a process are fixed then.
+    # Set before JAX is imported, which fixes the devices of a process.
     count = max(*chips, *along)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def measure(
     name: str, study: str, chips: Sequence[int], along: Sequence[int], rows: int
 ) -> list[dict[str, Any]]:
-    """A point for each way to scale and number of chips."""
+    """Return a point for each way of scaling and number of chips."""
     from mllm_jax import families
     from mllm_jax.planning import plan, programs
     from mllm_jax.planning.chips import CHIPS
@@ -55,26 +59,26 @@ def measure(
     ways += [("strong, model", n, (1, n), rows) for n in along]
     config, points = families.RELEASED[name](), []
     for way, n, (data, model), each in ways:
-        found = plan.plan(
+        planned = plan.plan(
             config, programs.Size(rows=each), study=study, topology=mesh.mesh(data, model)
         )
         peak = CHIPS[CHIP]
-        seconds = {"compute": found.flops / peak.flops, "links": found.received / peak.links}
+        seconds = {"compute": planned.flops / peak.flops, "links": planned.received / peak.links}
         points.append({
-            "scaling": way, "chips": n, "rows": found.rows, "flops": found.flops,
-            "received": found.received, "weights": found.bytes["weights"], "seconds": seconds,
-            "gathers": len(found.gathers()),
+            "scaling": way, "chips": n, "rows": planned.rows, "flops": planned.flops,
+            "received": planned.received, "weights": planned.bytes["weights"], "seconds": seconds,
+            "gathers": len(planned.gathers()),
         })  # fmt: skip
         print(
-            f"{way:14} {n:4} chips {found.rows:5} rows {found.flops / 1e12:9.3f} Tflop a chip "
-            f"{found.received / 2**20:10.2f} MiB received",
+            f"{way:14} {n:4} chips {planned.rows:5} rows {planned.flops / 1e12:9.3f} Tflop a chip "
+            f"{planned.received / 2**20:10.2f} MiB received",
             flush=True,
         )
     return points
 
 
 def write(out: pathlib.Path, name: str, study: str, points: Sequence[dict[str, Any]]) -> None:
-    """Table, JSON and picture."""
+    """Write the points as a table, as JSON and as a figure."""
     from experiments.plan import plots
     from mllm_jax import store
     from mllm_jax.report import style, tables

@@ -1,4 +1,4 @@
-"""The log-likelihood of many answers to one question."""
+"""Score many answers to one question by their log-likelihood."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mllm_jax import tokens
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batch = work.model, work.batch(rows=1)
     candidates = work.inputs["candidates"].astype(np.int32)
-    whole = [_with_answer(batch, candidate) for candidate in candidates]
+    full_rows = [_with_answer(batch, candidate) for candidate in candidates]
 
     def ours():
         return {"scores": np.asarray(mj.score(model, batch, candidates[None])[0])}
 
     def full():
-        return {"scores": np.array([_said(model, b, c) for b, c in zip(whole, candidates)])}
+        return {"scores": np.array([_said(model, b, c) for b, c in zip(full_rows, candidates)])}
 
     return {harness.OURS: ours, "full forwards": full}
 
 
 def _with_answer(batch, answer):
-    """The batch of one row with an answer after it; what fills it up counts as padding."""
+    """Return the batch of one row with an answer after it, which padding completes."""
     A, real = len(answer), answer >= 0
     T = batch.ids.shape[1]
 

@@ -1,4 +1,4 @@
-"""Many single-layer ablations on one batch, read as the logits of the answer's options."""
+"""Run many single-layer ablations on one batch, and read the logits of the options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm_jax import sites as S
 
 
 def sides(work: Work):
-    """Return what is measured: the sides of this comparison by name."""
+    """Return the sides of this library by name."""
     model, batch, options = (
         work.model,
         work.batch(rows=work.fields["pictures"]),

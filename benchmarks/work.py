@@ -1,4 +1,4 @@
-"""The work that all sides do: one random model and one set of inputs, in files that all read."""
+"""The work of all sides: one random model and one set of inputs, in files that all sides read."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 
-BATCH = 8  # rows at one time
-FAMILY = families.FAMILIES["llava"]
+BATCH = 8  # rows of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much work there is.
+    """The amount of work.
 
     Attributes:
-      config: of the model. A checkpoint of it is loaded by transformers, so no patch is folded.
-      words: of a row; its first stands before the image, the others after it.
-      edits, groups: ablations of a sweep, and how many sets of neurons there are in each layer.
-      candidates, answer: answers to be scored, and tokens of the longest.
-      steps: tokens to be generated.
+        config: the config of the model. transformers loads its checkpoint, so no patch is folded.
+        words: the number of words of a row, the first before the image and the others after it.
+        edits: the number of ablations of a sweep.
+        groups: the number of sets of neurons in each layer.
+        candidates: the number of answers to score.
+        answer: the number of tokens of the longest answer.
+        steps: the number of tokens to generate.
     """
 
     config: MultimodalConfig
@@ -45,13 +46,19 @@ class Size:
     steps: int = 32
 
 
+def llava_config(*args: Any, **options: Any) -> MultimodalConfig:
+    """Return a config of LLaVA, see `of` of its config."""
+    config: Any = families.FAMILIES["llava"].config
+    return config.of(*args, **options)
+
+
 def _tiny() -> MultimodalConfig:
-    return FAMILY.config.of(ClipConfig.tiny(), DecoderConfig.tiny(), fold=1, image_token=95)
+    return llava_config(ClipConfig.tiny(), DecoderConfig.tiny(), fold=1, image_token=95)
 
 
 def _small() -> MultimodalConfig:
     vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
-    return FAMILY.config.of(vision, lm, fold=1, image_token=lm.vocab - 1)
+    return llava_config(vision, lm, fold=1, image_token=lm.vocab - 1)
 
 
 SIZES = {
@@ -62,13 +69,15 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The model, the inputs, and where they are written.
+    """The model, the inputs and their files.
 
     Attributes:
-      model: float32, random.
-      inputs: arrays by name, see `make_inputs`.
-      fields: plain values: pictures, steps, image_token, ablated_layer, steered_layers.
-      directory: with `checkpoint/` in the form of Hugging Face, `inputs.npz` and `work.json`.
+        size: the amount of work.
+        model: a random model in float32.
+        inputs: arrays by name, see `make_inputs`.
+        fields: plain values: pictures, steps, image_token, ablated_layer, steered_layers.
+        directory: a folder with `checkpoint/` in the layout of Hugging Face, `inputs.npz` and
+            `work.json`.
     """
 
     size: Size
@@ -79,18 +88,18 @@ class Work:
 
     @property
     def batches(self) -> list[Batch]:
-        """All pictures, BATCH at one time."""
+        """The batches of all pictures."""
         pictures = self.fields["pictures"]
         return [self.batch(i, min(BATCH, pictures - i)) for i in range(0, pictures, BATCH)]
 
     def batch(self, start: int = 0, rows: int = BATCH) -> Batch:
-        """The rows from `start` on."""
+        """Return a batch of rows, from `start` on."""
         at = slice(start, start + rows)
         return to_batch(self.size.config, self.inputs["ids"][at], self.inputs["pixels"][at])
 
 
 def to_batch(config: MultimodalConfig, ids: np.ndarray, pixels: np.ndarray) -> Batch:
-    """Inputs as our models read them."""
+    """Return inputs as a batch of our models."""
     rows, T = ids.shape
     image, side = ids == config.image_token, config.token_grid
     number = np.where(image, image.cumsum(-1) - 1, -1)
@@ -115,12 +124,12 @@ def to_batch(config: MultimodalConfig, ids: np.ndarray, pixels: np.ndarray) -> B
 
 
 def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
-    """Makes the work and writes it.
+    """Make the work and write it.
 
     Args:
-      size: model and sequence lengths.
-      directory: empty.
-      pictures: how many rows the sides read.
+        size: the amount of work.
+        directory: an empty folder.
+        pictures: the number of rows.
     """
     model, inputs = random_model(size.config), make_inputs(size, pictures)
     layers = size.config.lm.layers
@@ -134,13 +143,16 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
         "steered_layers": (layers // 2, layers * 3 // 4),
     }
     mj.save_hf(model, None, directory / "checkpoint")
-    np.savez(directory / "inputs.npz", **inputs)
+    np.savez(directory / "inputs.npz", allow_pickle=False, **inputs)
     (directory / "work.json").write_text(json.dumps(fields))
     return Work(size, model, inputs, fields, directory)
 
 
 def random_model(config: MultimodalConfig, seed: int = 0) -> MultimodalModel:
-    """Random weights that keep tensors of order 1, by NumPy: flax takes long to compile its own."""
+    """Return a model of random weights that keep tensors of order 1.
+
+    NumPy draws them, because the initialisers of flax are slow to compile.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -158,16 +170,15 @@ def random_model(config: MultimodalConfig, seed: int = 0) -> MultimodalModel:
 
 
 def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """All inputs by name.
+    """Return all inputs by name.
 
     Returns:
-      ids: int64[rows, T], the image's tokens in place. All rows are as long: no side pads.
-      pixels: float32[rows, 3, row, column].
-      options: int64[4], ids of the answer letters.
-      layers, neurons: int64[R], int64[R, n]: what each ablation of the sweep sets to zero.
-      candidates: int64[C, A], filled up with -1.
-      ablated: int64[n] and vector: float32[D], for the edits of the generation.
-      fold_kernel_0, fold_kernel_1: float32[4 E, D] and [D, D], a projector of folded patches.
+        `ids`, int64[rows, T], with the tokens of the image; all rows have the same length, so no
+        side pads. `pixels`, float32[rows, 3, row, column]. `options`, int64[4], the ids of the
+        answer letters. `layers`, int64[R], and `neurons`, int64[R, n], of the ablations of the
+        sweep. `candidates`, int64[C, A], padded with -1. `ablated`, int64[n], and `vector`,
+        float32[D], of the edits of the generation. `fold_kernel_0`, float32[4 E, D], and
+        `fold_kernel_1`, float32[D, D], of a projector of folded patches.
     """
     rng, config = np.random.default_rng(seed), size.config
     L, F, side = config.lm.layers, config.lm.mlp, config.vision.image_size

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.running import agreement
 from mllm_jax import store
+from mllm_jax.batch import Batch
 from mllm_jax.data import features as features_
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
@@ -38,7 +39,7 @@ class Context:
     model: Any
     processor: Any
     edits: Edits = dataclasses.field(default_factory=Edits)
-    captures: Mapping[str, Capture] = dataclasses.field(default_factory=dict)
+    captures: dict[str, Capture] = dataclasses.field(default_factory=dict)
 
     def claim(self, data: Mapping[str, Any]) -> None:
         """Refuse a workdir with work of another model, data, files, code or versions.
@@ -77,7 +78,7 @@ class Context:
         write_page(self.workdir.path, content)
         store.write_manifest(self.workdir, **manifest)
 
-    def with_features(self, batch):
+    def with_features(self, batch: Batch) -> Batch:
         """Return a batch with its vision features, so that passes skip the vision tower.
 
         The batch is returned unchanged if an edit lies in the vision tower.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import ml_collections
 
 from mllm_jax.data import batching, domains, vqa
 
-# The split of MMNeuron's data sets and the kind of prompt, by our name of the split.
-VQA_SPLITS = {
+Prompts = Literal["activation", "generation", "lens"]
+# The split of MMNeuron's data sets and the kind of its prompts, by our name of the split.
+VQA_SPLITS: dict[str, tuple[str, Prompts]] = {
     "train": ("train", "activation"),
     "test": ("val", "generation"),
     "lens": ("train", "lens"),
@@ -40,7 +42,9 @@ def examples_of(
     return batching.interleave([list(itertools.islice(d, per_domain)) for d in by_domain])
 
 
-def _vqa(config: ml_collections.ConfigDict, split: str, prompts: str) -> dict[str, domains.Domain]:
+def _vqa(
+    config: ml_collections.ConfigDict, split: str, prompts: Prompts
+) -> dict[str, domains.Domain]:
     names = tuple(config.domains) or vqa.NAMES
     where = {"root": config.vqa.root or None, "size": config.vqa.size}
     if config.vqa.manual:

@@ -1,11 +1,11 @@
-"""Runs a study in several processes of this machine, to try out what a pod will do.
+"""Run a study in several processes of this machine, as a trial of a run on a pod.
 
     python -m experiments.launch --processes=2 -- \
         python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=DIR
 
-When one process fails, all end, with its status; SIGTERM and Ctrl-C go to all. When none is left
-to say why, as after SIGKILL to all, this one does. On a pod there is no need for it: start the
-study on every host with `--processes=auto`.
+If one process fails, all end with its status. SIGTERM and Ctrl-C are sent to all. If all processes
+were killed, this one reports the reason. A pod does not need it: start the study on every host with
+`--processes=auto`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import sys
 import tempfile
 import time
 
-GRACE = 20  # seconds for the others to end by themselves, when one has failed
+GRACE = 20  # seconds in which the other processes may end by themselves after a failure
 
 
 def launch(command: list[str], count: int) -> int:
-    """Start the processes, wait for them, and return an exit status.
+    """Start the processes and wait for them.
+
+    Args:
+        command: the command of each process.
+        count: the number of processes.
 
     Returns:
         128 + the signal's number if a process was killed, else the status of the first that
@@ -51,16 +55,17 @@ def _start(command: list[str], address: str, count: int, number: int) -> subproc
     }
     if number:
         environment["TQDM_DISABLE"] = "1"
-    # A group of its own: Ctrl-C comes through this process, and once.
+    # In its own process group, Ctrl-C reaches it once, through this process.
     return subprocess.Popen(command, env=environment, process_group=0)
 
 
 def _wait(started: list[subprocess.Popen]) -> int:
+    """Wait until all processes have ended, and return the exit status of the run."""
     while True:
-        found = [process.poll() for process in started]
-        if failed := [status for status in found if status]:
+        polled = [process.poll() for process in started]
+        if failed := [status for status in polled if status]:
             break
-        if None not in found:
+        if None not in polled:
             return 0
         time.sleep(0.1)
     end = time.monotonic() + GRACE
@@ -69,32 +74,36 @@ def _wait(started: list[subprocess.Popen]) -> int:
     statuses = [process.poll() or 0 for process in started]
     if all(status < 0 for status in statuses):
         _explain(started)
-    # A process that was killed is the cause, whichever ended first; one that aborts never is.
+    # A killed process is the cause, even if another ended first; an aborted one never is.
     killed = [status for status in statuses if status < 0 and status != -signal.SIGABRT]
     status = (killed or failed)[0]
     return status if status > 0 else 128 - status  # as a shell reports a signal
 
 
 def _explain(started: list[subprocess.Popen]) -> None:
-    """One line where all were ended by signals; that which aborts does it because of another."""
+    """Print one line on why all processes were ended by signals.
+
+    A process that aborts does so because another has ended.
+    """
     ended = [(p.returncode == -signal.SIGABRT, i) for i, p in enumerate(started)]
     aborted, number = min(ended)
     text = (
         f"error: process {number} was ended by {signal.Signals(-started[number].returncode).name}"
     )
     if aborted:
-        words = " ".join(line for log in _logs(started[number]) for line in log.open())
-        text += f" ({words[:200].strip()})"
+        log = " ".join(path.read_text() for path in _logs(started[number]))
+        text += f" ({' '.join(log.split())[:200]})"
     print(f"{text}: what was finished is saved; start again with the same flags to continue",
           file=sys.stderr)  # fmt: skip
 
 
 def _logs(process: subprocess.Popen) -> list[pathlib.Path]:
-    """What JAX's C++ code wrote to stderr in a process, see `hosts.initialize`."""
+    """Return the stderr of JAX's C++ code in a process, see `hosts.initialize`."""
     return list(pathlib.Path(tempfile.gettempdir()).glob(f"mllm_jax-{process.pid}-*.log"))
 
 
 def _signal(started: list[subprocess.Popen], number: int) -> None:
+    """Send a signal to the processes that run."""
     for process in started:
         if process.poll() is None:
             process.send_signal(number)
@@ -109,15 +118,17 @@ def _free_port() -> int:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
-    asked = parser.parse_args()
-    command = asked.command[1:] if asked.command[:1] == ["--"] else asked.command
-    if not command or asked.processes < 1:
+    parser.add_argument("--processes", type=int, default=2, help="the number of processes")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="the command of the study, after --"
+    )
+    args = parser.parse_args()
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command or args.processes < 1:
         parser.error("a command is needed after --, and one process or more")
     if command[0] in ("python", "python3"):
         command[0] = sys.executable
-    sys.exit(launch(command, asked.processes))
+    sys.exit(launch(command, args.processes))
 
 
 if __name__ == "__main__":

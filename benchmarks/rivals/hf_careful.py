@@ -1,4 +1,4 @@
-"""Transformers in careful hands: batched, no gradients, sdpa, nothing that is not needed.
+"""Transformers in optimised use: batched, without gradients, sdpa, no unneeded computation.
 
 Vision features are computed once, logits at the last token alone; hooks touch as little as they
 can. `torch.compile` is not used: it breaks its graph at every hook.
@@ -19,7 +19,7 @@ CHUNK = 256  # tokens whose logits exist at one time
 
 
 def sweep(work: Work):
-    """Logits of the options under each ablation: [R, B, 4]."""
+    """Compute the logits of the options under each ablation, [R, B, 4]."""
     model, options = hf.load(work), hf.tensor(work, "options")
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
@@ -45,7 +45,7 @@ def _ablate(neurons, module, args):
 
 
 def counts(work: Work):
-    """How often each neuron is above zero, over all tokens: [L, F] by module."""
+    """Count how often each neuron is above zero over all tokens, [L, F] by module."""
     model = hf.load(work)
     model.lm_head = torch.nn.Identity()
     batch, ids = work.fields["batch"], hf.tensor(work, "ids")
@@ -54,7 +54,7 @@ def counts(work: Work):
         "vision": [layer.mlp.fc1 for layer in model.model.vision_tower.encoder.layers],
         "projector": [model.model.multi_modal_projector.linear_1],
         "lm": [layer.mlp.gate_proj for layer in hf.blocks(model)],
-    }  # the sign of an activation is that of what enters it
+    }  # an activation has the sign of its input
 
     @torch.inference_mode()
     def run():
@@ -85,7 +85,7 @@ def counts(work: Work):
 
 
 def lens(work: Work):
-    """Entropy [L, B, T] and the ten best words [L, B, T, 10], a chunk of tokens at a time."""
+    """Read entropy [L, B, T] and the ten most likely words [L, B, T, 10], in chunks of tokens."""
     model = hf.load(work)
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
@@ -124,7 +124,7 @@ def lens(work: Work):
 
 
 def score(work: Work):
-    """Log-likelihood of each candidate [C], the prompt read once and its cache repeated."""
+    """Compute the log-likelihood of each candidate [C]; all share the cache of the prompt."""
     model = hf.load(work)
     ids, pixels = (hf.tensor(work, name, rows=1) for name in ("ids", "pixels"))
     candidates = hf.tensor(work, "candidates")
@@ -144,7 +144,7 @@ def score(work: Work):
 
 
 def generate(work: Work):
-    """Tokens that follow under two edits, greedily: [B, steps]."""
+    """Generate tokens greedily under two edits, [B, steps]."""
     model, steps = hf.load(work), work.fields["steps"]
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
@@ -174,7 +174,7 @@ def generate(work: Work):
 
 
 def prefill(work: Work):
-    """Logits at the last token: [B, V]."""
+    """Compute the logits at the last token, [B, V]."""
     model = hf.load(work)
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
@@ -188,5 +188,5 @@ def prefill(work: Work):
 
 
 def finetune(work: Work):
-    """The loss of each step, features computed once and logits only where an answer stands."""
+    """Return the loss of each step; features are computed once, logits at answers alone."""
     return hf_trainer.finetune(work, cached=True, everywhere=False)

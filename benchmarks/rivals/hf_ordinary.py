@@ -1,4 +1,4 @@
-"""Transformers as most use it: forward hooks, and a whole forward pass for each condition."""
+"""Transformers in common use: forward hooks, and a full forward pass for each condition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.rivals.serve import Work
 
 
 def sweep(work: Work):
-    """Logits of the options under each ablation: [R, B, 4]."""
+    """Compute the logits of the options under each ablation, [R, B, 4]."""
     model, options = hf.load(work), hf.tensor(work, "options")
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
@@ -34,7 +34,7 @@ def sweep(work: Work):
 
 
 def score(work: Work):
-    """Log-likelihood of each candidate [C], by a whole forward pass each."""
+    """Compute the log-likelihood of each candidate [C], by a full forward pass each."""
     model = hf.load(work)
     ids, pixels = (hf.tensor(work, name, rows=1) for name in ("ids", "pixels"))
     candidates = [c[c >= 0] for c in hf.tensor(work, "candidates")]

@@ -1,7 +1,7 @@
-"""Fine-tuning of the projector as LLaVA's trainer does it, written anew in plain torch.
+"""Fine-tune the projector as LLaVA's trainer does, reimplemented in plain torch.
 
 The frozen vision tower runs in every step without gradients, and logits are computed at every
-token. Unlike its scripts, no layer is computed again to save memory, and nothing is in bfloat16.
+token. Unlike in its scripts, no layer is recomputed to save memory, and nothing is in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from benchmarks.rivals.serve import Work
 
 
 def finetune(work: Work, cached: bool = False, everywhere: bool = True):
-    """The loss of each step.
+    """Return the function that trains and returns the loss of each step.
 
     Args:
-      work: model, inputs and settings.
-      cached: features of the tower are computed once, before.
-      everywhere: logits at every token, not where an answer stands alone.
+        work: the model, inputs and settings.
+        cached: whether the features of the tower are computed once, beforehand.
+        everywhere: whether logits are computed at every token, or at answers alone.
     """
     model = hf.load(work).requires_grad_(False)
     size, answer = work.fields["batch"], work.fields["answer"]
@@ -35,9 +35,9 @@ def finetune(work: Work, cached: bool = False, everywhere: bool = True):
         optimiser = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0)
         schedule = transformers.get_cosine_schedule_with_warmup(optimiser, 1, len(pictures))
         losses = []
-        for ids, seen in zip(words.split(size), pictures, strict=True):
-            seen = seen if cached else _features(model, seen)
-            states = _states(model, ids, projector(seen))
+        for ids, images in zip(words.split(size), pictures, strict=True):
+            features = images if cached else _features(model, images)
+            states = _states(model, ids, projector(features))
             wanted = ids[:, -answer:]
             if everywhere:
                 logits = model.lm_head(states)[:, -answer - 1 : -1]
@@ -66,7 +66,7 @@ def _projector(kernels: list[torch.Tensor]) -> torch.nn.Module:
 
 @torch.no_grad()
 def _features(model, pixels: torch.Tensor) -> torch.Tensor:
-    """float32[B, p, 4 E]: four neighbouring patches in one token."""
+    """Return float32[B, p, 4 E], four neighbouring patches in each token."""
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     seen = tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
     B, P, E = seen.shape
@@ -76,7 +76,7 @@ def _features(model, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _states(model, ids: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Final states, the picture after the first word."""
+    """Return the final states, with the picture after the first word."""
     embeds = model.get_input_embeddings()(ids)
     embeds = torch.cat([embeds[:, :1], images, embeds[:, 1:]], 1)
     return model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state

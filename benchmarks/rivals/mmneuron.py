@@ -1,7 +1,7 @@
-"""MMNeuron (Huo et al. 2024) as its published code works: one picture at a time.
+"""MMNeuron (Huo et al. 2024) by the procedure of its published code: one picture at a time.
 
-Written anew from a description of that code, which has no licence. Counting keeps the graph for
-gradients, as there; `mmneuron_no_grad` does not.
+Reimplemented from a description of that code, which has no licence. Like that code, the count keeps
+the graph of gradients; `mmneuron_no_grad` does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.rivals.serve import Work
 
 
 def counts(work: Work, grad: bool = True):
-    """How often each neuron is above zero, over all tokens: [L, F] by module."""
+    """Count how often each neuron is above zero over all tokens, [L, F] by module."""
     model = hf.load(work)
     ids, pixels = hf.tensor(work, "ids"), hf.tensor(work, "pixels")
     sites = {
@@ -54,7 +54,7 @@ def counts(work: Work, grad: bool = True):
 
 
 def lens(work: Work):
-    """Entropy [L, B, T] and the ten best words; four tensors of logits are kept for every layer."""
+    """Read entropy [L, B, T] and the ten most likely words; four logits of each layer are kept."""
     model = hf.load(work)
     ids, pixels = hf.tensor(work, "ids"), hf.tensor(work, "pixels")
     language = model.model.language_model
@@ -63,7 +63,7 @@ def lens(work: Work):
         return model.lm_head(language.norm(states))
 
     def watch(layer, kept):
-        """Reads the attention output, the residual after it, the MLP output, the block output."""
+        """Read the attention output, the residual after it, the MLP output and the block output."""
 
         def attention(module, args, out):
             kept["attention"] = out[0]

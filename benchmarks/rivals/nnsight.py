@@ -13,7 +13,7 @@ from benchmarks.rivals.serve import Work
 
 
 def sweep(work: Work, reuse: bool = False):
-    """Logits of the options under each ablation: [R, B, 4]."""
+    """Compute the logits of the options under each ablation, [R, B, 4]."""
     network = hf.load(work)
     model = NNsight(network)
     options, rows = hf.tensor(work, "options"), work.fields["pictures"]

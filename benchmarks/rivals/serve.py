@@ -1,8 +1,8 @@
-"""The process of a rival: prepares, warms up, then runs once for every line it is sent.
+"""The process of a rival: it prepares, warms up, and runs once for every line of its input.
 
     python -m benchmarks.rivals.serve RIVAL TASK DIRECTORY
 
-Answers are JSON lines on what was standard output; whatever libraries print goes to the errors.
+Answers are JSON lines on the original standard output; output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks import clock
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What `benchmarks.work` wrote: the inputs by name, the fields, the checkpoint."""
+    """The files of `benchmarks.work`: the inputs by name, the fields and the checkpoint."""
 
     checkpoint: pathlib.Path
     inputs: dict[str, np.ndarray]
@@ -38,7 +38,7 @@ class Work:
 
 
 def main(rival: str, task: str, directory: str) -> None:
-    """Serves one task of one rival until the input ends."""
+    """Serve one task of a rival until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     prepare = getattr(importlib.import_module(f"benchmarks.rivals.{rival}"), task)

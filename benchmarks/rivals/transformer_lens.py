@@ -15,7 +15,7 @@ from benchmarks.rivals.serve import Work
 
 
 def sweep(work: Work, reuse: bool = False):
-    """Logits of the options under each ablation: [R, B, 4]."""
+    """Compute the logits of the options under each ablation, [R, B, 4]."""
     model = hf.load(work)
     bridge = TransformerBridge.boot_transformers(
         str(work.checkpoint), hf_model=model, tokenizer=_tokenizer(work), device="cpu"
@@ -46,7 +46,7 @@ def sweep(work: Work, reuse: bool = False):
 
 
 def _tokenizer(work: Work):
-    """One that is never asked (all inputs are tensors), from files, as the bridge wants it."""
+    """Return a tokenizer read from files: the bridge requires one, although inputs are tensors."""
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="b", eos_token="b", pad_token="a", unk_token="a"

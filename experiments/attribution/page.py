@@ -29,9 +29,9 @@ def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     figure = Figure(figsize=(11, 2.6))
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for ax, (domain, sums) in zip(panels, layers.items(), strict=True):
-        places = np.arange(len(sums["for"]))
-        ax.bar(places, sums["for"], width=0.8, color=hue[domain])
-        ax.bar(places, sums["against"], width=0.8, color=style.GREY)
+        layer_numbers = np.arange(len(sums["for"]))
+        ax.bar(layer_numbers, sums["for"], width=0.8, color=hue[domain])
+        ax.bar(layer_numbers, sums["against"], width=0.8, color=style.GREY)
         ax.axhline(0, color=style.INK, linewidth=0.6)
         ax.set(title=domain, xlabel="layer")
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
@@ -137,11 +137,11 @@ def _top(folder: pathlib.Path, results: Mapping) -> page.Section:
     tables.write(
         folder / "tables/top_units.csv", ("domain", "rank", "layer", "unit", "attribution"), rows
     )
-    places = [{(layer, unit) for layer, unit, _ in units} for units in results["top"].values()]
-    common = len(set.intersection(*places))
+    unit_sets = [{(layer, unit) for layer, unit, _ in units} for units in results["top"].values()]
+    common = len(set.intersection(*unit_sets))
     return page.Section(
         title="The top units",
-        reading=f"{common} of the top {len(places[0])} units are the same in every domain.",
+        reading=f"{common} of the top {len(unit_sets[0])} units are the same in every domain.",
         table=page.Table(
             ("domain", "rank", "layer", "unit", "nats"),
             [(row[0], *map(str, row[1:4]), page.signed(row[4])) for row in rows if row[1] <= 5],
@@ -160,8 +160,8 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
     most = max(row["ablated"] for row in rows)
     last = [row for row in rows if row["ablated"] == most]
     top, random = (
-        np.mean([row["change"] for row in last if (row["units"] == "top") == own] or [np.nan])
-        for own in (True, False)
+        np.mean([row["change"] for row in last if (row["units"] == "top") == is_top] or [np.nan])
+        for is_top in (True, False)
     )
     return page.Section(
         title="Validation by ablation",

@@ -168,8 +168,8 @@ def attribute(study: Study, name: str) -> dict[str, np.ndarray]:
         count += read.rows
         opened, closed = opened + attributed.metric, closed + metric_closed
     return {
-        "values": values, "examples": np.int64(count),
-        "opened": np.float64(opened), "closed": np.float64(closed),
+        "values": values, "examples": np.asarray(count, np.int64),
+        "opened": np.asarray(opened, np.float64), "closed": np.asarray(closed, np.float64),
     }  # fmt: skip
 
 

@@ -21,15 +21,15 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
     """
     figure = Figure(figsize=(6, 3))
     ax = figure.subplots()
-    look = {"learned": (style.PALETTE[0], "-"), "whole": (style.INK, "--")}
+    styles = {"learned": (style.PALETTE[0], "-"), "whole": (style.INK, "--")}
     for kind in dict.fromkeys(row["subspace"] for row in rows):
         selected = [row for row in rows if row["subspace"] == kind]
         at, value, low, high = (
             np.array([row[key] for row in selected]) for key in ("layer", "accuracy", "low", "high")
         )
-        colour, line = look.get(kind, (style.GREY, "-"))
-        spread = [value - low, high - value]
-        ax.errorbar(at, value, spread, fmt="o" + line, markersize=4, color=colour, linewidth=1.2)
+        colour, line = styles.get(kind, (style.GREY, "-"))
+        errors = [value - low, high - value]
+        ax.errorbar(at, value, errors, fmt="o" + line, markersize=4, color=colour, linewidth=1.2)
         ax.annotate(f"  {kind}", (at[-1], value[-1]), va="center", fontsize=8, color=colour)
     ax.set(xlabel="layer", ylabel="interchange accuracy", ylim=(-0.03, 1.03))
     ax.set_xticks(sorted({row["layer"] for row in rows}))

@@ -18,6 +18,7 @@ from experiments.modules import ablate_masks
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import deviation, domain_neurons, intervals, official
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
+from mllm_jax.batch import Batch
 
 KINDS = ("image", "question", "system")
 
@@ -63,7 +64,7 @@ Masks = Mapping[str, np.ndarray]  # bool[L, F] by module
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse a measure that cannot be taken, before anything is computed."""
+    """Refuse a measure that is not defined, before anything is computed."""
     check_measure(config)
 
 
@@ -186,8 +187,8 @@ def measure_all(
     return score("clean"), {cell: score(cell.name) for cell in cells}
 
 
-def _deviation(clean: jax.Array, edited: jax.Array, batch, rows: int) -> deviation.Sums:
-    weight = np.stack([np.asarray(getattr(tok, k).mask(batch.tokens)) for k in KINDS])
+def _deviation(clean: jax.Array, edited: jax.Array, batch: Batch, rows: int) -> deviation.Sums:
+    weight = np.stack([np.asarray(getattr(tok, kind).mask(batch.tokens)) for kind in KINDS])
     sums = deviation.sums(clean[:rows], edited[:rows], weight[:, :rows])
     return deviation.join([sums])
 
@@ -242,6 +243,6 @@ def _against(
 def _correct(rows: list[dict[str, Any]]) -> None:
     """Add `p_holm`, the p-values corrected for the number of rows (Holm)."""
     if rows:
-        adjusted = intervals.holm([row["p"] for row in rows])
+        adjusted = intervals.holm(np.array([row["p"] for row in rows]))
         for row, p in zip(rows, adjusted, strict=True):
             row["p_holm"] = float(p)

@@ -24,7 +24,7 @@ SCOPES: dict[Scope, tuple[str, ...]] = {
     "all": KINDS, "image": ("image",), "text": tok.TEXT, "question": ("question",),
     "system": ("system",),
 }  # fmt: skip
-FIELDS = ("positive", "sum", "squares", "tokens")
+FIELDS = ("positive", "sum", "centred", "tokens")
 
 
 def count(study: Study, name: str) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def count(study: Study, name: str) -> dict[str, np.ndarray]:
         name: the name of the domain.
 
     Returns:
-        `MODULE/positive`, `MODULE/sum` and `MODULE/squares` [groups, L, F, kinds], `MODULE/tokens`
+        `MODULE/positive`, `MODULE/sum` and `MODULE/centred` [groups, L, F, kinds], `MODULE/tokens`
         [groups, kinds], and `MODULE/kinds`.
     """
     questions = study.questions("train", name)
@@ -73,14 +73,14 @@ class Counts:
     Attributes:
         positive: int64[N, L, F], the number of tokens on which a neuron is active.
         sum: float64[N, L, F], the sum of its activations.
-        squares: float64[D_, L, F], the sum of their squares.
+        centred: float64[D_, L, F], the sum of their squared deviations from the domain's mean.
         tokens: int64[N], the number of tokens.
         domain: int64[N], the index of the domain.
     """
 
     positive: np.ndarray
     sum: np.ndarray
-    squares: np.ndarray
+    centred: np.ndarray
     tokens: np.ndarray
     domain: np.ndarray
 
@@ -102,13 +102,35 @@ class Counts:
         for arrays in counted.values():
             kinds = [kind in SCOPES[scope] for kind in arrays[f"{module}/kinds"]]
             chosen = np.array(kinds) if any(kinds) else np.ones(len(kinds), bool)
-            for field in FIELDS:
-                parts[field].append(arrays[f"{module}/{field}"][..., chosen].sum(-1))
+            selected = {field: arrays[f"{module}/{field}"][..., chosen] for field in FIELDS}
+            for field in ("positive", "sum", "tokens"):
+                parts[field].append(selected[field].sum(-1))
+            parts["centred"].append(
+                pool_centred(selected["sum"], selected["centred"], selected["tokens"])
+            )
         groups = [len(tokens) for tokens in parts["tokens"]]
         return cls(
             positive=np.concatenate(parts["positive"]),
             sum=np.concatenate(parts["sum"]),
-            squares=np.stack([squares.sum(0) for squares in parts["squares"]]),
+            centred=np.stack(parts["centred"]),
             tokens=np.concatenate(parts["tokens"]),
             domain=np.repeat(np.arange(len(groups)), groups),
         )
+
+
+def pool_centred(sums: np.ndarray, centred: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the squared deviations from the common mean of several sets of tokens.
+
+    Args:
+        sums: float64[groups, L, F, kinds], the sums of the activations of each set.
+        centred: float64[groups, L, F, kinds], the sums of squared deviations from its mean.
+        tokens: int64[groups, kinds], its number of tokens.
+
+    Returns:
+        float64[L, F].
+    """
+    count = tokens[:, None, None]
+    means = sums / np.maximum(count, 1)
+    mean = sums.sum((0, -1)) / max(tokens.sum(), 1)
+    between = count * (means - mean[..., None]) ** 2
+    return (centred + between).sum((0, -1))

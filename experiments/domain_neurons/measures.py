@@ -1,10 +1,10 @@
-"""How a model's answers to the questions of a domain are taken: as options, or as free text."""
+"""Measures of the answers to the questions of a domain: as options, or as generated text."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import ml_collections
@@ -15,7 +15,9 @@ from experiments import context
 from experiments.domain_neurons.context import Study
 from mllm_jax import sites as S
 from mllm_jax.analysis import official
+from mllm_jax.batch import Batch
 from mllm_jax.data import batching
+from mllm_jax.data.vqa.questions import VqaQuestion
 from mllm_jax.evaluation.metrics import datasets, lingo_judge
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import score
@@ -24,7 +26,7 @@ LAST = {"last": mj.keep(S.lm.resid_post[-1])}
 
 
 class Measure(Protocol):
-    """How answers to the questions of a domain are taken and scored.
+    """A way to get and score the answers to the questions of a domain.
 
     Attributes:
         name: the name of the metric.
@@ -38,7 +40,9 @@ class Measure(Protocol):
     domain: str
     questions: batching.QuestionBatches
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the responses to a batch as arrays, and the last residual of the pass."""
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -57,7 +61,9 @@ class Options:
         self.length = score.answer_length(study.processor, itertools.chain(*options))
         self.chance: float | None = float(np.mean([1 / len(choices) for choices in options]))
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return whether each answer of a batch is right, and the last residual of the pass."""
         candidates = self.questions.candidates(number)
         ids = score.candidate_ids(
@@ -88,31 +94,32 @@ class Answers:
             )
         self.name = datasets.name(domain, **self.options)
 
-    def respond(self, number: int, batch, edits: Edits) -> tuple[dict[str, np.ndarray], jax.Array]:
+    def respond(
+        self, number: int, batch: Batch, edits: Edits
+    ) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Return the generated texts of a batch, and the last residual of the pass."""
         model, config = self.study.model, self.study.config
         last = mj.run(model, batch, edits, LAST, logits="none")["last"]
-        sampling = {}
-        if config.compat:
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
-            sampling = {"temperature": official.TEMPERATURE, "key": key}
+        key = jax.random.fold_in(jax.random.key(config.seed), number) if config.compat else None
         generated = mj.generate(
-            model, batch, edits, max_new_tokens=config.new_tokens, stop=True, **sampling
-        )
+            model, batch, edits, max_new_tokens=config.new_tokens, stop=True, key=key,
+            temperature=official.TEMPERATURE if config.compat else 0.0,
+        )  # fmt: skip
+        assert generated.text is not None  # the batch has a processor
         texts = generated.text[: len(self.questions.rows(number))]
-        return {"said": np.array(texts)}, last
+        return {"texts": np.array(texts)}, last
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], the metric of the data set."""
-        questions = [question for _, question in self.questions.pairs]
-        return datasets.score(self.domain, responses["said"].tolist(), questions, **self.options)
+        questions = [cast(VqaQuestion, question) for _, question in self.questions.pairs]
+        return datasets.score(self.domain, responses["texts"].tolist(), questions, **self.options)
 
 
 MEASURES: dict[str, type[Options] | type[Answers]] = {"options": Options, "answers": Answers}
 
 
 def check_measure(config: ml_collections.ConfigDict) -> None:
-    """Refuse a measure that is unknown, or cannot be taken on the domains of the config."""
+    """Refuse a measure that is unknown, or not defined on the domains of the config."""
     context.require_choice("config.measure", config.measure, MEASURES)
     if config.measure == "answers":
         if not config.get("vqa"):

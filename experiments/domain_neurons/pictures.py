@@ -48,6 +48,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         out = mj.run(study.model, batch, study.edits, {"lens": capture}, logits="none")["lens"]
         ids, entropy = (np.asarray(a)[:, 0] for a in (out.ids[..., 0], out.entropy))
         generated = mj.generate(study.model, batch, study.edits, max_new_tokens=12, stop=True)
+        assert generated.text is not None  # the batch has a processor
 
         def read_grid(at: np.ndarray) -> dict[str, list]:
             words = [[[study.processor.word(i) for i in row] for row in layer[at]] for layer in ids]

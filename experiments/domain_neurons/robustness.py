@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,12 @@ def compare(
 ) -> dict[str, Any]:
     """Return how many neurons other selectors, and other settings of the rule, share."""
     rule = selection.rule(study.config)
-    names = tuple(dict.fromkeys((rule["selector"], *study.config.compare)))
+    names = tuple(dict.fromkeys((rule.selector, *study.config.compare)))
     if len(names) < 2:
         return {}
     by_selector = {names[0]: neurons} | {
-        name: selection.select(study, counted, rule | {"selector": name}) for name in names[1:]
+        name: selection.select(study, counted, dataclasses.replace(rule, selector=name))
+        for name in names[1:]
     }
     shared = {
         module: selectors.overlap({name: by_selector[name][module].mask for name in names})
@@ -34,8 +36,14 @@ def compare(
         (field, value)
         for field, values in selection.SETTINGS.items()
         for value in values
-        if value != rule[field]
+        if value != getattr(rule, field)
     ]
+    selected = (
+        selection.select(
+            study, counted, dataclasses.replace(rule, **dict[str, Any]({field: value}))
+        )
+        for field, value in settings
+    )
     return {
         "selectors": list(names),
         "modules": {
@@ -47,8 +55,8 @@ def compare(
             for module, overlap in shared.items()
         },
         "settings": [
-            _setting(field, value, neurons, selection.select(study, counted, rule | {field: value}))
-            for field, value in settings
+            _setting(field, value, neurons, others)
+            for (field, value), others in zip(settings, selected, strict=True)
         ],
     }
 
@@ -81,48 +89,55 @@ def stability(study: Study, counted: selection.DomainCounts, module: str) -> dic
         The entry of the module in results.json; {} where a domain has a single group.
     """
     config, rule = study.config, selection.rule(study.config)
-    counts = Counts.of(counted, module, rule["scope"])
-    data = counts.positive, counts.tokens, counts.domain
-    groups = int(np.bincount(counts.domain).min())
-    if groups < 2 or not config.shuffles:
+    counts = Counts.of(counted, module, rule.scope)
+    if np.bincount(counts.domain).min() < 2 or not config.shuffles:
         return {}
     options = selection.options(config, rule)
 
     def select(positive: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         selected = domain_neurons.select_modules(
-            {module: positive}, {module: tokens}, thresholds=rule["thresholds"], **options
+            {module: positive}, {module: tokens}, thresholds=rule.thresholds, **options
         )
         return selected[module].mask
 
     def make() -> dict[str, Any]:
-        sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
-        halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
-        resampled = stability_.bootstrap(*data, resamples=config.resamples, select=select)
-        examples = min(len(study.questions("train", name).pairs) for name in study.names)
-        jaccard = {key: values.tolist() for key, values in resampled.jaccard._asdict().items()}
-        return {
-            "examples": [round(size * examples / groups) for size in sizes],
-            "halves": halves.jaccard.mean(axis=1).tolist(),
-            "bootstrap": jaccard,
-            "stable": int((resampled.frequency >= 0.95).any(axis=0).sum()),
-            "level": config.level,
-        } | chance()
-
-    def chance() -> dict[str, Any]:
-        """Return what shuffled domains give; None where there are too few groups to tell."""
-        if stability_.power(counts.domain, config.shuffles, config.level) < stability_.POWER:
-            return dict.fromkeys(("lowest_entropy", "shuffled_entropy", "beyond_chance"))
-        test = stability_.shuffle_test(
-            *data, shuffles=config.shuffles, level=config.level, **options
-        )
-        shuffled = np.quantile(test.lowest, config.level, method="inverted_cdf")
-        return {
-            "lowest_entropy": _finite(test.selection.entropy.min()),
-            "shuffled_entropy": _finite(shuffled),
-            "beyond_chance": int(test.mask.any(axis=0).sum()),
-        }
+        return _resample(study, counts, select) | _shuffle(study, counts, options)
 
     return study.workdir.json(f"stability-{module}", make)
+
+
+def _resample(study: Study, counts: Counts, select: stability_.Select) -> dict[str, Any]:
+    """Return the neurons that halves of the groups, and resamples of all groups, share."""
+    config, data = study.config, (counts.positive, counts.tokens, counts.domain)
+    groups = int(np.bincount(counts.domain).min())
+    sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
+    halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
+    resampled = stability_.bootstrap(*data, resamples=config.resamples, select=select)
+    examples = min(len(study.questions("train", name).pairs) for name in study.names)
+    return {
+        "examples": [round(size * examples / groups) for size in sizes],
+        "halves": halves.jaccard.mean(axis=1).tolist(),
+        "bootstrap": {key: values.tolist() for key, values in resampled.jaccard._asdict().items()},
+        "stable": int((resampled.frequency >= 0.95).any(axis=0).sum()),
+        "level": config.level,
+    }
+
+
+def _shuffle(study: Study, counts: Counts, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the entropies of shuffled domains; None where there are too few groups to tell."""
+    config = study.config
+    if stability_.power(counts.domain, config.shuffles, config.level) < stability_.POWER:
+        return dict.fromkeys(("lowest_entropy", "shuffled_entropy", "beyond_chance"))
+    test = stability_.shuffle_test(
+        counts.positive, counts.tokens, counts.domain, shuffles=config.shuffles,
+        level=config.level, **options,
+    )  # fmt: skip
+    shuffled = np.quantile(test.lowest, config.level, method="inverted_cdf")
+    return {
+        "lowest_entropy": _finite(test.selection.entropy.min()),
+        "shuffled_entropy": _finite(shuffled),
+        "beyond_chance": int(test.mask.any(axis=0).sum()),
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -5,10 +5,11 @@ The rule is set by the config: `selector`, `scope`, `thresholds`, `assign`, `com
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import tqdm
 import mllm_jax as mj
 from experiments import context
 from experiments.domain_neurons.context import Study
-from experiments.domain_neurons.counts import SCOPES, Counts
+from experiments.domain_neurons.counts import SCOPES, Counts, Scope
 from experiments.modules import MODULES
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
@@ -34,7 +35,25 @@ SETTINGS = {
     "compat": ("", "official"),
 }
 DomainCounts = Mapping[str, Mapping[str, np.ndarray]]  # {domain: what `counts.count` returns}
-Rule = Mapping[str, str]  # the fields of SETTINGS, and "selector"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The settings of the selection, except its rates; the config has the same fields.
+
+    Attributes:
+        selector: one of SELECTORS.
+        scope: the tokens that are counted.
+        thresholds: the neurons that compete: of a module, of all modules or of a layer.
+        assign: whether a neuron may belong to multiple domains.
+        compat: "official" for the procedure of the released code.
+    """
+
+    selector: str
+    scope: Scope
+    thresholds: Literal["module", "global", "layer"]
+    assign: Literal["multiple", "single"]
+    compat: Literal["", "official"]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -56,15 +75,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def rule(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Return the settings of the selection, except its rates."""
-    return {field: config[field] for field in (*SETTINGS, "selector")}
+def rule(config: ml_collections.ConfigDict) -> Rule:
+    """Return the rule of a config."""
+    return Rule(**{field.name: config[field.name] for field in dataclasses.fields(Rule)})
 
 
 def options(config: ml_collections.ConfigDict, rule: Rule) -> dict[str, Any]:
     """Return the keyword arguments of `domain_neurons.select`."""
     rates = {name: config[name] for name in ("top_rate", "filter_rate", "bar_rate")}
-    return rates | {"assign": rule["assign"], "compat": rule["compat"] or None}
+    return rates | {"assign": rule.assign, "compat": rule.compat or None}
 
 
 def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, SelectedNeurons]:
@@ -72,18 +91,18 @@ def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, Selecte
 
     Selectors other than the entropy select as many neurons of each domain as the entropy does.
     """
-    counts = {module: Counts.of(counted, module, rule["scope"]) for module in study.shapes}
+    counts = {module: Counts.of(counted, module, rule.scope) for module in study.shapes}
     pooled = {m: stability.pool(c.positive, c.tokens, c.domain) for m, c in counts.items()}
     by_entropy = domain_neurons.select_modules(
         {module: positive for module, (positive, _) in pooled.items()},
         {module: tokens for module, (_, tokens) in pooled.items()},
-        thresholds=rule["thresholds"], names=study.names, **options(study.config, rule),
+        thresholds=rule.thresholds, names=study.names, **options(study.config, rule),
     )  # fmt: skip
-    if rule["selector"] == "entropy":
+    if rule.selector == "entropy":
         return by_entropy
     sizes = {module: selected.mask.sum(axis=(1, 2)) for module, selected in by_entropy.items()}
     return {
-        m: from_mask(selectors.top(scores(study, rule["selector"], m, counts[m]), sizes[m]))
+        m: from_mask(selectors.top(scores(study, rule.selector, m, counts[m]), sizes[m]))
         for m in by_entropy
     }
 
@@ -97,7 +116,7 @@ def scores(study: Study, selector: str, module: str, counts: Counts) -> np.ndarr
     if selector == "difference":
         sums = np.stack([counts.sum[counts.domain == d].sum(axis=0) for d in domains])
         tokens = np.bincount(counts.domain, counts.tokens)
-        return selectors.mean_difference(sums, counts.squares, tokens)
+        return selectors.mean_difference(sums, None, tokens, centred=counts.centred)
     if selector == "attribution":
         values = [attributions(study, name)[module] for name in study.names]
         domain = np.repeat(np.arange(len(values)), [len(groups) for groups in values])
@@ -143,7 +162,7 @@ def _attribute(gates, model, batch, ids, edits):
 
 def from_mask(mask: np.ndarray) -> SelectedNeurons:
     """Return selected neurons whose entropies are unknown."""
-    unknown, selected = np.full(mask.shape[1:], np.nan), mask.any(axis=0)
+    unknown, selected = np.full(mask.shape[1:], np.nan), np.asarray(mask.any(axis=0))
     return SelectedNeurons(unknown, unknown, selected, mask, np.nan, np.nan, int(selected.sum()))
 
 

@@ -25,7 +25,7 @@ def run(
     config: ml_collections.ConfigDict,
     workdir: store.Workdir,
     edits: Edits | None = None,
-    captures: Mapping[str, Capture] | None = None,
+    captures: dict[str, Capture] | None = None,
 ) -> None:
     """Run the study.
 

@@ -31,7 +31,7 @@ def run(
     config: ml_collections.ConfigDict,
     workdir: store.Workdir,
     edits: Edits | None = None,
-    captures: Mapping[str, Capture] | None = None,
+    captures: dict[str, Capture] | None = None,
 ) -> None:
     """Run the evaluation.
 
@@ -112,4 +112,4 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
         path = study.workdir / "captures" / f"{name}-{wording}.npz"
         context.write_captures(path, joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
-    return {"right": np.concatenate(right), "chance": chance}
+    return {"right": np.concatenate(right), "chance": np.asarray(chance)}

@@ -18,6 +18,7 @@ from experiments.mask import page
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import domain_neurons, intervals
+from mllm_jax.batch import Batch
 from mllm_jax.data import batching
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.shapes import look_up, site_shapes
@@ -101,16 +102,23 @@ def _batches(study: Context, pairs: list[tuple[Any, Any]]) -> list[Read]:
     config, processor = study.config, study.processor
     length = batching.row_length(processor, pairs)
     questions = batching.QuestionBatches(processor, pairs, config.batch_size, length)
-    made = []
+    reads = []
     for i in range(len(questions)):
         batch = questions[i]
         if not config.site.startswith("vision."):
             batch = study.with_features(batch)
         batch = batch.replace(processor=None)
-        clean = jax.nn.log_softmax(mj.run(study.model, batch, study.edits).logits)
+        clean = _log_probs(study.model, batch, study.edits)
         real = np.arange(questions.size) < len(questions.rows(i))
-        made.append(Read(batch, real, clean))
-    return made
+        reads.append(Read(batch, real, clean))
+    return reads
+
+
+def _log_probs(model: Any, batch: Batch, edits: Edits) -> jax.Array:
+    """Return float32[B, V], the log-probabilities of the next word."""
+    logits = mj.run(model, batch, edits).logits
+    assert logits is not None  # `run` returns those of the last token by default
+    return jax.nn.log_softmax(logits)
 
 
 def train_gates(
@@ -140,7 +148,7 @@ def divergence(model, read: Read, edits: Edits) -> tuple[jax.Array, jax.Array]:
     Returns:
         float32[B], KL(clean, edited) in nats; bool[B], whether the most likely word is the same.
     """
-    edited = jax.nn.log_softmax(mj.run(model, read.batch, edits).logits)
+    edited = _log_probs(model, read.batch, edits)
     kl = jnp.sum(jnp.exp(read.clean) * (read.clean - edited), -1)
     return kl, read.clean.argmax(-1) == edited.argmax(-1)
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from experiments import context
 from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
-from mllm_jax.data import batching, tasks
+from mllm_jax.data import batching
 from mllm_jax.data import features as features_
+from mllm_jax.data import tasks as tasks_
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
@@ -61,7 +62,7 @@ class Study(context.Context):
         tasks: the classification tasks, by name.
     """
 
-    tasks: dict[str, tasks.Task]
+    tasks: dict[str, tasks_.Task]
 
     def count(self, task: str, split: str) -> int:
         """Return how many pictures of a split are used: the first, as the classes alternate."""
@@ -75,7 +76,7 @@ class Study(context.Context):
         """Return the topic, the classes and the fingerprints of the pictures, by task."""
         return {
             name: [task.topic, task.classes]
-            + [context.content(self.examples(name, split)) for split in tasks.SPLITS]
+            + [context.content(self.examples(name, split)) for split in tasks_.SPLITS]
             for name, task in self.tasks.items()
         }
 
@@ -99,7 +100,7 @@ class Study(context.Context):
             self.model, processor, self.examples(task, split), path, label=f"features, {task}"
         )
 
-    def questions(self, task: tasks.Task, split: str, seed: int) -> batching.QuestionBatches:
+    def questions(self, task: tasks_.Task, split: str, seed: int) -> batching.QuestionBatches:
         """Return batches of the questions for the class of each picture."""
         pairs = [
             (e, answers.question(task, e, wording=self.config.wording, seed=seed))
@@ -122,7 +123,7 @@ class Study(context.Context):
         size = self.config.rows
         return batching.QuestionBatches(self.processor, pairs, size, length, features)
 
-    def _length(self, task: tasks.Task, split: str) -> int:
+    def _length(self, task: tasks_.Task, split: str) -> int:
         """Return the tokens of the longest prompt of all seeds, which then share one program."""
         return batching.row_length(
             self.processor,

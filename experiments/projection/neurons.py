@@ -87,7 +87,7 @@ def ablation_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
             answers = {"its domain's neurons": arrays["off/own"][None]}
             if random:
                 answers["random neurons"] = np.stack(random)
-            clean = projection.f1(truth, arrays["said"][None], classes)
+            clean = projection.f1(truth, arrays["predicted"][None], classes)
             for ablated, predicted in answers.items():
                 value = projection.f1(truth, predicted, classes)
                 row = {"task": task, "variant": variant, "ablated": ablated, "neurons": neurons}

@@ -46,23 +46,24 @@ def read(
     def predict(kind: probe.Probe, features: Arrays, seed: int) -> np.ndarray:
         parts = [probe.Part(features[s], study.ids(task, s)) for s in tasks.SPLITS]
         classes = len(study.tasks[task].classes)
-        return probe.fit(kind, *parts, classes=classes, seeds=(seed,)).predicted
+        fitted = probe.fit(kind, *parts, classes=classes, seeds=(seed,))
+        return np.asarray(fitted.predicted)
 
     def make() -> dict[str, np.ndarray]:
-        made = {}
+        predicted = {}
         if not variants:
-            before = {
+            before: dict[str, np.ndarray] = {
                 s: map_batches(lambda x: x.mean(1), study.features(task, s)) for s in tasks.SPLITS
             }
-            made[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
+            predicted[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
         by_seed = []
         for seed in seeds:  # all variants at once
-            features = {
+            features: dict[str, np.ndarray] = {
                 s: np.stack([outputs[task, v, seed][f"after/{s}"] for v in named])
                 for s in tasks.SPLITS
             }
             by_seed.append(predict(kinds[1], features, seed)[:, 0])
-        return made | dict(zip(named, np.stack(by_seed, 1), strict=True))
+        return predicted | dict(zip(named, np.stack(by_seed, 1), strict=True))
 
     return study.workdir.arrays(f"probes/{task}-{name}{'-factors' if variants else ''}", make)
 
@@ -103,7 +104,7 @@ def depth(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]
             ]
             linear = dataclasses.replace(probe.LINEAR, **stopping)
             fitted = probe.fit(linear, *parts, classes=classes, seeds=tuple(study.config.seeds))
-            return {"predicted": fitted.predicted}
+            return {"predicted": np.asarray(fitted.predicted)}
 
         by_layer = study.workdir.arrays(f"probes/{task}-{variant}-{kind}", make)["predicted"]
         for layer, predicted in enumerate(by_layer):
@@ -118,7 +119,7 @@ def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any
     recipes = (PROJ, *changes)
     probed = read(study, outputs, task, "paper", recipes)
     scores = {
-        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "said"), classes)
+        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "predicted"), classes)
         for name in recipes
     }
     for name in recipes:

@@ -120,20 +120,20 @@ def match(study: Study) -> dict[str, dict[str, np.ndarray]]:
     def make() -> dict[str, np.ndarray]:
         model, processor = clip.load(study.config.clip)
         return {
-            f"said/{name}": zero_shot.zero_shot(
+            f"predicted/{name}": zero_shot.zero_shot(
                 model, processor, (e.image for e in study.examples(name, "test")), task.classes
             )
             for name, task in study.tasks.items()
         }
 
     arrays = study.workdir.arrays("clip", make)
-    return {task: {CLIP: arrays[f"said/{task}"][None]} for task in study.tasks}
+    return {task: {CLIP: arrays[f"predicted/{task}"][None]} for task in study.tasks}
 
 
 def _answers(study: Study, outputs: Outputs, task: str) -> dict[str, np.ndarray]:
     """Return int[R, N] by variant, the answers of the models of the main tables."""
     seeds = study.config.seeds
-    return {v: stack_seeds(outputs, task, v, seeds, "said") for v in study.variants()}
+    return {v: stack_seeds(outputs, task, v, seeds, "predicted") for v in study.variants()}
 
 
 def _describe(study: Study, name: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _answer_rows(study: Study, name: str, task: projection.Task) -> list[dict[st
     """Return Table 1: the uniform baseline, CLIP if there is one, and the model of each variant."""
     random = projection.uniform(len(task.truth), task.classes, len(study.config.seeds))
     rows = projection.table(
-        task.truth, {"Random": random, **task.said}, task.classes, over=ORIGINAL
+        task.truth, {"Random": random, **task.predicted}, task.classes, over=ORIGINAL
     )
     return [{"task": name, **row} for row in rows]
 

@@ -1,4 +1,4 @@
-"""Suppress one of two classes with AurA's gains (Suau et al. 2024), beside controls."""
+"""Suppress one of two classes with AurA's gains (Suau et al. 2024), and with controls."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def suppress(study: Study) -> Iterator[dict[str, Any]]:
 
         def make(edit=edit) -> dict[str, np.ndarray]:
             scores = answers.score_classes(study.model, test, edit)
-            return {"said": scores.argmax(-1).astype(np.int32)}
+            return {"predicted": scores.argmax(-1).astype(np.int32)}
 
-        predicted = study.workdir.arrays(f"suppress/{number}", make)["said"]
+        predicted = study.workdir.arrays(f"suppress/{number}", make)["predicted"]
         value = projection.f1(truth, predicted[None], len(task.classes))
         clean = clean or value
         yield {

@@ -104,8 +104,8 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     """Return all outputs of a run, by name.
 
     Returns:
-        `losses`; `said`, int32[N], the answers; `after/SPLIT`, what the projector gives; and of the
-        first seed `image/SPLIT` and `last/SPLIT` (see `layers`), `positive/MODULE/TASK` and
+        `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features; and of
+        the first seed `image/SPLIT` and `last/SPLIT` (see `layers`), `positive/MODULE/TASK` and
         `tokens/MODULE/TASK` (see `neurons.count`), and `off/NAME`, answers with neurons ablated.
     """
     tuned, task = Tuned(study, run), study.tasks[run.task]
@@ -114,7 +114,7 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
         return study.workdir.arrays(f"runs/{run.name}/{name}", make)
 
     outputs = step("losses", lambda: {"losses": tuned.losses})
-    outputs |= step("answers", lambda: {"said": answer(study, tuned.model, task, run.seed)})
+    outputs |= step("answers", lambda: {"predicted": answer(study, tuned.model, task, run.seed)})
     outputs |= step("projected", lambda: projected(study, tuned.model, run.task))
     first = run.variant in study.variants() and run.seed == study.config.seeds[0]
     deep = first and run.variant in study.config.depth

@@ -1,1 +1,1 @@
-"""How a study runs: its command line, its lock, its signals, and what its processes share."""
+"""The command lines of the programs here, the lock of a workdir, signals and several processes."""

@@ -1,4 +1,4 @@
-"""What all processes of a run have in common: its config, and the content of code and files."""
+"""What all processes of a run must have in common: the config, and the content of its files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import platform
 from typing import Any
 
 CHECKPOINTS = "model", "clip"  # fields of a config that name a checkpoint
-FILES = "projector", "masks", "vqa.manual"  # and those that name a file or folder
+FILES = "projector", "masks", "vqa.manual"  # fields that name a file or a folder
 _PACKAGES = "mllm_jax", "experiments"
 _LIBRARIES = "jax", "jaxlib", "flax", "numpy", "optax", "transformers"
 
 
-def parts(config) -> dict[str, Any]:
-    """By name, what has to be the same in every process, as plain JSON values."""
+def parts(config: Any) -> dict[str, Any]:
+    """Return what must be the same in all processes by name, as plain JSON values."""
     return {
         "config": json.loads(json.dumps(config.to_dict(), default=str)),
         "content": _contents(config),
@@ -26,56 +26,56 @@ def parts(config) -> dict[str, Any]:
 
 
 def made_by() -> dict[str, dict[str, str]]:
-    """Digests of our code, and versions of what it stands on."""
+    """Return the digests of our code, and the versions of the libraries it uses."""
     return {
-        "code": {name: digest(_folder(name)) for name in _PACKAGES},
+        "code": {name: digest(_package_folder(name)) for name in _PACKAGES},
         "version": {"Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
 
 
-def files(config) -> dict[str, str]:
-    """Digests of what a config names beside its model and its pictures."""
+def files(config: Any) -> dict[str, str]:
+    """Return the digests of the files that a config names, except its model and its pictures."""
     from mllm_jax.loading import load
 
-    named = {name: at(config, name) for name in FILES if name != "vqa.manual"}
-    # FOLDER/{module}.pth stands for all that is in the folder.
-    there = {n: pathlib.Path(str(path).split("{")[0]).expanduser() for n, path in named.items()}
-    found = {name: digest(path) for name, path in there.items() if named[name] and path.exists()}
+    names = {name: at(config, name) for name in FILES if name != "vqa.manual"}
+    # FOLDER/{module}.pth stands for all files of the folder.
+    paths = {n: pathlib.Path(str(path).split("{")[0]).expanduser() for n, path in names.items()}
+    digests = {name: digest(path) for name, path in paths.items() if names[name] and path.exists()}
     if config.get("clip"):
-        found["clip"] = digest(load.locate(config.clip))
-    return found
+        digests["clip"] = digest(load.locate(config.clip))
+    return digests
 
 
-def at(config, field: str) -> Any:
-    """A field inside of others, `proj.batch_size`; None where the config has none."""
+def at(config: Any, field: str) -> Any:
+    """Return a nested field such as `proj.batch_size`; None where the config has none."""
     for name in field.split("."):
         config = config.get(name) if config else None
     return config
 
 
 def digest(path: pathlib.Path) -> str:
-    """Of the content of a file, or of the names and contents of all files in a folder."""
-    found = hashlib.sha256()
+    """Return the digest of a file, or of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
         if file.is_file() and "__pycache__" not in file.parts:
             with file.open("rb") as opened:
                 own = hashlib.file_digest(opened, "sha256").hexdigest()
-            found.update(json.dumps([str(file.relative_to(path)), own]).encode())
-    return found.hexdigest()[:16]
+            total.update(json.dumps([str(file.relative_to(path)), own]).encode())
+    return total.hexdigest()[:16]
 
 
-def _contents(config) -> dict[str, str]:
-    """Digests of the checkpoints, files and folders that a config names."""
+def _contents(config: Any) -> dict[str, str]:
+    """Return the digests of the checkpoints, files and folders that a config names."""
     from mllm_jax.loading import load
 
-    named = {name: at(config, name) for name in FILES}
-    named |= {f"paths[{i}]": path for i, path in enumerate(config.get("paths") or ())}
-    there = {name: pathlib.Path(path).expanduser() for name, path in named.items() if path}
-    there = {name: path for name, path in there.items() if path.exists()}
-    there |= {name: load.locate(config.get(name)) for name in CHECKPOINTS if config.get(name)}
-    return {name: digest(path) for name, path in there.items()}
+    names = {name: at(config, name) for name in FILES}
+    names |= {f"paths[{i}]": path for i, path in enumerate(config.get("paths") or ())}
+    paths = {name: pathlib.Path(path).expanduser() for name, path in names.items() if path}
+    paths = {name: path for name, path in paths.items() if path.exists()}
+    paths |= {name: load.locate(config.get(name)) for name in CHECKPOINTS if config.get(name)}
+    return {name: digest(path) for name, path in paths.items()}
 
 
-def _folder(package: str) -> pathlib.Path:
-    return pathlib.Path(importlib.import_module(package).__file__).parent
+def _package_folder(package: str) -> pathlib.Path:
+    return pathlib.Path(importlib.import_module(package).__path__[0])

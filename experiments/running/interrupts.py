@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line, wherever they come; in an import and in a compiler, too."""
+"""End the process with one line on Ctrl-C and SIGTERM, also during an import or a compilation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import sys
 import threading
 from collections.abc import Callable
 
-GRACE = 10  # seconds for a study to come to where it saves
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+GRACE = 10  # seconds until a study must have saved its state
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _graceful: dict[int, Callable[[], None]] = {}
 
 
 def watch() -> None:
-    """From now on these signals end this process with one line instead of a traceback.
+    """Let these signals end this process with one line instead of a traceback.
 
-    Python runs a handler only between two of its instructions, which may be minutes apart: what
-    ends the process is a thread, which the signal wakes.
+    Python runs a handler only between two of its instructions, which may be minutes apart.
+    Therefore a thread, which the signal wakes, ends the process.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -29,11 +29,11 @@ def watch() -> None:
 
 
 def save_first(interrupt: Callable[[], None]) -> None:
-    """From now on a study saves before it ends.
+    """Let the study save its state before these signals end the process.
 
     Args:
-      interrupt: asks it to, for Ctrl-C; it hears SIGTERM by itself. When Ctrl-C comes again, or
-        GRACE seconds have passed, the process ends as it is: files are never half written.
+      interrupt: requests the end of the study on Ctrl-C; the study handles SIGTERM itself. A second
+        Ctrl-C, or GRACE seconds, end the process at once. Files are never written in part.
     """
     _graceful.update({signal.SIGINT: interrupt, signal.SIGTERM: lambda: None})
 

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""The lock of a workdir, which admits one run at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import socket
 import sys
 
 NAME = ".lock"
-_held: list[int] = []  # a lock lives as long as its file is open: until the process ends
+_held: list[int] = []  # open files of locks, which are released when the process ends
 
 
-def take(workdir: str | os.PathLike) -> None:
-    """Keeps other runs out of a workdir until this process ends, however it ends.
+def acquire(workdir: str | os.PathLike) -> None:
+    """Lock a workdir until this process ends, for whatever reason.
 
     Raises:
-      ValueError: another run is in it.
-      OSError: the folder cannot be made or written.
+      ValueError: another run has the lock.
+      OSError: the folder cannot be created or written.
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,11 +28,11 @@ def take(workdir: str | os.PathLike) -> None:
         owner = os.read(handle, 200).decode(errors="replace").strip()
         os.close(handle)
         raise ValueError(
-            f"--workdir={workdir}: another run ({owner or 'which has just started'}) is at work "
-            "in it; wait until it ends, or choose another folder"
+            f"--workdir={workdir}: another run ({owner or 'which has just started'}) uses it; "
+            "wait until it ends, or choose another folder"
         ) from None
     except OSError as error:  # a file system without locks
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start one run in it alone",
+        print(f"warning: {folder} cannot be locked ({error.strerror}): start only one run in it",
               file=sys.stderr)  # fmt: skip
     os.truncate(handle, 0)
     os.write(handle, f"process {os.getpid()} of {socket.gethostname()}\n".encode())

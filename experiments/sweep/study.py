@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -66,21 +67,21 @@ def partners(processor, name: str, pictures: list, style: str, count: int) -> li
     Raises:
         ValueError: there is no pair.
     """
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     remaining = list(batching.ask(pictures, (style,)))
-    while remaining and len(found) < count:
+    while remaining and len(pairs) < count:
         side = remaining.pop(0)
         for i, other in enumerate(remaining):
             same_prompt = side[1].prompt == other[1].prompt
             if same_prompt and _first_token(processor, side) != _first_token(processor, other):
-                found.append((side, remaining.pop(i)))
+                pairs.append((side, remaining.pop(i)))
                 break
-    if not found:
+    if not pairs:
         raise ValueError(
             f"domain {name} has no two pictures with the same question of style {style} and "
             "different answers; name another config.style"
         )
-    return found
+    return pairs
 
 
 def _first_token(processor, side: Side) -> int:
@@ -118,7 +119,7 @@ def _measure(study: Context, pairs: list[Pair], columns: dict[str, list[Edits]])
     for start in range(0, len(pairs), size):
         some = pairs[start : start + size]
         step = study.workdir.arrays(
-            f"pairs-{start}", lambda some=some: _effects(study, some, columns, length)
+            f"pairs-{start}", functools.partial(_effects, study, some, columns, length)
         )
         effects.append(step["effect"])
     return np.concatenate(effects, -1)

@@ -1,4 +1,4 @@
-"""What a training run shows: its loss curve against the held-out loss."""
+"""Figures of a training run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mllm_jax.report import style
 
 @style.styled
 def loss_curve(curve: np.ndarray, right: float, wrong: float) -> Figure:
-    """Loss by step, smoothed, with the held-out loss with the right and with a wrong picture.
+    """Draw the loss by step and its running mean, with the held-out losses.
 
     Args:
-      curve: float[steps], nats per answer token.
-      right: held-out nats per answer token.
-      wrong: held-out nats per answer token.
+        curve: float[steps], the loss in nats per answer token.
+        right: the held-out loss with the right pictures.
+        wrong: the held-out loss with wrong pictures.
     """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     ax = figure.subplots()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.analysis import checks
+from mllm_jax.typing import AnyArray
 
 
 class Sums(NamedTuple):
@@ -44,7 +45,7 @@ class Deviation(NamedTuple):
     cosine: np.ndarray
 
 
-def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
+def sums(clean: AnyArray, edited: AnyArray, weight: AnyArray) -> Sums:
     """Compute the deviation of each row, summed over its tokens.
 
     Every token has the same weight, whatever its norm. 1 - cosine is computed as half the squared
@@ -69,7 +70,7 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
             "clean and edited must be [..., B, T, D] and weight [kinds, B, T], "
             f"got shapes {clean.shape}, {edited.shape} and {weight.shape}"
         )
-    xp = edited.__array_namespace__()
+    xp: Any = edited.__array_namespace__()
     dtype = xp.float64 if xp is np else xp.float32
     clean, edited, weight = (xp.asarray(array, dtype=dtype) for array in (clean, edited, weight))
     counted = (weight != 0).any(axis=0)[..., None]  # padding may be anything, even nan
@@ -80,26 +81,14 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
     if not isinstance(weight, jax.core.Tracer):
         checks.at_least(np.asarray(weight), 0, "weight")
 
-    def norm(x: Any) -> Any:
-        return xp.sqrt((x * x).sum(axis=-1))
-
-    def largest(x: Any) -> Any:
-        return xp.abs(x).max(axis=-1, initial=0)
-
-    def scaled(x: Any, by: Any) -> Any:
-        return x / xp.where(by == 0, 1, by)[..., None]
-
-    def unit(x: Any) -> Any:
-        x = scaled(x, largest(x))
-        return scaled(x, norm(x))
-
-    is_zero = largest(clean) == 0
-    scale = xp.maximum(largest(clean), largest(edited))
-    length, change = norm(scaled(clean, scale)), norm(scaled(edited, scale) - scaled(clean, scale))
+    is_zero = _largest(xp, clean) == 0
+    scale = xp.maximum(_largest(xp, clean), _largest(xp, edited))
+    scaled_clean, scaled_edited = (_divide(xp, x, scale) for x in (clean, edited))
+    length, change = _norm(xp, scaled_clean), _norm(xp, scaled_edited - scaled_clean)
     moved = xp.sign(change)  # 0 or 1, and nan where it is nan
     relative_l2 = xp.where(is_zero, moved, change / xp.where(is_zero, 1, length))
-    chord = norm(unit(edited) - unit(clean))
-    cosine = xp.where(is_zero | (largest(edited) == 0), moved, chord * chord / 2)
+    chord = _norm(xp, _unit(xp, edited) - _unit(xp, clean))
+    cosine = xp.where(is_zero | (_largest(xp, edited) == 0), moved, chord * chord / 2)
 
     highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     product = np.einsum if xp is np else highest
@@ -108,6 +97,25 @@ def sums(clean: jax.Array, edited: jax.Array, weight: jax.Array) -> Sums:
         return product("...bt,kbt->...kb", xp.asarray(values, dtype=dtype), weight)
 
     return Sums(by_kind(relative_l2), by_kind(cosine), weight.sum(axis=-1))
+
+
+def _norm(xp: Any, x: Any) -> Any:
+    return xp.sqrt((x * x).sum(axis=-1))
+
+
+def _largest(xp: Any, x: Any) -> Any:
+    return xp.abs(x).max(axis=-1, initial=0)
+
+
+def _divide(xp: Any, x: Any, by: Any) -> Any:
+    """Divide vectors by numbers; a zero divides as one."""
+    return x / xp.where(by == 0, 1, by)[..., None]
+
+
+def _unit(xp: Any, x: Any) -> Any:
+    """Return unit vectors. They are scaled before they are squared, so that none overflows."""
+    x = _divide(xp, x, _largest(xp, x))
+    return _divide(xp, x, _norm(xp, x))
 
 
 def join(batches: Iterable[Sums]) -> Sums:

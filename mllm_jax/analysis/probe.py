@@ -261,6 +261,18 @@ class _State(NamedTuple):
     losses: Any
 
 
+def _loss(params: Any, x: Any, labels: Any, weight: Any) -> jax.Array:
+    """Return the mean cross-entropy of examples, by their weights."""
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels)
+    return (nll * weight).sum() / weight.sum()
+
+
+def _is_training(probe: Probe, now: _State, number: jax.Array) -> jax.Array:
+    """Return whether a probe goes on after `number` epochs."""
+    is_patient = probe.patience is None or number - now.taken < probe.patience
+    return (number < probe.epochs) & is_patient
+
+
 def _train(
     probe: Probe,
     classes: int,
@@ -280,34 +292,26 @@ def _train(
     weight = (np.arange(steps * batch) < N).astype(np.float32).reshape(steps, batch)
     adam = optax.adam(probe.rate)
 
-    def loss(params: Any, x: Any, labels: Any, weight: Any) -> jax.Array:
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels)
-        return (nll * weight).sum() / weight.sum()
-
     def begin(key: jax.Array) -> _State:
         params = start((width, *probe.hidden, classes), key)
         losses = jnp.full((probe.epochs,), jnp.nan)
         return _State(params, adam.init(params), params, jnp.int32(0), losses)
 
-    def is_training(now: _State, number: jax.Array) -> jax.Array:
-        is_patient = probe.patience is None or number - now.taken < probe.patience
-        return (number < probe.epochs) & is_patient
-
     def epoch(now: _State, number: jax.Array, site: jax.Array, key: jax.Array) -> _State:
         def step(carry: Any, drawn: Any) -> tuple[Any, None]:
             params, state = carry
             at, weight = drawn
-            slope = jax.grad(loss)(params, train.features[site, at], train.labels[at], weight)
+            slope = jax.grad(_loss)(params, train.features[site, at], train.labels[at], weight)
             change, state = adam.update(slope, state)
             return (optax.apply_updates(params, change), state), None
 
         order = jax.random.permutation(jax.random.fold_in(key, number), N)
         at = jnp.pad(order, (0, steps * batch - N)).reshape(steps, batch)
         (params, state), _ = jax.lax.scan(step, (now.params, now.adam), (at, weight))
-        value = loss(params, held.features[site], held.labels, jnp.ones(held.labels.shape))
+        value = _loss(params, held.features[site], held.labels, jnp.ones(held.labels.shape))
         lowest = jnp.nanmin(now.losses, initial=jnp.inf)
         lower = (value < lowest - probe.least) | (probe.patience is None)
-        active = is_training(now, number)
+        active = _is_training(probe, now, number)
         return _State(
             params,
             state,
@@ -318,6 +322,7 @@ def _train(
 
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds)
     every = jax.vmap(epoch, (0, None, 0, 0))
+    is_training = functools.partial(_is_training, probe)
     _, end = jax.lax.while_loop(
         lambda carry: jax.vmap(is_training, (0, None))(carry[1], carry[0]).any(),
         lambda carry: (carry[0] + 1, every(carry[1], carry[0], sites, keys[:, 1])),

@@ -3,9 +3,9 @@
 A variant (Original, FT-Proj, FT-E2E, or a baseline) assigns a class to each test picture in R runs
 with different seeds: int[R, N], -1 where an answer names no class. So do the probes.
 
-    task = Task(truth, classes, said={"Original": ..., "FT-Proj": ..., "FT-E2E": ...},
+    task = Task(truth, classes, predicted={"Original": ..., "FT-Proj": ..., "FT-E2E": ...},
                 probed={"paper": {"before": ..., "Original": ..., "FT-Proj": ..., "FT-E2E": ...}})
-    table(task.truth, task.said, classes, over="Original")      # rows of Table 1
+    table(task.truth, task.predicted, classes, over="Original")  # rows of Table 1
     claims({"objects": task, ...})                              # each claim with its verdict
 
 Intervals are percentile bootstraps that resample pictures and runs; differences are paired by
@@ -51,19 +51,19 @@ class Task:
     Attributes:
         truth: int[N], the classes of the test pictures.
         classes: number of classes, C.
-        said: {variant: int[R, N]}, the model's answers.
+        predicted: {variant: int[R, N]}, the classes that the model answers.
         probed: {probe: {variant: int[R, N]}}, the predictions of a probe after the projection;
             under "before", those before it. The paper's probes are named "paper".
     """
 
     truth: np.ndarray
     classes: int
-    said: Mapping[str, np.ndarray]
+    predicted: Mapping[str, np.ndarray]
     probed: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def answers(self, reader: str, variant: str) -> np.ndarray | None:
         """Return int[R, N] of the model ("model") or of a named probe; None if not measured."""
-        return (self.said if reader == "model" else self.probed.get(reader, {})).get(variant)
+        return (self.predicted if reader == "model" else self.probed.get(reader, {})).get(variant)
 
 
 def uniform(count: int, classes: int, runs: int, *, seed: int = 0) -> np.ndarray:
@@ -94,14 +94,14 @@ def table(
         {"variant", "runs", "images", "f1", "accuracy": {"mean", "deviation", "low", "high"},
         "change": {"value", "low", "high", "relative"} or None}; relative is None over zero.
     """
-    scores = {name: f1(truth, said, classes, **options) for name, said in predicted.items()}
+    scores = {name: f1(truth, answers, classes, **options) for name, answers in predicted.items()}
     rows = []
-    for name, said in predicted.items():
+    for name, answers in predicted.items():
         baseline = scores.get(over) if over is not None and name != over else None
         rows.append({
             "variant": name, "runs": len(scores[name].runs), "images": len(truth),
             "f1": scores[name].row(),
-            "accuracy": accuracy(truth, said, classes, **options).row(),
+            "accuracy": accuracy(truth, answers, classes, **options).row(),
             "change": None if baseline is None else change(scores[name], baseline),
         })  # fmt: skip
     return rows

@@ -113,10 +113,10 @@ class QwenVisionConfig:
     def tiny(cls, version: str = "2.5") -> QwenVisionConfig:
         """Return a config for tests of "2", "2.5" or "3"."""
         real = {"2": cls.qwen2_vl, "2.5": cls.qwen2_5_vl, "3": cls.qwen3_vl}[version]()
-        fields = {"2.5": {"window": 4, "full_layers": (1,)}, "3": {"table": 5, "deepstack": (0, 2)}}
-        return dataclasses.replace(
-            real, width=32, layers=3, heads=4, mlp=48, patch=4, **fields.get(version, {})
-        )
+        tiny = dataclasses.replace(real, width=32, layers=3, heads=4, mlp=64, patch=4)
+        if version == "2.5":
+            return dataclasses.replace(tiny, mlp=48, window=4, full_layers=(1,))
+        return dataclasses.replace(tiny, table=5, deepstack=(0, 2)) if version == "3" else tiny
 
 
 class QwenVision(nnx.Module):

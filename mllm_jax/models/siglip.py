@@ -108,7 +108,8 @@ class SiglipVision(nnx.Module):
             pixels: normalised images of image_size x image_size pixels.
             tap: the taps of the vision module.
         """
-        x = self.patch(clip.patches(pixels, self.config.patch)) + self.position[...]
-        x = tap(S.embed, x)
+        side = self.config.grid * self.config.patch  # of 384 pixels, patches of 14 fill 378
+        x = self.patch(clip.patches(pixels[:, :side, :side], self.config.patch))
+        x = tap(S.embed, x + self.position[...])
         x, _ = tap.scan(lambda layer, x, tap, _: (layer(x, tap), None), self.layers, x)
         return self.norm(x) if self.config.feature_layer is None else x

@@ -17,8 +17,8 @@ with params float32[D, r]: a patch makes its basis orthonormal, and is different
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,23 @@ SIGMOID = Gate(
 GATES = {"hard_concrete": HARD_CONCRETE, "sigmoid": SIGMOID}
 
 
+class Items(Protocol):
+    """A sequence whose items are computed when they are read; a list is one."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        ...
+
+    def __getitem__(self, number: int, /) -> Any:
+        """Return the item of this number."""
+        ...
+
+
 def learn(
     loss: Callable[[Any, Any, Any, jax.Array], jax.Array],
     start: Any,
     model: Any,
-    batches: Sequence[Any],
+    batches: Items,
     optimiser: optax.GradientTransformation,
     *,
     seed: int = 0,

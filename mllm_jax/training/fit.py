@@ -21,6 +21,18 @@ from mllm_jax.training.checkpoint import Checkpoint
 from mllm_jax.typing import Array, Float, Int
 
 
+class Batches(Protocol):
+    """Batches by number, each computed when it is read; a list is one."""
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        ...
+
+    def __getitem__(self, number: int, /) -> Batch:
+        """Return the batch of this number."""
+        ...
+
+
 class Loss(Protocol):
     """A loss of a batch: its sums, and what they are sums over, one of each a row."""
 
@@ -102,7 +114,7 @@ def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], jax.Array]
 
 def fit(
     model: Any,
-    batches: Sequence[Batch],
+    batches: Batches,
     recipe: Recipe,
     *,
     neurons: Mapping[str, np.ndarray] | None = None,
@@ -145,11 +157,8 @@ def fit(
     """
     partition = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
     merge, trained, frozen = partition
-    steps, remainder = divmod(len(batches), recipe.accumulate)
-    if remainder:
-        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
-    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
-    settings |= {"every": None, "steps": steps, "neurons": neurons}  # saving changes no number
+    steps = _count_steps(batches, recipe)
+    settings = _settings(recipe) | {"steps": steps, "neurons": neurons}
     checkpoint = Checkpoint(
         save, restart=restart, model=model, settings=settings, code={"loss": loss}
     )
@@ -159,8 +168,7 @@ def fit(
     with mesh.use_mesh_of(model):
         curve = mesh.replicate(jnp.zeros((steps,), jnp.float32))
         if exists and checkpoint.done == steps:
-            unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
-            trained, _, curve = checkpoint.load((mesh.replicate(trained), unread, curve))
+            trained, curve = _read_finished(checkpoint, trained, optimiser, curve)
             return merge(trained, frozen), np.array(curve)
         trained = _copy_shared(trained, model)
         trained, state = mesh.replicate((trained, optimiser.init(trained)))
@@ -173,6 +181,28 @@ def fit(
         run = _Run(step, recipe, checkpoint, np.array(curve), label)
         trained = run.train(trained, state, frozen, rest)
     return merge(trained, frozen), run.curve
+
+
+def _count_steps(batches: Batches, recipe: Recipe) -> int:
+    steps, remainder = divmod(len(batches), recipe.accumulate)
+    if remainder:
+        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
+    return steps
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe that change the result: how often it is saved does not."""
+    settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return settings | {"every": None}
+
+
+def _read_finished(
+    checkpoint: Checkpoint, trained: Any, optimiser: optax.GradientTransformation, curve: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Read what was trained and the curve of a finished training, without the optimiser's state."""
+    unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
+    trained, _, curve = checkpoint.load((mesh.replicate(trained), unread, curve))
+    return trained, curve
 
 
 def _copy_shared(trained: Any, model: Any) -> Any:
@@ -300,7 +330,7 @@ _update = jax.jit(
 class _Steps:
     """The batches of each step."""
 
-    batches: Sequence[Batch]
+    batches: Batches
     size: int
 
     def __len__(self) -> int:
@@ -313,7 +343,7 @@ class _Steps:
         return (self[step] for step in range(len(self)))
 
 
-def evaluate(model: Any, batches: Sequence[Batch], *, label: str = "loss") -> tuple[float, float]:
+def evaluate(model: Any, batches: Batches, *, label: str = "loss") -> tuple[float, float]:
     """Compute the loss with each row's own picture, and with that of the next row.
 
     A model that answers from the picture does much worse with a wrong one.
@@ -329,9 +359,9 @@ def evaluate(model: Any, batches: Sequence[Batch], *, label: str = "loss") -> tu
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
     with mesh.use_mesh_of(model):
-        for batch in tqdm.tqdm(batches, desc=label, leave=False):
+        for number in tqdm.trange(len(batches), desc=label, leave=False):
+            batch = batches[number].replace(processor=None)
             losses.require_answers(batch)
-            batch = batch.replace(processor=None)
             swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
             nll, tokens = mesh.gather_to_host(step(model, mesh.shard_batch(batch)))
             right += float(nll.sum())

@@ -37,7 +37,7 @@ def test_the_uniform_baseline_is_chance():
 
 def test_rows_of_a_table():
     found = task(original=0.2, proj=0.5, e2e=0.8)
-    rows = projection.table(found.truth, found.said, CLASSES, over=ORIGINAL, resamples=200)
+    rows = projection.table(found.truth, found.predicted, CLASSES, over=ORIGINAL, resamples=200)
     assert [row["variant"] for row in rows] == [ORIGINAL, PROJ, E2E]
     first, _, last = rows
     assert first["change"] is None and first["runs"] == 3 and first["images"] == 150
@@ -45,7 +45,7 @@ def test_rows_of_a_table():
     assert change["value"] == pytest.approx(last["f1"]["mean"] - first["f1"]["mean"])
     assert change["relative"] == pytest.approx(last["f1"]["mean"] / first["f1"]["mean"] - 1)
     assert 0 < change["low"] < change["value"] < change["high"]
-    nothing = {"a": np.full((1, 150), -1), "b": found.said[E2E]}
+    nothing = {"a": np.full((1, 150), -1), "b": found.predicted[E2E]}
     row = projection.table(found.truth, nothing, CLASSES, over="a", resamples=20)[1]
     assert row["change"]["relative"] is None
 

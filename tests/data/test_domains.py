@@ -357,13 +357,9 @@ class TestTables:
 def test_the_command_prints_counts_sources_and_licences(
     tmp_path, tiny_recipes, capsys, monkeypatch
 ):
-    from absl.testing import flagsaver
+    from experiments.domains import tables
 
-    from experiments import domains as command
-
-    command.flags.FLAGS([""])
-    with flagsaver.flagsaver(root=str(tmp_path), licences=str(tmp_path / "LICENCES.md")):
-        command.main([""])
+    tables.run(None, str(tmp_path), str(tmp_path / "LICENCES.md"))
     printed = capsys.readouterr()
     assert re.search(r"\| objects +\| 8 +\| 12 +\| 4 ", printed.out)
     assert f"PyPI numpy {np.__version__}" in printed.out

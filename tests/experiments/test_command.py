@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments.running import command, lock
+from experiments.running import cli, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 EVALUATE = "--config=configs/embedded_evaluate.py"
@@ -148,7 +148,7 @@ def test_every_study(study, config, given, says, say):
         ("edits", "ablate lm.mlp.act[@none.npy]", "there is no file none.npy"),
         ("edits", "ablate lm.norm[1,2]", "lm.norm exists once, not per layer"),
         ("edits", "ablate lm.mlp.act where=imagee", "unknown token kind 'imagee'"),
-        ("edits", "knockout lm.mlp.act", "only lm.attn takes knockout"),
+        ("edits", "knockout lm.mlp.act", "only lm.attn and vision.attn take knockout"),
         ("edits", "", "an edit begins with one of"),
         ("captures", "stats lm.mlp.act", "a capture begins with its name"),
         ("captures", "a=mean lm.attn.pattern", "mean does not read lm.attn.pattern"),
@@ -159,9 +159,56 @@ def test_edits_and_captures(flag, text, says, say):
     assert line.startswith(f"error: --{flag}: ") and says in line
 
 
+MODEL = "--model=llava-1.5-7b"
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "says"),
+    [
+        ("describe", "", "--model is missing: --model=NAME"),
+        ("describe", "--model=", "--model is missing"),
+        ("describe", f"{MODEL} --jsn=x", "unknown flag '--jsn'. Did you mean: json ?"),
+        ("describe", f"{MODEL} extra", "unexpected arguments: extra"),
+        ("describe", "--model=/no/model", "--model=/no/model: neither a released model, a folder"),
+        ("describe", "--model=tests/nomodel", "--model=tests/nomodel: neither a released model"),
+        ("describe", "--model=setup.py", "--model=setup.py: neither a released model"),
+        ("describe", "--model=tests", "--model=tests: no config.json in it"),
+        ("describe", f"{MODEL} --base=tests", "--base=tests: no config.json in it"),
+        ("describe", f"{MODEL} --json=tests", "--json=tests: it is a folder; name a file"),
+        ("plan", "", "--model is missing"),
+        ("plan", "--model=/no/model", "--model=/no/model: neither a released model"),
+        ("plan", f"{MODEL} --workdir=W", "unknown flag '--workdir'"),
+        ("plan", f"{MODEL} --rows=0", "--rows=0"),
+        ("plan", f"{MODEL} --data=-1", "--data=-1"),
+        ("plan", f"{MODEL} --lanes=two", "--lanes=two"),
+        ("plan", f"{MODEL} --dtype=float16", "--dtype=float16: value should be one of <bfloat16|flo"),
+        ("plan", f"{MODEL} --find=words", "--find=words: value should be one of <topology|rows|"),
+        ("plan", f"{MODEL} --topology=v5e:3x3", "topology 'v5e:3x3': the slices of v5e are"),
+        ("plan", f"{MODEL} --topology=v5e:2x4,tpu", "topology 'tpu': the chips are"),
+        ("plan", f"{MODEL} --out=setup.py", "--out=setup.py: it is a file; name a folder"),
+        ("plan", f"{MODEL} --edits=abblate", "--edits: edit 1, 'abblate'"),
+        ("plan", f"{MODEL} --captures=stats", "--captures: "),
+        ("domains", "--domain=animals", "unknown flag '--domain'. Did you mean: domains ?"),
+        ("domains", "all", "unexpected arguments: all"),
+        ("domains", "--root=setup.py", "--root=setup.py: it is a file; name a folder"),
+        ("domains", "--licences=tests", "--licences=tests: it is a folder; name a file"),
+    ],
+)  # fmt: skip
+def test_programs_that_are_no_studies(program, given, says, say):
+    assert says in say(*given.split(), study=program)
+
+
+def test_an_adapter_is_a_checkpoint(tmp_path):
+    """Its model is found when it is loaded."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    cli.require_checkpoint("config.model", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="neither a folder with a checkpoint nor a hub id"):
+        cli.require_checkpoint("config.model", "llava-1.5-7b")
+
+
 def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
     """Also after SIGKILL nothing stale stays."""
-    code = f"from experiments.running import lock; lock.take({str(tmp_path)!r}); print(1, flush=True); input()"
+    code = f"from experiments.running import lock; lock.acquire({str(tmp_path)!r}); print(1, flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -169,11 +216,11 @@ def test_a_workdir_is_locked_while_its_holder_lives(tmp_path):
     with pytest.raises(
         ValueError, match=rf"another run \(process {holder.pid} of .*choose another"
     ):
-        lock.take(tmp_path)
+        lock.acquire(tmp_path)
     holder.kill()
     holder.wait()
     held = len(lock._held)
-    lock.take(tmp_path)
+    lock.acquire(tmp_path)
     assert (tmp_path / lock.NAME).read_text().startswith(f"process {os.getpid()} ")
     with open(tmp_path / lock.NAME) as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,7 +283,7 @@ def test_interrupts_are_one_line(how, numbers, status, lines):
     ],
 )  # fmt: skip
 def test_an_error_of_a_study_ends_in_one_line(error, before, last):
-    with pytest.raises(SystemExit) as end, command.one_line(sys.exit):
+    with pytest.raises(SystemExit) as end, cli.one_line(sys.exit):
         raise error
     *shown, line = end.value.code.splitlines()
     assert line.startswith(last) and len(shown) >= before and bool(shown) == bool(before)

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from experiments import describe
+from experiments.describe import description
 from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -17,7 +17,7 @@ from mllm_jax.families.llava_next import model as llava_next
 
 @pytest.fixture(scope="module")
 def seven():
-    return describe.describe(llava.LlavaConfig.llava_1_5_7b())
+    return description.describe(llava.LlavaConfig.llava_1_5_7b())
 
 
 def test_counts_and_bytes(seven):
@@ -41,7 +41,7 @@ def test_neurons_and_sites(seven):
     }
     sites = {site["name"]: site for site in seven["sites"]}
     assert sites["lm.mlp.act"]["axes"] == ["L", "B", "T", "F"]
-    assert sites["lm.mlp.act"]["shape"] == [32, 1, 576 + describe.WORDS, 11008]
+    assert sites["lm.mlp.act"]["shape"] == [32, 1, 576 + description.WORDS, 11008]
     assert sites["projector.out"]["shape"] == [1, 576, 4096]
     assert sites["logits"]["axes"] == ["B", "T", "V"] and sites["logits"]["shape"][-1] == 32064
     for site in seven["sites"]:
@@ -50,18 +50,18 @@ def test_neurons_and_sites(seven):
 
 @pytest.mark.parametrize("name", families.RELEASED)
 def test_every_released_model(name):
-    found = describe.describe(describe.find(name))
+    found = description.describe(description.find(name))
     assert found["parameters"]["all"] > 1e8
     assert {"vision.mlp.act", "lm.mlp.act"} <= found["neurons"].keys()
 
 
 def test_parameters_are_those_of_the_model(tiny_model):
-    found = describe.describe(tiny_model.config)
+    found = description.describe(tiny_model.config)
     for module in ("vision", "projector", "lm"):
         leaves = jax.tree.leaves(getattr(tiny_model, module))
         assert found["parameters"][module] == sum(leaf.size for leaf in leaves)
         assert found["bytes"]["float32"][module] == sum(leaf.nbytes for leaf in leaves)
-    tiles = describe.describe(llava_next.LlavaNextConfig.tiny())
+    tiles = description.describe(llava_next.LlavaNextConfig.tiny())
     assert tiles["parameters"]["newline"] == 32
     shapes = {site["name"]: site["shape"] for site in tiles["sites"]}
     assert shapes["vision.embed"][0] == 5  # tiles of the largest picture
@@ -76,11 +76,25 @@ def test_no_such_name(monkeypatch, tmp_path):
         ("somebody/llava-1.5-7b", "nearest of the released models: llava-1.5-7b"),
     ):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            describe.find(name)
+            description.find(name)
         assert repr(name) in str(error.value) and near in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="config.json: missing"):
-        describe.find(str(tmp_path))
+        description.find(str(tmp_path))
+
+
+def test_an_adapter_is_described_by_the_model_that_it_changes(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(checkpoint)}))
+    assert description.find(str(tmp_path)) == description.find(str(checkpoint))
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "lost/model"}))
+    assert description.find(str(tmp_path), str(checkpoint)) == description.find(str(checkpoint))
+    with pytest.raises(FileNotFoundError, match="the model that the adapter changes with --base"):
+        description.find(str(tmp_path))
+    config.write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="base_model_name_or_path.*with --base"):
+        description.find(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from experiments.domain_neurons import study as domain_neurons
-from experiments.running import command
+from experiments.running import cli
 from mllm_jax import store
 
 QUICK = "configs/embedded.py:quick"
@@ -144,7 +144,7 @@ def refuse(config_of, checkpoint, folders, tmp_path):
 
     def run(says: str, **fields):
         given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
-        with pytest.raises(command.EXPECTED, match=re.escape(says)):
+        with pytest.raises(cli.EXPECTED, match=re.escape(says)):
             domain_neurons.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
 
     return run

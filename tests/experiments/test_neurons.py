@@ -23,7 +23,7 @@ def counted(groups):
     }.items():
         shape = (groups, 2, 5, len(kinds))
         found |= {
-            f"{module}/{f}": RNG.integers(0, 9, shape) for f in ("positive", "sum", "squares")
+            f"{module}/{f}": RNG.integers(0, 9, shape) for f in ("positive", "sum", "centred")
         }
         found[f"{module}/tokens"] = RNG.integers(10, 20, (groups, len(kinds)))
         found[f"{module}/kinds"] = np.array(kinds)
@@ -36,12 +36,45 @@ def test_counts_of_a_scope():
     assert text.domain.tolist() == [0, 0, 0, 1, 1]
     np.testing.assert_array_equal(text.positive[3:], found["b"]["lm/positive"][..., :2].sum(-1))
     np.testing.assert_array_equal(text.tokens[:3], found["a"]["lm/tokens"][:, :2].sum(-1))
-    np.testing.assert_array_equal(text.squares[1], found["b"]["lm/squares"][..., :2].sum((0, -1)))
     image = counts.Counts.of(found, "vision", "image")
     np.testing.assert_array_equal(image.tokens[:3], found["a"]["vision/tokens"][:, 1])
     for module, scope in (("vision", "text"), ("lm", "all")):  # no such token: all of them
         every = counts.Counts.of(found, module, scope)
         np.testing.assert_array_equal(every.tokens[:3], found["a"][f"{module}/tokens"].sum(-1))
+
+
+def test_deviations_of_groups_and_kinds_are_pooled():
+    """Against the activations themselves, of a large mean; a group has no token of one kind."""
+    tokens = np.array([[3, 5], [4, 0]])
+    activations = [
+        [RNG.normal(1e4 + 10 * kind, 1 + group, (2, 5, count)) for kind, count in enumerate(row)]
+        for group, row in enumerate(tokens)
+    ]
+
+    def stack(reduce):
+        return np.moveaxis([[reduce(values) for values in row] for row in activations], 1, -1)
+
+    sums = stack(lambda values: values.sum(-1))
+    centred = stack(
+        lambda values: (
+            ((values - values.mean(-1, keepdims=True)) ** 2).sum(-1)
+            if values.size
+            else np.zeros((2, 5))
+        )
+    )
+    every = np.concatenate([values for row in activations for values in row], axis=-1)
+    want = ((every - every.mean(-1, keepdims=True)) ** 2).sum(-1)
+    np.testing.assert_allclose(counts.pool_centred(sums, centred, tokens), want, rtol=1e-9)
+    found = {
+        "a": {
+            "lm/positive": np.zeros((2, 2, 5, 2)), "lm/sum": sums, "lm/centred": centred,
+            "lm/tokens": tokens, "lm/kinds": np.array(["image", "question"]),
+        }
+    }  # fmt: skip
+    np.testing.assert_allclose(counts.Counts.of(found, "lm", "all").centred, want[None], rtol=1e-9)
+    image = np.concatenate([row[0] for row in activations], axis=-1)
+    want = ((image - image.mean(-1, keepdims=True)) ** 2).sum(-1)
+    np.testing.assert_allclose(counts.Counts.of(found, "lm", "image").centred[0], want, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
             for name, task in tasks.items()
         },
         "answers": [
-            {"task": name, **row} for name, t in tasks.items() for row in table(t, t.said)
+            {"task": name, **row} for name, t in tasks.items() for row in table(t, t.predicted)
         ],
         "richness": [
             {"task": name, "probe": probe, **row}
@@ -109,10 +109,10 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
     results["ablation"] = []
     for name, task in tasks.items():
         for v in (ORIGINAL, E2E):
-            said = {"none": task.said[v]}
+            said = {"none": task.predicted[v]}
             for off, loss in (("its domain's neurons", 0.3), ("random neurons", 0.03)):
-                lost = rng.random(task.said[v].shape) < loss
-                said[off] = np.where(lost, -1, task.said[v])
+                lost = rng.random(task.predicted[v].shape) < loss
+                said[off] = np.where(lost, -1, task.predicted[v])
             rows = projection.table(task.truth, said, task.classes, over="none", **FAST)
             results["ablation"] += [
                 {"task": name, "variant": v, "ablated": row["variant"], "neurons": 461,

@@ -19,8 +19,8 @@ from flax import nnx
 
 from mllm_jax import families
 from mllm_jax.checkpoints import keys, tensors
-from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load
+from mllm_jax.models.multimodal import MultimodalConfig
 
 SHARD = 2**32  # bytes
 
@@ -48,7 +48,7 @@ class Noise:
 
 
 def write(
-    config: llava.LlavaConfig,
+    config: MultimodalConfig,
     directory: pathlib.Path,
     dtype: np.typing.DTypeLike = ml_dtypes.bfloat16,
     shard: int = SHARD,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax import tokens
 from mllm_jax.checkpoints.networks import projectors
 from mllm_jax.checkpoints.networks import qwen_vision as network_
+from mllm_jax.interventions import binding
+from mllm_jax.interventions.tap import Taps
 from mllm_jax.models import grids, projector, qwen_vision
 from tests.helpers import hf, towers
 
@@ -24,7 +29,6 @@ CLASSES = {
     "3": ("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
 }
 CONFIGS = {version: qwen_vision.QwenVisionConfig.tiny(version) for version in CLASSES}
-CONFIGS["2"] = dataclasses.replace(CONFIGS["2"], mlp=64)  # a multiple of the width
 KIND = {"2": "layer", "2.5": "rms", "3": "layer"}
 
 
@@ -174,6 +178,101 @@ def test_features_and_image_tokens(version):
         np.testing.assert_array_equal(captured[name], deep)
 
 
+def edited(version, edits):
+    """Our features under edits, of real patches, and the receipts."""
+    tower, _ = ours(version)
+    x, valid = patches()
+    maps = {"vision": tokens.TokenMap.free_grid(np.arange(len(GRIDS)), GRIDS, PLACES, 2)}
+    clean = Taps()
+    jax.eval_shape(lambda: tower(x, GRIDS, clean.module("vision")))
+    bound = binding.bind_edits(edits, clean.shapes, maps)
+
+    @jax.jit
+    def run(tower):
+        taps = Taps(bound)
+        return tower(x, GRIDS, taps.module("vision")), taps.receipt_list()
+
+    out, receipts = run(tower)
+    return np.asarray(out)[valid], receipts
+
+
+def hooked_heads(version, layer, change) -> np.ndarray:
+    """Their features where a function has changed the heads of a layer, [seq, N, H]."""
+    theirs = network(version)
+    at = np.argsort(places_in_their_order(version))
+
+    def hook(module, args):
+        heads = args[0].numpy().copy().reshape(len(at), 4, -1)
+        heads[at] = change(heads[at])
+        return (hf.torch.from_numpy(heads.reshape(len(at), -1)),)
+
+    handle = theirs.blocks[layer].attn.proj.register_forward_pre_hook(hook)
+    x, valid = patches()
+    with hf.torch.no_grad():
+        grid = hf.torch.tensor([[1, *GRIDS[i]] for i in REAL])
+        out = theirs(hf.torch.from_numpy(x[valid]), grid).last_hidden_state.numpy()
+    handle.remove()
+    return out[at]
+
+
+def ablate_head(heads):
+    heads[:, 2] = 0
+    return heads
+
+
+def add_in_row_1(heads):
+    row = grids.Places.of(GRIDS, PLACES, 2).row
+    heads[np.asarray(row)[patches()[1]] == 1] += 0.5
+    return heads
+
+
+@pytest.mark.parametrize("version", CLASSES)
+@pytest.mark.parametrize(
+    ("edit", "change"),
+    [
+        (mj.ablate(S.vision.attn.heads[1, [2]]), ablate_head),
+        (mj.add(S.vision.attn.heads[1], 0.5, where=tokens.row(1)), add_in_row_1),
+    ],
+    ids=["ablate", "add"],
+)
+def test_an_edit_is_a_hook(version, edit, change):
+    width = CONFIGS[version].width
+    got, (receipt,) = edited(version, edit)
+    want = hooked_heads(version, 1, change)
+    towers.assert_close(got[:, :width], want, "features")
+    assert np.abs(want - hooked_heads(version, 1, lambda heads: heads)).max() > 1e-2
+    count = GRIDS.prod(1).sum() if change is ablate_head else GRIDS[:, 1].sum()
+    np.testing.assert_array_equal(receipt.tokens, [0, count, 0])
+
+
+@pytest.mark.parametrize("version", CLASSES)
+def test_a_knockout_is_a_mask_in_their_attention(version, monkeypatch):
+    """No patch sees the first column of its picture in the layer of full attention."""
+    module, theirs = module_of(version), network(version)
+    attend = module.eager_attention_forward
+    x, valid = patches()
+    column = np.asarray(grids.Places.of(GRIDS, PLACES, 2).column)
+
+    def hide(block, query, key, value, attention_mask, **kwargs):
+        if block is theirs.blocks[1].attn:
+            [tile] = [i for i in REAL if GRIDS[i].prod() == key.shape[2]]
+            place = np.arange(PLACES)[valid[tile]]
+            if version == "2.5":
+                at = places_in_their_order(version)
+                place = at[at // PLACES == tile] % PLACES
+            hidden = np.where(column[tile, place] == 0, np.finfo(np.float32).min, 0)
+            attention_mask = hf.torch.from_numpy(hidden.astype(np.float32))
+        return attend(block, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", hide)
+    want = hooked_heads(version, 1, lambda heads: heads)
+    edit = mj.knockout(S.vision.attn[1], to=tokens.every, on=tokens.column(0))
+    got, (receipt,) = edited(version, edit)
+    towers.assert_close(got[:, : CONFIGS[version].width], want, "features")
+    cut = 4 * (GRIDS.prod(1) * GRIDS[:, 0]).sum()
+    np.testing.assert_array_equal(receipt.elements, [0, cut, 0])
+
+
 def test_padding_never_matters():
     """Neither what stands in it, nor how much of it there is, nor the other pictures."""
     x, valid = patches()
@@ -196,8 +295,6 @@ def test_one_program_for_all_sizes():
     @jax.jit
     def run(grid):
         traced.append(1)
-        from mllm_jax.interventions.tap import Taps
-
         return tower(x, grid, Taps().module("vision"))
 
     for grid in (GRIDS, GRIDS[::-1].copy(), np.full_like(GRIDS, 8)):
@@ -219,6 +316,10 @@ def test_places_are_those_of_a_loop(merge):
         np.testing.assert_array_equal(places.valid[i], np.arange(count) < len(want))
         got = np.stack([places.row[i], places.column[i]], 1)[: len(want)]
         np.testing.assert_array_equal(got, np.array(want, int).reshape(-1, 2))
+    map_ = tokens.TokenMap.free_grid(np.arange(4), grid, count, merge)
+    np.testing.assert_array_equal(places.valid, map_.kind != tokens.CODE["pad"])
+    for ours, theirs in ((places.row, map_.row), (places.column, map_.column)):
+        np.testing.assert_array_equal(np.where(places.valid, ours, -1), theirs)
 
 
 @pytest.mark.parametrize("version", CLASSES)
@@ -242,4 +343,4 @@ def test_config_comes_back(version):
 def test_a_wrong_config_is_refused(version, fields, problem):
     problems: list[str] = []
     network_.read(fields, version, problems)
-    assert len(problems) == 1 and __import__("re").search(problem, problems[0]), problems
+    assert len(problems) == 1 and re.search(problem, problems[0]), problems

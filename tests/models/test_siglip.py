@@ -13,7 +13,6 @@ from mllm_jax.models import siglip
 from tests.helpers import hf, towers
 
 TINY = siglip.SiglipConfig.tiny()
-PIXELS = np.random.default_rng(0).normal(size=(3, 24, 24, 3)).astype(np.float32)
 
 
 def siglip_network(config):
@@ -43,11 +42,12 @@ def ours(config, network):
 
 
 def check(config, network, want_features):
-    sites = network_.SITES
-    pixels = hf.torch.from_numpy(PIXELS.transpose(0, 3, 1, 2))
+    sites, side = network_.SITES, config.image_size
+    pictures = np.random.default_rng(0).normal(size=(3, side, side, 3)).astype(np.float32)
+    pixels = hf.torch.from_numpy(pictures.transpose(0, 3, 1, 2))
     out, want = towers.hooked(network, sites, pixels, output_hidden_states=True)
     tokens = np.ones((3, config.feature_tokens), bool)
-    got, tensors = towers.run(ours(config, network), sites, tokens, PIXELS)
+    got, tensors = towers.run(ours(config, network), sites, tokens, pictures)
     for name in sites:
         theirs = np.stack(want[name]) if len(want[name]) > 1 else want[name][0]
         theirs = theirs if name == "vision.embed" else theirs[: config.run_layers]
@@ -55,9 +55,10 @@ def check(config, network, want_features):
     towers.assert_close(got, want_features(out).numpy(), "features")
 
 
-@pytest.mark.parametrize("act", ["gelu_tanh", "gelu"])
-def test_the_whole_tower_at_every_site(act):
-    config = dataclasses.replace(TINY, act=act, eps=1e-3)
+@pytest.mark.parametrize(("act", "side"), [("gelu_tanh", 24), ("gelu", 29)])
+def test_the_whole_tower_at_every_site(act, side):
+    """Patches of 6 pixels leave 5 of 29 over, as those of 14 leave 6 of 384."""
+    config = dataclasses.replace(TINY, act=act, eps=1e-3, image_size=side)
     check(config, hf.random(siglip_network(config)), lambda out: out.last_hidden_state)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
 
 import mllm_jax as mj
+from experiments.plan import planning
 from mllm_jax import families, store
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
@@ -364,18 +363,12 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
 
 
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
-    from experiments.plan import __main__ as command
-
     monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
-    arguments = ["plan", "--model=embedded", "--study=counts,sweep", f"--out={tmp_path}"]
-    arguments.append("--edits=ablate lm.mlp.act[3]")
-    monkeypatch.setattr(sys, "argv", arguments)
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(arguments)
-    try:
-        command.main(["plan"])
-    finally:
-        flags.FLAGS.unparse_flags()
+    options = planning.Options(
+        model="embedded", topologies=["v5e:2x4"], studies=["counts", "sweep"],
+        edits="ablate lm.mlp.act[3]",
+    )  # fmt: skip
+    planning.run(options, str(tmp_path))
     found = store.read_json(tmp_path / "plan.json")
     assert [p["study"] for p in found["plans"]] == ["counts", "sweep"]
     assert found["plans"][0]["bytes"]["edits"] > 0

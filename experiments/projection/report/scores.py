@@ -64,7 +64,7 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         },
         cells.colours(rows), "macro-F1 of the probe", against=ORIGINAL,
     )  # fmt: skip
-    own = by_probe.get(PAPER, rows)
+    own = by_probe.get(PAPER) or rows
     equal = (
         f" With one probe for both sides, {_mean(by_probe['matched'], BEFORE)} before and "
         f"{_mean(by_probe['matched'], ORIGINAL)} after it."

@@ -7,28 +7,32 @@ from typing import Any, Literal
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import keys, schema
-from mllm_jax.checkpoints.networks import clip
+from mllm_jax.checkpoints.networks import encoder
 from mllm_jax.models.internvit import InternVitConfig
 
 _SQUARE = schema.either(schema.SIDE, schema.many(schema.SIDE, 2, 2))
-_FIELDS = {
-    "model_type": (schema.only("internvl_vision"), "internvl_vision"),
-    "hidden_size": (schema.WIDTH, 1024),
-    "num_hidden_layers": (schema.LAYERS, 24),
-    "num_attention_heads": (schema.HEADS, 16),
-    "attention_bias": (schema.FLAG, False),
-    "use_qk_norm": (schema.FLAG, False),
-    "intermediate_size": (schema.WIDTH, 4096),
-    "hidden_act": (fields_.ACTIVATION, "gelu"),
-    "norm_type": (schema.only("layer_norm", "rms_norm"), "layer_norm"),
-    "layer_norm_eps": (schema.EPSILON, 1e-6),
-    "image_size": (_SQUARE, (448, 448)),
-    "patch_size": (_SQUARE, (14, 14)),
-    "num_channels": (schema.only(3), 3),
-    "use_mask_token": (schema.only(False), False),
-    "use_absolute_position_embeddings": (schema.only(True), True),
-    "use_mean_pooling": (schema.FLAG, True),
-}
+_FIELDS = (
+    encoder.CHANNELS
+    | encoder.table(
+        "internvl_vision",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+    | {
+        "attention_bias": (schema.FLAG, False),
+        "use_qk_norm": (schema.FLAG, False),
+        "norm_type": (schema.only("layer_norm", "rms_norm"), "layer_norm"),
+        "image_size": (_SQUARE, (448, 448)),
+        "patch_size": (_SQUARE, (14, 14)),
+        "use_mask_token": (schema.only(False), False),
+        "use_absolute_position_embeddings": (schema.only(True), True),
+        "use_mean_pooling": (schema.FLAG, True),
+    }
+)
 _IGNORED = fields_.IGNORED | {
     "hidden_dropout_prob", "layer_scale_init_value", "projection_dropout", "tie_word_embeddings",
 }  # fmt: skip
@@ -83,7 +87,8 @@ def read(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         if len(set(sides)) > 1:
             problems.append(f"vision_config.{name}={list(sides)} is not a square")
         vit[name] = sides[0]
-    clip.check_tower(vit, problems)
+    for part, whole in (("num_attention_heads", "hidden_size"), ("patch_size", "image_size")):
+        schema.divides((part, vit[part]), (f"vision_config.{whole}", vit[whole]), problems)
     return vit
 
 
@@ -92,14 +97,7 @@ def config(
 ) -> InternVitConfig:
     """Return the config of fields from `read`, with the layer and the tokens that are used."""
     return InternVitConfig(
-        width=vit["hidden_size"],
-        layers=vit["num_hidden_layers"],
-        heads=vit["num_attention_heads"],
-        mlp=vit["intermediate_size"],
-        image_size=vit["image_size"],
-        patch=vit["patch_size"],
-        act=fields_.ACTIVATIONS[vit["hidden_act"]],
-        eps=vit["layer_norm_eps"],
+        **encoder.arguments(vit),
         norm="rms" if vit["norm_type"] == "rms_norm" else "layer",
         qkv_bias=vit["attention_bias"],
         qk_norm=vit["use_qk_norm"],
@@ -111,16 +109,10 @@ def config(
 
 def to_hf(vision: InternVitConfig) -> dict[str, Any]:
     """Return the `vision_config` of a tower that ends at the layer whose output is used."""
-    return {
-        "model_type": "internvl_vision",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
+    return encoder.to_hf(vision, "internvl_vision") | {
         "num_hidden_layers": vision.run_layers,
-        "num_attention_heads": vision.heads,
         "image_size": [vision.image_size] * 2,
         "patch_size": [vision.patch] * 2,
-        "hidden_act": fields_.HF_ACTIVATIONS[vision.act],
-        "layer_norm_eps": vision.eps,
         "norm_type": "rms_norm" if vision.norm == "rms" else "layer_norm",
         "attention_bias": vision.qkv_bias,
         "use_qk_norm": vision.qk_norm,

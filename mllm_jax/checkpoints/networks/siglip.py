@@ -72,6 +72,7 @@ def read_idefics3(fields: Mapping[str, Any], problems: list[str]) -> dict[str, A
 
 
 def _read(fields: Mapping[str, Any], table: schema.Table, problems: list[str]) -> dict[str, Any]:
+    # The side of an image need not be a multiple of that of a patch: the rest is cut off.
     siglip = schema.read(fields, table, _IGNORED, "vision_config.", problems)
     heads = "num_attention_heads", siglip["num_attention_heads"]
     schema.divides(heads, ("vision_config.hidden_size", siglip["hidden_size"]), problems)
@@ -80,31 +81,10 @@ def _read(fields: Mapping[str, Any], table: schema.Table, problems: list[str]) -
 
 def config(siglip: Mapping[str, Any], *, feature_layer: int | None = None) -> SiglipConfig:
     """Return the config of fields from `read`, with the layer that is used; None for all."""
-    return SiglipConfig(
-        width=siglip["hidden_size"],
-        layers=siglip["num_hidden_layers"],
-        heads=siglip["num_attention_heads"],
-        mlp=siglip["intermediate_size"],
-        image_size=siglip["image_size"],
-        patch=siglip["patch_size"],
-        act=fields_.ACTIVATIONS[siglip["hidden_act"]],
-        eps=siglip["layer_norm_eps"],
-        feature_layer=feature_layer,
-    )
+    return SiglipConfig(**encoder.arguments(siglip), feature_layer=feature_layer)
 
 
 def to_hf(vision: SiglipConfig, model_type: str = "siglip_vision_model") -> dict[str, Any]:
     """Return the `vision_config` of a tower that ends at the layer whose output is used."""
     head = {"vision_use_head": False} if model_type == "siglip_vision_model" else {}
-    return {
-        "model_type": model_type,
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
-        "num_hidden_layers": vision.run_layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch,
-        "hidden_act": fields_.HF_ACTIVATIONS[vision.act],
-        "layer_norm_eps": vision.eps,
-        **head,
-    }
+    return encoder.to_hf(vision, model_type) | {"num_hidden_layers": vision.run_layers} | head

@@ -1,30 +1,48 @@
-"""Builds the embedded visual domains and prints what is in them, where from, and the licences.
-
-    python -m experiments.domains
-    python -m experiments.domains --licences=mllm_jax/data/LICENCES.md
-
-Takes about two minutes and 600 MB of downloads the first time; no root is needed. The images stay
-in the user's cache (`MLLM_JAX_CACHE`).
-"""
+"""Build the embedded domains, and tabulate their pictures, sources and licences."""
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from absl import app, flags
-
+from mllm_jax import store
 from mllm_jax.data import domains, packages, tasks
 from mllm_jax.report import tables
 
-ROOT = flags.DEFINE_string("root", None, "Where the domains are kept; the user's cache by default.")
-DOMAINS = flags.DEFINE_list("domains", None, "Domains to build; all by default.")
-LICENCES = flags.DEFINE_string("licences", None, "A Markdown file to write the tables to.")
+Index = Mapping[str, Any]  # what `domains.build` returns of a domain
 
 
-def counts(indices: Sequence[dict]) -> str:
+def run(names: Sequence[str] | None, root: str | None, licences: str | None) -> None:
+    """Build domains, print their tables, and write those of the licences.
+
+    Args:
+        names: the domains to build; None for all.
+        root: the folder of the domains; None for the user's cache.
+        licences: the path of the Markdown file to write; None for none.
+
+    Raises:
+        ValueError: no domain could be built.
+    """
+    folder = pathlib.Path(root) if root else domains.default_root()
+    indices = []
+    for name in names or domains.EMBEDDED:
+        try:
+            indices.append(domains.build(name, folder))
+        except packages.MissingPackage as error:
+            print(f"domain {name!r} is left out: {error}", file=sys.stderr)
+    if not indices:
+        raise ValueError("no domain could be built")
+    text = page(indices)
+    print(f"{text}\n\nThe domains are in {folder}")
+    if {*tasks.EMBEDDED} <= {index["domain"] for index in indices}:
+        print(f"\n# Classification tasks\n\n{classes(tasks.embedded(root=folder))}")
+    if licences:
+        store.write(licences, text + "\n")
+
+
+def counts(indices: Sequence[Index]) -> str:
     """Return a table of the pictures of each domain."""
     rows = []
     for index in indices:
@@ -38,7 +56,7 @@ def counts(indices: Sequence[dict]) -> str:
     return tables.markdown(("domain", "test", "train", "labels", "size", "labels and split"), rows)
 
 
-def sources(indices: Sequence[dict]) -> str:
+def sources(indices: Sequence[Index]) -> str:
     """Return a table of the packages that the pictures come from."""
     return tables.markdown(
         ("domain", "package", "licence", "home"),
@@ -55,7 +73,7 @@ def sources(indices: Sequence[dict]) -> str:
     )
 
 
-def images_by_licence(indices: Sequence[dict]) -> str:
+def images_by_licence(indices: Sequence[Index]) -> str:
     """Return a table of the pictures by licence."""
     rows = []
     for index in indices:
@@ -65,17 +83,17 @@ def images_by_licence(indices: Sequence[dict]) -> str:
     return tables.markdown(("domain", "licence of the image", "test", "train"), rows)
 
 
-def classes(found: dict[str, tasks.Task]) -> str:
+def classes(by_name: Mapping[str, tasks.Task]) -> str:
     """Return a table of the classes of each task."""
     rows = []
-    for name, task in found.items():
+    for name, task in by_name.items():
         for number, label in enumerate(task.classes):
             counts = (int(task.counts(split)[number]) for split in tasks.SPLITS)
             rows.append((name, label, *counts))
     return tables.markdown(("task", "class", *tasks.SPLITS), rows)
 
 
-def page(indices: Sequence[dict]) -> str:
+def page(indices: Sequence[Index]) -> str:
     """Return the page on sources and licences as Markdown."""
     return "\n\n".join(
         [
@@ -91,34 +109,3 @@ def page(indices: Sequence[dict]) -> str:
             images_by_licence(indices),
         ]
     )
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    root = pathlib.Path(ROOT.value) if ROOT.value else domains.default_root()
-    indices = []
-    try:
-        for name in DOMAINS.value or domains.EMBEDDED:
-            try:
-                indices.append(domains.build(name, root))
-            except packages.MissingPackage as error:
-                print(f"domain {name!r} is left out: {error}", file=sys.stderr)
-        if not indices:
-            raise ValueError("no domain could be built")
-        text = page(indices)
-        print(f"{text}\n\nKept in {root}")
-        if {*tasks.EMBEDDED} <= {index["domain"] for index in indices}:
-            print(f"\n# Classification tasks\n\n{classes(tasks.embedded(root=root))}")
-        if LICENCES.value:
-            path = pathlib.Path(LICENCES.value)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(text + "\n")
-            os.replace(partial, path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)

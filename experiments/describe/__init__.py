@@ -1,0 +1,1 @@
+"""Description of a model by its shapes: sites, parameters, bytes and neurons."""

@@ -1,0 +1,1 @@
+"""The embedded visual domains: their construction, sources and licences."""

@@ -1,0 +1,149 @@
+"""The command line of every program of `experiments`: its flags, and one line for each error.
+
+JAX is not imported here, so that a wrong command line is refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+from mllm_jax.interventions import grammar
+
+MAX_LENGTH = 390  # characters of an error
+# Errors of input or machine, which need no traceback.
+EXPECTED = (ValueError, KeyError, OSError, FloatingPointError, ImportError, MemoryError)
+CHECKPOINT_FILES = "config.json", "adapter_config.json"
+
+
+def run(main: Callable[[], None], check: Callable[[], None]) -> NoReturn:
+    """Parse the flags of a program, check them and run it.
+
+    An error ends the program with one line and status 1.
+
+    Args:
+        main: the program; it imports the library itself.
+        check: raises a ValueError or an OSError about the flags; it imports nothing heavy.
+    """
+
+    def start(argv: Sequence[str]) -> None:
+        with one_line(sys.exit):
+            refuse_arguments(argv)
+            check()
+            main()
+
+    app.run(start, flags_parser=parse)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parse flags with absl, and end the program with one line if they are wrong."""
+    logging.disable(logging.WARNING)  # absl warns of what is an error here
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        exit_with(describe_error(error))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def describe_error(error: flags.Error) -> str:
+    """Return the message of absl about wrong flags in the words of our other messages."""
+    first, *_ = str(error).splitlines()
+    return first.replace("Unknown command line flag '", "unknown flag '--").removeprefix("flag ")
+
+
+def exit_with(message: str) -> NoReturn:
+    """End the program with an error of one line."""
+    sys.exit(f"error: {' '.join(message.split())[:MAX_LENGTH]}")
+
+
+@contextlib.contextmanager
+def one_line(fail: Callable[[str], object]) -> Iterator[None]:
+    """Call `fail(line)` when an error is raised inside.
+
+    The line of an unexpected error, a fault of the program, follows its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        trace = ""
+        if not isinstance(error, EXPECTED) and "RESOURCE_EXHAUSTED" not in str(error):
+            trace = traceback.format_exc()
+            text = f"{type(error).__name__}: {text} (a fault of the program: please report it)"
+        line = " ".join(str(text).split()) or type(error).__name__
+        line = line if len(line) <= MAX_LENGTH else line[: MAX_LENGTH - 3] + "..."
+        fail(f"{trace}error: {line}")
+
+
+def refuse_arguments(argv: Sequence[str]) -> None:
+    """Raise a ValueError about arguments that are no flags."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --")
+
+
+def require_checkpoint(field: str, name: str, *, released: bool = False) -> None:
+    """Raise a FileNotFoundError if a name is neither a checkpoint folder nor a hub id.
+
+    Args:
+        field: the flag or the field of a config that gives the name.
+        name: the name.
+        released: whether it may be the name of a released model as well.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in CHECKPOINT_FILES):
+            raise FileNotFoundError(f"{field}={name}: no config.json in it, so no checkpoint")
+        return
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir()
+    is_released_name = released and re.fullmatch(r"[\w.-]+", name)
+    if path.exists() or not (is_hub_id or is_released_name):
+        kinds = "a released model, " if released else ""
+        raise FileNotFoundError(
+            f"{field}={name}: neither {kinds}a folder with a checkpoint nor a hub id such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+
+
+def require_path(field: str, path: str) -> None:
+    """Raise a FileNotFoundError if a file or folder does not exist."""
+    if not pathlib.Path(path).expanduser().exists():
+        raise FileNotFoundError(f"{field}: {path} does not exist")
+
+
+def refuse_file(flag: str, path: str | None) -> None:
+    """Raise a NotADirectoryError if a file stands where a folder is to be written."""
+    if path and pathlib.Path(path).exists() and not pathlib.Path(path).is_dir():
+        raise NotADirectoryError(f"{flag}={path}: it is a file; name a folder")
+
+
+def refuse_folder(flag: str, path: str | None) -> None:
+    """Raise an IsADirectoryError if a folder stands where a file is to be written."""
+    if path and pathlib.Path(path).is_dir():
+        raise IsADirectoryError(f"{flag}={path}: it is a folder; name a file")
+
+
+def check_items(edits: str | None, captures: str | None) -> None:
+    """Check the text of --edits and --captures as far as possible without the model.
+
+    Args:
+        edits: the text of the edits, None for none.
+        captures: the text of the captures, None for none.
+
+    Raises:
+        ValueError: a part is not understood, or names a file that does not exist.
+    """
+    for name, text, check in (
+        ("edits", edits, grammar.parse), ("captures", captures, grammar.parse_captures)
+    ):  # fmt: skip
+        if text is not None:
+            with grammar.located(f"--{name}"):
+                check(text)
