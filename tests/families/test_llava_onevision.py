@@ -60,7 +60,7 @@ def test_tokens_are_what_transformers_packs():
     packing.config = config
     rng = np.random.default_rng(0)
     newline = rng.normal(size=2).astype(np.float32)
-    for size in SIZES[::3]:
+    for size in SIZES[::2]:
         layout = REAL.layout(size)
         features = rng.normal(size=(layout.tiles, 729, 2)).astype(np.float32)
         [want], _ = packing.pack_image_features(
@@ -75,7 +75,7 @@ def test_tokens_are_what_transformers_packs():
                 layout.patches[:, None] < 0, newline, (flat[index] * weight[..., None]).sum(1)
             )
         np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=2e-6)
-    assert sum(REAL.layout(size).interpolation is not None for size in SIZES[::3]) >= 4
+    assert sum(REAL.layout(size).interpolation is not None for size in SIZES[::2]) >= 4
 
 
 def test_several_pictures_of_a_row_are_one_tile_each():
