@@ -110,9 +110,8 @@ def _siglip(lm, text, layer: int, template: str, directory: pathlib.Path) -> Fam
 class OneVisionProcessor(hf.transformers.LlavaOnevisionProcessor):
     """Theirs without its processor of videos, which needs torchvision."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.video_token_id = None  # the tiny tokenizer has no such token
+    # The tiny tokenizer has no such token.
+    video_token_id = property(lambda self: None, lambda self, value: None)
 
     def check_argument_for_proper_class(self, *args):
         return None
