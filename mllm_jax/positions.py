@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.typing import Array, Bool, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +28,11 @@ class Positions:
         other whatever their order. None where all attention is causal.
     """
 
-    order: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    rotary: Int[Array, "3 B T"] | None = None
-    segment: Int[Array, "B T"] | None = None
-    block: Int[Array, "B T"] | None = None
+    order: Int[AnyArray, "B T"]
+    valid: Bool[AnyArray, "B T"]
+    rotary: Int[AnyArray, "3 B T"] | None = None
+    segment: Int[AnyArray, "B T"] | None = None
+    block: Int[AnyArray, "B T"] | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -40,8 +40,8 @@ class Positions:
         return self.block is None
 
     def mask(
-        self, key_order: Int[Array, "B S"], key_valid: Bool[Array, "B S"]
-    ) -> Bool[Array, "B 1 T S"]:
+        self, key_order: Int[AnyArray, "B S"], key_valid: Bool[AnyArray, "B S"]
+    ) -> Bool[AnyArray, "B 1 T S"]:
         """Return which keys each token attends to.
 
         Args:
@@ -50,13 +50,22 @@ class Positions:
         """
         mask = key_order[:, None, None, :] <= self.order[:, None, :, None]
         if self.block is not None:
-            same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block > 0)[:, :, None]
-            earlier = key_order.shape[1] - self.order.shape[1]
-            mask |= jnp.pad(same, ((0, 0), (0, 0), (earlier, 0)))[:, None]
+            mask |= self.same_block(key_order.shape[1])
         if self.segment is not None:
             segment = self.segment[:, None, None, :]
             mask &= (segment == 0) | (segment == self.segment[:, None, :, None])
         return mask & key_valid[:, None, None, :]
+
+    def same_block(self, keys: int) -> Bool[Array, "B 1 T S"]:
+        """Return which keys are of the block of each token; those of earlier tokens are of none.
+
+        Args:
+          keys: The number S of keys: those of earlier tokens, then these.
+        """
+        if self.block is None:
+            return jnp.zeros((1, 1, 1, 1), bool)
+        same = (self.block[:, :, None] == self.block[:, None, :]) & (self.block > 0)[:, :, None]
+        return jnp.pad(same, ((0, 0), (0, 0), (keys - self.order.shape[1], 0)))[:, None]
 
     def from_token(self, start: int) -> Positions:
         """Return the positions from a token on: a static number, the same in each row."""

@@ -18,7 +18,7 @@ import tokenizers
 import tqdm
 
 from mllm_jax import files
-from mllm_jax.checkpoints.networks import llama
+from mllm_jax.checkpoints.networks import decoder
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -174,7 +174,7 @@ def _check_tensors(
 ) -> None:
     """Refuse tensors that do not fit the config, or that do not follow each other in the file."""
     problems: list[str] = []
-    llama.read(config, problems)
+    decoder.read(config, problems)
     if problems:
         raise ValueError("; ".join(problems))
     wanted = _shapes(config)

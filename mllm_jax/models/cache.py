@@ -1,4 +1,4 @@
-"""The key-value cache: what the language model has already read, as a plain pytree."""
+"""The key-value cache of a language model, a plain pytree."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values by layer. A slot is a place in the cache; its position is the token's own.
+    """Keys and values by layer. A slot is an index in the cache; its position is its token's own.
 
     Attributes:
-      key, value: float[L, B, K, S, H], heads first, as attention reads them.
-      position: int32[B, S].
-      valid: bool[B, S], False for padding and for slots not yet written.
+      key: The keys, float[L, B, K, S, H], heads first, as attention reads them.
+      value: The values, float[L, B, K, S, H].
+      position: The position of each token in its row, int32[B, S].
+      valid: False for padding and for slots that are not written yet, bool[B, S].
     """
 
     key: Float[Array, "L B K S H"]
     value: Float[Array, "L B K S H"]
-    position: Int[Array, "B S"]
-    valid: Bool[Array, "B S"]
+    position: Int[AnyArray, "B S"]
+    valid: Bool[AnyArray, "B S"]
 
     def extended(self, slots: int) -> Cache:
-        """With `slots` empty slots at the end."""
+        """Return the cache with `slots` empty slots at the end."""
 
         def wider(a, axis):
             return jnp.pad(a, [(0, slots if i == axis else 0) for i in range(a.ndim)])
@@ -37,14 +38,14 @@ class Cache:
         )
 
     def first(self, slots: int) -> Cache:
-        """The first `slots` slots."""
+        """Return the first `slots` slots."""
         return Cache(
             self.key[..., :slots, :], self.value[..., :slots, :],
             self.position[:, :slots], self.valid[:, :slots],
         )  # fmt: skip
 
     def write(self, new: Cache, slot: Int[Array, ""]) -> Cache:
-        """With the slots of `new` written from `slot` on."""
+        """Return the cache with the slots of `new` written from `slot` on."""
 
         def at(old, fresh, axis):
             return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), slot, axis)

@@ -40,6 +40,8 @@ class DecoderConfig:
             `rope_theta`.
         windows: the number of last positions that each layer attends to, 0 for all; empty where no
             layer has a window.
+        window_within_block: whether a window also bounds what the tokens of a block attend to in
+            it (Gemma 3), or only what they attend to elsewhere (PaliGemma 2).
         eps: the epsilon of the norms.
         unit_offset: whether the factor of a norm is 1 + scale (Gemma).
         biases: the maps of attention that have a bias: "", "qkv" (Qwen2) or "qkvo".
@@ -65,6 +67,7 @@ class DecoderConfig:
     rope_sections: rotary.RopeSections | None = None
     local_rope_theta: float | None = None
     windows: tuple[int, ...] = ()
+    window_within_block: bool = True
     eps: float = 1e-5
     unit_offset: bool = False
     biases: Literal["", "qkv", "qkvo"] = ""
@@ -328,6 +331,8 @@ class Decoder(nnx.Module):
         mask, distance = positions.mask(order, valid), None
         if self.config.windows:
             distance = positions.order[:, None, :, None] - order[:, None, None, :]
+            if positions.block is not None and not self.config.window_within_block:
+                distance = jnp.where(positions.same_block(order.shape[1]), 0, distance)
         rotations = self._rotations(positions)
 
         def step(layer, x, tap, inputs, only=None):

@@ -145,7 +145,7 @@ def _starts_with(path: pathlib.Path, header: bytes) -> bool:
 def _verified_checksum(
     path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, digest: str
 ):
-    """The running checksum of the rows of a file that are done.
+    """Return the running checksum of the rows of a file that are done.
 
     Raises:
       ValueError: they are not what was written.
@@ -164,7 +164,7 @@ def _verified_checksum(
 
 @functools.lru_cache(64)
 def _checksum(path: pathlib.Path, start: int, length: int, stamp: tuple[int, int, int]):
-    """The checksum of a part of a file, once for each state of it (its stamp)."""
+    """Return the checksum of a part of a file, cached by the stamp of the file."""
     del stamp
     digest = hashlib.sha256()
     with path.open("rb") as file:

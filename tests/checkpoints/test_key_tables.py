@@ -6,7 +6,7 @@ from flax import nnx
 
 from mllm_jax import families
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import llama
+from mllm_jax.checkpoints.networks import decoder
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -41,7 +41,7 @@ def test_every_parameter_has_its_place(make):
 
 def test_a_parameter_without_a_row():
     with pytest.raises(ValueError, match=r"without a row in the key tables: \['lm.gizmo'\]"):
-        keys.slots({"lm.gizmo": (3,)}, llama.TABLE)
+        keys.slots({"lm.gizmo": (3,)}, decoder.table(TINY.lm))
 
 
 @pytest.mark.parametrize("transform", [keys.COPY, keys.LINEAR, keys.PATCHES])

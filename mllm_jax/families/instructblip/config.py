@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import schema
-from mllm_jax.checkpoints.networks import encoder, llama
+from mllm_jax.checkpoints.networks import decoder, encoder
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.models.eva import EvaConfig
 from mllm_jax.models.qformer import QFormerConfig
@@ -69,7 +69,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Instru
         blip["qformer_config"] or {}, _QFORMER, _QFORMER_IGNORED, "qformer_config.", problems
     )
     # In transformers a text_config without a model_type is an OPT.
-    text = llama.read({"model_type": "opt"} | (blip["text_config"] or {}), problems)
+    text = decoder.read({"model_type": "opt"} | (blip["text_config"] or {}), problems)
     return fields_.checked(lambda: _config(blip, eva, bert, text), source, problems)
 
 
@@ -83,7 +83,7 @@ def _config(blip: Mapping, eva: Mapping, bert: Mapping, text: Mapping) -> Instru
             vision_width=eva["hidden_size"],
             look_every=bert["cross_attention_frequency"],
         ),
-        llama.config(text),
+        decoder.config(text),
         image_token=-1 if token is None else token,
     )
 
@@ -103,5 +103,5 @@ def to_hf(config: InstructBlipConfig) -> dict[str, Any]:
             "cross_attention_frequency": qformer.look_every,
             "encoder_hidden_size": qformer.vision_width,
         },
-        "text_config": llama.to_hf(config.lm),
+        "text_config": decoder.to_hf(config.lm),
     }

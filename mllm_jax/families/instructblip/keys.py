@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import llama
+from mllm_jax.checkpoints.networks import decoder
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 
 PROJECTOR_PREFIX = "language_projection."
@@ -69,10 +69,10 @@ def key_table(config: InstructBlipConfig) -> tuple[keys.Row, ...]:
         ),
         keys.Row("language_projection.weight", "projector.linears.0.kernel", keys.LINEAR),
         keys.Row("language_projection.bias", "projector.linears.0.bias", keys.COPY),
-        *llama.TABLE,
+        *decoder.table(config.lm),
     )
 
 
 def is_unused(key: str, config: InstructBlipConfig) -> bool:
     """Return whether a checkpoint may hold this tensor although the model does not use it."""
-    return llama.is_unused(key, config.lm)
+    return decoder.is_unused(key, config.lm)

@@ -1,7 +1,7 @@
 """InstructBLIP (Dai et al. 2023): a LLaVA whose pictures pass through a Q-Former.
 
-The Q-Former reads the instruction too, so what the LM is told of a picture depends on what is
-asked. Each picture becomes as many image tokens as there are queries.
+The Q-Former reads the instruction as well, so the image tokens depend on the question. Each picture
+becomes one image token for each query.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ class InstructBlipConfig(MultimodalConfig):
     """An InstructBLIP model.
 
     Attributes:
-      vision, qformer, projector, lm: the parts.
-      image_token: id that stands for an image token in the text; -1 where none is reserved, as in
+      vision: the vision tower.
+      qformer: the Q-Former.
+      projector: the linear map from the Q-Former to the language model.
+      lm: the language model.
+      image_token: the id of an image token in the text; -1 where none is reserved, as in
         checkpoints of 2023.
     """
 
@@ -51,7 +54,7 @@ class InstructBlipConfig(MultimodalConfig):
     def of(
         cls, vision: EvaConfig, qformer: QFormerConfig, lm: DecoderConfig, **fields
     ) -> InstructBlipConfig:
-        """An InstructBLIP of these three, with one linear map before the LM."""
+        """Return an InstructBLIP of three networks, with one linear map before the LM."""
         projector = ProjectorConfig(in_width=qformer.width, out_width=lm.width, depth=1)
         return cls(vision=vision, qformer=qformer, projector=projector, lm=lm, **fields)
 
@@ -81,9 +84,10 @@ class InstructBlip(MultimodalModel):
         self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
-        """The token map of each module: vision [I, P], qformer [I, Q + T], projector [I, Q], LM.
+        """Return the token map of each module by its name.
 
-        A branch of the Q-Former has a map of its own: the queries [I, Q], the text [I, T].
+        Their axes are vision [I, P], qformer [I, Q + T], projector [I, Q] and LM [B, T]. Both
+        branches of the Q-Former have a map of their own: the queries [I, Q] and the text [I, T].
         """
         grid, Q = (self.config.vision.grid,) * 2, self.config.qformer.queries
         images = batch.tile, batch.is_real_tile

@@ -13,7 +13,7 @@ from mllm_jax import files
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import schema
 from mllm_jax.checkpoints.networks import clip as clip_
-from mllm_jax.checkpoints.networks import llama as llama_
+from mllm_jax.checkpoints.networks import decoder
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.models.projector import ProjectorConfig
 
@@ -50,12 +50,12 @@ class Fields(NamedTuple):
     Attributes:
         llava: the fields of the model.
         clip: the fields of its vision tower.
-        llama: the fields of its language model.
+        text: the fields of its language model.
     """
 
     llava: dict[str, Any]
     clip: dict[str, Any]
-    llama: dict[str, Any]
+    text: dict[str, Any]
 
 
 def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaConfig:
@@ -96,16 +96,16 @@ def read(
     llava = schema.read(fields_.renamed(fields), table, _IGNORED, "", problems)
     defaults = {} if llava["vision_config"] else _DEFAULT_CLIP
     clip = clip_.read(defaults | (llava["vision_config"] or {}), problems)
-    llama = llama_.read(llava["text_config"] or {}, problems)
+    text = decoder.read(llava["text_config"] or {}, problems)
     _check_feature_layer(llava, clip, problems)
     grid = "vision_config.image_size / patch_size", clip["image_size"] // clip["patch_size"]
     schema.divides(("projector_fold", llava["projector_fold"]), grid, problems)
-    return Fields(llava, clip, llama)
+    return Fields(llava, clip, text)
 
 
 def parts(known: Fields) -> dict[str, Any]:
     """Return the arguments of the config class: its parts and the image token."""
-    llava, clip, llama = known
+    llava, clip, text = known
     return {
         "vision": clip_.config(
             clip,
@@ -114,13 +114,13 @@ def parts(known: Fields) -> dict[str, Any]:
         ),
         "projector": ProjectorConfig(
             in_width=clip["hidden_size"],
-            out_width=llama["hidden_size"],
+            out_width=text["hidden_size"],
             depth=llava["projector_depth"],
             act=fields_.ACTIVATIONS[llava["projector_hidden_act"]],
             bias=llava["multimodal_projector_bias"],
             fold=llava["projector_fold"],
         ),
-        "lm": llama_.config(llama, tied=llava["tie_word_embeddings"]),
+        "lm": decoder.config(text, tied=llava["tie_word_embeddings"] or None),
         "image_token": llava["image_token_index"],
     }
 
@@ -148,7 +148,7 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
         "tie_word_embeddings": lm.tied,
         **{field: value for field, value in own.items() if value != FIELDS[field][1]},
         "vision_config": clip_.to_hf(vision),
-        "text_config": llama_.to_hf(lm),
+        "text_config": decoder.to_hf(lm),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax import files
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import clip, llama
+from mllm_jax.checkpoints.networks import clip, decoder
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 
 PROJECTOR_PREFIX = "multi_modal_projector."
@@ -29,7 +29,7 @@ def projector(depth: int) -> tuple[keys.Row, ...]:
 def key_table(config: LlavaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a LLaVA model."""
     vision = clip.vision("vision_tower.vision_model", "vision")
-    return vision + projector(config.projector.depth) + llama.TABLE
+    return vision + projector(config.projector.depth) + decoder.table(config.lm)
 
 
 _SPELLINGS = (  # the first prefix that fits
@@ -105,7 +105,7 @@ def is_unused(key: str, config: LlavaConfig) -> bool:
     """
     if match := _VISION_LAYER.fullmatch(key):
         return config.vision.run_layers <= int(match[1]) < config.vision.layers
-    return key.startswith(_POST_NORM) or llama.is_unused(key, config.lm)
+    return key.startswith(_POST_NORM) or decoder.is_unused(key, config.lm)
 
 
 def unused_tensors(model: Llava) -> dict[str, np.ndarray]:

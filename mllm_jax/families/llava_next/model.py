@@ -1,10 +1,10 @@
-"""LLaVA-NeXT (Liu et al. 2024): LLaVA that also sees a picture's parts, at a higher resolution.
+"""LLaVA-NeXT (Liu et al. 2024): LLaVA that also reads tiles of a picture at higher resolution.
 
-A picture is read as one small square, the base, and again large: fitted into the resolution that
-suits it best, cut into tiles of the size of that square. The LM gets the base, then the large
-picture row by row, without the bars that fitting left around it, a newline after each row. All of
-this is decided by the picture's size alone, so it is arithmetic on indices: the network computes
-every patch of every tile, and `Batch.image_token_index` takes those that are wanted.
+A picture is read twice: as one small square, the base, and large. The large picture is fitted into
+the best resolution and cut into tiles of the size of the base. The LM reads the base, then the
+large picture row by row, without the padding around it and with a newline after each row. This
+depends only on the size of the picture, so it is arithmetic on indices: the network computes every
+patch of every tile, and `Batch.image_token_index` selects the patches that the LM reads.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class LlavaNextConfig(LlavaConfig):
     """A LLaVA-NeXT model.
 
     Attributes:
-      vision, projector, lm, image_token: as LLaVA has them.
-      pinpoints: (height, width) that a picture may be cut at, multiples of the image size.
+      vision: as in `LlavaConfig`.
+      projector: as in `LlavaConfig`.
+      lm: as in `LlavaConfig`.
+      image_token: as in `LlavaConfig`.
+      pinpoints: the resolutions (height, width) at which a picture may be cut into tiles, multiples
+        of the image size.
     """
 
     pinpoints: tuple[Size, ...] = (  # type: ignore[misc]  # a constant of other families
@@ -73,10 +77,10 @@ class LlavaNextConfig(LlavaConfig):
         return max(self.pinpoints, key=lambda size: len(self.layout(size).patches))
 
     def layout(self, size: Size | None = None) -> Layout:
-        """How a picture of this (height, width) is read.
+        """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known, and everything depends on it.
+          ValueError: the size is not known.
         """
         if size is None:
             raise ValueError(
@@ -112,11 +116,11 @@ class LlavaNext(Llava):
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """The resolution that keeps most of a picture's pixels; of equal ones, the smallest.
+    """Return the resolution that keeps most pixels of a picture; the smallest of equal ones.
 
     Args:
-      size: of the picture.
-      pinpoints: the resolutions there are.
+      size: the (height, width) of the picture.
+      pinpoints: the available resolutions.
     """
     height, width = size
 
@@ -129,11 +133,11 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
 
 
 def unpadded(size: Size, grid: Size) -> tuple[slice, slice]:
-    """The rows and columns of a grid that show a picture fitted into its middle, not the bars.
+    """Return the rows and columns of a grid that show a centred picture, without the padding.
 
     Args:
-      size: of the picture.
-      grid: rows and columns of patches.
+      size: the (height, width) of the picture.
+      grid: the numbers of rows and columns of patches.
     """
     (height, width), (rows, columns) = size, grid
     # Rounded to 7 places, then down: as the released models were trained.
