@@ -20,7 +20,11 @@ TEMPLATE = (
 )
 EVALUATE = "configs/embedded_evaluate.py"
 LABELS = ("a circle", "a square", "a stripe", "a dot")
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny programs take longer to compile than to run
+}
 LM = llava.DecoderConfig(
     vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
 )
