@@ -180,6 +180,8 @@ TABLE: tuple[Site, ...] = (
          "", "multi_modal_projector.act (output)"),
     Site("projector.out", "I P D", "image tokens in the LM's space", False,
          "", "multi_modal_projector (output); language_projection (output)"),
+    Site("projector.deepstack", "I P D", "what DeepStack adds to image tokens after an LM layer",
+         True, "", "model.visual.deepstack_merger_list.{i} (output)"),
     Site("lm.embed", "B T D", "text and image embeddings, merged", False,
          "hook_embed", "language_model.model (inputs_embeds)"),
     Site("lm.resid_pre", "B T D", "what enters a block", True,

@@ -120,6 +120,13 @@ class ModuleTap:
         self.taps.captured |= tap.captured
         return x
 
+    def only(self, *chosen: sites.Site) -> ModuleTap:
+        """Return the taps of some sites of the module, where its sites have unequal layers."""
+        tap = ModuleTap(self.taps, self.name, self.lens)
+        tap.edits = {i: edit for i, edit in self.edits.items() if edit.site in chosen}
+        tap.captures = {n: c for n, c in self.captures.items() if c.site in chosen}
+        return tap
+
     def scan(
         self, step: Callable, layers: Any, x: Float[Array, "B T D"], extra: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:

@@ -193,13 +193,19 @@ class MultimodalModel(nnx.Module):
         """Return what the vision tower gives to the projector."""
         if batch.features is not None:
             return jnp.asarray(batch.features, self.dtype)
-        return self.vision(jnp.asarray(batch.pixels, self.dtype), taps.module("vision"))
+        inputs = [jnp.asarray(batch.pixels, self.dtype)]
+        inputs += [] if batch.grid is None else [jnp.asarray(batch.grid)]
+        return self.vision(*inputs, taps.module("vision"))  # type: ignore[call-arg]
 
     def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all tiles in the order that `image_token_index` counts."""
         features = self.features(batch, taps)
-        images = self.projector(features, taps.module("projector", lens=self.lm.lens))
-        return ImageTokens(images.reshape(-1, images.shape[-1]))
+        tap = taps.module("projector", lens=self.lm.lens)
+        images, deepstack = self.projector(features, tap), None
+        if self.config.projector.deepstack:
+            deepstack = self.projector.deepstack_tokens(features, tap)
+            deepstack = deepstack.reshape(len(deepstack), -1, deepstack.shape[-1])
+        return ImageTokens(images.reshape(-1, images.shape[-1]), deepstack)
 
     def embed(
         self, batch: Batch, taps

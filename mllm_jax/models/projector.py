@@ -1,63 +1,215 @@
-"""The projector: from vision features to tokens of the language model (Liu et al. 2023)."""
+"""The projector: from vision features to tokens of the language model (Liu et al. 2023).
+
+A square of patches may become one token, before a stack of linear maps with an activation between
+them. All families have this form; `ProjectorConfig` says what differs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from typing import Literal
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.models import layers
 from mllm_jax.sites import projector as S
 from mllm_jax.typing import Array, Float
 
+Norm = Literal["layer", "rms", "unit_offset_rms"]  # the last multiplies by 1 + its scale (Gemma)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """An MLP projector.
+    """A projector.
 
     Attributes:
         in_width: E.
         out_width: D.
+        hidden_width: F, the width between the linear maps; None for D.
         depth: the number of linear maps: 1 is "linear", N is "mlpNx_gelu".
         act: the activation between the maps.
         bias: whether the maps have a bias.
         fold: the side of the square of patches that becomes one token; 1 keeps every patch.
+        fold_to: what becomes of a square: its patches are concatenated, "merged" by a linear map
+            without a bias from all of them to E (Mistral 3), or averaged (Gemma 3).
+        channels_first: whether concatenated patches are ordered by channel and then by place
+            (Mistral 3), instead of patch by patch.
+        in_blocks: whether patches come square by square (see `models.grids`), not row by row.
+        norm: the norm before the linear maps; None for none.
+        norm_after: whether the norm follows the fold, instead of norming each patch.
+        eps: the epsilon of the norm.
+        deepstack: K, the number of further projectors of this kind, with a norm after the fold, for
+            the features that DeepStack hands on (Qwen3-VL).
     """
 
     in_width: int
     out_width: int
+    hidden_width: int | None = None
     depth: int = 2
     act: str = "gelu"
     bias: bool = True
     fold: int = 1
+    fold_to: Literal["concatenated", "merged", "mean"] = "concatenated"
+    channels_first: bool = False
+    in_blocks: bool = False
+    norm: Norm | None = None
+    norm_after: bool = False
+    eps: float = 1e-6
+    deepstack: int = 0
+
+    @classmethod
+    def paligemma(cls, in_width: int, out_width: int) -> ProjectorConfig:
+        """Return the config of PaliGemma's projector."""
+        return cls(in_width=in_width, out_width=out_width, depth=1)
+
+    @classmethod
+    def gemma3(cls, in_width: int, out_width: int, *, pool: int, eps: float) -> ProjectorConfig:
+        """Return the config of Gemma 3's projector, which averages pool x pool patches."""
+        return cls(
+            in_width=in_width, out_width=out_width, depth=1, bias=False, fold=pool, fold_to="mean",
+            norm="unit_offset_rms", norm_after=True, eps=eps,
+        )  # fmt: skip
+
+    @classmethod
+    def idefics3(cls, in_width: int, out_width: int, *, fold: int) -> ProjectorConfig:
+        """Return the config of the connector of Idefics3 and SmolVLM."""
+        return cls(in_width=in_width, out_width=out_width, depth=1, bias=False, fold=fold)
+
+    @classmethod
+    def internvl(
+        cls, in_width: int, out_width: int, *, fold: int = 2, act: str = "gelu"
+    ) -> ProjectorConfig:
+        """Return the config of InternVL's projector."""
+        return cls(
+            in_width=in_width, out_width=out_width, act=act, fold=fold, norm="layer",
+            norm_after=True, eps=1e-5,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen(
+        cls, in_width: int, out_width: int, *, norm: Norm, fold: int = 2, deepstack: int = 0
+    ) -> ProjectorConfig:
+        """Return the config of a Qwen's merger: an RMS norm in Qwen2.5-VL, else a layer norm."""
+        return cls(
+            in_width=in_width, out_width=out_width, hidden_width=in_width * fold**2, fold=fold,
+            in_blocks=True, norm=norm, deepstack=deepstack,
+        )  # fmt: skip
+
+    @classmethod
+    def mistral3(
+        cls, in_width: int, out_width: int, *, eps: float, fold: int = 2, act: str = "gelu",
+        bias: bool = False,
+    ) -> ProjectorConfig:  # fmt: skip
+        """Return the config of Mistral 3's projector; `eps` is the language model's."""
+        return cls(
+            in_width=in_width, out_width=out_width, act=act, bias=bias, fold=fold, fold_to="merged",
+            channels_first=True, in_blocks=True, norm="rms", eps=eps,
+        )  # fmt: skip
+
+    @property
+    def folded_width(self) -> int:
+        """The width of a square of patches."""
+        return self.in_width * (1 if self.fold_to == "mean" else self.fold**2)
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths before, between and after the linear maps."""
+        first = self.in_width if self.fold_to == "merged" else self.folded_width
+        return [first, *[self.hidden_width or self.out_width] * (self.depth - 1), self.out_width]
 
 
 class Projector(nnx.Module):
-    """linear -> act -> linear ..., on patches folded fold x fold."""
+    """norm -> fold -> linear -> act -> linear ...; the norm may follow the fold."""
 
     def __init__(self, config: ProjectorConfig, *, rngs: nnx.Rngs):
-        widths = [config.in_width * config.fold**2] + [config.out_width] * config.depth
         self.config = config
+        if config.norm is not None:
+            width = config.folded_width if config.norm_after else config.in_width
+            self.norm = _norm(config.norm, width, eps=config.eps, rngs=rngs)
+        if config.fold_to == "merged":
+            self.merge = layers.Linear(
+                config.folded_width, config.in_width, use_bias=False, rngs=rngs
+            )
         self.linears = nnx.List(
             layers.Linear(n, m, use_bias=config.bias, rngs=rngs)
-            for n, m in itertools.pairwise(widths)
+            for n, m in itertools.pairwise(config.widths)
         )
+        if config.deepstack:
+            one = dataclasses.replace(config, deepstack=0, norm_after=True)
+            self.deepstack = layers.stack(
+                lambda keys: Projector(one, rngs=keys), config.deepstack, rngs
+            )
 
     def __call__(self, x: Float[Array, "I P E"], tap) -> Float[Array, "I P D"]:
-        """Return the image tokens of the language model."""
-        x = fold(x, self.config.fold)
-        act = layers.ACTIVATIONS[self.config.act]
-        x = tap.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
+        """Return the image tokens of the language model.
+
+        Args:
+            x: the features. What DeepStack has put beside them is left to `deepstack_tokens`.
+            tap: the taps of the projector.
+        """
+        act, x = layers.ACTIVATIONS[self.config.act], self._fold(x[..., : self.config.in_width])
+        tap_act = tap.only(S.act)
+        x = tap_act.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
         return tap(S.out, self.linears[-1](x))
 
+    def deepstack_tokens(self, x: Float[Array, "I P F"], tap) -> Float[Array, "K I P D"]:
+        """Return what is added to the image tokens after each of the first K layers.
 
-def fold(x: Float[Array, "I P E"], side: int) -> Float[Array, "I p e"]:
-    """Concatenate side x side neighbouring patches into one token; p = P / side^2."""
-    if side == 1:
-        return x
+        Args:
+            x: the features, in which K of width E follow those of the tower's last layer.
+            tap: the taps of the projector.
+        """
+        config = self.config
+        shape = (*x.shape[:-1], 1 + config.deepstack, config.in_width)
+        features = x.reshape(shape).transpose(2, 0, 1, 3)
+
+        def step(one, none, tap, x):
+            return none, tap(S.deepstack, one._project(x))
+
+        _, tokens = tap.only(S.deepstack).scan(step, self.deepstack, (), features[1:])
+        return tokens
+
+    def _project(self, x: Float[Array, "I P E"]) -> Float[Array, "I P D"]:
+        act, x = layers.ACTIVATIONS[self.config.act], self._fold(x)
+        for linear in self.linears[:-1]:
+            x = act(linear(x))
+        return self.linears[-1](x)
+
+    def _fold(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
+        """Return the normed squares of patches, as the first linear map reads them."""
+        config = self.config
+        norm: Callable = (lambda x: x) if config.norm is None else self.norm
+        x = x if config.norm_after else norm(x)
+        x = fold(x, config.fold, in_blocks=config.in_blocks)
+        if config.fold_to == "mean":
+            x = x.reshape(*x.shape[:2], config.fold**2, config.in_width).mean(2)
+        elif config.channels_first:
+            x = x.reshape(*x.shape[:2], config.fold**2, config.in_width)
+            x = x.swapaxes(2, 3).reshape(*x.shape[:2], config.folded_width)
+        x = norm(x) if config.norm_after else x
+        return self.merge(x) if config.fold_to == "merged" else x
+
+
+def _norm(
+    kind: Norm, width: int, *, eps: float, rngs: nnx.Rngs
+) -> layers.LayerNorm | layers.RMSNorm:
+    if kind == "layer":
+        return layers.LayerNorm(width, eps=eps, rngs=rngs)
+    return layers.RMSNorm(width, eps=eps, unit_offset=kind == "unit_offset_rms", rngs=rngs)
+
+
+def fold(x: Float[Array, "I P E"], side: int, *, in_blocks: bool = False) -> Float[Array, "I p e"]:
+    """Concatenate side x side neighbouring patches into one token; p = P / side^2.
+
+    Args:
+        x: the patches.
+        side: the side of a square.
+        in_blocks: whether patches come square by square, not row by row of a square picture.
+    """
     I, P, E = x.shape
-    grid = round(P**0.5)
-    x = x.reshape(I, grid // side, side, grid // side, side, E).swapaxes(2, 3)
-    return jnp.reshape(x, (I, P // side**2, side**2 * E))
+    if side > 1 and not in_blocks:
+        grid = round(P**0.5)
+        x = x.reshape(I, grid // side, side, grid // side, side, E).swapaxes(2, 3)
+    return x.reshape(I, P // side**2, side**2 * E)

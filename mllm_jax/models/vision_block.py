@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers
+from mllm_jax.models import layers, rotary
 from mllm_jax.sites import vision as S
 from mllm_jax.typing import Array, Bool, Float
 
 Norm = Literal["layer", "rms"]
-Rope = tuple[Float[Array, "I P 1 H"], Float[Array, "I P 1 H"]]  # cosine and sine
+_QK_EPS = 1e-6  # of the norms of queries and keys, whatever the checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class BlockConfig:
         out_bias: whether the output map of attention has a bias.
         mlp_bias: whether the maps of the MLP have a bias.
         gated: whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        qk_norm: whether queries and keys are normed, over the width of all heads.
+        qk_norm: whether queries and keys have an RMS norm, over the width of all heads.
         layer_scale: whether each output is multiplied by a vector before it is added.
     """
 
@@ -71,16 +71,14 @@ class Attention(nnx.Module):
         self.o = layers.Linear(E, E, use_bias=config.out_bias, rngs=rngs)
         self.has_qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm, self.k_norm = (
-                make_norm(config.norm, E, eps=config.eps, rngs=rngs) for _ in range(2)
-            )
+            self.q_norm, self.k_norm = (layers.RMSNorm(E, eps=_QK_EPS, rngs=rngs) for _ in range(2))
 
     def __call__(
         self,
         x: Float[Array, "I P E"],
         tap,
         mask: Bool[Array, "I 1 #P P"] | None = None,
-        rope: Rope | None = None,
+        rope: rotary.Rotation | None = None,
     ) -> Float[Array, "I P E"]:
         """Return the output of the heads; see `Block`."""
         I, P, _ = x.shape
@@ -89,7 +87,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.reshape(I, P, self.heads, -1) for part in (q, k, v))
         if rope is not None:
-            q, k = layers.rotate(q, *rope), layers.rotate(k, *rope)
+            q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
         shape, precise = (I, self.heads, P, P), jnp.promote_types(x.dtype, jnp.float32)
         if not tap.idle(S.attn.mask, jax.ShapeDtypeStruct(shape, bool)):
             mask = tap(S.attn.mask, jnp.broadcast_to(True if mask is None else mask, shape))
@@ -138,7 +136,7 @@ class Block(nnx.Module):
         x: Float[Array, "I P E"],
         tap,
         mask: Bool[Array, "I 1 #P P"] | None = None,
-        rope: Rope | None = None,
+        rope: rotary.Rotation | None = None,
     ) -> Float[Array, "I P E"]:
         """Return the residual after the block.
 

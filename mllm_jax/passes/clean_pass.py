@@ -126,7 +126,9 @@ def compute_clean_pass(
     modules = {site.module for site in edited} - {"logits"}
     reads_vision = any(c.site.module == "vision" for c in captures.values())
     if "vision" in modules:
-        module = "vision" if sites.vision.embed not in edited else None
+        # DeepStack hands on what leaves layers below the one at which a lane would resume.
+        resumes = sites.vision.embed not in edited and "projector.deepstack" not in shapes
+        module = "vision" if resumes else None
     else:
         module = "lm" if modules <= {"lm"} and sites.lm.embed not in edited else None
         if batch.features is None and not reads_vision and len(batch.is_real_tile):

@@ -55,6 +55,8 @@ VISION = (
     (r"vision\.position", P(None, None)),
     (r"vision\.(pre_)?norm\.(scale|bias)", P(None)),
     (r"vision\.layers\.norm[12]\.(scale|bias)", P("L", None)),
+    (r"vision\.layers\.attn\.[qk]_norm\.scale", P("L", None)),
+    (r"vision\.layers\.scale[12]", P("L", None)),
     *_attention(r"vision\.layers\.attn", "E", "E"),
     *_mlp(r"vision\.layers\.mlp", "E"),
 )
@@ -84,12 +86,23 @@ def projector(depth: int) -> tuple[Rule, ...]:
 
     The first map is split by its neurons; each later map is split by its inputs and summed.
     """
+    around = (
+        (r"projector\.norm\.(scale|bias)", P(None)),
+        (r"projector\.merge\.kernel", P("E", None)),
+    )
     if depth == 1:
         return (
+            *around,
             (r"projector\.linears\.0\.kernel", P("W", None)),
             (r"projector\.linears\.0\.bias", P(None)),
         )
     return (
+        *around,
+        (r"projector\.deepstack\.norm\.(scale|bias)", P("L", None)),
+        (r"projector\.deepstack\.linears\.0\.kernel", P("L", "E", "F")),
+        (r"projector\.deepstack\.linears\.0\.bias", P("L", "F")),
+        (r"projector\.deepstack\.linears\.[1-9]\d*\.kernel", P("L", "F", "D")),
+        (r"projector\.deepstack\.linears\.[1-9]\d*\.bias", P("L", None)),
         (r"projector\.linears\.0\.kernel", P("E", "F")),
         (r"projector\.linears\.0\.bias", P("F")),
         (r"projector\.linears\.[1-9]\d*\.kernel", P("F", "D")),

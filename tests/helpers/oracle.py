@@ -10,7 +10,8 @@ import numpy as np
 
 from mllm_jax import sites
 
-SITES = [site for site in sites.TABLE if site.module != "qformer"]  # those of a LLaVA
+OTHER_FAMILIES = ("qformer.", "projector.deepstack")
+SITES = [site for site in sites.TABLE if not site.name.startswith(OTHER_FAMILIES)]  # of a LLaVA
 Change = tuple[str, int | None, Callable[[np.ndarray], np.ndarray]]  # site, layer, what to do
 
 
@@ -23,6 +24,9 @@ class Plain:
         self.seen: dict[str, list[np.ndarray]] = {}
 
     def module(self, name, lens=None) -> Plain:
+        return self
+
+    def only(self, *sites) -> Plain:
         return self
 
     def idle(self, site, x):

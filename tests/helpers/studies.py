@@ -20,6 +20,22 @@ TEMPLATE = (
 )
 EVALUATE = "configs/embedded_evaluate.py"
 LABELS = ("a circle", "a square", "a stripe", "a dot")
+# Every study on two tiny domains: its config, and the fields that make it small.
+PICTURES = {"train_per_domain": 4, "test_per_domain": 4, "batch_size": 2}
+TASK = {"train_per_task": 8, "held_per_task": 4, "test_per_task": 4, "tasks": ()}
+STUDIES = {
+    "evaluate": ("configs/embedded_evaluate.py", {"styles": ("choice",), **PICTURES}),
+    "sweep": ("configs/embedded_sweep.py:strengths", {"pairs_per_domain": 2, "batch_size": 2}),
+    "train": ("configs/embedded_projector.py", {"questions": 2, "steps": 3, **PICTURES}),
+    "domain_neurons": (
+        "configs/embedded.py:quick",
+        {"lens_per_domain": 2, "groups": 2, **PICTURES},
+    ),
+    "projection": ("configs/embedded_projection.py:quick", {"clip": "", "seeds": (0,), **TASK}),
+    "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
+    "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
+    "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
+}
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",

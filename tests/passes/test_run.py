@@ -59,6 +59,9 @@ class Null:
     def module(self, name, lens=None):
         return self
 
+    def only(self, *sites):
+        return self
+
     def idle(self, site, x):
         return True
 

@@ -14,6 +14,8 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.loading import load
+from mllm_jax.models import internvit, pixtral, qwen_vision, siglip
+from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.sharding import mesh, rules
 
 TINY = (llava.LlavaConfig, llava_next.LlavaNextConfig, instructblip.InstructBlipConfig)
@@ -70,6 +72,45 @@ def test_every_parameter_of_a_released_model_has_a_rule(name):
 @pytest.mark.parametrize("config", [kind.tiny() for kind in TINY])
 def test_a_mesh_of_one_device_splits_nothing(config):
     assert not any(any(spec) for spec in specs(config, abstract()).values())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda rngs: siglip.SiglipVision(siglip.SiglipConfig.tiny(), rngs=rngs),
+        lambda rngs: internvit.InternVit(
+            internvit.InternVitConfig(layers=1, qk_norm=True, final_norm=True, norm="rms"),
+            rngs=rngs,
+        ),
+        lambda rngs: qwen_vision.QwenVision(qwen_vision.QwenVisionConfig.tiny("2.5"), rngs=rngs),
+        lambda rngs: qwen_vision.QwenVision(qwen_vision.QwenVisionConfig.tiny("3"), rngs=rngs),
+        lambda rngs: pixtral.PixtralVision(pixtral.PixtralConfig.tiny(), rngs=rngs),
+    ],
+    ids=["siglip", "internvit", "qwen2.5", "qwen3", "pixtral"],
+)
+def test_every_parameter_of_a_tower_has_a_rule(build):
+    state = nnx.state(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    paths = [f"vision.{load.dotted(path)}" for path in dict(nnx.to_flat_state(state))]
+    found = rules.match(paths, rules.VISION)
+    assert all(found[path][0] == "L" for path in paths if ".layers." in path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProjectorConfig.gemma3(8, 8, pool=2, eps=1e-6),
+        ProjectorConfig.idefics3(8, 8, fold=2),
+        ProjectorConfig.internvl(8, 8),
+        ProjectorConfig.qwen(8, 8, norm="layer", deepstack=3),
+        ProjectorConfig.mistral3(8, 8, eps=1e-5, bias=True),
+    ],
+    ids=["gemma3", "idefics3", "internvl", "qwen3", "mistral3"],
+)
+def test_every_parameter_of_a_projector_has_a_rule(config):
+    state = nnx.state(nnx.eval_shape(lambda: Projector(config, rngs=nnx.Rngs(0))))
+    leaves = {f"projector.{load.dotted(path)}": x for path, x in nnx.to_flat_state(state)}
+    found = rules.match(leaves, rules.projector(config.depth))
+    assert all(len(found[path]) == x.ndim for path, x in leaves.items())
 
 
 def test_heads_are_not_cut():

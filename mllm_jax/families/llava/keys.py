@@ -12,24 +12,17 @@ import numpy as np
 
 from mllm_jax import files
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import clip, decoder
+from mllm_jax.checkpoints.networks import clip, decoder, projectors
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 
 PROJECTOR_PREFIX = "multi_modal_projector."
 
 
-def projector(depth: int) -> tuple[keys.Row, ...]:
-    """Return the key table of a projector of `depth` linear maps, which HF counts from 1."""
-    lines = (keys.linear(f"linear_{n + 1}", f"linears.{n}") for n in range(depth))
-    return keys.rows(
-        "multi_modal_projector", "projector", *(line for pair in lines for line in pair)
-    )
-
-
 def key_table(config: LlavaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a LLaVA model."""
     vision = clip.vision("vision_tower.vision_model", "vision")
-    return vision + projector(config.projector.depth) + decoder.table(config.lm)
+    projector = projectors.llava("multi_modal_projector", "projector", config.projector.depth)
+    return vision + projector + decoder.table(config.lm)
 
 
 _SPELLINGS = (  # the first prefix that fits
