@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -195,7 +196,8 @@ class MultimodalModel(nnx.Module):
             return jnp.asarray(batch.features, self.dtype)
         inputs = [jnp.asarray(batch.pixels, self.dtype)]
         inputs += [] if batch.grid is None else [jnp.asarray(batch.grid)]
-        return self.vision(*inputs, taps.module("vision"))  # type: ignore[call-arg]
+        tower: Callable[..., Array] = self.vision  # those of free grids read the grid as well
+        return tower(*inputs, taps.module("vision"))
 
     def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all tiles in the order that `image_token_index` counts."""
