@@ -19,6 +19,9 @@ _FOLDERS = (
     "llava",
     "llava_next",
     "instructblip",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

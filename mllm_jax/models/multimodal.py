@@ -68,6 +68,16 @@ class MultimodalConfig(abc.ABC):
         """Return the network with random weights."""
 
     @property
+    def tile_side(self) -> int | None:
+        """Return the side of the squares that the tower reads; None where a picture has its own."""
+        return self.vision.image_size
+
+    @property
+    def pixel_shape(self) -> Size | tuple[int, int, int]:
+        """Return the shape of the pixels of a tile, of the largest one where sizes differ."""
+        return (self.vision.image_size, self.vision.image_size, 3)
+
+    @property
     def tiles(self) -> int:
         """Return the number of places for tiles that an image has in a batch."""
         return 1

@@ -208,10 +208,11 @@ class PromptEncoder:
     def _picture_runs(self, number: int, picture: Picture) -> list[list[Token]]:
         """Return the image tokens of the row's picture of this number, by run."""
         config, layout = self.config, picture.layout
+        # A picture of any size is one tile, however many tokens it has.
+        tile_tokens = config.image_tokens if layout.grid is None else len(layout.patches)
         made = rows_.image_tokens(
-            layout, config.image_token, number * config.tiles, config.image_tokens,
-            config.token_grid,
-        )  # fmt: skip
+            layout, config.image_token, number * config.tiles, tile_tokens, config.token_grid
+        )
         if not layout.runs:
             return [made]
         ends = np.cumsum(layout.runs)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from typing import Any
 
-import numpy as np
-import PIL.Image
-
-from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from tests.helpers import hf, tiny
+from tests.helpers import hf, qwen, tiny
+from tests.helpers.family import Family
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
 VICUNA = (
@@ -31,20 +28,6 @@ MISTRAL = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% endfor %}"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A checkpoint.
-
-    Attributes:
-      config: ours. network, processor: theirs, in float32. directory: where both were saved.
-    """
-
-    config: llava.LlavaConfig
-    network: Any
-    processor: Any
-    directory: pathlib.Path
 
 
 def llava_1_5(directory: pathlib.Path) -> Family:
@@ -67,7 +50,14 @@ def next_mistral(directory: pathlib.Path) -> Family:
     return _next(config, text, MISTRAL, directory)
 
 
-ALL = {"llava": llava_1_5, "next-vicuna": next_vicuna, "next-mistral": next_mistral}
+ALL = {
+    "llava": llava_1_5,
+    "next-vicuna": next_vicuna,
+    "next-mistral": next_mistral,
+    "qwen2.5-vl": functools.partial(qwen.checkpoint, "2.5"),
+    "qwen2-vl": functools.partial(qwen.checkpoint, "2"),
+    "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
+}
 
 
 def _next(config, text, template: str, directory: pathlib.Path) -> Family:
@@ -92,31 +82,3 @@ def _save(config, network, kind, images, template, directory) -> Family:
     hf.random(network).save_pretrained(directory)
     processor.save_pretrained(directory)
     return Family(config, network, processor, directory)
-
-
-def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
-    """A batch of ours as the network of transformers wants it; tiles that fill it are left out."""
-    found = {
-        "input_ids": batch.ids.astype(int),
-        "attention_mask": batch.valid.astype(int),
-        "position_ids": batch.position.astype(int),
-    }
-    if batch.is_real_tile.any():
-        found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
-    if batch.processor.config.pinpoints:
-        found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
-    return found
-
-
-def placed(want: dict[str, np.ndarray], real: np.ndarray) -> dict[str, np.ndarray]:
-    """Tensors of real tiles at their places among all tiles of the batch, the others zero."""
-
-    def one(name: str, array: np.ndarray) -> np.ndarray:
-        if name.startswith(("lm.", "logits")):
-            return array
-        axis = hf.sites.get(name).stacked
-        out = np.zeros((*array.shape[:axis], len(real), *array.shape[axis + 1 :]), array.dtype)
-        out[(slice(None),) * axis + (real,)] = array
-        return out
-
-    return {name: one(name, array) for name, array in want.items()}

@@ -21,7 +21,7 @@ PROJECTOR_PREFIX = "multi_modal_projector."
 def key_table(config: LlavaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a LLaVA model."""
     vision = clip.vision("vision_tower.vision_model", "vision")
-    projector = projectors.llava("multi_modal_projector", "projector", config.projector.depth)
+    projector = projectors.linears("multi_modal_projector", "projector", config.projector.depth)
     return vision + projector + decoder.table(config.lm)
 
 
