@@ -35,7 +35,7 @@ def sides(done: work.Work):
 def config(done: work.Work) -> MultimodalConfig:
     """Return the config of the work, with four patches folded into each image token."""
     unfolded = done.size.config
-    return work.llava_config(unfolded.vision, unfolded.lm, fold=2, image_token=unfolded.image_token)
+    return work.model_config(unfolded.vision, unfolded.lm, fold=2, image_token=unfolded.image_token)
 
 
 def folded(done: work.Work) -> MultimodalModel:

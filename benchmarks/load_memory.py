@@ -31,7 +31,7 @@ BOUND = 1 * GIB
 def about_one_gib() -> MultimodalConfig:
     """Return a config with the real vision tower and vocabulary, and a narrower language model."""
     lm = decoder.DecoderConfig(width=1536, layers=6, heads=12, kv_heads=12, mlp=4096)
-    return work.llava_config(clip.ClipConfig.vit_l_14_336(), lm)
+    return work.model_config(clip.ClipConfig.vit_l_14_336(), lm)
 
 
 def measure(directory: pathlib.Path, devices: int = 1) -> dict[str, float]:

@@ -46,19 +46,19 @@ class Size:
     steps: int = 32
 
 
-def llava_config(*args: Any, **options: Any) -> MultimodalConfig:
+def model_config(*args: Any, **options: Any) -> MultimodalConfig:
     """Return a config of LLaVA, see `of` of its config."""
     config: Any = families.FAMILIES["llava"].config
     return config.of(*args, **options)
 
 
 def _tiny() -> MultimodalConfig:
-    return llava_config(ClipConfig.tiny(), DecoderConfig.tiny(), fold=1, image_token=95)
+    return model_config(ClipConfig.tiny(), DecoderConfig.tiny(), fold=1, image_token=95)
 
 
 def _small() -> MultimodalConfig:
     vision, lm = ClipConfig.vit_b_16(), DecoderConfig.smollm2_135m()
-    return llava_config(vision, lm, fold=1, image_token=lm.vocab - 1)
+    return model_config(vision, lm, fold=1, image_token=lm.vocab - 1)
 
 
 SIZES = {

@@ -13,7 +13,17 @@ from mllm_jax import deprecated
 
 if TYPE_CHECKING:
     from mllm_jax import sites, tokens
-    from mllm_jax.interventions.captures import keep, lens, mass, mean, stats
+    from mllm_jax.interventions.captures import (
+        bottom,
+        histogram,
+        keep,
+        lens,
+        mass,
+        mean,
+        sample,
+        stats,
+        top,
+    )
     from mllm_jax.interventions.edits import (
         ablate,
         add,
@@ -39,7 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MEMBERS = {
-    "mllm_jax.interventions.captures": "keep lens mass mean stats",
+    "mllm_jax.interventions.captures": "bottom histogram keep lens mass mean sample stats top",
     "mllm_jax.interventions.edits": (
         "ablate add call knockout patch per_step project_out replace scale"
     ),
@@ -80,9 +90,11 @@ __all__ = [
     "__version__",
     "ablate",
     "add",
+    "bottom",
     "call",
     "compiles",
     "generate",
+    "histogram",
     "keep",
     "knockout",
     "lens",
@@ -98,6 +110,7 @@ __all__ = [
     "reduce",
     "replace",
     "run",
+    "sample",
     "save_hf",
     "scale",
     "score",
@@ -106,5 +119,6 @@ __all__ = [
     "stats",
     "sweep",
     "tokens",
+    "top",
     "write_projector",
 ]

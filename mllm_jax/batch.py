@@ -138,6 +138,40 @@ class Batch:
         prompts = dataclasses.replace(self.tokens, kind=kind)
         return self.replace(tokens=prompts, segment=None, labels=None)
 
+    def followed_by(self, ids: Int[AnyArray, "B n"], valid: Bool[AnyArray, "B n"]) -> Batch:
+        """Return the batch with tokens of kind answer after each prompt.
+
+        Args:
+          ids: The ids of these tokens.
+          valid: False for padding.
+        """
+        xp = np if isinstance(self.tokens.kind, np.ndarray) else jnp
+        n = ids.shape[1]
+        after = self.positions.after(self.last, jnp.arange(1, n + 1), jnp.asarray(valid))
+        map_ = self.tokens.extended(n)
+        is_pad = xp.concatenate([xp.zeros(self.ids.shape, bool), ~xp.asarray(valid)], 1)
+        kind = xp.where(is_pad, np.int8(tokens.CODE["pad"]), map_.kind)
+
+        def longer(array: AnyArray | None, new: Any, axis: int = 1) -> AnyArray | None:
+            if array is None:
+                return None
+            shape = (*array.shape[:axis], n, *array.shape[axis + 1 :])
+            added = xp.broadcast_to(xp.asarray(new, array.dtype), shape)
+            return xp.concatenate([xp.asarray(array), added], axis)
+
+        interpolation = self.interpolation
+        if interpolation is not None:
+            interpolation = jax.tree.map(lambda a: longer(a, -1), interpolation)
+        return self.replace(
+            ids=longer(self.ids, ids),
+            position=longer(self.position, after.order),
+            tokens=dataclasses.replace(map_, kind=kind),
+            image_token_index=longer(self.image_token_index, -1),
+            rotary_position=longer(self.rotary_position, after.rotary, 2),
+            block=longer(self.block, 0),
+            interpolation=interpolation,
+        )
+
     def _fingerprint_(self) -> list[Any]:
         """Return the content that identifies the batch: its arrays, in order."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")

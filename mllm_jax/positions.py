@@ -72,7 +72,7 @@ class Positions:
         return jax.tree.map(lambda array: array[..., start:], self)
 
     def after(
-        self, last: Int[Array, " B"], steps: Int[Array, " n"], valid: Bool[Array, "B n"]
+        self, last: Int[AnyArray, " B"], steps: Int[AnyArray, " n"], valid: Bool[AnyArray, "B n"]
     ) -> Positions:
         """Return the positions of tokens that follow a prompt.
 

@@ -225,7 +225,7 @@ PATTERNS = tuple(site for site in TABLE if site.name.endswith(".attn.pattern"))
 
 def unknown(name: str) -> str:
     """Return the error message for a name that is not a site."""
-    near = difflib.get_close_matches(name, BY_NAME, n=3, cutoff=0.4) or list(BY_NAME)
+    near = difflib.get_close_matches(name, BY_NAME, n=5, cutoff=0.4) or list(BY_NAME)
     return f"unknown site '{name}'; nearest: {', '.join(near)} (sites.TABLE lists all)"
 
 

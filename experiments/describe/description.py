@@ -7,16 +7,14 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mllm_jax import families, sites, store, tokens
-from mllm_jax.batch import Batch
+from mllm_jax import families, sites, store
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import sources
 from mllm_jax.models.multimodal import MultimodalConfig
+from mllm_jax.planning import programs
 from mllm_jax.report import tables
 
 DTYPES = ("float32", "bfloat16")
@@ -89,7 +87,8 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
         counts[module] = counts.get(module, 0) + math.prod(param.shape)
     parameters = {module: count for module, count in counts.items() if count}
     parameters["all"] = sum(parameters.values())
-    shapes = site_shapes(model, abstract_batch(config))
+    batch = programs.abstract_batch(config, programs.Size(rows=1, words=WORDS), multiple=1)
+    shapes = site_shapes(model, batch)
     described, neurons = [], {}
     for site in sites.TABLE:
         if site.name not in shapes:
@@ -115,30 +114,6 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
         "neurons": neurons,
         "sites": described,
     }
-
-
-def abstract_batch(config: MultimodalConfig) -> Batch:
-    """Return the shapes of a batch of one row: its largest picture, and WORDS more tokens."""
-    layout = config.layout(config.largest)
-    T, I, side = len(layout.patches) + WORDS, layout.tiles, config.vision.image_size
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)  # in place of an array
-
-    row = array(np.int16, 1, T)
-    return Batch(
-        ids=array(np.int32, 1, T),
-        position=array(np.int32, 1, T),
-        tokens=tokens.TokenMap(
-            kind=array(np.int8, 1, T), row=row, column=row, tile=row, last=array(np.bool_, 1, T)
-        ),
-        image_token_index=array(np.int32, 1, T),
-        pixels=array(np.float32, I, side, side, 3),
-        tile=array(np.int16, I),
-        is_real_tile=array(np.bool_, I),
-        qformer_ids=array(np.int32, I, WORDS),
-        qformer_kind=array(np.int8, I, WORDS),
-    )
 
 
 def page(name: str, description: dict[str, Any]) -> str:

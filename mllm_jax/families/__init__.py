@@ -20,6 +20,9 @@ _FOLDERS = (
     "llava_next",
     "llava_onevision",
     "instructblip",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

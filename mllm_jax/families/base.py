@@ -56,7 +56,7 @@ class Family:
         canonical_key: a key in any known spelling -> its spelling in the key table.
         is_unused: whether a checkpoint may hold a tensor that the model does not use, by its
             canonical key.
-        projector_prefix: the prefix of the canonical keys of its projector.
+        projector_prefix: the prefix, or the prefixes, of the canonical keys of its projector.
         sharding_rules: the config -> the sharding rules.
         processor: the class of its processor.
         released: the configs of its released sizes by name.
@@ -71,7 +71,7 @@ class Family:
     key_table: Callable[[Any], tuple[keys.Row, ...]]
     canonical_key: Callable[[str], str]
     is_unused: Callable[[str, Any], bool]
-    projector_prefix: str
+    projector_prefix: str | tuple[str, ...]
     sharding_rules: Callable[[Any], tuple[rules.Rule, ...]]
     processor: type[Processor]
     released: Mapping[str, Callable[[], MultimodalConfig]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from mllm_jax.interventions.edits import KINDS, BoundEdit, Edit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.routes import bind_route
 from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.interventions.top_tokens import Places
 from mllm_jax.interventions.values import fit_basis, fit_value
 from mllm_jax.sites import Site, SiteShape
 from mllm_jax.tokens import TokenMap
@@ -241,9 +243,33 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         on=None if capture.on is None else capture.on.mask(token_map),
         rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
         readers=token_map.readers,
+        edges=capture.edges,
+        places=_places(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
     )
     _check_capture_selects(bound)
     return bound
+
+
+def _places(token_map: TokenMap, rows: TokenMap) -> Places:
+    """Return where the tokens of a module are in the data.
+
+    Args:
+      token_map: The token map of the module.
+      rows: That of the rows of the batch.
+    """
+    xp: Any = np if isinstance(token_map.kind, np.ndarray) else jnp
+    is_row = (rows.kind != tokens.CODE["pad"]).any(-1)
+    number = xp.cumsum(is_row) - 1
+    if token_map.readers is None:
+        example = number
+        token = xp.cumsum(token_map.kind != tokens.CODE["pad"], -1) - 1
+    else:
+        example = number[xp.asarray(token_map.readers).argmax(0)]
+        token = xp.broadcast_to(xp.arange(token_map.kind.shape[1]), token_map.kind.shape)
+    return Places(
+        example.astype(np.int32), token.astype(np.int32), token_map.tile, token_map.row,
+        token_map.column, is_row.sum().astype(np.int32),
+    )  # fmt: skip
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:

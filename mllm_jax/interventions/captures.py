@@ -16,10 +16,11 @@ import numpy as np
 
 from mllm_jax import notebook, sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.interventions import reductions, site_rules
+from mllm_jax.files import shown as short
+from mllm_jax.interventions import reductions, site_rules, top_tokens
 from mllm_jax.sites import Address, SiteShape, Target
 from mllm_jax.tokens import Selector
-from mllm_jax.typing import AnyArray, Array, Bool, Int, Shaped
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 
 # The kinds that the tokens of a module or a site can have: statistics are kept apart by them.
 TOKEN_KINDS = {
@@ -36,7 +37,7 @@ TOKEN_KINDS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """What to read at a site. Made by `keep`, `mean`, `mass`, `stats` and `lens`.
+    """What to read at a site. Made by `keep`, `mean`, `mass`, `stats`, `lens`, `top`, ...
 
     Attributes:
       form: How it is reduced, a name of `FORMS`. Static.
@@ -45,6 +46,7 @@ class Capture:
       by: The kinds of token that the result is grouped by, or None. Static.
       k: How many words a lens names. Static.
       on: The keys of an attention mass.
+      edges: The edges of the bins of a histogram or a sample, float32[bins - 1].
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -53,6 +55,7 @@ class Capture:
     by: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     k: int = dataclasses.field(default=0, metadata={"static": True})
     on: tokens.Where | None = None
+    edges: Float[AnyArray, " n"] | None = None
 
     def _repr_html_(self) -> str:
         return notebook.capture(self)
@@ -136,6 +139,81 @@ def lens(
     return Capture(form, Address.of(target), tokens.of(where), _kinds(target, by), k)
 
 
+def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
+    """Keep the k tokens on which each unit is strongest, see `top_tokens.Top`.
+
+    On the vision side a tile that several rows read belongs to the first of them.
+
+    Args:
+      target: A site with one value for each unit and token, or an address.
+      k: How many tokens to keep of each unit.
+      where: See `keep`.
+    """
+    _check_k("top", k)
+    return Capture("top", Address.of(target), tokens.of(where), k=k)
+
+
+def bottom(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
+    """Keep the k tokens on which each unit is weakest; see `top`."""
+    _check_k("bottom", k)
+    return Capture("bottom", Address.of(target), tokens.of(where), k=k)
+
+
+def sample(
+    target: Target,
+    *,
+    k: int = 5,
+    edges: Sequence[float] | None = None,
+    where: Selector = None,
+) -> Capture:
+    """Keep k tokens of each unit for each range of its values, see `top_tokens.Top`.
+
+    The tokens are drawn by a hash of the value and the token's place, so that they depend neither
+    on the batches nor on a seed.
+
+    Args:
+      target: See `top`.
+      k: How many tokens to keep of each unit and range.
+      edges: The edges of the ranges; `top_tokens.EDGES` by default.
+      where: See `keep`.
+    """
+    _check_k("sample", k)
+    return Capture("sample", Address.of(target), tokens.of(where), k=k, edges=_edges(edges))
+
+
+def histogram(
+    target: Target,
+    *,
+    edges: Sequence[float] | None = None,
+    by: str | Sequence[str] | None = None,
+    where: Selector = None,
+) -> Capture:
+    """Count how often each unit has a value in each bin, see `top_tokens.Histogram`.
+
+    Tokens are counted as by `stats`.
+
+    Args:
+      target: See `top`.
+      edges: The edges of the bins; `top_tokens.EDGES` by default.
+      by: See `stats`.
+      where: See `keep`.
+    """
+    kinds, where = _kinds(target, by), tokens.of(where)
+    return Capture("histogram", Address.of(target), where, kinds, edges=_edges(edges))
+
+
+def _check_k(form: str, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"{form} k={k}: keep one token of each unit or more")
+
+
+def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
+    array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
+    if array.ndim != 1 or not array.size or not (np.diff(array) > 0).all():
+        raise ValueError(f"edges={short(edges)}: the edges of bins are numbers that increase")
+    return array
+
+
 def _kinds(target: Target, by: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Return the kinds to group by, in the order of the site's table."""
     if by is None:
@@ -174,6 +252,8 @@ class BoundCapture:
       on: The keys of an attention mass, bool[B, S], or None.
       rows: False for rows of the batch that only fill it up, bool[B].
       readers: Which rows read each tile, bool[B, I], where the site has tiles in place of rows.
+      edges: The edges of bins, float32[bins - 1], or None.
+      places: Where the tokens are in the data, where the form needs it; or None.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -191,6 +271,8 @@ class BoundCapture:
     on: Bool[AnyArray, "B S"] | None
     rows: Bool[AnyArray, " B"]
     readers: Bool[AnyArray, "B I"] | None
+    edges: Float[AnyArray, " n"] | None = None
+    places: top_tokens.Places | None = None
 
     def read(self, x: Shaped[Array, ...], lens: Callable | None) -> Any:
         """Return the result of one layer.
@@ -250,6 +332,7 @@ class Form:
       merges: Whether results have `wide` and `merge`, for a data set of any size.
       needs_every_row: Whether a row without a selected token has no result.
       needs_a_token: Whether a capture must select a token.
+      needs_places: Whether the result tells where tokens are in the data.
     """
 
     read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
@@ -259,6 +342,11 @@ class Form:
     merges: bool = False
     needs_every_row: bool = False
     needs_a_token: bool = True
+    needs_places: bool = False
+
+
+def _keeping_tokens(read: Callable, build: Callable[..., Capture]) -> Form:
+    return Form(read, build, _check_site, "batch", merges=True, needs_places=True)
 
 
 FORMS: dict[str, Form] = {
@@ -269,6 +357,10 @@ FORMS: dict[str, Form] = {
     "stats": Form(reductions.read_stats, stats, _check_site, "batch", merges=True),
     "lens": Form(reductions.read_lens, lens, _check_lens, "token"),
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
+    "histogram": Form(reductions.read_histogram, histogram, _check_site, "batch", merges=True),
+    "top": _keeping_tokens(top_tokens.read_top("largest"), top),
+    "bottom": _keeping_tokens(top_tokens.read_top("smallest"), bottom),
+    "sample": _keeping_tokens(top_tokens.read_sample, sample),
 }
 
 

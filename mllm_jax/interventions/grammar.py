@@ -53,6 +53,10 @@ CAPTURES: dict[str, Words] = {
     "mass": Words(options=("on", "where"), required=("on",)),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
+    "top": Words(options=("k", "where")),
+    "bottom": Words(options=("k", "where")),
+    "sample": Words(options=("k", "edges", "where")),
+    "histogram": Words(options=("edges", "by", "where")),
 }
 
 
@@ -264,6 +268,7 @@ _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
     "source": _index,
     "into": _index,
     "basis": _value,
+    "edges": _value,
     "steps": _value,
     "by": _kinds,
     "k": _count,

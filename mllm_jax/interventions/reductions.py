@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.interventions import logit_lens
+from mllm_jax.interventions import logit_lens, top_tokens
 from mllm_jax.interventions.results import Entropy, Lens, Stats
+from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Shaped
@@ -83,9 +84,7 @@ def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entr
 
 def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:
     """Return statistics of every unit over the selected tokens, by kind."""
-    hot = _one_hot(capture)
-    if capture.readers is not None:  # a tile counts once for each row that reads it
-        hot = hot * capture.readers.sum(0, dtype=jnp.float32)[:, None, None]
+    hot = _weights(capture)
     parts = rows.map_rows_on_cpu(_row_stats, at_least_float32(x), hot, num_elements=x.size)
     positive, sums, rounding, centred, highest = (jnp.moveaxis(part, 1, -1) for part in parts)
     counts = hot.sum(1)
@@ -107,6 +106,19 @@ def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:
         kinds=capture.by or (),
     )
     return result if capture.by is not None else jax.tree.map(lambda a: a[..., 0], result)
+
+
+def read_histogram(capture: BoundCapture, x: Array, lens: Callable | None) -> Histogram:
+    """Return how often each unit has a value in each bin, by kind."""
+    return top_tokens.read_histogram(capture, x, lens, _weights(capture))
+
+
+def _weights(capture: BoundCapture) -> Float[Array, "B T kinds"]:
+    """Return how often each selected token counts: a tile, once for each row that reads it."""
+    hot = _one_hot(capture)
+    if capture.readers is None:
+        return hot
+    return hot * jnp.asarray(capture.readers).sum(0, dtype=jnp.float32)[:, None, None]
 
 
 def _row_stats(

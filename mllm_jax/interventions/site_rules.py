@@ -39,6 +39,11 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern "
             "and vision.attn.pattern, and keep reads every site"
         )
+    if form in ("top", "bottom", "sample", "histogram") and len(site.axes) != 3:
+        raise ValueError(
+            f"{form} does not read {site}, which is [{site.shape}]: it reads sites with one value "
+            "for each token and unit"
+        )
     if form == "mass" and site not in sites.PATTERNS:
         raise ValueError(
             f"mass does not read {site}; mass reads lm.attn.pattern and vision.attn.pattern"

@@ -29,6 +29,9 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 | mass | on, where |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
+| top, bottom | k, where |
+| sample | k, edges, where |
+| histogram | edges, by, where |
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ def _edit(item: grammar.Item) -> Edits:
 def _options(options: Mapping[str, grammar.Option]) -> dict[str, Any]:
     builders: dict[str, Callable[[Any], Any]] = {
         "where": _where, "to": _where, "on": _where, "source": _index, "into": _index,
-        "basis": _value, "steps": _value,
+        "basis": _value, "edges": _value, "steps": _value,
     }  # fmt: skip
     return {name: builders.get(name, lambda x: x)(value) for name, value in options.items()}
 
@@ -202,6 +205,7 @@ def _capture_json(capture: Capture) -> dict[str, Any]:
         "by": _optional(list, capture.by),
         "k": capture.k,
         "on": _optional(_where_json, capture.on),
+        "edges": _optional(_array_json, capture.edges),
     }
 
 
@@ -213,6 +217,7 @@ def _capture_of(item: dict[str, Any]) -> Capture:
         by=_optional(tuple, item["by"]),
         k=item["k"],
         on=_optional(_where_of, item["on"]),
+        edges=_optional(_array_of, item.get("edges")),
     )
 
 

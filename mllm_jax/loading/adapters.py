@@ -27,6 +27,9 @@ TRAINED_WHOLE = "non_lora_trainables.bin"
 BASE = "base_model_name_or_path"
 _FACTORS = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
+# Whole tensors of `modules_to_save`, and those below the factors of an embedding.
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.\w+$)")
 _MODULE = re.compile(r"\^?(\w+(\\?\.\w+)*)")  # an arbitrary pattern might never terminate
 
 _RANK, _ALPHA = schema.whole(1, 2**14), schema.real(0, 1e6)
@@ -153,14 +156,20 @@ def merge(
     except (OSError, ValueError) as error:
         problems.append(error)
         return base
-    matches = [(_FACTOR.fullmatch(tensor.key), tensor) for tensor in found]
     factors: dict[str, dict[str, Stored]] = {}
-    wrong = []
-    for match, tensor in matches:
-        if match and factors.setdefault(match[1], {}).setdefault(match[2], tensor) is not tensor:
-            wrong.append(f"{files.line(match[1], 80)} is there twice")
-    replaced = (tensor for match, tensor in matches if not match)
-    own = tensors.by_name(itertools.chain(replaced, whole), problems, canonical_key)
+    wrong, replaced = [], []
+    for tensor in found:
+        if (known := _factor(tensor)) is None:
+            replaced.append(tensor)
+            continue
+        module, letter, factor = known
+        if factors.setdefault(module, {}).setdefault(letter, factor) is not factor:
+            wrong.append(f"{files.line(module, 80)} is there twice")
+    own = tensors.by_name(
+        itertools.chain(replaced, whole),
+        problems,
+        lambda key: canonical_key(_WRAPPED.sub("", key)),
+    )
     model: dict[str, LazyTensor | None] = {**base, **own}
     if not factors:
         wrong.append("no tensor is named lora_A or lora_B")
@@ -180,6 +189,17 @@ def merge(
     return model
 
 
+def _factor(tensor: Stored) -> tuple[str, str, Stored] | None:
+    """Return the module and the letter of a factor, with the factor; None for another tensor."""
+    if match := _FACTOR.fullmatch(tensor.key):
+        return match[1], match[2], tensor
+    if match := _EMBEDDING_FACTOR.fullmatch(tensor.key):
+        # PEFT adds (B A)^T to an embedding [V, D]: A^T stands where B does elsewhere.
+        turned = tensor._replace(shape=tensor.shape[::-1], strides=tensor.strides[::-1])
+        return match[1], {"A": "B", "B": "A"}[match[2]], turned
+    return None
+
+
 def _misfit(
     known: bool, base: LazyTensor | None, pair: Mapping[str, Stored], rank: int
 ) -> str | None:
@@ -187,7 +207,8 @@ def _misfit(
     if not known:
         return "the base model has no such tensor"
     if len(pair) < 2:
-        return f"has lora_{next(iter(pair))} alone"
+        (factor,) = pair.values()
+        return f"has {factor.key[factor.key.rindex('lora_') :].removesuffix('.weight')} alone"
     if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in pair.values()):
         return "is not of floating point"
     a, b = pair["A"].shape, pair["B"].shape

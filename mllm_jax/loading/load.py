@@ -93,7 +93,7 @@ def load(
     else:
         pictures = sources.directory_with(settings.PICTURES, directory, base)
         options["pictures"] = functools.partial(image_processors.read, pictures)
-    settings.check(pictures, token_directory, model.config.vision.image_size)
+    settings.check(pictures, token_directory, model.config.tile_side)
     processor = families.of(model.config).processor
     return model, processor.from_directory(token_directory, model.config, **options)
 

@@ -40,17 +40,20 @@ _FIELDS = {
     "image_mean": (_COLOUR, None),
     "image_std": (_SPREAD, None),
     "image_grid_pinpoints": (fields_.PINPOINTS, None),
+    "min_pixels": (schema.optional(schema.PLACES), None),
+    "max_pixels": (schema.optional(schema.PLACES), None),
 }
 _EDGES = ("shortest_edge", "longest_edge", "height", "width")
+_LIMITS = ("min_pixels", "max_pixels")
 
 
-def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
+def check(pictures: pathlib.Path, texts: pathlib.Path, side: int | None) -> None:
     """Refuse settings of images or of generation that are damaged or do not fit the vision tower.
 
     Args:
         pictures: the directory with the settings of the image processor.
         texts: the directory of the tokenizer.
-        side: the side of the images that the tower reads, in pixels.
+        side: the side of the images that the tower reads, in pixels; None where they have any.
 
     Raises:
         ValueError: a value is not supported, or images have another size than the tower reads.
@@ -70,7 +73,7 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int) -> None:
             raise ValueError(files.refusal(path, problems))
 
 
-def _check_pictures(path: pathlib.Path, side: int) -> None:
+def _check_pictures(path: pathlib.Path, side: int | None) -> None:
     problems: list[str] = []
     fields, prefix = files.read_json(path), ""
     if path.name == PICTURES[1]:  # of a processor, with a part for the image processor
@@ -88,19 +91,22 @@ def _check_pictures(path: pathlib.Path, side: int) -> None:
     }
     cut = sizes["crop_size"] if found["do_center_crop"] is not False else {}
     final = cut or sizes["size"]
-    wrong = [final[edge] for edge in ("height", "width") if final.get(edge, side) != side]
+    edges = ("height", "width") if side is not None else ()
+    wrong = [final[edge] for edge in edges if final.get(edge, side) != side]
     if wrong:
         problems.append(f"makes pictures of {wrong[0]} pixels, and the vision tower sees {side}")
     if problems:
         raise ValueError(files.refusal(path, problems))
 
 
-def _size(value: Any, name: str, side: int, problems: list[str]) -> dict[str, int]:
+def _size(value: Any, name: str, side: int | None, problems: list[str]) -> dict[str, int]:
     """Return the edges of a size, which may be a single number."""
     if value is None:
         return {}
     if isinstance(value, int):
         value = {"height": value, "width": value} if "crop" in name else {"shortest_edge": value}
-    edges = dict.fromkeys(_EDGES, (schema.whole(1, _MAX_ENLARGEMENT * side), None))
+    # Without a side, the edges are numbers of pixels of a whole picture.
+    kind = schema.PLACES if side is None else schema.whole(1, _MAX_ENLARGEMENT * side)
+    edges = dict.fromkeys((*_EDGES, *_LIMITS), (kind, None))
     found = schema.read(value, edges, (), f"{name}.", problems)
     return {edge: n for edge, n in found.items() if n is not None}

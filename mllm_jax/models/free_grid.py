@@ -6,13 +6,19 @@ import abc
 import dataclasses
 from typing import Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel, Size
 from mllm_jax.typing import Array, Float, Int
+
+MIN_PLACES = 256  # patches: smaller pictures are padded to this, larger ones to a power of 2
+
+
+def places(patches: int) -> int:
+    """Return the number of places that pictures of at most this many patches are padded to."""
+    return max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +51,17 @@ class FreeGridConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Return the largest number of tokens of a picture."""
-        return self.largest_grid[0] * self.largest_grid[1] // self.merge**2
+        """Return the number of places for tokens of the largest picture."""
+        return self.pixel_shape[0] // self.merge**2
+
+    @property
+    def tile_side(self) -> None:
+        """Return None: each picture has a size of its own."""
+
+    @property
+    def pixel_shape(self) -> Size:
+        """Return the shape of the patches of the largest picture."""
+        return places(self.largest_grid[0] * self.largest_grid[1]), self.patch_width
 
     @property
     def token_grid(self) -> int:
@@ -91,13 +106,6 @@ class FreeGridModel(MultimodalModel):
 
     config: FreeGridConfig
     vision: FreeGridTower  # type: ignore[assignment]  # reads grids beside patches
-
-    def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
-        """Return what the vision tower gives to the projector."""
-        if batch.features is not None:
-            return jnp.asarray(batch.features, self.dtype)
-        pixels = jnp.asarray(batch.pixels, self.dtype)
-        return self.vision(pixels, jnp.asarray(batch.grid), taps.module("vision"))
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -66,6 +67,16 @@ class MultimodalConfig(abc.ABC):
     @abc.abstractmethod
     def build(self, *, rngs: nnx.Rngs) -> MultimodalModel:
         """Return the network with random weights."""
+
+    @property
+    def tile_side(self) -> int | None:
+        """Return the side of the squares that the tower reads; None where a picture has its own."""
+        return self.vision.image_size
+
+    @property
+    def pixel_shape(self) -> Size | tuple[int, int, int]:
+        """Return the shape of the pixels of a tile, of the largest one where sizes differ."""
+        return (self.vision.image_size, self.vision.image_size, 3)
 
     @property
     def tiles(self) -> int:
@@ -196,7 +207,8 @@ class MultimodalModel(nnx.Module):
             return jnp.asarray(batch.features, self.dtype)
         inputs = [jnp.asarray(batch.pixels, self.dtype)]
         inputs += [] if batch.grid is None else [jnp.asarray(batch.grid)]
-        return self.vision(*inputs, taps.module("vision"))
+        tower: Callable[..., Array] = self.vision  # those of free grids read the grid as well
+        return tower(*inputs, taps.module("vision"))
 
     def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all tiles in the order that `image_token_index` counts."""

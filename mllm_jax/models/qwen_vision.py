@@ -89,12 +89,12 @@ class QwenVisionConfig:
         )
 
     @classmethod
-    def qwen2_vl(cls) -> QwenVisionConfig:
+    def version_2(cls) -> QwenVisionConfig:
         """Return the config of the tower of Qwen2-VL."""
         return cls(width=1280, layers=32, heads=16, mlp=5120, patch=14, act="quick_gelu")
 
     @classmethod
-    def qwen2_5_vl(cls) -> QwenVisionConfig:
+    def version_2_5(cls) -> QwenVisionConfig:
         """Return the config of the tower of Qwen2.5-VL."""
         return cls(
             width=1280, layers=32, heads=16, mlp=3420, patch=14, act="silu", norm="rms", gated=True,
@@ -102,7 +102,7 @@ class QwenVisionConfig:
         )  # fmt: skip
 
     @classmethod
-    def qwen3_vl(cls) -> QwenVisionConfig:
+    def version_3(cls) -> QwenVisionConfig:
         """Return the config of the tower of Qwen3-VL 8B."""
         return cls(
             width=1152, layers=27, heads=16, mlp=4304, patch=16, act="gelu_tanh", patch_bias=True,
@@ -112,7 +112,7 @@ class QwenVisionConfig:
     @classmethod
     def tiny(cls, version: str = "2.5") -> QwenVisionConfig:
         """Return a config for tests of "2", "2.5" or "3"."""
-        real = {"2": cls.qwen2_vl, "2.5": cls.qwen2_5_vl, "3": cls.qwen3_vl}[version]()
+        real = {"2": cls.version_2, "2.5": cls.version_2_5, "3": cls.version_3}[version]()
         tiny = dataclasses.replace(real, width=32, layers=3, heads=4, mlp=64, patch=4)
         if version == "2.5":
             return dataclasses.replace(tiny, mlp=48, window=4, full_layers=(1,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,19 @@ import numpy as np
 from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt
+from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.passes.run import logits_at_last, shard_edits, unshare_patched
+from mllm_jax.passes.run import (
+    Logits,
+    compiled_run,
+    logits_at_last,
+    shard_edits,
+    unshare_patched,
+)
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
@@ -33,17 +42,30 @@ class Generation:
       text: One string a row, or None where the batch knows no processor.
       receipts: One for each edit, over all tokens that were read: the prompt, and each row's
         generated tokens except the last, after which no token is chosen.
+      captures: The captures by name, of the tokens that were read, as `run` returns them of
+        `batch`; `generation["name"]` for short.
+      batch: The prompts, each followed by the generated tokens that were read, from column T of the
+        prompts on; None without captures.
     """
 
     tokens: Int[AnyArray, "B N"]
     text: list[str] | None
     receipts: tuple[Receipt, ...]
+    captures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch: Batch | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.captures:
+            known = ", ".join(self.captures) or "none"
+            raise KeyError(f"no capture '{name}'; this generation has: {known}")
+        return self.captures[name]
 
 
 def generate(
     model: Model,
     batch: Batch,
     edits: Edits | None = None,
+    captures: dict[str, Capture] | None = None,
     *,
     max_new_tokens: int = 32,
     stop: bool = False,
@@ -65,6 +87,9 @@ def generate(
       model: See `run`.
       batch: See `run`.
       edits: What to change.
+      captures: What to bring back, by name: of the prompt, and of each generated token that was
+        read, whose kind is answer. They are computed in one further pass over the whole text, with
+        the same edits. Padding, and rows that have ended, do not count.
       max_new_tokens: The number N of tokens to generate.
       stop: Whether to end a row at one of `processor.stop_ids`, where transformers stops, and
         the whole batch when every row has ended.
@@ -100,7 +125,35 @@ def generate(
         tokens, receipts = mesh.gather_to_host(outputs)
     _check_no_nan(tokens)
     text = None if processor is None else processor.text(tokens, stop=stop)
-    return Generation(tokens, text, receipts)
+    if not captures:
+        return Generation(tokens, text, receipts)
+    whole = batch.followed_by(tokens[:, :-1], _was_read(tokens[:, :-1], stops))
+    results = _capture(model, batch, whole, edits, captures)
+    return Generation(tokens, text, receipts, results, whole.replace(processor=processor))
+
+
+def _capture(
+    model: Model, prompts: Batch, whole: Batch, edits: Edits | None, captures: dict[str, Capture]
+) -> dict[str, Any]:
+    """Return captures of prompts and what follows them, under edits of a generation."""
+    bound_captures = binding.bind_captures(
+        captures, site_shapes(model, whole), model.token_maps(whole)
+    )
+    steps = whole.ids.shape[1] - prompts.ids.shape[1]
+    bound = binding.bind_continuation(model, prompts, edits, steps)
+    logits: Logits = "all"
+    if all(capture.site != sites.logits for capture in bound_captures.values()):
+        logits, bound = "none", tuple(edit for edit in bound if edit.site != sites.logits)
+    with mesh.use_mesh_of(model):
+        inputs = mesh.shard_batch(whole), shard_edits(bound), bound_captures
+        out = mesh.gather_to_host(compiled_run(model, *inputs, logits=logits, remat=False))
+    return out.captures
+
+
+def _was_read(tokens: Int[AnyArray, "B n"], stops: Int[np.ndarray, " k"]) -> Bool[AnyArray, "B n"]:
+    """Return which generated tokens were read: those before a stop."""
+    ended = (tokens[..., None] == stops).any(-1)
+    return ended.cumsum(-1) == 0
 
 
 def _check_no_nan(tokens: Int[AnyArray, "B N"]) -> None:

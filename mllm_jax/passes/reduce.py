@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable, Sized
 from typing import Any
@@ -10,13 +12,17 @@ import numpy as np
 import tqdm
 
 from mllm_jax.batch import Batch
-from mllm_jax.interventions import results
 from mllm_jax.interventions.captures import FORMS, Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
+from mllm_jax.interventions.results import Entropy, Stats
+from mllm_jax.interventions.top_tokens import Histogram, Top
 from mllm_jax.passes.run import run
 from mllm_jax.sharding import hosts
 from mllm_jax.store import Store
+
+# The results that are stored, by the name of their class.
+RESULTS: dict[str, type] = {kind.__name__: kind for kind in (Stats, Entropy, Top, Histogram)}
 
 
 def reduce(
@@ -33,7 +39,8 @@ def reduce(
     """Add up captures over batches, integers exactly in int64.
 
     Args:
-      captures: Captures that can be merged: `stats`, and `lens` with `by`.
+      captures: Captures that can be merged: `stats`, `top`, `sample`, `histogram`, and `lens` with
+        `by`.
       model: See `run`.
       batches: A sequence or an iterable, read one by one.
       edits: What to change.
@@ -46,7 +53,8 @@ def reduce(
       label: The label of the progress bar.
 
     Returns:
-      The merged results by name, `results.Stats` or `results.Entropy`.
+      The merged results by name: `results.Stats`, `results.Entropy`, `top_tokens.Top` or
+      `top_tokens.Histogram`.
 
     Raises:
       ValueError: A capture cannot be added up, there is no batch, or `save` holds sums of another
@@ -56,7 +64,7 @@ def reduce(
         if not FORMS[capture.form].merges:
             raise ValueError(
                 f"capture '{name}' ({capture.form}) cannot be added up over batches; "
-                "use stats(...), or lens(..., by=tokens.kind)"
+                "use stats, top, sample, histogram, or lens(..., by=tokens.kind)"
             )
     store = Store(save, restart=restart, model=model, captures=captures, edits=edits)
     saved = store.read()
@@ -86,23 +94,32 @@ def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
     """Return results as arrays of an .npz file, by name and field."""
     arrays = {}
     for name, value in total.items():
-        arrays[f"{name}/type"] = np.array([type(value).__name__, *value.kinds])
+        static = _static_fields(type(value))
+        settings = {field: getattr(value, field) for field in static}
+        arrays[f"{name}/type"] = np.array([type(value).__name__, json.dumps(settings)])
         for field, array in vars(value).items():
-            if field != "kinds":
-                arrays[f"{name}/{field}"] = array
+            if field not in static:
+                arrays[f"{name}/{field}"] = np.asarray(array)
     return arrays
 
 
 def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Invert `_flatten`."""
-    names = sorted({key.split("/")[0] for key in arrays if "/" in key})
-    total = {}
-    for name in names:
-        kind, *kinds = (str(s) for s in arrays[f"{name}/type"])
+    total: dict[str, Any] = {}
+    for name in sorted({key.split("/")[0] for key in arrays if "/" in key}):
+        kind, settings = (str(text) for text in arrays[f"{name}/type"])
+        static = {
+            field: tuple(value) if isinstance(value, list) else value
+            for field, value in json.loads(settings).items()
+        }
         fields = {
             key.split("/")[1]: arrays[key]
             for key in arrays
             if key.startswith(f"{name}/") and not key.endswith("/type")
         }
-        total[name] = getattr(results, kind)(**fields, kinds=tuple(kinds))
+        total[name] = RESULTS[kind](**fields, **static)
     return total
+
+
+def _static_fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.metadata.get("static")]

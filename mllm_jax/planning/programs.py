@@ -82,14 +82,19 @@ def abstract_model(config: MultimodalConfig, dtype: DTypeLike) -> MultimodalMode
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
 
 
-def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
+def abstract_batch(config: MultimodalConfig, size: Size, multiple: int = TOKEN_MULTIPLE) -> Batch:
     """Return a batch of rows with one image of the largest size, a system token and a question.
 
     The arrays that edits and captures select tokens by have values; pixels and ids are shapes.
+
+    Args:
+        config: the config of the model.
+        size: the sizes of the batch.
+        multiple: what T is a multiple of.
     """
     layout = config.layout(config.largest)
     patches, tiles, B = layout.patches, config.tiles, size.rows
-    T = -(-(len(patches) + size.words) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    T = -(-(len(patches) + size.words) // multiple) * multiple
     kind = np.full(T, tokens.CODE["question"], np.int8)
     kind[0] = tokens.CODE["system"]
     image = slice(1, 1 + len(patches))
@@ -103,7 +108,10 @@ def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
     def broadcast(value, dtype) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), (B, T))
 
-    tile, side = np.tile(np.arange(tiles), B).astype(np.int16), config.vision.image_size
+    tile = np.tile(np.arange(tiles), B).astype(np.int16)
+    uses_axes = config.lm.rope_sections is not None
+    forward = {"none": None, "picture": kind == tokens.CODE["image"], "prompt": kind > 0}
+    block = forward[config.attends_forward]
     return Batch(
         ids=_shape(np.int32, B, T),
         position=broadcast(np.arange(T), np.int32),
@@ -113,9 +121,13 @@ def abstract_batch(config: MultimodalConfig, size: Size) -> Batch:
             tile=broadcast(-1, np.int16), last=broadcast(np.arange(T) == T - 1, bool),
         ),
         image_token_index=image_token_index,
-        pixels=_shape(np.float32, B * tiles, side, side, 3),
+        pixels=_shape(np.float32, B * tiles, *config.pixel_shape),
         tile=tile,
         is_real_tile=tile < layout.tiles,
+        rotary_position=np.broadcast_to(np.arange(T, dtype=np.int32), (3, B, T)) if uses_axes
+        else None,
+        block=None if block is None else broadcast(block, np.int32),
+        grid=None if layout.grid is None else np.tile(np.int32(layout.grid), (B * tiles, 1)),
         qformer_ids=_shape(np.int32, B * tiles, size.words),
         qformer_kind=np.full((B * tiles, size.words), tokens.CODE["question"], np.int8),
     )  # fmt: skip

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.batch import Layout
+from mllm_jax.models import free_grid
 from mllm_jax.models.free_grid import FreeGridConfig
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.rows import Picture, Row, round_up_length
-
-MIN_PLACES = 256  # patches: smaller pictures are padded to this, larger ones to a power of 2
 
 
 class FreeGridProcessor(Processor, abc.ABC):
@@ -82,5 +81,6 @@ class FreeGridProcessor(Processor, abc.ABC):
 def _places(pictures: list[list[Picture]]) -> int:
     """Return the number of places for patches that each picture has."""
     grids = [picture.layout.grid for row in pictures for picture in row]
-    most = max((grid[0] * grid[1] for grid in grids if grid is not None), default=0)
-    return max(MIN_PLACES, 2 ** max(0, most - 1).bit_length()) if most else 0
+    return free_grid.places(
+        max((grid[0] * grid[1] for grid in grids if grid is not None), default=0)
+    )

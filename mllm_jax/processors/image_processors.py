@@ -92,20 +92,39 @@ def preprocess(
     Raises:
       ValueError: it fails, or makes pixels that the tower does not read.
     """
-    path = f"{files.line(directory, 150)}/preprocessor_config.json"
-    try:
-        values = np.asarray(processor(images, return_tensors="np")["pixel_values"])
-    except Exception as error:  # whatever a wrong setting leads to
-        reason = tokenizers.first_line(error)
-        raise ValueError(f"{path}: pictures cannot be prepared like this: {reason}") from error
+    values = prepare(processor, images, directory)["pixel_values"]
     if values.shape[-2:] != (side, side):
+        path = f"{files.line(directory, 150)}/preprocessor_config.json"
         raise ValueError(
             f"{path}: the image processor makes pictures of {values.shape[-2:]}, the vision tower "
             f"reads {(side, side)}: set size and crop_size"
         )
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: pixels are not finite: look at image_mean and image_std")
     return values
+
+
+def prepare(
+    processor: Any, images: list[PIL.Image.Image], directory: object
+) -> dict[str, np.ndarray]:
+    """Return the arrays that an image processor makes of pictures, `pixel_values` among them.
+
+    Args:
+      processor: the image processor of transformers.
+      images: pictures of PIL, in RGB.
+      directory: the checkpoint's directory, for errors.
+
+    Raises:
+      ValueError: it fails, or makes pixels that are not finite.
+    """
+    path = f"{files.line(directory, 150)}/preprocessor_config.json"
+    try:
+        made = processor(images, return_tensors="np")
+        arrays = {name: np.asarray(made[name]) for name in made}
+    except Exception as error:  # whatever a wrong setting leads to
+        reason = tokenizers.first_line(error)
+        raise ValueError(f"{path}: pictures cannot be prepared like this: {reason}") from error
+    if not np.isfinite(arrays["pixel_values"]).all():
+        raise ValueError(f"{path}: pixels are not finite: look at image_mean and image_std")
+    return arrays
 
 
 def _sides(size: Any) -> dict[str, float]:

@@ -219,8 +219,10 @@ class PromptEncoder:
           picture: the picture.
         """
         config, layout = self.config, picture.layout
+        # A picture of any size is one tile, however many tokens it has.
+        tile_tokens = config.image_tokens if layout.grid is None else len(layout.patches)
         made = rows_.image_tokens(
-            layout, config.image_token, first_tile, config.image_tokens, config.token_grid
+            layout, config.image_token, first_tile, tile_tokens, config.token_grid
         )
         if not layout.runs:
             return [made]

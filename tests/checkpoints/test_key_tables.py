@@ -92,7 +92,7 @@ def test_spellings(key, spelling):
 
 def test_projectors_of_the_original_code():
     for depth, numbers in ((1, [""]), (2, ["0.", "2."]), (3, ["0.", "2.", "4."])):
-        keys = [row.key for row in projectors.llava("multi_modal_projector", "projector", depth)]
+        keys = [row.key for row in projectors.linears("multi_modal_projector", "projector", depth)]
         names = llava_keys.original_projector_keys(keys)
         assert set(names.values()) == {
             f"model.mm_projector.{n}{kind}" for n in numbers for kind in ("weight", "bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import sys
 
 import numpy as np
@@ -221,6 +222,13 @@ def test_prompts_of_the_domains(built):
         assert prompt(name, of="lens", model="instructblip") == body
         assert prompt(name) == VICUNA.format(body)
         assert prompt(name, model="instructblip") == f"<image>Question: {text} Short Answer:"
+
+
+def test_a_manifest_names_the_version_that_is_read(built):
+    found = {name: load(built, name).fingerprint for name in vqa.NAMES}
+    for name, fingerprint in found.items():
+        assert re.fullmatch(rf"{name}/paper/1\.0\.0 sha256:[0-9a-f]{{64}}", fingerprint)
+    assert len({fingerprint.split(":")[1] for fingerprint in found.values()}) == len(found)
 
 
 def test_prompt_of_choices():

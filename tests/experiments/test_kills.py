@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import time
 
 import pytest
 
-from tests.helpers.studies import ENVIRONMENT, EVALUATE, ROOT, several
+from experiments.running import lock
+from tests.helpers.studies import ENVIRONMENT, EVALUATE, LABELS, ROOT, STUDIES, several
 
 pytestmark = pytest.mark.slow
 LOST = "was lost (killed, or its host failed): what was finished is saved; start again with the"
@@ -120,3 +123,56 @@ def test_ctrl_c_while_it_is_imported(line, tmp_path):
     said = [t for t in process.communicate(timeout=60)[1].splitlines() if "import time:" not in t]
     assert process.returncode == 130
     assert len(said) == 1 and f"stopped by Ctrl-C: {STOPPED}" in said[0]
+
+
+@pytest.fixture
+def line_of(command, config_of, folders, tmp_path):
+    """The command of a small study, on labels that begin with different letters."""
+    for folder in folders[:2]:
+        for label in LABELS:
+            named = tmp_path / "pictures" / folder.name / label.removeprefix("a ")
+            shutil.copytree(folder / label, named)
+    paths = tuple(str(tmp_path / "pictures" / folder.name) for folder in folders[:2])
+
+    def make(study: str, workdir: pathlib.Path) -> list[str]:
+        config, fields = STUDIES[study]
+        fields = fields | {"paths": paths}
+        known = config_of(config)
+        flags = [f"--config.{name}={fields[name]}" for name in fields if name in known]
+        return command(study, config, workdir, *flags, count=0)
+
+    return make
+
+
+# A random model gives all pictures one answer, which leaves das nothing to interchange.
+ANSWERING = [name for name in STUDIES if name != "das"]
+
+
+def results(folder: pathlib.Path) -> dict[str, bytes]:
+    """What a study leaves, apart from times, places and Orbax's own records of its folders."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for name, path in files.items()
+        if name.name not in ("manifest.json", lock.NAME) and name.parts[0] != "checkpoints"
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("study", ANSWERING)
+def test_every_study_ends_alike_wherever_it_is_killed(study, line_of, tmp_path):
+    whole, work = tmp_path / "whole", tmp_path / "work"
+    assert start(line_of(study, whole)).wait(900) == 0
+    count = len(list((whole / "steps").iterdir()))
+    dice = random.Random(study)
+    for moment in sorted(dice.sample(range(count + 1), min(3, count + 1))):
+        process = start(line_of(study, work))
+        while process.poll() is None and len(list(work.glob("steps/*"))) < moment:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 1))
+        process.kill()
+        process.communicate()
+    process = start(line_of(study, work))
+    said = process.communicate(timeout=900)[1]
+    assert process.returncode == 0, said[-2000:]
+    assert results(work) == results(whole)

@@ -16,23 +16,8 @@ import mllm_jax as mj
 from experiments.running import agreement
 from mllm_jax.loading import save
 from mllm_jax.store import Workdir
-from tests.helpers.studies import LABELS
+from tests.helpers.studies import LABELS, STUDIES
 
-PICTURES = {"train_per_domain": 4, "test_per_domain": 4, "batch_size": 2}
-TASK = {"train_per_task": 8, "held_per_task": 4, "test_per_task": 4, "tasks": ()}
-STUDIES = {
-    "evaluate": ("configs/embedded_evaluate.py", {"styles": ("choice",), **PICTURES}),
-    "sweep": ("configs/embedded_sweep.py:strengths", {"pairs_per_domain": 2, "batch_size": 2}),
-    "train": ("configs/embedded_projector.py", {"questions": 2, "steps": 3, **PICTURES}),
-    "domain_neurons": (
-        "configs/embedded.py:quick",
-        {"lens_per_domain": 2, "groups": 2, **PICTURES},
-    ),
-    "projection": ("configs/embedded_projection.py:quick", {"clip": "", "seeds": (0,), **TASK}),
-    "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
-    "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
-    "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
-}
 slow = pytest.mark.slow
 EVERY = [name if name == "evaluate" else pytest.param(name, marks=slow) for name in STUDIES]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -48,10 +47,10 @@ def batches(loaded):
     }
 
 
-def theirs(network, batch, **names):
+def theirs(family, network, batch):
     """Their logits."""
     with hf.torch.no_grad():
-        given = families.inputs(batch, PICTURES)
+        given = family.inputs(batch, PICTURES)
         return network(**{k: hf.torch.from_numpy(v) for k, v in given.items()}).logits.numpy()
 
 
@@ -64,23 +63,31 @@ def test_every_site(pad, family, loaded, batches):
     """From pictures of several shapes, several in a row, none in a row, and an empty row."""
     model, batch = loaded[0], batches[pad]
     assert not batch.is_real_tile.all()
-    names = set(site_shapes(model, batch)) - {site.name for site in S.MASKS}
+    names = set(site_shapes(model, batch)) - {site.name for site in S.MASKS} - family.untold
     assert len(names) >= 21
-    want = hf.tensors(family.network, names, **families.inputs(batch, PICTURES))
+    given = family.inputs(batch, PICTURES)
+    want = hf.tensors(family.network, names, where=family.where, **given)
     for name in names:
         if name.startswith("vision.") and S.get(name).stacked:
             assert len(want[name]) == model.config.vision.layers
             want[name] = want[name][: model.config.vision.run_layers]
-    hf.assert_equal(model, batch, families.placed(want, batch.is_real_tile))
+    hf.assert_equal(model, batch, family.placed(want, batch))
+
+
+def continued(given, rows, tokens=None):
+    """What their `generate` is given: the first rows, without positions, to so many tokens."""
+    return {
+        name: value[:rows, :tokens] if name.endswith(("_ids", "_mask")) else value
+        for name, value in given.items()
+        if name != "position_ids"
+    }
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_greedy_generation(pad, family, loaded, batches):
     """Theirs is always padded on the left: it cannot be otherwise."""
     rows = len(PROMPTS)
-    given = families.inputs(batches["left"], PICTURES)
-    given = {k: v[:rows] if k == "input_ids" or "mask" in k else v for k, v in given.items()}
-    del given["position_ids"]
+    given = continued(family.inputs(batches["left"], PICTURES), rows)
     family.network.generation_config.eos_token_id = None
     with hf.torch.no_grad():
         want = family.network.generate(
@@ -97,10 +104,10 @@ def test_the_layer_above_the_one_that_is_read(family, loaded, batches):
     batch, at = batches["left"], family.config.vision.run_layers
     if at == family.config.vision.layers:
         pytest.skip("the last layer is read")
-    before = theirs(family.network, batch)
+    before = theirs(family, family.network, batch)
     above = family.network.get_submodule("model.vision_tower.encoder.layers")[at].mlp
     hook = above.register_forward_hook(lambda module, args, out: out * 0 + 7)
-    after = theirs(family.network, batch)
+    after = theirs(family, family.network, batch)
     hook.remove()
     np.testing.assert_array_equal(before, after)
     assert at == family.config.vision.layers - 1
@@ -115,21 +122,15 @@ def test_save_hf(family, loaded, batches, tmp_path):
         saved, output_loading_info=True, attn_implementation="eager"
     )
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    before, after = (theirs(network, batches["left"]) for network in (family.network, back))
+    before, after = (theirs(family, net, batches["left"]) for net in (family.network, back))
     real = batches["left"].valid
     np.testing.assert_allclose(after[real], before[real], rtol=0, atol=1e-6)
     again, same = mj.load(saved, dtype=jnp.float32)
-    config = dataclasses.replace(
-        family.config,
-        vision=dataclasses.replace(
-            family.config.vision, layers=family.config.vision.run_layers, feature_layer=-1
-        ),
-    )
-    assert again.config == config
+    assert again.config == family.saved_config
     ours = (mj.run(m, batches["left"]).logits for m in (model, again))
     np.testing.assert_array_equal(*ours)
     np.testing.assert_array_equal(same(PICTURES, PROMPTS).ids, processor(PICTURES, PROMPTS).ids)
-    if not isinstance(family.processor, families.OneVisionProcessor):  # it needs torchvision
+    if family.is_automatic:
         theirs_ = hf.transformers.AutoProcessor.from_pretrained(saved, backend="pil")
         assert type(theirs_) is type(family.processor)
 
@@ -140,7 +141,7 @@ def test_bfloat16(family):
     shapes = [(40, 60), (90, 30), (30, 30), (48, 48), (20, 90), (64, 48)]
     pictures = [[tiny.picture(10 + i, *shapes[i % 6])] for i in range(48)]
     batch = processor(pictures, ["<image> what is it ? a cat or dog or ship or tree"] * 48)
-    given = {k: hf.torch.from_numpy(v) for k, v in families.inputs(batch, pictures).items()}
+    given = {k: hf.torch.from_numpy(v) for k, v in family.inputs(batch, pictures).items()}
     half = type(family.network).from_pretrained(
         family.directory, dtype=hf.torch.bfloat16, attn_implementation="eager"
     )
@@ -173,16 +174,22 @@ def test_the_processor_is_theirs(family, loaded):
     for number, shape in enumerate(SHAPES):
         two = [tiny.picture(number, *shape), tiny.picture(0, 60, 40)]
         for pictures, prompt in ((two, "<image> what <image> ?"), (two[:1], "<image> a cat")):
-            want = family.processor(images=[pictures], text=prompt, return_tensors="np")
+            text = prompt.replace("<image>", family.written)
+            want = family.processor(images=pictures, text=text, return_tensors="np")
             batch = processor([pictures], [prompt])
             np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
             pixels = want["pixel_values"]
             if family.config.pinpoints:
                 counts = [x.tiles for x in processor.layouts([p.size[::-1] for p in pictures])]
                 pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
-            np.testing.assert_array_equal(
-                batch.pixels[batch.is_real_tile], pixels.transpose(0, 2, 3, 1)
-            )
+            given = family.inputs(batch, [pictures])
+            np.testing.assert_array_equal(given["pixel_values"], pixels)
+            for name in given.keys() & want.keys() - {
+                "attention_mask",
+                "input_ids",
+                "pixel_values",
+            }:
+                np.testing.assert_array_equal(given[name], want[name])
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -191,11 +198,10 @@ def test_the_chat_template_is_theirs(images, family, loaded):
     turns = [{"role": "user", "content": parts}]
     text = family.processor.apply_chat_template(turns, add_generation_prompt=True)
     pictures = [tiny.picture(i, 30, 40) for i in range(images)]
-    images = [pictures] if pictures else None
-    want = family.processor(images=images, text=text, return_tensors="np")["input_ids"]
+    want = family.processor(images=pictures or None, text=text, return_tensors="np")["input_ids"]
     batch = loaded[1]([pictures], ["what is it ?"])
     np.testing.assert_array_equal(batch.ids[batch.valid], want[0])
-    assert family.processor.tokenizer.decode(want[0]).startswith("<s>")
+    assert family.processor.tokenizer.decode(want[0]).startswith(family.begins)
     asked = batch.ids[batch.tokens.kind == mj.tokens.CODE["question"]]
     assert loaded[1].tokenizer.convert_ids_to_tokens(asked) == ["what", "is", "it", "?"]
 
@@ -212,7 +218,7 @@ def test_chats_of_several_turns_are_theirs(family, loaded):
     ]
     pictures = [tiny.picture(0, 30, 40), tiny.picture(1, 60, 30)]
     text = family.processor.apply_chat_template(chat, add_generation_prompt=True)
-    want = family.processor(images=[pictures], text=text, return_tensors="np")["input_ids"][0]
+    want = family.processor(images=pictures, text=text, return_tensors="np")["input_ids"][0]
     batch = loaded[1]([pictures], [chat])
     np.testing.assert_array_equal(batch.ids[batch.valid], want)
     asked = batch.ids[batch.tokens.kind == mj.tokens.CODE["question"]]
@@ -235,11 +241,7 @@ def test_it_stops_where_theirs_does(family, loaded):
         processor = type(loaded[1]).from_directory(family.directory, family.config)
     finally:
         at.write_text(before)
-    given = families.inputs(batch, PICTURES[:1])
-    given = {
-        k: v[:, : batch.valid.sum()] if "ids" in k or "mask" in k else v for k, v in given.items()
-    }
-    del given["position_ids"]
+    given = continued(family.inputs(batch, PICTURES[:1]), 1, batch.valid.sum())
     with hf.torch.no_grad():
         want = network.generate(
             **{k: hf.torch.from_numpy(v) for k, v in given.items()},

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from typing import Any
 
 import numpy as np
-import PIL.Image
 
-from mllm_jax.batch import Batch
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.models import rotary, siglip
-from tests.helpers import hf, tiny
+from tests.helpers import family, hf, qwen, tiny
+from tests.helpers.family import Family
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
 VICUNA = (
@@ -42,20 +41,6 @@ CHATML = (
     "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A checkpoint.
-
-    Attributes:
-      config: ours. network, processor: theirs, in float32. directory: where both were saved.
-    """
-
-    config: llava.LlavaConfig
-    network: Any
-    processor: Any
-    directory: pathlib.Path
 
 
 def llava_1_5(directory: pathlib.Path) -> Family:
@@ -116,6 +101,9 @@ class OneVisionProcessor(hf.transformers.LlavaOnevisionProcessor):
     def check_argument_for_proper_class(self, *args):
         return None
 
+    def __call__(self, images=None, **inputs):
+        return super().__call__(images=[images] if images else None, **inputs)  # of one row
+
     def save_pretrained(self, directory):
         self.image_processor.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
@@ -147,6 +135,9 @@ ALL = {
     "next-mistral": next_mistral,
     "siglip-qwen2": siglip_qwen2,
     "onevision": onevision,
+    "qwen2.5-vl": functools.partial(qwen.checkpoint, "2.5"),
+    "qwen2-vl": functools.partial(qwen.checkpoint, "2"),
+    "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
 }
 VARIANTS = {"siglip-gemma": siglip_gemma, "clip-llama3": clip_llama3}  # of slow tests
 
@@ -184,34 +175,14 @@ def _save(config, network, kind, images, template, directory) -> Family:
             text.norm.weight.neg_().sub_(2 * offset)
     network.save_pretrained(directory)
     processor.save_pretrained(directory)
-    return Family(config, network, processor, directory)
+    if kind is not OneVisionProcessor:
+        return Family(config, network, processor, directory)
+    return Family(
+        config, network, processor, directory, is_automatic=False, inputs=_onevision_inputs
+    )
 
 
-def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
-    """A batch of ours as the network of transformers wants it; tiles that fill it are left out."""
-    found = {
-        "input_ids": batch.ids.astype(int),
-        "attention_mask": batch.valid.astype(int),
-        "position_ids": batch.position.astype(int),
-    }
-    if batch.is_real_tile.any():
-        found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
-    if batch.processor.config.pinpoints:
-        found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
-    if isinstance(batch.processor.config, llava_onevision.LlavaOneVisionConfig):
-        found["batch_num_images"] = np.array([len(row) for row in pictures if row])
-    return found
-
-
-def placed(want: dict[str, np.ndarray], real: np.ndarray) -> dict[str, np.ndarray]:
-    """Tensors of real tiles at their places among all tiles of the batch, the others zero."""
-
-    def one(name: str, array: np.ndarray) -> np.ndarray:
-        if name.startswith(("lm.", "logits")):
-            return array
-        axis = hf.sites.get(name).stacked
-        out = np.zeros((*array.shape[:axis], len(real), *array.shape[axis + 1 :]), array.dtype)
-        out[(slice(None),) * axis + (real,)] = array
-        return out
-
-    return {name: one(name, array) for name, array in want.items()}
+def _onevision_inputs(batch, pictures) -> dict[str, np.ndarray]:
+    """Theirs, with the number of pictures of each row, which decides whether they are cut."""
+    counts = {"batch_num_images": np.array([len(row) for row in pictures if row])}
+    return family.inputs(batch, pictures) | counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -200,13 +200,15 @@ READ: dict[str, Callable] = {
 
 
 def tensors(
-    network: torch.nn.Module, names: Iterable[str], prefix: str = "", **inputs
-) -> dict[str, np.ndarray]:
+    network: torch.nn.Module, names: Iterable[str], prefix: str = "",
+    where: Mapping[str, str] | None = None, **inputs,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """What the network computes at our sites, found by the `hf` column of the site table.
 
     Args:
       network: theirs. prefix: of its module names within a LLaVA.
       names: of the sites.
+      where: what stands in the `hf` column of some sites, with the names of this network.
       inputs: of the network.
 
     Returns:
@@ -221,13 +223,18 @@ def tensors(
         return module.register_forward_hook(hook, with_kwargs=True)
 
     named = ((f"{prefix}{name}".removesuffix("."), m) for name, m in network.named_modules())
-    modules = {llava_keys.canonical_key(f"{name}."): module for name, module in named}
+    modules = {
+        key: module for name, module in named
+        for key in (f"{name}.", llava_keys.canonical_key(f"{name}."))
+    }  # fmt: skip
     hooks = []
     for name in set(names) - {"logits"}:
-        for path, read in re.findall(r"(\S+) \((\w+)\)", sites.get(name).hf):
+        for path, read in re.findall(
+            r"(\S+) \((\w+)\)", (where or {}).get(name, sites.get(name).hf)
+        ):
             path = re.escape(path).replace(r"\{i\}", r"\d+")
             path = re.compile(rf"(vision_tower\.)?{path}\.")
-            there = [module for key, module in modules.items() if path.fullmatch(key)]
+            there = {m: None for key, m in modules.items() if path.fullmatch(key)}
             hooks += [watch(module, name, read) for module in there]
             if there:  # of two names, the second is for networks without the first
                 break

@@ -20,7 +20,27 @@ TEMPLATE = (
 )
 EVALUATE = "configs/embedded_evaluate.py"
 LABELS = ("a circle", "a square", "a stripe", "a dot")
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+# Every study on two tiny domains: its config, and the fields that make it small.
+PICTURES = {"train_per_domain": 4, "test_per_domain": 4, "batch_size": 2}
+TASK = {"train_per_task": 8, "held_per_task": 4, "test_per_task": 4, "tasks": ()}
+STUDIES = {
+    "evaluate": ("configs/embedded_evaluate.py", {"styles": ("choice",), **PICTURES}),
+    "sweep": ("configs/embedded_sweep.py:strengths", {"pairs_per_domain": 2, "batch_size": 2}),
+    "train": ("configs/embedded_projector.py", {"questions": 2, "steps": 3, **PICTURES}),
+    "domain_neurons": (
+        "configs/embedded.py:quick",
+        {"lens_per_domain": 2, "groups": 2, **PICTURES},
+    ),
+    "projection": ("configs/embedded_projection.py:quick", {"clip": "", "seeds": (0,), **TASK}),
+    "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
+    "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
+    "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
+}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny programs take longer to compile than to run
+}
 LM = llava.DecoderConfig(
     vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
 )

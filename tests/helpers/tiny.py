@@ -26,23 +26,28 @@ TEMPLATE = (
 
 
 def tokenizer(
-    config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True, **special
-):
-    """Words and line ends are tokens; `<s>` begins a text unless it is told not to."""
-    vocab = {"<image>": config.image_token}
-    for word in (*SPECIAL[:-1], "\n", *TEXT.split()):
+    config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True,
+    names: Sequence[str] = SPECIAL, words: str = "", **special,
+):  # fmt: skip
+    """Words and line ends are tokens; `<s>` begins a text unless it is told not to.
+
+    Args:
+      names: the special tokens, that of images last. words: more of them.
+    """
+    vocab = {names[-1]: config.image_token}
+    for word in (*names[:-1], "\n", *TEXT.split(), *words.split()):
         vocab.setdefault(word, len(vocab) - 1)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     words = tokenizers.Regex(r"\n|\w+|[^\w\s]")
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, "removed", invert=True)
-    core.add_special_tokens(list(SPECIAL))
+    core.add_special_tokens(list(names))
     if begin:
         core.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
         )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", chat_template=template,
-        **special,
+        tokenizer_object=core, unk_token="<unk>", chat_template=template,
+        **{"eos_token": "<eos>"} | special,
     )  # fmt: skip
 
 

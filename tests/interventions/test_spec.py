@@ -138,7 +138,7 @@ KINDS_ = {"kind": tok.kind, "image,question": KINDS, "system": ("system",)}
 TAKES = {  # what each option of each kind may be
     "where": WHERES, "to": WHERES, "on": WHERES, "basis": BASES, "steps": {"0,0.5,1,2": GATES},
     "source": {"0": 0, "1+3": [1, 3]}, "into": {"2": 2, "0+2": [0, 2]}, "by": KINDS_,
-    "k": {"1": 1, "7": 7},
+    "k": {"1": 1, "7": 7}, "edges": {"-1,0,0.5": [-1, 0, 0.5]},
 }  # fmt: skip
 NEEDED = {"source", "into"}
 
@@ -156,6 +156,8 @@ def addresses(draw, kind):
             able = [s for s in able if s.module in ("lm", "logits")]
         if kind == "lens":
             able = [s for s in able if s.axes[-1] == "D" and s != S.lm.norm]
+        if kind in ("top", "bottom", "sample", "histogram"):
+            able = [s for s in able if len(s.axes) == 3]
         site = draw(st.sampled_from(able))
         text = site.name
     once = isinstance(site, S.Site) and not site.stacked

@@ -131,6 +131,59 @@ def test_spellings_and_formats(base, whole, tmp_path, spelling, suffix):
     assert_merged(found, expected(whole, pairs, lambda module: 2.0))
 
 
+EMBEDDING, HEAD = "language_model.model.embed_tokens", "language_model.lm_head"
+
+
+@pytest.mark.parametrize("default", ["", ".default"])
+@pytest.mark.parametrize("kind", ["factors", "factors over the base", "whole", "saved"])
+def test_embedding_and_head(base, whole, tmp_path, kind, default):
+    """Factors of an embedding are [r, V] and [D, r]; whole tensors are those of modules_to_save."""
+    rng, pairs, wrap = np.random.default_rng(2), factors(whole), "base_model.model."
+    V, D = whole[f"{EMBEDDING}.weight"].shape
+    a, b, new, head = (
+        rng.normal(size=s).astype(np.float32) for s in ((3, V), (D, 3), (V, D), (V, D))
+    )
+    merged = expected(whole, pairs, lambda module: 2.0)
+    if kind.startswith("factors"):
+        more = {f"{EMBEDDING}.lora_embedding_{x}{default}": t for x, t in (("A", a), ("B", b))}
+        change = sum(np.outer(a[r].astype(np.float64), b[:, r]) for r in range(3))
+        table = whole[f"{EMBEDDING}.weight"]
+        if "base" in kind:  # as PEFT saves the embedding where it is a target
+            more |= {f"{EMBEDDING}.base_layer.weight": new}
+            table = new
+        merged[f"{EMBEDDING}.weight"] = table + 2.0 * change
+    else:
+        part = "" if kind == "whole" else f".modules_to_save{default}"
+        more = {f"{EMBEDDING}{part}.weight": new, f"{HEAD}{part}.weight": head}
+        merged |= {f"{EMBEDDING}.weight": new, f"{HEAD}.weight": head}
+    place = written(pairs, tmp_path / "a", base_model_name_or_path=str(base))
+    path = place / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path) | {wrap + key: t for key, t in more.items()}
+    safetensors.numpy.save_file(tensors, path)
+    assert_merged(load.read_model(place, dtype=jnp.float32), merged)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({f"{EMBEDDING}.weight": (98, 32)}, r"another shape: .*embed_tokens.weight is \[98, 32\]"),
+        ({f"{EMBEDDING}.lora_embedding_A": (3, 96)}, "embed_tokens: has lora_embedding_A alone"),
+        ({f"{EMBEDDING}.lora_embedding_A": (3, 98), f"{EMBEDDING}.lora_embedding_B": (32, 3)},
+         "embed_tokens: .* does not change"),
+        ({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 32)}, "left over: .*tokens_delta"),
+        ({f"{HEAD}.weight": (96, 32), f"{HEAD}.modules_to_save.weight": (96, 32)}, "same tensor"),
+    ],
+)  # fmt: skip
+def test_other_tensors_of_adapters_are_refused_by_name(base, whole, tmp_path, tensors, says):
+    place = written(factors(whole), tmp_path / "a", base_model_name_or_path=str(base))
+    path = place / "adapter_model.safetensors"
+    more = {f"base_model.model.{k}": np.ones(shape, np.float32) for k, shape in tensors.items()}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path) | more, path)
+    with pytest.raises(ValueError, match=says) as refused:
+        load.read_model(place)
+    assert len(str(refused.value)) < 400
+
+
 def test_a_llava_as_its_own_code_leaves_it(base, whole, tmp_path):
     """A config, adapters of a plain language model, and the projector in a file beside them."""
     fields = json.loads((base / "config.json").read_text())

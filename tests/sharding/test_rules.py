@@ -43,12 +43,14 @@ def parts(spec: P, mesh) -> int:
 
 
 def stays_whole(config, path: str) -> bool:
-    """Heads and words that 8 does not divide, and the small table of a Q-Former's words."""
+    """Heads, words and neurons that 8 does not divide, and the table of a Q-Former's words."""
     part = getattr(config, path.split(".")[0], None)
     if ".attn." in path or ".look." in path:
-        return part.heads % 8 > 0
+        return getattr(part, "kv_heads", part.heads) % 8 > 0
     if path in ("lm.embed", "lm.head.kernel"):
         return part.vocab % 8 > 0
+    if ".mlp." in path and path.startswith("vision."):  # of Qwen2.5-VL: 3,420
+        return part.mlp % 8 > 0
     return path == "qformer.words"
 
 

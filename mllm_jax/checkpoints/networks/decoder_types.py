@@ -54,7 +54,7 @@ _QWEN2 = _COMMON | {
     "layer_types": (_LAYER_TYPES, None),
 }
 _QWEN3 = _QWEN2 | _BIAS | {"head_dim": (schema.whole(2, 2**14), 128)}
-_QWEN2_VL = _QWEN2 | {
+_QWEN2_MROPE = _QWEN2 | {
     "vocab_size": (schema.WORDS, 152064),
     "hidden_size": (schema.WIDTH, 8192),
     "intermediate_size": (schema.WIDTH, 29568),
@@ -64,7 +64,7 @@ _QWEN2_VL = _QWEN2 | {
     "rms_norm_eps": (schema.EPSILON, 1e-5),
     "max_window_layers": (schema.whole(0, 2**20), 80),
 }
-_QWEN3_VL = _COMMON | _NO_WINDOW | _BIAS | {
+_QWEN3_MROPE = _COMMON | _NO_WINDOW | _BIAS | {
     "vocab_size": (schema.WORDS, 151936),
     "intermediate_size": (schema.WIDTH, 22016),
     "num_key_value_heads": (schema.optional(schema.HEADS), 32),
@@ -128,18 +128,18 @@ class Model:
 
 
 _FOUR_NORMS = {"unit_offset": True, "post_norms": True}
-_QWEN2_VL_MODEL = Model(
-    fields=_QWEN2_VL, theta=1e6, sections=RopeSections((16, 24, 24)), parts={"biases": "qkv"}
+_QWEN2_MROPE_MODEL = Model(
+    fields=_QWEN2_MROPE, theta=1e6, sections=RopeSections((16, 24, 24)), parts={"biases": "qkv"}
 )
 MODELS = {
     "llama": Model(fields=_LLAMA),
     "mistral": Model(fields=_MISTRAL),
     "qwen2": Model(fields=_QWEN2, parts={"biases": "qkv"}),
     "qwen3": Model(fields=_QWEN3, parts={"qk_norm": True}),
-    "qwen2_vl_text": _QWEN2_VL_MODEL,
-    "qwen2_5_vl_text": _QWEN2_VL_MODEL,
+    "qwen2_vl_text": _QWEN2_MROPE_MODEL,
+    "qwen2_5_vl_text": _QWEN2_MROPE_MODEL,
     "qwen3_vl_text": Model(
-        fields=_QWEN3_VL,
+        fields=_QWEN3_MROPE,
         theta=5e5,
         sections=RopeSections((24, 20, 20), interleaved=True),
         parts={"qk_norm": True},

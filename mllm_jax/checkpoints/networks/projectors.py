@@ -7,7 +7,7 @@ from mllm_jax.checkpoints import keys
 _TWO = (*keys.linear("linear_1", "linears.0"), *keys.linear("linear_2", "linears.1"))
 
 
-def llava(hf: str, ours: str, depth: int = 2) -> tuple[keys.Row, ...]:
+def linears(hf: str, ours: str, depth: int = 2) -> tuple[keys.Row, ...]:
     """Return the key table of LLaVA's stack of linear maps, which HF counts from 1."""
     lines = (keys.linear(f"linear_{n + 1}", f"linears.{n}") for n in range(depth))
     return keys.rows(hf, ours, *(line for pair in lines for line in pair))

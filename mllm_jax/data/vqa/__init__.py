@@ -129,8 +129,12 @@ class _Records(LazySequence[domains.Example]):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of TFDS's description of the files, which are too many to be read for it."""
-        return hashlib.sha256(self.source.dataset_info.as_json.encode()).hexdigest()
+        """The name and version of the data set, with the sha256 of TFDS's description of its files.
+
+        The files themselves are too many to be read for it.
+        """
+        info = self.source.dataset_info
+        return f"{info.full_name} sha256:{hashlib.sha256(info.as_json.encode()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.source)

@@ -22,7 +22,7 @@ def key_table(config: LlavaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a LLaVA model."""
     return (
         *square_towers.table(config.vision, "vision_tower.vision_model", "vision"),
-        *projectors.llava("multi_modal_projector", "projector", config.projector.depth),
+        *projectors.linears("multi_modal_projector", "projector", config.projector.depth),
         *decoder.table(config.lm),
     )
 

@@ -1,0 +1,213 @@
+"""The tokens on which each unit is strongest, weakest or drawn at random, and histograms of units.
+
+The results have a fixed size, whatever the number of tokens, and merge over batches: `mj.reduce`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from mllm_jax.interventions.captures import BoundCapture
+
+Order = Literal["largest", "smallest", "random"]
+# Bins that show the tails of activations as well as their sign.
+EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens of a site are in the data.
+
+    Attributes:
+      example: The row of the batch that reads each row or tile, counted without rows that only fill
+        up the batch, int32[B].
+      token: The number of each token in its row without padding, or in its tile, int32[B, T].
+      tile: The tile within the row, int16[B, T]; -1 for text.
+      row: The row on the grid of the tile, int16[B, T]; -1 elsewhere.
+      column: The column on that grid, int16[B, T]; -1 elsewhere.
+      examples: The number of rows that do not only fill up the batch, int32[].
+    """
+
+    example: Int[AnyArray, " B"]
+    token: Int[AnyArray, "B T"]
+    tile: Int[AnyArray, "B T"]
+    row: Int[AnyArray, "B T"]
+    column: Int[AnyArray, "B T"]
+    examples: Int[AnyArray, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """k tokens for each unit, best first; ties go to the earlier example, then the earlier token.
+
+    With `bins` the axis of bins precedes k: k tokens for each range of values.
+
+    Attributes:
+      value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens.
+      example: The example, counted from 0 through the data, int32[L, F, k]; -1 where there is none.
+      token: The token of the example, counted without padding, or of the tile, int32[L, F, k].
+      tile: The tile within the example, int16[L, F, k]; -1 for text.
+      row: The row on the grid of the tile, int16[L, F, k]; -1 elsewhere.
+      column: The column on that grid, int16[L, F, k]; -1 elsewhere.
+      examples: The number of examples that were read, int32[].
+      order: Which tokens are kept. Static.
+    """
+
+    value: Float[AnyArray, "L F k"]
+    example: Int[AnyArray, "L F k"]
+    token: Int[AnyArray, "L F k"]
+    tile: Int[AnyArray, "L F k"]
+    row: Int[AnyArray, "L F k"]
+    column: Int[AnyArray, "L F k"]
+    examples: Int[AnyArray, ""]
+    order: Order = dataclasses.field(metadata={"static": True})
+
+    def merge(self, other: Top) -> Top:
+        """Return the best of both, where the examples of `other` follow these."""
+        shifted = np.where(other.example < 0, -1, other.example + self.examples)
+        other = dataclasses.replace(other, example=shifted)
+        names = ("value", "example", "token", "tile", "row", "column")
+        both = {n: np.concatenate([getattr(self, n), getattr(other, n)], -1) for n in names}
+        strength = _strength(both["value"], both["token"], self.order, np)
+        last = both["example"] < 0
+        keys = both["tile"], both["token"], both["example"], -strength, last
+        best = np.lexsort(keys, axis=-1)[..., : self.value.shape[-1]]
+        picked = {n: np.take_along_axis(array, best, -1) for n, array in both.items()}
+        return Top(**picked, examples=self.examples + other.examples, order=self.order)
+
+    def wide(self) -> Top:
+        """Return the same on the host, with examples in int64."""
+        host = jax.tree.map(np.asarray, self)
+        examples = np.asarray(host.examples, np.int64).reshape(-1)[0]  # every layer has the same
+        return dataclasses.replace(
+            host, example=np.asarray(host.example, np.int64), examples=examples
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How often each unit has a value in each bin. With `by`, the last axis is kinds.
+
+    Attributes:
+      counts: int32[L, F, bins, kinds]; bin i holds edges[i - 1] <= value < edges[i], the first bin
+        what is below all edges, the last what is at or above all.
+      edges: The edges of the bins, float32[bins - 1].
+      kinds: The names along the last axis; empty without `by`. Static.
+    """
+
+    counts: Int[AnyArray, "L F bins kinds"]
+    edges: Float[AnyArray, " bins-1"]
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def merge(self, other: Histogram) -> Histogram:
+        """Return the counts of both."""
+        return dataclasses.replace(self, counts=self.counts + other.counts)
+
+    def wide(self) -> Histogram:
+        """Return the same in int64 on the host."""
+        edges = np.asarray(self.edges)
+        edges = edges.reshape(-1, edges.shape[-1])[0]  # every layer has the same
+        return Histogram(np.asarray(self.counts, np.int64), edges, self.kinds)
+
+
+def read_top(order: Order) -> Callable[[BoundCapture, Array, Callable | None], Top]:
+    """Return the reduction that keeps the k first tokens of each unit in an order."""
+
+    def read(capture: BoundCapture, x: Array, lens: Callable | None) -> Top:
+        return _top(capture, x, order, jnp.asarray(capture.tokens)[..., None])
+
+    return read
+
+
+def read_sample(capture: BoundCapture, x: Array, lens: Callable | None) -> Top:
+    """Return k tokens of each unit for each range of its values, drawn by a hash of the value."""
+    edges = jnp.asarray(capture.edges, jnp.float32)
+    low, high = jnp.append(-jnp.inf, edges), jnp.append(edges, jnp.inf)
+
+    def of_bin(ends):
+        y = at_least_float32(x)
+        inside = (y >= ends[0]) & (y < ends[1]) & jnp.asarray(capture.tokens)[..., None]
+        return _top(capture, x, "random", inside)
+
+    result = jax.lax.map(of_bin, (low, high))
+    by_bin = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1) if a.ndim > 1 else a[0], result)
+    return dataclasses.replace(by_bin, examples=result.examples[0])
+
+
+def read_histogram(
+    capture: BoundCapture, x: Array, lens: Callable | None, weight: Float[Array, "B T kinds"]
+) -> Histogram:
+    """Return how often each unit has a value in each bin, counting tokens by their weight."""
+    edges, y = jnp.asarray(capture.edges, jnp.float32), at_least_float32(x)
+
+    def below(edge):  # exact in float32: a batch has far fewer than 2^24 tokens
+        under = (y < edge).astype(jnp.float32)
+        return jnp.einsum("BTk,BTF->Fk", weight, under, precision=jax.lax.Precision.HIGHEST)
+
+    total = jnp.broadcast_to(weight.sum((0, 1)), (x.shape[-1], weight.shape[-1]))
+    cumulative = jax.lax.map(below, edges)
+    zero = jnp.zeros_like(total)[None]
+    counts = jnp.diff(jnp.concatenate([zero, cumulative, total[None]]), axis=0)
+    counts = jnp.moveaxis(counts, 0, 1).astype(jnp.int32)
+    counts = counts if capture.by is not None else counts[..., 0]
+    return Histogram(counts, edges, capture.by or ())
+
+
+def _top(
+    capture: BoundCapture, x: Float[Array, "B T F"], order: Order, mask: Bool[Array, "B T #F"]
+) -> Top:
+    places = capture.places
+    assert places is not None, "a form that needs places has them"
+    B, T, F = x.shape
+    value, token = at_least_float32(x).reshape(B * T, F), jnp.asarray(places.token).reshape(-1)
+    strength = _strength(value, token[:, None], order, jnp)
+    strength = jnp.where(mask.reshape(B * T, -1), strength, -jnp.inf).T
+    k = min(capture.k, B * T)
+    best, at = jax.lax.top_k(strength, k)
+    is_token = best > -jnp.inf
+
+    def pick(array: AnyArray, missing: Any) -> Array:
+        by_token = jnp.broadcast_to(jnp.asarray(array).reshape(B, -1), (B, T)).reshape(-1)
+        return _padded(jnp.where(is_token, by_token[at], missing), capture.k, missing)
+
+    picked = jnp.take_along_axis(value.T, at, -1)
+    return Top(
+        value=_padded(jnp.where(is_token, picked, jnp.nan), capture.k, jnp.nan),
+        example=pick(places.example, -1),
+        token=pick(places.token, -1),
+        tile=pick(places.tile, -1),
+        row=pick(places.row, -1),
+        column=pick(places.column, -1),
+        examples=jnp.asarray(places.examples, jnp.int32),
+        order=order,
+    )
+
+
+def _padded(array: Float[Array, "F n"] | Int[Array, "F n"], k: int, missing: Any) -> Array:
+    return jnp.pad(array, ((0, 0), (0, k - array.shape[-1])), constant_values=missing)
+
+
+def _strength(value: AnyArray, token: AnyArray, order: Order, xp: Any) -> AnyArray:
+    """Return what tokens are ranked by: the value, or a hash of the value and the token."""
+    if order == "largest":
+        return value
+    if order == "smallest":
+        return -value
+    bits = xp.asarray(value, np.float32).view(np.uint32)
+    mixed = bits ^ (xp.asarray(token).astype(np.uint32) * np.uint32(0x9E3779B9))
+    for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
+        mixed = (mixed ^ (mixed >> 16)) * np.uint32(factor)
+    return ((mixed ^ (mixed >> 16)) >> 8).astype(np.float32)
