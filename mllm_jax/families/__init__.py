@@ -18,6 +18,7 @@ from mllm_jax.models.multimodal import MultimodalConfig
 _FOLDERS = (
     "llava",
     "llava_next",
+    "llava_onevision",
     "instructblip",
     "qwen2_5_vl",
     "qwen2_vl",

@@ -23,9 +23,16 @@ PROMPTS = ["<image> what is it ?", "<image> a <image> cat or dog ?", "yes no", "
 STEPS = 32
 
 
-@pytest.fixture(scope="module", params=families.ALL)
+EVERY = [
+    *families.ALL,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in families.VARIANTS),
+]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def family(request, tmp_path_factory):
-    return families.ALL[request.param](tmp_path_factory.mktemp(request.param))
+    make = (families.ALL | families.VARIANTS)[request.param]
+    return make(tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +172,23 @@ def test_the_processor_is_theirs(family, loaded):
     """Ids, how often `<image>` is repeated, pixels."""
     processor = loaded[1]
     for number, shape in enumerate(SHAPES):
-        pictures = [tiny.picture(number, *shape), tiny.picture(0, 60, 40)]
-        prompt = "<image> what <image> ?"
-        text = prompt.replace("<image>", family.written)
-        want = family.processor(images=pictures, text=text, return_tensors="np")
-        batch = processor([pictures], [prompt])
-        np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
-        pixels = want["pixel_values"]
-        if family.config.pinpoints:
-            counts = [family.config.layout(shape).tiles, family.config.layout((60, 40)).tiles]
-            pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
-        given = family.inputs(batch, [pictures])
-        np.testing.assert_array_equal(given["pixel_values"], pixels)
-        for name in given.keys() & want.keys() - {"attention_mask", "input_ids"}:
-            ours = given[name]
-            ours = ours[batch.valid][None] if ours.shape == batch.ids.shape else ours
-            np.testing.assert_array_equal(ours, want[name])
+        two = [tiny.picture(number, *shape), tiny.picture(0, 60, 40)]
+        for pictures, prompt in ((two, "<image> what <image> ?"), (two[:1], "<image> a cat")):
+            text = prompt.replace("<image>", family.written)
+            want = family.processor(images=pictures, text=text, return_tensors="np")
+            batch = processor([pictures], [prompt])
+            np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
+            pixels = want["pixel_values"]
+            if family.config.pinpoints:
+                counts = [x.tiles for x in processor.layouts([p.size[::-1] for p in pictures])]
+                pixels = np.concatenate([v[:n] for v, n in zip(pixels, counts, strict=True)])
+            given = family.inputs(batch, [pictures])
+            np.testing.assert_array_equal(given["pixel_values"], pixels)
+            compared = "attention_mask", "input_ids", "pixel_values"
+            for name in (given.keys() & want.keys()).difference(compared):
+                ours = given[name]
+                ours = ours[batch.valid][None] if ours.shape == batch.ids.shape else ours
+                np.testing.assert_array_equal(ours, want[name])
 
 
 def read_chat(family, pictures, text: str) -> np.ndarray:

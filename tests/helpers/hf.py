@@ -18,6 +18,7 @@ from mllm_jax.checkpoints import keys
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.interventions import captures
 from mllm_jax.models import siglip
 from mllm_jax.passes import run
@@ -91,6 +92,9 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
     if config.pinpoints:
         kind = transformers.LlavaNextConfig
         fields = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+    if isinstance(config, llava_onevision.LlavaOneVisionConfig):
+        kind = transformers.LlavaOnevisionConfig
+        fields["vision_aspect_ratio"] = f"anyres_max_{config.max_tiles}"
     return kind(
         vision_config=tower_config(config.vision),
         text_config=text or llama_config(config.lm),
