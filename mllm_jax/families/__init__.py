@@ -24,6 +24,8 @@ _FOLDERS = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "gemma3",
+    "gemma3_text",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)
