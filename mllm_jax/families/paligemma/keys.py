@@ -13,7 +13,7 @@ def key_table(config: PaliGemmaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a PaliGemma model."""
     return (
         *siglip.vision(_TOWER, "vision"),
-        *projectors.paligemma("multi_modal_projector", "projector"),
+        *projectors.linear("multi_modal_projector", "projector"),
         *decoder.table(config.lm),
     )
 
