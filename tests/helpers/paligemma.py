@@ -23,7 +23,11 @@ def checkpoint(version: int, directory: pathlib.Path, **changes) -> Family:
         config = dataclasses.replace(config, lm=lm)
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, **changes))
     network = hf.transformers.PaliGemmaForConditionalGeneration(hf_config(config))
-    gemmas.random(network).save_pretrained(directory)
+    gemmas.random(network)
+    if version == 1:  # a factor below zero; else each token predicts itself
+        with hf.torch.no_grad():
+            network.model.language_model.norm.weight.neg_().sub_(2)
+    network.save_pretrained(directory)
     processor = processor_of(config)
     processor.save_pretrained(directory)
     where = hf.POST_NORMS if version == 2 else {}
