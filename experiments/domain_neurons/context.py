@@ -81,6 +81,8 @@ class Study(context.Context):
 
     def _vision_tokens(self, example: domains.Example) -> int:
         """Return the number of vision tokens in all tiles of a picture."""
+        if self.model.config.tile_side is None:
+            return int(np.prod(self.processor.layout(example.image.size[::-1]).grid))
         tiles = self.model.config.layout(example.image.size[::-1]).tiles
         return tiles * (self.model.config.vision.grid**2 + 1)
 
