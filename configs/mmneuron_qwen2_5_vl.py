@@ -16,9 +16,9 @@ selected neurons, K = round(0.01 * layers * width):
     vision     32 *  3,420       1,094
     projector   1 *  5,120          51
 
-A picture keeps its shape and is scaled to at most `max_pixels`, here 1,024 tokens of 28 x 28 pixels,
-which makes pages of docvqa smaller than the 16,384 tokens that the checkpoint allows. Pictures are
-padded to a power of 2 of patches, so that all data sets need five shapes: 256 to 4,096 patches.
+A picture keeps its shape and is scaled to at most `max_pixels`, here 1,024 tokens of 28 x 28
+pixels; the checkpoint allows 16,384, so that pages of docvqa are smaller here. Pictures are padded
+to a power of 2 of patches, so that all data sets need four shapes: 512 to 4,096 patches.
 
 Cost in floating-point operations, with at most 1,024 image tokens + about 60 of text (T), 4,096
 patches, 6.5e9 parameters of the LM without its words, V = 152,064 words:

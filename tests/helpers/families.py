@@ -55,7 +55,7 @@ ALL = {
     "next-vicuna": next_vicuna,
     "next-mistral": next_mistral,
     "qwen2.5-vl": functools.partial(qwen.checkpoint, "2.5"),
-    "qwen2-vl": functools.partial(qwen.checkpoint, "2"),
+    "qwen2-vl": functools.partial(qwen.checkpoint, "2", tied=True, kv_heads=4),
     "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
 }
 
