@@ -2,7 +2,7 @@
 # make test   the quick test suite
 # make slow   the slow tests (real weights, kills and restarts, code of the documentation)
 # make long   the longest tests, which CI does not run (every family on every mesh)
-# make lint   ruff
+# make lint   ruff and mypy
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,6 +44,7 @@ long: $(VENV)/.tested
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) results build *.egg-info

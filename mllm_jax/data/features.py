@@ -56,9 +56,10 @@ def picture_indices(config: MultimodalConfig, batch: Batch) -> np.ndarray:
 
     Rows that share a picture have the same index; that of a row without a picture means nothing.
     """
-    each = config.tiles * config.tile_tokens(batch)
+    tiles = int(np.max(batch.tile)) + 1  # of the pictures of a row
+    each = tiles * config.tile_tokens(batch)
     first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
-    return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)
+    return np.minimum(first // each, len(batch.is_real_tile) // tiles - 1)
 
 
 def vision_features(
@@ -115,10 +116,11 @@ def vision_features(
                 encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
             )
             values = np.asarray(values, np.float32)
-            pictures = len(batch.is_real_tile) // config.tiles
-            values = values.reshape(pictures, -1, values.shape[-1])
-            values = values[picture_indices(config, batch)[: len(chunk)]]
+            values = values.reshape(
+                len(values) // (int(batch.tile.max()) + 1), -1, values.shape[-1]
+            )
             values = np.pad(values, ((0, 0), (0, places - values.shape[1]), (0, 0)))
+            values = values[picture_indices(config, batch)[: len(chunk)]]
             store.append([picture_content(e) for e in chunk], {"features": values})
             bar.update(len(chunk))
     return store.arrays()["features"]

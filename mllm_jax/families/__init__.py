@@ -18,10 +18,13 @@ from mllm_jax.models.multimodal import MultimodalConfig
 _FOLDERS = (
     "llava",
     "llava_next",
+    "llava_onevision",
     "instructblip",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "gemma3",
+    "gemma3_text",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

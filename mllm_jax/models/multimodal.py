@@ -19,6 +19,7 @@ from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
@@ -41,7 +42,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig
+    vision: ClipConfig | EvaConfig | SiglipConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -110,8 +111,8 @@ class MultimodalConfig(abc.ABC):
         else:
             read = read.at[at].set(True)
         # A tile that shows nothing but bars has no token in the LM, but its image is read.
-        image = xp.cumsum(batch.tile % self.tiles == 0)
-        return (read[:, :tiles, None] & (image[:, None] == image)).any(1)
+        slot = xp.cumsum(batch.tile == 0)
+        return (read[:, :tiles, None] & (slot[:, None] == slot)).any(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision
+    vision: ClipVision | EvaVision | SiglipVision
     projector: Projector
     lm: Decoder
 

@@ -36,7 +36,11 @@ STUDIES = {
     "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
     "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
 }
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny programs take longer to compile than to run
+}
 LM = llava.DecoderConfig(
     vocab=272, width=32, layers=9, heads=4, kv_heads=2, head_width=8, mlp=48, tied=True
 )

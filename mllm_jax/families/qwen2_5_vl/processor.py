@@ -103,8 +103,9 @@ def resized(size: tuple[int, int], factor: int, least: int, most: int) -> tuple[
     rows, columns = (round(side / factor) * factor for side in size)  # half to even
     if rows * columns > most:
         shrink = math.sqrt(height * width / most)
-        return tuple(max(factor, math.floor(n / shrink / factor) * factor) for n in size)
+        rows, columns = (max(factor, math.floor(n / shrink / factor) * factor) for n in size)
+        return rows, columns
     if rows * columns < least:
         grow = math.sqrt(least / (height * width))
-        return tuple(math.ceil(n * grow / factor) * factor for n in size)
+        rows, columns = (math.ceil(n * grow / factor) * factor for n in size)
     return rows, columns
