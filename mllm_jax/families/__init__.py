@@ -19,6 +19,7 @@ _FOLDERS = (
     "llava",
     "llava_next",
     "llava_onevision",
+    "paligemma",
     "instructblip",
     "qwen2_5_vl",
     "qwen2_vl",

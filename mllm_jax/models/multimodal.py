@@ -80,6 +80,11 @@ class MultimodalConfig(abc.ABC):
         return (self.vision.image_size, self.vision.image_size, 3)
 
     @property
+    def depends_on_size(self) -> bool:
+        """Return whether how an image is read depends on its size."""
+        return bool(self.pinpoints) or self.tile_side is None
+
+    @property
     def tiles(self) -> int:
         """Return the number of places for tiles that an image has in a batch."""
         return 1
