@@ -23,6 +23,8 @@ _FOLDERS = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "idefics3",
+    "smolvlm",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

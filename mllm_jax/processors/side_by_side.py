@@ -1,0 +1,36 @@
+"""Processors of rows whose pictures have different numbers of tiles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_jax.batch import Layout
+from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.rows import Picture
+
+# Rows are given one of these numbers of places for tiles, so that batches share a few programs.
+_TILES = (1, 2, 3, 4, 5, 7, 10, 13, 17, 25, 37, 50, 75, 100)
+
+
+class SideBySideProcessor(Processor):
+    """A processor of pictures whose tiles stand side by side, as many as each picture has.
+
+    A row has as many places for tiles as its pictures need, not `config.tiles` for each of them.
+    """
+
+    def first_tiles(self, layouts: Sequence[Layout]) -> list[int]:
+        """Return the number of the first tile of each picture of a row."""
+        counts = [layout.tiles for layout in layouts]
+        return list(itertools.accumulate(counts, initial=0))[: len(counts)]
+
+    def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
+        if features is not None:
+            return super()._slot_tiles(pictures, features)
+        most = max((sum(p.layout.tiles for p in row) for row in pictures), default=0)
+        if not most:
+            return 0
+        places = next((n for n in _TILES if n >= most), most)
+        return min(places, self.config.tiles) if most <= self.config.tiles else places
