@@ -39,15 +39,15 @@ _IN_LAYER = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_GEMMA3_IN_LAYER = _IN_LAYER | {
+_GEMMA_IN_LAYER = _IN_LAYER | {
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
     "post_attention_norm.weight": "post_attention_layernorm.weight",
     "ffn_norm.weight": "pre_feedforward_layernorm.weight",
     "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
 }
-_LAYER_NAMES = {"llama": _IN_LAYER, "gemma3": _GEMMA3_IN_LAYER}
-_GEMMA3_27B_LAYERS = 62  # its query_pre_attn_scalar is hidden_size / heads; no field has it
+_LAYER_NAMES = {"llama": _IN_LAYER, "gemma3": _GEMMA_IN_LAYER}
+_LAYERS_OF_27B = 62  # its query_pre_attn_scalar is hidden_size / heads; no field has it
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types; control tokens are special
 
 
@@ -273,7 +273,7 @@ def _config(fields: dict[str, Any], architecture: str, tied: bool) -> dict[str, 
     }
     if architecture == "llama":
         return config | {"hidden_act": "silu", "mlp_bias": False}
-    is_27b = own["block_count"] == _GEMMA3_27B_LAYERS
+    is_27b = own["block_count"] == _LAYERS_OF_27B
     scaling = {"rope_type": "linear", "factor": _decimal(own.get("rope.scaling.factor", 1.0))}
     return config | {
         "model_type": "gemma3_text",

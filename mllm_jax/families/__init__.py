@@ -23,6 +23,8 @@ _FOLDERS = (
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
+    "gemma3",
+    "gemma3_text",
     "idefics3",
     "smolvlm",
 )

@@ -132,6 +132,8 @@ def read_model(
             raise
         config = error.config
         problems.append(error)
+    if projector is not None and config.projector is None:
+        raise ValueError(files.refusal(directory, ["projector=: this model has no projector"]))
     graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
     family = families.of(config)
     slots = keys.slots(shapes, family.key_table(config))

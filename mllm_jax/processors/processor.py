@@ -87,7 +87,8 @@ class Processor(PromptEncoder):
         """
         directory = pathlib.Path(directory)
         tokenizer = tokenizers.read_tokenizer(directory)
-        if cls.image_text not in tokenizer.get_vocab():  # the original LLaVA code has none
+        if cls.image_text and cls.image_text not in tokenizer.get_vocab():
+            # The original LLaVA code has none.
             tokenizer.add_special_tokens({"additional_special_tokens": [cls.image_text]})
             added = cast(int, tokenizer.convert_tokens_to_ids(cls.image_text))
             config = dataclasses.replace(config, image_token=added)
@@ -116,7 +117,12 @@ class Processor(PromptEncoder):
                 f"{self.directory}: the image processor cuts pictures at {pinpoints}, the model at "
                 f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
             )
-        image_processors.check_size(image_processor, self.config.vision.image_size, self.directory)
+        image_processors.check_size(image_processor, self._tile_side, self.directory)
+
+    @property
+    def _tile_side(self) -> int:
+        """The side of a tile in pixels; 0 for a model that reads no tiles."""
+        return self.config.tile_side or 0
 
     def picture_settings(self) -> list[Any]:
         """Return what pixels depend on, beside the picture: for the fingerprints of stores."""
@@ -356,7 +362,7 @@ class Processor(PromptEncoder):
           tiles: the number of tiles of a slot.
           read: whether the pixels are needed; else they are empty.
         """
-        size = self.config.vision.image_size if read else 0
+        size = self._tile_side if read else 0
         is_real = np.zeros((len(pictures), tiles), bool)
         for slot, row in zip(is_real, pictures, strict=True):
             layouts = [picture.layout for picture in row]
@@ -380,6 +386,6 @@ class Processor(PromptEncoder):
             mean = self.image_processor.image_mean
             images = [image_processors.pad_to_square(image, mean) for image in images]
         values = image_processors.preprocess(
-            self.image_processor, images, self.config.vision.image_size, self.directory
+            self.image_processor, images, self._tile_side, self.directory
         )
         return values.reshape(len(images), -1, *values.shape[-3:])

@@ -38,12 +38,15 @@ class PromptEncoder:
       image_text: the text of the image token in the tokenizer.
       placeholder: what the chat template writes for a picture; `picture_text` replaces it.
       written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
+      end_of_turn: the text of the token that ends an answer, where it is not the tokenizer's end of
+        sequence and the checkpoint stops at it.
     """
 
     reencode_per_question: ClassVar[bool] = False
     image_text: ClassVar[str] = IMAGE
     placeholder: ClassVar[str] = IMAGE
     written_placeholder: ClassVar[str] = IMAGE
+    end_of_turn: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -72,9 +75,14 @@ class PromptEncoder:
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
-        """int32[n], the ids that end an answer, those at which transformers stops."""
+        """int32[n], the ids that end an answer, those at which transformers stops.
+
+        The first is the one that ends the answers of a batch.
+        """
         end = self.tokenizer.eos_token_id
-        ids = ([] if end is None else [end]) + list(self._stop_ids)
+        turn = self.tokenizer.get_vocab().get(self.end_of_turn or "")
+        first = [turn] if turn in self._stop_ids else []
+        ids = first + ([] if end is None else [end]) + list(self._stop_ids)
         return np.array(list(dict.fromkeys(ids)), np.int32)
 
     @property

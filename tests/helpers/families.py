@@ -12,7 +12,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.models import rotary, siglip
-from tests.helpers import family, hf, qwen, tiny
+from tests.helpers import family, gemma, hf, qwen, tiny
 from tests.helpers.family import Family
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
@@ -138,6 +138,7 @@ ALL = {
     "qwen2.5-vl": functools.partial(qwen.checkpoint, "2.5"),
     "qwen2-vl": functools.partial(qwen.checkpoint, "2"),
     "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
+    "gemma3": gemma.checkpoint,
 }
 VARIANTS = {"siglip-gemma": siglip_gemma, "clip-llama3": clip_llama3}  # of slow tests
 

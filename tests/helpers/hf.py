@@ -159,6 +159,12 @@ def random(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return network.eval()
 
 
+def count(config) -> int:
+    """The number of parameters of a model of ours."""
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
 def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = "") -> llava.Llava:
     """Our model with the weights of a network; parts that the network does not have are zero.
 
@@ -196,6 +202,14 @@ READ: dict[str, Callable] = {
     "inputs_embeds": lambda args, kwargs, out: kwargs["inputs_embeds"],
     "output": lambda args, kwargs, out: out[0] if isinstance(out, tuple) else out,
     "weights": lambda args, kwargs, out: out[1],
+}
+
+
+# Where the outputs of attention and MLP are normed before they are added.
+POST_NORMS = {
+    "lm.attn_out": "language_model.model.layers.{i}.post_attention_layernorm (output)",
+    "lm.resid_mid": "language_model.model.layers.{i}.pre_feedforward_layernorm (input)",
+    "lm.mlp.out": "language_model.model.layers.{i}.post_feedforward_layernorm (output)",
 }
 
 

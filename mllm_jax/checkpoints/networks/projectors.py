@@ -18,7 +18,7 @@ def paligemma(hf: str, ours: str) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *keys.linear("linear", "linears.0"))
 
 
-def gemma3(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def pooled(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of Gemma 3's projector, whose matrix is stored [in, out]."""
     return keys.rows(
         hf,
@@ -28,12 +28,7 @@ def gemma3(hf: str, ours: str) -> tuple[keys.Row, ...]:
     )
 
 
-def idefics3(hf: str, ours: str) -> tuple[keys.Row, ...]:
-    """Return the key table of the connector of Idefics3 and SmolVLM."""
-    return keys.rows(hf, ours, *keys.linear("modality_projection.proj", "linears.0"))
-
-
-def internvl(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def shuffled(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of InternVL's projector."""
     return keys.rows(hf, ours, *keys.norm("layer_norm", "norm"), *_TWO)
 

@@ -22,6 +22,14 @@ _FIELDS = {
 _IGNORED = fields_.IGNORED | {  # what follows from other fields, and settings of training
     "image_seq_len", "transformers.js_config", "use_reentrant_checkpointing", "vocab_size",
 }  # fmt: skip
+VISION = siglip.FIELDS | {
+    "model_type": (
+        schema.only("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"), "idefics3_vision",
+    ),
+    "hidden_size": (schema.WIDTH, 1152),
+    "num_attention_heads": (schema.HEADS, 16),
+    "patch_size": (schema.SIDE, 32),
+}  # fmt: skip
 _DEFAULT_TEXT = {"rms_norm_eps": 1e-5}  # of transformers without a text_config
 
 
@@ -39,7 +47,7 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     problems: list[str] = []
     table = {"model_type": (schema.only(kind.model_type), kind.model_type), **_FIELDS}
     known = schema.read(fields_.renamed(fields), table, _IGNORED, "", problems)
-    vision = siglip.read_idefics3(known["vision_config"] or {}, problems)
+    vision = siglip.read(known["vision_config"] or {}, problems, VISION)
     text_fields = _DEFAULT_TEXT if known["text_config"] is None else known["text_config"]
     text = decoder.read(text_fields, problems, types=("llama",))
     grid = "vision_config.image_size / patch_size", vision["image_size"] // vision["patch_size"]

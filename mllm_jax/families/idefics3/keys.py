@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import decoder, projectors, siglip
+from mllm_jax.checkpoints.networks import decoder, siglip
 from mllm_jax.families.idefics3.model import Idefics3Config
 
 PROJECTOR_PREFIX = "model.connector."
@@ -14,9 +14,14 @@ def key_table(config: Idefics3Config) -> tuple[keys.Row, ...]:
     """Return the key table of an Idefics3 model."""
     return (
         *siglip.vision("model.vision_model", "vision"),
-        *projectors.idefics3("model.connector", "projector"),
+        *projector("model.connector", "projector"),
         *decoder.table(config.lm, _LM, _HEAD),
     )
+
+
+def projector(hf: str, ours: str) -> tuple[keys.Row, ...]:
+    """Return the key table of the linear map behind the pixel shuffle."""
+    return keys.rows(hf, ours, *keys.linear("modality_projection.proj", "linears.0"))
 
 
 def canonical_key(key: str) -> str:

@@ -42,7 +42,9 @@ class Idefics3Config(LlavaConfig):
     @classmethod
     def of(cls, vision: Any, lm: DecoderConfig, *, fold: int = 2, **fields: Any) -> Self:
         """Return an Idefics3 of a tower and a language model, with the linear map between them."""
-        projector = ProjectorConfig.idefics3(vision.width, lm.width, fold=fold)
+        projector = ProjectorConfig(
+            in_width=vision.width, out_width=lm.width, depth=1, bias=False, fold=fold
+        )
         return cls(vision=vision, projector=projector, lm=lm, **fields)
 
     @classmethod
