@@ -12,7 +12,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.models import rotary, siglip
-from tests.helpers import family, gemma, hf, qwen, tiny
+from tests.helpers import family, gemma, hf, idefics3, qwen, tiny
 from tests.helpers.family import Family
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
@@ -139,6 +139,8 @@ ALL = {
     "qwen2-vl": functools.partial(qwen.checkpoint, "2"),
     "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
     "gemma3": gemma.checkpoint,
+    "idefics3": functools.partial(idefics3.checkpoint, "idefics3", kv_heads=1),
+    "smolvlm": functools.partial(idefics3.checkpoint, "smolvlm", tied=True),
 }
 VARIANTS = {"siglip-gemma": siglip_gemma, "clip-llama3": clip_llama3}  # of slow tests
 

@@ -43,7 +43,7 @@ def parts(spec: P, mesh) -> int:
 
 
 def stays_whole(config, path: str) -> bool:
-    """Heads, words and neurons that 8 does not divide, and the table of a Q-Former's words."""
+    """Heads, words and neurons that 8 does not divide, and tables of positions and of a Q-Former."""
     part = getattr(config, path.split(".")[0], None)
     if ".attn." in path or ".look." in path:
         return getattr(part, "kv_heads", part.heads) % 8 > 0
@@ -51,7 +51,7 @@ def stays_whole(config, path: str) -> bool:
         return part.vocab % 8 > 0
     if ".mlp." in path and path.startswith("vision."):  # of Qwen2.5-VL: 3,420
         return part.mlp % 8 > 0
-    return path == "qformer.words"
+    return path in ("qformer.words", "vision.position")
 
 
 @pytest.mark.parametrize("name", families.RELEASED)

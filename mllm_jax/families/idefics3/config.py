@@ -20,7 +20,8 @@ _FIELDS = {
     "vision_config": (schema.PART, None),
 }
 _IGNORED = fields_.IGNORED | {  # what follows from other fields, and settings of training
-    "image_seq_len", "transformers.js_config", "use_reentrant_checkpointing", "vocab_size",
+    "_pad_token_id", "image_seq_len", "transformers.js_config", "use_reentrant_checkpointing",
+    "vocab_size",
 }  # fmt: skip
 VISION = siglip.FIELDS | {
     "model_type": (

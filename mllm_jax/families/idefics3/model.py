@@ -29,15 +29,15 @@ class Idefics3Config(LlavaConfig):
 
     Attributes:
       model_type: the `model_type` of its `config.json`.
-      longest_tiles: the number of tiles along the longer side of a picture. The image processor of
-        a checkpoint may have another.
+      longest_tiles: the number of tiles along the longer side of a picture, as the released image
+        processors have it; a checkpoint's own may have another.
     """
 
     model_type: ClassVar[str] = "idefics3"
+    longest_tiles: ClassVar[int] = 4
 
     vision: SiglipConfig
     image_token: int = 128257
-    longest_tiles: int = 4
 
     @classmethod
     def of(cls, vision: Any, lm: DecoderConfig, *, fold: int = 2, **fields: Any) -> Self:
@@ -83,7 +83,7 @@ class Idefics3Config(LlavaConfig):
     def tiny(cls) -> Self:
         """Return a config small enough for tests."""
         lm = DecoderConfig.tiny()
-        return cls.of(SiglipConfig.tiny(), lm, fold=2, image_token=95, longest_tiles=3)
+        return cls.of(SiglipConfig.tiny(), lm, fold=2, image_token=95)
 
     @property
     def tiles(self) -> int:
