@@ -18,6 +18,7 @@ from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
@@ -42,7 +43,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig | SiglipConfig
+    vision: ClipConfig | EvaConfig | InternVitConfig | SiglipConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -77,6 +78,11 @@ class MultimodalConfig(abc.ABC):
     def pixel_shape(self) -> Size | tuple[int, int, int]:
         """Return the shape of the pixels of a tile, of the largest one where sizes differ."""
         return (self.vision.image_size, self.vision.image_size, 3)
+
+    @property
+    def depends_on_size(self) -> bool:
+        """Return whether how an image is read depends on its size."""
+        return bool(self.pinpoints) or self.tile_side is None
 
     @property
     def tiles(self) -> int:
@@ -134,7 +140,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision | SiglipVision
+    vision: ClipVision | EvaVision | InternVit | SiglipVision
     projector: Projector
     lm: Decoder
 

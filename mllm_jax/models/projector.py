@@ -60,7 +60,7 @@ class ProjectorConfig:
     deepstack: int = 0
 
     @classmethod
-    def paligemma(cls, in_width: int, out_width: int) -> ProjectorConfig:
+    def linear(cls, in_width: int, out_width: int) -> ProjectorConfig:
         """Return the config of PaliGemma's projector."""
         return cls(in_width=in_width, out_width=out_width, depth=1)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import PIL.Image
 
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -311,6 +312,24 @@ class Processor(PromptEncoder):
         """Return the number of places for tokens of each tile."""
         del pictures, features
         return self.config.image_tokens
+
+    def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the places P of vision features that pictures of these (height, width) share."""
+        del sizes
+        return self.config.tiles * self.config.vision.feature_tokens
+
+    def tile_picture(self, batch: Batch, tile: int) -> PIL.Image.Image:
+        """Return a tile of a batch as a picture: what the vision tower sees."""
+        made = self.image_processor
+        mean, std = (
+            np.asarray(getattr(made, f"image_{n}", v)) for n, v in (("mean", 0), ("std", 1))
+        )
+        pixels = self._tile_pixels(batch, tile) * std + mean
+        return PIL.Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+
+    def _tile_pixels(self, batch: Batch, tile: int) -> np.ndarray:
+        """Return the normalised pixels of a tile, [row, column, 3]."""
+        return np.asarray(batch.pixels[tile])
 
     def _grids(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray | None:
         """Return the rows and columns of patches of each picture, see `Batch.grid`."""

@@ -108,7 +108,7 @@ def paligemma():
         projection_dim=D,
     )
     network = module.PaliGemmaMultiModalProjector(config)
-    return network, projector.ProjectorConfig.paligemma(E, D), projectors.paligemma
+    return network, projector.ProjectorConfig.linear(E, D), projectors.linear
 
 
 def idefics3():

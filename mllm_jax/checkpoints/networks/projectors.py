@@ -13,7 +13,7 @@ def linears(hf: str, ours: str, depth: int = 2) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *(line for pair in lines for line in pair))
 
 
-def paligemma(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def linear(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of PaliGemma's linear map."""
     return keys.rows(hf, ours, *keys.linear("linear", "linears.0"))
 

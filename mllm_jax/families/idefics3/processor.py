@@ -12,13 +12,13 @@ from mllm_jax.batch import Layout
 from mllm_jax.families.idefics3 import model
 from mllm_jax.families.idefics3.model import Idefics3Config
 from mllm_jax.processors import image_processors
+from mllm_jax.processors.packed_tiles import PackedTilesProcessor
 from mllm_jax.processors.rows import Picture
-from mllm_jax.processors.side_by_side import SideBySideProcessor
 
 _AROUND, _WHOLE = "<fake_token_around_image>", "<global-img>"
 
 
-class Idefics3Processor(SideBySideProcessor):
+class Idefics3Processor(PackedTilesProcessor):
     """A processor of an Idefics3 or SmolVLM checkpoint."""
 
     config: Idefics3Config

@@ -9,11 +9,11 @@ import numpy as np
 from mllm_jax.batch import Layout
 from mllm_jax.families.llava_onevision.model import LlavaOneVisionConfig
 from mllm_jax.processors import image_processors
+from mllm_jax.processors.packed_tiles import PackedTilesProcessor
 from mllm_jax.processors.rows import Picture
-from mllm_jax.processors.side_by_side import SideBySideProcessor
 
 
-class LlavaOneVisionProcessor(SideBySideProcessor):
+class LlavaOneVisionProcessor(PackedTilesProcessor):
     """A processor that cuts a picture into tiles where it is alone in its row."""
 
     config: LlavaOneVisionConfig

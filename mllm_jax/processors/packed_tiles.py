@@ -1,4 +1,4 @@
-"""Processors of rows whose pictures have different numbers of tiles."""
+"""Processors of models that cut pictures into very different numbers of tiles."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from mllm_jax.processors.rows import Picture
 _TILES = (1, 2, 3, 4, 5, 7, 10, 13, 17, 25, 37, 50, 75, 100)
 
 
-class SideBySideProcessor(Processor):
-    """A processor of pictures whose tiles stand side by side, as many as each picture has.
+class PackedTilesProcessor(Processor):
+    """A processor whose tiles of a row stand side by side.
 
-    A row has as many places for tiles as its pictures need, not `config.tiles` for each of them.
+    A row has as many places for tiles as it needs, rounded up, and not as many as its pictures
+    could have.
     """
 
     def first_tiles(self, layouts: Sequence[Layout]) -> list[int]:
