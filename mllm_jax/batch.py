@@ -28,6 +28,8 @@ class Layout:
         picture becomes; empty where all stand at one.
       grid: The rows and columns of patches of a picture that is read at its own size; None where
         tiles are squares.
+      interpolation: The patches that each of its tokens is a weighted sum of, int[n, 4], and their
+        weights, float32[n, 4]; None where each stands for one patch.
     """
 
     tiles: int
@@ -35,6 +37,7 @@ class Layout:
     places: Int[np.ndarray, "n 2"] | None = None
     runs: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
+    interpolation: tuple[Int[np.ndarray, "n 4"], Float[np.ndarray, "n 4"]] | None = None
 
 
 @jax.tree_util.register_dataclass

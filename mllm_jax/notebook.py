@@ -191,8 +191,11 @@ def _tiles(batch: Any, row: int) -> Iterator[str]:
     )
     for number in np.unique(tile[(at >= 0) & (tile >= 0)]):
         own = (at >= 0) & (tile == number)
-        cells = np.zeros((config.token_grid,) * 2, bool)
         grid = own & (down >= 0)
+        shape = [config.token_grid] * 2
+        if config.tile_side is None:  # each picture has its own grid
+            shape = [1 + places[grid].max(initial=-1) for places in (down, across)]
+        cells = np.zeros(shape, bool)
         cells[down[grid], across[grid]] = True
         picture = _picture(batch, int(at[own][0]) // config.tile_tokens(batch), cells)
         title = f"tile {number}: tokens {np.flatnonzero(own)[0]} to {np.flatnonzero(own)[-1]}"
@@ -203,17 +206,14 @@ def _picture(batch: Any, tile: int, cells: np.ndarray) -> str:
     """Return a tile as the data URL of a PNG with a line between tokens; unread parts are dark."""
     import PIL.Image
 
-    prepared = batch.processor.image_processor
-    mean, spread = (getattr(prepared, f"image_{name}", n) for name, n in (("mean", 0), ("std", 1)))
-    pixels = batch.pixels[tile] * np.asarray(spread) + np.asarray(mean)
-    picture = PIL.Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
+    picture = batch.processor.tile_picture(batch, tile)
     shown = np.array(picture.resize((SIDE, SIDE)), np.float32)
-    if len(cells):
-        step = np.arange(SIDE) * len(cells) // SIDE
-        read = cells[np.ix_(step, step)]
-        edge = np.diff(step, prepend=0) > 0
+    if cells.size:
+        down, across = (np.arange(SIDE) * count // SIDE for count in cells.shape)
+        read = cells[np.ix_(down, across)]
+        edges = (np.diff(step, prepend=0) > 0 for step in (down, across))
         shown[~read] *= 0.25
-        shown[(edge[:, None] | edge[None, :]) & read] *= 0.75
+        shown[np.logical_or.outer(*edges) & read] *= 0.75
     png = io.BytesIO()
     PIL.Image.fromarray(shown.astype(np.uint8)).save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

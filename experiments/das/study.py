@@ -37,6 +37,7 @@ class Study(context.Context):
         ids: int32[C, A], the answers as tokens.
         length: the tokens of a row.
         features: float32[N, P, E], the vision features of the pictures, by split.
+        sizes: the (height, width) of the pictures, by split, or None where it does not matter.
     """
 
     prompt: str
@@ -44,13 +45,16 @@ class Study(context.Context):
     ids: np.ndarray
     length: int
     features: Mapping[str, np.ndarray]
+    sizes: Mapping[str, list[tuple[int, int]] | None]
 
     def batch(self, split: str, rows: np.ndarray):
         """Return the question to some pictures of a split."""
         prompts = [self.prompt] * len(rows)
+        sizes = self.sizes[split]
         batch = self.processor(
-            None, prompts, features=np.asarray(self.features[split][rows]), length=self.length
-        )
+            None, prompts, features=np.asarray(self.features[split][rows]), length=self.length,
+            sizes=None if sizes is None else [sizes[row] for row in rows],
+        )  # fmt: skip
         return batch.replace(processor=None)
 
     def scores(self, model, batch, edits: Edits, count: int) -> jax.Array:
@@ -129,8 +133,16 @@ def _prepare(base: context.Context, questions: Mapping[str, list[tuple[Any, Any]
     }  # fmt: skip
     # Without the end of the turn, which depends on the answer and not on the exchanged state.
     ids = score.candidate_ids(base.processor, labels, 1, end=False)[0]
-    length = batching.row_length(base.processor, pairs[:1])
-    return Study(**vars(base), prompt=prompt, labels=labels, ids=ids, length=length, features=read)
+    asked = [(example, pairs[0][1]) for example, _ in pairs]
+    length = batching.row_length(base.processor, asked)
+    sizes = {
+        split: features.picture_sizes(base.model.config, [example for example, _ in pairs])
+        for split, pairs in questions.items()
+    }
+    return Study(
+        **vars(base), prompt=prompt, labels=labels, ids=ids, length=length, features=read,
+        sizes=sizes,
+    )  # fmt: skip
 
 
 def answer(study: Study, split: str) -> dict[str, np.ndarray]:

@@ -81,8 +81,10 @@ class Study(context.Context):
 
     def _vision_tokens(self, example: domains.Example) -> int:
         """Return the number of vision tokens in all tiles of a picture."""
-        tiles = self.model.config.layout(example.image.size[::-1]).tiles
-        return tiles * (self.model.config.vision.grid**2 + 1)
+        config, size = self.model.config, example.image.size[::-1]
+        if config.tile_side is None:
+            return int(np.prod(self.processor.layout(size).grid))
+        return config.layout(size).tiles * (config.vision.grid**2 + config.vision.has_cls)
 
     @functools.cached_property
     def length(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 import mllm_jax as mj
 from experiments.domain_neurons.context import Study
@@ -70,7 +69,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         return None
     original = store.save_figure(study.workdir, f"picture-{number}.png", example.image)
     batch = study.processor([example.image], ["<image>"])
-    seen = as_seen(study.processor, batch)
+    seen = study.processor.tile_picture(batch, 0)
     return entry | {
         "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
         "original": original,
@@ -88,13 +87,5 @@ def grids(tokens: tok.TokenMap) -> tuple[np.ndarray, np.ndarray]:
     full = np.flatnonzero(image & (np.asarray(tokens.tile[0]) == 0))
     parts = np.flatnonzero(image & (np.asarray(tokens.tile[0]) > 0))
     newlines = int((kind == tok.CODE["newline"]).sum())  # one ends each row of the parts
-    side = round(len(full) ** 0.5)
-    return full.reshape(side, -1) if side else full, parts.reshape(max(newlines, 1), -1)
-
-
-def as_seen(processor, batch) -> PIL.Image.Image:
-    """Return the first tile of a batch as a picture: the input of the vision tower."""
-    image_processor = processor.image_processor
-    pixels = batch.pixels[0] * np.asarray(image_processor.image_std)
-    pixels = pixels + np.asarray(image_processor.image_mean)
-    return PIL.Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+    rows = len(np.unique(row[full]))
+    return full.reshape(rows, -1) if rows else full, parts.reshape(max(newlines, 1), -1)

@@ -40,7 +40,7 @@ def run(
     train, test = (examples.domains_of(config, split) for split in ("train", "test"))
     domains.require_domains(train)
     lens = examples.domains_of(config, "lens") if config.get("vqa") else test
-    model, processor = mj.load(config.model)
+    model, processor = mj.load(config.model, max_pixels=config.get("max_pixels"))
     study = Study(
         config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits(),
         captures=captures or {}, train=train, test=test, lens=lens,

@@ -15,6 +15,7 @@ from experiments.modules import ablate_masks
 from experiments.projection import neurons
 from experiments.projection.context import DEPTH_KINDS, Arrays, Run, Study, map_batches
 from mllm_jax.data import batching, pooled, tasks
+from mllm_jax.data import features as features_
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
@@ -56,6 +57,7 @@ class Tuned:
             study.processor, functools.partial(self._question, run.seed), features,
             size=setting.batch_size, count=count, length=self._length(count, len(features)),
             seed=run.seed, end=setting.end,
+            sizes=features_.picture_sizes(study.model.config, self._examples),
         )  # fmt: skip
         model = self._start(features)
         save = self.folder if study.config.checkpoints else None
@@ -79,7 +81,7 @@ class Tuned:
         """Return the tokens of the longest row of all seeds, which then share one program."""
         epochs = -(-count * self._setting.batch_size // examples)
         pairs = [
-            (None, self._question(seed, row, epoch))
+            (self._examples[row], self._question(seed, row, epoch))
             for seed in self.study.config.seeds
             for epoch in range(epochs)
             for row in range(examples)

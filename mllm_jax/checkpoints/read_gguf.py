@@ -1,4 +1,4 @@
-"""Read a GGUF file of a Llama into float32 arrays with Hugging Face keys, and a tokenizer.
+"""Read a GGUF file of a Llama or a Gemma 3: float32 arrays by Hugging Face key, and a tokenizer.
 
 Quantised tensors are dequantised: the values are those of the file in float32, not those of the
 original checkpoint.
@@ -16,9 +16,12 @@ import gguf
 import numpy as np
 import tokenizers
 import tqdm
+from flax import nnx
 
 from mllm_jax import files
+from mllm_jax.checkpoints import keys
 from mllm_jax.checkpoints.networks import decoder
+from mllm_jax.models.decoder import Decoder, DecoderConfig
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -36,17 +39,26 @@ _IN_LAYER = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_CONTROL = 3  # GGUF token type of special tokens
+_GEMMA_IN_LAYER = _IN_LAYER | {
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+_LAYER_NAMES = {"llama": _IN_LAYER, "gemma3": _GEMMA_IN_LAYER}
+_LAYERS_OF_27B = 62  # its query_pre_attn_scalar is hidden_size / heads; no field has it
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types; control tokens are special
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufLlama:
-    """The content of a GGUF file of a Llama, in the terms of Hugging Face.
+    """The content of a GGUF file of a Llama or a Gemma 3, in the terms of Hugging Face.
 
     Attributes:
-        tensors: float32 arrays by key of `LlamaForCausalLM`; linear weights are [out, in].
+        tensors: float32 arrays by Hugging Face key; linear weights are [out, in].
         config: the fields of the `config.json`.
-        tokenizer: the byte-level BPE tokenizer of the file, with its special tokens.
+        tokenizer: the BPE tokenizer of the file, with its special tokens.
         tokens: the special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
         chat_template: the chat template in Jinja; None where the file has none.
     """
@@ -59,7 +71,7 @@ class GgufLlama:
 
 
 def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
-    """Read and dequantise a GGUF file of a Llama.
+    """Read and dequantise a GGUF file of a Llama or a Gemma 3.
 
     Args:
         path: the `.gguf` file.
@@ -95,13 +107,14 @@ def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in _LAYER_NAMES:
         named = files.shown(architecture)
         raise _Unsupported(
-            f"architecture {named} is not supported; only 'llama' GGUF files are read"
+            f"architecture {named} is not supported; only 'llama' and 'gemma3' GGUF files are read"
         )
-    names = {tensor.name: _hf_name(tensor.name) for tensor in reader.tensors}
-    config = _config(fields, tied="output.weight" not in names)
+    is_llama = architecture == "llama"
+    names = {tensor.name: _hf_name(tensor.name, architecture) for tensor in reader.tensors}
+    config = _config(fields, architecture, tied="output.weight" not in names)
     shapes = {names[t.name]: tuple(reversed(t.shape.tolist())) for t in reader.tensors}
     _check_tensors(reader, shapes, config)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -111,8 +124,10 @@ def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         weight = np.ascontiguousarray(weight, dtype=np.float32)
         place = tensor.name.split(".")[-2]
-        if place in heads:
+        if is_llama and place in heads:
             weight = unpermute(weight, heads[place])
+        if not is_llama and place.endswith("norm"):
+            weight = weight - 1  # GGUF has the factor of a norm, Gemma's own files have it less 1
         tensors[names[tensor.name]] = weight
     return GgufLlama(
         tensors=tensors,
@@ -177,7 +192,7 @@ def _check_tensors(
     decoder.read(config, problems)
     if problems:
         raise ValueError("; ".join(problems))
-    wanted = _shapes(config)
+    wanted = _shapes(decoder.config(decoder.read(config, problems)))
     if wrong := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
         raise ValueError(f"tensors do not fit its fields: {files.some(wrong)}")
     end = reader.data_offset
@@ -189,29 +204,18 @@ def _check_tensors(
         raise ValueError(f"its tensors end at {end} and the file at {reader.data.size}")
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of a model by Hugging Face key."""
-    V, D, F, H = (
-        config[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
-    )
-    q, kv = H * config["num_attention_heads"], H * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (V, D)
-    layer = {
-        "input_layernorm": (D,),
-        "self_attn.q_proj": (q, D),
-        "self_attn.k_proj": (kv, D),
-        "self_attn.v_proj": (kv, D),
-        "self_attn.o_proj": (D, q),
-        "post_attention_layernorm": (D,),
-        "mlp.gate_proj": (F, D),
-        "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
+def parameter_shapes(lm: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of a language model by our path."""
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(lm, rngs=nnx.Rngs(0))))
+    return {
+        ".".join(("lm", *map(str, path))): leaf.shape for path, leaf in nnx.to_flat_state(state)
     }
-    for n in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{n}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
+
+
+def _shapes(lm: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a model by Hugging Face key."""
+    slots = keys.slots(parameter_shapes(lm), decoder.table(lm, "model", "lm_head"))
+    return {slot.key: slot.shape for slot in slots}
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -229,40 +233,56 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(out, width))
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, architecture: str) -> str:
     if name in _OUTER:
         return _OUTER[name]
     block, _, rest = name.partition(".")
     layer, _, rest = rest.partition(".")
-    if block == "blk" and rest in _IN_LAYER:
-        return f"model.layers.{layer}.{_IN_LAYER[rest]}"
+    known = _LAYER_NAMES[architecture]
+    if block == "blk" and rest in known:
+        return f"model.layers.{layer}.{known[rest]}"
     named = files.shown(name)
-    raise _Unsupported(f"tensor {named} is not part of a llama model this reader knows")
+    raise _Unsupported(f"tensor {named} is not part of a {architecture} model this reader knows")
 
 
-def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    width = fields["llama.embedding_length"]
-    heads = fields["llama.attention.head_count"]
-    return {
+def _config(fields: dict[str, Any], architecture: str, tied: bool) -> dict[str, Any]:
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in fields.items()
+        if key.startswith(f"{architecture}.")
+    }
+    width, heads = own["embedding_length"], own["attention.head_count"]
+    config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "hidden_size": width,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": fields.get("llama.attention.key_length", width // heads),
-        "hidden_act": "silu",
-        "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": _decimal(fields["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": _decimal(fields.get("llama.rope.freq_base", 10000.0)),
+        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "head_dim": own.get("attention.key_length", width // heads),
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": _decimal(own["attention.layer_norm_rms_epsilon"]),
+        "rope_theta": _decimal(own.get("rope.freq_base", 10000.0)),
         "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": tied,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+    if architecture == "llama":
+        return config | {"hidden_act": "silu", "mlp_bias": False}
+    is_27b = own["block_count"] == _LAYERS_OF_27B
+    scaling = {"rope_type": "linear", "factor": _decimal(own.get("rope.scaling.factor", 1.0))}
+    return config | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": own["attention.sliding_window"],
+        "query_pre_attn_scalar": width // heads if is_27b else config["head_dim"],
+        "rope_theta": _decimal(own.get("rope.freq_base", 1e6)),
+        "rope_scaling": None if scaling["factor"] == 1 else scaling,
     }
 
 
@@ -280,9 +300,13 @@ def _special_names(fields: dict[str, Any]) -> dict[str, str]:
 
 def _tokenizer(fields: dict[str, Any]) -> tokenizers.Tokenizer:
     kind = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind == ("llama", "default") and "tokenizer.ggml.scores" in fields:
+        return _sentencepiece(fields)
     if kind != ("gpt2", "smollm"):
         named = files.shown(kind)
-        raise _Unsupported(f"tokenizer {named} is not supported; only ('gpt2', 'smollm') is")
+        raise _Unsupported(
+            f"tokenizer {named} is not supported; only ('gpt2', 'smollm') and ('llama', 'default')"
+        )
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -299,4 +323,45 @@ def _tokenizer(fields: dict[str, Any]) -> tokenizers.Tokenizer:
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(token, special=True, normalized=False) for token in special]
     )
+    return tokenizer
+
+
+def _sentencepiece(fields: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Return the BPE of a SentencePiece vocabulary, whose scores order the merges."""
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    types = fields["tokenizer.ggml.token_type"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    order = sorted(
+        (i for i, kind in enumerate(types) if kind == _NORMAL), key=lambda i: (-scores[i], i)
+    )
+    merges = [
+        (tokens[i][:cut], tokens[i][cut:])
+        for i in order
+        for cut in range(1, len(tokens[i]))
+        if tokens[i][:cut] in vocab and tokens[i][cut:] in vocab
+    ]
+    unknown = tokens[fields["tokenizer.ggml.unknown_token_id"]]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [token for token, its in zip(tokens, types, strict=True) if its == kind]
+        tokenizer.add_tokens(
+            [tokenizers.AddedToken(token, special=special, normalized=False) for token in added]
+        )
+    if fields.get("tokenizer.ggml.add_bos_token", True):
+        first = fields["tokenizer.ggml.bos_token_id"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{tokens[first]} $A", special_tokens=[(tokens[first], first)]
+        )
     return tokenizer

@@ -12,6 +12,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.data.features import picture_sizes
 from mllm_jax.data.sequences import LazySequence
 from mllm_jax.processors.processor import Processor
 
@@ -64,9 +65,7 @@ class PackedQuestions:
         rows = [self._order(epoch)[i] for epoch, i in zip(epochs, places, strict=True)]
         turns = [self._turns(row, step) for row in rows]
         features = np.stack([self.features[row] for row in rows])
-        sizes = None
-        if self.processor.config.pinpoints:  # a picture is cut by its size
-            sizes = [self.examples[row].image.size[::-1] for row in rows]
+        sizes = picture_sizes(self.processor.config, [self.examples[row] for row in rows])
         return self.processor.pack(None, turns, features=features, sizes=sizes, length=self._length)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -87,11 +86,16 @@ class PackedQuestions:
     @functools.cached_property
     def _length(self) -> int:
         """One length for all batches, so that training compiles once."""
-        return packed_length(self.processor, map(self._questions_of, self.examples), self.questions)
+        return packed_length(
+            self.processor, map(self._questions_of, self.examples), self.questions, self.examples
+        )
 
 
 def packed_length(
-    processor: Processor, questions_of: Iterable[Sequence[Question]], questions: int
+    processor: Processor,
+    questions_of: Iterable[Sequence[Question]],
+    questions: int,
+    examples: Sequence[Example | None] = (),
 ) -> int:
     """Return the number of tokens of the longest packed row, rounded up to a multiple of 8.
 
@@ -99,9 +103,10 @@ def packed_length(
       processor: makes the batches.
       questions_of: the questions of each example.
       questions: how many of them share a row.
+      examples: the examples, for models that read a picture at its own size.
     """
     most = 0
-    placeholder = _placeholder_pictures(processor, 1)
+    placeholder = _placeholder_pictures(processor, 1, examples)
     shared = 0
     sizes: dict[tuple[str, str], int] = {}
     for example_questions in questions_of:
@@ -163,7 +168,7 @@ class QuestionBatches:
       size: the number of questions in a batch.
       length: the number of tokens of a row.
       features: float[N, P, E], the vision features of the examples of the pairs; then pictures are
-        not opened.
+        not prepared again.
       filled: the number of rows that empty rows fill every batch up to, such as a mesh divides;
         `size` by default.
     """
@@ -190,7 +195,10 @@ class QuestionBatches:
             images = [example.image for example, _ in pairs]
             return self.processor(images, prompts, rows=rows, length=self.length)
         features = np.asarray(self.features[number * self.size :][: len(pairs)])
-        return self.processor(None, prompts, features=features, rows=rows, length=self.length)
+        sizes = picture_sizes(self.processor.config, [example for example, _ in pairs])
+        return self.processor(
+            None, prompts, features=features, sizes=sizes, rows=rows, length=self.length
+        )
 
     def rows(self, number: int) -> Sequence[tuple[Example, Question]]:
         """Return the pairs of a batch."""
@@ -220,12 +228,25 @@ def row_length(
     texts = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
     prompts = [prompt for prompt, _ in texts]
     said = [answer for _, answer in texts] if answers else None
-    placeholders = _placeholder_pictures(processor, len(prompts))
+    placeholders = _placeholder_pictures(processor, len(prompts), [e for e, _ in pairs])
     longest = processor(None, prompts, answers=said, **placeholders).valid.sum(-1).max()
     return int(-(-longest // 8) * 8)
 
 
-def _placeholder_pictures(processor: Processor, pictures: int) -> dict[str, Any]:
-    """Return features and sizes for pictures with as many tokens as one can have."""
-    features = np.zeros((pictures, processor.config.tiles, 1), np.float32)
-    return {"features": features, "sizes": [processor.config.largest] * pictures}
+def _placeholder_pictures(
+    processor: Processor, pictures: int, examples: Sequence[Example | None]
+) -> dict[str, Any]:
+    """Return features and sizes for pictures with as many tokens as one can have.
+
+    Args:
+      processor: makes the batches.
+      pictures: the number of pictures.
+      examples: pictures of which one has the most tokens, where each is read at its own size.
+    """
+    config, size = processor.config, processor.config.largest
+    known = [example for example in examples if example is not None]
+    if config.tile_side is None and known:
+        sizes = set(picture_sizes(config, known) or ())
+        size = max(sizes, key=lambda size: len(processor.layout(size).patches))
+    features = np.zeros((pictures, processor.feature_places([size]), 1), np.float32)
+    return {"features": features, "sizes": [size] * pictures}

@@ -42,14 +42,24 @@ def mean_over_tiles(config: MultimodalConfig, batch: Batch, values: Any) -> np.n
     return (total / np.maximum(weight.sum(1, keepdims=True), 1)).astype(np.float32)
 
 
+def picture_sizes(
+    config: MultimodalConfig, examples: Sequence[Example]
+) -> list[tuple[int, int]] | None:
+    """Return the (height, width) of each picture, where a processor needs it beside features."""
+    if not config.depends_on_size:
+        return None
+    return [example.image.size[::-1] for example in examples]  # PIL says the width first
+
+
 def picture_indices(config: MultimodalConfig, batch: Batch) -> np.ndarray:
     """Return int[B], which of a batch's pictures each row reads.
 
     Rows that share a picture have the same index; that of a row without a picture means nothing.
     """
-    each = config.tiles * config.tile_tokens(batch)
+    tiles = int(np.max(batch.tile)) + 1  # of the pictures of a row
+    each = tiles * config.tile_tokens(batch)
     first = np.where(batch.image_token_index >= 0, batch.image_token_index, 2**30).min(-1)
-    return np.minimum(first // each, len(batch.is_real_tile) // config.tiles - 1)
+    return np.minimum(first // each, len(batch.is_real_tile) // tiles - 1)
 
 
 def vision_features(
@@ -77,18 +87,21 @@ def vision_features(
       label: the name on the progress bar.
 
     Returns:
-      float32[N, P, E]; P counts the patches of all places that a picture has for tiles.
+      float32[N, P, E]; P counts the patches of all places that a picture has for tiles. Pictures
+      that keep their size share the places of the largest.
 
     Raises:
       ValueError: the file holds features of another model, processor or other pictures, of more
         pictures, or is damaged.
     """
     path = pathlib.Path(path)
-    vision = model.config.vision
-    tokens = model.config.tiles * vision.feature_tokens
+    config = model.config
+    places = processor.feature_places(picture_sizes(config, examples) or [])
+    # Where pictures have a size of their own, a larger one makes all rows longer.
+    own = {"places": places} if config.tile_side is None else {}
     store = RowStore(
         path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
-        model=[model.config, model.vision], processor=processor.picture_settings(),
+        model=[config, model.vision], processor=processor.picture_settings(), **own,
     )  # fmt: skip
     store.resume(map(picture_content, examples))
     with (
@@ -102,8 +115,12 @@ def vision_features(
             values = mesh.gather_to_host(
                 encode_pictures(model, mesh.shard_batch(batch.replace(processor=None)))
             )
-            values = np.asarray(values, np.float32).reshape(-1, tokens, vision.width)
-            values = values[picture_indices(model.config, batch)[: len(chunk)]]
+            values = np.asarray(values, np.float32)
+            values = values.reshape(
+                len(values) // (int(batch.tile.max()) + 1), -1, values.shape[-1]
+            )
+            values = np.pad(values, ((0, 0), (0, places - values.shape[1]), (0, 0)))
+            values = values[picture_indices(config, batch)[: len(chunk)]]
             store.append([picture_content(e) for e in chunk], {"features": values})
             bar.update(len(chunk))
     return store.arrays()["features"]

@@ -12,7 +12,12 @@ import tqdm
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
-from mllm_jax.data.features import encode_pictures, mean_over_tiles, picture_content
+from mllm_jax.data.features import (
+    encode_pictures,
+    mean_over_tiles,
+    picture_content,
+    picture_sizes,
+)
 from mllm_jax.interventions import captures
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.passes import run
@@ -86,24 +91,32 @@ def pooled_features(
         while store.done < len(examples):
             at = slice(store.done, store.done + batch_size)
             chunk = range(len(examples))[at]
-            pictures = [examples[i].image for i in chunk]
-            inputs = _picture_arguments(model.config, pictures, features, at)
+            some = [examples[i] for i in chunk]
+            inputs = _picture_arguments(model.config, some, features, at)
             batch = processor(prompts=prompts[at], rows=batch_size, length=length, **inputs)
-            rows = _pooled(model, batch.replace(processor=None), len(pictures))
+            rows = _pooled(model, batch.replace(processor=None), len(some))
             store.append([item(i) for i in chunk], rows)
-            bar.update(len(pictures))
+            bar.update(len(some))
     return store.arrays()
 
 
 def _picture_arguments(
-    config: MultimodalConfig, pictures: list, features: np.ndarray | None, at: slice
+    config: MultimodalConfig, examples: list, features: np.ndarray | None, at: slice
 ) -> dict[str, Any]:
     """Return the processor's arguments for pictures: the pictures, or their features."""
     if features is None:
-        return {"images": pictures}
-    # PIL says the width first; only a model that cuts pictures needs their size
-    sizes = [p.size[::-1] for p in pictures] if config.pinpoints else None
+        return {"images": [example.image for example in examples]}
+    sizes = picture_sizes(config, examples)
     return {"images": None, "features": np.asarray(features[at]), "sizes": sizes}
+
+
+def _mean_over_patches(model: MultimodalModel, batch: Batch) -> np.ndarray:
+    """Return float32[I, E], the mean features of the patches of each tile, 0 without any."""
+    features = np.asarray(batch.features)[..., : model.config.projector.in_width]
+    kind = np.asarray(model.token_maps(batch)["vision"].kind)[:, -features.shape[1] :]
+    is_patch = kind == tokens.CODE["image"]  # not CLS, which comes before, and not padding
+    total = np.where(is_patch[..., None], features, 0).sum(1, dtype=np.float32)
+    return total / np.maximum(is_patch.sum(1, keepdims=True), 1)
 
 
 def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.ndarray]:
@@ -112,9 +125,8 @@ def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.nda
         features = mesh.gather_to_host(encode_pictures(model, mesh.shard_batch(batch)))
     batch = batch.replace(features=features)
     means = run.run(model, batch, None, CAPTURES, logits="none").captures
-    patches = features[:, -(model.config.vision.grid**2) :].mean(1)  # CLS comes before
     arrays = {
-        "vision": mean_over_tiles(model.config, batch, patches),
+        "vision": mean_over_tiles(model.config, batch, _mean_over_patches(model, batch)),
         "projector": means["projector"],
         "lm.image": np.asarray(means["lm.image"]).swapaxes(0, 1),
         "lm.last": np.asarray(means["lm.last"]).swapaxes(0, 1),

@@ -41,6 +41,7 @@ def load(
     base: str | os.PathLike | None = None,
     seed: int = 0,
     image_aspect_ratio: str | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[MultimodalModel, Processor]:
     """Load a model and its processor.
 
@@ -62,6 +63,8 @@ def load(
         seed: the seed of a random projector.
         image_aspect_ratio: "pad" pads an image to a square, as LLaVA-1.5 was trained. None means
             the checkpoint's setting, see `Processor`.
+        max_pixels: the most pixels that a picture is scaled to, for models that read it at its own
+            size: the cost of a picture grows with them. None means the checkpoint's setting.
 
     Returns:
         The model and its processor.
@@ -94,6 +97,13 @@ def load(
         pictures = sources.directory_with(settings.PICTURES, directory, base)
         options["pictures"] = functools.partial(image_processors.read, pictures)
     settings.check(pictures, token_directory, model.config.tile_side)
+    if max_pixels is not None:
+        if model.config.tile_side is not None:
+            raise ValueError(
+                f"max_pixels={max_pixels}: {name} reads all pictures at "
+                f"{model.config.tile_side} x {model.config.tile_side} pixels"
+            )
+        options["max_pixels"] = max_pixels
     processor = families.of(model.config).processor
     return model, processor.from_directory(token_directory, model.config, **options)
 
@@ -132,6 +142,8 @@ def read_model(
             raise
         config = error.config
         problems.append(error)
+    if projector is not None and config.projector is None:
+        raise ValueError(files.refusal(directory, ["projector=: this model has no projector"]))
     graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
     family = families.of(config)
     slots = keys.slots(shapes, family.key_table(config))

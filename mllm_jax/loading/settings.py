@@ -33,6 +33,7 @@ _FIELDS = {
     "do_rescale": (_FLAG, None),
     "do_normalize": (_FLAG, None),
     "do_pad": (_FLAG, None),
+    "do_pan_and_scan": (schema.only(False, None), None),
     "size": (_SIZE, None),
     "crop_size": (_SIZE, None),
     "resample": (schema.optional(schema.whole(0, 5)), None),

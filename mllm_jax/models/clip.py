@@ -55,6 +55,11 @@ class ClipConfig:
         return self.grid**2 + (self.select == "full")
 
     @property
+    def has_cls(self) -> bool:
+        """Whether a CLS token stands before the patches inside of the tower."""
+        return True
+
+    @property
     def run_layers(self) -> int:
         """The number of blocks below the feature layer; only these exist."""
         at = self.feature_layer
@@ -66,6 +71,10 @@ class ClipConfig:
         return vision_block.BlockConfig(
             width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
         )
+
+    def build(self, *, rngs: nnx.Rngs) -> ClipVision:
+        """Build the tower with random weights."""
+        return ClipVision(self, rngs=rngs)
 
     @classmethod
     def vit_l_14_336(cls) -> ClipConfig:

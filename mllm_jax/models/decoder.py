@@ -95,6 +95,35 @@ class DecoderConfig:
         return cls(kv_heads=8, mlp=14336, rope_theta=1000000.0)
 
     @classmethod
+    def llama3_8b(cls) -> DecoderConfig:
+        """Return the config of Llama 3 8B."""
+        return cls(vocab=128256, kv_heads=8, mlp=14336, rope_theta=500000.0)
+
+    @classmethod
+    def qwen2_0_5b(cls) -> DecoderConfig:
+        """Return the config of Qwen2 0.5B."""
+        return cls(
+            vocab=151936, width=896, layers=24, heads=14, kv_heads=2, head_width=64, mlp=4864,
+            rope_theta=1000000.0, eps=1e-6, biases="qkv", tied=True,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen2_7b(cls) -> DecoderConfig:
+        """Return the config of Qwen2 7B."""
+        return cls(
+            vocab=152064, width=3584, layers=28, heads=28, kv_heads=4, mlp=18944,
+            rope_theta=1000000.0, eps=1e-6, biases="qkv",
+        )  # fmt: skip
+
+    @classmethod
+    def qwen2_72b(cls) -> DecoderConfig:
+        """Return the config of Qwen2 72B."""
+        return cls(
+            vocab=152064, width=8192, layers=80, heads=64, kv_heads=8, mlp=29568,
+            rope_theta=1000000.0, eps=1e-6, biases="qkv",
+        )  # fmt: skip
+
+    @classmethod
     def smollm2_135m(cls) -> DecoderConfig:
         """Return the config of SmolLM2 135M."""
         return cls(

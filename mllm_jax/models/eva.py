@@ -46,6 +46,11 @@ class EvaConfig:
         return self.image_size // self.patch
 
     @property
+    def has_cls(self) -> bool:
+        """Whether a CLS token stands before the patches."""
+        return True
+
+    @property
     def run_layers(self) -> int:
         """The number of blocks that are run: all."""
         return self.layers

@@ -13,7 +13,9 @@ from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel, Size
 from mllm_jax.typing import Array, Float, Int
 
-MIN_PLACES = 256  # patches: smaller pictures are padded to this, larger ones to a power of 2
+# Smaller pictures are padded to so many patches, larger ones to a power of 2: eight lengths up to
+# the largest picture that a Qwen reads.
+MIN_PLACES = 512
 
 
 def places(patches: int) -> int:

@@ -18,7 +18,9 @@ from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Block, Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
@@ -41,7 +43,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig
+    vision: ClipConfig | EvaConfig | InternVitConfig | SiglipConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -78,6 +80,11 @@ class MultimodalConfig(abc.ABC):
         return (self.vision.image_size, self.vision.image_size, 3)
 
     @property
+    def depends_on_size(self) -> bool:
+        """Return whether how an image is read depends on its size."""
+        return bool(self.pinpoints) or self.tile_side is None
+
+    @property
     def tiles(self) -> int:
         """Return the number of places for tiles that an image has in a batch."""
         return 1
@@ -105,8 +112,8 @@ class MultimodalConfig(abc.ABC):
         else:
             read = read.at[at].set(True)
         # A tile that shows nothing but bars has no token in the LM, but its image is read.
-        image = xp.cumsum(batch.tile % self.tiles == 0)
-        return (read[:, :tiles, None] & (image[:, None] == image)).any(1)
+        slot = xp.cumsum(batch.tile == 0)
+        return (read[:, :tiles, None] & (slot[:, None] == slot)).any(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +140,7 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision
+    vision: ClipVision | EvaVision | InternVit | SiglipVision
     projector: Projector
     lm: Decoder
 

@@ -60,12 +60,12 @@ class ProjectorConfig:
     deepstack: int = 0
 
     @classmethod
-    def paligemma(cls, in_width: int, out_width: int) -> ProjectorConfig:
+    def linear(cls, in_width: int, out_width: int) -> ProjectorConfig:
         """Return the config of PaliGemma's projector."""
         return cls(in_width=in_width, out_width=out_width, depth=1)
 
     @classmethod
-    def gemma3(cls, in_width: int, out_width: int, *, pool: int, eps: float) -> ProjectorConfig:
+    def pooled(cls, in_width: int, out_width: int, *, pool: int, eps: float) -> ProjectorConfig:
         """Return the config of Gemma 3's projector, which averages pool x pool patches."""
         return cls(
             in_width=in_width, out_width=out_width, depth=1, bias=False, fold=pool, fold_to="mean",
@@ -78,7 +78,7 @@ class ProjectorConfig:
         return cls(in_width=in_width, out_width=out_width, depth=1, bias=False, fold=fold)
 
     @classmethod
-    def internvl(
+    def shuffled(
         cls, in_width: int, out_width: int, *, fold: int = 2, act: str = "gelu"
     ) -> ProjectorConfig:
         """Return the config of InternVL's projector."""

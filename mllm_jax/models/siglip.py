@@ -53,6 +53,11 @@ class SiglipConfig:
         return self.grid**2
 
     @property
+    def has_cls(self) -> bool:
+        """Whether a CLS token stands before the patches inside of the tower."""
+        return False
+
+    @property
     def run_layers(self) -> int:
         """The number of blocks below the feature layer; only these exist."""
         at = self.feature_layer
@@ -66,6 +71,10 @@ class SiglipConfig:
         return vision_block.BlockConfig(
             width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
         )
+
+    def build(self, *, rngs: nnx.Rngs) -> SiglipVision:
+        """Build the tower with random weights."""
+        return SiglipVision(self, rngs=rngs)
 
     @classmethod
     def so400m_14_384(cls) -> SiglipConfig:

@@ -127,7 +127,9 @@ def abstract_batch(config: MultimodalConfig, size: Size, multiple: int = TOKEN_M
         rotary_position=np.broadcast_to(np.arange(T, dtype=np.int32), (3, B, T)) if uses_axes
         else None,
         block=None if block is None else broadcast(block, np.int32),
-        grid=None if layout.grid is None else np.tile(np.int32(layout.grid), (B * tiles, 1)),
+        grid=None
+        if layout.grid is None
+        else np.tile(np.asarray(layout.grid, np.int32), (B * tiles, 1)),
         qformer_ids=_shape(np.int32, B * tiles, size.words),
         qformer_kind=np.full((B * tiles, size.words), tokens.CODE["question"], np.int8),
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +15,47 @@ from mllm_jax.models.free_grid import FreeGridConfig
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.rows import Picture, Row, round_up_length
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 class FreeGridProcessor(Processor, abc.ABC):
-    """A processor of pictures that keep their size: patches, padded to a power of 2."""
+    """A processor of pictures that keep their size: patches, padded to a power of 2.
+
+    Args:
+      tokenizer: see `Processor`.
+      pictures: see `Processor`.
+      config: the model's config.
+      directory: see `Processor`.
+      max_pixels: the most pixels that a picture is scaled to; None for the checkpoint's setting.
+      **options: further arguments of `Processor`.
+    """
 
     config: FreeGridConfig
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        pictures: Callable[[], Any],
+        config: FreeGridConfig,
+        directory: str | os.PathLike | None = None,
+        *,
+        max_pixels: int | None = None,
+        **options: Any,
+    ):
+        def make() -> Any:
+            image_processor = pictures()
+            if max_pixels is not None:
+                self._limit_pixels(image_processor, max_pixels)
+            return image_processor
+
+        if max_pixels is not None and max_pixels < (config.patch_side * config.merge) ** 2:
+            raise ValueError(f"max_pixels={max_pixels} is less than one token of a picture has")
+        super().__init__(tokenizer, make, config, directory, **options)
+
+    def _limit_pixels(self, image_processor: Any, most: int) -> None:
+        """Set the most pixels that the image processor scales a picture to."""
+        raise ValueError(f"max_pixels={most}: this family has no such setting")
 
     @abc.abstractmethod
     def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -42,6 +80,11 @@ class FreeGridProcessor(Processor, abc.ABC):
                 "sizes=[(height, width), ...] of the pictures"
             )
         return self.config.layout_of_grid(self.patch_grid(size))
+
+    def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the places P of vision features that pictures of these (height, width) share."""
+        grids = map(self.patch_grid, set(sizes))
+        return free_grid.places(max((rows * columns for rows, columns in grids), default=0))
 
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         if features is not None:

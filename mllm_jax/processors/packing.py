@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.batch import Batch
+from mllm_jax.batch import Batch, Interpolation
 from mllm_jax.processors import rows
 from mllm_jax.processors.prompts import as_list, short
 
@@ -41,7 +41,7 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
 
     Args:
       batch: the packed batch.
-      tiles: the number of places for tiles that a picture has.
+      tiles: the number of places for tiles that the pictures of a question have.
       padding_id: the id of padding.
 
     Raises:
@@ -85,6 +85,7 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
         segment=None,
         rotary_position=_select_axes(batch.rotary_position, select),
         block=None if batch.block is None else select(batch.block, 0),
+        interpolation=_select_sources(batch.interpolation, select),
         labels=rows.answer_positions(new_kind),
     )
 
@@ -92,6 +93,21 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
 def _select_axes(position: Any, select: Callable[[Any, int], np.ndarray]) -> np.ndarray | None:
     """Return positions of three axes, each selected; or None."""
     return None if position is None else np.stack([select(axis, 0) for axis in position])
+
+
+def _select_sources(
+    interpolation: Interpolation | None, select: Callable[[Any, int], np.ndarray]
+) -> Interpolation | None:
+    """Return an interpolation with each of its sources selected; or None."""
+    if interpolation is None:
+        return None
+    pairs = (interpolation.index, -1), (interpolation.weight, 0)
+    return Interpolation(
+        *(
+            np.stack([select(np.asarray(array)[..., n], padding) for n in range(4)], -1)
+            for array, padding in pairs
+        )
+    )
 
 
 def _questions(segment: np.ndarray) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import PIL.Image
 
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig
@@ -87,7 +88,8 @@ class Processor(PromptEncoder):
         """
         directory = pathlib.Path(directory)
         tokenizer = tokenizers.read_tokenizer(directory)
-        if cls.image_text not in tokenizer.get_vocab():  # the original LLaVA code has none
+        if cls.image_text and cls.image_text not in tokenizer.get_vocab():
+            # The original LLaVA code has none.
             tokenizer.add_special_tokens({"additional_special_tokens": [cls.image_text]})
             added = cast(int, tokenizer.convert_tokens_to_ids(cls.image_text))
             config = dataclasses.replace(config, image_token=added)
@@ -116,7 +118,12 @@ class Processor(PromptEncoder):
                 f"{self.directory}: the image processor cuts pictures at {pinpoints}, the model at "
                 f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
             )
-        image_processors.check_size(image_processor, self.config.vision.image_size, self.directory)
+        image_processors.check_size(image_processor, self._tile_side, self.directory)
+
+    @property
+    def _tile_side(self) -> int:
+        """The side of a tile in pixels; 0 for a model that reads no tiles."""
+        return self.config.tile_side or 0
 
     def picture_settings(self) -> list[Any]:
         """Return what pixels depend on, beside the picture: for the fingerprints of stores."""
@@ -235,7 +242,9 @@ class Processor(PromptEncoder):
         Raises:
           ValueError: the batch is not packed.
         """
-        return packing.unpack(batch, self.config.tiles, self._padding_id)
+        of_row = int(np.max(batch.tile, initial=0)) + 1
+        tiles = self.config.tiles if self.reencode_per_question else of_row
+        return packing.unpack(batch, tiles, self._padding_id)
 
     def _assemble(
         self,
@@ -251,7 +260,7 @@ class Processor(PromptEncoder):
         encoded, pictures = encoded + [Row()] * missing, pictures + [[]] * missing
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
         of_row, count = rows_.assign_image_slots(pictures, encoded)
-        tiles = self.config.tiles * max((len(p) for p in pictures), default=0)
+        tiles = self._slot_tiles(pictures, features)
         tile_tokens = self._tile_tokens(pictures, features)
         T = self._padded_length(encoded, tiles * tile_tokens, length)
         slots = rows_.ImageSlots(of_row, count, tiles, tile_tokens)
@@ -294,10 +303,33 @@ class Processor(PromptEncoder):
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         return T
 
+    def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
+        """Return the number of places for tiles of the pictures of each row."""
+        del features
+        return self.config.tiles * max((len(row) for row in pictures), default=0)
+
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         """Return the number of places for tokens of each tile."""
         del pictures, features
         return self.config.image_tokens
+
+    def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the places P of vision features that pictures of these (height, width) share."""
+        del sizes
+        return self.config.tiles * self.config.vision.feature_tokens
+
+    def tile_picture(self, batch: Batch, tile: int) -> PIL.Image.Image:
+        """Return a tile of a batch as a picture: what the vision tower sees."""
+        made = self.image_processor
+        mean, std = (
+            np.asarray(getattr(made, f"image_{n}", v)) for n, v in (("mean", 0), ("std", 1))
+        )
+        pixels = self._tile_pixels(batch, tile) * std + mean
+        return PIL.Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+
+    def _tile_pixels(self, batch: Batch, tile: int) -> np.ndarray:
+        """Return the normalised pixels of a tile, [row, column, 3]."""
+        return np.asarray(batch.pixels[tile])
 
     def _grids(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray | None:
         """Return the rows and columns of patches of each picture, see `Batch.grid`."""
@@ -308,6 +340,10 @@ class Processor(PromptEncoder):
         """Return how a picture of this (height, width) is read."""
         return self.config.layout(size)
 
+    def layouts(self, sizes: Sequence[tuple[int, int] | None]) -> list[Layout]:
+        """Return how the pictures of a row, of these (height, width), are read."""
+        return [self.layout(size) for size in sizes]
+
     def _read_pictures(
         self,
         images: Any,
@@ -316,20 +352,21 @@ class Processor(PromptEncoder):
         rows: int,
     ) -> list[list[Picture]]:
         """Return the pictures of each row; given features, pictures without pixels."""
-        layout = self.layout
         if features is not None:
             if images is not None:
                 raise ValueError("give images or features, not both")
             if len(features) != rows:
                 raise ValueError(f"features of {len(features)} pictures for {rows} rows")
             sizes = [None] * rows if sizes is None else sizes
-            pictures = [[Picture(None, layout(size))] for size in sizes]
+            pictures = [[Picture(None, self.layout(size))] for size in sizes]
         elif sizes is not None:
             raise ValueError("sizes= goes with features=: pictures say how large they are")
         else:
             opened = row_pictures.open_rows([[]] * rows if images is None else images)
-            # PIL says the width first.
-            pictures = [[Picture(p, layout(p.size[::-1])) for p in row] for row in opened]
+            pictures = []
+            for row in opened:
+                layouts = self.layouts([p.size[::-1] for p in row])  # PIL says the width first
+                pictures.append([Picture(*pair) for pair in zip(row, layouts, strict=True)])
         if len(pictures) != rows:
             raise ValueError(f"{len(pictures)} rows of pictures for {rows} prompts")
         return pictures
@@ -344,19 +381,23 @@ class Processor(PromptEncoder):
           tiles: the number of tiles of a slot.
           read: whether the pixels are needed; else they are empty.
         """
-        places, size = self.config.tiles, self.config.vision.image_size if read else 0
+        size = self._tile_side if read else 0
         is_real = np.zeros((len(pictures), tiles), bool)
         for slot, row in zip(is_real, pictures, strict=True):
-            for first, picture in zip(range(0, tiles, places), row, strict=False):
-                slot[first : first + picture.layout.tiles] = True
+            layouts = [picture.layout for picture in row]
+            for first, layout in zip(self.first_tiles(layouts), layouts, strict=True):
+                slot[first : first + layout.tiles] = True
         real = is_real.reshape(-1)
         pixels = np.zeros((len(real), size, size, 3), np.float32)
         flat = [picture for row in pictures for picture in row]
         if read and flat:
-            values = self._preprocess([picture.image for picture in flat])
-            tiles_of = [v[: picture.layout.tiles] for v, picture in zip(values, flat, strict=True)]
-            pixels[real] = np.moveaxis(np.concatenate(tiles_of), 1, -1)
+            pixels[real] = np.moveaxis(np.concatenate(self._tiles(flat)), 1, -1)
         return pixels, real
+
+    def _tiles(self, pictures: list[Picture]) -> list[np.ndarray]:
+        """Return the tiles of each picture, float32[tiles, 3, row, column]."""
+        values = self._preprocess([picture.image for picture in pictures])
+        return [v[: picture.layout.tiles] for v, picture in zip(values, pictures, strict=True)]
 
     def _preprocess(self, images: list[Any]) -> np.ndarray:
         """Return float32[n, tiles, 3, row, column], normalised by the image processor."""
@@ -364,6 +405,6 @@ class Processor(PromptEncoder):
             mean = self.image_processor.image_mean
             images = [image_processors.pad_to_square(image, mean) for image in images]
         values = image_processors.preprocess(
-            self.image_processor, images, self.config.vision.image_size, self.directory
+            self.image_processor, images, self._tile_side, self.directory
         )
         return values.reshape(len(images), -1, *values.shape[-3:])

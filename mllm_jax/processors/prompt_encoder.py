@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 
 from mllm_jax import files, tokens
+from mllm_jax.batch import Layout
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
@@ -37,12 +38,15 @@ class PromptEncoder:
       image_text: the text of the image token in the tokenizer.
       placeholder: what the chat template writes for a picture; `picture_text` replaces it.
       written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
+      end_of_turn: the text of the token that ends an answer, where it is not the tokenizer's end of
+        sequence and the checkpoint stops at it.
     """
 
     reencode_per_question: ClassVar[bool] = False
     image_text: ClassVar[str] = IMAGE
     placeholder: ClassVar[str] = IMAGE
     written_placeholder: ClassVar[str] = IMAGE
+    end_of_turn: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -71,9 +75,14 @@ class PromptEncoder:
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
-        """int32[n], the ids that end an answer, those at which transformers stops."""
+        """int32[n], the ids that end an answer, those at which transformers stops.
+
+        The first is the one that ends the answers of a batch.
+        """
         end = self.tokenizer.eos_token_id
-        ids = ([] if end is None else [end]) + list(self._stop_ids)
+        turn = self.tokenizer.get_vocab().get(self.end_of_turn or "")
+        first = [turn] if turn in self._stop_ids else []
+        ids = first + ([] if end is None else [end]) + list(self._stop_ids)
         return np.array(list(dict.fromkeys(ids)), np.int32)
 
     @property
@@ -190,10 +199,11 @@ class PromptEncoder:
             text, questions, self.placeholder, lambda number: self.picture_text(pictures[number])
         )
         ids, kinds = self._tokenize(prompt, text, questions)
+        tiles = self.first_tiles([picture.layout for picture in pictures])
         runs = [
             run
-            for number, picture in enumerate(pictures, first)
-            for run in self._picture_runs(number, picture)
+            for tile, picture in zip(tiles, pictures, strict=True)
+            for run in self._picture_runs(first * self.config.tiles + tile, picture)
         ]
         if ids.count(self.config.image_token) != len(runs):
             raise ValueError(
@@ -205,13 +215,22 @@ class PromptEncoder:
             row.add(next(remaining) if is_image else [token])
         return row
 
-    def _picture_runs(self, number: int, picture: Picture) -> list[list[Token]]:
-        """Return the image tokens of the row's picture of this number, by run."""
+    def first_tiles(self, layouts: Sequence[Layout]) -> list[int]:
+        """Return the number of the first tile of each picture of a row."""
+        return [number * self.config.tiles for number in range(len(layouts))]
+
+    def _picture_runs(self, first_tile: int, picture: Picture) -> list[list[Token]]:
+        """Return the image tokens of a picture by run.
+
+        Args:
+          first_tile: the number of its first tile in the row.
+          picture: the picture.
+        """
         config, layout = self.config, picture.layout
         # A picture of any size is one tile, however many tokens it has.
         tile_tokens = config.image_tokens if layout.grid is None else len(layout.patches)
         made = rows_.image_tokens(
-            layout, config.image_token, number * config.tiles, tile_tokens, config.token_grid
+            layout, config.image_token, first_tile, tile_tokens, config.token_grid
         )
         if not layout.runs:
             return [made]

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from mllm_jax import tokens
-from mllm_jax.batch import Layout
+from mllm_jax.batch import Interpolation, Layout
 
 # Rows are padded to one of these lengths, so that batches share a few compiled programs.
 LENGTHS = (
@@ -42,6 +42,9 @@ class Token(NamedTuple):
       patch: which token of that tile it is, in the order of the tower; -1 for text and newlines.
       row: the row of an image token on the grid of its tile, -1 elsewhere.
       column: the column on that grid, -1 elsewhere.
+      sources: the tokens of all tiles of the row that an interpolated image token is a weighted sum
+        of; empty for other tokens.
+      weights: the weights of these.
     """
 
     id: int
@@ -50,6 +53,8 @@ class Token(NamedTuple):
     patch: int = -1
     row: int = -1
     column: int = -1
+    sources: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -131,7 +136,14 @@ def image_tokens(
             on_grid = at - (tile_tokens - grid**2)
             place = divmod(on_grid, grid) if on_grid >= 0 and grid else (-1, -1)
         made.append(Token(image_token, tokens.CODE["image"], first_tile + tile, at, *place))
-    return made
+    if layout.interpolation is None:
+        return made
+    sources, weights = layout.interpolation
+    sources = sources + first_tile * tile_tokens
+    return [
+        token if token.patch < 0 else token._replace(sources=tuple(index), weights=tuple(weight))
+        for token, index, weight in zip(made, sources.tolist(), weights.tolist(), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +203,8 @@ def token_arrays(
       left: whether to pad on the left.
 
     Returns:
-      `ids`, `position`, `image_token_index` int32[B, T], `segment` int32[B, T] or None, and
-      `tokens`.
+      `ids`, `position`, `image_token_index` int32[B, T], `segment` int32[B, T] or None,
+      `interpolation` or None, and `tokens`.
     """
     shape = len(rows), length
     ids = np.full(shape, padding_id, np.int32)
@@ -223,7 +235,27 @@ def token_arrays(
         ),
         "image_token_index": image_token_index,
         "segment": segment if segment.any() else None,
+        "interpolation": _interpolation(rows, image_token_index, slots, left),
     }
+
+
+def _interpolation(
+    rows: list[Row], image_token_index: np.ndarray, slots: ImageSlots, left: bool
+) -> Interpolation | None:
+    """Return how image tokens are interpolated; None where none is."""
+    if not any(token.sources for row in rows for token in row.tokens):
+        return None
+    index = np.repeat(image_token_index[..., None], 4, -1)  # the others are their own sum
+    weight = np.zeros(index.shape, np.float32)
+    weight[..., 0] = 1
+    for b, row in enumerate(rows):
+        first = slots.of_row[b] * slots.tiles * slots.tile_tokens
+        at = token_columns(row, image_token_index.shape[1], left)
+        mixed = [n for n, token in enumerate(row.tokens) if token.sources]
+        if mixed:
+            index[b, at[mixed]] = first + np.array([row.tokens[n].sources for n in mixed])
+            weight[b, at[mixed]] = [row.tokens[n].weights for n in mixed]
+    return Interpolation(index, weight)
 
 
 def token_columns(row: Row, length: int, left: bool) -> np.ndarray:

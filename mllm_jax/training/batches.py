@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class AnswerBatches:
       length: number of tokens of a row.
       seed: seed of the order.
       end: whether the end of turn after an answer is learned.
+      sizes: the (height, width) of the pictures, where a model reads them by their size.
     """
 
     processor: Processor
@@ -35,6 +36,7 @@ class AnswerBatches:
     length: int
     seed: int = 0
     end: bool = True
+    sizes: Sequence[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -50,6 +52,7 @@ class AnswerBatches:
             [question.prompt for question in questions],
             answers=[question.answer for question in questions],
             features=np.stack([self.features[example] for example, _ in drawn]),
+            sizes=None if self.sizes is None else [self.sizes[example] for example, _ in drawn],
             length=self.length,
         )
         if self.end:

@@ -39,9 +39,10 @@ def pictures(tmp_path_factory):
 def study(tmp_path_factory, config_of, tiny_config, tiny_model, pictures):
     """Runs a study of the tiny model in this process; its folder."""
 
-    def run(module, config: str, edits=None, **fields):
+    def run(module, config: str, edits=None, folder=None, **fields):
         config = config_of(config, paths=(pictures,), **SMALL, **fields)
-        workdir = Workdir(tmp_path_factory.mktemp("learned") / "work", config.to_dict())
+        folder = folder or tmp_path_factory.mktemp("learned") / "work"
+        workdir = Workdir(folder, config.to_dict())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
             module.run(config, workdir, edits)
@@ -102,6 +103,45 @@ def test_a_subspace_exchanges_answers(aligned):
     for name in ("index.html", "figures/interchange.png", "figures/loss.png", "manifest.json",
                  "tables/interchange.csv", "tables/loss.csv"):  # fmt: skip
         assert (aligned / name).stat().st_size > 20
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_das_that_is_killed_ends_with_the_same_bytes(study, tmp_path, monkeypatch):
+    """It needs a model that answers, which the command line has not; see `test_kills`."""
+    small = {
+        "style": "category",
+        "layers": (3,),
+        "steps": 4,
+        "train_per_domain": 24,
+        "test_pairs": 8,
+    }
+
+    def run(name: str):
+        return study(das, "configs/embedded_das.py:quick", LOOK, tmp_path / name, **small)
+
+    def dies_after(steps: int):
+        left = iter(range(steps))
+
+        def step(self, name, *how):
+            if next(left, None) is None:
+                raise Killed
+            return whole_step(self, name, *how)
+
+        return step
+
+    whole, whole_step = run("whole"), Workdir._step
+    for steps in range(len(list((whole / "steps").iterdir()))):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Workdir, "_step", dies_after(steps))
+            run("killed")
+    killed = run("killed")
+    for path in whole.path.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            assert (killed / path.relative_to(whole.path)).read_bytes() == path.read_bytes(), path
 
 
 def test_pairs_have_different_answers():

@@ -191,7 +191,11 @@ def test_to_hf_and_back_changes_only_the_unread_layers(ours):
         ),
         (changed(vision_config={"hidden_act": "swiglu"}), "vision_config.hidden_act='swiglu'"),
         (changed(vision_config={"num_channels": 1}), "vision_config.num_channels=1"),
-        (changed(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"),
+        (changed(vision_config={"model_type": "dinov2"}), "vision_config.model_type='dinov2'"),
+        (
+            changed(vision_config={"model_type": "siglip_vision_model"}),
+            "vision_feature_select_strategy='default' drops the first token",
+        ),
         (changed(vision_feature_layer=[-2, -5]), "vision_feature_layer=[-2, -5]"),
         (changed(vision_feature_layer=-30), "the vision tower has 24 layers"),
         (changed(vision_feature_layer=0), "only 1 to 24 or -24 to -1 are supported"),

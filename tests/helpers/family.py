@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from tests.helpers import hf
 
@@ -23,6 +24,10 @@ def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.
     }
     if batch.is_real_tile.any():
         found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
+    if batch.processor.config.attends_forward == "picture":
+        found["token_type_ids"] = (batch.tokens.kind == tokens.CODE["image"]).astype(int)
+    if batch.processor.config.attends_forward == "prompt":
+        found["token_type_ids"] = (batch.tokens.kind == tokens.CODE["answer"]).astype(int)
     if batch.processor.config.pinpoints:
         found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
     return found
@@ -51,6 +56,7 @@ class Family:
       config: ours. network, processor: theirs, in float32. directory: where both were saved.
       written: what stands for a picture in a prompt of theirs. begins: a prompt in a template.
       where: our sites among their modules, beside the `hf` column of `sites.TABLE`.
+      trims: whether the template trims texts.
       untold: our sites that none of their modules tells. is_automatic: whether AutoProcessor works.
       inputs: (batch, pictures) -> what their network is given. placed: (their tensors, batch) ->
       the same at their places in the batch.
@@ -63,6 +69,7 @@ class Family:
     written: str = "<image>"
     begins: str = "<s>"
     where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    trims: bool = False
     untold: frozenset[str] = frozenset()
     is_automatic: bool = True
     inputs: Callable[..., dict[str, np.ndarray]] = inputs

@@ -18,7 +18,9 @@ from mllm_jax.checkpoints import keys
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
+from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.interventions import captures
+from mllm_jax.models import siglip
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -64,20 +66,43 @@ def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
     )
 
 
+def siglip_config(config: siglip.SiglipConfig) -> transformers.SiglipVisionConfig:
+    return transformers.SiglipVisionConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp,
+        image_size=config.image_size,
+        patch_size=config.patch,
+        hidden_act=ACTIVATIONS.get(config.act, config.act),
+        layer_norm_eps=config.eps,
+        vision_use_head=False,
+        **ATTENTION,
+    )
+
+
+def tower_config(config: llava.ClipConfig | siglip.SiglipConfig) -> transformers.PreTrainedConfig:
+    is_siglip = isinstance(config, siglip.SiglipConfig)
+    return siglip_config(config) if is_siglip else clip_config(config)
+
+
 def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTrainedConfig:
     """Of a LLaVA or a LLaVA-NeXT; `text` is of its LM, where that is no Llama."""
     kind, fields = transformers.LlavaConfig, {}
     if config.pinpoints:
         kind = transformers.LlavaNextConfig
         fields = {"image_grid_pinpoints": [list(size) for size in config.pinpoints]}
+    if isinstance(config, llava_onevision.LlavaOneVisionConfig):
+        kind = transformers.LlavaOnevisionConfig
+        fields["vision_aspect_ratio"] = f"anyres_max_{config.max_tiles}"
     return kind(
-        vision_config=clip_config(config.vision),
+        vision_config=tower_config(config.vision),
         text_config=text or llama_config(config.lm),
         image_token_index=config.image_token,
         projector_hidden_act=ACTIVATIONS.get(config.projector.act, config.projector.act),
         multimodal_projector_bias=config.projector.bias,
         vision_feature_layer=config.vision.feature_layer,
-        vision_feature_select_strategy=SELECT[config.vision.select],
+        vision_feature_select_strategy=SELECT[getattr(config.vision, "select", "full")],
         tie_word_embeddings=config.lm.tied,
         **fields,
         **ATTENTION,
@@ -134,6 +159,12 @@ def random(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return network.eval()
 
 
+def count(config) -> int:
+    """The number of parameters of a model of ours."""
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
 def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = "") -> llava.Llava:
     """Our model with the weights of a network; parts that the network does not have are zero.
 
@@ -171,6 +202,14 @@ READ: dict[str, Callable] = {
     "inputs_embeds": lambda args, kwargs, out: kwargs["inputs_embeds"],
     "output": lambda args, kwargs, out: out[0] if isinstance(out, tuple) else out,
     "weights": lambda args, kwargs, out: out[1],
+}
+
+
+# Where the outputs of attention and MLP are normed before they are added.
+POST_NORMS = {
+    "lm.attn_out": "language_model.model.layers.{i}.post_attention_layernorm (output)",
+    "lm.resid_mid": "language_model.model.layers.{i}.pre_feedforward_layernorm (input)",
+    "lm.mlp.out": "language_model.model.layers.{i}.post_feedforward_layernorm (output)",
 }
 
 

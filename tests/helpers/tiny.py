@@ -27,19 +27,21 @@ TEMPLATE = (
 
 def tokenizer(
     config: llava.LlavaConfig, template: str | None = TEMPLATE, begin: bool = True,
-    names: Sequence[str] = SPECIAL, words: str = "", **special,
+    names: Sequence[str] = SPECIAL, words: str = "", lines: Sequence[str] = ("\n",), **special,
 ):  # fmt: skip
     """Words and line ends are tokens; `<s>` begins a text unless it is told not to.
 
     Args:
       names: the special tokens, that of images last. words: more of them.
+      lines: the line ends that are one token, of which the longest that fits is taken.
     """
-    vocab = {names[-1]: config.image_token}
-    for word in (*names[:-1], "\n", *TEXT.split(), *words.split()):
+    vocab = {names[-1]: config.image_token % 96}
+    for word in (*names[:-1], *lines, *TEXT.split(), *words.split()):
         vocab.setdefault(word, len(vocab) - 1)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    words = tokenizers.Regex(r"\n|\w+|[^\w\s]")
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, "removed", invert=True)
+    ends = "|".join(sorted(lines, key=len, reverse=True))
+    pattern = tokenizers.Regex(rf"{ends}|\w+|[^\w\s]")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "removed", invert=True)
     core.add_special_tokens(list(names))
     if begin:
         core.post_processor = tokenizers.processors.TemplateProcessing(

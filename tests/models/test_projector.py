@@ -94,8 +94,8 @@ def gemma3():
         text_config={"hidden_size": D, "num_attention_heads": 4},
         mm_tokens_per_image=4,
     )
-    ours = projector.ProjectorConfig.gemma3(E, D, pool=3, eps=1e-3)
-    return module.Gemma3MultiModalProjector(config), ours, projectors.gemma3
+    ours = projector.ProjectorConfig.pooled(E, D, pool=3, eps=1e-3)
+    return module.Gemma3MultiModalProjector(config), ours, projectors.pooled
 
 
 def paligemma():
@@ -106,7 +106,7 @@ def paligemma():
         projection_dim=D,
     )
     network = module.PaliGemmaMultiModalProjector(config)
-    return network, projector.ProjectorConfig.paligemma(E, D), projectors.paligemma
+    return network, projector.ProjectorConfig.linear(E, D), projectors.linear
 
 
 def idefics3():
@@ -142,7 +142,7 @@ class InternVl(hf.torch.nn.Module):
 
 
 def internvl():
-    return InternVl(), projector.ProjectorConfig.internvl(E, D), projectors.internvl
+    return InternVl(), projector.ProjectorConfig.shuffled(E, D), projectors.shuffled
 
 
 @pytest.mark.parametrize("build", [gemma3, paligemma, idefics3, internvl])

@@ -100,9 +100,9 @@ def test_every_parameter_of_a_tower_has_a_rule(build):
 @pytest.mark.parametrize(
     "config",
     [
-        ProjectorConfig.gemma3(8, 8, pool=2, eps=1e-6),
+        ProjectorConfig.pooled(8, 8, pool=2, eps=1e-6),
         ProjectorConfig.idefics3(8, 8, fold=2),
-        ProjectorConfig.internvl(8, 8),
+        ProjectorConfig.shuffled(8, 8),
         ProjectorConfig.qwen(8, 8, norm="layer", deepstack=3),
         ProjectorConfig.mistral3(8, 8, eps=1e-5, bias=True),
     ],

@@ -100,7 +100,7 @@ _GEMMA2 = _GEMMA | {
     "attn_logit_softcapping": (_CAP, 50.0),
     "final_logit_softcapping": (_CAP, 30.0),
 }
-_GEMMA3 = _GEMMA2 | {
+_GEMMA_LOCAL = _GEMMA2 | {
     "vocab_size": (schema.WORDS, 262208),
     "max_position_embeddings": (schema.PLACES, 131072),
     "sliding_window_pattern": (schema.whole(1, 1024), 6),
@@ -146,5 +146,5 @@ MODELS = {
     ),
     "gemma": Model(fields=_GEMMA, parts={"unit_offset": True}),
     "gemma2": Model(fields=_GEMMA2, parts=_FOUR_NORMS | {"window_within_block": False}),
-    "gemma3_text": Model(fields=_GEMMA3, theta=1e6, parts=_FOUR_NORMS | {"qk_norm": True}),
+    "gemma3_text": Model(fields=_GEMMA_LOCAL, theta=1e6, parts=_FOUR_NORMS | {"qk_norm": True}),
 }

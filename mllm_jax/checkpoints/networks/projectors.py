@@ -13,12 +13,12 @@ def linears(hf: str, ours: str, depth: int = 2) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *(line for pair in lines for line in pair))
 
 
-def paligemma(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def linear(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of PaliGemma's linear map."""
     return keys.rows(hf, ours, *keys.linear("linear", "linears.0"))
 
 
-def gemma3(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def pooled(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of Gemma 3's projector, whose matrix is stored [in, out]."""
     return keys.rows(
         hf,
@@ -33,7 +33,7 @@ def idefics3(hf: str, ours: str) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *keys.linear("modality_projection.proj", "linears.0"))
 
 
-def internvl(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def shuffled(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of InternVL's projector."""
     return keys.rows(hf, ours, *keys.norm("layer_norm", "norm"), *_TWO)
 

@@ -31,8 +31,8 @@ _IDEFICS3 = _SIGLIP | {
 }  # fmt: skip
 # The head pools patches for a contrastive loss; the sizes in pixels are the processor's.
 _IGNORED = fields_.IGNORED | {
-    "max_image_size", "num_image_tokens", "num_positions", "size", "tie_word_embeddings",
-    "use_base_siglip", "vision_use_head", "vocab_size",
+    "max_image_size", "num_image_tokens", "num_positions", "projector_hidden_act", "size",
+    "tie_word_embeddings", "use_base_siglip", "vision_use_head", "vocab_size",
 }  # fmt: skip
 
 # Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's.

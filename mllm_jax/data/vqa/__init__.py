@@ -80,7 +80,7 @@ def load(
     Args:
         name: one of NAMES.
         split: "train" or "val".
-        model: "llava_next" or "instructblip".
+        model: "llava_next", "instructblip", or "chat" for the template of any other model.
         of: "activation", "lens" or "generation"; see `prompts.prompt`.
         root: the folder where data sets are kept, which may be a bucket, "gs://..."; the user's
             cache by default.

@@ -1,6 +1,7 @@
 """The prompts of MMNeuron, to the letter (Huo et al. 2024; its released code, December 2024).
 
-`<image>` stands in each of them, so that the processor adds no chat template.
+`<image>` stands in each of them, so that the processor adds no chat template. For models that the
+paper does not have, "chat" leaves it out in generation: the checkpoint's own template is used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 DATASETS = ("lingoqa", "pmc_vqa", "rsvqa_hr", "vqav2", "docvqa")  # in the paper's order
-Model = Literal["llava_next", "instructblip"]
+Model = Literal["llava_next", "instructblip", "chat"]
 Pass = Literal["activation", "lens", "generation"]
 MODELS: tuple[Model, ...] = get_args(Model)
 PASSES: tuple[Pass, ...] = get_args(Pass)
@@ -64,6 +65,8 @@ def prompt(
     body = _body(dataset, question, choices)
     if of == "lens":
         return f"<image>\n{body}"
+    if model == "chat":
+        return body
     if model == "llava_next":
         return _VICUNA.format(f"<image>\n{body}")
     return "<image>" + body.replace(_NO_CONTEXT, "").replace(_SHORT, " Short Answer:")

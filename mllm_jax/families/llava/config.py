@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from mllm_jax import files
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import schema
-from mllm_jax.checkpoints.networks import clip as clip_
-from mllm_jax.checkpoints.networks import decoder
+from mllm_jax.checkpoints.networks import decoder, square_towers
 from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.projector import ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig
 
+TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 _SELECT = {"default": "patch", "full": "full"}
 # The fields that are read, with the default of transformers.
 FIELDS = fields_.TOKEN_IDS | {
@@ -34,6 +36,7 @@ FIELDS = fields_.TOKEN_IDS | {
     "projector_depth": (schema.whole(1, 16), 2),
 }
 _DEFAULT_CLIP = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -49,12 +52,12 @@ class Fields(NamedTuple):
 
     Attributes:
         llava: the fields of the model.
-        clip: the fields of its vision tower.
+        tower: the fields of its vision tower.
         text: the fields of its language model.
     """
 
     llava: dict[str, Any]
-    clip: dict[str, Any]
+    tower: dict[str, Any]
     text: dict[str, Any]
 
 
@@ -74,7 +77,13 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
 
 
 def read(
-    fields: Mapping[str, Any], table: schema.Table, source: object, problems: list[str]
+    fields: Mapping[str, Any],
+    table: schema.Table,
+    source: object,
+    problems: list[str],
+    *,
+    tower: Mapping[str, Any] = _DEFAULT_CLIP,
+    text: str = "llama",
 ) -> Fields:
     """Read the fields of LLaVA or of a model that is built like it.
 
@@ -83,6 +92,8 @@ def read(
         table: the fields of the model.
         source: the name of the file in an error.
         problems: what is wrong is appended here.
+        tower: the `vision_config` of models without one; its `model_type` is the default.
+        text: the default model type of the language model.
 
     Raises:
         ValueError: the config is one of the original code.
@@ -94,26 +105,27 @@ def read(
         )
         raise ValueError(files.refusal(source, [problem]))
     llava = schema.read(fields_.renamed(fields), table, _IGNORED, "", problems)
-    defaults = {} if llava["vision_config"] else _DEFAULT_CLIP
-    clip = clip_.read(defaults | (llava["vision_config"] or {}), problems)
-    text = decoder.read(llava["text_config"] or {}, problems)
-    _check_feature_layer(llava, clip, problems)
-    grid = "vision_config.image_size / patch_size", clip["image_size"] // clip["patch_size"]
+    kind = tower["model_type"]
+    vision = square_towers.read(llava["vision_config"] or tower, problems, default=kind)
+    lm = decoder.read(llava["text_config"] or {}, problems, types=TEXT_TYPES, default=text)
+    select = _SELECT[llava["vision_feature_select_strategy"]]
+    square_towers.check(vision, llava["vision_feature_layer"], select, problems)
+    grid = "vision_config.image_size / patch_size", vision["image_size"] // vision["patch_size"]
     schema.divides(("projector_fold", llava["projector_fold"]), grid, problems)
-    return Fields(llava, clip, text)
+    return Fields(llava, vision, lm)
 
 
 def parts(known: Fields) -> dict[str, Any]:
     """Return the arguments of the config class: its parts and the image token."""
-    llava, clip, text = known
+    llava, tower, text = known
     return {
-        "vision": clip_.config(
-            clip,
+        "vision": square_towers.config(
+            tower,
             feature_layer=llava["vision_feature_layer"],
             select=_SELECT[llava["vision_feature_select_strategy"]],
         ),
         "projector": ProjectorConfig(
-            in_width=clip["hidden_size"],
+            in_width=tower["hidden_size"],
             out_width=text["hidden_size"],
             depth=llava["projector_depth"],
             act=fields_.ACTIVATIONS[llava["projector_hidden_act"]],
@@ -144,21 +156,14 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
         "projector_hidden_act": fields_.HF_ACTIVATIONS[projector.act],
         "multimodal_projector_bias": projector.bias,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": {v: k for k, v in _SELECT.items()}[vision.select],
+        "vision_feature_select_strategy": "default" if drops_cls(vision) else "full",
         "tie_word_embeddings": lm.tied,
         **{field: value for field, value in own.items() if value != FIELDS[field][1]},
-        "vision_config": clip_.to_hf(vision),
+        "vision_config": square_towers.to_hf(vision),
         "text_config": decoder.to_hf(lm),
     }
 
 
-def _check_feature_layer(
-    llava: Mapping[str, Any], clip: Mapping[str, Any], problems: list[str]
-) -> None:
-    """Append a feature layer that the tower does not have; 0, the embedding, is not supported."""
-    layers, at = clip["num_hidden_layers"], llava["vision_feature_layer"]
-    if not (1 <= at <= layers or -layers <= at <= -1):
-        problems.append(
-            f"vision_feature_layer={at}: the vision tower has {layers} layers, so only "
-            f"1 to {layers} or -{layers} to -1 are supported"
-        )
+def drops_cls(vision: ClipConfig | SiglipConfig) -> bool:
+    """Return whether the features of a tower are without its CLS token."""
+    return vision.has_cls and vision.feature_tokens == vision.grid**2

@@ -12,7 +12,7 @@ import numpy as np
 
 from mllm_jax import files
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import clip, decoder, projectors
+from mllm_jax.checkpoints.networks import decoder, projectors, square_towers
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 
 PROJECTOR_PREFIX = "multi_modal_projector."
@@ -20,9 +20,11 @@ PROJECTOR_PREFIX = "multi_modal_projector."
 
 def key_table(config: LlavaConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a LLaVA model."""
-    vision = clip.vision("vision_tower.vision_model", "vision")
-    projector = projectors.linears("multi_modal_projector", "projector", config.projector.depth)
-    return vision + projector + decoder.table(config.lm)
+    return (
+        *square_towers.table(config.vision, "vision_tower.vision_model", "vision"),
+        *projectors.linears("multi_modal_projector", "projector", config.projector.depth),
+        *decoder.table(config.lm),
+    )
 
 
 _SPELLINGS = (  # the first prefix that fits
@@ -84,6 +86,7 @@ def tower_key(key: str) -> str | None:
 
 _VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\..*")
 _POST_NORM = "vision_tower.vision_model.post_layernorm."
+_SIGLIP_HEAD = "vision_tower.vision_model.head."
 
 
 def is_unused(key: str, config: LlavaConfig) -> bool:
@@ -98,11 +101,11 @@ def is_unused(key: str, config: LlavaConfig) -> bool:
     """
     if match := _VISION_LAYER.fullmatch(key):
         return config.vision.run_layers <= int(match[1]) < config.vision.layers
-    return key.startswith(_POST_NORM) or decoder.is_unused(key, config.lm)
+    return key.startswith((_POST_NORM, _SIGLIP_HEAD)) or decoder.is_unused(key, config.lm)
 
 
 def unused_tensors(model: Llava) -> dict[str, np.ndarray]:
     """Return the final norm of the vision tower, unused here and expected by transformers."""
-    width, dtype = model.config.vision.width, model.vision.cls.dtype
+    width, dtype = model.config.vision.width, model.dtype
     ones, zeros = np.ones(width, dtype), np.zeros(width, dtype)
     return {f"{_POST_NORM}weight": ones, f"{_POST_NORM}bias": zeros}

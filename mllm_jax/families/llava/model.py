@@ -1,4 +1,4 @@
-"""LLaVA (Liu et al. 2023): a CLIP tower, a projector and a Llama."""
+"""LLaVA (Liu et al. 2023): a tower of CLIP or SigLIP, a projector and a language model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Decoder, DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig, SiglipVision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig(MultimodalConfig):
     """A LLaVA model; for its attributes see `MultimodalConfig`."""
 
-    vision: ClipConfig
+    vision: ClipConfig | SiglipConfig
 
     @property
     def image_tokens(self) -> int:
         """Return the number of image tokens of a tile."""
-        return self.token_grid**2 + (self.vision.select == "full")
+        return self.token_grid**2 + self.vision.feature_tokens - self.vision.grid**2
 
     @property
     def token_grid(self) -> int:
@@ -36,7 +37,9 @@ class LlavaConfig(MultimodalConfig):
         return Llava(self, rngs=rngs)
 
     @classmethod
-    def of(cls, vision: ClipConfig, lm: DecoderConfig, *, fold: int = 1, **fields: Any) -> Self:
+    def of(
+        cls, vision: ClipConfig | SiglipConfig, lm: DecoderConfig, *, fold: int = 1, **fields: Any
+    ) -> Self:
         """Return a LLaVA of a tower and a language model, with the usual two-layer projector."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, fold=fold)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
@@ -67,11 +70,11 @@ class Llava(MultimodalModel):
     """The network of LLaVA."""
 
     config: LlavaConfig
-    vision: ClipVision
+    vision: ClipVision | SiglipVision
 
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.vision = config.vision.build(rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
         self.lm = Decoder(config.lm, rngs=rngs)
 
@@ -79,9 +82,9 @@ class Llava(MultimodalModel):
         """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
         vision = self.config.vision
         grid, folded = (vision.grid,) * 2, (self.config.token_grid,) * 2
-        full = vision.select == "full"
+        full = vision.feature_tokens > vision.grid**2
         maps = {
-            "vision": tokens.TokenMap.grid(batch.tile, grid, True, batch.is_real_tile),
+            "vision": tokens.TokenMap.grid(batch.tile, grid, vision.has_cls, batch.is_real_tile),
             "projector": tokens.TokenMap.grid(batch.tile, folded, full, batch.is_real_tile),
         }
         return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)

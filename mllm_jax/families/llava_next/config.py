@@ -24,7 +24,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaN
     """Read the config of a LLaVA-NeXT checkpoint; see `from_hf` of LLaVA."""
     problems: list[str] = []
     known = llava.read(fields, _FIELDS, source, problems)
-    tiling = _pinpoints(known, problems)
+    tiling = pinpoints(known, problems)
     return fields_.checked(
         lambda: LlavaNextConfig(**llava.parts(known), **tiling), source, problems
     )
@@ -41,9 +41,9 @@ def to_hf(config: LlavaNextConfig) -> dict[str, Any]:
     }
 
 
-def _pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, Any]:
+def pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, Any]:
     """Return the field of LlavaNextConfig, or nothing where the config has none."""
-    given, side = known.llava["image_grid_pinpoints"], known.clip["image_size"]
+    given, side = known.llava["image_grid_pinpoints"], known.tower["image_size"]
     if given is None:
         return {}
     if any(n % side or n > _MAX_TILES * side for pair in given for n in pair):

@@ -20,6 +20,7 @@ from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.multimodal import ImageTokens
+from mllm_jax.typing import Int
 
 Size = tuple[int, int]  # height, width
 
@@ -69,7 +70,8 @@ class LlavaNextConfig(LlavaConfig):
     @property
     def tiles(self) -> int:
         """Return the largest number of tiles of a picture."""
-        return max(self.layout(size).tiles for size in self.pinpoints)
+        side = self.vision.image_size
+        return 1 + max((height // side) * (width // side) for height, width in self.pinpoints)
 
     @property
     def largest(self) -> Size:
@@ -87,14 +89,22 @@ class LlavaNextConfig(LlavaConfig):
                 "LLaVA-NeXT cuts a picture by its size: beside features= give "
                 "sizes=[(height, width), ...] of the pictures"
             )
-        base = np.arange(self.image_tokens)
-        side = self.vision.grid // self.projector.fold
+        tiles, large = self.large_picture(size)
+        lines = np.pad(large, ((0, 0), (0, 1)), constant_values=-1)
+        return Layout(tiles, np.concatenate([np.arange(self.image_tokens), lines.reshape(-1)]))
+
+    def large_picture(self, size: Size) -> tuple[int, Int[np.ndarray, "row column"]]:
+        """Return the number of tiles, and the patches of the large picture without the bars.
+
+        Args:
+          size: the (height, width) of the picture.
+        """
+        side, each = self.token_grid, self.image_tokens
         rows, columns = (n // self.vision.image_size for n in best_resolution(size, self.pinpoints))
-        tiles = len(base) + np.arange(rows * columns * len(base))
+        tiles = each + np.arange(rows * columns * each)
         by_row = tiles.reshape(rows, columns, side, side).swapaxes(1, 2)
         large = by_row.reshape(rows * side, columns * side)
-        lines = np.pad(large[unpadded(size, large.shape)], ((0, 0), (0, 1)), constant_values=-1)
-        return Layout(1 + rows * columns, np.concatenate([base, lines.reshape(-1)]))
+        return 1 + rows * columns, large[unpadded(size, large.shape)]
 
     def build(self, *, rngs: nnx.Rngs) -> LlavaNext:
         """Build the model with random weights."""

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from mllm_jax import files
+from mllm_jax.batch import Batch
 from mllm_jax.families.qwen2_5_vl.model import QwenVLConfig
 from mllm_jax.processors import image_processors
+from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.free_grid import FreeGridProcessor
+from mllm_jax.processors.prompts import Chat
 
 MAX_RATIO = 200  # of the longer side of a picture to the shorter
-_TOKEN = "<|image_pad|>"
+_TOKEN, _VIDEO = "<|image_pad|>", "<|video_pad|>"
 
 
 class QwenVLProcessor(FreeGridProcessor):
@@ -22,6 +25,13 @@ class QwenVLProcessor(FreeGridProcessor):
     config: QwenVLConfig
     image_text = placeholder = _TOKEN
     written_placeholder = f"<|vision_start|>{_TOKEN}<|vision_end|>"
+
+    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
+        """Return the whole text of a prompt with this many images, and where the question is."""
+        text, questions = super().render(prompt, images)
+        if _VIDEO in text:
+            raise ValueError(f"the prompt has a video ({_VIDEO}): give its frames as pictures")
+        return text, questions
 
     def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of patches of a picture of this (height, width)."""
@@ -51,10 +61,25 @@ class QwenVLProcessor(FreeGridProcessor):
                 f"longest_edge={most}: give the least and the most pixels of a picture"
             )
 
+    def _limit_pixels(self, image_processor: Any, most: int) -> None:
+        size = image_processor.size
+        size["longest_edge"] = most
+        size["shortest_edge"] = min(size["shortest_edge"], most)
+
     def _patches(self, images: list[Any]) -> list[np.ndarray]:
         found = image_processors.prepare(self.image_processor, images, self.directory)
         counts = found["image_grid_thw"].prod(-1)
         return np.split(found["pixel_values"], np.cumsum(counts)[:-1])
+
+    def _tile_pixels(self, batch: Batch, tile: int) -> np.ndarray:
+        vision = self.config.vision
+        assert batch.grid is not None  # the processor of this family gives the grids
+        (rows, columns), merge, side = batch.grid[tile], vision.merge, vision.patch
+        patches = np.asarray(batch.pixels[tile])[: rows * columns]
+        squares = (rows // merge, columns // merge, merge, merge)
+        pixels = patches.reshape(*squares, 3, vision.frames, side, side)[:, :, :, :, :, 0]
+        # (square row and column, row and column in it, channel, row and column of the pixel)
+        return pixels.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
 
 
 def resized(size: tuple[int, int], factor: int, least: int, most: int) -> tuple[int, int]:
@@ -78,8 +103,9 @@ def resized(size: tuple[int, int], factor: int, least: int, most: int) -> tuple[
     rows, columns = (round(side / factor) * factor for side in size)  # half to even
     if rows * columns > most:
         shrink = math.sqrt(height * width / most)
-        return tuple(max(factor, math.floor(n / shrink / factor) * factor) for n in size)
+        rows, columns = (max(factor, math.floor(n / shrink / factor) * factor) for n in size)
+        return rows, columns
     if rows * columns < least:
         grow = math.sqrt(least / (height * width))
-        return tuple(math.ceil(n * grow / factor) * factor for n in size)
+        rows, columns = (math.ceil(n * grow / factor) * factor for n in size)
     return rows, columns

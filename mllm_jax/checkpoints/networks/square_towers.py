@@ -1,0 +1,81 @@
+"""Towers that read square pictures at one hidden layer, by the model type of a `vision_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mllm_jax import files
+from mllm_jax.checkpoints import keys
+from mllm_jax.checkpoints.networks import clip, siglip
+from mllm_jax.models.clip import ClipConfig
+from mllm_jax.models.siglip import SiglipConfig
+
+_TYPES = {"clip_vision_model": clip, "siglip_vision_model": siglip}
+
+
+def read(
+    fields: Mapping[str, Any], problems: list[str], *, default: str = "clip_vision_model"
+) -> dict[str, Any]:
+    """Return the fields of a `vision_config` for `config`; append what is wrong to `problems`.
+
+    Args:
+        fields: the content of a `vision_config`.
+        problems: what is wrong is appended here.
+        default: the model type where the fields do not say it.
+    """
+    kind = fields.get("model_type", default)
+    if not isinstance(kind, str) or kind not in _TYPES:
+        problems.append(
+            f"vision_config.model_type={files.shown(kind)} is not supported, "
+            f"only {', '.join(_TYPES)}"
+        )
+        return _TYPES[default].read({}, problems)
+    return _TYPES[kind].read({**fields, "model_type": kind}, problems)
+
+
+def check(tower: Mapping[str, Any], feature_layer: int, select: str, problems: list[str]) -> None:
+    """Append to `problems` if the tower does not have the layer or the tokens that are used.
+
+    Args:
+        tower: the fields from `read`.
+        feature_layer: the hidden state that is used; 0, the embedding, is not supported.
+        select: the tokens that are used, see `config`.
+        problems: what is wrong is appended here.
+    """
+    layers = tower["num_hidden_layers"]
+    if not (1 <= feature_layer <= layers or -layers <= feature_layer <= -1):
+        problems.append(
+            f"vision_feature_layer={feature_layer}: the vision tower has {layers} layers, so only "
+            f"1 to {layers} or -{layers} to -1 are supported"
+        )
+    if select == "patch" and tower["model_type"] == "siglip_vision_model":
+        problems.append(
+            "vision_feature_select_strategy='default' drops the first token, which is a patch in "
+            "SigLIP: only 'full' is supported"
+        )
+
+
+def config(
+    tower: Mapping[str, Any], *, feature_layer: int, select: str
+) -> ClipConfig | SiglipConfig:
+    """Return the config of fields from `read`.
+
+    Args:
+        tower: the fields.
+        feature_layer: the hidden state that is used.
+        select: "patch" drops a CLS token, "full" keeps it.
+    """
+    if tower["model_type"] == "clip_vision_model":
+        return clip.config(tower, feature_layer=feature_layer, select=select)
+    return siglip.config(tower, feature_layer=feature_layer)
+
+
+def to_hf(vision: ClipConfig | SiglipConfig) -> dict[str, Any]:
+    """Return the `vision_config` of a tower that ends at the layer whose output is used."""
+    return clip.to_hf(vision) if isinstance(vision, ClipConfig) else siglip.to_hf(vision)
+
+
+def table(vision: ClipConfig | SiglipConfig, hf: str, ours: str) -> tuple[keys.Row, ...]:
+    """Return the key table of a tower."""
+    return clip.vision(hf, ours) if isinstance(vision, ClipConfig) else siglip.vision(hf, ours)
