@@ -24,6 +24,8 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.families.llava_onevision import model as llava_onevision
+from mllm_jax.families.paligemma import model as paligemma
 from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
@@ -43,6 +45,8 @@ CONFIGS = {
     "llava": llava.LlavaConfig.tiny(),
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
+    "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
+    "paligemma": paligemma.PaliGemmaConfig.tiny(),
 }
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
@@ -155,8 +159,8 @@ def test_sweep(family):
         mj.sweep(first, m, batch, edits, captures) for m in (one, many)
     )
     assert_same((logits, receipts), (same, equal))
-    if len(SIZES) < 3:  # where weights are whole, or split by heads and neurons
-        np.testing.assert_array_equal(counts, fire)
+    # Partial sums are added in another order: only the sign of a value near 0 may differ.
+    assert (fire != counts).mean() < 1e-3
     for lane, layer, unit, kind in np.argwhere(fire != counts):
         kept = mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])
         values = np.asarray(mj.run(one, batch, edits[lane], {"act": kept})["act"])
