@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.analysis import official
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -20,10 +22,12 @@ from tests.helpers.studies import LM, ROOT, write_checkpoint, write_tokenizer
 CONFIGS = {
     "next": "configs/mmneuron_llava_next.py",
     "instructblip": "configs/mmneuron_instructblip.py",
+    "gemma": "configs/mmneuron_gemma3_4b.py",
 }
 PAPER = {
     "next": llava_next.LlavaNextConfig.vicuna_7b(),
     "instructblip": instructblip.InstructBlipConfig.vicuna_7b(),
+    "gemma": gemma3.Gemma3Config.it_4b(),
 }
 SMALL = (
     "--config.judge_fallback=True", "--config.batch_size=2", "--config.groups=2",
@@ -56,9 +60,11 @@ def test_expected_numbers_of_neurons_follow_from_the_model(family):
         "vision": (run, config.vision.mlp),
     } | (
         {"projector": (1, config.projector.out_width)}
-        if family == "next"
+        if family in ("next", "gemma")
         else dict.fromkeys(("qformer", "query"), (config.qformer.layers, config.qformer.mlp))
     )
+    if family == "gemma":  # one linear map has no neurons
+        del shapes["projector"]
     text = (ROOT / CONFIGS[family]).read_text()
     table = re.findall(r"^    (\w+) +(\d+) \* +([\d,]+) +([\d,]+)", text, re.M)
     told = {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in table}
@@ -105,6 +111,11 @@ def checkpoints(tmp_path_factory):
         size=square,
     )  # fmt: skip
     write_tokenizer(root / "instructblip" / "qformer_tokenizer")
+    lm = dataclasses.replace(gemma3.tiny_language_model(), vocab=LM.vocab)
+    write_checkpoint(
+        root / "gemma", dataclasses.replace(gemma3.Gemma3Config.tiny(), lm=lm, image_token=258),
+        image_processor_type="Gemma3ImageProcessor", size=square,
+    )  # fmt: skip
     return root
 
 
@@ -141,6 +152,17 @@ def test_instructblip_to_its_page(study):
     assert len(cells) == 5 * (5 + 1)
     assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert results["pictures"] == []  # queries are on no grid
+    assert (workdir / "index.html").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_gemma_to_its_page(study):
+    workdir = study("gemma", "paper", "--config.modules=('lm+vision',)")
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["modules"]) == {"vision", "lm"}
+    assert results["tokens"]["vision"] == dict.fromkeys(results["domains"], 4 * 16)
+    cells = [row for row in results["ablation"] if row["module"] == "lm+vision"]
+    assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert (workdir / "index.html").stat().st_size > 1000
 
 
