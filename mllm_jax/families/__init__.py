@@ -19,18 +19,25 @@ _FOLDERS = (
     "llava",
     "llava_next",
     "llava_onevision",
+    "paligemma",
     "instructblip",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3_vl",
     "gemma3",
     "gemma3_text",
+    "internvl",
+    "idefics3",
+    "smolvlm",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 RELEASED: dict[str, Callable[[], MultimodalConfig]] = {
     name: config for family in FAMILIES.values() for name, config in family.released.items()
+}
+_OTHER_LAYOUTS = {
+    name: hint for family in FAMILIES.values() for name, hint in family.other_layouts.items()
 }
 ORIGINAL_LAYOUTS: tuple[OriginalLayout, ...] = tuple(
     {id(f.original): f.original for f in FAMILIES.values() if f.original is not None}.values()
@@ -54,7 +61,9 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Multim
     """
     name = fields.get("model_type", "llava")
     if not isinstance(name, str) or name not in FAMILIES:
-        problem = f"model_type={files.shown(name)} is not supported, only {', '.join(FAMILIES)}"
+        instead = _OTHER_LAYOUTS.get(name) if isinstance(name, str) else None
+        instead = f"load {instead}" if instead else f"only {', '.join(FAMILIES)}"
+        problem = f"model_type={files.shown(name)} is not supported, {instead}"
         raise ValueError(files.refusal(source, [problem]))
     return FAMILIES[name].from_hf(fields, source)
 

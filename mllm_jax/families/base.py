@@ -60,6 +60,8 @@ class Family:
         sharding_rules: the config -> the sharding rules.
         processor: the class of its processor.
         released: the configs of its released sizes by name.
+        other_layouts: the `model_type` of layouts of the same models that are not read -> what to
+            load instead.
         original: the layout of the authors' own code, if checkpoints in it are read.
         unused_tensors: the model -> tensors that transformers expects and the model does not use.
     """
@@ -75,6 +77,7 @@ class Family:
     sharding_rules: Callable[[Any], tuple[rules.Rule, ...]]
     processor: type[Processor]
     released: Mapping[str, Callable[[], MultimodalConfig]]
+    other_layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     original: OriginalLayout | None = None
     unused_tensors: Callable[[Any], dict[str, np.ndarray]] = lambda model: {}
 

@@ -64,6 +64,11 @@ class InternVitConfig:
         return self.grid**2 + (self.select == "full")
 
     @property
+    def has_cls(self) -> bool:
+        """Whether a CLS token stands before the patches inside of the tower."""
+        return True
+
+    @property
     def run_layers(self) -> int:
         """The number of blocks below the feature layer; only these exist."""
         at = self.feature_layer
@@ -89,10 +94,21 @@ class InternVitConfig:
             layer_scale=True,
         )
 
+    def build(self, *, rngs: nnx.Rngs) -> InternVit:
+        """Build the tower with random weights."""
+        return InternVit(self, rngs=rngs)
+
     @classmethod
     def internvit_300m(cls) -> InternVitConfig:
         """Return the config of InternViT 300M at 448 pixels."""
         return cls()
+
+    @classmethod
+    def internvit_6b(cls) -> InternVitConfig:
+        """Return the config of InternViT 6B at 448 pixels."""
+        return cls(
+            width=3200, layers=45, heads=25, mlp=12800, norm="rms", qkv_bias=False, qk_norm=True
+        )
 
     @classmethod
     def tiny(cls) -> InternVitConfig:

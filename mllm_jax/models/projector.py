@@ -60,7 +60,7 @@ class ProjectorConfig:
     deepstack: int = 0
 
     @classmethod
-    def paligemma(cls, in_width: int, out_width: int) -> ProjectorConfig:
+    def linear(cls, in_width: int, out_width: int) -> ProjectorConfig:
         """Return the config of PaliGemma's projector."""
         return cls(in_width=in_width, out_width=out_width, depth=1)
 
@@ -71,11 +71,6 @@ class ProjectorConfig:
             in_width=in_width, out_width=out_width, depth=1, bias=False, fold=pool, fold_to="mean",
             norm="unit_offset_rms", norm_after=True, eps=eps,
         )  # fmt: skip
-
-    @classmethod
-    def idefics3(cls, in_width: int, out_width: int, *, fold: int) -> ProjectorConfig:
-        """Return the config of the connector of Idefics3 and SmolVLM."""
-        return cls(in_width=in_width, out_width=out_width, depth=1, bias=False, fold=fold)
 
     @classmethod
     def shuffled(

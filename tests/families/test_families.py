@@ -191,6 +191,11 @@ def test_the_processor_is_theirs(family, loaded):
                 np.testing.assert_array_equal(ours, want[name])
 
 
+def skip_without_template(family):
+    if getattr(family.processor, "chat_template", "") is None:
+        pytest.skip("the released models have no chat template")
+
+
 def read_chat(family, pictures, text: str) -> np.ndarray:
     """The ids of a rendered chat, without a second begin where the template writes one."""
     has_begin = text.startswith(family.processor.tokenizer.bos_token or " ")
@@ -202,6 +207,7 @@ def read_chat(family, pictures, text: str) -> np.ndarray:
 def test_the_chat_template_is_theirs(images, family, loaded):
     parts = [{"type": "image"}] * images + [{"type": "text", "text": "what is it ?"}]
     turns = [{"role": "user", "content": parts}]
+    skip_without_template(family)
     text = family.processor.apply_chat_template(turns, add_generation_prompt=True)
     pictures = [tiny.picture(i, 30, 40) for i in range(images)]
     want = read_chat(family, pictures or None, text)
@@ -214,6 +220,7 @@ def test_the_chat_template_is_theirs(images, family, loaded):
 
 def test_chats_of_several_turns_are_theirs(family, loaded):
     """With a picture in each turn of the user, and with white space that the template keeps."""
+    skip_without_template(family)
     chat = [
         {
             "role": "user",
@@ -262,6 +269,7 @@ def test_it_stops_where_theirs_does(family, loaded):
 
 def test_a_chat_template_wrapped_in_json(family, loaded, tmp_path):
     """As older checkpoints have it."""
+    skip_without_template(family)
     family.processor.save_pretrained(tmp_path)
     template = (tmp_path / "chat_template.jinja").read_text()
     (tmp_path / "chat_template.jinja").unlink()

@@ -26,6 +26,8 @@ def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.
         found["pixel_values"] = batch.pixels[batch.is_real_tile].transpose(0, 3, 1, 2)
     if batch.processor.config.attends_forward == "picture":
         found["token_type_ids"] = (batch.tokens.kind == tokens.CODE["image"]).astype(int)
+    if batch.processor.config.attends_forward == "prompt":
+        found["token_type_ids"] = (batch.tokens.kind == tokens.CODE["answer"]).astype(int)
     if batch.processor.config.pinpoints:
         found["image_sizes"] = np.array([p.size[::-1] for row in pictures for p in row])
     return found

@@ -155,8 +155,8 @@ def test_sweep(family):
         mj.sweep(first, m, batch, edits, captures) for m in (one, many)
     )
     assert_same((logits, receipts), (same, equal))
-    if len(SIZES) < 3:  # where weights are whole, or split by heads and neurons
-        np.testing.assert_array_equal(counts, fire)
+    # Partial sums are added in another order: only the sign of a value near 0 may differ.
+    assert (fire != counts).mean() < 1e-3
     for lane, layer, unit, kind in np.argwhere(fire != counts):
         kept = mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])
         values = np.asarray(mj.run(one, batch, edits[lane], {"act": kept})["act"])

@@ -13,7 +13,7 @@ def linears(hf: str, ours: str, depth: int = 2) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *(line for pair in lines for line in pair))
 
 
-def paligemma(hf: str, ours: str) -> tuple[keys.Row, ...]:
+def linear(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of PaliGemma's linear map."""
     return keys.rows(hf, ours, *keys.linear("linear", "linears.0"))
 
@@ -26,11 +26,6 @@ def pooled(hf: str, ours: str) -> tuple[keys.Row, ...]:
         ("mm_soft_emb_norm.weight", "norm.scale", keys.COPY),
         ("mm_input_projection_weight", "linears.0.kernel", keys.COPY),
     )
-
-
-def idefics3(hf: str, ours: str) -> tuple[keys.Row, ...]:
-    """Return the key table of the connector of Idefics3 and SmolVLM."""
-    return keys.rows(hf, ours, *keys.linear("modality_projection.proj", "linears.0"))
 
 
 def shuffled(hf: str, ours: str) -> tuple[keys.Row, ...]:

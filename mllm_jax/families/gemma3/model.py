@@ -9,41 +9,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal, Self
 
-from flax import nnx
-
-from mllm_jax import tokens
-from mllm_jax.batch import Batch
-from mllm_jax.models.decoder import Decoder, DecoderConfig
-from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
-from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.decoder import DecoderConfig
+from mllm_jax.models.projector import ProjectorConfig
 from mllm_jax.models.rotary import RopeScaling
-from mllm_jax.models.siglip import SiglipConfig, SiglipVision
+from mllm_jax.models.siglip import SiglipConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Config(MultimodalConfig):
+class Gemma3Config(LlavaConfig):
     """A Gemma 3 model that reads pictures; for its attributes see `MultimodalConfig`."""
 
     vision: SiglipConfig
     image_token: int = 262144
     attends_forward: ClassVar[Literal["picture"]] = "picture"
 
-    @property
-    def image_tokens(self) -> int:
-        """Return the number of image tokens of a picture."""
-        return self.token_grid**2
-
-    @property
-    def token_grid(self) -> int:
-        """Return the number of rows, and of columns, of image tokens."""
-        return self.vision.grid // self.projector.fold
-
-    def build(self, *, rngs: nnx.Rngs) -> Gemma3:
-        """Build the model with random weights."""
-        return Gemma3(self, rngs=rngs)
-
     @classmethod
-    def of(cls, vision: SiglipConfig, lm: DecoderConfig, *, pool: int, **fields: Any) -> Self:
+    def of(  # type: ignore[override]  # pools patches instead of folding them
+        cls, vision: SiglipConfig, lm: DecoderConfig, *, pool: int, **fields: Any
+    ) -> Self:
         """Return a Gemma 3 of two networks, of which pool x pool patches become one token."""
         projector = ProjectorConfig.pooled(vision.width, lm.width, pool=pool, eps=vision.eps)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
@@ -111,27 +95,3 @@ def tiny_language_model() -> DecoderConfig:
         query_scale=24**-0.5, rope_scaling=RopeScaling(kind="linear", factor=8.0),
         local_rope_theta=100.0,
     )  # fmt: skip
-
-
-class Gemma3(MultimodalModel):
-    """The network of Gemma 3."""
-
-    config: Gemma3Config
-    vision: SiglipVision
-
-    def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
-        self.config = config
-        self.vision = SiglipVision(config.vision, rngs=rngs)
-        self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Decoder(config.lm, rngs=rngs)
-
-    def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
-        """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""
-        maps = {
-            name: tokens.TokenMap.grid(batch.tile, (side, side), False, batch.is_real_tile)
-            for name, side in (
-                ("vision", self.config.vision.grid),
-                ("projector", self.config.token_grid),
-            )
-        }
-        return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)

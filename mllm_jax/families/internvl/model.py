@@ -1,0 +1,121 @@
+"""InternVL 3 and 3.5 (Zhu et al. 2025): a LLaVA with an InternViT, of pictures cut into tiles.
+
+A picture is stretched to the grid of tiles whose shape is nearest to its own, and stands there once
+more as a whole, as the last tile, where there are several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import numpy as np
+
+from mllm_jax.batch import Layout
+from mllm_jax.families.llava.model import LlavaConfig
+from mllm_jax.models.decoder import DecoderConfig
+from mllm_jax.models.internvit import InternVitConfig
+from mllm_jax.models.multimodal import Size
+from mllm_jax.models.projector import ProjectorConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVlConfig(LlavaConfig):
+    """An InternVL model.
+
+    Attributes:
+      vision, projector, lm, image_token: as LLaVA has them.
+      min_tiles: the least number of tiles that a picture is cut into.
+      max_tiles: the largest number, without the picture as a whole.
+    """
+
+    vision: InternVitConfig  # type: ignore[assignment]  # another tower
+    image_token: int = 151667
+    min_tiles: int = 1
+    max_tiles: int = 12
+
+    @property
+    def tiles(self) -> int:
+        """Return the largest number of tiles of a picture."""
+        return self.max_tiles + (self.max_tiles > 1)
+
+    @property
+    def largest(self) -> Size:
+        """Return the (height, width) of a picture that is cut into most tiles."""
+        side = self.vision.image_size
+        return side, side * self.max_tiles
+
+    def layout(self, size: Size | None = None) -> Layout:
+        """Return how a picture of this (height, width) is read.
+
+        Raises:
+          ValueError: the size is not known, and everything depends on it.
+        """
+        if size is None:
+            raise ValueError(
+                "InternVL cuts a picture by its size: beside features= give "
+                "sizes=[(height, width), ...] of the pictures"
+            )
+        rows, columns = self.tile_grid(size)
+        tiles = rows * columns + (rows * columns > 1)
+        return Layout(tiles, np.arange(tiles * self.image_tokens))
+
+    def tile_grid(self, size: Size) -> Size:
+        """Return the rows and columns of tiles of a picture: the grid nearest in shape.
+
+        Of several of the same shape, a larger one is taken only while the picture has more than
+        half of its pixels.
+        """
+        height, width = size
+        numbers = range(1, self.max_tiles + 1)
+        grids = sorted(
+            (
+                (rows, columns)
+                for columns in numbers
+                for rows in numbers
+                if self.min_tiles <= rows * columns <= self.max_tiles
+            ),
+            key=lambda grid: grid[0] * grid[1],
+        )
+        best, least = (1, 1), float("inf")
+        for rows, columns in grids:
+            far = abs(width / height - columns / rows)
+            half = 0.5 * self.vision.image_size**2 * rows * columns
+            if far < least or (far == least and width * height > half):
+                best, least = (rows, columns), far
+        return best
+
+    @classmethod
+    def of(  # type: ignore[override]  # another tower
+        cls, vision: InternVitConfig, lm: DecoderConfig, *, fold: int = 2, act: str = "gelu",
+        **fields: Any,
+    ) -> Self:  # fmt: skip
+        """Return an InternVL of a tower and a language model; fold x fold patches are one token."""
+        projector = ProjectorConfig.shuffled(vision.width, lm.width, fold=fold, act=act)
+        return cls(vision=vision, projector=projector, lm=lm, **fields)
+
+    @classmethod
+    def tiny(cls) -> InternVlConfig:
+        """Return a config for tests."""
+        lm = dataclasses.replace(DecoderConfig.tiny(), biases="qkv")
+        return cls.of(InternVitConfig.tiny(), lm, image_token=95, max_tiles=4)
+
+
+def version_3(**lm: Any) -> InternVlConfig:
+    """Return the config of InternVL 3 with a Qwen2.5; `lm` are its sizes."""
+    known = {"vocab": 151674, "tied": False} | lm
+    lm_ = dataclasses.replace(DecoderConfig.qwen2_7b(), **known)
+    return InternVlConfig.of(InternVitConfig.internvit_300m(), lm_)
+
+
+def version_3_5(**lm: Any) -> InternVlConfig:
+    """Return the config of InternVL 3.5 with a Qwen3; `lm` are its sizes."""
+    shared: dict[str, Any] = {"kv_heads": 8, "qk_norm": True, "rope_theta": 1e6, "eps": 1e-6}
+    return InternVlConfig.of(
+        InternVitConfig.internvit_300m(), DecoderConfig(vocab=151936, **shared | lm)
+    )
+
+
+def with_6b(config: InternVlConfig) -> InternVlConfig:
+    """Return a config with the larger InternViT."""
+    return InternVlConfig.of(InternVitConfig.internvit_6b(), config.lm)

@@ -1,0 +1,37 @@
+"""Processors of models that cut pictures into very different numbers of tiles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_jax.batch import Layout
+from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.rows import Picture
+
+# Rows are given one of these numbers of places for tiles, so that batches share a few programs.
+_TILES = (1, 2, 3, 4, 5, 7, 10, 13, 17, 25, 37, 50, 75, 100)
+
+
+class PackedTilesProcessor(Processor):
+    """A processor whose tiles of a row stand side by side.
+
+    A row has as many places for tiles as it needs, rounded up, and not as many as its pictures
+    could have.
+    """
+
+    def first_tiles(self, layouts: Sequence[Layout]) -> list[int]:
+        """Return the number of the first tile of each picture of a row."""
+        counts = [layout.tiles for layout in layouts]
+        return list(itertools.accumulate(counts, initial=0))[: len(counts)]
+
+    def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
+        if features is not None:
+            return super()._slot_tiles(pictures, features)
+        most = max((sum(p.layout.tiles for p in row) for row in pictures), default=0)
+        if not most:
+            return 0
+        places = next((n for n in _TILES if n >= most), most)
+        return min(places, self.config.tiles) if most <= self.config.tiles else places
