@@ -24,6 +24,8 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.families.llava_onevision import model as llava_onevision
+from mllm_jax.families.paligemma import model as paligemma
 from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from mllm_jax.families.qwen3_vl import model as qwen3_vl
 from mllm_jax.interventions import binding, logit_lens
@@ -45,6 +47,8 @@ CONFIGS = {
     "llava": llava.LlavaConfig.tiny(),
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
+    "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
+    "paligemma": paligemma.PaliGemmaConfig.tiny(),
     "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
     "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
         qwen3_vl.Qwen3VLConfig.tiny(),
