@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mllm_jax.analysis import official
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
@@ -22,12 +23,14 @@ from tests.helpers.studies import LM, ROOT, write_checkpoint, write_tokenizer
 CONFIGS = {
     "next": "configs/mmneuron_llava_next.py",
     "instructblip": "configs/mmneuron_instructblip.py",
+    "gemma": "configs/mmneuron_gemma3_4b.py",
     "qwen": "configs/mmneuron_qwen2_5_vl.py",
 }
 MORE_FIELDS = {"qwen": {"max_pixels"}}
 PAPER = {
     "next": llava_next.LlavaNextConfig.vicuna_7b(),
     "instructblip": instructblip.InstructBlipConfig.vicuna_7b(),
+    "gemma": gemma3.Gemma3Config.it_4b(),
     "qwen": qwen.QwenVLConfig.qwen2_5_vl_7b(),
 }
 SMALL = (
@@ -65,6 +68,8 @@ def test_expected_numbers_of_neurons_follow_from_the_model(family):
         if family == "instructblip"
         else {"projector": (1, config.projector.widths[1])}
     )
+    if family == "gemma":  # one linear map has no neurons
+        del shapes["projector"]
     text = (ROOT / CONFIGS[family]).read_text()
     table = re.findall(r"^    (\w+) +(\d+) \* +([\d,]+) +([\d,]+)", text, re.M)
     told = {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in table}
@@ -116,6 +121,11 @@ def checkpoints(tmp_path_factory):
         size=square,
     )  # fmt: skip
     write_tokenizer(root / "instructblip" / "qformer_tokenizer")
+    lm = dataclasses.replace(gemma3.tiny_language_model(), vocab=LM.vocab)
+    write_checkpoint(
+        root / "gemma", dataclasses.replace(gemma3.Gemma3Config.tiny(), lm=lm, image_token=258),
+        image_processor_type="Gemma3ImageProcessor", size=square,
+    )  # fmt: skip
     write_checkpoint(
         root / "qwen", family["qwen"], image_processor_type="Qwen2VLImageProcessor",
         patch_size=4, size={"shortest_edge": 128, "longest_edge": 2048},
@@ -171,6 +181,17 @@ def test_qwen_to_its_page(study):
         assert tokens == 4 * results["tokens"]["projector"][name] <= 4 * 512 // 16, name
     shapes = {(len(p["words"][0]), len(p["words"][0][0])) for p in results["pictures"]}
     assert shapes and all(rows * columns <= 8 for rows, columns in shapes)
+    assert (workdir / "index.html").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_gemma_to_its_page(study):
+    workdir = study("gemma", "paper", "--config.modules=('lm+vision',)")
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["modules"]) == {"vision", "lm"}
+    assert results["tokens"]["vision"] == dict.fromkeys(results["domains"], 4 * 16)
+    cells = [row for row in results["ablation"] if row["module"] == "lm+vision"]
+    assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert (workdir / "index.html").stat().st_size > 1000
 
 
