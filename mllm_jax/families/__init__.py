@@ -27,6 +27,8 @@ _FOLDERS = (
     "gemma3",
     "gemma3_text",
     "internvl",
+    "idefics3",
+    "smolvlm",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)

@@ -73,11 +73,6 @@ class ProjectorConfig:
         )  # fmt: skip
 
     @classmethod
-    def idefics3(cls, in_width: int, out_width: int, *, fold: int) -> ProjectorConfig:
-        """Return the config of the connector of Idefics3 and SmolVLM."""
-        return cls(in_width=in_width, out_width=out_width, depth=1, bias=False, fold=fold)
-
-    @classmethod
     def shuffled(
         cls, in_width: int, out_width: int, *, fold: int = 2, act: str = "gelu"
     ) -> ProjectorConfig:
