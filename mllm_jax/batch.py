@@ -28,6 +28,8 @@ class Layout:
         picture becomes; empty where all stand at one.
       grid: The rows and columns of patches of a picture that is read at its own size; None where
         tiles are squares.
+      tile_grid: The rows and columns of tiles that a picture is cut into, where the text around its
+        tokens names them; 0, 0 if it is not cut.
       interpolation: The patches that each of its tokens is a weighted sum of, int[n, 4], and their
         weights, float32[n, 4]; None where each stands for one patch.
     """
@@ -37,6 +39,7 @@ class Layout:
     places: Int[np.ndarray, "n 2"] | None = None
     runs: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
+    tile_grid: tuple[int, int] = (0, 0)
     interpolation: tuple[Int[np.ndarray, "n 4"], Float[np.ndarray, "n 4"]] | None = None
 
 

@@ -35,7 +35,7 @@ class TokenMap:
       tile: The image tile within the row, int16[B, T]; -1 elsewhere. In LLaVA it is the number of
         the picture. In LLaVA-NeXT tile 0 is the whole picture, scaled down, and its parts follow in
         reading order; the next picture of the row starts at `config.tiles`, however many parts the
-        first has.
+        first has. In LLaVA-OneVision, of several pictures, it is the number of the picture.
       last: True at the last token of the prompt, bool[B, T].
       added: How many of the T were added after the prompt, to be generated or scored. Static.
       readers: Which rows of the batch read each tile, bool[rows, B], on the vision side: rows that

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.domain_neurons.controls import Kind
 from mllm_jax.analysis import intervals, power
 
 Row = dict[str, Any]
@@ -59,7 +60,7 @@ def correct(rows: Iterable[Row]) -> None:
 
 
 def against_controls(
-    own: Arrays, controls: Mapping[str, Sequence[Arrays]], kinds: Sequence[str]
+    own: Arrays, controls: Mapping[Kind, Sequence[Arrays]], kinds: Sequence[str]
 ) -> list[Row]:
     """Compare the ablation of a domain's own neurons with that of each kind of control.
 

@@ -91,7 +91,7 @@ def rate_matched(
         )
     if draws < 1 or not 0 < tolerance < 1:
         raise ValueError(f"draws={draws} must be 1 or more and tolerance={tolerance} in (0, 1)")
-    excluded = mask.any(axis=0) if exclude is None else checks.mask(exclude, "exclude")
+    excluded = np.asarray(mask.any(axis=0)) if exclude is None else checks.mask(exclude, "exclude")
     if excluded.shape != mask.shape[1:]:
         raise ValueError(f"exclude must be of shape {mask.shape[1:]}, not {excluded.shape}")
     rng = domain_neurons.generator(key)

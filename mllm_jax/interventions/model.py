@@ -18,6 +18,9 @@ class LanguageModel(Protocol):
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the word embeddings of token ids."""
 
+    def layers_one_by_one(self) -> tuple[Any, ...]:
+        """Return the layers with arrays of their own."""
+
 
 class Model(Protocol):
     """A multimodal model, a pytree, as `run`, `generate`, `score`, `sweep` and `reduce` use it."""
@@ -56,6 +59,7 @@ class Model(Protocol):
         taps: Taps,
         past: Cache | None = None,
         deepstack: Float[Array, "k B T D"] | None = None,
+        layers: tuple[Any, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run the language model on embeddings into which the images are already merged."""
 

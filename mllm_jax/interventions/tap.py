@@ -10,7 +10,7 @@ state that outlives it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -135,13 +135,18 @@ class ModuleTap:
         Args:
           step: (layer, x, tap, extra) -> (x, out). Where a pass may need some tokens alone, it also
             takes `only=places`, int32[B], and then returns x as [B, 1, D].
-          layers: A module whose arrays lead with L.
+          layers: A module whose arrays lead with L; or the layers one by one, which are traced
+            without a scan.
           x: What enters the first layer.
           extra: Further arrays that lead with L; each step gets its slice.
 
         Returns:
           x after the last layer, and the stacked outs [L, ...].
         """
+        if isinstance(layers, tuple):
+            more = [jax.tree.map(lambda a, i=i: a[i], extra) for i in range(len(layers))]
+            x, outs = self._one_by_one(step, layers, x, more)
+            return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
         count = jax.tree.leaves(layers)[0].shape[0]
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays = _stacked(edits), _slots(captures)
@@ -236,16 +241,36 @@ class ModuleTap:
 
         return checkpointed
 
-    def loop(self, step: Callable, layers: list, x: jax.Array) -> jax.Array:
+    def loop(self, step: Callable, layers: Sequence, x: jax.Array) -> jax.Array:
         """Run x through a few layers of unequal shapes; step is (layer, x, tap) -> x."""
+        nothing = [None] * len(layers)
+        return self._one_by_one(
+            lambda layer, x, tap, _: (step(layer, x, tap), None), layers, x, nothing
+        )[0]
+
+    def _one_by_one(
+        self, step: Callable, layers: Sequence, x: jax.Array, extra: Sequence
+    ) -> tuple[jax.Array, list]:
+        """Run x through layers without a scan; `scan` describes the step.
+
+        Args:
+          step: What is traced for each layer.
+          layers: The layers.
+          x: What enters the first.
+          extra: Further arguments of each step.
+
+        Returns:
+          x after the last layer, and the outs.
+        """
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays, slots = _stacked(edits), _slots(captures)
-        kept, results = {}, []
-        for i, layer in enumerate(layers):
+        kept, results, outs = {}, [], []
+        for i, (layer, more) in enumerate(zip(layers, extra, strict=True)):
             now = _unstack(edits, jax.tree.map(lambda a, i=i: a[i], arrays))
             here = _with_slots(captures, {name: s[i] for name, s in slots.items()})
             tap = self._tap(len(layers), now, here)
-            x = step(layer, x, tap)
+            x, out = step(layer, x, tap, more)
+            outs.append(out)
             for name in slots:
                 value = tap.captured.pop(name)
                 if name not in kept:
@@ -256,7 +281,7 @@ class ModuleTap:
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *results)
             self.taps.receipts |= stacked[0]
             self.taps.captured |= stacked[1] | _finish(kept, captures)
-        return x
+        return x, outs
 
     def _tap(self, layers: int, edits: dict, captures: dict) -> LayerTap:
         return LayerTap(self.taps.shapes, self.taps.at, self.lens, layers, edits, captures)

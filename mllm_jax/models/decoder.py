@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -342,6 +342,7 @@ class Decoder(nnx.Module):
         tap,
         past: Cache | None = None,
         deepstack: Float[Array, "k B T D"] | None = None,
+        layers: tuple[Block, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states, and the cache of these T tokens.
 
@@ -352,6 +353,7 @@ class Decoder(nnx.Module):
             past: the cache of earlier tokens, with S slots.
             deepstack: what is added to the states after each of the first k layers (DeepStack,
                 Meng et al. 2024); None for nothing.
+            layers: the layers one by one, as `layers_one_by_one` returns them; None for a scan.
         """
         order, valid = positions.order, positions.valid
         if past is not None:
@@ -374,9 +376,20 @@ class Decoder(nnx.Module):
             window=jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None,
             number=None if deepstack is None else jnp.arange(self.config.layers),
         )
-        x, (key, value) = tap.scan(step, self.layers, x, inputs)
+        x, (key, value) = tap.scan(step, layers or self.layers, x, inputs)
         cache = Cache(key, value, positions.order, positions.valid)
         return tap(S.norm, self.norm(x)), cache
+
+    def layers_one_by_one(self) -> tuple[Block, ...]:
+        """Return the layers with arrays of their own, for passes of few tokens.
+
+        A scan takes each layer's weights out of the stacked arrays, writes and reads them again;
+        where there are few tokens, this costs more than the products.
+        """
+        graph, state = nnx.split(self.layers)
+        count = self.config.layers
+        each = (jax.tree.map(lambda a, i=i: a[i], state) for i in range(count))
+        return tuple(cast(Block, nnx.merge(graph, one)) for one in each)
 
     def _rotations(self, positions: Positions) -> tuple[rotary.Rotation, rotary.Rotation | None]:
         """Return the rotation of each token, and that of layers with a window if it differs."""

@@ -16,7 +16,7 @@ from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.clip import ClipConfig, ClipVision
-from mllm_jax.models.decoder import Decoder, DecoderConfig
+from mllm_jax.models.decoder import Block, Decoder, DecoderConfig
 from mllm_jax.models.eva import EvaConfig, EvaVision
 from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
@@ -256,9 +256,11 @@ class MultimodalModel(nnx.Module):
         taps,
         past: Cache | None = None,
         deepstack: Float[Array, "k B T D"] | None = None,
+        layers: tuple[Block, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run the language model on merged embeddings; see `Decoder`."""
-        return self.lm(x, positions, taps.module("lm", lens=self.lm.lens), past, deepstack)
+        tap = taps.module("lm", lens=self.lm.lens)
+        return self.lm(x, positions, tap, past, deepstack, layers)
 
     def logits(self, x: Float[Array, "B T D"], taps) -> Float[Array, "B T V"]:
         """Return the float32 logits of normed states."""

@@ -29,6 +29,11 @@ from mllm_jax.passes.run import (
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
+# A CPU decodes without a scan over layers, where each layer has arrays of its own that are read
+# once a token, from this number of tokens on, which pays for the longer compilation, and up to
+# this number of bytes of weights, of which there are two copies then.
+ONE_BY_ONE_STEPS = 16
+ONE_BY_ONE_BYTES = 2**31
 NOT_A_NUMBER = -2  # stands for a token whose logits are NaN
 
 
@@ -206,13 +211,13 @@ def compiled_generate(
         step, _, _, done, *_ = state
         return (step < steps) & ~done.all()
 
-    def advance(state):
+    def advance(layers, state):
         step, cache, token, done, tokens, receipts = state
         at = T + step - 1
         taps = Taps(_restrict_to_rows(edits, ~done), at=at)
         word, valid = embed_words(model, token[:, None], taps), jnp.ones((B, 1), bool)
         positions = batch.positions.after(batch.last, step[None], valid)
-        x, new = model.read(word, positions, taps, cache)
+        x, new = model.read(word, positions, taps, cache, layers=layers)
         token, done, tokens = append(model.logits(x, taps)[:, 0], step, done, tokens)
         receipts = tuple(
             old if new is None else _add_receipts(old, new)
@@ -223,7 +228,20 @@ def compiled_generate(
     empty = ~jnp.asarray(batch.valid).any(-1)
     start = append(logits, 0, empty, jnp.full((B, steps), stops[0]))
     state = (jnp.int32(1), cache.extended(steps - 1), *start, receipts)
-    *_, tokens, receipts = jax.lax.while_loop(unfinished, advance, state)
+
+    def decode(state, layers=None):
+        return jax.lax.while_loop(unfinished, functools.partial(advance, layers), state)
+
+    def decode_one_by_one(state):
+        return decode(state, model.lm.layers_one_by_one())
+
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+    if steps < ONE_BY_ONE_STEPS or weights > ONE_BY_ONE_BYTES or mesh.is_active():
+        *_, tokens, receipts = decode(state)
+    else:
+        *_, tokens, receipts = jax.lax.platform_dependent(
+            state, cpu=decode_one_by_one, default=decode
+        )
     return tokens, receipts
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mllm_jax import sites, tokens
-from mllm_jax.batch import Batch
+from mllm_jax.batch import Batch, Interpolation
 from mllm_jax.interventions import binding
 from mllm_jax.interventions import captures as captures_
 from mllm_jax.interventions import edits as edits_
@@ -130,6 +130,9 @@ def abstract_batch(config: MultimodalConfig, size: Size, multiple: int = TOKEN_M
         grid=None
         if layout.grid is None
         else np.tile(np.asarray(layout.grid, np.int32), (B * tiles, 1)),
+        interpolation=None
+        if layout.interpolation is None
+        else Interpolation(_shape(np.int32, B, T, 4), _shape(np.float32, B, T, 4)),
         qformer_ids=_shape(np.int32, B * tiles, size.words),
         qformer_kind=np.full((B * tiles, size.words), tokens.CODE["question"], np.int8),
     )  # fmt: skip

@@ -84,7 +84,8 @@ DECODER = (
 def projector(depth: int) -> tuple[Rule, ...]:
     """Return the rules of a projector of `depth` linear maps.
 
-    The first map is split by its neurons; each later map is split by its inputs and summed.
+    The first of several maps is split by its neurons; a single or a later map is split by its
+    inputs and summed.
     """
     around = (
         (r"projector\.norm\.(scale|bias)", P(None)),
@@ -93,7 +94,7 @@ def projector(depth: int) -> tuple[Rule, ...]:
     if depth == 1:
         return (
             *around,
-            (r"projector\.linears\.0\.kernel", P("W", None)),
+            (r"projector\.linears\.0\.kernel", P("F", "D")),
             (r"projector\.linears\.0\.bias", P(None)),
         )
     return (

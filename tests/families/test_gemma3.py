@@ -11,9 +11,11 @@ import pytest
 
 import mllm_jax as mj
 from mllm_jax import families
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
 from mllm_jax.families.llava import keys as spellings
 from mllm_jax.loading import sources
-from tests.helpers import gemma, hf, tiny
+from tests.helpers import gemma, hf, hooks, tiny
 
 # config.json of google/gemma-3-4b-it: what equals the defaults of the time is not in it.
 GEMMA_3_4B = {
@@ -144,7 +146,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_keys_of_the_hub_and_of_memory(checkpoint, tmp_path):
-    """Both spellings are the same tensors; a head in the file must be the embedding."""
+    """Both spellings are the same tensors; a head in the file that is not the embedding is used."""
     hub = sources.tensors_.open_directory(checkpoint.directory, [], spellings.canonical_key)
     own = {spellings.canonical_key(key) for key in checkpoint.network.state_dict()}
     assert own - set(hub) == {"language_model.lm_head.weight"}
@@ -160,10 +162,6 @@ def test_keys_of_the_hub_and_of_memory(checkpoint, tmp_path):
     np.testing.assert_array_equal(model.lm.embed[...], same.lm.embed[...])
     tensors["lm_head.weight"] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="tie_word_embeddings is true, but the file has a head"):
-        mj.load(tmp_path)
-    fields = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
     head = mj.load(tmp_path, dtype=jnp.float32)[0].lm.head.kernel[...]
     np.testing.assert_array_equal(head, tensors["lm_head.weight"].numpy().T)
 
@@ -208,3 +206,24 @@ def test_an_answer_ends_with_the_end_of_its_turn(checkpoint, tmp_path):
     processor = mj.load(tmp_path)[1]
     assert list(processor.stop_ids) == [end, processor.tokenizer.eos_token_id]
     assert processor.answer_ids("yes")[-1] == end
+
+
+@pytest.mark.slow
+def test_a_knockout_between_the_tokens_of_a_picture(checkpoint):
+    """Also of later tokens, which only the tokens of the picture see."""
+    model, processor = mj.load(checkpoint.directory, dtype=jnp.float32)
+    pictures = [[tiny.picture(0, 30, 40)] * 2]
+    batch = processor(pictures, ["<image> what <image> is it"], left=True)
+    image = batch.tokens.kind == tok.CODE["image"]
+    edit = mj.knockout(S.lm.attn[:2], to=tok.image, on=tok.image)
+    given = {k: hf.torch.from_numpy(v) for k, v in checkpoint.inputs(batch, pictures).items()}
+    hidden = image[:, :, None] & image[:, None]
+    heads = range(model.config.lm.heads)
+    handles = [hooks.hide(checkpoint, layer, heads, hidden) for layer in range(2)]
+    with hf.torch.no_grad():
+        with hooks.removed(handles):
+            want = checkpoint.network(**given).logits.numpy()
+        clean = checkpoint.network(**given).logits.numpy()
+    got = np.asarray(mj.run(model, batch, edit, logits="all").logits)
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-4)
+    assert np.abs(want - clean)[batch.valid].max() > 1e-2

@@ -7,9 +7,10 @@ import functools
 import numpy as np
 import pytest
 
+import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax.families.llava_onevision import model as onevision
-from tests.helpers import hf
+from tests.helpers import hf, tiny
 from tests.helpers.families import OneVisionProcessor
 
 REAL = onevision.LlavaOneVisionConfig.qwen2_7b()
@@ -153,3 +154,60 @@ def test_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message) as refused:
         families.from_hf({"model_type": "llava_onevision"} | fields)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.processor(onevision.LlavaOneVisionConfig.tiny())
+
+
+def test_videos_are_refused(processor):
+    with pytest.raises(ValueError, match=r"a video \(<video>\): give its frames as pictures"):
+        processor(None, ["<video> what is it ?"])
+
+
+def test_a_row_has_places_for_its_tiles_alone(processor):
+    """Few numbers of places; two pictures in a row have two tiles, however large they are."""
+    large, small = tiny.picture(0, 72, 72), tiny.picture(1, 24, 20)
+    assert len(processor([[large]], ["what ?"]).tile) == 10
+    assert len(processor([[small]], ["what ?"]).tile) == 2
+    both = processor([[large, large], [small]], ["what ?"] * 2)
+    assert both.tile.tolist() == [0, 1, 0, 1] and both.is_real_tile.all()
+    image = both.tokens.kind == mj.tokens.CODE["image"]
+    assert np.unique(both.tokens.tile[0][image[0]]).tolist() == [0, 1]
+
+
+def test_rows_and_columns_of_a_shrunk_picture(processor):
+    """Each token is named by the patch that is nearest to its middle, of the parts in order."""
+    batch = processor([[tiny.picture(0, 72, 72)]], ["what ?"])
+    assert batch.interpolation is not None
+    image = batch.tokens.kind[0] == mj.tokens.CODE["image"]
+    tile, row, column = (
+        getattr(batch.tokens, name)[0][image] for name in ("tile", "row", "column")
+    )
+    parts = tile > 0
+    across = (tile[parts] - 1) % 3 * 4 + column[parts]
+    down = (tile[parts] - 1) // 3 * 4 + row[parts]
+    side = int(np.sqrt(parts.sum()))
+    assert side == 6  # 12 patches, made smaller by sqrt(9 / 3)
+    middles = (np.arange(side) + 0.5) * 12 / side - 0.5
+    for got in (across.reshape(side, side)[0], down.reshape(side, side)[:, 0]):
+        assert np.abs(got - middles).max() <= 0.5
+        assert len(np.unique(got)) == side
+    weight = batch.interpolation.weight[0][image]
+    np.testing.assert_allclose(weight.sum(-1), 1, rtol=1e-6)
+
+
+def test_a_packed_row_is_its_questions_apart(processor):
+    turns = [[("what is it ?", "a cat"), ("is it a dog ?", "no")]]
+    packed = processor.pack([tiny.picture(0, 72, 72)], turns)
+    rows = processor.unpack(packed)
+    alone = processor(
+        [tiny.picture(0, 72, 72)] * 2, [q for q, _ in turns[0]], answers=[a for _, a in turns[0]]
+    )
+    for name in ("index", "weight"):
+        got, want = (getattr(b.interpolation, name) for b in (rows, alone))
+        for row in range(2):
+            ours, theirs = got[row][rows.valid[row]], want[row][alone.valid[row]]
+            np.testing.assert_array_equal(ours < 0, theirs < 0)
+            assert len(np.unique((theirs - ours)[theirs >= 0])) == 1

@@ -24,13 +24,17 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from mllm_jax.families.llava_onevision import model as llava_onevision
+from mllm_jax.families.paligemma import model as paligemma
+from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
+from mllm_jax.families.qwen3_vl import model as qwen3_vl
 from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import tiny
+from tests.helpers import qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -43,6 +47,18 @@ CONFIGS = {
     "llava": llava.LlavaConfig.tiny(),
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
+    "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
+    "paligemma": paligemma.PaliGemmaConfig.tiny(),
+    "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
+    "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
+        qwen3_vl.Qwen3VLConfig.tiny(),
+        lm=dataclasses.replace(qwen3_vl.Qwen3VLConfig.tiny().lm, mlp=56),
+    ),
+}
+PROCESSORS = {
+    "instructblip": tiny.instructblip_processor,
+    "qwen2.5": qwen.processor,
+    "qwen3": qwen.processor,
 }
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
@@ -73,7 +89,7 @@ def on_mesh() -> jax.sharding.Mesh:
 def family(request, random_model, on_mesh):
     """(model, the same on the mesh, processor)."""
     config = CONFIGS[request.param]
-    make = tiny.instructblip_processor if request.param == "instructblip" else tiny.processor
+    make = PROCESSORS.get(request.param, tiny.processor)
     model = random_model(config)
     return model, spread(model, on_mesh), make(config)
 
@@ -155,8 +171,8 @@ def test_sweep(family):
         mj.sweep(first, m, batch, edits, captures) for m in (one, many)
     )
     assert_same((logits, receipts), (same, equal))
-    if len(SIZES) < 3:  # where weights are whole, or split by heads and neurons
-        np.testing.assert_array_equal(counts, fire)
+    # Partial sums are added in another order: only the sign of a value near 0 may differ.
+    assert (fire != counts).mean() < 1e-3
     for lane, layer, unit, kind in np.argwhere(fire != counts):
         kept = mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])
         values = np.asarray(mj.run(one, batch, edits[lane], {"act": kept})["act"])

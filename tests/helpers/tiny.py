@@ -9,6 +9,7 @@ import PIL.Image
 import tokenizers
 import transformers
 
+from mllm_jax import families
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.instructblip.processor import InstructBlipProcessor
 from mllm_jax.families.llava import model as llava
@@ -65,12 +66,17 @@ def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how)
     def make():
         if not config.pinpoints:
             return lambda pictures, return_tensors: shrink(pictures, side)
+        cuts, square = [list(size) for size in config.pinpoints], {"height": side, "width": side}
+        if not config.vision.has_cls:
+            return transformers.LlavaOnevisionImageProcessorPil(
+                size=square, image_grid_pinpoints=cuts
+            )
         return transformers.LlavaNextImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-            image_grid_pinpoints=[list(size) for size in config.pinpoints],
-        )  # fmt: skip
+            size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=cuts
+        )
 
-    return Processor(tokenizer(config, template, **how), make, config)
+    kind = families.of(config).processor
+    return kind(tokenizer(config, template, **how), make, config)
 
 
 def qformer_tokenizer():

@@ -13,11 +13,13 @@ from mllm_jax import sites as S
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints.networks import projectors
+from mllm_jax.families.idefics3 import keys as idefics3_keys
+from mllm_jax.families.idefics3 import model as idefics3_model
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.models import projector
+from mllm_jax.models import decoder, projector, siglip
 from tests.helpers import hf, towers
 
 
@@ -116,8 +118,10 @@ def idefics3():
         text_config={"hidden_size": D, "num_attention_heads": 4},
         scale_factor=3,
     )
-    ours = projector.ProjectorConfig.idefics3(E, D, fold=3)
-    return module.Idefics3Connector(config), ours, projectors.idefics3
+    ours = idefics3_model.Idefics3Config.of(
+        siglip.SiglipConfig(width=E), decoder.DecoderConfig(width=D), fold=3
+    ).projector
+    return module.Idefics3Connector(config), ours, idefics3_keys.projector
 
 
 class InternVl(hf.torch.nn.Module):
@@ -172,10 +176,10 @@ def test_mistral3_as_hf(bias):
         spatial_merge_size=2, projector_hidden_act="gelu", multimodal_projector_bias=bias,
     )  # fmt: skip
     theirs = hf.random(module.Mistral3MultiModalProjector(made))
-    config = projector.ProjectorConfig.mistral3(E, D, eps=1e-3, bias=bias)
+    config = projector.ProjectorConfig.merging(E, D, eps=1e-3, bias=bias)
     ours = towers.transfer(
         lambda: projector.Projector(config, rngs=nnx.Rngs(0)),
-        projectors.mistral3("p", "ours"),
+        projectors.merging("p", "ours"),
         theirs,
         "p.",
     )

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mllm_jax.checkpoints.networks import siglip as network_
+from mllm_jax.families.idefics3 import config as idefics3
 from mllm_jax.models import siglip
 from tests.helpers import hf, towers
 
@@ -79,7 +80,7 @@ def test_idefics3_on_full_tiles(kind, side):
 def test_config_comes_back(kind):
     made = siglip_network(TINY) if kind == "siglip" else idefics3_network(TINY)
     problems: list[str] = []
-    read = network_.read if kind == "siglip" else network_.read_idefics3
-    assert network_.config(read(made.config.to_dict(), problems)) == TINY
+    table = network_.FIELDS if kind == "siglip" else idefics3.VISION
+    assert network_.config(network_.read(made.config.to_dict(), problems, table)) == TINY
     assert not problems
     assert network_.read({"hidden_sise": 3}, problems) and "hidden_sise" in problems[0]

@@ -26,11 +26,12 @@ def run(shape: str, families: str, *more: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
+FAMILIES = "llava", "next", "instructblip", "onevision", "paligemma", "qwen2.5", "qwen3"
+
+
 def cases():
     """One of them is for CI."""
-    for shape, family in itertools.product(
-        ("2x4", "8x1", "1x8", "1x1x8", "2x2x2"), ("llava", "next", "instructblip")
-    ):
+    for shape, family in itertools.product(("2x4", "8x1", "1x8", "1x1x8", "2x2x2"), FAMILIES):
         first = (shape, family) == ("2x4", "llava")
         yield pytest.param(shape, family, marks=() if first else pytest.mark.long)
 

@@ -43,7 +43,7 @@ def parts(spec: P, mesh) -> int:
 
 
 def stays_whole(config, path: str) -> bool:
-    """Heads, words and neurons that 8 does not divide, and the table of a Q-Former's words."""
+    """Heads, words and neurons that 8 does not divide, and tables of positions and of a Q-Former."""
     part = getattr(config, path.split(".")[0], None)
     if ".attn." in path or ".look." in path:
         return getattr(part, "kv_heads", part.heads) % 8 > 0
@@ -51,7 +51,7 @@ def stays_whole(config, path: str) -> bool:
         return part.vocab % 8 > 0
     if ".mlp." in path and path.startswith("vision."):  # of Qwen2.5-VL: 3,420
         return part.mlp % 8 > 0
-    return path == "qformer.words"
+    return path in ("qformer.words", "vision.position")
 
 
 @pytest.mark.parametrize("name", families.RELEASED)
@@ -101,10 +101,10 @@ def test_every_parameter_of_a_tower_has_a_rule(build):
     "config",
     [
         ProjectorConfig.pooled(8, 8, pool=2, eps=1e-6),
-        ProjectorConfig.idefics3(8, 8, fold=2),
+        ProjectorConfig(in_width=8, out_width=8, depth=1, bias=False, fold=2),
         ProjectorConfig.shuffled(8, 8),
         ProjectorConfig.qwen(8, 8, norm="layer", deepstack=3),
-        ProjectorConfig.mistral3(8, 8, eps=1e-5, bias=True),
+        ProjectorConfig.merging(8, 8, eps=1e-5, bias=True),
     ],
     ids=["gemma3", "idefics3", "internvl", "qwen3", "mistral3"],
 )

@@ -10,7 +10,7 @@ from mllm_jax.checkpoints import keys, schema
 from mllm_jax.checkpoints.networks import clip, encoder
 from mllm_jax.models.siglip import SiglipConfig
 
-_SIGLIP = encoder.CHANNELS | encoder.table(
+FIELDS = encoder.CHANNELS | encoder.table(
     "siglip_vision_model",
     hidden_size=768,
     intermediate_size=3072,
@@ -21,14 +21,6 @@ _SIGLIP = encoder.CHANNELS | encoder.table(
     hidden_act="gelu_pytorch_tanh",
     layer_norm_eps=1e-6,
 )
-_IDEFICS3 = _SIGLIP | {
-    "model_type": (
-        schema.only("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision"), "idefics3_vision",
-    ),
-    "hidden_size": (schema.WIDTH, 1152),
-    "num_attention_heads": (schema.HEADS, 16),
-    "patch_size": (schema.SIDE, 32),
-}  # fmt: skip
 # The head pools patches for a contrastive loss; the sizes in pixels are the processor's.
 _IGNORED = fields_.IGNORED | {
     "max_image_size", "num_image_tokens", "num_positions", "projector_hidden_act", "size",
@@ -61,17 +53,16 @@ def vision(hf: str, ours: str) -> tuple[keys.Row, ...]:
     return embeddings + clip.layers(hf, ours)
 
 
-def read(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return the fields of a `vision_config` of SigLIP; append what is wrong to `problems`."""
-    return _read(fields, _SIGLIP, problems)
+def read(
+    fields: Mapping[str, Any], problems: list[str], table: schema.Table = FIELDS
+) -> dict[str, Any]:
+    """Return the fields of a `vision_config`.
 
-
-def read_idefics3(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return the fields of a `vision_config` of Idefics3 or SmolVLM, as `read`."""
-    return _read(fields, _IDEFICS3, problems)
-
-
-def _read(fields: Mapping[str, Any], table: schema.Table, problems: list[str]) -> dict[str, Any]:
+    Args:
+        fields: the content of the `vision_config`.
+        problems: what is wrong is appended here.
+        table: the fields, where their defaults are others than SigLIP's.
+    """
     # The side of an image need not be a multiple of that of a patch: the rest is cut off.
     siglip = schema.read(fields, table, _IGNORED, "vision_config.", problems)
     heads = "num_attention_heads", siglip["num_attention_heads"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -76,7 +77,7 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         if size is None:
             return super().layout(size)
         tiles, large = self.large_picture(size)
-        ratio = math.sqrt(large.size / (self.max_tiles * self.image_tokens))
+        ratio = self.ratio(large)
         rows, columns = large.shape
         if ratio <= _SHRINK:
             return super().layout(size)
@@ -90,6 +91,10 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         weights = np.concatenate([alone, weights])
         nearest = np.take_along_axis(sources, weights.argmax(1)[:, None], 1)[:, 0]
         return Layout(tiles, nearest, interpolation=(sources, weights))
+
+    def ratio(self, large: Int[np.ndarray, "row column"]) -> float:
+        """Return how many times too long the sides of a large picture are."""
+        return math.sqrt(large.size / (self.max_tiles * self.image_tokens))
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Return how the pictures of a row are read."""
@@ -139,10 +144,10 @@ def _neighbours(
 def _largest(config: LlavaOneVisionConfig) -> Size:
     """Return the size of most image tokens; it may leave bars, so that it is not made smaller."""
     side, patch = config.vision.image_size, config.vision.patch
-    sizes = {
-        size
-        for height, width in config.pinpoints
-        for cut in range(0, side, patch)
-        for size in ((height - cut, width), (height, width - cut))
-    }
+    sizes = set(config.pinpoints)
+    for height, width in config.pinpoints:
+        for down, across in ((patch, 0), (0, patch)):
+            cut = ((height - n * down, width - n * across) for n in range(side // patch))
+            whole = (s for s in cut if config.ratio(config.large_picture(s)[1]) <= _SHRINK)
+            sizes.update(itertools.islice(whole, 1))
     return max(sorted(sizes), key=lambda size: len(config.layout(size).patches))
