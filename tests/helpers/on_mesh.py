@@ -46,7 +46,12 @@ CONFIGS = {
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
     "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
-    "paligemma": paligemma.PaliGemmaConfig.tiny(),
+    "paligemma": dataclasses.replace(
+        paligemma.PaliGemmaConfig.tiny(),
+        lm=dataclasses.replace(  # caps so high that no logits are equal at them
+            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=100.0, attention_softcap=50.0
+        ),
+    ),
 }
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
