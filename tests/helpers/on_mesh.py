@@ -21,7 +21,9 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.internvl.model import InternVlConfig
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
@@ -32,7 +34,7 @@ from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import tiny
+from tests.helpers import gemma, internvl, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -47,6 +49,13 @@ CONFIGS = {
     "instructblip": instructblip.InstructBlipConfig.tiny(),
     "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
     "paligemma": paligemma.PaliGemmaConfig.tiny(),
+    "gemma3": gemma3.Gemma3Config.tiny(),
+    "internvl": InternVlConfig.tiny(),
+}
+PROCESSORS = {
+    "instructblip": tiny.instructblip_processor,
+    "gemma3": gemma.processor,
+    "internvl": internvl.processor,
 }
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
@@ -77,7 +86,7 @@ def on_mesh() -> jax.sharding.Mesh:
 def family(request, random_model, on_mesh):
     """(model, the same on the mesh, processor)."""
     config = CONFIGS[request.param]
-    make = tiny.instructblip_processor if request.param == "instructblip" else tiny.processor
+    make = PROCESSORS.get(request.param, tiny.processor)
     model = random_model(config)
     return model, spread(model, on_mesh), make(config)
 

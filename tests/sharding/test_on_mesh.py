@@ -26,7 +26,7 @@ def run(shape: str, families: str, *more: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-FAMILIES = "llava", "next", "instructblip", "onevision", "paligemma"
+FAMILIES = "llava", "next", "instructblip", "onevision", "paligemma", "gemma3", "internvl"
 
 
 def cases():
