@@ -14,6 +14,7 @@ from mllm_jax import deprecated
 if TYPE_CHECKING:
     from mllm_jax import sites, tokens
     from mllm_jax.interventions.captures import (
+        attention,
         bottom,
         histogram,
         keep,
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MEMBERS = {
-    "mllm_jax.interventions.captures": "bottom histogram keep lens mass mean sample stats top",
+    "mllm_jax.interventions.captures": (
+        "attention bottom histogram keep lens mass mean sample stats top"
+    ),
     "mllm_jax.interventions.edits": (
         "ablate add call knockout patch per_step project_out replace scale"
     ),
@@ -90,6 +93,7 @@ __all__ = [
     "__version__",
     "ablate",
     "add",
+    "attention",
     "bottom",
     "call",
     "compiles",

@@ -17,7 +17,7 @@ import numpy as np
 from mllm_jax import notebook, sites, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.files import shown as short
-from mllm_jax.interventions import reductions, site_rules, top_tokens
+from mllm_jax.interventions import attention_maps, reductions, site_rules, top_tokens
 from mllm_jax.sites import Address, SiteShape, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
@@ -97,6 +97,18 @@ def mass(target: Target, *, on: Selector, where: Selector = None) -> Capture:
       where: The queries; a row without any is treated as by `mean`.
     """
     return Capture("mass", Address.of(target), tokens.of(where), on=tokens.of(on))
+
+
+def attention(target: Target, *, where: Selector = None) -> Capture:
+    """Average the attention that the selected queries pay to each key: float32[L, B, N, S].
+
+    `attention_maps.picture_maps` lays the keys out on the grids of the pictures.
+
+    Args:
+      target: See `mass`.
+      where: The queries; a row without any is an error where the batch is known, and 0 under `jit`.
+    """
+    return Capture("attention", Address.of(target), tokens.of(where))
 
 
 def stats(
@@ -354,6 +366,9 @@ FORMS: dict[str, Form] = {
     "keep": Form(reductions.read_keep, keep, by="token"),
     "mean": Form(reductions.read_mean, mean, _check_site, needs_every_row=True),
     "mass": Form(reductions.read_mass, mass, _check_site, needs_every_row=True),
+    "attention": Form(
+        attention_maps.read_attention, attention, _check_site, "token", needs_every_row=True
+    ),
     "stats": Form(reductions.read_stats, stats, _check_site, "batch", merges=True),
     "lens": Form(reductions.read_lens, lens, _check_lens, "token"),
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),

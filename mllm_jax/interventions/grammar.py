@@ -51,6 +51,7 @@ CAPTURES: dict[str, Words] = {
     "keep": Words(options=("where",)),
     "mean": Words(options=("where",)),
     "mass": Words(options=("on", "where"), required=("on",)),
+    "attention": Words(options=("where",)),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
     "top": Words(options=("k", "where")),

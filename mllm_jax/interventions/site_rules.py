@@ -44,9 +44,9 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"{form} does not read {site}, which is [{site.shape}]: it reads sites with one value "
             "for each token and unit"
         )
-    if form == "mass" and site not in sites.PATTERNS:
+    if form in ("mass", "attention") and site not in sites.PATTERNS:
         raise ValueError(
-            f"mass does not read {site}; mass reads lm.attn.pattern and vision.attn.pattern"
+            f"{form} does not read {site}; {form} reads lm.attn.pattern and vision.attn.pattern"
         )
     if form in ("lens", "entropy"):
         if site.axes[-1] != "D":

@@ -25,7 +25,7 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| keep, mean | where |
+| keep, mean, attention | where |
 | mass | on, where |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |

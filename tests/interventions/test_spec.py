@@ -148,7 +148,7 @@ def addresses(draw, kind):
     """(string, address) of a site that the kind can be of."""
     if kind == "knockout":
         text, site = "lm.attn", S.lm.attn
-    elif kind == "mass":
+    elif kind in ("mass", "attention"):
         text, site = "lm.attn.pattern", S.lm.attn.pattern
     else:
         able = [s for s in S.TABLE if "S" not in s.axes]
