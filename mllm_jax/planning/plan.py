@@ -1,8 +1,8 @@
 """Plan what a study takes on a topology, without weights and without hardware.
 
 The program of the study is compiled for the topology: memory is the compiler's own analysis, work
-and traffic are read from the compiled program. Without a compiler the plan is made from shapes
-alone, and says so.
+and traffic are read from the compiled program. Without the compiler for TPUs the plan is made from
+shapes alone, and says so.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def plan(
         batch: the rows and lanes of a data shard; or a batch of all data shards together.
         edits: the edits of each pass, besides those of the study.
         captures: the captures of each pass, besides those of the study.
-        topology: the name of a slice such as "v5e:2x4", see `chips`; or a mesh of present devices.
+        topology: the name of a slice such as "v5e:2x4", "h100" or "h100:8", see `chips`; or a mesh
+            of present devices.
         study: a member of `programs.STUDIES`, or captures joined by "+", such as "counts+lens".
         data: the number of data shards, see `mj.mesh`; by default the largest number for which
             weights take at most a quarter of a chip.
@@ -167,7 +168,8 @@ def plan(
         compile: whether to compile for the topology, if the compiler is installed.
 
     Raises:
-        ValueError: the topology or study is unknown, or the mesh does not divide the chips.
+        ValueError: the topology or study is unknown, the mesh does not divide the chips, or the
+            compiler for GPUs is not installed.
     """
     config = model.config if isinstance(model, MultimodalModel) else model
     network = programs.abstract_model(config, dtype)
@@ -186,13 +188,15 @@ def plan(
     args = [tree for _, tree in program.args]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         flops = work.flops(program.fn, *args, unknown=program.unknown, **program.static)
+    options: compilation.CompilerOptions = {}
     if isinstance(topology, Mesh):
         name, chip = f"{topology.size} x {topology.devices.flat[0].device_kind}", None
     else:
-        name, chip = topology, Slice.parse(topology).chip
+        slice_ = Slice.parse(topology)
+        name, chip, options = topology, slice_.chip, compilation.topology_options(slice_)
     compiled = None
     if compile and isinstance(mesh, Mesh):
-        compiled = compilation.compile_lowered(compilation.lower(program, mesh))
+        compiled = compilation.compile_lowered(compilation.lower(program, mesh), options)
     return Plan(
         study=study,
         topology=name,

@@ -15,7 +15,8 @@ from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from mllm_jax.models import eva, qformer
+from mllm_jax.families.qwen2_5_vl import model as qwen
+from mllm_jax.models import eva, qformer, rotary
 from tests.helpers import vqa_trees
 from tests.helpers.studies import LM, ROOT, write_checkpoint, write_tokenizer
 
@@ -23,11 +24,14 @@ CONFIGS = {
     "next": "configs/mmneuron_llava_next.py",
     "instructblip": "configs/mmneuron_instructblip.py",
     "gemma": "configs/mmneuron_gemma3_4b.py",
+    "qwen": "configs/mmneuron_qwen2_5_vl.py",
 }
+MORE_FIELDS = {"qwen": {"max_pixels"}}
 PAPER = {
     "next": llava_next.LlavaNextConfig.vicuna_7b(),
     "instructblip": instructblip.InstructBlipConfig.vicuna_7b(),
     "gemma": gemma3.Gemma3Config.it_4b(),
+    "qwen": qwen.QwenVLConfig.qwen2_5_vl_7b(),
 }
 SMALL = (
     "--config.judge_fallback=True", "--config.batch_size=2", "--config.groups=2",
@@ -40,7 +44,8 @@ SMALL = (
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fields_are_those_of_the_study(family, config_of):
     own, paper = config_of("configs/embedded.py"), config_of(CONFIGS[family])
-    assert set(paper) - set(own) == {"vqa", "new_tokens", "judge", "judge_fallback"}
+    more = {"vqa", "new_tokens", "judge", "judge_fallback"} | MORE_FIELDS.get(family, set())
+    assert set(paper) - set(own) == more
     assert set(own) - set(paper) == {"paths"}
     changed = config_of(f"{CONFIGS[family]}:official")
     assert {field for field in paper if paper[field] != changed[field]} == {
@@ -59,9 +64,9 @@ def test_expected_numbers_of_neurons_follow_from_the_model(family):
         "lm": (config.lm.layers, config.lm.mlp),
         "vision": (run, config.vision.mlp),
     } | (
-        {"projector": (1, config.projector.out_width)}
-        if family in ("next", "gemma")
-        else dict.fromkeys(("qformer", "query"), (config.qformer.layers, config.qformer.mlp))
+        dict.fromkeys(("qformer", "query"), (config.qformer.layers, config.qformer.mlp))
+        if family == "instructblip"
+        else {"projector": (1, config.projector.widths[1])}
     )
     if family == "gemma":  # one linear map has no neurons
         del shapes["projector"]
@@ -100,6 +105,11 @@ def checkpoints(tmp_path_factory):
             ),
             LM, image_token=257,
         ),
+        "qwen": qwen.QwenVLConfig.of(
+            qwen.QwenVisionConfig.tiny("2.5"),
+            dataclasses.replace(LM, biases="qkv", rope_sections=rotary.RopeSections((2, 1, 1))),
+            image_token=258,
+        ),
     }  # fmt: skip
     write_checkpoint(
         root / "next", family["next"], image_processor_type="LlavaNextImageProcessor",
@@ -115,6 +125,10 @@ def checkpoints(tmp_path_factory):
     write_checkpoint(
         root / "gemma", dataclasses.replace(gemma3.Gemma3Config.tiny(), lm=lm, image_token=258),
         image_processor_type="Gemma3ImageProcessor", size=square,
+    )  # fmt: skip
+    write_checkpoint(
+        root / "qwen", family["qwen"], image_processor_type="Qwen2VLImageProcessor",
+        patch_size=4, size={"shortest_edge": 128, "longest_edge": 2048},
     )  # fmt: skip
     return root
 
@@ -152,6 +166,21 @@ def test_instructblip_to_its_page(study):
     assert len(cells) == 5 * (5 + 1)
     assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert results["pictures"] == []  # queries are on no grid
+    assert (workdir / "index.html").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_qwen_to_its_page(study):
+    """Pictures keep their shape, within the limit of the config."""
+    workdir = study(
+        "qwen", "paper", "--config.modules=('projector', 'vision')", "--config.max_pixels=512"
+    )
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["modules"]) == {"vision", "projector", "lm"}
+    for name, tokens in results["tokens"]["vision"].items():
+        assert tokens == 4 * results["tokens"]["projector"][name] <= 4 * 512 // 16, name
+    shapes = {(len(p["words"][0]), len(p["words"][0][0])) for p in results["pictures"]}
+    assert shapes and all(rows * columns <= 8 for rows, columns in shapes)
     assert (workdir / "index.html").stat().st_size > 1000
 
 

@@ -16,6 +16,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.data import batching, features, pooled
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.families.qwen2_5_vl.processor import QwenVLProcessor, resized
+from mllm_jax.planning import compilation, plan, programs
 from mllm_jax.training import fit, parts
 from tests.helpers import hf, qwen, tiny
 
@@ -45,8 +46,7 @@ def checkpoints(tmp_path_factory):
 def processors(request):
     """Ours and theirs."""
     config = families.FAMILIES[qwen.FOLDER[request.param]].config.tiny()
-    theirs = qwen.processor_of(config)
-    return QwenVLProcessor(theirs.tokenizer, lambda: theirs.image_processor, config), theirs
+    return qwen.processor(config), qwen.processor_of(config)
 
 
 def test_thirty_sizes_are_theirs(processors):
@@ -289,3 +289,13 @@ def test_what_is_trained(checkpoints):
         changed = tuned.projector.deepstack.linears[0].kernel[...]
         same = np.array_equal(changed, model.projector.deepstack.linears[0].kernel[...])
         assert same == (part != "projector")
+
+
+@pytest.mark.parametrize("study", [*programs.STUDIES, "counts+lens"])
+def test_every_study_can_be_planned(study, monkeypatch):
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
+    config = families.FAMILIES["qwen3_vl"].config.tiny()
+    size = programs.Size(rows=4, words=20, answer=5)
+    found = plan.plan(config, size, topology="v5e:2x4", study=study, data=2)
+    assert found.tokens == 1152 and found.flops > 0  # 1,024 image tokens
+    assert found.bytes["weights"] > 0

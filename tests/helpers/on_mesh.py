@@ -28,13 +28,15 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.families.paligemma import model as paligemma
+from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
+from mllm_jax.families.qwen3_vl import model as qwen3_vl
 from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import gemma, internvl, tiny
+from tests.helpers import gemma, internvl, qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -51,11 +53,18 @@ CONFIGS = {
     "paligemma": paligemma.PaliGemmaConfig.tiny(),
     "gemma3": gemma3.Gemma3Config.tiny(),
     "internvl": InternVlConfig.tiny(),
+    "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
+    "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
+        qwen3_vl.Qwen3VLConfig.tiny(),
+        lm=dataclasses.replace(qwen3_vl.Qwen3VLConfig.tiny().lm, mlp=56),
+    ),
 }
 PROCESSORS = {
     "instructblip": tiny.instructblip_processor,
     "gemma3": gemma.processor,
     "internvl": internvl.processor,
+    "qwen2.5": qwen.processor,
+    "qwen3": qwen.processor,
 }
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]

@@ -13,6 +13,7 @@ import PIL.Image
 from mllm_jax import families, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints.networks import qwen_vision
+from mllm_jax.families.qwen2_5_vl.processor import QwenVLProcessor
 from tests.helpers import hf, tiny
 from tests.helpers.family import Family
 
@@ -109,14 +110,13 @@ class TheirProcessor:
 
 
 def processor_of(config) -> TheirProcessor:
-    folder, name = FOLDER[config.version], NAME[config.version]
+    folder = FOLDER[config.version]
     kind = "Qwen3VLProcessor" if config.version == "3" else "Qwen2VLProcessor"
     module = importlib.import_module(
         f"transformers.models.{folder}.processing_{folder}"
         if config.version != "2.5"
         else "transformers.models.qwen2_vl.processing_qwen2_vl"
     )
-    del name
     tokenizer = tiny.tokenizer(
         config, TEMPLATE_3 if config.version == "3" else TEMPLATE, begin=False, names=NAMES,
         words="system you are helpful", eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -125,6 +125,12 @@ def processor_of(config) -> TheirProcessor:
         patch_size=config.vision.patch, size=dict(LIMITS)
     )
     return TheirProcessor(images, tokenizer, getattr(module, kind))
+
+
+def processor(config) -> QwenVLProcessor:
+    """Our processor of one of our tiny configs."""
+    theirs = processor_of(config)
+    return QwenVLProcessor(theirs.tokenizer, lambda: theirs.image_processor, config)
 
 
 def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:
