@@ -53,7 +53,7 @@ CONFIGS = {
     "paligemma": dataclasses.replace(
         paligemma.PaliGemmaConfig.tiny(),
         lm=dataclasses.replace(  # caps so high that no logits are equal at them
-            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=100.0, attention_softcap=50.0
+            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=8.0, attention_softcap=50.0
         ),
     ),
     "gemma3": gemma3.Gemma3Config.tiny(),
