@@ -3,9 +3,11 @@
     python -m experiments.plan --model=llava-1.5-7b --topology=v5e:2x4 --study=counts+lens
     python -m experiments.plan --model=DIR --topology=v5p:4x4x4 --study=sweep,projection --out=DIR
     python -m experiments.plan --model=DIR --study=run --edits='ablate lm.mlp.act[12]'
+    python -m experiments.plan --model=DIR --topology=h100,l40s:4 --study=counts --find=rows
 
 With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for each
-topology. Without it, or with --shapes, plans are computed from shapes alone, and say so.
+topology of TPUs. Without it, or with --shapes, plans are computed from shapes alone, and say so.
+Topologies of GPUs (h100, h200, a100, l40s; h100:8 is eight of them) need the extra `plan-gpu`.
 `--find=topology` searches for the smallest slice that fits, from the given one on; `--find=rows`
 and `--find=lanes` search for the largest number of a data shard. The folder --out receives
 `plan.json`, `plan.md` and `plan.png`.
@@ -21,7 +23,7 @@ from experiments.running import cli
 from mllm_jax.planning import chips
 
 MODEL = flags.DEFINE_string("model", None, "A released model, a checkpoint directory, or a hub id.")
-TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], "Chips and slices: v5e:2x4,v5p:4x4x4.")
+TOPOLOGY = flags.DEFINE_list("topology", ["v5e:2x4"], "Chips and slices: v5e:2x4,h100,h100:8.")
 STUDY = flags.DEFINE_list(
     "study", ["counts+lens"], "Studies of mllm_jax/planning/programs.py: run,sweep,counts+lens."
 )
@@ -64,7 +66,7 @@ def main() -> None:
 
     from experiments.plan import planning
 
-    # Nothing is computed here, so a TPU of this machine is left to others.
+    # Nothing is computed here, so a TPU or GPU of this machine is left to others.
     jax.config.update("jax_platforms", "cpu")
 
     planning.run(

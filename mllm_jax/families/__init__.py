@@ -29,6 +29,8 @@ _FOLDERS = (
     "internvl",
     "idefics3",
     "smolvlm",
+    "mistral3",
+    "llava_pixtral",
 )
 
 _MODULES = (importlib.import_module(f"{__name__}.{folder}") for folder in _FOLDERS)
@@ -59,6 +61,9 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Multim
     Raises:
         ValueError: no family has this `model_type`, or the fields are not those of a known model.
     """
+    for family in FAMILIES.values():
+        if family.reads is not None and family.reads(fields):
+            return family.from_hf(fields, source)
     name = fields.get("model_type", "llava")
     if not isinstance(name, str) or name not in FAMILIES:
         instead = _OTHER_LAYOUTS.get(name) if isinstance(name, str) else None

@@ -48,7 +48,7 @@ class Family:
     """A family of models: an architecture as it is released.
 
     Attributes:
-        name: the `model_type` of its `config.json`.
+        name: the `model_type` of its `config.json`, or another name if `reads` says which are its.
         config: the config class, which builds the network.
         from_hf: the fields of a `config.json` and the name of the file -> the config.
         to_hf: the config -> the fields.
@@ -60,6 +60,8 @@ class Family:
         sharding_rules: the config -> the sharding rules.
         processor: the class of its processor.
         released: the configs of its released sizes by name.
+        reads: whether the fields of a `config.json` are of this family, where its `model_type` is
+            that of another one.
         other_layouts: the `model_type` of layouts of the same models that are not read -> what to
             load instead.
         original: the layout of the authors' own code, if checkpoints in it are read.
@@ -77,6 +79,7 @@ class Family:
     sharding_rules: Callable[[Any], tuple[rules.Rule, ...]]
     processor: type[Processor]
     released: Mapping[str, Callable[[], MultimodalConfig]]
+    reads: Callable[[Fields], bool] | None = None
     other_layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     original: OriginalLayout | None = None
     unused_tensors: Callable[[Any], dict[str, np.ndarray]] = lambda model: {}

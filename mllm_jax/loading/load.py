@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -144,13 +145,13 @@ def read_model(
         problems.append(error)
     if projector is not None and config.projector is None:
         raise ValueError(files.refusal(directory, ["projector=: this model has no projector"]))
-    graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
-    family = families.of(config)
-    slots = keys.slots(shapes, family.key_table(config))
-
-    unreadable: list[Exception] = []
+    family, unreadable = families.of(config), list[Exception]()
     stored = sources.open_tensors(directory, config_directory, base, family, unreadable)
     problems += unreadable
+    config = _with_head_of_file(config, stored)
+    graph, abstract, shapes = _abstract(lambda: config.build(rngs=nnx.Rngs(0)))
+    slots = keys.slots(shapes, family.key_table(config))
+
     if projector is None and family.original and not any(map(family.is_projector, stored)):
         beside = directory / family.original.projector_file
         projector = beside if beside.exists() else None
@@ -165,7 +166,6 @@ def read_model(
         stored, slots = {**stored, **overlay}, slots + own
     _raise(problems)
     complete = _complete(stored)
-    _check_tied(complete, config, directory)
     places = _places(config, shapes, mesh)
     arrays = parameters.read(complete, slots, shapes, dtype, places)
     if projector == "random":
@@ -313,19 +313,20 @@ def _raise(problems: list[Exception]) -> None:
         raise kind(files.joined(problems)) from ExceptionGroup("all problems", problems)
 
 
-def _check_tied(
-    stored: Mapping[str, LazyTensor], config: MultimodalConfig, directory: pathlib.Path
-) -> None:
-    """Refuse the head of a tied model unless it equals the embedding."""
+def _with_head_of_file(
+    config: MultimodalConfig, stored: Mapping[str, LazyTensor | None]
+) -> MultimodalConfig:
+    """Return the config, not tied where the file has a head that is not the embedding.
+
+    So does transformers; files of Mistral 3 leave out `tie_word_embeddings`, which is then true.
+    """
     named = {row.path: row.key for row in families.of(config).key_table(config)}
-    if config.lm.tied and named["lm.head.kernel"] in stored:
-        head, embed = (stored[named[path]].read() for path in ("lm.head.kernel", "lm.embed"))
-        if not np.array_equal(head, embed):
-            problem = (
-                "tie_word_embeddings is true, but the file has a head that is not "
-                "the embedding; set it to false in config.json to use that head"
-            )
-            raise ValueError(files.refusal(directory, [problem]))
+    head, embed = (stored.get(named[path]) for path in ("lm.head.kernel", "lm.embed"))
+    if not config.lm.tied or head is None or embed is None:
+        return config
+    if np.array_equal(head.read(), embed.read()):
+        return config
+    return dataclasses.replace(config, lm=dataclasses.replace(config.lm, tied=False))
 
 
 def _places(

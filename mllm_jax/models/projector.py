@@ -93,11 +93,11 @@ class ProjectorConfig:
         )  # fmt: skip
 
     @classmethod
-    def mistral3(
+    def merging(
         cls, in_width: int, out_width: int, *, eps: float, fold: int = 2, act: str = "gelu",
         bias: bool = False,
     ) -> ProjectorConfig:  # fmt: skip
-        """Return the config of Mistral 3's projector; `eps` is the language model's."""
+        """Return the config of a projector with a patch merger; `eps` is the language model's."""
         return cls(
             in_width=in_width, out_width=out_width, act=act, bias=bias, fold=fold, fold_to="merged",
             channels_first=True, in_blocks=True, norm="rms", eps=eps,

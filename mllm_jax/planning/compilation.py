@@ -1,6 +1,8 @@
-"""Compile programs for TPU topologies, without the hardware.
+"""Compile programs for TPU and GPU topologies, without the hardware.
 
-The compiler comes with the package `libtpu` and needs no TPU.
+The compiler for TPUs comes with the package `libtpu` and needs no TPU. The compiler for GPUs comes
+with JAX's plugin for CUDA and needs no GPU and no driver, but the assembler `ptxas` and NVIDIA's
+library of device functions, of a CUDA toolkit or of packages.
 """
 
 from __future__ import annotations
@@ -9,17 +11,22 @@ import dataclasses
 import importlib.util
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mllm_jax.planning import gpu_targets
 from mllm_jax.planning.chips import Slice
 from mllm_jax.planning.programs import Program
 
+CompilerOptions = dict[str, str | bool]
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TOOLS = re.compile(r"libdevice|ptxas")  # parts of the compiler for GPUs, by its messages
+_GPU_PACKAGES = "pip install 'mllm-jax[plan-gpu]', or plan from shapes (compile=False, --shapes)"
 
 
 def has_tpu_compiler() -> bool:
@@ -27,11 +34,43 @@ def has_tpu_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def has_gpu_compiler() -> bool:
+    """Return whether the compiler for GPUs is installed."""
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def has_compiler(slice_: Slice) -> bool:
+    """Return whether there is a compiler for a slice.
+
+    Raises:
+        ValueError: the compiler for GPUs is not installed. Without the one for TPUs a plan is made
+            from shapes.
+    """
+    if slice_.chip.platform == "tpu":
+        return has_tpu_compiler()
+    if not has_gpu_compiler():
+        raise ValueError(f"topology '{slice_}': the compiler for GPUs is missing: {_GPU_PACKAGES}")
+    return True
+
+
 def topology_devices(slice_: Slice) -> list[Any]:
     """Return the chips of a slice as targets of compilation; they need not exist here."""
+    if slice_.chip.platform == "cuda":
+        # The plugin would report on each start that it finds no driver.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+        return topologies.get_topology_desc(
+            platform="cuda",
+            target_config=gpu_targets.target_config(slice_.kind),
+            topology=f"1x1x{slice_.chips}",
+        ).devices
     # The library would ask the metadata server of a cloud machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     return topologies.get_topology_desc(platform="tpu", topology_name=str(slice_)).devices
+
+
+def topology_options(slice_: Slice) -> CompilerOptions:
+    """Return the options of the compiler for chips that are not here, where nothing is timed."""
+    return {"xla_gpu_autotune_level": "0"} if slice_.chip.platform == "cuda" else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +103,29 @@ def lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
         return fn.lower(*args, **program.static)
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered, options: CompilerOptions | None = None
+) -> Compiled:
     """Compile a program.
 
+    Args:
+        lowered: the program, as `lower` returns it.
+        options: the options of the compiler, see `topology_options`.
+
     Raises:
+        ValueError: a part of the compiler is not installed.
         JaxRuntimeError: the compiler refuses it for another reason than its size.
     """
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # A cache of programs holds none that are compiled for a chip that is not here.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
+        if missing := _TOOLS.search(str(error)):
+            raise ValueError(
+                f"the compiler for GPUs does not find {missing[0]}: {_GPU_PACKAGES}"
+            ) from error
         match = _USED.search(str(error))
         if not match:
             raise

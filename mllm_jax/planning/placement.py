@@ -35,7 +35,8 @@ def topology_mesh(
         compile: whether a program is to be compiled for the mesh.
 
     Raises:
-        ValueError: the topology is unknown, or the mesh does not divide its chips.
+        ValueError: the topology is unknown, the mesh does not divide its chips, or the compiler for
+            GPUs is not installed.
     """
     slice_ = Slice.parse(topology)
     if data is None:
@@ -45,7 +46,7 @@ def topology_mesh(
             f"data={data} x fsdp={fsdp} does not divide the {slice_.chips} chips of {topology}"
         )
     model = slice_.chips // (data * fsdp)
-    if not (compile and compilation.has_tpu_compiler()):
+    if not (compile and compilation.has_compiler(slice_)):
         shape = data, fsdp, model
         return AbstractMesh(shape, mesh_.AXES, axis_types=(AxisType.Auto,) * len(shape))
     return mesh_.mesh(data, model, fsdp=fsdp, devices=compilation.topology_devices(slice_))

@@ -1,8 +1,8 @@
 """Plan what a study takes on a topology, without weights and without hardware.
 
 The program of the study is compiled for the topology: memory is the compiler's own analysis, work
-and traffic are read from the compiled program. Without a compiler the plan is made from shapes
-alone, and says so.
+and traffic are read from the compiled program. Without the compiler for TPUs the plan is made from
+shapes alone, and says so.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Plan:
         flops: operations of matrix products.
         ideal: these operations if the chips shared them evenly, without repetition.
         moved: bytes from and to main memory; None without a compiler.
+        moved_per_token: of a generation, those of each token after the first, all rows together.
         collectives: the exchanges between chips: kind, of (the role of the array), array, group,
             times, received (bytes) and source.
         seconds: lower bounds of the time of a run by compute, memory and links, at the chip's
@@ -76,6 +77,7 @@ class Plan:
     moved: float | None
     collectives: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
+    moved_per_token: float | None = None
 
     @property
     def total(self) -> int:
@@ -127,6 +129,8 @@ class Plan:
                 ("bytes moved", format_bytes(self.moved)),
                 ("bytes received", format_bytes(self.received)),
             ]
+        if self.moved_per_token is not None:
+            rows.append(("bytes moved by a token", format_bytes(self.moved_per_token)))
         rows += [(f"at least, by {name}", format_seconds(s)) for name, s in self.seconds.items()]
         parts = [head, tables.markdown(("a chip", ""), rows)]
         columns = ("collective", "of", "array", "chips", "times", "received")
@@ -158,7 +162,8 @@ def plan(
         batch: the rows and lanes of a data shard; or a batch of all data shards together.
         edits: the edits of each pass, besides those of the study.
         captures: the captures of each pass, besides those of the study.
-        topology: the name of a slice such as "v5e:2x4", see `chips`; or a mesh of present devices.
+        topology: the name of a slice such as "v5e:2x4", "h100" or "h100:8", see `chips`; or a mesh
+            of present devices.
         study: a member of `programs.STUDIES`, or captures joined by "+", such as "counts+lens".
         data: the number of data shards, see `mj.mesh`; by default the largest number for which
             weights take at most a quarter of a chip.
@@ -167,7 +172,8 @@ def plan(
         compile: whether to compile for the topology, if the compiler is installed.
 
     Raises:
-        ValueError: the topology or study is unknown, or the mesh does not divide the chips.
+        ValueError: the topology or study is unknown, the mesh does not divide the chips, or the
+            compiler for GPUs is not installed.
     """
     config = model.config if isinstance(model, MultimodalModel) else model
     network = programs.abstract_model(config, dtype)
@@ -186,13 +192,15 @@ def plan(
     args = [tree for _, tree in program.args]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         flops = work.flops(program.fn, *args, unknown=program.unknown, **program.static)
+    options: compilation.CompilerOptions = {}
     if isinstance(topology, Mesh):
         name, chip = f"{topology.size} x {topology.devices.flat[0].device_kind}", None
     else:
-        name, chip = topology, Slice.parse(topology).chip
+        slice_ = Slice.parse(topology)
+        name, chip, options = topology, slice_.chip, compilation.topology_options(slice_)
     compiled = None
     if compile and isinstance(mesh, Mesh):
-        compiled = compilation.compile_lowered(compilation.lower(program, mesh))
+        compiled = compilation.compile_lowered(compilation.lower(program, mesh), options)
     return Plan(
         study=study,
         topology=name,
@@ -205,7 +213,7 @@ def plan(
         ideal=flops / mesh.size,
         **_findings(
             program, compiled, flops / mesh.size, chip,
-            exchanges.classifier(network, mesh),
+            exchanges.classifier(network, mesh), generates=study == "generate",
         ),
     )  # fmt: skip
 
@@ -234,7 +242,12 @@ def summary(plans: Sequence[Plan]) -> str:
 
 
 def _findings(
-    program: Program, compiled: Compiled | None, ideal: float, chip: Chip | None, subject: Callable
+    program: Program,
+    compiled: Compiled | None,
+    ideal: float,
+    chip: Chip | None,
+    subject: Callable,
+    generates: bool,
 ) -> dict[str, Any]:
     """Return the fields of a plan that depend on the result of the compiler."""
     held: dict[str, int] = {}
@@ -257,7 +270,8 @@ def _findings(
             "collectives": (),
             "seconds": _seconds(chip, ideal, resident),
         }
-    counted = hlo_work.count_work(hlo.Program(compiled.text), unknown=program.unknown)
+    text = hlo.Program(compiled.text)
+    counted = hlo_work.count_work(text, unknown=program.unknown)
     held |= {"activations": compiled.temporary, "results": compiled.results, "code": compiled.code}
     return {
         "how": COMPILED,
@@ -266,6 +280,7 @@ def _findings(
         "fits": None if capacity is None else sum(held.values()) <= capacity,
         "flops": counted.flops,
         "moved": counted.moved,
+        "moved_per_token": hlo_work.moved_per_trip(text) if generates else None,
         "collectives": exchanges.group_collectives(counted.collectives, subject),
         "seconds": _seconds(chip, counted.flops, counted.moved, counted.received),
     }

@@ -103,7 +103,7 @@ def preprocess(
 
 
 def prepare(
-    processor: Any, images: list[PIL.Image.Image], directory: object
+    processor: Any, images: list[PIL.Image.Image], directory: object, **settings: Any
 ) -> dict[str, np.ndarray]:
     """Return the arrays that an image processor makes of pictures, `pixel_values` among them.
 
@@ -111,13 +111,14 @@ def prepare(
       processor: the image processor of transformers.
       images: pictures of PIL, in RGB.
       directory: the checkpoint's directory, for errors.
+      **settings: settings of the image processor that the checkpoint's do not decide.
 
     Raises:
       ValueError: it fails, or makes pixels that are not finite.
     """
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
     try:
-        made = processor(images, return_tensors="np")
+        made = processor(images, return_tensors="np", **settings)
         arrays = {name: np.asarray(made[name]) for name in made}
     except Exception as error:  # whatever a wrong setting leads to
         reason = tokenizers.first_line(error)

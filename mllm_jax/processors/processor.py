@@ -287,6 +287,7 @@ class Processor(PromptEncoder):
             block=attention_order.blocks(encoded, T, left, self.config.attends_forward),
             grid=self._grids(in_slot, tiles),
             processor=self,
+            shares_tiles=count < len(encoded),
         )
 
     def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:

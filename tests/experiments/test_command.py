@@ -185,6 +185,7 @@ MODEL = "--model=llava-1.5-7b"
         ("plan", f"{MODEL} --find=words", "--find=words: value should be one of <topology|rows|"),
         ("plan", f"{MODEL} --topology=v5e:3x3", "topology 'v5e:3x3': the slices of v5e are"),
         ("plan", f"{MODEL} --topology=v5e:2x4,tpu", "topology 'tpu': the chips are"),
+        ("plan", f"{MODEL} --topology=h100:3", "topology 'h100:3': the slices of h100 are 1, 2, 4"),
         ("plan", f"{MODEL} --out=setup.py", "--out=setup.py: it is a file; name a folder"),
         ("plan", f"{MODEL} --edits=abblate", "--edits: edit 1, 'abblate'"),
         ("plan", f"{MODEL} --captures=stats", "--captures: "),

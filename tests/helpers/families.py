@@ -12,7 +12,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.models import rotary, siglip
-from tests.helpers import family, gemma, hf, idefics3, internvl, paligemma, qwen, tiny
+from tests.helpers import family, gemma, hf, idefics3, internvl, paligemma, pixtral, qwen, tiny
 from tests.helpers.family import Family
 
 # What the hub has: of LLaVA-1.5 and LLaVA-NeXT on Vicuna, and of LLaVA-NeXT on Mistral.
@@ -142,6 +142,7 @@ ALL = {
     "gemma3": gemma.checkpoint,
     "internvl3": internvl.checkpoint,
     "idefics3": functools.partial(idefics3.checkpoint, "idefics3", kv_heads=1),
+    "mistral3": functools.partial(pixtral.checkpoint, "mistral3", kv_heads=1, rope_theta=1e6),
 }
 VARIANTS = {  # of slow tests
     "siglip-gemma": siglip_gemma,
@@ -149,6 +150,8 @@ VARIANTS = {  # of slow tests
     "internvl3.5": internvl.checkpoint_3_5,
     "paligemma": functools.partial(paligemma.checkpoint, 1),
     "paligemma2-untied": functools.partial(paligemma.checkpoint, 2, tied=False),
+    "pixtral": functools.partial(pixtral.checkpoint, "llava_pixtral"),
+    "mistral3-tied": functools.partial(pixtral.checkpoint, "mistral3", tied=True),
     "smolvlm": functools.partial(idefics3.checkpoint, "smolvlm", tied=True),
 }
 

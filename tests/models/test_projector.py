@@ -176,10 +176,10 @@ def test_mistral3_as_hf(bias):
         spatial_merge_size=2, projector_hidden_act="gelu", multimodal_projector_bias=bias,
     )  # fmt: skip
     theirs = hf.random(module.Mistral3MultiModalProjector(made))
-    config = projector.ProjectorConfig.mistral3(E, D, eps=1e-3, bias=bias)
+    config = projector.ProjectorConfig.merging(E, D, eps=1e-3, bias=bias)
     ours = towers.transfer(
         lambda: projector.Projector(config, rngs=nnx.Rngs(0)),
-        projectors.mistral3("p", "ours"),
+        projectors.merging("p", "ours"),
         theirs,
         "p.",
     )

@@ -342,7 +342,7 @@ def test_slices_in_order():
 
 def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
     # A compiler whose programs take 3 GiB and 0.5 GiB a row, beside the weights.
-    def compiled(program):
+    def compiled(program, options):
         rows = len(dict(program.args)["batch"].ids)
         return compilation.Compiled(nothing, temporary=int((3 + 0.5 * rows) * chips.GIB))
 

@@ -104,7 +104,7 @@ def test_every_parameter_of_a_tower_has_a_rule(build):
         ProjectorConfig(in_width=8, out_width=8, depth=1, bias=False, fold=2),
         ProjectorConfig.shuffled(8, 8),
         ProjectorConfig.qwen(8, 8, norm="layer", deepstack=3),
-        ProjectorConfig.mistral3(8, 8, eps=1e-5, bias=True),
+        ProjectorConfig.merging(8, 8, eps=1e-5, bias=True),
     ],
     ids=["gemma3", "idefics3", "internvl", "qwen3", "mistral3"],
 )

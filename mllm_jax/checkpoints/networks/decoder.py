@@ -16,7 +16,7 @@ TYPES = tuple(MODELS)
 _IGNORED = fields_.IGNORED | frozenset(
     """
     _attn_implementation _flash_attn_2_enabled _sliding_window_pattern cache_implementation
-    is_composition is_llama_config neftune_noise_alpha num_image_tokens perceiver_config
+    is_llama_config neftune_noise_alpha num_image_tokens perceiver_config
     pixel_shuffle_factor transformers.js_config use_resampler
     """.split()  # noqa: SIM905
 )

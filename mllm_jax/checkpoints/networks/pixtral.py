@@ -26,7 +26,7 @@ _ROPE = {
     "rope_type": (schema.only("axial", "default"), "axial"),
     "rope_theta": (schema.optional(schema.real(1, 1e12)), None),
 }
-_IGNORED = fields_.IGNORED | {"rope_parameters", "tie_word_embeddings"}
+_IGNORED = fields_.IGNORED | {"rope_parameters", "tie_word_embeddings", "vocab_size"}
 
 # Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's.
 SITES = {

@@ -33,8 +33,8 @@ def shuffled(hf: str, ours: str) -> tuple[keys.Row, ...]:
     return keys.rows(hf, ours, *keys.norm("layer_norm", "norm"), *_TWO)
 
 
-def mistral3(hf: str, ours: str) -> tuple[keys.Row, ...]:
-    """Return the key table of Mistral 3's projector."""
+def merging(hf: str, ours: str) -> tuple[keys.Row, ...]:
+    """Return the key table of a projector with a patch merger (Mistral 3)."""
     merge = keys.linear("patch_merger.merging_layer", "merge")
     return keys.rows(hf, ours, *keys.norm("norm", "norm"), *merge, *_TWO)
 

@@ -1,0 +1,245 @@
+"""Plans for GPUs: names, the chips' figures, their description to the compiler, and what it finds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mllm_jax.families.llava import model as llava
+from mllm_jax.planning import chips, compilation, gpu_targets, hlo, hlo_work, plan, programs, search
+
+TINY = llava.LlavaConfig.tiny()
+SIZE = programs.Size(rows=2, words=20, steps=5, lanes=3)
+GPUS = "h100", "h200", "a100", "l40s"
+needs_compiler = pytest.mark.skipif(
+    not compilation.has_gpu_compiler(),
+    reason="needs jax-cuda13-plugin, the compiler for GPUs: the extra plan-gpu",
+)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_a_gpu_alone_is_one_and_a_number_says_how_many(kind):
+    assert chips.Slice.parse(kind).chips == 1
+    for count in (1, 2, 4, 8):
+        slice_ = chips.Slice.parse(f"{kind}:{count}")
+        assert slice_.chips == count and slice_.chip is chips.CHIPS[kind]
+    assert [s.chips for s in chips.Slice.parse(kind).larger()] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h100:3", "topology 'h100:3': the slices of h100 are 1, 2, 4, 8"),
+        ("h100:16", "topology 'h100:16': the slices of h100 are 1"),
+        ("a100:2x4", "topology 'a100:2x4': the slices of a100 are 1"),
+        ("h200:", "topology 'h200:': the slices of h200 are 1"),
+        ("l40s:08", "topology 'l40s:08': the slices of l40s are 1"),
+        ("H100", "topology 'H100': the chips are v4, v5e, v5p, v6e, h100, h200, a100, l40s"),
+        ("h100x8", "topology 'h100x8': the chips are"),
+        ("v5e", "topology 'v5e': the slices of v5e are 1x1"),
+    ],
+)
+def test_what_is_no_topology_is_refused(topology, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan.plan(TINY, SIZE, topology=topology, compile=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops", "gigabytes", "gigabytes_per_second", "links"),
+    [
+        ("h100", 1979 / 2, 80, 3352, 900),
+        ("h200", 1979 / 2, 141, 4800, 900),
+        ("a100", 624 / 2, 80, 2039, 600),
+        ("l40s", 362.05, 48, 864, 64),
+    ],
+)
+def test_the_figures_of_the_data_sheets(kind, tflops, gigabytes, gigabytes_per_second, links):
+    chip = chips.CHIPS[kind]
+    assert chip.platform == "cuda"
+    assert chip.flops == tflops * 1e12
+    assert chip.bandwidth == gigabytes_per_second * 1e9
+    assert chip.links == links * 1e9 / 2
+    # Sheets count in 2^30 bytes (H100, A100) or 10^9; the driver keeps some.
+    assert 0.98e9 * gigabytes < chip.memory < 2**30 * gigabytes
+
+
+def fields(text: str) -> dict[str, str]:
+    """The fields of a text proto, by dotted name; nothing else may stand in it."""
+    found, path = {}, []
+    for name, opening, value, closing in re.findall(
+        r'(\w+)\s*(?:(\{)|:\s*("[^"]*"|[\w.]+))|(\})', text
+    ):
+        if closing:
+            path.pop()
+        elif opening:
+            path.append(name)
+        else:
+            assert found.setdefault(".".join([*path, name]), value) is value, name
+    assert not path
+    return found
+
+
+@pytest.mark.parametrize("kind", [k for k, chip in chips.CHIPS.items() if chip.platform == "cuda"])
+def test_the_description_of_a_gpu(kind):
+    found, chip = fields(gpu_targets.target_config(kind)), chips.CHIPS[kind]
+    assert found["platform_name"] == '"CUDA"'
+    assert kind.upper() in found["device_description_str"]
+    device = {name.split(".", 1)[1]: v for name, v in found.items() if name.startswith("gpu_")}
+    assert int(device["device_memory_size"]) == chip.memory
+    assert int(device["memory_bandwidth"]) == chip.bandwidth
+    # A block leaves 1 KiB of the shared memory of its core to the system.
+    optin = int(device["shared_memory_per_block_optin"])
+    assert int(device["shared_memory_per_core"]) - optin == 1024
+    # Float32 operations per second of the data sheets: 67, 67, 19.5 and 91.6 TFLOPs.
+    float32 = {"h100": 67, "h200": 67, "a100": 19.5, "l40s": 91.6}[kind]
+    units = int(device["core_count"]) * int(device["fpus_per_core"])
+    assert 2 * units * float(device["clock_rate_ghz"]) / 1e3 == pytest.approx(float32, rel=0.01)
+    capability = {"h100": (9, 0), "h200": (9, 0), "a100": (8, 0), "l40s": (8, 9)}[kind]
+    assert capability == tuple(
+        int(device[f"cuda_compute_capability.{name}"]) for name in ("major", "minor")
+    )
+
+
+@pytest.mark.parametrize("topology", ["h100", "l40s:4"])
+def test_without_the_compiler_one_line_says_what_to_install(topology, monkeypatch):
+    monkeypatch.setattr(compilation, "has_gpu_compiler", lambda: False)
+    for search_ in (plan.plan, search.smallest_topology):
+        with pytest.raises(ValueError, match=r"pip install 'mllm-jax\[plan-gpu\]'") as error:
+            search_(TINY, SIZE, topology=topology, study="counts")
+        said = str(error.value)
+        assert said.startswith(f"topology '{chips.Slice.parse(topology)}': ")
+        assert "\n" not in said and len(said) < 400
+
+
+def test_from_shapes_a_plan_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(compilation, "has_gpu_compiler", lambda: False)
+    one, eight = (
+        plan.plan(TINY, SIZE, topology=name, study="counts", data=data, compile=False)
+        for name, data in (("h100", 1), ("h100:8", 2))
+    )
+    assert (eight.how, eight.data, eight.model, eight.rows) == (plan.SHAPES, 2, 4, 4)
+    assert one.capacity == eight.capacity == chips.CHIPS["h100"].memory
+    assert eight.flops == pytest.approx(one.flops / 4)
+    assert one.seconds["compute"] == one.flops / 989.5e12
+
+
+# A loop whose length is data around one of three trips, which copies a layer before its product.
+LOOPS = """HloModule jit_f, is_scheduled=true
+
+%slice (p.0: f32[3,8,8], p.1: s32[]) -> f32[1,8,8] {
+  %p.0 = f32[3,8,8]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = f32[1,8,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%inner (b.0: (s32[], f32[4,8], f32[3,8,8])) -> (s32[], f32[4,8], f32[3,8,8]) {
+  %b.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b.0), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%b.0), index=1
+  %w = f32[3,8,8]{2,1,0} get-tuple-element(%b.0), index=2
+  %copy = f32[1,8,8]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
+  %weights = f32[8,8]{1,0} bitcast(%copy)
+  %dot = f32[4,8]{1,0} dot(%x, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %next = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%i, %dot, %w)
+}
+
+%less (c.0: (s32[], f32[4,8], f32[3,8,8])) -> pred[] {
+  %c.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+%outer (o.0: (s32[], f32[4,8], f32[3,8,8])) -> (s32[], f32[4,8], f32[3,8,8]) {
+  %o.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  ROOT %layers = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) while(%o.0), condition=%less, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+ENTRY %main (a.0: s32[], a.1: f32[4,8], a.2: f32[3,8,8]) -> f32[4,8] {
+  %a.0 = s32[] parameter(0)
+  %a.1 = f32[4,8]{1,0} parameter(1)
+  %a.2 = f32[3,8,8]{2,1,0} parameter(2)
+  %twice = f32[4,8]{1,0} add(%a.1, %a.1)
+  %start = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%a.0, %twice, %a.2)
+  %tokens = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) while(%start), condition=%less, body=%outer
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%tokens), index=1
+}
+"""
+
+
+def test_bytes_of_each_trip_count_a_copied_layer_three_times():
+    program = hlo.Program(LOOPS)
+    layer, x, index = 8 * 8 * 4, 4 * 8 * 4, 4
+    trip = 3 * (2 * layer + index + (layer + 2 * x))  # read and written, then read by the product
+    assert hlo_work.moved_per_trip(program) == trip
+    assert hlo_work.count_work(program, unknown=5).moved == 5 * trip + 3 * x
+
+
+def test_a_generation_says_what_a_token_moves():
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "model"))
+    found = plan.plan(TINY, SIZE, topology=mesh, study="generate")
+    layers = programs.abstract_model(TINY, jnp.bfloat16).lm.layers
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    assert read < found.moved_per_token < found.moved / (SIZE.steps - 1)
+    assert "bytes moved by a token" in found.table()
+    counts = plan.plan(TINY, SIZE, topology=mesh, study="counts")
+    assert counts.moved_per_token is None and "by a token" not in counts.table()
+
+
+@pytest.mark.parametrize(
+    "message", ["INTERNAL: libdevice not found at ./libdevice.10.bc", "No ptxas binary was found."]
+)
+def test_a_missing_part_of_the_compiler_is_named(message):
+    class Lowered:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(ValueError, match=r"does not find (libdevice|ptxas): pip install"):
+        compilation.compile_lowered(Lowered())
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compilation.compile_lowered(Lowered())
+
+
+def test_the_extra_installs_the_plugin_of_the_version_of_jax():
+    said = importlib.metadata.metadata("jax")
+    assert "cuda13-local" in said.get_all("Provides-Extra")
+    needs = [r for r in said.get_all("Requires-Dist") if '"cuda13-local"' in r]
+    assert any("jax-cuda13-plugin" in r and jax.__version__ in r for r in needs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("topology", [*GPUS, "h100:4"])
+def test_compiled_for_gpus_a_product_is_counted(topology):
+    slice_ = chips.Slice.parse(topology)
+    mesh = Mesh(np.array(compilation.topology_devices(slice_)), ("x",))
+    n = slice_.chips
+
+    def arg(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    lowered = jax.jit(lambda x, w: jnp.tanh(x @ w).sum(1)).lower(
+        arg((256, 512), P(None, "x")), arg((512, 128), P("x"))
+    )
+    found = compilation.compile_lowered(lowered, compilation.topology_options(slice_))
+    done = hlo_work.count_work(hlo.Program(found.text))
+    assert done.flops == 2 * 256 * 512 * 128 / n
+    assert done.moved >= (256 * 512 + 512 * 128) * 2 / n
+    assert [c.kind for c in done.collectives] == ["all-reduce"] * (n > 1)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("topology", ["h100", "h100:4"])
+@pytest.mark.parametrize("study", ["counts", "generate"])
+def test_compiled_for_gpus_a_study_does_the_work_of_its_shapes(study, topology):
+    found = plan.plan(TINY, SIZE, topology=topology, study=study)
+    assert found.how == plan.COMPILED and found.fits and not found.gathers()
+    assert found.flops == pytest.approx(found.ideal, rel=0.01)
+    assert found.moved > found.bytes["weights"] and found.bytes["activations"] > 0
