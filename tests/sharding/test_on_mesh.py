@@ -27,7 +27,7 @@ def run(shape: str, families: str, *more: str) -> None:
 
 
 FAMILIES = (
-    "llava", "next", "instructblip", "onevision", "paligemma", "gemma3", "internvl", "qwen2.5",
+    "llava", "next", "instructblip", "onevision", "gemma3", "internvl", "qwen2.5",
     "qwen3",
 )  # fmt: skip
 
