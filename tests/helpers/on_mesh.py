@@ -21,7 +21,9 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.internvl.model import InternVlConfig
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
@@ -34,7 +36,7 @@ from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import qwen, tiny
+from tests.helpers import gemma, internvl, qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -51,9 +53,11 @@ CONFIGS = {
     "paligemma": dataclasses.replace(
         paligemma.PaliGemmaConfig.tiny(),
         lm=dataclasses.replace(  # caps so high that no logits are equal at them
-            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=100.0, attention_softcap=50.0
+            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=8.0, attention_softcap=50.0
         ),
     ),
+    "gemma3": gemma3.Gemma3Config.tiny(),
+    "internvl": InternVlConfig.tiny(),
     "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
     "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
         qwen3_vl.Qwen3VLConfig.tiny(),
@@ -62,6 +66,8 @@ CONFIGS = {
 }
 PROCESSORS = {
     "instructblip": tiny.instructblip_processor,
+    "gemma3": gemma.processor,
+    "internvl": internvl.processor,
     "qwen2.5": qwen.processor,
     "qwen3": qwen.processor,
 }
