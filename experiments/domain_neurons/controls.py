@@ -60,9 +60,8 @@ def draw(study: Study, neurons: Mapping[str, SelectedNeurons], rates: Rates) -> 
         for kind in (kind for kind in KINDS if draws[kind]):
             if kind == "rate":
                 drawn = controls.rate_matched(
-                    selected.mask, rates[module], draws=draws[kind], key=config.seed,
-                    exclude=selected.selected,
-                ).mask  # fmt: skip
+                    selected.mask, rates[module], draws=draws[kind], key=config.seed
+                ).mask
             else:
                 drawn = np.stack(
                     [domain_neurons.random_like(selected, seed) for seed in range(draws[kind])]

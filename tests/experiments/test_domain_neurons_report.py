@@ -124,9 +124,14 @@ def test_sentences_follow_from_the_numbers(written):
     assert "In 5 of 135 layers" in text and "the controls miss, by up to 11 points" in text
     assert f"{page.MINUS}5.0 [{page.MINUS}10.0, +0.0]" in text
     assert "20 tests with own neurons, 240 questions: 4.2 points at the least" in text
-    beyond = sum(test["beyond_chance"] for test in results["stability"].values())
-    selected = sum(found["selected"] for found in results["selection"].values())
-    assert f"{beyond:,} of {selected:,} selected neurons have a lower entropy" in text
+    told = [
+        f"{results['stability'][module]['beyond_chance']:,} of "
+        f"{results['selection'][module]['selected']:,} in the {title}"
+        for module, title in (
+            ("vision", "vision encoder"), ("projector", "projector"), ("lm", "language model"),
+        )
+    ]  # fmt: skip
+    assert f"{told[0]}, {told[1]} and {told[2]} have a lower entropy than" in text
     assert "AUROC shares most neurons with entropy: a Jaccard index of 0.30" in text
     assert "One of the two boundaries meets one in the number of neurons by layer" in text
     assert "60\N{NO-BREAK SPACE}% in the vision encoder and 60" in text

@@ -78,12 +78,15 @@ def _read_stability(
             "These are too few groups of examples to tell: shuffled domains are often the true "
             "ones again. More pictures tell, or more groups of them (config.groups)."
         )
-    beyond = sum(test["beyond_chance"] for test in tested.values())
-    selected = sum(selection[module]["selected"] for module in tested)
+    counts = [
+        f"{test['beyond_chance']:,} of {selection[module]['selected']:,} in "
+        f"the {parts.title(module).lower()}"
+        for module, test in tested.items()
+    ]
     return (
-        f"{beyond:,} of {selected:,} selected neurons have a lower entropy than the lowest that "
-        f"shuffled domains give in {parts.percent(1 - level)} of all shuffles; a rate of the best "
-        "one percent always selects that many."
+        f"{parts.join_words(counts)} have a lower entropy than the lowest that shuffled domains "
+        f"give in {parts.percent(1 - level)} of all shuffles; a rate of the best one percent "
+        "always selects that many."
     )
 
 
