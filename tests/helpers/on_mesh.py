@@ -21,10 +21,12 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.families.idefics3 import model as idefics3_model
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
+from mllm_jax.families.mistral3 import model as mistral3_model
 from mllm_jax.families.paligemma import model as paligemma
 from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from mllm_jax.families.qwen3_vl import model as qwen3_vl
@@ -34,7 +36,7 @@ from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import qwen, tiny
+from tests.helpers import idefics3, pixtral, qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -48,6 +50,8 @@ CONFIGS = {
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
     "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
+    "idefics3": idefics3_model.Idefics3Config.tiny(),
+    "mistral3": mistral3_model.Mistral3Config.tiny(),
     "paligemma": paligemma.PaliGemmaConfig.tiny(),
     "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
     "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
@@ -57,6 +61,8 @@ CONFIGS = {
 }
 PROCESSORS = {
     "instructblip": tiny.instructblip_processor,
+    "idefics3": idefics3.processor,
+    "mistral3": pixtral.processor,
     "qwen2.5": qwen.processor,
     "qwen3": qwen.processor,
 }

@@ -26,7 +26,10 @@ def run(shape: str, families: str, *more: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-FAMILIES = "llava", "next", "instructblip", "onevision", "paligemma", "qwen2.5", "qwen3"
+FAMILIES = (
+    "llava", "next", "instructblip", "onevision", "paligemma", "qwen2.5", "qwen3", "idefics3",
+    "mistral3",
+)  # fmt: skip
 
 
 def cases():
