@@ -58,7 +58,8 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 skips splits, resamples and shuffles
     config.level = 0.05  # probability of a false neuron under shuffled labels
-    config.controls = 3  # seeds of random neurons, the same number in each layer
+    config.controls = 10  # draws of neurons of the same layers and activation rates
+    config.random_controls = 3  # draws of any neurons of the same layers
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
     config.picture_layers = 4
     config.seed = 0

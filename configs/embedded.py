@@ -32,4 +32,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.modules = ("all",)
         config.compare = ("auroc", "difference", "random")
         config.shuffles = 99
+        config.controls = 3  # too few draws for narrow intervals
+        config.random_controls = 2
     return config

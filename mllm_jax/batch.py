@@ -87,6 +87,8 @@ class Batch:
       qformer_ids: The question of each image in the Q-Former's own tokens, int32[I, T], or None.
       qformer_kind: The kinds of these tokens, int8[I, T], or None.
       processor: The processor that made the batch, which turns tokens into text. Static.
+      shares_tiles: Whether rows read the tiles of other rows: not so where the tiles, split evenly,
+        are those of the rows in order. Static, since a mesh places the tiles by it.
     """
 
     ids: Int[AnyArray, "B T"]
@@ -106,6 +108,7 @@ class Batch:
     qformer_ids: Int[AnyArray, "I T"] | None = None
     qformer_kind: Int[AnyArray, "I T"] | None = None
     processor: Any = dataclasses.field(default=None, metadata={"static": True})
+    shares_tiles: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def valid(self) -> Bool[AnyArray, "B T"]:
@@ -177,7 +180,7 @@ class Batch:
 
     def _fingerprint_(self) -> list[Any]:
         """Return the content that identifies the batch: its arrays, in order."""
-        fields = (f.name for f in dataclasses.fields(self) if f.name != "processor")
+        fields = (f.name for f in dataclasses.fields(self) if not f.metadata.get("static"))
         return [getattr(self, name) for name in fields]
 
     def _repr_html_(self) -> str:

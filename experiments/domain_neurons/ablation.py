@@ -12,11 +12,14 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from experiments.domain_neurons import effects
 from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.controls import KINDS as CONTROLS
+from experiments.domain_neurons.controls import Controls, Kind
 from experiments.domain_neurons.measures import MEASURES, Measure, check_measure
 from experiments.modules import ablate_masks
 from mllm_jax import tokens as tok
-from mllm_jax.analysis import deviation, domain_neurons, intervals, official
+from mllm_jax.analysis import deviation, intervals, official
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.batch import Batch
 
@@ -31,18 +34,20 @@ class Cell:
         module: the module whose neurons are ablated, several joined by +, or "all".
         mask: the domain whose neurons are ablated.
         data: the domain that is tested.
-        control: the seed of equally many random neurons in their place; None for none.
+        control: the kind of control that is ablated in their place; None for none.
+        draw: the number of its draw; None for none.
     """
 
     module: str
     mask: str
     data: str
-    control: int | None
+    control: Kind | None = None
+    draw: int | None = None
 
     @property
     def name(self) -> str:
         """The name of the ablation among those of its data."""
-        kind = "selected" if self.control is None else f"random{self.control}"
+        kind = "selected" if self.control is None else f"{self.control}{self.draw}"
         return f"{self.module}-{self.mask}-{kind}"
 
 
@@ -52,12 +57,14 @@ class Ablations(NamedTuple):
     Attributes:
         baseline: the accuracy of the model without ablation, by domain.
         cells: a row for each cell.
-        against_random: a row for each domain's own neurons against random ones, by module.
+        effects: a row for each domain's own neurons against a kind of control, by module.
+        power: a row for each family of tests of the cells, by domain.
     """
 
     baseline: dict[str, dict[str, Any]]
     cells: list[dict[str, Any]]
-    against_random: list[dict[str, Any]]
+    effects: list[dict[str, Any]]
+    power: list[dict[str, Any]]
 
 
 Masks = Mapping[str, np.ndarray]  # bool[L, F] by module
@@ -68,18 +75,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_measure(config)
 
 
-def ablate(study: Study, neurons: Mapping[str, SelectedNeurons]) -> Ablations:
+def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Controls) -> Ablations:
     """Measure the accuracy and the deviation of hidden states of every ablation."""
-    random = {
-        (module, seed): domain_neurons.random_like(selected, seed)
-        for module, selected in neurons.items()
-        for seed in range(study.config.controls)
-    }
 
     def masks_of(cell: Cell) -> dict[str, np.ndarray]:
         domain = study.names.index(cell.mask)
         masks = {
-            m: (neurons[m].mask if cell.control is None else random[m, cell.control])[domain]
+            m: neurons[m].mask[domain]
+            if cell.control is None
+            else controls.masks[m, cell.control][cell.draw, domain]
             for m in ablated_modules(study, cell.module)
         }
         return {m: mask for m, mask in masks.items() if mask.any()}
@@ -87,18 +91,20 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons]) -> Ablations:
     baseline, rows, against = {}, [], []
     for name in study.names:
         measure = MEASURES[study.config.measure](study, name)
-        cells = {cell: masks_of(cell) for cell in _cells(study.config, study.names, name)}
+        cells = {cell: masks_of(cell) for cell in _cells(study, controls, name)}
         clean, edited = measure_all(study, measure, cells)
         baseline[name] = _mean(clean["score"]) | {"chance": measure.chance, "metric": measure.name}
         rows += [
             _row(cell, clean, edited[cell], sum(int(mask.sum()) for mask in masks.values()))
             for cell, masks in cells.items()
         ]
-        against += [_against(module, name, edited) for module in study.config.modules]
-    _correct([row for row in rows if row["control"] is None])
-    against = [row for row in against if row]
-    _correct(against)
-    return Ablations(baseline, rows, against)
+        against += [
+            row for module in study.config.modules for row in _against(module, name, edited)
+        ]
+    questions = {name: score["n"] for name, score in baseline.items()}
+    power = effects.correct_cells([row for row in rows if row["control"] is None], questions)
+    effects.correct_effects(against)
+    return Ablations(baseline, rows, against, power)
 
 
 def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
@@ -126,13 +132,14 @@ def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
     return tuple(ours[m] for m in official.ablated(released.get(n, n) for n in named))
 
 
-def _cells(config: ml_collections.ConfigDict, names: tuple[str, ...], data: str) -> Iterator[Cell]:
+def _cells(study: Study, controls: Controls, data: str) -> Iterator[Cell]:
     """Yield every mask on a domain, and the controls of the domain's own mask."""
-    for module in config.modules:
-        for mask in names:
-            yield Cell(module, mask, data, None)
-        for seed in range(config.controls):
-            yield Cell(module, data, data, seed)
+    for module in study.config.modules:
+        for mask in study.names:
+            yield Cell(module, mask, data)
+        for kind, draws in controls.draws.items():
+            for draw in range(draws):
+                yield Cell(module, data, data, kind, draw)
 
 
 def measure_all(
@@ -207,7 +214,7 @@ def _row(
         **dataclasses.asdict(cell),
         "neurons": neurons,
         "accuracy": float(edited["score"].mean()),
-        **_change(clean["score"], edited["score"]),
+        **effects.change(clean["score"], edited["score"]),
         "deviation": {
             kind: {"relative_l2": float(mean.relative_l2[k]), "cosine": float(mean.cosine[k])}
             for k, kind in enumerate(KINDS)
@@ -216,33 +223,16 @@ def _row(
     }
 
 
-def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """Return the mean paired difference, its interval, and the p-value of no difference."""
-    change = intervals.paired_difference(before, after)
-    return {
-        "difference": float(change.value), "low": float(change.low), "high": float(change.high),
-        "p": intervals.sign_flip(after - before),
-    }  # fmt: skip
-
-
-def _against(
-    module: str, name: str, edited: Mapping[Cell, Mapping[str, np.ndarray]]
-) -> dict[str, Any]:
-    """Compare a domain's own neurons with the mean of random ones, question by question."""
-    own = edited[Cell(module, name, name, None)]["score"]
-    random = [
-        arrays["score"]
-        for cell, arrays in edited.items()
-        if cell.module == module and cell.control is not None
-    ]
-    if not random:
-        return {}
-    return {"module": module, "data": name, **_change(np.mean(random, axis=0), own)}
-
-
-def _correct(rows: list[dict[str, Any]]) -> None:
-    """Add `p_holm`, the p-values corrected for the number of rows (Holm)."""
-    if rows:
-        adjusted = intervals.holm(np.array([row["p"] for row in rows]))
-        for row, p in zip(rows, adjusted, strict=True):
-            row["p_holm"] = float(p)
+def _against(module: str, name: str, edited: Mapping[Cell, effects.Arrays]) -> list[dict[str, Any]]:
+    """Compare a domain's own neurons with each kind of control, question by question."""
+    draws = {
+        kind: [
+            arrays
+            for cell, arrays in edited.items()
+            if cell.module == module and cell.control == kind
+        ]
+        for kind in CONTROLS
+    }
+    own = edited[Cell(module, name, name)]
+    rows = effects.against_controls(own, draws, KINDS)
+    return [{"module": module, "data": name, **row} for row in rows]

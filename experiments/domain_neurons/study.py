@@ -10,7 +10,15 @@ import numpy as np
 
 import mllm_jax as mj
 from experiments import examples
-from experiments.domain_neurons import ablation, counts, layers, pictures, robustness, selection
+from experiments.domain_neurons import (
+    ablation,
+    controls,
+    counts,
+    layers,
+    pictures,
+    robustness,
+    selection,
+)
 from experiments.domain_neurons.context import Study
 from experiments.domain_neurons.report import page
 from experiments.modules import MODULES
@@ -50,21 +58,28 @@ def run(
         ablation.ablated_modules(study, module)  # refuse an unknown module before the count
 
     counted: selection.DomainCounts = {}
-    neurons = selection.read(study) if config.masks else {}
-    if not neurons:
+    if not config.masks or config.controls:
         counted = {name: counts.count(study, name) for name in train}
+    rates = controls.rates(study, counted) if counted else {}
+    if config.masks:
+        neurons, counted = selection.read(study), {}
+    else:
         neurons = selection.select(study, counted, selection.rule(config))
     selection.write(study, neurons)
-    study.finish(_results(study, counted, neurons), page.write, seed=config.seed)
+    drawn = controls.draw(study, neurons, rates)
+    study.finish(_results(study, counted, neurons, drawn), page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 
 def _results(
-    study: Study, counted: selection.DomainCounts, neurons: Mapping[str, SelectedNeurons]
+    study: Study,
+    counted: selection.DomainCounts,
+    neurons: Mapping[str, SelectedNeurons],
+    drawn: controls.Controls,
 ) -> dict[str, Any]:
     """Return the content of results.json. `counted` is empty where a file gave the neurons."""
     config = study.config
-    ablated = ablation.ablate(study, neurons)
+    ablated = ablation.ablate(study, neurons, drawn)
     lens = layers.read(study)
     modules = study.shapes if counted else ()
     return {
@@ -83,7 +98,9 @@ def _results(
         "comparison": robustness.compare(study, counted, neurons) if counted else {},
         "baseline": ablated.baseline,
         "ablation": ablated.cells,
-        "against_random": ablated.against_random,
+        "controls": drawn.rows,
+        "effects": ablated.effects,
+        "power": ablated.power,
         "lens": layers.curves(lens),
         "stages": layers.staged(lens, neurons["lm"]),
         "features": layers.features(lens),

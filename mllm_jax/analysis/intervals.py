@@ -1,4 +1,4 @@
-"""Bootstrap intervals over examples, a paired test, and Holm's correction for many tests.
+"""Intervals over examples and over draws, a paired test, and Holm's correction for many tests.
 
 Everything is seeded and free of BLAS, so that equal inputs give equal bytes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import scipy.stats
 
 from mllm_jax.analysis import checks
 
@@ -142,12 +143,73 @@ def paired_difference(
     return mean(after - before, **options)
 
 
+class Effect(NamedTuple):
+    """The effect of something beyond that of its random controls, such as drawn neurons.
+
+    Attributes:
+        value: the mean over examples of own - control, the mean over draws.
+        low: the lower end of its interval; NaN with a single draw or example, which tell no spread.
+        high: the upper end.
+        p: the two-sided p-value of no difference; NaN likewise.
+        error: the standard error of the value; NaN likewise.
+        degrees: the degrees of freedom of the interval (Satterthwaite); NaN likewise.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    error: float
+    degrees: float
+
+
+def effect(own: np.ndarray, control: np.ndarray, *, level: float = LEVEL) -> Effect:
+    """Compute own - control with a t interval over both examples and draws.
+
+    Examples and draws are both samples: with few draws, one that happens to matter makes the
+    interval wide. The variance is the sum of that over examples (of the mean over draws) and that
+    over draws (of the mean over examples), which counts the part that depends on both twice and so
+    is rather too large. The p-value is the larger of those of the t test and of `sign_flip`: the
+    latter is exact where few examples change, but takes the draws as given.
+
+    Args:
+        own: float[N], a value for each example.
+        control: float[R, N], the values of the same examples in R draws.
+        level: mass of the interval.
+
+    Returns:
+        The effect.
+    """
+    own = checks.finite(own, "own", axes="[N]")
+    control = checks.finite(control, "control", axes="[R, N]")
+    if not control.size or control.shape[1:] != own.shape:
+        raise ValueError(f"control must be [draws, {len(own)}], one or more, not {control.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
+    differences = own - control.mean(axis=0)
+    value = float(differences.mean())
+    if min(control.shape) < 2:
+        return Effect(value, *[np.nan] * 5)
+    sizes = np.array([len(own), len(control)])
+    parts = np.array([differences.var(ddof=1), control.mean(axis=1).var(ddof=1)]) / sizes
+    error = float(np.sqrt(parts.sum()))
+    if not error:
+        return Effect(value, value, value, sign_flip(differences), 0.0, float(sizes.min() - 1))
+    degrees = float(parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum())
+    half = float(scipy.stats.t.ppf((1 + level) / 2, degrees)) * error
+    p = 2 * float(scipy.stats.t.sf(abs(value) / error, degrees))
+    return Effect(value, value - half, value + half, max(p, sign_flip(differences)), error, degrees)
+
+
 def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
-    """Test whether paired differences have mean zero, by flipping their signs at random.
+    """Test whether paired differences have mean zero, by flipping their signs.
+
+    Differences of one size, such as those of answers that are right or wrong, are tested exactly
+    (McNemar's test); others by random flips.
 
     Args:
         differences: float[N], after - before of each example.
-        resamples: number of random flips; the smallest p-value is 1 / (resamples + 1).
+        resamples: number of random flips, of which the smallest p-value is 1 / (resamples + 1).
         seed: seed of the flips.
 
     Returns:
@@ -159,6 +221,8 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
     changed = differences[differences != 0]
     if not changed.size:
         return 1.0
+    if (np.abs(changed) == np.abs(changed[0])).all():
+        return float(scipy.stats.binomtest(int((changed > 0).sum()), changed.size).pvalue)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, changed.size))
     flipped = np.abs(np.einsum("rn,n->r", signs, changed))
     # Sums that differ by rounding alone count as equal.

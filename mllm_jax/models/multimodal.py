@@ -200,6 +200,7 @@ class MultimodalModel(nnx.Module):
             features=copy_tiles(batch.features),
             qformer_ids=copy_tiles(batch.qformer_ids),
             qformer_kind=copy_tiles(batch.qformer_kind, tokens.CODE["pad"]),
+            shares_tiles=False,
         )
 
     @property
@@ -272,7 +273,9 @@ def _take(images: Float[Array, "n D"], batch: Batch) -> Float[Array, "B T D"]:
     tiles = len(batch.is_real_tile)
 
     def take(index):
-        return collectives.take_image_tokens(images, jnp.maximum(index, 0), tiles)
+        return collectives.take_image_tokens(
+            images, jnp.maximum(index, 0), tiles, batch.shares_tiles
+        )
 
     interpolation = batch.interpolation
     if interpolation is None:

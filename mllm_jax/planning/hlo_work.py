@@ -57,6 +57,12 @@ def count_work(program: Program, *, unknown: int = 1) -> Work:
     return _Counter(program, unknown).work()
 
 
+def moved_per_trip(program: Program) -> float:
+    """Return the bytes that each trip of the loops whose length is data moves on one chip."""
+    one, none = (count_work(program, unknown=trips).moved for trips in (1, 0))
+    return one - none
+
+
 class _Counter:
     def __init__(self, program: Program, unknown: int):
         self.program, self.unknown = program, unknown

@@ -53,6 +53,7 @@ class Plan:
         flops: operations of matrix products.
         ideal: these operations if the chips shared them evenly, without repetition.
         moved: bytes from and to main memory; None without a compiler.
+        moved_per_token: of a generation, those of each token after the first, all rows together.
         collectives: the exchanges between chips: kind, of (the role of the array), array, group,
             times, received (bytes) and source.
         seconds: lower bounds of the time of a run by compute, memory and links, at the chip's
@@ -76,6 +77,7 @@ class Plan:
     moved: float | None
     collectives: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
+    moved_per_token: float | None = None
 
     @property
     def total(self) -> int:
@@ -127,6 +129,8 @@ class Plan:
                 ("bytes moved", format_bytes(self.moved)),
                 ("bytes received", format_bytes(self.received)),
             ]
+        if self.moved_per_token is not None:
+            rows.append(("bytes moved by a token", format_bytes(self.moved_per_token)))
         rows += [(f"at least, by {name}", format_seconds(s)) for name, s in self.seconds.items()]
         parts = [head, tables.markdown(("a chip", ""), rows)]
         columns = ("collective", "of", "array", "chips", "times", "received")
@@ -209,7 +213,7 @@ def plan(
         ideal=flops / mesh.size,
         **_findings(
             program, compiled, flops / mesh.size, chip,
-            exchanges.classifier(network, mesh),
+            exchanges.classifier(network, mesh), generates=study == "generate",
         ),
     )  # fmt: skip
 
@@ -238,7 +242,12 @@ def summary(plans: Sequence[Plan]) -> str:
 
 
 def _findings(
-    program: Program, compiled: Compiled | None, ideal: float, chip: Chip | None, subject: Callable
+    program: Program,
+    compiled: Compiled | None,
+    ideal: float,
+    chip: Chip | None,
+    subject: Callable,
+    generates: bool,
 ) -> dict[str, Any]:
     """Return the fields of a plan that depend on the result of the compiler."""
     held: dict[str, int] = {}
@@ -261,7 +270,8 @@ def _findings(
             "collectives": (),
             "seconds": _seconds(chip, ideal, resident),
         }
-    counted = hlo_work.count_work(hlo.Program(compiled.text), unknown=program.unknown)
+    text = hlo.Program(compiled.text)
+    counted = hlo_work.count_work(text, unknown=program.unknown)
     held |= {"activations": compiled.temporary, "results": compiled.results, "code": compiled.code}
     return {
         "how": COMPILED,
@@ -270,6 +280,7 @@ def _findings(
         "fits": None if capacity is None else sum(held.values()) <= capacity,
         "flops": counted.flops,
         "moved": counted.moved,
+        "moved_per_token": hlo_work.moved_per_trip(text) if generates else None,
         "collectives": exchanges.group_collectives(counted.collectives, subject),
         "seconds": _seconds(chip, counted.flops, counted.moved, counted.received),
     }

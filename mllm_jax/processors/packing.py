@@ -87,6 +87,7 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
         block=None if batch.block is None else select(batch.block, 0),
         interpolation=_select_sources(batch.interpolation, select),
         labels=rows.answer_positions(new_kind),
+        shares_tiles=True,
     )
 
 

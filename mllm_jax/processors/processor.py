@@ -43,7 +43,7 @@ class Processor(PromptEncoder):
       image_aspect_ratio: the option of that name of the original LLaVA. "square" leaves a picture
         to the image processor, which crops it; "pad" first makes it square with bars of the mean
         colour, as LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "anyres" where the
-        config has pinpoints, else "square".
+        config has pinpoints, "keep" where a picture keeps its shape, else "square".
       stop_ids: ids that end an answer, beside the tokenizer's end of sequence.
     """
 
@@ -58,6 +58,7 @@ class Processor(PromptEncoder):
         stop_ids: Sequence[int] = (),
     ):
         known = ("anyres",) if config.pinpoints else ("square", "pad")
+        known = ("keep",) if config.tile_side is None else known
         image_aspect_ratio = image_aspect_ratio or known[0]
         if image_aspect_ratio not in known:
             raise ValueError(
@@ -286,6 +287,7 @@ class Processor(PromptEncoder):
             block=attention_order.blocks(encoded, T, left, self.config.attends_forward),
             grid=self._grids(in_slot, tiles),
             processor=self,
+            shares_tiles=count < len(encoded),
         )
 
     def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:

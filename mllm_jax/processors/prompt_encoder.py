@@ -38,6 +38,7 @@ class PromptEncoder:
       image_text: the text of the image token in the tokenizer.
       placeholder: what the chat template writes for a picture; `picture_text` replaces it.
       written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
+      video_text: the text of the token of a video, which is refused; None where there is none.
       end_of_turn: the text of the token that ends an answer, where it is not the tokenizer's end of
         sequence and the checkpoint stops at it.
     """
@@ -46,6 +47,7 @@ class PromptEncoder:
     image_text: ClassVar[str] = IMAGE
     placeholder: ClassVar[str] = IMAGE
     written_placeholder: ClassVar[str] = IMAGE
+    video_text: ClassVar[str | None] = None
     end_of_turn: ClassVar[str | None] = None
 
     def __init__(
@@ -188,6 +190,10 @@ class PromptEncoder:
     def _encode_prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
         """Return the tokens of a prompt, each image token replaced by those of its picture."""
         text, questions = self.render(prompt, len(pictures))
+        if self.video_text and self.video_text in text:
+            raise ValueError(
+                f"the prompt has a video ({self.video_text}): give its frames as pictures"
+            )
         if self.placeholder != IMAGE:
             text, questions = replaced(text, questions, IMAGE, lambda _: self.written_placeholder)
         if text.count(self.placeholder) != len(pictures):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_jax.report import page
 
-FORMAT = 1  # the version of results.json, increased when its keys change
+FORMAT = 2  # the version of results.json, increased when its keys change
 Results = Mapping[str, Any]  # the content of results.json
 
 

@@ -52,7 +52,7 @@ def take_along_vocabulary(x: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Flo
 
 
 def take_image_tokens(
-    table: Float[Array, "n D"], index: Int[Array, "B T"], tiles: int
+    table: Float[Array, "n D"], index: Int[Array, "B T"], tiles: int, shared: bool = False
 ) -> Float[Array, "B T D"]:
     """Return table[index], reading the tokens of a row's own tiles on the device of the row.
 
@@ -60,11 +60,12 @@ def take_image_tokens(
         table: n // tiles tokens of each tile, tile by tile, and then tokens for every row.
         index: the place in the table of each token of a row.
         tiles: I. Rows share images where the number of rows does not divide it.
+        shared: whether they share images although it does.
     """
     rows = mesh.axes_for("B", len(index))
     if rows is None:
         return table[index]
-    if tiles % len(index):  # rows share images
+    if shared or tiles % len(index):
         return mesh.constrain(table, (None, None))[index]
     count = len(table) // tiles * tiles
 

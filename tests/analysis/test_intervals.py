@@ -63,9 +63,16 @@ def test_sign_flip_against_all_flips():
         abs(np.dot(signs, changed)) for signs in itertools.product([-1, 1], repeat=len(changed))
     ]
     exact = np.mean(np.array(sums) >= abs(changed.sum()))
-    assert intervals.sign_flip(differences) == pytest.approx(exact, abs=0.01)
+    assert intervals.sign_flip(differences) == pytest.approx(exact, rel=1e-12)
     assert intervals.sign_flip(np.zeros(5)) == 1
-    assert intervals.sign_flip(np.ones(30)) == 1 / 10000
+    assert intervals.sign_flip(-0.3 * np.ones(30)) == pytest.approx(2 * 2.0**-30)
+    sizes = 1 + np.arange(30) / 100
+    assert intervals.sign_flip(sizes) == 1 / 10000
+    uneven = np.array([1, 0.5, 0.5, 1, 0, -0.25, 0, 1, 0.75])
+    flips = itertools.product([-1, 1], repeat=7)
+    sums = [abs(np.dot(signs, uneven[uneven != 0])) for signs in flips]
+    exact = np.mean(np.array(sums) >= abs(uneven.sum()))
+    assert intervals.sign_flip(uneven) == pytest.approx(exact, abs=0.01)
 
 
 def test_holm():
@@ -89,3 +96,32 @@ def test_holm():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_effect_covers_the_truth_over_examples_and_draws():
+    """The truth is that of all draws that could have been: few draws alone would miss it."""
+    rng = np.random.default_rng(0)
+    hits = fixed = 0
+    for _ in range(400):
+        ability, luck = rng.normal(size=40), 0.5 * rng.normal(size=(6, 1))
+        own = 0.3 + ability + 0.3 * rng.normal(size=40)
+        control = ability + luck + 0.3 * rng.normal(size=(6, 40))
+        found = intervals.effect(own, control)
+        hits += found.low <= 0.3 <= found.high
+        over_examples = intervals.paired_difference(control.mean(axis=0), own, resamples=100)
+        fixed += over_examples.low <= 0.3 <= over_examples.high
+        assert found.value == pytest.approx((own - control).mean())
+    assert 0.92 <= hits / 400 <= 0.99
+    assert fixed / 400 < 0.6
+
+
+def test_effect_of_a_draw_alone_has_no_interval():
+    found = intervals.effect([0.0, 1.0, 1.0], [[0.0, 1.0, 0.0]])
+    assert found.value == pytest.approx(1 / 3)
+    assert np.isnan([found.low, found.high, found.p, found.error]).all()
+    same = intervals.effect(np.zeros(8), np.zeros((3, 8)))
+    assert same[:5] == (0, 0, 0, 1, 0)
+    # All change alike: there is no spread, yet three examples are no proof.
+    assert intervals.effect(np.ones(3), np.zeros((2, 3))).p == 0.25
+    with pytest.raises(ValueError, match=r"\[draws, 3\]"):
+        intervals.effect(np.zeros(3), np.zeros((2, 4)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 
 from experiments.domain_neurons import study as domain_neurons
@@ -14,7 +15,7 @@ from mllm_jax import store
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
-    "--config.controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
+    "--config.controls=2", "--config.random_controls=1", "--config.batch_size=3", "--config.modules=('lm', 'all')",
     "--config.shuffles=19", "--config.resamples=10",
 )  # fmt: skip
 
@@ -52,7 +53,10 @@ def test_selection_has_the_size_that_the_rates_ask_for(finished):
 
 def test_ablation_has_every_cell_and_its_controls(finished):
     rows = json.loads((finished / "results.json").read_text())["ablation"]
-    assert len(rows) == 2 * 3 * (3 + 2)  # modules lm and all
+    assert len(rows) == 2 * 3 * (3 + 2 + 1)  # modules lm and all
+    assert {(r["control"], r["draw"]) for r in rows if r["control"]} == {
+        ("rate", 0), ("rate", 1), ("layer", 0),
+    }  # fmt: skip
     moved = [r for r in rows if r["neurons"] and r["module"] == "lm"]
     assert any(r["deviation"]["image"]["relative_l2"] > 0 for r in moved)
     for row in rows:
@@ -65,7 +69,56 @@ def test_every_cell_is_tested_and_corrected(finished):
     selected = [row for row in results["ablation"] if row["control"] is None]
     assert all(0 < row["p"] <= row["p_holm"] <= 1 for row in selected)
     assert all("p_holm" not in row for row in results["ablation"] if row["control"] is not None)
-    assert len(results["against_random"]) == 2 * 3
+    families = {row["family"]: row for row in results["power"]}
+    assert families["own"]["tests"] == 2 * 3 and families["other"]["tests"] == 2 * 6
+    for row in selected:
+        assert (row["family"] == "own") == (row["mask"] == row["data"])
+    assert all(row["possible"] is row["likely"] is None for row in results["power"])  # 4 questions
+
+
+def test_controls_match_the_rates_and_say_where_they_do_not(finished):
+    """The rates anew from the counts in files and the masks that were written."""
+    results = json.loads((finished / "results.json").read_text())
+    rows = {(r["module"], r["data"], r["control"]): r for r in results["controls"]}
+    stored = np.load(finished / "masks.npz")
+    names = results["domains"]
+    for module, shape in results["modules"].items():
+        mask = next(v for k, v in stored.items() if k.startswith(shape["site"]) and v.dtype == bool)
+        for d, name in enumerate(names):
+            parts = [np.load(path) for path in (finished / "steps/counts").glob(f"{name}-*.npz")]
+            positive = sum(part[f"{module}/positive"].sum(-1) for part in parts)
+            rate = positive / sum(part[f"{module}/tokens"].sum() for part in parts)
+            if not mask[d].any():
+                assert (module, name, "rate") not in rows
+                continue
+            row = rows[module, name, "rate"]
+            assert row["rate"] == pytest.approx(rate[mask[d]].mean())
+            assert row["neurons"] == mask[d].sum() and row["draws"] == 2
+            missed = [abs(u["difference"] or 1) for u in row["unmatched"] if not u["missing"]]
+            assert all(miss > 0.02 for miss in missed)
+            if not row["unmatched"]:
+                assert abs(row["rate"] - row["drawn_rate"]) <= 0.02
+
+
+def test_effects_are_against_each_control_and_of_each_measure(finished):
+    results = json.loads((finished / "results.json").read_text())
+    cells = results["ablation"]
+    for row in results["effects"]:
+        if row["measure"] == "accuracy":
+            of = [
+                c for c in cells if (c["module"], c["data"]) == (row["module"], row["data"])
+                and c["mask"] == c["data"]
+            ]  # fmt: skip
+            own = next(c["accuracy"] for c in of if c["control"] is None)
+            drawn = [c["accuracy"] for c in of if c["control"] == row["control"]]
+            assert row["difference"] == pytest.approx(own - np.mean(drawn))
+            assert row["draws"] == len(drawn)
+        single = row["draws"] == 1
+        assert (row["low"] is None) == (row["p"] is None) == single
+        if not single:
+            assert row["low"] <= row["difference"] <= row["high"] and row["p_holm"] >= row["p"]
+    kinds = {(r["control"], r["measure"], r["tokens"]) for r in results["effects"]}
+    assert {("rate", "accuracy", None), ("layer", "relative_l2", "image")} <= kinds
 
 
 @pytest.mark.slow

@@ -28,9 +28,7 @@ def test_neurons_per_layer_shows_every_count():
 def test_ablation_matrix_marks_stars_and_gaps():
     change = np.array([[-0.2, 0.004], [np.nan, 0.0]])
     star = np.array([[True, False], [False, False]])
-    shown = texts(
-        plots.ablation_matrix({"lm": change}, {}, {"lm": star}, ["cats", "dogs"], "random")
-    )
+    shown = texts(plots.ablation_matrix({"lm": change}, {}, {"lm": star}, ["cats", "dogs"]))
     assert f"{page.MINUS}20*" in shown and "+0.4" in shown and "0" in shown
     assert "nan" not in " ".join(shown) and "random" not in shown
 
@@ -38,7 +36,7 @@ def test_ablation_matrix_marks_stars_and_gaps():
 @pytest.mark.parametrize("domains", [2, 5])
 def test_titles_of_an_ablation_matrix_have_room(domains):
     change, names = {"lm": np.zeros((domains, domains))}, [f"domain {i}" for i in range(domains)]
-    figure = plots.ablation_matrix(change, change, {}, names, "random neurons off\n(mean of 3)")
+    figure = plots.ablation_matrix(change, {"random neurons off\n(mean of 3)": change}, {}, names)
     figure.canvas.draw()
     above, below = (ax.yaxis.label.get_window_extent() for ax in figure.axes[:2])
     assert not above.overlaps(below)
@@ -48,20 +46,20 @@ def test_titles_of_an_ablation_matrix_have_room(domains):
 
 def test_ablation_matrix_of_no_measurement_at_all():
     nothing = {"lm": np.full((2, 2), np.nan)}
-    assert texts(plots.ablation_matrix(nothing, nothing, {}, ["cats", "dogs"], "random"))
+    assert texts(plots.ablation_matrix(nothing, {"random": nothing}, {}, ["cats", "dogs"]))
 
 
 @pytest.mark.parametrize("control", [{}, {"lm": {"image": {"cats": {"l2": 0.01}}}}])
 def test_deviation_with_zeros_and_without_controls(control):
     selected = {"lm": {"image": {"cats": {"l2": 0.2}, "dogs": {"l2": 0.0}}, "text": {}}}
-    shown = texts(plots.deviation(selected, control, {"l2": "relative L2"}))
+    shown = texts(plots.deviation(selected, control, {"l2": "relative L2"}, "random neurons"))
     assert {"cats", "image", "text", "relative L2", "0"} <= set(shown)
     assert ("random neurons" in shown) == bool(control)
 
 
 def test_deviation_of_nothing_but_zeros():
     selected = {"lm": {"image": {"cats": {"l2": 0.0}, "dogs": {"l2": 0.0}}}}
-    assert "0" in texts(plots.deviation(selected, {}, {"l2": "relative L2"}))
+    assert "0" in texts(plots.deviation(selected, {}, {"l2": "relative L2"}, ""))
 
 
 @pytest.mark.parametrize(

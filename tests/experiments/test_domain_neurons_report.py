@@ -53,7 +53,7 @@ def test_every_link_leads_to_a_file(written):
     assert links and all((folder / link).is_file() for link in links)
     made = {name for name in contents(folder) if not name.startswith("figures/picture")}
     assert made == links | {"index.html"}
-    assert reader.tags.count("section") == 10
+    assert reader.tags.count("section") == 11
 
 
 def test_figures_are_png_of_a_legible_size(written):
@@ -68,7 +68,8 @@ def test_tables_hold_the_numbers_exactly(written):
     assert len(table) == len(results["ablation"])
     for row, run in zip(table, results["ablation"], strict=True):
         assert float(row["difference"]) == run["difference"]
-        assert row["control"] == ("" if run["control"] is None else str(run["control"]))
+        assert row["control"] == (run["control"] or "")
+        assert row["draw"] == ("" if run["draw"] is None else str(run["draw"]))
     per_layer = rows(folder / "tables/neurons_per_layer.csv")
     assert len(per_layer) == 5 * (11 + 1 + 30)
     assert sum(int(row["neurons"]) for row in per_layer) == sum(
@@ -77,9 +78,9 @@ def test_tables_hold_the_numbers_exactly(written):
     undecided = rows(folder / "tables/stages.csv")[4]
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
     assert {path.name for path in (folder / "tables").iterdir()} == {
-        "ablation.csv", "accuracy.csv", "against_random.csv", "deviation.csv",
-        "domains_per_neuron.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
-        "overlap.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
+        "ablation.csv", "accuracy.csv", "controls.csv", "deviation.csv",
+        "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
+        "overlap.csv", "power.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
         "stability.csv", "tokens.csv",
     }  # fmt: skip
 
@@ -96,15 +97,13 @@ def test_too_few_groups_are_told_as_such(tmp_path):
 def test_sentences_follow_from_the_numbers(written):
     folder, results = written
     text = (folder / "index.html").read_text(encoding="utf-8")
-    own, random = (
+    own, matched, random = (
         [
             run
             for run in results["ablation"]
-            if run["module"] == "all"
-            and run["mask"] == run["data"]
-            and (run["control"] is None) == selected
+            if run["module"] == "all" and run["mask"] == run["data"] and run["control"] == control
         ]
-        for selected in (True, False)
+        for control in (None, "rate", "layer")
     )
 
     def points(runs):
@@ -116,16 +115,23 @@ def test_sentences_follow_from_the_numbers(written):
 
     stars = sum(run["p_holm"] <= 0.05 for run in own)
     assert f"changes by {points(own)} points" in text
-    assert f"as many random neurons: {points(random)}" in text
-    assert f"the change is beyond chance in {stars} of 5 domains, and other than that" in text
-    assert "that of random neurons in 3 of 5" in text
+    assert f"rate-matched neurons: {points(matched)}, random neurons: {points(random)}" in text
+    assert f"Domains with a change beyond chance: {stars} of 5." in text
+    assert "Other than that of rate-matched neurons: 3 of 5." in text
+    assert "Other than that of random neurons: 3 of 5." in text
+    assert "active on 94\N{NO-BREAK SPACE}% of their domain's tokens" in text.replace("&#x27;", "'")
+    assert "random neurons on 44\N{NO-BREAK SPACE}%" in text
+    assert "In 5 of 135 layers" in text and "the controls miss, by up to 11 points" in text
+    assert f"{page.MINUS}5.0 [{page.MINUS}10.0, +0.0]" in text
+    assert "20 tests with own neurons, 240 questions: 4.2 points at the least" in text
     beyond = sum(test["beyond_chance"] for test in results["stability"].values())
     selected = sum(found["selected"] for found in results["selection"].values())
     assert f"{beyond:,} of {selected:,} selected neurons have a lower entropy" in text
     assert "AUROC shares most neurons with entropy: a Jaccard index of 0.30" in text
     assert "One of the two boundaries meets one in the number of neurons by layer" in text
     assert "60\N{NO-BREAK SPACE}% in the vision encoder and 60" in text
-    assert f"by {moved(own):.2f} of their norm; random neurons, by {moved(random):.2f}" in text
+    assert f"by {moved(own):.2f} of their norm; rate-matched neurons, by" in text
+    assert f"by {moved(matched):.2f}; random neurons, by {moved(random):.2f}" in text
     assert "beats chance in 5 of 5 domains" in text
     assert "best in astronomy (82\N{NO-BREAK SPACE}%" in text
     assert "boundaries are decided in 4 of 5 domains" in text
@@ -151,11 +157,21 @@ def without(key):
 
 
 def without_controls(results):
-    results["against_random"] = []
+    results["controls"], results["effects"] = [], []
     results["ablation"] = [run for run in results["ablation"] if run["control"] is None]
 
 
+def without_power(results):
+    for row in (*results["power"], *results["effects"]):
+        row.update(possible=None, likely=None)
+    for row in results["effects"]:
+        row.update(low=None, high=None, p=None, p_holm=None)
+    for run in results["ablation"]:
+        run["p_holm"] = 1.0
+
+
 def with_one_cell_only(results):
+    results["controls"], results["effects"], results["power"] = [], [], results["power"][:1]
     results["ablation"] = results["ablation"][:1]
 
 
@@ -199,10 +215,11 @@ def in_parts(results):
     [
         ((without_controls, without_stages), 10),
         ((with_one_cell_only, without_neurons), 10),
-        ((without_deviation, without("pictures")), 8),
-        ((without("ablation"), without("baseline")), 7),
-        ((without("lens"), without("stability"), without("comparison")), 7),
-        ((of_given_neurons, in_parts), 10),
+        ((without_deviation, without("pictures")), 9),
+        ((without("ablation"), without("baseline"), without("effects"), without("power")), 7),
+        ((without("lens"), without("stability"), without("comparison")), 8),
+        ((of_given_neurons, in_parts, without("controls")), 11),
+        ((without_power,), 11),
     ],
     ids=[
         "controls, stages",
@@ -211,6 +228,7 @@ def in_parts(results):
         "ablation, baseline",
         "lens",
         "neurons of a file, parts",
+        "power",
     ],
 )
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
@@ -221,6 +239,21 @@ def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert Reader(text).tags.count("section") == sections
     assert "nan" not in text.replace("Nan", "")
+
+
+def test_what_could_not_be_found_is_said(tmp_path, undrawn):
+    """8 questions and 25 cells: "0 of 5 beyond chance" would pass for absence."""
+    results = study(tmp_path, grids=(2,))
+    without_power(results)
+    report.write(tmp_path, results)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "Domains with a change beyond chance: could not have been found." in text
+    assert "neurons: could not have been found." in text and "0 of 5" not in text
+    for row in results["power"]:
+        row.update(possible=0.2, likely=0.24)
+    report.write(tmp_path, results)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "none of 5; below 20.0 points could not have been found" in text
 
 
 def test_missing_keys_are_named(tmp_path):

@@ -35,7 +35,7 @@ PAPER = {
 }
 SMALL = (
     "--config.judge_fallback=True", "--config.batch_size=2", "--config.groups=2",
-    "--config.splits=2", "--config.resamples=4", "--config.shuffles=19", "--config.controls=1",
+    "--config.splits=2", "--config.resamples=4", "--config.shuffles=19", "--config.controls=1", "--config.random_controls=1",
     "--config.new_tokens=3", "--config.picture_layers=2", "--config.train_per_domain=4",
     "--config.test_per_domain=3", "--config.lens_per_domain=2",
 )  # fmt: skip
@@ -163,7 +163,7 @@ def test_instructblip_to_its_page(study):
     assert results["baseline"]["vqav2"]["metric"] == "VQA accuracy"
     assert "NOT Lingo-Judge" in results["baseline"]["lingoqa"]["metric"]
     cells = [row for row in results["ablation"] if row["module"] == "qformer+query"]
-    assert len(cells) == 5 * (5 + 1)
+    assert len(cells) == 5 * (5 + 1 + 1)
     assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert results["pictures"] == []  # queries are on no grid
     assert (workdir / "index.html").stat().st_size > 1000

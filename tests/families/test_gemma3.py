@@ -194,6 +194,20 @@ def test_a_picture_is_a_block_and_text_is_none(checkpoint):
     assert processor(None, ["what is it"]).block is None
 
 
+def test_pixels_of_odd_sizes_are_theirs(checkpoint):
+    """Squares, whatever the shape; also at a size at which bilinear resizing averages."""
+    processor = mj.load(checkpoint.directory)[1]
+    for number in range(30):
+        height, width = number * 97 % 301 + 1, number * 331 % 409 + 1
+        picture = tiny.picture(number, height, width)
+        want = checkpoint.processor(
+            images=[picture], text="<start_of_image> is it", return_tensors="np"
+        )
+        batch = processor([picture], ["<image> is it"])
+        np.testing.assert_array_equal(batch.ids[batch.valid], want["input_ids"][0])
+        np.testing.assert_array_equal(batch.pixels, want["pixel_values"].transpose(0, 2, 3, 1))
+
+
 def test_an_answer_ends_with_the_end_of_its_turn(checkpoint, tmp_path):
     processor = mj.load(checkpoint.directory)[1]
     end = processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")

@@ -196,6 +196,14 @@ def test_a_row_has_places_for_the_tiles_that_it_needs(processor):
     assert len(processor([flat], ["<image>"]).is_real_tile) == 1
 
 
+def test_video_is_refused(processor):
+    with pytest.raises(ValueError, match=r"has a video \(<video>\): give its frames as pictures"):
+        processor(None, ["<video> <image> what"])
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what"}]}]
+    with pytest.raises(ValueError, match="video"):
+        processor(None, [chat])
+
+
 def test_features_need_sizes(processor):
     features = np.zeros((1, 5 * 16, 32), np.float32)
     batch = processor(None, ["<image>"], features=features, sizes=[(20, 90)])

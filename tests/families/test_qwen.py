@@ -235,6 +235,8 @@ def test_the_settings_of_pictures(processors, tmp_path):
         wrong = QwenVLProcessor(tokenizer, make(**settings), config)
         with pytest.raises(ValueError, match=message):
             wrong([tiny.picture(0)], ["what"])
+    with pytest.raises(ValueError, match="image_aspect_ratio='pad': this model has keep"):
+        QwenVLProcessor(tokenizer, make(), config, image_aspect_ratio="pad")
     with pytest.raises(ValueError, match="less than one token"):
         QwenVLProcessor(tokenizer, make(), config, max_pixels=63)
 
@@ -299,3 +301,17 @@ def test_every_study_can_be_planned(study, monkeypatch):
     found = plan.plan(config, size, topology="v5e:2x4", study=study, data=2)
     assert found.tokens == 1152 and found.flops > 0  # 1,024 image tokens
     assert found.bytes["weights"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_a_tied_head(version, tmp_path):
+    family = qwen.checkpoint(version, tmp_path, tied=True)
+    model, processor = mj.load(tmp_path, dtype="float32")
+    assert model.config == family.config and model.config.lm.tied
+    batch = processor([tiny.picture(0, 40, 60)], ["what is it ?"])
+    given = {k: hf.torch.from_numpy(v) for k, v in qwen.inputs(batch, []).items()}
+    with hf.torch.no_grad():
+        want = family.network(**given).logits.numpy()
+    got = np.asarray(mj.run(model, batch, logits="all").logits)
+    np.testing.assert_allclose(got[batch.valid], want[batch.valid], rtol=0, atol=1e-4)

@@ -54,7 +54,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
         return projection.table(task.truth, said, task.classes, over=ORIGINAL, **FAST)
 
     results = {
-        "format": 1, "study": "projection", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
+        "format": 2, "study": "projection", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "seeds": [0, 1, 2], "rule": projection.RULE,
         "tasks": {
             name: {"topic": name, "classes": [f"{name} {c}" for c in range(task.classes)],

@@ -106,13 +106,18 @@ def fake_results(
                 s["neurons_per_domain"][mask] for m, s in selection.items() if module in (m, "all")
             )
             for j, data in enumerate(domains):
-                for control in (None, 0, 1, 2):
+                draws = [("rate", 0), ("rate", 1), ("layer", 0), ("layer", 1)] if i == j else []
+                for control, draw in [(None, None), *draws]:
                     scale = (2.0 if i == j else 0.5) if control is None else 0.15
                     difference = round(240 * -size * scale * rng.uniform(0.2, 1.2)) / 240
-                    moved = size * (1.6 if i == j else 0.9) * (1 if control is None else 0.35)
+                    moved = (
+                        size
+                        * (1.6 if i == j else 0.9)
+                        * {None: 1, "rate": 0.7, "layer": 0.35}[control]
+                    )
                     ablation.append({
                         "module": module, "mask": mask, "data": data, "neurons": neurons,
-                        "control": control, "accuracy": 0.7 + difference, "difference": difference,
+                        "control": control, "draw": draw, "accuracy": 0.7 + difference, "difference": difference,
                         **interval(difference, 0.025 + 0.15 * abs(difference)),
                         "p": 0.001 if difference < -0.06 else 0.4,
                         "deviation": {
@@ -127,10 +132,30 @@ def fake_results(
     for run in ablation:
         if run["control"] is None:
             run["p_holm"] = min(1.0, 20 * run["p"])
-    against = [
-        {"module": module, "data": data, "difference": -0.05, "low": -0.1, "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p)}
+            run["family"] = "own" if run["mask"] == run["data"] else "other"
+    power = [
+        {"family": family, "data": data, "tests": tests, "n": 240, "possible": share, "likely": 1.4 * share}
+        for family, tests, share in (("own", 4 * count, 0.042), ("other", 4 * count * (count - 1), 0.046))
+        for data in domains
+    ]  # fmt: skip
+    controls = [
+        {"module": module, "data": data, "control": control, "draws": 2, "neurons": 40, "rate": 0.94,
+         "drawn_rate": rate, "layers": 9, "unmatched": missed}
+        for module in MODULES
+        for data in domains
+        for control, rate, missed in (
+            ("rate", 0.93, [{"layer": 3, "difference": -0.11, "missing": 0}] if module == "lm" else []),
+            ("layer", 0.44, [{"layer": 0, "difference": -0.5, "missing": 0}]),
+        )
+    ]  # fmt: skip
+    effects = [
+        {"module": module, "data": data, "control": control, "draws": 2, "n": 240, "measure": measure,
+         "tokens": tokens, "own": -0.07, "drawn": -0.02, "difference": -0.05, "low": -0.1,
+         "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p), "possible": 0.06, "likely": 0.08}
         for module in effect
         for data, p in zip(domains, [0.001, 0.004, 0.2, 0.6, 0.009], strict=False)
+        for control in ("rate", "layer")
+        for measure, tokens in (("accuracy", None), ("relative_l2", "image"), ("cosine", "image"))
     ]  # fmt: skip
 
     x = np.arange(30)
@@ -209,11 +234,11 @@ def fake_results(
 
     accuracy = [0.74, 0.61, 0.69, 0.43, 0.82]
     return {
-        "format": 1, "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
+        "format": 2, "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
         "selection": selection, "selector": "entropy",
-        "stability": stability, "comparison": comparison, "against_random": against,
+        "stability": stability, "comparison": comparison, "controls": controls, "effects": effects, "power": power,
         "baseline": {
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)

@@ -137,7 +137,7 @@ ALL = {
     "siglip-qwen2": siglip_qwen2,
     "onevision": onevision,
     "qwen2.5-vl": functools.partial(qwen.checkpoint, "2.5"),
-    "qwen2-vl": functools.partial(qwen.checkpoint, "2", tied=True, kv_heads=4),
+    "qwen2-vl": functools.partial(qwen.checkpoint, "2", seed=6, kv_heads=4),
     "qwen3-vl": functools.partial(qwen.checkpoint, "3"),
     "gemma3": gemma.checkpoint,
     "internvl3": internvl.checkpoint,

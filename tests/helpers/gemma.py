@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 
 from mllm_jax import families
 from mllm_jax.families.gemma3.model import Gemma3Config
+from mllm_jax.families.gemma3.processor import Gemma3Processor
 from mllm_jax.models.decoder import DecoderConfig
 from tests.helpers import hf, tiny
 from tests.helpers.family import Family
@@ -52,6 +54,13 @@ def checkpoint(directory: pathlib.Path) -> Family:
             where=hf.POST_NORMS, trims=True,
         )
     )  # fmt: skip
+
+
+def processor(config: Gemma3Config) -> Gemma3Processor:
+    """Ours, of the parts of theirs."""
+    side = dict.fromkeys(("height", "width"), config.vision.image_size)
+    pictures = functools.partial(hf.transformers.Gemma3ImageProcessorPil, size=side)
+    return Gemma3Processor(tokenizer(config, TEMPLATE), pictures, config)
 
 
 def text_checkpoint(directory: pathlib.Path) -> Family:

@@ -9,6 +9,7 @@ import pathlib
 from mllm_jax import families
 from mllm_jax.checkpoints.networks import internvit
 from mllm_jax.families.internvl.model import InternVlConfig
+from mllm_jax.families.internvl.processor import InternVlProcessor
 from tests.helpers import hf, tiny
 from tests.helpers.family import Family
 
@@ -61,6 +62,12 @@ def network_of(config: InternVlConfig) -> hf.torch.nn.Module:
     del fields["model_type"], fields["architectures"]
     settings = hf.transformers.InternVLConfig(**fields, **hf.ATTENTION)
     return hf.transformers.InternVLForConditionalGeneration(settings)
+
+
+def processor(config: InternVlConfig) -> InternVlProcessor:
+    """Ours, of the parts of theirs."""
+    theirs = TheirProcessor(config)
+    return InternVlProcessor(theirs.tokenizer, lambda: theirs.image_processor, config)
 
 
 class TheirProcessor:

@@ -21,8 +21,10 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.families.gemma3 import model as gemma3
 from mllm_jax.families.idefics3 import model as idefics3_model
 from mllm_jax.families.instructblip import model as instructblip
+from mllm_jax.families.internvl.model import InternVlConfig
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
@@ -36,7 +38,7 @@ from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import idefics3, pixtral, qwen, tiny
+from tests.helpers import gemma, idefics3, internvl, pixtral, qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -52,7 +54,14 @@ CONFIGS = {
     "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
     "idefics3": idefics3_model.Idefics3Config.tiny(),
     "mistral3": mistral3_model.Mistral3Config.tiny(),
-    "paligemma": paligemma.PaliGemmaConfig.tiny(),
+    "paligemma": dataclasses.replace(
+        paligemma.PaliGemmaConfig.tiny(),
+        lm=dataclasses.replace(  # caps so high that no logits are equal at them
+            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=8.0, attention_softcap=50.0
+        ),
+    ),
+    "gemma3": gemma3.Gemma3Config.tiny(),
+    "internvl": InternVlConfig.tiny(),
     "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
     "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
         qwen3_vl.Qwen3VLConfig.tiny(),
@@ -63,6 +72,8 @@ PROCESSORS = {
     "instructblip": tiny.instructblip_processor,
     "idefics3": idefics3.processor,
     "mistral3": pixtral.processor,
+    "gemma3": gemma.processor,
+    "internvl": internvl.processor,
     "qwen2.5": qwen.processor,
     "qwen3": qwen.processor,
 }
@@ -217,12 +228,15 @@ def test_fit(family):
 
 
 def test_rows_that_share_pictures(family):
-    """Two pictures for eight rows, and five, which are as good as one a row."""
+    """Two pictures for eight rows, and five, which are as good as one a row; and four pairs."""
     one, many, processor = family
-    for count in (2, 5):
-        pictures = [tiny.picture(i, *SIDES[i % 4]) for i in range(count)]
+    for count, each in ((2, 1), (5, 1), (4, 2)):
+        pictures = [
+            [tiny.picture(each * i + n, *SIDES[i % 4]) for n in range(each)] for i in range(count)
+        ]
         prompts = [PROMPTS[0]] * 8
         batch = processor([pictures[i * 3 % count] for i in range(8)], prompts)
+        assert batch.shares_tiles == (count < 5)
         assert_same(*(mj.run(m, batch, logits="all").logits for m in (one, many)))
 
 

@@ -47,12 +47,12 @@ LIMITS = {"shortest_edge": 128, "longest_edge": 2048}  # 2 to 32 tokens
 _MERGER = {"2": "merger.mlp.1", "2.5": "merger.mlp.1", "3": "merger.act_fn"}
 
 
-def checkpoint(version: str, directory: pathlib.Path, **changes) -> Family:
+def checkpoint(version: str, directory: pathlib.Path, *, seed: int = 0, **changes) -> Family:
     """A checkpoint of a version; `changes` are to its language model."""
     config = families.FAMILIES[FOLDER[version]].config.tiny()
     config = dataclasses.replace(config, lm=dataclasses.replace(config.lm, **changes))
     network = network_of(config)
-    hf.random(network)
+    hf.random(network, seed)
     if config.lm.tied:
         network.tie_weights()
     network.save_pretrained(directory)

@@ -130,6 +130,68 @@ def test_from_shapes_a_plan_needs_no_compiler(monkeypatch):
     assert one.seconds["compute"] == one.flops / 989.5e12
 
 
+# A loop whose length is data around one of three trips, which copies a layer before its product.
+LOOPS = """HloModule jit_f, is_scheduled=true
+
+%slice (p.0: f32[3,8,8], p.1: s32[]) -> f32[1,8,8] {
+  %p.0 = f32[3,8,8]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = f32[1,8,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%inner (b.0: (s32[], f32[4,8], f32[3,8,8])) -> (s32[], f32[4,8], f32[3,8,8]) {
+  %b.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b.0), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%b.0), index=1
+  %w = f32[3,8,8]{2,1,0} get-tuple-element(%b.0), index=2
+  %copy = f32[1,8,8]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice
+  %weights = f32[8,8]{1,0} bitcast(%copy)
+  %dot = f32[4,8]{1,0} dot(%x, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %next = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%i, %dot, %w)
+}
+
+%less (c.0: (s32[], f32[4,8], f32[3,8,8])) -> pred[] {
+  %c.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+%outer (o.0: (s32[], f32[4,8], f32[3,8,8])) -> (s32[], f32[4,8], f32[3,8,8]) {
+  %o.0 = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) parameter(0)
+  ROOT %layers = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) while(%o.0), condition=%less, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+ENTRY %main (a.0: s32[], a.1: f32[4,8], a.2: f32[3,8,8]) -> f32[4,8] {
+  %a.0 = s32[] parameter(0)
+  %a.1 = f32[4,8]{1,0} parameter(1)
+  %a.2 = f32[3,8,8]{2,1,0} parameter(2)
+  %twice = f32[4,8]{1,0} add(%a.1, %a.1)
+  %start = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) tuple(%a.0, %twice, %a.2)
+  %tokens = (s32[], f32[4,8]{1,0}, f32[3,8,8]{2,1,0}) while(%start), condition=%less, body=%outer
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%tokens), index=1
+}
+"""
+
+
+def test_bytes_of_each_trip_count_a_copied_layer_three_times():
+    program = hlo.Program(LOOPS)
+    layer, x, index = 8 * 8 * 4, 4 * 8 * 4, 4
+    trip = 3 * (2 * layer + index + (layer + 2 * x))  # read and written, then read by the product
+    assert hlo_work.moved_per_trip(program) == trip
+    assert hlo_work.count_work(program, unknown=5).moved == 5 * trip + 3 * x
+
+
+def test_a_generation_says_what_a_token_moves():
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "model"))
+    found = plan.plan(TINY, SIZE, topology=mesh, study="generate")
+    layers = programs.abstract_model(TINY, jnp.bfloat16).lm.layers
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    assert read < found.moved_per_token < found.moved / (SIZE.steps - 1)
+    assert "bytes moved by a token" in found.table()
+    counts = plan.plan(TINY, SIZE, topology=mesh, study="counts")
+    assert counts.moved_per_token is None and "by a token" not in counts.table()
+
+
 @pytest.mark.parametrize(
     "message", ["INTERNAL: libdevice not found at ./libdevice.10.bc", "No ptxas binary was found."]
 )

@@ -73,3 +73,16 @@ def test_a_batch_that_is_not_packed_is_refused(case):
     processor, _, alone = case
     with pytest.raises(ValueError, match="not packed"):
         processor.unpack(alone)
+
+
+def test_a_batch_knows_whether_rows_read_the_tiles_of_others(tiny_config, tiny_model):
+    """Also where the number of rows divides that of tiles."""
+    processor = tiny.processor(tiny_config)
+    pairs = [[tiny.picture(2 * i), tiny.picture(2 * i + 1)] for i in range(4)]
+    shared = processor(pairs * 2, ["what ?"] * 8)
+    assert len(shared.tile) == len(shared.ids) and shared.shares_tiles
+    assert not processor(pairs, ["what ?"] * 4).shares_tiles
+    unshared = tiny_model.unshared(shared)
+    assert not unshared.shares_tiles and len(unshared.tile) == 16
+    turns = [[("what ?", "a cat"), ("a dog ?", "no")], [("is it ?", "yes")] * 2]
+    assert processor.unpack(processor.pack(pairs[:2], turns)).shares_tiles

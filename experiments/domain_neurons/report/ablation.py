@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.domain_neurons.report import plots
+from experiments.domain_neurons.report import effects, plots
+from experiments.domain_neurons.report.effects import CONTROLS, LEVEL
 from experiments.domain_neurons.report.layers import token_kinds
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
 from mllm_jax.typing import Bool, Float
 
-LEVEL = 0.05  # of tests, after their correction
 MEASURES = {"relative_l2": "relative L2", "cosine": f"1 {page.MINUS} cosine"}
 Deviations = dict[str, dict[str, dict[str, dict[str, float]]]]  # by module, kind, domain, measure
 
@@ -60,12 +60,12 @@ class Changes(NamedTuple):
     Attributes:
         selected: float[D_, D_], with the neurons of a domain ablated; NaN where not measured.
         star: bool[D_, D_], where `selected` is beyond chance.
-        control: float[D_, D_], with random neurons ablated, the mean over draws.
+        controls: float[D_, D_] by kind of control, the mean over draws.
     """
 
     selected: Float[np.ndarray, "domains domains"]
     star: Bool[np.ndarray, "domains domains"]
-    control: Float[np.ndarray, "domains domains"]
+    controls: dict[str, Float[np.ndarray, "domains domains"]]
 
 
 def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
@@ -74,40 +74,50 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
     if not runs:
         return None
     modules = list(dict.fromkeys(run["module"] for run in runs))
+    draws = {kind: count for kind in CONTROLS if (count := _draws(runs, kind))}
     by_module = {
         module: Changes(
-            *change_matrix(results, module, control=False),
-            change_matrix(results, module, control=True)[0],
+            *change_matrix(results, module),
+            {kind: change_matrix(results, module, control=kind)[0] for kind in draws},
         )
         for module in modules
     }
-    draws = len({run["control"] for run in runs} - {None})
     figure = plots.ablation_matrix(
         {parts.title(module): change.selected for module, change in by_module.items()},
-        {parts.title(module): change.control for module, change in by_module.items() if draws},
+        {
+            CONTROLS[kind] + (f"\n(mean of {count} draws)" if count > 1 else ""): {
+                parts.title(module): change.controls[kind] for module, change in by_module.items()
+            }
+            for kind, count in draws.items()
+        },
         {parts.title(module): change.star for module, change in by_module.items()},
         results["domains"],
-        "random neurons ablated" + (f"\n(mean of {draws} draws)" if draws > 1 else ""),
     )
     columns = (
-        "module", "own domain, points", "other domains", "random, own", "random, others",
+        "module", "own domain, points", "other domains", *(f"{CONTROLS[k]}, own" for k in draws),
         "own beyond chance", "others beyond chance",
     )  # fmt: skip
+    rows = [_changes_row(results, module, change) for module, change in by_module.items()]
     return page.Section(
         title="Ablation of the neurons",
-        reading=_read_changes(results, by_module, controlled=bool(draws)),
+        reading=_read_changes(results, by_module),
         figures=[
             parts.write_png(folder, "ablation", figure, "Accuracy change by mask, data and module")
         ],
-        table=page.Table(columns, [_changes_row(m, change) for m, change in by_module.items()]),
+        table=page.Table(columns, rows),
         note="Rows: the domain whose neurons are set to zero, at every token and every step. "
-        "Columns: the domain tested. Random neurons match in number, layer and module. Beyond "
-        f"chance: p below {LEVEL} by flipping signs of paired differences, corrected for the "
-        "number of cells (Holm). The intervals in the table files are 95 % paired bootstrap "
-        "intervals over questions, without that correction: an interval may exclude zero although "
-        "the corrected p does not fall below the level.",
-        data=[_ablation_csv(folder, runs), *_against_random_csv(folder, results)],
+        "Columns: the domain tested. Controls match in number, layer and module, rate-matched ones "
+        f"also in how often they are active. Beyond chance: p below {LEVEL} by flipping signs of "
+        "paired differences, corrected (Holm) for the cells of domains with their own neurons "
+        f"ablated, and for all other cells. {_read_power(results)} The intervals in the table "
+        "files are 95 % paired bootstrap intervals over questions, without that correction: an "
+        "interval may exclude zero although the corrected p does not fall below the level.",
+        data=[_ablation_csv(folder, runs)],
     )
+
+
+def _draws(runs: Sequence[Mapping[str, Any]], kind: str) -> int:
+    return len({run["draw"] for run in runs if run["control"] == kind})
 
 
 def _own_domain(results: Results) -> Bool[np.ndarray, "domains domains"]:
@@ -115,52 +125,78 @@ def _own_domain(results: Results) -> Bool[np.ndarray, "domains domains"]:
     return np.eye(len(results["domains"]), dtype=bool)
 
 
-def _read_changes(results: Results, by_module: Mapping[str, Changes], *, controlled: bool) -> str:
-    """Return the sentence on the changes by the ablation of the widest module."""
+def _read_power(results: Results) -> str:
+    """Return the sentence on the smallest changes that the tests of the cells could find."""
+    told = []
+    for name in ("own", "other"):
+        rows = [row for row in results["power"] if row["family"] == name]
+        if not rows:
+            continue
+        possible, likely = effects.family(results, name)
+        size = (
+            f"{rows[0]['tests']} tests with {name} neurons, {min(r['n'] for r in rows)} questions"
+        )
+        told.append(
+            f"{size}: no change can be found"
+            if possible is None or likely is None
+            else f"{size}: {100 * possible:.1f} points at the least, {100 * likely:.1f} in four of "
+            "five studies"
+        )
+    if not told:
+        return ""
+    return (
+        "The smallest changes that these could find, if all answers change to one side "
+        f"({'; '.join(told)})."
+    )
+
+
+def _read_changes(results: Results, by_module: Mapping[str, Changes]) -> str:
+    """Return the sentences on the changes by the ablation of the widest module."""
     module, own = _widest(list(by_module)), _own_domain(results)
     change = by_module[module]
-    measured = (~np.isnan(change.selected[own])).sum()
-    random = f" (as many random neurons: {parts.points(change.control[own])})" if controlled else ""
-    rows = [row for row in results["against_random"] if row["module"] == module]
-    beyond = sum(row["p_holm"] <= LEVEL for row in rows)
-    unlike_random = (
-        f", and other than that of random neurons in {beyond} of {len(rows)}" if rows else ""
+    measured = int((~np.isnan(change.selected[own])).sum())
+    controls = ", ".join(
+        f"{CONTROLS[kind]}: {parts.points(matrix[own])}" for kind, matrix in change.controls.items()
     )
+    possible, _ = effects.family(results, "own")
+    against = [
+        f" Other than that of {CONTROLS[kind]}: {effects.beyond(rows)}."
+        for kind in change.controls
+        if (rows := effects.select(results, module, kind, "accuracy"))
+    ]
     return (
         f"With its own neurons ablated in {parts.title(module).lower()}, accuracy on a domain "
-        f"changes by {parts.points(change.selected[own])} points on average{random}, on other "
-        f"domains by {parts.points(change.selected[~own])}; the change is beyond chance in "
-        f"{change.star[own].sum()} of {measured} domains{unlike_random}."
+        f"changes by {parts.points(change.selected[own])} points on average"
+        f"{f' ({controls})' if controls else ''}, on other domains by "
+        f"{parts.points(change.selected[~own])}. Domains with a change beyond chance: "
+        f"{effects.found(int(change.star[own].sum()), measured, possible)}.{''.join(against)}"
     )
 
 
-def _changes_row(module: str, change: Changes) -> list[str]:
-    own = np.eye(len(change.selected), dtype=bool)
+def _changes_row(results: Results, module: str, change: Changes) -> list[str]:
+    own = _own_domain(results)
     return [
         parts.title(module),
         *(parts.points(change.selected[cells]) for cells in (own, ~own)),
-        *(parts.points(change.control[cells]) for cells in (own, ~own)),
+        *(parts.points(matrix[own]) for matrix in change.controls.values()),
         *(
-            f"{change.star[cells].sum()} of {(~np.isnan(change.selected[cells])).sum()}"
-            for cells in (own, ~own)
+            effects.found(
+                int(change.star[cells].sum()),
+                int((~np.isnan(change.selected[cells])).sum()),
+                effects.family(results, family)[0],
+            )
+            for family, cells in (("own", own), ("other", ~own))
         ),
     ]
 
 
 def _ablation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     columns = [
-        "module", "mask", "data", "neurons", "control", "accuracy", "difference", "low", "high",
-        "p", "p_holm",
+        "module", "mask", "data", "neurons", "control", "draw", "accuracy", "difference", "low",
+        "high", "p", "p_holm", "family",
     ]  # fmt: skip
     rows = [[run.get(c) for c in columns] for run in runs]
     return parts.write_csv(folder, "ablation", columns, rows)
-
-
-def _against_random_csv(folder: pathlib.Path, results: Results) -> list[tuple[str, str]]:
-    rows = results["against_random"]
-    columns = ["module", "data", "difference", "low", "high", "p", "p_holm"]
-    cells = [[row[c] for c in columns] for row in rows]
-    return [parts.write_csv(folder, "against_random", columns, cells)] if rows else []
 
 
 def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
@@ -169,43 +205,55 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
     on_own_data = [run for run in runs if run["mask"] == run["data"]]
     if not any(run["control"] is None for run in on_own_data):
         return None
-    selected, control = (
-        _mean_deviations(run for run in on_own_data if (run["control"] is None) != controls)
-        for controls in (False, True)
-    )
+    selected = _mean_deviations(run for run in on_own_data if run["control"] is None)
+    controls = {
+        kind: _mean_deviations(run for run in on_own_data if run["control"] == kind)
+        for kind in CONTROLS
+        if _draws(on_own_data, kind)
+    }
 
     def mean(of: Deviations, module: str, kind: str, measure: str) -> str:
         values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
         return parts.two_digits(float(np.mean(values))) if values else page.DASH
 
+    sources = {"": selected} | controls
     rows = [
-        [module, kind, *(mean(of, module, kind, m) for m in MEASURES for of in (selected, control))]
+        [module, kind, *(mean(of, module, kind, m) for m in MEASURES for of in sources.values())]
         for module, by_kind in selected.items()
         for kind in by_kind
     ]
     module = parts.title(_widest([run["module"] for run in results["ablation"]]))
     kind = token_kinds(selected)[0]
-    moved, by_chance = (mean(of, module, kind, "relative_l2") for of in (selected, control))
-    heads = [head for label in MEASURES.values() for head in (label, "random")]
+    others = [
+        f"; {CONTROLS[name]}, by {mean(of, module, kind, 'relative_l2')}"
+        for name, of in controls.items()
+    ]
+    heads = [label if not k else CONTROLS[k] for label in MEASURES.values() for k in sources]
+    shown = next(iter(controls), None)
     return page.Section(
         title="Deviation of the hidden states",
         reading=f"The ablation of a domain's own neurons ({module.lower()}) moves the hidden "
-        f"states of {kind} tokens by {moved} of their norm; random neurons, by {by_chance}.",
+        f"states of {kind} tokens by {mean(selected, module, kind, 'relative_l2')} of their norm"
+        f"{''.join(others)}.",
         figures=[
             parts.write_png(
-                folder, "deviation", plots.deviation(selected, control, MEASURES),
+                folder, "deviation",
+                plots.deviation(
+                    selected, controls[shown] if shown else {}, MEASURES,
+                    CONTROLS[shown] if shown else "",
+                ),
                 "Hidden-state deviation by module and token kind",
             )
         ],
         table=page.Table(["module", "tokens", *heads], rows),
-        note="Each domain tested on its own data; means over tokens and, for random neurons, over "
-        "draws. The scale is logarithmic.",
+        note="Each domain tested on its own data; means over tokens and, for controls, over draws. "
+        "The scale is logarithmic.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
 
 
 def _deviation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    columns = ["module", "mask", "data", "control"]
+    columns = ["module", "mask", "data", "control", "draw"]
     rows = [
         [*(run[c] for c in columns), kind, *(moved[measure] for measure in MEASURES)]
         for run in runs
@@ -229,24 +277,24 @@ def _mean_deviations(runs: Iterable[Mapping[str, Any]]) -> Deviations:
 
 
 def change_matrix(
-    results: Results, module: str, *, control: bool
+    results: Results, module: str, *, control: str | None = None
 ) -> tuple[Float[np.ndarray, "domains domains"], Bool[np.ndarray, "domains domains"]]:
     """Return the accuracy differences of a module by mask and data, and which are beyond chance.
 
     Args:
         results: the content of results.json.
         module: the module that is ablated.
-        control: whether random neurons are ablated; the differences are means over draws.
+        control: the kind of control that is ablated, means over draws; None for domain neurons.
     """
     index = {domain: i for i, domain in enumerate(results["domains"])}
     shape = (len(index), len(index))
     total, count, star = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for run in results["ablation"]:
-        if run["module"] == module and (run["control"] is not None) == control:
+        if run["module"] == module and run["control"] == control:
             cell = index[run["mask"]], index[run["data"]]
             total[cell] += run["difference"]
             count[cell] += 1
-            star[cell] = not control and run["p_holm"] <= LEVEL
+            star[cell] = control is None and run["p_holm"] <= LEVEL
     return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0), star
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pathlib
 
-from experiments.domain_neurons.report import ablation, layers, plots, robustness, selection
+from experiments.domain_neurons.report import (
+    ablation,
+    effects,
+    layers,
+    plots,
+    robustness,
+    selection,
+)
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Report, Results
 
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "baseline",
-    "ablation", "against_random", "lens", "stages", "features", "pictures",
+    "ablation", "controls", "effects", "power", "lens", "stages", "features", "pictures",
 )  # fmt: skip
 
 
@@ -55,7 +62,7 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure | None:
         tokens,
         {domain: curves[kind] for domain, curves in lens.items() if kind in curves},
         results["stages"]["all"],
-        *ablation.change_matrix(results, module, control=False),
+        *ablation.change_matrix(results, module),
         {"curves": f"Entropy of {kind} tokens", "matrix": f"Accuracy change, {name}"},
     )
     left = (
@@ -80,8 +87,8 @@ REPORT = Report(
     overview=_overview,
     sections=(
         ablation.accuracy, selection.neurons, selection.overlap, robustness.stability,
-        robustness.comparison, ablation.changes, ablation.deviation, layers.lens, layers.features,
-        layers.pictures,
+        robustness.comparison, ablation.changes, effects.effects, ablation.deviation, layers.lens,
+        layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write = REPORT.write

@@ -97,25 +97,22 @@ def _one_layer(ax: Axes, value: int, top: int, colour: str) -> None:
 @style.styled
 def ablation_matrix(
     selected: Mapping[str, np.ndarray],
-    control: Mapping[str, np.ndarray],
+    controls: Mapping[str, Mapping[str, np.ndarray]],
     star: Mapping[str, np.ndarray],
     domains: Sequence[str],
-    control_title: str,
 ) -> Figure:
-    """Draw the change of accuracy by the ablation of a domain's neurons, and of random ones.
+    """Draw the change of accuracy by the ablation of a domain's neurons, and of controls.
 
     Args:
         selected: {module: float[D_, D_]} by mask and data; NaN where not measured.
-        control: the same for random neurons; a module may be absent.
+        controls: {title of its row: the same for a kind of control}; a module may be absent.
         star: {module: bool[D_, D_]}, where `selected` is beyond chance.
         domains: the names of rows and columns.
-        control_title: the title of the row of random neurons.
     """
-    both = [*selected.values(), *control.values()]
-    bound = max(0.05, float(np.nanmax(np.abs(np.stack(both)), initial=0)))
+    every = [matrix for of in (selected, *controls.values()) for matrix in of.values()]
+    bound = max(0.05, float(np.nanmax(np.abs(np.stack(every)), initial=0)))
     rows = [("domain neurons ablated", selected, star)]
-    if control:
-        rows.append((control_title, control, {}))
+    rows += [(title, values, {}) for title, values in controls.items()]
     cell = max(0.42 * len(domains), 1.7)  # at least the length of a title
     width = 2.3 + (cell + 0.35) * len(selected)
     figure = Figure(figsize=(width, (cell + 0.5) * len(rows) + 0.9))
@@ -136,7 +133,7 @@ def ablation_matrix(
     bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
-    key = "framed: tested on its own domain", "bold with *: beyond chance, corrected for all cells"
+    key = "framed: tested on its own domain", "bold with *: beyond chance, corrected"
     figure.supxlabel((" · " if width > 6 else "\n").join(key), color=style.GREY, fontsize=8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
     return figure
@@ -168,13 +165,16 @@ def _matrix(
 
 
 @style.styled
-def deviation(selected: Deviations, control: Deviations, measures: Mapping[str, str]) -> Figure:
-    """Draw the deviation of hidden states: dots for a domain's neurons, rings for random ones.
+def deviation(
+    selected: Deviations, control: Deviations, measures: Mapping[str, str], control_label: str
+) -> Figure:
+    """Draw the deviation of hidden states: dots for a domain's neurons, rings for controls.
 
     Args:
         selected: {module: {kind: {domain: {measure: value}}}}.
-        control: the same for random neurons; entries may be absent.
+        control: the same for a control; entries may be absent.
         measures: the axis label of each measure, which has a row of panels.
+        control_label: the name of the control in the legend.
     """
     first = next(iter(selected.values()))
     kinds, domains = list(first), list(next(iter(first.values())))
@@ -202,7 +202,7 @@ def deviation(selected: Deviations, control: Deviations, measures: Mapping[str, 
             _set_deviation_axes(ax, kinds, values, floor)
             if row == 0:
                 ax.set_title(module)
-    _key(figure, hue, rings=bool(control))
+    _key(figure, hue, control_label if control else None)
     return figure
 
 
@@ -236,7 +236,7 @@ def _set_deviation_axes(ax: Axes, kinds: Sequence[str], values: np.ndarray, floo
 def _dumbbell(
     ax: Axes, y: float, own: float | None, other: float | None, colour: str, floor: float
 ) -> None:
-    """Draw the values of a domain's own and of random neurons on one line."""
+    """Draw the values of a domain's own neurons and of a control on one line."""
     own, other = (None if value is None else max(value, floor) for value in (own, other))
     if own is not None and other is not None:
         ax.plot([other, own], [y, y], color=colour, linewidth=1.2, alpha=0.45)
@@ -249,15 +249,13 @@ def _dumbbell(
         ax.plot([own], [y], "o", markersize=5, color=colour, markeredgewidth=0, clip_on=False)
 
 
-def _key(figure: Figure, hue: Mapping[str, str], *, rings: bool) -> None:
+def _key(figure: Figure, hue: Mapping[str, str], rings: str | None) -> None:
     """Draw the legend of the colours and of the two marks above the panels."""
     dot = functools.partial(matplotlib.lines.Line2D, [], [], linestyle="none", marker="o")
     handles = [dot(color=colour, markersize=6, label=name) for name, colour in hue.items()]
     handles.append(dot(color=style.GREY, markersize=5, label="the domain's own neurons"))
     if rings:
-        handles.append(
-            dot(markerfacecolor="white", color=style.GREY, markersize=4.5, label="random neurons")
-        )
+        handles.append(dot(markerfacecolor="white", color=style.GREY, markersize=4.5, label=rings))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=len(handles), frameon=False,
         handletextpad=0.1, columnspacing=1.2, fontsize=8.5,

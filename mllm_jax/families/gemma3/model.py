@@ -91,7 +91,7 @@ def language_model(
 def tiny_language_model() -> DecoderConfig:
     """Return the config of a language model for tests."""
     return language_model(
-        vocab=96, width=32, layers=3, window=6, every=2, heads=4, kv_heads=2, head_width=8, mlp=48,
+        vocab=96, width=32, layers=4, window=6, every=2, heads=4, kv_heads=2, head_width=8, mlp=48,
         query_scale=24**-0.5, rope_scaling=RopeScaling(kind="linear", factor=8.0),
         local_rope_theta=100.0,
     )  # fmt: skip

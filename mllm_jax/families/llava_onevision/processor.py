@@ -9,25 +9,15 @@ import numpy as np
 from mllm_jax.batch import Layout
 from mllm_jax.families.llava_onevision.model import LlavaOneVisionConfig
 from mllm_jax.processors import image_processors
-from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.packed_tiles import PackedTilesProcessor
-from mllm_jax.processors.prompts import Chat
 from mllm_jax.processors.rows import Picture
-
-_VIDEO = "<video>"
 
 
 class LlavaOneVisionProcessor(PackedTilesProcessor):
     """A processor that cuts a picture into tiles where it is alone in its row."""
 
     config: LlavaOneVisionConfig
-
-    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the whole text of a prompt with this many images, and where the question is."""
-        text, questions = super().render(prompt, images)
-        if _VIDEO in text:
-            raise ValueError(f"the prompt has a video ({_VIDEO}): give its frames as pictures")
-        return text, questions
+    video_text = "<video>"
 
     def layouts(self, sizes: Sequence[tuple[int, int] | None]) -> list[Layout]:
         """Return how the pictures of a row, of these (height, width), are read."""

@@ -11,12 +11,10 @@ from mllm_jax import files
 from mllm_jax.batch import Batch
 from mllm_jax.families.qwen2_5_vl.model import QwenVLConfig
 from mllm_jax.processors import image_processors
-from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.free_grid import FreeGridProcessor
-from mllm_jax.processors.prompts import Chat
 
 MAX_RATIO = 200  # of the longer side of a picture to the shorter
-_TOKEN, _VIDEO = "<|image_pad|>", "<|video_pad|>"
+_TOKEN = "<|image_pad|>"
 
 
 class QwenVLProcessor(FreeGridProcessor):
@@ -25,13 +23,7 @@ class QwenVLProcessor(FreeGridProcessor):
     config: QwenVLConfig
     image_text = placeholder = _TOKEN
     written_placeholder = f"<|vision_start|>{_TOKEN}<|vision_end|>"
-
-    def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the whole text of a prompt with this many images, and where the question is."""
-        text, questions = super().render(prompt, images)
-        if _VIDEO in text:
-            raise ValueError(f"the prompt has a video ({_VIDEO}): give its frames as pictures")
-        return text, questions
+    video_text = "<|video_pad|>"
 
     def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of patches of a picture of this (height, width)."""

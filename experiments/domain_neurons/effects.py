@@ -1,0 +1,138 @@
+"""Test the effects of ablations: against no ablation, and against the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.domain_neurons.controls import Kind
+from mllm_jax.analysis import intervals, power
+
+Row = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]  # of one cell: `score` [N], and the deviation sums [kinds, N]
+MEASURES = ("accuracy", "relative_l2", "cosine")
+
+
+def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Return the mean paired difference, its interval, and the p-value of no difference."""
+    found = intervals.paired_difference(before, after)
+    return {
+        "difference": float(found.value), "low": float(found.low), "high": float(found.high),
+        "p": intervals.sign_flip(after - before),
+    }  # fmt: skip
+
+
+def correct_cells(rows: Sequence[Row], questions: Mapping[str, int]) -> list[Row]:
+    """Correct the tests of the cells, in place, and return what they could have found.
+
+    The cells of domains with their own neurons ablated are a family of tests of their own, so that
+    those with other domains' neurons do not weaken them.
+
+    Args:
+        rows: the cells in which domain neurons are ablated.
+        questions: the number of questions by domain.
+
+    Returns:
+        A row for each family and domain.
+    """
+    out = []
+    for family in ("own", "other"):
+        members = [row for row in rows if (row["mask"] == row["data"]) == (family == "own")]
+        for row in members:
+            row["family"] = family
+        correct(members)
+        for name, count in questions.items() if members else ():
+            found = power.answers(count, len(members))
+            out.append({"family": family, "data": name, "tests": len(members), "n": count,
+                        "possible": found.possible, "likely": found.likely})  # fmt: skip
+    return out
+
+
+def correct(rows: Iterable[Row]) -> None:
+    """Add `p_holm`, the p-values corrected for the number of rows (Holm); None stays None."""
+    tested = [row for row in rows if row["p"] is not None]
+    if tested:
+        adjusted = intervals.holm(np.array([row["p"] for row in tested]))
+        for row, p in zip(tested, adjusted, strict=True):
+            row["p_holm"] = float(p)
+
+
+def against_controls(
+    own: Arrays, controls: Mapping[Kind, Sequence[Arrays]], kinds: Sequence[str]
+) -> list[Row]:
+    """Compare the ablation of a domain's own neurons with that of each kind of control.
+
+    Args:
+        own: the arrays of the domain's own neurons.
+        controls: the arrays of each draw, by kind of control.
+        kinds: the kinds of token of the deviation sums.
+
+    Returns:
+        A row for each kind of control, measure and kind of token; accuracy has no kind of token.
+    """
+    out = []
+    for control, draws in controls.items():
+        for measure, kind in _measures(own, kinds) if draws else ():
+            ours = _values(own, measure, kind)
+            theirs = np.stack([_values(arrays, measure, kind) for arrays in draws])
+            tokens = None if kind is None else kinds[kind]
+            out.append(
+                {"control": control, "draws": len(draws), "n": len(ours), "measure": measure,
+                 "tokens": tokens, "own": float(ours.mean()), "drawn": float(theirs.mean()),
+                 **_effect(intervals.effect(ours, theirs))}
+            )  # fmt: skip
+    return out
+
+
+def correct_effects(rows: Sequence[Row]) -> None:
+    """Correct the effects, and add what they could have found, in place.
+
+    A family holds all modules and domains, of one kind of control, measure and kind of token.
+    `possible` and `likely` follow from the spread that was seen, but are at least what that many
+    questions can tell; they are None where a single draw tells no spread.
+    """
+    families: dict[tuple[str, str, str | None], list[Row]] = {}
+    for row in rows:
+        families.setdefault((row["control"], row["measure"], row["tokens"]), []).append(row)
+    for family in families.values():
+        for row in family:
+            row["p_holm"] = row["possible"] = row["likely"] = None
+            error, degrees = row.pop("error"), row.pop("degrees")
+            if error is None:
+                continue
+            found = power.difference(error, degrees, len(family))
+            if row["measure"] == "accuracy":
+                found = _at_least(power.answers(row["n"], len(family)), found)
+            row["possible"], row["likely"] = found
+        correct(family)
+
+
+def _measures(own: Arrays, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Return the measures, with the index of the kind of token, of which a cell has values."""
+    counted = [k for k in range(len(kinds)) if own["tokens"][k].any()]
+    return [("accuracy", None), *((m, k) for m in MEASURES[1:] for k in counted)]
+
+
+def _values(arrays: Arrays, measure: str, kind: int | None) -> np.ndarray:
+    """Return a value for each question, whose mean is the score or the deviation per token."""
+    if kind is None:
+        return arrays["score"]
+    return arrays[measure][kind] / arrays["tokens"][kind].mean()
+
+
+def _effect(effect: intervals.Effect) -> Row:
+    names = ("difference", "low", "high", "p", "error", "degrees")
+    return {
+        name: None if np.isnan(value) else float(value)
+        for name, value in zip(names, effect, strict=True)
+    }
+
+
+def _at_least(bound: power.Detectable, found: power.Detectable) -> power.Detectable:
+    """Return the larger of both; None where the bound finds nothing at all."""
+    if bound.possible is None or bound.likely is None:
+        return bound
+    assert found.possible is not None and found.likely is not None  # a t test finds some effect
+    return power.Detectable(max(bound.possible, found.possible), max(bound.likely, found.likely))

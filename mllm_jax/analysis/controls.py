@@ -1,0 +1,183 @@
+"""Control neurons that match others by layer and by activation rate.
+
+Random neurons of the same layers control for the number of neurons alone: domain neurons are
+active on most tokens of their domain, random ones often on half of them. These draws are as active:
+
+    matched = controls.rate_matched(selection.mask, selection.probability, draws=10)
+    matched.mask[0]      # bool[D_, L, F], the first draw
+    matched.unmatched()  # (domain, layer) where the layers lack such neurons
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from mllm_jax.analysis import checks, domain_neurons
+from mllm_jax.typing import Bool, Float, Int
+
+TOLERANCE = 0.02  # the difference of mean activation rates that counts as matched
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Control:
+    """Draws of neurons beside those that they stand for; R draws, D_ domains, L layers, F neurons.
+
+    Attributes:
+        mask: bool[R, D_, L, F], the neurons of each draw.
+        rate: float64[D_, L], the mean activation rate of the neurons to match; NaN for none.
+        drawn_rate: float64[R, D_, L], that of each draw; NaN where a draw has no neuron.
+        missing: int64[D_, L], the neurons that a draw lacks because the layer has too few others;
+            where draws differ, that of the smallest.
+        tolerance: the difference of mean rates that counts as matched.
+    """
+
+    mask: Bool[np.ndarray, "draws domains layers neurons"]
+    rate: Float[np.ndarray, "domains layers"]
+    drawn_rate: Float[np.ndarray, "draws domains layers"]
+    missing: Int[np.ndarray, "domains layers"]
+    tolerance: float
+
+    @property
+    def difference(self) -> Float[np.ndarray, "domains layers"]:
+        """The mean rate of all draws minus that of the neurons; NaN where either has none."""
+        return self.drawn_rate.mean(axis=0) - self.rate
+
+    def unmatched(self) -> list[tuple[int, int]]:
+        """Return each (domain, layer) that misses the tolerance or lacks neurons."""
+        beyond = np.abs(self.difference) > self.tolerance
+        return [(int(d), int(layer)) for d, layer in np.argwhere(beyond | (self.missing > 0))]
+
+
+def rate_matched(
+    mask: np.ndarray,
+    rate: np.ndarray,
+    *,
+    draws: int = 10,
+    key: int | jax.Array = 0,
+    exclude: np.ndarray | None = None,
+    tolerance: float = TOLERANCE,
+) -> Control:
+    """Draw neurons of the same layers with nearly the same activation rates.
+
+    Each neuron's rate, moved at random by at most the tolerance, is paired with the nearest rate of
+    the layer's other neurons, without replacement within a draw. Neurons are then exchanged as long
+    as an exchange brings the mean rate of the draw closer to the tolerance. A layer may lack such
+    neurons, or have too few of any rate: the draws come as close as they can, and the result tells
+    by how much they miss.
+
+    Args:
+        mask: bool[D_, L, F], the neurons to match.
+        rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
+        draws: number of draws.
+        key: an int seed or a JAX PRNG key. The same key gives the same draws.
+        exclude: bool[L, F], neurons that no draw may hold; by default those of any domain's mask.
+        tolerance: the difference of mean rates that counts as matched, between 0 and 1.
+
+    Returns:
+        The draws, with their rates.
+
+    Raises:
+        ValueError: shapes differ, a rate lies outside [0, 1], or there is no draw.
+    """
+    mask = checks.mask(mask, "mask")
+    rate = checks.at_least(checks.finite(rate, "rate", axes="[D_, L, F]"), 0, "rate")
+    if mask.shape != rate.shape or (rate > 1).any():
+        raise ValueError(
+            f"rate must be shares between 0 and 1 in the shape of mask {mask.shape}, got "
+            f"{rate.shape} up to {rate.max(initial=0):g}"
+        )
+    if draws < 1 or not 0 < tolerance < 1:
+        raise ValueError(f"draws={draws} must be 1 or more and tolerance={tolerance} in (0, 1)")
+    excluded = np.asarray(mask.any(axis=0)) if exclude is None else checks.mask(exclude, "exclude")
+    if excluded.shape != mask.shape[1:]:
+        raise ValueError(f"exclude must be of shape {mask.shape[1:]}, not {excluded.shape}")
+    rng = domain_neurons.generator(key)
+    drawn = np.zeros((draws, *mask.shape), bool)
+    for d, layer in np.argwhere(mask.any(axis=-1)).tolist():
+        members = mask[d, layer]
+        others = np.flatnonzero(~(excluded[layer] | members))
+        wanted, offered = rate[d, layer, members], rate[d, layer, others]
+        for draw in drawn[:, d, layer]:
+            draw[others[_draw(wanted, offered, tolerance, rng)]] = True
+    return compare(mask, rate, drawn, tolerance=tolerance)
+
+
+def compare(
+    mask: np.ndarray, rate: np.ndarray, drawn: np.ndarray, *, tolerance: float = TOLERANCE
+) -> Control:
+    """Compare the activation rates of draws, of whatever kind, with those of the neurons.
+
+    Args:
+        mask: bool[D_, L, F], the neurons.
+        rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
+        drawn: bool[R, D_, L, F], the draws.
+        tolerance: the difference of mean rates that counts as matched.
+    """
+    missing = mask.sum(axis=-1) - drawn.sum(axis=-1).min(axis=0)
+    rates = mean_rate(mask, rate), mean_rate(drawn, rate)
+    return Control(drawn, *rates, missing, float(tolerance))
+
+
+def mean_rate(mask: np.ndarray, rate: np.ndarray) -> Float[np.ndarray, "*lead layers"]:
+    """Return the mean activation rate of the neurons of each layer; NaN where it has none.
+
+    Args:
+        mask: bool[..., D_, L, F].
+        rate: float[D_, L, F].
+    """
+    count = mask.sum(axis=-1)
+    total = np.where(mask, rate, 0).sum(axis=-1, dtype=np.float64)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _draw(
+    wanted: np.ndarray, offered: np.ndarray, tolerance: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the indices of offered rates that stand for the wanted ones in one draw."""
+    if len(offered) <= len(wanted):
+        return np.arange(len(offered))
+    shuffled = rng.permutation(len(offered))  # so that equal rates are taken at random
+    order = shuffled[np.argsort(offered[shuffled], kind="stable")]
+    rates = offered[order]
+    moved = np.sort(wanted + rng.uniform(-tolerance, tolerance, len(wanted)))
+    taken = np.zeros(len(rates), bool)
+    taken[_distinct(_nearest(rates, moved), len(rates))] = True
+    _exchange(taken, rates, float(wanted.sum()), tolerance * len(wanted))
+    return order[taken]
+
+
+def _nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the index of the nearest of sorted values for each wanted one."""
+    right = np.searchsorted(values, wanted).clip(0, len(values) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(wanted - values[left] <= values[right] - wanted, left, right)
+
+
+def _distinct(places: np.ndarray, size: int) -> np.ndarray:
+    """Spread sorted places below `size`, some of them equal, to the nearest distinct ones.
+
+    Moving them only up and only down both makes them distinct; half way in between stays so.
+    """
+    steps = np.arange(len(places))
+    base, room = places - steps, size - len(places)
+    up = np.maximum.accumulate(base).clip(0, room)
+    down = np.minimum.accumulate(base[::-1])[::-1].clip(0, room)
+    return (up + down) // 2 + steps
+
+
+def _exchange(taken: np.ndarray, rates: np.ndarray, total: float, slack: float) -> None:
+    """Exchange taken for other rates in place, until their sum is within `slack` of a total.
+
+    Each step is the best exchange of one rate; it ends where none brings the sum closer.
+    """
+    while abs(excess := float(rates[taken].sum()) - total) > slack:
+        inside, outside = np.flatnonzero(taken), np.flatnonzero(~taken)
+        partner = outside[_nearest(rates[outside], rates[inside] - excess)]
+        left = np.abs(excess + rates[partner] - rates[inside])
+        best = int(left.argmin())
+        if left[best] >= abs(excess) * (1 - 1e-9):
+            return
+        taken[[inside[best], partner[best]]] = False, True
