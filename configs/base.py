@@ -47,6 +47,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.compat = ""  # "official" follows the released code, see docs/official.md
     config.selector = "entropy"  # or auroc, difference, attribution, random
+    config.auroc_pictures = 200  # of each domain, by which AUROC ranks neurons
     config.scope = "all"  # tokens to count: all, image, text, question, system
     config.thresholds = "module"  # where neurons compete: module, layer, or global
     config.assign = "multiple"  # number of domains a neuron may have; or single

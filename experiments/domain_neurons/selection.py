@@ -22,6 +22,7 @@ from experiments import context
 from experiments.domain_neurons.context import Study
 from experiments.domain_neurons.counts import SCOPES, Counts, Scope
 from experiments.modules import MODULES
+from mllm_jax import tokens as tok
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.checkpoints import masks
@@ -101,18 +102,72 @@ def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, Selecte
     if rule.selector == "entropy":
         return by_entropy
     sizes = {module: selected.mask.sum(axis=(1, 2)) for module, selected in by_entropy.items()}
+    if rule.selector == "auroc":
+        return _by_auroc(study, counted, rule.scope, sizes)
     return {
         m: from_mask(selectors.top(scores(study, rule.selector, m, counts[m]), sizes[m]))
         for m in by_entropy
     }
 
 
+def _by_auroc(
+    study: Study, counted: DomainCounts, scope: Scope, sizes: Mapping[str, np.ndarray]
+) -> dict[str, SelectedNeurons]:
+    """Select by the ranks of pictures; equal ranks go by the size of the effect.
+
+    Groups of pictures would be too few to rank by: hundreds of neurons then tell a domain apart
+    without an error, and whatever orders them selects.
+    """
+    kinds = {m: set(counted[study.names[0]][f"{m}/kinds"].tolist()) for m in study.shapes}
+    where = {m: _tokens_of(SCOPES[scope]) if kinds[m] & set(SCOPES[scope]) else None for m in kinds}
+    means = [picture_means(study, name, scope, where) for name in study.names]
+    domain = np.repeat(np.arange(len(means)), [len(next(iter(m.values()))) for m in means])
+    out = {}
+    for module, count in sizes.items():
+        responses = np.concatenate([of_domain[module] for of_domain in means])
+        area, size = (f(responses, domain) for f in (selectors.auroc, selectors.effect_size))
+        out[module] = from_mask(selectors.top(area, count.tolist(), ties=size))
+    return out
+
+
+def picture_means(
+    study: Study, name: str, scope: Scope, where: Mapping[str, tok.Selector]
+) -> dict[str, np.ndarray]:
+    """Return the mean activations over the tokens of a scope, by picture of a domain.
+
+    Args:
+        study: the study, of whose config `auroc_pictures` is the largest number of pictures.
+        name: the name of the domain.
+        scope: the name of the scope, for the step of the workdir.
+        where: its tokens by module; None for all where the module has none of them.
+
+    Returns:
+        float32[pictures, L, F] by module.
+    """
+    questions = study.questions("train", name)
+    count = min(study.config.auroc_pictures, len(questions.pairs))
+    captures = {module: mj.mean(MODULES[module], where=where[module]) for module in study.shapes}
+
+    def make() -> dict[str, np.ndarray]:
+        parts: list[dict[str, np.ndarray]] = []
+        numbers = range(-(-count // questions.size))
+        for number in tqdm.tqdm(numbers, desc=f"pictures, {name}", leave=False):
+            out = mj.run(study.model, questions[number], study.edits, captures, logits="none")
+            rows = len(questions.rows(number))
+            parts.append({m: np.asarray(out[m])[:, :rows].swapaxes(0, 1) for m in captures})
+        return {m: np.concatenate([part[m] for part in parts])[:count] for m in captures}
+
+    return study.workdir.arrays(f"pictures/{name}-{scope}", make)
+
+
+def _tokens_of(kinds: tuple[str, ...]) -> tok.Selector:
+    """Return the selector of several kinds of token."""
+    return functools.reduce(operator.or_, (getattr(tok, kind) for kind in kinds))
+
+
 def scores(study: Study, selector: str, module: str, counts: Counts) -> np.ndarray:
     """Return float64[D_, L, F]: the higher a score, the more the neuron belongs to the domain."""
     domains = range(len(study.names))
-    if selector == "auroc":
-        mean = counts.sum / np.maximum(counts.tokens, 1)[:, None, None]
-        return selectors.auroc(mean, counts.domain)
     if selector == "difference":
         sums = np.stack([counts.sum[counts.domain == d].sum(axis=0) for d in domains])
         tokens = np.bincount(counts.domain, counts.tokens)

@@ -60,7 +60,8 @@ def select(
     """Select the domain-specific neurons of one module.
 
     Rates become ranks by Python's `round` (half to even), ranks count from the smallest value,
-    comparisons are strict, and equal entropies are taken in (layer, neuron) order.
+    comparisons are strict. Of equal entropies the neuron of the highest probability in any domain
+    comes first, then (layer, neuron) order; with compat="official" the latter alone.
 
     Args:
         counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
@@ -153,7 +154,9 @@ class _Rule:
         candidate = (probability > threshold).any(axis=0)
         filtered = np.where(candidate, entropy(probability), np.inf)
         k = round(self.top_rate * filtered.size)
-        lowest = np.argsort(filtered, axis=None, kind="stable")[:k]
+        # Of equal entropies, such as 0, the most active neuron and not that of the first layer.
+        ties = np.zeros(filtered.shape) if self.compat else -probability.max(axis=0)
+        lowest = np.lexsort((ties.ravel(), filtered.ravel()))[:k]
         selected = np.zeros(filtered.shape, bool)
         selected.flat[lowest] = True
         if not self.compat:

@@ -6,7 +6,7 @@ examples. All is computed in float64, and inputs must be finite.
 
     scores = {
         "entropy": selectors.entropy(counts, tokens),
-        "AUROC": selectors.auroc(responses, domain),
+        "AUROC": selectors.auroc(responses, domain),  # of few examples: with ties=effect_size(...)
         "random": selectors.random(counts.shape, seed),
     }
     masks = {name: selectors.top(s, k) for name, s in scores.items()}   # bool[D_, L, F]
@@ -185,23 +185,52 @@ def random(shape: Sequence[int], key: int | jax.Array) -> np.ndarray:
     return domain_neurons.generator(key).random(tuple(shape))
 
 
-def top(scores: np.ndarray, k: int | Sequence[int], *, per_layer: bool = False) -> np.ndarray:
+def effect_size(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Score the mean response in a domain minus that in all others, in standard deviations.
+
+    It orders neurons that `auroc` cannot tell apart, of which there are many where examples are
+    few: `top(auroc(responses, domain), k, ties=effect_size(responses, domain))`.
+
+    Args:
+        responses: float[N, L, F], as in `auroc`.
+        domain: int[N], each example's domain.
+    """
+    responses, domain, domains = _labelled(responses, domain)
+    groups = [responses[domain == d] for d in range(domains)]
+    sums = np.stack([group.sum(axis=0) for group in groups])
+    centred = np.stack([((group - group.mean(axis=0)) ** 2).sum(axis=0) for group in groups])
+    return mean_difference(sums, None, np.array([len(group) for group in groups]), centred=centred)
+
+
+def top(
+    scores: np.ndarray,
+    k: int | Sequence[int],
+    *,
+    per_layer: bool = False,
+    ties: np.ndarray | None = None,
+) -> np.ndarray:
     """Select the neurons of highest score.
 
     Args:
         scores: float[D_, L, F].
         k: number of neurons of each domain, over all layers: an int, or [D_].
         per_layer: whether to select k in every layer.
+        ties: float[D_, L, F], which of equal scores come first: the highest, such as the size of
+            the effect.
 
     Returns:
-        bool[D_, L, F]. Equal scores go by (layer, neuron); a score of -inf is never selected.
+        bool[D_, L, F]. Scores that are equal, in `ties` as well, go by (layer, neuron): without
+        `ties`, lower layers are preferred. A score of -inf is never selected.
     """
     scores = checks.not_nan(scores, "scores", axes="[D_, L, F]")
+    second = np.zeros(scores.shape) if ties is None else checks.not_nan(ties, "ties")
+    if second.shape != scores.shape:
+        raise ValueError(f"ties must be of the shape of scores {scores.shape}, not {second.shape}")
     flat = scores if per_layer else scores.reshape(len(scores), 1, -1)
     counts = np.broadcast_to(checks.integers(k, "k"), len(scores))
     if (counts < 0).any() or (counts > flat.shape[-1]).any():
         raise ValueError(f"k={counts.tolist()} must lie between 0 and the {flat.shape[-1]} neurons")
-    order = np.argsort(-flat, axis=-1, kind="stable")
+    order = np.lexsort((-second.reshape(flat.shape), -flat), axis=-1)
     mask = np.zeros(flat.shape, bool)
     np.put_along_axis(mask, order, np.arange(flat.shape[-1]) < counts[:, None, None], axis=-1)
     return mask.reshape(scores.shape) & (scores > -np.inf)

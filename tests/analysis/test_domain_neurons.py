@@ -35,7 +35,12 @@ def transcription(counts, tokens, top_rate, filter_rate, bar_rate):
             if max(values) > tau:
                 candidates.append((entropy, layer, j))
     k = round(top_rate * layers * neurons)
-    chosen = sorted(candidates)[:k]
+
+    def rank(candidate):  # of equal entropies the most active neuron first
+        value, layer, j = candidate
+        return value, -max(p[layer, j, d] for d in range(domains)), layer, j
+
+    chosen = sorted(sorted(candidates, key=rank)[:k])
     members = [
         sorted((layer, j) for _, layer, j in chosen if p[layer, j, d] > bar) for d in range(domains)
     ]
@@ -143,6 +148,19 @@ def test_ties_go_by_layer_then_neuron():
         top_rate=0.5, filter_rate=0.5, bar_rate=0.5,
     )  # fmt: skip
     assert by_entropy(found) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+
+
+def test_of_equal_entropies_the_most_active_neuron_comes_first():
+    counts = np.zeros((2, 3, 4), int)
+    counts[0] = [[1, 1, 1, 1], [5, 1, 1, 1], [1, 1, 9, 3]]
+    found = domain_neurons.select(
+        counts, np.full(2, 10), top_rate=0.25, filter_rate=0.5, bar_rate=0.5
+    )
+    assert by_entropy(found) == [(1, 0), (2, 2), (2, 3)]
+    released = domain_neurons.select(
+        counts, np.full(2, 10), top_rate=0.25, filter_rate=0.5, bar_rate=0.5, compat="official"
+    )
+    assert by_entropy(released) == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_ranks_round_half_to_even():

@@ -87,6 +87,73 @@ def test_every_selector_finds_a_planted_neuron():
         assert np.argwhere(selectors.top(scores, [0, 0, 1])).tolist() == [[2, 1, 5]], name
 
 
+def few_examples(rng):
+    """Responses of 8 examples, which tell many neurons apart without an error; counts alike."""
+    domain = np.arange(8) % 2
+    responses = rng.normal(size=(8, 4, 60)) + 2.5 * domain[:, None, None]
+    counts = np.round(100 / (1 + np.exp(-responses))).astype(int)
+    return responses, counts, domain
+
+
+def selections(responses, counts, domain, weights, trained):
+    """The neurons that every selector that looks at the data takes."""
+    pooled = np.stack([counts[domain == d].sum(axis=0) for d in range(2)])
+    tokens = 100 * np.bincount(domain)
+    sums = np.stack([responses[domain == d].sum(axis=0) for d in range(2)])
+    size = selectors.effect_size(responses, domain)
+    rates = {"filter_rate": 0.5, "bar_rate": 0.5}
+    return {
+        "entropy": domain_neurons.select(pooled, tokens, top_rate=0.1, **rates).mask,
+        "entropy score": selectors.top(selectors.entropy(pooled, tokens, **rates), 9, ties=size),
+        "auroc": selectors.top(selectors.auroc(responses, domain), 9, ties=size),
+        "difference": selectors.top(selectors.mean_difference(sums, None, tokens), 9),
+        "attribution": selectors.top(selectors.attribution(responses, domain), 9),
+        "weights": selectors.top(selectors.weight_change(weights, trained), 9),
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_in_another_order_give_the_same_neurons(seed):
+    rng = np.random.default_rng(seed)
+    responses, counts, domain = few_examples(rng)
+    weights, trained = rng.normal(size=(4, 60, 8)), rng.normal(size=(2, 4, 60, 8))
+    layers, units = rng.permutation(4), rng.permutation(60)
+
+    def moved(array, lead):
+        return np.take(np.take(array, layers, axis=lead), units, axis=lead + 1)
+
+    first = selections(responses, counts, domain, weights, trained)
+    second = selections(
+        moved(responses, 1), moved(counts, 1), domain, moved(weights, 0), moved(trained, 1)
+    )
+    area = selectors.auroc(responses, domain)
+    assert (area[1] == 1).sum() > 18  # more than are selected
+    for name, mask in first.items():
+        np.testing.assert_array_equal(moved(mask, 1), second[name], err_msg=name)
+        assert mask.any()
+    by_place = selectors.top(area, 9)
+    assert by_place[1].any(axis=1).sum() < first["auroc"][1].any(axis=1).sum()
+
+
+def test_effect_size_is_in_standard_deviations():
+    rng = np.random.default_rng(0)
+    responses, _, domain = few_examples(rng)
+    found = selectors.effect_size(responses, domain)
+    gap = responses[domain == 1].mean(axis=0) - responses[domain == 0].mean(axis=0)
+    variance = (responses[domain == 1].var(axis=0) + responses[domain == 0].var(axis=0)) / 2
+    np.testing.assert_allclose(found[1], gap / np.sqrt(variance), rtol=1e-9)
+    np.testing.assert_allclose(found[0], -found[1])
+
+
+def test_top_takes_the_higher_of_equal_scores_by_ties():
+    scores = np.array([[[1.0, 3.0, 3.0], [3.0, -np.inf, 3.0]]])
+    ties = np.array([[[9.0, 1.0, 2.0], [3.0, 9.0, 2.0]]])
+    assert np.argwhere(selectors.top(scores, 2, ties=ties))[:, 1:].tolist() == [[0, 2], [1, 0]]
+    assert selectors.top(scores, 6, ties=ties).sum() == 5
+    with pytest.raises(ValueError, match="ties must be of the shape"):
+        selectors.top(scores, 1, ties=ties[:, :1])
+
+
 def test_top():
     scores = np.array([[[1.0, 3.0, 3.0], [3.0, -np.inf, 0.0]]])
     assert np.argwhere(selectors.top(scores, 2))[:, 1:].tolist() == [[0, 1], [0, 2]]
