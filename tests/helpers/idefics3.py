@@ -11,6 +11,7 @@ import PIL.Image
 from mllm_jax import families, sites
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints.networks import siglip
+from mllm_jax.families.idefics3.processor import Idefics3Processor
 from tests.helpers import family, hf, tiny
 from tests.helpers.family import Family
 
@@ -91,6 +92,12 @@ def processor_of(config, **settings) -> hf.transformers.Idefics3Processor:
     return hf.transformers.Idefics3Processor(
         images, tokenizer, image_seq_len=config.image_tokens, chat_template=TEMPLATE
     )
+
+
+def processor(config) -> Idefics3Processor:
+    """Our processor of a config."""
+    theirs = processor_of(config)
+    return Idefics3Processor(theirs.tokenizer, lambda: theirs.image_processor, config)
 
 
 def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:

@@ -22,11 +22,13 @@ from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.families.gemma3 import model as gemma3
+from mllm_jax.families.idefics3 import model as idefics3_model
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.internvl.model import InternVlConfig
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.families.llava_onevision import model as llava_onevision
+from mllm_jax.families.mistral3 import model as mistral3_model
 from mllm_jax.families.paligemma import model as paligemma
 from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
 from mllm_jax.families.qwen3_vl import model as qwen3_vl
@@ -36,7 +38,7 @@ from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import gemma, internvl, qwen, tiny
+from tests.helpers import gemma, idefics3, internvl, pixtral, qwen, tiny
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -50,6 +52,8 @@ CONFIGS = {
     "next": llava_next.LlavaNextConfig.tiny(),
     "instructblip": instructblip.InstructBlipConfig.tiny(),
     "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
+    "idefics3": idefics3_model.Idefics3Config.tiny(),
+    "mistral3": mistral3_model.Mistral3Config.tiny(),
     "paligemma": dataclasses.replace(
         paligemma.PaliGemmaConfig.tiny(),
         lm=dataclasses.replace(  # caps so high that no logits are equal at them
@@ -66,6 +70,8 @@ CONFIGS = {
 }
 PROCESSORS = {
     "instructblip": tiny.instructblip_processor,
+    "idefics3": idefics3.processor,
+    "mistral3": pixtral.processor,
     "gemma3": gemma.processor,
     "internvl": internvl.processor,
     "qwen2.5": qwen.processor,

@@ -11,6 +11,7 @@ import PIL.Image
 from mllm_jax import families
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints.networks import pixtral
+from mllm_jax.families.mistral3.processor import Mistral3Processor
 from tests.helpers import hf, tiny
 from tests.helpers.family import Family
 
@@ -109,6 +110,12 @@ def processor_of(config, **settings) -> TheirProcessor:
     how = {"size": {"longest_edge": LONGEST}, "patch_size": config.patch_side} | settings
     images = hf.transformers.PixtralImageProcessorPil(**how)
     return TheirProcessor(images, tokenizer, config)
+
+
+def processor(config) -> Mistral3Processor:
+    """Our processor of a config."""
+    theirs = processor_of(config)
+    return Mistral3Processor(theirs.tokenizer, lambda: theirs.image_processor, config)
 
 
 def inputs(batch: Batch, pictures: list[list[PIL.Image.Image]]) -> dict[str, np.ndarray]:

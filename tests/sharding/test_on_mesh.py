@@ -27,8 +27,8 @@ def run(shape: str, families: str, *more: str) -> None:
 
 
 FAMILIES = (
-    "llava", "next", "instructblip", "onevision", "gemma3", "internvl", "qwen2.5",
-    "qwen3",
+    "llava", "next", "instructblip", "onevision", "paligemma", "gemma3", "internvl", "qwen2.5",
+    "qwen3", "idefics3", "mistral3",
 )  # fmt: skip
 
 

@@ -51,6 +51,22 @@ def read(
     return known
 
 
+def check_feature_layer(tower: Mapping[str, Any], at: int, problems: list[str]) -> None:
+    """Append to `problems` if a tower does not have the hidden state that is used.
+
+    Args:
+        tower: the fields of the tower.
+        at: the number of the hidden state; 0, the embedding, is not supported.
+        problems: what is wrong is appended here.
+    """
+    layers = tower["num_hidden_layers"]
+    if not (1 <= at <= layers or -layers <= at <= -1):
+        problems.append(
+            f"vision_feature_layer={at}: the vision tower has {layers} layers, so only "
+            f"1 to {layers} or -{layers} to -1 are supported"
+        )
+
+
 def arguments(known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a config class from the fields of `read`."""
     given = {ours: known[name] for name, (ours, _) in _FIELDS.items() if name in known}

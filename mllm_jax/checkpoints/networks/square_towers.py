@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_jax import files
 from mllm_jax.checkpoints import keys
-from mllm_jax.checkpoints.networks import clip, siglip
+from mllm_jax.checkpoints.networks import clip, encoder, siglip
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.siglip import SiglipConfig
 
@@ -43,12 +43,7 @@ def check(tower: Mapping[str, Any], feature_layer: int, select: str, problems: l
         select: the tokens that are used, see `config`.
         problems: what is wrong is appended here.
     """
-    layers = tower["num_hidden_layers"]
-    if not (1 <= feature_layer <= layers or -layers <= feature_layer <= -1):
-        problems.append(
-            f"vision_feature_layer={feature_layer}: the vision tower has {layers} layers, so only "
-            f"1 to {layers} or -{layers} to -1 are supported"
-        )
+    encoder.check_feature_layer(tower, feature_layer, problems)
     if select == "patch" and tower["model_type"] == "siglip_vision_model":
         problems.append(
             "vision_feature_select_strategy='default' drops the first token, which is a patch in "

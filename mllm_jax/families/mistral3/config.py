@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from mllm_jax.checkpoints import fields as fields_
 from mllm_jax.checkpoints import schema
-from mllm_jax.checkpoints.networks import decoder, pixtral
+from mllm_jax.checkpoints.networks import decoder, encoder, pixtral
 from mllm_jax.families.mistral3.model import Mistral3Config
 
 Config = TypeVar("Config", bound=Mistral3Config)
@@ -77,15 +77,10 @@ def read(
         Refused: there are problems.
     """
     vision = pixtral.read(vision_fields, problems)
-    layers, at = vision["num_hidden_layers"], known["vision_feature_layer"]
-    if not (1 <= at <= layers or -layers <= at <= -1):
-        problems.append(
-            f"vision_feature_layer={at}: the vision tower has {layers} layers, so only "
-            f"1 to {layers} or -{layers} to -1 are supported"
-        )
+    at, merge = known["vision_feature_layer"], known.get("spatial_merge_size", 1)
+    encoder.check_feature_layer(vision, at, problems)
 
     def make() -> Config:
-        merge = known.get("spatial_merge_size", 1)
         return kind.of(
             pixtral.config(vision, merge=merge, feature_layer=at),
             decoder.config(text, tied=known["tie_word_embeddings"]),
