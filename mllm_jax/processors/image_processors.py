@@ -75,14 +75,12 @@ def check_size(processor: Any, side: int, directory: object) -> None:
         )
 
 
-def preprocess(
-    processor: Any, images: list[PIL.Image.Image], side: int, directory: object
-) -> np.ndarray:
+def preprocess(processor: Any, images: Sequence[Any], side: int, directory: object) -> np.ndarray:
     """Return the pixels that an image processor makes of pictures.
 
     Args:
       processor: the image processor of transformers.
-      images: pictures of PIL, in RGB.
+      images: pictures of PIL, in RGB, or lists of those of each row.
       side: the side of the squares that the vision tower reads.
       directory: the checkpoint's directory, for errors.
 
@@ -103,13 +101,13 @@ def preprocess(
 
 
 def prepare(
-    processor: Any, images: list[PIL.Image.Image], directory: object, **settings: Any
+    processor: Any, images: Sequence[Any], directory: object, **settings: Any
 ) -> dict[str, np.ndarray]:
     """Return the arrays that an image processor makes of pictures, `pixel_values` among them.
 
     Args:
       processor: the image processor of transformers.
-      images: pictures of PIL, in RGB.
+      images: pictures of PIL, in RGB, or lists of those of each row.
       directory: the checkpoint's directory, for errors.
       **settings: settings of the image processor that the checkpoint's do not decide.
 

@@ -96,7 +96,7 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         """Return how many times too long the sides of a large picture are."""
         return math.sqrt(large.size / (self.max_tiles * self.image_tokens))
 
-    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+    def layouts(self, sizes: Sequence[Size | None]) -> list[Layout]:
         """Return how the pictures of a row are read."""
         if len(sizes) == 1:
             return [self.layout(sizes[0])]

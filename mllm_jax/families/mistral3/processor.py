@@ -85,7 +85,7 @@ class Mistral3Processor(FreeGridProcessor):
         )
 
 
-def _limits(size: Any) -> tuple[int | None, int | None]:
+def _limits(size: Any) -> tuple[Any, Any]:
     """Return the most rows and columns of pixels of a size of transformers."""
     longest, height, width = (
         getattr(size, name, None) for name in ("longest_edge", "height", "width")

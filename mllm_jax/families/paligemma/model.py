@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, Self
 from flax import nnx
 
 from mllm_jax.families.llava.model import Llava, LlavaConfig
-from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.projector import ProjectorConfig
 from mllm_jax.models.siglip import SiglipConfig
@@ -22,6 +21,7 @@ from mllm_jax.models.siglip import SiglipConfig
 class PaliGemmaConfig(LlavaConfig):
     """A PaliGemma or PaliGemma 2 model; for its attributes see `MultimodalConfig`."""
 
+    vision: SiglipConfig
     image_token: int = 257152
     attends_forward: ClassVar[Literal["prompt"]] = "prompt"
 
@@ -30,8 +30,8 @@ class PaliGemmaConfig(LlavaConfig):
         return PaliGemma(self, rngs=rngs)
 
     @classmethod
-    def of(
-        cls, vision: ClipConfig | SiglipConfig, lm: DecoderConfig, *, fold: int = 1, **fields: Any
+    def of(  # type: ignore[override]  # has this tower alone
+        cls, vision: SiglipConfig, lm: DecoderConfig, *, fold: int = 1, **fields: Any
     ) -> Self:
         """Return a PaliGemma of a tower and a language model."""
         projector = ProjectorConfig(in_width=vision.width, out_width=lm.width, depth=1, fold=fold)
