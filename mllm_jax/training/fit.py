@@ -253,7 +253,7 @@ class _Run:
         """Raise an error for a batch whose labels hold no token; a loss may need no labels."""
         try:
             for batch in batches:
-                if batch.labels is not None:
+                if getattr(batch, "labels", None) is not None:  # a loss may read batches of its own
                     losses.require_answers(batch)
         except ValueError as error:
             raise ValueError(f"{self.label}: step {number}: {error}") from error

@@ -124,7 +124,7 @@ def test_defaults_are_those_of_transformers():
         ),
         (
             {"model_type": "blip-2"},
-            "model_type='blip-2' is not supported, only llava, llava_next, instructblip",
+            "model_type='blip-2' is not supported, only llava, llava_next",
         ),
     ],
 )

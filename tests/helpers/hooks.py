@@ -43,7 +43,7 @@ def change(family: Family, name: str, layer: int, fn: Change) -> RemovableHandle
 
 def hide(family: Family, layer: int, heads: Sequence[int], hidden: np.ndarray) -> RemovableHandle:
     """Let the queries of some heads of a layer not see keys, hidden bool[B, T, S]."""
-    text = family.where.get("lm.attn_out", sites.get("lm.attn_out").hf)
+    text = family.where.get("lm.attn.pattern", sites.get("lm.attn.pattern").hf)
     module, _ = module_of(family, text, layer)
 
     def hook(module, args, kwargs):

@@ -65,7 +65,7 @@ def forward(model, batch, changes: Sequence[Change] = ()):
 def spread(axes: Sequence[str], tokens: np.ndarray, units: np.ndarray) -> np.ndarray:
     """A mask of tokens [B, T] and a mask of units, laid along the axes of a site."""
     T = "P" if "P" in axes else "T"
-    unit = next(a for a in axes if a in "EDFNV")
+    unit = next(a for a in axes if a in "EDFNKV")
     shape = [
         n if a in ("B", "I", T) else 1 for a, n in zip(axes, _sizes(axes, tokens), strict=True)
     ]

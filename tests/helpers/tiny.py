@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,7 +61,9 @@ def shrink(pictures: Sequence[PIL.Image.Image], size: int) -> dict[str, np.ndarr
     return {"pixel_values": np.stack(small).transpose(0, 3, 1, 2)}
 
 
-def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how) -> Processor:
+def processor(
+    config: llava.LlavaConfig, template: str | None = TEMPLATE, kind=None, **how
+) -> Processor:
     side = config.vision.image_size
 
     def make():
@@ -75,7 +78,7 @@ def processor(config: llava.LlavaConfig, template: str | None = TEMPLATE, **how)
             size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=cuts
         )
 
-    kind = families.of(config).processor
+    kind = kind or families.of(config).processor
     return kind(tokenizer(config, template, **how), make, config)
 
 
@@ -97,10 +100,8 @@ def qformer_tokenizer():
 def instructblip_processor(
     config: instructblip.InstructBlipConfig, template: str | None = None
 ) -> InstructBlipProcessor:
-    plain = processor(config, template)
-    return InstructBlipProcessor(
-        plain.tokenizer, plain._make_image_processor, config, qformer_tokenizer=qformer_tokenizer()
-    )
+    kind = functools.partial(InstructBlipProcessor, qformer_tokenizer=qformer_tokenizer())
+    return processor(config, template, kind)
 
 
 def picture(seed: int, height: int = 24, width: int | None = None) -> PIL.Image.Image:

@@ -120,7 +120,7 @@ def test_every_pair_is_the_oracle(site, model, pictures, batch, unedited):
     clean, seen = unedited
     layer = len(seen[site.name]) - 1 if site.stacked else None
     before = seen[site.name][-1]
-    axis = next(i for i, a in enumerate(site.axes) if a in "EDFNV")
+    axis = next(i for i, a in enumerate(site.axes) if a in "EDFNKV")
     units = some_units(before.shape[axis])
     address = site[units] if layer is None else site[layer, units]
     tokens = image_tokens(site, batch)
