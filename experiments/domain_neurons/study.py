@@ -57,12 +57,13 @@ def run(
     for module in config.modules:
         ablation.ablated_modules(study, module)  # refuse an unknown module before the count
 
+    given = selection.read(study) if config.masks else None  # refuse wrong files before the count
     counted: selection.DomainCounts = {}
-    if not config.masks or config.controls:
+    if given is None or config.controls:
         counted = {name: counts.count(study, name) for name in train}
     rates = controls.rates(study, counted) if counted else {}
-    if config.masks:
-        neurons, counted = selection.read(study), {}
+    if given is not None:
+        neurons, counted = given, {}
     else:
         neurons = selection.select(study, counted, selection.rule(config))
     selection.write(study, neurons)
