@@ -18,7 +18,7 @@ from mllm_jax.passes import run as run_
 from mllm_jax.store import atomic_json
 
 ABOUT = "the time of the parts of a clean pass"
-MODULES = {"ClipVision.__call__": "vision", "Decoder.__call__": "LM"}
+MODULES = {"Vit.__call__": "vision", "Decoder.__call__": "LM"}
 # (a function that called the operation, the name of its time); the first match counts.
 PARTS = (
     ("attention", "attention"),

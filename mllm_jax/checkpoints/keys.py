@@ -49,6 +49,8 @@ def _conv_from_patches(kernel: np.ndarray) -> np.ndarray:
 
 COPY = Transform("copy", lambda x: x, lambda x: x)
 LINEAR = Transform("linear", np.transpose, np.transpose)  # [out, in] <-> [in, out]
+LEADING = Transform("leading", lambda x: x[0], lambda x: x[None])  # [1, ...] <-> [...]
+CLS_TOKEN = Transform("cls token", lambda x: x[0, 0], lambda x: x[None, None])  # [1, 1, E] <-> [E]
 PATCHES = Transform("patches", _patches_from_conv, _conv_from_patches)
 
 

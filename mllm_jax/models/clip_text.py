@@ -101,7 +101,7 @@ class Clip(nnx.Module):
     def __init__(self, config: ClipPairConfig, *, rngs: nnx.Rngs):
         vision, text = config.vision, config.text
         self.config = config
-        self.vision = clip.ClipVision(vision, rngs=rngs)
+        self.vision = vision.build(rngs=rngs)
         self.vision_norm = layers.LayerNorm(vision.width, eps=vision.eps, rngs=rngs)
         self.vision_out = layers.Linear(vision.width, config.width, use_bias=False, rngs=rngs)
         self.text = ClipText(text, rngs=rngs)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from typing import Protocol
 
 import numpy as np
+from flax import nnx
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch, Layout
@@ -23,6 +23,34 @@ def places(patches: int) -> int:
     return max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
 
 
+class FreeGridTower(Protocol):
+    """A vision tower that reads patches of pictures of any size."""
+
+    def __call__(
+        self, patches: Float[Array, "I P pixel"], grid: Int[Array, "I 2"], tap
+    ) -> Float[Array, "I P E"]:
+        """Return the features; those of padding mean nothing."""
+
+
+class FreeGridTowerConfig(Protocol):
+    """The config of such a tower."""
+
+    @property
+    def patch(self) -> int:
+        """The side of a patch in pixels."""
+
+    @property
+    def merge(self) -> int:
+        """The side of the square of patches that becomes one token."""
+
+    @property
+    def pixels(self) -> int:
+        """The number of values of a patch."""
+
+    def build(self, *, rngs: nnx.Rngs) -> FreeGridTower:
+        """Build the tower with random weights."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreeGridConfig(MultimodalConfig):
     """The config of a model that reads each picture at its own size.
@@ -31,25 +59,27 @@ class FreeGridConfig(MultimodalConfig):
     becomes one token of the language model.
 
     Attributes:
+      vision: the vision tower.
       largest_grid: the rows and columns of patches of the largest picture.
     """
 
+    vision: FreeGridTowerConfig  # type: ignore[assignment]  # other fields than squares have
     largest_grid: Size = (64, 64)
 
     @property
-    @abc.abstractmethod
     def merge(self) -> int:
         """Return the side of the square of patches that becomes one token."""
+        return self.vision.merge
 
     @property
-    @abc.abstractmethod
     def patch_side(self) -> int:
         """Return the side of a patch in pixels."""
+        return self.vision.patch
 
     @property
-    @abc.abstractmethod
     def patch_width(self) -> int:
-        """Return the number of values of a patch."""
+        """Return the number of values of a patch, of all its frames."""
+        return self.vision.pixels
 
     @property
     def image_tokens(self) -> int:
@@ -92,15 +122,6 @@ class FreeGridConfig(MultimodalConfig):
         index = np.arange(rows * columns)
         places = np.stack(np.divmod(index, max(columns, 1)), 1)
         return Layout(1, index, places=places, grid=grid)
-
-
-class FreeGridTower(Protocol):
-    """A vision tower that reads patches of pictures of any size."""
-
-    def __call__(
-        self, patches: Float[Array, "I P pixel"], grid: Int[Array, "I 2"], tap
-    ) -> Float[Array, "I P E"]:
-        """Return the features; those of padding mean nothing."""
 
 
 class FreeGridModel(MultimodalModel):

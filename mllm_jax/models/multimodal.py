@@ -15,12 +15,9 @@ from flax import nnx
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
-from mllm_jax.models.clip import ClipConfig, ClipVision
 from mllm_jax.models.decoder import Block, Decoder, DecoderConfig
-from mllm_jax.models.eva import EvaConfig, EvaVision
-from mllm_jax.models.internvit import InternVit, InternVitConfig
 from mllm_jax.models.projector import Projector, ProjectorConfig
-from mllm_jax.models.siglip import SiglipConfig, SiglipVision
+from mllm_jax.models.vit import Vit, VitConfig
 from mllm_jax.positions import Positions
 from mllm_jax.sharding import collectives
 from mllm_jax.typing import Array, Bool, Float
@@ -43,7 +40,7 @@ class MultimodalConfig(abc.ABC):
         those of the prompt, or none.
     """
 
-    vision: ClipConfig | EvaConfig | InternVitConfig | SiglipConfig
+    vision: VitConfig
     projector: ProjectorConfig
     lm: DecoderConfig
     image_token: int = 32000
@@ -140,9 +137,15 @@ class MultimodalModel(nnx.Module):
     """
 
     config: MultimodalConfig
-    vision: ClipVision | EvaVision | InternVit | SiglipVision
+    vision: Vit
     projector: Projector
     lm: Decoder
+
+    def __init__(self, config: MultimodalConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = config.vision.build(rngs=rngs)
+        self.projector = Projector(config.projector, rngs=rngs)
+        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module by its name."""

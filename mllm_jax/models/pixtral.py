@@ -50,8 +50,7 @@ class PixtralConfig:
     @property
     def run_layers(self) -> int:
         """The number of blocks below the feature layer; only these exist."""
-        at = self.feature_layer
-        return at if at >= 0 else self.layers + 1 + at
+        return vision_block.layers_below(self.feature_layer, self.layers)
 
     @property
     def block(self) -> vision_block.BlockConfig:
@@ -68,6 +67,10 @@ class PixtralConfig:
             mlp_bias=False,
             gated=True,
         )
+
+    def build(self, *, rngs: nnx.Rngs) -> PixtralVision:
+        """Build the tower with random weights."""
+        return PixtralVision(self, rngs=rngs)
 
     @classmethod
     def pixtral_12b(cls) -> PixtralConfig:

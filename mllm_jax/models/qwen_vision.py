@@ -88,6 +88,10 @@ class QwenVisionConfig:
             gated=self.gated,
         )
 
+    def build(self, *, rngs: nnx.Rngs) -> QwenVision:
+        """Build the tower with random weights."""
+        return QwenVision(self, rngs=rngs)
+
     @classmethod
     def version_2(cls) -> QwenVisionConfig:
         """Return the config of the tower of Qwen2-VL."""

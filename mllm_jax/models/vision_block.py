@@ -51,6 +51,18 @@ class BlockConfig:
     layer_scale: bool = False
 
 
+def layers_below(feature_layer: int | None, layers: int) -> int:
+    """Return the number of blocks below a hidden state.
+
+    Args:
+        feature_layer: the hidden state, counted as in HF: 0 is the embedding, -1 the last layer;
+            None for the last layer.
+        layers: the number of blocks of the tower.
+    """
+    at = -1 if feature_layer is None else feature_layer
+    return at if at >= 0 else layers + 1 + at
+
+
 def make_norm(
     kind: Norm, width: int, *, eps: float, rngs: nnx.Rngs
 ) -> layers.LayerNorm | layers.RMSNorm:

@@ -36,7 +36,7 @@ def network(config):
 def test_every_site(name):
     config = CONFIGS[name]
     theirs = hf.random(network(config))
-    build = lambda: internvit.InternVit(config, rngs=nnx.Rngs(0))  # noqa: E731
+    build = lambda: config.build(rngs=nnx.Rngs(0))  # noqa: E731
     ours = towers.transfer(build, network_.vision("tower", "ours"), theirs, "tower.")
     modules = {
         "vision.attn_out": "encoder.layer.{i}.attention (output)",

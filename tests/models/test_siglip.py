@@ -38,7 +38,7 @@ def ours(config, network):
         return config.feature_layer is not None and after
 
     table = network_.vision("tower", "ours")
-    build = lambda: siglip.SiglipVision(config, rngs=nnx.Rngs(0))  # noqa: E731
+    build = lambda: config.build(rngs=nnx.Rngs(0))  # noqa: E731
     return towers.transfer(build, table, network, "tower.", is_unused)
 
 

@@ -79,11 +79,10 @@ def test_a_mesh_of_one_device_splits_nothing(config):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda rngs: siglip.SiglipVision(siglip.SiglipConfig.tiny(), rngs=rngs),
-        lambda rngs: internvit.InternVit(
-            internvit.InternVitConfig(layers=1, qk_norm=True, final_norm=True, norm="rms"),
-            rngs=rngs,
-        ),
+        lambda rngs: siglip.SiglipConfig.tiny().build(rngs=rngs),
+        lambda rngs: internvit.InternVitConfig(
+            layers=1, qk_norm=True, final_norm=True, norm="rms"
+        ).build(rngs=rngs),
         lambda rngs: qwen_vision.QwenVision(qwen_vision.QwenVisionConfig.tiny("2.5"), rngs=rngs),
         lambda rngs: qwen_vision.QwenVision(qwen_vision.QwenVisionConfig.tiny("3"), rngs=rngs),
         lambda rngs: pixtral.PixtralVision(pixtral.PixtralConfig.tiny(), rngs=rngs),

@@ -48,16 +48,14 @@ SITES = {
     "vision.resid_post": "encoder.layer.{i} (output)",
 }
 
-_LEADING = keys.Transform("leading", lambda x: x[0], lambda x: x[None])  # [1, ...] <-> [...]
-
 
 def vision(hf: str, ours: str) -> tuple[keys.Row, ...]:
     """Return the key table of an InternViT."""
     return keys.rows(
         hf,
         ours,
-        ("embeddings.cls_token", "cls", _LEADING),
-        ("embeddings.position_embeddings", "position", _LEADING),
+        ("embeddings.cls_token", "cls", keys.CLS_TOKEN),
+        ("embeddings.position_embeddings", "position", keys.LEADING),
         ("embeddings.patch_embeddings.projection.weight", "patch.kernel", keys.PATCHES),
         ("embeddings.patch_embeddings.projection.bias", "patch.bias", keys.COPY),
         *keys.norm("layernorm", "norm"),

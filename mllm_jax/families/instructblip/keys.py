@@ -8,13 +8,11 @@ from mllm_jax.families.instructblip.model import InstructBlipConfig
 
 PROJECTOR_PREFIX = "language_projection."
 
-_BATCH = keys.Transform("batch", lambda x: x[0], lambda x: x[None])  # [1, ...] <-> [...]
-
 _VISION = keys.rows(
     "vision_model",
     "vision",
-    ("embeddings.class_embedding", "cls", _BATCH),
-    ("embeddings.position_embedding", "position", _BATCH),
+    ("embeddings.class_embedding", "cls", keys.CLS_TOKEN),
+    ("embeddings.position_embedding", "position", keys.LEADING),
     ("embeddings.patch_embedding.weight", "patch.kernel", keys.PATCHES),
     ("embeddings.patch_embedding.bias", "patch.bias", keys.COPY),
     *keys.norm("post_layernorm", "norm"),
@@ -54,7 +52,7 @@ def key_table(config: InstructBlipConfig) -> tuple[keys.Row, ...]:
     layer = "qformer.encoder.layer.{layer}"
     return (
         *_VISION,
-        keys.Row("query_tokens", "qformer.queries", _BATCH),
+        keys.Row("query_tokens", "qformer.queries", keys.LEADING),
         *keys.rows(
             "qformer.embeddings",
             "qformer",

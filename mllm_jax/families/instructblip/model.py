@@ -14,7 +14,7 @@ from flax import nnx
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.models.decoder import Decoder, DecoderConfig
-from mllm_jax.models.eva import EvaConfig, EvaVision
+from mllm_jax.models.eva import EvaConfig
 from mllm_jax.models.multimodal import ImageTokens, MultimodalConfig, MultimodalModel
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.models.qformer import QFormer, QFormerConfig
@@ -74,11 +74,10 @@ class InstructBlip(MultimodalModel):
     """LLaVA with a Q-Former between vision tower and projector."""
 
     config: InstructBlipConfig
-    vision: EvaVision
 
     def __init__(self, config: InstructBlipConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision = EvaVision(config.vision, rngs=rngs)
+        self.vision = config.vision.build(rngs=rngs)
         self.qformer = QFormer(config.qformer, rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
         self.lm = Decoder(config.lm, rngs=rngs)

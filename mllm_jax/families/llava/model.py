@@ -9,11 +9,11 @@ from flax import nnx
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
-from mllm_jax.models.clip import ClipConfig, ClipVision
-from mllm_jax.models.decoder import Decoder, DecoderConfig
+from mllm_jax.models.clip import ClipConfig
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
-from mllm_jax.models.projector import Projector, ProjectorConfig
-from mllm_jax.models.siglip import SiglipConfig, SiglipVision
+from mllm_jax.models.projector import ProjectorConfig
+from mllm_jax.models.siglip import SiglipConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,6 @@ class Llava(MultimodalModel):
     """The network of LLaVA."""
 
     config: LlavaConfig
-    vision: ClipVision | SiglipVision
-
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.vision = config.vision.build(rngs=rngs)
-        self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Decoder(config.lm, rngs=rngs)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module: vision [I, P], projector [I, P], LM [B, T]."""

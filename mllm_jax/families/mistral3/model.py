@@ -11,11 +11,11 @@ from typing import Any, Self
 from flax import nnx
 
 from mllm_jax.batch import Layout
-from mllm_jax.models.decoder import Decoder, DecoderConfig
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.free_grid import FreeGridConfig, FreeGridModel
 from mllm_jax.models.multimodal import Size
 from mllm_jax.models.pixtral import PixtralConfig, PixtralVision
-from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.projector import ProjectorConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,21 +24,6 @@ class Mistral3Config(FreeGridConfig):
 
     vision: PixtralConfig  # type: ignore[assignment]  # narrower than that of the base
     image_token: int = 10
-
-    @property
-    def merge(self) -> int:
-        """Return the side of the square of patches that becomes one token."""
-        return self.vision.merge
-
-    @property
-    def patch_side(self) -> int:
-        """Return the side of a patch in pixels."""
-        return self.vision.patch
-
-    @property
-    def patch_width(self) -> int:
-        """Return the number of values of a patch."""
-        return self.vision.pixels
 
     def layout_of_grid(self, grid: Size) -> Layout:
         """Return how a picture of this many rows and columns of patches is read: row by row."""
@@ -98,9 +83,3 @@ class Mistral3(FreeGridModel):
 
     config: Mistral3Config
     vision: PixtralVision
-
-    def __init__(self, config: Mistral3Config, *, rngs: nnx.Rngs):
-        self.config = config
-        self.vision = PixtralVision(config.vision, rngs=rngs)
-        self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Decoder(config.lm, rngs=rngs)

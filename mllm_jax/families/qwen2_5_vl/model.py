@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, Self
 
 from flax import nnx
 
-from mllm_jax.models.decoder import Decoder, DecoderConfig
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.free_grid import FreeGridConfig, FreeGridModel
-from mllm_jax.models.projector import Projector, ProjectorConfig
+from mllm_jax.models.projector import ProjectorConfig
 from mllm_jax.models.qwen_vision import QwenVision, QwenVisionConfig
 from mllm_jax.models.rotary import RopeSections
 
@@ -32,21 +32,6 @@ class QwenVLConfig(FreeGridConfig):
 
     vision: QwenVisionConfig  # type: ignore[assignment]  # narrower than that of the base
     image_token: int = 151655
-
-    @property
-    def merge(self) -> int:
-        """Return the side of the square of patches that becomes one token."""
-        return self.vision.merge
-
-    @property
-    def patch_side(self) -> int:
-        """Return the side of a patch in pixels."""
-        return self.vision.patch
-
-    @property
-    def patch_width(self) -> int:
-        """Return the number of values of a patch, of all its frames."""
-        return self.vision.pixels
 
     def build(self, *, rngs: nnx.Rngs) -> QwenVL:
         """Build the model with random weights."""
@@ -128,9 +113,3 @@ class QwenVL(FreeGridModel):
 
     config: QwenVLConfig
     vision: QwenVision
-
-    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.vision = QwenVision(config.vision, rngs=rngs)
-        self.projector = Projector(config.projector, rngs=rngs)
-        self.lm = Decoder(config.lm, rngs=rngs)

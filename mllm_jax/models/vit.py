@@ -1,0 +1,126 @@
+"""The vision transformer of square pictures. CLIP, SigLIP, InternViT and EVA are configs of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mllm_jax.models import layers, vision_block
+from mllm_jax.sites import vision as S
+from mllm_jax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A vision transformer of square pictures.
+
+    Attributes:
+        width: E.
+        layers: the number of blocks in the checkpoint.
+        heads: N.
+        mlp: F.
+        image_size: the side of an image in pixels.
+        patch: the side of a patch in pixels.
+        act: the activation of the MLPs.
+        eps: the epsilon of the norms.
+        has_cls: whether a CLS token stands before the patches inside of the tower.
+        patch_bias: whether the embedding of patches has a bias.
+        has_pre_norm: whether a norm stands before the first block.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    image_size: int
+    patch: int
+    act: str
+    eps: float
+    has_cls: ClassVar[bool] = True
+    patch_bias: ClassVar[bool] = True
+    has_pre_norm: ClassVar[bool] = False
+
+    @property
+    def grid(self) -> int:
+        """The number of rows, and of columns, of patches."""
+        return self.image_size // self.patch
+
+    @property
+    def run_layers(self) -> int:
+        """The number of blocks below the features; only these exist."""
+        return self.layers
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the features are normed."""
+        return False
+
+    @property
+    def keeps_cls(self) -> bool:
+        """Whether the CLS token is one of the features."""
+        return self.has_cls
+
+    @property
+    def feature_tokens(self) -> int:
+        """The number of tokens of the features."""
+        return self.grid**2 + self.keeps_cls
+
+    @property
+    def block(self) -> vision_block.BlockConfig:
+        """The config of each block."""
+        return vision_block.BlockConfig(
+            width=self.width, heads=self.heads, mlp=self.mlp, act=self.act, eps=self.eps
+        )
+
+    def build(self, *, rngs: nnx.Rngs) -> Vit:
+        """Build the tower with random weights."""
+        return Vit(self, rngs=rngs)
+
+
+class Vit(nnx.Module):
+    """The tower from pixels to features; P counts the CLS token inside the tower."""
+
+    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+        normal, E, P = nnx.initializers.normal(0.02), config.width, config.grid**2
+        self.config = config
+        self.patch = layers.Linear(config.patch**2 * 3, E, use_bias=config.patch_bias, rngs=rngs)
+        if config.has_cls:
+            self.cls = nnx.Param(normal(rngs.params(), (E,)))
+        self.position = nnx.Param(normal(rngs.params(), (P + config.has_cls, E)))
+        if config.has_pre_norm:
+            self.pre_norm = layers.LayerNorm(E, eps=config.eps, rngs=rngs)
+        self.layers = layers.stack(
+            lambda keys: vision_block.Block(config.block, rngs=keys), config.run_layers, rngs
+        )
+        if config.has_norm:
+            self.norm = layers.LayerNorm(E, eps=config.eps, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "I row column 3"], tap) -> Float[Array, "I P E"]:
+        """Return the features of the selected layer.
+
+        Args:
+            pixels: normalised images of image_size x image_size pixels. Those that no patch fills
+                are left out: of 384 pixels, patches of 14 fill 378.
+            tap: the taps of the vision module.
+        """
+        config = self.config
+        side = config.grid * config.patch
+        x = self.patch(patches(pixels[:, :side, :side], config.patch))
+        if config.has_cls:
+            cls = jnp.broadcast_to(self.cls[...], (len(x), 1, x.shape[-1])).astype(x.dtype)
+            x = jnp.concatenate([cls, x], 1)
+        x = x + self.position[...]
+        x = tap(S.embed, self.pre_norm(x) if config.has_pre_norm else x)
+        x, _ = tap.scan(lambda layer, x, tap, _: (layer(x, tap), None), self.layers, x)
+        x = self.norm(x) if config.has_norm else x
+        return x[:, 1:] if config.has_cls and not config.keeps_cls else x
+
+
+def patches(pixels: Float[Array, "I row column 3"], size: int) -> Float[Array, "I P pixel"]:
+    """Cut images into square patches, row by row; the pixels of one are (row, column, channel)."""
+    I, H, W, C = pixels.shape
+    x = pixels.reshape(I, H // size, size, W // size, size, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(I, (H // size) * (W // size), size * size * C)
