@@ -20,6 +20,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava import original
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.loading import load, save
+from mllm_jax.models.projector import Projector
 from tests.helpers import spellings, tiny
 
 
@@ -172,7 +173,7 @@ def test_wrong_projectors(expected, tmp_path, root):
     wide = llava.ProjectorConfig(in_width=64, out_width=24)
     rng = nnx.Rngs(0)
     other = nnx.clone(expected)
-    other.projector = llava.Projector(wide, rngs=rng)
+    other.projector = Projector(wide, rngs=rng)
     mj.write_projector(other, tmp_path / "wide.bin")
     with pytest.raises(ValueError, match=r"wide.bin: .*linear_1.weight is \[24, 64\], expected"):
         load.read_model(root / "model", projector=tmp_path / "wide.bin")
