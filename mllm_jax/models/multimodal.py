@@ -25,6 +25,23 @@ from mllm_jax.typing import Array, Bool, Float
 Size = tuple[int, int]  # height, width
 
 
+def require_size(size: Size | None, reads: str) -> Size:
+    """Return the (height, width) of a picture, on which everything depends.
+
+    Args:
+      size: the size, or None where features stand in the place of the picture.
+      reads: how the model reads a picture, for the error.
+
+    Raises:
+      ValueError: the size is not known.
+    """
+    if size is None:
+        raise ValueError(
+            f"{reads}: beside features= give sizes=[(height, width), ...] of the pictures"
+        )
+    return size
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultimodalConfig(abc.ABC):
     """The config of a model of any family.

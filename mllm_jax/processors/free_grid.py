@@ -12,6 +12,7 @@ import numpy as np
 from mllm_jax.batch import Layout
 from mllm_jax.models import free_grid
 from mllm_jax.models.free_grid import FreeGridConfig
+from mllm_jax.models.multimodal import require_size
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.rows import Picture, Row, round_up_length
 
@@ -74,11 +75,7 @@ class FreeGridProcessor(Processor, abc.ABC):
         Raises:
           ValueError: the size is not known, and everything depends on it.
         """
-        if size is None:
-            raise ValueError(
-                "this model reads a picture at its own size: beside features= give "
-                "sizes=[(height, width), ...] of the pictures"
-            )
+        size = require_size(size, "this model reads a picture at its own size")
         return self.config.layout_of_grid(self.patch_grid(size))
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
@@ -107,10 +104,7 @@ class FreeGridProcessor(Processor, abc.ABC):
     def _pixels(
         self, pictures: list[list[Picture]], tiles: int, read: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        is_real = np.zeros((len(pictures), tiles), bool)
-        for slot, row in zip(is_real, pictures, strict=True):
-            slot[: len(row)] = True
-        real = is_real.reshape(-1)
+        real = self._real_tiles(pictures, tiles)
         flat = [picture for row in pictures for picture in row]
         places, width = _places(pictures) if read else 0, self.config.patch_width
         pixels = np.zeros((len(real), places, width), np.float32)

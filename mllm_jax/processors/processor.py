@@ -383,18 +383,21 @@ class Processor(PromptEncoder):
           tiles: the number of tiles of a slot.
           read: whether the pixels are needed; else they are empty.
         """
-        size = self._tile_side if read else 0
-        is_real = np.zeros((len(pictures), tiles), bool)
-        for slot, row in zip(is_real, pictures, strict=True):
-            layouts = [picture.layout for picture in row]
-            for first, layout in zip(self.first_tiles(layouts), layouts, strict=True):
-                slot[first : first + layout.tiles] = True
-        real = is_real.reshape(-1)
+        size, real = self._tile_side if read else 0, self._real_tiles(pictures, tiles)
         pixels = np.zeros((len(real), size, size, 3), np.float32)
         flat = [picture for row in pictures for picture in row]
         if read and flat:
             pixels[real] = np.moveaxis(np.concatenate(self._tiles(flat)), 1, -1)
         return pixels, real
+
+    def _real_tiles(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray:
+        """Return which of the tiles of all slots show a part of a picture, bool[I]."""
+        is_real = np.zeros((len(pictures), tiles), bool)
+        for slot, row in zip(is_real, pictures, strict=True):
+            layouts = [picture.layout for picture in row]
+            for first, layout in zip(self.first_tiles(layouts), layouts, strict=True):
+                slot[first : first + layout.tiles] = True
+        return is_real.reshape(-1)
 
     def _tiles(self, pictures: list[Picture]) -> list[np.ndarray]:
         """Return the tiles of each picture, float32[tiles, 3, row, column]."""

@@ -20,7 +20,7 @@ from mllm_jax.families.llava import keys as llava_keys
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_onevision import model as llava_onevision
 from mllm_jax.interventions import captures
-from mllm_jax.models import siglip
+from mllm_jax.models import siglip, vit
 from mllm_jax.passes import run
 
 torch = pytest.importorskip("torch")
@@ -52,33 +52,27 @@ def llama_config(config: llava.DecoderConfig, kind=transformers.LlamaConfig, **f
     )
 
 
-def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
-    return transformers.CLIPVisionConfig(
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.mlp,
-        image_size=config.image_size,
-        patch_size=config.patch,
-        hidden_act=ACTIVATIONS.get(config.act, config.act),
-        layer_norm_eps=config.eps,
+def _square(config: vit.VitConfig) -> dict:
+    """The fields of a tower of square pictures."""
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp,
+        "image_size": config.image_size,
+        "patch_size": config.patch,
+        "hidden_act": ACTIVATIONS.get(config.act, config.act),
+        "layer_norm_eps": config.eps,
         **ATTENTION,
-    )
+    }
+
+
+def clip_config(config: llava.ClipConfig) -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(**_square(config))
 
 
 def siglip_config(config: siglip.SiglipConfig) -> transformers.SiglipVisionConfig:
-    return transformers.SiglipVisionConfig(
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.mlp,
-        image_size=config.image_size,
-        patch_size=config.patch,
-        hidden_act=ACTIVATIONS.get(config.act, config.act),
-        layer_norm_eps=config.eps,
-        vision_use_head=False,
-        **ATTENTION,
-    )
+    return transformers.SiglipVisionConfig(**_square(config), vision_use_head=False)
 
 
 def tower_config(config: llava.ClipConfig | siglip.SiglipConfig) -> transformers.PreTrainedConfig:
@@ -112,17 +106,7 @@ def llava_config(config: llava.LlavaConfig, text=None) -> transformers.PreTraine
 def instructblip_config(config: instructblip.InstructBlipConfig) -> transformers.InstructBlipConfig:
     vision, qformer = config.vision, config.qformer
     return transformers.InstructBlipConfig(
-        vision_config=transformers.InstructBlipVisionConfig(
-            hidden_size=vision.width,
-            num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads,
-            intermediate_size=vision.mlp,
-            image_size=vision.image_size,
-            patch_size=vision.patch,
-            hidden_act=ACTIVATIONS.get(vision.act, vision.act),
-            layer_norm_eps=vision.eps,
-            **ATTENTION,
-        ),
+        vision_config=transformers.InstructBlipVisionConfig(**_square(vision)),
         qformer_config=transformers.InstructBlipQFormerConfig(
             vocab_size=qformer.vocab,
             max_position_embeddings=qformer.positions,

@@ -71,7 +71,7 @@ def write(
         if shards[-1] and tensor.nbytes + sum(t.nbytes for t in shards[-1].values()) > shard:
             shards.append({})
         shards[-1][slot.key] = tensor
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors.write(part, directory / name)

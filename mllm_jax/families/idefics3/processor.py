@@ -11,6 +11,7 @@ from mllm_jax import files
 from mllm_jax.batch import Layout
 from mllm_jax.families.idefics3 import model
 from mllm_jax.families.idefics3.model import Idefics3Config
+from mllm_jax.models.multimodal import require_size
 from mllm_jax.processors import image_processors
 from mllm_jax.processors.packed_tiles import PackedTilesProcessor
 from mllm_jax.processors.rows import Picture
@@ -29,11 +30,7 @@ class Idefics3Processor(PackedTilesProcessor):
         Raises:
           ValueError: the size is not known, and everything depends on it.
         """
-        if size is None:
-            raise ValueError(
-                "this model cuts a picture by its size: beside features= give "
-                "sizes=[(height, width), ...] of the pictures"
-            )
+        size = require_size(size, "this model cuts a picture by its size")
         how, grid = self.image_processor, (0, 0)
         if how.do_image_splitting:
             longest = _longest(how.size) if how.do_resize else None

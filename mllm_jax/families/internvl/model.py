@@ -15,7 +15,7 @@ from mllm_jax.batch import Layout
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.models.internvit import InternVitConfig
-from mllm_jax.models.multimodal import Size
+from mllm_jax.models.multimodal import Size, require_size
 from mllm_jax.models.projector import ProjectorConfig
 
 
@@ -51,11 +51,7 @@ class InternVlConfig(LlavaConfig):
         Raises:
           ValueError: the size is not known, and everything depends on it.
         """
-        if size is None:
-            raise ValueError(
-                "InternVL cuts a picture by its size: beside features= give "
-                "sizes=[(height, width), ...] of the pictures"
-            )
+        size = require_size(size, "InternVL cuts a picture by its size")
         rows, columns = self.tile_grid(size)
         tiles = rows * columns + (rows * columns > 1)
         return Layout(tiles, np.arange(tiles * self.image_tokens))

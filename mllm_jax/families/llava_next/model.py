@@ -19,7 +19,7 @@ from mllm_jax.batch import Batch, Layout
 from mllm_jax.families.llava.model import Llava, LlavaConfig
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
-from mllm_jax.models.multimodal import ImageTokens
+from mllm_jax.models.multimodal import ImageTokens, require_size
 from mllm_jax.typing import Int
 
 Size = tuple[int, int]  # height, width
@@ -84,11 +84,7 @@ class LlavaNextConfig(LlavaConfig):
         Raises:
           ValueError: the size is not known.
         """
-        if size is None:
-            raise ValueError(
-                "LLaVA-NeXT cuts a picture by its size: beside features= give "
-                "sizes=[(height, width), ...] of the pictures"
-            )
+        size = require_size(size, "LLaVA-NeXT cuts a picture by its size")
         tiles, large = self.large_picture(size)
         lines = np.pad(large, ((0, 0), (0, 1)), constant_values=-1)
         return Layout(tiles, np.concatenate([np.arange(self.image_tokens), lines.reshape(-1)]))
