@@ -10,7 +10,7 @@ import pytest
 
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import bound_capture, results
+from mllm_jax.interventions import bound_capture, forms, results
 
 RNG = np.random.default_rng(0)
 
@@ -22,7 +22,8 @@ def stats(x, kind, by=("question", "image")):
         absent=None, units=None, tokens=kind > 0, kind=kind, on=None, rows=np.ones(len(kind), bool),
         readers=None,
     )  # fmt: skip
-    return jax.tree.map(np.asarray, bound.read(np.where(kind[..., None] > 0, x, np.nan), None))
+    x = np.where(kind[..., None] > 0, x, np.nan)
+    return jax.tree.map(np.asarray, forms.read_layer(bound, x, None))
 
 
 def kinds(rows=3, length=40):
