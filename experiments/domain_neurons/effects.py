@@ -109,8 +109,9 @@ def correct_effects(rows: Sequence[Row], margin: float) -> None:
             error, degrees = row.pop("error"), row.pop("degrees")
             if error is None:
                 continue
-            seen = (row[name] for name in ("difference", "low", "high", "p"))
-            effect = intervals.Effect(*seen, error, degrees)
+            effect = intervals.Effect(
+                row["difference"], row["low"], row["high"], row["p"], error, degrees
+            )
             answers = row["n"] if row["measure"] == "accuracy" else None
             row["p_equal"] = intervals.equivalence(effect, margin, answers=answers)
             found = power.difference(error, degrees, len(family))

@@ -81,8 +81,8 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
                 out.append(_format(row) if row else page.DASH)
             accuracy = select(results, module, kind, "accuracy")
             row = next((row for row in accuracy if row["data"] == domain), None)
-            out.append(_format_likely(row and row["likely"]))
-            out.append((row and row["verdict"]) or page.DASH)
+            out.append(_format_likely(row["likely"] if row else None))
+            out.append(row["verdict"] or page.DASH if row else page.DASH)
         return out
 
     heads = [
