@@ -245,13 +245,13 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
         readers=token_map.readers,
         edges=capture.edges,
-        places=_places(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
+        places=places_of(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
     )
     _check_capture_selects(bound)
     return bound
 
 
-def _places(token_map: TokenMap, rows: TokenMap) -> Places:
+def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
     """Return where the tokens of a module are in the data.
 
     Args:
