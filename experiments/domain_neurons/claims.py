@@ -6,8 +6,11 @@ have found: a claim that too few questions can decide is undecided, not refuted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import scipy.stats
 
 from mllm_jax.analysis import power
 
@@ -102,7 +105,10 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
         and (1 - LARGEST_CHANGE) ** n <= LEVEL
         for row, n in zip(rows, counts, strict=True)
     ]
-    beyond = [row["low"] > LARGEST_CHANGE or row["high"] < -LARGEST_CHANGE for row in rows]
+    beyond = [
+        _chance(abs(row["difference"]), n) <= LEVEL / len(rows)
+        for row, n in zip(rows, counts, strict=True)
+    ]
     ranges = ", ".join(
         f"{row['data']} {100 * row['difference']:+.1f} "
         f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
@@ -113,7 +119,7 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
     return Claim(
         "Accuracy changes by at most ten points.",
         "In every domain the 95 % interval of the change, with its own neurons off, lies within "
-        "ten points; an interval beyond them contradicts.",
+        "ten points; a change contradicts that ten points would bring about too rarely (Bonferroni).",
         f"{sum(within) or 'none'} of {len(rows)} domains within; points: {ranges}"
         if rows
         else "not measured",
@@ -122,6 +128,12 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
         if len(told) == len(likely) and told
         else "no change of accuracy could have been found beyond chance",
     )
+
+
+def _chance(change: float, questions: int) -> float:
+    """Return how likely so large a change is if each answer changes with LARGEST_CHANGE."""
+    changed = math.ceil(change * questions - 1e-9)
+    return float(scipy.stats.binom.sf(changed - 1, questions, LARGEST_CHANGE))
 
 
 def _stages(stages: Mapping[str, Any]) -> Claim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 
 from experiments.domain_neurons import claims
@@ -68,14 +69,16 @@ def test_hidden_states_move_farther_than_with_matched_neurons(rows, says):
         ((0.0, 0.0), 8, "undecided"),  # no answer changed, of too few
         ((-0.12, 0.02), 240, "undecided"),
         ((-0.3, -0.11), 240, "fails"),
+        ((-0.75, -0.125), 8, "undecided"),  # three of eight answers
+        ((-1.0, -0.5), 8, "fails"),  # six of them
     ],
 )
 def test_accuracy_within_ten_points(interval, questions, says):
     def change(results):
         for row in results["ablation"]:
-            row.update(low=-0.01, high=0.01)
+            row.update(low=-0.01, high=0.01, difference=0.0)
             if row["data"] == "medical":
-                row.update(low=interval[0], high=interval[1])
+                row.update(low=interval[0], high=interval[1], difference=np.mean(interval))
         for row in results["baseline"].values():
             row.update(n=questions)
 
