@@ -119,7 +119,7 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
     return Claim(
         "Accuracy changes by at most ten points.",
         "In every domain the 95 % interval of the change, with its own neurons off, lies within "
-        "ten points; a change contradicts that ten points would bring about too rarely (Bonferroni).",
+        "ten points; a change that ten points would too rarely bring about contradicts (Bonferroni).",
         f"{sum(within) or 'none'} of {len(rows)} domains within; points: {ranges}"
         if rows
         else "not measured",

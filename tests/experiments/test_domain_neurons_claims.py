@@ -69,7 +69,7 @@ def test_hidden_states_move_farther_than_with_matched_neurons(rows, says):
         ((0.0, 0.0), 8, "undecided"),  # no answer changed, of too few
         ((-0.12, 0.02), 240, "undecided"),
         ((-0.3, -0.11), 240, "fails"),
-        ((-0.75, -0.125), 8, "undecided"),  # three of eight answers
+        ((-0.625, -0.125), 8, "undecided"),  # three of eight answers
         ((-1.0, -0.5), 8, "fails"),  # six of them
     ],
 )
