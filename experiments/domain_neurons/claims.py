@@ -119,7 +119,7 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
     return Claim(
         "Accuracy changes by at most ten points.",
         "In every domain the 95 % interval of the change, with its own neurons off, lies within "
-        "ten points; a change that ten points would too rarely bring about contradicts (Bonferroni).",
+        "ten points; a change that is too rare under ten points (Bonferroni) contradicts.",
         f"{sum(within) or 'none'} of {len(rows)} domains within; points: {ranges}"
         if rows
         else "not measured",
