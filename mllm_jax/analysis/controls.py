@@ -11,6 +11,7 @@ active on most tokens of their domain, random ones often on half of them. These 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -104,6 +105,45 @@ def rate_matched(
         for draw in drawn[:, d, layer]:
             draw[others[_draw(wanted, offered, tolerance, rng)]] = True
     return compare(mask, rate, drawn, tolerance=tolerance)
+
+
+def high_entropy(
+    mask: np.ndarray,
+    entropy: np.ndarray,
+    *,
+    draws: int = 3,
+    key: int | jax.Array = 0,
+    share: float = 0.25,
+) -> Bool[np.ndarray, "draws domains layers neurons"]:
+    """Draw neurons of the same layers that are as active in one domain as in another.
+
+    Args:
+        mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
+        entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
+        draws: number of draws.
+        key: an int seed or a JAX PRNG key. The same key gives the same draws.
+        share: the share of the layer's other neurons, those of highest entropy, to draw from; more
+            where the mask has more neurons.
+
+    Returns:
+        The draws; a layer that lacks other neurons gives all that it has.
+    """
+    mask = checks.mask(mask, "mask")
+    entropy = checks.finite(entropy, "entropy", axes="[L, F]")
+    if entropy.shape != mask.shape[1:] or draws < 1 or not 0 < share <= 1:
+        raise ValueError(
+            f"entropy must be of shape {mask.shape[1:]}, not {entropy.shape}, draws={draws} 1 or "
+            f"more, and share={share} in (0, 1]"
+        )
+    rng, selected = domain_neurons.generator(key), np.asarray(mask.any(axis=0))
+    drawn = np.zeros((draws, *mask.shape), bool)
+    for d, layer in np.argwhere(mask.any(axis=-1)).tolist():
+        others, needed = np.flatnonzero(~selected[layer]), int(mask[d, layer].sum())
+        size = max(needed, math.ceil(share * len(others)))
+        highest = others[np.argsort(-entropy[layer, others], kind="stable")[:size]]
+        for draw in drawn[:, d, layer]:
+            draw[rng.permutation(highest)[:needed]] = True
+    return drawn
 
 
 def compare(
