@@ -18,6 +18,7 @@ import numpy as np
 from mllm_jax.analysis import checks, domain_neurons
 from mllm_jax.typing import Bool, Float, Int
 
+ATTEMPTS = 20  # an exchange of one neuron may help no more where another set is closer
 TOLERANCE = 0.02  # the difference of mean activation rates that counts as matched
 
 
@@ -64,9 +65,9 @@ def rate_matched(
 
     Each neuron's rate, moved at random by at most the tolerance, is paired with the nearest rate of
     the layer's other neurons, without replacement within a draw. Neurons are then exchanged as long
-    as an exchange brings the mean rate of the draw closer to the tolerance. A layer may lack such
-    neurons, or have too few of any rate: the draws come as close as they can, and the result tells
-    by how much they miss.
+    as an exchange brings the mean rate of the draw closer to the tolerance; where that does not
+    suffice, a few more attempts begin farther away. A layer may lack such neurons, or have too few
+    of any rate: the draws come as close as they can, and the result tells by how much they miss.
 
     Args:
         mask: bool[D_, L, F], the neurons to match.
@@ -141,12 +142,19 @@ def _draw(
         return np.arange(len(offered))
     shuffled = rng.permutation(len(offered))  # so that equal rates are taken at random
     order = shuffled[np.argsort(offered[shuffled], kind="stable")]
-    rates = offered[order]
-    moved = np.sort(wanted + rng.uniform(-tolerance, tolerance, len(wanted)))
-    taken = np.zeros(len(rates), bool)
-    taken[_distinct(_nearest(rates, moved), len(rates))] = True
-    _exchange(taken, rates, float(wanted.sum()), tolerance * len(wanted))
-    return order[taken]
+    rates, total, slack = offered[order], float(wanted.sum()), tolerance * len(wanted)
+    best, least = np.zeros(len(rates), bool), np.inf
+    for attempt in range(1, ATTEMPTS + 1):
+        moved = np.sort(wanted + attempt * rng.uniform(-tolerance, tolerance, len(wanted)))
+        taken = np.zeros(len(rates), bool)
+        taken[_distinct(_nearest(rates, moved), len(rates))] = True
+        _exchange(taken, rates, total, slack)
+        missed = abs(float(rates[taken].sum()) - total)
+        if missed < least:
+            best, least = taken, missed
+        if least <= slack:
+            break
+    return order[best]
 
 
 def _nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -117,6 +117,11 @@ def test_effects_are_against_each_control_and_of_each_measure(finished):
         assert (row["low"] is None) == (row["p"] is None) == single
         if not single:
             assert row["low"] <= row["difference"] <= row["high"] and row["p_holm"] >= row["p"]
+        verdict = row["verdict"]
+        assert (verdict is None) == (row["p_equal"] is None) == single
+        if not single and row["measure"] == "accuracy":
+            # So few questions cannot show that nothing happens, even if none of them changes.
+            assert row["p_equal"] >= 0.95 ** row["n"] and verdict in ("effect", "undecided")
     kinds = {(r["control"], r["measure"], r["tokens"]) for r in results["effects"]}
     assert {("rate", "accuracy", None), ("layer", "relative_l2", "image")} <= kinds
 

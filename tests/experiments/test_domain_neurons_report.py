@@ -170,7 +170,7 @@ def without_power(results):
     for row in (*results["power"], *results["effects"]):
         row.update(possible=None, likely=None)
     for row in results["effects"]:
-        row.update(low=None, high=None, p=None, p_holm=None)
+        row.update(low=None, high=None, p=None, p_holm=None, p_equal=None, verdict=None)
     for run in results["ablation"]:
         run["p_holm"] = 1.0
 

@@ -151,7 +151,8 @@ def fake_results(
     effects = [
         {"module": module, "data": data, "control": control, "draws": 2, "n": 240, "measure": measure,
          "tokens": tokens, "own": -0.07, "drawn": -0.02, "difference": -0.05, "low": -0.1,
-         "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p), "possible": 0.06, "likely": 0.08}
+         "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p), "possible": 0.06, "likely": 0.08, "margin": 0.05,
+         "p_equal": 0.4, "verdict": "effect" if 5 * p <= 0.05 else "undecided"}
         for module in effect
         for data, p in zip(domains, [0.001, 0.004, 0.2, 0.6, 0.009], strict=False)
         for control in ("rate", "layer")

@@ -80,8 +80,9 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
                 row = next((row for row in of if row["data"] == domain), None)
                 out.append(_format(row) if row else page.DASH)
             accuracy = select(results, module, kind, "accuracy")
-            likely = next((row["likely"] for row in accuracy if row["data"] == domain), None)
-            out.append(_format_likely(likely))
+            row = next((row for row in accuracy if row["data"] == domain), None)
+            out.append(_format_likely(row["likely"] if row else None))
+            out.append(row["verdict"] or page.DASH if row else page.DASH)
         return out
 
     heads = [
@@ -91,6 +92,7 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
             "points",
             f"relative L2 ({tokens})" if tokens else "relative L2",
             "likely found",
+            "verdict",
         )
     ]
     return page.Section(
@@ -106,7 +108,9 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{', '.join(f'{_draws(rows, kind)} {CONTROLS[kind]}' for kind in kinds)}. Brackets are "
         "95 % t intervals over pictures and draws, both taken as samples; a single draw has none, "
         "and few draws have wide ones. Likely found: the difference of accuracy that four of five "
-        f"such studies would find beyond chance (Holm); {NEVER} if no difference can be.",
+        f"such studies would find beyond chance (Holm); {NEVER} if no difference can be. Verdict, "
+        f"of accuracy: an effect (Holm), none within {100 * rows[0]['margin']:g} points (two "
+        "one-sided tests), or undecided: what is not significant may still be there.",
         data=[_effects_csv(folder, rows), *_controls_csv(folder, results),
               *_power_csv(folder, results)],
     )  # fmt: skip
@@ -173,7 +177,8 @@ def _format_likely(likely: float | None) -> str:
 def _effects_csv(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[str, str]:
     columns = [
         "module", "data", "control", "draws", "n", "measure", "tokens", "own", "drawn",
-        "difference", "low", "high", "p", "p_holm", "possible", "likely",
+        "difference", "low", "high", "p", "p_holm", "possible", "likely", "margin", "p_equal",
+        "verdict",
     ]  # fmt: skip
     return parts.write_csv(folder, "effects", columns, [[row[c] for c in columns] for row in rows])
 
