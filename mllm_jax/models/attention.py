@@ -123,11 +123,12 @@ def _attend_at_once(
         probabilities = pattern(probabilities)
     probabilities = probabilities.astype(query.dtype).reshape(B, K, N // K * T, -1)
     ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
-    heads = sum(
+    heads = [
         precision.einsum("BKUS,BKSH->BKUH", part, value)
         for part, (_, value) in zip(jnp.split(probabilities, ends, -1), parts, strict=True)
-    )
-    return heads.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    ]
+    whole = functools.reduce(jnp.add, heads)
+    return whole.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def _concatenate(parts: Sequence[Array]) -> Array:

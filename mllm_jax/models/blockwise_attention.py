@@ -121,7 +121,7 @@ def _attend(
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
     """Return the heads, and by query log(sum(exp(score))): 0 where it may attend nowhere."""
     dtype = precision.at_least_float32_dtype(query.dtype)
-    lowest = jnp.finfo(dtype).min
+    lowest = float(jnp.finfo(dtype).min)
 
     def add(so_far: _Running, block: Block):
         scores = _masked(rule(_products(query, block.key)), mask, block.number, lowest)
@@ -147,7 +147,7 @@ def _(rule: ScoreRule, primals: tuple[Any, ...], tangents: tuple[Any, ...]):
     query, keys, values, mask = primals
     d_query, d_keys, d_values, _ = tangents
     heads, log_sum = _attend(rule, *primals)
-    lowest = jnp.finfo(heads.dtype).min
+    lowest = float(jnp.finfo(heads.dtype).min)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan prevents it
     def add(so_far, blocks):
