@@ -17,10 +17,12 @@ from mllm_jax.typing import Array, Bool, Float
 
 KeysAndValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
-# Scores of a head above which keys come in blocks: 512 queries of 512 keys, which would be one
-# block. On a CPU shorter rows are slower in blocks.
+# Scores of a head above which queries come in blocks, each of which computes its scores again in a
+# backward pass; and above which keys come in blocks too. Each block of keys reads and writes the
+# heads once more: on an H100, rows of 3,072 tokens would move 1.4 times the bytes.
 MAX_SCORES_AT_ONCE = 2**18
-QUERY_BLOCKS = 4  # where there are several
+MAX_SCORES_OF_ALL_KEYS = 2**24
+QUERY_BLOCKS = 4
 
 
 def attend(
@@ -56,17 +58,19 @@ def attend(
     rule = ScoreRule(H**-0.5 if scale is None else scale, softcap)
     if pattern is not None:
         return _attend_at_once(rule, query, parts, mask, pattern)
-    scores, is_long = B * N * T * S, T * S > MAX_SCORES_AT_ONCE
-    attend_part = _attend_in_blocks if is_long else _attend_at_once
-    if is_long or (causal and scores > rows.MAX_ELEMENTS_AT_ONCE):
-        attend_part = functools.partial(_by_query_block, attend_part, causal)
-    return rows.map_rows_on_cpu(
-        functools.partial(attend_part, rule), query, parts, mask, num_elements=scores
+    scores = B * N * T * S
+    attend_part = functools.partial(
+        _attend_in_blocks if T * S > MAX_SCORES_OF_ALL_KEYS else _attend_at_once, rule
     )
+    if T * S > MAX_SCORES_AT_ONCE:
+        attend_part = functools.partial(_by_query_block, jax.checkpoint(attend_part), causal)
+    elif causal and scores > rows.MAX_ELEMENTS_AT_ONCE:
+        attend_part = functools.partial(_by_query_block, attend_part, causal)
+    return rows.map_rows_on_cpu(attend_part, query, parts, mask, num_elements=scores)
 
 
 def _by_query_block(
-    attend_part: Callable[..., Array], causal: bool, rule: ScoreRule, query: Array,
+    attend_part: Callable[..., Array], causal: bool, query: Array,
     parts: Sequence[KeysAndValues], mask: Array | None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
     """Attend in blocks of queries; if causal, each with the keys up to its end alone."""
@@ -80,7 +84,7 @@ def _by_query_block(
         if seen is not None:
             seen = seen if seen.shape[2] == 1 else seen[:, :, start:stop]
             seen = seen[..., :stop] if causal else seen
-        return attend_part(rule, query[:, start:stop], keys, seen)
+        return attend_part(query[:, start:stop], keys, seen)
 
     return jnp.concatenate([attend_block(i, j) for i, j in itertools.pairwise(ends)], 1)
 

@@ -74,6 +74,7 @@ def test_who_reads_the_pattern_sees_all_rows(monkeypatch):
 def in_blocks(monkeypatch):
     """Attend in blocks of 16 keys whatever the length."""
     monkeypatch.setattr(attention, "MAX_SCORES_AT_ONCE", 0)
+    monkeypatch.setattr(attention, "MAX_SCORES_OF_ALL_KEYS", 0)
     monkeypatch.setattr(blockwise_attention, "KEYS", 16)
 
 
@@ -138,6 +139,7 @@ def assert_near(got, want, tolerance=1e-6):
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     T=st.integers(1, 40),
     past=st.sampled_from([0, 0, 7]),
+    most=st.sampled_from([0, 0, 2**24]),  # scores of all keys: 0 for keys in blocks
     scale=st.sampled_from([None, 0.3]),
     softcap=st.sampled_from([None, 1.5]),
     seed=st.integers(0, 1000),
@@ -146,7 +148,10 @@ def assert_near(got, want, tolerance=1e-6):
     max_examples=12, deadline=None, derandomize=True, database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-def test_blocks_are_a_loop_over_queries(in_blocks, kind, heads, T, past, scale, softcap, seed):
+def test_blocks_are_a_loop_over_queries(
+    in_blocks, monkeypatch, kind, heads, T, past, most, scale, softcap, seed
+):
+    monkeypatch.setattr(attention, "MAX_SCORES_OF_ALL_KEYS", most)
     rng, (N, K), S = np.random.default_rng(seed), heads, T + past
     query, weight = rng.normal(size=(2, 2, T, N, 5)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, K, S, 5)).astype(np.float32)
