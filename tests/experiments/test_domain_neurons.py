@@ -15,7 +15,7 @@ from mllm_jax import store
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
-    "--config.controls=2", "--config.random_controls=1", "--config.batch_size=3", "--config.modules=('lm', 'all')",
+    "--config.controls=2", "--config.random_controls=1", "--config.entropy_controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
     "--config.shuffles=19", "--config.resamples=10",
 )  # fmt: skip
 
@@ -53,9 +53,9 @@ def test_selection_has_the_size_that_the_rates_ask_for(finished):
 
 def test_ablation_has_every_cell_and_its_controls(finished):
     rows = json.loads((finished / "results.json").read_text())["ablation"]
-    assert len(rows) == 2 * 3 * (3 + 2 + 1)  # modules lm and all
+    assert len(rows) == 2 * 3 * (3 + 2 + 1 + 2)  # modules lm and all
     assert {(r["control"], r["draw"]) for r in rows if r["control"]} == {
-        ("rate", 0), ("rate", 1), ("layer", 0),
+        ("rate", 0), ("rate", 1), ("layer", 0), ("entropy", 0), ("entropy", 1),
     }  # fmt: skip
     moved = [r for r in rows if r["neurons"] and r["module"] == "lm"]
     assert any(r["deviation"]["image"]["relative_l2"] > 0 for r in moved)
