@@ -375,7 +375,8 @@ def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
     kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
     pictures = tiny.processor(tiny_config).image_processor
-    config = dataclasses.replace(tiny_config, lm=dataclasses.replace(tiny_config.lm, vocab=300))
+    lm = dataclasses.replace(tiny_config.lm, vocab=300)
+    config = dataclasses.replace(tiny_config, image_token=300, lm=lm)  # the first id of no word
     processor = Processor.from_directory(tmp_path, config, pictures=lambda: pictures)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for text in ("what is  shown ?", "USER: zebra \n é ASSISTANT:", "the mat"):
