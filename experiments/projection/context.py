@@ -88,11 +88,13 @@ class Study(context.Context):
         Args:
             task: the name of the task.
             split: the split of its pictures.
-            aspect: how pictures are made square; by default `config.aspect`.
+            aspect: how pictures are made square, where the model reads squares alone; by default
+                `config.aspect`.
         """
         aspect = aspect or self.config.aspect
         processor = copy.copy(self.processor)
-        processor.image_aspect_ratio = aspect
+        if not self.model.config.depends_on_size:  # else the shape of a picture is kept
+            processor.image_aspect_ratio = aspect
         path = self.workdir / "features" / f"{task}-{split}-{aspect}.npy"
         return features_.vision_features(
             self.model, processor, self.examples(task, split), path, label=f"features, {task}"
