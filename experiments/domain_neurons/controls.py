@@ -1,4 +1,4 @@
-"""Draw the neurons that are ablated as controls: of like activation rates, or any of the layer."""
+"""Draw the neurons that are ablated as controls: of like rates, of any, or of no domain."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from experiments.domain_neurons.counts import Counts
 from mllm_jax.analysis import controls, domain_neurons, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
-Kind = Literal["rate", "layer"]
-KINDS: tuple[Kind, ...] = ("rate", "layer")
+Kind = Literal["rate", "layer", "entropy"]
+KINDS: tuple[Kind, ...] = ("rate", "layer", "entropy")
 Rates = Mapping[str, np.ndarray]  # float64[D_, L, F] by module
 
 
@@ -47,13 +47,15 @@ def draw(study: Study, neurons: Mapping[str, SelectedNeurons], rates: Rates) -> 
     """Draw the controls of every module.
 
     Args:
-        study: the study, of whose config `controls` and `random_controls` are the draws.
+        study: the study, of whose config `controls`, `random_controls` and `entropy_controls` are
+            the draws.
         neurons: the neurons by module.
-        rates: the activation rates; without them nothing is matched.
+        rates: the activation rates; without them all neurons are drawn from their layers alone.
     """
     config = study.config
     draws: dict[Kind, int] = {
         "rate": config.controls if rates else 0, "layer": config.random_controls,
+        "entropy": config.entropy_controls if rates else 0,
     }  # fmt: skip
     masks, rows = {}, []
     for module, selected in neurons.items():
@@ -62,6 +64,11 @@ def draw(study: Study, neurons: Mapping[str, SelectedNeurons], rates: Rates) -> 
                 drawn = controls.rate_matched(
                     selected.mask, rates[module], draws=draws[kind], key=config.seed
                 ).mask
+            elif kind == "entropy":
+                drawn = controls.high_entropy(
+                    selected.mask, domain_neurons.entropy(rates[module]), draws=draws[kind],
+                    key=config.seed,
+                )  # fmt: skip
             else:
                 drawn = np.stack(
                     [domain_neurons.random_like(selected, seed) for seed in range(draws[kind])]

@@ -12,6 +12,7 @@ import mllm_jax as mj
 from experiments import examples
 from experiments.domain_neurons import (
     ablation,
+    claims,
     controls,
     counts,
     layers,
@@ -83,7 +84,7 @@ def _results(
     ablated = ablation.ablate(study, neurons, drawn)
     lens = layers.read(study)
     modules = study.shapes if counted else ()
-    return {
+    results = {
         "study": "domain_neurons",
         "model": config.model,
         "domains": list(study.names),
@@ -107,6 +108,7 @@ def _results(
         "features": layers.features(lens),
         "pictures": pictures.pictures(study),
     }
+    return results | {"claims": claims.judge(results)}
 
 
 def _tokens(counted: Mapping[str, Mapping[str, np.ndarray]], module: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ active on most tokens of their domain, random ones often on half of them. These 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from mllm_jax.analysis import checks, domain_neurons
 from mllm_jax.typing import Bool, Float, Int
 
+ATTEMPTS = 20  # an exchange of one neuron may help no more where another set is closer
 TOLERANCE = 0.02  # the difference of mean activation rates that counts as matched
 
 
@@ -64,9 +66,9 @@ def rate_matched(
 
     Each neuron's rate, moved at random by at most the tolerance, is paired with the nearest rate of
     the layer's other neurons, without replacement within a draw. Neurons are then exchanged as long
-    as an exchange brings the mean rate of the draw closer to the tolerance. A layer may lack such
-    neurons, or have too few of any rate: the draws come as close as they can, and the result tells
-    by how much they miss.
+    as an exchange brings the mean rate of the draw closer to the tolerance; where that does not
+    suffice, a few more attempts begin farther away. A layer may lack such neurons, or have too few
+    of any rate: the draws come as close as they can, and the result tells by how much they miss.
 
     Args:
         mask: bool[D_, L, F], the neurons to match.
@@ -105,6 +107,45 @@ def rate_matched(
     return compare(mask, rate, drawn, tolerance=tolerance)
 
 
+def high_entropy(
+    mask: np.ndarray,
+    entropy: np.ndarray,
+    *,
+    draws: int = 3,
+    key: int | jax.Array = 0,
+    share: float = 0.25,
+) -> Bool[np.ndarray, "draws domains layers neurons"]:
+    """Draw neurons of the same layers that are as active in one domain as in another.
+
+    Args:
+        mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
+        entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
+        draws: number of draws.
+        key: an int seed or a JAX PRNG key. The same key gives the same draws.
+        share: the share of the layer's other neurons, those of highest entropy, to draw from; more
+            where the mask has more neurons.
+
+    Returns:
+        The draws; a layer that lacks other neurons gives all that it has.
+    """
+    mask = checks.mask(mask, "mask")
+    entropy = checks.finite(entropy, "entropy", axes="[L, F]")
+    if entropy.shape != mask.shape[1:] or draws < 1 or not 0 < share <= 1:
+        raise ValueError(
+            f"entropy must be of shape {mask.shape[1:]}, not {entropy.shape}, draws={draws} 1 or "
+            f"more, and share={share} in (0, 1]"
+        )
+    rng, selected = domain_neurons.generator(key), np.asarray(mask.any(axis=0))
+    drawn = np.zeros((draws, *mask.shape), bool)
+    for d, layer in np.argwhere(mask.any(axis=-1)).tolist():
+        others, needed = np.flatnonzero(~selected[layer]), int(mask[d, layer].sum())
+        size = max(needed, math.ceil(share * len(others)))
+        highest = others[np.argsort(-entropy[layer, others], kind="stable")[:size]]
+        for draw in drawn[:, d, layer]:
+            draw[rng.permutation(highest)[:needed]] = True
+    return drawn
+
+
 def compare(
     mask: np.ndarray, rate: np.ndarray, drawn: np.ndarray, *, tolerance: float = TOLERANCE
 ) -> Control:
@@ -141,12 +182,19 @@ def _draw(
         return np.arange(len(offered))
     shuffled = rng.permutation(len(offered))  # so that equal rates are taken at random
     order = shuffled[np.argsort(offered[shuffled], kind="stable")]
-    rates = offered[order]
-    moved = np.sort(wanted + rng.uniform(-tolerance, tolerance, len(wanted)))
-    taken = np.zeros(len(rates), bool)
-    taken[_distinct(_nearest(rates, moved), len(rates))] = True
-    _exchange(taken, rates, float(wanted.sum()), tolerance * len(wanted))
-    return order[taken]
+    rates, total, slack = offered[order], float(wanted.sum()), tolerance * len(wanted)
+    best, least = np.zeros(len(rates), bool), np.inf
+    for attempt in range(1, ATTEMPTS + 1):
+        moved = np.sort(wanted + attempt * rng.uniform(-tolerance, tolerance, len(wanted)))
+        taken = np.zeros(len(rates), bool)
+        taken[_distinct(_nearest(rates, moved), len(rates))] = True
+        _exchange(taken, rates, total, slack)
+        missed = abs(float(rates[taken].sum()) - total)
+        if missed < least:
+            best, least = taken, missed
+        if least <= slack:
+            break
+    return order[best]
 
 
 def _nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Controls that match neurons by layer and activation rate."""
+"""Controls that match neurons by layer and activation rate, or are active in every domain."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_jax.analysis import controls
+from mllm_jax.analysis import controls, domain_neurons
 
 BOUND = 0.02
 
@@ -152,6 +153,30 @@ def test_excluded_neurons_and_keys():
     again = controls.rate_matched(mask, rate, key=1, exclude=exclude)
     np.testing.assert_array_equal(first.mask, again.mask)
     assert (controls.rate_matched(mask, rate, key=2, exclude=exclude).mask != first.mask).any()
+
+
+def test_high_entropy_neurons_are_of_no_domain():
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0, 1, (3, 2, 400))
+    entropy = domain_neurons.entropy(rate)
+    mask = np.zeros(rate.shape, bool)
+    mask[0, 0, :30] = mask[1, 0, 20:40] = mask[2, 1, 5] = True
+    drawn = controls.high_entropy(mask, entropy, draws=4, key=1)
+    assert (drawn.sum(-1) == mask.sum(-1)).all()
+    assert not (drawn & mask.any(0)).any()
+    for layer in range(2):
+        others = entropy[layer, ~mask.any(0)[layer]]
+        least = np.sort(others)[-math.ceil(0.25 * len(others))]
+        assert entropy[layer][drawn[:, :, layer].any((0, 1))].min() >= least
+    assert len({draw.tobytes() for draw in drawn}) == 4
+    assert (drawn == controls.high_entropy(mask, entropy, draws=4, key=1)).all()
+    all_others = controls.high_entropy(mask, entropy, draws=1, share=1)
+    assert (all_others.sum(-1) == mask.sum(-1)).all()
+    few = np.ones((1, 1, 4), bool)
+    few[..., 0] = False
+    assert controls.high_entropy(few, np.ones((1, 4)))[0].tolist() == [[[True] + [False] * 3]]
+    with pytest.raises(ValueError, match=r"shape \(2, 400\)"):
+        controls.high_entropy(mask, entropy[:1])
 
 
 @pytest.mark.parametrize(
