@@ -33,7 +33,7 @@ def scale_projector(
     config, linears = model.config.projector, model.projector.linears
     x = jnp.asarray(features)[..., : config.in_width]
     real = np.ones(x.shape[:2], bool) if is_patch is None else np.asarray(is_patch)
-    squares = projector.fold(real[..., None], config.fold, in_blocks=config.in_blocks)
+    squares = projector.fold(jnp.asarray(real[..., None]), config.fold, in_blocks=config.in_blocks)
     is_token = np.asarray(squares).all(-1)
     flat = np.asarray(model.projector.fold(x))[is_token].astype(np.float64)
     mean, deviation = flat.mean(0), flat.std(0) + 1e-6
