@@ -91,14 +91,14 @@ def _first_token(processor, side: Side) -> int:
 
 
 def grid(
-    config: ml_collections.ConfigDict, model, picture_rows: Sequence[np.ndarray]
+    config: ml_collections.ConfigDict, model, picture_rows: np.ndarray
 ) -> dict[str, list[Edits]]:
     """Return the edits of each column, by layer; the partners are the second half of a batch.
 
     Args:
         config: the settings of the study.
         model: the model.
-        picture_rows: the tokens of each row of the pictures, see `picture_rows`.
+        picture_rows: bool[rows, B, T], see the function `picture_rows`.
     """
     layers = range(model.config.lm.layers)
     if config.grid == "heads":
