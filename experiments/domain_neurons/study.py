@@ -62,13 +62,13 @@ def run(
     counted: selection.DomainCounts = {}
     if given is None or config.controls:
         counted = {name: counts.count(study, name) for name in train}
-    rates = controls.rates(study, counted) if counted else {}
+    active = controls.activities(study, counted) if counted else {}
     if given is not None:
         neurons, counted = given, {}
     else:
         neurons = selection.select(study, counted, selection.rule(config))
     selection.write(study, neurons)
-    drawn = controls.draw(study, neurons, rates)
+    drawn = controls.draw(study, neurons, active)
     study.finish(_results(study, counted, neurons, drawn), page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 

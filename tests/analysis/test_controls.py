@@ -155,6 +155,38 @@ def test_excluded_neurons_and_keys():
     assert (controls.rate_matched(mask, rate, key=2, exclude=exclude).mask != first.mask).any()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_means_are_matched_among_neurons_of_like_rates(seed):
+    rng = np.random.default_rng(seed)
+    rate = rng.beta(0.5, 2, (2, 3, 800))
+    mean = rate * rng.lognormal(size=rate.shape) - 0.1
+    mask = np.zeros(rate.shape, bool)
+    mask[0, :, :25] = mask[1, 1, 10:40] = True
+    mean[mask] += 0.3
+    alone = controls.rate_matched(mask, rate, draws=4, key=seed)
+    found = controls.rate_matched(mask, rate, mean, draws=4, key=seed)
+    assert np.nanmax(np.abs(found.drawn_rate - found.rate)) <= BOUND
+    assert (found.mask.sum(-1) == mask.sum(-1)).all() and not (found.mask & mask.any(0)).any()
+    wanted = controls.mean_rate(mask, mean)
+    near, far = (
+        np.abs(controls.mean_rate(control.mask, mean) - wanted)[:, mask.any(-1)]
+        for control in (found, alone)
+    )
+    assert near.max() <= 0.021 * np.nanmax(np.abs(wanted)) < 0.25 * far.mean()
+    assert len({draw.tobytes() for draw in found.mask}) == 4
+
+
+def test_a_mean_that_no_neuron_of_like_rate_has():
+    """Exchanges are between like rates alone, though another neuron has the very mean."""
+    rate = np.array([[[0.5, 0.505, 0.495, 0.9]]])
+    mean = np.array([[[5.0, 1.0, 2.0, 5.0]]])
+    mask = np.array([[[True, False, False, False]]])
+    found = controls.rate_matched(mask, rate, mean, draws=3)
+    assert found.mask[:, 0, 0].tolist() == [[False, False, True, False]] * 3
+    with pytest.raises(ValueError, match="mean must be of the shape"):
+        controls.rate_matched(mask, rate, mean[..., :3])
+
+
 def test_high_entropy_neurons_are_of_no_domain():
     rng = np.random.default_rng(0)
     rate = rng.uniform(0, 1, (3, 2, 400))

@@ -142,7 +142,7 @@ def fake_results(
     ]  # fmt: skip
     controls = [
         {"module": module, "data": data, "control": control, "draws": 2, "neurons": 40, "rate": 0.94,
-         "drawn_rate": rate, "layers": 9, "unmatched": missed}
+         "drawn_rate": rate, "mean": 0.31, "drawn_mean": rate / 3, "layers": 9, "unmatched": missed}
         for module in MODULES
         for data in domains
         for control, rate, missed in (

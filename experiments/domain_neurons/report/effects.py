@@ -96,8 +96,8 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
         ),
         note="Own minus control: the change of accuracy, in points, and of the deviation of hidden "
         "states. Rate-matched: neurons of the same layers that are active on nearly the same share "
-        "of the domain's tokens; random: any neurons of the same layers; high-entropy: neurons of "
-        "the same layers that are as active in every domain. Draws: "
+        "of the domain's tokens, and about as strongly; random: any neurons of the same layers; "
+        "high-entropy: neurons of the same layers that are as active in every domain. Draws: "
         f"{', '.join(f'{_draws(rows, kind)} {CONTROLS[kind]}' for kind in kinds)}. Brackets are "
         "95 % t intervals over pictures and draws, both taken as samples; a single draw has none, "
         "and few draws have wide ones. Likely found: the difference of accuracy that four of five "
@@ -177,7 +177,10 @@ def _effects_csv(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[str, str]:
 
 
 def _controls_csv(folder: pathlib.Path, results: Results) -> list[tuple[str, str]]:
-    columns = ["module", "data", "control", "draws", "neurons", "rate", "drawn_rate", "layers"]
+    columns = [
+        "module", "data", "control", "draws", "neurons", "rate", "drawn_rate", "mean", "drawn_mean",
+        "layers",
+    ]  # fmt: skip
     missed = ["layer", "difference", "missing"]
     rows = [
         [*(row[c] for c in columns), *(u[c] for c in missed)]
