@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from mllm_jax.loading.load import load, read_projector
     from mllm_jax.loading.save import save_hf, write_projector
+    from mllm_jax.passes.collect import collect, read_collection
     from mllm_jax.passes.compiles import compiles
     from mllm_jax.passes.generate import generate
     from mllm_jax.passes.reduce import reduce
@@ -58,6 +59,7 @@ _MEMBERS = {
     ),
     "mllm_jax.loading.load": "load read_projector",
     "mllm_jax.loading.save": "save_hf write_projector",
+    "mllm_jax.passes.collect": "collect read_collection",
     "mllm_jax.passes.compiles": "compiles",
     "mllm_jax.passes.generate": "generate",
     "mllm_jax.passes.reduce": "reduce",
@@ -96,6 +98,7 @@ __all__ = [
     "attention",
     "bottom",
     "call",
+    "collect",
     "compiles",
     "generate",
     "histogram",
@@ -110,6 +113,7 @@ __all__ = [
     "per_step",
     "plan",
     "project_out",
+    "read_collection",
     "read_projector",
     "reduce",
     "replace",

@@ -16,12 +16,13 @@ import numpy as np
 
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.interventions.captures import FORMS, BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture, Places
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import KINDS, BoundEdit, Edit, Edits
+from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.routes import bind_route
 from mllm_jax.interventions.shapes import look_up, site_shapes
-from mllm_jax.interventions.top_tokens import Places
 from mllm_jax.interventions.values import fit_basis, fit_value
 from mllm_jax.sites import Site, SiteShape
 from mllm_jax.tokens import TokenMap
@@ -244,13 +245,13 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
         readers=token_map.readers,
         edges=capture.edges,
-        places=_places(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
+        places=places_of(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
     )
     _check_capture_selects(bound)
     return bound
 
 
-def _places(token_map: TokenMap, rows: TokenMap) -> Places:
+def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
     """Return where the tokens of a module are in the data.
 
     Args:

@@ -272,7 +272,7 @@ class Processor(PromptEncoder):
             in_slot[slot] = in_slot[slot] or row_images
         pixels, real = self._pixels(in_slot, tiles, features is None)
         if features is not None:
-            features = rows_.place_features(features, pictures, tiles // self.config.tiles)
+            features = rows_.place_features(features, pictures, max(map(len, pictures)))
             features = features.reshape(len(real), -1, features.shape[-1])
         uses_axes = self.config.lm.rope_sections is not None
         return Batch(

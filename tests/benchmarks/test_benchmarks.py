@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import clock, harness, kernels, profile, work
+from benchmarks import clock, collect, harness, kernels, profile, work
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -94,3 +94,9 @@ def test_kernels(capsys):
     assert {"LM attention", "vision attention", "LM norms", "head", "projector"} <= set(parts)
     assert all(seconds > 0 for seconds in parts.values())
     assert "LM attention" in capsys.readouterr().out
+
+
+def test_collect(capsys):
+    rates = collect.main(["--vectors=100", "--width=32", "--rounds=1"])
+    assert len(rates) == 6 and all(rate > 0 for rate in rates.values())
+    assert "bfloat16, read from disk" in capsys.readouterr().out
