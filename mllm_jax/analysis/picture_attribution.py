@@ -135,8 +135,11 @@ class GatedPicture:
 
     def gating_edits(self, gates: Float[Array, "B T"]) -> Edits:
         """Return the edits that gate the tokens at `lm.embed`."""
-        values = {"gate": gates[..., None], "baseline": self.baseline}
-        return edits_.call(S.lm.embed, _interpolate, where=tokens.image, **values)
+        assert self.baseline is not None, "gates at lm.embed have one"
+        return edits_.call(
+            S.lm.embed, _interpolate, where=tokens.image,
+            gate=gates[..., None], baseline=self.baseline,
+        )  # fmt: skip
 
     @property
     def tokens(self) -> TokenMap:
