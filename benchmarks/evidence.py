@@ -10,6 +10,7 @@ of resident memory during a run over a quarter of the pictures, and over all of 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 
 import numpy as np
@@ -53,20 +54,21 @@ def measure(
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds):
         for name in list(sides)[:: -1 if round_ % 2 else 1]:
-            lap = clock.lap(lambda captures=sides[name]: mj.reduce(captures, model, batches))
+            lap = clock.lap(functools.partial(mj.reduce, sides[name], model, batches))
             seconds[name].append(lap.seconds)
             cpu[name].append(lap.cpu)
     plain, evidence = (np.array(seconds[name]) for name in sides)
+    cpu_plain, cpu_evidence = (np.array(cpu[name]) for name in sides)
     ratios = evidence / plain
     found = {
         "seconds of counts": float(np.median(plain)),
         "seconds of counts, top and histogram": float(np.median(evidence)),
         "ratio": float(np.median(ratios)),
-        "ratio of CPU time": float(np.median(np.divide(*[cpu[n] for n in list(sides)[::-1]]))),
+        "ratio of CPU time": float(np.median(cpu_evidence / cpu_plain)),
     }
     for share, name in ((4, "a quarter"), (1, "all")):
         some = batches[: -(-len(batches) // share)]
-        rise = clock.lap(lambda some=some: mj.reduce(EVIDENCE, model, some)).rise
+        rise = clock.lap(functools.partial(mj.reduce, EVIDENCE, model, some)).rise
         found[f"rise of memory over {name}, MiB"] = np.nan if rise is None else rise / 2**20
     return found, ratios
 
