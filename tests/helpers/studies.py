@@ -31,7 +31,10 @@ STUDIES = {
         "configs/embedded.py:quick",
         {"lens_per_domain": 2, "groups": 2, **PICTURES},
     ),
-    "projection": ("configs/embedded_projection.py:quick", {"clip": "", "seeds": (0,), **TASK}),
+    "projection": (
+        "configs/embedded_projection.py:quick",
+        {"proj.steps": 2, "e2e.steps": 2, "probe.epochs": 2, "neurons.pictures": 2, **TASK},
+    ),
     "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
     "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
     "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
