@@ -59,8 +59,10 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 skips splits, resamples and shuffles
     config.level = 0.05  # probability of a false neuron under shuffled labels
-    config.controls = 10  # draws of neurons of the same layers and activation rates
+    config.controls = 10  # draws of neurons of the same layers, activation rates and means
     config.random_controls = 3  # draws of any neurons of the same layers
+    config.entropy_controls = 3  # draws of neurons of the same layers, as active in every domain
+    config.margin = 0.05  # the largest effect that counts as none: share of answers, or deviation
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
     config.picture_layers = 4
     config.seed = 0

@@ -41,6 +41,18 @@ class Context:
     edits: Edits = dataclasses.field(default_factory=Edits)
     captures: dict[str, Capture] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse a model that reads no pictures.
+
+        Raises:
+            ValueError: the model reads text alone.
+        """
+        if self.model.config.vision is None:
+            raise ValueError(
+                f"config.model={self.config.model}: this model reads text alone, and the study "
+                "needs pictures; name a model with a vision tower"
+            )
+
     def claim(self, data: Mapping[str, Any]) -> None:
         """Refuse a workdir with work of another model, data, files, code or versions.
 

@@ -13,6 +13,8 @@ from mllm_jax import notebook, tokens
 from mllm_jax.positions import Positions
 from mllm_jax.typing import AnyArray, Bool, Float, Int
 
+_IMAGE = tokens.CODE["image"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -28,8 +30,9 @@ class Layout:
         picture becomes; empty where all stand at one.
       grid: The rows and columns of patches of a picture that is read at its own size; None where
         tiles are squares.
-      tile_grid: The rows and columns of tiles that a picture is cut into, where the text around its
-        tokens names them; 0, 0 if it is not cut.
+      tile_grid: The rows and columns of tiles that a picture is cut into; 0, 0 if it is not cut.
+      whole: The number of the tile that shows the picture as a whole; the others are its parts, in
+        reading order.
       interpolation: The patches that each of its tokens is a weighted sum of, int[n, 4], and their
         weights, float32[n, 4]; None where each stands for one patch.
     """
@@ -40,7 +43,43 @@ class Layout:
     runs: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
     tile_grid: tuple[int, int] = (0, 0)
+    whole: int = 0
     interpolation: tuple[Int[np.ndarray, "n 4"], Float[np.ndarray, "n 4"]] | None = None
+
+    def grids(
+        self, tokens: tokens.TokenMap, row: int = 0
+    ) -> tuple[Int[np.ndarray, "rows columns"], Int[np.ndarray, "rows columns"]]:
+        """Return where the image tokens of a row of a batch stand on its picture.
+
+        Args:
+          tokens: The token map of the batch.
+          row: The row, which reads one picture, of this layout.
+
+        Returns:
+          The positions in the row of the tokens that show the picture as a whole, and of those of
+          its parts, as the picture lies; empty where there are none on a grid.
+        """
+        kind, tile, down, across = (
+            np.asarray(array)[row]
+            for array in (tokens.kind, tokens.tile, tokens.row, tokens.column)
+        )
+        on_grid = (kind == _IMAGE) & (down >= 0)
+        is_whole = tile == self.whole
+        whole = _arrange(np.flatnonzero(on_grid & is_whole), down, across)
+        parts = np.flatnonzero(on_grid & ~is_whole)
+        number = tile - (tile > self.whole)  # in reading order
+        columns = max(self.tile_grid[1], 1)
+        side = len(whole)  # of a tile
+        down, across = number // columns * side + down, number % columns * side + across
+        return whole, _arrange(parts, down, across)
+
+
+def _arrange(
+    at: Int[np.ndarray, " n"], down: Int[np.ndarray, " T"], across: Int[np.ndarray, " T"]
+) -> Int[np.ndarray, "rows columns"]:
+    """Return tokens that fill a grid, of which rows and columns may be left out, as this grid."""
+    rows = len(np.unique(down[at]))
+    return at[np.lexsort((across[at], down[at]))].reshape(rows, -1 if rows else 0)
 
 
 @jax.tree_util.register_dataclass

@@ -63,3 +63,17 @@ def test_every_page_is_in_the_contents():
 
 def test_every_page_is_on_the_site():
     assert {*re.findall(r": (\w+\.md)$", SITE.read_text(encoding="utf-8"), re.M)} == {*PAGES}
+
+
+def test_the_coverage_of_the_papers_names_tests_and_files_that_exist():
+    text = (DOCS / "coverage.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-Z]\d+) \| .+ \| (.+) \| (.+) \|$", text, re.M)
+    assert len({row for row, *_ in rows}) == len(rows) == 67
+    for row, places, shown in rows:
+        for place in re.findall(r"`([^`]+)`", places):
+            assert any((DOCS.parent / top / place).exists() for top in ("mllm_jax", ".")), place
+        tests = re.findall(r"`([^`]+)::(test_\w+)`", shown)
+        assert tests, row
+        for file, test in tests:
+            code = (DOCS.with_name("tests") / file).read_text(encoding="utf-8")
+            assert f"def {test}(" in code, f"{row}: {file}::{test}"

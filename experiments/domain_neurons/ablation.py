@@ -103,7 +103,7 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         ]
     questions = {name: score["n"] for name, score in baseline.items()}
     power = effects.correct_cells([row for row in rows if row["control"] is None], questions)
-    effects.correct_effects(against)
+    effects.correct_effects(against, study.config.margin)
     return Ablations(baseline, rows, against, power)
 
 

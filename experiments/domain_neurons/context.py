@@ -84,7 +84,8 @@ class Study(context.Context):
         config, size = self.model.config, example.image.size[::-1]
         if config.tile_side is None:
             return int(np.prod(self.processor.layout(size).grid))
-        return config.layout(size).tiles * (config.vision.grid**2 + config.vision.has_cls)
+        each = config.vision.grid**2 + config.vision.has_cls
+        return self.processor.layout(size).tiles * each
 
     @functools.cached_property
     def length(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Draw the neurons that are ablated as controls: of like activation rates, or any of the layer."""
+"""Draw the neurons that are ablated as controls: of like rates, of any, or of no domain."""
 
 from __future__ import annotations
 
@@ -13,9 +13,20 @@ from experiments.domain_neurons.counts import Counts
 from mllm_jax.analysis import controls, domain_neurons, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
-Kind = Literal["rate", "layer"]
-KINDS: tuple[Kind, ...] = ("rate", "layer")
-Rates = Mapping[str, np.ndarray]  # float64[D_, L, F] by module
+Kind = Literal["rate", "layer", "entropy"]
+KINDS: tuple[Kind, ...] = ("rate", "layer", "entropy")
+
+
+class Activity(NamedTuple):
+    """How active the neurons of a module are on the counted tokens of each domain.
+
+    Attributes:
+        rate: float64[D_, L, F], the share of tokens on which a neuron is active.
+        mean: float64[D_, L, F], its mean activation.
+    """
+
+    rate: np.ndarray
+    mean: np.ndarray
 
 
 class Controls(NamedTuple):
@@ -32,44 +43,53 @@ class Controls(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def rates(study: Study, counted: selection.DomainCounts) -> dict[str, np.ndarray]:
-    """Return the share of a domain's tokens, of the counted scope, on which neurons are active."""
+def activities(study: Study, counted: selection.DomainCounts) -> dict[str, Activity]:
+    """Return how active the neurons of each module are on the tokens of the counted scope."""
     scope = selection.rule(study.config).scope
     out = {}
     for module in study.shapes:
         counts = Counts.of(counted, module, scope)
         positive, tokens = stability.pool(counts.positive, counts.tokens, counts.domain)
-        out[module] = positive / tokens[:, None, None]
+        total = np.stack([counts.sum[counts.domain == d].sum(0) for d in range(len(tokens))])
+        out[module] = Activity(*(values / tokens[:, None, None] for values in (positive, total)))
     return out
 
 
-def draw(study: Study, neurons: Mapping[str, SelectedNeurons], rates: Rates) -> Controls:
+def draw(
+    study: Study, neurons: Mapping[str, SelectedNeurons], active: Mapping[str, Activity]
+) -> Controls:
     """Draw the controls of every module.
 
     Args:
-        study: the study, of whose config `controls` and `random_controls` are the draws.
+        study: the study, of whose config `controls`, `random_controls` and `entropy_controls` are
+            the draws.
         neurons: the neurons by module.
-        rates: the activation rates; without them nothing is matched.
+        active: how active the neurons are; without it any neurons of the layers are drawn.
     """
     config = study.config
     draws: dict[Kind, int] = {
-        "rate": config.controls if rates else 0, "layer": config.random_controls,
+        "rate": config.controls if active else 0, "layer": config.random_controls,
+        "entropy": config.entropy_controls if active else 0,
     }  # fmt: skip
     masks, rows = {}, []
     for module, selected in neurons.items():
         for kind in (kind for kind in KINDS if draws[kind]):
             if kind == "rate":
                 drawn = controls.rate_matched(
-                    selected.mask, rates[module], draws=draws[kind], key=config.seed
+                    selected.mask, *active[module], draws=draws[kind], key=config.seed
                 ).mask
+            elif kind == "entropy":
+                drawn = controls.high_entropy(
+                    selected.mask, domain_neurons.entropy(active[module].rate), draws=draws[kind],
+                    key=config.seed,
+                )  # fmt: skip
             else:
                 drawn = np.stack(
                     [domain_neurons.random_like(selected, seed) for seed in range(draws[kind])]
                 )
             masks[module, kind] = drawn
-            if rates:
-                compared = controls.compare(selected.mask, rates[module], drawn)
-                rows += _rows(study, module, kind, selected.mask, rates[module], compared)
+            if active:
+                rows += _rows(study, module, kind, selected.mask, active[module], drawn)
     return Controls(draws, masks, rows)
 
 
@@ -78,20 +98,23 @@ def _rows(
     module: str,
     kind: Kind,
     mask: np.ndarray,
-    rate: np.ndarray,
-    compared: controls.Control,
+    active: Activity,
+    drawn: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """Return how well the rates of a module match, a row for each domain that has neurons."""
+    """Return how well the draws of a module match, a row for each domain that has neurons."""
+    compared = controls.compare(mask, active.rate, drawn)
     unmatched = compared.unmatched()
     return [
         {
             "module": module,
             "data": name,
             "control": kind,
-            "draws": len(compared.mask),
+            "draws": len(drawn),
             "neurons": int(mask[d].sum()),
-            "rate": float(rate[d][mask[d]].mean()),
-            "drawn_rate": _mean_rate(compared.mask[:, d], rate[d]),
+            "rate": float(active.rate[d][mask[d]].mean()),
+            "drawn_rate": _mean(drawn[:, d], active.rate[d]),
+            "mean": float(active.mean[d][mask[d]].mean()),
+            "drawn_mean": _mean(drawn[:, d], active.mean[d]),
             "layers": int(mask[d].any(axis=-1).sum()),
             "unmatched": [
                 {
@@ -108,9 +131,9 @@ def _rows(
     ]
 
 
-def _mean_rate(drawn: np.ndarray, rate: np.ndarray) -> float | None:
-    """Return the mean rate of the neurons of all draws [R, L, F]; None for no neuron."""
-    values = np.broadcast_to(rate, drawn.shape)[drawn]
+def _mean(drawn: np.ndarray, values: np.ndarray) -> float | None:
+    """Return the mean of values [L, F] over the neurons of all draws [R, L, F]; None for none."""
+    values = np.broadcast_to(values, drawn.shape)[drawn]
     return float(values.mean()) if values.size else None
 
 

@@ -12,6 +12,7 @@ from mllm_jax.analysis import intervals, power
 
 Row = dict[str, Any]
 Arrays = Mapping[str, np.ndarray]  # of one cell: `score` [N], and the deviation sums [kinds, N]
+LEVEL = 0.05
 MEASURES = ("accuracy", "relative_l2", "cosine")
 
 
@@ -86,27 +87,52 @@ def against_controls(
     return out
 
 
-def correct_effects(rows: Sequence[Row]) -> None:
-    """Correct the effects, and add what they could have found, in place.
+def correct_effects(rows: Sequence[Row], margin: float) -> None:
+    """Correct the effects, and add their verdicts and what they could have found, in place.
 
     A family holds all modules and domains, of one kind of control, measure and kind of token.
     `possible` and `likely` follow from the spread that was seen, but are at least what that many
     questions can tell; they are None where a single draw tells no spread.
+
+    Args:
+        rows: the effects.
+        margin: the largest effect that counts as none in a test of equivalence: a share of the
+            answers, or a deviation.
     """
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
         families.setdefault((row["control"], row["measure"], row["tokens"]), []).append(row)
     for family in families.values():
         for row in family:
-            row["p_holm"] = row["possible"] = row["likely"] = None
+            row["p_holm"] = row["possible"] = row["likely"] = row["p_equal"] = None
+            row["margin"] = margin
             error, degrees = row.pop("error"), row.pop("degrees")
             if error is None:
                 continue
+            effect = intervals.Effect(
+                row["difference"], row["low"], row["high"], row["p"], error, degrees
+            )
+            answers = row["n"] if row["measure"] == "accuracy" else None
+            row["p_equal"] = intervals.equivalence(effect, margin, answers=answers)
             found = power.difference(error, degrees, len(family))
             if row["measure"] == "accuracy":
                 found = _at_least(power.answers(row["n"], len(family)), found)
             row["possible"], row["likely"] = found
         correct(family)
+        for row in family:
+            row["verdict"] = _verdict(row)
+
+
+def _verdict(row: Row) -> str | None:
+    """Return what both tests of an effect say; None where a single draw tells no spread.
+
+    A claim of equivalence holds for its own effect alone: nothing is gained by many of them.
+    """
+    if row["p_equal"] is None:
+        return None
+    if row["p_holm"] <= LEVEL:
+        return "effect"
+    return "none within the margin" if row["p_equal"] <= LEVEL else "undecided"
 
 
 def _measures(own: Arrays, kinds: Sequence[str]) -> list[tuple[str, int | None]]:

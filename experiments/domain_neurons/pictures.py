@@ -22,8 +22,9 @@ def pictures(study: Study) -> list[dict[str, Any]]:
 def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
     """Return the most likely word and the entropy at each image token of a domain's first picture.
 
-    The grid is that of the full picture as the vision tower sees it (LLaVA-NeXT: the base tile).
-    If the picture is also split into parts, their grid is in `parts`.
+    The grid is that of the full picture as the vision tower sees it (of a picture that is cut into
+    tiles, the tile that shows all of it). If the picture is also split into parts, their grid is in
+    `parts`.
 
     Args:
         study: the study.
@@ -34,11 +35,12 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         The entry of results.json; None where image tokens lie on no grid (InstructBLIP's queries).
     """
     example = study.lens[name][0]
+    layout = study.processor.layout(example.image.size[::-1])
 
     def make() -> dict[str, Any] | None:
         question = study.questions("lens", name).pairs[0][1]
         batch = study.processor([example.image], [question.prompt])
-        full, parts = grids(batch.tokens)
+        full, parts = layout.grids(batch.tokens)
         if not full.size:
             return None
         last = study.model.config.lm.layers - 1
@@ -69,23 +71,8 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         return None
     original = store.save_figure(study.workdir, f"picture-{number}.png", example.image)
     batch = study.processor([example.image], ["<image>"])
-    seen = study.processor.tile_picture(batch, 0)
+    seen = study.processor.tile_picture(batch, layout.whole)
     return entry | {
         "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
         "original": original,
     }
-
-
-def grids(tokens: tok.TokenMap) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the image tokens in the first row of a batch, as two grids.
-
-    Returns:
-        int[rows, columns] of the full picture, and of its parts; empty where there is no such grid.
-    """
-    kind, row = np.asarray(tokens.kind[0]), np.asarray(tokens.row[0])
-    image = (kind == tok.CODE["image"]) & (row >= 0)
-    full = np.flatnonzero(image & (np.asarray(tokens.tile[0]) == 0))
-    parts = np.flatnonzero(image & (np.asarray(tokens.tile[0]) > 0))
-    newlines = int((kind == tok.CODE["newline"]).sum())  # one ends each row of the parts
-    rows = len(np.unique(row[full]))
-    return full.reshape(rows, -1) if rows else full, parts.reshape(max(newlines, 1), -1)

@@ -12,6 +12,7 @@ import mllm_jax as mj
 from experiments import examples
 from experiments.domain_neurons import (
     ablation,
+    claims,
     controls,
     counts,
     layers,
@@ -61,13 +62,13 @@ def run(
     counted: selection.DomainCounts = {}
     if given is None or config.controls:
         counted = {name: counts.count(study, name) for name in train}
-    rates = controls.rates(study, counted) if counted else {}
+    active = controls.activities(study, counted) if counted else {}
     if given is not None:
         neurons, counted = given, {}
     else:
         neurons = selection.select(study, counted, selection.rule(config))
     selection.write(study, neurons)
-    drawn = controls.draw(study, neurons, rates)
+    drawn = controls.draw(study, neurons, active)
     study.finish(_results(study, counted, neurons, drawn), page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
@@ -83,7 +84,7 @@ def _results(
     ablated = ablation.ablate(study, neurons, drawn)
     lens = layers.read(study)
     modules = study.shapes if counted else ()
-    return {
+    results = {
         "study": "domain_neurons",
         "model": config.model,
         "domains": list(study.names),
@@ -107,6 +108,7 @@ def _results(
         "features": layers.features(lens),
         "pictures": pictures.pictures(study),
     }
+    return results | {"claims": claims.judge(results)}
 
 
 def _tokens(counted: Mapping[str, Mapping[str, np.ndarray]], module: str) -> dict[str, int]:

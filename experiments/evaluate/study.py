@@ -18,7 +18,7 @@ from experiments.context import Context
 from mllm_jax import store
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching
-from mllm_jax.interventions import captures as captures_
+from mllm_jax.interventions import forms
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import score
@@ -108,7 +108,7 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
             captured.append(jax.tree.map(np.asarray, out.captures))
             batches.append(batch.replace(pixels=None, features=None))
     if study.captures:
-        joined = captures_.join(study.captures, captured, batches)
+        joined = forms.join(study.captures, captured, batches)
         path = study.workdir / "captures" / f"{name}-{wording}.npz"
         context.write_captures(path, joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from experiments import context
 from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
-from mllm_jax.data import batching
+from mllm_jax.data import batching, pooled
 from mllm_jax.data import features as features_
 from mllm_jax.data import tasks as tasks_
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
-from mllm_jax.sharding import mesh
 
 NEUTRAL_QUESTION = "What is shown in the picture?"  # for passes in which no class may be named
 DEPTH_KINDS = ("image", "last")
@@ -90,14 +88,26 @@ class Study(context.Context):
         Args:
             task: the name of the task.
             split: the split of its pictures.
-            aspect: how pictures are made square; by default `config.aspect`.
+            aspect: how pictures are made square, where the model reads squares alone; by default
+                `config.aspect`.
         """
         aspect = aspect or self.config.aspect
         processor = copy.copy(self.processor)
-        processor.image_aspect_ratio = aspect
+        if not self.model.config.depends_on_size:  # else the shape of a picture is kept
+            processor.image_aspect_ratio = aspect
         path = self.workdir / "features" / f"{task}-{split}-{aspect}.npy"
         return features_.vision_features(
             self.model, processor, self.examples(task, split), path, label=f"features, {task}"
+        )
+
+    def mean_features(self, model: Any, task: str, split: str) -> dict[str, np.ndarray]:
+        """Return each picture's mean features before and after the projector of a model.
+
+        Returns:
+            `vision`, float32[N, E], and `projector`, float32[N, D].
+        """
+        return pooled.projected_features(
+            model, self.processor, self.examples(task, split), self.features(task, split)
         )
 
     def questions(self, task: tasks_.Task, split: str, seed: int) -> batching.QuestionBatches:
@@ -144,11 +154,3 @@ def stack_seeds(
 ) -> np.ndarray:
     """Return an output of the runs of all seeds, stacked: [R, ...]."""
     return np.stack([outputs[task, variant, seed][key] for seed in seeds])
-
-
-def map_batches(
-    fn: Callable[[np.ndarray], jax.Array | np.ndarray], features: np.ndarray, size: int = 32
-) -> np.ndarray:
-    """Return fn(features), computed on some rows of a memory-mapped file at a time."""
-    starts = range(0, len(features), size)
-    return np.concatenate([mesh.to_numpy(fn(np.asarray(features[i : i + size]))) for i in starts])

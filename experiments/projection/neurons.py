@@ -13,8 +13,13 @@ from experiments.projection.context import Arrays, Outputs, Study
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import domain_neurons, projection
 from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
+from mllm_jax.sites import Site
 
-SITES = {module: MODULES[module] for module in ("projector", "lm")}
+
+def sites(study: Study) -> dict[str, Site]:
+    """Return the sites of neurons: a projector of a single linear map has none."""
+    modules = ("projector", "lm") if study.model.config.projector.depth > 1 else ("lm",)
+    return {module: MODULES[module] for module in modules}
 
 
 def count(study: Study, model: Any) -> dict[str, np.ndarray]:
@@ -23,7 +28,7 @@ def count(study: Study, model: Any) -> dict[str, np.ndarray]:
     Returns:
         `positive/MODULE/TASK`, int64[L, F], and `tokens/MODULE/TASK`.
     """
-    captures = {m: mj.stats(site, where=tok.image) for m, site in SITES.items()}
+    captures = {m: mj.stats(site, where=tok.image) for m, site in sites(study).items()}
     counts = {}
     for name in study.tasks:
         questions = study.neutral_questions(name, "train", study.config.neurons.pictures)
@@ -42,10 +47,10 @@ def domain_masks(study: Study, counts: Arrays, task: str) -> dict[str, np.ndarra
         counts: the arrays of a run, with those of `count`.
         task: the name of the task.
     """
-    rates, names = study.config.neurons, list(study.tasks)
+    rates, names, modules = study.config.neurons, list(study.tasks), sites(study)
     selected = domain_neurons.select_modules(
-        {m: np.stack([counts[f"positive/{m}/{name}"] for name in names]) for m in SITES},
-        {m: np.stack([counts[f"tokens/{m}/{name}"] for name in names]) for m in SITES},
+        {m: np.stack([counts[f"positive/{m}/{name}"] for name in names]) for m in modules},
+        {m: np.stack([counts[f"tokens/{m}/{name}"] for name in names]) for m in modules},
         names=names, top_rate=rates.top_rate, filter_rate=rates.filter_rate,
         bar_rate=rates.bar_rate,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from experiments.projection.context import (
     Arrays,
     Outputs,
     Study,
-    map_batches,
     stack_seeds,
 )
 from mllm_jax.analysis import probe, projection
@@ -40,7 +39,8 @@ def read(
     if variants:
         seeds = study.config.factors.seeds
     after = outputs[task, named[0], seeds[0]]["after/train"]
-    width = study.features(task, "train").shape[-1]
+    stacked = 1 + study.model.config.projector.deepstack
+    width = study.features(task, "train").shape[-1] // stacked
     kinds = _probes(study.config, width, after.shape[-1])[name]
 
     def predict(kind: probe.Probe, features: Arrays, seed: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def read(
         predicted = {}
         if not variants:
             before: dict[str, np.ndarray] = {
-                s: map_batches(lambda x: x.mean(1), study.features(task, s)) for s in tasks.SPLITS
+                s: study.mean_features(study.model, task, s)["vision"] for s in tasks.SPLITS
             }
             predicted[BEFORE] = np.concatenate([predict(kinds[0], before, seed) for seed in seeds])
         by_seed = []

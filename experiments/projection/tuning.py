@@ -7,20 +7,18 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 import mllm_jax as mj
 from experiments.modules import ablate_masks
 from experiments.projection import neurons
-from experiments.projection.context import DEPTH_KINDS, Arrays, Run, Study, map_batches
+from experiments.projection.context import DEPTH_KINDS, Arrays, Run, Study
 from mllm_jax.data import batching, pooled, tasks
 from mllm_jax.data import features as features_
 from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import hosts
 from mllm_jax.training import batches, fit, start
 
@@ -93,7 +91,10 @@ class Tuned:
         if self._setting.start == "tuned":
             return self.study.model
         model, _ = mj.load(self.study.config.model, projector="random", seed=self.run.seed)
-        return start.scale_projector(model, np.asarray(features[:64]))
+        sample = features_.features_batch(self.study.processor, self._examples[:64], features[:64])
+        return start.scale_projector(
+            model, np.asarray(sample.features), features_.is_patch(model, sample)
+        )
 
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints, once all outputs of the run are on disk."""
@@ -154,16 +155,10 @@ def answer(
 
 def projected(study: Study, model: Any, task: str) -> dict[str, np.ndarray]:
     """Return float32[N, D] by split, the projected features, mean over a picture's tokens."""
-    outputs = {}
-    for split in tasks.SPLITS:
-        features = study.features(task, split)
-        outputs[f"after/{split}"] = map_batches(functools.partial(_projected, model), features)
-    return outputs
-
-
-@jax.jit
-def _projected(model, features):
-    return model.projector(features, Taps().module("projector")).mean(1)
+    return {
+        f"after/{split}": study.mean_features(model, task, split)["projector"]
+        for split in tasks.SPLITS
+    }
 
 
 def layers(study: Study, tuned: Tuned) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.running import agreement, cli, interrupts, lock
+from experiments.running import agreement, cli, compiled, interrupts, lock
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string(
@@ -32,6 +32,10 @@ RESTART = flags.DEFINE_bool(
 VERIFY = flags.DEFINE_bool(
     "verify", False, "Check the digests of all cached files of the embedded model and pictures."
 )
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "The folder of compiled programs, so that the next start need not "
+    "compile; by default in the cache of the library. Empty: none.",
+)  # fmt: skip
 EDITS = flags.DEFINE_string(
     "edits", None, "The edits of every pass: 'ablate lm.mlp.act[12,@neurons.json] >> add ...'; "
     "mllm_jax/interventions/spec.py describes the language.",
@@ -93,6 +97,7 @@ def _start(
 
         if eigen:
             products.prefer_eigen()
+        compiled.keep(COMPILATION_CACHE.value)
         items = _read_items(takes)
     with cli.one_line(hosts.fail):
         _initialize_process()
@@ -184,6 +189,7 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
             raise ValueError(f"this study takes no --{name}: it runs the model as it is")
     cli.check_items(EDITS.value, CAPTURES.value)
     cli.refuse_file("--workdir", WORKDIR.value)
+    cli.refuse_file("--compilation_cache", COMPILATION_CACHE.value or "")
     _mesh_sizes()
     _check_processes()
     _check_paths(CONFIG.value)

@@ -7,6 +7,8 @@ metric is the log-odds of the picture's own answer against that of its partner, 
 answer token. The rows of the grid are layers, and its columns are one of
 
 * tokens: the residual of some tokens is replaced by the partner's (causal tracing by interchange);
+  where a model reads pictures by their size, the partner is scaled to the size of the picture, and
+  all pictures are divided into as many rows as the lowest of them has;
 * heads: one attention head is ablated;
 * parts: attention or MLP is ablated;
 * strengths: the MLP is scaled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import intervals
+from mllm_jax.batch import Layout
 from mllm_jax.data import batching
 from mllm_jax.interventions.edits import Edits
 
@@ -41,12 +43,11 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         for pair in partners(processor, name, list(domain), config.style, config.pairs_per_domain)
     ]
     study.claim({"pairs": context.content(side for pair in pairs for side in pair)})
-    columns = grid(config, model)
-    effect = _measure(study, pairs, columns)
+    effect, columns = _measure(study, pairs)
     interval = intervals.mean(np.moveaxis(effect, -1, 0))
     value, low, high = (np.asarray(part).T for part in interval)  # [L, columns]
     results = {
-        "study": "sweep", "grid": config.grid, "columns": list(columns), "pairs": len(pairs),
+        "study": "sweep", "grid": config.grid, "columns": columns, "pairs": len(pairs),
         "effect": value.tolist(), "low": low.tolist(), "high": high.tolist(),
         "domains": sorted({example.domain for pair in pairs for example, _ in pair}),
     }  # fmt: skip
@@ -89,8 +90,16 @@ def _first_token(processor, side: Side) -> int:
     return processor.answer_ids(side[1].answer)[0]
 
 
-def grid(config: ml_collections.ConfigDict, model) -> dict[str, list[Edits]]:
-    """Return the edits of each column, by layer; the partners are the second half of a batch."""
+def grid(
+    config: ml_collections.ConfigDict, model, picture_rows: np.ndarray
+) -> dict[str, list[Edits]]:
+    """Return the edits of each column, by layer; the partners are the second half of a batch.
+
+    Args:
+        config: the settings of the study.
+        model: the model.
+        picture_rows: bool[rows, B, T], see the function `picture_rows`.
+    """
     layers = range(model.config.lm.layers)
     if config.grid == "heads":
         heads = range(model.config.lm.heads)
@@ -101,9 +110,9 @@ def grid(config: ml_collections.ConfigDict, model) -> dict[str, list[Edits]]:
     if config.grid == "strengths":
         return {f"x {a:g}": [mj.scale(S.lm.mlp.out[i], a) for i in layers]
                 for a in config.strengths}  # fmt: skip
-    side = model.config.vision.grid // model.config.projector.fold
     own, partner = np.arange(config.batch_size), np.arange(config.batch_size) + config.batch_size
-    where = {f"picture row {r}": tok.row(r) for r in range(side)}
+    where = {f"picture row {r}": tok.mask(mask) for r, mask in enumerate(picture_rows)}
+    where = where or {"picture": tok.image}  # of a Q-Former, whose tokens are on no grid
     where |= {"question": tok.question, "last token": tok.last}
     return {
         name: [mj.patch(S.lm.resid_post[i], partner, own, where=w) for i in layers]
@@ -111,32 +120,72 @@ def grid(config: ml_collections.ConfigDict, model) -> dict[str, list[Edits]]:
     }
 
 
-def _measure(study: Context, pairs: list[Pair], columns: dict[str, list[Edits]]) -> np.ndarray:
-    """Return float32[columns, L, pairs], the effects of all edits on all pairs."""
-    size = study.config.batch_size
+def picture_rows(tokens: tok.TokenMap, layouts: Sequence[Layout], count: int) -> np.ndarray:
+    """Return bool[count, B, T], the image tokens of each row of the pictures.
+
+    A picture of more rows is divided into this many bands; of a picture that is cut into tiles, a
+    band holds the tokens of the parts and of the whole that show it.
+
+    Args:
+        tokens: the token map of a batch of one picture a row.
+        layouts: how the picture of each row is read.
+        count: the number of rows, at most that of each picture.
+    """
+    masks = np.zeros((count, *np.shape(tokens.kind)), bool)
+    for b, layout in enumerate(layouts):
+        for positions in layout.grids(tokens, b):
+            band = np.arange(len(positions)) * count // max(len(positions), 1)
+            masks[band[:, None], b, positions] = True
+    return masks
+
+
+def _row_count(study: Context, pairs: list[Pair]) -> int:
+    """Return the number of rows of the picture that has fewest; 0 if tokens are on no grid."""
+    config = study.model.config
+    if config.token_grid or not config.depends_on_size:
+        return config.token_grid  # of each tile
+    sizes = {own.image.size[::-1] for (own, _), _ in pairs}
+    return min(study.processor.layout(size).grid[0] for size in sizes) // config.merge
+
+
+def _measure(study: Context, pairs: list[Pair]) -> tuple[np.ndarray, list[str]]:
+    """Return float32[columns, L, pairs], the effects of all edits on all pairs, and the columns."""
+    size, rows = study.config.batch_size, _row_count(study, pairs)
     length = batching.row_length(study.processor, [side for pair in pairs for side in pair])
-    effects = []
-    for start in range(0, len(pairs), size):
-        some = pairs[start : start + size]
-        step = study.workdir.arrays(
-            f"pairs-{start}", functools.partial(_effects, study, some, columns, length)
+    steps = [
+        study.workdir.arrays(
+            f"pairs-{start}",
+            functools.partial(_effects, study, pairs[start : start + size], rows, length),
         )
-        effects.append(step["effect"])
-    return np.concatenate(effects, -1)
+        for start in range(0, len(pairs), size)
+    ]
+    return np.concatenate([step["effect"] for step in steps], -1), steps[0]["columns"].tolist()
 
 
-def _effects(
-    study: Context, pairs: list[Pair], columns: dict[str, list[Edits]], length: int
-) -> dict[str, np.ndarray]:
-    """Return `effect`, float32[columns, L, pairs]: the change of the log-odds by each edit."""
+def _effects(study: Context, pairs: list[Pair], rows: int, length: int) -> dict[str, np.ndarray]:
+    """Measure the effects of all edits on some pairs.
+
+    Args:
+        study: the study.
+        pairs: the pairs.
+        rows: the number of rows that pictures are divided into.
+        length: the tokens of a row of the batch.
+
+    Returns:
+        `effect`, float32[columns, L, pairs]: the change of the log-odds by each edit; `columns`.
+    """
     model, processor = study.model, study.processor
     count, size = len(pairs), study.config.batch_size
     filled = pairs + pairs[:1] * (size - count)  # one shape for all batches
-    rows = [own for own, _ in filled] + [partner for _, partner in filled]
-    batch = processor(
-        [example.image for example, _ in rows], [q.prompt for _, q in rows], length=length
-    )
-    words = np.array([_first_token(processor, side) for side in rows], np.int32).reshape(2, size)
+    sides = [own for own, _ in filled] + [partner for _, partner in filled]
+    sizes = [own.image.size for (own, _), _ in filled] * 2
+    images = [example.image for example, _ in sides]
+    if model.config.depends_on_size:  # a partner's tokens must face those of the picture
+        images = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
+    batch = processor(images, [q.prompt for _, q in sides], length=length)
+    layouts = [processor.layout(size[::-1]) for size in sizes]
+    columns = grid(study.config, model, picture_rows(batch.tokens, layouts, rows))
+    words = np.array([_first_token(processor, side) for side in sides], np.int32).reshape(2, size)
     metric = jax.tree_util.Partial(log_odds, own=words[0], other=words[1])
     clean = np.asarray(metric(mj.run(model, batch)))
     effects: dict[str, np.ndarray] = {}
@@ -144,7 +193,10 @@ def _effects(
         edits = [edit for name in names for edit in columns[name]]
         swept = mj.sweep(metric, model, batch, edits, label=names[0])
         effects |= dict(zip(names, swept.reshape(len(names), -1, size) - clean, strict=True))
-    return {"effect": np.stack([effects[name] for name in columns])[..., :count]}
+    return {
+        "effect": np.stack([effects[name] for name in columns])[..., :count],
+        "columns": np.array(list(columns)),
+    }
 
 
 def log_odds(out, own, other) -> jax.Array:

@@ -41,7 +41,12 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     if config.projector == "random":
         count = len(train_features)
         rows = np.random.default_rng(config.seed).choice(count, min(64, count), replace=False)
-        model = start.scale_projector(model, train_features[np.sort(rows)])
+        sample = features.features_batch(
+            processor, [train[i] for i in np.sort(rows)], train_features[np.sort(rows)]
+        )
+        model = start.scale_projector(
+            model, np.asarray(sample.features), features.is_patch(model, sample)
+        )
 
     batches = batching.PackedQuestions(
         processor, train, train_features, size=config.batch_size, steps=config.steps,
@@ -52,10 +57,11 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         steps=len(test) // config.batch_size, questions=config.questions, seed=None,
         styles=tuple(config.styles),
     )  # fmt: skip
+    wrong = dataclasses.replace(tests, shift=1)  # each question about another picture
     recipe = fit.Recipe.of(config.recipe.to_dict())
-    before = workdir.json("before", lambda: fit.evaluate(model, tests, label="loss before"))
+    before = workdir.json("before", lambda: fit.evaluate(model, tests, wrong, label="loss before"))
     model, curve = fit.fit(model, batches, recipe, save=workdir / "checkpoints")
-    after = workdir.json("after", lambda: fit.evaluate(model, tests, label="loss after"))
+    after = workdir.json("after", lambda: fit.evaluate(model, tests, wrong, label="loss after"))
 
     save.write_projector(model, workdir / "projector.safetensors")
     trained = parts.partition(model, recipe.part, lora=recipe.lora).trained

@@ -3,7 +3,7 @@
 Random neurons of the same layers control for the number of neurons alone: domain neurons are
 active on most tokens of their domain, random ones often on half of them. These draws are as active:
 
-    matched = controls.rate_matched(selection.mask, selection.probability, draws=10)
+    matched = controls.rate_matched(selection.mask, selection.probability, mean, draws=10)
     matched.mask[0]      # bool[D_, L, F], the first draw
     matched.unmatched()  # (domain, layer) where the layers lack such neurons
 """
@@ -11,6 +11,7 @@ active on most tokens of their domain, random ones often on half of them. These 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from mllm_jax.analysis import checks, domain_neurons
 from mllm_jax.typing import Bool, Float, Int
 
+ATTEMPTS = 20  # an exchange of one neuron may help no more where another set is closer
 TOLERANCE = 0.02  # the difference of mean activation rates that counts as matched
 
 
@@ -54,23 +56,27 @@ class Control:
 def rate_matched(
     mask: np.ndarray,
     rate: np.ndarray,
+    mean: np.ndarray | None = None,
     *,
     draws: int = 10,
     key: int | jax.Array = 0,
     exclude: np.ndarray | None = None,
     tolerance: float = TOLERANCE,
 ) -> Control:
-    """Draw neurons of the same layers with nearly the same activation rates.
+    """Draw neurons of the same layers with nearly the same activation rates and activations.
 
     Each neuron's rate, moved at random by at most the tolerance, is paired with the nearest rate of
     the layer's other neurons, without replacement within a draw. Neurons are then exchanged as long
-    as an exchange brings the mean rate of the draw closer to the tolerance. A layer may lack such
-    neurons, or have too few of any rate: the draws come as close as they can, and the result tells
-    by how much they miss.
+    as an exchange brings the mean rate of the draw closer to the tolerance; where that does not
+    suffice, a few more attempts begin farther away. A layer may lack such neurons, or have too few
+    of any rate: the draws come as close as they can, and the result tells by how much they miss.
+    Last, neurons are exchanged for others of like rates as long as that brings the mean activation
+    of the draw closer.
 
     Args:
         mask: bool[D_, L, F], the neurons to match.
         rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
+        mean: float[D_, L, F], the mean activation of a neuron on them; None matches rates alone.
         draws: number of draws.
         key: an int seed or a JAX PRNG key. The same key gives the same draws.
         exclude: bool[L, F], neurons that no draw may hold; by default those of any domain's mask.
@@ -89,6 +95,9 @@ def rate_matched(
             f"rate must be shares between 0 and 1 in the shape of mask {mask.shape}, got "
             f"{rate.shape} up to {rate.max(initial=0):g}"
         )
+    mean = np.zeros(rate.shape) if mean is None else checks.finite(mean, "mean", axes="[D_, L, F]")
+    if mean.shape != rate.shape:
+        raise ValueError(f"mean must be of the shape of rate {rate.shape}, not {mean.shape}")
     if draws < 1 or not 0 < tolerance < 1:
         raise ValueError(f"draws={draws} must be 1 or more and tolerance={tolerance} in (0, 1)")
     excluded = np.asarray(mask.any(axis=0)) if exclude is None else checks.mask(exclude, "exclude")
@@ -100,9 +109,53 @@ def rate_matched(
         members = mask[d, layer]
         others = np.flatnonzero(~(excluded[layer] | members))
         wanted, offered = rate[d, layer, members], rate[d, layer, others]
+        total = float(mean[d, layer, members].sum())
         for draw in drawn[:, d, layer]:
-            draw[others[_draw(wanted, offered, tolerance, rng)]] = True
+            taken = _draw(wanted, offered, tolerance, rng)
+            if mean[d, layer].any():
+                levels = mean[d, layer, others]
+                taken = _match_means(taken, offered, levels, float(wanted.sum()), total, tolerance)
+            draw[others[taken]] = True
     return compare(mask, rate, drawn, tolerance=tolerance)
+
+
+def high_entropy(
+    mask: np.ndarray,
+    entropy: np.ndarray,
+    *,
+    draws: int = 3,
+    key: int | jax.Array = 0,
+    share: float = 0.25,
+) -> Bool[np.ndarray, "draws domains layers neurons"]:
+    """Draw neurons of the same layers that are as active in one domain as in another.
+
+    Args:
+        mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
+        entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
+        draws: number of draws.
+        key: an int seed or a JAX PRNG key. The same key gives the same draws.
+        share: the share of the layer's other neurons, those of highest entropy, to draw from; more
+            where the mask has more neurons.
+
+    Returns:
+        The draws; a layer that lacks other neurons gives all that it has.
+    """
+    mask = checks.mask(mask, "mask")
+    entropy = checks.finite(entropy, "entropy", axes="[L, F]")
+    if entropy.shape != mask.shape[1:] or draws < 1 or not 0 < share <= 1:
+        raise ValueError(
+            f"entropy must be of shape {mask.shape[1:]}, not {entropy.shape}, draws={draws} 1 or "
+            f"more, and share={share} in (0, 1]"
+        )
+    rng, selected = domain_neurons.generator(key), np.asarray(mask.any(axis=0))
+    drawn = np.zeros((draws, *mask.shape), bool)
+    for d, layer in np.argwhere(mask.any(axis=-1)).tolist():
+        others, needed = np.flatnonzero(~selected[layer]), int(mask[d, layer].sum())
+        size = max(needed, math.ceil(share * len(others)))
+        highest = others[np.argsort(-entropy[layer, others], kind="stable")[:size]]
+        for draw in drawn[:, d, layer]:
+            draw[rng.permutation(highest)[:needed]] = True
+    return drawn
 
 
 def compare(
@@ -141,12 +194,61 @@ def _draw(
         return np.arange(len(offered))
     shuffled = rng.permutation(len(offered))  # so that equal rates are taken at random
     order = shuffled[np.argsort(offered[shuffled], kind="stable")]
-    rates = offered[order]
-    moved = np.sort(wanted + rng.uniform(-tolerance, tolerance, len(wanted)))
-    taken = np.zeros(len(rates), bool)
-    taken[_distinct(_nearest(rates, moved), len(rates))] = True
-    _exchange(taken, rates, float(wanted.sum()), tolerance * len(wanted))
-    return order[taken]
+    rates, total, slack = offered[order], float(wanted.sum()), tolerance * len(wanted)
+    best, least = np.zeros(len(rates), bool), np.inf
+    for attempt in range(1, ATTEMPTS + 1):
+        moved = np.sort(wanted + attempt * rng.uniform(-tolerance, tolerance, len(wanted)))
+        taken = np.zeros(len(rates), bool)
+        taken[_distinct(_nearest(rates, moved), len(rates))] = True
+        _exchange(taken, rates, total, slack)
+        missed = abs(float(rates[taken].sum()) - total)
+        if missed < least:
+            best, least = taken, missed
+        if least <= slack:
+            break
+    return order[best]
+
+
+def _match_means(
+    taken: np.ndarray,
+    rates: np.ndarray,
+    means: np.ndarray,
+    total_rate: float,
+    total: float,
+    tolerance: float,
+) -> np.ndarray:
+    """Exchange taken neurons for others until the sum of their means is near a total.
+
+    An exchange is between rates that differ by at most the tolerance, and keeps the mean rate
+    within it, or as far from it as it was. It ends within that share of the total, or where no
+    exchange comes closer.
+
+    Args:
+        taken: int[n], the neurons to begin with.
+        rates: float[F], the activation rate of each neuron.
+        means: float[F], its mean activation.
+        total_rate: the sum of rates to keep.
+        total: the sum of means to come to.
+        tolerance: of rates.
+
+    Returns:
+        int[n], the neurons.
+    """
+    taken, left = taken.copy(), np.setdiff1d(np.arange(len(rates)), taken)
+    slack = max(tolerance * len(taken), abs(float(rates[taken].sum()) - total_rate))
+    for _ in range(len(taken) if len(left) else 0):
+        excess = float(means[taken].sum()) - total
+        if abs(excess) <= tolerance * abs(total):
+            break
+        steps = rates[left] - rates[taken][:, None]
+        moved = np.abs(excess + means[left] - means[taken][:, None])
+        kept = np.abs(float(rates[taken].sum()) - total_rate + steps) <= slack
+        moved[(np.abs(steps) > tolerance) | ~kept] = np.inf
+        i, j = np.unravel_index(moved.argmin(), moved.shape)
+        if moved[i, j] >= abs(excess) * (1 - 1e-9):
+            break
+        taken[i], left[j] = left[j], taken[i]
+    return taken
 
 
 def _nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -201,6 +201,30 @@ def effect(own: np.ndarray, control: np.ndarray, *, level: float = LEVEL) -> Eff
     return Effect(value, value - half, value + half, max(p, sign_flip(differences)), error, degrees)
 
 
+def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> float:
+    """Test whether an effect is smaller than a margin, by two one-sided t tests (TOST).
+
+    A difference that is not significant may still be large; one that passes this test is not.
+
+    Args:
+        found: the effect, of `effect`.
+        margin: the largest effect, to either side, that counts as none, in (0, 1).
+        answers: the number of examples, where each is right or wrong. If none of them changes, the
+            t test has no spread to judge by; a share `margin` of all answers may change, and none
+            of these do, with probability (1 - margin)^answers, which the p-value is at least.
+
+    Returns:
+        The p-value of an effect of the margin or more, the larger of both sides; NaN where the
+        effect has no standard error.
+    """
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin}: the largest effect that counts as none is in (0, 1)")
+    distance, least = margin - abs(found.value), 0 if answers is None else (1 - margin) ** answers
+    if not found.error:
+        return max(float(distance <= 0), least)
+    return max(float(scipy.stats.t.sf(distance / found.error, found.degrees)), least)
+
+
 def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:
     """Test whether paired differences have mean zero, by flipping their signs.
 

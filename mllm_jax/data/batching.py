@@ -33,6 +33,8 @@ def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
 class PackedQuestions:
     """Training batches with several questions on one picture in a row; the picture is read once.
 
+    Where a picture attends to the question after it (PaliGemma), each question has a row.
+
     Attributes:
       processor: makes the batches.
       examples: the examples, with questions.
@@ -42,6 +44,8 @@ class PackedQuestions:
       questions: the number of questions of each picture, drawn again each epoch.
       seed: the seed of the order; None goes through the examples in order, first questions first.
       styles: the styles of the questions; all by default.
+      shift: the number of places by which the pictures of a batch are moved on, so that questions
+        are asked about wrong ones.
     """
 
     processor: Processor
@@ -52,6 +56,7 @@ class PackedQuestions:
     questions: int
     seed: int | None
     styles: tuple[str, ...] = ()
+    shift: int = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -64,9 +69,28 @@ class PackedQuestions:
         epochs, places = np.divmod(at, len(self.examples))
         rows = [self._order(epoch)[i] for epoch, i in zip(epochs, places, strict=True)]
         turns = [self._turns(row, step) for row in rows]
-        features = np.stack([self.features[row] for row in rows])
-        sizes = picture_sizes(self.processor.config, [self.examples[row] for row in rows])
-        return self.processor.pack(None, turns, features=features, sizes=sizes, length=self._length)
+        shown = np.roll(rows, self.shift).tolist()
+        if self._shares_pictures:
+            return self.processor.pack(None, turns, **self._pictures(shown), length=self._length)
+        pairs = [pair for row in turns for pair in row]
+        prompts, answers = ([pair[i] for pair in pairs] for i in range(2))
+        shown = [row for row, asked in zip(shown, turns, strict=True) for _ in asked]
+        return self.processor(
+            None, prompts, answers=answers, **self._pictures(shown), length=self._length,
+            rows=self.size * self.questions,
+        )  # fmt: skip
+
+    def _pictures(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return the processor's arguments for the pictures of rows."""
+        return {
+            "features": np.stack([self.features[row] for row in rows]),
+            "sizes": picture_sizes(self.processor.config, [self.examples[row] for row in rows]),
+        }
+
+    @property
+    def _shares_pictures(self) -> bool:
+        """Whether questions can share a picture."""
+        return self.processor.config.attends_forward != "prompt"
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -86,6 +110,9 @@ class PackedQuestions:
     @functools.cached_property
     def _length(self) -> int:
         """One length for all batches, so that training compiles once."""
+        if not self._shares_pictures:
+            pairs = [(e, q) for e in self.examples for q in self._questions_of(e)]
+            return row_length(self.processor, pairs, answers=True)
         return packed_length(
             self.processor, map(self._questions_of, self.examples), self.questions, self.examples
         )
@@ -103,7 +130,7 @@ def packed_length(
       processor: makes the batches.
       questions_of: the questions of each example.
       questions: how many of them share a row.
-      examples: the examples, for models that read a picture at its own size.
+      examples: the examples, for models that read a picture by its size.
     """
     most = 0
     placeholder = _placeholder_pictures(processor, 1, examples)
@@ -241,11 +268,11 @@ def _placeholder_pictures(
     Args:
       processor: makes the batches.
       pictures: the number of pictures.
-      examples: pictures of which one has the most tokens, where each is read at its own size.
+      examples: pictures of which one has the most tokens, where each is read by its size.
     """
     config, size = processor.config, processor.config.largest
     known = [example for example in examples if example is not None]
-    if config.tile_side is None and known:
+    if config.depends_on_size and known:
         sizes = set(picture_sizes(config, known) or ())
         size = max(sizes, key=lambda size: len(processor.layout(size).patches))
     features = np.zeros((pictures, processor.feature_places([size]), 1), np.float32)

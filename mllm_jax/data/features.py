@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
 from mllm_jax.interventions.tap import Taps
@@ -88,7 +89,7 @@ def vision_features(
 
     Returns:
       float32[N, P, E]; P counts the patches of all places that a picture has for tiles. Pictures
-      that keep their size share the places of the largest.
+      that are read by their size share the places of the largest.
 
     Raises:
       ValueError: the file holds features of another model, processor or other pictures, of more
@@ -97,8 +98,8 @@ def vision_features(
     path = pathlib.Path(path)
     config = model.config
     places = processor.feature_places(picture_sizes(config, examples) or [])
-    # Where pictures have a size of their own, a larger one makes all rows longer.
-    own = {"places": places} if config.tile_side is None else {}
+    # Where a picture is read by its size, a larger one makes all rows longer.
+    own = {"places": places} if config.depends_on_size else {}
     store = RowStore(
         path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
         model=[config, model.vision], processor=processor.picture_settings(), **own,
@@ -119,11 +120,39 @@ def vision_features(
             values = values.reshape(
                 len(values) // (int(batch.tile.max()) + 1), -1, values.shape[-1]
             )
+            values = values[:, :places]  # a batch may have more places than its pictures need
             values = np.pad(values, ((0, 0), (0, places - values.shape[1]), (0, 0)))
             values = values[picture_indices(config, batch)[: len(chunk)]]
             store.append([picture_content(e) for e in chunk], {"features": values})
             bar.update(len(chunk))
     return store.arrays()["features"]
+
+
+def features_batch(
+    processor: Processor,
+    examples: Sequence[Example],
+    features: np.ndarray,
+    *,
+    rows: int | None = None,
+) -> Batch:
+    """Return a batch of stored features of pictures, one a row, with prompts of the picture alone.
+
+    Args:
+      processor: the processor of the model.
+      examples: the examples that the features are of.
+      features: float[N, P, E], see `vision_features`.
+      rows: the number of rows to fill up to with empty rows.
+    """
+    sizes = picture_sizes(processor.config, examples)
+    prompts = ["<image>"] * len(examples)
+    return processor(None, prompts, features=np.asarray(features), sizes=sizes, rows=rows)
+
+
+def is_patch(model: MultimodalModel, batch: Batch) -> np.ndarray:
+    """Return which of a batch's features are of patches, bool[I, P]: not CLS and not padding."""
+    assert batch.features is not None
+    kind = np.asarray(model.token_maps(batch)["vision"].kind)
+    return kind[:, -batch.features.shape[1] :] == tokens.CODE["image"]  # CLS comes before
 
 
 def picture_content(example: Example) -> Any:

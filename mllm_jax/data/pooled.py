@@ -14,6 +14,8 @@ from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
 from mllm_jax.data.features import (
     encode_pictures,
+    features_batch,
+    is_patch,
     mean_over_tiles,
     picture_content,
     picture_sizes,
@@ -110,13 +112,50 @@ def _picture_arguments(
     return {"images": None, "features": np.asarray(features[at]), "sizes": sizes}
 
 
+def projected_features(
+    model: MultimodalModel,
+    processor: Processor,
+    examples: Sequence[Example],
+    features: np.ndarray,
+    *,
+    batch_size: int = 32,
+) -> dict[str, np.ndarray]:
+    """Return each picture's mean features before and after the projection.
+
+    Args:
+      model: the model.
+      processor: its processor.
+      examples: the examples, each with an `image`.
+      features: float[N, P, E] of the examples, see `vision_features`.
+      batch_size: the number of pictures that the projector reads at one time.
+
+    Returns:
+      `vision`, float32[N, E], and `projector`, float32[N, D]: means over patches and tokens.
+    """
+    parts = []
+    for start in range(0, len(examples), batch_size):
+        some = [examples[i] for i in range(len(examples))[start : start + batch_size]]
+        rows = features[start : start + batch_size]
+        batch = features_batch(processor, some, rows, rows=batch_size).replace(processor=None)
+        capture = {"projector": CAPTURES["projector"]}
+        projected = run.run(model, batch, None, capture, logits="none")["projector"]
+        parts.append(
+            {
+                "vision": _mean_over_patches(model, batch)[: len(some)],
+                "projector": np.asarray(projected, np.float32)[: len(some)],
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _mean_over_patches(model: MultimodalModel, batch: Batch) -> np.ndarray:
-    """Return float32[I, E], the mean features of the patches of each tile, 0 without any."""
-    features = np.asarray(batch.features)[..., : model.config.projector.in_width]
-    kind = np.asarray(model.token_maps(batch)["vision"].kind)[:, -features.shape[1] :]
-    is_patch = kind == tokens.CODE["image"]  # not CLS, which comes before, and not padding
-    total = np.where(is_patch[..., None], features, 0).sum(1, dtype=np.float32)
-    return total / np.maximum(is_patch.sum(1, keepdims=True), 1)
+    """Return float32[B, E], the mean features of the patches of each row's picture."""
+    features, real = np.asarray(batch.features), is_patch(model, batch)
+    # Those that DeepStack hands on come after those of the tower's last layer.
+    width = features.shape[-1] // (1 + model.config.projector.deepstack)
+    total = np.where(real[..., None], features[..., :width], 0).sum(1, dtype=np.float32)
+    means = total / np.maximum(real.sum(1, keepdims=True), 1)
+    return mean_over_tiles(model.config, batch, means)
 
 
 def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.ndarray]:
@@ -126,7 +165,7 @@ def _pooled(model: MultimodalModel, batch: Batch, rows: int) -> dict[str, np.nda
     batch = batch.replace(features=features)
     means = run.run(model, batch, None, CAPTURES, logits="none").captures
     arrays = {
-        "vision": mean_over_tiles(model.config, batch, _mean_over_patches(model, batch)),
+        "vision": _mean_over_patches(model, batch),
         "projector": means["projector"],
         "lm.image": np.asarray(means["lm.image"]).swapaxes(0, 1),
         "lm.last": np.asarray(means["lm.last"]).swapaxes(0, 1),

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.tokens import CODE, TokenMap
 from mllm_jax.typing import AnyArray, Array, Float
-
-if TYPE_CHECKING:
-    from mllm_jax.interventions.captures import BoundCapture
 
 
 def read_attention(

@@ -16,12 +16,13 @@ import numpy as np
 
 from mllm_jax import sites, tokens
 from mllm_jax.batch import Batch
-from mllm_jax.interventions.captures import FORMS, BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture, Places
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import KINDS, BoundEdit, Edit, Edits
+from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.routes import bind_route
 from mllm_jax.interventions.shapes import look_up, site_shapes
-from mllm_jax.interventions.top_tokens import Places
 from mllm_jax.interventions.values import fit_basis, fit_value
 from mllm_jax.sites import Site, SiteShape
 from mllm_jax.tokens import TokenMap

@@ -35,7 +35,7 @@ class Words:
     required: tuple[str, ...] = ()
 
 
-# The kinds of `edits.KINDS` and the forms of `captures.FORMS` that text can express.
+# The kinds of `edits.KINDS` and the forms of `forms.FORMS` that text can express.
 EDITS: dict[str, Words] = {
     "ablate": Words(),
     "scale": Words("by"),

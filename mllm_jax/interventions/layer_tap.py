@@ -6,6 +6,7 @@ See `mllm_jax.interventions.tap` for the taps of a whole pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax import sites
-from mllm_jax.interventions import receipts
-from mllm_jax.interventions.captures import BoundCapture
+from mllm_jax.interventions import forms, receipts
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.reductions import expand_tokens
 from mllm_jax.sharding import mesh
@@ -90,12 +91,13 @@ class LayerTap:
             tokens=self._window(capture.tokens, 1, length),
             kind=self._window(capture.kind, 1, length),
         )
+        read = functools.partial(forms.read_layer, capture, x, self.lens)
         if capture.slots is None:
-            return capture.read(x, self.lens)
-        shape = jax.eval_shape(lambda: capture.read(x, self.lens))
+            return read()
+        shape = jax.eval_shape(read)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         is_captured = capture.slots < capture.count
-        return jax.lax.cond(is_captured, lambda: capture.read(x, self.lens), lambda: zeros)
+        return jax.lax.cond(is_captured, read, lambda: zeros)
 
     def _window_along(self, name: str, array: AnyArray, x: jax.Array, axis: int) -> AnyArray:
         """Return the part of an array of `BoundEdit.along` that this pass computes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,12 @@ import numpy as np
 
 from mllm_jax import tokens
 from mllm_jax.interventions import logit_lens, top_tokens
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.results import Entropy, Lens, Stats
 from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Shaped
-
-if TYPE_CHECKING:
-    from mllm_jax.interventions.captures import BoundCapture
 
 # Statistics are computed in float32, whatever precision a chip uses for other products.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

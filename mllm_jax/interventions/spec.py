@@ -49,8 +49,9 @@ import numpy as np
 
 from mllm_jax import sites, tokens
 from mllm_jax.interventions import grammar
-from mllm_jax.interventions.captures import FORMS, Capture
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import KINDS, Edit, Edits, per_step
+from mllm_jax.interventions.forms import FORMS
 from mllm_jax.typing import ArrayLike
 
 _JOINS = {"or": operator.or_, "and": operator.and_}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mllm_jax import sites
 from mllm_jax.interventions import receipts
-from mllm_jax.interventions.captures import BoundCapture
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.layer_tap import LayerTap
 from mllm_jax.numerics import indexing

@@ -7,45 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from mllm_jax.interventions.captures import BoundCapture
-
 Order = Literal["largest", "smallest", "random"]
 # Bins that show the tails of activations as well as their sign.
 EDGES = (-8, -4, -2, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the tokens of a site are in the data.
-
-    Attributes:
-      example: The row of the batch that reads each row or tile, counted without rows that only fill
-        up the batch, int32[B].
-      token: The number of each token in its row without padding, or in its tile, int32[B, T].
-      tile: The tile within the row, int16[B, T]; -1 for text.
-      row: The row on the grid of the tile, int16[B, T]; -1 elsewhere.
-      column: The column on that grid, int16[B, T]; -1 elsewhere.
-      examples: The number of rows that do not only fill up the batch, int32[].
-    """
-
-    example: Int[AnyArray, " B"]
-    token: Int[AnyArray, "B T"]
-    tile: Int[AnyArray, "B T"]
-    row: Int[AnyArray, "B T"]
-    column: Int[AnyArray, "B T"]
-    examples: Int[AnyArray, ""]
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ PICTURES = ("preprocessor_config.json", "processor_config.json")
 _GENERATION = "generation_config.json"
 _READ = (".jinja", ".json", ".model", ".txt")
 _MAX_ENLARGEMENT = 4  # of a side before the crop, relative to the side that the tower reads
+_MAX_TILES = 16  # along the longer side of a picture that is cut
 
 _FLAG = schema.optional(schema.FLAG)
 _COLOUR = schema.optional(schema.many(schema.real(-1000, 1000), 3, 3))
@@ -109,5 +110,7 @@ def _size(value: Any, name: str, side: int | None, problems: list[str]) -> dict[
     # Without a side, the edges are numbers of pixels of a whole picture.
     kind = schema.PLACES if side is None else schema.whole(1, _MAX_ENLARGEMENT * side)
     edges = dict.fromkeys((*_EDGES, *_LIMITS), (kind, None))
+    if side is not None:
+        edges["longest_edge"] = schema.whole(1, _MAX_TILES * side), None
     found = schema.read(value, edges, (), f"{name}.", problems)
     return {edge: n for edge, n in found.items() if n is not None}

@@ -96,7 +96,7 @@ class MultimodalConfig(abc.ABC):
     @property
     def depends_on_size(self) -> bool:
         """Return whether how an image is read depends on its size."""
-        return bool(self.pinpoints) or self.tile_side is None
+        return self.tile_side is None or self.tiles > 1
 
     @property
     def tiles(self) -> int:

@@ -144,7 +144,7 @@ class Projector(nnx.Module):
             x: the features. What DeepStack has put beside them is left to `deepstack_tokens`.
             tap: the taps of the projector.
         """
-        act, x = layers.ACTIVATIONS[self.config.act], self._fold(x[..., : self.config.in_width])
+        act, x = layers.ACTIVATIONS[self.config.act], self.fold(x[..., : self.config.in_width])
         tap_act = tap.only(S.act)
         x = tap_act.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
         return tap(S.out, self.linears[-1](x))
@@ -167,12 +167,12 @@ class Projector(nnx.Module):
         return tokens
 
     def _project(self, x: Float[Array, "I P E"]) -> Float[Array, "I P D"]:
-        act, x = layers.ACTIVATIONS[self.config.act], self._fold(x)
+        act, x = layers.ACTIVATIONS[self.config.act], self.fold(x)
         for linear in self.linears[:-1]:
             x = act(linear(x))
         return self.linears[-1](x)
 
-    def _fold(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
+    def fold(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
         """Return the normed squares of patches, as the first linear map reads them."""
         config = self.config
         norm: Callable = (lambda x: x) if config.norm is None else self.norm

@@ -13,8 +13,10 @@ import numpy as np
 from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
-from mllm_jax.interventions.captures import FORMS, BoundCapture, keep
+from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.captures import keep
 from mllm_jax.interventions.edits import BoundEdit
+from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Resume, Taps

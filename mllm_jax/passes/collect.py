@@ -26,11 +26,11 @@ from mllm_jax.checkpoints.shards import (
 )
 from mllm_jax.files import name as short_name
 from mllm_jax.interventions import binding
-from mllm_jax.interventions.captures import BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture, Places
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
-from mllm_jax.interventions.top_tokens import Places
 from mllm_jax.passes.run import run, unshare_patched
 from mllm_jax.sharding import hosts
 from mllm_jax.typing import Bool, Float, Int

@@ -12,8 +12,9 @@ import numpy as np
 import tqdm
 
 from mllm_jax.batch import Batch
-from mllm_jax.interventions.captures import FORMS, Capture
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.results import Entropy, Stats
 from mllm_jax.interventions.top_tokens import Histogram, Top

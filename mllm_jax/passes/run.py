@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from mllm_jax import notebook, sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding, finite
-from mllm_jax.interventions.captures import BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt

@@ -12,7 +12,8 @@ import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
-from mllm_jax.interventions.captures import BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt

@@ -28,7 +28,8 @@ import tqdm
 
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding, finite
-from mllm_jax.interventions.captures import BoundCapture, Capture
+from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import BoundEdit, Edit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import site_shapes

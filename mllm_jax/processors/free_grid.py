@@ -83,6 +83,10 @@ class FreeGridProcessor(Processor, abc.ABC):
         grids = map(self.patch_grid, set(sizes))
         return free_grid.places(max((rows * columns for rows, columns in grids), default=0))
 
+    def _are_places(self, given: int, needed: int) -> bool:
+        # Those of a data set have the places of its largest picture.
+        return given >= needed and given % self.config.merge**2 == 0
+
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         if features is not None:
             return features.shape[1] // self.config.merge**2

@@ -27,9 +27,14 @@ class PackedTilesProcessor(Processor):
         counts = [layout.tiles for layout in layouts]
         return list(itertools.accumulate(counts, initial=0))[: len(counts)]
 
+    def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the places P of vision features that pictures of these (height, width) share."""
+        tiles = max((self.layout(size).tiles for size in set(sizes)), default=1)
+        return tiles * self.config.vision.feature_tokens
+
     def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         if features is not None:
-            return super()._slot_tiles(pictures, features)
+            return features.shape[1] // self.config.vision.feature_tokens if any(pictures) else 0
         most = max((sum(p.layout.tiles for p in row) for row in pictures), default=0)
         if not most:
             return 0

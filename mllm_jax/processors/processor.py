@@ -89,7 +89,8 @@ class Processor(PromptEncoder):
         """
         directory = pathlib.Path(directory)
         tokenizer = tokenizers.read_tokenizer(directory)
-        if cls.image_text and cls.image_text not in tokenizer.get_vocab():
+        reserved = 0 <= config.image_token < config.lm.vocab
+        if cls.image_text and cls.image_text not in tokenizer.get_vocab() and not reserved:
             # The original LLaVA code has none.
             tokenizer.add_special_tokens({"additional_special_tokens": [cls.image_text]})
             added = cast(int, tokenizer.convert_tokens_to_ids(cls.image_text))
@@ -271,7 +272,7 @@ class Processor(PromptEncoder):
             in_slot[slot] = in_slot[slot] or row_images
         pixels, real = self._pixels(in_slot, tiles, features is None)
         if features is not None:
-            features = rows_.place_features(features, pictures, tiles // self.config.tiles)
+            features = rows_.place_features(features, pictures, max(map(len, pictures)))
             features = features.reshape(len(real), -1, features.shape[-1])
         uses_axes = self.config.lm.rope_sections is not None
         return Batch(
@@ -320,6 +321,21 @@ class Processor(PromptEncoder):
         del sizes
         return self.config.tiles * self.config.vision.feature_tokens
 
+    def _check_features(
+        self, features: np.ndarray, sizes: Sequence[tuple[int, int] | None]
+    ) -> None:
+        """Raise ValueError unless features are [B, P, E] of as many places as pictures have."""
+        places = self.feature_places([size for size in sizes if size is not None])
+        if np.ndim(features) != 3 or not self._are_places(features.shape[1], places):
+            raise ValueError(
+                f"features has the shape {np.shape(features)}: it must be [rows, {places}, width], "
+                "one row for each place of a picture in the vision tower"
+            )
+
+    def _are_places(self, given: int, needed: int) -> bool:
+        """Return whether features of `given` places hold pictures of `needed` places."""
+        return given == needed
+
     def tile_picture(self, batch: Batch, tile: int) -> PIL.Image.Image:
         """Return a tile of a batch as a picture: what the vision tower sees."""
         made = self.image_processor
@@ -361,6 +377,7 @@ class Processor(PromptEncoder):
                 raise ValueError(f"features of {len(features)} pictures for {rows} rows")
             sizes = [None] * rows if sizes is None else sizes
             pictures = [[Picture(None, self.layout(size))] for size in sizes]
+            self._check_features(features, sizes)
         elif sizes is not None:
             raise ValueError("sizes= goes with features=: pictures say how large they are")
         else:

@@ -38,6 +38,7 @@ class PromptEncoder:
       image_text: the text of the image token in the tokenizer.
       placeholder: what the chat template writes for a picture; `picture_text` replaces it.
       written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
+      markers: the texts of the tokens that stand around and between those of a picture.
       video_text: the text of the token of a video, which is refused; None where there is none.
       end_of_turn: the text of the token that ends an answer, where it is not the tokenizer's end of
         sequence and the checkpoint stops at it.
@@ -47,6 +48,7 @@ class PromptEncoder:
     image_text: ClassVar[str] = IMAGE
     placeholder: ClassVar[str] = IMAGE
     written_placeholder: ClassVar[str] = IMAGE
+    markers: ClassVar[tuple[str, ...]] = ()
     video_text: ClassVar[str | None] = None
     end_of_turn: ClassVar[str | None] = None
 
@@ -62,15 +64,23 @@ class PromptEncoder:
         self.config = config
         self.directory = directory
         self._stop_ids = tuple(stop_ids)
-        self._check_image_token()
+        self._check_image_tokens()
 
-    def _check_image_token(self) -> None:
-        """Raise ValueError if the config and the tokenizer disagree on the image token."""
-        theirs = self.tokenizer.get_vocab().get(self.image_text)
-        if theirs is not None and self.config.image_token not in (-1, theirs):
-            place = f"{files.line(self.directory, 200)}/" if self.directory else ""
+    def _check_image_tokens(self) -> None:
+        """Raise ValueError if the tokenizer has other tokens of a picture than the config."""
+        vocab, config = self.tokenizer.get_vocab(), self.config
+        place = f"{files.line(self.directory, 200)}/" if self.directory else ""
+        needed = [self.image_text] if 0 <= config.image_token < config.lm.vocab else []
+        for text in filter(None, (*needed, *self.markers)):
+            if text not in vocab:
+                raise ValueError(
+                    f"{place}tokenizer.json: the tokenizer has no token {text}, which this model "
+                    "reads with every picture: its files are incomplete, or another model's"
+                )
+        theirs = vocab.get(self.image_text)
+        if theirs is not None and config.image_token not in (-1, theirs):
             raise ValueError(
-                f"{place}config.json: image_token_index is {self.config.image_token}, but the "
+                f"{place}config.json: image_token_index is {config.image_token}, but the "
                 f"tokenizer (tokenizer.json beside it) gives {self.image_text} the id {theirs}: "
                 "make them the same, else no picture would be seen"
             )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from mllm_jax.report import page, style, tables
 
+VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
 MODULE_TITLES = {
     "vision": "Vision encoder",
     "qformer": "Q-Former, text",

@@ -343,14 +343,18 @@ class _Steps:
         return (self[step] for step in range(len(self)))
 
 
-def evaluate(model: Any, batches: Batches, *, label: str = "loss") -> tuple[float, float]:
-    """Compute the loss with each row's own picture, and with that of the next row.
+def evaluate(
+    model: Any, batches: Batches, wrong_batches: Batches | None = None, *, label: str = "loss"
+) -> tuple[float, float]:
+    """Compute the loss with each row's own picture, and with a wrong one.
 
     A model that answers from the picture does much worse with a wrong one.
 
     Args:
       model: the model.
       batches: batches with answers and vision features.
+      wrong_batches: the same with wrong pictures. By default each row is given the features of the
+        row before, which makes sense where all pictures are read alike.
       label: the text before the progress bar.
 
     Returns:
@@ -362,7 +366,10 @@ def evaluate(model: Any, batches: Batches, *, label: str = "loss") -> tuple[floa
         for number in tqdm.trange(len(batches), desc=label, leave=False):
             batch = batches[number].replace(processor=None)
             losses.require_answers(batch)
-            swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
+            if wrong_batches is None:
+                swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
+            else:
+                swapped = wrong_batches[number].replace(processor=None)
             nll, tokens = mesh.gather_to_host(step(model, mesh.shard_batch(batch)))
             right += float(nll.sum())
             wrong += float(mesh.gather_to_host(step(model, mesh.shard_batch(swapped)))[0].sum())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,8 @@ class Lora:
         """Return A float32[L, n, rank] and B float32[L, rank, m] of each chosen float[L, n, m]."""
         names = sorted(name for name in weights if re.fullmatch(self.matrices, name))
         if not names:
-            raise ValueError(f"no weight is named {self.matrices}; there are {', '.join(weights)}")
+            usual = ", ".join(name for name in weights if re.fullmatch(Lora.matrices, name))
+            raise ValueError(f"no weight is named {self.matrices}; there are {usual}")
         rng, low = np.random.default_rng(seed), {}
         for name in names:
             *stack, n, m = weights[name].shape
@@ -193,6 +194,7 @@ def partition(
     weights = {weight_name(path): leaf for path, leaf in leaves}
     dtypes = tuple(leaf.dtype for leaf in weights.values())
     merge = Merge(structure, tuple(weights), dtypes, lora or Lora())
+    _require(part, weights, merge.lora, neurons or ())
     trained: dict[str, Any] = {
         module: {
             name: _widened(weights.pop(name))
@@ -208,6 +210,28 @@ def partition(
     if neurons is not None:
         trained["neurons"], frozen["neurons"] = _neurons_start(weights, neurons)
     return Partition(merge, trained, frozen)
+
+
+def _require(part: str, weights: Weights, lora: Lora, matrices: Iterable[str]) -> None:
+    """Check that a model has each module of a part, and that no matrix trains in two ways.
+
+    Args:
+      part: the part.
+      weights: all weights of the model.
+      lora: the low-rank adaptation.
+      matrices: the matrices whose neurons train: gate, up or down.
+    """
+    chosen = part.split("+")
+    for module in MODULES:
+        if module in chosen and not any(name.startswith(f"{module}.") for name in weights):
+            raise ValueError(f'part="{part}": this model has no {module}')
+    names = [MLP.format(matrix) for matrix in matrices]
+    both = [name for name in names if "lora" in chosen and re.fullmatch(lora.matrices, name)]
+    if both:
+        raise ValueError(
+            f'part="{part}" trains {" and ".join(both)} twice: leave the matrices of neurons= out '
+            r"of lora.matrices, as lm\.layers\.attn\..*\.kernel does"
+        )
 
 
 def _widened(leaf: Any) -> Any:

@@ -13,32 +13,39 @@ from mllm_jax.models import projector
 from mllm_jax.sharding import mesh
 
 
-def scale_projector(model: Any, features: np.ndarray, *, gain: float = 4.0) -> Any:
+def scale_projector(
+    model: Any, features: np.ndarray, is_patch: np.ndarray | None = None, *, gain: float = 4.0
+) -> Any:
     """Scale the random projector of a model to the features that it will read.
 
-    The first layer absorbs the mean and standard deviation of the features, which standardises its
-    inputs; the last is scaled to `gain` times the standard deviation of word embeddings.
+    The first layer absorbs the mean (if it has a bias) and standard deviation of its inputs, which
+    standardises them; the last is scaled to `gain` times the standard deviation of word embeddings.
 
     Args:
       model: the model, whose projector is changed in place.
-      features: float[N, P, E], a sample of vision features.
+      features: float[I, P, E], a sample of vision features, by tile.
+      is_patch: bool[I, P], False for features that are padding; None if none is.
       gain: scale of image tokens relative to words; at 1 the LM hardly attends to them.
 
     Returns:
       The model.
     """
-    linears = model.projector.linears
-    folded = np.asarray(projector.fold(jnp.asarray(features), model.config.projector.fold))
-    flat = folded.reshape(-1, folded.shape[-1]).astype(np.float64)
+    config, linears = model.config.projector, model.projector.linears
+    x = jnp.asarray(features)[..., : config.in_width]
+    real = np.ones(x.shape[:2], bool) if is_patch is None else np.asarray(is_patch)
+    squares = projector.fold(jnp.asarray(real[..., None]), config.fold, in_blocks=config.in_blocks)
+    is_token = np.asarray(squares).all(-1)
+    flat = np.asarray(model.projector.fold(x))[is_token].astype(np.float64)
     mean, deviation = flat.mean(0), flat.std(0) + 1e-6
     first, last = linears[0], linears[-1]
     kernel = mesh.to_numpy(first.kernel[...]) / deviation[:, None]
     first.kernel[...] = _placed_like(first.kernel[...], kernel)
-    first.bias[...] = _placed_like(first.bias[...], -mean @ kernel)
-    out = model.projector(jnp.asarray(features), Taps().module("projector"))
-    embedding_deviation = float(jnp.std(model.lm.embed[...]))
-    factor = gain * embedding_deviation / float(jnp.std(out))
-    last.kernel[...] = last.kernel[...] * factor
+    if config.bias:
+        first.bias[...] = _placed_like(first.bias[...], -mean @ kernel)
+    out = np.asarray(model.projector(x, Taps().module("projector")))[is_token]
+    factor = gain * float(jnp.std(model.lm.embed[...])) / float(np.std(out))
+    for parameter in (last.kernel, last.bias) if config.bias else (last.kernel,):
+        parameter[...] = parameter[...] * factor
     return model
 
 

@@ -1,13 +1,14 @@
-"""Controls that match neurons by layer and activation rate."""
+"""Controls that match neurons by layer and activation rate, or are active in every domain."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_jax.analysis import controls
+from mllm_jax.analysis import controls, domain_neurons
 
 BOUND = 0.02
 
@@ -152,6 +153,62 @@ def test_excluded_neurons_and_keys():
     again = controls.rate_matched(mask, rate, key=1, exclude=exclude)
     np.testing.assert_array_equal(first.mask, again.mask)
     assert (controls.rate_matched(mask, rate, key=2, exclude=exclude).mask != first.mask).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_means_are_matched_among_neurons_of_like_rates(seed):
+    rng = np.random.default_rng(seed)
+    rate = rng.beta(0.5, 2, (2, 3, 800))
+    mean = rate * rng.lognormal(size=rate.shape) - 0.1
+    mask = np.zeros(rate.shape, bool)
+    mask[0, :, :25] = mask[1, 1, 10:40] = True
+    mean[mask] += 0.3
+    alone = controls.rate_matched(mask, rate, draws=4, key=seed)
+    found = controls.rate_matched(mask, rate, mean, draws=4, key=seed)
+    assert np.nanmax(np.abs(found.drawn_rate - found.rate)) <= BOUND
+    assert (found.mask.sum(-1) == mask.sum(-1)).all() and not (found.mask & mask.any(0)).any()
+    wanted = controls.mean_rate(mask, mean)
+    near, far = (
+        np.abs(controls.mean_rate(control.mask, mean) - wanted)[:, mask.any(-1)]
+        for control in (found, alone)
+    )
+    assert near.max() <= 0.021 * np.nanmax(np.abs(wanted)) < 0.25 * far.mean()
+    assert len({draw.tobytes() for draw in found.mask}) == 4
+
+
+def test_a_mean_that_no_neuron_of_like_rate_has():
+    """Exchanges are between like rates alone, though another neuron has the very mean."""
+    rate = np.array([[[0.5, 0.505, 0.495, 0.9]]])
+    mean = np.array([[[5.0, 1.0, 2.0, 5.0]]])
+    mask = np.array([[[True, False, False, False]]])
+    found = controls.rate_matched(mask, rate, mean, draws=3)
+    assert found.mask[:, 0, 0].tolist() == [[False, False, True, False]] * 3
+    with pytest.raises(ValueError, match="mean must be of the shape"):
+        controls.rate_matched(mask, rate, mean[..., :3])
+
+
+def test_high_entropy_neurons_are_of_no_domain():
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0, 1, (3, 2, 400))
+    entropy = domain_neurons.entropy(rate)
+    mask = np.zeros(rate.shape, bool)
+    mask[0, 0, :30] = mask[1, 0, 20:40] = mask[2, 1, 5] = True
+    drawn = controls.high_entropy(mask, entropy, draws=4, key=1)
+    assert (drawn.sum(-1) == mask.sum(-1)).all()
+    assert not (drawn & mask.any(0)).any()
+    for layer in range(2):
+        others = entropy[layer, ~mask.any(0)[layer]]
+        least = np.sort(others)[-math.ceil(0.25 * len(others))]
+        assert entropy[layer][drawn[:, :, layer].any((0, 1))].min() >= least
+    assert len({draw.tobytes() for draw in drawn}) == 4
+    assert (drawn == controls.high_entropy(mask, entropy, draws=4, key=1)).all()
+    all_others = controls.high_entropy(mask, entropy, draws=1, share=1)
+    assert (all_others.sum(-1) == mask.sum(-1)).all()
+    few = np.ones((1, 1, 4), bool)
+    few[..., 0] = False
+    assert controls.high_entropy(few, np.ones((1, 4)))[0].tolist() == [[[True] + [False] * 3]]
+    with pytest.raises(ValueError, match=r"shape \(2, 400\)"):
+        controls.high_entropy(mask, entropy[:1])
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,30 @@ def test_holm():
     np.testing.assert_allclose(intervals.holm([[0.6, 0.9]]), [[1.0, 1.0]])
 
 
+@pytest.mark.parametrize(("truth", "questions"), [(0.1, 300), (-0.1, 60), (0.0, 300)])
+def test_equivalence_is_claimed_of_small_effects_alone(truth, questions):
+    """At the margin itself it is claimed at the level, and of no effect nearly always."""
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for _ in range(400):
+        own = rng.random(questions) < 0.5 + truth
+        control = rng.random((6, questions)) < 0.5
+        found = intervals.effect(own.astype(float), control.astype(float))
+        claimed += intervals.equivalence(found, 0.1, answers=questions) <= 0.05
+    assert claimed / 400 <= 0.08 if truth else claimed / 400 >= 0.8
+
+
+def test_few_answers_that_do_not_change_show_nothing():
+    same = intervals.effect(np.ones(8), np.ones((3, 8)))
+    assert intervals.equivalence(same, 0.05, answers=8) == pytest.approx(0.95**8)
+    assert intervals.equivalence(same, 0.05) == 0
+    assert intervals.equivalence(same._replace(value=0.06), 0.05) == 1
+    alone = intervals.effect(np.ones(8), np.ones((1, 8)))
+    assert np.isnan(intervals.equivalence(alone, 0.05))
+    with pytest.raises(ValueError, match="margin=5"):
+        intervals.equivalence(same, 5)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -10,7 +10,7 @@ import pytest
 
 from mllm_jax.data import batching
 from mllm_jax.families.llava_next import model as llava_next
-from tests.helpers import tiny
+from tests.helpers import study_checkpoints, tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,3 +180,28 @@ def test_stored_features_of_llava_next_are_cut_by_the_size_of_the_picture():
     read = processor.pack([e.image for e in wide[:2]], turns, length=batch.ids.shape[1])
     np.testing.assert_array_equal(batch.image_token_index, read.image_token_index)
     np.testing.assert_array_equal(batch.tokens.kind, read.tokens.kind)
+
+
+def test_where_a_picture_attends_to_its_question_each_has_a_row(tmp_path):
+    processor = study_checkpoints.processor("paligemma", tmp_path / "processor")
+    features = np.arange(5, dtype=np.float32)[:, None, None] * np.ones((1, 16, 32), np.float32)
+    batches = batching.PackedQuestions(processor, EXAMPLES, features, 2, 2, 2, None)
+    batch = batches[1]  # of examples 2 and 3, which have two questions and one
+    assert batch.segment is None and which(batch) == [2, 2, 3, 0]
+    assert [said(batch, row)[:5] for row in range(3)] == ["a cat", "no", "a cat"]
+    assert batch.valid.any(-1).tolist() == [True, True, True, False]
+    assert batch.ids.shape == batches[0].ids.shape
+    wrong = dataclasses.replace(batches, shift=1)[1]
+    assert which(wrong) == [3, 3, 2, 0]
+    np.testing.assert_array_equal(wrong.ids, batch.ids)
+
+
+def test_wrong_pictures_are_read_as_they_lie(tmp_path):
+    """The tokens of a picture that is given to another row follow from its own size."""
+    processor = study_checkpoints.processor("qwen2.5-vl", tmp_path / "processor")
+    images = tiny.picture(0, 24, 40), tiny.picture(1, 16, 16)
+    examples = [Example(str(i), image, (WHAT,)) for i, image in enumerate(images)]
+    features = np.zeros((2, 512, 32), np.float32)
+    batches = batching.PackedQuestions(processor, examples, features, 2, 1, 1, None)
+    shapes = [dataclasses.replace(batches, shift=n)[0].grid.tolist() for n in range(2)]
+    assert shapes == [[[6, 10], [4, 4]], [[4, 4], [6, 10]]]

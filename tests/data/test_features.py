@@ -14,7 +14,7 @@ from flax import nnx
 
 from mllm_jax.data import features
 from mllm_jax.interventions.tap import Taps
-from tests.helpers import tiny
+from tests.helpers import study_checkpoints, tiny
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +137,32 @@ def test_a_full_disk_is_one_line(examples, read, tmp_path, monkeypatch):
     found = read(examples)
     np.testing.assert_array_equal(found[:2], whole)
     assert found.any((1, 2)).all()
+
+
+@pytest.mark.parametrize("family", ["idefics3", "internvl", "qwen2.5-vl"])
+def test_stored_features_are_those_of_the_pictures_whatever_their_sizes(
+    family, random_model, tmp_path
+):
+    """Pictures of more tiles than the released models cut, and of a few patches, share the rows."""
+    processor = study_checkpoints.processor(family, tmp_path / "processor")
+    config = processor.config
+    model = random_model(config)
+    sizes = (24, 120), (120, 120), (17, 40), (8, 8)
+    examples = [types.SimpleNamespace(image=tiny.picture(i, *s)) for i, s in enumerate(sizes)]
+    stored = features.vision_features(
+        model, processor, examples, tmp_path / "features.npy", batch_size=3
+    )
+    assert stored.shape[1] == processor.feature_places(sizes)
+    some = [3, 0]
+    batch = processor([examples[i].image for i in some], ["<image>"] * 2)
+    kept = features.features_batch(processor, [examples[i] for i in some], stored[some])
+    for row in range(2):
+        at, kept_at = (np.flatnonzero(b.tokens.kind[row] == 3) for b in (batch, kept))
+        assert batch.ids[row, at].tolist() == kept.ids[row, kept_at].tolist()
+        for name in ("row", "column", "tile"):
+            one, two = (getattr(b.tokens, name)[row] for b in (batch, kept))
+            np.testing.assert_array_equal(one[at], two[kept_at])
+    read = np.asarray(features.encode_pictures(model, batch.replace(processor=None)))
+    seen = features.is_patch(model, batch.replace(features=read))
+    want, found = read[seen], kept.features[features.is_patch(model, kept)]
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ from mllm_jax import sites as S
 from mllm_jax.data import features, pooled
 from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions.tap import Taps
-from tests.helpers import tiny
+from tests.helpers import study_checkpoints, tiny
 
 PROMPTS = ["what is shown ?", "a cat or dog ?", "what is shown in the picture ?", "a ship ?", "?"]
 
@@ -152,3 +152,25 @@ def test_tiles_are_weighed_by_whether_they_are_real():
 def test_prompts_and_examples_must_pair_up(tiny_model, processor, examples, tmp_path):
     with pytest.raises(ValueError, match="5 examples for 4 prompts"):
         pooled.pooled_features(tiny_model, processor, examples, PROMPTS[:4], tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "idefics3"])
+def test_means_around_the_projection_leave_padding_out(family, random_model, tmp_path):
+    """Against each picture's own patches, one at a time, through the layers of the projector."""
+    processor = study_checkpoints.processor(family, tmp_path / "processor")
+    model = random_model(processor.config)
+    sizes = (24, 40), (8, 16), (48, 24)
+    examples = [types.SimpleNamespace(image=tiny.picture(i, *s)) for i, s in enumerate(sizes)]
+    stored = features.vision_features(model, processor, examples, tmp_path / "features.npy")
+    found = pooled.projected_features(model, processor, examples, stored, batch_size=2)
+    for i, example in enumerate(examples):
+        layout = processor.layout(example.image.size[::-1])
+        if layout.grid is None:
+            own = stored[i].reshape(-1, model.config.vision.feature_tokens, stored.shape[-1])
+            own = own[: layout.tiles]
+        else:
+            own = stored[i][None, : layout.grid[0] * layout.grid[1]]
+        out = model.projector(own, Taps().module("projector"))
+        for name, values in {"vision": own, "projector": out}.items():
+            want = np.asarray(values).reshape(-1, values.shape[-1]).mean(0)
+            np.testing.assert_allclose(found[name][i], want, rtol=1e-4, atol=1e-4)

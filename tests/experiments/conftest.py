@@ -64,12 +64,17 @@ def command(checkpoint, folders):
 
 @pytest.fixture(scope="session")
 def config_of():
-    """A config file with some fields changed: config_of("configs/embedded.py:quick", seed=1)."""
+    """A config file with some fields changed: config_of("configs/embedded.py:quick", seed=1).
+
+    The name of a field may have dots: `**{"probe.epochs": 2}`.
+    """
 
     def make(name: str, **fields):
         path, _, size = name.partition(":")
         config = runpy.run_path(str(studies.ROOT / path))["get_config"](*([size] if size else []))
-        config.update(fields)
+        dotted = {field: value for field, value in fields.items() if "." in field}
+        config.update({field: value for field, value in fields.items() if field not in dotted})
+        config.update_from_flattened_dict(dotted)
         return config
 
     return make

@@ -15,7 +15,7 @@ from mllm_jax import store
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
-    "--config.controls=2", "--config.random_controls=1", "--config.batch_size=3", "--config.modules=('lm', 'all')",
+    "--config.controls=2", "--config.random_controls=1", "--config.entropy_controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
     "--config.shuffles=19", "--config.resamples=10",
 )  # fmt: skip
 
@@ -53,9 +53,9 @@ def test_selection_has_the_size_that_the_rates_ask_for(finished):
 
 def test_ablation_has_every_cell_and_its_controls(finished):
     rows = json.loads((finished / "results.json").read_text())["ablation"]
-    assert len(rows) == 2 * 3 * (3 + 2 + 1)  # modules lm and all
+    assert len(rows) == 2 * 3 * (3 + 2 + 1 + 2)  # modules lm and all
     assert {(r["control"], r["draw"]) for r in rows if r["control"]} == {
-        ("rate", 0), ("rate", 1), ("layer", 0),
+        ("rate", 0), ("rate", 1), ("layer", 0), ("entropy", 0), ("entropy", 1),
     }  # fmt: skip
     moved = [r for r in rows if r["neurons"] and r["module"] == "lm"]
     assert any(r["deviation"]["image"]["relative_l2"] > 0 for r in moved)
@@ -117,6 +117,11 @@ def test_effects_are_against_each_control_and_of_each_measure(finished):
         assert (row["low"] is None) == (row["p"] is None) == single
         if not single:
             assert row["low"] <= row["difference"] <= row["high"] and row["p_holm"] >= row["p"]
+        verdict = row["verdict"]
+        assert (verdict is None) == (row["p_equal"] is None) == single
+        if not single and row["measure"] == "accuracy":
+            # So few questions cannot show that nothing happens, even if none of them changes.
+            assert row["p_equal"] >= 0.95 ** row["n"] and verdict in ("effect", "undecided")
     kinds = {(r["control"], r["measure"], r["tokens"]) for r in results["effects"]}
     assert {("rate", "accuracy", None), ("layer", "relative_l2", "image")} <= kinds
 

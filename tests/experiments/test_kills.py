@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import IO
 
 import pytest
 
@@ -28,10 +29,10 @@ def line(command, tmp_path):
     return made
 
 
-def start(line: list[str]) -> subprocess.Popen:
+def start(line: list[str], stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
     return subprocess.Popen(
         line, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
+        stderr=stderr, text=True,
     )  # fmt: skip
 
 
@@ -138,10 +139,18 @@ def line_of(command, config_of, folders, tmp_path):
         config, fields = STUDIES[study]
         fields = fields | {"paths": paths}
         known = config_of(config)
-        flags = [f"--config.{name}={fields[name]}" for name in fields if name in known]
-        return command(study, config, workdir, *flags, count=0)
+        flags = [
+            f"--config.{name}={fields[name]}" for name in fields if name.partition(".")[0] in known
+        ]
+        line = command(study, config, workdir, *flags, count=0)
+        line[2] = {"projection": "tests.helpers.narrow_probes"}.get(study, line[2])
+        return line
 
     return make
+
+
+def count_files(folder: pathlib.Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
 
 
 # A random model gives all pictures one answer, which leaves das nothing to interchange.
@@ -161,18 +170,27 @@ def results(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.long
 @pytest.mark.parametrize("study", ANSWERING)
 def test_every_study_ends_alike_wherever_it_is_killed(study, line_of, tmp_path):
-    whole, work = tmp_path / "whole", tmp_path / "work"
-    assert start(line_of(study, whole)).wait(900) == 0
-    count = len(list((whole / "steps").iterdir()))
+    """After three SIGKILL and one SIGTERM or Ctrl-C, at moments counted in files."""
+    whole, work, log = (tmp_path / name for name in ("whole", "work", "log"))
+    with log.open("w") as stderr:  # a pipe that nobody reads would stop the study when it is full
+        assert start(line_of(study, whole), stderr).wait(900) == 0, log.read_text()[-2000:]
     dice = random.Random(study)
-    for moment in sorted(dice.sample(range(count + 1), min(3, count + 1))):
-        process = start(line_of(study, work))
-        while process.poll() is None and len(list(work.glob("steps/*"))) < moment:
-            time.sleep(0.02)
-        time.sleep(dice.uniform(0, 1))
-        process.kill()
-        process.communicate()
-    process = start(line_of(study, work))
-    said = process.communicate(timeout=900)[1]
-    assert process.returncode == 0, said[-2000:]
+    signals = [signal.SIGKILL] * 3 + [dice.choice([signal.SIGTERM, signal.SIGINT])]
+    dice.shuffle(signals)
+    moments = sorted(dice.sample(range(2, len(results(whole))), len(signals)))
+    for number, moment in zip(signals, moments, strict=True):
+        with log.open("w") as stderr:
+            process = start(line_of(study, work), stderr)
+            while process.poll() is None and count_files(work) < moment:
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, 0.5))
+            process.send_signal(number)
+            status = process.wait(300)
+        last = log.read_text().strip().splitlines()[-1:]
+        if number == signal.SIGKILL:
+            assert status in (-number, 0), last
+        else:
+            assert status == 0 or (status == 128 + number and STOPPED in last[0]), last
+    with log.open("w") as stderr:
+        assert start(line_of(study, work), stderr).wait(900) == 0, log.read_text()[-2000:]
     assert results(work) == results(whole)

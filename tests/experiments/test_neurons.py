@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.domain_neurons import ablation, context, counts, pictures
+from experiments.domain_neurons import ablation, context, counts
 from mllm_jax.families.llava_next import model as llava_next
 from tests.helpers import tiny
 
@@ -120,11 +120,11 @@ def test_tokens_of_the_parts_lie_as_the_picture_does():
     config = llava_next.LlavaNextConfig.tiny()
     processor = tiny.processor(config)
     batch = processor([tiny.picture(0, 24, 48)], ["what is shown ?"])
-    whole, parts = pictures.grids(batch.tokens)
+    whole, parts = config.layout((24, 48)).grids(batch.tokens)
     assert whole.shape == (4, 4) and parts.shape == (4, 8)
     assert (np.diff(batch.image_token_index[0, whole].ravel()) == 1).all()
     tile, column = (getattr(batch.tokens, name)[0, parts] for name in ("tile", "column"))
     assert tile.tolist() == [[1] * 4 + [2] * 4] * 4 and column.tolist() == [[0, 1, 2, 3] * 2] * 4
     plain = tiny.processor(llava_next.LlavaConfig.tiny())
-    whole, parts = pictures.grids(plain([tiny.picture(0)], ["what ?"]).tokens)
+    whole, parts = plain.layout(None).grids(plain([tiny.picture(0)], ["what ?"]).tokens)
     assert whole.shape == (2, 2) and parts.size == 0

@@ -35,7 +35,7 @@ PAPER = {
 }
 SMALL = (
     "--config.judge_fallback=True", "--config.batch_size=2", "--config.groups=2",
-    "--config.splits=2", "--config.resamples=4", "--config.shuffles=19", "--config.controls=1", "--config.random_controls=1",
+    "--config.splits=2", "--config.resamples=4", "--config.shuffles=19", "--config.controls=1", "--config.random_controls=1", "--config.entropy_controls=1",
     "--config.new_tokens=3", "--config.picture_layers=2", "--config.train_per_domain=4",
     "--config.test_per_domain=3", "--config.lens_per_domain=2",
 )  # fmt: skip
@@ -120,7 +120,7 @@ def checkpoints(tmp_path_factory):
         root / "instructblip", family["instructblip"], image_processor_type="BlipImageProcessor",
         size=square,
     )  # fmt: skip
-    write_tokenizer(root / "instructblip" / "qformer_tokenizer")
+    write_tokenizer(root / "instructblip" / "qformer_tokenizer", family["instructblip"])
     lm = dataclasses.replace(gemma3.tiny_language_model(), vocab=LM.vocab)
     write_checkpoint(
         root / "gemma", dataclasses.replace(gemma3.Gemma3Config.tiny(), lm=lm, image_token=258),

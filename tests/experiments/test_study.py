@@ -110,7 +110,7 @@ def test_the_main_study_is_of_the_edited_model(config_of, checkpoint, folders, t
     """Neurons that are off are never counted, nor captured; the page says what was edited."""
     config = config_of(
         "configs/embedded.py:quick", model=str(checkpoint), paths=tuple(map(str, folders[:2])),
-        train_per_domain=2, test_per_domain=2, lens_per_domain=2, controls=0, random_controls=0, batch_size=2,
+        train_per_domain=2, test_per_domain=2, lens_per_domain=2, controls=0, random_controls=0, entropy_controls=0, batch_size=2,
         modules=("lm",), styles=("choice",),
     )  # fmt: skip
     edits = spec.parse("ablate vision.mlp.act[0] >> ablate lm.mlp.act[2]")

@@ -14,16 +14,15 @@ from tests.helpers import families, hf, hooks
 
 torch = hf.torch
 QUICK = ("onevision", "paligemma2", "qwen2.5-vl", "gemma3")
-NAMES = [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in families.ALL
-]
+MAKERS = families.ALL | {name: families.VARIANTS[name] for name in ("pixtral", "smolvlm")}
+NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MAKERS]
 STEPS = 32
 VECTOR = np.linspace(-2, 2, 32, dtype=np.float32)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def family(request, tmp_path_factory):
-    family = families.ALL[request.param](tmp_path_factory.mktemp(request.param))
+    family = MAKERS[request.param](tmp_path_factory.mktemp(request.param))
     if family.config.lm.width != len(VECTOR):
         pytest.fail("the vector is for models of width 32")
     return family

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import random
 
 import pytest
 
@@ -237,3 +239,35 @@ def test_all_problems_at_once():
         )
     assert "text_config.mlp_bias" in str(error.value)
     assert "text_config.a" in str(error.value)
+
+
+WRONG = [
+    None, [], {}, 0, -1, True, "x", "", float("inf"), 10**30, 2.5, [4], [[1, 2]], {"a": 1}, 10**6,
+    "a" * 10**5, [[[[1]]]],
+]  # fmt: skip
+
+
+def places(fields):
+    """(name, the fields that hold it), of every field at any depth."""
+    for name, value in fields.items():
+        yield name, fields
+        if isinstance(value, dict):
+            yield from places(value)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_field_of_another_type_is_refused_in_one_line(name):
+    """Of every family, in every part of its config: never an error of Python."""
+    family, draw = families.FAMILIES[name], random.Random(name)
+    known = family.to_hf(next(iter(family.released.values()))())
+    for number in range(len(list(places(known)))):
+        for value in draw.sample(WRONG, 6):
+            fields = copy.deepcopy(known)
+            field, holder = list(places(fields))[number]
+            holder[field] = value
+            try:
+                families.from_hf(fields, "model/config.json")
+            except ValueError as error:
+                message = str(error)
+                assert "model/config.json" in message and len(message) < 400, (field, value)
+                assert message.isprintable(), (field, value)

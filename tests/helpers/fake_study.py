@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from experiments.domain_neurons import claims
+
 DOMAINS = ["objects", "medical", "satellite", "documents", "astronomy"]
 MODULES = {
     "vision": {"site": "vision.mlp.act", "layers": 11, "width": 3072},
@@ -140,7 +142,7 @@ def fake_results(
     ]  # fmt: skip
     controls = [
         {"module": module, "data": data, "control": control, "draws": 2, "neurons": 40, "rate": 0.94,
-         "drawn_rate": rate, "layers": 9, "unmatched": missed}
+         "drawn_rate": rate, "mean": 0.31, "drawn_mean": rate / 3, "layers": 9, "unmatched": missed}
         for module in MODULES
         for data in domains
         for control, rate, missed in (
@@ -151,7 +153,8 @@ def fake_results(
     effects = [
         {"module": module, "data": data, "control": control, "draws": 2, "n": 240, "measure": measure,
          "tokens": tokens, "own": -0.07, "drawn": -0.02, "difference": -0.05, "low": -0.1,
-         "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p), "possible": 0.06, "likely": 0.08}
+         "high": 0.0, "p": p, "p_holm": min(1.0, 5 * p), "possible": 0.06, "likely": 0.08, "margin": 0.05,
+         "p_equal": 0.4, "verdict": "effect" if 5 * p <= 0.05 else "undecided"}
         for module in effect
         for data, p in zip(domains, [0.001, 0.004, 0.2, 0.6, 0.009], strict=False)
         for control in ("rate", "layer")
@@ -233,7 +236,7 @@ def fake_results(
         })  # fmt: skip
 
     accuracy = [0.74, 0.61, 0.69, 0.43, 0.82]
-    return {
+    results = {
         "format": 2, "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
@@ -246,6 +249,7 @@ def fake_results(
         "ablation": ablation, "lens": lens, "stages": stages, "features": features,
         "pictures": pictures,
     }  # fmt: skip
+    return results | {"claims": claims.judge(results)}
 
 
 def write_pictures(workdir: pathlib.Path, results: dict) -> None:

@@ -9,6 +9,8 @@ from mllm_jax import families
 from mllm_jax.families.gemma3.model import Gemma3Config
 from mllm_jax.families.gemma3.processor import Gemma3Processor
 from mllm_jax.models.decoder import DecoderConfig
+from mllm_jax.models.text_only import TextConfig
+from mllm_jax.processors.text_only import TextProcessor
 from tests.helpers import hf, tiny
 from tests.helpers.family import Family
 
@@ -61,6 +63,11 @@ def processor(config: Gemma3Config) -> Gemma3Processor:
     side = dict.fromkeys(("height", "width"), config.vision.image_size)
     pictures = functools.partial(hf.transformers.Gemma3ImageProcessorPil, size=side)
     return Gemma3Processor(tokenizer(config, TEMPLATE), pictures, config)
+
+
+def text_processor(config: TextConfig) -> TextProcessor:
+    """Ours of a language model alone."""
+    return families.of(config).processor(tokenizer(config, TEMPLATE), lambda: None, config)
 
 
 def text_checkpoint(directory: pathlib.Path) -> Family:

@@ -1,6 +1,7 @@
 """Every pass on a mesh of 8 fake devices beside the same on one device; see `test_on_mesh`.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 MESH=2x4 pytest tests/helpers/on_mesh.py
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 MESH=2x4 FAMILIES=llava \
+        pytest tests/helpers/on_mesh.py
 
 Not collected by itself: the devices of a process are fixed when JAX starts.
 """
@@ -21,24 +22,13 @@ import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.families.gemma3 import model as gemma3
-from mllm_jax.families.idefics3 import model as idefics3_model
-from mllm_jax.families.instructblip import model as instructblip
-from mllm_jax.families.internvl.model import InternVlConfig
-from mllm_jax.families.llava import model as llava
-from mllm_jax.families.llava_next import model as llava_next
-from mllm_jax.families.llava_onevision import model as llava_onevision
-from mllm_jax.families.mistral3 import model as mistral3_model
-from mllm_jax.families.paligemma import model as paligemma
-from mllm_jax.families.qwen2_5_vl import model as qwen2_5_vl
-from mllm_jax.families.qwen3_vl import model as qwen3_vl
 from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
 from mllm_jax.sharding import hosts, mesh, rules
 from mllm_jax.training import fit
-from tests.helpers import gemma, idefics3, internvl, pixtral, qwen, tiny
+from tests.helpers import tiny, tiny_families
 
 jax.config.update("jax_disable_most_optimizations", True)  # they take long to compile
 
@@ -47,36 +37,6 @@ if "JAX_NUM_PROCESSES" in os.environ:
     hosts.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
 
 SIZES = [int(n) for n in os.environ["MESH"].split("x")]
-CONFIGS = {
-    "llava": llava.LlavaConfig.tiny(),
-    "next": llava_next.LlavaNextConfig.tiny(),
-    "instructblip": instructblip.InstructBlipConfig.tiny(),
-    "onevision": llava_onevision.LlavaOneVisionConfig.tiny(),
-    "idefics3": idefics3_model.Idefics3Config.tiny(),
-    "mistral3": mistral3_model.Mistral3Config.tiny(),
-    "paligemma": dataclasses.replace(
-        paligemma.PaliGemmaConfig.tiny(),
-        lm=dataclasses.replace(  # caps so high that no logits are equal at them
-            paligemma.PaliGemmaConfig.tiny().lm, logit_softcap=8.0, attention_softcap=50.0
-        ),
-    ),
-    "gemma3": gemma3.Gemma3Config.tiny(),
-    "internvl": InternVlConfig.tiny(),
-    "qwen2.5": qwen2_5_vl.QwenVLConfig.tiny(),
-    "qwen3": dataclasses.replace(  # with neurons that leave no two words equally likely
-        qwen3_vl.Qwen3VLConfig.tiny(),
-        lm=dataclasses.replace(qwen3_vl.Qwen3VLConfig.tiny().lm, mlp=56),
-    ),
-}
-PROCESSORS = {
-    "instructblip": tiny.instructblip_processor,
-    "idefics3": idefics3.processor,
-    "mistral3": pixtral.processor,
-    "gemma3": gemma.processor,
-    "internvl": internvl.processor,
-    "qwen2.5": qwen.processor,
-    "qwen3": qwen.processor,
-}
 PROMPTS = ["what is shown ?", "is it a cat or a dog ?", "which kind : red", "what is it ?"]
 SIDES = [(24, 24), (24, 60), (50, 20), (40, 44)]
 CAPTURES = {
@@ -102,13 +62,11 @@ def on_mesh() -> jax.sharding.Mesh:
     return mj.mesh(data=data, model=model, fsdp=fsdp[0] if fsdp else 1)
 
 
-@pytest.fixture(scope="module", params=os.environ.get("FAMILIES", " ".join(CONFIGS)).split())
+@pytest.fixture(scope="module", params=os.environ["FAMILIES"].split())
 def family(request, random_model, on_mesh):
     """(model, the same on the mesh, processor)."""
-    config = CONFIGS[request.param]
-    make = PROCESSORS.get(request.param, tiny.processor)
-    model = random_model(config)
-    return model, spread(model, on_mesh), make(config)
+    model = random_model(tiny_families.CONFIGS[request.param])
+    return model, spread(model, on_mesh), tiny_families.processor(request.param)
 
 
 def spread(model, on_mesh):
@@ -213,12 +171,22 @@ def of_order_1(found):
     return found | {"fire": dataclasses.replace(fire, sum=fire.sum / np.where(most, most, 1))}
 
 
+def lessons(processor):
+    """Two questions on every other picture, packed where the model can read packed rows."""
+    turns = [[("what is shown ?", "a cat"), ("which kind ?", "red")], [("is it a ship ?", "no")]]
+    pictures = [tiny.picture(i, *SIDES[i % 4]) for i in range(8)]
+    if processor.config.attends_forward != "prompt":
+        return processor.pack(pictures, turns * 4)
+    with pytest.raises(ValueError, match="pack: each picture of this model attends to the questio"):
+        processor.pack(pictures, turns * 4)
+    questions, answers = zip(*(row[0] for row in turns * 4), strict=True)
+    return processor(pictures, list(questions), answers=list(answers))
+
+
 def test_fit(family):
     """Every part that trains stays where it was."""
     one, many, processor = family
-    turns = [[("what is shown ?", "a cat"), ("which kind ?", "red")], [("is it a ship ?", "no")]]
-    pictures = [tiny.picture(i, *SIDES[i % 4]) for i in range(8)]
-    batch = processor.pack(pictures, turns * 4)
+    batch = lessons(processor)
     recipe = fit.Recipe(part="projector+lm", rate=1e-2, remat=True)
     (after, curve), (sharded, same) = (fit.fit(m, [batch] * 4, recipe) for m in (one, many))
     assert curve[-1] < curve[0]

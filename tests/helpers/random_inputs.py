@@ -17,18 +17,24 @@ TINY = llava.LlavaConfig.tiny()
 
 
 def random_model(config: llava.LlavaConfig, seed: int = 0) -> llava.Llava:
-    """Random weights that keep tensors of order 1; no scale is one and no bias zero.
+    """Random weights that keep tensors of order 1; no factor of a norm is one and no bias zero.
 
     By NumPy: the initialisers of flax take 20 s to compile.
     """
     rng = np.random.default_rng(seed)
+    # Where the factor of a norm is 1 + its scale.
+    offset = (".lm",) if config.lm.unit_offset else ()
+    if config.projector is not None and config.projector.norm == "unit_offset_rms":
+        offset += (".projector",)
 
     def draw(path, leaf):
         name, noise = jax.tree_util.keystr(path), rng.normal(size=leaf.shape).astype(np.float32)
         if "scale" in name:
-            return jnp.asarray(1 + 0.2 * noise)
+            return jnp.asarray((0 if name.startswith(offset) else 1) + 0.2 * noise)
         if "kernel" in name:
             return jnp.asarray(0.7 * noise / np.sqrt(leaf.shape[-2]))
+        if name.startswith(".lm.embed"):  # the pass multiplies it, and a tied head does not
+            return jnp.asarray(noise / config.lm.embedding_scale)
         return jnp.asarray(noise if "embed" in name else 0.2 * noise)
 
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))

@@ -37,7 +37,8 @@ def tokenizer(
       names: the special tokens, that of images last. words: more of them.
       lines: the line ends that are one token, of which the longest that fits is taken.
     """
-    vocab = {names[-1]: config.image_token % 96}
+    # A config of -1 leaves the id to the tokenizer.
+    vocab = {names[-1]: config.image_token if config.image_token >= 0 else 95}
     for word in (*names[:-1], *lines, *TEXT.split(), *words.split()):
         vocab.setdefault(word, len(vocab) - 1)
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))

@@ -15,7 +15,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
-from mllm_jax.interventions import captures
+from mllm_jax.interventions import forms
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -179,7 +179,7 @@ def test_joined_are_real_rows_and_tiles(tiny_config):
         }
         for i, b in enumerate(batches)
     ]
-    found = captures.join(asked, parts, batches)
+    found = forms.join(asked, parts, batches)
     assert found["tile"].ravel().tolist() == [0, 1, 10]
     assert found["row"].ravel().tolist() == [0, 1, 2, 3, 10]
 

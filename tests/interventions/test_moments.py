@@ -10,19 +10,20 @@ import pytest
 
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures, results
+from mllm_jax.interventions import bound_capture, forms, results
 
 RNG = np.random.default_rng(0)
 
 
 def stats(x, kind, by=("question", "image")):
     """Of values [B, T, F] as a site of the LM gives them, with NaN where there is padding."""
-    bound = captures.BoundCapture(
+    bound = bound_capture.BoundCapture(
         form="stats", site=S.lm.mlp.act, by=by, k=0, count=1, single=False, slots=None, order=None,
         absent=None, units=None, tokens=kind > 0, kind=kind, on=None, rows=np.ones(len(kind), bool),
         readers=None,
     )  # fmt: skip
-    return jax.tree.map(np.asarray, bound.read(np.where(kind[..., None] > 0, x, np.nan), None))
+    x = np.where(kind[..., None] > 0, x, np.nan)
+    return jax.tree.map(np.asarray, forms.read_layer(bound, x, None))
 
 
 def kinds(rows=3, length=40):

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.interventions import captures as captures_lib
 from mllm_jax.interventions import edits as edits_lib
-from mllm_jax.interventions import grammar, spec
+from mllm_jax.interventions import forms, grammar, spec
 
 RAMP = np.arange(32, dtype=np.float32)
 GATES = np.array([0, 0.5, 1, 2], np.float32)
@@ -250,7 +249,7 @@ def test_whatever_dtype_an_array_has_it_comes_back():
 
 def test_text_expresses_every_kind_and_form_that_users_have():
     made = {name: kind.build for name, kind in edits_lib.KINDS.items()}
-    read = {name: form.build for name, form in captures_lib.FORMS.items() if form.build}
+    read = {name: form.build for name, form in forms.FORMS.items() if form.build}
     assert set(grammar.EDITS) == set(made) - {"call"}
     assert set(grammar.CAPTURES) == set(read)
     for name, words in (grammar.EDITS | grammar.CAPTURES).items():

@@ -408,6 +408,7 @@ PICTURES = {
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"size": {"shortest_edge": 40000}}, "size.shortest_edge=40000"),
+    ({"size": {"longest_edge": 40000}}, "size.longest_edge=40000"),
     ({"size": 40000}, "size=40000"),
     ({"crop_size": {"height": 336, "width": 336}}, "crop_size.height=336"),
     ({"crop_size": 48}, "makes pictures of 48 pixels, and the vision tower sees 24"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import mllm_jax as mj
+from benchmarks import released
 from experiments.plan import planning
 from mllm_jax import families, store
 from mllm_jax import sites as S
@@ -453,3 +454,30 @@ def test_compiled_for_tpus_7b_trains_whole_where_chips_share_one_copy(topology):
     assert found.how == plan.COMPILED and found.fits
     assert not found.gathers()
     assert any(c["of"] == "layer" for c in found.collectives if c["kind"] == "all-gather")
+
+
+def test_plans_of_released_models_are_kept_and_a_stopped_run_continues(tmp_path, monkeypatch):
+    measured = []
+
+    def largest(field, config, size, *, topology, study):
+        measured.append((topology, size.rows))
+        if size.rows > 2:
+            raise ValueError("4 rows do not fit")
+        made = plan.plan(config, dataclasses.replace(size, rows=3), topology=topology,
+                         study=study, compile=False)  # fmt: skip
+        return 3, made
+
+    monkeypatch.setattr(search, "largest_that_fits", largest)
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
+    argv = ["--models=smolvlm-256m,qwen2-vl-72b", "--topology=v5e:2x4", f"--out={tmp_path}"]
+    found = released.main(argv)
+    assert measured == [("v5e:2x4", 4), ("v5e:2x4", 1)]
+    small, large = found.values()
+    assert small["rows"] == 3 and small["batch"] == 3 * int(small["mesh"].split()[0])
+    assert large["rows"] == 0 and large["total"] > large["capacity"]  # its weights alone
+    lines = (tmp_path / "released.md").read_text().splitlines()
+    assert lines[2].startswith("| smolvlm-256m | ") and f" {small['batch']} rows on " in lines[2]
+    assert " no: " in lines[3]
+    assert released.main(argv) == found and len(measured) == 2
+    with pytest.raises(ValueError, match="it is of --study=run; give another --out"):
+        released.main([*argv, "--study=counts"])

@@ -375,7 +375,8 @@ def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
     kind = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind))
     pictures = tiny.processor(tiny_config).image_processor
-    config = dataclasses.replace(tiny_config, lm=dataclasses.replace(tiny_config.lm, vocab=300))
+    lm = dataclasses.replace(tiny_config.lm, vocab=300)
+    config = dataclasses.replace(tiny_config, image_token=300, lm=lm)  # the first id of no word
     processor = Processor.from_directory(tmp_path, config, pictures=lambda: pictures)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for text in ("what is  shown ?", "USER: zebra \n é ASSISTANT:", "the mat"):
@@ -413,6 +414,9 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
         (lambda p: p([__file__], ["a"]), ValueError, "cannot read the picture .*test_processor.py"),
         (lambda p: p([tiny.picture(0)], ["a"], features=np.ones((1, 16, 32))), ValueError,
          "give images or features, not both"),
+        (lambda p: p(None, ["a"], features=np.ones((1, 32, 32))), ValueError,
+         r"features has the shape \(1, 32, 32\): it must be \[rows, 16, width\]"),
+        (lambda p: p(None, ["a"], features=np.ones((1, 16))), ValueError, "must be .rows, 16, width"),
         (lambda p: p(None, ["a"], features=np.ones((2, 16, 32))), ValueError,
          "features of 2 pictures for 1 rows"),
         (lambda p: p.pack(None, [[("<image> a", "b")]], features=np.ones((1, 16, 32))), ValueError,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 
 import numpy as np
 import pytest
 import transformers
 
 import mllm_jax as mj
+from mllm_jax import families
 from mllm_jax import tokens as tok
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
@@ -451,6 +454,37 @@ class TestFiles:
             lambda: kind.from_directory(tmp_path, other),
             r"config.json: image_token_index is 94, but .*tokenizer.json beside it\) gives <image> the id 95",
         )
+
+    def test_no_image_token(self, tiny_config, tmp_path):
+        """The id that the config names must be its own; one beyond the words is added."""
+        names = tiny.SPECIAL[:-1]
+        tiny.tokenizer(tiny_config, names=(*names, "<other>")).save_pretrained(tmp_path)
+        refused(
+            lambda: Processor.from_directory(tmp_path, tiny_config),
+            "tokenizer.json: the tokenizer has no token <image>, which this model reads with every",
+        )
+        for token in (-1, tiny_config.lm.vocab):
+            config = dataclasses.replace(tiny_config, image_token=token)
+            made = Processor.from_directory(tmp_path, config)
+            assert made.config.image_token == made.tokenizer.get_vocab()["<image>"]
+
+    @pytest.mark.parametrize(
+        "name", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "gemma3", "internvl", "idefics3", "smolvlm",
+                 "mistral3", "llava_pixtral"]
+    )  # fmt: skip
+    def test_no_tokens_around_a_picture(self, name):
+        """They would be read as letters, which no model was trained with."""
+        family = families.FAMILIES[name]
+        kind, config = family.processor, family.config.tiny()
+
+        def make(markers):
+            names = ("<unk>", "<s>", "<eos>", *markers, kind.image_text)
+            return kind(tiny.tokenizer(config, None, names=names), None, config)
+
+        assert kind.markers and make(kind.markers)
+        for missing in kind.markers:
+            there = [marker for marker in kind.markers if marker != missing]
+            refused(functools.partial(make, there), f"has no token {re.escape(missing)}, which")
 
     def test_templates_in_files(self, tiny_config, tmp_path):
         tiny.tokenizer(tiny_config, None).save_pretrained(tmp_path)

@@ -27,8 +27,9 @@ def run(shape: str, families: str, *more: str) -> None:
 
 
 FAMILIES = (
-    "llava", "next", "instructblip", "onevision", "paligemma", "gemma3", "internvl", "qwen2.5",
-    "qwen3", "idefics3", "mistral3",
+    "llava", "siglip_qwen2", "llava_next", "llava_onevision", "instructblip", "paligemma", "gemma3",
+    "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3",
+    "llava_pixtral",
 )  # fmt: skip
 
 

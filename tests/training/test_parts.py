@@ -172,6 +172,8 @@ def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
         ("lm+lora", {}, "trains weights of the LM twice"),
         ("neurons", {}, 'part="neurons" goes with neurons='),
         ("lm", {"neurons": {}}, 'part="lm" goes without neurons='),
+        ("lora+neurons", {"neurons": {"up": np.ones((2, 48), bool)}},
+         r"trains lm.layers.mlp.up.kernel twice: leave the matrices of neurons= out"),
         ("lora", {"lora": parts.Lora(matrices="lm.head")}, "no weight is named lm.head; there are"),
         ("neurons", {"neurons": {"uq": None}}, "neurons of 'uq': an MLP has gate, up and down"),
         ("neurons", {"neurons": {"up": np.zeros((2, 48), bool)}},

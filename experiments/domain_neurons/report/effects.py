@@ -12,7 +12,9 @@ from mllm_jax.report import page, parts
 from mllm_jax.report.report import Results
 
 LEVEL = 0.05  # of tests, after their correction
-CONTROLS = {"rate": "rate-matched neurons", "layer": "random neurons"}
+CONTROLS = {
+    "rate": "rate-matched neurons", "layer": "random neurons", "entropy": "high-entropy neurons",
+}  # fmt: skip
 NEVER = "could not have been found"
 Row = Mapping[str, Any]
 
@@ -72,41 +74,36 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
     modules = list(dict.fromkeys(row["module"] for row in rows))
     domains = [d for d in results["domains"] if any(row["data"] == d for row in rows)]
 
-    def cells(module: str, domain: str) -> list[str]:
-        out = []
-        for kind in kinds:
-            for measure, kind_of_token in (("accuracy", None), ("relative_l2", tokens)):
-                of = select(results, module, kind, measure, kind_of_token)
-                row = next((row for row in of if row["data"] == domain), None)
-                out.append(_format(row) if row else page.DASH)
-            accuracy = select(results, module, kind, "accuracy")
-            likely = next((row["likely"] for row in accuracy if row["data"] == domain), None)
-            out.append(_format_likely(likely))
-        return out
-
-    heads = [
-        f"{head}, {kind}" if len(kinds) > 1 else head
-        for kind in ("matched" if k == "rate" else "random" for k in kinds)
-        for head in (
-            "points",
-            f"relative L2 ({tokens})" if tokens else "relative L2",
-            "likely found",
+    def cells(module: str, domain: str, kind: str) -> list[str]:
+        accuracy, moved = (
+            next((r for r in select(results, module, kind, *of) if r["data"] == domain), None)
+            for of in (("accuracy", None), ("relative_l2", tokens))
         )
-    ]
+        return [
+            parts.title(module), domain, CONTROLS[kind],
+            *(_format(row) if row else page.DASH for row in (accuracy, moved)),
+            _format_likely(accuracy["likely"] if accuracy else None),
+            (accuracy and accuracy["verdict"]) or page.DASH,
+        ]  # fmt: skip
+
     return page.Section(
         title="Own neurons against controls",
         reading=_read_rates(results, kinds),
         table=page.Table(
-            ["module", "domain", *heads],
-            [[parts.title(m), d, *cells(m, d)] for m in modules for d in domains],
+            ["module", "domain", "control", "points",
+             f"relative L2 ({tokens})" if tokens else "relative L2", "likely found", "verdict"],
+            [cells(m, d, k) for m in modules for d in domains for k in kinds],
         ),
         note="Own minus control: the change of accuracy, in points, and of the deviation of hidden "
-        "states. Matched: neurons of the same layers that are active on nearly the same share of "
-        "the domain's tokens; random: any neurons of the same layers. Draws: "
+        "states. Rate-matched: neurons of the same layers that are active on nearly the same share "
+        "of the domain's tokens, and about as strongly; random: any neurons of the same layers; "
+        "high-entropy: neurons of the same layers that are as active in every domain. Draws: "
         f"{', '.join(f'{_draws(rows, kind)} {CONTROLS[kind]}' for kind in kinds)}. Brackets are "
         "95 % t intervals over pictures and draws, both taken as samples; a single draw has none, "
         "and few draws have wide ones. Likely found: the difference of accuracy that four of five "
-        f"such studies would find beyond chance (Holm); {NEVER} if no difference can be.",
+        f"such studies would find beyond chance (Holm); {NEVER} if no difference can be. Verdict, "
+        f"of accuracy: an effect (Holm), none within {100 * rows[0]['margin']:g} points (two "
+        "one-sided tests), or undecided: what is not significant may still be there.",
         data=[_effects_csv(folder, rows), *_controls_csv(folder, results),
               *_power_csv(folder, results)],
     )  # fmt: skip
@@ -173,13 +170,17 @@ def _format_likely(likely: float | None) -> str:
 def _effects_csv(folder: pathlib.Path, rows: Sequence[Row]) -> tuple[str, str]:
     columns = [
         "module", "data", "control", "draws", "n", "measure", "tokens", "own", "drawn",
-        "difference", "low", "high", "p", "p_holm", "possible", "likely",
+        "difference", "low", "high", "p", "p_holm", "possible", "likely", "margin", "p_equal",
+        "verdict",
     ]  # fmt: skip
     return parts.write_csv(folder, "effects", columns, [[row[c] for c in columns] for row in rows])
 
 
 def _controls_csv(folder: pathlib.Path, results: Results) -> list[tuple[str, str]]:
-    columns = ["module", "data", "control", "draws", "neurons", "rate", "drawn_rate", "layers"]
+    columns = [
+        "module", "data", "control", "draws", "neurons", "rate", "drawn_rate", "mean", "drawn_mean",
+        "layers",
+    ]  # fmt: skip
     missed = ["layer", "difference", "missing"]
     rows = [
         [*(row[c] for c in columns), *(u[c] for c in missed)]

@@ -6,6 +6,7 @@ import pathlib
 
 from experiments.domain_neurons.report import (
     ablation,
+    claims,
     effects,
     layers,
     plots,
@@ -17,7 +18,7 @@ from mllm_jax.report.report import Report, Results
 
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "baseline",
-    "ablation", "controls", "effects", "power", "lens", "stages", "features", "pictures",
+    "ablation", "controls", "effects", "power", "lens", "stages", "features", "pictures", "claims",
 )  # fmt: skip
 
 
@@ -86,9 +87,9 @@ REPORT = Report(
     facts=_facts,
     overview=_overview,
     sections=(
-        ablation.accuracy, selection.neurons, selection.overlap, robustness.stability,
-        robustness.comparison, ablation.changes, effects.effects, ablation.deviation, layers.lens,
-        layers.features, layers.pictures,
+        claims.claims, ablation.accuracy, selection.neurons, selection.overlap,
+        robustness.stability, robustness.comparison, ablation.changes, effects.effects,
+        ablation.deviation, layers.lens, layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write = REPORT.write

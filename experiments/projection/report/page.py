@@ -38,7 +38,6 @@ from mllm_jax.report import page, parts
 from mllm_jax.report.report import Report, Results
 
 KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
-VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
 
 
 def _lead(results: Results) -> str:
@@ -99,7 +98,7 @@ def _claims(folder: pathlib.Path, results: Results) -> page.Section:
     ]
     by_verdict = {
         verdict: sum(row["verdict"] == verdict for row in results["claims"])
-        for verdict in VERDICTS
+        for verdict in parts.VERDICTS
     }  # fmt: skip
     without = (
         ""
@@ -115,7 +114,12 @@ def _claims(folder: pathlib.Path, results: Results) -> page.Section:
         table=page.Table(
             ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
             [
-                (VERDICTS[row["verdict"]], row["claim"], row["reason"], row["paper"] or page.DASH)
+                (
+                    parts.VERDICTS[row["verdict"]],
+                    row["claim"],
+                    row["reason"],
+                    row["paper"] or page.DASH,
+                )
                 for row in claims
             ],
         ),

@@ -20,13 +20,14 @@ _FIELDS = {
     "image_size": (schema.SIDE, 1024),
     "patch_size": (schema.SIDE, 16),
     "hidden_act": (fields_.ACTIVATION, "gelu"),
+    "rope_parameters": (schema.PART, None),
     "rope_theta": (schema.optional(schema.real(1, 1e12)), None),
 }
 _ROPE = {
     "rope_type": (schema.only("axial", "default"), "axial"),
     "rope_theta": (schema.optional(schema.real(1, 1e12)), None),
 }
-_IGNORED = fields_.IGNORED | {"rope_parameters", "tie_word_embeddings", "vocab_size"}
+_IGNORED = fields_.IGNORED | {"tie_word_embeddings", "vocab_size"}
 
 # Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's.
 SITES = {
@@ -74,7 +75,7 @@ def vision(hf: str, ours: str, config: PixtralConfig) -> tuple[keys.Row, ...]:
 def read(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the fields of a `vision_config` for `config`; append what is wrong to `problems`."""
     pixtral = schema.read(fields, _FIELDS, _IGNORED, "vision_config.", problems)
-    rope = fields.get("rope_parameters") or {}
+    rope = pixtral["rope_parameters"] or {}
     rope = schema.read(rope, _ROPE, (), "vision_config.rope_parameters.", problems)
     thetas = {pixtral["rope_theta"], rope["rope_theta"]} - {None}
     if len(thetas) > 1:

@@ -18,6 +18,7 @@ _TOWER = {
     "patch_size": (schema.SIDE, 14),
     "spatial_merge_size": (schema.whole(1, 16), 2),
     "temporal_patch_size": (schema.whole(1, 16), 2),
+    "rope_parameters": (schema.PART, None),
 }
 _QWEN2 = _TOWER | {
     "model_type": (schema.only("qwen2_vl", "qwen2_vl_vision"), "qwen2_vl_vision"),
@@ -52,7 +53,7 @@ _ROPE = {
     "rope_theta": (schema.real(1, 1e12), 10000.0),
 }
 _IGNORED = fields_.IGNORED | {  # transformers reads none of them in an image tower
-    "rope_parameters", "spatial_patch_size", "tie_word_embeddings", "tokens_per_second",
+    "spatial_patch_size", "tie_word_embeddings", "tokens_per_second",
 }  # fmt: skip
 
 # Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's. With
@@ -111,7 +112,7 @@ def read(fields: Mapping[str, Any], version: str, problems: list[str]) -> dict[s
         problems: what is wrong is appended here.
     """
     qwen = schema.read(fields, TABLES[version], _IGNORED, "vision_config.", problems)
-    rope = fields.get("rope_parameters") or {}
+    rope = qwen["rope_parameters"] or {}
     qwen |= schema.read(rope, _ROPE, (), "vision_config.rope_parameters.", problems)
     width = "embed_dim" if version == "2" else "hidden_size"
     heads = "4 x num_heads", 4 * qwen["num_heads"]  # a quarter of a head turns with row and column

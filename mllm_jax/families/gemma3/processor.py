@@ -19,6 +19,7 @@ class Gemma3Processor(Processor):
     placeholder = _BEGIN
     written_placeholder = _BEGIN
     end_of_turn = END_OF_TURN
+    markers = _BEGIN, _END
 
     def picture_text(self, picture: Picture) -> str:
         """Return the text that stands for a picture."""

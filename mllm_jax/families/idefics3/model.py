@@ -107,7 +107,7 @@ class Idefics3Config(LlavaConfig):
         tiles = grid[0] * grid[1] + 1  # the last is the whole picture
         tokens = self.image_tokens
         index = np.arange(tiles * tokens)
-        return Layout(tiles, index, runs=(tokens,) * tiles, tile_grid=grid)
+        return Layout(tiles, index, runs=(tokens,) * tiles, tile_grid=grid, whole=tiles - 1)
 
 
 def tile_grid(size: Size, side: int, longest: int | None) -> Size:

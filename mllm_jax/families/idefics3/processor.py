@@ -23,6 +23,7 @@ class Idefics3Processor(PackedTilesProcessor):
     """A processor of an Idefics3 or SmolVLM checkpoint."""
 
     config: Idefics3Config
+    markers = (_AROUND,)  # some checkpoints write the others as words
 
     def layout(self, size: tuple[int, int] | None) -> Layout:
         """Return how a picture of this (height, width) is read.

@@ -49,12 +49,16 @@ class InternVlConfig(LlavaConfig):
         """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known, and everything depends on it.
+          ValueError: the size is not known, and the number of tiles depends on it.
         """
-        size = require_size(size, "InternVL cuts a picture by its size")
-        rows, columns = self.tile_grid(size)
-        tiles = rows * columns + (rows * columns > 1)
-        return Layout(tiles, np.arange(tiles * self.image_tokens))
+        if self.max_tiles == 1:
+            return super().layout(size)
+        rows, columns = self.tile_grid(require_size(size, "InternVL cuts a picture by its size"))
+        if rows * columns == 1:
+            return super().layout(size)
+        tiles = rows * columns + 1  # the last is the whole picture
+        index = np.arange(tiles * self.image_tokens)
+        return Layout(tiles, index, tile_grid=(rows, columns), whole=tiles - 1)
 
     def tile_grid(self, size: Size) -> Size:
         """Return the rows and columns of tiles of a picture: the grid nearest in shape.

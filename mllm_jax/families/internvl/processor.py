@@ -33,6 +33,7 @@ class InternVlProcessor(PackedTilesProcessor):
     image_text = "<IMG_CONTEXT>"
     placeholder = "<IMG_CONTEXT>"
     written_placeholder = "<IMG_CONTEXT>"
+    markers = "<img>", "</img>"
     video_text = "<video>"
 
     def __init__(

@@ -87,7 +87,8 @@ class LlavaNextConfig(LlavaConfig):
         size = require_size(size, "LLaVA-NeXT cuts a picture by its size")
         tiles, large = self.large_picture(size)
         lines = np.pad(large, ((0, 0), (0, 1)), constant_values=-1)
-        return Layout(tiles, np.concatenate([np.arange(self.image_tokens), lines.reshape(-1)]))
+        patches = np.concatenate([np.arange(self.image_tokens), lines.reshape(-1)])
+        return Layout(tiles, patches, tile_grid=self.tile_grid(size))
 
     def large_picture(self, size: Size) -> tuple[int, Int[np.ndarray, "row column"]]:
         """Return the number of tiles, and the patches of the large picture without the bars.
@@ -96,11 +97,16 @@ class LlavaNextConfig(LlavaConfig):
           size: the (height, width) of the picture.
         """
         side, each = self.token_grid, self.image_tokens
-        rows, columns = (n // self.vision.image_size for n in best_resolution(size, self.pinpoints))
+        rows, columns = self.tile_grid(size)
         tiles = each + np.arange(rows * columns * each)
         by_row = tiles.reshape(rows, columns, side, side).swapaxes(1, 2)
         large = by_row.reshape(rows * side, columns * side)
         return 1 + rows * columns, large[unpadded(size, large.shape)]
+
+    def tile_grid(self, size: Size) -> Size:
+        """Return the rows and columns of tiles that a picture of this (height, width) has."""
+        rows, columns = best_resolution(size, self.pinpoints)
+        return rows // self.vision.image_size, columns // self.vision.image_size
 
     def build(self, *, rngs: nnx.Rngs) -> LlavaNext:
         """Build the model with random weights."""

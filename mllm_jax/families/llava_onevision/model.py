@@ -90,7 +90,9 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         sources = np.concatenate([np.repeat(base[:, None], 4, 1), lines])
         weights = np.concatenate([alone, weights])
         nearest = np.take_along_axis(sources, weights.argmax(1)[:, None], 1)[:, 0]
-        return Layout(tiles, nearest, interpolation=(sources, weights))
+        return Layout(
+            tiles, nearest, tile_grid=self.tile_grid(size), interpolation=(sources, weights)
+        )
 
     def ratio(self, large: Int[np.ndarray, "row column"]) -> float:
         """Return how many times too long the sides of a large picture are."""

@@ -65,11 +65,10 @@ class Mistral3Config(FreeGridConfig):
     @classmethod
     def mistral_small_3_1(cls) -> Self:
         """Return the config of Mistral Small 3.1 24B."""
-        vision = dataclasses.replace(PixtralConfig.mistral_small_3_1(), act="gelu")
         lm = DecoderConfig(
             vocab=131072, width=5120, layers=40, kv_heads=8, mlp=32768, rope_theta=1e9
         )
-        return cls.of(vision, lm)
+        return cls.of(PixtralConfig.mistral_small_3_1(), lm)
 
     @classmethod
     def tiny(cls) -> Self:

@@ -22,6 +22,7 @@ class Mistral3Processor(FreeGridProcessor):
 
     config: Mistral3Config
     image_text = placeholder = written_placeholder = _IMAGE
+    markers = _BREAK, _END
 
     @property
     def _factor(self) -> int:

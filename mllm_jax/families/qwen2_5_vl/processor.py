@@ -14,7 +14,7 @@ from mllm_jax.processors import image_processors
 from mllm_jax.processors.free_grid import FreeGridProcessor
 
 MAX_RATIO = 200  # of the longer side of a picture to the shorter
-_TOKEN = "<|image_pad|>"
+_TOKEN, _BEGIN, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
 class QwenVLProcessor(FreeGridProcessor):
@@ -22,7 +22,8 @@ class QwenVLProcessor(FreeGridProcessor):
 
     config: QwenVLConfig
     image_text = placeholder = _TOKEN
-    written_placeholder = f"<|vision_start|>{_TOKEN}<|vision_end|>"
+    written_placeholder = f"{_BEGIN}{_TOKEN}{_END}"
+    markers = _BEGIN, _END
     video_text = "<|video_pad|>"
 
     def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,96 @@
+"""A capture in the shapes of a model and a batch, as the pass carries it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax import sites
+from mllm_jax.typing import AnyArray, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens of a site are in the data.
+
+    Attributes:
+      example: The row of the batch that reads each row or tile, counted without rows that only fill
+        up the batch, int32[B].
+      token: The number of each token in its row without padding, or in its tile, int32[B, T].
+      tile: The tile within the row, int16[B, T]; -1 for text.
+      row: The row on the grid of the tile, int16[B, T]; -1 elsewhere.
+      column: The column on that grid, int16[B, T]; -1 elsewhere.
+      examples: The number of rows that do not only fill up the batch, int32[].
+    """
+
+    example: Int[AnyArray, " B"]
+    token: Int[AnyArray, "B T"]
+    tile: Int[AnyArray, "B T"]
+    row: Int[AnyArray, "B T"]
+    column: Int[AnyArray, "B T"]
+    examples: Int[AnyArray, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundCapture:
+    """A capture in the shapes of a model and a batch.
+
+    Attributes:
+      form: A name of `forms.FORMS`. Static.
+      site: Where it reads. Static.
+      by: The kinds of token that the result is grouped by, or None. Static.
+      k: How many words a lens names. Static.
+      count: How many layers are captured. Static.
+      single: Whether the layer axis is dropped at the end. Static.
+      slots: The slot that carries each layer's result, int32[L], `count` for layers that are not
+        captured; None stacks all layers.
+      order: The slots of the captured layers, int32[count]; a layer that is listed twice has one
+        slot.
+      absent: Which of the captured layers the model does not have, bool[count]; only traced indices
+        can be out of range unnoticed.
+      units: The units that are brought back, int32[n], or None for all.
+      tokens: The tokens that are read, bool[B, T].
+      kind: The kind of each token, int8[B, T].
+      on: The keys of an attention mass, bool[B, S], or None.
+      rows: False for rows of the batch that only fill it up, bool[B].
+      readers: Which rows read each tile, bool[B, I], where the site has tiles in place of rows.
+      edges: The edges of bins, float32[bins - 1], or None.
+      places: Where the tokens are in the data, where the form needs it; or None.
+    """
+
+    form: str = dataclasses.field(metadata={"static": True})
+    site: sites.Site = dataclasses.field(metadata={"static": True})
+    by: tuple[str, ...] | None = dataclasses.field(metadata={"static": True})
+    k: int = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})
+    single: bool = dataclasses.field(metadata={"static": True})
+    slots: Int[AnyArray, " L"] | None
+    order: Int[AnyArray, " count"] | None
+    absent: Bool[AnyArray, " count"] | None
+    units: Int[AnyArray, " n"] | None
+    tokens: Bool[AnyArray, "B T"]
+    kind: Int[AnyArray, "B T"]
+    on: Bool[AnyArray, "B S"] | None
+    rows: Bool[AnyArray, " B"]
+    readers: Bool[AnyArray, "B I"] | None
+    edges: Float[AnyArray, " n"] | None = None
+    places: Places | None = None
+
+    def finish(self, carried: Any) -> Any:
+        """Return the carried slots in the order of the capture; absent layers are NaN, or 0."""
+        order, absent = self.order, self.absent
+        assert order is not None and absent is not None, "only a carried capture has slots"
+
+        def pick(array):
+            array = array[order]
+            missing = jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0
+            is_absent = absent.reshape(-1, *(1,) * (array.ndim - 1))
+            array = jnp.where(is_absent, jnp.asarray(missing, array.dtype), array)
+            return array[0] if self.single else array
+
+        return jax.tree.map(pick, carried)

@@ -1,0 +1,135 @@
+"""Forms of captures: every way to reduce the tensor of a site, and what passes must know of it.
+
+`FORMS` registers them; `reductions`, `top_tokens` and `attention_maps` hold the computations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import sites
+from mllm_jax.batch import Batch
+from mllm_jax.interventions import attention_maps, captures, reductions, site_rules, top_tokens
+from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.sites import SiteShape
+from mllm_jax.typing import Array, Shaped
+
+
+def _check_site(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    address = capture.address
+    site_rules.check_capture(capture.form, address.site, address.units.form == "all")
+
+
+def _check_lens(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    _check_site(capture, shapes)
+    site, words = capture.address.site, shapes[sites.logits.name].shape[-1]
+    if capture.form == "lens" and capture.k > words:
+        raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
+
+
+def _accept(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    """Accept every site."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to reduce the tensor of a site, with everything that other modules must know of it.
+
+    `grammar.CAPTURES` says how text writes the forms that it can express.
+
+    Attributes:
+      read: The reduction inside the pass, (bound capture, x, lens) -> the result of one layer.
+      build: The public function that makes such a capture; None where users have none.
+      check: Raises an error where the form does not read the site, (capture, shapes).
+      by: What the rows of a result are: a "row" of the batch; a "token", of which there
+        are as many as at the site, on the vision side tile by tile; or the whole "batch".
+      merges: Whether results have `wide` and `merge`, for a data set of any size.
+      needs_every_row: Whether a row without a selected token has no result.
+      needs_a_token: Whether a capture must select a token.
+      needs_places: Whether the result tells where tokens are in the data.
+    """
+
+    read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
+    build: Callable[..., Capture] | None = None
+    check: Callable[[Capture, dict[str, SiteShape]], None] = _accept
+    by: Literal["row", "token", "batch"] = "row"
+    merges: bool = False
+    needs_every_row: bool = False
+    needs_a_token: bool = True
+    needs_places: bool = False
+
+
+_of_rows = functools.partial(Form, check=_check_site, needs_every_row=True)
+_of_data = functools.partial(Form, check=_check_site, by="batch", merges=True)
+
+
+FORMS: dict[str, Form] = {
+    "finite": Form(reductions.read_finite, by="batch", needs_a_token=False),
+    "keep": Form(reductions.read_keep, captures.keep, by="token"),
+    "mean": _of_rows(reductions.read_mean, captures.mean),
+    "mass": _of_rows(reductions.read_mass, captures.mass),
+    "attention": _of_rows(attention_maps.read_attention, captures.attention, by="token"),
+    "lens": Form(reductions.read_lens, captures.lens, _check_lens, "token"),
+    "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
+    "stats": _of_data(reductions.read_stats, captures.stats),
+    "histogram": _of_data(reductions.read_histogram, captures.histogram),
+    "top": _of_data(top_tokens.read_top("largest"), captures.top, needs_places=True),
+    "bottom": _of_data(top_tokens.read_top("smallest"), captures.bottom, needs_places=True),
+    "sample": _of_data(top_tokens.read_sample, captures.sample, needs_places=True),
+}
+
+
+def read_layer(capture: BoundCapture, x: Shaped[Array, ...], lens: Callable | None) -> Any:
+    """Return the result of one layer.
+
+    Args:
+      capture: The capture.
+      x: The tensor of the site in this layer.
+      lens: A function from states [..., D] to logits float32[..., V].
+    """
+    if capture.units is not None:
+        missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+        x = jnp.take(x, capture.units, capture.site.unit_axis, mode="fill", fill_value=missing)
+    return FORMS[capture.form].read(capture, x, lens)
+
+
+def join(
+    named: dict[str, Capture], parts: Sequence[dict[str, Any]], batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """Join the captures of several batches into one, on the host.
+
+    Statistics are added up. All other results are concatenated row by row, without the rows that
+    only fill up a batch; `keep` and `lens` of the vision side are concatenated tile by tile.
+
+    Args:
+      named: The captures, by name.
+      parts: Their results, by name, for each batch.
+      batches: The batches.
+    """
+
+    def join_one(name: str, capture: Capture):
+        results = [part[name] for part in parts]
+        form = FORMS[capture.form]
+        if form.by == "batch":
+            return functools.reduce(lambda a, b: a.merge(b), (result.wide() for result in results))
+        site = capture.address.site
+        tiled = form.by == "token" and site.module not in ("lm", "logits")
+        real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
+        axis = int(site.stacked and capture.address.layers.form != "one")
+        return jax.tree.map(lambda *arrays: _concatenate_real(arrays, real, axis), *results)
+
+    return {name: join_one(name, capture) for name, capture in named.items()}
+
+
+def _concatenate_real(arrays, real: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenate the real entries of an axis of each array."""
+    parts = [np.compress(keep, a, axis) for a, keep in zip(arrays, real, strict=True)]
+    return np.concatenate(parts, axis)
