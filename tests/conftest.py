@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import pathlib
 import tempfile
 
 # Programs that one worker or process of this run compiled and another needs. Workers inherit it.
@@ -23,6 +25,19 @@ from tests.helpers import random_inputs
 
 hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    """Drop compiled programs before their memory maps are as many as Linux allows (65,530).
+
+    Beyond that a process ends by a segmentation fault. The cache on disk still has the programs.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
