@@ -15,6 +15,7 @@ import numpy as np
 
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 Order = Literal["largest", "smallest", "random"]
@@ -56,9 +57,10 @@ class Top:
         names = ("value", "example", "token", "tile", "row", "column")
         both = {n: np.concatenate([getattr(self, n), getattr(other, n)], -1) for n in names}
         strength = _strength(both["value"], both["token"], self.order, np)
-        last = both["example"] < 0
-        keys = both["tile"], both["token"], both["example"], -strength, last
-        best = np.lexsort(keys, axis=-1)[..., : self.value.shape[-1]]
+        # Both are in order, and a stable sort keeps it among equals: these examples come first.
+        missing = both["example"] < 0
+        order = np.argsort(np.where(missing, np.inf, -strength), axis=-1, kind="stable")
+        best = order[..., : self.value.shape[-1]]
         picked = {n: np.take_along_axis(array, best, -1) for n, array in both.items()}
         return Top(**picked, examples=self.examples + other.examples, order=self.order)
 
@@ -127,18 +129,44 @@ def read_histogram(
 ) -> Histogram:
     """Return how often each unit has a value in each bin, counting tokens by their weight."""
     edges, y = jnp.asarray(capture.edges, jnp.float32), at_least_float32(x)
-
-    def below(edge):  # exact in float32: a batch has far fewer than 2^24 tokens
-        under = (y < edge).astype(jnp.float32)
-        return jnp.einsum("BTk,BTF->Fk", weight, under, precision=jax.lax.Precision.HIGHEST)
-
     total = jnp.broadcast_to(weight.sum((0, 1)), (x.shape[-1], weight.shape[-1]))
-    cumulative = jax.lax.map(below, edges)
+    cumulative = _count_below(y, weight, edges)
     zero = jnp.zeros_like(total)[None]
     counts = jnp.diff(jnp.concatenate([zero, cumulative, total[None]]), axis=0)
     counts = jnp.moveaxis(counts, 0, 1).astype(jnp.int32)
     counts = counts if capture.by is not None else counts[..., 0]
     return Histogram(counts, edges, capture.by or ())
+
+
+def _count_below(
+    x: Float[Array, "B T F"], weight: Float[Array, "B T kinds"], edges: Float[Array, " n"]
+) -> Float[Array, "n F kinds"]:
+    """Return how many tokens, counted by their weight, are below each edge in each unit.
+
+    The sums are exact in float32: a batch has far fewer than 2^24 tokens.
+    """
+
+    def edge_by_edge(x, weight):
+        # A sum fuses with the comparison, a product would write every comparison to memory.
+        by_kind = [weight[..., kind, None] for kind in range(weight.shape[-1])]
+        return jax.lax.map(
+            lambda edge: jnp.stack([jnp.where(x < edge, w, 0).sum((0, 1)) for w in by_kind], -1),
+            edges,
+        )
+
+    def token_by_token(x, weight):  # on CPUs the sums of all edges stay in the cache
+        def add(counts, token):
+            value, of_kind = token
+            below = value < edges[:, None]
+            return counts + jnp.where(below, of_kind[:, None, None], 0), None
+
+        zeros = jnp.zeros((weight.shape[-1], len(edges), x.shape[-1]))
+        tokens = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+        return jnp.moveaxis(jax.lax.scan(add, zeros, tokens)[0], 0, -1)
+
+    if mesh.is_active():  # rows may lie on different devices
+        return edge_by_edge(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=token_by_token, default=edge_by_edge)
 
 
 def _top(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers, rotary
+from mllm_jax.models import attention, layers, rotary
 from mllm_jax.models.cache import Cache
 from mllm_jax.numerics import indexing, precision
 from mllm_jax.positions import Positions
@@ -212,7 +212,7 @@ class Attention(nnx.Module):
             mask = tap(S.attn.mask, jnp.broadcast_to(mask, shape))
         unread = tap.idle(S.attn.pattern, jax.ShapeDtypeStruct(shape, precise))
         pattern = None if unread else functools.partial(tap, S.attn.pattern)
-        heads = layers.attention(
+        heads = attention.attend(
             q, k, v, mask, past=past, pattern=pattern, causal=reach.causal,
             scale=self.config.query_scale, softcap=self.config.attention_softcap,
         )  # fmt: skip

@@ -1,22 +1,17 @@
-"""Layers that networks share: linear maps, norms, attention, rotary positions, stacking."""
+"""Layers that networks share: linear maps, norms, stacking."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mllm_jax.numerics import precision, rows
+from mllm_jax.numerics import precision
 from mllm_jax.numerics.precision import at_least_float32
-from mllm_jax.typing import Array, Bool, Float
-
-_BLOCKS = 4  # blocks of queries in causal attention
+from mllm_jax.typing import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -125,94 +120,3 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) 
     """Build `layers` modules as one whose parameters have a leading L axis, for a scan."""
     keys = jax.random.split(rngs.params(), layers)
     return jax.vmap(lambda key: build(nnx.Rngs(params=key)))(keys)
-
-
-def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
-    mask: Bool[Array, "B N T S"] | None,
-    *,
-    past: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
-    pattern: Callable[[Array], Array] | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Compute softmax(scale q k^T) v, with N / K query heads for each key-value head.
-
-    Args:
-        query: the queries.
-        key: the keys.
-        value: the values.
-        mask: bool[B, N or 1, T, S], True where a query may attend; None for everywhere. The result
-            of a query that may attend nowhere is zero.
-        past: earlier keys and values; S of the mask counts both.
-        pattern: a function applied to the probabilities [B, N, T, S] before they multiply the
-            values. With None they are not all computed at the same time.
-        causal: whether the mask is causal, so that products with later keys can be left out.
-        scale: the factor of the products; 1 / sqrt(H) by default.
-        softcap: the bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
-    """
-    parts = [(key, value)] if past is None else [past, (key, value)]
-    (B, T, N, H), S = query.shape, sum(key.shape[2] for key, _ in parts)
-    score = functools.partial(_scale, scale=H**-0.5 if scale is None else scale, softcap=softcap)
-    if pattern is not None:
-        return _attend(score, query, parts, mask, pattern)
-    numbers = B * N * T * S
-    attend = (
-        _attend_causally
-        if causal and past is None and numbers > rows.MAX_ELEMENTS_AT_ONCE
-        else _attend
-    )
-    attend = functools.partial(attend, score)
-    return rows.map_rows_on_cpu(attend, query, parts, mask, num_elements=numbers)
-
-
-def _scale(scores, scale: float, softcap: float | None):
-    scores = scores * scale
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def _attend_causally(score, query, parts, mask):
-    """Attend in blocks of queries, each with the keys up to its end."""
-    [(key, value)], T = parts, query.shape[1]
-    ends = [T * n // _BLOCKS for n in range(_BLOCKS + 1)]
-    return jnp.concatenate(
-        [
-            _attend(score, query[:, i:j], [(key[:, :, :j], value[:, :, :j])], mask[:, :, i:j, :j])
-            for i, j in itertools.pairwise(ends)
-        ],
-        1,
-    )
-
-
-def _attend(score, query, parts, mask, pattern=None):
-    B, T, N, H = query.shape
-    K = parts[0][0].shape[1]
-    # In this order of axes the products need no transposition of an array of size [T, S].
-    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = [
-        precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
-    ]
-    scores = score(_concatenate(scores).reshape(B, N, T, -1))
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    share = 1 / odds.sum(-1, keepdims=True)
-    if mask is not None:
-        share = jnp.where(mask.any(-1, keepdims=True), share, 0)
-    probabilities = odds * share
-    if pattern is not None:
-        probabilities = pattern(probabilities)
-    probabilities = probabilities.astype(query.dtype).reshape(B, K, N // K * T, -1)
-    ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
-    heads = sum(
-        precision.einsum("BKUS,BKSH->BKUH", part, value)
-        for part, (_, value) in zip(jnp.split(probabilities, ends, -1), parts, strict=True)
-    )
-    return heads.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _concatenate(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)

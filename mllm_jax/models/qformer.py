@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers
+from mllm_jax.models import attention, layers
 from mllm_jax.sites import Site
 from mllm_jax.sites import qformer as S
 from mllm_jax.typing import Array, Bool, Float, Int
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
         )
-        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        heads = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return self.norm(x + self.o(heads.reshape(x.shape)))
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mllm_jax.models import layers, rotary
+from mllm_jax.models import attention, layers, rotary
 from mllm_jax.sites import vision as S
 from mllm_jax.typing import Array, Bool, Float
 
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
             mask = tap(S.attn.mask, jnp.broadcast_to(True if mask is None else mask, shape))
         unread = tap.idle(S.attn.pattern, jax.ShapeDtypeStruct(shape, precise))
         pattern = None if unread else functools.partial(tap, S.attn.pattern)
-        heads = layers.attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, pattern=pattern)
+        heads = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, pattern=pattern)
         return self.o(tap(S.attn.heads, heads).reshape(x.shape))
 
 

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import clock, collect, harness, kernels, profile, work
+from benchmarks import clock, collect, evidence, harness, kernels, profile, work
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -100,3 +100,8 @@ def test_collect(capsys):
     rates = collect.main(["--vectors=100", "--width=32", "--rounds=1"])
     assert len(rates) == 6 and all(rate > 0 for rate in rates.values())
     assert "bfloat16, read from disk" in capsys.readouterr().out
+
+
+def test_evidence(done):
+    found, ratios = evidence.measure(done.model, done.batches, 1)
+    assert ratios.shape == (1,) and found["ratio"] == ratios[0] > 0

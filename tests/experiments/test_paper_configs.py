@@ -120,7 +120,7 @@ def checkpoints(tmp_path_factory):
         root / "instructblip", family["instructblip"], image_processor_type="BlipImageProcessor",
         size=square,
     )  # fmt: skip
-    write_tokenizer(root / "instructblip" / "qformer_tokenizer")
+    write_tokenizer(root / "instructblip" / "qformer_tokenizer", family["instructblip"])
     lm = dataclasses.replace(gemma3.tiny_language_model(), vocab=LM.vocab)
     write_checkpoint(
         root / "gemma", dataclasses.replace(gemma3.Gemma3Config.tiny(), lm=lm, image_token=258),

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
+from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import save
 
@@ -52,20 +53,24 @@ LM = llava.DecoderConfig(
 def write_checkpoint(folder: pathlib.Path, config, **pictures) -> pathlib.Path:
     """A random model in the form of the hub, a tokenizer of bytes, and its image processor."""
     save.save_hf(config.build(rngs=nnx.Rngs(0)), None, folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, config)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     write_json(folder / "preprocessor_config.json", pictures)
     return folder
 
 
-def write_tokenizer(folder: pathlib.Path) -> None:
+def write_tokenizer(folder: pathlib.Path, config) -> None:
+    """A tokenizer of bytes, with the tokens of pictures that the family of a config reads."""
+    kind = families.of(config).processor
     folder.mkdir(exist_ok=True)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(letters)} | {"<eos>": 256}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>", "<image>"])
+    tokenizer.add_special_tokens(
+        ["<eos>", "<image>", *filter(None, (kind.image_text, *kind.markers))]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",

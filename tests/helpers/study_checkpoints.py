@@ -97,7 +97,7 @@ def write(family: str, folder: pathlib.Path) -> pathlib.Path:
 def processor(family: str, folder: pathlib.Path) -> Processor:
     """The processor of a family alone; its tokenizer is written to the folder."""
     config, pictures = FAMILIES[family]()
-    studies.write_tokenizer(folder)
+    studies.write_tokenizer(folder, config)
     studies.write_json(folder / "preprocessor_config.json", pictures)
     return families.of(config).processor.from_directory(folder, config)
 

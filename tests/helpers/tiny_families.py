@@ -23,11 +23,12 @@ _TINY = {name: family.config.tiny() for name, family in families.FAMILIES.items(
 CONFIGS = _TINY | {
     # With neurons that leave no two words equally likely.
     "qwen3_vl": _with_lm(_TINY["qwen3_vl"], mlp=56),
-    "siglip_qwen2": LlavaConfig.of(
-        SiglipConfig.tiny(), dataclasses.replace(DecoderConfig.tiny(), biases="qkv", tied=True),
+    "siglip_qwen2": LlavaConfig.of(  # without the norm after the tower, as every LLaVA
+        dataclasses.replace(SiglipConfig.tiny(), feature_layer=-1),
+        dataclasses.replace(DecoderConfig.tiny(), biases="qkv", tied=True),
         image_token=95,
     ),
-}  # fmt: skip
+}
 _PROCESSORS: dict[str, Callable[[Any], Processor]] = {
     "instructblip": tiny.instructblip_processor,
     "gemma3": gemma.processor,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mllm_jax import sites
 from mllm_jax.checkpoints import keys
-from mllm_jax.interventions.captures import BoundCapture
+from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.tap import Taps
 from tests.helpers import hf
 

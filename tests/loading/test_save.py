@@ -13,6 +13,7 @@ from flax import nnx
 
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import load, save
+from mllm_jax.models.siglip import SiglipConfig
 
 
 def test_transformers_reads_what_we_save(hf_model, hf_directory, tmp_path):
@@ -115,3 +116,10 @@ def test_a_projector_too_large_for_float16(tiny_model, tmp_path):
     model.projector.linears[1].bias[...] = jnp.full_like(model.projector.linears[1].bias, 1e6)
     with pytest.raises(ValueError, match=r"not finite as float16: .*linear_2.bias"):
         save.write_projector(model, tmp_path / "p.safetensors")
+
+
+def test_a_norm_that_the_layout_has_no_place_for_is_refused(tmp_path):
+    config = llava.LlavaConfig.of(SiglipConfig.tiny(), llava.DecoderConfig.tiny(), image_token=95)
+    with pytest.raises(ValueError, match="SigLIP without its last norm"):
+        save.save_hf(config.build(rngs=nnx.Rngs(0)), None, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()

@@ -17,11 +17,17 @@ from tests.helpers import random_inputs, tiny, tiny_families
 # Together every part; those of the LM that train its weights twice cannot be one.
 PARTS = ("projector+lm", "lora+neurons")
 QUICK = (("paligemma", "projector+lm"), ("qwen3_vl", "lora+neurons"))
-CASES = [
-    pytest.param(name, part, marks=() if (name, part) in QUICK else pytest.mark.slow)
-    for name in tiny_families.CONFIGS
-    for part in PARTS
-]
+# Their parts are those of other families.
+SIBLINGS = ("llava_next", "siglip_qwen2", "qwen2_5_vl", "qwen2_vl", "smolvlm", "llava_pixtral")
+
+
+def cases():
+    for name in tiny_families.CONFIGS:
+        for part in PARTS:
+            marks = [pytest.mark.slow] + [pytest.mark.long] * (name in SIBLINGS)
+            yield pytest.param(name, part, marks=[] if (name, part) in QUICK else marks)
+
+
 LORA = parts.Lora(rank=2, matrices=r"lm\.layers\.attn\..*\.kernel")
 MATRICES = {"up": "lm.layers.mlp.up.kernel", "down": "lm.layers.mlp.down.kernel"}
 
@@ -57,7 +63,7 @@ def expected(part: str, names) -> set[str]:
     return {name for name in names if name.startswith(f"{part}.")}
 
 
-@pytest.mark.parametrize(("name", "part"), CASES)
+@pytest.mark.parametrize(("name", "part"), list(cases()))
 def test_a_part_alone_trains_and_is_saved(name, part, tmp_path):
     model, batch = made(name)
     if "projector" in part and model.config.projector is None:

@@ -148,8 +148,17 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
 
 
 def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
-    """Return the fields that LLaVA and models built like it share; the inverse of `parts`."""
+    """Return the fields that LLaVA and models built like it share; the inverse of `parts`.
+
+    Raises:
+      ValueError: the model reads SigLIP through its last norm, for which LLaVA has no field.
+    """
     vision, projector, lm = config.vision, config.projector, config.lm
+    if isinstance(vision, SiglipConfig) and vision.has_norm:
+        raise ValueError(
+            "a LLaVA reads SigLIP without its last norm, and this model reads it with it: build it "
+            "with SiglipConfig(feature_layer=-1), or a checkpoint would lose the norm"
+        )
     own = {"projector_fold": projector.fold, "projector_depth": projector.depth}
     return {
         "image_token_index": config.image_token,

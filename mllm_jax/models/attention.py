@@ -1,0 +1,139 @@
+"""Attention: all scores at once, or a block of keys at a time where rows are long."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.models import blockwise_attention
+from mllm_jax.models.blockwise_attention import ScoreRule
+from mllm_jax.numerics import precision, rows
+from mllm_jax.typing import Array, Bool, Float
+
+KeysAndValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+
+# Scores of a head above which queries come in blocks, each of which computes its scores again in a
+# backward pass; and above which keys come in blocks too. Each block of keys reads and writes the
+# heads once more: on an H100, rows of 3,072 tokens would move 1.4 times the bytes.
+MAX_SCORES_AT_ONCE = 2**18
+MAX_SCORES_OF_ALL_KEYS = 2**24
+QUERY_BLOCKS = 4
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B #N #T S"] | None,
+    *,
+    past: KeysAndValues | None = None,
+    pattern: Callable[[Array], Array] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Compute softmax(scale q k^T) v, with N / K query heads for each key-value head.
+
+    Args:
+        query: the queries.
+        key: the keys.
+        value: the values.
+        mask: True where a query may attend; None for everywhere. The result of a query that may
+            attend nowhere is zero.
+        past: earlier keys and values; S of the mask counts both.
+        pattern: a function applied to the probabilities [B, N, T, S] before they multiply the
+            values. With None they are not all computed at the same time.
+        causal: whether the mask is causal, so that products with later keys can be left out.
+        scale: the factor of the products; 1 / sqrt(H) by default.
+        softcap: the bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
+    """
+    parts = [(key, value)] if past is None else [past, (key, value)]
+    causal = causal and past is None
+    (B, T, N, H), S = query.shape, sum(key.shape[2] for key, _ in parts)
+    rule = ScoreRule(H**-0.5 if scale is None else scale, softcap)
+    if pattern is not None:
+        return _attend_at_once(rule, query, parts, mask, pattern)
+    scores = B * N * T * S
+    attend_part = functools.partial(
+        _attend_in_blocks if T * S > MAX_SCORES_OF_ALL_KEYS else _attend_at_once, rule
+    )
+    if T * S > MAX_SCORES_AT_ONCE:
+        attend_part = functools.partial(_by_query_block, jax.checkpoint(attend_part), causal)
+    elif causal and scores > rows.MAX_ELEMENTS_AT_ONCE:
+        attend_part = functools.partial(_by_query_block, attend_part, causal)
+    return rows.map_rows_on_cpu(attend_part, query, parts, mask, num_elements=scores)
+
+
+def _by_query_block(
+    attend_part: Callable[..., Array], causal: bool, query: Array,
+    parts: Sequence[KeysAndValues], mask: Array | None,
+) -> Float[Array, "B T N H"]:  # fmt: skip
+    """Attend in blocks of queries; if causal, each with the keys up to its end alone."""
+    T = query.shape[1]
+    count = min(QUERY_BLOCKS, T)
+    ends = [T * n // count for n in range(count + 1)]
+
+    def attend_block(start: int, stop: int) -> Array:
+        keys = [(k[:, :, :stop], v[:, :, :stop]) for k, v in parts] if causal else parts
+        seen = mask
+        if seen is not None:
+            seen = seen if seen.shape[2] == 1 else seen[:, :, start:stop]
+            seen = seen[..., :stop] if causal else seen
+        return attend_part(query[:, start:stop], keys, seen)
+
+    return jnp.concatenate([attend_block(i, j) for i, j in itertools.pairwise(ends)], 1)
+
+
+def _attend_in_blocks(
+    rule: ScoreRule, query: Array, parts: Sequence[KeysAndValues], mask: Array | None
+) -> Float[Array, "B T N H"]:
+    """Attend without the scores of all keys in memory; see `blockwise_attention`."""
+    key, value = (jnp.concatenate(arrays, 2) for arrays in zip(*parts, strict=True))
+    (B, T, N, H), K = query.shape, key.shape[1]
+    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    if mask is not None:
+        groups = (1, 1) if mask.shape[1] == 1 else (K, N // K)
+        mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
+    heads = blockwise_attention.attend(rule, grouped, key, value, mask).astype(query.dtype)
+    return heads.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _attend_at_once(
+    rule: ScoreRule, query: Array, parts: Sequence[KeysAndValues], mask: Array | None,
+    pattern: Callable[[Array], Array] | None = None,
+) -> Float[Array, "B T N H"]:  # fmt: skip
+    """Attend with all scores in memory."""
+    B, T, N, H = query.shape
+    K = parts[0][0].shape[1]
+    # In this order of axes the products need no transposition of an array of size [T, S].
+    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    products = [
+        precision.einsum("BKUH,BKSH->BKUS", grouped, key, into_float32=True) for key, _ in parts
+    ]
+    scores = rule(_concatenate(products).reshape(B, N, T, -1))
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    odds = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    share = 1 / odds.sum(-1, keepdims=True)
+    if mask is not None:
+        share = jnp.where(mask.any(-1, keepdims=True), share, 0)
+    probabilities = odds * share
+    if pattern is not None:
+        probabilities = pattern(probabilities)
+    probabilities = probabilities.astype(query.dtype).reshape(B, K, N // K * T, -1)
+    ends = np.cumsum([key.shape[2] for key, _ in parts])[:-1]
+    heads = [
+        precision.einsum("BKUS,BKSH->BKUH", part, value)
+        for part, (_, value) in zip(jnp.split(probabilities, ends, -1), parts, strict=True)
+    ]
+    whole = functools.reduce(jnp.add, heads)
+    return whole.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _concatenate(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
