@@ -156,7 +156,10 @@ def patch(
       basis: The subspace to exchange (interchange, DAS), [D] or [D, r]; the whole space by default.
     """
     values = {} if basis is None else {"basis": basis}
-    route = tuple(sites.as_array(rows).astype(np.int32) for rows in (source, into))
+    rows = sites.as_array(source), sites.as_array(into)
+    if wrong := [r.dtype for r in rows if not jnp.issubdtype(r.dtype, np.integer)]:
+        raise ValueError(f"patch takes the numbers of rows, source and into, not {wrong[0]}")
+    route = tuple(array.astype(np.int32) for array in rows)
     return _edit("patch", target, where, values, route=route)
 
 
@@ -293,6 +296,9 @@ class BoundEdit:
         change = self.fn or KINDS[self.kind].apply
         assert change is not None, f"{self.kind} has no function"
         new = change(x, **self.values, **along)
+        if not hasattr(new, "dtype") or jnp.issubdtype(new.dtype, np.complexfloating):
+            kind = getattr(new, "dtype", type(new).__name__)
+            raise ValueError(f"the {self.label} returned {kind}: return an array of real numbers")
         if strength is not None:
             new = (1 - strength) * x + strength * new
         return jnp.where(mask, new.astype(x.dtype), x)

@@ -15,6 +15,7 @@ def fit_value(
     value: Shaped[AnyArray, ...], address: Address, spec: SiteShape
 ) -> Shaped[AnyArray, "L ..."]:
     """Return a value with a leading L axis and then the rank of the site."""
+    _require_numbers(value, address)
     shape = _broadcastable_shape(value.shape, address, spec)
     full = value.astype(spec.dtype).reshape(shape)
     if value.ndim:  # a scalar stays one, however many units are listed
@@ -27,12 +28,15 @@ def fit_basis(
 ) -> Shaped[AnyArray, "L D r"]:
     """Return orthonormal columns that span the given ones, in float32 or better."""
     site = address.site
+    _require_numbers(basis, address)
     basis = basis[:, None] if basis.ndim == 1 else basis
     if basis.ndim != 2 or basis.shape[0] != spec.shape[-1]:
         raise ValueError(
             f"{site.name}: the basis is {basis.shape}, expected [{spec.shape[-1]}, directions]"
         )
     known = isinstance(basis, np.ndarray)
+    if known and not np.isfinite(basis).all():
+        raise ValueError(f"{site.name}: the basis has numbers that are not finite")
     if known and (rank := np.linalg.matrix_rank(basis)) < basis.shape[1]:
         raise ValueError(
             f"{site.name}: the {basis.shape[1]} directions of the basis span only {rank}"
@@ -40,6 +44,12 @@ def fit_basis(
     basis = basis.astype(precision.at_least_float32_dtype(spec.dtype))
     columns = np.linalg.qr(basis)[0] if known else precision.orthonormalize(basis)
     return _per_layer(columns[None], spec.layers)
+
+
+def _require_numbers(value: Shaped[AnyArray, ...], address: Address) -> None:
+    """Raise ValueError unless a value is real: casting drops imaginary parts, and None is NaN."""
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+        raise ValueError(f"{address.site.name}: a value holds real numbers, not {value.dtype}")
 
 
 def _broadcastable_shape(

@@ -107,8 +107,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is below 1: generate one token or more")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is below 0")
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature={temperature} is below 0 or not finite")
     if temperature and key is None:
         raise ValueError("sampling needs key=jax.random.key(seed)")
     processor, batch = batch.processor, batch.prompts().replace(processor=None)

@@ -317,6 +317,26 @@ def test_values_without_one_reading_are_refused(layers, site, given, message):
         binding.bind_edits(mj.add(S.get(f"lm.attn.{site}"), np.ones(given)), SQUARE[layers], MAPS)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mj.add(RESID, V * 1j), "lm.resid_.*: a value holds real numbers, not complex"),
+        (lambda: mj.replace(RESID, None), "a value holds real numbers, not object"),
+        (lambda: mj.scale(ACT, "2"), "a value holds real numbers, not <U1"),
+        (lambda: mj.project_out(RESID, V * 1j), "a value holds real numbers, not complex"),
+        (lambda: mj.project_out(RESID, V * np.nan), "the basis has numbers that are not finite"),
+        (lambda: mj.patch(RESID, 0.9, 1), "numbers of rows, source and into, not float64"),
+        (lambda: mj.patch(RESID, 0, True), "numbers of rows, source and into, not bool"),
+        (lambda: mj.call(RESID, lambda x: None), "the call lm.resid_.* returned NoneType: return"),
+        (lambda: mj.call(RESID, lambda x: x * 1j), "returned complex64: return an array of real"),
+    ],
+)
+def test_what_is_no_real_number_is_refused(make, message, model, batch):
+    """Each was cast: the imaginary part was lost, None was NaN, and row 0.9 was row 0."""
+    with pytest.raises(ValueError, match=message):
+        mj.run(model, batch, make())
+
+
 def same(model, batch, a, b, atol=1e-6):
     ours, theirs = (logits(model, batch, edits)[0] for edits in (a, b))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)

@@ -175,6 +175,8 @@ def test_samples_are_by_their_key_and_have_the_models_probabilities(tiny_model, 
     ("how", "message"),
     [
         ({"temperature": -0.5}, "temperature=-0.5 is below 0"),
+        ({"temperature": float("nan")}, "temperature=nan is below 0 or not finite"),
+        ({"temperature": float("inf")}, "temperature=inf is below 0 or not finite"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
         (
             {"edits": mj.add(S.lm.attn.pattern, np.ones((4, 15, 15)))},
