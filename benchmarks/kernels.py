@@ -21,7 +21,7 @@ ABOUT = "the time of the parts of a clean pass"
 MODULES = {"Vit.__call__": "vision", "Decoder.__call__": "LM"}
 # (a function that called the operation, the name of its time); the first match counts.
 PARTS = (
-    ("attention", "attention"),
+    ("attend", "attention"),
     ("rotate", "rotary positions"),
     ("rotary", "rotary positions"),
     ("RMSNorm.__call__", "norms"),
