@@ -32,6 +32,10 @@ class PackedTilesProcessor(Processor):
         tiles = max((self.layout(size).tiles for size in set(sizes)), default=1)
         return tiles * self.config.vision.feature_tokens
 
+    def _are_places(self, given: int, needed: int) -> bool:
+        # Those of a data set have the places of its picture of most tiles.
+        return given >= needed and given % self.config.vision.feature_tokens == 0
+
     def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         if features is not None:
             return features.shape[1] // self.config.vision.feature_tokens if any(pictures) else 0

@@ -325,7 +325,7 @@ class Processor(PromptEncoder):
         self, features: np.ndarray, sizes: Sequence[tuple[int, int] | None]
     ) -> None:
         """Raise ValueError unless features are [B, P, E] of as many places as pictures have."""
-        places = self.feature_places([size for size in sizes if size is not None])
+        places = self.feature_places([(row, column) for row, column in filter(None, sizes)])
         if np.ndim(features) != 3 or not self._are_places(features.shape[1], places):
             raise ValueError(
                 f"features has the shape {np.shape(features)}: it must be [rows, {places}, width], "

@@ -423,7 +423,8 @@ class TestFiles:
         def lose(text, **how):
             return {"input_ids": [1], "offset_mapping": [(0, 0)]}
 
-        lose.name_or_path, lose.eos_token_id, lose.get_vocab = "somewhere", 2, dict
+        lose.name_or_path, lose.eos_token_id = "somewhere", 2
+        lose.get_vocab = lambda: {"<image>": processor.config.image_token}
         made = Processor(lose, None, processor.config)
         lose.chat_template = None
         refused(
