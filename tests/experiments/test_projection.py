@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -115,11 +116,12 @@ def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_
 
     reds = tasks.Task.from_domain(domains.Domain.from_folder(folders[0]), near_copy=None)
     own = {"reds": reds}
+    reader = types.SimpleNamespace(config=types.SimpleNamespace(vision="a tower"))
 
     def of(clip):
         config = config_of(CONFIG, clip=str(clip), test_per_task=6)
         folder = store.Workdir(tmp_path / "work", {})
-        return study.Study(config=config, workdir=folder, model=None, processor=None, tasks=own)
+        return study.Study(config=config, workdir=folder, model=reader, processor=None, tasks=own)
 
     assert study.match(of("")) == {"reds": {}}
     with pytest.raises(FileNotFoundError, match="neither a directory nor"):
