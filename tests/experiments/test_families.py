@@ -16,7 +16,7 @@ from tests.helpers import studies, study_checkpoints
 SWEEP = "configs/embedded_sweep.py:tokens"
 SMALL = {
     "domain_neurons": {
-        "splits": 2, "resamples": 4, "shuffles": 19, "controls": 1, "random_controls": 1,
+        "splits": 2, "resamples": 4, "shuffles": 19, "controls": 1, "random_controls": 1, "entropy_controls": 1,
         "picture_layers": 2,
     },
     "projection": {

@@ -163,7 +163,7 @@ def test_instructblip_to_its_page(study):
     assert results["baseline"]["vqav2"]["metric"] == "VQA accuracy"
     assert "NOT Lingo-Judge" in results["baseline"]["lingoqa"]["metric"]
     cells = [row for row in results["ablation"] if row["module"] == "qformer+query"]
-    assert len(cells) == 5 * (5 + 1 + 1)
+    assert len(cells) == 5 * (5 + 1 + 1 + 1)
     assert any(row["deviation"]["image"]["relative_l2"] > 0 for row in cells)
     assert results["pictures"] == []  # queries are on no grid
     assert (workdir / "index.html").stat().st_size > 1000
