@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +19,11 @@ MODULES = {
     "projector": S.projector.act,
     "lm": S.lm.mlp.act,
 }
+
+
+def widest(modules: Sequence[str]) -> str:
+    """Return the ablated module of most neurons: all together, or the last."""
+    return "all" if "all" in modules else modules[-1]
 
 
 def ablate_masks(masks: Mapping[str, np.ndarray]) -> Edits:

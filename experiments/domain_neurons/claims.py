@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import scipy.stats
 
+from experiments.domain_neurons.effects import EFFECT, NONE
+from experiments.modules import widest
 from mllm_jax.analysis import power
 
 Row = Mapping[str, Any]
 LARGEST_CHANGE = 0.1  # "at most 10 %" (abstract)
-LEVEL = 0.05
 
 
 class Claim(NamedTuple):
@@ -57,7 +58,7 @@ def _existence(stability: Mapping[str, Row], selection: Mapping[str, Row]) -> Cl
         for module, count in beyond.items()
     )
     some = [count > 0 for count in beyond.values()]
-    level = next((row["level"] for row in tested.values()), LEVEL)
+    level = next((row["level"] for row in tested.values()), power.LEVEL)
     return Claim(
         "Every module has neurons that belong to a visual domain.",
         "In every module some entropies are lower than any under shuffled labels of domains.",
@@ -72,10 +73,9 @@ def _hidden_states(effects: Sequence[Row]) -> Claim:
         row for row in effects
         if (row["control"], row["measure"], row["tokens"]) == ("rate", "relative_l2", "image")
     )  # fmt: skip
-    larger = [row["verdict"] == "effect" and row["difference"] > 0 for row in rows]
+    larger = [row["verdict"] == EFFECT and row["difference"] > 0 for row in rows]
     none = [
-        row["verdict"] == "none within the margin"
-        or (row["verdict"] == "effect" and row["difference"] < 0)
+        row["verdict"] == NONE or (row["verdict"] == EFFECT and row["difference"] < 0)
         for row in rows
     ]
     ranges = ", ".join(
@@ -102,11 +102,11 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
     # Unchanged answers to n questions leave a change of 10 % the probability 0.9^n.
     within = [
         max(abs(row["low"]), abs(row["high"])) <= LARGEST_CHANGE
-        and (1 - LARGEST_CHANGE) ** n <= LEVEL
+        and (1 - LARGEST_CHANGE) ** n <= power.LEVEL
         for row, n in zip(rows, counts, strict=True)
     ]
     beyond = [
-        _chance(abs(row["difference"]), n) <= LEVEL / len(rows)
+        _chance(abs(row["difference"]), n) <= power.LEVEL / len(rows)
         for row, n in zip(rows, counts, strict=True)
     ]
     ranges = ", ".join(
@@ -155,10 +155,9 @@ def _stages(stages: Mapping[str, Any]) -> Claim:
 
 
 def _widest(rows: Any) -> list[Row]:
-    """Return the rows of all modules together, or of the last module where none are."""
+    """Return the rows of the module of most neurons."""
     rows = list(rows)
-    modules = [row["module"] for row in rows]
-    chosen = "all" if "all" in modules else (modules or [None])[-1]
+    chosen = widest([row["module"] for row in rows]) if rows else None
     return [row for row in rows if row["module"] == chosen]
 
 

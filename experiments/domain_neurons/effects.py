@@ -12,7 +12,8 @@ from mllm_jax.analysis import intervals, power
 
 Row = dict[str, Any]
 Arrays = Mapping[str, np.ndarray]  # of one cell: `score` [N], and the deviation sums [kinds, N]
-LEVEL = 0.05
+# The verdicts on an effect.
+EFFECT, NONE, UNDECIDED = "effect", "none within the margin", "undecided"
 MEASURES = ("accuracy", "relative_l2", "cosine")
 
 
@@ -130,9 +131,9 @@ def _verdict(row: Row) -> str | None:
     """
     if row["p_equal"] is None:
         return None
-    if row["p_holm"] <= LEVEL:
-        return "effect"
-    return "none within the margin" if row["p_equal"] <= LEVEL else "undecided"
+    if row["p_holm"] <= power.LEVEL:
+        return EFFECT
+    return NONE if row["p_equal"] <= power.LEVEL else UNDECIDED
 
 
 def _measures(own: Arrays, kinds: Sequence[str]) -> list[tuple[str, int | None]]:

@@ -189,7 +189,7 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
             raise ValueError(f"this study takes no --{name}: it runs the model as it is")
     cli.check_items(EDITS.value, CAPTURES.value)
     cli.refuse_file("--workdir", WORKDIR.value)
-    cli.refuse_file("--compilation_cache", COMPILATION_CACHE.value or "")
+    cli.refuse_file("--compilation_cache", COMPILATION_CACHE.value)
     _mesh_sizes()
     _check_processes()
     _check_paths(CONFIG.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import platform
@@ -31,8 +30,8 @@ def default_folder() -> pathlib.Path:
     """
     from mllm_jax import store
 
-    cpu = "".join([platform.machine(), platform.processor(), *_instructions()])
-    return store.cache_directory() / "compiled" / hashlib.sha256(cpu.encode()).hexdigest()[:12]
+    cpu = store.fingerprint(platform.machine(), platform.processor(), _instructions())
+    return store.cache_directory() / "compiled" / cpu[:12]
 
 
 def _instructions() -> list[str]:

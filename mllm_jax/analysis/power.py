@@ -12,7 +12,7 @@ from typing import NamedTuple
 import scipy.optimize
 import scipy.stats
 
-LEVEL = 0.05
+LEVEL = 0.05  # of tests, after their correction
 POWER = 0.8  # the share of studies in which the likely effect is found
 
 

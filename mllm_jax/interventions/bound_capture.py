@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mllm_jax import sites
-from mllm_jax.typing import AnyArray, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -88,9 +89,13 @@ class BoundCapture:
 
         def pick(array):
             array = array[order]
-            missing = jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0
             is_absent = absent.reshape(-1, *(1,) * (array.ndim - 1))
-            array = jnp.where(is_absent, jnp.asarray(missing, array.dtype), array)
+            array = jnp.where(is_absent, jnp.asarray(absent_value(array), array.dtype), array)
             return array[0] if self.single else array
 
         return jax.tree.map(pick, carried)
+
+
+def absent_value(array: Shaped[Array, ...]) -> float:
+    """Return what stands for layers and units that the model does not have: NaN, or 0."""
+    return np.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0

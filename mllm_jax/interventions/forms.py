@@ -17,7 +17,7 @@ import numpy as np
 from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import attention_maps, captures, reductions, site_rules, top_tokens
-from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.interventions.bound_capture import BoundCapture, absent_value
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.sites import SiteShape
 from mllm_jax.typing import Array, Shaped
@@ -96,8 +96,8 @@ def read_layer(capture: BoundCapture, x: Shaped[Array, ...], lens: Callable | No
       lens: A function from states [..., D] to logits float32[..., V].
     """
     if capture.units is not None:
-        missing = jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
-        x = jnp.take(x, capture.units, capture.site.unit_axis, mode="fill", fill_value=missing)
+        axis = capture.site.unit_axis
+        x = jnp.take(x, capture.units, axis, mode="fill", fill_value=absent_value(x))
     return FORMS[capture.form].read(capture, x, lens)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,6 +45,15 @@ def title(module: str) -> str:
     """Return the title of a module, or of several joined by +."""
     return MODULE_TITLES.get(module) or " + ".join(
         MODULE_TITLES.get(part, part) for part in module.split("+")
+    )
+
+
+def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
+    """Return the sentence on how many of a paper's claims hold."""
+    count = {name: sum(row["verdict"] == name for row in claims) for name in VERDICTS}
+    return (
+        f"Of the paper's {len(claims)} claims, {count['holds']} hold here, {count['fails']} fail, "
+        f"and {count['undecided']} are undecided at this sample size."
     )
 
 

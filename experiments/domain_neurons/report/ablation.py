@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.domain_neurons.report import effects, plots
-from experiments.domain_neurons.report.effects import CONTROLS, LEVEL
+from experiments.domain_neurons.report.effects import CONTROLS
 from experiments.domain_neurons.report.layers import token_kinds
+from experiments.modules import widest
+from mllm_jax.analysis import power
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
 from mllm_jax.typing import Bool, Float
@@ -107,9 +109,10 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
         table=page.Table(columns, rows),
         note="Rows: the domain whose neurons are set to zero, at every token and every step. "
         "Columns: the domain tested. Controls match in number, layer and module, rate-matched ones "
-        f"also in how often they are active. Beyond chance: p below {LEVEL} by flipping signs of "
-        "paired differences, corrected (Holm) for the cells of domains with their own neurons "
-        f"ablated, and for all other cells. {_read_power(results)} The intervals in the table "
+        "also in how often and how strongly they are active. Beyond chance: p below "
+        f"{power.LEVEL} by flipping signs of paired differences, corrected (Holm) for the cells of "
+        "domains with their own neurons ablated, and for all other cells. "
+        f"{_read_power(results)} The intervals in the table "
         "files are 95 % paired bootstrap intervals over questions, without that correction: an "
         "interval may exclude zero although the corrected p does not fall below the level.",
         data=[_ablation_csv(folder, runs)],
@@ -152,7 +155,7 @@ def _read_power(results: Results) -> str:
 
 def _read_changes(results: Results, by_module: Mapping[str, Changes]) -> str:
     """Return the sentences on the changes by the ablation of the widest module."""
-    module, own = _widest(list(by_module)), _own_domain(results)
+    module, own = widest(list(by_module)), _own_domain(results)
     change = by_module[module]
     measured = int((~np.isnan(change.selected[own])).sum())
     controls = ", ".join(
@@ -222,7 +225,7 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         for module, by_kind in selected.items()
         for kind in by_kind
     ]
-    module = parts.title(_widest([run["module"] for run in results["ablation"]]))
+    module = parts.title(widest([run["module"] for run in results["ablation"]]))
     kind = token_kinds(selected)[0]
     others = [
         f"; {CONTROLS[name]}, by {mean(of, module, kind, 'relative_l2')}"
@@ -294,15 +297,11 @@ def change_matrix(
             cell = index[run["mask"]], index[run["data"]]
             total[cell] += run["difference"]
             count[cell] += 1
-            star[cell] = control is None and run["p_holm"] <= LEVEL
+            star[cell] = control is None and run["p_holm"] <= power.LEVEL
     return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0), star
 
 
 def widest_module(results: Results) -> str | None:
     """Return the ablated module of most neurons: all together, or the last; None for none."""
     modules = [run["module"] for run in results["ablation"]]
-    return _widest(modules) if modules else None
-
-
-def _widest(modules: Sequence[str]) -> str:
-    return "all" if "all" in modules else modules[-1]
+    return widest(modules) if modules else None

@@ -13,11 +13,9 @@ COLUMNS = ("claim", "verdict", "criterion", "found", "power")
 def claims(folder: pathlib.Path, results: Results) -> page.Section:
     """Build the section on the claims."""
     rows = results["claims"]
-    count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in parts.VERDICTS}
     return page.Section(
         title="The claims",
-        reading=f"Of the paper's {len(rows)} claims, {count['holds']} hold here, {count['fails']} "
-        f"fail, and {count['undecided']} are undecided at this sample size.",
+        reading=parts.count_verdicts(rows),
         table=page.Table(
             ["verdict", "claim", "found", "what could have been found"],
             [

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from mllm_jax.analysis import power
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Results
 
-LEVEL = 0.05  # of tests, after their correction
 CONTROLS = {
     "rate": "rate-matched neurons", "layer": "random neurons", "entropy": "high-entropy neurons",
 }  # fmt: skip
@@ -60,7 +60,7 @@ def select(
 
 def beyond(rows: Sequence[Row]) -> str:
     """Return how many effects on accuracy are beyond chance."""
-    count = sum(row["p_holm"] is not None and row["p_holm"] <= LEVEL for row in rows)
+    count = sum(row["p_holm"] is not None and row["p_holm"] <= power.LEVEL for row in rows)
     return found(count, len(rows), smallest(row["possible"] for row in rows))
 
 

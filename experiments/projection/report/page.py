@@ -96,10 +96,6 @@ def _claims(folder: pathlib.Path, results: Results) -> page.Section:
         for row in claims
         for comparison in row["comparisons"]
     ]
-    by_verdict = {
-        verdict: sum(row["verdict"] == verdict for row in results["claims"])
-        for verdict in parts.VERDICTS
-    }  # fmt: skip
     without = (
         ""
         if any(row["variant"] == CLIP for row in results["answers"])
@@ -108,9 +104,7 @@ def _claims(folder: pathlib.Path, results: Results) -> page.Section:
     )
     return page.Section(
         title="The claims",
-        reading=f"Of the paper's {len(results['claims'])} claims, {by_verdict['holds']} hold here, "
-        f"{by_verdict['fails']} fail, and {by_verdict['undecided']} are undecided at this sample "
-        f"size.{without}",
+        reading=f"{parts.count_verdicts(results['claims'])}{without}",
         table=page.Table(
             ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
             [
