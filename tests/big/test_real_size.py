@@ -108,7 +108,7 @@ def test_benchmark(checkpoint, monkeypatch, capsys, tmp_path):
     assert [phase["name"] for phase in found] == ["load", "counts", "lens", "generate"]
     assert all(0 < phase["peak"] <= phase["most"] for phase in found)
     assert found[0]["most"] == found[0]["model"] + GIB
-    assert len(found[-1]["found"].split()) == 1 + 4
+    assert len(found[-1]["result"].split()) == 1 + 4
     assert capsys.readouterr().out.count("kept") == 4
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match="ended with 1"):

@@ -63,7 +63,7 @@ def run(config_of, checkpoints, paths, tmp_path):
     def one(study, family):
         name, fields = studies.STUDIES[study]
         config = config_of(SWEEP if study == "sweep" else name, paths=paths)
-        config.update(fields)
+        config.update_from_flattened_dict(fields)
         config.update_from_flattened_dict(SMALL.get(study, {}))
         config.model = str(checkpoints(family))
         workdir = Workdir(tmp_path / "work", config.to_dict())
