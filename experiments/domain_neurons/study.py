@@ -103,6 +103,7 @@ def _results(
         "controls": drawn.rows,
         "effects": ablated.effects,
         "power": ablated.power,
+        "questions": ablated.questions,
         "lens": layers.curves(lens),
         "stages": layers.staged(lens, neurons["lm"]),
         "features": layers.features(lens),

@@ -78,7 +78,7 @@ def test_tables_hold_the_numbers_exactly(written):
     undecided = rows(folder / "tables/stages.csv")[4]
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
     assert {path.name for path in (folder / "tables").iterdir()} == {
-        "ablation.csv", "accuracy.csv", "claims.csv", "controls.csv", "deviation.csv",
+        "ablation.csv", "accuracy.csv", "changed_answers.csv", "claims.csv", "controls.csv", "deviation.csv",
         "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
         "overlap.csv", "power.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
         "stability.csv", "tokens.csv",

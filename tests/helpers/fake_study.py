@@ -135,6 +135,12 @@ def fake_results(
         if run["control"] is None:
             run["p_holm"] = min(1.0, 20 * run["p"])
             run["family"] = "own" if run["mask"] == run["data"] else "other"
+            run["changes"] = 3
+            run["changed"] = [
+                {"question": 1, "before": "a ball", "after": "a <cat> & $x$", "scores": [1.0, 0.0]}
+            ]
+    asked = {"id": "cats/0001", "question": "What is <shown>?", "answer": "a ball"}
+    questions = {data: [asked] * 8 for data in domains}
     power = [
         {"family": family, "data": data, "tests": tests, "n": 240, "possible": share, "likely": 1.4 * share}
         for family, tests, share in (("own", 4 * count, 0.042), ("other", 4 * count * (count - 1), 0.046))
@@ -246,7 +252,7 @@ def fake_results(
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "lens": lens, "stages": stages, "features": features,
+        "ablation": ablation, "questions": questions, "lens": lens, "stages": stages, "features": features,
         "pictures": pictures,
     }  # fmt: skip
     return results | {"claims": claims.judge(results)}

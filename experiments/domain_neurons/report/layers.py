@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.domain_neurons.report import plots, stage_plots
+from experiments.domain_neurons.report import panels, plots, stage_plots
 from mllm_jax.processors import pictures as picture_files
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
@@ -33,8 +33,12 @@ def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="Layers and stages",
         reading=_read_lens(lens, stages, kind),
         figures=[
-            parts.write_png(
-                folder, "lens", figure, "Entropy of the logit lens by layer, with stage boundaries"
+            parts.write_figure(
+                folder,
+                "lens",
+                figure,
+                "Entropy of the logit lens by layer, with stage boundaries",
+                chart=panels.lens(lens, token_kinds(lens)),
             )
         ],
         table=page.Table(
@@ -143,9 +147,10 @@ def features(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading=f"Differences between domains are {parts.join_words(shares)} of all variance among "
         "the mean features of pictures.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "features", figure,
                 "Two principal components of the pictures' features, by domain",
+                chart=panels.features(by_module),
             )
         ],
         note="The mean over the image tokens of each picture, after the vision encoder and after "
@@ -161,7 +166,9 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
     pictures = results["pictures"]
     if not pictures:
         return None
-    drawn = [_full_picture(folder, i, picture) for i, picture in enumerate(pictures)]
+    every = [np.asarray(picture["entropy"]) for picture in pictures]
+    bounds = min(float(e.min()) for e in every), max(float(e.max()) for e in every)
+    drawn = [_full_picture(folder, i, picture, bounds) for i, picture in enumerate(pictures)]
     drawn += [_split_picture(folder, i, p) for i, p in enumerate(pictures) if p["parts"]]
     first, last = (np.mean([np.mean(p["entropy"][i]) for p in pictures]) for i in (0, -1))
     return page.Section(
@@ -170,24 +177,27 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{pictures[0]['layers'][0]} to layer {pictures[0]['layers'][-1]} the mean entropy goes "
         f"from {first:.1f} to {last:.1f} nats.",
         figures=drawn,
-        note="The lower the entropy, the deeper the colour. ↵ is a line break, ␣ white space, ▯ a "
-        "character that the font lacks; long words are cut. The picture is the input of the vision "
-        "encoder; if it is also read in parts, the entropies of their tokens follow.",
+        note="The lower the entropy, the deeper the colour, on one scale for all "
+        "pictures. ↵ is a line break, ␣ white space, ▯ a character that the font lacks; long "
+        "words are cut. The picture is the input of the vision encoder; if it is also read in "
+        "parts, the entropies of their tokens follow.",
     )
 
 
-def _full_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.Figure:
-    """Draw the tokens of the full picture, in all layers that were read."""
+def _full_picture(
+    folder: pathlib.Path, number: int, picture: Picture, bounds: tuple[float, float]
+) -> page.Figure:
+    """Draw the tokens of the full picture, in all layers that were read, on a common scale."""
     figure = figures.token_map(
         read_picture(folder, picture), picture["words"], picture["entropy"],
-        [f"layer {layer}" for layer in picture["layers"]],
+        [f"layer {layer}" for layer in picture["layers"]], bounds,
     )  # fmt: skip
     caption = (
         f"{picture['domain']}, {picture['id']}. Question: {picture['question']} "
         f"Expected: {picture['answer']}. Generated: {picture['generated']}"
     )
     alt = f"Most likely word of each image token of {picture['id']}"
-    return parts.write_png(folder, f"tokens-{number}", figure, alt, caption)
+    return parts.write_figure(folder, f"tokens-{number}", figure, alt, caption)
 
 
 def _split_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.Figure:
@@ -200,7 +210,9 @@ def _split_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.
         [f"parts, layer {picture['layers'][i]}" for i in ends],
     )
     alt = f"Entropy of the image tokens of the parts of {picture['id']}"
-    return parts.write_png(folder, f"parts-{number}", figure, alt, f"The parts of {picture['id']}.")
+    return parts.write_figure(
+        folder, f"parts-{number}", figure, alt, f"The parts of {picture['id']}."
+    )
 
 
 def token_kinds(by_name: Mapping[str, Mapping[str, Any]]) -> list[str]:

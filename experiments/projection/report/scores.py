@@ -31,7 +31,7 @@ def answers(folder: pathlib.Path, results: Results) -> page.Section:
         f"tasks; with its projector tuned {_mean(rows, PROJ)}, tuned end to end "
         f"{_mean(rows, E2E)}. The interval of the change lies above zero in {above[PROJ]} of "
         f"{len(by_task)} tasks for {PROJ}, in {above[E2E]} for {E2E}.",
-        figures=[parts.write_png(folder, "answers", figure, "Macro-F1 by task and variant")],
+        figures=[parts.write_figure(folder, "answers", figure, "Macro-F1 by task and variant")],
         table=page.Table(
             ("task", "variant", "runs", "macro-F1", "interval", "accuracy", "change of F1"),
             [
@@ -77,7 +77,7 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
         figures=[
-            parts.write_png(folder, "richness", figure, "Macro-F1 of probes by task and variant")
+            parts.write_figure(folder, "richness", figure, "Macro-F1 of probes by task and variant")
         ],
         table=_pivot(rows, {"probe": "probe", "variant": "features"}),
         note="Features are means over the patches of a picture. The paper's probes differ in "
@@ -113,7 +113,9 @@ def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
     return page.Section(
         title="Along the depth of the language model",
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
-        figures=[parts.write_png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
+        figures=[
+            parts.write_figure(folder, "depth", figure, "Macro-F1 of a linear probe by layer")
+        ],
         note="A linear probe on the output of each layer; bands are 95 % intervals. Dashed line: "
         "the same probe on the features before the projection.",
         data=[
@@ -166,7 +168,7 @@ def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="What the recipe changes",
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
         f"{page.signed(_mean_change(rows, largest))} on average over tasks.",
-        figures=[parts.write_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
+        figures=[parts.write_figure(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
         note="One setting of the first recipe is changed at a time. The dashed line is "
         "the first recipe. * marks changes whose interval excludes zero.",
