@@ -60,6 +60,12 @@ class Study(context.Context):
         filled = mesh.round_up_to_shards("B", size)
         return batching.QuestionBatches(self.processor, pairs, size, self.length, filled=filled)
 
+    def evidence(self, name: str) -> batching.QuestionBatches:
+        """Return batches with the questions on which evidence of single neurons is gathered."""
+        count = min(self.config.evidence_per_domain, len(self._pairs("train", name)))
+        pairs = batching.ExampleQuestions(self.train[name], tuple(self.config.styles), count)
+        return batching.QuestionBatches(self.processor, pairs, self.config.batch_size, self.length)
+
     @functools.cached_property
     def count_batch_size(self) -> int:
         """The rows of a batch that is counted: few enough for `groups` in the smallest domain."""

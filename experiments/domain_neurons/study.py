@@ -15,6 +15,7 @@ from experiments.domain_neurons import (
     claims,
     controls,
     counts,
+    evidence,
     layers,
     pictures,
     robustness,
@@ -108,6 +109,7 @@ def _results(
         "stages": layers.staged(lens, neurons["lm"]),
         "features": layers.features(lens),
         "pictures": pictures.pictures(study),
+        "evidence": evidence.gather(study, neurons),
     }
     return results | {"claims": claims.judge(results)}
 

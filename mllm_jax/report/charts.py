@@ -18,6 +18,10 @@ from matplotlib import colors
 from mllm_jax.report import markup
 
 SCRIPT = "plotly.min.js"
+SCALES = {  # told apart by the colour-blind
+    "counts": [[0, "#ffffff"], [1, "#0072b2"]],
+    "changes": [[0, "#b2182b"], [0.5, "#f7f7f7"], [1, "#2166ac"]],
+}
 Trace = Mapping[str, Any]
 
 
@@ -176,7 +180,7 @@ def matrix(
         rows: the names of the rows.
         columns: the names of the columns.
         bounds: the values at the ends of the colour scale.
-        colours: the name of one of Plotly's colour scales.
+        colours: a name of SCALES.
         texts: [rows][columns], what is written in each cell.
         hovers: [rows][columns], what appears over each cell.
         opens: [rows][columns], the id of the element that a click on the cell opens.
@@ -186,7 +190,7 @@ def matrix(
     trace: dict[str, Any] = {
         "type": "heatmap", "z": np.asarray(values, float).tolist(),
         "x": list(range(len(columns))), "y": list(range(len(rows))),
-        "zmin": bounds[0], "zmax": bounds[1], "colorscale": colours,
+        "zmin": bounds[0], "zmax": bounds[1], "colorscale": SCALES[colours],
         "text": [[label(cell) for cell in line] for line in texts], "texttemplate": "%{text}",
         "hovertext": [[label(cell) for cell in line] for line in hovers], "hoverinfo": "text",
         "xgap": 1, "ygap": 1,

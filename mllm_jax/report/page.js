@@ -30,7 +30,7 @@ const LAYOUT = {
   paper_bgcolor: "#ffffff",
   plot_bgcolor: "#ffffff",
   hoverlabel: { namelength: -1 },
-  legend: { orientation: "h", y: -0.22 },
+  legend: { orientation: "h", y: -0.3, yanchor: "top" },
   hovermode: "closest",
 };
 const AXIS = { automargin: true, gridcolor: "#e4e4e4", zeroline: false };
@@ -130,6 +130,7 @@ function drawWordMap(map) {
   let current = 0;
   cells.style.gridTemplateColumns = `repeat(${data.columns}, 1fr)`;
 
+  const valueAt = (name, layer, cell) => data.maps[name][Math.min(layer, data.maps[name].length - 1)][cell];
   const wordsAt = (layer, cell) => data.words[layer][cell].map((id) => data.vocabulary[id]);
   const place = (cell) => `row ${Math.floor(cell / data.columns) + 1}, column ${(cell % data.columns) + 1}`;
 
@@ -144,8 +145,8 @@ function drawWordMap(map) {
       height: `${100 / data.rows}%`,
     });
     const words = wordsAt(layer, cell).flatMap((word) => [make("code", {}, word), " "]);
-    const values = Object.entries(data.maps).map(
-      ([name, map]) => `${name} ${Number(map[layer][cell].toPrecision(3))}`);
+    const values = Object.keys(data.maps).map(
+      (name) => `${name} ${Number(valueAt(name, layer, cell).toPrecision(3))}`);
     reply.replaceChildren(`Layer ${data.layers[layer]}, ${place(cell)}: `, ...words, `(${values.join(", ")})`);
   }
 
@@ -157,7 +158,7 @@ function drawWordMap(map) {
     slider.setAttribute("aria-valuetext", `layer ${data.layers[layer]}`);
     scale.textContent = `${shading.value}: dark ${Number(low.toPrecision(3))}, light ${Number(high.toPrecision(3))}`;
     buttons.forEach((button, cell) => {
-      const share = (data.maps[shading.value][layer][cell] - low) / (high - low || 1);
+      const share = (valueAt(shading.value, layer, cell) - low) / (high - low || 1);
       const shade = Math.min(SHADES.length - 1, Math.floor(share * SHADES.length));
       const [word] = wordsAt(layer, cell);
       button.textContent = word;

@@ -75,6 +75,12 @@ class Table:
     links: Sequence[str] = ()
     sortable: bool = False
 
+    def numeric(self) -> list[bool]:
+        """Return whether each column holds numbers alone."""
+        return [all(map(_is_number, cells)) for cells in zip(*self.rows, strict=True)] or [
+            False
+        ] * len(self.columns)
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -89,6 +95,7 @@ class Section:
         note: how the numbers were measured.
         widgets: further parts, below the table.
         name: the id of the section, to which links lead; its number by default.
+        alone: whether a link to the section shows it without the other ones of this kind.
     """
 
     title: str
@@ -99,6 +106,7 @@ class Section:
     note: str = ""
     widgets: Sequence[Widget] = ()
     name: str = ""
+    alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +120,7 @@ class Page:
         figure: a summary of the study in one figure.
         sections: the results, in order.
         data: (name, path) of the files of the study.
+        contents: whether links to the sections precede them.
     """
 
     title: str
@@ -120,6 +129,7 @@ class Page:
     figure: Figure | None = None
     sections: Sequence[Section] = ()
     data: Sequence[tuple[str, str]] = ()
+    contents: bool = True
 
 
 def model_name(results: Mapping[str, Any]) -> str:
@@ -167,7 +177,7 @@ def render(page: Page) -> str:
     )
     links = "".join(
         f'<li><a href="#{_id(i, section)}">{markup.text(section.title)}</a></li>'
-        for i, section in enumerate(page.sections, 1)
+        for i, section in enumerate(page.sections if page.contents else (), 1)
     )
     scripts = "".join(f'<script src="{name}" defer></script>\n' for name in _scripts(page))
     return f"""<!DOCTYPE html>
@@ -212,7 +222,8 @@ def _section(number: int, section: Section) -> str:
         parts.append(f'<p class="note">{markup.text(section.note)}</p>')
     if section.data:
         parts.append(f'<p class="data">{_links(section.data)}</p>')
-    return f'<section id="{_id(number, section)}">\n' + "\n".join(parts) + "\n</section>\n"
+    kind = ' class="alone"' if section.alone else ""
+    return f'<section id="{_id(number, section)}"{kind}>\n' + "\n".join(parts) + "\n</section>\n"
 
 
 def _figure(figure: Figure) -> str:
@@ -237,9 +248,7 @@ def table(table: Table, name: str) -> str:
         table: the table.
         name: its name for readers who cannot see it.
     """
-    numeric = [
-        all(_is_number(row[column]) for row in table.rows) for column in range(len(table.columns))
-    ]
+    numeric = table.numeric()
 
     def line(cells: Sequence[str], tag: str, link: str = "") -> str:
         shown = [markup.text(cell) for cell in cells]

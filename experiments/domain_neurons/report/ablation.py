@@ -241,14 +241,16 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
 
     def mean(of: Deviations, module: str, kind: str, measure: str) -> str:
         values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
-        if not values:
-            return page.DASH
-        low, high = (parts.two_digits(bound) for bound in (min(values), max(values)))
-        return f"{parts.two_digits(float(np.mean(values)))} ({low}\N{EN DASH}{high})"
+        return parts.two_digits(float(np.mean(values))) if values else page.DASH
+
+    def spread(of: Deviations, module: str, kind: str, measure: str) -> str:
+        values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
+        ends = [parts.two_digits(end) for end in (min(values), max(values))] if values else []
+        return f"{mean(of, module, kind, measure)} ({page.DASH.join(ends)})" if ends else page.DASH
 
     sources = {"": selected} | controls
     rows = [
-        [module, kind, *(mean(of, module, kind, m) for m in MEASURES for of in sources.values())]
+        [module, kind, *(spread(of, module, kind, m) for m in MEASURES for of in sources.values())]
         for module, by_kind in selected.items()
         for kind in by_kind
     ]

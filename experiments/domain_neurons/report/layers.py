@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.domain_neurons.report import panels, plots, stage_plots
 from mllm_jax.processors import pictures as picture_files
-from mllm_jax.report import figures, page, parts
+from mllm_jax.report import cards, figures, page, parts
 from mllm_jax.report.report import Results
 from mllm_jax.typing import Int
 
@@ -177,11 +177,43 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{pictures[0]['layers'][0]} to layer {pictures[0]['layers'][-1]} the mean entropy goes "
         f"from {first:.1f} to {last:.1f} nats.",
         figures=drawn,
+        data=_picture_page(folder, pictures),
         note="The lower the entropy, the deeper the colour, on one scale for all "
         "pictures. ↵ is a line break, ␣ white space, ▯ a character that the font lacks; long "
         "words are cut. The picture is the input of the vision encoder; if it is also read in "
         "parts, the entropies of their tokens follow.",
     )
+
+
+def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Write the page on which each picture has a slider over the layers, and return its link."""
+    shades = {"entropy": "entropy, nats", "attention": "attention of the last token"}
+
+    def section(number: int, picture: Picture) -> page.Section:
+        layers = picture["by_layer"]
+        words = cards.WordMap(
+            picture["image"], f"{picture['domain']}, {picture['id']}", layers["layers"],
+            (len(picture["words"][0]), len(picture["words"][0][0])), layers["vocabulary"],
+            layers["words"], {name: layers[key] for key, name in shades.items()},
+        )  # fmt: skip
+        return page.Section(
+            title=f"{picture['domain']}, {picture['id']}",
+            reading=f"Question: {picture['question']} Expected: {picture['answer']}. Generated: "
+            f"{picture['generated']}",
+            widgets=[words],
+            name=f"picture-{number}",
+            alone=True,
+        )
+
+    content = page.Page(
+        title="Single pictures",
+        lead="The words that a logit lens reads at each image token, layer by layer. Point at a "
+        "patch, or move with the arrow keys, for its most likely words.",
+        sections=[section(*numbered) for numbered in enumerate(pictures)],
+        data=[("back to the study", "index.html"), ("all pictures", "pictures.html")],
+    )
+    page.write(folder / "pictures.html", content)
+    return [("each picture, layer by layer", "pictures.html")]
 
 
 def _full_picture(

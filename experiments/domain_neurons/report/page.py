@@ -9,6 +9,7 @@ from experiments.domain_neurons.report import (
     claims,
     effects,
     layers,
+    neurons,
     plots,
     robustness,
     selection,
@@ -19,7 +20,7 @@ from mllm_jax.report.report import Report, Results
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "baseline",
     "ablation", "controls", "effects", "power", "questions", "lens", "stages", "features",
-    "pictures", "claims",
+    "pictures", "evidence", "claims",
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ REPORT = Report(
     facts=_facts,
     overview=_overview,
     sections=(
-        claims.claims, ablation.accuracy, selection.neurons, selection.overlap,
+        claims.claims, ablation.accuracy, selection.neurons, neurons.single, selection.overlap,
         robustness.stability, robustness.comparison, ablation.changes, effects.effects,
         ablation.deviation, layers.lens, layers.features, layers.pictures,
     ),

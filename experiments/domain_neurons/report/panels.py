@@ -39,19 +39,21 @@ def neurons(selection: Mapping[str, Any], domains: Sequence[str]) -> charts.Char
 def shared(jaccard: Matrices, names: Sequence[str]) -> charts.Chart:
     """Return the Jaccard indices of pairs, a panel for each title."""
     pairs = np.tri(len(names), k=-1, dtype=bool)
-    below = {title: np.where(pairs, np.asarray(of), np.nan) for title, of in jaccard.items()}
+    below = {
+        title: np.where(pairs, np.asarray(of), np.nan)[1:, :-1] for title, of in jaccard.items()
+    }
     bound = max(0.05, float(np.nanmax(np.stack(list(below.values())), initial=0)))
 
     def cells(values: np.ndarray, form: str) -> list[list[str]]:
         return [
-            ["" if np.isnan(value) else form.format(value, names[row], names[column])
+            ["" if np.isnan(value) else form.format(value, names[row + 1], names[column])
              for column, value in enumerate(line)]
             for row, line in enumerate(values)
         ]  # fmt: skip
 
     return [
         charts.matrix(
-            title, values, names, names, bounds=(0, bound), colours="Blues",
+            title, values, names[1:], names[:-1], bounds=(0, bound), colours="counts",
             texts=cells(values, "{:.2f}"), hovers=cells(values, "{1} and {2}: Jaccard {0:.3f}"),
         )
         for title, values in below.items()
@@ -95,7 +97,7 @@ def ablation(results: Results, bound: float) -> charts.Chart:
         chart.append(
             charts.matrix(
                 f"{parts.title(module)}: change of accuracy, points", values, domains, domains,
-                bounds=(-bound, bound), colours="RdBu", texts=texts, hovers=hovers, opens=opens,
+                bounds=(-bound, bound), colours="changes", texts=texts, hovers=hovers, opens=opens,
                 x="tested on", y="neurons of",
             )
         )  # fmt: skip

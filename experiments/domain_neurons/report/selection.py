@@ -98,19 +98,21 @@ def _neurons_csv(folder: pathlib.Path, results: Results) -> list[tuple[str, str]
 
 def _closeness(
     selection: Mapping[str, Any], module: str, first: str, second: str, jaccard: float
-) -> tuple[tuple[bool, float], str]:
-    """Return the rank of a pair of domains, and the sentence on it.
+) -> tuple[float, str]:
+    """Return the Jaccard index of a pair of domains, and the words on it.
 
-    Two domains of a handful of neurons are close by chance, and rank behind all others.
+    Two domains of a handful of neurons are close by chance: they rank last, without words.
     """
     counts = [selection[module]["neurons_per_domain"][name] for name in (first, second)]
     common = round(jaccard / (1 + jaccard) * sum(counts))
     either = sum(counts) - common
+    if either < MIN_NEURONS:
+        return -1.0, ""
     told = (
-        f"the closest pair is {first} and {second} in the {parts.title(module).lower()}, with "
+        f"; the closest pair is {first} and {second} in the {parts.title(module).lower()}, with "
         f"{common:,} common neurons of {either:,} (Jaccard index {jaccard:.2f})"
     )
-    return (either >= MIN_NEURONS, jaccard), told
+    return jaccard, told
 
 
 def _cell(value: object) -> object:
@@ -153,12 +155,12 @@ def overlap(folder: pathlib.Path, results: Results) -> page.Section:
     )
     one = sum(count[1] for count in counts.values())
     every = max(1, sum(selected["selected"] for selected in selection.values()))
-    closest = max((_closeness(selection, *pair) for pair in pairs), default=None)
+    closest = max((_closeness(selection, *pair) for pair in pairs), default=(-1.0, ""))
     count_rows = [[module, n, count] for module, of in counts.items() for n, count in enumerate(of)]
     return page.Section(
         title="How domains share neurons",
         reading=f"{parts.percent(one / every)} of the selected neurons belong to exactly one "
-        f"domain{f'; {closest[1]}' if closest else ''}.",
+        f"domain{closest[1]}.",
         figures=[
             parts.write_figure(
                 folder,
