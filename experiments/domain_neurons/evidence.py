@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import mllm_jax as mj
@@ -19,6 +19,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.captures import TOKEN_KINDS, Capture
+from mllm_jax.sharding import mesh
 
 TOP = 8  # tokens of a neuron that are shown
 WORDS = 10  # words that its output raises, and as many that it lowers
@@ -261,13 +262,19 @@ def _words(study: Study, units: Units) -> list[dict[str, list[str]]]:
     The head reads the direction that the neuron writes as if it were the whole residual: what later
     layers make of it is not included.
     """
-    lm = study.model.lm
-    directions = lm.layers.mlp.down.kernel[...][jnp.asarray(units.layer), jnp.asarray(units.index)]
+    with mesh.use_mesh_of(study.model):
+        every = mesh.gather_to_host(_through_head(study.model.lm, *units))
     words = []
-    for logits in np.asarray(lm.lens(directions)):
+    for logits in np.asarray(every):
         order = np.argsort(logits, kind="stable")
         raised, lowered = (
             [study.processor.word(i) for i in ids[:WORDS]] for ids in (order[::-1], order)
         )
         words.append({"raised": raised, "lowered": lowered})
     return words
+
+
+@jax.jit
+def _through_head(lm, layer, index):
+    """Return float[n, V], what the head reads from the outputs of neurons."""
+    return lm.lens(lm.layers.mlp.down.kernel[...][layer, index])
