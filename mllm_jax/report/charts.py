@@ -76,14 +76,15 @@ def curves(
 
     Args:
         title: the title of the panel.
-        curves: {name: {"mean": float[L]}}, or also "low" and "high".
+        curves: {name: {"mean": float[L]}}, or also "low" and "high", and the places "at" which
+            they were measured; 0, 1, ... by default.
         hue: the colour of each name.
         x: the label of the horizontal axis.
         y: the label of the vertical axis.
     """
     traces: list[Trace] = []
     for name, curve in curves.items():
-        steps = list(range(len(curve["mean"])))
+        steps = list(curve.get("at", range(len(curve["mean"]))))
         shared = {"legendgroup": label(name), "type": "scatter"}
         if "low" in curve:
             traces.append(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import page, style, tables
+from mllm_jax.report import charts, page, parts, style, tables
 
 
 @style.styled
@@ -26,13 +26,14 @@ def curves(losses: Mapping[str, np.ndarray]) -> Figure:
 
 
 def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Section:
-    """Write `figures/loss.png` and `tables/loss.csv`, and return the section that shows them.
+    """Write `figures/loss.png`, `.svg` and `tables/loss.csv`, and return the section that shows them.
 
     Args:
         folder: the folder of the study.
         losses: the loss of each step, by the name of what is trained.
     """
-    style.save(curves(losses), folder / "figures/loss.png")
+    by_name = {name: {"mean": loss, "at": range(1, len(loss) + 1)} for name, loss in losses.items()}
+    panel = charts.curves("Loss", by_name, style.palette(list(losses)), "step", "loss, nats")
     tables.write(
         folder / "tables/loss.csv", ("name", "step", "loss"),
         [(name, step, float(value)) for name, loss in losses.items()
@@ -41,6 +42,6 @@ def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Sect
     return page.Section(
         title="Training",
         reading="The loss of each training step.",
-        figures=[page.Figure("figures/loss.png", "Loss by step")],
+        figures=[parts.write_figure(folder, "loss", curves(losses), "Loss by step", chart=[panel])],
         data=[("loss.csv", "tables/loss.csv")],
     )
