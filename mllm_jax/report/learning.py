@@ -26,7 +26,7 @@ def curves(losses: Mapping[str, np.ndarray]) -> Figure:
 
 
 def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Section:
-    """Write `figures/loss.png`, `.svg` and `tables/loss.csv`, and return the section that shows them.
+    """Write the figure and the table of the losses, and return the section that shows them.
 
     Args:
         folder: the folder of the study.
