@@ -66,7 +66,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
     config.evidence_neurons = 20  # of a domain and module, shown on their own; 0 for none
     config.evidence_per_domain = 100  # training pictures on which their tokens are sought
-    config.evidence_effects = True  # also the first-order effect of switching each of them off
+    config.evidence_effects = True  # also first-order effects: of each neuron, and of each patch
     config.picture_layers = 5  # of the figures
     config.seed = 0
     return config

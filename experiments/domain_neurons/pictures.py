@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 import mllm_jax as mj
@@ -11,6 +12,9 @@ from experiments.domain_neurons.context import Study
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
+from mllm_jax.analysis import picture_attribution
+from mllm_jax.batch import Batch
+from mllm_jax.passes.run import Out
 
 WORDS = 5  # of the lens at each patch
 MOST_LAYERS = 40  # of the slider
@@ -78,6 +82,9 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
                 **_vocabulary(study, best[:, full.reshape(-1)]),
                 "entropy": entropy[:, full.reshape(-1)].astype(float).tolist(),
                 "attention": attention[:, full.reshape(-1)].astype(float).tolist(),
+                "attribution": _attribution(
+                    study, batch, int(generated.tokens[0, 0]), layout.whole
+                ),
             },
         }
 
@@ -93,6 +100,23 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
             "original": original,
         }
     return entry | {"image": original, "original": original}
+
+
+def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list[float]] | None:
+    """Return gradient x input of the first generated token by patch of a tile, [1][P].
+
+    None where the config asks for no effects, which take a backward pass.
+    """
+    if not study.config.evidence_effects:
+        return None
+    metric = jax.tree_util.Partial(_logit, token=token)
+    gated = picture_attribution.GatedPicture.of(metric, study.model, batch, study.edits)
+    values = picture_attribution.gradient_times_input(gated).maps(0)[tile]
+    return [np.nan_to_num(values).reshape(-1).astype(float).tolist()]
+
+
+def _logit(out: Out, token: int) -> jax.Array:
+    return out.logits[:, token]
 
 
 def _spaced(study: Study, count: int) -> list[int]:

@@ -128,7 +128,8 @@ class Histogram:
         label = f"{self.title}, {' and '.join(self.series)}"
         return (
             f"<h3>{markup.text(self.title)}</h3>"
-            f'<svg class="histogram" viewBox="0 0 {bins * width} {height + 14}" role="img" '
+            f'<svg class="histogram" style="max-width:{1.6 * bins:g}rem" '
+            f'viewBox="0 0 {bins * width} {height + 14}" role="img" '
             f'aria-label="{markup.attribute(label)}">{"".join(bars)}{ticks}</svg>'
             f'<p class="note">{" · ".join(told)}; shares from 0.001 % to all, logarithmic.</p>'
         )

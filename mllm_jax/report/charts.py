@@ -52,7 +52,11 @@ class Panel:
             "yaxis": axis["y"] | dict(self.layout.get("yaxis", {})),
             **{key: value for key, value in self.layout.items() if not key.endswith("axis")},
         }
-        return {"data": [_plain(dict(trace)) for trace in self.traces], "layout": _plain(layout)}
+        return {
+            "name": markup.plain(self.title),
+            "data": [_plain(dict(trace)) for trace in self.traces],
+            "layout": _plain(layout),
+        }
 
 
 Chart = Sequence[Panel]
@@ -64,8 +68,8 @@ def script() -> bytes:
 
 
 def label(text: str) -> str:
-    """Return a text in which Plotly finds no tags."""
-    return markup.text(text)
+    """Return a text in which Plotly finds neither tags nor formulas."""
+    return markup.text(text).replace("$", "&#36;")
 
 
 def curves(

@@ -63,7 +63,7 @@ function drawChart(chart) {
     }
   }, { rootMargin: "300px" });
   for (const panel of panels) {
-    const place = make("div", { className: "panel", panel });
+    const place = make("div", { className: "panel", role: "group", ariaLabel: panel.name, panel });
     chart.append(place);
     seen.observe(place);
   }

@@ -242,6 +242,7 @@ def fake_results(
             "by_layer": {
                 "layers": layers, "vocabulary": WORDS, "words": rng.integers(0, len(WORDS), (3, grid**2, 2)).tolist(),
                 "entropy": [e.ravel().tolist() for e in entropy], "attention": rng.random((3, grid**2)).tolist(),
+                "attribution": rng.normal(size=(1, grid**2)).tolist(),
             },
         })  # fmt: skip
 

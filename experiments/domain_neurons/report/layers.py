@@ -187,14 +187,18 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
     """Write the page on which each picture has a slider over the layers, and return its link."""
-    shades = {"entropy": "entropy, nats", "attention": "attention of the last token"}
+    shades = {
+        "entropy": "entropy, nats",
+        "attention": "attention of the last token",
+        "attribution": "attribution of the first generated word",
+    }
 
     def section(number: int, picture: Picture) -> page.Section:
         layers = picture["by_layer"]
         words = cards.WordMap(
             picture["image"], f"{picture['domain']}, {picture['id']}", layers["layers"],
             (len(picture["words"][0]), len(picture["words"][0][0])), layers["vocabulary"],
-            layers["words"], {name: layers[key] for key, name in shades.items()},
+            layers["words"], {name: layers[key] for key, name in shades.items() if layers[key]},
         )  # fmt: skip
         return page.Section(
             title=f"{picture['domain']}, {picture['id']}",

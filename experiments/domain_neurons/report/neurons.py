@@ -76,7 +76,10 @@ def _contrast(neuron: Neuron) -> float:
 
 
 def _number(value: float | None, form: str) -> str:
-    return page.DASH if value is None else format(value, form).replace("-", page.MINUS)
+    if value is None:
+        return page.DASH
+    text = format(value, form)
+    return (text if float(text) else format(0.0, form)).replace("-", page.MINUS)
 
 
 def _own_effect(neuron: Neuron) -> float | None:
