@@ -97,7 +97,8 @@ def _captures(module: str) -> dict[str, Capture]:
     """Return the captures of a module: its strongest tokens by kind, its values, its rates."""
     site = MODULES[module]
     kinds = site.entry(TOKEN_KINDS)
-    text = [kind for kind in kinds if kind in tok.TEXT and kind != "answer"]
+    # The Q-Former reads the question in tokens of its own, which the batch does not hold as text.
+    text = [k for k in kinds if k in tok.TEXT and k != "answer"] if module == "lm" else []
     selectors = {kind: getattr(tok, kind) for kind in ("image", "query") if kind in kinds}
     if text:
         selectors["text"] = functools.reduce(operator.or_, (getattr(tok, kind) for kind in text))
