@@ -113,6 +113,7 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
                 "ablation",
                 figure,
                 "Accuracy change by mask, data and module",
+                "A click on a cell of the chart shows the answers that changed.",
                 chart=panels.ablation(results, bound),
             )
         ],
