@@ -189,7 +189,7 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
 def _ablation_panels(rows: Sequence[Mapping]) -> charts.Chart:
     """Return the changes by the number of ablated units, a panel for each domain."""
     keys = {"at": "ablated", "mean": "change", "low": "low", "high": "high"}
-    chart = []
+    chart: list[charts.Panel] = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         selected = [row for row in rows if row["domain"] == domain]
         units = list(dict.fromkeys(row["units"] for row in selected))

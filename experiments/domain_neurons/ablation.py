@@ -91,7 +91,8 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         }
         return {m: mask for m, mask in masks.items() if mask.any()}
 
-    baseline, rows, against, asked = {}, [], [], {}
+    baseline, rows, against = {}, [], []
+    asked: dict[str, list[dict[str, str]]] = {}
     for name in study.names:
         measure = MEASURES[study.config.measure](study, name)
         cells = {cell: masks_of(cell) for cell in _cells(study, controls, name)}

@@ -196,7 +196,7 @@ def _rows(
     words = _words(study, units) if module == "lm" else None
     known = [name for name in ("image", "query", "text") if f"{module} {name} value" in
              next(iter(by_domain.values()))]  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n, (layer, index) in enumerate(zip(*units, strict=True)):
         entropy = float(selected.entropy[layer, index])
         rows.append(
@@ -242,7 +242,7 @@ def _strongest(
         for k in range(arrays[f"{module} {name} value"].shape[1])
         if arrays[f"{module} {name} example"][n, k] >= 0
     ]
-    entries = []
+    entries: list[dict[str, Any]] = []
     for domain, value, *place in sorted(found, key=lambda token: -token[1])[:TOP]:
         example, token, tile, row, column = map(int, place)
         entry: dict[str, Any] = {"value": float(value), "domain": domain}
@@ -265,7 +265,7 @@ def _words(study: Study, units: Units) -> list[dict[str, list[str]]]:
     """
     with mesh.use_mesh_of(study.model):
         every = mesh.gather_to_host(_through_head(study.model.lm, *units))
-    words = []
+    words: list[dict[str, list[str]]] = []
     for logits in np.asarray(every):
         order = np.argsort(logits, kind="stable")
         raised, lowered = (

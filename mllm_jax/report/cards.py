@@ -107,7 +107,8 @@ class Histogram:
         """Return the histogram as a drawing whose bars tell their share when pointed at."""
         bins, width, height = len(self.edges) + 1, 20, 80
         slot = width / len(self.series)
-        bars, told = [], []
+        bars: list[str] = []
+        told: list[str] = []
         for s, (name, counts) in enumerate(self.series.items()):
             total = max(sum(counts), 1)
             for i, count in enumerate(counts):

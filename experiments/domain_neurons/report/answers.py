@@ -66,7 +66,7 @@ def _selected(results: Results) -> list[Run]:
 
 def _rows(results: Results, run: Run) -> list[list[str]]:
     """Return the changed answers of a cell as rows of text, by COLUMNS."""
-    rows = []
+    rows: list[list[str]] = []
     for change in run["changed"]:
         asked = results["questions"][run["data"]][change["question"]]
         before, after = change["scores"]

@@ -15,7 +15,7 @@ Matrices = Mapping[str, np.ndarray]
 
 def accuracy(baseline: Mapping[str, Mapping[str, Any]]) -> charts.Chart:
     """Return the accuracy of each domain with its interval."""
-    values = {}
+    values: dict[str, dict[str, Any]] = {}
     for domain, of in baseline.items():
         chance = "" if of["chance"] is None else f", chance {of['chance']:.1%}"
         text = (
@@ -82,7 +82,7 @@ def ablation(results: Results, bound: float) -> charts.Chart:
     """
     domains = results["domains"]
     modules = list(dict.fromkeys(run["module"] for run in results["ablation"]))
-    chart = []
+    chart: list[charts.Panel] = []
     for module in modules:
         values = np.full((len(domains), len(domains)), np.nan)
         texts, hovers, opens = ([[""] * len(domains) for _ in domains] for _ in range(3))
@@ -133,7 +133,7 @@ def deviation(
     """
     sources = {"own neurons": selected} | dict(controls)
     marks = dict(zip(sources, ("circle", "circle-open", "diamond-open", "square-open")))
-    chart = []
+    chart: list[charts.Panel] = []
     for module, by_kind in selected.items():
         traces: list[charts.Trace] = []
         for name, source in sources.items():
@@ -168,7 +168,7 @@ def lens(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[str]) -> chart
 
 def features(by_module: Mapping[str, Mapping[str, Any]]) -> charts.Chart:
     """Return pictures on two principal components, a panel for each module."""
-    chart = []
+    chart: list[charts.Panel] = []
     for module, of in by_module.items():
         values = {
             domain: ([point[0] for point in pictures], [point[1] for point in pictures])

@@ -101,9 +101,10 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 def _panels(rows: Sequence[cells.Row]) -> charts.Chart:
     """Return the macro-F1 of each variant with its interval, a panel for each task."""
-    hue, chart = cells.colours(rows), []
+    hue = cells.colours(rows)
+    chart: list[charts.Panel] = []
     for task, by_variant in cells.group(rows, "task", "variant").items():
-        values = {}
+        values: dict[str, dict[str, Any]] = {}
         for name, row in by_variant.items():
             f1 = row["f1"]
             ends = {"low": f1["low"], "high": f1["high"]}
