@@ -116,6 +116,7 @@ def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list
 
 
 def _logit(out: Out, token: int) -> jax.Array:
+    assert out.logits is not None, "a gated picture asks for the logits of the last token"
     return out.logits[:, token]
 
 
