@@ -123,8 +123,7 @@ def _read_domain(study: Study, name: str, units: Mapping[str, Units]) -> Arrays:
             if key.endswith(" values"):
                 arrays |= {key: result.counts[layer, index], "edges": result.edges}
             elif key.endswith(" rates"):
-                arrays |= {f"{key} {part}": getattr(result, part)[layer, index]
-                           for part in ("positive", "sum")}  # fmt: skip
+                arrays |= {f"{key} positive": result.positive[layer, index]}
                 arrays |= {f"{key} tokens": result.tokens[0], f"{key} kinds": result.kinds}
             else:
                 arrays |= {f"{key} {part}": getattr(result, part)[layer, index] for part in PLACE}
@@ -158,7 +157,7 @@ class _Shown:
             number = self._numbers[key] = len(self.pictures)
             one, question = self.study.evidence(domain).pairs[example]
             self.pictures.append(
-                {"image": f"figures/evidence-{number}.png", "domain": domain, "example": example,
+                {"image": f"figures/evidence-{number}.jpg", "domain": domain, "example": example,
                  "tile": tile, "id": one.id, "question": question.prompt}
             )  # fmt: skip
         return self._numbers[key]

@@ -248,7 +248,7 @@ def fake_results(
 
     evidence = {
         "edges": [-1.0, 0.0, 1.0],
-        "pictures": [{"image": "figures/evidence-0.png", "domain": domains[0], "example": 0, "tile": 0,
+        "pictures": [{"image": "figures/evidence-0.jpg", "domain": domains[0], "example": 0, "tile": 0,
                       "id": "a/<b>0", "question": "What?"}],
         "neurons": [
             {
