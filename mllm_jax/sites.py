@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Members that need JAX, which this module does not: they are imported when they are first read.
 _IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
+_LATENTS = ".latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,25 @@ class Site:
     def token_axis(self) -> int:
         """The axis of the tensor that holds its tokens."""
         return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
+
+    @property
+    def latents(self) -> Site:
+        """The latents of the dictionary that is spliced here, see `edits.splice`.
+
+        They are addressed as the site is: `lm.resid_post.latents[14, [17, 93]]`.
+
+        Raises:
+          AttributeError: The site has no vector for each token that a dictionary could read.
+        """
+        if self.is_latents or self.token_axis != 1 or "S" in self.axes or self.module == "logits":
+            raise AttributeError(f"no dictionary reads {self}, which is [{self.shape}]")
+        shape = " ".join((*self.axes[:2], "M"))
+        return Site(f"{self}{_LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
+
+    @property
+    def is_latents(self) -> bool:
+        """Whether the site is the latents of another."""
+        return self.name.endswith(_LATENTS)
 
     @property
     def lens(self) -> str:
@@ -235,9 +255,10 @@ def get(name: str) -> Site:
     Raises:
       KeyError: There is no such site; the message lists the nearest names.
     """
-    if name not in BY_NAME:
-        raise KeyError(unknown(name))
-    return BY_NAME[name]
+    base = name.removesuffix(_LATENTS)
+    if base not in BY_NAME:
+        raise KeyError(unknown(base))
+    return BY_NAME[name] if base == name else BY_NAME[base].latents
 
 
 def _tree() -> dict[str, Any]:

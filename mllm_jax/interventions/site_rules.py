@@ -16,6 +16,11 @@ def check_edit(kind: str, site: Site) -> None:
         raise ValueError(
             f"{kind} does not apply to {site}: only lm.attn and vision.attn take knockout"
         )
+    if kind == "splice":
+        try:
+            site.latents
+        except AttributeError as error:
+            raise ValueError(f"splice does not apply to {site}: {error}") from error
     if kind == "patch" and site in sites.PATTERNS:
         raise ValueError(
             f"patch does not apply to {site}: the keys of two rows do not correspond; "
