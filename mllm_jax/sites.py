@@ -79,10 +79,16 @@ class Site:
         Raises:
           AttributeError: The site has no vector for each token that a dictionary could read.
         """
-        if self.is_latents or self.token_axis != 1 or "S" in self.axes or self.module == "logits":
+        if not self.has_latents:
             raise AttributeError(f"no dictionary reads {self}, which is [{self.shape}]")
         shape = " ".join((*self.axes[:2], "M"))
         return Site(f"{self}{_LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a dictionary can be spliced here: the site has one vector for each token."""
+        is_vector = not self.is_latents and self.token_axis == 1 and "S" not in self.axes
+        return is_vector and self.module != "logits"
 
     @property
     def is_latents(self) -> bool:
@@ -223,6 +229,8 @@ TABLE: tuple[Site, ...] = (
     Site("lm.resid_mid", "B T D", "residual between attention and MLP", True,
          "blocks.{i}.hook_resid_mid",
          "language_model.model.layers.{i}.post_attention_layernorm (input)"),
+    Site("lm.mlp.input", "B T D", "what enters the MLP: the normed residual", True,
+         "", "language_model.model.layers.{i}.mlp (input)"),
     Site("lm.mlp.gate", "B T F", "gate before its activation", True,
          "blocks.{i}.mlp.hook_pre", "language_model.model.layers.{i}.mlp.gate_proj (output)"),
     Site("lm.mlp.act", "B T F", "neurons: silu(gate), before the product with up", True,

@@ -127,13 +127,15 @@ class LayerTap:
             return y, tap.receipts, tap.captured
 
         args = x, self.read.get(number, x)
-        _, *results = jax.eval_shape(inside, *args)
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), results)
-        # Another splice of this site may stand in this layer.
-        nothing = [zeros | {n: now[n] for n in zeros if n in now}
-                   for zeros, now in zip(nothing, (self.receipts, self.captured), strict=True)]  # fmt: skip
+        _, *shapes = jax.eval_shape(inside, *args)
+        # Another splice of this site may stand in this layer and have left these results.
+        results = tuple(map(_or_zeros, (self.receipts, self.captured), shapes))
+
+        def outside(x, read):
+            return x, *results
+
         is_here = jnp.asarray(edit.units).any()
-        y, receipt, captured = jax.lax.cond(is_here, inside, lambda x, _: (x, *nothing), *args)
+        y, receipt, captured = jax.lax.cond(is_here, inside, outside, *args)
         self.receipts |= receipt
         self.captured |= captured
         return y
@@ -172,3 +174,9 @@ class LayerTap:
         if array.shape[axis] in (1, length):
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.start, length, axis)
+
+
+def _or_zeros(results: dict[Any, Any], shapes: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the results of these names, zeros where there are none yet."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return {name: results.get(name, zero) for name, zero in zeros.items()}

@@ -25,7 +25,8 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| keep, mean, attention | where |
+| mean, attention | where |
+| keep | k, where |
 | mass | on, where |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
