@@ -22,7 +22,6 @@ _SIZE = schema.optional(schema.WIDTH)
 _LATENTS = schema.whole(1, 2**28)
 _NUMBER = schema.real(-1e30, 1e30)
 _NOT_FALSE = schema.optional(schema.only(False))
-_TEXT = schema.optional(schema.NAME)
 
 
 @dataclasses.dataclass(frozen=True)

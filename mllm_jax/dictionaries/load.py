@@ -38,21 +38,18 @@ def load_dictionary(path: str | os.PathLike) -> Dictionary:
       ValueError: A file is damaged, or holds something else than its layout says.
     """
     folder, layout = _find(pathlib.Path(path).expanduser(), str(path))
-    weights, problems = folder / layout.weights, []
+    found = _read_tensors(folder / layout.weights)
+    fields = files.read_json(folder / layout.config) if layout.config else {}
+    problems: list[str] = []
+    dictionary = None
     try:
-        found = _read_tensors(weights)
-        config = folder / layout.config if layout.config else None
-        fields = files.read_json(config) if config else {}
         dictionary = layout.read(found, fields, problems)
-    except ValueError as error:
-        if str(error).startswith(files.line(folder, 200)):
-            raise  # it names the file
-        raise ValueError(files.refusal(weights, [error])) from error
-    if dictionary is None:
-        raise ValueError(files.refusal(folder / (layout.config or layout.weights), problems))
-    layouts.check(dictionary, found, problems)
-    if problems:
-        raise ValueError(files.refusal(weights, problems))
+    except ValueError as error:  # of a tensor
+        problems.append(str(error))
+    if dictionary is not None:
+        layouts.check(dictionary, found, problems)
+    if problems or dictionary is None:
+        raise ValueError(files.refusal(folder, [f"as {layout.name}: {problems[0]}", *problems[1:]]))
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), dictionary)
 
 
@@ -134,7 +131,8 @@ def _read_tensors(path: pathlib.Path) -> Tensors:
         found = {tensor.key: tensor.read() for tensor in tensors.open_file(path)}
     for name, array in found.items():
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-            raise ValueError(f"{files.line(name, 60)} holds {array.dtype}, not real numbers")
+            problem = f"{files.line(name, 60)} holds {array.dtype}, not real numbers"
+            raise ValueError(files.refusal(path, [problem]))
     return {name: np.asarray(array, np.float32) for name, array in found.items()}
 
 

@@ -126,7 +126,7 @@ class LayerTap:
             tap.receipts[number] = receipts.measure(x, y, mask, (0, axis))
             return y, tap.receipts, tap.captured
 
-        args = x, self.read.get(number, x)
+        args = x, x if splice.reads == edit.site else self.read[number]
         _, *shapes = jax.eval_shape(inside, *args)
         # Another splice of this site may stand in this layer and have left these results.
         results = tuple(map(_or_zeros, (self.receipts, self.captured), shapes))

@@ -189,9 +189,12 @@ def check_splice(edit: Edit, shapes: Mapping[str, SiteShape]) -> None:
     if reads.name not in shapes:
         raise ValueError(f"this pass has no site {reads}, which the splice at {site} reads")
     known = list(sites.BY_NAME)
-    same = reads.module == site.module and reads.stacked == site.stacked
-    if not same or known.index(reads.name) > known.index(site.name):
-        raise ValueError(f"the splice at {site} reads {reads}, which the layer computes later")
+    in_layer = reads.module == site.module and reads.stacked and site.stacked
+    earlier = known.index(reads.name) < known.index(site.name)
+    if reads != site and not (in_layer and earlier):
+        raise ValueError(
+            f"the splice at {site} reads {reads}, which is no earlier site of the same layer"
+        )
     sizes = [int(np.prod(shapes[s.name].shape[2:])) for s in (reads, site)]
     width_in, _, width_out = edit.splice.dictionary.widths
     if sizes != [width_in, width_out]:

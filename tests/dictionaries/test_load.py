@@ -167,7 +167,7 @@ def test_a_wrong_npz_is_refused_in_one_line(spoil, message, tmp_path):
     spoil(path, arrays)
     with pytest.raises(ValueError, match=message) as error:
         mj.load_dictionary(tmp_path)
-    assert len(str(error.value)) < 400 and str(path) in str(error.value)
+    assert len(str(error.value)) < 400 and str(tmp_path) in str(error.value)
 
 
 def test_what_no_layout_can_say_is_not_written(tmp_path):
