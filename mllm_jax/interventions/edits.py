@@ -220,7 +220,9 @@ def splice(
             f"splice takes one layer of {address.site} and all its units, such as "
             "lm.resid_post[14]: chain one splice for each layer by >>"
         )
-    return _edit("splice", address, where, splice=Splice(dictionary, error, reads or address.site))
+    reads = reads or address.site
+    site_rules.check_edit("splice", reads)
+    return _edit("splice", address, where, splice=Splice(dictionary, error, reads))
 
 
 def per_step(edits: Edits, strengths: ArrayLike) -> Edits:

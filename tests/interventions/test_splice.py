@@ -232,7 +232,7 @@ def test_bfloat16_is_bitwise_clean_and_generation_equals_one_pass(model, batch):
 WRONG = {
     "width": (lambda: mj.splice(HERE, make(width=8)), "reads vectors of 8 and returns 8"),
     "a later site": (
-        lambda: mj.splice(S.lm.resid_mid[1], make(), reads=S.lm.mlp.out), "computes later",
+        lambda: mj.splice(S.lm.resid_mid[1], make(), reads=S.lm.mlp.out), "no earlier site of the same layer",
     ),
     "one layer twice": (lambda: mj.splice(HERE, make()) >> mj.splice(HERE, make()), "at one layer"),
     "unequal widths": (
