@@ -78,7 +78,7 @@ def saelens(folder, kind, norm="none", subtract=True, **more):
     if transcoder:
         fields["d_out"] = D + 3
     if "skip" in kind:
-        arrays["W_skip"] = rng.standard_normal((D + 3, D)).astype(np.float32)
+        arrays["W_skip"] = (0.2 * rng.standard_normal((D + 3, D))).astype(np.float32)
     write(folder, "sae_weights.safetensors", arrays, "cfg.json", fields)
     w = wide(arrays)
     length = np.linalg.norm(w["W_dec"], axis=1)
@@ -119,7 +119,7 @@ def gemma_scope(folder, name="params.npz", skip=False):
         weights = {n.replace("W_", "w_"): a for n, a in weights.items()}
     if skip:
         rng = np.random.default_rng(6)
-        weights["affine_skip_connection"] = rng.standard_normal((D, D)).astype(np.float32)
+        weights["affine_skip_connection"] = (0.2 * rng.standard_normal((D, D))).astype(np.float32)
     write(folder, name, weights)
     w = wide({n.replace("w_", "W_"): a for n, a in weights.items()})
 
@@ -143,7 +143,7 @@ def sparsify(folder, k=5, transcode=False, skip=False, **more):
         fields |= {"transcode": transcode, "skip_connection": skip, "activation": "topk"}
     if skip:
         rng = np.random.default_rng(7)
-        arrays["W_skip"] = rng.standard_normal((D, D)).astype(np.float32)
+        arrays["W_skip"] = (0.2 * rng.standard_normal((D, D))).astype(np.float32)
     write(folder, "sae.safetensors", arrays, "cfg.json", fields)
     w = wide(arrays)
 
