@@ -43,6 +43,8 @@ FILES = {
     "Llama Scope topk": functools.partial(published.llama_scope, include=False, act="topk"),
     "Llama Scope R1": functools.partial(published.llama_scope, learned=True),
 }
+FEW = ("jumprelu, layer norm", "gated", "skip transcoder", "sparsify skip", "Llama Scope")
+SLOW = ((), pytest.mark.slow)
 X = np.random.default_rng(9).standard_normal((2, 7, D)).astype(np.float32)
 
 
@@ -68,7 +70,7 @@ def test_a_published_file_computes_what_its_own_code_does(name, tmp_path):
     np.testing.assert_allclose(dictionary.decode_change(change, X), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW[n not in FEW]) for n in FILES])
 def test_what_is_written_is_read_again(name, tmp_path):
     FILES[name](tmp_path / "from")
     first = mj.load_dictionary(tmp_path / "from")

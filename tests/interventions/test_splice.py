@@ -12,7 +12,6 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.interventions import spec
-from mllm_jax.passes import sweep as sweeps
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -115,6 +114,7 @@ def test_latents_are_edited_as_neurons_are(model, batch, clean):
     )
 
 
+@pytest.mark.slow
 def test_without_the_error_the_reconstruction_is_in_place(model, batch, clean):
     for more in ({}, {"norm": "layer"}, {"k": 3, "threshold": np.float32(0)}):
         dictionary = make(**more)
@@ -126,6 +126,7 @@ def test_without_the_error_the_reconstruction_is_in_place(model, batch, clean):
         np.testing.assert_allclose(out["x"], want, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [True, False])
 def test_a_skip_transcoder_reads_what_enters_the_mlp(error, model, batch, clean):
     rng = np.random.default_rng(4)
@@ -141,6 +142,7 @@ def test_a_skip_transcoder_reads_what_enters_the_mlp(error, model, batch, clean)
     np.testing.assert_allclose(out["out"], np.where(real(batch)[..., None], want, 0), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_layers_and_heads_have_dictionaries_of_their_own(model, batch):
     one, two = make(1), make(2)
     edits = mj.splice(S.lm.attn.heads[0], make(3)) >> mj.splice(S.lm.resid_post[2], two)
@@ -160,6 +162,7 @@ def test_two_layers_and_heads_have_dictionaries_of_their_own(model, batch):
     assert not np.asarray(out["z"])[1, ..., 1].any() and np.asarray(out["z"])[0, ..., 1].any()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_all_gates_is_the_product_with_the_decoder(model, batch, clean):
     dictionary = make()
 
@@ -175,22 +178,24 @@ def test_the_gradient_of_all_gates_is_the_product_with_the_decoder(model, batch,
     np.testing.assert_allclose(by_gate, want, atol=1e-4 * np.abs(want).max())
 
 
-def test_a_sweep_over_latents_is_one_program_and_equals_a_loop(model, batch):
+@pytest.mark.slow
+def test_a_sweep_over_latents_compiles_nothing_again_and_equals_a_loop(model, batch):
     dictionary, second = make(), make(8)
-    edits = [
-        mj.splice(HERE, dictionary) >> mj.ablate(LATENTS[1, i], where=tok.text) for i in range(M)
-    ]
-    before = sweeps.compiled_lanes._cache_size()
     captures = {"active": mj.keep(LATENTS[1], k=4)}
-    rows = mj.sweep(_metric, model, batch, edits, captures, chunk=8)
-    again = [mj.splice(HERE, second) >> mj.ablate(LATENTS[1, i], where=tok.text) for i in (3, 5)]
-    other = mj.sweep(_metric, model, batch, [*again, *again, *again, *again], captures, chunk=8)
-    assert sweeps.compiled_lanes._cache_size() == before + 1
-    loop = [_metric(mj.run(model, batch, e, captures)) for e in edits]
+
+    def edits(of, latents):
+        one = mj.splice(HERE, of)
+        return [one >> mj.ablate(LATENTS[1, i], where=tok.text) for i in latents]
+
+    rows = mj.sweep(_metric, model, batch, edits(dictionary, range(M)), captures, chunk=8)
+    before = mj.compiles()
+    other = mj.sweep(_metric, model, batch, edits(second, [3, 5] * 4), captures, chunk=8)
+    assert mj.compiles() == before
+    np.testing.assert_array_equal(other[0][0], other[0][2])
+    loop = [_metric(mj.run(model, batch, e, captures)) for e in edits(dictionary, range(M))]
     for i, name in enumerate(("logits", "indices")):
         np.testing.assert_allclose(rows[i], np.stack([r[i] for r in loop]), atol=1e-5, err_msg=name)
     assert np.abs(rows[0] - rows[0][:1]).max() > 1e-2
-    np.testing.assert_array_equal(other[0][0], other[0][2])
 
 
 def _metric(out):
@@ -201,9 +206,11 @@ def _metric(out):
 def test_a_thousand_latents_are_one_sweep(model, batch):
     dictionary = make(latents=1000)
     edits = [mj.splice(HERE, dictionary) >> mj.ablate(LATENTS[1, i]) for i in range(1000)]
-    before = sweeps.compiled_lanes._cache_size()
-    rows = mj.sweep(_logits, model, batch, edits)
-    assert rows.shape[0] == 1000 and sweeps.compiled_lanes._cache_size() == before + 1
+    few = mj.sweep(_logits, model, batch, edits[:64], chunk=64)
+    before = mj.compiles()
+    rows = mj.sweep(_logits, model, batch, edits, chunk=64)
+    assert rows.shape[0] == 1000 and mj.compiles() == before
+    np.testing.assert_allclose(few, rows[:64], atol=1e-6)
     loop = np.stack([mj.run(model, batch, edit).logits for edit in edits[::4]])
     np.testing.assert_allclose(rows[::4], loop, atol=1e-5)
     assert (np.abs(rows - rows[:1]).max((1, 2)) > 1e-3).mean() > 0.5
