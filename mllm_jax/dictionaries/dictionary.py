@@ -53,7 +53,9 @@ class Dictionary:
     encoder_bias: Float[AnyArray, " M"]
     decoder: Float[AnyArray, "M E"]
     decoder_bias: Float[AnyArray, " E"]
-    threshold: Float[AnyArray, ...] = dataclasses.field(default_factory=lambda: np.float32(0))
+    threshold: Float[AnyArray, ...] = dataclasses.field(
+        default_factory=lambda: np.zeros((), np.float32)
+    )
     input_bias: Float[AnyArray, " D"] | None = None
     skip: Float[AnyArray, "D E"] | None = None
     k: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -70,7 +72,9 @@ class Dictionary:
         normed, _, _ = self._normed(x)
         if self.input_bias is not None:
             normed = normed - self.input_bias
-        pre = precision.einsum("...D,DM->...M", normed, self.encoder) + self.encoder_bias
+        pre = (
+            precision.einsum("...D,DM->...M", normed, jnp.asarray(self.encoder)) + self.encoder_bias
+        )
         if self.k is not None:
             pre = _largest(pre, self.k)
         return jnp.where(pre > self.threshold, jax.nn.relu(pre), 0)
@@ -83,18 +87,20 @@ class Dictionary:
           x: What was encoded; its norm and the skip map need it.
         """
         _, scale, shift = self._normed(x)
-        product = precision.einsum("...M,ME->...E", latents, self.decoder)
+        product = precision.einsum("...M,ME->...E", latents, jnp.asarray(self.decoder))
         y = (product + self.decoder_bias) * scale + shift
         if self.skip is None:
             return y
-        return y + precision.einsum("...D,DE->...E", precision.at_least_float32(x), self.skip)
+        return y + precision.einsum(
+            "...D,DE->...E", precision.at_least_float32(x), jnp.asarray(self.skip)
+        )
 
     def decode_change(
         self, change: Float[Array, "*B M"], x: Float[Array, "*B D"]
     ) -> Float[Array, ...]:
         """Return decode(latents + change, x) - decode(latents, x), which depends on no latents."""
         _, scale, _ = self._normed(x)
-        return precision.einsum("...M,ME->...E", change, self.decoder) * scale
+        return precision.einsum("...M,ME->...E", change, jnp.asarray(self.decoder)) * scale
 
     def reconstruct(self, x: Float[Array, "*B D"]) -> Float[Array, ...]:
         """Return the reconstruction of x."""

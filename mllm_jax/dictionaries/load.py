@@ -198,10 +198,8 @@ def _sparsify_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[s
     """Return the name of the file of tensors of sparsify, its tensors and its settings."""
     D, M, _ = dictionary.widths
     assert dictionary.skip is not None, "only skip transcoders are written in this layout"
-    moved = 0.0
-    if dictionary.input_bias is not None:
-        bias = np.asarray(dictionary.input_bias, np.float64)
-        moved = bias @ np.asarray(dictionary.encoder, np.float64)
+    bias = np.zeros(D) if dictionary.input_bias is None else np.asarray(dictionary.input_bias)
+    moved = bias.astype(np.float64) @ np.asarray(dictionary.encoder, np.float64)
     arrays = {
         "encoder.weight": np.asarray(dictionary.encoder).T,
         "encoder.bias": np.asarray(dictionary.encoder_bias, np.float64) - moved,

@@ -235,8 +235,8 @@ def _bind_capture(
     address, site = capture.address, capture.address.site
     spec = look_up(site, shapes)
     if site.name in latents and site.stacked:
-        layers = latents[site.name].selection(address.layers, site.name)
-        address = dataclasses.replace(address, layers=layers)
+        with_dictionary = latents[site.name].selection(address.layers, site.name)
+        address = dataclasses.replace(address, layers=with_dictionary)
     FORMS[capture.form].check(capture, shapes)
     slots, order, absent, count = None, None, None, spec.layers
     if site.stacked and address.layers.form != "all":

@@ -129,7 +129,7 @@ class LayerTap:
         args = x, x if splice.reads == edit.site else self.read[number]
         _, *shapes = jax.eval_shape(inside, *args)
         # Another splice of this site may stand in this layer and have left these results.
-        results = tuple(map(_or_zeros, (self.receipts, self.captured), shapes))
+        results = _or_zeros(self.receipts, shapes[0]), _or_zeros(self.captured, shapes[1])
 
         def outside(x, read):
             return x, *results

@@ -195,7 +195,8 @@ def _first_edited_layer(lane: Lane, module: str, layers: int) -> int:
 def _edited_layers(lane: Lane, module: str) -> list[Bool[np.ndarray, " L"]]:
     """Return the layers that each edit of a module reaches; a splice stands for its latents."""
     edits = [edit for edit in lane if edit.site.module == module and edit.site.stacked]
-    return [np.asarray(edit.units).any(-1) for edit in edits if not edit.site.is_latents]
+    units = [np.asarray(edit.units) for edit in edits if not edit.site.is_latents]
+    return [np.any(mask, axis=-1) for mask in units]
 
 
 def stop_layers(
