@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from mllm_jax import sites, tokens
     from mllm_jax.interventions.captures import (
         attention,
+        attention_map,
         bottom,
         histogram,
         keep,
         lens,
         mass,
         mean,
+        rollout,
         sample,
         stats,
         top,
@@ -52,7 +54,7 @@ __version__ = "0.1.0"
 
 _MEMBERS = {
     "mllm_jax.interventions.captures": (
-        "attention bottom histogram keep lens mass mean sample stats top"
+        "attention attention_map bottom histogram keep lens mass mean rollout sample stats top"
     ),
     "mllm_jax.interventions.edits": (
         "ablate add call knockout patch per_step project_out replace scale"
@@ -96,6 +98,7 @@ __all__ = [
     "ablate",
     "add",
     "attention",
+    "attention_map",
     "bottom",
     "call",
     "collect",
@@ -117,6 +120,7 @@ __all__ = [
     "read_projector",
     "reduce",
     "replace",
+    "rollout",
     "run",
     "sample",
     "save_hf",

@@ -27,7 +27,7 @@ class Words:
     Attributes:
       value: The parameter that takes the value after the site; None where there is none.
       options: The parameters that are written as `name=value`.
-      required: Those options that must be there.
+      required: Those options that must be there; "on|by" for one of two.
     """
 
     value: str | None = None
@@ -50,8 +50,10 @@ EDITS: dict[str, Words] = {
 CAPTURES: dict[str, Words] = {
     "keep": Words(options=("where",)),
     "mean": Words(options=("where",)),
-    "mass": Words(options=("on", "where"), required=("on",)),
-    "attention": Words(options=("where",)),
+    "mass": Words(options=("on", "by", "where", "heads"), required=("on|by",)),
+    "attention": Words(options=("where", "heads")),
+    "attention_map": Words(options=("to", "on", "heads")),
+    "rollout": Words(options=("to", "on")),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
     "top": Words(options=("k", "where")),
@@ -177,8 +179,10 @@ def _options(kind: str, allowed: Words, words: list[str], root: pathlib.Path) ->
         if name in options:
             raise ValueError(f"the option '{name}' is given twice")
         options[name] = _READERS[name](text, root)
-    if missing := [name for name in allowed.required if name not in options]:
-        raise ValueError(f"{kind} needs the option {' and '.join(f'{n}=' for n in missing)}")
+    either = [names.split("|") for names in allowed.required]
+    if missing := [names for names in either if not set(names) & set(options)]:
+        shown = " and ".join(" or ".join(f"{name}=" for name in names) for names in missing)
+        raise ValueError(f"{kind} needs the option {shown}")
     return options
 
 
@@ -251,6 +255,8 @@ def _where(text: str, root: pathlib.Path) -> Tokens | File:
 def _kinds(text: str, root: pathlib.Path) -> tuple[str, ...]:
     known = token_names.KINDS[1:]
     names = known if text == "kind" else tuple(text.split(","))
+    if names == ("tile",):
+        return names
     if unknown := set(names) - set(known):
         raise ValueError(f"unknown token kind '{min(unknown)}'; known: {', '.join(known)}")
     return names
@@ -260,6 +266,10 @@ def _count(text: str, root: pathlib.Path) -> int:
     if (count := int(text)) < 1:
         raise ValueError(f"a lens names at least 1 word, not k={count}")
     return count
+
+
+def _word(text: str, root: pathlib.Path) -> str:
+    return text
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
@@ -273,4 +283,5 @@ _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
     "steps": _value,
     "by": _kinds,
     "k": _count,
+    "heads": _word,
 }

@@ -25,8 +25,11 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| keep, mean, attention | where |
-| mass | on, where |
+| keep, mean | where |
+| mass | on, by (`kind`, kinds, or `tile`), where, heads (`mean`) |
+| attention | where, heads |
+| attention_map | to, on, heads |
+| rollout | to, on |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
 | top, bottom | k, where |
@@ -207,6 +210,7 @@ def _capture_json(capture: Capture) -> dict[str, Any]:
         "k": capture.k,
         "on": _optional(_where_json, capture.on),
         "edges": _optional(_array_json, capture.edges),
+        **({} if capture.heads == "each" else {"heads": capture.heads}),  # keeps older digests
     }
 
 
@@ -219,6 +223,7 @@ def _capture_of(item: dict[str, Any]) -> Capture:
         k=item["k"],
         on=_optional(_where_of, item["on"]),
         edges=_optional(_array_of, item.get("edges")),
+        heads=item.get("heads", "each"),
     )
 
 

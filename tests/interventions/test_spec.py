@@ -98,6 +98,19 @@ def test_a_string_is_the_edit_it_says(text, edits, root):
                 "c": mj.mean(S.logits),
             },
         ),
+        (
+            "a=mass lm.attn.pattern by=tile where=last heads=mean; b=attention lm.attn.pattern; "
+            "c=attention_map lm.attn.pattern to=answer on=tile(0) heads=mean;"
+            "d=rollout vision.attn.pattern[-1] to=cls",
+            {
+                "a": mj.mass(S.lm.attn.pattern, by=tok.tile, where=tok.last, heads="mean"),
+                "b": mj.attention(S.lm.attn.pattern),
+                "c": mj.attention_map(
+                    S.lm.attn.pattern, to=tok.answer, on=tok.tile(0), heads="mean"
+                ),
+                "d": mj.rollout(S.vision.attn.pattern[-1], to=tok.cls),
+            },
+        ),
     ],
 )
 def test_a_string_is_the_captures_it_says(text, captures, root):
@@ -281,6 +294,9 @@ def test_text_expresses_every_kind_and_form_that_users_have():
         ("a=stats lm.attn.mask", "stats does not read lm.attn.mask"),
         ("a=mass lm.mlp.act on=image", "mass does not read lm.mlp.act"),
         ("a=mass lm.attn.pattern", "mass needs the option on="),
+        ("a=stats lm.mlp.act by=tile", "by=tile: kinds of lm tokens are"),
+        ("a=attention lm.attn.pattern heads=some", 'heads="some" is neither each nor mean'),
+        ("a=rollout qformer.cross.pattern", "read it by attention_map"),
     ],
 )
 def test_captures_that_are_not_understood_are_said(text, says, root):
