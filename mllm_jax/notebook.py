@@ -267,7 +267,7 @@ def example(example: Any) -> str:
 
 def domain(domain: Any) -> str:
     """Return the first pictures of a domain with their labels."""
-    count = min(len(domain), 2 * ROWS)
+    count = min(len(domain), ROWS)
     figures = "".join(
         f"<figure style='display:inline-block;margin:4px'><img alt='{escape(e.label)}' "
         f"src='{png(_small(e.image))}'><figcaption>{escape(e.label)}</figcaption></figure>"

@@ -76,7 +76,10 @@ def stats(stats: Any) -> str:
     values = zip(
         kinds, read, positive.sum(axes) / seen, sums.sum(axes) / seen, most.max(axes), strict=True
     )
-    lines = [(k, f"{n:,}", f"{p:.1%}", f"{m:.4g}", f"{x:.4g}") for k, n, p, m, x in values]
+    lines = [
+        (kind, f"{n:,}", *((f"{p:.1%}", f"{m:.4g}", f"{x:.4g}") if n else ("", "", "")))
+        for kind, n, p, m, x in values
+    ]
     head = "kind", "tokens", "above zero", "mean", "most"
     rate = positive.sum(-1) / np.maximum(tokens.sum(-1), 1).reshape(
         *tokens.shape[:-1], *(1,) * (positive.ndim - tokens.ndim)
@@ -117,22 +120,20 @@ def entropy(entropy: Any) -> str:
 
 
 def top(top: Any) -> str:
-    """Return the units with the strongest of the kept values, and where each is strongest."""
+    """Return the strongest of the kept values, and where they are; of many units, one of each."""
     value = np.asarray(top.value, np.float64)
-    best = value[..., 0] if top.order == "largest" else -value[..., 0]
-    best = np.where(np.isnan(best), -np.inf, best)
-    order = np.argsort(-best, axis=None, kind="stable")[:BEST]
+    ranks = max(1, BEST // max(1, value[..., 0].size))
+    kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
+    order = np.argsort(np.where(np.isnan(kept), np.inf, -kept), axis=None, kind="stable")[:BEST]
+    names = "example", "token", "tile", "row", "column"
     lines = []
     for flat in order:
-        at = np.unravel_index(flat, best.shape)
-        place = [np.asarray(getattr(top, n))[at][0] for n in ("example", "token", "tile")]
-        cell = [int(np.asarray(getattr(top, n))[at][0]) for n in ("row", "column")]
-        if place[0] >= 0:
-            lines.append(
-                (list(map(int, at)), f"{value[at][0]:.4g}", *place, cell if cell[0] >= 0 else "")
-            )
-    head = "unit", f"{top.order} value", "example", "token", "tile", "row, column"
-    return notebook.table(head, lines)
+        at = np.unravel_index(flat, kept.shape)
+        example, token, tile, *cell = (int(np.asarray(getattr(top, name))[at]) for name in names)
+        if example >= 0:
+            unit, place = list(map(int, at[:-1])), cell if cell[0] >= 0 else ""
+            lines.append((unit, f"{value[at]:.4g}", example, token, tile, place))
+    return notebook.table(("unit", f"{top.order} value", *names[:3], "row, column"), lines)
 
 
 def histogram(histogram: Any) -> str:

@@ -189,7 +189,7 @@ def test_an_example_and_its_domain():
     assert shown.cells[0] == "mine: 'x\" onerror (<1>)"
     assert shown.cells[-4:] == ["style", "what <is> it?", "a & b", "a & b, c"]
     shown = Shown(domains.Domain("mine", "test", [example] * 9)._repr_html_())
-    assert shown.cells[0] == "mine, test: 9 pictures" and len(shown.pictures) == 8
+    assert shown.cells[0] == "mine, test: 9 pictures" and len(shown.pictures) == notebook.ROWS
 
 
 @pytest.mark.parametrize(

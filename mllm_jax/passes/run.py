@@ -39,8 +39,8 @@ class Out:
       receipts: One for each edit, in order.
       finite: With `check_finite`, whether each site is finite, by name: bool[L], or bool[] of a
         site without layers. See `finite.first_not_finite`.
-      processor: The processor of the batch, which turns tokens into text; None inside a
-        transformation of JAX. Static.
+      processor: The processor of the batch, if it has one, which turns tokens into text for
+        notebooks. Static.
     """
 
     logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
