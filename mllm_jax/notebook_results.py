@@ -26,7 +26,7 @@ def out(receipts: Sequence[Any], logits: Any, captures: Mapping[str, Any], proce
     word = word_of(processor)
     parts = [notebook.receipts(receipts)] if receipts else []
     if logits is not None:
-        parts.append(f"<p><b>logits</b> {next_words(logits, word)}</p>")
+        parts.append(f"<p><b>logits</b></p>{next_words(logits, word)}")
     return "".join(parts) + named(captures, word)
 
 
@@ -116,7 +116,8 @@ def entropy(entropy: Any) -> str:
     tokens, total = np.asarray(entropy.tokens), np.asarray(entropy.sum, np.float64)
     axes = tuple(range(1, total.ndim - 1))
     count = tokens.sum(axes)
-    return _by_layer("mean entropy, nats: layer", total.sum(axes), count, entropy.kinds)
+    first = _first_axis(total.ndim == 3)
+    return _by_layer(f"mean entropy, nats: {first}", total.sum(axes), count, entropy.kinds)
 
 
 def top(top: Any) -> str:
@@ -153,10 +154,9 @@ def histogram(histogram: Any) -> str:
 def mass(mass: Any) -> str:
     """Return the mass by layer and kind of key, on average over rows and heads."""
     values = np.asarray(mass.values, np.float64)
+    head = f"mean attention: {_first_axis(values.ndim == 4)}"
     values = values.reshape(len(values), -1, values.shape[-1])
-    return _by_layer(
-        "mean attention: layer", np.nansum(values, 1), (~np.isnan(values)).sum(1), mass.kinds
-    )
+    return _by_layer(head, np.nansum(values, 1), (~np.isnan(values)).sum(1), mass.kinds)
 
 
 def attention_map(attention: Any) -> str:
@@ -209,6 +209,11 @@ def _by_layer(head: str, total: np.ndarray, count: np.ndarray, kinds: Iterable[s
         for n in _evenly(len(total))
     ]
     return notebook.table((head, *kinds), lines)
+
+
+def _first_axis(is_layers: bool) -> str:
+    """Return the name of the first axis, which may be rows where a result is of one layer."""
+    return "layer" if is_layers else "first axis"
 
 
 def _evenly(count: int) -> list[int]:

@@ -70,6 +70,8 @@ def _zipped(middle: Any, low: Any, high: Any) -> Iterator[tuple[tuple[str, ...],
                 yield (str(i), *place), ends
     elif all(map(_is_number, (middle, low, high))):
         yield (), (middle, low, high)
+    elif _is_number(middle):
+        yield (), (middle,)
 
 
 def item_names(items: Sequence[Any]) -> list[str]:

@@ -41,7 +41,7 @@ def run(folders: Sequence[str], workdir: str, *, restart: bool = False) -> None:
         restart: whether to start over.
     """
     compared = runs.read(folders)
-    records = {one.name: store.fingerprint([one.results, one.manifest]) for one in compared}
+    records = [[one.name, store.fingerprint([one.results, one.manifest])] for one in compared]
     folder = store.Workdir(workdir, {"runs": records}, restart=restart)
     results = {
         "format": report.FORMAT,

@@ -47,7 +47,7 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             "for each token and unit"
         )
     if form in _OF_PATTERNS and site not in sites.PATTERNS:
-        known = " and ".join(pattern.name for pattern in sites.PATTERNS)
+        known = ", ".join(pattern.name for pattern in reversed(sites.PATTERNS))
         raise ValueError(f"{form} does not read {site}; {form} reads {known}")
     if form == "rollout" and site.keys:
         raise ValueError(

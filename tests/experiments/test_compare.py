@@ -56,6 +56,7 @@ def test_numbers_have_names_that_runs_share():
         "tokens / lm / 1": (4, None, None),
         "ablation / [a, 1] / difference": (-0.1, -0.2, 0.0),
         "ablation / [a, 1] / accuracy": (0.5, None, None),
+        "ablation / [b] / difference": (0.0, None, None),
         "ablation / [b] / accuracy": (0.7, None, None),
         "bootstrap / 0": (1.0, 0.5, 1.5),
         "bootstrap / 1": (2.0, 1.5, 2.5),
