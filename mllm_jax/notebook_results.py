@@ -53,7 +53,7 @@ def next_words(logits: Any, word: Word) -> str:
     logits = np.asarray(logits, np.float64)
     if logits.ndim == 3:
         return notebook.table(("shape", "type"), [(list(logits.shape), "float32")])
-    lines = []
+    lines: list[tuple[Any, ...]] = []
     for row, values in enumerate(logits[: notebook.ROWS]):
         odds = np.exp(values - values.max())
         best = np.argsort(-values, kind="stable")[:BEST]
@@ -92,7 +92,7 @@ def lens(lens: Any, word: Word = str) -> str:
     ids, log_probs, entropy = map(np.asarray, (lens.ids, lens.log_probs, lens.entropy))
     if ids.ndim == 3:
         ids, log_probs, entropy = ids[None], log_probs[None], entropy[None]
-    parts = []
+    parts: list[str] = []
     for row in range(min(ids.shape[1], notebook.ROWS)):
         selected = np.flatnonzero((ids[:, row] >= 0).any((0, 2)))
         if not len(selected):
@@ -127,7 +127,7 @@ def top(top: Any) -> str:
     kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
     order = np.argsort(np.where(np.isnan(kept), np.inf, -kept), axis=None, kind="stable")[:BEST]
     names = "example", "token", "tile", "row", "column"
-    lines = []
+    lines: list[tuple[Any, ...]] = []
     for flat in order:
         at = np.unravel_index(flat, kept.shape)
         example, token, tile, *cell = (int(np.asarray(getattr(top, name))[at]) for name in names)
@@ -163,7 +163,7 @@ def attention_map(attention: Any) -> str:
     """Return maps of the first rows as grey cells, on average over layers and heads."""
     readers = attention.keys.readers
     rows = len(attention.keys.kind if readers is None else readers)
-    parts = []
+    parts: list[str] = []
     for row in range(min(rows, notebook.ROWS)):
         try:
             maps = attention.maps(row)

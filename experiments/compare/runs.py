@@ -94,7 +94,7 @@ def read(folders: Sequence[str]) -> list[Run]:
 
 
 def _read(folder: pathlib.Path) -> Run:
-    contents = []
+    contents: list[dict[str, Any]] = []
     for record in RECORDS:
         path = folder / record
         if not path.is_file():  # the manifest is written last
