@@ -88,10 +88,10 @@ def difference(first: runs.Run, other: runs.Run, name: str) -> Difference | None
         return None
     before, after = first.numbers[name], other.numbers[name]
     if _same_examples(first, other):
-        pair = first.examples(name), other.examples(name)
-        if pair[0] is not None and pair[1] is not None and pair[0].shape == pair[1].shape:
-            found = intervals.paired_difference(*pair)
-            return Difference(float(found.value), float(found.low), float(found.high), len(pair[0]))
+        a, b = first.examples(name), other.examples(name)
+        if a is not None and b is not None and a.shape == b.shape:
+            found = intervals.paired_difference(a, b)
+            return Difference(float(found.value), float(found.low), float(found.high), len(a))
     return independent(before, after)
 
 
@@ -112,7 +112,7 @@ def independent(before: Number, after: Number) -> Difference:
 def overlap(compared: Sequence[runs.Run]) -> list[dict[str, Any]]:
     """Return the Jaccard index of the neurons of each two runs, beside that of random neurons."""
     masks = [one.masks() for one in compared]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for a, before in enumerate(masks):
         for b in range(a + 1, len(masks)):
             for name in before:

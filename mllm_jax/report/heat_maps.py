@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 import PIL.Image
+from matplotlib import cm, colors
 from matplotlib.figure import Figure
 
 from mllm_jax.batch import Batch
@@ -108,7 +109,7 @@ def figure(
         ax.imshow(picture)
         ax.set_title(f"tile {number}")
     low, high = bounds_of(maps)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), COLOURS)
+    scale = cm.ScalarMappable(colors.Normalize(low, high), COLOURS)
     bar = drawn.colorbar(scale, ax=grid, shrink=0.7, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(label)
