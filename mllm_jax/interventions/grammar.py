@@ -48,7 +48,7 @@ EDITS: dict[str, Words] = {
     "knockout": Words(options=("to", "on")),
 }
 CAPTURES: dict[str, Words] = {
-    "keep": Words(options=("where",)),
+    "keep": Words(options=("k", "where")),
     "mean": Words(options=("where",)),
     "mass": Words(options=("on", "by", "where", "heads"), required=("on|by",)),
     "attention": Words(options=("where", "heads")),
