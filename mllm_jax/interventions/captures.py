@@ -120,7 +120,7 @@ def mass(
       ValueError: Neither `on` nor `by` is given.
     """
     if on is None and by is None:
-        raise ValueError("mass of all keys is 1: choose keys with on=, or group them with by=")
+        raise ValueError("mass needs the option on= or by=: the mass of all keys is 1")
     if by in ("tile", ("tile",), tokens.tile):
         groups: tuple[str, ...] | None = ("tile",)
     else:

@@ -27,7 +27,7 @@ class Words:
     Attributes:
       value: The parameter that takes the value after the site; None where there is none.
       options: The parameters that are written as `name=value`.
-      required: Those options that must be there; "on|by" for one of two.
+      required: Those options that must be there.
     """
 
     value: str | None = None
@@ -50,7 +50,7 @@ EDITS: dict[str, Words] = {
 CAPTURES: dict[str, Words] = {
     "keep": Words(options=("k", "where")),
     "mean": Words(options=("where",)),
-    "mass": Words(options=("on", "by", "where", "heads"), required=("on|by",)),
+    "mass": Words(options=("on", "by", "where", "heads")),
     "attention": Words(options=("where", "heads")),
     "attention_map": Words(options=("to", "on", "heads")),
     "rollout": Words(options=("to", "on")),
@@ -179,10 +179,8 @@ def _options(kind: str, allowed: Words, words: list[str], root: pathlib.Path) ->
         if name in options:
             raise ValueError(f"the option '{name}' is given twice")
         options[name] = _READERS[name](text, root)
-    either = [names.split("|") for names in allowed.required]
-    if missing := [names for names in either if not set(names) & set(options)]:
-        shown = " and ".join(" or ".join(f"{name}=" for name in names) for names in missing)
-        raise ValueError(f"{kind} needs the option {shown}")
+    if missing := [name for name in allowed.required if name not in options]:
+        raise ValueError(f"{kind} needs the option {' and '.join(f'{n}=' for n in missing)}")
     return options
 
 

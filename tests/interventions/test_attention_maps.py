@@ -215,7 +215,7 @@ def test_batches_are_joined_row_by_row(tiny_model, batch):
 @pytest.mark.parametrize(
     ("capture", "message"),
     [
-        (lambda: mj.mass(S.lm.attn.pattern), "choose keys with on=, or group them with by="),
+        (lambda: mj.mass(S.lm.attn.pattern), "mass needs the option on= or by="),
         (lambda: mj.mass(S.lm.attn.pattern, by="cls"), "kinds of lm tokens are"),
         (lambda: mj.mass(S.lm.attn.pattern, on="image", heads="all"), 'heads="all" is neither'),
         (lambda: mj.attention_map(S.lm.mlp.act), "attention_map does not read lm.mlp.act"),

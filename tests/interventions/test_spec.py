@@ -151,6 +151,7 @@ TAKES = {  # what each option of each kind may be
     "where": WHERES, "to": WHERES, "on": WHERES, "basis": BASES, "steps": {"0,0.5,1,2": GATES},
     "source": {"0": 0, "1+3": [1, 3]}, "into": {"2": 2, "0+2": [0, 2]}, "by": KINDS_,
     "k": {"1": 1, "7": 7}, "edges": {"-1,0,0.5": [-1, 0, 0.5]},
+    "heads": {"each": "each", "mean": "mean"},
 }  # fmt: skip
 NEEDED = {"source", "into"}
 
@@ -160,7 +161,7 @@ def addresses(draw, kind):
     """(string, address) of a site that the kind can be of."""
     if kind == "knockout":
         text, site = "lm.attn", S.lm.attn
-    elif kind in ("mass", "attention"):
+    elif kind in ("mass", "attention", "attention_map", "rollout"):
         text, site = "lm.attn.pattern", S.lm.attn.pattern
     else:
         able = [s for s in S.TABLE if "S" not in s.axes]
