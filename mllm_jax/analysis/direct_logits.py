@@ -22,6 +22,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mllm_jax import sites as S
 from mllm_jax import tokens
@@ -110,10 +111,7 @@ def decompose(
     rows, vocab = captured["resid"].shape[0], model.config.lm.vocab
     words = [word for word in (right, wrong) if word is not None]
     for word in words:
-        if (
-            not isinstance(word, jax.core.Tracer)
-            and not ((jnp.asarray(word) >= 0) & (jnp.asarray(word) < vocab)).all()
-        ):
+        if not isinstance(word, jax.core.Tracer) and not np.isin(word, np.arange(vocab)).all():
             raise ValueError(f"the words {word} are not all ids of a vocabulary of {vocab}")
     ids = jnp.stack([jnp.broadcast_to(jnp.asarray(word), (rows,)) for word in words])
     return _decompose(model, {name: captured[name] for name in CAPTURES}, ids)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -38,9 +37,9 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.passes.run import Logits, Out, run
 from mllm_jax.passes.sweep import sweep
-from mllm_jax.sites import Site
+from mllm_jax.sites import Address, Site, Target
 from mllm_jax.tokens import Selector
-from mllm_jax.typing import Array, Float
+from mllm_jax.typing import Array, Bool, Float
 
 Axis = Literal["layer", "token", "unit"]
 AXES = ("layer", "token", "unit")
@@ -92,10 +91,15 @@ class Contrast:
 
         Raises:
           ValueError: The rows of the batches are of different lengths, or a token is of another
-            kind, or stands elsewhere on its picture.
+            kind, or stands elsewhere on its picture; or an edit is a patch.
         """
         clean, corrupt = (b.replace(processor=None) for b in (clean, corrupt))
         _check_alike(model, clean, corrupt)
+        if any(edit.kind == "patch" for edit in edits or ()):
+            raise ValueError(
+                "a contrast takes no patch among its edits: its row numbers would mean other rows "
+                "where both batches are one"
+            )
         if not isinstance(metric, jax.tree_util.Partial):
             metric = jax.tree_util.Partial(metric)
         return cls(metric, model, clean, corrupt, edits or Edits(), logits)
@@ -167,15 +171,15 @@ def attribute(
         difference of the metric, up to the error of the midpoint rule.
 
     Raises:
-      ValueError: A site is no array of numbers that rows have in common, or `steps` is below 0, or
-        is above it with a site of the vision side.
+      ValueError: A site holds masks or logits, or `where` selects nothing of it; or `steps` is
+        below 0, or above it with a site of the vision side.
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
     for site in sites:
         if site in S.MASKS or site == S.logits:
             raise ValueError(f"{site} has no activations that could be patched in part")
-        if steps and site.module not in ("lm",):
+        if steps and site.module != "lm":
             raise ValueError(
                 f"steps={steps}: integrated gradients run along the line between the embeddings of "
                 f"the LM, which {site} precedes; use steps=0 for it"
@@ -276,25 +280,27 @@ def _without_widths(slopes: dict[str, Array], sites: Sequence[Site]) -> dict[str
 
 
 def exact(
-    contrast: Contrast, site: Site, *, over: Sequence[Axis] = ("layer", "token"),
+    contrast: Contrast, target: Target, *, over: Sequence[Axis] = ("layer", "token"),
     where: Selector = None,
 ) -> Float[np.ndarray, "L B ..."]:  # fmt: skip
     """Compute the effect of each patch by a pass of its own, in a sweep.
 
     Args:
       contrast: The contrast.
-      site: A site of the language model.
+      target: A site of the language model, or some layers and units of it.
       over: What each patch selects one of: "layer", "token", "unit" (a head or neuron). It patches
         all of what is not named.
       where: The tokens that are patched; all by default.
 
     Returns:
-      The effects in the axes of `Effects.values`, of length 1 where all are patched at once; 0
-      where no token is selected.
+      The effects in the axes of `Effects.values`, of length 1 where all are patched at once; 0 of
+      what is not selected.
 
     Raises:
       ValueError: The site is not of the language model, or has no units of this kind.
     """
+    address = Address.of(target)
+    site = address.site
     if site.module != "lm" or site in (*S.MASKS, *S.PATTERNS):
         raise ValueError(f"exact patches are of activations of the language model, not {site}")
     has_units = site.axes[site.unit_axis] not in WIDTHS
@@ -304,21 +310,22 @@ def exact(
         raise ValueError(f"over=unit: {site} is patched as a whole, it has no heads or neurons")
     batch = contrast.joined()
     spec = look_up(site, site_shapes(contrast.model, batch))
-    mask = tokens.of(where).mask(batch.tokens)
-    lengths = {"layer": spec.layers, "token": mask.shape[1], "unit": spec.shape[site.unit_axis]}
-    ranges = [range(lengths[axis]) if axis in over else [None] for axis in AXES]
+    width = spec.shape[site.unit_axis] if has_units else 1
+    units = np.broadcast_to(np.asarray(address.mask(spec.layers, width)), (spec.layers, width))
+    at = tokens.of(where).mask(batch.tokens)
+    lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
+    shape = [length if axis in over else 1 for axis, length in lengths]
     lanes, places = [], []
-    for place in itertools.product(*ranges):
-        edit = _one_patch(contrast.rows, site, mask, *place)
+    for place in np.ndindex(*shape):
+        edit = _one_patch(contrast.rows, site, *_selected(units, at, place, shape))
         if edit is not None:
             lanes.append(contrast.edits >> edit)
-            places.append([index or 0 for index in place])
+            places.append(place)
     if not lanes:
         raise ValueError(f"where= selects no token of this batch at {site}")
     metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
     clean = contrast.metric_of(contrast.clean)
     patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="patches")
-    shape = [lengths[axis] if axis in over else 1 for axis in AXES]
     effects = np.zeros((*shape, contrast.rows), np.float32)
     effects[tuple(np.array(places).T)] = clean - checks.finite(patched, "the metric")
     effects = np.moveaxis(effects, -1, 1)  # [L, B, T, units]
@@ -326,17 +333,30 @@ def exact(
     return effects if site.stacked else effects[0]
 
 
+def _selected(
+    units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"],
+    place: Sequence[int], shape: Sequence[int],
+) -> tuple[Bool[np.ndarray, "L width"], Bool[np.ndarray, "B T"]]:  # fmt: skip
+    """Return what is left of layers, units and tokens at one place of the axes of `shape`."""
+    layer, unit = np.ogrid[: units.shape[0], : units.shape[1]]
+    token = np.arange(at.shape[1])
+
+    def one(index: np.ndarray, axis: int) -> np.ndarray:
+        return (index == place[axis]) | (shape[axis] == 1)
+
+    return units & one(layer, 0) & one(unit, 2), at & one(token, 1)
+
+
 def _one_patch(
-    rows: int, site: Site, mask: np.ndarray, layer: int | None, token: int | None, unit: int | None
+    rows: int, site: Site, units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"]
 ) -> Edits | None:
-    """Return the patch of the clean rows of a joined batch, if one of them has a selected token."""
-    at = mask if token is None else mask & (np.arange(mask.shape[1]) == token)
+    """Return the patch of the clean rows of a joined batch, if it selects something."""
     into = np.flatnonzero(at[:rows].any(1))
-    if not len(into):
+    if not len(into) or not units.any():
         return None
-    layers = slice(None) if layer is None else layer
-    units = slice(None) if unit is None else [unit]
-    address = site[layers, units] if site.stacked else site[units]
+    address = Address.of(site)
+    if site.stacked:
+        address = site[units if units.shape[1] > 1 else units[:, 0]]
     return edits_.patch(address, into + rows, into, where=tokens.mask(at))
 
 
