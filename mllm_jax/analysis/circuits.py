@@ -144,17 +144,17 @@ def curves(
     Raises:
       ValueError: A size is below 0 or above the number of nodes.
     """
-    scores, sizes = checks.finite(scores, "scores", axes="[kinds, L, nodes]"), np.asarray(sizes)
-    if ((sizes < 0) | (sizes > scores.size)).any():
-        raise ValueError(f"sizes={sizes.tolist()}: there are {scores.size} nodes")
+    scores = checks.finite(scores, "scores", axes="[kinds, L, nodes]")
+    if any(not 0 <= size <= scores.size for size in sizes):
+        raise ValueError(f"sizes={list(sizes)}: there are {scores.size} nodes")
     rng = np.random.default_rng(seed)
     rankings = [scores, *(rng.random(scores.shape) for _ in range(draws))]
-    masks = np.stack([[attribution.top_mask(r, int(n)) for n in sizes] for r in rankings])
+    masks = np.stack([[attribution.top_mask(r, n) for n in sizes] for r in rankings])
     lanes = np.stack([masks, ~masks])  # [2, 1 + draws, n, kinds, L, nodes]
     metric = evaluate(contrast, lanes.reshape(-1, *scores.shape), kinds=kinds)
     inside, outside = metric.reshape(*lanes.shape[:3], -1)
     ends = contrast.metric_of(contrast.clean), contrast.metric_of(contrast.corrupt)
-    return Curves(sizes, inside[0], outside[0], inside[1:], outside[1:], *ends)
+    return Curves(np.asarray(sizes), inside[0], outside[0], inside[1:], outside[1:], *ends)
 
 
 def minimality(
@@ -183,7 +183,8 @@ def minimality(
 def _masks(contrast: Contrast, kinds: Sequence[str]) -> list[Bool[np.ndarray, "B T"]]:
     """Return the tokens of each kind, in the clean batch."""
     map_ = contrast.clean.tokens
-    masks = [tokens.of(None if k in ANY else getattr(tokens, k)).mask(map_) for k in kinds]
+    selectors = [tokens.of(None if kind in ANY else kind) for kind in kinds]
+    masks = [np.asarray(selector.mask(map_)) for selector in selectors]
     if (np.sum(masks, 0) > 1).any():
         raise ValueError(f"kinds={', '.join(kinds)}: a token is of several of these kinds")
     if empty := [kind for kind, mask in zip(kinds, masks, strict=True) if not mask.any()]:

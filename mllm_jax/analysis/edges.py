@@ -29,7 +29,6 @@ from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
 from mllm_jax.models.decoder import Block
 from mllm_jax.numerics import precision
-from mllm_jax.passes.run import run
 from mllm_jax.typing import Array, Bool, Float
 
 _SENDS = {"heads": keep(S.lm.attn.heads), "mlp": keep(S.lm.mlp.out), "embed": keep(S.lm.embed)}
@@ -107,10 +106,10 @@ def _leads(sender: Node, receiver: Node) -> bool:
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders receivers"]:
-    model, how = contrast.model, {"logits": contrast.logits}
+    model = contrast.model
     ends = {site.name: keep(site) for site in input_sites(contrast)} if steps else {}
-    clean = run(model, contrast.clean, contrast.edits, _SENDS, **how).captures
-    corrupt = run(model, contrast.corrupt, contrast.edits, _SENDS | ends, **how).captures
+    clean = contrast.run(contrast.clean, contrast.edits, _SENDS).captures
+    corrupt = contrast.run(contrast.corrupt, contrast.edits, _SENDS | ends).captures
     change = _added(model.lm.layers, clean) - _added(model.lm.layers, corrupt)
 
     def effects(edits):
@@ -142,13 +141,11 @@ def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], 
         changed = edits
         for name, site in reads.items():
             changed >>= edits_.add(site, changes[name])
-        out = run(contrast.model, contrast.clean, changed, states, logits=contrast.logits)
+        out = contrast.run(contrast.clean, changed, states)
         return contrast.metric(out).sum(), out.captures
 
     captures = {name: keep(site) for name, site in reads.items()}
-    shapes = jax.eval_shape(
-        lambda: run(contrast.model, contrast.clean, edits, captures, logits=contrast.logits)
-    ).captures
+    shapes = jax.eval_shape(lambda: contrast.run(contrast.clean, edits, captures)).captures
     zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in reads}
     return jax.grad(metric, has_aux=True)(zeros)
 

@@ -31,7 +31,7 @@ from mllm_jax import tokens
 from mllm_jax.analysis import attribution, checks
 from mllm_jax.batch import Batch, join
 from mllm_jax.interventions import edits as edits_
-from mllm_jax.interventions.captures import keep
+from mllm_jax.interventions.captures import Capture, keep
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
@@ -111,8 +111,11 @@ class Contrast:
 
     def metric_of(self, batch: Batch) -> Float[np.ndarray, " B"]:
         """Return the metric of one of the batches."""
-        out = run(self.model, batch, self.edits, logits=self.logits)
-        return checks.finite(self.metric(out), "the metric")
+        return checks.finite(self.metric(self.run(batch, self.edits)), "the metric")
+
+    def run(self, batch: Batch, edits: Edits, captures: dict[str, Capture] | None = None) -> Out:
+        """Run a pass over one of the batches, with the logits that the metric reads."""
+        return run(self.model, batch, edits, captures, logits=self.logits)
 
     def joined(self) -> Batch:
         """Return one batch with the clean rows and then the corrupt ones."""
@@ -201,18 +204,17 @@ def attribute(
 @functools.partial(jax.jit, static_argnames=("sites", "steps"))
 def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, steps: int):
     """Return the effects by site, and the metric of each row of both batches."""
-    model, how = contrast.model, {"logits": contrast.logits}
-    shapes = site_shapes(model, contrast.clean)
+    shapes = site_shapes(contrast.model, contrast.clean)
     captures = {f"at {site.name}": keep(site, where=where) for site in sites}
     ends = {site.name: keep(site) for site in input_sites(contrast)} if steps else {}
-    corrupt = run(model, contrast.corrupt, contrast.edits, captures | ends, **how)
+    corrupt = contrast.run(contrast.corrupt, contrast.edits, captures | ends)
     gates = {site.name: _open_gates(look_up(site, shapes), site) for site in sites}
 
     def metric(gates, edits, fn, others):
         for site in sites:
             closed = _with_layers(site, others[f"at {site.name}"])
             edits >>= edits_.call(site, fn, where=where, gate=gates[site.name], closed=closed)
-        values = contrast.metric(run(model, contrast.clean, edits, **how))
+        values = contrast.metric(contrast.run(contrast.clean, edits))
         return values.sum(), values
 
     if not steps:
@@ -221,7 +223,7 @@ def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, st
         (_, clean), slope = grad(gates, contrast.edits, attribution.interpolate, closed)
         return _without_widths(slope, sites), clean, contrast.metric(corrupt)
 
-    clean = run(model, contrast.clean, contrast.edits, captures, **how)
+    clean = contrast.run(contrast.clean, contrast.edits, captures)
     change = {name: clean[name] - corrupt[name] for name in captures}
 
     def add(total, share):
@@ -312,7 +314,7 @@ def exact(
     spec = look_up(site, site_shapes(contrast.model, batch))
     width = spec.shape[site.unit_axis] if has_units else 1
     units = np.broadcast_to(np.asarray(address.mask(spec.layers, width)), (spec.layers, width))
-    at = tokens.of(where).mask(batch.tokens)
+    at = np.asarray(tokens.of(where).mask(batch.tokens))
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
     lanes, places = [], []

@@ -96,7 +96,7 @@ def _layers(address: Address, layers: int) -> np.ndarray:
         return np.asarray(units.value)[:, 0] % layers
     if units.form == "mask" and units.value.ndim == 2:
         return np.flatnonzero(np.asarray(units.value).any(-1))
-    return address.layers.indices(layers, f"{address.site}: layer")
+    return np.asarray(address.layers.indices(layers, f"{address.site}: layer"))
 
 
 def worlds(contrast: Contrast) -> Batch:

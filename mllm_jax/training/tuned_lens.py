@@ -60,9 +60,9 @@ class TunedLens:
 
 
 def _map(
-    x: Float[Array, "n D"], weight: Float[Array, "D D"], bias: Float[Array, " D"]
+    x: Float[Array, "n D"], weight: Float[AnyArray, "D D"], bias: Float[AnyArray, " D"]
 ) -> Float[Array, "n D"]:
-    return x + precision.matmul(x, weight) + bias
+    return x + precision.matmul(x, jnp.asarray(weight)) + bias
 
 
 class Fitted(NamedTuple):
