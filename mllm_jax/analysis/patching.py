@@ -317,19 +317,22 @@ def exact(
     at = np.asarray(tokens.of(where).mask(batch.tokens))
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
-    lanes, places = [], []
+    lanes, places, written = [], [], []
     for place in np.ndindex(*shape):
-        edit = _one_patch(contrast.rows, site, *_selected(units, at, place, shape))
-        if edit is not None:
-            lanes.append(contrast.edits >> edit)
+        units_here, at_here = _selected(units, at, place, shape)
+        rows = at_here[: contrast.rows].any(1)
+        if rows.any() and units_here.any():
+            lanes.append(contrast.edits >> _one_patch(contrast.rows, site, units_here, at_here))
             places.append(place)
+            written.append(rows)
     if not lanes:
         raise ValueError(f"where= selects no token of this batch at {site}")
     metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
     clean = contrast.metric_of(contrast.clean)
     patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="patches")
     effects = np.zeros((*shape, contrast.rows), np.float32)
-    effects[tuple(np.array(places).T)] = clean - checks.finite(patched, "the metric")
+    falls = clean - checks.finite(patched, "the metric")
+    effects[tuple(np.array(places).T)] = np.where(written, falls, 0)
     effects = np.moveaxis(effects, -1, 1)  # [L, B, T, units]
     effects = effects if has_units else effects[..., 0]
     return effects if site.stacked else effects[0]
@@ -351,11 +354,9 @@ def _selected(
 
 def _one_patch(
     rows: int, site: Site, units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"]
-) -> Edits | None:
-    """Return the patch of the clean rows of a joined batch, if it selects something."""
+) -> Edits:
+    """Return the patch of the clean rows of a joined batch."""
     into = np.flatnonzero(at[:rows].any(1))
-    if not len(into) or not units.any():
-        return None
     address = Address.of(site)
     if site.stacked:
         address = site[units if units.shape[1] > 1 else units[:, 0]]
