@@ -317,7 +317,9 @@ def exact(
     at = np.asarray(tokens.of(where).mask(batch.tokens))
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
-    lanes, places, written = [], [], []
+    lanes: list[Edits] = []
+    places: list[tuple[int, ...]] = []
+    written: list[np.ndarray] = []
     for place in np.ndindex(*shape):
         units_here, at_here = _selected(units, at, place, shape)
         rows = at_here[: contrast.rows].any(1)

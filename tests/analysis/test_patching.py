@@ -99,7 +99,7 @@ def test_of_a_small_change_attributions_are_the_exact_patches(nearly):
         got = found.values[site.name]
         got = got if "token" in over else got.sum(2, keepdims=True)
         largest = np.abs(want).max()
-        assert largest > 1e-5, parts
+        assert largest > 1e-5, site
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-2 * largest)
     pairs = [("mlp", "q"), ("head", "k"), ("head", "mlp")]
     _compare_edges(nearly, edges.attribute(nearly), pairs, share=5e-2, every=2)
