@@ -13,6 +13,13 @@ from tests.helpers import random_inputs, tiny_families
 
 QUESTIONS = ["what is shown in the picture ?", "which one is small ?"]
 QUICK = ("paligemma",)  # norms after attention, and a soft cap
+SLOW = ("qwen3_vl", "gemma3")
+
+
+def marks(name):
+    return (
+        [] if name in QUICK else [pytest.mark.slow, *([] if name in SLOW else [pytest.mark.long])]
+    )
 
 
 def uncapped(model, logits):
@@ -22,10 +29,7 @@ def uncapped(model, logits):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in tiny_families.CONFIGS
-    ],
+    [pytest.param(name, marks=marks(name)) for name in tiny_families.CONFIGS],
 )
 def test_the_parts_sum_to_the_difference_of_logits(name):
     from tests.helpers import tiny

@@ -90,6 +90,7 @@ def _compare_edges(contrast, found, pairs, share, every=3):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_of_a_small_change_attributions_are_the_exact_patches(nearly):
     sites = [S.lm.resid_mid, S.lm.mlp.act, S.lm.mlp.out, S.lm.attn.k]
     found = patching.attribute(nearly, sites)
@@ -127,6 +128,7 @@ def test_exact_patches_are_those_of_a_loop(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_the_tiny_model_effects_are_complete_and_near_the_exact_ones(tiny):
     sites = [S.lm.embed, S.lm.attn.heads, S.vision.resid_post]
     found = patching.attribute(tiny, sites[:2], steps=64)

@@ -32,7 +32,11 @@ PATHS = [
     ((MLP, 0, None), (HEADS, 2, 1), (HEADS,)),
 ]
 SLOW = pytest.mark.slow
-QUICK_FIRST = [PATHS[0], *(pytest.param(*path, marks=SLOW) for path in PATHS[1:])]
+QUICK_FIRST = [
+    PATHS[0],
+    *(pytest.param(*path, marks=SLOW) for path in PATHS[1:3]),
+    *(pytest.param(*path, marks=[SLOW, pytest.mark.long]) for path in PATHS[3:]),
+]
 LONG = ("gemma3", "qwen3-vl", "paligemma2", "onevision", "idefics3")
 NAMES = ["llava", *(pytest.param(name, marks=[SLOW, pytest.mark.long]) for name in LONG)]
 
