@@ -56,7 +56,7 @@ def test_a_planted_map_is_found(tiny_model):
     logit = tuned_lens.compare(tiny_model, chunks[0])
     tuned = tuned_lens.compare(tiny_model, chunks[0], fitted.lens)
     assert logit.kl[0].mean() > 0.5 and tuned.kl[0].mean() < 0.02
-    assert tuned.agrees[0].mean() > 0.9 > 2 * logit.agrees[0].mean()
+    assert tuned.agrees[0].mean() > 0.8 > 2 * logit.agrees[0].mean()
     assert tuned.kl[0].mean() < fitted.losses[0, 0] / 20
 
 
