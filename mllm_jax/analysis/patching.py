@@ -322,7 +322,7 @@ def exact(
     written: list[np.ndarray] = []
     for place in np.ndindex(*shape):
         units_here, at_here = _selected(units, at, place, shape)
-        rows = at_here[: contrast.rows].any(1)
+        rows = np.asarray(at_here[: contrast.rows].any(1))
         if rows.any() and units_here.any():
             lanes.append(contrast.edits >> _one_patch(contrast.rows, site, units_here, at_here))
             places.append(place)
