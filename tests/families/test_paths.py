@@ -25,8 +25,8 @@ HEADS, MLP, Q, V, RESID = "lm.attn.heads", "lm.mlp.out", "lm.attn.q", "lm.attn.v
 # Sender, receiver, and what the path may lead through; layer -1 is the last one.
 PATHS = [
     ((HEADS, 1, 2), (MLP, -1, None), ()),
-    ((HEADS, 0, 1), (Q, -1, 3), (MLP,)),
-    ((HEADS, 0, 1), (Q, -1, 3), ()),
+    ((HEADS, 0, 1), (Q, 1, 3), (MLP,)),
+    ((HEADS, 0, 1), (Q, 1, 3), ()),
     ((MLP, 0, None), (V, 2, 0), ()),
     ((HEADS, 1, 0), (RESID, -1, None), ()),
     ((MLP, 0, None), (HEADS, 2, 1), (HEADS,)),
