@@ -33,11 +33,11 @@ class Units(NamedTuple):
 
     Attributes:
         layer: int64[n].
-        index: int64[n].
+        unit: int64[n], their indices in the layer.
     """
 
     layer: np.ndarray
-    index: np.ndarray
+    unit: np.ndarray
 
 
 def gather(study: Study, neurons: Mapping[str, SelectedNeurons]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _spaced(study: Study, count: int) -> list[int]:
     return [int(every[int(i)]) for i in chosen]
 
 
-def _vocabulary(study: Study, ids: np.ndarray) -> dict[str, list]:
+def _vocabulary(study: Study, ids: np.ndarray) -> dict[str, Any]:
     """Return the words of token ids, and the ids as indices of these words."""
     known, indices = np.unique(ids, return_inverse=True)
     vocabulary = [study.processor.word(i) for i in known]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,7 +32,10 @@ def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Sect
         folder: the folder of the study.
         losses: the loss of each step, by the name of what is trained.
     """
-    by_name = {name: {"mean": loss, "at": range(1, len(loss) + 1)} for name, loss in losses.items()}
+    by_name: dict[str, dict[str, Sequence[float]]] = {
+        name: {"mean": loss.tolist(), "at": range(1, len(loss) + 1)}
+        for name, loss in losses.items()
+    }
     panel = charts.curves("Loss", by_name, style.palette(list(losses)), "step", "loss, nats")
     tables.write(
         folder / "tables/loss.csv", ("name", "step", "loss"),
