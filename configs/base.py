@@ -48,13 +48,15 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.compat = ""  # "official" follows the released code, see docs/official.md
     config.selector = "entropy"  # or auroc, difference, attribution, random
     config.auroc_pictures = 200  # of each domain, by which AUROC ranks neurons
-    config.scope = "all"  # tokens to count: all, image, text, question, system
+    config.prompts = "neutral"  # of counted pictures; or released: the domain's questions
+    config.scope = "image"  # tokens to count: all, image, text, question, system
     config.thresholds = "module"  # where neurons compete: module, layer, or global
     config.assign = "multiple"  # number of domains a neuron may have; or single
     config.top_rate = 0.01
     config.filter_rate = 0.95
     config.bar_rate = 0.95
     config.masks = ""  # neurons to use instead: FILE.npz, or FOLDER/{module}.pth
+    config.ablate = "selected"  # or tested: those of them that are beyond chance
     config.splits = 10  # random halves of a domain's groups of examples
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 skips splits, resamples and shuffles
@@ -94,6 +96,8 @@ def mmneuron(procedure: str) -> ml_collections.ConfigDict:
     config.one_length = False  # pad prompts to a few lengths, batch by batch
     if procedure == "official":
         config.compat = "official"
+        config.prompts = "released"
+        config.scope = "all"
         config.train_tokens = 100_000
         config.groups = 5
         config.new_tokens = 400  # the release: 512 including the prompt

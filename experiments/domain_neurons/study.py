@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-import numpy as np
 
 import mllm_jax as mj
 from experiments import examples
@@ -20,7 +19,7 @@ from experiments.domain_neurons import (
     robustness,
     selection,
 )
-from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.context import PROMPTS, Study
 from experiments.domain_neurons.report import page
 from experiments.modules import MODULES
 from mllm_jax import store
@@ -59,29 +58,41 @@ def run(
         ablation.ablated_modules(study, module)  # refuse an unknown module before the count
 
     given = selection.read(study) if config.masks else None  # refuse wrong files before the count
-    counted: selection.DomainCounts = {}
+    counted: selection.Counted = {}
     if given is None or config.controls:
-        counted = {name: counts.count(study, name) for name in train}
+        # Given neurons are not selected again by the other prompts.
+        prompts = PROMPTS if given is None else (selection.rule(config).prompts,)
+        counted = {p: {name: counts.count(study, name, p) for name in train} for p in prompts}
     active = controls.activities(study, counted) if counted else {}
     if given is not None:
         neurons, counted = given, {}
     else:
         neurons = selection.select(study, counted, selection.rule(config))
     selection.write(study, neurons)
-    drawn = controls.draw(study, neurons, active)
-    study.finish(_results(study, counted, neurons, drawn), page.write, seed=config.seed)
+    tested = robustness.tested(study, counted) if counted else {}
+    if tested:
+        selection.write(study, tested, "masks_tested")
+    elif config.ablate == "tested":
+        raise ValueError(
+            "config.ablate='tested': there are too few groups of pictures, or shuffles, to test "
+            "the neurons; raise config.groups, config.train_per_domain or config.shuffles"
+        )
+    ablated = tested if config.ablate == "tested" else neurons
+    drawn = controls.draw(study, ablated, active)
+    cells = ablation.ablate(study, ablated, drawn)
+    study.finish(_results(study, counted, neurons, cells, drawn), page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 
 def _results(
     study: Study,
-    counted: selection.DomainCounts,
+    counted: selection.Counted,
     neurons: Mapping[str, SelectedNeurons],
+    ablated: ablation.Ablations,
     drawn: controls.Controls,
 ) -> dict[str, Any]:
     """Return the content of results.json. `counted` is empty where a file gave the neurons."""
     config = study.config
-    ablated = ablation.ablate(study, neurons, drawn)
     lens = layers.read(study)
     modules = study.shapes if counted else ()
     results = {
@@ -94,10 +105,12 @@ def _results(
             module: {"site": MODULES[module].name, "layers": shape[0], "width": shape[1]}
             for module, shape in study.shapes.items()
         },
-        "tokens": {module: _tokens(counted, module) for module in modules},
+        "tokens": {module: _tokens(counted[config.prompts], module) for module in modules},
         "selection": {m: selection.describe(study, selected) for m, selected in neurons.items()},
         "stability": {m: robustness.stability(study, counted, m) for m in modules},
         "comparison": robustness.compare(study, counted, neurons) if counted else {},
+        "released": robustness.released(study, counted, neurons) if counted else {},
+        "ablated": config.ablate,
         "baseline": ablated.baseline,
         "ablation": ablated.cells,
         "controls": drawn.rows,
@@ -111,6 +124,6 @@ def _results(
     return results | {"claims": claims.judge(results)}
 
 
-def _tokens(counted: Mapping[str, Mapping[str, np.ndarray]], module: str) -> dict[str, int]:
+def _tokens(counted: selection.DomainCounts, module: str) -> dict[str, int]:
     """Return the number of counted tokens of each domain."""
     return {name: int(arrays[f"{module}/tokens"].sum()) for name, arrays in counted.items()}

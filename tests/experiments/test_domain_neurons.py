@@ -8,9 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from experiments.domain_neurons import study as domain_neurons
+from experiments.domain_neurons import context
+from experiments.domain_neurons import study as study_
 from experiments.running import cli
 from mllm_jax import store
+from mllm_jax import tokens as tok
+from mllm_jax.analysis import domain_neurons
+from mllm_jax.checkpoints import masks
+from mllm_jax.data import domains
 
 QUICK = "configs/embedded.py:quick"
 SMALL = (
@@ -85,7 +90,9 @@ def test_controls_match_the_rates_and_say_where_they_do_not(finished):
     for module, shape in results["modules"].items():
         mask = next(v for k, v in stored.items() if k.startswith(shape["site"]) and v.dtype == bool)
         for d, name in enumerate(names):
-            parts = [np.load(path) for path in (finished / "steps/counts").glob(f"{name}-*.npz")]
+            parts = [
+                np.load(path) for path in (finished / "steps/counts/neutral").glob(f"{name}-*.npz")
+            ]
             positive = sum(part[f"{module}/positive"].sum(-1) for part in parts)
             rate = positive / sum(part[f"{module}/tokens"].sum() for part in parts)
             if not mask[d].any():
@@ -154,8 +161,8 @@ def test_what_the_selection_hangs_on(finished):
     for shared in comparison["modules"].values():
         assert all(row[i][i] in (0.0, 1.0) for row in shared["jaccard"] for i in range(4))
     assert {(row["field"], row["value"]) for row in comparison["settings"]} == {
-        ("scope", "image"), ("scope", "text"), ("thresholds", "global"), ("thresholds", "layer"),
-        ("assign", "single"), ("compat", "official"),
+        ("prompts", "released"), ("scope", "all"), ("scope", "text"), ("thresholds", "global"),
+        ("thresholds", "layer"), ("assign", "single"), ("compat", "official"),
     }  # fmt: skip
     text = next(row for row in comparison["settings"] if row["value"] == "text")
     # the tower reads no text: all its tokens count
@@ -163,6 +170,71 @@ def test_what_the_selection_hangs_on(finished):
     for module, test in results["stability"].items():
         assert test["examples"] == [1, 3] and test["beyond_chance"] >= 0, module
         assert test["beyond_chance"] <= results["selection"][module]["selected"]
+
+
+def test_neurons_beyond_chance_are_written(finished):
+    """The masks of both files, and the number of neurons that the results tell."""
+    results = json.loads((finished / "results.json").read_text())
+    selected, tested = (masks.load(finished / f"{name}.npz") for name in ("masks", "masks_tested"))
+    for module, shape in results["modules"].items():
+        beyond, test = tested.modules[shape["site"]], results["stability"][module]
+        assert not (beyond & ~selected.modules[shape["site"]]).any()
+        assert beyond.any(0).sum() == test["beyond_chance"]
+        assert beyond.sum((1, 2)).tolist() == list(test["beyond_chance_per_domain"].values())
+        path = finished / "masks_tested" / f"{module}.pth"
+        assert (masks.read_pth(path, shape["width"], domains=3) == beyond).all()
+
+
+@pytest.mark.slow
+def test_neurons_beyond_chance_are_what_is_ablated(finished, command, execute, tmp_path):
+    more = ("--config.ablate=tested", "--config.modules=('vision',)", "--config.level=0.5")
+    done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "work/results.json").read_text())
+    tested = masks.load(tmp_path / "work/masks_tested.npz").modules["vision.mlp.act"]
+    assert tested.any() and results["ablated"] == "tested"
+    for row in results["ablation"]:
+        if row["control"] is None:
+            assert row["neurons"] == tested[results["domains"].index(row["mask"])].sum()
+
+
+def test_selection_by_released_prompts_stands_beside(finished):
+    """Against the masks that the counts in files give under both kinds of prompt."""
+    results = json.loads((finished / "results.json").read_text())
+    found, names = results["released"], results["domains"]
+    assert found["own"] == {"prompts": "neutral", "scope": "image"}
+    assert (found["prompts"], found["scope"]) == ("released", "all")
+    selected = {}
+    for prompts, scope in (("neutral", ("image",)), ("released", tok.kind)):
+        positive, tokens = [], []
+        for name in names:
+            files = (finished / "steps/counts" / prompts).glob(f"{name}-*.npz")
+            parts = [np.load(path) for path in files]
+            chosen = np.isin(parts[0]["lm/kinds"], scope)
+            positive.append(sum(part["lm/positive"][..., chosen].sum(-1) for part in parts))
+            tokens.append(sum(part["lm/tokens"][chosen].sum() for part in parts))
+        selected[prompts] = domain_neurons.select(np.stack(positive), np.array(tokens)).mask
+    both, either = (
+        selected["neutral"] & selected["released"],
+        selected["neutral"] | selected["released"],
+    )
+    of_lm = found["modules"]["lm"]
+    assert of_lm["jaccard"] == pytest.approx(both.sum((1, 2)) / either.sum((1, 2)).clip(1))
+    assert of_lm["selected"] == selected["released"].any(0).sum()
+    assert results["selection"]["lm"]["selected"] == selected["neutral"].any(0).sum()
+    # The tower reads no prompt.
+    vision = found["modules"]["vision"]
+    assert sum(vision["neurons_per_domain"].values()) > 0
+
+
+def test_neutral_prompts_are_the_same_in_every_domain(folders, tmp_path):
+    read = domains.load_user_domains(list(map(str, folders)), "train")
+    by_domain = [context.NeutralQuestions(examples, 12) for examples in read.values()]
+    prompts = [[question.prompt for _, question in pairs] for pairs in by_domain]
+    assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 8
+    words = set(" ".join(prompts[0]).lower().replace("?", "").split())
+    for examples in read.values():
+        assert not words & {examples.name, *(example.label for example in examples)}
 
 
 def test_features_of_the_colours_lie_apart(finished):
@@ -175,6 +247,10 @@ def test_features_of_the_colours_lie_apart(finished):
     "fields, says",
     [
         ({"selector": "lape"}, "config.selector: 'lape' is not one of entropy, auroc"),
+        ({"prompts": "plain"}, "config.prompts: 'plain' is not one of neutral, released"),
+        ({"compat": "official"}, "follows the released code: set prompts='released', scope='all'"),
+        ({"ablate": "tested", "selector": "auroc"}, "config.ablate='tested' ablates the neurons"),
+        ({"ablate": "some"}, "config.ablate: 'some' is not one of selected, tested"),
         ({"scope": "pad"}, "config.scope: 'pad' is not one of all, image, text"),
         ({"measure": "words"}, "config.measure: 'words' is not one of options, answers"),
         (
@@ -203,7 +279,7 @@ def refuse(config_of, checkpoint, folders, tmp_path):
     def run(says: str, **fields):
         given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
         with pytest.raises(cli.EXPECTED, match=re.escape(says)):
-            domain_neurons.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
+            study_.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
 
     return run
 

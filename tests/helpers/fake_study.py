@@ -70,6 +70,14 @@ def fake_results(
             "overlap": overlap.tolist(),
         }  # fmt: skip
 
+    released = {
+        "own": {"prompts": "neutral", "scope": "image"}, "prompts": "released", "scope": "all",
+        "modules": {
+            module: {**found, "jaccard": rng.uniform(0.2, 0.5, count).tolist(), "chance": [0.01] * count}
+            for module, found in selection.items()
+        },
+    }  # fmt: skip
+
     effect = {"vision": 0.09, "projector": 0.015, "lm": 0.05, "all": 0.14}
     stability = {
         module: {
@@ -77,6 +85,7 @@ def fake_results(
             "halves": [(np.array([0.3, 0.45, 0.6])[i] + rng.uniform(0, 0.2, count)).tolist() for i in range(3)],
             "bootstrap": {key: rng.uniform(0.5, 0.8, count).tolist() for key in ("value", "low", "high")},
             "stable": found["k"] // 3, "lowest_entropy": 0.41, "shuffled_entropy": 1.32, "beyond_chance": found["k"] // 2,
+            "beyond_chance_per_domain": dict.fromkeys(domains, found["k"] // 9),
             "level": 0.05,
         }
         for module, found in selection.items()
@@ -97,7 +106,7 @@ def fake_results(
         },
         "settings": [
             {"field": field, "value": value, "jaccard": dict.fromkeys(MODULES, share), "selected": dict.fromkeys(MODULES, 90)}
-            for field, value, share in (("scope", "image", 0.7), ("scope", "text", 0.2), ("assign", "single", 0.8))
+            for field, value, share in (("prompts", "released", 0.7), ("scope", "text", 0.2), ("assign", "single", 0.8))
         ],
     }  # fmt: skip
 
@@ -241,7 +250,7 @@ def fake_results(
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
         "selection": selection, "selector": "entropy",
-        "stability": stability, "comparison": comparison, "controls": controls, "effects": effects, "power": power,
+        "stability": stability, "comparison": comparison, "released": released, "controls": controls, "effects": effects, "ablated": "selected", "power": power,
         "baseline": {
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)

@@ -56,6 +56,9 @@ def accuracy(folder: pathlib.Path, results: Results) -> page.Section | None:
     )  # fmt: skip
 
 
+ABLATED = {"selected": "all selected ones", "tested": "those beyond chance"}
+
+
 class Changes(NamedTuple):
     """The changes of accuracy by the ablation of one module, [mask, data].
 
@@ -107,7 +110,8 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
             parts.write_png(folder, "ablation", figure, "Accuracy change by mask, data and module")
         ],
         table=page.Table(columns, rows),
-        note="Rows: the domain whose neurons are set to zero, at every token and every step. "
+        note=f"Rows: the domain whose neurons ({ABLATED[results['ablated']]}) are set to zero, at "
+        "every token and every step. "
         "Columns: the domain tested. Controls match in number, layer and module, rate-matched ones "
         "also in how often and how strongly they are active. Beyond chance: p below "
         f"{power.LEVEL} by flipping signs of paired differences, corrected (Holm) for the cells of "
