@@ -66,6 +66,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.entropy_controls = 3  # draws of neurons of the same layers, as active in every domain
     config.margin = 0.05  # the largest effect that counts as none: share of answers, or deviation
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
+    config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
     config.picture_layers = 4
     config.seed = 0
     return config

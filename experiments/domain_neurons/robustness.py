@@ -118,40 +118,72 @@ def stability(study: Study, counted: selection.Counted, module: str) -> dict[str
     Returns:
         The entry of the module in results.json; {} where a domain has a single group.
     """
+    resampled = resample(study, counted, module)
+    if resampled is None:
+        return {}
+    groups = int(np.bincount(resampled.domain).min())
+    examples = min(len(study.questions("train", name).pairs) for name in study.names)
+    return {
+        "examples": [round(size * examples / groups) for size in resampled.sizes],
+        "halves": resampled.halves.tolist(),
+        "bootstrap": {key: getattr(resampled, key).tolist() for key in ("value", "low", "high")},
+        "stable": int(resampled.stable),
+        "level": study.config.level,
+        **_beyond_chance(study, shuffle_test(study, counted, module)),
+    }
+
+
+class Resampled(NamedTuple):
+    """Selections of halves of the groups, and of resamples of all groups, of a module.
+
+    Attributes:
+        domain: int64[N], the domain of each group.
+        sizes: int64[S], the number of groups of a domain in a half.
+        halves: float64[S, D_], the Jaccard index of two halves.
+        value: float64[D_], the Jaccard index of a resample with the selection of all groups.
+        low: float64[D_], the lower end of its interval.
+        high: float64[D_], the upper end of it.
+        stable: int64[], the number of neurons in 95 % of the resamples.
+        per_layer: int64[R, D_, L], the number of neurons in each resample.
+    """
+
+    domain: np.ndarray
+    sizes: np.ndarray
+    halves: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    stable: np.ndarray
+    per_layer: np.ndarray
+
+
+def resample(study: Study, counted: selection.Counted, module: str) -> Resampled | None:
+    """Split and resample the groups of a module; None where a domain has a single group."""
     config, rule = study.config, selection.rule(study.config)
     counts = Counts.of(counted[rule.prompts], module, rule.scope)
-    if np.bincount(counts.domain).min() < 2 or not config.shuffles:
-        return {}
-    options = selection.options(config, rule)
-    test = shuffle_test(study, counted, module)
+    groups = int(np.bincount(counts.domain).min())
+    if groups < 2 or not config.shuffles:
+        return None
 
     def select(positive: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         selected = domain_neurons.select_modules(
-            {module: positive}, {module: tokens}, thresholds=rule.thresholds, **options
-        )
+            {module: positive}, {module: tokens}, thresholds=rule.thresholds,
+            **selection.options(config, rule),
+        )  # fmt: skip
         return selected[module].mask
 
-    def make() -> dict[str, Any]:
-        return _resample(study, counts, select)
+    def make() -> dict[str, np.ndarray]:
+        data = (counts.positive, counts.tokens, counts.domain)
+        sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
+        halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
+        drawn = stability_.bootstrap(*data, resamples=config.resamples, select=select)
+        stable = np.asarray((drawn.frequency >= 0.95).any(axis=0).sum())
+        return Resampled(
+            counts.domain, halves.sizes, halves.jaccard.mean(axis=1), *drawn.jaccard, stable,
+            drawn.per_layer,
+        )._asdict()  # fmt: skip
 
-    return study.workdir.json(f"stability-{module}", make) | _beyond_chance(study, test)
-
-
-def _resample(study: Study, counts: Counts, select: stability_.Select) -> dict[str, Any]:
-    """Return the neurons that halves of the groups, and resamples of all groups, share."""
-    config, data = study.config, (counts.positive, counts.tokens, counts.domain)
-    groups = int(np.bincount(counts.domain).min())
-    sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
-    halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
-    resampled = stability_.bootstrap(*data, resamples=config.resamples, select=select)
-    examples = min(len(study.questions("train", name).pairs) for name in study.names)
-    return {
-        "examples": [round(size * examples / groups) for size in sizes],
-        "halves": halves.jaccard.mean(axis=1).tolist(),
-        "bootstrap": {key: values.tolist() for key, values in resampled.jaccard._asdict().items()},
-        "stable": int((resampled.frequency >= 0.95).any(axis=0).sum()),
-        "level": config.level,
-    }
+    return Resampled(**study.workdir.arrays(f"resamples-{module}", make))
 
 
 class Shuffled(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 import mllm_jax as mj
 from experiments import examples
@@ -45,6 +46,7 @@ def run(
     """
     selection.check(config)
     ablation.check(config)
+    layers.check(config)
     train, test = (examples.domains_of(config, split) for split in ("train", "test"))
     domains.require_domains(train)
     lens = examples.domains_of(config, "lens") if config.get("vqa") else test
@@ -117,11 +119,22 @@ def _results(
         "effects": ablated.effects,
         "power": ablated.power,
         "lens": layers.curves(lens),
-        "stages": layers.staged(lens, neurons["lm"]),
+        "lens_top": layers.curves(lens, "top"),
+        "lens_sites": {site: layers.curves(lens, f"{site}/sums") for site in config.lens_sites},
+        "sparsity": layers.sparsity(lens),
+        "stages": layers.staged(lens, neurons["lm"], *_resampled(study, counted)),
         "features": layers.features(lens),
         "pictures": pictures.pictures(study),
     }
     return results | {"claims": claims.judge(results)}
+
+
+def _resampled(study: Study, counted: selection.Counted) -> tuple[np.ndarray | None, int]:
+    """Return the neurons by layer of resampled groups of pictures, and the number of groups."""
+    if not counted or study.config.selector != "entropy":
+        return None, 0
+    resampled = robustness.resample(study, counted, "lm")
+    return (None, 0) if resampled is None else (resampled.per_layer, len(resampled.domain))
 
 
 def _tokens(counted: selection.DomainCounts, module: str) -> dict[str, int]:

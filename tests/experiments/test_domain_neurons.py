@@ -14,6 +14,7 @@ from experiments.running import cli
 from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import domain_neurons
+from mllm_jax.analysis.stages import find_resampled
 from mllm_jax.checkpoints import masks
 from mllm_jax.data import domains
 
@@ -21,7 +22,7 @@ QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
     "--config.controls=2", "--config.random_controls=1", "--config.entropy_controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
-    "--config.shuffles=19", "--config.resamples=10",
+    "--config.shuffles=19", "--config.resamples=10", "--config.lens_sites=('resid_mid', 'mlp.out')",
 )  # fmt: skip
 
 
@@ -237,6 +238,40 @@ def test_neutral_prompts_are_the_same_in_every_domain(folders, tmp_path):
         assert not words & {examples.name, *(example.label for example in examples)}
 
 
+def test_every_site_of_the_lens_and_what_is_claimed_of_its_words(finished):
+    """At the last layer the end of the block is the model's own distribution."""
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["lens_sites"]) == {"resid_mid", "mlp.out"}
+    curves = [results["lens"], results["lens_top"], *results["lens_sites"].values()]
+    assert all(len(of["reds"]["image"]["mean"]) == 9 for of in curves)
+    assert all(0 < p < 1 for p in results["lens_top"]["reds"]["image"]["mean"])
+    rows = {(row["data"], row["measure"]): row for row in results["sparsity"]}
+    for name in results["domains"]:
+        stored = np.load(finished / f"steps/lens-{name}.npz")
+        mean = stored["sums"][:, -1] / stored["tokens"]
+        row = rows[name, "entropy"]
+        assert row["value"] == pytest.approx((mean[:, 0] - mean[:, 1]).mean(), abs=1e-6)
+        top = rows[name, "most likely word"]
+        assert top["value"] == pytest.approx(results["lens_top"][name]["image"]["mean"][-1])
+        # Four pictures cannot tell.
+        assert row["verdict"] == top["verdict"] == "undecided" and row["p_holm"] >= row["p"]
+
+
+def test_intervals_of_neuron_counts_are_over_groups_of_pictures(finished):
+    stages = json.loads((finished / "results.json").read_text())["stages"]["neurons"]
+    stored = np.load(finished / "steps/resamples-lm.npz")
+    assert stored["per_layer"].shape == (10, 3, 9) and len(stored["domain"]) == 18
+    found = find_resampled(
+        np.array(stages_of_masks(finished)), stored["per_layer"].sum(1), examples=18
+    )
+    assert stages["verdict"] == found.verdict and stages["low"] == list(found.low)
+
+
+def stages_of_masks(finished):
+    """Neurons of all domains by layer, in the file of masks."""
+    return masks.load(finished / "masks.npz").modules["lm.mlp.act"].sum((0, 2))
+
+
 def test_features_of_the_colours_lie_apart(finished):
     found = json.loads((finished / "results.json").read_text())["features"]
     assert found["vision"]["between"] > 0.5 and sum(found["vision"]["share"]) <= 1
@@ -250,6 +285,7 @@ def test_features_of_the_colours_lie_apart(finished):
         ({"prompts": "plain"}, "config.prompts: 'plain' is not one of neutral, released"),
         ({"compat": "official"}, "follows the released code: set prompts='released', scope='all'"),
         ({"ablate": "tested", "selector": "auroc"}, "config.ablate='tested' ablates the neurons"),
+        ({"lens_sites": ("mlp",)}, "config.lens_sites: 'mlp' is not one of resid_mid, attn_out"),
         ({"ablate": "some"}, "config.ablate: 'some' is not one of selected, tested"),
         ({"scope": "pad"}, "config.scope: 'pad' is not one of all, image, text"),
         ({"measure": "words"}, "config.measure: 'words' is not one of options, answers"),

@@ -196,6 +196,7 @@ def fake_results(
             "verdict": "three stages as claimed (flat, falling, rising)",
             "bends": [6, 23],
             "confirmed": [True, True],
+            "claimed": True,
         }
         for i, (domain, (a, b)) in enumerate(
             zip(domains, rng.integers(-1, 2, (count, 2)), strict=True)
@@ -204,7 +205,7 @@ def fake_results(
     by_domain[domains[-1]] = {
         "boundaries": None, "low": [4, 14], "high": [12, 26],
         "verdict": "undecided: the boundaries run into each other (up to 15, from 14)",
-        "bends": [], "confirmed": None,
+        "bends": [], "confirmed": None, "claimed": False,
     }  # fmt: skip
     stages = {
         "rule": "least-squares fit of three free straight segments to the mean entropy",
@@ -212,7 +213,7 @@ def fake_results(
         "all": {
             "boundaries": [7, 22], "low": [6, 21], "high": [8, 24],
             "verdict": "three stages as claimed (flat, falling, rising)",
-            "bends": [23], "confirmed": [False, True],
+            "bends": [23], "confirmed": [False, True], "claimed": True,
         },
         "agreement": [False, True],
     }  # fmt: skip
@@ -255,7 +256,14 @@ def fake_results(
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "lens": lens, "stages": stages, "features": features,
+        "ablation": ablation, "lens": lens, "lens_top": lens, "lens_sites": {"attn_out": lens},
+        "sparsity": [
+            {"data": data, "measure": measure, "n": 32, "bound": bound, "claimed": sign, "value": 0.3,
+             "low": 0.2, "high": 0.38, "p": 0.001, "p_holm": 0.005, "verdict": "holds"}
+            for data in domains
+            for measure, bound, sign in (("entropy", 0.0, 1), ("most likely word", 0.4, -1))
+        ],
+        "stages": stages, "features": features,
         "pictures": pictures,
     }  # fmt: skip
     return results | {"claims": claims.judge(results)}

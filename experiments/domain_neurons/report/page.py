@@ -12,6 +12,7 @@ from experiments.domain_neurons.report import (
     plots,
     robustness,
     selection,
+    sparsity,
     words,
 )
 from mllm_jax.report import page, parts
@@ -19,8 +20,8 @@ from mllm_jax.report.report import Report, Results
 
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "released",
-    "ablated", "baseline", "ablation", "controls", "effects", "power", "lens", "stages", "features",
-    "pictures", "claims",
+    "ablated", "baseline", "ablation", "controls", "effects", "power", "lens", "lens_top",
+    "lens_sites", "sparsity", "stages", "features", "pictures", "claims",
 )  # fmt: skip
 
 
@@ -91,7 +92,8 @@ REPORT = Report(
     sections=(
         claims.claims, ablation.accuracy, selection.neurons, selection.overlap,
         robustness.stability, words.released, robustness.comparison, ablation.changes,
-        effects.effects, ablation.deviation, layers.lens, layers.features, layers.pictures,
+        effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
+        sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write = REPORT.write
