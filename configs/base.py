@@ -109,6 +109,7 @@ def projection() -> ml_collections.ConfigDict:
     """Return the fields of Cross-Modal Projection (Verma et al., ACL 2024)."""
     config = ml_collections.ConfigDict()
     config.paths = ()  # your own tasks: folders, .csv or .jsonl files, whose labels are the classes
+    config.projector = ""  # a projector file, such as one that was trained without a domain
     config.division = 0  # seed of the division into training and held-out pictures
     config.aspect = "pad"  # of the evaluated pictures: "pad", or "square" to crop
     config.factors = ml_collections.ConfigDict()

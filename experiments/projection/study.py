@@ -20,8 +20,6 @@ from mllm_jax.data import classification, tasks
 from mllm_jax.evaluation import zero_shot
 from mllm_jax.loading import clip
 
-PROBES = ("paper", "linear", "matched")
-
 
 def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     """Run the study.
@@ -31,7 +29,7 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         workdir: the folder of its steps and results.
     """
     _check(config)
-    model, processor = mj.load(config.model)
+    model, processor = mj.load(config.model, projector=config.projector or None)
     study = Study(
         config=config, workdir=workdir, model=model, processor=processor, tasks=_tasks(config)
     )
@@ -43,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         name: projection.Task(
             study.ids(name, "test"), len(task.classes),
             zero_shot_answers[name] | _answers(study, outputs, name),
-            {kind: probes.read(study, outputs, name, kind) for kind in PROBES},
+            {kind: probes.read(study, outputs, name, kind) for kind in probes.names(study, name)},
         )
         for name, task in study.tasks.items()
     }  # fmt: skip
@@ -51,12 +49,13 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     results = {
         "study": "projection",
         "model": config.model,
+        "projector": config.projector,
         "seeds": list(config.seeds),
         "tasks": {name: _describe(study, name) for name in study.tasks},
         "answers": [r for name, task in judged.items() for r in _answer_rows(study, name, task)],
         "richness": [row for name, task in judged.items() for row in _probe_rows(name, task)],
         "claims": projection.claims(judged),
-        "controls": projection.claims(judged, projection.controls(("linear", "matched"))),
+        "controls": projection.claims(judged, projection.controls(probes.NAMES[1:])),
         "rule": projection.RULE,
         "depth": [row for name in study.tasks for row in probes.depth(study, outputs, name)],
         "factors": [row for name in factor_tasks for row in probes.factors(study, outputs, name)],

@@ -73,7 +73,7 @@ def test_every_variant_of_every_task_is_measured(results):
     }
     runs = {row["variant"]: row["runs"] for row in results["answers"]}
     assert runs.pop(projection.CLIP) == 1 and set(runs.values()) == {2}
-    assert len(results["richness"]) == 2 * 3 * 4
+    assert len(results["richness"]) == 2 * 4 * 4
     assert all(row["comparisons"] for row in results["claims"])
     assert len(results["depth"]) == 2 * 2 * 2 * 9
     assert {row["ablated"] for row in results["ablation"] if row["task"] == "reds"} == {
