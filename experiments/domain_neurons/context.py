@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import context
 from experiments.modules import MODULES
-from mllm_jax.analysis import official
+from mllm_jax.analysis import official, power, stability
 from mllm_jax.data import batching, domains
 from mllm_jax.data.embedded import questions
 from mllm_jax.data.sequences import LazySequence
@@ -100,6 +100,29 @@ class Study(context.Context):
         """The rows of a batch that is counted: few enough for `groups` in the smallest domain."""
         smallest = min(len(self._pairs("train", name)) for name in self.names)
         return max(1, min(self.config.batch_size, smallest // self.config.groups))
+
+    def too_small(self) -> list[str]:
+        """Return a warning for each split that is too small to say anything."""
+        config, warnings = self.config, []
+        tests = len(self.names) * len(config.modules)
+        needed = power.changed_answers(tests)
+        for name in self.names:
+            questions = len(self._pairs("test", name))
+            if questions < needed:
+                warnings.append(
+                    f"domain {name!r} has {questions} test questions: no change of its accuracy "
+                    f"can be found beyond chance in {tests} tests, which takes {needed} or more"
+                )
+        each = [len(self.groups(self.questions("train", name))) for name in self.names]
+        domain = np.repeat(np.arange(len(each)), each)
+        if config.shuffles and not config.masks:
+            chance = stability.power(domain, config.shuffles, config.level)
+            if chance < stability.POWER:
+                warnings.append(
+                    f"{min(each)} groups of training pictures are too few to tell domain neurons "
+                    "from chance; add pictures, or raise config.train_per_domain or config.groups"
+                )
+        return warnings
 
     def groups(self, questions: batching.QuestionBatches) -> list[np.ndarray]:
         """Return the indices of the batches of each group of examples, in order."""

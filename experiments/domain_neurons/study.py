@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +27,7 @@ from experiments.domain_neurons.report import page
 from experiments.modules import MODULES
 from mllm_jax import store
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
-from mllm_jax.data import domains
+from mllm_jax.data import domains, near_copies
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 
@@ -49,6 +51,8 @@ def run(
     layers.check(config)
     train, test = (examples.domains_of(config, split) for split in ("train", "test"))
     domains.require_domains(train)
+    if config.get("paths"):
+        test = _without_near_copies(config, train, test)
     lens = examples.domains_of(config, "lens") if config.get("vqa") else test
     model, processor = mj.load(config.model, max_pixels=config.get("max_pixels"))
     study = Study(
@@ -56,6 +60,8 @@ def run(
         captures=captures or {}, train=train, test=test, lens=lens,
     )  # fmt: skip
     study.claim(study.content())
+    for warning in study.too_small():
+        logging.getLogger(__name__).warning(warning)
     for module in config.modules:
         ablation.ablated_modules(study, module)  # refuse an unknown module before the count
 
@@ -84,6 +90,21 @@ def run(
     cells = ablation.ablate(study, ablated, drawn)
     study.finish(_results(study, counted, neurons, cells, drawn), page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
+
+
+def _without_near_copies(
+    config: ml_collections.ConfigDict,
+    train: Mapping[str, domains.Domain],
+    test: Mapping[str, domains.Domain],
+) -> dict[str, domains.Domain]:
+    """Return the test split without near copies of pictures that are counted."""
+    count = max(config.test_per_domain, config.lens_per_domain)
+    return {
+        name: near_copies.leave_out(
+            domain, itertools.islice(train[name], config.train_per_domain), count
+        )
+        for name, domain in test.items()
+    }
 
 
 def _results(

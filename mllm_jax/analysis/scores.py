@@ -93,9 +93,7 @@ def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEV
         level: level of the test.
     """
     if not 0 < margin < 1:
-        raise ValueError(
-            f"margin={margin}: the largest difference that counts as none is in (0, 1)"
-        )
+        raise ValueError(f"margin={margin}: the largest change that counts as none is in (0, 1)")
     _, low, high = gain.interval(1 - 2 * level)
     return -margin < low and high < margin and (1 - margin) ** gain.pictures <= level
 

@@ -63,6 +63,10 @@ def test_ablation_has_every_cell_and_its_controls(finished):
     assert {(r["control"], r["draw"]) for r in rows if r["control"]} == {
         ("rate", 0), ("rate", 1), ("layer", 0), ("entropy", 0), ("entropy", 1),
     }  # fmt: skip
+    for row in rows:
+        for moved in row["deviation"].values():
+            for measure in ("relative_l2", "cosine"):
+                assert moved[f"{measure}_low"] <= moved[measure] <= moved[f"{measure}_high"]
     moved = [r for r in rows if r["neurons"] and r["module"] == "lm"]
     assert any(r["deviation"]["image"]["relative_l2"] > 0 for r in moved)
     for row in rows:

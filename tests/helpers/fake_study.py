@@ -133,8 +133,12 @@ def fake_results(
                         "p": 0.001 if difference < -0.06 else 0.4,
                         "deviation": {
                             kind: {
-                                "relative_l2": float(moved * k * rng.uniform(0.7, 1.3)),
-                                "cosine": float(moved**2 * k / 2 * rng.uniform(0.7, 1.3)),
+                                f"{measure}{end}": size * scale
+                                for measure, size in (
+                                    ("relative_l2", float(moved * k * rng.uniform(0.7, 1.3))),
+                                    ("cosine", float(moved**2 * k / 2 * rng.uniform(0.7, 1.3))),
+                                )
+                                for end, scale in (("", 1.0), ("_low", 0.9), ("_high", 1.1))
                             }
                             for kind, k in {"image": 2.0, "text": 1.2, "last": 0.8}.items()
                         },

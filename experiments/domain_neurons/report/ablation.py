@@ -254,19 +254,20 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         ],
         table=page.Table(["module", "tokens", *heads], rows),
         note="Each domain tested on its own data; means over tokens and, for controls, over draws. "
-        "The scale is logarithmic.",
+        "The scale is logarithmic. The table file has 95 % bootstrap intervals over questions.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
 
 
 def _deviation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     columns = ["module", "mask", "data", "control", "draw"]
+    values = [f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")]
     rows = [
-        [*(run[c] for c in columns), kind, *(moved[measure] for measure in MEASURES)]
+        [*(run[c] for c in columns), kind, *(moved[value] for value in values)]
         for run in runs
         for kind, moved in run["deviation"].items()
     ]
-    return parts.write_csv(folder, "deviation", [*columns, "kind", *MEASURES], rows)
+    return parts.write_csv(folder, "deviation", [*columns, "kind", *values], rows)
 
 
 def _mean_deviations(runs: Iterable[Mapping[str, Any]]) -> Deviations:
