@@ -121,6 +121,8 @@ def projection() -> ml_collections.ConfigDict:
     config.neurons.top_rate = 0.01
     config.neurons.filter_rate = 0.95
     config.neurons.bar_rate = 0.95
+    config.neurons.train = ()  # tasks of whose domain neurons alone are fine-tuned, and random ones
+    config.neurons.rate = 2e-4  # the learning rate of these
     config.neurons.controls = 1  # seeds of random neurons, the same number in each layer
     config.suppress = ml_collections.ConfigDict()
     config.suppress.task = ""

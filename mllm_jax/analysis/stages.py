@@ -345,6 +345,6 @@ def _describe(
     extent = np.ptp(curve) or 1.0
     changes = slopes * np.diff((0, *boundaries, len(curve))) / extent
     words = ["flat" if abs(c) < 0.1 else "rising" if c > 0 else "falling" for c in changes]
-    claimed = words[1:] == ["falling", "rising"] and slopes[1] < slopes[0]
+    claimed = words[1:] == ["falling", "rising"] and bool(slopes[1] < slopes[0])
     name = "three stages as claimed" if claimed else "three segments, not the claimed stages"
     return claimed, f"{name} ({', '.join(words)})"

@@ -48,7 +48,7 @@ def test_every_link_leads_to_a_file(folder):
     assert reader.open == []
     links = {link for link in reader.links if not link.startswith("#")}
     assert set(contents(folder)) == links | {"index.html"}
-    assert reader.tags.count("section") == 9
+    assert reader.tags.count("section") == 11
     for path in (folder / "figures").glob("*.png"):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width >= 1000
@@ -116,7 +116,15 @@ def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeyp
 
 @pytest.mark.parametrize(
     "part, sections",
-    [("controls", 9), ("depth", 8), ("factors", 8), ("neurons", 8), ("ablation", 7)],
+    [
+        ("controls", 11),
+        ("depth", 10),
+        ("factors", 10),
+        ("neurons", 10),
+        ("changed", 10),
+        ("trained", 10),
+        ("ablation", 9),
+    ],
 )
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part, sections):
     report.write(tmp_path, {key: value for key, value in results.items() if key != part})

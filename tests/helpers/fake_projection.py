@@ -106,6 +106,18 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
                      for m, mask in after.items()}  # fmt: skip
             rows = projection.moved(before, after)
             results["neurons"] += [{"task": name, "variant": v, **row} for row in rows]
+    results["changed"] = [
+        {"task": name, "variant": E2E, "domain neurons": when, "neurons": 90, "jaccard": 0.2,
+         "chance": 0.01}
+        for name in tasks
+        for when in ("before", "after")
+    ]  # fmt: skip
+    digits = tasks["digits"]
+    results["trained"] = [
+        {"task": "digits", "variant": row["variant"], "neurons": None, "f1": row["f1"],
+         "change": row["change"]}
+        for row in table(digits, digits.predicted)
+    ]  # fmt: skip
     results["ablation"] = []
     for name, task in tasks.items():
         for v in (ORIGINAL, E2E):

@@ -20,6 +20,10 @@ may be empty or absent.
     [factors]          {"task", "recipe", "factor", "setting", "f1": value, "change": change over
                        the first recipe or None, "probe": value of the paper's probe or None}
     [neurons]          rows of `projection.moved`, each with its "task" and "variant"
+    [changed]          {"task", "variant", "domain neurons" (before or after), "neurons", "jaccard",
+                       "chance"}: those of most changed weights and the domain's
+    [trained]          {"task", "variant", "neurons", "f1": value, "change": change over Original}:
+                       fine-tuning of selected neurons alone
     [ablation]         {"task", "variant", "ablated" (whose neurons), "neurons", "f1": value,
                        "change": change against no ablation}; suppression of one of two classes
                        has "recall" as well: {class: share of its pictures given its name}
@@ -32,7 +36,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.projection.report import cells, neurons, plots, scores
+from experiments.projection.report import cells, neurons, plots, scores, training
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
 from mllm_jax.report import page, parts
@@ -178,7 +182,7 @@ REPORT = Report(
     overview=_overview,
     sections=(
         _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons,
-        neurons.ablation, neurons.suppression, _paper,
+        training.changed, neurons.ablation, training.trained, neurons.suppression, _paper,
     ),
 )  # fmt: skip
 write = REPORT.write
