@@ -103,7 +103,8 @@ class Study(context.Context):
 
     def too_small(self) -> list[str]:
         """Return a warning for each split that is too small to say anything."""
-        config, warnings = self.config, []
+        config = self.config
+        warnings: list[str] = []
         tests = len(self.names) * len(config.modules)
         needed = power.changed_answers(tests)
         for name in self.names:

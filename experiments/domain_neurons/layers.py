@@ -99,7 +99,7 @@ def sparsity(lens: LensArrays) -> list[dict[str, Any]]:
         paper says is below MOST_LIKELY. `verdict` is "holds", "fails" or "undecided", by tests that
         are corrected for all domains (Holm).
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
         entropy, top = (
             arrays[values][:, -1] / np.maximum(arrays["tokens"], 1) for values in ("sums", "top")

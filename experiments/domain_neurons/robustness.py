@@ -98,7 +98,7 @@ def released(
     other = dataclasses.replace(rule, **RELEASED)
     if other == rule:
         return {}
-    modules = {}
+    modules: dict[str, dict[str, Any]] = {}
     for module, selected in selection.select(study, counted, other).items():
         shared = selectors.overlap({"own": neurons[module].mask, "released": selected.mask})
         modules[module] = {

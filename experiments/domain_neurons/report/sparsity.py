@@ -52,7 +52,7 @@ def sparsity(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 
 def _read(rows: list[Mapping[str, Any]]) -> str:
-    told = []
+    told: list[str] = []
     for measure, claim in (
         ("entropy", "image tokens have a higher entropy than those of the question"),
         ("most likely word", "the most likely word of an image token has less than 40 %"),
@@ -70,7 +70,7 @@ def sites(folder: pathlib.Path, results: Results) -> page.Section | None:
     by_site = results["lens_sites"]
     if not by_site:
         return None
-    rows = []
+    rows: list[list[str]] = []
     for site, lens in {"resid_post": results["lens"], **by_site}.items():
         for kind in dict.fromkeys(kind for by_kind in lens.values() for kind in by_kind):
             curve = np.mean([by_kind[kind]["mean"] for by_kind in lens.values()], axis=0)
