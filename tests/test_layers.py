@@ -38,6 +38,7 @@ LAYERS = (
     ("processors",),
     ("families",),
     ("loading",),
+    ("dictionaries",),
     ("passes",),
     ("data",),
     ("training", "evaluation", "analysis"),
