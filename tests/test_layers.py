@@ -29,6 +29,7 @@ LAYERS = (
         "tokens",
         "positions",
         "notebook",
+        "notebook_results",
     ),
     ("sharding", "numerics"),
     ("store", "batch"),
