@@ -100,8 +100,9 @@ def test_controls_match_the_rates_and_say_where_they_do_not(finished):
             parts = [
                 np.load(path) for path in (finished / "steps/counts/neutral").glob(f"{name}-*.npz")
             ]
-            positive = sum(part[f"{module}/positive"].sum(-1) for part in parts)
-            rate = positive / sum(part[f"{module}/tokens"].sum() for part in parts)
+            image = parts[0][f"{module}/kinds"] == "image"
+            positive = sum(part[f"{module}/positive"][..., image].sum(-1) for part in parts)
+            rate = positive / sum(part[f"{module}/tokens"][image].sum() for part in parts)
             if not mask[d].any():
                 assert (module, name, "rate") not in rows
                 continue
@@ -187,7 +188,8 @@ def test_neurons_beyond_chance_are_written(finished):
         beyond, test = tested.modules[shape["site"]], results["stability"][module]
         assert not (beyond & ~selected.modules[shape["site"]]).any()
         assert beyond.any(0).sum() == test["beyond_chance"]
-        assert beyond.sum((1, 2)).tolist() == list(test["beyond_chance_per_domain"].values())
+        by_domain = [test["beyond_chance_per_domain"][name] for name in results["domains"]]
+        assert beyond.sum((1, 2)).tolist() == by_domain
         path = finished / "masks_tested" / f"{module}.pth"
         assert (masks.read_pth(path, shape["width"], domains=3) == beyond).all()
 
