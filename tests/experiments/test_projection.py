@@ -22,7 +22,8 @@ SMALL = (
     "--config.factors.tasks=('reds',)", "--config.neurons.pictures=4",
     "--config.suppress.task=greens", "--config.suppress.classes=('a circle', 'a square')",
     "--config.suppress.experts=20", "--config.neurons.train=('reds',)",
-    "--config.neurons.filter_rate=0.5", "--config.neurons.bar_rate=0.5",
+    "--config.neurons.top_rate=0.1", "--config.neurons.filter_rate=0.5",
+    "--config.neurons.bar_rate=0.5",
 )  # fmt: skip
 
 
