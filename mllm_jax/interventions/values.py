@@ -10,6 +10,8 @@ from mllm_jax.numerics import precision
 from mllm_jax.sites import Address, SiteShape
 from mllm_jax.typing import AnyArray, Shaped
 
+REAL = (np.floating, np.integer, np.bool_)  # casting others drops imaginary parts, and None is NaN
+
 
 def fit_value(
     value: Shaped[AnyArray, ...], address: Address, spec: SiteShape
@@ -18,6 +20,7 @@ def fit_value(
     _require_numbers(value, address)
     shape = _broadcastable_shape(value.shape, address, spec)
     full = value.astype(spec.dtype).reshape(shape)
+    _require_in_range(value, full, address)
     if value.ndim:  # a scalar stays one, however many units are listed
         full = _scatter_units(full, address, spec)
     return _per_layer(full, spec.layers)
@@ -46,9 +49,20 @@ def fit_basis(
     return _per_layer(columns[None], spec.layers)
 
 
+def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None:
+    """Raise ValueError if a finite value is an infinity in the dtype of a site, where known."""
+    if isinstance(value, jax.core.Tracer) or isinstance(cast, jax.core.Tracer):
+        return
+    if isinstance(value, np.ndarray) and np.isfinite(value).all() and not np.isfinite(cast).all():
+        raise ValueError(
+            f"{address.site.name}: a value of {np.abs(value).max():.3g} is infinite in the site's "
+            f"dtype {cast.dtype}"
+        )
+
+
 def _require_numbers(value: Shaped[AnyArray, ...], address: Address) -> None:
-    """Raise ValueError unless a value is real: casting drops imaginary parts, and None is NaN."""
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+    """Raise ValueError unless a value is real."""
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
         raise ValueError(f"{address.site.name}: a value holds real numbers, not {value.dtype}")
 
 
