@@ -121,6 +121,13 @@ def _scatter_units(value: AnyArray, address: Address, spec: SiteShape) -> AnyArr
     units = address.units.value
     shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))
     at = (*(slice(None),) * axis, units)
+    if not isinstance(units, jax.core.Tracer):
+        number, times = np.unique(np.asarray(units) % shape[axis], return_counts=True)
+        if (times > 1).any():
+            raise ValueError(
+                f"{address.site.name}: unit {number[times > 1][0]} is listed twice, with a value "
+                "each: list it once"
+            )
     if isinstance(value, jax.Array) or isinstance(units, jax.Array):
         return jnp.zeros(shape, value.dtype).at[at].set(value)
     full = np.zeros(shape, value.dtype)

@@ -705,6 +705,8 @@ def test_a_basis_is_made_orthonormal_in_float32():
          r"\[L B T D\] = \[3, 8, 15, 32\]"),
         (lambda: mj.scale(S.lm.mlp.act[1, [3, 5]], np.ones(3)), r"shape \(3,\) does not fit"),
         (lambda: mj.add(S.lm.resid_post[1:3], np.ones((2, 32))), r"shape \(2, 32\) does not fit"),
+        (lambda: mj.add(S.lm.mlp.act[1, [3, 5, 3]], [1.0, 2.0, 4.0]), "unit 3 is listed twice, with"),
+        (lambda: mj.scale(S.lm.mlp.act[1, [3, -45]], [1.0, 2.0]), "lm.mlp.act: unit 3 is listed tw"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((31, 2))),
          r"lm.resid_post: the basis is \(31, 2\), expected \[32, directions\]"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((32, 2))),
