@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sites
-from mllm_jax.arguments import require_number, require_whole
+from mllm_jax.arguments import require_number, require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.captures import Capture
@@ -110,6 +110,8 @@ def generate(
     arguments.check(model, batch, edits, captures)
     max_new_tokens = require_whole("max_new_tokens", max_new_tokens)
     _check_sampling(temperature, key)
+    if not isinstance(stop, bool | np.bool_):
+        raise type_error("stop", stop, "True, to end at one of processor.stop_ids, or False")
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     if stop and processor is None:

@@ -163,6 +163,12 @@ def test_what_is_no_key(key, model, batch):
     refused(lambda: mj.generate(model, batch, temperature=1.0, key=key), "jax.random.key(seed)")
 
 
+@pytest.mark.parametrize("stop", ["</s>", ["</s>"], [2], 2, None])
+def test_what_does_not_say_whether_to_stop(stop, model, batch):
+    """Each but None ended a row at the stop ids of the processor, whatever it named."""
+    refused(lambda: mj.generate(model, batch, stop=stop), "stop is of type", "processor.stop_ids")
+
+
 def test_wrong_arguments_of_sweeps(model, batch):
     for wrong in (EDIT, "ablate", None, 3):
         refused(lambda wrong=wrong: mj.sweep(metric, model, batch, wrong), "edits is of type")
