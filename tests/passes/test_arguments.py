@@ -117,7 +117,8 @@ def test_one_batch_where_several_are_read(model, batch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [0, -1, 2.5, 3.0, "4", None, True, np.ones(2, int), 10**12, 10**5000]
+    "wrong",
+    [0, -1, 2.5, 3.0, "4", None, True, np.ones(2, int), 10**12, pytest.param(10**5000, id="huge")],
 )
 def test_numbers_that_do_not_count(wrong, model, batch, tmp_path):
     site = S.lm.mlp.act
