@@ -41,7 +41,7 @@ def require_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> in
     except TypeError:  # of floats, of text, and of what is traced
         number = None
     if number is None or not least <= number <= most:
-        limit = "" if most >= MOST else f" to {most}"
+        limit = "" if number is None or number < least else f" to {most}"
         raise ValueError(f"{name}={shown(value)} is not a whole number from {least}{limit}")
     return number
 
