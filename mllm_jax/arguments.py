@@ -42,9 +42,8 @@ def require_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> in
         number = None
     if number is None or not least <= number <= most:
         limit = "" if number is None or number < least else f" to {most}"
-        raise ValueError(
-            f"{name}={shown(value if number is None else number)} is not a whole number from {least}{limit}"
-        )
+        given = shown(value if number is None else number)
+        raise ValueError(f"{name}={given} is not a whole number from {least}{limit}")
     return number
 
 
