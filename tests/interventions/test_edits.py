@@ -340,7 +340,10 @@ def test_values_without_one_reading_are_refused(layers, site, given, message):
         (lambda: mj.ablate(S.lm.resid_post[2**32]), "layer 2147483647 is out of range"),
         (lambda: mj.ablate(S.lm.mlp.act[1, [-(2**32) + 3]]), "unit -2147483648 is out of range"),
         (lambda: mj.ablate(S.lm.mlp.act[2**32 :]), "selects no layer or unit"),
-        (lambda: mj.add(RESID, V * 1e300), "a value of .*e.300 is infinite in the site's dtype fl"),
+        (
+            lambda: mj.add(RESID, np.float64(V) * 1e300),
+            "a value of .*e.300 is infinite in the site's dtype fl",
+        ),
         (
             lambda: mj.scale(RESID, -1e39),
             "a value of 1e.39 is infinite in the site's dtype float32",
