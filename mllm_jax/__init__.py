@@ -13,6 +13,7 @@ from mllm_jax import deprecated
 
 if TYPE_CHECKING:
     from mllm_jax import sites, tokens
+    from mllm_jax.dictionaries.load import load_dictionary, write_dictionary
     from mllm_jax.interventions.captures import (
         attention,
         bottom,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         project_out,
         replace,
         scale,
+        splice,
     )
     from mllm_jax.loading.load import load, read_projector
     from mllm_jax.loading.save import save_hf, write_projector
@@ -51,11 +53,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MEMBERS = {
+    "mllm_jax.dictionaries.load": "load_dictionary write_dictionary",
     "mllm_jax.interventions.captures": (
         "attention bottom histogram keep lens mass mean sample stats top"
     ),
     "mllm_jax.interventions.edits": (
-        "ablate add call knockout patch per_step project_out replace scale"
+        "ablate add call knockout patch per_step project_out replace scale splice"
     ),
     "mllm_jax.loading.load": "load read_projector",
     "mllm_jax.loading.save": "save_hf write_projector",
@@ -106,6 +109,7 @@ __all__ = [
     "knockout",
     "lens",
     "load",
+    "load_dictionary",
     "mass",
     "mean",
     "mesh",
@@ -123,10 +127,12 @@ __all__ = [
     "scale",
     "score",
     "sites",
+    "splice",
     "stack",
     "stats",
     "sweep",
     "tokens",
     "top",
+    "write_dictionary",
     "write_projector",
 ]

@@ -122,6 +122,8 @@ def _arguments(edit: Any) -> str:
         arguments.append(f"rows {source} into {into}")
     if edit.on is not None:
         arguments.append(f"on {where(edit.on)}")
+    if edit.splice is not None:
+        arguments.append(f"dictionary of {edit.splice.dictionary.widths[1]} latents")
     if edit.strengths is not None:
         arguments.append(f"by step {value(edit.strengths)}")
     return ", ".join(arguments)

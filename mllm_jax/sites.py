@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Members that need JAX, which this module does not: they are imported when they are first read.
 _IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
+_LATENTS = ".latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,31 @@ class Site:
     def token_axis(self) -> int:
         """The axis of the tensor that holds its tokens."""
         return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
+
+    @property
+    def latents(self) -> Site:
+        """The latents of the dictionary that is spliced here, see `edits.splice`.
+
+        They are addressed as the site is: `lm.resid_post.latents[14, [17, 93]]`.
+
+        Raises:
+          AttributeError: The site has no vector for each token that a dictionary could read.
+        """
+        if not self.has_latents:
+            raise AttributeError(f"no dictionary reads {self}, which is [{self.shape}]")
+        shape = " ".join((*self.axes[:2], "M"))
+        return Site(f"{self}{_LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a dictionary can be spliced here: the site has one vector for each token."""
+        is_vector = not self.is_latents and self.token_axis == 1 and "S" not in self.axes
+        return is_vector and self.module != "logits"
+
+    @property
+    def is_latents(self) -> bool:
+        """Whether the site is the latents of another."""
+        return self.name.endswith(_LATENTS)
 
     @property
     def lens(self) -> str:
@@ -203,6 +229,8 @@ TABLE: tuple[Site, ...] = (
     Site("lm.resid_mid", "B T D", "residual between attention and MLP", True,
          "blocks.{i}.hook_resid_mid",
          "language_model.model.layers.{i}.post_attention_layernorm (input)"),
+    Site("lm.mlp.input", "B T D", "what enters the MLP: the normed residual", True,
+         "", "language_model.model.layers.{i}.mlp (input)"),
     Site("lm.mlp.gate", "B T F", "gate before its activation", True,
          "blocks.{i}.mlp.hook_pre", "language_model.model.layers.{i}.mlp.gate_proj (output)"),
     Site("lm.mlp.act", "B T F", "neurons: silu(gate), before the product with up", True,
@@ -235,9 +263,10 @@ def get(name: str) -> Site:
     Raises:
       KeyError: There is no such site; the message lists the nearest names.
     """
-    if name not in BY_NAME:
-        raise KeyError(unknown(name))
-    return BY_NAME[name]
+    base = name.removesuffix(_LATENTS)
+    if base not in BY_NAME:
+        raise KeyError(unknown(base))
+    return BY_NAME[name] if base == name else BY_NAME[base].latents
 
 
 def _tree() -> dict[str, Any]:

@@ -39,6 +39,7 @@ LAYERS = (
     ("processors",),
     ("families",),
     ("loading",),
+    ("dictionaries",),
     ("passes",),
     ("data",),
     ("training", "evaluation", "analysis"),

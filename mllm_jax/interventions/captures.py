@@ -41,7 +41,7 @@ class Capture:
       address: The site with the layers and units that are read.
       where: The tokens that are read.
       by: The kinds of token that the result is grouped by, or None. Static.
-      k: How many words a lens names. Static.
+      k: How many words a lens names, or how many units a sparse form keeps. Static.
       on: The keys of an attention mass.
       edges: The edges of the bins of a histogram or a sample, float32[bins - 1].
     """
@@ -58,17 +58,24 @@ class Capture:
         return notebook.capture(self)
 
 
-def keep(target: Target, *, where: Selector = None) -> Capture:
+def keep(target: Target, *, k: int | None = None, where: Selector = None) -> Capture:
     """Keep the raw values: [L, B, T, F], or [B, T, F] of one layer; zero where not selected.
+
+    With `k` only the k largest units of each token are kept, see `results.Sparse`: the latents of a
+    dictionary are mostly zero.
 
     Sites of the vision side are kept as they are computed, tile by tile: [L, I, P, F]. One layer
     is carried through the scan, not stacked.
 
     Args:
       target: A site or an address.
+      k: How many units of each token to keep; all by default.
       where: A token selector or a mask bool[B, T]; all tokens by default.
     """
-    return Capture("keep", Address.of(target), tokens.of(where))
+    if k is None:
+        return Capture("keep", Address.of(target), tokens.of(where))
+    k = require_whole("keep k", k)
+    return Capture("sparse", Address.of(target), tokens.of(where), k=k)
 
 
 def mean(target: Target, *, where: Selector = None) -> Capture:

@@ -35,6 +35,14 @@ def _check_lens(capture: Capture, shapes: dict[str, SiteShape]) -> None:
         raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
 
 
+def _check_sparse(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    _check_site(capture, shapes)
+    site = capture.address.site
+    width = shapes[site.name].shape[-1]
+    if capture.k > width:
+        raise ValueError(f"keep k={capture.k} of {site.name}: it has {width} units")
+
+
 def _accept(capture: Capture, shapes: dict[str, SiteShape]) -> None:
     """Accept every site."""
 
@@ -74,6 +82,7 @@ _of_data = functools.partial(Form, check=_check_site, by="batch", merges=True)
 FORMS: dict[str, Form] = {
     "finite": Form(reductions.read_finite, by="batch", needs_a_token=False),
     "keep": Form(reductions.read_keep, captures.keep, by="token"),
+    "sparse": Form(reductions.read_sparse, check=_check_sparse, by="token"),
     "mean": _of_rows(reductions.read_mean, captures.mean),
     "mass": _of_rows(reductions.read_mass, captures.mass),
     "attention": _of_rows(attention_maps.read_attention, captures.attention, by="token"),

@@ -48,7 +48,7 @@ EDITS: dict[str, Words] = {
     "knockout": Words(options=("to", "on")),
 }
 CAPTURES: dict[str, Words] = {
-    "keep": Words(options=("where",)),
+    "keep": Words(options=("k", "where")),
     "mean": Words(options=("where",)),
     "mass": Words(options=("on", "where"), required=("on",)),
     "attention": Words(options=("where",)),

@@ -12,7 +12,7 @@ import numpy as np
 from mllm_jax import tokens
 from mllm_jax.interventions import logit_lens, top_tokens
 from mllm_jax.interventions.bound_capture import BoundCapture
-from mllm_jax.interventions.results import Entropy, Lens, Stats
+from mllm_jax.interventions.results import Entropy, Lens, Sparse, Stats
 from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
@@ -40,6 +40,20 @@ def read_keep(capture: BoundCapture, x: Array, lens: Callable | None) -> Shaped[
     """Return x, zero where not selected."""
     mask = expand_tokens(capture.tokens, capture.site.token_axis, x.ndim)
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def read_sparse(capture: BoundCapture, x: Array, lens: Callable | None) -> Sparse:
+    """Return the largest units of each selected token."""
+    k = min(capture.k, x.shape[-1])
+    values, indices = jax.lax.top_k(at_least_float32(x), k)
+    if capture.units is not None:
+        indices = jnp.take(jnp.asarray(capture.units), indices)
+    selected = capture.tokens[..., None]
+    return Sparse(
+        indices=jnp.where(selected, indices, -1),
+        values=jnp.where(selected, values, 0),
+        active=jnp.where(capture.tokens, (x > 0).sum(-1, dtype=jnp.int32), 0),
+    )
 
 
 def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B ..."]:

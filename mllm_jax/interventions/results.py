@@ -100,6 +100,23 @@ def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> n
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sparse:
+    """The largest units of each token.
+
+    Attributes:
+      indices: The units, largest first, int32[L, B, T, k]; -1 where not selected.
+      values: Their values, float32[L, B, T, k]; 0 where not selected.
+      active: How many units are above zero, int32[L, B, T]: more than k means that some are left
+        out.
+    """
+
+    indices: Int[AnyArray, "L B T k"]
+    values: Float[AnyArray, "L B T k"]
+    active: Int[AnyArray, "L B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Lens:
     """The distribution over words that the head reads from each token's residual.
 

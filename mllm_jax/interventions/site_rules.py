@@ -16,6 +16,11 @@ def check_edit(kind: str, site: Site) -> None:
         raise ValueError(
             f"{kind} does not apply to {site}: only lm.attn and vision.attn take knockout"
         )
+    if kind == "splice" and not site.has_latents:
+        raise ValueError(
+            f"splice does not apply to {site}: a dictionary reads one vector for each token, and "
+            f"the site is [{site.shape}]"
+        )
     if kind == "patch" and site in sites.PATTERNS:
         raise ValueError(
             f"patch does not apply to {site}: the keys of two rows do not correspond; "
@@ -39,7 +44,7 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern "
             "and vision.attn.pattern, and keep reads every site"
         )
-    if form in ("top", "bottom", "sample", "histogram") and len(site.axes) != 3:
+    if form in ("top", "bottom", "sample", "histogram", "sparse") and len(site.axes) != 3:
         raise ValueError(
             f"{form} does not read {site}, which is [{site.shape}]: it reads sites with one value "
             "for each token and unit"

@@ -25,7 +25,8 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| keep, mean, attention | where |
+| mean, attention | where |
+| keep | k, where |
 | mass | on, where |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
@@ -147,7 +148,7 @@ def to_json(items: Edits | dict[str, Capture]) -> list[Any] | dict[str, Any]:
     `from_json` restores the same edits and captures, bit for bit.
 
     Raises:
-      ValueError: An edit is a `call`, whose function is code.
+      ValueError: An edit is a `call`, whose function is code, or a `splice`.
     """
     if isinstance(items, Edits):
         return [_edit_json(edit) for edit in items]
@@ -170,6 +171,11 @@ def digest(items: Edits | dict[str, Capture]) -> str:
 def _edit_json(edit: Edit) -> dict[str, Any]:
     if edit.fn is not None:
         raise ValueError(f"a call of {edit.fn} is code and cannot be written as JSON")
+    if edit.splice is not None:
+        raise ValueError(
+            f"the splice at {edit.address.site} holds a dictionary, which is no JSON: note its "
+            "file, and write the edits of its latents without it"
+        )
     return {
         "kind": edit.kind,
         **_address_json(edit.address),

@@ -230,7 +230,7 @@ class ModuleTap:
         def checkpointed(layer, x, tap, extra):
             # The tap collects while it is traced; what it collects must leave through the outputs.
             def pure(layer, x, extra):
-                inside = dataclasses.replace(tap, receipts={}, captured={})
+                inside = tap.emptied()
                 out = step(layer, x, inside, extra)
                 return out, inside.receipts, inside.captured
 
@@ -313,15 +313,15 @@ def _at(items: dict, stacked: bool) -> dict:
 
 
 def _stacked(edits: dict) -> dict:
-    """Return the arrays of edits that lead with L."""
-    return {i: (edit.units, edit.values) for i, edit in edits.items()}
+    """Return the arrays of edits that lead with L; those of latents lead with splices."""
+    return {i: (edit.units, edit.values) for i, edit in edits.items() if not edit.site.is_latents}
 
 
 def _unstack(edits: dict, arrays: dict) -> dict:
-    """Return edits with the arrays of one layer."""
-    return {
-        i: dataclasses.replace(edit, units=arrays[i][0], values=arrays[i][1])
-        for i, edit in edits.items()
+    """Return edits with the arrays of one layer; those of latents keep all of theirs."""
+    return edits | {
+        i: dataclasses.replace(edits[i], units=units, values=values)
+        for i, (units, values) in arrays.items()
     }
 
 

@@ -19,7 +19,8 @@ def fit_value(
     """Return a value with a leading L axis and then the rank of the site."""
     _require_numbers(value, address)
     shape = _broadcastable_shape(value.shape, address, spec)
-    full = value.astype(spec.dtype).reshape(shape)
+    with np.errstate(over="ignore"):  # which is refused below
+        full = value.astype(spec.dtype).reshape(shape)
     _require_in_range(value, full, address)
     if value.ndim:  # a scalar stays one, however many units are listed
         full = _scatter_units(full, address, spec)

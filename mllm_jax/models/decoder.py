@@ -231,6 +231,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
         """Return the output of the last map."""
+        x = tap(S.mlp.input, x)
         gate = tap(S.mlp.gate, self.gate(x))
         act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](gate))
         gated = tap(S.mlp.gated, act * self.up(x))

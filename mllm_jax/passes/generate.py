@@ -153,7 +153,7 @@ def _capture(
 ) -> dict[str, Any]:
     """Return captures of prompts and what follows them, under edits of a generation."""
     bound_captures = binding.bind_captures(
-        captures, site_shapes(model, whole), model.token_maps(whole)
+        captures, site_shapes(model, whole), model.token_maps(whole), edits
     )
     steps = whole.ids.shape[1] - prompts.ids.shape[1]
     bound = binding.bind_continuation(model, prompts, edits, steps)

@@ -148,6 +148,7 @@ def _shard_edit(edit: BoundEdit, put: Callable[[Any, tuple], Any]) -> BoundEdit:
         tokens=put(edit.tokens, rows),
         values=jax.tree.map(value, edit.values),
         along=jax.tree.map(lambda array: put(array, rows), edit.along),
+        splice=jax.tree.map(lambda array: put(array, (None,) * array.ndim), edit.splice),
     )
 
 

@@ -89,7 +89,7 @@ def score_with(
     batch = unshare_patched(model, batch, edits)
     ids = _as_ids(candidates, processor, len(batch.ids), model.config.lm.vocab)
     bound_edits = binding.bind_continuation(model, batch, edits, ids.shape[-1])
-    _, bound_captures = binding.bind(model, batch, None, captures, "last")
+    _, bound_captures = binding.bind(model, batch, binding.splices(edits), captures, "last")
     with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, ids
         return mesh.gather_to_host(compiled_score(model, *inputs))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ from mllm_jax.sites import SiteShape
 from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
 
+Splices = dict[int, BoundEdit]
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
 
 
@@ -90,14 +92,24 @@ def stack(edits: Sequence[Edits]) -> Stack:
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
                 "the edits of one sweep have the same kinds and sites, the same function in a call "
-                "and a basis in each patch or in none (np.eye(width) is the whole space)"
+                "and a basis in each patch or in none (np.eye(width) is the whole space), and one "
+                "dictionary in each splice, at one layer"
             )
     return Stack(items)
 
 
 def _structure(edits: Edits) -> list[tuple]:
     """Return what all lanes must have in common; `_equalise_lanes` makes the rest equal."""
-    return [(edit.kind, edit.address.site, edit.fn, sorted(edit.values)) for edit in edits]
+
+    def splice(edit: Edit) -> tuple | None:
+        if edit.splice is None:
+            return None
+        leaves, structure = jax.tree.flatten((edit.splice, edit.address.layers))
+        dictionary = jax.tree.leaves(edit.splice)
+        others = leaves[len(dictionary) :]  # the layer, which is compared by value
+        return structure, *map(id, dictionary), *map(int, others)
+
+    return [(e.kind, e.address.site, e.fn, sorted(e.values), splice(e)) for e in edits]
 
 
 def _kinds(edits: Edits) -> str:
@@ -174,7 +186,8 @@ def sweep(
         captures = (captures or {}) | finite.captures(site_shapes(model, batch), logits)
         metric = jax.tree_util.Partial(_metric_and_checks, metric=metric)
     lanes = [binding.bind(model, batch, item, None, logits)[0] for item in edits.items]
-    bound_captures = binding.bind(model, batch, None, captures, logits)[1]
+    splices = binding.splices(edits.items[0])
+    bound_captures = binding.bind(model, batch, splices, captures, logits)[1]
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
@@ -215,8 +228,10 @@ def _run_chunks(
     """Run the lanes in chunks and write their metrics to `rows`."""
     compute = clean_pass.compute_clean_pass if share else clean_pass.without_sharing
     clean = compute(model, batch, lanes, captures, logits)
+    splices, lanes = separate_splices(lanes)
     shards = mesh.shard_count("R")  # each runs as many lanes
-    chunk = min(chunk or _chunk_size(clean, site_shapes(model, batch), shards), len(lanes))
+    widest = _widest(site_shapes(model, batch), splices)
+    chunk = min(chunk or _chunk_size(clean, widest, shards), len(lanes))
     chunk = mesh.round_up_to_shards("R", chunk)
     shapes = _common_shapes(lanes)
 
@@ -224,7 +239,7 @@ def _run_chunks(
         stacked = _stack_lanes(shapes, [lanes[i] for i in np.resize(numbers, chunk)])
         resume, past = clean.resume(numbers)
         return functools.partial(
-            compiled_lanes, metric, model, clean.batch, stacked, captures, resume, past,
+            compiled_lanes, metric, model, clean.batch, splices, stacked, captures, resume, past,
             logits=logits, prefix=int(clean.prefix[numbers[0]]),
         )  # fmt: skip
 
@@ -268,6 +283,26 @@ def _equalise(edits: tuple[BoundEdit, ...]) -> list[BoundEdit]:
     return [equalise(edit) for edit in edits]
 
 
+def separate_splices(lanes: list[Lane]) -> tuple[Splices, list[Lane]]:
+    """Return the splices by their number, which all lanes share, and the lanes without them."""
+    splices = {i: edit for i, edit in enumerate(lanes[0]) if edit.splice is not None}
+    for number, lane in enumerate(lanes):
+        if any(not np.array_equal(lane[i].tokens, one.tokens) for i, one in splices.items()):
+            raise ValueError(
+                f"edit {number} of the sweep splices other tokens than the first: give where= to "
+                "the edits of latents instead"
+            )
+    rest = [tuple(e for i, e in enumerate(lane) if i not in splices) for lane in lanes]
+    return splices, rest
+
+
+def _join_splices(splices: Splices, lane: Lane) -> Lane:
+    """Invert `separate_splices` for one lane."""
+    edits = iter(lane)
+    count = len(splices) + len(lane)
+    return tuple(splices[i] if i in splices else next(edits) for i in range(count))
+
+
 def _stack_lanes(shapes: Any, lanes: Sequence[Lane]) -> Lane:
     """Return the edits of lanes as one, each array with a leading R axis."""
     return jax.tree.map(
@@ -281,6 +316,7 @@ def compiled_lanes(
     metric: Callable[[Out], Any],
     model: Model,
     batch: Batch,
+    splices: Splices,
     lanes: Lane,
     captures: dict[str, BoundCapture],
     resume: dict[str, Resume],
@@ -291,8 +327,8 @@ def compiled_lanes(
 ):
     """Run lanes of edits and apply the metric to each; see `sweep`."""
 
-    def lane(edits, metric, model, batch, captures, resume, past):
-        taps = Taps(edits, captures, resume=resume, at=prefix)
+    def lane(edits, metric, model, batch, splices, captures, resume, past):
+        taps = Taps(_join_splices(splices, edits), captures, resume=resume, at=prefix)
         if past is None:
             scores, _ = forward(model, batch, taps, logits)
         else:
@@ -304,7 +340,7 @@ def compiled_lanes(
             scores = logits_at_last(model, batch, x, taps) if logits == "last" else None
         return metric(Out(scores, taps.captured, taps.receipt_list()))
 
-    shared = metric, model, batch, captures, resume, past
+    shared = metric, model, batch, splices, captures, resume, past
     all_lanes = jax.vmap(lane, in_axes=(0, *(None for _ in shared)))
     return mesh.map_lanes(all_lanes, lanes, *shared)
 
@@ -320,10 +356,19 @@ def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
-def _chunk_size(clean: CleanPass, shapes: dict[str, SiteShape], shards: int) -> int:
+def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
+    """Return the bytes of the widest tensor of one layer: logits are of the last token alone."""
+    sizes = {name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
+    latents = [
+        math.prod(shapes[edit.site.name].shape[:2]) * edit.splice.dictionary.widths[1] * 4
+        for edit in splices.values()
+        if edit.splice is not None
+    ]
+    return max([size for name, size in sizes.items() if name != "logits"] + latents)
+
+
+def _chunk_size(clean: CleanPass, widest: int, shards: int) -> int:
     """Return how many lanes to run at one time: a power of two within BUDGET for each shard."""
-    sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
-    widest = int(max(size for name, size in sizes.items() if name != "logits"))
     most = max(1, min(BUDGET // widest, -(-len(clean.first) // shards)))
     candidates = (shards * 2**i for i in range(most.bit_length()))
     return min(candidates, key=lambda n: (clean.cost(n), -n))

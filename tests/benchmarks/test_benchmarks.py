@@ -15,7 +15,7 @@ from benchmarks import clock, collect, evidence, harness, kernels, profile, work
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-NAMES = ("sweep", "counts", "lens", "score", "generate", "prefill", "finetune")
+NAMES = ("sweep", "dictionary", "counts", "lens", "score", "generate", "prefill", "finetune")
 
 
 @pytest.fixture(scope="module")
