@@ -30,6 +30,7 @@ LAYERS = (
         "tokens",
         "positions",
         "notebook",
+        "notebook_results",
     ),
     ("sharding", "numerics"),
     ("store", "batch"),

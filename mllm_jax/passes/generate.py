@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites
+from mllm_jax import notebook_results, sites
 from mllm_jax.arguments import require_number, require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
@@ -66,6 +66,9 @@ class Generation:
             known = ", ".join(self.captures) or "none"
             raise KeyError(f"no capture '{name}'; this generation has: {known}")
         return self.captures[name]
+
+    def _repr_html_(self) -> str:
+        return notebook_results.generation(self)
 
 
 def generate(

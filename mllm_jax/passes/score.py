@@ -223,4 +223,4 @@ def compiled_score(
     size = -(-C // chunks)  # chunks of one size, as each size is a program of its own
     ids = jnp.pad(ids, ((0, 0), (0, chunks * size - C), (0, 0)), constant_values=-1)
     values = jax.lax.map(jax.vmap(score_candidate), ids.swapaxes(0, 1).reshape(chunks, size, B, A))
-    return Scores(values.reshape(-1, B)[:C].T, taps.captured, taps.receipt_list())
+    return Scores(values.reshape(-1, B)[:C].T, taps.results(), taps.receipt_list())

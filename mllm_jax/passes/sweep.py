@@ -338,7 +338,7 @@ def compiled_lanes(
             x, _ = model.read(resume["lm"].x, positions, taps, past, deepstack)
             x = jnp.pad(x, ((0, 0), (prefix, 0), (0, 0)))  # positions count from the first token
             scores = logits_at_last(model, batch, x, taps) if logits == "last" else None
-        return metric(Out(scores, taps.captured, taps.receipt_list()))
+        return metric(Out(scores, taps.results(), taps.receipt_list()))
 
     shared = metric, model, batch, splices, captures, resume, past
     all_lanes = jax.vmap(lane, in_axes=(0, *(None for _ in shared)))

@@ -170,6 +170,7 @@ def test_instructblip_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_qwen_to_its_page(study):
     """Pictures keep their shape, within the limit of the config."""
     workdir = study(
@@ -185,6 +186,7 @@ def test_qwen_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gemma_to_its_page(study):
     workdir = study("gemma", "paper", "--config.modules=('lm+vision',)")
     results = json.loads((workdir / "results.json").read_text())
