@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from mllm_jax.dictionaries.load import load_dictionary, write_dictionary
     from mllm_jax.interventions.captures import (
         attention,
+        attention_map,
         bottom,
         histogram,
         keep,
         lens,
         mass,
         mean,
+        rollout,
         sample,
         stats,
         top,
@@ -55,7 +57,7 @@ __version__ = "0.1.0"
 _MEMBERS = {
     "mllm_jax.dictionaries.load": "load_dictionary write_dictionary",
     "mllm_jax.interventions.captures": (
-        "attention bottom histogram keep lens mass mean sample stats top"
+        "attention attention_map bottom histogram keep lens mass mean rollout sample stats top"
     ),
     "mllm_jax.interventions.edits": (
         "ablate add call knockout patch per_step project_out replace scale splice"
@@ -99,6 +101,7 @@ __all__ = [
     "ablate",
     "add",
     "attention",
+    "attention_map",
     "bottom",
     "call",
     "collect",
@@ -121,6 +124,7 @@ __all__ = [
     "read_projector",
     "reduce",
     "replace",
+    "rollout",
     "run",
     "sample",
     "save_hf",

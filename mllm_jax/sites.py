@@ -41,6 +41,8 @@ class Site:
       transformer_lens_name: The name in TransformerLens, "" where it has none.
       hf: The tensor in HF transformers; where InstructBLIP has another name for it, that name comes
         second.
+      keys: The module whose tokens are the keys S of an attention to another module; "" where they
+        are those of the site's own.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Site:
     stacked: bool = True
     transformer_lens_name: str = ""
     hf: str = ""
+    keys: str = ""
 
     @property
     def module(self) -> str:
@@ -108,6 +111,10 @@ class Site:
         """Return the entry of this site in a table by site or module; a site takes precedence."""
         return table[self.name if self.name in table else self.module]
 
+    def key_entry(self, table: Mapping[str, Any]) -> Any:
+        """Return the entry of the keys of an attention in a table by site or module."""
+        return table[self.keys] if self.keys else self.entry(table)
+
     def check_parts(self, count: int) -> None:
         """Check the number of parts in the brackets of an address.
 
@@ -124,6 +131,9 @@ class Site:
 
     def __str__(self) -> str:
         return self.name
+
+    def _repr_html_(self) -> str:
+        return importlib.import_module("mllm_jax.notebook").site(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +205,12 @@ TABLE: tuple[Site, ...] = (
          "blocks.{i}.hook_mlp_out", "vision_model.encoder.layers.{i}.mlp (output)"),
     Site("vision.resid_post", "I P E", "what leaves a block", True,
          "blocks.{i}.hook_resid_post", "vision_model.encoder.layers.{i} (output)"),
+    Site("qformer.attn.pattern", "I N T S",
+         "attention probabilities of queries, then text, among themselves", True,
+         "", "qformer.encoder.layer.{i}.attention.attention (weights)"),
+    Site("qformer.cross.pattern", "I N Q S",
+         "attention probabilities of queries on patches; 0 in layers that do not look", True,
+         "", "qformer.encoder.layer.{i}.crossattention.attention (weights)", keys="vision"),
     Site("qformer.mlp.act", "I T F",
          "neurons of the text branch; dead in the last layer, as only queries leave", True,
          "", "qformer.encoder.layer.{i}.intermediate (output)"),
@@ -248,7 +264,7 @@ TABLE: tuple[Site, ...] = (
 
 BY_NAME = {site.name: site for site in TABLE}
 MASKS = tuple(site for site in TABLE if site.name.endswith(".attn.mask"))
-PATTERNS = tuple(site for site in TABLE if site.name.endswith(".attn.pattern"))
+PATTERNS = tuple(site for site in TABLE if site.name.endswith(".pattern"))
 
 
 def unknown(name: str) -> str:

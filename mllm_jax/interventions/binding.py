@@ -255,11 +255,11 @@ def _bind_capture(
         units, _ = _indices(address.units, spec.shape[site.unit_axis], f"{site.name}: unit")
         if not len(units):
             raise ValueError(f"the capture of {site.name} selects no unit")
-    token_map = site.entry(maps)
+    token_map, keys, form = site.entry(maps), site.key_entry(maps), FORMS[capture.form]
     bound = BoundCapture(
         form=capture.form,
         site=site,
-        by=capture.by,
+        by=_tile_names(keys) if capture.by == ("tile",) else capture.by,
         k=capture.k,
         count=count,
         single=not site.stacked or address.layers.form == "one",
@@ -269,11 +269,13 @@ def _bind_capture(
         units=units,
         tokens=capture.where.mask(token_map),
         kind=token_map.kind,
-        on=None if capture.on is None else capture.on.mask(token_map),
+        on=None if capture.on is None else capture.on.mask(keys),
         rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
         readers=token_map.readers,
         edges=capture.edges,
-        places=places_of(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
+        places=places_of(token_map, maps["lm"]) if form.needs_places else None,
+        keys=keys if form.needs_keys else None,
+        heads=capture.heads,
     )
     _check_capture_selects(bound)
     return bound
@@ -299,6 +301,15 @@ def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
         example.astype(np.int32), token.astype(np.int32), token_map.tile, token_map.row,
         token_map.column, is_row.sum().astype(np.int32),
     )  # fmt: skip
+
+
+def _tile_names(keys: TokenMap) -> tuple[str, ...]:
+    """Return the names of the image tiles of the rows, "tile 0" and so on."""
+    if isinstance(keys.tile, jax.core.Tracer):
+        raise ValueError(
+            'by="tile" needs a batch that is known: how many tiles a row has is part of the program'
+        )
+    return tuple(f"tile {number}" for number in range(int(np.max(keys.tile, initial=-1)) + 1))
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:

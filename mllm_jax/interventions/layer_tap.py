@@ -35,6 +35,7 @@ class LayerTap:
       captures: The captures of this layer, by name.
       receipts: The measurements of the edits, by number.
       captured: The results of the captures, by name.
+      states: What captures carry on from this layer, by name.
       read: What splices read from a site before their own, by the number of the splice.
     """
 
@@ -46,11 +47,20 @@ class LayerTap:
     captures: dict[str, BoundCapture]
     receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
     captured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    states: dict[str, Any] = dataclasses.field(default_factory=dict)
     read: dict[int, Array] = dataclasses.field(default_factory=dict)
 
     def emptied(self, **fields: Any) -> LayerTap:
         """Return the tap without results, and with other fields."""
-        return dataclasses.replace(self, receipts={}, captured={}, read={}, **fields)
+        return dataclasses.replace(self, receipts={}, captured={}, states={}, read={}, **fields)
+
+    def when(self, present: Bool[Array, ""]) -> LayerTap:
+        """Return this tap for sites that only some layers have: elsewhere edits change nothing."""
+        edits = {
+            number: dataclasses.replace(edit, units=jnp.asarray(edit.units) & present)
+            for number, edit in self.edits.items()
+        }
+        return dataclasses.replace(self, edits=edits)
 
     def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
         """Return whether no edit or capture needs this tensor, so that it may stay fused."""
@@ -72,6 +82,9 @@ class LayerTap:
                 self.read[number] = x
         for name, capture in self.captures.items():
             if capture.site == site:
+                if (state := forms.carry(capture, x)) is not None:
+                    self.states[name] = state
+                    capture = dataclasses.replace(capture, state=state)
                 self.captured[name] = self._read(capture, x)
         return x
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.interventions import logit_lens, top_tokens
+from mllm_jax.interventions import attention_maps, logit_lens, top_tokens
+from mllm_jax.interventions.attention_maps import Mass
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.results import Entropy, Lens, Sparse, Stats
 from mllm_jax.interventions.top_tokens import Histogram
@@ -63,12 +64,14 @@ def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[A
     return _average(capture, total, capture.tokens.sum(-1))
 
 
-def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"]:
+def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"] | Mass:
     """Return the attention that the selected queries of each row pay to its keys, on average."""
-    assert capture.on is not None, "a mass has keys"
-    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
-    total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
-    return _average(capture, total, capture.tokens.sum(-1))
+    groups = attention_maps.group_keys(capture)
+    seen = _product("BNTS,BSk->BNTk", at_least_float32(x), groups)
+    total = jnp.where(capture.tokens[:, None, :, None], seen, 0).sum(2)
+    mass = _average(capture, total, capture.tokens.sum(-1))
+    mass = mass.mean(1) if capture.heads == "mean" else mass
+    return mass[..., 0] if capture.by is None else Mass(mass, capture.by)
 
 
 def read_lens(capture: BoundCapture, x: Array, lens: Callable | None) -> Lens:

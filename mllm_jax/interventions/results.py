@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from mllm_jax import notebook_results
 from mllm_jax.typing import AnyArray, Float, Int
 
 
@@ -87,6 +88,12 @@ class Stats:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(total, np.float64) / self._count()
 
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.stats(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
+
 
 def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> np.ndarray:
     """Return what two groups' means add to their squared deviations (Chan et al. 1979), float64."""
@@ -131,6 +138,12 @@ class Lens:
     log_probs: Float[AnyArray, "L B T k"]
     entropy: Float[AnyArray, "L B T"]
 
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.lens(self, word)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +181,9 @@ class Entropy:
             tokens=np.asarray(self.tokens, np.int64).sum(-2),
             kinds=self.kinds,
         )
+
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.entropy(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from mllm_jax import sites
 from mllm_jax.sites import Site
 
+_OF_PATTERNS = ("mass", "attention", "attention_map", "rollout")
+
 
 def check_edit(kind: str, site: Site) -> None:
     """Check that a kind of edit applies to a site.
@@ -49,9 +51,13 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"{form} does not read {site}, which is [{site.shape}]: it reads sites with one value "
             "for each token and unit"
         )
-    if form in ("mass", "attention") and site not in sites.PATTERNS:
+    if form in _OF_PATTERNS and site not in sites.PATTERNS:
+        known = ", ".join(pattern.name for pattern in reversed(sites.PATTERNS))
+        raise ValueError(f"{form} does not read {site}; {form} reads {known}")
+    if form == "rollout" and site.keys:
         raise ValueError(
-            f"{form} does not read {site}; {form} reads lm.attn.pattern and vision.attn.pattern"
+            f"a rollout multiplies attention among the same tokens, and {site} is of queries on "
+            f"{site.keys} tokens: read it by attention_map"
         )
     if form in ("lens", "entropy"):
         if site.axes[-1] != "D":

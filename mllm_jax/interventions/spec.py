@@ -25,9 +25,12 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| mean, attention | where |
+| mean | where |
 | keep | k, where |
-| mass | on, where |
+| mass | on, by (`kind`, kinds, or `tile`), where, heads (`mean`) |
+| attention | where, heads |
+| attention_map | to, on, heads |
+| rollout | to, on |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
 | top, bottom | k, where |
@@ -213,6 +216,7 @@ def _capture_json(capture: Capture) -> dict[str, Any]:
         "k": capture.k,
         "on": _optional(_where_json, capture.on),
         "edges": _optional(_array_json, capture.edges),
+        **({} if capture.heads == "each" else {"heads": capture.heads}),  # keeps older digests
     }
 
 
@@ -225,6 +229,7 @@ def _capture_of(item: dict[str, Any]) -> Capture:
         k=item["k"],
         on=_optional(_where_of, item["on"]),
         edges=_optional(_array_of, item.get("edges")),
+        heads=item.get("heads", "each"),
     )
 
 

@@ -123,6 +123,8 @@ def compute_clean_pass(
       captures: The captures, which all lanes share.
       logits: See `run`.
     """
+    if any(FORMS[capture.form].carry is not None for capture in captures.values()):
+        return without_sharing(model, batch, lanes, captures, logits)  # they begin at layer 0
     shapes = site_shapes(model, batch)
     edited = {edit.site for lane in lanes for edit in lane}
     modules = {site.module for site in edited} - {"logits"}
