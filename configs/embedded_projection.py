@@ -34,7 +34,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.checkpoints = False  # of training; these short runs do not need them
     config.proj = _setting("projector", rate=2e-4)
     config.e2e = _setting("projector+lm", rate=2e-5)
-    config.e2e.recipe.projector_rate = 3e-4
+    config.e2e.recipe.projector_rate = 2e-4  # as FT-Proj's
     config.probe = ml_collections.ConfigDict()
     config.probe.rate = 1e-4  # learning rate and batch size of the paper's probes
     config.probe.batch = 128

@@ -22,6 +22,7 @@ LAYERS = (
         "deprecated",
         "files",
         "typing",
+        "arguments",
         "selections",
         "sites",
         "addresses",

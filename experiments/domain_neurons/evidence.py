@@ -128,6 +128,7 @@ def _read_domain(study: Study, name: str, units: Mapping[str, Units]) -> Arrays:
             else:
                 arrays |= {f"{key} {part}": getattr(result, part)[layer, index] for part in PLACE}
         if study.config.evidence_effects:
+            questions = study.evidence(name, "released")  # the other ones have no answers
             gradients = selection.attribute_batch(study, questions, 0)
             rows = len(questions.rows(0))
             arrays |= {f"{m} effect": -gradients[m][of] / rows for m, of in units.items()}

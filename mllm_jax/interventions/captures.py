@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mllm_jax import notebook, tokens
+from mllm_jax.arguments import require_whole, type_error
 from mllm_jax.files import shown as short
 from mllm_jax.interventions import top_tokens
 from mllm_jax.sites import Address, Target
@@ -79,7 +80,7 @@ def keep(target: Target, *, k: int | None = None, where: Selector = None) -> Cap
     """
     if k is None:
         return Capture("keep", Address.of(target), tokens.of(where))
-    _check_k("keep", k)
+    k = require_whole("keep k", k)
     return Capture("sparse", Address.of(target), tokens.of(where), k=k)
 
 
@@ -214,8 +215,7 @@ def lens(
       by: `tokens.kind`, or some names of it.
       where: See `keep`.
     """
-    if k < 1:
-        raise ValueError(f"lens k={k}: a lens names one word or more")
+    k = require_whole("lens k", k)
     form = "lens" if by is None else "entropy"
     return Capture(form, Address.of(target), tokens.of(where), _kinds(target, by), k)
 
@@ -230,13 +230,13 @@ def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
       k: How many tokens to keep of each unit.
       where: See `keep`.
     """
-    _check_k("top", k)
+    k = require_whole("top k", k)
     return Capture("top", Address.of(target), tokens.of(where), k=k)
 
 
 def bottom(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
     """Keep the k tokens on which each unit is weakest; see `top`."""
-    _check_k("bottom", k)
+    k = require_whole("bottom k", k)
     return Capture("bottom", Address.of(target), tokens.of(where), k=k)
 
 
@@ -258,7 +258,7 @@ def sample(
       edges: The edges of the ranges; `top_tokens.EDGES` by default.
       where: See `keep`.
     """
-    _check_k("sample", k)
+    k = require_whole("sample k", k)
     return Capture("sample", Address.of(target), tokens.of(where), k=k, edges=_edges(edges))
 
 
@@ -283,13 +283,11 @@ def histogram(
     return Capture("histogram", Address.of(target), where, kinds, edges=_edges(edges))
 
 
-def _check_k(form: str, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"{form} k={k}: k is 1 or more")
-
-
 def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
-    array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
+    try:
+        array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
+    except (TypeError, ValueError):
+        array = np.zeros(0, np.float32)
     if array.ndim != 1 or not array.size or not (np.diff(array) > 0).all():
         raise ValueError(f"edges={short(edges)}: the edges of bins are numbers that increase")
     return array
@@ -307,7 +305,9 @@ def _kinds(
     """Return the kinds to group by, in the order of the site's table."""
     if by is None:
         return None
-    by = (by,) if isinstance(by, str) else tuple(by)
+    by = (by,) if isinstance(by, str) else by
+    if not isinstance(by, Sequence) or not all(isinstance(name, str) for name in by):
+        raise type_error("by", by, "tokens.kind, or some names of it such as 'image'")
     site = Address.of(target).site
     kinds = (site.key_entry if of_keys else site.entry)(TOKEN_KINDS)
     if not set(by) <= set(tokens.kind) or not set(by) & set(kinds):

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, sites, tokens
+from mllm_jax.arguments import type_error
 from mllm_jax.interventions import site_rules
 from mllm_jax.interventions.splices import Dictionary, Splice
+from mllm_jax.interventions.values import REAL
 from mllm_jax.numerics import precision
+from mllm_jax.selections import as_int32
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import AnyArray, Array, ArrayLike, Bool, Float, Int, Shaped
@@ -64,6 +67,8 @@ class Edits:
     items: tuple[Edit, ...] = ()
 
     def __rshift__(self, other: Edits) -> Edits:
+        if not isinstance(other, Edits):
+            return NotImplemented
         return Edits(self.items + other.items)
 
     def __iter__(self) -> Iterator[Edit]:
@@ -162,7 +167,7 @@ def patch(
     rows = sites.as_array(source), sites.as_array(into)
     if wrong := [r.dtype for r in rows if not jnp.issubdtype(r.dtype, np.integer)]:
         raise ValueError(f"patch takes the numbers of rows, source and into, not {wrong[0]}")
-    route = tuple(array.astype(np.int32) for array in rows)
+    route = as_int32(rows[0]), as_int32(rows[1])
     return _edit("patch", target, where, values, route=route)
 
 
@@ -188,6 +193,8 @@ def call(target: Target, fn: Callable, *, where: Selector = None, **arrays: Arra
       where: See `ablate`.
       **arrays: Values in the shapes of `scale`; fn gets them with the rank of the site.
     """
+    if not callable(fn):
+        raise type_error("fn", fn, "a function of jax.numpy: fn(x, **arrays) -> x")
     return _edit("call", target, where, arrays, fn=fn)
 
 
@@ -235,7 +242,11 @@ def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
       edits: What to apply.
       strengths: One strength a step, float[steps]: 0 leaves x as it is, 1 is the edit.
     """
+    if not isinstance(edits, Edits):
+        raise type_error("edits", edits, "edits: per_step(mj.add(...), strengths)")
     by_step = sites.as_array(strengths)
+    if not any(jnp.issubdtype(by_step.dtype, kind) for kind in REAL):
+        raise ValueError(f"per_step takes strengths that are real numbers, not {by_step.dtype}")
     if by_step.ndim != 1 or not len(by_step):
         raise ValueError(f"per_step takes strengths [steps], got shape {by_step.shape}")
     for edit in edits:
@@ -350,6 +361,8 @@ class BoundEdit:
         if not hasattr(new, "dtype") or jnp.issubdtype(new.dtype, np.complexfloating):
             kind = getattr(new, "dtype", type(new).__name__)
             raise ValueError(f"the {self.label} returned {kind}: return an array of real numbers")
+        if self.fn is not None and new.shape != x.shape:
+            raise ValueError(f"the {self.label} returned {new.shape} for an x of {x.shape}")
         if strength is not None:
             new = (1 - strength) * x + strength * new
         return jnp.where(mask, new.astype(x.dtype), x)

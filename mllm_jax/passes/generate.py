@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook_results, sites
+from mllm_jax.arguments import require_number, require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.captures import Capture
@@ -19,6 +20,7 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.passes import arguments
 from mllm_jax.passes.run import (
     Logits,
     compiled_run,
@@ -108,12 +110,11 @@ def generate(
       ValueError: A row holds several questions; an edit does not fit, see `run`; or logits are
         NaN.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is below 1: generate one token or more")
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature={temperature} is below 0 or not finite")
-    if temperature and key is None:
-        raise ValueError("sampling needs key=jax.random.key(seed)")
+    arguments.check(model, batch, edits, captures)
+    max_new_tokens = require_whole("max_new_tokens", max_new_tokens)
+    _check_sampling(temperature, key)
+    if not isinstance(stop, bool | np.bool_):
+        raise type_error("stop", stop, "True, to end at one of processor.stop_ids, or False")
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     if stop and processor is None:
@@ -138,6 +139,16 @@ def generate(
     whole = batch.followed_by(tokens[:, :-1], _was_read(tokens[:, :-1], stops))
     results = _capture(model, batch, whole, edits, captures)
     return Generation(tokens, text, receipts, results, whole.replace(processor=processor))
+
+
+def _check_sampling(temperature: float, key: Array | None) -> None:
+    """Raise ValueError unless tokens can be sampled at this temperature with this key."""
+    if not require_number("temperature", temperature):
+        return
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32
+    if key is None or not (is_key or is_raw) or key.ndim != (1 if is_raw else 0):
+        raise ValueError("sampling needs one key: key=jax.random.key(seed)")
 
 
 def _capture(

@@ -21,6 +21,7 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.cache import Cache
+from mllm_jax.passes import arguments
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float
 
@@ -86,11 +87,11 @@ def run(
         name the first. Inside `jax.jit` no error can be raised: look at `Out.finite` there.
 
     Raises:
-      ValueError: An edit or capture does not fit, or selects nothing; or, with `check_finite`, a
-        site is not finite.
+      ValueError: An argument is of another type; an edit or capture does not fit, or selects
+        nothing; or, with `check_finite`, a site is not finite.
     """
-    if logits not in LOGITS:
-        raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
+    arguments.check(model, batch, edits, captures)
+    check_logits(logits)
     processor, batch = batch.processor, batch.replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     if check_finite:
@@ -105,6 +106,12 @@ def run(
     results, checks = finite.separate(out.captures)
     finite.require(checks)
     return dataclasses.replace(out, captures=results, finite=checks)
+
+
+def check_logits(logits: Logits) -> None:
+    """Raise ValueError unless this names the logits that a pass can compute."""
+    if not isinstance(logits, str) or logits not in LOGITS:
+        raise ValueError(f'logits="{logits!s:.60}" is none of {", ".join(LOGITS)}')
 
 
 def unshare_patched(model: Model, batch: Batch, edits: Edits | None) -> Batch:

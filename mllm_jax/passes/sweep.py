@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from mllm_jax.arguments import require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding, finite
 from mllm_jax.interventions.bound_capture import BoundCapture
@@ -36,9 +37,16 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models.cache import Cache
-from mllm_jax.passes import clean_pass
+from mllm_jax.passes import arguments, clean_pass
 from mllm_jax.passes.clean_pass import CleanPass, Lane
-from mllm_jax.passes.run import Logits, Out, forward, logits_at_last, unshare_patched
+from mllm_jax.passes.run import (
+    Logits,
+    Out,
+    check_logits,
+    forward,
+    logits_at_last,
+    unshare_patched,
+)
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.sites import SiteShape
 from mllm_jax.store import Store, fingerprint, mismatch_error
@@ -72,7 +80,11 @@ def stack(edits: Sequence[Edits]) -> Stack:
       ValueError: There are no edits; or they differ in kinds or sites, in the function or the
         arguments of a `call`, or in whether a `patch` has a basis.
     """
+    if isinstance(edits, Edits | str) or not isinstance(edits, Iterable):
+        raise type_error("edits", edits, "a list of the edits to sweep over: [first, second]")
     items = tuple(edits)
+    for item in items:
+        arguments.check_edits(item)
     if not items:
         raise ValueError("there is no edit to sweep over")
     for number, item in enumerate(items):
@@ -154,6 +166,11 @@ def sweep(
         rows of another metric (its code, or the arrays given to it), model, batch, other captures
         or edits, of more edits, or is damaged.
     """
+    if not callable(metric):
+        raise type_error("metric", metric, "a function of the results of a pass")
+    arguments.check(model, batch, None, captures)
+    check_logits(logits)
+    chunk = None if chunk is None else require_whole("chunk", chunk)
     edits = edits if isinstance(edits, Stack) else stack(edits)
     metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
     batch = batch.replace(processor=None)

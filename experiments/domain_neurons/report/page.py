@@ -13,14 +13,16 @@ from experiments.domain_neurons.report import (
     plots,
     robustness,
     selection,
+    sparsity,
+    words,
 )
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Report, Results
 
 KEYS = (
-    "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "baseline",
-    "ablation", "controls", "effects", "power", "questions", "lens", "stages", "features",
-    "pictures", "evidence", "claims",
+    "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "released",
+    "ablated", "baseline", "ablation", "controls", "effects", "power", "questions", "lens",
+    "lens_top", "lens_sites", "sparsity", "stages", "features", "pictures", "evidence", "claims",
 )  # fmt: skip
 
 
@@ -90,9 +92,10 @@ REPORT = Report(
     facts=_facts,
     overview=_overview,
     sections=(
-        claims.claims, ablation.accuracy, selection.neurons, neurons.single, selection.overlap,
-        robustness.stability, robustness.comparison, ablation.changes, effects.effects,
-        ablation.deviation, layers.lens, layers.features, layers.pictures,
+        claims.claims, ablation.accuracy, selection.neurons, neurons.single,
+        selection.overlap, robustness.stability, words.released, robustness.comparison,
+        ablation.changes, effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
+        sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write = REPORT.write
