@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,8 @@ from mllm_jax.sites import SiteShape
 from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
 
-BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
+BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk; see `lane_budget`
+PART = 8  # that tensor takes a PART-th of what a model leaves of a device: several live at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ def sweep(
       captures: See `run`.
       logits: See `run`.
       chunk: How many lanes run at one time; by default, of the powers of two that keep the widest
-        tensor of a layer under BUDGET bytes, the one that computes the fewest layers and tokens.
+        tensor of a layer within `lane_budget`, the one that computes the fewest layers and tokens.
         Each chunk counts as one lane more than it has.
       share: Whether what is clean is computed once; False runs all of each lane.
       check_finite: Whether to look at every site of every lane for NaN and infinities, as `run`
@@ -199,7 +201,9 @@ def _run_chunks(
     compute = clean_pass.compute_clean_pass if share else clean_pass.without_sharing
     clean = compute(model, batch, lanes, captures, logits)
     shards = mesh.shard_count("R")  # each runs as many lanes
-    chunk = min(chunk or _chunk_size(clean, site_shapes(model, batch), shards), len(lanes))
+    if chunk is None:
+        chunk = _chunk_size(clean, site_shapes(model, batch), shards, lane_budget(model))
+    chunk = min(chunk, len(lanes))
     chunk = mesh.round_up_to_shards("R", chunk)
     shapes = _common_shapes(lanes)
 
@@ -218,11 +222,21 @@ def _run_chunks(
         total=len(lanes), initial=len(lanes) - left, desc=label, leave=False,
         disable=len(chunks) < 2,
     ) as bar:  # fmt: skip
-        for numbers in chunks:
-            rows.write(numbers, mesh.gather_to_host(program(numbers)()))
+
+        def finish(numbers: Int[np.ndarray, " n"], metrics: Any) -> None:
+            rows.write(numbers, mesh.gather_to_host(metrics))
             bar.update(len(numbers))
             if hosts.preemption_requested():
                 hosts.exit_preempted(label)
+
+        running: tuple[Int[np.ndarray, " n"], Any] | None = None
+        for numbers in chunks:
+            run = program(numbers)  # stacks its lanes while the device runs those before
+            if running is not None:
+                finish(*running)
+            running = numbers, run()
+        if running is not None:
+            finish(*running)
 
 
 def _equalise_lanes(lanes: list[Lane]) -> list[Lane]:
@@ -303,11 +317,30 @@ def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
-def _chunk_size(clean: CleanPass, shapes: dict[str, SiteShape], shards: int) -> int:
-    """Return how many lanes to run at one time: a power of two within BUDGET for each shard."""
+def lane_budget(model: Model) -> int:
+    """Return how many bytes one layer's widest tensor may take, over the lanes of one device.
+
+    Only what is equal in all processes counts: how much memory a device gives, and the model.
+
+    Returns:
+      A PART-th of the memory that the model leaves of its device; BUDGET where the device does not
+      know its memory, as a CPU.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    devices = leaves[0].sharding.addressable_devices
+    stats = min(devices, key=lambda device: device.id).memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return BUDGET
+    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves)
+    weights = sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
+    return max(0, stats["bytes_limit"] - weights) // PART
+
+
+def _chunk_size(clean: CleanPass, shapes: dict[str, SiteShape], shards: int, budget: int) -> int:
+    """Return how many lanes to run at one time: a power of two within a budget for each shard."""
     sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
     widest = int(max(size for name, size in sizes.items() if name != "logits"))
-    most = max(1, min(BUDGET // widest, -(-len(clean.first) // shards)))
+    most = max(1, min(budget // widest, -(-len(clean.first) // shards)))
     candidates = (shards * 2**i for i in range(most.bit_length()))
     return min(candidates, key=lambda n: (clean.cost(n), -n))
 
