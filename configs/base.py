@@ -48,13 +48,15 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.compat = ""  # "official" follows the released code, see docs/official.md
     config.selector = "entropy"  # or auroc, difference, attribution, random
     config.auroc_pictures = 200  # of each domain, by which AUROC ranks neurons
-    config.scope = "all"  # tokens to count: all, image, text, question, system
+    config.prompts = "neutral"  # of counted pictures; or released: the domain's questions
+    config.scope = "image"  # tokens to count: all, image, text, question, system
     config.thresholds = "module"  # where neurons compete: module, layer, or global
     config.assign = "multiple"  # number of domains a neuron may have; or single
     config.top_rate = 0.01
     config.filter_rate = 0.95
     config.bar_rate = 0.95
     config.masks = ""  # neurons to use instead: FILE.npz, or FOLDER/{module}.pth
+    config.ablate = "selected"  # or tested: those of them that are beyond chance
     config.splits = 10  # random halves of a domain's groups of examples
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 skips splits, resamples and shuffles
@@ -64,6 +66,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.entropy_controls = 3  # draws of neurons of the same layers, as active in every domain
     config.margin = 0.05  # the largest effect that counts as none: share of answers, or deviation
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
+    config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
     config.picture_layers = 4
     config.seed = 0
     return config
@@ -94,6 +97,8 @@ def mmneuron(procedure: str) -> ml_collections.ConfigDict:
     config.one_length = False  # pad prompts to a few lengths, batch by batch
     if procedure == "official":
         config.compat = "official"
+        config.prompts = "released"
+        config.scope = "all"
         config.train_tokens = 100_000
         config.groups = 5
         config.new_tokens = 400  # the release: 512 including the prompt
@@ -104,6 +109,7 @@ def projection() -> ml_collections.ConfigDict:
     """Return the fields of Cross-Modal Projection (Verma et al., ACL 2024)."""
     config = ml_collections.ConfigDict()
     config.paths = ()  # your own tasks: folders, .csv or .jsonl files, whose labels are the classes
+    config.projector = ""  # a projector file, such as one that was trained without a domain
     config.division = 0  # seed of the division into training and held-out pictures
     config.aspect = "pad"  # of the evaluated pictures: "pad", or "square" to crop
     config.factors = ml_collections.ConfigDict()
@@ -115,6 +121,8 @@ def projection() -> ml_collections.ConfigDict:
     config.neurons.top_rate = 0.01
     config.neurons.filter_rate = 0.95
     config.neurons.bar_rate = 0.95
+    config.neurons.train = ()  # tasks of whose domain neurons alone are fine-tuned, and random ones
+    config.neurons.rate = 2e-4  # the learning rate of these
     config.neurons.controls = 1  # seeds of random neurons, the same number in each layer
     config.suppress = ml_collections.ConfigDict()
     config.suppress.task = ""

@@ -32,6 +32,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.modules = ("all",)
         config.compare = ("auroc", "difference", "random")
         config.shuffles = 99
+        config.lens_sites = ()  # each takes as long as the lens at the end of the blocks
         config.controls = 3  # too few draws for narrow intervals
         config.random_controls = 2
         config.entropy_controls = 0

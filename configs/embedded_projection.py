@@ -34,7 +34,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.checkpoints = False  # of training; these short runs do not need them
     config.proj = _setting("projector", rate=2e-4)
     config.e2e = _setting("projector+lm", rate=2e-5)
-    config.e2e.recipe.projector_rate = 3e-4
+    config.e2e.recipe.projector_rate = 2e-4  # as FT-Proj's
     config.probe = ml_collections.ConfigDict()
     config.probe.rate = 1e-4  # learning rate and batch size of the paper's probes
     config.probe.batch = 128
@@ -44,6 +44,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.factors.tasks = ("documents",)
     config.factors.changes["all of them"] = _all(base.OFFICIAL_PROJECTION)
     config.neurons.pictures = 16
+    config.neurons.train = ("documents",)
     config.suppress.task = "documents"
     config.suppress.classes = ("sheet music", "text")
     if size == "official":
@@ -60,6 +61,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.depth = ("Original",)
         config.factors.tasks = ()
         config.neurons.pictures = 8
+        config.neurons.train = ()
         config.suppress.task = ""
     return config
 

@@ -13,14 +13,17 @@ from mllm_jax import deprecated
 
 if TYPE_CHECKING:
     from mllm_jax import sites, tokens
+    from mllm_jax.dictionaries.load import load_dictionary, write_dictionary
     from mllm_jax.interventions.captures import (
         attention,
+        attention_map,
         bottom,
         histogram,
         keep,
         lens,
         mass,
         mean,
+        rollout,
         sample,
         stats,
         top,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         project_out,
         replace,
         scale,
+        splice,
     )
     from mllm_jax.loading.load import load, read_projector
     from mllm_jax.loading.save import save_hf, write_projector
@@ -51,11 +55,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MEMBERS = {
+    "mllm_jax.dictionaries.load": "load_dictionary write_dictionary",
     "mllm_jax.interventions.captures": (
-        "attention bottom histogram keep lens mass mean sample stats top"
+        "attention attention_map bottom histogram keep lens mass mean rollout sample stats top"
     ),
     "mllm_jax.interventions.edits": (
-        "ablate add call knockout patch per_step project_out replace scale"
+        "ablate add call knockout patch per_step project_out replace scale splice"
     ),
     "mllm_jax.loading.load": "load read_projector",
     "mllm_jax.loading.save": "save_hf write_projector",
@@ -96,6 +101,7 @@ __all__ = [
     "ablate",
     "add",
     "attention",
+    "attention_map",
     "bottom",
     "call",
     "collect",
@@ -106,6 +112,7 @@ __all__ = [
     "knockout",
     "lens",
     "load",
+    "load_dictionary",
     "mass",
     "mean",
     "mesh",
@@ -117,16 +124,19 @@ __all__ = [
     "read_projector",
     "reduce",
     "replace",
+    "rollout",
     "run",
     "sample",
     "save_hf",
     "scale",
     "score",
     "sites",
+    "splice",
     "stack",
     "stats",
     "sweep",
     "tokens",
     "top",
+    "write_dictionary",
     "write_projector",
 ]

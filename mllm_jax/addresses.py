@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mllm_jax import notebook
 from mllm_jax.selections import ALL, Selection, as_array, is_mask
 from mllm_jax.sites import Namespace, Site, lm
 from mllm_jax.typing import AnyArray, Bool
@@ -115,6 +116,9 @@ class Address:
         if units.form == "pairs":
             return rows & units.pairs_mask(layers, width, name)
         return rows & units.mask(width, f"{name}: unit")[None, :]
+
+    def _repr_html_(self) -> str:
+        return notebook.target(self)
 
 
 # What a user may give as the target of an edit or capture: `Address.of` reads it.

@@ -169,6 +169,25 @@ class Batch:
         """Return the batch with other values of some fields."""
         return dataclasses.replace(self, **fields)
 
+    def take(self, rows: Int[np.ndarray, " n"]) -> Batch:
+        """Return the batch with these rows, some perhaps repeated, which read the same pictures.
+
+        Args:
+          rows: The number of each row.
+        """
+
+        def pick(array: AnyArray) -> AnyArray:
+            return array[np.asarray(rows)]
+
+        fields = {name: jax.tree.map(pick, getattr(self, name)) for name in _OF_ROWS}
+        rotary = self.rotary_position
+        in_order = np.array_equal(rows, np.arange(len(self.ids)))
+        return self.replace(
+            rotary_position=None if rotary is None else rotary[:, np.asarray(rows)],
+            shares_tiles=self.shares_tiles or not in_order,
+            **fields,
+        )
+
     def prompts(self) -> Batch:
         """Return the batch with the prompts alone: the tokens after a prompt become padding.
 
@@ -224,6 +243,67 @@ class Batch:
 
     def _repr_html_(self) -> str:
         return notebook.batch(self)
+
+
+# The fields with an entry for each row on their first axis, and for each tile.
+_OF_ROWS = (
+    "ids", "position", "tokens", "image_token_index", "segment", "labels", "block", "interpolation",
+)  # fmt: skip
+_OF_TILES = (
+    "pixels", "tile", "is_real_tile", "features", "grid", "qformer_ids", "qformer_kind",
+)  # fmt: skip
+
+
+def join(first: Batch, second: Batch, tile_tokens: int) -> Batch:
+    """Return a batch with the rows and the pictures of two batches of the same shapes.
+
+    Args:
+      first: The batch whose rows come first.
+      second: The other.
+      tile_tokens: How many places for tokens a tile has in the LM, `config.tile_tokens(batch)`.
+
+    Raises:
+      ValueError: The batches differ in a shape or in which fields they have.
+    """
+    tiles = len(first.tile), len(second.tile)
+
+    def move(index: Any, number: int) -> Any:
+        """Count the image tokens of a batch through the tiles of both; newlines come after all."""
+        index = np.asarray(index)
+        newline = index == tiles[number] * tile_tokens
+        moved = index + number * tiles[0] * tile_tokens
+        moved = np.where(newline, sum(tiles) * tile_tokens, moved)
+        return np.where(index < 0, -1, moved).astype(np.int32)
+
+    def moved(batch: Batch, number: int) -> Batch:
+        interpolation = batch.interpolation
+        if interpolation is not None:
+            index = move(interpolation.index, number)
+            interpolation = dataclasses.replace(interpolation, index=index)
+        index = move(batch.image_token_index, number)
+        return batch.replace(image_token_index=index, interpolation=interpolation)
+
+    first, second = moved(first, 0), moved(second, 1)
+
+    def joined(name: str, axis: int = 0) -> Any:
+        pair = getattr(first, name), getattr(second, name)
+        leaves = [jax.tree.leaves(value) for value in pair]
+        shapes = [[(*a.shape[:axis], *a.shape[axis + 1 :]) for a in each] for each in leaves]
+        if shapes[0] != shapes[1]:
+            full = [[a.shape for a in each] for each in leaves]
+            raise ValueError(
+                f"two batches with {name} of the shapes {full[0]} and {full[1]} cannot be joined: "
+                "make both with the same length=, and pictures on equal grids"
+            )
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis), *pair)
+
+    shares = first.shares_tiles or second.shares_tiles
+    shares = shares or len(first.ids) * tiles[1] != len(second.ids) * tiles[0]
+    return first.replace(
+        **{name: joined(name) for name in (*_OF_ROWS, *_OF_TILES)},
+        rotary_position=joined("rotary_position", 1),
+        shares_tiles=shares,
+    )
 
 
 def _check_one_question(segment: Int[AnyArray, "B T"]) -> None:

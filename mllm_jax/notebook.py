@@ -24,6 +24,11 @@ COLOURS = {  # by kind of token: the palette of Okabe and Ito, lightened
 }  # fmt: skip
 
 
+def escape(text: str) -> str:
+    """Return text that HTML shows as it is, also within an attribute."""
+    return html.escape(text)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Return a table of plain values."""
 
@@ -122,6 +127,8 @@ def _arguments(edit: Any) -> str:
         arguments.append(f"rows {source} into {into}")
     if edit.on is not None:
         arguments.append(f"on {where(edit.on)}")
+    if edit.splice is not None:
+        arguments.append(f"dictionary of {edit.splice.dictionary.widths[1]} latents")
     if edit.strengths is not None:
         arguments.append(f"by step {value(edit.strengths)}")
     return ", ".join(arguments)
@@ -214,6 +221,72 @@ def _picture(batch: Any, tile: int, cells: np.ndarray) -> str:
         edges = (np.diff(step, prepend=0) > 0 for step in (down, across))
         shown[~read] *= 0.25
         shown[np.logical_or.outer(*edges) & read] *= 0.75
-    png = io.BytesIO()
-    PIL.Image.fromarray(shown.astype(np.uint8)).save(png, "PNG")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return png(PIL.Image.fromarray(shown.astype(np.uint8)))
+
+
+def site(site: sites.Site) -> str:
+    """Return what a site is, and its names elsewhere."""
+    about = {
+        "site": site.name, "is": site.about, "axes": ("L " if site.stacked else "") + site.shape,
+        "TransformerLens": site.transformer_lens_name, "transformers": site.hf,
+    }  # fmt: skip
+    return table(list(about), [list(about.values())])
+
+
+def target(target: sites.Address) -> str:
+    """Return an address: the site and the layers and units of it."""
+    return table(("address", "is"), [(address(target), target.site.about)])
+
+
+def model(model: Any) -> str:
+    """Return the parts of a model with their sizes."""
+    parts = {name: getattr(model, name, None) for name in ("vision", "qformer", "projector", "lm")}
+    lines = []
+    for name, part in parts.items():
+        leaves = jax.tree.leaves(part)
+        if not leaves:
+            continue
+        config = getattr(model.config, name)
+        fields = ("layers", "width", "heads", "kv_heads", "mlp", "vocab", "in_width", "out_width")
+        sizes = (f"{f} {getattr(config, f):,}" for f in fields if getattr(config, f, None))
+        types = sorted({str(leaf.dtype) for leaf in leaves})
+        count = sum(leaf.size for leaf in leaves)
+        lines.append((name, f"{count:,}", ", ".join(types), ", ".join(sizes)))
+    head = type(model).__name__, "parameters", "type", "sizes"
+    return table(head, lines)
+
+
+def example(example: Any) -> str:
+    """Return a picture with its questions and answers."""
+    lines = [
+        (q.style, q.prompt, q.answer, ", ".join(map(str, q.options))) for q in example.questions
+    ]
+    title = escape(f"{example.domain}: {example.label} ({example.id})")
+    return f"<p>{title}</p><img alt='{title}' src='{png(_small(example.image))}'>" + table(
+        ("style", "question", "answer", "options"), lines
+    )
+
+
+def domain(domain: Any) -> str:
+    """Return the first pictures of a domain with their labels."""
+    count = min(len(domain), ROWS)
+    figures = "".join(
+        f"<figure style='display:inline-block;margin:4px'><img alt='{escape(e.label)}' "
+        f"src='{png(_small(e.image))}'><figcaption>{escape(e.label)}</figcaption></figure>"
+        for e in (domain[i] for i in range(count))
+    )
+    name = escape(f"{domain.name}, {domain.split}: {len(domain):,} pictures")
+    return f"<p>{name}</p>{figures}"
+
+
+def _small(picture: Any) -> Any:
+    picture = picture.copy()
+    picture.thumbnail((SIDE, SIDE))
+    return picture
+
+
+def png(picture: Any) -> str:
+    """Return a PIL picture as the data URL of a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -38,8 +38,9 @@ class Selection:
 
         Raises:
           ValueError: A slice has a step below 1.
-          TypeError: The part holds neither integers, slices nor masks.
-          IndexError: Integers have a shape other than [], [n] or [n, 2].
+          TypeError: The part holds neither integers, slices of integers nor masks.
+          IndexError: Integers have a shape other than [], [n] or [n, 2], or a mask other than [n]
+            or [L, F].
         """
         if item is None:
             return ALL
@@ -51,9 +52,14 @@ class Selection:
             parts = [default if part is None else part for part, default in defaults]
             if is_concrete(parts[2]) and parts[2] < 1:
                 raise ValueError(f"slice {item} of an address: the step must be positive")
-            return cls("range", as_array(parts).astype(np.int32))
+            bounds = as_array(parts)
+            if not np.issubdtype(bounds.dtype, np.integer):
+                raise TypeError(f"slice {item} of an address holds integers, not {bounds.dtype}")
+            return cls("range", as_int32(bounds))
         array = as_array(item)
         if array.dtype == bool:
+            if array.ndim not in (1, 2):
+                raise IndexError(f"a mask of an address has one or two axes, not {array.ndim}")
             return cls("mask", array)
         if array.size == 0:
             return cls("index", np.zeros((0,), np.int32))
@@ -64,7 +70,7 @@ class Selection:
                 f"an address of shape {tuple(array.shape)}: integers are one index, a list [n], "
                 "or pairs of layer and unit [n, 2]"
             )
-        return cls(("one", "index", "pairs")[array.ndim], array.astype(np.int32))
+        return cls(("one", "index", "pairs")[array.ndim], as_int32(array))
 
     def mask(self, size: int, what: str) -> Bool[AnyArray, " size"]:
         """Return the selected entries as a mask.
@@ -146,6 +152,14 @@ def is_mask(value: Any) -> bool:
 def is_concrete(value: Any) -> bool:
     """Return whether a value is known while a program is traced."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def as_int32(array: AnyArray) -> Int[AnyArray, ...]:
+    """Return integers as int32; what is beyond it becomes its limit, which no axis reaches."""
+    if not np.can_cast(array.dtype, np.int32):
+        limits, own = np.iinfo(np.int32), np.iinfo(array.dtype)
+        array = array.clip(max(limits.min, own.min), limits.max)
+    return array.astype(np.int32)
 
 
 def as_array(value: Any) -> AnyArray:

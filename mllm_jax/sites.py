@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Members that need JAX, which this module does not: they are imported when they are first read.
 _IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
+_LATENTS = ".latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Site:
       transformer_lens_name: The name in TransformerLens, "" where it has none.
       hf: The tensor in HF transformers; where InstructBLIP has another name for it, that name comes
         second.
+      keys: The module whose tokens are the keys S of an attention to another module; "" where they
+        are those of the site's own.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Site:
     stacked: bool = True
     transformer_lens_name: str = ""
     hf: str = ""
+    keys: str = ""
 
     @property
     def module(self) -> str:
@@ -70,6 +74,31 @@ class Site:
         return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
 
     @property
+    def latents(self) -> Site:
+        """The latents of the dictionary that is spliced here, see `edits.splice`.
+
+        They are addressed as the site is: `lm.resid_post.latents[14, [17, 93]]`.
+
+        Raises:
+          AttributeError: The site has no vector for each token that a dictionary could read.
+        """
+        if not self.has_latents:
+            raise AttributeError(f"no dictionary reads {self}, which is [{self.shape}]")
+        shape = " ".join((*self.axes[:2], "M"))
+        return Site(f"{self}{_LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether a dictionary can be spliced here: the site has one vector for each token."""
+        is_vector = not self.is_latents and self.token_axis == 1 and "S" not in self.axes
+        return is_vector and self.module != "logits"
+
+    @property
+    def is_latents(self) -> bool:
+        """Whether the site is the latents of another."""
+        return self.name.endswith(_LATENTS)
+
+    @property
     def lens(self) -> str:
         """The old name of `transformer_lens_name`."""
         message = (
@@ -81,6 +110,10 @@ class Site:
     def entry(self, table: Mapping[str, Any]) -> Any:
         """Return the entry of this site in a table by site or module; a site takes precedence."""
         return table[self.name if self.name in table else self.module]
+
+    def key_entry(self, table: Mapping[str, Any]) -> Any:
+        """Return the entry of the keys of an attention in a table by site or module."""
+        return table[self.keys] if self.keys else self.entry(table)
 
     def check_parts(self, count: int) -> None:
         """Check the number of parts in the brackets of an address.
@@ -98,6 +131,9 @@ class Site:
 
     def __str__(self) -> str:
         return self.name
+
+    def _repr_html_(self) -> str:
+        return importlib.import_module("mllm_jax.notebook").site(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +205,12 @@ TABLE: tuple[Site, ...] = (
          "blocks.{i}.hook_mlp_out", "vision_model.encoder.layers.{i}.mlp (output)"),
     Site("vision.resid_post", "I P E", "what leaves a block", True,
          "blocks.{i}.hook_resid_post", "vision_model.encoder.layers.{i} (output)"),
+    Site("qformer.attn.pattern", "I N T S",
+         "attention probabilities of queries, then text, among themselves", True,
+         "", "qformer.encoder.layer.{i}.attention.attention (weights)"),
+    Site("qformer.cross.pattern", "I N Q S",
+         "attention probabilities of queries on patches; 0 in layers that do not look", True,
+         "", "qformer.encoder.layer.{i}.crossattention.attention (weights)", keys="vision"),
     Site("qformer.mlp.act", "I T F",
          "neurons of the text branch; dead in the last layer, as only queries leave", True,
          "", "qformer.encoder.layer.{i}.intermediate (output)"),
@@ -203,6 +245,8 @@ TABLE: tuple[Site, ...] = (
     Site("lm.resid_mid", "B T D", "residual between attention and MLP", True,
          "blocks.{i}.hook_resid_mid",
          "language_model.model.layers.{i}.post_attention_layernorm (input)"),
+    Site("lm.mlp.input", "B T D", "what enters the MLP: the normed residual", True,
+         "", "language_model.model.layers.{i}.mlp (input)"),
     Site("lm.mlp.gate", "B T F", "gate before its activation", True,
          "blocks.{i}.mlp.hook_pre", "language_model.model.layers.{i}.mlp.gate_proj (output)"),
     Site("lm.mlp.act", "B T F", "neurons: silu(gate), before the product with up", True,
@@ -220,7 +264,7 @@ TABLE: tuple[Site, ...] = (
 
 BY_NAME = {site.name: site for site in TABLE}
 MASKS = tuple(site for site in TABLE if site.name.endswith(".attn.mask"))
-PATTERNS = tuple(site for site in TABLE if site.name.endswith(".attn.pattern"))
+PATTERNS = tuple(site for site in TABLE if site.name.endswith(".pattern"))
 
 
 def unknown(name: str) -> str:
@@ -235,9 +279,10 @@ def get(name: str) -> Site:
     Raises:
       KeyError: There is no such site; the message lists the nearest names.
     """
-    if name not in BY_NAME:
-        raise KeyError(unknown(name))
-    return BY_NAME[name]
+    base = name.removesuffix(_LATENTS)
+    if base not in BY_NAME:
+        raise KeyError(unknown(base))
+    return BY_NAME[name] if base == name else BY_NAME[base].latents
 
 
 def _tree() -> dict[str, Any]:

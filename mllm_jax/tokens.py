@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from mllm_jax import deprecated
+from mllm_jax.arguments import require_whole
 from mllm_jax.token_names import KINDS, SELECTORS, TEXT
 from mllm_jax.typing import AnyArray, Bool, Int
 
@@ -184,14 +185,21 @@ class Where:
     parts: tuple[Where, ...] = ()
     value: AnyArray | np.int32 | None = None
 
-    def __or__(self, other: Where) -> Where:
-        return Where("or", (self, other))
+    __array_ufunc__ = None  # a mask of NumPy leaves | and & to the selector
 
-    def __and__(self, other: Where) -> Where:
-        return Where("and", (self, other))
+    def __or__(self, other: Selector) -> Where:
+        return Where("or", (self, _operand(other)))
+
+    def __and__(self, other: Selector) -> Where:
+        return Where("and", (self, _operand(other)))
+
+    __ror__, __rand__ = __or__, __and__
 
     def __invert__(self) -> Where:
         return Where("not", (self,))
+
+    def __bool__(self) -> bool:
+        raise ValueError("a selector of tokens is not true or false: combine selectors by &, |, ~")
 
     def mask(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
         """Return the selected tokens of a module, without padding."""
@@ -218,6 +226,13 @@ class Where:
 
 # What a user may give as a selector of tokens: `of` reads it.
 Selector: TypeAlias = Where | str | AnyArray | None
+
+
+def _operand(selector: Selector) -> Where:
+    """Return a selector that is combined with another; None is no selector there."""
+    if selector is None:
+        raise ValueError("a selector of tokens is combined with another, not with None")
+    return selector if isinstance(selector, Where) else of(selector)
 
 
 def _prompt_mask(mask: Bool[AnyArray, "B T"], tokens: TokenMap) -> Bool[AnyArray, "B T"]:
@@ -303,9 +318,7 @@ def tile(index) -> Where:
 def _grid(form: str, index) -> Where:
     if isinstance(index, jax.core.Tracer):
         return Where(form, value=index.astype(np.int32))
-    if index < 0:
-        raise ValueError(f"{form} {index} is negative: a {form} is counted from 0")
-    return Where(form, value=np.int32(index))
+    return Where(form, value=np.int32(require_whole(form, index, least=0)))
 
 
 def mask(array: Bool[AnyArray, ...]) -> Where:

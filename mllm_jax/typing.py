@@ -6,7 +6,7 @@ Every shape in a docstring, an einsum, a site or a sharding rule is spelled with
     D LM width            E vision width        N query heads        K key-value heads
     H head width          F MLP neurons         V vocabulary         P patches
     I image tiles         Q query tokens        W Q-Former width
-    R edits in a sweep    C classes
+    R edits in a sweep    C classes             M latents
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LETTERS = {
     "W": "Q-Former width",
     "R": "edits in a sweep",
     "C": "classes",
+    "M": "latents of a dictionary",
 }
 
 __all__ = [

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import tempfile
+
+# Programs of tests are tiny: compiling them takes longer than running them, and takes a quarter of
+# the time without these two. XLA aborts on flags that it does not know, as those of jaxlib 0.11.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = " ".join([
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ])  # fmt: skip
 
 # Programs that one worker or process of this run compiled and another needs. Workers inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -7,6 +7,7 @@ import functools
 import html.parser
 import io
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,10 +16,11 @@ import mllm_jax as mj
 from mllm_jax import notebook, sites
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.data import domains
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
-from mllm_jax.interventions import receipts, results
-from mllm_jax.passes import run
+from mllm_jax.interventions import attention_maps, receipts, results, top_tokens
+from mllm_jax.passes import generate, run
 from tests.helpers import tiny
 
 RECEIPT = receipts.Receipt(
@@ -42,7 +44,7 @@ class Reader(html.parser.HTMLParser):
             start, code = found["src"].split(",")
             assert start == "data:image/png;base64"
             self.pictures.append(np.array(PIL.Image.open(io.BytesIO(base64.b64decode(code)))))
-            self.titles.append(found["title"])
+            self.titles.append(found.get("title"))
             return
         self._open.append((tag, found.get("style", "").partition("background:")[2]))
 
@@ -55,8 +57,16 @@ class Reader(html.parser.HTMLParser):
             self.colours.append((data, self._open[-1][1]))
 
 
+class Shown(Reader):
+    """What a browser shows; no attribute or tag comes out of a text."""
+
+    def handle_starttag(self, tag, attributes):
+        assert {name for name, _ in attributes} <= {"src", "alt", "style", "title"}
+        super().handle_starttag(tag, attributes)
+
+
 def cells(shown: str) -> list[str]:
-    return Reader(shown).cells
+    return Shown(shown).cells
 
 
 def test_a_receipt():
@@ -64,17 +74,122 @@ def test_a_receipt():
     assert cells(RECEIPT._repr_html_())[5:] == ["ablate <lm>", "layers 1-2", "4", "9", "5"]
 
 
+class Processor:
+    """Turns tokens into text that must be escaped."""
+
+    def word(self, token):
+        return f"<b>{token}</b>"
+
+
+LENS = results.Lens(
+    np.arange(30).reshape(2, 1, 3, 5) % 9,
+    np.log(np.full((2, 1, 3, 5), 0.25)),
+    np.full((2, 1, 3), 1.5),
+)
+
+
 def test_a_pass():
-    lens = results.Lens(
-        np.zeros((2, 1, 3, 5), np.int32), np.zeros((2, 1, 3, 5)), np.zeros((2, 1, 3))
-    )
-    out = run.Out(np.zeros((1, 9), np.float32), {"say": lens}, (RECEIPT,))
+    logits = np.log(np.array([[0.1, 0.6, 0.3]]))
+    out = run.Out(logits, {"<say>": LENS}, (RECEIPT,), processor=Processor())
     shown = cells(out._repr_html_())
     assert shown[5:10] == ["ablate <lm>", "layers 1-2", "4", "9", "5"]
-    assert shown[10:16] == ["array", "shape", "type", "logits", "[1, 9]", "float32"]
-    assert shown[16:19] == ["say.ids", "[2, 1, 3, 5]", "int32"]
-    plain = run.Out(None, {}, ())
-    assert cells(plain._repr_html_()) == ["array", "shape", "type"]
+    assert shown[shown.index("likeliest next words") + 2] == (
+        "'<b>1</b>' 0.60, '<b>2</b>' 0.30, '<b>0</b>' 0.10"
+    )
+    assert "<say>" in shown and "row 0, token 2: layer" in shown
+    at = shown.index("1.50")
+    assert shown[at - 1] == "0" and shown[at + 1].startswith("'<b>1</b>' 0.25, '<b>2</b>' 0.25")
+    plain = run.Out(None, {"x": {"a": np.arange(3.0)}}, ())
+    row = cells(plain._repr_html_())[-7:]
+    assert row == ["['a']", "[3]", "float64", "0", "1", "2", "[0, 1, 2]"]
+    assert run.Out(None, {}, ())._repr_html_() == ""
+
+
+def stats_of(x, kinds):
+    """Statistics of values [L, B, T, F], whose tokens are of kinds in turn."""
+    parts = [x[:, :, i :: len(kinds)].reshape(len(x), -1, x.shape[-1]) for i in range(len(kinds))]
+    sums = {
+        "positive": [(p > 0).sum(1) for p in parts], "sum": [p.sum(1) for p in parts],
+        "squares": [(p**2).sum(1) for p in parts], "max": [p.max(1) for p in parts],
+        "centred": [p.var(1) * p.shape[1] for p in parts],
+    }  # fmt: skip
+    tokens = np.array([[p.shape[1] for p in parts]] * len(x))
+    return results.Stats(
+        **{name: np.stack(value, -1) for name, value in sums.items()}, tokens=tokens, kinds=kinds
+    )
+
+
+def test_statistics():
+    x = np.full((2, 1, 4, 3), -1.0)
+    x[1, 0, :, 2] = 3.0
+    shown = cells(stats_of(x, ("image", "question"))._repr_html_())
+    at = shown.index("image")
+    assert shown[at : at + 5] == ["image", "2", "16.7%", "-0.3333", "3"]
+    assert shown[shown.index("most often above zero") + 1 :][:2] == ["[1, 2]", "100.0%"]
+
+
+def test_entropies_and_masses():
+    entropy = results.Entropy(
+        np.array([[[4.0, 0.0]], [[1.0, 0.0]]]), np.zeros((2, 1, 2)),
+        np.array([[[2, 0]], [[2, 0]]]), ("image", "answer"),
+    )  # fmt: skip
+    assert cells(entropy._repr_html_())[1:] == ["image", "answer", "0", "2.000", "1", "0.500"]
+    values = np.array([[[[0.25, 0.5], [0.75, 0.0]], [[np.nan] * 2] * 2]])
+    mass = attention_maps.Mass(values, ("tile 0", "tile 1"))
+    assert cells(mass._repr_html_())[1:] == ["tile 0", "tile 1", "0", "0.500", "0.250"]
+
+
+def test_the_strongest_tokens():
+    zeros = np.zeros((1, 2, 1), np.int32)
+    top = top_tokens.Top(
+        np.array([[[2.0], [5.0]]]), zeros + [[3], [8]], zeros + 4, zeros + 1, zeros + 2, zeros - 0,
+        np.array(9), "largest",
+    )  # fmt: skip
+    shown = cells(top._repr_html_())
+    assert shown[1] == "largest value"
+    assert shown[6:12] == ["[0, 1]", "5", "8", "4", "1", "[2, 0]"]
+    counts = np.array([[[1, 2, 1]]])
+    shown = cells(top_tokens.Histogram(counts, np.array([0.0, 1.0]), ())._repr_html_())
+    assert shown[3:9] == ["-inf to 0", "1", "25.0%", "0 to 1", "2", "50.0%"]
+
+
+def test_a_map_of_attention(tiny_config, make_batch):
+    batch = make_batch(images=(1,), words=(5,))
+    values = np.linspace(0, 1, batch.ids.shape[1])[None, None]
+    shown = Shown(attention_maps.AttentionMap(values, batch.tokens, False)._repr_html_())
+    assert shown.cells[0].startswith("row 0, tile 0: from 0 to 0.") and len(shown.pictures) == 1
+    assert len(np.unique(shown.pictures[0])) == 4
+
+
+def test_a_generation():
+    made = generate.Generation(np.array([[1, 2]]), ["<i>x</i>"], (RECEIPT,), {"say": LENS})
+    shown = cells(made._repr_html_())
+    assert shown[:4] == ["row", "generated", "0", "<i>x</i>"] and "ablate <lm>" in shown
+    assert cells(generate.Generation(np.array([[1, 2]]), None, ())._repr_html_())[3] == "[1, 2]"
+
+
+def test_a_model_a_site_and_an_address(tiny_model):
+    shown = cells(tiny_model._repr_html_())
+    assert shown[0] == "Llava" and "vision" in shown and "layers 4" in shown[shown.index("lm") + 3]
+    count = sum(leaf.size for leaf in jax.tree.leaves(tiny_model.lm))
+    assert shown[shown.index("lm") + 1] == f"{count:,}"
+    assert cells(S.lm.mlp.act._repr_html_())[5:8] == [
+        "lm.mlp.act", "neurons: silu(gate), before the product with up", "L B T F",
+    ]  # fmt: skip
+    assert cells(S.lm.mlp.act[3, [7]]._repr_html_())[2] == "lm.mlp.act[3, [7]]"
+
+
+def test_an_example_and_its_domain():
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (400, 100), "red").save(picture, "PNG")
+    question = domains.Question("style", "what <is> it?", "a & b", ("a & b", "c"))
+    example = domains.Example("<1>", "mine", "'x\" onerror", picture.getvalue(), (question,))
+    shown = Shown(example._repr_html_())
+    assert shown.pictures[0].shape == (42, notebook.SIDE, 3)
+    assert shown.cells[0] == "mine: 'x\" onerror (<1>)"
+    assert shown.cells[-4:] == ["style", "what <is> it?", "a & b", "a & b, c"]
+    shown = Shown(domains.Domain("mine", "test", [example] * 9)._repr_html_())
+    assert shown.cells[0] == "mine, test: 9 pictures" and len(shown.pictures) == notebook.ROWS
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_jax.selections import Selection
+
+
+@pytest.mark.parametrize(
+    "number", [2**31, 2**32, 2**32 + 1, 2**40, -(2**31) - 1, -(2**32), -(2**40)]
+)
+def test_numbers_beyond_int32_are_nowhere(number):
+    """They were taken modulo 2**32."""
+    for item in (number, [number], np.array([number]), np.array([abs(number)], np.uint64)):
+        with pytest.raises(ValueError, match="axis -?2147483647 is out|axis -2147483648 is out"):
+            Selection.parse(item).mask(9, "axis")
+    want = np.zeros(9, bool)
+    for item in (slice(number, None), slice(None, number), slice(1, number), slice(number, 5)):
+        want[:] = False
+        want[item] = True
+        np.testing.assert_array_equal(Selection.parse(item).mask(9, "axis"), want)
+    pairs = Selection.parse([(0, 1), (number, 2)])
+    with pytest.raises(ValueError, match="layer -?214748364[78] is out of range"):
+        pairs.pairs_mask(3, 4, "site")
+
+
+def test_what_is_no_selection():
+    for item in (slice(1.5, 3), slice(0, 2.0), slice("a", None), 1.5, "a"):
+        with pytest.raises(TypeError, match="holds integers"):
+            Selection.parse(item)
+    for item in (True, np.ones((2, 3, 4), bool)):
+        with pytest.raises(IndexError, match="a mask of an address has one or two axes"):
+            Selection.parse(item)
+
 
 FEW = settings(max_examples=60, deadline=None)
 sizes = st.integers(1, 9)

@@ -46,7 +46,7 @@ def test_an_unknown_attribute_names_the_nearest():
 
 
 def test_a_group_of_sites_has_no_address_but_attention():
-    with pytest.raises(AttributeError, match="'lm.mlp' is a group of sites: gate, act"):
+    with pytest.raises(AttributeError, match="'lm.mlp' is a group of sites: input, gate, act"):
         S.lm.mlp[3]
     assert S.lm.attn[1:].site is S.lm.attn.mask
     assert Address.of(S.lm.attn).site is S.lm.attn.mask

@@ -78,7 +78,7 @@ def test_rows_columns_tiles(name, at, words, patches):
 
 @pytest.mark.parametrize("make", [tok.row, tok.column, tok.tile])
 def test_rows_count_from_zero(make):
-    with pytest.raises(ValueError, match="-1 is negative"):
+    with pytest.raises(ValueError, match="=-1 is not a whole number from 0"):
         make(-1)  # what words have: it would mean all of them
 
 
@@ -150,6 +150,35 @@ def test_an_empty_row_generates_nothing(patches):
     np.testing.assert_array_equal(tok.answer.mask(longer)[2], False)
 
 
+def test_selectors_are_combined_with_names_and_masks(words):
+    some = np.random.default_rng(0).random(words.kind.shape) < 0.5
+    real, image = words.kind != PAD, tok.image.mask(words)
+    for where in (tok.image | "last", "last" | tok.image):
+        np.testing.assert_array_equal(where.mask(words), image | tok.last.mask(words))
+    for where in (~tok.image & some, some & ~tok.image):
+        np.testing.assert_array_equal(where.mask(words), ~image & real & some)
+    with pytest.raises(ValueError, match="is combined with another, not with None"):
+        tok.image | None
+
+
+def test_selectors_are_neither_true_nor_false():
+    """`tok.image and tok.last` was `tok.last`, and `not tok.image` was False."""
+    for combine in (
+        lambda: tok.image and tok.last,
+        lambda: tok.image or tok.last,
+        lambda: not tok.image,
+    ):
+        with pytest.raises(ValueError, match="not true or false: combine selectors by &, |, ~"):
+            combine()
+
+
+@pytest.mark.parametrize("number", [1.5, "1", [1, 2], None, True, 2**40, np.ones(2, int)])
+def test_a_place_is_one_whole_number(number):
+    """1.5 was 1."""
+    with pytest.raises(ValueError, match="tile=.* is not a whole number from 0"):
+        tok.tile(number)
+
+
 def test_errors(words):
     with pytest.raises(ValueError, match=r"the token mask is \(2, 3\), the batch has tokens \(2, "):
         tok.mask(np.ones((2, 3), bool)).mask(words)
@@ -166,5 +195,5 @@ def test_a_traced_place_that_is_not_there_selects_nothing(words):
     np.testing.assert_array_equal(pick(1), words.tile == 1)
     for index in (-1, 7, 2**16, 2**16 + 1, -(2**16)):  # -1 is what the map says of text
         assert not pick(index).any()
-    with pytest.raises(ValueError, match="tile -1 is negative: a tile is counted from 0"):
+    with pytest.raises(ValueError, match="tile=-1 is not a whole number from 0"):
         tok.tile(jax.numpy.int32(-1))

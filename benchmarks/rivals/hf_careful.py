@@ -12,6 +12,7 @@ import functools
 import torch
 import transformers
 
+from benchmarks import latents
 from benchmarks.rivals import hf, hf_trainer
 from benchmarks.rivals.serve import Work
 
@@ -43,6 +44,36 @@ def sweep(work: Work):
 
 def _ablate(neurons, module, args):
     args[0].index_fill_(-1, neurons, 0)
+
+
+def dictionary(work: Work):
+    """Compute the logits of the options without single latents, [R, B, 4]: a vector is removed."""
+    model, options = hf.load(work), hf.tensor(work, "options")
+    rows = work.fields["pictures"]
+    ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
+    block = hf.blocks(model)[work.fields["steered_layers"][0]]
+    width = model.config.text_config.hidden_size
+    d = {name: torch.from_numpy(array) for name, array in latents.weights(width).items()}
+
+    def remove(latent, module, args, out):
+        x = out[0] if isinstance(out, tuple) else out
+        pre = x @ d["W_enc"][:, latent] + d["b_enc"][latent]
+        value = pre.relu() * (pre > d["threshold"][latent])
+        x = x - value[..., None] * d["W_dec"][latent]
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+    @torch.inference_mode()
+    def run():
+        embeds = hf.merged(model, ids, pixels)
+        found = []
+        for latent in latents.edited(width, len(work.inputs["layers"])):
+            hook = block.register_forward_hook(functools.partial(remove, int(latent)))
+            out = model(inputs_embeds=embeds, logits_to_keep=1, use_cache=False)
+            hook.remove()
+            found.append(out.logits[:, -1, options])
+        return hf.numpy(logits=torch.stack(found))
+
+    return run
 
 
 def counts(work: Work):

@@ -24,6 +24,7 @@ from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.batch import Batch
 
 KINDS = ("image", "question", "system")
+DEVIATIONS = ("relative_l2", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,18 +209,30 @@ def _mean(scores: np.ndarray) -> dict[str, Any]:
 def _row(
     cell: Cell, clean: Mapping[str, np.ndarray], edited: Mapping[str, np.ndarray], neurons: int
 ) -> dict[str, Any]:
-    sums = deviation.Sums(edited["relative_l2"], edited["cosine"], edited["tokens"])
-    mean = deviation.finish(sums)
     return {
         **dataclasses.asdict(cell),
         "neurons": neurons,
         "accuracy": float(edited["score"].mean()),
         **effects.change(clean["score"], edited["score"]),
-        "deviation": {
-            kind: {"relative_l2": float(mean.relative_l2[k]), "cosine": float(mean.cosine[k])}
-            for k, kind in enumerate(KINDS)
-            if sums.tokens[k].any()
-        },
+        "deviation": _deviation_row(edited),
+    }
+
+
+def _deviation_row(edited: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Return the mean deviations per token by kind, with their intervals over questions."""
+    tokens = edited["tokens"]
+    counted = [k for k in range(len(KINDS)) if tokens[k].any()]
+    if not counted:
+        return {}
+    sums = np.stack([edited[measure][counted].T for measure in DEVIATIONS], axis=-1)
+    found = intervals.ratio(sums, tokens[counted].T[..., None])
+    return {
+        KINDS[k]: {
+            f"{measure}{end}": float(values[place, m])
+            for m, measure in enumerate(DEVIATIONS)
+            for end, values in (("", found.value), ("_low", found.low), ("_high", found.high))
+        }
+        for place, k in enumerate(counted)
     }
 
 

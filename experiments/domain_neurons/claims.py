@@ -139,7 +139,7 @@ def _chance(change: float, questions: int) -> float:
 def _stages(stages: Mapping[str, Any]) -> Claim:
     image = stages["all"]
     decided = image["boundaries"] is not None
-    holds = decided and "as claimed" in image["verdict"]
+    holds = decided and image["claimed"]
     ends = ", ".join(
         f"{low} to {high}"
         for low, high in zip(image["low"] or (), image["high"] or (), strict=True)

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from experiments import context
 from experiments.modules import MODULES
-from mllm_jax.analysis import official
+from mllm_jax.analysis import official, power, stability
 from mllm_jax.data import batching, domains
+from mllm_jax.data.embedded import questions
+from mllm_jax.data.sequences import LazySequence
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.sharding import mesh
 
 Split = Literal["train", "test", "lens"]
 SPLITS: tuple[Split, ...] = ("train", "test", "lens")
+# "neutral" prompts are the same in every domain; "released" ones are the domain's own questions, as
+# MMNeuron counts them, and name what its pictures show.
+Prompts = Literal["neutral", "released"]
+PROMPTS: tuple[Prompts, ...] = ("neutral", "released")
+NEUTRAL = questions.PROMPTS["category"] + questions.PROMPTS["kind"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeutralQuestions(LazySequence[tuple[domains.Example, questions.Question]]):
+    """Pairs of an example and a question that says nothing of any domain, see `NEUTRAL`.
+
+    Attributes:
+        examples: the examples.
+        count: the largest number of pairs.
+    """
+
+    examples: Sequence[domains.Example]
+    count: int  # type: ignore[assignment]  # Sequence has a method of this name
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.examples))
+
+    def item(self, index: int) -> tuple[domains.Example, questions.Question]:
+        """Return the item at an index; see `LazySequence`."""
+        prompt = NEUTRAL[index % len(NEUTRAL)]
+        return self.examples[index], questions.Question("neutral", prompt, "", ("",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +75,18 @@ class Study(context.Context):
         """The names of the domains."""
         return tuple(self.train)
 
-    def questions(self, split: Split, name: str) -> batching.QuestionBatches:
+    def questions(
+        self, split: Split, name: str, prompts: Prompts = "released"
+    ) -> batching.QuestionBatches:
         """Return batches with one question per picture of a domain.
 
-        The styles of the config take turns.
+        Args:
+            split: the split of the pictures.
+            name: the name of the domain.
+            prompts: "released" for the questions of the domain, in which the styles of the config
+                take turns, or "neutral".
         """
-        pairs = self._pairs(split, name)
+        pairs = self._pairs(split, name, prompts)
         if split != "train":
             return batching.QuestionBatches(
                 self.processor, pairs, self.config.batch_size, self.length
@@ -66,17 +101,45 @@ class Study(context.Context):
         smallest = min(len(self._pairs("train", name)) for name in self.names)
         return max(1, min(self.config.batch_size, smallest // self.config.groups))
 
+    def too_small(self) -> list[str]:
+        """Return a warning for each split that is too small to say anything."""
+        config = self.config
+        warnings: list[str] = []
+        tests = len(self.names) * len(config.modules)
+        needed = power.changed_answers(tests)
+        for name in self.names:
+            questions = len(self._pairs("test", name))
+            if questions < needed:
+                warnings.append(
+                    f"domain {name!r} has {questions} test questions: no change of its accuracy "
+                    f"can be found beyond chance in {tests} tests, which takes {needed} or more"
+                )
+        each = [len(self.groups(self.questions("train", name))) for name in self.names]
+        domain = np.repeat(np.arange(len(each)), each)
+        if config.shuffles and not config.masks:
+            chance = stability.power(domain, config.shuffles, config.level)
+            if chance < stability.POWER:
+                warnings.append(
+                    f"{min(each)} groups of training pictures are too few to tell domain neurons "
+                    "from chance; add pictures, or raise config.train_per_domain or config.groups"
+                )
+        return warnings
+
     def groups(self, questions: batching.QuestionBatches) -> list[np.ndarray]:
         """Return the indices of the batches of each group of examples, in order."""
         count = len(questions)
         return np.array_split(np.arange(count), min(self.config.groups, count))
 
-    def _pairs(self, split: Split, name: str) -> batching.ExampleQuestions:
+    def _pairs(
+        self, split: Split, name: str, prompts: Prompts = "released"
+    ) -> batching.ExampleQuestions | NeutralQuestions:
         examples = getattr(self, split)[name]
         count = self.config[f"{split}_per_domain"]
         if split == "train" and self.config.train_tokens:
             sizes = (self._vision_tokens(example) for example in examples)
             count = official.examples_counted(sizes, self.config.train_tokens)
+        if prompts == "neutral":
+            return NeutralQuestions(examples, count)
         return batching.ExampleQuestions(examples, tuple(self.config.styles), count)
 
     def _vision_tokens(self, example: domains.Example) -> int:
@@ -93,6 +156,8 @@ class Study(context.Context):
         if not self.config.one_length:
             return None
         pairs = [p for split in SPLITS for name in self.names for p in self._pairs(split, name)]
+        for name in self.names:
+            pairs += self._pairs("train", name, "neutral")
         return batching.row_length(self.processor, pairs)
 
     @functools.cached_property

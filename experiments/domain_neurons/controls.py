@@ -43,12 +43,12 @@ class Controls(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def activities(study: Study, counted: selection.DomainCounts) -> dict[str, Activity]:
+def activities(study: Study, counted: selection.Counted) -> dict[str, Activity]:
     """Return how active the neurons of each module are on the tokens of the counted scope."""
-    scope = selection.rule(study.config).scope
+    rule = selection.rule(study.config)
     out = {}
     for module in study.shapes:
-        counts = Counts.of(counted, module, scope)
+        counts = Counts.of(counted[rule.prompts], module, rule.scope)
         positive, tokens = stability.pool(counts.positive, counts.tokens, counts.domain)
         total = np.stack([counts.sum[counts.domain == d].sum(0) for d in range(len(tokens))])
         out[module] = Activity(*(values / tokens[:, None, None] for values in (positive, total)))

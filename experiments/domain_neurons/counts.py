@@ -14,7 +14,7 @@ import numpy as np
 
 import mllm_jax as mj
 from experiments import context
-from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.context import Prompts, Study
 from experiments.modules import MODULES
 from mllm_jax import tokens as tok
 
@@ -27,34 +27,37 @@ SCOPES: dict[Scope, tuple[str, ...]] = {
 FIELDS = ("positive", "sum", "centred", "tokens")
 
 
-def count(study: Study, name: str) -> dict[str, np.ndarray]:
+def count(study: Study, name: str, prompts: Prompts) -> dict[str, np.ndarray]:
     """Return the activation statistics of a domain.
 
     Args:
         study: the study.
         name: the name of the domain.
+        prompts: the prompts that its pictures are read with.
 
     Returns:
         `MODULE/positive`, `MODULE/sum` and `MODULE/centred` [groups, L, F, kinds], `MODULE/tokens`
         [groups, kinds], and `MODULE/kinds`.
     """
-    questions = study.questions("train", name)
+    questions = study.questions("train", name, prompts)
     groups = study.groups(questions)
     captures = {module: mj.stats(MODULES[module], by=KINDS) for module in study.shapes}
 
     def count_group(number: int) -> dict[str, np.ndarray]:
         batches = (questions[i] for i in groups[number])
-        label = f"count, {name}, {number + 1} of {len(groups)}"
+        label = f"count, {name}, {prompts} prompts, {number + 1} of {len(groups)}"
         total = mj.reduce(captures, study.model, batches, study.edits, label=label)
         arrays = {f"{m}/{field}": getattr(s, field) for m, s in total.items() for field in FIELDS}
         arrays |= {f"{module}/tokens": stats.tokens[0] for module, stats in total.items()}
         return arrays | {f"{m}/kinds": np.array(stats.kinds) for m, stats in total.items()}
 
     parts = [
-        study.workdir.arrays(f"counts/{name}-{number}", functools.partial(count_group, number))
+        study.workdir.arrays(
+            f"counts/{prompts}/{name}-{number}", functools.partial(count_group, number)
+        )
         for number in range(len(groups))
     ]
-    if study.captures:
+    if study.captures and prompts == study.config.prompts:
         total = mj.reduce(
             study.captures, study.model, questions, study.edits,
             save=study.workdir / "steps" / f"captures-{name}.npz", label=f"capture, {name}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,11 @@ from mllm_jax.analysis import domain_neurons, selectors
 from mllm_jax.analysis import stability as stability_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
+RELEASED: dict[str, Any] = {"prompts": "released", "scope": "all"}
+
 
 def compare(
-    study: Study, counted: selection.DomainCounts, neurons: Mapping[str, SelectedNeurons]
+    study: Study, counted: selection.Counted, neurons: Mapping[str, SelectedNeurons]
 ) -> dict[str, Any]:
     """Return how many neurons other selectors, and other settings of the rule, share."""
     rule = selection.rule(study.config)
@@ -79,7 +81,35 @@ def _setting(
     }
 
 
-def stability(study: Study, counted: selection.DomainCounts, module: str) -> dict[str, Any]:
+def released(
+    study: Study, counted: selection.Counted, neurons: Mapping[str, SelectedNeurons]
+) -> dict[str, Any]:
+    """Return the selection by released prompts and all tokens, and how many neurons it shares.
+
+    The domain's own questions name what its pictures show, and their tokens count there: neurons
+    of words, not of pictures, are then selected as well.
+
+    Returns:
+        `prompts`, `scope` and, by module, the entries of `selection.describe` with `jaccard` and
+        `chance`, the share of common neurons of each domain and that of random sets of these sizes;
+        {} where the study itself selects so.
+    """
+    rule = selection.rule(study.config)
+    other = dataclasses.replace(rule, **RELEASED)
+    if other == rule:
+        return {}
+    modules: dict[str, dict[str, Any]] = {}
+    for module, selected in selection.select(study, counted, other).items():
+        shared = selectors.overlap({"own": neurons[module].mask, "released": selected.mask})
+        modules[module] = {
+            **selection.describe(study, selected),
+            "jaccard": shared.jaccard[:, 0, 1].tolist(),
+            "chance": shared.chance[:, 0, 1].tolist(),
+        }
+    return {"own": {key: getattr(rule, key) for key in RELEASED}, **RELEASED, "modules": modules}
+
+
+def stability(study: Study, counted: selection.Counted, module: str) -> dict[str, Any]:
     """Test whether the entropy selects the same neurons in other examples, and more than chance.
 
     Groups of examples are split into halves, resampled, and assigned to domains at random. Each
@@ -88,55 +118,127 @@ def stability(study: Study, counted: selection.DomainCounts, module: str) -> dic
     Returns:
         The entry of the module in results.json; {} where a domain has a single group.
     """
-    config, rule = study.config, selection.rule(study.config)
-    counts = Counts.of(counted, module, rule.scope)
-    if np.bincount(counts.domain).min() < 2 or not config.shuffles:
+    resampled = resample(study, counted, module)
+    if resampled is None:
         return {}
-    options = selection.options(config, rule)
-
-    def select(positive: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        selected = domain_neurons.select_modules(
-            {module: positive}, {module: tokens}, thresholds=rule.thresholds, **options
-        )
-        return selected[module].mask
-
-    def make() -> dict[str, Any]:
-        return _resample(study, counts, select) | _shuffle(study, counts, options)
-
-    return study.workdir.json(f"stability-{module}", make)
-
-
-def _resample(study: Study, counts: Counts, select: stability_.Select) -> dict[str, Any]:
-    """Return the neurons that halves of the groups, and resamples of all groups, share."""
-    config, data = study.config, (counts.positive, counts.tokens, counts.domain)
-    groups = int(np.bincount(counts.domain).min())
-    sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
-    halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
-    resampled = stability_.bootstrap(*data, resamples=config.resamples, select=select)
+    groups = int(np.bincount(resampled.domain).min())
     examples = min(len(study.questions("train", name).pairs) for name in study.names)
     return {
-        "examples": [round(size * examples / groups) for size in sizes],
-        "halves": halves.jaccard.mean(axis=1).tolist(),
-        "bootstrap": {key: values.tolist() for key, values in resampled.jaccard._asdict().items()},
-        "stable": int((resampled.frequency >= 0.95).any(axis=0).sum()),
-        "level": config.level,
+        "examples": [round(size * examples / groups) for size in resampled.sizes],
+        "halves": resampled.halves.tolist(),
+        "bootstrap": {key: getattr(resampled, key).tolist() for key in ("value", "low", "high")},
+        "stable": int(resampled.stable),
+        "level": study.config.level,
+        **_beyond_chance(study, shuffle_test(study, counted, module)),
     }
 
 
-def _shuffle(study: Study, counts: Counts, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the entropies of shuffled domains; None where there are too few groups to tell."""
-    config = study.config
-    if stability_.power(counts.domain, config.shuffles, config.level) < stability_.POWER:
-        return dict.fromkeys(("lowest_entropy", "shuffled_entropy", "beyond_chance"))
-    test = stability_.shuffle_test(
-        counts.positive, counts.tokens, counts.domain, shuffles=config.shuffles,
-        level=config.level, **options,
-    )  # fmt: skip
-    shuffled = np.quantile(test.lowest, config.level, method="inverted_cdf")
+class Resampled(NamedTuple):
+    """Selections of halves of the groups, and of resamples of all groups, of a module.
+
+    Attributes:
+        domain: int64[N], the domain of each group.
+        sizes: int64[S], the number of groups of a domain in a half.
+        halves: float64[S, D_], the Jaccard index of two halves.
+        value: float64[D_], the Jaccard index of a resample with the selection of all groups.
+        low: float64[D_], the lower end of its interval.
+        high: float64[D_], the upper end of it.
+        stable: int64[], the number of neurons in 95 % of the resamples.
+        per_layer: int64[R, D_, L], the number of neurons in each resample.
+    """
+
+    domain: np.ndarray
+    sizes: np.ndarray
+    halves: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    stable: np.ndarray
+    per_layer: np.ndarray
+
+
+def resample(study: Study, counted: selection.Counted, module: str) -> Resampled | None:
+    """Split and resample the groups of a module; None where a domain has a single group."""
+    config, rule = study.config, selection.rule(study.config)
+    counts = Counts.of(counted[rule.prompts], module, rule.scope)
+    groups = int(np.bincount(counts.domain).min())
+    if groups < 2 or not config.shuffles:
+        return None
+
+    def select(positive: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        selected = domain_neurons.select_modules(
+            {module: positive}, {module: tokens}, thresholds=rule.thresholds,
+            **selection.options(config, rule),
+        )  # fmt: skip
+        return selected[module].mask
+
+    def make() -> dict[str, np.ndarray]:
+        data = (counts.positive, counts.tokens, counts.domain)
+        sizes = sorted({max(1, groups // (2 * part)) for part in (1, 2, 4)})
+        halves = stability_.split_half(*data, sizes=sizes, repeats=config.splits, select=select)
+        drawn = stability_.bootstrap(*data, resamples=config.resamples, select=select)
+        stable = np.asarray((drawn.frequency >= 0.95).any(axis=0).sum())
+        return Resampled(
+            counts.domain, halves.sizes, halves.jaccard.mean(axis=1), *drawn.jaccard, stable,
+            drawn.per_layer,
+        )._asdict()  # fmt: skip
+
+    return Resampled(**study.workdir.arrays(f"resamples-{module}", make))
+
+
+class Shuffled(NamedTuple):
+    """The test of a module's neurons against shuffled domains.
+
+    Attributes:
+        mask: bool[D_, L, F], the selected neurons whose entropy is lower than chance gives.
+        lowest: float64[], the lowest entropy of all neurons, nats.
+        shuffled: float64[R], the lowest entropy in each shuffle.
+    """
+
+    mask: np.ndarray
+    lowest: np.ndarray
+    shuffled: np.ndarray
+
+
+def shuffle_test(study: Study, counted: selection.Counted, module: str) -> Shuffled | None:
+    """Test the neurons of a module; None where there are too few groups or shuffles to tell."""
+    config, rule = study.config, selection.rule(study.config)
+    counts = Counts.of(counted[rule.prompts], module, rule.scope)
+    power = stability_.power(counts.domain, config.shuffles, config.level)
+    if not config.shuffles or power < stability_.POWER:
+        return None
+
+    def make() -> dict[str, np.ndarray]:
+        test = stability_.shuffle_test(
+            counts.positive, counts.tokens, counts.domain, shuffles=config.shuffles,
+            level=config.level, **selection.options(config, rule),
+        )  # fmt: skip
+        lowest = test.selection.entropy.min()
+        return Shuffled(test.mask, np.asarray(lowest), test.lowest)._asdict()
+
+    return Shuffled(**study.workdir.arrays(f"shuffles-{module}", make))
+
+
+def tested(study: Study, counted: selection.Counted) -> dict[str, SelectedNeurons]:
+    """Return the neurons of every module that are beyond chance; {} where none can be tested."""
+    tests = {module: shuffle_test(study, counted, module) for module in study.shapes}
+    return {module: selection.from_mask(test.mask) for module, test in tests.items() if test}
+
+
+def _beyond_chance(study: Study, test: Shuffled | None) -> dict[str, Any]:
+    """Return what a test found; None where there was none."""
+    if test is None:
+        return dict.fromkeys(
+            ("lowest_entropy", "shuffled_entropy", "beyond_chance", "beyond_chance_per_domain")
+        )
+    shuffled = np.quantile(test.shuffled, study.config.level, method="inverted_cdf")
     return {
-        "lowest_entropy": _finite(test.selection.entropy.min()),
+        "lowest_entropy": _finite(float(test.lowest)),
         "shuffled_entropy": _finite(shuffled),
         "beyond_chance": int(test.mask.any(axis=0).sum()),
+        "beyond_chance_per_domain": {
+            name: int(mask.sum()) for name, mask in zip(study.names, test.mask, strict=True)
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """Select the neurons of each domain: by MMNeuron's rule, by another selector, or from a file.
 
-The rule is set by the config: `selector`, `scope`, `thresholds`, `assign`, `compat` and the rates.
+The rule is set by the config: `selector`, `prompts`, `scope`, `thresholds`, `assign`, `compat` and
+the rates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tqdm
 
 import mllm_jax as mj
 from experiments import context
-from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.context import PROMPTS, Prompts, Study
 from experiments.domain_neurons.counts import SCOPES, Counts, Scope
 from experiments.modules import MODULES
 from mllm_jax import tokens as tok
@@ -29,13 +30,17 @@ from mllm_jax.checkpoints import masks
 from mllm_jax.passes import score
 
 SELECTORS = ("entropy", "auroc", "difference", "attribution", "random")
+ABLATE = ("selected", "tested")
 SETTINGS = {
-    "scope": ("all", "image", "text"),
+    "prompts": PROMPTS,
+    "scope": ("image", "all", "text"),
     "thresholds": ("module", "global", "layer"),
     "assign": ("multiple", "single"),
     "compat": ("", "official"),
 }
+OFFICIAL = {"prompts": "released", "scope": "all", "thresholds": "module", "assign": "multiple"}
 DomainCounts = Mapping[str, Mapping[str, np.ndarray]]  # {domain: what `counts.count` returns}
+Counted = Mapping[Prompts, DomainCounts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,7 @@ class Rule:
 
     Attributes:
         selector: one of SELECTORS.
+        prompts: the prompts that the pictures are read with.
         scope: the tokens that are counted.
         thresholds: the neurons that compete: of a module, of all modules or of a layer.
         assign: whether a neuron may belong to multiple domains.
@@ -51,6 +57,7 @@ class Rule:
     """
 
     selector: str
+    prompts: Prompts
     scope: Scope
     thresholds: Literal["module", "global", "layer"]
     assign: Literal["multiple", "single"]
@@ -63,17 +70,21 @@ def check(config: ml_collections.ConfigDict) -> None:
         context.require_choice(f"config.{field}", config[field], choices)
     for name in config.compare:
         context.require_choice("config.compare", name, SELECTORS)
+    context.require_choice("config.ablate", config.ablate, ABLATE)
+    if config.ablate == "tested" and (config.masks or config.selector != "entropy"):
+        raise ValueError(
+            "config.ablate='tested' ablates the neurons whose entropy is beyond chance: set "
+            "config.selector='entropy' and config.masks=''"
+        )
     path = config.masks
     if path and not path.endswith(".npz") and "{module}" not in path:
         raise ValueError(
             f"config.masks={path!r}: write FILE.npz, or FOLDER/{{module}}.pth with the word "
             "{module} in it"
         )
-    if config.compat and any(config[f] != SETTINGS[f][0] for f in SETTINGS if f != "compat"):
-        raise ValueError(
-            "config.compat='official' counts all tokens, sets thresholds by module and assigns "
-            "multiple domains to a neuron: leave scope, thresholds and assign at their defaults"
-        )
+    if config.compat and any(config[field] != value for field, value in OFFICIAL.items()):
+        settings = ", ".join(f"{field}={value!r}" for field, value in OFFICIAL.items())
+        raise ValueError(f"config.compat='official' follows the released code: set {settings}")
 
 
 def rule(config: ml_collections.ConfigDict) -> Rule:
@@ -87,12 +98,13 @@ def options(config: ml_collections.ConfigDict, rule: Rule) -> dict[str, Any]:
     return rates | {"assign": rule.assign, "compat": rule.compat or None}
 
 
-def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, SelectedNeurons]:
+def select(study: Study, counted: Counted, rule: Rule) -> dict[str, SelectedNeurons]:
     """Return the neurons of every module.
 
     Selectors other than the entropy select as many neurons of each domain as the entropy does.
     """
-    counts = {module: Counts.of(counted, module, rule.scope) for module in study.shapes}
+    of_prompts = counted[rule.prompts]
+    counts = {module: Counts.of(of_prompts, module, rule.scope) for module in study.shapes}
     pooled = {m: stability.pool(c.positive, c.tokens, c.domain) for m, c in counts.items()}
     by_entropy = domain_neurons.select_modules(
         {module: positive for module, (positive, _) in pooled.items()},
@@ -103,7 +115,7 @@ def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, Selecte
         return by_entropy
     sizes = {module: selected.mask.sum(axis=(1, 2)) for module, selected in by_entropy.items()}
     if rule.selector == "auroc":
-        return _by_auroc(study, counted, rule.scope, sizes)
+        return _by_auroc(study, of_prompts, rule, sizes)
     return {
         m: from_mask(selectors.top(scores(study, rule.selector, m, counts[m]), sizes[m]))
         for m in by_entropy
@@ -111,7 +123,7 @@ def select(study: Study, counted: DomainCounts, rule: Rule) -> dict[str, Selecte
 
 
 def _by_auroc(
-    study: Study, counted: DomainCounts, scope: Scope, sizes: Mapping[str, np.ndarray]
+    study: Study, counted: DomainCounts, rule: Rule, sizes: Mapping[str, np.ndarray]
 ) -> dict[str, SelectedNeurons]:
     """Select by the ranks of pictures; equal ranks go by the size of the effect.
 
@@ -119,8 +131,9 @@ def _by_auroc(
     without an error, and whatever orders them selects.
     """
     kinds = {m: set(counted[study.names[0]][f"{m}/kinds"].tolist()) for m in study.shapes}
-    where = {m: _tokens_of(SCOPES[scope]) if kinds[m] & set(SCOPES[scope]) else None for m in kinds}
-    means = [picture_means(study, name, scope, where) for name in study.names]
+    scope = SCOPES[rule.scope]
+    where = {m: _tokens_of(scope) if kinds[m] & set(scope) else None for m in kinds}
+    means = [picture_means(study, name, rule, where) for name in study.names]
     domain = np.repeat(np.arange(len(means)), [len(next(iter(m.values()))) for m in means])
     out = {}
     for module, count in sizes.items():
@@ -131,20 +144,20 @@ def _by_auroc(
 
 
 def picture_means(
-    study: Study, name: str, scope: Scope, where: Mapping[str, tok.Selector]
+    study: Study, name: str, rule: Rule, where: Mapping[str, tok.Selector | None]
 ) -> dict[str, np.ndarray]:
     """Return the mean activations over the tokens of a scope, by picture of a domain.
 
     Args:
         study: the study, of whose config `auroc_pictures` is the largest number of pictures.
         name: the name of the domain.
-        scope: the name of the scope, for the step of the workdir.
-        where: its tokens by module; None for all where the module has none of them.
+        rule: the prompts of the pictures, and the name of the scope.
+        where: the tokens of the scope by module; None for all where a module has none of them.
 
     Returns:
         float32[pictures, L, F] by module.
     """
-    questions = study.questions("train", name)
+    questions = study.questions("train", name, rule.prompts)
     count = min(study.config.auroc_pictures, len(questions.pairs))
     captures = {module: mj.mean(MODULES[module], where=where[module]) for module in study.shapes}
 
@@ -157,7 +170,7 @@ def picture_means(
             parts.append({m: np.asarray(out[m])[:, :rows].swapaxes(0, 1) for m in captures})
         return {m: np.concatenate([part[m] for part in parts])[:count] for m in captures}
 
-    return study.workdir.arrays(f"pictures/{name}-{scope}", make)
+    return study.workdir.arrays(f"pictures/{rule.prompts}-{rule.scope}/{name}", make)
 
 
 def _tokens_of(kinds: tuple[str, ...]) -> tok.Selector:
@@ -258,12 +271,12 @@ def _read_npz(study: Study, path: str) -> dict[str, np.ndarray]:
     return {module: stored.modules[MODULES[module].name][order] for module in study.shapes}
 
 
-def write(study: Study, neurons: Mapping[str, SelectedNeurons]) -> None:
-    """Write `masks.npz`, and `masks/MODULE.pth` for MMNeuron's code."""
+def write(study: Study, neurons: Mapping[str, SelectedNeurons], name: str = "masks") -> None:
+    """Write `NAME.npz`, and `NAME/MODULE.pth` for MMNeuron's code."""
     by_site = {MODULES[module].name: selected.mask for module, selected in neurons.items()}
-    masks.save(study.workdir / "masks.npz", by_site, study.names)
+    masks.save(study.workdir / f"{name}.npz", by_site, study.names)
     for module, selected in neurons.items():
-        masks.write_pth(study.workdir / "masks" / f"{module}.pth", selected.mask)
+        masks.write_pth(study.workdir / name / f"{module}.pth", selected.mask)
 
 
 def describe(study: Study, selected: SelectedNeurons) -> dict[str, Any]:

@@ -34,12 +34,14 @@ class Run:
         variant: Original, FT-Proj, FT-E2E, or the name of a recipe of the factors.
         seed: the seed of its training and of the order of the classes in its prompts.
         setting: the settings of its fine-tuning; None for the model as it is.
+        neurons: bool[L, F], the neurons of the language model that train; None for no choice.
     """
 
     task: str
     variant: str
     seed: int
     setting: ml_collections.ConfigDict | None = None
+    neurons: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def name(self) -> str:

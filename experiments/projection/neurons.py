@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import ml_collections
 import numpy as np
 
 import mllm_jax as mj
 from experiments.modules import MODULES
-from experiments.projection.context import Arrays, Outputs, Study
+from experiments.projection.context import Arrays, Outputs, Run, Study
 from mllm_jax import tokens as tok
-from mllm_jax.analysis import domain_neurons, projection
+from mllm_jax.analysis import domain_neurons, projection, selectors
 from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
 from mllm_jax.sites import Site
+from mllm_jax.training import parts
+
+SELECTED, RANDOM = "FT-Neurons", "FT-Random neurons"
 
 
 def sites(study: Study) -> dict[str, Site]:
@@ -57,6 +62,108 @@ def domain_masks(study: Study, counts: Arrays, task: str) -> dict[str, np.ndarra
     return {module: chosen.mask[names.index(task)] for module, chosen in selected.items()}
 
 
+def trains_lm(run: Run) -> bool:
+    """Return whether a run trains weights of the language model."""
+    return run.setting is not None and run.setting.recipe.part != "projector"
+
+
+def weight_change(before: Any, after: Any) -> dict[str, np.ndarray]:
+    """Return `weights/lm`, float32[L, F]: how far fine-tuning turned each neuron's weights (NeFT).
+
+    Args:
+        before: the model as it was.
+        after: the model that was fine-tuned.
+    """
+    name = parts.MLP.format("up")
+
+    def kernel(model: Any) -> Any:
+        leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+        return next(leaf for path, leaf in leaves if parts.weight_name(path) == name)
+
+    layers = [
+        selectors.weight_change(*_by_neuron(old, new))[0, 0]
+        for old, new in zip(kernel(before), kernel(after), strict=True)
+    ]
+    return {"weights/lm": np.stack(layers).astype(np.float32)}
+
+
+def _by_neuron(old: Any, new: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the weights of a layer, [D, F], as `selectors.weight_change` takes them."""
+    before, after = (np.asarray(layer, np.float32).T[None] for layer in (old, new))
+    return before, [after]
+
+
+def most_changed(arrays: Arrays, like: Arrays) -> dict[str, np.ndarray]:
+    """Return the neurons whose weights changed most, as many as masks have in the LM."""
+    scores = np.asarray(arrays["weights/lm"], np.float64)[None]
+    return {"lm": selectors.top(scores, int(like["lm"].sum()))[0]}
+
+
+def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
+    """Yield how far the neurons of most changed weights are those of the task's domain.
+
+    The change of weights is another selector of neurons, by training rather than by activations;
+    as many neurons are taken as the domain has.
+    """
+    if not study.config.neurons.pictures:
+        return
+    seed = study.config.seeds[0]
+    for task in study.tasks:
+        before = domain_masks(study, outputs[task, ORIGINAL, seed], task)
+        for variant in (PROJ, E2E):
+            arrays = outputs[task, variant, seed]
+            if "weights/lm" not in arrays:
+                continue
+            after = domain_masks(study, arrays, task)
+            for when, masks in (("before", before), ("after", after)):
+                mask, other = masks["lm"], most_changed(arrays, masks)["lm"]
+                shared = selectors.overlap({"domain": mask[None], "changed": other[None]})
+                yield {
+                    "task": task, "variant": variant, "domain neurons": when,
+                    "neurons": int(mask.sum()), "jaccard": float(shared.jaccard[0, 0, 1]),
+                    "chance": float(shared.chance[0, 0, 1]),
+                }  # fmt: skip
+
+
+def selected_runs(study: Study, outputs: Outputs) -> Iterator[Run]:
+    """Yield runs that train the neurons of a task's domain alone, and as many random ones."""
+    config, seed = study.config, study.config.seeds[0]
+    if not config.neurons.pictures:
+        return
+    for task in config.neurons.train:
+        own = domain_masks(study, outputs[task, ORIGINAL, seed], task)["lm"]
+        if not own.any():
+            continue
+        setting = ml_collections.ConfigDict(config.e2e.to_dict())
+        setting.recipe.part = "neurons"
+        setting.recipe.rate = config.neurons.rate
+        setting.recipe.projector_rate = None
+        yield Run(task, SELECTED, seed, setting, own)
+        yield Run(task, RANDOM, seed, setting, domain_neurons.random_mask_like(own, seed))
+
+
+def selected_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
+    """Yield the F1 of the models whose selected neurons were trained, over the model as it was."""
+    seed = study.config.seeds[0]
+    for task in study.config.neurons.train:
+        if (task, SELECTED, seed) not in outputs:
+            continue
+        truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
+        neurons = int(domain_masks(study, outputs[task, ORIGINAL, seed], task)["lm"].sum())
+        scores = {
+            variant: projection.f1(truth, outputs[task, variant, seed]["predicted"][None], classes)
+            for variant in (ORIGINAL, SELECTED, RANDOM, E2E)
+        }
+        for variant, value in scores.items():
+            yield {
+                "task": task, "variant": variant,
+                "neurons": neurons if variant in (SELECTED, RANDOM) else None,
+                "f1": value.row(),
+                "change": None if variant == ORIGINAL
+                else projection.change(value, scores[ORIGINAL]),
+            }  # fmt: skip
+
+
 def random_controls(study: Study, masks: Arrays) -> dict[str, dict[str, np.ndarray]]:
     """Return masks of equally many random neurons in every layer, by `randomSEED`."""
     return {
@@ -92,6 +199,8 @@ def ablation_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
             answers = {"its domain's neurons": arrays["off/own"][None]}
             if random:
                 answers["random neurons"] = np.stack(random)
+            if "off/changed" in arrays:
+                answers["neurons of most changed weights"] = arrays["off/changed"][None]
             clean = projection.f1(truth, arrays["predicted"][None], classes)
             for ablated, predicted in answers.items():
                 value = projection.f1(truth, predicted, classes)

@@ -21,6 +21,15 @@ from mllm_jax.analysis import probe, projection
 from mllm_jax.analysis.projection import BEFORE, PROJ
 from mllm_jax.data import tasks
 
+NAMES = ("paper", "linear", "matched", "unseen")
+FOLDS = 4  # of the test pictures, for the unseen probe
+
+
+def names(study: Study, task: str) -> list[str]:
+    """Return the probes of a task: the unseen one where some class has two test pictures."""
+    several = folds(study.ids(task, "test")).any()
+    return [name for name in NAMES if name != "unseen" or several]
+
 
 def read(
     study: Study, outputs: Outputs, task: str, name: str, variants: Sequence[str] | None = None
@@ -31,7 +40,7 @@ def read(
         study: the study.
         outputs: the outputs of all runs.
         task: the name of the task.
-        name: the probe: "paper", "linear" or "matched".
+        name: the probe: "paper", "linear", "matched" or "unseen".
         variants: the runs whose projector is read; by default those of the main tables, and
             "before", the features before the projection.
     """
@@ -43,10 +52,13 @@ def read(
     width = study.features(task, "train").shape[-1] // stacked
     kinds = _probes(study.config, width, after.shape[-1])[name]
 
+    classes = len(study.tasks[task].classes)
+
     def predict(kind: probe.Probe, features: Arrays, seed: int) -> np.ndarray:
-        parts = [probe.Part(features[s], study.ids(task, s)) for s in tasks.SPLITS]
-        classes = len(study.tasks[task].classes)
-        fitted = probe.fit(kind, *parts, classes=classes, seeds=(seed,))
+        train, held, test = (probe.Part(features[s], study.ids(task, s)) for s in tasks.SPLITS)
+        if name == "unseen":
+            return _predict_unseen(kind, held, test, classes, seed)
+        fitted = probe.fit(kind, train, held, test, classes=classes, seeds=(seed,))
         return np.asarray(fitted.predicted)
 
     def make() -> dict[str, np.ndarray]:
@@ -68,6 +80,43 @@ def read(
     return study.workdir.arrays(f"probes/{task}-{name}{'-factors' if variants else ''}", make)
 
 
+def folds(labels: np.ndarray) -> np.ndarray:
+    """Return int[N], the fold of each picture, over which the pictures of a class are spread."""
+    rank = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        of_class = labels == label
+        rank[of_class] = np.arange(of_class.sum())
+    return rank % FOLDS
+
+
+def _predict_unseen(
+    kind: probe.Probe, held: probe.Part, test: probe.Part, classes: int, seed: int
+) -> np.ndarray:
+    """Classify test pictures by a probe of other test pictures, which fine-tuning did not see.
+
+    Args:
+        kind: the probe.
+        held: the pictures that decide when to stop.
+        test: the test pictures, of features [N, D] or [sites, N, D].
+        classes: number of classes.
+        seed: seed of the probe.
+
+    Returns:
+        int32[1, N] or int32[sites, 1, N].
+    """
+    fold = folds(test.labels)
+    predicted = np.zeros((*test.features.shape[:-2], 1, len(fold)), np.int32)
+    for number in np.unique(fold):
+        read = fold == number
+        others, own = (
+            probe.Part(test.features[..., chosen, :], test.labels[chosen])
+            for chosen in (~read, read)
+        )
+        fitted = probe.fit(kind, others, held, own, classes=classes, seeds=(seed,))
+        predicted[..., read] = np.asarray(fitted.predicted)
+    return predicted
+
+
 def _probes(
     config: ml_collections.ConfigDict, before: int, after: int
 ) -> dict[str, tuple[probe.Probe, probe.Probe]]:
@@ -86,6 +135,7 @@ def _probes(
             dataclasses.replace(probe.BEFORE, **paper), dataclasses.replace(probe.AFTER, **paper),
         ),
         "linear": (dataclasses.replace(probe.LINEAR, **stopping),) * 2,
+        "unseen": (dataclasses.replace(probe.LINEAR, **stopping),) * 2,
         "matched": (dataclasses.replace(matched, **stopping),) * 2,
     }  # fmt: skip
 

@@ -20,8 +20,6 @@ from mllm_jax.data import classification, tasks
 from mllm_jax.evaluation import zero_shot
 from mllm_jax.loading import clip
 
-PROBES = ("paper", "linear", "matched")
-
 
 def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     """Run the study.
@@ -31,19 +29,22 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         workdir: the folder of its steps and results.
     """
     _check(config)
-    model, processor = mj.load(config.model)
+    model, processor = mj.load(config.model, projector=config.projector or None)
     study = Study(
         config=config, workdir=workdir, model=model, processor=processor, tasks=_tasks(config)
     )
+    _check_tasks(study)
     study.claim(study.content())
     zero_shot_answers = match(study)
     runs = (*_main_runs(study), *_factor_runs(study))
     outputs = {run.key: tuning.measure(study, run) for run in runs}
+    selected_runs = tuple(neurons.selected_runs(study, outputs))
+    outputs |= {run.key: tuning.measure(study, run) for run in selected_runs}
     judged = {
         name: projection.Task(
             study.ids(name, "test"), len(task.classes),
             zero_shot_answers[name] | _answers(study, outputs, name),
-            {kind: probes.read(study, outputs, name, kind) for kind in PROBES},
+            {kind: probes.read(study, outputs, name, kind) for kind in probes.names(study, name)},
         )
         for name, task in study.tasks.items()
     }  # fmt: skip
@@ -51,18 +52,25 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     results = {
         "study": "projection",
         "model": config.model,
+        "projector": config.projector,
         "seeds": list(config.seeds),
         "tasks": {name: _describe(study, name) for name in study.tasks},
         "answers": [r for name, task in judged.items() for r in _answer_rows(study, name, task)],
         "richness": [row for name, task in judged.items() for row in _probe_rows(name, task)],
         "claims": projection.claims(judged),
-        "controls": projection.claims(judged, projection.controls(("linear", "matched"))),
+        "controls": projection.claims(judged, projection.controls(probes.NAMES[1:])),
         "rule": projection.RULE,
         "depth": [row for name in study.tasks for row in probes.depth(study, outputs, name)],
         "factors": [row for name in factor_tasks for row in probes.factors(study, outputs, name)],
         "neurons": list(neurons.moved(study, outputs)),
+        "changed": list(neurons.changed(study, outputs)),
+        "trained": list(neurons.selected_rows(study, outputs)),
         "ablation": [*neurons.ablation_rows(study, outputs), *suppression.suppress(study)],
-        "losses": {run.name: outputs[run.key]["losses"].tolist() for run in runs if run.setting},
+        "losses": {
+            run.name: outputs[run.key]["losses"].tolist()
+            for run in (*runs, *selected_runs)
+            if run.setting
+        },
     }
     study.finish(results, page.write)
     print(f"finished: {workdir / 'index.html'}")
@@ -72,8 +80,21 @@ def _check(config: ml_collections.ConfigDict) -> None:
     """Refuse a wrong config before anything is read."""
     for variant in config.depth:
         context.require_choice("config.depth", variant, (ORIGINAL, PROJ, E2E))
+    if config.neurons.train and not config.neurons.pictures:
+        raise ValueError("config.neurons.train: set config.neurons.pictures, which select neurons")
     if unknown := [seed for seed in config.factors.seeds if seed not in config.seeds]:
         raise ValueError(f"config.factors.seeds: {unknown[0]} is not one of config.seeds")
+
+
+def _check_tasks(study: Study) -> None:
+    """Refuse a setting that names a task which the study does not have."""
+    config = study.config
+    for field, named in (
+        ("factors.tasks", config.factors.tasks), ("neurons.train", config.neurons.train),
+        ("suppress.task", (config.suppress.task,) if config.suppress.task else ()),
+    ):  # fmt: skip
+        for task in named:
+            context.require_choice(f"config.{field}", task, study.tasks)
 
 
 def _tasks(config: ml_collections.ConfigDict) -> dict[str, tasks.Task]:

@@ -59,7 +59,8 @@ class Tuned:
         )  # fmt: skip
         model = self._start(features)
         save = self.folder if study.config.checkpoints else None
-        return fit.fit(model, training, recipe, save=save, label=run.name)
+        chosen = None if run.neurons is None else dict.fromkeys(("up", "down"), run.neurons)
+        return fit.fit(model, training, recipe, save=save, label=run.name, neurons=chosen)
 
     def _question(self, seed: int, row: int, epoch: int) -> Question:
         return answers.question(
@@ -109,7 +110,8 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     Returns:
         `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features; and of
         the first seed `image/SPLIT` and `last/SPLIT` (see `layers`), `positive/MODULE/TASK` and
-        `tokens/MODULE/TASK` (see `neurons.count`), and `off/NAME`, answers with neurons ablated.
+        `tokens/MODULE/TASK` (see `neurons.count`), `weights/lm` (see `neurons.weight_change`), and
+        `off/NAME`, answers with neurons ablated.
     """
     tuned, task = Tuned(study, run), study.tasks[run.task]
 
@@ -125,9 +127,13 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
         outputs |= layers(study, tuned)
     if first and study.config.neurons.pictures:
         outputs |= step("neurons", lambda: neurons.count(study, tuned.model))
+        if neurons.trains_lm(run):
+            outputs |= step("weights", lambda: neurons.weight_change(study.model, tuned.model))
     if deep and study.config.neurons.pictures:
         own = neurons.domain_masks(study, outputs, run.task)
-        for name, masks in {"own": own, **neurons.random_controls(study, own)}.items():
+        changed = {"changed": neurons.most_changed(outputs, own)} if neurons.trains_lm(run) else {}
+        named = {"own": own, **neurons.random_controls(study, own), **changed}
+        for name, masks in named.items():
             outputs |= step(
                 f"off-{name}", functools.partial(_answer_ablated, study, tuned, name, masks)
             )

@@ -34,11 +34,27 @@ def run(main: Callable[[], None], check: Callable[[], None]) -> NoReturn:
         check: raises a ValueError or an OSError about the flags; it imports nothing heavy.
     """
 
+    def check_all(arguments: list[str]) -> None:
+        refuse_arguments(["", *arguments])
+        check()
+
+    run_with_arguments(lambda arguments: main(), check_all)
+
+
+def run_with_arguments(
+    main: Callable[[list[str]], None], check: Callable[[list[str]], None]
+) -> NoReturn:
+    """Run a program that takes arguments beside flags; see `run`.
+
+    Args:
+        main: the program, called with the arguments.
+        check: raises a ValueError or an OSError about the arguments and flags.
+    """
+
     def start(argv: Sequence[str]) -> None:
         with one_line(sys.exit):
-            refuse_arguments(argv)
-            check()
-            main()
+            check(list(argv[1:]))
+            main(list(argv[1:]))
 
     app.run(start, flags_parser=parse)
 

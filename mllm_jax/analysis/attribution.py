@@ -9,6 +9,8 @@ much the metric decreases when a gate is closed:
 
     attributed = attribution.integrated(metric, np.ones((L, F), np.float32), steps=8)
 
+A closed gate may also stand for another value than 0 (`interpolate`): for what the tensor is in a
+pass over another picture, in `patching`; for the mean of the picture, in `picture_attribution`.
 Gates may be any pytree, such as a dictionary of sites. All functions work inside and outside of
 `jax.jit`; outside, a metric or gradient that is not finite raises an error.
 """
@@ -35,6 +37,11 @@ class Attribution(NamedTuple):
 
     values: Any
     metric: Any
+
+
+def interpolate(x: jax.Array, gate: jax.Array, closed: jax.Array) -> jax.Array:
+    """Return x where a gate is 1, what stands in its place where it is 0: a function for `call`."""
+    return gate * x + (1 - gate) * closed
 
 
 def first_order(metric: Callable[[Any], jax.Array], gates: Any) -> Attribution:

@@ -137,8 +137,8 @@ class GatedPicture:
         """Return the edits that gate the tokens at `lm.embed`."""
         assert self.baseline is not None, "gates at lm.embed have one"
         return edits_.call(
-            S.lm.embed, _interpolate, where=tokens.image,
-            gate=gates[..., None], baseline=self.baseline,
+            S.lm.embed, attribution.interpolate, where=tokens.image,
+            gate=gates[..., None], closed=self.baseline,
         )  # fmt: skip
 
     @property
@@ -169,10 +169,6 @@ class GatedPicture:
         rest = pixels.shape[1] - side * size  # pixels that the tower does not read
         full = jnp.pad(full, ((0, 0), (0, rest), (0, rest)), constant_values=1)
         return self.batch.replace(pixels=pixels * full[..., None])
-
-
-def _interpolate(x: Array, gate: Array, baseline: Array) -> Array:
-    return gate * x + (1 - gate) * baseline
 
 
 def _mean_image_token(model: Model, batch: Batch, edits: Edits) -> Float[Array, "B 1 D"]:

@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from mllm_jax.analysis import checks, intervals
-from mllm_jax.analysis.scores import Sample, accuracy, change, difference, f1
+from mllm_jax.analysis.scores import (
+    MARGIN,
+    Sample,
+    accuracy,
+    change,
+    detectable,
+    difference,
+    equivalent,
+    f1,
+)
 
 CLIP, ORIGINAL, PROJ, E2E, BEFORE = "CLIP zero-shot", "Original", "FT-Proj", "FT-E2E", "before"
 
@@ -92,7 +101,8 @@ def table(
 
     Returns:
         {"variant", "runs", "images", "f1", "accuracy": {"mean", "deviation", "low", "high"},
-        "change": {"value", "low", "high", "relative"} or None}; relative is None over zero.
+        "change": {"value", "low", "high", "relative", "equivalent"} or None}; relative is None over
+        zero, and equivalent says whether the change is shown to be within `scores.MARGIN`.
     """
     scores = {name: f1(truth, answers, classes, **options) for name, answers in predicted.items()}
     rows = []
@@ -199,9 +209,11 @@ def claims(
         **options: resamples and seed, as in `f1`.
 
     Returns:
-        {"claim", "paper", "verdict": "holds", "fails" or "undecided", "reason", "comparisons":
-        [{"task", "of", "variant", "over", "value", "low", "high", "side": "supports",
-        "contradicts" or "neither"}]}. What was not measured is undecided, and the reason says so.
+        {"claim", "criterion", "paper", "verdict": "holds", "fails" or "undecided", "reason",
+        "found", "power", "comparisons": [{"task", "of", "variant", "over", "value", "low", "high",
+        "side": "supports", "contradicts" or "neither", "equivalent" (within `scores.MARGIN`),
+        "possible", "likely" (see `power.Detectable`)}]}. What was not measured is undecided, and
+        the reason says so.
     """
     return [_judge(claim, tasks, alpha, options) for claim in statements]
 
@@ -209,7 +221,8 @@ def claims(
 def _judge(
     claim: Claim, tasks: Mapping[str, Task], alpha: float, options: dict[str, Any]
 ) -> dict[str, Any]:
-    head = {"claim": claim.text, "paper": claim.paper}
+    n = len(tasks) * len(claim.of)
+    head = {"claim": claim.text, "criterion": _criterion(claim, n), "paper": claim.paper}
     missing = sorted(
         {
             variant if reader == "model" else f"{variant} by the {reader} probe"
@@ -220,9 +233,9 @@ def _judge(
     )
     if missing or not tasks:
         reason = f"not measured: {', '.join(missing) or 'any task'}"
-        return {**head, "verdict": "undecided", "reason": reason, "comparisons": []}
+        nothing = {"found": "not measured", "power": "nothing could be found", "comparisons": []}
+        return {**head, "verdict": "undecided", "reason": reason, **nothing}
 
-    n = len(tasks) * len(claim.of)
     rows = [
         {"task": name, **row}
         for name, task in tasks.items()
@@ -235,8 +248,31 @@ def _judge(
         else "fails" if counts["contradicts"] > claim.misses
         else "undecided"
     )  # fmt: skip
-    reason = f"{counts['supports']} of {n} support it, {counts['contradicts']} contradict it"
-    return {**head, "verdict": verdict, "reason": reason, "comparisons": rows}
+    equal = sum(row["equivalent"] for row in rows)
+    reason = (
+        f"{counts['supports']} of {n} support it, {counts['contradicts']} contradict it"
+        f"{f', {equal} are within {MARGIN:g} of no change' if equal else ''}"
+    )
+    found = ", ".join(
+        f"{row['task']}, {row['variant']} {row['value']:+.2f} [{row['low']:+.2f}, "
+        f"{row['high']:+.2f}]"
+        for row in rows
+    )
+    return {**head, "verdict": verdict, "reason": reason, "found": found,
+            "power": _power(rows), "comparisons": rows}  # fmt: skip
+
+
+def _criterion(claim: Claim, n: int) -> str:
+    side = "above" if claim.sign > 0 else "below"
+    return f"the intervals of {n - claim.misses} or more of {n} differences of F1 lie {side} zero"
+
+
+def _power(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what every comparison of a claim could have found."""
+    likely = [row["likely"] for row in rows]
+    if None in likely:
+        return "no change of so few answers could have been found"
+    return f"differences of {max(likely):.2f} are found in four of five studies"
 
 
 def _comparisons(
@@ -257,8 +293,10 @@ def _comparisons(
         supports = low > 0 if claim.sign > 0 else high < 0
         contradicts = highest < 0 if claim.sign > 0 else lowest > 0
         side = "supports" if supports else "contradicts" if contradicts else "neither"
+        possible, likely = detectable(gain, level=alpha / (claim.misses + 1))
         yield {"of": reader, "variant": variant, "over": claim.over[1],
-               "value": value, "low": low, "high": high, "side": side}  # fmt: skip
+               "value": value, "low": low, "high": high, "side": side,
+               "equivalent": equivalent(gain), "possible": possible, "likely": likely}  # fmt: skip
 
 
 def moved(

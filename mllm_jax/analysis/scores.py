@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm_jax.analysis import checks, intervals
+from mllm_jax.analysis import checks, intervals, power
+
+MARGIN = 0.05  # the largest change of a score that counts as none
 
 
 class Sample(NamedTuple):
@@ -20,10 +22,12 @@ class Sample(NamedTuple):
     Attributes:
         runs: float64[R], the metric of each run.
         resamples: float64[resamples], its mean over runs in each resample.
+        pictures: the number of pictures.
     """
 
     runs: np.ndarray
     resamples: np.ndarray
+    pictures: int
 
     @property
     def mean(self) -> float:
@@ -74,14 +78,53 @@ def difference(sample: Sample, baseline: Sample) -> Sample:
         )
     paired = len(sample.runs) == len(baseline.runs)
     runs = sample.runs - (baseline.runs if paired else baseline.runs.mean())
-    return Sample(runs, sample.resamples - baseline.resamples)
+    return Sample(runs, sample.resamples - baseline.resamples, sample.pictures)
+
+
+def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEVEL) -> bool:
+    """Return whether a difference is shown to be smaller than a margin, to either side (TOST).
+
+    That no answer changes shows nothing where pictures are few: a share `margin` of all answers may
+    change, and none of these do, with probability (1 - margin)^pictures.
+
+    Args:
+        gain: the difference, of `difference`.
+        margin: the largest difference that counts as none, in (0, 1).
+        level: level of the test.
+    """
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin}: the largest change that counts as none is in (0, 1)")
+    _, low, high = gain.interval(1 - 2 * level)
+    return -margin < low and high < margin and (1 - margin) ** gain.pictures <= level
+
+
+def detectable(gain: Sample, *, level: float = power.LEVEL) -> power.Detectable:
+    """Return the smallest differences that an interval such as that of `gain` could have found.
+
+    They follow from its spread, but are at least what so many right or wrong answers can tell.
+
+    Args:
+        gain: the difference, of `difference`.
+        level: one less the mass of the interval.
+    """
+    least = power.answers(gain.pictures, 1, level=level)
+    if least.possible is None or least.likely is None:
+        return least
+    error = float(gain.resamples.std(ddof=1))
+    found = power.difference(error, gain.pictures - 1, 1, level=level)
+    assert found.possible is not None and found.likely is not None  # a t test finds some effect
+    return power.Detectable(max(least.possible, found.possible), max(least.likely, found.likely))
 
 
 def change(sample: Sample, baseline: Sample) -> dict[str, float | None]:
     """Return the difference as results.json holds it; relative is None where the baseline is 0."""
-    value, low, high = difference(sample, baseline).interval()
-    relative = value / baseline.mean if baseline.mean else None
-    return {"value": value, "low": low, "high": high, "relative": relative}
+    gain = difference(sample, baseline)
+    value, low, high = gain.interval()
+    return {
+        "value": value, "low": low, "high": high,
+        "relative": value / baseline.mean if baseline.mean else None,
+        "equivalent": equivalent(gain),
+    }  # fmt: skip
 
 
 def _sample(
@@ -105,8 +148,9 @@ def _sample(
     once = np.ones((1, len(truth)))
     values = metric(pictures, truth, predicted, classes)
     return Sample(
-        metric(once, truth, predicted, classes)[0], (values * runs).sum(1) / len(predicted)
-    )
+        metric(once, truth, predicted, classes)[0], (values * runs).sum(1) / len(predicted),
+        len(truth),
+    )  # fmt: skip
 
 
 def _macro_f1(

@@ -139,11 +139,13 @@ class Bootstrap(NamedTuple):
         frequency: float64[D_, L, F], share of the resamples that select a neuron.
         jaccard: the Jaccard index of a resample with `mask`, float64[D_]: its mean and interval
             over resamples.
+        per_layer: int64[R, D_, L], number of neurons of each resample.
     """
 
     mask: np.ndarray
     frequency: np.ndarray
     jaccard: intervals.Interval[np.ndarray]
+    per_layer: np.ndarray
 
 
 def bootstrap(
@@ -172,6 +174,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     times = np.zeros(mask.shape, np.int64)
     similarities: list[np.ndarray] = []
+    per_layer: list[np.ndarray] = []
     for _ in range(resamples):
         weight = np.zeros(len(domain), np.int64)
         for d in range(len(mask)):
@@ -180,9 +183,10 @@ def bootstrap(
         resampled = select(*pool(counts, tokens, domain, weight))
         times += resampled
         similarities.append(jaccard(mask, resampled))
+        per_layer.append(resampled.sum(axis=-1))
     low, high = intervals.percentiles(np.array(similarities), level=level)
     mean = intervals.Interval(np.mean(similarities, axis=0), low, high)
-    return Bootstrap(mask, times / resamples, mean)
+    return Bootstrap(mask, times / resamples, mean, np.array(per_layer))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

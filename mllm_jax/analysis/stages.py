@@ -49,6 +49,7 @@ class Stages:
         curve: float64[L], mean entropy, nats.
         fit: float64[L], the three segments; None if there are too few layers.
         slopes: float64[3], nats per layer; None if there are too few layers.
+        claimed: whether the boundaries are decided and the segments have the claimed pattern.
         samples: int64[resamples, 2], the boundaries of every resample.
     """
 
@@ -60,6 +61,7 @@ class Stages:
     fit: np.ndarray | None
     slopes: np.ndarray | None
     samples: np.ndarray
+    claimed: bool
 
 
 def find(
@@ -97,17 +99,48 @@ def find(
             f"min_length={min_length}: a line fits any two layers, so a stage needs three"
         )
     sums, tokens = sums[tokens > 0], tokens[tokens > 0]
-    examples, layers = sums.shape
+    examples = len(sums)
     if examples < 2:
         raise ValueError(f"stage boundaries need at least two examples with tokens, got {examples}")
-
-    curve = sums.sum(axis=0) / tokens.sum()
-    if layers < 3 * min_length:
-        verdict = f"undecided: {layers} layers are too few for three stages of {min_length}"
-        return Stages(None, None, None, verdict, curve, None, None, np.zeros((0, 2), np.int64))
-
     drawn = intervals.draws(examples, resamples=resamples, seed=seed)
     resampled = np.einsum("rn,nl->rl", drawn, sums) / (drawn @ tokens)[:, None]
+    return find_resampled(
+        sums.sum(axis=0) / tokens.sum(), resampled, examples, min_length=min_length,
+        fewest=fewest, level=level,
+    )  # fmt: skip
+
+
+def undecided(curve: np.ndarray, reason: str) -> Stages:
+    """Return the stages of a curve whose boundaries cannot be found."""
+    none = np.zeros((0, 2), np.int64)
+    return Stages(None, None, None, f"undecided: {reason}", curve, None, None, none, False)
+
+
+def find_resampled(
+    curve: np.ndarray,
+    resampled: np.ndarray,
+    examples: int,
+    *,
+    min_length: int = 3,
+    fewest: int = FEWEST,
+    level: float = intervals.LEVEL,
+) -> Stages:
+    """Find the two stage boundaries of any curve, from curves of resampled examples.
+
+    Args:
+        curve: float[L], of all examples.
+        resampled: float[R, L], of resamples of them.
+        examples: number of examples.
+        min_length: smallest number of layers in a stage, at least 3.
+        fewest: smallest number of examples for a decision.
+        level: mass of the intervals.
+
+    Returns:
+        The stages.
+    """
+    curve, layers = _curve(curve), len(curve)
+    if layers < 3 * min_length:
+        return undecided(curve, f"{layers} layers are too few for three stages of {min_length}")
     samples, _ = _split(_costs(resampled, min_length), min_length)
     low, high = map(_pair, intervals.percentiles(samples, level=level, method="inverted_cdf"))
     costs = _costs(curve[None], min_length)
@@ -117,8 +150,11 @@ def find(
     doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     if examples < fewest:
         doubt = f"{examples} examples are too few, it takes {fewest}"
-    verdict = f"undecided: {doubt}" if doubt else _describe(slopes, boundaries, curve)
-    return Stages(None if doubt else boundaries, low, high, verdict, curve, fit, slopes, samples)
+    claimed, words = _describe(slopes, boundaries, curve)
+    return Stages(
+        None if doubt else boundaries, low, high, f"undecided: {doubt}" if doubt else words, curve,
+        fit, slopes, samples, claimed and not doubt,
+    )  # fmt: skip
 
 
 def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
@@ -299,10 +335,16 @@ def _doubt(
     return None
 
 
-def _describe(slopes: np.ndarray, boundaries: tuple[int, int], curve: np.ndarray) -> str:
-    """Describe each segment in a word; flat is a change below a tenth of the curve's range."""
-    changes = slopes * np.diff((0, *boundaries, len(curve))) / np.ptp(curve)
+def _describe(
+    slopes: np.ndarray, boundaries: tuple[int, int], curve: np.ndarray
+) -> tuple[bool, str]:
+    """Return whether segments have the claimed pattern, and describe each in a word.
+
+    Flat is a change below a tenth of the curve's range.
+    """
+    extent = np.ptp(curve) or 1.0
+    changes = slopes * np.diff((0, *boundaries, len(curve))) / extent
     words = ["flat" if abs(c) < 0.1 else "rising" if c > 0 else "falling" for c in changes]
-    claimed = words[1:] == ["falling", "rising"] and slopes[1] < slopes[0]
+    claimed = words[1:] == ["falling", "rising"] and bool(slopes[1] < slopes[0])
     name = "three stages as claimed" if claimed else "three segments, not the claimed stages"
-    return f"{name} ({', '.join(words)})"
+    return claimed, f"{name} ({', '.join(words)})"

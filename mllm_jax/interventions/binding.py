@@ -23,6 +23,7 @@ from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.routes import bind_route
 from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.interventions.splices import LatentSite, check_splice, latent_sites
 from mllm_jax.interventions.values import fit_basis, fit_value
 from mllm_jax.sites import Site, SiteShape
 from mllm_jax.tokens import TokenMap
@@ -56,7 +57,7 @@ def bind(
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
     bound_edits, bound_captures = (
         bind_edits(edits, shapes, maps),
-        bind_captures(captures, shapes, maps),
+        bind_captures(captures, shapes, maps, edits),
     )
     if logits == "last":
         items: list[BoundEdit | BoundCapture] = [*bound_edits, *bound_captures.values()]
@@ -95,20 +96,42 @@ def bind_edits(edits: Edits | None, shapes: Shapes, maps: Maps) -> tuple[BoundEd
       ValueError: The pass does not have a site, a layer or unit is out of range, a mask or value
         has the wrong shape, or an edit selects nothing.
     """
-    return tuple(_bind_edit(edit, shapes, maps) for edit in edits or ())
+    latents = latent_sites(edits, shapes)
+    shapes = shapes | {name: site.spec for name, site in latents.items()}
+    return tuple(_bind_edit(edit, shapes, maps, latents) for edit in edits or ())
 
 
 def bind_captures(
-    captures: dict[str, Capture] | None, shapes: Shapes, maps: Maps
+    captures: dict[str, Capture] | None,
+    shapes: Shapes,
+    maps: Maps,
+    edits: Edits | None = None,
 ) -> dict[str, BoundCapture]:
-    """Bind captures to the sites and the tokens of a pass; arguments and errors as `bind_edits`."""
-    return {name: _bind_capture(c, shapes, maps) for name, c in (captures or {}).items()}
+    """Bind captures to the sites and the tokens of a pass; arguments and errors as `bind_edits`.
+
+    The latents of which sites can be captured depends on the splices among the edits.
+    """
+    latents = latent_sites(edits, shapes)
+    shapes = shapes | {name: site.spec for name, site in latents.items()}
+    return {n: _bind_capture(c, shapes, maps, latents) for n, c in (captures or {}).items()}
 
 
-def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps) -> BoundEdit:
+def splices(edits: Edits | None) -> Edits:
+    """Return the splices among edits, which captures of latents need."""
+    return Edits(tuple(edit for edit in edits or () if edit.splice is not None))
+
+
+def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, LatentSite]) -> BoundEdit:
     site = edit.address.site
     spec = look_up(site, shapes)
     units = edit.address.mask(spec.layers, spec.shape[site.unit_axis])
+    if edit.splice is not None:
+        check_splice(edit, shapes)
+    if site.name in latents:
+        of = latents[site.name]
+        units, spec = of.of_splices(units), dataclasses.replace(spec, layers=len(of.layers))
+        if isinstance(units, np.ndarray) and not units.any():
+            raise ValueError(of.no_dictionary(site.name, f"no layer of the {edit.kind}"))
     token_map = site.entry(maps)
     where = edit.where.mask(token_map)
     _check_edit_selects(site, units, where)
@@ -126,7 +149,7 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps) -> BoundEdit:
         step = token_map.step.clip(0, len(edit.strengths) - 1)
         known = isinstance(step, np.ndarray) and isinstance(edit.strengths, np.ndarray)
         along["strength"] = (np if known else jnp).take(edit.strengths, step).astype(spec.dtype)
-    return BoundEdit(edit.kind, site, edit.fn, units, where, values, along)
+    return BoundEdit(edit.kind, site, edit.fn, units, where, values, along, edit.splice)
 
 
 def _check_edit_selects(
@@ -206,9 +229,14 @@ def _check_patch_of_logits(wrong: np.ndarray, row: np.ndarray, read: np.ndarray)
         )
 
 
-def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
+def _bind_capture(
+    capture: Capture, shapes: Shapes, maps: Maps, latents: dict[str, LatentSite]
+) -> BoundCapture:
     address, site = capture.address, capture.address.site
     spec = look_up(site, shapes)
+    if site.name in latents and site.stacked:
+        with_dictionary = latents[site.name].selection(address.layers, site.name)
+        address = dataclasses.replace(address, layers=with_dictionary)
     FORMS[capture.form].check(capture, shapes)
     slots, order, absent, count = None, None, None, spec.layers
     if site.stacked and address.layers.form != "all":
@@ -227,11 +255,11 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         units, _ = _indices(address.units, spec.shape[site.unit_axis], f"{site.name}: unit")
         if not len(units):
             raise ValueError(f"the capture of {site.name} selects no unit")
-    token_map = site.entry(maps)
+    token_map, keys, form = site.entry(maps), site.key_entry(maps), FORMS[capture.form]
     bound = BoundCapture(
         form=capture.form,
         site=site,
-        by=capture.by,
+        by=_tile_names(keys) if capture.by == ("tile",) else capture.by,
         k=capture.k,
         count=count,
         single=not site.stacked or address.layers.form == "one",
@@ -241,11 +269,13 @@ def _bind_capture(capture: Capture, shapes: Shapes, maps: Maps) -> BoundCapture:
         units=units,
         tokens=capture.where.mask(token_map),
         kind=token_map.kind,
-        on=None if capture.on is None else capture.on.mask(token_map),
+        on=None if capture.on is None else capture.on.mask(keys),
         rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
         readers=token_map.readers,
         edges=capture.edges,
-        places=places_of(token_map, maps["lm"]) if FORMS[capture.form].needs_places else None,
+        places=places_of(token_map, maps["lm"]) if form.needs_places else None,
+        keys=keys if form.needs_keys else None,
+        heads=capture.heads,
     )
     _check_capture_selects(bound)
     return bound
@@ -271,6 +301,15 @@ def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
         example.astype(np.int32), token.astype(np.int32), token_map.tile, token_map.row,
         token_map.column, is_row.sum().astype(np.int32),
     )  # fmt: skip
+
+
+def _tile_names(keys: TokenMap) -> tuple[str, ...]:
+    """Return the names of the image tiles of the rows, "tile 0" and so on."""
+    if isinstance(keys.tile, jax.core.Tracer):
+        raise ValueError(
+            'by="tile" needs a batch that is known: how many tiles a row has is part of the program'
+        )
+    return tuple(f"tile {number}" for number in range(int(np.max(keys.tile, initial=-1)) + 1))
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:

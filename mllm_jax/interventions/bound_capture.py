@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sites
+from mllm_jax.tokens import TokenMap
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 
 
@@ -44,7 +45,7 @@ class BoundCapture:
     Attributes:
       form: A name of `forms.FORMS`. Static.
       site: Where it reads. Static.
-      by: The kinds of token that the result is grouped by, or None. Static.
+      by: The kinds of token, or the tiles, that the result is grouped by, or None. Static.
       k: How many words a lens names. Static.
       count: How many layers are captured. Static.
       single: Whether the layer axis is dropped at the end. Static.
@@ -57,11 +58,14 @@ class BoundCapture:
       units: The units that are brought back, int32[n], or None for all.
       tokens: The tokens that are read, bool[B, T].
       kind: The kind of each token, int8[B, T].
-      on: The keys of an attention mass, bool[B, S], or None.
+      on: The keys of an attention, bool[B, S], or None.
       rows: False for rows of the batch that only fill it up, bool[B].
       readers: Which rows read each tile, bool[B, I], where the site has tiles in place of rows.
       edges: The edges of bins, float32[bins - 1], or None.
       places: Where the tokens are in the data, where the form needs it; or None.
+      keys: The token map of the keys of an attention, where the form needs it; or None.
+      heads: Whether an attention is of each head or their mean. Static.
+      state: What the form carries from layer to layer, see `forms.Form.carry`; or None.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -81,6 +85,9 @@ class BoundCapture:
     readers: Bool[AnyArray, "B I"] | None
     edges: Float[AnyArray, " n"] | None = None
     places: Places | None = None
+    keys: TokenMap | None = None
+    heads: str = dataclasses.field(default="each", metadata={"static": True})
+    state: Any = None
 
     def finish(self, carried: Any) -> Any:
         """Return the carried slots in the order of the capture; absent layers are NaN, or 0."""

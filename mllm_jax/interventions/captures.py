@@ -6,24 +6,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 
 from mllm_jax import notebook, tokens
+from mllm_jax.arguments import require_whole, type_error
 from mllm_jax.files import shown as short
 from mllm_jax.interventions import top_tokens
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import AnyArray, Float
 
-# The kinds that the tokens of a module or a site can have: statistics are kept apart by them.
+Heads = Literal["each", "mean"]
+
+# The kinds that the tokens of a module or a site can have: results are grouped by them.
 TOKEN_KINDS = {
     "vision": ("cls", "image"),
     "qformer": ("query", "system", "question"),
     "qformer.mlp.act": ("system", "question"),
     "qformer.query_mlp.act": ("query",),
+    "qformer.cross.pattern": ("query",),
     "projector": ("cls", "image"),
     "lm": ("system", "question", "image", "newline", "answer"),
     "logits": ("system", "question", "image", "newline", "answer"),
@@ -40,9 +45,10 @@ class Capture:
       address: The site with the layers and units that are read.
       where: The tokens that are read.
       by: The kinds of token that the result is grouped by, or None. Static.
-      k: How many words a lens names. Static.
-      on: The keys of an attention mass.
+      k: How many words a lens names, or how many units a sparse form keeps. Static.
+      on: The keys of an attention.
       edges: The edges of the bins of a histogram or a sample, float32[bins - 1].
+      heads: Whether an attention is of each head or their mean. Static.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -52,22 +58,30 @@ class Capture:
     k: int = dataclasses.field(default=0, metadata={"static": True})
     on: tokens.Where | None = None
     edges: Float[AnyArray, " n"] | None = None
+    heads: Heads = dataclasses.field(default="each", metadata={"static": True})
 
     def _repr_html_(self) -> str:
         return notebook.capture(self)
 
 
-def keep(target: Target, *, where: Selector = None) -> Capture:
+def keep(target: Target, *, k: int | None = None, where: Selector = None) -> Capture:
     """Keep the raw values: [L, B, T, F], or [B, T, F] of one layer; zero where not selected.
+
+    With `k` only the k largest units of each token are kept, see `results.Sparse`: the latents of a
+    dictionary are mostly zero.
 
     Sites of the vision side are kept as they are computed, tile by tile: [L, I, P, F]. One layer
     is carried through the scan, not stacked.
 
     Args:
       target: A site or an address.
+      k: How many units of each token to keep; all by default.
       where: A token selector or a mask bool[B, T]; all tokens by default.
     """
-    return Capture("keep", Address.of(target), tokens.of(where))
+    if k is None:
+        return Capture("keep", Address.of(target), tokens.of(where))
+    k = require_whole("keep k", k)
+    return Capture("sparse", Address.of(target), tokens.of(where), k=k)
 
 
 def mean(target: Target, *, where: Selector = None) -> Capture:
@@ -84,27 +98,87 @@ def mean(target: Target, *, where: Selector = None) -> Capture:
     return Capture("mean", Address.of(target), tokens.of(where))
 
 
-def mass(target: Target, *, on: Selector, where: Selector = None) -> Capture:
+def mass(
+    target: Target,
+    *,
+    on: Selector = None,
+    by: str | Sequence[str] | Callable | None = None,
+    where: Selector = None,
+    heads: Heads = "each",
+) -> Capture:
     """Average the attention that the selected queries pay to some keys: float32[L, B, N].
 
+    With `by` the keys are grouped, see `attention_maps.Mass`.
+
     Args:
-      target: `sites.lm.attn.pattern` or `sites.vision.attn.pattern`, or layers and heads of it.
+      target: An attention pattern of a module, or layers and heads of it.
       on: The keys; in a row that has none of them the mass is 0.
+      by: `tokens.kind`, or some names of it, or "tile": the image tiles of each row.
       where: The queries; a row without any is treated as by `mean`.
+      heads: "mean" averages over the heads, and the result has no axis N.
+
+    Raises:
+      ValueError: Neither `on` nor `by` is given.
     """
-    return Capture("mass", Address.of(target), tokens.of(where), on=tokens.of(on))
+    if on is None and by is None:
+        raise ValueError("mass needs the option on= or by=: the mass of all keys is 1")
+    if by in ("tile", ("tile",), tokens.tile):
+        groups: tuple[str, ...] | None = ("tile",)
+    else:
+        groups = _kinds(target, by, of_keys=True)  # type: ignore[arg-type]  # no function is left
+    return Capture(
+        "mass", Address.of(target), tokens.of(where), groups, on=tokens.of(on), heads=_heads(heads)
+    )
 
 
-def attention(target: Target, *, where: Selector = None) -> Capture:
+def attention(target: Target, *, where: Selector = None, heads: Heads = "each") -> Capture:
     """Average the attention that the selected queries pay to each key: float32[L, B, N, S].
-
-    `attention_maps.picture_maps` lays the keys out on the grids of the pictures.
 
     Args:
       target: See `mass`.
       where: The queries; a row without any is an error where the batch is known, and 0 under `jit`.
+      heads: See `mass`.
     """
-    return Capture("attention", Address.of(target), tokens.of(where))
+    return Capture("attention", Address.of(target), tokens.of(where), heads=_heads(heads))
+
+
+def attention_map(
+    target: Target,
+    *,
+    to: Selector = None,
+    on: Selector = tokens.image,
+    heads: Heads = "each",
+) -> Capture:
+    """Map the attention of the selected queries over pictures, see `attention_maps.AttentionMap`.
+
+    It is the mean over the queries. Of the Q-Former, `sites.qformer.cross.pattern` holds the
+    attention of its queries on patches.
+
+    Args:
+      target: See `mass`.
+      to: The queries; see `where` of `attention`.
+      on: The keys, image tokens by default.
+      heads: See `mass`.
+    """
+    where, keys = tokens.of(to), tokens.of(on)
+    return Capture("attention_map", Address.of(target), where, on=keys, heads=_heads(heads))
+
+
+def rollout(target: Target, *, to: Selector = None, on: Selector = None) -> Capture:
+    """Roll out attention from the first layer to each of the target: see `AttentionMap`.
+
+    Abnar & Zuidema 2020: attention, averaged over the heads of the address, is mixed equally with
+    the identity that stands for the residual, and multiplied through the layers. The pass carries
+    one product [B, T, T] from layer to layer.
+
+    Args:
+      target: The pattern of a module, and the layers at which the rollout is read; it includes all
+        layers up to them.
+      to: See `attention_map`.
+      on: The keys, at what enters the first layer.
+    """
+    where, keys = tokens.of(to), tokens.of(on)
+    return Capture("rollout", Address.of(target), where, on=keys, heads="mean")
 
 
 def stats(
@@ -141,8 +215,7 @@ def lens(
       by: `tokens.kind`, or some names of it.
       where: See `keep`.
     """
-    if k < 1:
-        raise ValueError(f"lens k={k}: a lens names one word or more")
+    k = require_whole("lens k", k)
     form = "lens" if by is None else "entropy"
     return Capture(form, Address.of(target), tokens.of(where), _kinds(target, by), k)
 
@@ -157,13 +230,13 @@ def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
       k: How many tokens to keep of each unit.
       where: See `keep`.
     """
-    _check_k("top", k)
+    k = require_whole("top k", k)
     return Capture("top", Address.of(target), tokens.of(where), k=k)
 
 
 def bottom(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
     """Keep the k tokens on which each unit is weakest; see `top`."""
-    _check_k("bottom", k)
+    k = require_whole("bottom k", k)
     return Capture("bottom", Address.of(target), tokens.of(where), k=k)
 
 
@@ -185,7 +258,7 @@ def sample(
       edges: The edges of the ranges; `top_tokens.EDGES` by default.
       where: See `keep`.
     """
-    _check_k("sample", k)
+    k = require_whole("sample k", k)
     return Capture("sample", Address.of(target), tokens.of(where), k=k, edges=_edges(edges))
 
 
@@ -210,27 +283,34 @@ def histogram(
     return Capture("histogram", Address.of(target), where, kinds, edges=_edges(edges))
 
 
-def _check_k(form: str, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"{form} k={k}: keep one token of each unit or more")
-
-
 def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
-    array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
+    try:
+        array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
+    except (TypeError, ValueError):
+        array = np.zeros(0, np.float32)
     if array.ndim != 1 or not array.size or not (np.diff(array) > 0).all():
         raise ValueError(f"edges={short(edges)}: the edges of bins are numbers that increase")
     return array
 
 
-def _kinds(target: Target, by: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def _heads(heads: str) -> Heads:
+    if heads not in ("each", "mean"):
+        raise ValueError(f'heads="{heads}" is neither each nor mean')
+    return "each" if heads == "each" else "mean"
+
+
+def _kinds(
+    target: Target, by: str | Sequence[str] | None, *, of_keys: bool = False
+) -> tuple[str, ...] | None:
     """Return the kinds to group by, in the order of the site's table."""
     if by is None:
         return None
-    by = (by,) if isinstance(by, str) else tuple(by)
+    by = (by,) if isinstance(by, str) else by
+    if not isinstance(by, Sequence) or not all(isinstance(name, str) for name in by):
+        raise type_error("by", by, "tokens.kind, or some names of it such as 'image'")
     site = Address.of(target).site
-    kinds = site.entry(TOKEN_KINDS)
+    kinds = (site.key_entry if of_keys else site.entry)(TOKEN_KINDS)
     if not set(by) <= set(tokens.kind) or not set(by) & set(kinds):
-        raise ValueError(
-            f"by={', '.join(by)}: kinds of {site.module} tokens are {', '.join(kinds)}"
-        )
+        module = site.keys or site.module if of_keys else site.module
+        raise ValueError(f"by={', '.join(by)}: kinds of {module} tokens are {', '.join(kinds)}")
     return tuple(kind for kind in kinds if kind in by)

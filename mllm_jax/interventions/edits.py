@@ -16,8 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import notebook, sites, tokens
+from mllm_jax.arguments import type_error
 from mllm_jax.interventions import site_rules
+from mllm_jax.interventions.splices import Dictionary, Splice
+from mllm_jax.interventions.values import REAL
 from mllm_jax.numerics import precision
+from mllm_jax.selections import as_int32
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import AnyArray, Array, ArrayLike, Bool, Float, Int, Shaped
@@ -37,6 +41,7 @@ class Edit:
       route: The rows that a patch reads and the rows that it writes, int32[] or int32[n] each.
       on: The keys that a knockout hides.
       strengths: The strength at each step of generation, float[steps]; see `per_step`.
+      splice: The dictionary of a splice.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -47,6 +52,7 @@ class Edit:
     route: tuple[Int[AnyArray, ...], Int[AnyArray, ...]] | None = None
     on: tokens.Where | None = None
     strengths: Float[AnyArray, " steps"] | None = None
+    splice: Splice | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +67,8 @@ class Edits:
     items: tuple[Edit, ...] = ()
 
     def __rshift__(self, other: Edits) -> Edits:
+        if not isinstance(other, Edits):
+            return NotImplemented
         return Edits(self.items + other.items)
 
     def __iter__(self) -> Iterator[Edit]:
@@ -159,7 +167,7 @@ def patch(
     rows = sites.as_array(source), sites.as_array(into)
     if wrong := [r.dtype for r in rows if not jnp.issubdtype(r.dtype, np.integer)]:
         raise ValueError(f"patch takes the numbers of rows, source and into, not {wrong[0]}")
-    route = tuple(array.astype(np.int32) for array in rows)
+    route = as_int32(rows[0]), as_int32(rows[1])
     return _edit("patch", target, where, values, route=route)
 
 
@@ -185,7 +193,43 @@ def call(target: Target, fn: Callable, *, where: Selector = None, **arrays: Arra
       where: See `ablate`.
       **arrays: Values in the shapes of `scale`; fn gets them with the rank of the site.
     """
+    if not callable(fn):
+        raise type_error("fn", fn, "a function of jax.numpy: fn(x, **arrays) -> x")
     return _edit("call", target, where, arrays, fn=fn)
+
+
+def splice(
+    target: Target,
+    dictionary: Dictionary,
+    *,
+    error: bool = True,
+    reads: sites.Site | None = None,
+    where: Selector = None,
+) -> Edits:
+    """Put the reconstruction of a dictionary in place of a site, and make its latents a site.
+
+    The latents of `splice(lm.resid_post[14], dictionary)` are `lm.resid_post.latents[14]`. They are
+    edited and captured as neurons are, with edits and captures beside the splice.
+
+    Args:
+      target: One layer of a site with a vector for each token; of heads, all are one vector.
+      dictionary: A dictionary, such as `load_dictionary` returns.
+      error: Whether to add what the dictionary does not reconstruct. The site then changes by what
+        edited latents change in the reconstruction, and not at all without such edits.
+      reads: The site that is encoded, `lm.mlp.input` for a transcoder at `lm.mlp.out`; by default
+        the target itself.
+      where: The tokens whose latents are edited and whose reconstruction is put in place.
+    """
+    address = Address.of(target)
+    layered = address.layers.form == "one" or not address.site.stacked
+    if not layered or address.units.form != "all":
+        raise ValueError(
+            f"splice takes one layer of {address.site} and all its units, such as "
+            "lm.resid_post[14]: chain one splice for each layer by >>"
+        )
+    reads = reads or address.site
+    site_rules.check_edit("splice", reads)
+    return _edit("splice", address, where, splice=Splice(dictionary, error, reads))
 
 
 def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
@@ -198,12 +242,16 @@ def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
       edits: What to apply.
       strengths: One strength a step, float[steps]: 0 leaves x as it is, 1 is the edit.
     """
+    if not isinstance(edits, Edits):
+        raise type_error("edits", edits, "edits: per_step(mj.add(...), strengths)")
     by_step = sites.as_array(strengths)
+    if not any(jnp.issubdtype(by_step.dtype, kind) for kind in REAL):
+        raise ValueError(f"per_step takes strengths that are real numbers, not {by_step.dtype}")
     if by_step.ndim != 1 or not len(by_step):
         raise ValueError(f"per_step takes strengths [steps], got shape {by_step.shape}")
     for edit in edits:
         if not KINDS[edit.kind].has_strength:
-            raise ValueError(f"a {edit.kind} is a boolean mask, which has no strength for per_step")
+            raise ValueError(f"a {edit.kind} has no strength for per_step")
         if edit.strengths is not None:
             raise ValueError(f"the {edit.kind} of {edit.address.site} already has strengths")
     return Edits(tuple(dataclasses.replace(edit, strengths=by_step) for edit in edits))
@@ -256,6 +304,7 @@ KINDS: dict[str, EditKind] = {
         knockout, lambda x, *, hidden: x & ~hidden[:, None, None, :], has_strength=False
     ),
     "call": EditKind(call, None),
+    "splice": EditKind(splice, None, has_strength=False),
 }
 
 
@@ -274,6 +323,8 @@ class BoundEdit:
       values: Arrays by name, with a leading L axis and then the rank of the site.
       along: Arrays [B, T] that follow the tokens: the `row` and token (`at`) that a patch reads,
         what a knockout has `hidden`, the `strength` of any edit.
+      splice: The dictionary of a splice. Edits of latents have a leading axis over the splices of
+        their site in place of L.
     """
 
     kind: str = dataclasses.field(metadata={"static": True})
@@ -283,6 +334,17 @@ class BoundEdit:
     tokens: Bool[AnyArray, "B T"]
     values: dict[str, Shaped[AnyArray, "L ..."]]
     along: dict[str, Shaped[AnyArray, "B T"]]
+    splice: Splice | None = None
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether the edit by itself leaves its site as it is."""
+        return self.splice is not None and self.splice.error
+
+    def at_layer(self, layer: int) -> BoundEdit:
+        """Return the edit with the arrays of one entry of its leading axis."""
+        units, values = jax.tree.map(lambda a: a[layer], (self.units, self.values))
+        return dataclasses.replace(self, units=units, values=values)
 
     @property
     def label(self) -> str:
@@ -299,6 +361,8 @@ class BoundEdit:
         if not hasattr(new, "dtype") or jnp.issubdtype(new.dtype, np.complexfloating):
             kind = getattr(new, "dtype", type(new).__name__)
             raise ValueError(f"the {self.label} returned {kind}: return an array of real numbers")
+        if self.fn is not None and new.shape != x.shape:
+            raise ValueError(f"the {self.label} returned {new.shape} for an x of {x.shape}")
         if strength is not None:
             new = (1 - strength) * x + strength * new
         return jnp.where(mask, new.astype(x.dtype), x)

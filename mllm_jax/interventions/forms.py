@@ -17,6 +17,7 @@ import numpy as np
 from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import attention_maps, captures, reductions, site_rules, top_tokens
+from mllm_jax.interventions.attention_maps import AttentionMap
 from mllm_jax.interventions.bound_capture import BoundCapture, absent_value
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.sites import SiteShape
@@ -33,6 +34,14 @@ def _check_lens(capture: Capture, shapes: dict[str, SiteShape]) -> None:
     site, words = capture.address.site, shapes[sites.logits.name].shape[-1]
     if capture.form == "lens" and capture.k > words:
         raise ValueError(f"lens k={capture.k} of {site.name}: the vocabulary has {words} words")
+
+
+def _check_sparse(capture: Capture, shapes: dict[str, SiteShape]) -> None:
+    _check_site(capture, shapes)
+    site = capture.address.site
+    width = shapes[site.name].shape[-1]
+    if capture.k > width:
+        raise ValueError(f"keep k={capture.k} of {site.name}: it has {width} units")
 
 
 def _accept(capture: Capture, shapes: dict[str, SiteShape]) -> None:
@@ -55,6 +64,11 @@ class Form:
       needs_every_row: Whether a row without a selected token has no result.
       needs_a_token: Whether a capture must select a token.
       needs_places: Whether the result tells where tokens are in the data.
+      needs_keys: Whether it reads the keys of an attention.
+      start: What the form carries into the first layer, (bound capture) -> state; None for forms
+        that read each layer by itself.
+      carry: What it carries on from a layer, (bound capture, x) -> state.
+      complete: Turns the results of all captured layers into the result, (bound capture, results).
     """
 
     read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
@@ -65,18 +79,31 @@ class Form:
     needs_every_row: bool = False
     needs_a_token: bool = True
     needs_places: bool = False
+    needs_keys: bool = False
+    start: Callable[[BoundCapture], Any] | None = None
+    carry: Callable[[BoundCapture, Shaped[Array, ...]], Any] | None = None
+    complete: Callable[[BoundCapture, Any], Any] | None = None
 
 
 _of_rows = functools.partial(Form, check=_check_site, needs_every_row=True)
+_map = functools.partial(_of_rows, by="token", needs_keys=True, complete=attention_maps.with_keys)
 _of_data = functools.partial(Form, check=_check_site, by="batch", merges=True)
 
 
 FORMS: dict[str, Form] = {
     "finite": Form(reductions.read_finite, by="batch", needs_a_token=False),
     "keep": Form(reductions.read_keep, captures.keep, by="token"),
+    "sparse": Form(reductions.read_sparse, check=_check_sparse, by="token"),
     "mean": _of_rows(reductions.read_mean, captures.mean),
-    "mass": _of_rows(reductions.read_mass, captures.mass),
+    "mass": _of_rows(reductions.read_mass, captures.mass, needs_keys=True),
     "attention": _of_rows(attention_maps.read_attention, captures.attention, by="token"),
+    "attention_map": _map(attention_maps.read_attention, captures.attention_map),
+    "rollout": _map(
+        attention_maps.read_rollout,
+        captures.rollout,
+        start=attention_maps.start_rollout,
+        carry=attention_maps.roll_out,
+    ),
     "lens": Form(reductions.read_lens, captures.lens, _check_lens, "token"),
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
     "stats": _of_data(reductions.read_stats, captures.stats),
@@ -95,10 +122,33 @@ def read_layer(capture: BoundCapture, x: Shaped[Array, ...], lens: Callable | No
       x: The tensor of the site in this layer.
       lens: A function from states [..., D] to logits float32[..., V].
     """
-    if capture.units is not None:
-        axis = capture.site.unit_axis
-        x = jnp.take(x, capture.units, axis, mode="fill", fill_value=absent_value(x))
-    return FORMS[capture.form].read(capture, x, lens)
+    return FORMS[capture.form].read(capture, _take_units(capture, x), lens)
+
+
+def carry(capture: BoundCapture, x: Shaped[Array, ...]) -> Any:
+    """Return what the capture carries on from a layer; None if its form carries nothing."""
+    carry_on = FORMS[capture.form].carry
+    return None if carry_on is None else carry_on(capture, _take_units(capture, x))
+
+
+def states(named: dict[str, BoundCapture]) -> dict[str, Any]:
+    """Return what captures carry into the first layer, by name, without those that do not."""
+    starts = {name: FORMS[capture.form].start for name, capture in named.items()}
+    return {name: start(named[name]) for name, start in starts.items() if start is not None}
+
+
+def complete(named: dict[str, BoundCapture], results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of captures from those of their layers, by name."""
+    steps = {name: FORMS[capture.form].complete for name, capture in named.items()}
+    finished = {n: step(named[n], results[n]) for n, step in steps.items() if step is not None}
+    return results | finished
+
+
+def _take_units(capture: BoundCapture, x: Shaped[Array, ...]) -> Shaped[Array, ...]:
+    if capture.units is None:
+        return x
+    axis = capture.site.unit_axis
+    return jnp.take(x, capture.units, axis, mode="fill", fill_value=absent_value(x))
 
 
 def join(
@@ -124,6 +174,8 @@ def join(
         tiled = form.by == "token" and site.module not in ("lm", "logits")
         real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
         axis = int(site.stacked and capture.address.layers.form != "one")
+        if isinstance(results[0], AttentionMap):
+            return AttentionMap.join(results, real, axis)
         return jax.tree.map(lambda *arrays: _concatenate_real(arrays, real, axis), *results)
 
     return {name: join_one(name, capture) for name, capture in named.items()}

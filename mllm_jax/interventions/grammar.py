@@ -48,10 +48,12 @@ EDITS: dict[str, Words] = {
     "knockout": Words(options=("to", "on")),
 }
 CAPTURES: dict[str, Words] = {
-    "keep": Words(options=("where",)),
+    "keep": Words(options=("k", "where")),
     "mean": Words(options=("where",)),
-    "mass": Words(options=("on", "where"), required=("on",)),
-    "attention": Words(options=("where",)),
+    "mass": Words(options=("on", "by", "where", "heads")),
+    "attention": Words(options=("where", "heads")),
+    "attention_map": Words(options=("to", "on", "heads")),
+    "rollout": Words(options=("to", "on")),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
     "top": Words(options=("k", "where")),
@@ -251,6 +253,8 @@ def _where(text: str, root: pathlib.Path) -> Tokens | File:
 def _kinds(text: str, root: pathlib.Path) -> tuple[str, ...]:
     known = token_names.KINDS[1:]
     names = known if text == "kind" else tuple(text.split(","))
+    if names == ("tile",):
+        return names
     if unknown := set(names) - set(known):
         raise ValueError(f"unknown token kind '{min(unknown)}'; known: {', '.join(known)}")
     return names
@@ -260,6 +264,10 @@ def _count(text: str, root: pathlib.Path) -> int:
     if (count := int(text)) < 1:
         raise ValueError(f"a lens names at least 1 word, not k={count}")
     return count
+
+
+def _word(text: str, root: pathlib.Path) -> str:
+    return text
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
@@ -273,4 +281,5 @@ _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
     "steps": _value,
     "by": _kinds,
     "k": _count,
+    "heads": _word,
 }

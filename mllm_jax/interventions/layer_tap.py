@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax import sites
-from mllm_jax.interventions import forms, receipts
+from mllm_jax.interventions import forms, receipts, splices
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.reductions import expand_tokens
@@ -35,6 +35,8 @@ class LayerTap:
       captures: The captures of this layer, by name.
       receipts: The measurements of the edits, by number.
       captured: The results of the captures, by name.
+      states: What captures carry on from this layer, by name.
+      read: What splices read from a site before their own, by the number of the splice.
     """
 
     shapes: dict[str, sites.SiteShape]
@@ -45,6 +47,20 @@ class LayerTap:
     captures: dict[str, BoundCapture]
     receipts: dict[int, Any] = dataclasses.field(default_factory=dict)
     captured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    states: dict[str, Any] = dataclasses.field(default_factory=dict)
+    read: dict[int, Array] = dataclasses.field(default_factory=dict)
+
+    def emptied(self, **fields: Any) -> LayerTap:
+        """Return the tap without results, and with other fields."""
+        return dataclasses.replace(self, receipts={}, captured={}, states={}, read={}, **fields)
+
+    def when(self, present: Bool[Array, ""]) -> LayerTap:
+        """Return this tap for sites that only some layers have: elsewhere edits change nothing."""
+        edits = {
+            number: dataclasses.replace(edit, units=jnp.asarray(edit.units) & present)
+            for number, edit in self.edits.items()
+        }
+        return dataclasses.replace(self, edits=edits)
 
     def idle(self, site: sites.Site, x: jax.ShapeDtypeStruct) -> bool:
         """Return whether no edit or capture needs this tensor, so that it may stay fused."""
@@ -57,10 +73,18 @@ class LayerTap:
         self.shapes[site.name] = sites.SiteShape(self.layers, x.shape, x.dtype)
         x = mesh.constrain(x, site.axes)
         for number, edit in self.edits.items():
-            if edit.site == site:
+            if edit.site == site and edit.splice is not None:
+                x = self._splice(number, edit, x)
+            elif edit.site == site:
                 x = self._edit(number, edit, x)
+        for number, edit in self.edits.items():
+            if edit.splice is not None and edit.splice.reads == site != edit.site:
+                self.read[number] = x
         for name, capture in self.captures.items():
             if capture.site == site:
+                if (state := forms.carry(capture, x)) is not None:
+                    self.states[name] = state
+                    capture = dataclasses.replace(capture, state=state)
                 self.captured[name] = self._read(capture, x)
         return x
 
@@ -82,6 +106,51 @@ class LayerTap:
         }
         y = dataclasses.replace(edit, values=values, along=along).apply(x, mask)
         self.receipts[number] = receipts.measure(x, y, mask, (0, axis))
+        return y
+
+    def _splice(self, number: int, edit: BoundEdit, x: jax.Array) -> jax.Array:
+        """Apply a splice in its layer, with the edits and captures of its latents.
+
+        Elsewhere nothing is computed: the layers of a splice are data, and the same in all lanes of
+        a sweep.
+        """
+        assert edit.splice is not None, "a splice has a dictionary"
+        splice, latents, axis = edit.splice, edit.site.latents, edit.site.token_axis
+        order = [i for i, e in self.edits.items() if e.splice is not None and e.site == edit.site]
+        inner = {
+            i: dataclasses.replace(
+                e.at_layer(order.index(number)), tokens=jnp.asarray(e.tokens) & edit.tokens
+            )
+            for i, e in self.edits.items()
+            if e.site == latents
+        }
+        captures = {name: c for name, c in self.captures.items() if c.site == latents}
+        tokens = self._window(edit.tokens, 1, x.shape[axis])
+        mask = expand_tokens(tokens, axis, x.ndim)
+
+        def inside(x, read):
+            tap = self.emptied(edits=inner, captures=captures)
+            y = x
+            if inner or captures or not splice.error:
+                before = splice.dictionary.encode(splices.as_vectors(read))
+                after = tap(latents, before)
+                if inner or not splice.error:
+                    y = jnp.where(mask, splice.apply(x, read, before, after), x)
+            tap.receipts[number] = receipts.measure(x, y, mask, (0, axis))
+            return y, tap.receipts, tap.captured
+
+        args = x, x if splice.reads == edit.site else self.read[number]
+        _, *shapes = jax.eval_shape(inside, *args)
+        # Another splice of this site may stand in this layer and have left these results.
+        results = _or_zeros(self.receipts, shapes[0]), _or_zeros(self.captured, shapes[1])
+
+        def outside(x, read):
+            return x, *results
+
+        is_here = jnp.asarray(edit.units).any()
+        y, receipt, captured = jax.lax.cond(is_here, inside, outside, *args)
+        self.receipts |= receipt
+        self.captured |= captured
         return y
 
     def _read(self, capture: BoundCapture, x: jax.Array) -> Any:
@@ -118,3 +187,9 @@ class LayerTap:
         if array.shape[axis] in (1, length):
             return array
         return jax.lax.dynamic_slice_in_dim(array, self.start, length, axis)
+
+
+def _or_zeros(results: dict[Any, Any], shapes: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the results of these names, zeros where there are none yet."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return {name: results.get(name, zero) for name, zero in zeros.items()}

@@ -9,14 +9,28 @@ from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.cache import Cache
 from mllm_jax.positions import Positions
 from mllm_jax.tokens import TokenMap
-from mllm_jax.typing import Array, Float, Int
+from mllm_jax.typing import AnyArray, Array, Float, Int
 
 
 class LanguageModel(Protocol):
-    """The language model within a multimodal model."""
+    """The language model within a multimodal model.
+
+    Attributes:
+      layers: Its layers, whose arrays lead with L.
+      norm: The norm before the head.
+    """
+
+    layers: Any
+    norm: Any
 
     def embeddings(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the word embeddings of token ids."""
+
+    def unembedding(self, ids: Int[AnyArray, "*B"]) -> Float[Array, "*B D"]:
+        """Return the rows of the head."""
+
+    def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Return the logits of a residual as if it were the last."""
 
     def layers_one_by_one(self) -> tuple[Any, ...]:
         """Return the layers with arrays of their own."""

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import tokens
-from mllm_jax.interventions import logit_lens, top_tokens
+from mllm_jax.interventions import attention_maps, logit_lens, top_tokens
+from mllm_jax.interventions.attention_maps import Mass
 from mllm_jax.interventions.bound_capture import BoundCapture
-from mllm_jax.interventions.results import Entropy, Lens, Stats
+from mllm_jax.interventions.results import Entropy, Lens, Sparse, Stats
 from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
@@ -42,6 +43,20 @@ def read_keep(capture: BoundCapture, x: Array, lens: Callable | None) -> Shaped[
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
+def read_sparse(capture: BoundCapture, x: Array, lens: Callable | None) -> Sparse:
+    """Return the largest units of each selected token."""
+    k = min(capture.k, x.shape[-1])
+    values, indices = jax.lax.top_k(at_least_float32(x), k)
+    if capture.units is not None:
+        indices = jnp.take(jnp.asarray(capture.units), indices)
+    selected = capture.tokens[..., None]
+    return Sparse(
+        indices=jnp.where(selected, indices, -1),
+        values=jnp.where(selected, values, 0),
+        active=jnp.where(capture.tokens, (x > 0).sum(-1, dtype=jnp.int32), 0),
+    )
+
+
 def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B ..."]:
     """Return the mean over the selected tokens of each row."""
     selected = expand_tokens(capture.tokens, 1, x.ndim)
@@ -49,12 +64,14 @@ def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[A
     return _average(capture, total, capture.tokens.sum(-1))
 
 
-def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"]:
+def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"] | Mass:
     """Return the attention that the selected queries of each row pay to its keys, on average."""
-    assert capture.on is not None, "a mass has keys"
-    seen = _product("BNTS,BS->BNT", at_least_float32(x), capture.on.astype(jnp.float32))
-    total = jnp.where(capture.tokens[:, None], seen, 0).sum(-1)
-    return _average(capture, total, capture.tokens.sum(-1))
+    groups = attention_maps.group_keys(capture)
+    seen = _product("BNTS,BSk->BNTk", at_least_float32(x), groups)
+    total = jnp.where(capture.tokens[:, None, :, None], seen, 0).sum(2)
+    mass = _average(capture, total, capture.tokens.sum(-1))
+    mass = mass.mean(1) if capture.heads == "mean" else mass
+    return mass[..., 0] if capture.by is None else Mass(mass, capture.by)
 
 
 def read_lens(capture: BoundCapture, x: Array, lens: Callable | None) -> Lens:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from mllm_jax import notebook_results
 from mllm_jax.typing import AnyArray, Float, Int
 
 
@@ -87,6 +88,12 @@ class Stats:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(total, np.float64) / self._count()
 
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.stats(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
+
 
 def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> np.ndarray:
     """Return what two groups' means add to their squared deviations (Chan et al. 1979), float64."""
@@ -96,6 +103,23 @@ def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> n
     )
     a, b = means
     return np.where((n > 0) & (m > 0), (a - b) ** 2, 0) * (n * m / np.maximum(n + m, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """The largest units of each token.
+
+    Attributes:
+      indices: The units, largest first, int32[L, B, T, k]; -1 where not selected.
+      values: Their values, float32[L, B, T, k]; 0 where not selected.
+      active: How many units are above zero, int32[L, B, T]: more than k means that some are left
+        out.
+    """
+
+    indices: Int[AnyArray, "L B T k"]
+    values: Float[AnyArray, "L B T k"]
+    active: Int[AnyArray, "L B T"]
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +137,12 @@ class Lens:
     ids: Int[AnyArray, "L B T k"]
     log_probs: Float[AnyArray, "L B T k"]
     entropy: Float[AnyArray, "L B T"]
+
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.lens(self, word)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
 
 
 @jax.tree_util.register_dataclass
@@ -151,3 +181,9 @@ class Entropy:
             tokens=np.asarray(self.tokens, np.int64).sum(-2),
             kinds=self.kinds,
         )
+
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.entropy(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()

@@ -41,5 +41,11 @@ def look_up(site: Site, shapes: dict[str, SiteShape]) -> SiteShape:
       ValueError: The pass has no such site.
     """
     if site.name not in shapes:
+        if site.is_latents:
+            base = site.name.removesuffix(".latents")
+            raise ValueError(
+                f"no dictionary is spliced at {base}, so the pass has no {site}: chain "
+                f"mj.splice({base}[layer], dictionary) with the edits"
+            )
         raise ValueError(f"this pass has no site {site.name}; it has: {', '.join(shapes)}")
     return shapes[site.name]

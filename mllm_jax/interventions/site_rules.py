@@ -5,6 +5,8 @@ from __future__ import annotations
 from mllm_jax import sites
 from mllm_jax.sites import Site
 
+_OF_PATTERNS = ("mass", "attention", "attention_map", "rollout")
+
 
 def check_edit(kind: str, site: Site) -> None:
     """Check that a kind of edit applies to a site.
@@ -15,6 +17,11 @@ def check_edit(kind: str, site: Site) -> None:
     if (kind == "knockout") != (site in sites.MASKS):
         raise ValueError(
             f"{kind} does not apply to {site}: only lm.attn and vision.attn take knockout"
+        )
+    if kind == "splice" and not site.has_latents:
+        raise ValueError(
+            f"splice does not apply to {site}: a dictionary reads one vector for each token, and "
+            f"the site is [{site.shape}]"
         )
     if kind == "patch" and site in sites.PATTERNS:
         raise ValueError(
@@ -39,14 +46,18 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"{form} does not read {site}, which is [{site.shape}]; mass reads lm.attn.pattern "
             "and vision.attn.pattern, and keep reads every site"
         )
-    if form in ("top", "bottom", "sample", "histogram") and len(site.axes) != 3:
+    if form in ("top", "bottom", "sample", "histogram", "sparse") and len(site.axes) != 3:
         raise ValueError(
             f"{form} does not read {site}, which is [{site.shape}]: it reads sites with one value "
             "for each token and unit"
         )
-    if form in ("mass", "attention") and site not in sites.PATTERNS:
+    if form in _OF_PATTERNS and site not in sites.PATTERNS:
+        known = ", ".join(pattern.name for pattern in reversed(sites.PATTERNS))
+        raise ValueError(f"{form} does not read {site}; {form} reads {known}")
+    if form == "rollout" and site.keys:
         raise ValueError(
-            f"{form} does not read {site}; {form} reads lm.attn.pattern and vision.attn.pattern"
+            f"a rollout multiplies attention among the same tokens, and {site} is of queries on "
+            f"{site.keys} tokens: read it by attention_map"
         )
     if form in ("lens", "entropy"):
         if site.axes[-1] != "D":

@@ -25,8 +25,12 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 
 | capture | options |
 |---|---|
-| keep, mean, attention | where |
-| mass | on, where |
+| mean | where |
+| keep | k, where |
+| mass | on, by (`kind`, kinds, or `tile`), where, heads (`mean`) |
+| attention | where, heads |
+| attention_map | to, on, heads |
+| rollout | to, on |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
 | top, bottom | k, where |
@@ -147,7 +151,7 @@ def to_json(items: Edits | dict[str, Capture]) -> list[Any] | dict[str, Any]:
     `from_json` restores the same edits and captures, bit for bit.
 
     Raises:
-      ValueError: An edit is a `call`, whose function is code.
+      ValueError: An edit is a `call`, whose function is code, or a `splice`.
     """
     if isinstance(items, Edits):
         return [_edit_json(edit) for edit in items]
@@ -170,6 +174,11 @@ def digest(items: Edits | dict[str, Capture]) -> str:
 def _edit_json(edit: Edit) -> dict[str, Any]:
     if edit.fn is not None:
         raise ValueError(f"a call of {edit.fn} is code and cannot be written as JSON")
+    if edit.splice is not None:
+        raise ValueError(
+            f"the splice at {edit.address.site} holds a dictionary, which is no JSON: note its "
+            "file, and write the edits of its latents without it"
+        )
     return {
         "kind": edit.kind,
         **_address_json(edit.address),
@@ -207,6 +216,7 @@ def _capture_json(capture: Capture) -> dict[str, Any]:
         "k": capture.k,
         "on": _optional(_where_json, capture.on),
         "edges": _optional(_array_json, capture.edges),
+        **({} if capture.heads == "each" else {"heads": capture.heads}),  # keeps older digests
     }
 
 
@@ -219,6 +229,7 @@ def _capture_of(item: dict[str, Any]) -> Capture:
         k=item["k"],
         on=_optional(_where_of, item["on"]),
         edges=_optional(_array_of, item.get("edges")),
+        heads=item.get("heads", "each"),
     )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax import sites
-from mllm_jax.interventions import receipts
+from mllm_jax.interventions import forms, receipts
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.layer_tap import LayerTap
@@ -88,6 +88,10 @@ class Taps:
     def module(self, name: str, lens: Callable | None = None) -> ModuleTap:
         """Return the taps of one module; `lens` turns its residual into logits."""
         return ModuleTap(self, name, lens)
+
+    def results(self) -> dict[str, Any]:
+        """Return the results of the captures by name, as a pass hands them on."""
+        return forms.complete(self.captures, self.captured)
 
     def receipt_list(self) -> tuple[receipts.Receipt, ...]:
         """Return the receipts in the order of the edits."""
@@ -160,16 +164,18 @@ class ModuleTap:
             return step(layer, x, tap, more)
 
         def body(carry, inputs):
-            x, kept = carry
+            x, kept, states = carry
             sliced, i, (edit_arrays, slots) = inputs
-            tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
+            here = _with_slots(captures, slots, states)
+            tap = self._tap(count, _unstack(edits, edit_arrays), here)
             x, out = self._checkpointed(run_layer)(sliced, x, tap, i)
             kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
-            return (x, kept), (out, (tap.receipts, tap.captured))
+            return (x, kept, tap.states), (out, (tap.receipts, tap.captured))
 
         kept = self._empty_slots(step, layers, x, extra, edits, captures, count)
         inputs = (layers, extra), indexing.layer_indices(whole), arrays
-        (x, kept), (out, (receipts_, captured)) = jax.lax.scan(body, (x, kept), inputs)
+        start = x, kept, forms.states(captures)
+        (x, kept, _), (out, (receipts_, captured)) = jax.lax.scan(body, start, inputs)
         self.taps.receipts |= receipts_
         self.taps.captured |= captured | _finish(kept, captures)
         return x, out
@@ -230,13 +236,13 @@ class ModuleTap:
         def checkpointed(layer, x, tap, extra):
             # The tap collects while it is traced; what it collects must leave through the outputs.
             def pure(layer, x, extra):
-                inside = dataclasses.replace(tap, receipts={}, captured={})
+                inside = tap.emptied()
                 out = step(layer, x, inside, extra)
-                return out, inside.receipts, inside.captured
+                return out, inside.receipts, inside.captured, inside.states
 
             # A scan already prevents common subexpression elimination with the backward pass.
             pure = jax.checkpoint(pure, policy=policy, prevent_cse=False)
-            out, tap.receipts, tap.captured = pure(layer, x, extra)
+            out, tap.receipts, tap.captured, tap.states = pure(layer, x, extra)
             return out
 
         return checkpointed
@@ -264,12 +270,13 @@ class ModuleTap:
         """
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays, slots = _stacked(edits), _slots(captures)
-        kept, results, outs = {}, [], []
+        kept, results, outs, states = {}, [], [], forms.states(captures)
         for i, (layer, more) in enumerate(zip(layers, extra, strict=True)):
             now = _unstack(edits, jax.tree.map(lambda a, i=i: a[i], arrays))
-            here = _with_slots(captures, {name: s[i] for name, s in slots.items()})
+            here = _with_slots(captures, {name: s[i] for name, s in slots.items()}, states)
             tap = self._tap(len(layers), now, here)
             x, out = step(layer, x, tap, more)
+            states = tap.states
             outs.append(out)
             for name in slots:
                 value = tap.captured.pop(name)
@@ -296,7 +303,8 @@ class ModuleTap:
             layer, more, arrays, at = jax.tree.map(
                 lambda a: a[0], (layers, extra, _stacked(edits), slots)
             )
-            tap = self._tap(count, _unstack(edits, arrays), _with_slots(captures, at))
+            here = _with_slots(captures, at, forms.states(captures))
+            tap = self._tap(count, _unstack(edits, arrays), here)
             step(layer, x, tap, more)
             return {name: tap.captured[name] for name in slots}
 
@@ -313,15 +321,15 @@ def _at(items: dict, stacked: bool) -> dict:
 
 
 def _stacked(edits: dict) -> dict:
-    """Return the arrays of edits that lead with L."""
-    return {i: (edit.units, edit.values) for i, edit in edits.items()}
+    """Return the arrays of edits that lead with L; those of latents lead with splices."""
+    return {i: (edit.units, edit.values) for i, edit in edits.items() if not edit.site.is_latents}
 
 
 def _unstack(edits: dict, arrays: dict) -> dict:
-    """Return edits with the arrays of one layer."""
-    return {
-        i: dataclasses.replace(edit, units=arrays[i][0], values=arrays[i][1])
-        for i, edit in edits.items()
+    """Return edits with the arrays of one layer; those of latents keep all of theirs."""
+    return edits | {
+        i: dataclasses.replace(edits[i], units=units, values=values)
+        for i, (units, values) in arrays.items()
     }
 
 
@@ -333,8 +341,13 @@ def _slots(captures: dict) -> dict:
     return {name: c.slots for name, c in captures.items() if c.slots is not None}
 
 
-def _with_slots(captures: dict, slots: dict) -> dict:
-    return {name: dataclasses.replace(c, slots=slots.get(name)) for name, c in captures.items()}
+def _with_slots(captures: dict, slots: dict, states: dict | None = None) -> dict:
+    """Return captures for one layer: the slot of its result, and what is carried into it."""
+    carried = states or {}
+    return {
+        name: dataclasses.replace(c, slots=slots.get(name), state=carried.get(name))
+        for name, c in captures.items()
+    }
 
 
 def _zeros(value: Any, count: int) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mllm_jax import notebook_results
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.sharding import mesh
@@ -72,6 +73,12 @@ class Top:
             host, example=np.asarray(host.example, np.int64), examples=examples
         )
 
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.top(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,12 @@ class Histogram:
         edges = np.asarray(self.edges)
         edges = edges.reshape(-1, edges.shape[-1])[0]  # every layer has the same
         return Histogram(np.asarray(self.counts, np.int64), edges, self.kinds)
+
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.histogram(self)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
 
 
 def read_top(order: Order) -> Callable[[BoundCapture, Array, Callable | None], Top]:

@@ -10,6 +10,8 @@ from mllm_jax.numerics import precision
 from mllm_jax.sites import Address, SiteShape
 from mllm_jax.typing import AnyArray, Shaped
 
+REAL = (np.floating, np.integer, np.bool_)  # casting others drops imaginary parts, and None is NaN
+
 
 def fit_value(
     value: Shaped[AnyArray, ...], address: Address, spec: SiteShape
@@ -17,7 +19,9 @@ def fit_value(
     """Return a value with a leading L axis and then the rank of the site."""
     _require_numbers(value, address)
     shape = _broadcastable_shape(value.shape, address, spec)
-    full = value.astype(spec.dtype).reshape(shape)
+    with np.errstate(over="ignore"):  # which is refused below
+        full = value.astype(spec.dtype).reshape(shape)
+    _require_in_range(value, full, address)
     if value.ndim:  # a scalar stays one, however many units are listed
         full = _scatter_units(full, address, spec)
     return _per_layer(full, spec.layers)
@@ -46,9 +50,20 @@ def fit_basis(
     return _per_layer(columns[None], spec.layers)
 
 
+def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None:
+    """Raise ValueError if a finite value is an infinity in the dtype of a site, where known."""
+    if isinstance(value, jax.core.Tracer) or isinstance(cast, jax.core.Tracer):
+        return
+    if isinstance(value, np.ndarray) and np.isfinite(value).all() and not np.isfinite(cast).all():
+        raise ValueError(
+            f"{address.site.name}: a value of {np.abs(value).max():.3g} is infinite in the site's "
+            f"dtype {cast.dtype}"
+        )
+
+
 def _require_numbers(value: Shaped[AnyArray, ...], address: Address) -> None:
-    """Raise ValueError unless a value is real: casting drops imaginary parts, and None is NaN."""
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+    """Raise ValueError unless a value is real."""
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
         raise ValueError(f"{address.site.name}: a value holds real numbers, not {value.dtype}")
 
 
@@ -107,6 +122,13 @@ def _scatter_units(value: AnyArray, address: Address, spec: SiteShape) -> AnyArr
     units = address.units.value
     shape = tuple(spec.shape[axis - 1] if i == axis else n for i, n in enumerate(value.shape))
     at = (*(slice(None),) * axis, units)
+    if not isinstance(units, jax.core.Tracer):
+        number, times = np.unique(np.asarray(units) % shape[axis], return_counts=True)
+        if (times > 1).any():
+            raise ValueError(
+                f"{address.site.name}: unit {number[times > 1][0]} is listed twice, with a value "
+                "each: list it once"
+            )
     if isinstance(value, jax.Array) or isinstance(units, jax.Array):
         return jnp.zeros(shape, value.dtype).at[at].set(value)
     full = np.zeros(shape, value.dtype)

@@ -191,10 +191,15 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (_norm(config, H, rngs) for _ in range(2))
 
+    def project(
+        self, name: Literal["q", "k", "v"], x: Float[Array, "B T D"]
+    ) -> Float[Array, "B T heads H"]:
+        """Return queries, keys or values by head, before their norm and their rotation."""
+        return getattr(self, name)(x).reshape(*x.shape[:2], -1, self.config.head_width)
+
     def _heads(self, name: Literal["q", "k", "v"], x: Float[Array, "B T D"], tap):
         """Return queries, keys or values by head, [B, T, heads, H]."""
-        heads = getattr(self, name)(x).reshape(*x.shape[:2], -1, self.config.head_width)
-        heads = tap(getattr(S.attn, name), heads)
+        heads = tap(getattr(S.attn, name), self.project(name, x))
         if self.config.qk_norm and name != "v":
             heads = getattr(self, f"{name}_norm")(heads)
         return heads
@@ -231,6 +236,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
         """Return the output of the last map."""
+        x = tap(S.mlp.input, x)
         gate = tap(S.mlp.gate, self.gate(x))
         act = tap(S.mlp.act, layers.ACTIVATIONS[self.act](gate))
         gated = tap(S.mlp.gated, act * self.up(x))
@@ -258,9 +264,31 @@ class Block(nnx.Module):
         out = self.attn_post_norm(out) if self.post_norms else out
         x = x if only is None else _take(x, only)
         x = tap(S.resid_mid, x + tap(S.attn_out, out))
+        return tap(S.resid_post, x + self.added_by_mlp(x, tap)), kv
+
+    def added_by_mlp(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
+        """Return what the MLP adds to the residual."""
         out = self.mlp(self.mlp_norm(x), tap)
-        out = self.mlp_post_norm(out) if self.post_norms else out
-        return tap(S.resid_post, x + tap(S.mlp.out, out)), kv
+        return tap(S.mlp.out, self.mlp_post_norm(out) if self.post_norms else out)
+
+    def split_by_head(self, heads: Float[Array, "*B N H"]) -> Float[Array, "*B N D"]:
+        """Return what each head adds to the residual, in float32 or better.
+
+        The sum over the heads is the output of attention without the bias of its last map. The
+        factor of a norm after attention counts as a constant.
+
+        Args:
+            heads: the result of each head, as at `lm.attn.heads`.
+        """
+        heads = precision.at_least_float32(heads)
+        kernel = precision.at_least_float32(self.attn.o.kernel[...])
+        parts = precision.einsum("...NH,NHD->...ND", heads, kernel.reshape(*heads.shape[-2:], -1))
+        if not self.post_norms:
+            return parts
+        total = parts.sum(-2)
+        if self.attn.o.bias is not None:
+            total = total + self.attn.o.bias[...]
+        return parts * jax.lax.stop_gradient(self.attn_post_norm.factor(total))[..., None, :]
 
 
 def _norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> layers.RMSNorm:
@@ -415,6 +443,12 @@ class Decoder(nnx.Module):
             logits = precision.einsum("...D,DV->...V", x, kernel, into_float32=True)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def unembedding(self, ids: Int[AnyArray, "*B"]) -> Float[Array, "*B D"]:
+        """Return the rows of the head: a logit, before its soft cap, is their product with x."""
+        if self.config.tied:
+            return self.embed[...][ids]
+        return jnp.moveaxis(self.head.kernel[...][:, ids], 0, -1)
 
     def lens(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return the logits of a residual as if it were the last (nostalgebraist 2020)."""

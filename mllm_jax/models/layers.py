@@ -115,6 +115,12 @@ class RMSNorm(nnx.Module):
             return (y * (1 + at_least_float32(self.scale[...]))).astype(x.dtype)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
+    def factor(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Return what the norm multiplies x by, scale / rms(x), in float32 or better."""
+        y = at_least_float32(x)
+        scale = at_least_float32(self.scale[...]) + self.unit_offset
+        return scale * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """Build `layers` modules as one whose parameters have a leading L axis, for a scan."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mllm_jax import sites, tokens
+from mllm_jax import notebook, sites, tokens
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.cache import Cache
 from mllm_jax.models.decoder import Block, Decoder, DecoderConfig
@@ -163,6 +163,9 @@ class MultimodalModel(nnx.Module):
         self.vision = config.vision.build(rngs=rngs)
         self.projector = Projector(config.projector, rngs=rngs)
         self.lm = Decoder(config.lm, rngs=rngs)
+
+    def _repr_html_(self) -> str:
+        return notebook.model(self)
 
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module by its name."""

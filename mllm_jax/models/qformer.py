@@ -8,6 +8,8 @@ returned, so the MLP of the text in the last layer has no effect.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +81,15 @@ class Attention(nnx.Module):
         x: Float[Array, "I T W"],
         source: Float[Array, "I S E"],
         mask: Bool[Array, "I 1 1 S"] | None = None,
+        pattern: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "I T W"]:
-        """Return the normed states."""
+        """Return the normed states; `pattern` is applied to the probabilities [I, N, T, S]."""
         q, k, v = (
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
         )
-        heads = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        heads = attention.attend(q, k, v, mask, pattern=pattern)
         return self.norm(x + self.o(heads.reshape(x.shape)))
 
 
@@ -115,10 +119,18 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "I T W"], mask, look, tap) -> Float[Array, "I T W"]:
         """Return the states of queries, then text; `look` lets the queries attend to the image."""
-        queries, text = jnp.split(self.attn(x, x, mask), [self.queries], 1)
+        unread = tap.idle(S.attn.pattern, _pattern_shape(self.attn, x, x))
+        pattern = None if unread else functools.partial(tap, S.attn.pattern)
+        attended = self.attn(x, x, mask, pattern)
+        queries, text = jnp.split(attended, [self.queries], 1)
         queries = self.query_mlp(look(queries), S.query_mlp.act, tap)
         text = self.mlp(text, S.mlp.act, tap)
         return tap(S.resid_post, jnp.concatenate([queries, text], 1))
+
+
+def _pattern_shape(attn: Attention, x: Array, source: Array) -> jax.ShapeDtypeStruct:
+    shape = x.shape[0], attn.heads, x.shape[1], source.shape[1]
+    return jax.ShapeDtypeStruct(shape, jnp.promote_types(x.dtype, jnp.float32))
 
 
 class QFormer(nnx.Module):
@@ -168,12 +180,22 @@ class QFormer(nnx.Module):
         mask = jnp.pad(valid, ((0, 0), (Q, 0)), constant_values=True)[:, None, None, :]
 
         def step(layer, x, tap, number):
-            def look(queries):
+            looks = number % every == 0
+
+            def look(queries, pattern=None):
                 attend = jax.tree.map(lambda a: a[number // every], self.look)
-                return attend(queries, features)
+                return attend(queries, features, pattern=pattern)
 
             def maybe(queries):
-                return jax.lax.cond(number % every == 0, look, lambda same: same, queries)
+                shape = _pattern_shape(self.look, queries, features)
+                if tap.idle(S.cross.pattern, shape):
+                    return jax.lax.cond(looks, look, lambda same: same, queries)
+                present = tap.when(looks)  # computed in every layer, as a condition lets no tap out
+                return jnp.where(
+                    looks,
+                    look(queries, lambda p: present(S.cross.pattern, jnp.where(looks, p, 0))),
+                    queries,
+                )
 
             return layer(x, mask, maybe, tap), None
 

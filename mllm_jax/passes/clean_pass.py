@@ -23,7 +23,7 @@ from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models.cache import Cache
 from mllm_jax.passes.run import Logits
 from mllm_jax.sharding import mesh
-from mllm_jax.typing import AnyArray, Float, Int
+from mllm_jax.typing import AnyArray, Bool, Float, Int
 
 BUDGET = 2**30  # bytes of the states that are kept
 PREFIX = 16  # tokens: a shared prefix is a multiple of this, so that programs are few
@@ -123,6 +123,8 @@ def compute_clean_pass(
       captures: The captures, which all lanes share.
       logits: See `run`.
     """
+    if any(FORMS[capture.form].carry is not None for capture in captures.values()):
+        return without_sharing(model, batch, lanes, captures, logits)  # they begin at layer 0
     shapes = site_shapes(model, batch)
     edited = {edit.site for lane in lanes for edit in lane}
     modules = {site.module for site in edited} - {"logits"}
@@ -148,8 +150,10 @@ def compute_clean_pass(
     state = binding.bind(model, batch, None, {_STATE: keep(site[0:layers:every])})[1][_STATE]
     # Padding is carried along as well.
     state = dataclasses.replace(state, tokens=np.ones_like(state.tokens))
+    # No lane takes the latents of a lower layer from here; their captures still have a shape.
+    splices = tuple(edit for edit in lanes[0] if edit.splice is not None)
     states, captured, past = _clean(
-        model, batch, captures | {_STATE: state}, module=module, prefix=int(prefix.max())
+        model, batch, captures | {_STATE: state}, splices, module=module, prefix=int(prefix.max())
     )
     stop = stop_layers(lanes, captures, logits, shapes["lm.resid_pre"].layers)
     if module == "lm" and stop is not None:
@@ -158,11 +162,15 @@ def compute_clean_pass(
 
 
 @functools.partial(jax.jit, static_argnames=("module", "prefix"))
-def _clean(model: Model, batch: Batch, captures: Captures, *, module: str, prefix: int):
+def _clean(
+    model: Model, batch: Batch, captures: Captures, splices: Lane, *, module: str, prefix: int
+):
     inside = {n: c for n, c in captures.items() if c.site.module == module and c.site.stacked}
+    if not any(capture.site.is_latents for capture in inside.values()):
+        splices = ()
 
-    def clean(_, model, batch, inside):
-        taps = Taps((), inside)
+    def clean(_, model, batch, inside, splices):
+        taps = Taps(splices, inside)
         past = None
         if module == "vision":
             model.features(batch, taps)
@@ -171,7 +179,7 @@ def _clean(model: Model, batch: Batch, captures: Captures, *, module: str, prefi
             past = cache.first(prefix) if prefix else None
         return taps.captured.pop(_STATE), taps.captured, past
 
-    return mesh.map_lanes(clean, None, model, batch, inside)
+    return mesh.map_lanes(clean, None, model, batch, inside, splices)
 
 
 @jax.jit
@@ -181,10 +189,16 @@ def _features(model: Model, batch: Batch):
 
 def _first_edited_layer(lane: Lane, module: str, layers: int) -> int:
     """Return the first layer of the module that an edit of this lane reaches."""
-    units = [edit.units for edit in lane if edit.site.module == module and edit.site.stacked]
-    edited = [np.flatnonzero(np.asarray(mask).any(-1)) for mask in units]
+    edited = [np.flatnonzero(layers) for layers in _edited_layers(lane, module)]
     # The state above the last layer is not kept, so that layer at least runs again.
     return int(min((at[0] for at in edited), default=layers - 1))
+
+
+def _edited_layers(lane: Lane, module: str) -> list[Bool[np.ndarray, " L"]]:
+    """Return the layers that each edit of a module reaches; a splice stands for its latents."""
+    edits = [edit for edit in lane if edit.site.module == module and edit.site.stacked]
+    units = [np.asarray(edit.units) for edit in edits if not edit.site.is_latents]
+    return [np.any(mask, axis=-1) for mask in units]
 
 
 def stop_layers(
@@ -197,8 +211,7 @@ def stop_layers(
         return None
 
     def last_is_clean(lane: Lane) -> bool:
-        units = [edit.units for edit in lane if edit.site.module == "lm" and edit.site.stacked]
-        return not any(np.asarray(mask)[-1].any() for mask in units)
+        return not any(edited[-1] for edited in _edited_layers(lane, "lm"))
 
     return np.array([layers - last_is_clean(lane) for lane in lanes])
 
@@ -212,6 +225,8 @@ def prefix_length(batch: Batch, lane: Lane, captures: Captures, logits: Logits) 
     masks = [np.asarray(c.tokens) for c in captures.values()]
     places = [np.asarray(batch.last)]
     for edit in lane:
+        if edit.is_transparent:
+            continue
         masks.append(np.asarray(edit.tokens))
         if "at" in edit.along:  # a patch reads elsewhere than it writes
             places.append(np.asarray(edit.along["at"])[np.asarray(edit.tokens)])

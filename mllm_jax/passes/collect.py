@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
+from mllm_jax.arguments import require_whole
 from mllm_jax.batch import Batch
 from mllm_jax.checkpoints.shards import (
     ShardStore,
@@ -31,6 +32,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.passes import arguments
 from mllm_jax.passes.run import run, unshare_patched
 from mllm_jax.sharding import hosts
 from mllm_jax.typing import Bool, Float, Int
@@ -198,6 +200,10 @@ def collect(
         damaged.
       OSError: The disk has too little space for it, or is full.
     """
+    arguments.check_stream(captures, model, batches, edits)
+    shard_bytes = require_whole("shard_bytes", shard_bytes, most=2**63 - 1)
+    if not captures:
+        raise ValueError("there is no capture to collect")
     for name, capture in captures.items():
         if capture.form != "keep" or "S" in capture.address.site.axes:
             raise ValueError(
@@ -213,6 +219,7 @@ def collect(
     rest, started = store.resume(batches), store.done
     count = len(batches) if isinstance(batches, Sized) else None
     for batch in tqdm.tqdm(rest, desc=label, initial=started, total=count, leave=False):
+        arguments.check(model, batch)
         batch = unshare_patched(model, batch.replace(processor=None), edits)
         selections = _selections(captures, model, batch, DTYPES[dtype])
         if store.done == started:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites
+from mllm_jax import notebook_results, sites
+from mllm_jax.arguments import require_number, require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.captures import Capture
@@ -19,6 +20,7 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.passes import arguments
 from mllm_jax.passes.run import (
     Logits,
     compiled_run,
@@ -65,6 +67,9 @@ class Generation:
             raise KeyError(f"no capture '{name}'; this generation has: {known}")
         return self.captures[name]
 
+    def _repr_html_(self) -> str:
+        return notebook_results.generation(self)
+
 
 def generate(
     model: Model,
@@ -105,12 +110,11 @@ def generate(
       ValueError: A row holds several questions; an edit does not fit, see `run`; or logits are
         NaN.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is below 1: generate one token or more")
-    if not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature={temperature} is below 0 or not finite")
-    if temperature and key is None:
-        raise ValueError("sampling needs key=jax.random.key(seed)")
+    arguments.check(model, batch, edits, captures)
+    max_new_tokens = require_whole("max_new_tokens", max_new_tokens)
+    _check_sampling(temperature, key)
+    if not isinstance(stop, bool | np.bool_):
+        raise type_error("stop", stop, "True, to end at one of processor.stop_ids, or False")
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     if stop and processor is None:
@@ -137,12 +141,22 @@ def generate(
     return Generation(tokens, text, receipts, results, whole.replace(processor=processor))
 
 
+def _check_sampling(temperature: float, key: Array | None) -> None:
+    """Raise ValueError unless tokens can be sampled at this temperature with this key."""
+    if not require_number("temperature", temperature):
+        return
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32
+    if key is None or not (is_key or is_raw) or key.ndim != (1 if is_raw else 0):
+        raise ValueError("sampling needs one key: key=jax.random.key(seed)")
+
+
 def _capture(
     model: Model, prompts: Batch, whole: Batch, edits: Edits | None, captures: dict[str, Capture]
 ) -> dict[str, Any]:
     """Return captures of prompts and what follows them, under edits of a generation."""
     bound_captures = binding.bind_captures(
-        captures, site_shapes(model, whole), model.token_maps(whole)
+        captures, site_shapes(model, whole), model.token_maps(whole), edits
     )
     steps = whole.ids.shape[1] - prompts.ids.shape[1]
     bound = binding.bind_continuation(model, prompts, edits, steps)

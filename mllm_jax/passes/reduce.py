@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from mllm_jax.arguments import require_whole
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
@@ -18,6 +19,7 @@ from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.results import Entropy, Stats
 from mllm_jax.interventions.top_tokens import Histogram, Top
+from mllm_jax.passes import arguments
 from mllm_jax.passes.run import run
 from mllm_jax.sharding import hosts
 from mllm_jax.store import Store
@@ -61,6 +63,8 @@ def reduce(
       ValueError: A capture cannot be added up, there is no batch, or `save` holds sums of another
         model, other captures, edits or batches, of more batches, or is damaged.
     """
+    arguments.check_stream(captures, model, batches, edits)
+    every = require_whole("every", every)
     for name, capture in captures.items():
         if not FORMS[capture.form].merges:
             raise ValueError(
@@ -107,16 +111,16 @@ def _flatten(total: dict[str, Any]) -> dict[str, np.ndarray]:
 def _unflatten(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """Invert `_flatten`."""
     total: dict[str, Any] = {}
-    for name in sorted({key.split("/")[0] for key in arrays if "/" in key}):
+    for name in sorted({key.rpartition("/")[0] for key in arrays if "/" in key}):
         kind, settings = (str(text) for text in arrays[f"{name}/type"])
         static = {
             field: tuple(value) if isinstance(value, list) else value
             for field, value in json.loads(settings).items()
         }
         fields = {
-            key.split("/")[1]: arrays[key]
+            key.rpartition("/")[2]: arrays[key]
             for key in arrays
-            if key.startswith(f"{name}/") and not key.endswith("/type")
+            if key.rpartition("/")[0] == name and not key.endswith("/type")
         }
         total[name] = RESULTS[kind](**fields, **static)
     return total

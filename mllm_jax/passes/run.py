@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mllm_jax import notebook, sites
+from mllm_jax import notebook_results, sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding, finite
 from mllm_jax.interventions.bound_capture import BoundCapture
@@ -21,6 +21,7 @@ from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.cache import Cache
+from mllm_jax.passes import arguments
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float
 
@@ -39,12 +40,15 @@ class Out:
       receipts: One for each edit, in order.
       finite: With `check_finite`, whether each site is finite, by name: bool[L], or bool[] of a
         site without layers. See `finite.first_not_finite`.
+      processor: The processor of the batch, if it has one, which turns tokens into text for
+        notebooks. Static.
     """
 
     logits: Float[Array, "B V"] | Float[Array, "B T V"] | None
     captures: dict[str, Any]
     receipts: tuple[Receipt, ...]
     finite: dict[str, Bool[AnyArray, ...]] | None = None
+    processor: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.captures:
@@ -53,15 +57,7 @@ class Out:
         return self.captures[name]
 
     def _repr_html_(self) -> str:
-        """Return the receipts and the shapes of the arrays, as a notebook shows them."""
-        arrays = {"logits": self.logits} | self.captures
-        leaves = [
-            (name + jax.tree_util.keystr(path), list(leaf.shape), leaf.dtype)
-            for name, value in arrays.items()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(value)
-        ]
-        table = notebook.table(("array", "shape", "type"), leaves)
-        return (notebook.receipts(self.receipts) if self.receipts else "") + table
+        return notebook_results.out(self.receipts, self.logits, self.captures, self.processor)
 
 
 def run(
@@ -91,23 +87,31 @@ def run(
         name the first. Inside `jax.jit` no error can be raised: look at `Out.finite` there.
 
     Raises:
-      ValueError: An edit or capture does not fit, or selects nothing; or, with `check_finite`, a
-        site is not finite.
+      ValueError: An argument is of another type; an edit or capture does not fit, or selects
+        nothing; or, with `check_finite`, a site is not finite.
     """
-    if logits not in LOGITS:
-        raise ValueError(f'logits="{logits}" is none of {", ".join(LOGITS)}')
-    batch = unshare_patched(model, batch.replace(processor=None), edits)
+    arguments.check(model, batch, edits, captures)
+    check_logits(logits)
+    processor, batch = batch.processor, batch.replace(processor=None)
+    batch = unshare_patched(model, batch, edits)
     if check_finite:
         captures = (captures or {}) | finite.captures(site_shapes(model, batch), logits)
     bound_edits, bound_captures = binding.bind(model, batch, edits, captures, logits)
     with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures
         out = mesh.gather_to_host(compiled_run(model, *inputs, logits=logits, remat=remat))
+    out = dataclasses.replace(out, processor=processor)
     if not check_finite:
         return out
     results, checks = finite.separate(out.captures)
     finite.require(checks)
     return dataclasses.replace(out, captures=results, finite=checks)
+
+
+def check_logits(logits: Logits) -> None:
+    """Raise ValueError unless this names the logits that a pass can compute."""
+    if not isinstance(logits, str) or logits not in LOGITS:
+        raise ValueError(f'logits="{logits!s:.60}" is none of {", ".join(LOGITS)}')
 
 
 def unshare_patched(model: Model, batch: Batch, edits: Edits | None) -> Batch:
@@ -141,6 +145,7 @@ def _shard_edit(edit: BoundEdit, put: Callable[[Any, tuple], Any]) -> BoundEdit:
         tokens=put(edit.tokens, rows),
         values=jax.tree.map(value, edit.values),
         along=jax.tree.map(lambda array: put(array, rows), edit.along),
+        splice=jax.tree.map(lambda array: put(array, (None,) * array.ndim), edit.splice),
     )
 
 
@@ -215,4 +220,4 @@ def compiled_run(
     """Run one forward pass of what is bound already; see `run`."""
     taps = Taps(edits, captures, remat=remat)
     scores, _ = forward(model, batch, taps, logits)
-    return Out(scores, taps.captured, taps.receipt_list())
+    return Out(scores, taps.results(), taps.receipt_list())

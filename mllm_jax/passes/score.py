@@ -18,6 +18,7 @@ from mllm_jax.interventions.edits import BoundEdit, Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.passes import arguments
 from mllm_jax.passes.generate import embed_words
 from mllm_jax.passes.run import logits_at_last, shard_edits, unshare_patched
 from mllm_jax.processors.prompts import as_list
@@ -83,20 +84,21 @@ def score_with(
     captures: dict[str, Capture] | None = None,
 ) -> Scores:
     """Compute `score`, with captures and receipts of the prompt."""
+    arguments.check(model, batch, edits, captures)
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
-    ids = _as_ids(candidates, processor, len(batch.ids))
+    ids = _as_ids(candidates, processor, len(batch.ids), model.config.lm.vocab)
     bound_edits = binding.bind_continuation(model, batch, edits, ids.shape[-1])
-    _, bound_captures = binding.bind(model, batch, None, captures, "last")
+    _, bound_captures = binding.bind(model, batch, binding.splices(edits), captures, "last")
     with mesh.use_mesh_of(model):
         inputs = mesh.shard_batch(batch), shard_edits(bound_edits), bound_captures, ids
         return mesh.gather_to_host(compiled_score(model, *inputs))
 
 
 def _as_ids(
-    candidates: Candidates, processor: Tokenizing | None, rows: int
+    candidates: Candidates, processor: Tokenizing | None, rows: int, words: int
 ) -> Int[AnyArray, "B C A"]:
-    """Return candidates as token ids."""
+    """Return candidates as token ids, of a vocabulary of so many words."""
     if jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
         ids = cast(AnyArray, candidates)
     elif processor is None:
@@ -105,7 +107,21 @@ def _as_ids(
         ids = candidate_ids(processor, cast(Sequence, candidates), rows)
     if ids.ndim != 3 or len(ids) != rows:
         raise ValueError(f"candidates as ids are int32[B, C, A] of {rows} rows, not {ids.shape}")
+    if not isinstance(ids, jax.core.Tracer):
+        _check_ids(np.asarray(ids), words)
     return ids
+
+
+def _check_ids(ids: Int[np.ndarray, "B C A"], words: int) -> None:
+    """Raise an error for ids that no word has, and for words after the end of a candidate."""
+    wrong = (ids < -1) | (ids >= words)
+    wrong[..., 1:] |= (ids[..., 1:] >= 0) & (ids[..., :-1] < 0)
+    if wrong.any():
+        row, number, at = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"candidates, row {row}, number {number}: id {ids[row, number, at]} at token {at}: ids "
+            f"are below {words}, the size of the vocabulary, and -1 after the last"
+        )
 
 
 def answer_length(processor: Tokenizing, answers: Iterable[str]) -> int:
@@ -207,4 +223,4 @@ def compiled_score(
     size = -(-C // chunks)  # chunks of one size, as each size is a program of its own
     ids = jnp.pad(ids, ((0, 0), (0, chunks * size - C), (0, 0)), constant_values=-1)
     values = jax.lax.map(jax.vmap(score_candidate), ids.swapaxes(0, 1).reshape(chunks, size, B, A))
-    return Scores(values.reshape(-1, B)[:C].T, taps.captured, taps.receipt_list())
+    return Scores(values.reshape(-1, B)[:C].T, taps.results(), taps.receipt_list())

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from mllm_jax.arguments import require_whole, type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import binding, finite
 from mllm_jax.interventions.bound_capture import BoundCapture
@@ -36,14 +37,22 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Resume, Taps
 from mllm_jax.models.cache import Cache
-from mllm_jax.passes import clean_pass
+from mllm_jax.passes import arguments, clean_pass
 from mllm_jax.passes.clean_pass import CleanPass, Lane
-from mllm_jax.passes.run import Logits, Out, forward, logits_at_last, unshare_patched
+from mllm_jax.passes.run import (
+    Logits,
+    Out,
+    check_logits,
+    forward,
+    logits_at_last,
+    unshare_patched,
+)
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.sites import SiteShape
 from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
 
+Splices = dict[int, BoundEdit]
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk; see `lane_budget`
 PART = 8  # that tensor takes a PART-th of what a model leaves of a device: several live at a time
 
@@ -72,7 +81,11 @@ def stack(edits: Sequence[Edits]) -> Stack:
       ValueError: There are no edits; or they differ in kinds or sites, in the function or the
         arguments of a `call`, or in whether a `patch` has a basis.
     """
+    if isinstance(edits, Edits | str) or not isinstance(edits, Iterable):
+        raise type_error("edits", edits, "a list of the edits to sweep over: [first, second]")
     items = tuple(edits)
+    for item in items:
+        arguments.check_edits(item)
     if not items:
         raise ValueError("there is no edit to sweep over")
     for number, item in enumerate(items):
@@ -80,14 +93,24 @@ def stack(edits: Sequence[Edits]) -> Stack:
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
                 "the edits of one sweep have the same kinds and sites, the same function in a call "
-                "and a basis in each patch or in none (np.eye(width) is the whole space)"
+                "and a basis in each patch or in none (np.eye(width) is the whole space), and one "
+                "dictionary in each splice, at one layer"
             )
     return Stack(items)
 
 
 def _structure(edits: Edits) -> list[tuple]:
     """Return what all lanes must have in common; `_equalise_lanes` makes the rest equal."""
-    return [(edit.kind, edit.address.site, edit.fn, sorted(edit.values)) for edit in edits]
+
+    def splice(edit: Edit) -> tuple | None:
+        if edit.splice is None:
+            return None
+        leaves, structure = jax.tree.flatten((edit.splice, edit.address.layers))
+        dictionary = jax.tree.leaves(edit.splice)
+        others = leaves[len(dictionary) :]  # the layer, which is compared by value
+        return structure, *map(id, dictionary), *map(int, others)
+
+    return [(e.kind, e.address.site, e.fn, sorted(e.values), splice(e)) for e in edits]
 
 
 def _kinds(edits: Edits) -> str:
@@ -144,6 +167,11 @@ def sweep(
         rows of another metric (its code, or the arrays given to it), model, batch, other captures
         or edits, of more edits, or is damaged.
     """
+    if not callable(metric):
+        raise type_error("metric", metric, "a function of the results of a pass")
+    arguments.check(model, batch, None, captures)
+    check_logits(logits)
+    chunk = None if chunk is None else require_whole("chunk", chunk)
     edits = edits if isinstance(edits, Stack) else stack(edits)
     metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
     batch = batch.replace(processor=None)
@@ -159,7 +187,8 @@ def sweep(
         captures = (captures or {}) | finite.captures(site_shapes(model, batch), logits)
         metric = jax.tree_util.Partial(_metric_and_checks, metric=metric)
     lanes = [binding.bind(model, batch, item, None, logits)[0] for item in edits.items]
-    bound_captures = binding.bind(model, batch, None, captures, logits)[1]
+    splices = binding.splices(edits.items[0])
+    bound_captures = binding.bind(model, batch, splices, captures, logits)[1]
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
@@ -200,9 +229,11 @@ def _run_chunks(
     """Run the lanes in chunks and write their metrics to `rows`."""
     compute = clean_pass.compute_clean_pass if share else clean_pass.without_sharing
     clean = compute(model, batch, lanes, captures, logits)
+    splices, lanes = separate_splices(lanes)
     shards = mesh.shard_count("R")  # each runs as many lanes
     if chunk is None:
-        chunk = _chunk_size(clean, site_shapes(model, batch), shards, lane_budget(model))
+        widest = _widest(site_shapes(model, batch), splices)
+        chunk = _chunk_size(clean, widest, shards, lane_budget(model))
     chunk = min(chunk, len(lanes))
     chunk = mesh.round_up_to_shards("R", chunk)
     shapes = _common_shapes(lanes)
@@ -211,7 +242,7 @@ def _run_chunks(
         stacked = _stack_lanes(shapes, [lanes[i] for i in np.resize(numbers, chunk)])
         resume, past = clean.resume(numbers)
         return functools.partial(
-            compiled_lanes, metric, model, clean.batch, stacked, captures, resume, past,
+            compiled_lanes, metric, model, clean.batch, splices, stacked, captures, resume, past,
             logits=logits, prefix=int(clean.prefix[numbers[0]]),
         )  # fmt: skip
 
@@ -265,6 +296,26 @@ def _equalise(edits: tuple[BoundEdit, ...]) -> list[BoundEdit]:
     return [equalise(edit) for edit in edits]
 
 
+def separate_splices(lanes: list[Lane]) -> tuple[Splices, list[Lane]]:
+    """Return the splices by their number, which all lanes share, and the lanes without them."""
+    splices = {i: edit for i, edit in enumerate(lanes[0]) if edit.splice is not None}
+    for number, lane in enumerate(lanes):
+        if any(not np.array_equal(lane[i].tokens, one.tokens) for i, one in splices.items()):
+            raise ValueError(
+                f"edit {number} of the sweep splices other tokens than the first: give where= to "
+                "the edits of latents instead"
+            )
+    rest = [tuple(e for i, e in enumerate(lane) if i not in splices) for lane in lanes]
+    return splices, rest
+
+
+def _join_splices(splices: Splices, lane: Lane) -> Lane:
+    """Invert `separate_splices` for one lane."""
+    edits = iter(lane)
+    count = len(splices) + len(lane)
+    return tuple(splices[i] if i in splices else next(edits) for i in range(count))
+
+
 def _stack_lanes(shapes: Any, lanes: Sequence[Lane]) -> Lane:
     """Return the edits of lanes as one, each array with a leading R axis."""
     return jax.tree.map(
@@ -278,6 +329,7 @@ def compiled_lanes(
     metric: Callable[[Out], Any],
     model: Model,
     batch: Batch,
+    splices: Splices,
     lanes: Lane,
     captures: dict[str, BoundCapture],
     resume: dict[str, Resume],
@@ -288,8 +340,8 @@ def compiled_lanes(
 ):
     """Run lanes of edits and apply the metric to each; see `sweep`."""
 
-    def lane(edits, metric, model, batch, captures, resume, past):
-        taps = Taps(edits, captures, resume=resume, at=prefix)
+    def lane(edits, metric, model, batch, splices, captures, resume, past):
+        taps = Taps(_join_splices(splices, edits), captures, resume=resume, at=prefix)
         if past is None:
             scores, _ = forward(model, batch, taps, logits)
         else:
@@ -299,9 +351,9 @@ def compiled_lanes(
             x, _ = model.read(resume["lm"].x, positions, taps, past, deepstack)
             x = jnp.pad(x, ((0, 0), (prefix, 0), (0, 0)))  # positions count from the first token
             scores = logits_at_last(model, batch, x, taps) if logits == "last" else None
-        return metric(Out(scores, taps.captured, taps.receipt_list()))
+        return metric(Out(scores, taps.results(), taps.receipt_list()))
 
-    shared = metric, model, batch, captures, resume, past
+    shared = metric, model, batch, splices, captures, resume, past
     all_lanes = jax.vmap(lane, in_axes=(0, *(None for _ in shared)))
     return mesh.map_lanes(all_lanes, lanes, *shared)
 
@@ -336,10 +388,19 @@ def lane_budget(model: Model) -> int:
     return max(0, stats["bytes_limit"] - weights) // PART
 
 
-def _chunk_size(clean: CleanPass, shapes: dict[str, SiteShape], shards: int, budget: int) -> int:
+def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
+    """Return the bytes of the widest tensor of one layer: logits are of the last token alone."""
+    sizes = {name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
+    latents = [
+        math.prod(shapes[edit.site.name].shape[:2]) * edit.splice.dictionary.widths[1] * 4
+        for edit in splices.values()
+        if edit.splice is not None
+    ]
+    return max([size for name, size in sizes.items() if name != "logits"] + latents)
+
+
+def _chunk_size(clean: CleanPass, widest: int, shards: int, budget: int) -> int:
     """Return how many lanes to run at one time: a power of two within a budget for each shard."""
-    sizes = {name: np.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
-    widest = int(max(size for name, size in sizes.items() if name != "logits"))
     most = max(1, min(budget // widest, -(-len(clean.first) // shards)))
     candidates = (shards * 2**i for i in range(most.bit_length()))
     return min(candidates, key=lambda n: (clean.cost(n), -n))

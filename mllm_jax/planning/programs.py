@@ -182,7 +182,8 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     edits = edits or edits_.ablate(sites.lm.mlp.act[0, :1])
     shapes = site_shapes(model, batch)
     bound, found = binding.bind(model, batch, edits, captures)
-    lanes = jax.tree.map(lambda a: _shape(a.dtype, size.lanes, *np.shape(a)), bound)
+    splices, (rest,) = sweep.separate_splices([bound])
+    lanes = jax.tree.map(lambda a: _shape(a.dtype, size.lanes, *np.shape(a)), rest)
     x = shapes[sites.lm.resid_pre.name]
     layers = model.config.lm.layers
     state = jnp.dtype(x.dtype).itemsize * int(np.prod(x.shape))
@@ -190,8 +191,8 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     kept = _shape(x.dtype, -(-layers // every), *x.shape)
     seen = batch.replace(features=_features(model, batch))
     captured = jax.eval_shape(
-        lambda m, b, c: run.compiled_run(m, b, (), c, logits="none", remat=False).captures,
-        model, batch, found,
+        lambda m, b, e, c: run.compiled_run(m, b, e, c, logits="none", remat=False).captures,
+        model, batch, tuple(splices.values()), found,
     )  # fmt: skip
     stops = clean_pass.stop_layers([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
@@ -200,8 +201,8 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
         resume = dataclasses.replace(resume, stop=_shape(np.int32), places=places)
     metric = jax.tree_util.Partial(_metric)
     args = (
-        ("", metric), ("weights", model), ("batch", seen), ("edits", lanes), ("captures", found),
-        ("states", {"lm": resume}), ("", None),
+        ("", metric), ("weights", model), ("batch", seen), ("edits", splices), ("edits", lanes),
+        ("captures", found), ("states", {"lm": resume}), ("", None),
     )  # fmt: skip
     static = {"logits": "last", "prefix": 0}
     loop = (
@@ -228,7 +229,7 @@ def _generate(model, batch, edits, captures, size: Size) -> Program:
 
 def _score(model, batch, edits, captures, size: Size) -> Program:
     bound = binding.bind_continuation(model, batch, edits, size.answer)
-    found = binding.bind(model, batch, None, captures)[1]
+    found = binding.bind(model, batch, binding.splices(edits), captures)[1]
     ids = _shape(np.int32, size.rows, size.candidates, size.answer)
     args = (
         ("weights", model), ("batch", batch), ("edits", bound), ("captures", found), ("batch", ids),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import PIL.Image
 
+from mllm_jax.arguments import require_whole
 from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import (
@@ -258,7 +259,14 @@ class Processor(PromptEncoder):
         left: bool,
     ) -> Batch:
         """Return the batch of encoded rows and their pictures; see a call for the arguments."""
-        missing = max(0, (rows or 0) - len(encoded))
+        given = len(encoded)
+        rows = given if rows is None else require_whole("rows", rows)
+        length = None if length is None else require_whole("length", length)
+        if rows < max(given, 1):
+            raise ValueError(
+                f"rows={rows} for {given} prompts: a batch has a row for each, and one"
+            )
+        missing = rows - given
         encoded, pictures = encoded + [Row()] * missing, pictures + [[]] * missing
         # Every row has as many places for pictures, every picture as many for tiles: few shapes.
         of_row, count = rows_.assign_image_slots(pictures, encoded)
@@ -301,7 +309,7 @@ class Processor(PromptEncoder):
         """
         del image_places
         longest = max(map(len, encoded))
-        T = length or rows_.round_up_length(longest)
+        T = rows_.round_up_length(longest) if length is None else length
         if longest > T:
             raise ValueError(f"a row has {longest} tokens, more than length={T}")
         return T

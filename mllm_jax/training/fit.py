@@ -14,7 +14,9 @@ import numpy as np
 import optax
 import tqdm
 
+from mllm_jax.arguments import require_number, require_whole, type_error
 from mllm_jax.batch import Batch
+from mllm_jax.passes import arguments
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 from mllm_jax.training.checkpoint import Checkpoint
@@ -70,6 +72,22 @@ class Recipe:
     accumulate: int = 1
     remat: bool = False
     every: int = 50
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+          ValueError: One is not finite, too small or too large.
+        """
+        if not isinstance(self.part, str):
+            raise type_error("part", self.part, "the name of what trains, such as 'projector'")
+        for name in ("rate", "weight_decay", "clip"):
+            require_number(name, getattr(self, name))
+        if self.projector_rate is not None:
+            require_number("projector_rate", self.projector_rate)
+        require_number("warmup", self.warmup, most=1)
+        for name in ("accumulate", "every"):
+            require_whole(name, getattr(self, name))
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
@@ -155,6 +173,7 @@ def fit(
       FloatingPointError: a loss is not finite.
       OSError: the checkpoint cannot be written.
     """
+    _check_arguments(model, batches, recipe)
     partition = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
     merge, trained, frozen = partition
     steps = _count_steps(batches, recipe)
@@ -181,6 +200,16 @@ def fit(
         run = _Run(step, recipe, checkpoint, np.array(curve), label)
         trained = run.train(trained, state, frozen, rest)
     return merge(trained, frozen), run.curve
+
+
+def _check_arguments(model: Any, batches: Any, recipe: Any) -> None:
+    """Raise ValueError unless these are a model, several batches by number, and a recipe."""
+    arguments.check_model(model)
+    arguments.check_batches(batches, by_number=True)
+    if not len(batches):
+        raise ValueError("there is no batch to train on")
+    if not isinstance(recipe, Recipe):
+        raise type_error("recipe", recipe, "a Recipe: Recipe(rate=1e-3)")
 
 
 def _count_steps(batches: Batches, recipe: Recipe) -> int:
@@ -253,8 +282,14 @@ class _Run:
         """Raise an error for a batch whose labels hold no token; a loss may need no labels."""
         try:
             for batch in batches:
+                if not dataclasses.is_dataclass(batch):
+                    raise type_error("batch", batch, "a batch as a processor makes it")
                 if getattr(batch, "labels", None) is not None:  # a loss may read batches of its own
                     losses.require_answers(batch)
+            if any(_shapes(batch) != _shapes(batches[0]) for batch in batches):
+                raise ValueError(
+                    "its batches differ in shape: give the processor one length= and rows= for all"
+                )
         except ValueError as error:
             raise ValueError(f"{self.label}: step {number}: {error}") from error
 
@@ -268,6 +303,12 @@ class _Run:
 
     def _is_saved_after(self, number: int) -> bool:
         return (number + 1) % self.recipe.every == 0 or number + 1 == len(self.curve)
+
+
+def _shapes(batch: Batch) -> tuple[Any, list[tuple[int, ...]]]:
+    """Return the structure of a batch and the shapes of its arrays."""
+    leaves, structure = jax.tree.flatten(batch.replace(processor=None))
+    return structure, [np.shape(leaf) for leaf in leaves]
 
 
 def update(
@@ -359,7 +400,14 @@ def evaluate(
 
     Returns:
       Both losses, in nats per answer token over all batches.
+
+    Raises:
+      ValueError: there is no batch, or one has no answer token, or no wrong pictures.
     """
+    arguments.check_model(model)
+    arguments.check_batches(batches, by_number=True)
+    if not len(batches):
+        raise ValueError(f"{label}: there is no batch")
     step = jax.jit(losses.answer_nll)
     right, wrong, count = 0.0, 0.0, 0
     with mesh.use_mesh_of(model):
@@ -367,6 +415,11 @@ def evaluate(
             batch = batches[number].replace(processor=None)
             losses.require_answers(batch)
             if wrong_batches is None:
+                if batch.features is None or len(batch.features) < 2:
+                    raise ValueError(
+                        f"{label}: batch {number} has no vision features of several pictures, of "
+                        "which each row takes another's: give such batches, or wrong_batches"
+                    )
                 swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
             else:
                 swapped = wrong_batches[number].replace(processor=None)

@@ -55,6 +55,38 @@ def verdicts(tasks, *asked):
     return [row["verdict"] for row in found]
 
 
+def test_claims_say_what_decides_them_and_what_could_have_been_found():
+    first, second, third, last = projection.claims(
+        study(original=0.2, proj=0.21, e2e=0.8, paper={ORIGINAL: 0.7, PROJ: 0.4, E2E: 0.5}),
+        resamples=400,
+    )
+    assert first["criterion"] == "the intervals of 8 or more of 8 differences of F1 lie above zero"
+    assert last["criterion"].startswith("the intervals of 3 or more of 4")
+    assert "lie below zero" in second["criterion"]
+    assert first["found"].count("[") == 8 and "task 0, FT-E2E +0." in first["found"]
+    for row in third["comparisons"]:
+        assert 0 < row["possible"] < row["likely"] < row["value"] and not row["equivalent"]
+    worst = max(row["likely"] for row in first["comparisons"])
+    assert first["power"] == f"differences of {worst:.2f} are found in four of five studies"
+    assert last["power"] == "nothing could be found" and last["found"] == "not measured"
+    few = study(original=0.2, proj=0.2, e2e=0.2, images=4)
+    assert projection.claims(few, resamples=20)[2]["power"].startswith("no change of so few")
+
+
+def test_equal_answers_are_told_as_such():
+    tasks = study(tasks=1, original=0.5, e2e=0.9, images=100)
+    same = {
+        "a": Task(
+            tasks["task 0"].truth,
+            CLASSES,
+            dict.fromkeys((PROJ, E2E), tasks["task 0"].predicted[E2E]),
+        )
+    }
+    found = projection.claims(same, resamples=100)[2]
+    assert found["comparisons"][0]["equivalent"] and found["verdict"] == "undecided"
+    assert found["reason"].endswith("1 are within 0.05 of no change")
+
+
 PROBES = {"paper": {BEFORE: 0.9, ORIGINAL: 0.7, PROJ: 0.4, E2E: 0.5}}
 
 

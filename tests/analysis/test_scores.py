@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 
 from mllm_jax.analysis import intervals, scores
 from tests.helpers.runs import CLASSES, answers
@@ -69,3 +70,55 @@ def test_answers_must_fit():
         scores.f1(truth, truth, 3)
     with pytest.raises(ValueError, match="class ids must lie in 0 to 1"):
         scores.f1(truth, truth[None], 2)
+
+
+def test_a_difference_of_none_is_shown_by_enough_pictures_alone():
+    """0.95^n, the chance that none of n answers changes although one of twenty may."""
+    for pictures, shown in ((58, False), (59, True), (600, True)):
+        truth = np.arange(pictures) % 4
+        same = scores.f1(truth, truth[None], 4, resamples=50)
+        assert scores.equivalent(scores.difference(same, same)) == shown
+    truth = np.arange(600) % 4
+    wrong = np.where(np.arange(600) % 8 < 1, (truth + 1) % 4, truth)
+    lower = scores.f1(truth, wrong[None], 4, resamples=200)
+    gain = scores.difference(lower, scores.f1(truth, truth[None], 4, resamples=200))
+    assert not scores.equivalent(gain)  # an eighth of the answers
+    assert scores.equivalent(gain, 0.2)
+    with pytest.raises(ValueError, match="margin=0: the largest change that counts as none"):
+        scores.equivalent(gain, 0)
+
+
+def test_the_likely_difference_is_found_in_four_of_five_studies():
+    """Simulated: pictures of which a share is answered right by one model and wrong by the other.
+
+    The share of studies whose interval excludes zero, at the difference that is told to be likely.
+    """
+    rng, pictures, classes = np.random.default_rng(0), 200, 4
+    truth = np.arange(pictures) % classes
+
+    def gain(change: float) -> scores.Sample:
+        before = np.where(rng.random(pictures) < 0.5, truth, (truth + 1) % classes)
+        right = np.where(rng.random(pictures) < 2 * change, truth, before)
+        worse = np.where(rng.random(pictures) < 0.1, (truth + 1) % classes, right)
+        return scores.difference(
+            scores.f1(truth, worse[None], classes, resamples=400),
+            scores.f1(truth, before[None], classes, resamples=400),
+        )
+
+    told = np.mean([scores.detectable(gain(0.12)).likely for _ in range(40)])
+    sizes, found = [], []
+    for _ in range(250):
+        value, low, high = gain(0.118).interval()
+        sizes.append(value)
+        found.append(low > 0)
+    # The power of a normal estimate at the mean difference that was simulated.
+    spread = np.std(sizes)
+    expected = scipy.stats.norm.sf(1.96 - np.mean(sizes) / spread)
+    assert np.mean(found) == pytest.approx(expected, abs=0.1)
+    assert told == pytest.approx((1.96 + 0.84) * spread, rel=0.1)
+
+
+def test_few_pictures_find_nothing():
+    truth = np.arange(5) % 2
+    same = scores.f1(truth, truth[None], 2, resamples=50)
+    assert scores.detectable(scores.difference(same, same)) == (None, None)

@@ -17,7 +17,10 @@ from benchmarks import accelerator, chip, clock, collect, evidence, harness, ker
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-NAMES = ("sweep", "counts", "lens", "score", "generate", "prefill", "finetune", "finetune_lora")
+NAMES = (
+    "sweep", "dictionary", "counts", "lens", "score", "generate", "prefill", "finetune",
+    "finetune_lora",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

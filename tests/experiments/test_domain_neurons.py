@@ -8,15 +8,23 @@ import re
 import numpy as np
 import pytest
 
-from experiments.domain_neurons import study as domain_neurons
+from experiments.domain_neurons import context
+from experiments.domain_neurons import study as study_
 from experiments.running import cli
 from mllm_jax import store
+from mllm_jax import tokens as tok
+from mllm_jax.analysis import domain_neurons
+from mllm_jax.analysis.stages import find_resampled
+from mllm_jax.checkpoints import masks
+from mllm_jax.data import domains
 
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",
     "--config.controls=2", "--config.random_controls=1", "--config.entropy_controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
-    "--config.shuffles=19", "--config.resamples=10",
+    # Many neurons of the tiny model fire at every image token: no rate is above a high bar.
+    "--config.filter_rate=0.5", "--config.bar_rate=0.5",
+    "--config.shuffles=19", "--config.resamples=10", "--config.lens_sites=('resid_mid', 'mlp.out')",
 )  # fmt: skip
 
 
@@ -57,6 +65,10 @@ def test_ablation_has_every_cell_and_its_controls(finished):
     assert {(r["control"], r["draw"]) for r in rows if r["control"]} == {
         ("rate", 0), ("rate", 1), ("layer", 0), ("entropy", 0), ("entropy", 1),
     }  # fmt: skip
+    for row in rows:
+        for moved in row["deviation"].values():
+            for measure in ("relative_l2", "cosine"):
+                assert moved[f"{measure}_low"] <= moved[measure] <= moved[f"{measure}_high"]
     moved = [r for r in rows if r["neurons"] and r["module"] == "lm"]
     assert any(r["deviation"]["image"]["relative_l2"] > 0 for r in moved)
     for row in rows:
@@ -85,9 +97,12 @@ def test_controls_match_the_rates_and_say_where_they_do_not(finished):
     for module, shape in results["modules"].items():
         mask = next(v for k, v in stored.items() if k.startswith(shape["site"]) and v.dtype == bool)
         for d, name in enumerate(names):
-            parts = [np.load(path) for path in (finished / "steps/counts").glob(f"{name}-*.npz")]
-            positive = sum(part[f"{module}/positive"].sum(-1) for part in parts)
-            rate = positive / sum(part[f"{module}/tokens"].sum() for part in parts)
+            parts = [
+                np.load(path) for path in (finished / "steps/counts/neutral").glob(f"{name}-*.npz")
+            ]
+            image = parts[0][f"{module}/kinds"] == "image"
+            positive = sum(part[f"{module}/positive"][..., image].sum(-1) for part in parts)
+            rate = positive / sum(part[f"{module}/tokens"][image].sum() for part in parts)
             if not mask[d].any():
                 assert (module, name, "rate") not in rows
                 continue
@@ -154,8 +169,8 @@ def test_what_the_selection_hangs_on(finished):
     for shared in comparison["modules"].values():
         assert all(row[i][i] in (0.0, 1.0) for row in shared["jaccard"] for i in range(4))
     assert {(row["field"], row["value"]) for row in comparison["settings"]} == {
-        ("scope", "image"), ("scope", "text"), ("thresholds", "global"), ("thresholds", "layer"),
-        ("assign", "single"), ("compat", "official"),
+        ("prompts", "released"), ("scope", "all"), ("scope", "text"), ("thresholds", "global"),
+        ("thresholds", "layer"), ("assign", "single"), ("compat", "official"),
     }  # fmt: skip
     text = next(row for row in comparison["settings"] if row["value"] == "text")
     # the tower reads no text: all its tokens count
@@ -163,6 +178,108 @@ def test_what_the_selection_hangs_on(finished):
     for module, test in results["stability"].items():
         assert test["examples"] == [1, 3] and test["beyond_chance"] >= 0, module
         assert test["beyond_chance"] <= results["selection"][module]["selected"]
+
+
+def test_neurons_beyond_chance_are_written(finished):
+    """The masks of both files, and the number of neurons that the results tell."""
+    results = json.loads((finished / "results.json").read_text())
+    selected, tested = (masks.load(finished / f"{name}.npz") for name in ("masks", "masks_tested"))
+    for module, shape in results["modules"].items():
+        beyond, test = tested.modules[shape["site"]], results["stability"][module]
+        assert not (beyond & ~selected.modules[shape["site"]]).any()
+        assert beyond.any(0).sum() == test["beyond_chance"]
+        by_domain = [test["beyond_chance_per_domain"][name] for name in results["domains"]]
+        assert beyond.sum((1, 2)).tolist() == by_domain
+        path = finished / "masks_tested" / f"{module}.pth"
+        assert (masks.read_pth(path, shape["width"], domains=3) == beyond).all()
+
+
+@pytest.mark.slow
+def test_neurons_beyond_chance_are_what_is_ablated(finished, command, execute, tmp_path):
+    more = ("--config.ablate=tested", "--config.modules=('vision',)", "--config.level=0.5")
+    done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "work/results.json").read_text())
+    tested = masks.load(tmp_path / "work/masks_tested.npz").modules["vision.mlp.act"]
+    assert tested.any() and results["ablated"] == "tested"
+    for row in results["ablation"]:
+        if row["control"] is None:
+            assert row["neurons"] == tested[results["domains"].index(row["mask"])].sum()
+
+
+def test_selection_by_released_prompts_stands_beside(finished):
+    """Against the masks that the counts in files give under both kinds of prompt."""
+    results = json.loads((finished / "results.json").read_text())
+    found, names = results["released"], results["domains"]
+    assert found["own"] == {"prompts": "neutral", "scope": "image"}
+    assert (found["prompts"], found["scope"]) == ("released", "all")
+    selected = {}
+    for prompts, scope in (("neutral", ("image",)), ("released", tok.kind)):
+        positive, tokens = [], []
+        for name in names:
+            files = (finished / "steps/counts" / prompts).glob(f"{name}-*.npz")
+            parts = [np.load(path) for path in files]
+            chosen = np.isin(parts[0]["lm/kinds"], scope)
+            positive.append(sum(part["lm/positive"][..., chosen].sum(-1) for part in parts))
+            tokens.append(sum(part["lm/tokens"][chosen].sum() for part in parts))
+        rates = {"filter_rate": 0.5, "bar_rate": 0.5}
+        found_there = domain_neurons.select(np.stack(positive), np.array(tokens), **rates)
+        selected[prompts] = found_there.mask
+    both, either = (
+        selected["neutral"] & selected["released"],
+        selected["neutral"] | selected["released"],
+    )
+    of_lm = found["modules"]["lm"]
+    assert of_lm["jaccard"] == pytest.approx(both.sum((1, 2)) / either.sum((1, 2)).clip(1))
+    assert of_lm["selected"] == selected["released"].any(0).sum()
+    assert results["selection"]["lm"]["selected"] == selected["neutral"].any(0).sum()
+    # The tower reads no prompt.
+    vision = found["modules"]["vision"]
+    assert sum(vision["neurons_per_domain"].values()) > 0
+
+
+def test_neutral_prompts_are_the_same_in_every_domain(folders, tmp_path):
+    read = domains.load_user_domains(list(map(str, folders)), "train")
+    by_domain = [context.NeutralQuestions(examples, 12) for examples in read.values()]
+    prompts = [[question.prompt for _, question in pairs] for pairs in by_domain]
+    assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 8
+    words = set(" ".join(prompts[0]).lower().replace("?", "").split())
+    for examples in read.values():
+        assert not words & {examples.name, *(example.label for example in examples)}
+
+
+def test_every_site_of_the_lens_and_what_is_claimed_of_its_words(finished):
+    """At the last layer the end of the block is the model's own distribution."""
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["lens_sites"]) == {"resid_mid", "mlp.out"}
+    curves = [results["lens"], results["lens_top"], *results["lens_sites"].values()]
+    assert all(len(of["reds"]["image"]["mean"]) == 9 for of in curves)
+    assert all(0 < p < 1 for p in results["lens_top"]["reds"]["image"]["mean"])
+    rows = {(row["data"], row["measure"]): row for row in results["sparsity"]}
+    for name in results["domains"]:
+        stored = np.load(finished / f"steps/lens-{name}.npz")
+        mean = stored["sums"][:, -1] / stored["tokens"]
+        row = rows[name, "entropy"]
+        assert row["value"] == pytest.approx((mean[:, 0] - mean[:, 1]).mean(), abs=1e-6)
+        top = rows[name, "most likely word"]
+        assert top["value"] == pytest.approx(results["lens_top"][name]["image"]["mean"][-1])
+        # Four pictures cannot tell.
+        assert row["verdict"] == top["verdict"] == "undecided" and row["p_holm"] >= row["p"]
+
+
+def test_intervals_of_neuron_counts_are_over_groups_of_pictures(finished):
+    stages = json.loads((finished / "results.json").read_text())["stages"]["neurons"]
+    stored = np.load(finished / "steps/resamples-lm.npz")
+    assert stored["per_layer"].shape == (10, 3, 9) and len(stored["domain"]) == 18
+    found = find_resampled(
+        np.array(stages_of_masks(finished)), stored["per_layer"].sum(1), examples=18
+    )
+    assert stages["verdict"] == found.verdict and stages["low"] == list(found.low)
+
+
+def stages_of_masks(finished):
+    """Neurons of all domains by layer, in the file of masks."""
+    return masks.load(finished / "masks.npz").modules["lm.mlp.act"].sum((0, 2))
 
 
 def test_features_of_the_colours_lie_apart(finished):
@@ -175,6 +292,11 @@ def test_features_of_the_colours_lie_apart(finished):
     "fields, says",
     [
         ({"selector": "lape"}, "config.selector: 'lape' is not one of entropy, auroc"),
+        ({"prompts": "plain"}, "config.prompts: 'plain' is not one of neutral, released"),
+        ({"compat": "official"}, "follows the released code: set prompts='released', scope='all'"),
+        ({"ablate": "tested", "selector": "auroc"}, "config.ablate='tested' ablates the neurons"),
+        ({"lens_sites": ("mlp",)}, "config.lens_sites: 'mlp' is not one of resid_mid, attn_out"),
+        ({"ablate": "some"}, "config.ablate: 'some' is not one of selected, tested"),
         ({"scope": "pad"}, "config.scope: 'pad' is not one of all, image, text"),
         ({"measure": "words"}, "config.measure: 'words' is not one of options, answers"),
         (
@@ -203,7 +325,7 @@ def refuse(config_of, checkpoint, folders, tmp_path):
     def run(says: str, **fields):
         given = {"model": str(checkpoint), "paths": tuple(map(str, folders))} | fields
         with pytest.raises(cli.EXPECTED, match=re.escape(says)):
-            domain_neurons.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
+            study_.run(config_of(QUICK, **given), store.Workdir(tmp_path, {}))
 
     return run
 

@@ -90,8 +90,8 @@ def test_accuracy_within_ten_points(interval, questions, says):
 @pytest.mark.parametrize(
     ("stages", "says"),
     [
-        ({"verdict": "three stages as claimed (flat, falling, rising)"}, "holds"),
-        ({"verdict": "three segments, not the claimed stages (flat, rising, falling)"}, "fails"),
+        ({"verdict": "three stages as claimed (flat, falling, rising)", "claimed": True}, "holds"),
+        ({"verdict": "three segments, not the claimed stages", "claimed": False}, "fails"),
         ({"boundaries": None, "verdict": "undecided: two segments fit"}, "undecided"),
     ],
 )

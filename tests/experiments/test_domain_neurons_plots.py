@@ -77,13 +77,16 @@ def curve(start, stop, layers=12):
 
 def test_entropy_curves_with_decided_and_undecided_stages():
     curves = {"cats": {"image": curve(9, 5), "text": curve(8, 2)}, "dogs": {"image": curve(9, 4)}}
-    decided = {"boundaries": [4, 8], "low": [3, 7], "high": [5, 9]}
+    decided = {"boundaries": [4, 8], "low": [3, 7], "high": [5, 9], "claimed": True}
     undecided = {"boundaries": None, "low": [3, 3], "high": [9, 9]}
     too_short = {"boundaries": None, "low": None, "high": None}
     shown = texts(stage_plots.entropy_curves(curves, {"cats": decided, "dogs": too_short}, decided))
     assert {"image tokens", "text tokens", "alignment", "processing", "dogs: undecided"} <= set(
         shown
     )
+    others = decided | {"claimed": False}  # boundaries of other segments
+    shown = texts(stage_plots.entropy_curves(curves, {"cats": decided, "dogs": others}, others))
+    assert "alignment" not in shown and "stages undecided" not in shown
     shown = texts(
         stage_plots.entropy_curves(curves, {"cats": undecided, "dogs": decided}, undecided)
     )

@@ -53,7 +53,7 @@ def test_every_link_leads_to_a_file(written):
     assert links and all((folder / link).is_file() for link in links)
     made = {name for name in contents(folder) if not name.startswith("figures/picture")}
     assert made == links | {"index.html"}
-    assert reader.tags.count("section") == 12
+    assert reader.tags.count("section") == 15
 
 
 def test_figures_are_png_of_a_legible_size(written):
@@ -79,9 +79,9 @@ def test_tables_hold_the_numbers_exactly(written):
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
     assert {path.name for path in (folder / "tables").iterdir()} == {
         "ablation.csv", "accuracy.csv", "claims.csv", "controls.csv", "deviation.csv",
-        "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "neurons_per_layer.csv",
-        "overlap.csv", "power.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
-        "stability.csv", "tokens.csv",
+        "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "lens_sites.csv", "lens_top.csv", "neurons_per_layer.csv",
+        "overlap.csv", "power.csv", "released.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
+        "sparsity.csv", "stability.csv", "tokens.csv",
     }  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def without_neurons(results):
 
 def without_stages(results):
     nothing = {"boundaries": None, "low": None, "high": None, "verdict": "undecided: 4 layers",
-               "bends": [], "confirmed": None}  # fmt: skip
+               "bends": [], "confirmed": None, "claimed": False}  # fmt: skip
     results["stages"] |= {"all": nothing, "text": nothing, "neurons": nothing, "agreement": None}
     results["stages"]["by_domain"] = dict.fromkeys(results["domains"], nothing)
 
@@ -218,13 +218,23 @@ def in_parts(results):
 @pytest.mark.parametrize(
     "changes, sections",
     [
-        ((without_controls, without_stages), 11),
-        ((with_one_cell_only, without_neurons), 11),
-        ((without_deviation, without("pictures")), 10),
-        ((without("ablation"), without("baseline"), without("effects"), without("power")), 8),
-        ((without("lens"), without("stability"), without("comparison")), 9),
-        ((of_given_neurons, in_parts, without("controls")), 12),
-        ((without_power,), 12),
+        ((without_controls, without_stages), 14),
+        ((with_one_cell_only, without_neurons), 14),
+        ((without_deviation, without("pictures")), 13),
+        ((without("ablation"), without("baseline"), without("effects"), without("power")), 11),
+        (
+            (
+                without("lens"),
+                without("stability"),
+                without("comparison"),
+                without("released"),
+                without("sparsity"),
+                without("lens_sites"),
+            ),
+            9,
+        ),
+        ((of_given_neurons, in_parts, without("controls")), 15),
+        ((without_power,), 15),
     ],
     ids=[
         "controls, stages",

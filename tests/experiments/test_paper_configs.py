@@ -49,7 +49,7 @@ def test_fields_are_those_of_the_study(family, config_of):
     assert set(own) - set(paper) == {"paths"}
     changed = config_of(f"{CONFIGS[family]}:official")
     assert {field for field in paper if paper[field] != changed[field]} == {
-        "compat", "train_tokens", "groups", "new_tokens",
+        "compat", "prompts", "scope", "train_tokens", "groups", "new_tokens",
     }  # fmt: skip
     with pytest.raises(ValueError, match="small is none of paper, official"):
         config_of(f"{CONFIGS[family]}:small")
@@ -170,6 +170,7 @@ def test_instructblip_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_qwen_to_its_page(study):
     """Pictures keep their shape, within the limit of the config."""
     workdir = study(
@@ -185,6 +186,7 @@ def test_qwen_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gemma_to_its_page(study):
     workdir = study("gemma", "paper", "--config.modules=('lm+vision',)")
     results = json.loads((workdir / "results.json").read_text())
@@ -212,7 +214,9 @@ def test_llava_next_as_released(study):
     for module, shape in results["modules"].items():
         counts, tokens = [], []
         for name in results["domains"]:
-            parts = [np.load(path) for path in (workdir / "steps/counts").glob(f"{name}-*.npz")]
+            parts = [
+                np.load(path) for path in (workdir / "steps/counts/released").glob(f"{name}-*.npz")
+            ]
             counts.append(sum(part[f"{module}/positive"].sum(-1) for part in parts))
             tokens.append(sum(int(part[f"{module}/tokens"].sum()) for part in parts))
         expected, gap = published.select(np.stack(counts), np.array(tokens), top=0.1)

@@ -21,7 +21,9 @@ SMALL = (
     "--config.depth=('Original', 'FT-E2E')",
     "--config.factors.tasks=('reds',)", "--config.neurons.pictures=4",
     "--config.suppress.task=greens", "--config.suppress.classes=('a circle', 'a square')",
-    "--config.suppress.experts=20",
+    "--config.suppress.experts=20", "--config.neurons.train=('reds',)",
+    "--config.neurons.top_rate=0.1", "--config.neurons.filter_rate=0.5",
+    "--config.neurons.bar_rate=0.5",
 )  # fmt: skip
 
 
@@ -73,11 +75,11 @@ def test_every_variant_of_every_task_is_measured(results):
     }
     runs = {row["variant"]: row["runs"] for row in results["answers"]}
     assert runs.pop(projection.CLIP) == 1 and set(runs.values()) == {2}
-    assert len(results["richness"]) == 2 * 3 * 4
+    assert len(results["richness"]) == 2 * 4 * 4
     assert all(row["comparisons"] for row in results["claims"])
     assert len(results["depth"]) == 2 * 2 * 2 * 9
     assert {row["ablated"] for row in results["ablation"] if row["task"] == "reds"} == {
-        "its domain's neurons", "random neurons",
+        "its domain's neurons", "random neurons", "neurons of most changed weights",
     }  # fmt: skip
 
 
@@ -96,6 +98,26 @@ def test_factors_change_one_setting_at_a_time(results):
         if results["losses"][f"reds/{row['recipe']}-0"] == results["losses"]["reds/FT-Proj-0"]
     }
     assert same == {"crop"}  # the pictures are squares
+
+
+@pytest.mark.slow
+def test_neurons_of_changed_weights_and_neurons_that_train_alone(finished, results):
+    assert {(row["task"], row["variant"], row["domain neurons"]) for row in results["changed"]} == {
+        (task, "FT-E2E", when) for task in results["tasks"] for when in ("before", "after")
+    }
+    assert all(0 <= row["jaccard"] <= 1 and row["neurons"] > 0 for row in results["changed"])
+    with np.load(finished / "steps" / "runs" / "reds" / "FT-E2E-0" / "weights.npz") as file:
+        assert file["weights/lm"].shape == (9, 48) and (file["weights/lm"] > 0).mean() > 0.5
+    trained = {row["variant"]: row for row in results["trained"]}
+    assert list(trained) == ["Original", "FT-Neurons", "FT-Random neurons", "FT-E2E"]
+    assert trained["FT-Neurons"]["neurons"] == trained["FT-Random neurons"]["neurons"] > 0
+    losses = [results["losses"][f"reds/{v}-0"] for v in ("FT-Neurons", "FT-Random neurons")]
+    assert len(losses[0]) == 3 and losses[0][0] == losses[1][0] and losses[0] != losses[1]
+    arrays = []
+    for variant in ("Original-0", "FT-Neurons-0"):
+        with np.load(finished / "steps" / "runs" / "reds" / variant / "projected.npz") as file:
+            arrays.append(file["after/test"])
+    np.testing.assert_array_equal(*arrays)  # the projector is frozen
 
 
 @pytest.mark.slow
@@ -152,6 +174,7 @@ def test_errors_come_before_anything_is_read(config_of):
 
     for fields, says in (
         ({"depth": ("FT",)}, "config.depth: 'FT' is not one of Original, FT-Proj, FT-E2E"),
+        ({"neurons.train": ("reds",), "neurons.pictures": 0}, "config.neurons.train: set config.n"),
         ({"seeds": (1, 2)}, "config.factors.seeds: 0 is not one of config.seeds"),
     ):
         with pytest.raises(ValueError, match=says):

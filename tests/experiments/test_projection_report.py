@@ -48,7 +48,7 @@ def test_every_link_leads_to_a_file(folder):
     assert reader.open == []
     links = {link for link in reader.links if not link.startswith("#")}
     assert set(contents(folder)) == links | {"index.html"}
-    assert reader.tags.count("section") == 9
+    assert reader.tags.count("section") == 11
     for path in (folder / "figures").glob("*.png"):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width >= 1000
@@ -91,6 +91,9 @@ def test_sentences_follow_from_the_numbers(folder, results):
     assert f"{held} hold here, 0 fail, and {undecided} are undecided" in text
     assert "not measured: CLIP zero-shot" in text
     assert "config.clip names no CLIP with a text tower" in text
+    assert "There is one seed" not in text and "is not naive" not in text
+    for row in results["claims"]:
+        assert row["criterion"] in text and row["power"] in text
     assert "0.1064 / 0.1255" in text and "0.6991 / 0.7118" in text  # the paper's own
 
 
@@ -113,7 +116,15 @@ def test_written_again_the_bytes_are_the_same(tmp_path, results, folder, monkeyp
 
 @pytest.mark.parametrize(
     "part, sections",
-    [("controls", 9), ("depth", 8), ("factors", 8), ("neurons", 8), ("ablation", 7)],
+    [
+        ("controls", 11),
+        ("depth", 10),
+        ("factors", 10),
+        ("neurons", 10),
+        ("changed", 10),
+        ("trained", 10),
+        ("ablation", 9),
+    ],
 )
 def test_a_study_that_lacks_a_part(tmp_path, undrawn, results, part, sections):
     report.write(tmp_path, {key: value for key, value in results.items() if key != part})
@@ -133,6 +144,15 @@ def test_a_study_of_one_task_one_seed_and_one_probe(tmp_path, undrawn, results):
     report.write(tmp_path, some)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "for both sides" not in text and page.DASH in text
+
+
+def test_one_seed_and_a_projector_that_saw_the_domains_are_told(tmp_path, undrawn, results):
+    report.write(tmp_path, {**results, "seeds": [3], "model": "embedded"})
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "There is one seed (3): the intervals are over pictures alone" in text
+    assert "Original is not naive" in text
+    report.write(tmp_path, {**results, "model": "embedded", "projector": "without_objects.npz"})
+    assert "is not naive" not in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_missing_keys_are_named(tmp_path, results):

@@ -13,7 +13,7 @@ from tests.families.test_families import PICTURES, PROMPTS, continued
 from tests.helpers import families, hf, hooks
 
 torch = hf.torch
-QUICK = ("onevision", "paligemma2", "qwen2.5-vl", "gemma3")
+QUICK = ("paligemma2", "qwen2.5-vl")
 MAKERS = families.ALL | {name: families.VARIANTS[name] for name in ("pixtral", "smolvlm")}
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MAKERS]
 STEPS = 32

@@ -135,6 +135,7 @@ def test_save_hf(family, loaded, batches, tmp_path):
         assert type(theirs_) is type(family.processor)
 
 
+@pytest.mark.slow
 def test_bfloat16(family):
     """As near to float32 as transformers is in bfloat16."""
     model, processor = mj.load(family.directory, dtype=jnp.bfloat16)

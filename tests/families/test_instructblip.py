@@ -21,11 +21,12 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.interventions import edits, tap
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
-from tests.helpers import hf
+from tests.helpers import hf, random_inputs
 
 SITES = (
     "vision.embed", "vision.resid_pre", "vision.attn.pattern", "vision.attn.heads",
-    "vision.attn_out", "vision.mlp.act", "vision.mlp.out", "vision.resid_post", "qformer.mlp.act", "qformer.query_mlp.act", "qformer.resid_post",
+    "vision.attn_out", "vision.mlp.act", "vision.mlp.out", "vision.resid_post",
+    "qformer.attn.pattern", "qformer.mlp.act", "qformer.query_mlp.act", "qformer.resid_post",
     "projector.out", "lm.embed", "lm.resid_pre", "lm.attn.pattern", "lm.attn.heads", "lm.attn_out",
     "lm.resid_mid", "lm.mlp.gate", "lm.mlp.act", "lm.mlp.gated", "lm.mlp.out", "lm.resid_post",
     "lm.norm", "logits",
@@ -100,6 +101,49 @@ def test_every_site(name, pad, make_batch):
     want = hf.tensors(theirs, SITES, **asked)
     assert len(want["qformer.mlp.act"]) == ours.config.qformer.layers
     hf.assert_equal(ours, batch, want)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_where_the_queries_look(name, make_batch):
+    theirs, ours = pair(name)
+    every = ours.config.qformer.look_every
+    batch = told(make_batch(ours.config, images=(2, 1), words=(6, 12)), ours.config)
+    asked = inputs(batch) | {"position_ids": batch.position.astype(int)}
+    want = hf.tensors(theirs, ["qformer.cross.pattern"], **asked)["qformer.cross.pattern"]
+    out = mj.run(ours, batch, None, {
+        "pattern": mj.keep(S.qformer.cross.pattern),
+        "map": mj.attention_map(S.qformer.cross.pattern),
+        "mass": mj.mass(S.qformer.cross.pattern, by=tok.kind),
+        "lm": mj.attention_map(S.lm.attn.pattern),
+    }, logits="none")  # fmt: skip
+    got = np.asarray(out["pattern"])
+    assert len(got) == ours.config.qformer.layers and len(want) == -(-len(got) // every)
+    np.testing.assert_allclose(got[::every], want, rtol=0, atol=1e-5)
+    assert not np.delete(got, np.s_[::every], 0).any()
+    maps, side = out["map"].maps(0), ours.config.vision.grid
+    assert set(maps) == {0, 1} and maps[1].shape == (*got.shape[:1], got.shape[2], side, side)
+    patches = got[:, 1, :, :, 1:].mean(2).reshape(maps[1].shape)  # CLS comes before the patches
+    np.testing.assert_allclose(maps[1], patches, rtol=0, atol=1e-6)
+    assert out["mass"].kinds == ("cls", "image")
+    np.testing.assert_allclose(
+        np.asarray(out["mass"].values)[::every].sum(-1), 1, rtol=0, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="qformer.cross.pattern has their attention on patches"):
+        out["lm"].maps(0)
+
+
+def test_an_edit_of_where_queries_look_counts_only_where_they_do():
+    ours = pair()[1]
+    batch = told(random_inputs.make_batch(TINY, images=(1,), words=(6,)), TINY)
+    clean = mj.run(ours, batch).logits
+    out = mj.run(ours, batch, mj.replace(S.qformer.cross.pattern, 0.5))
+    (receipt,) = out.receipts
+    looks = np.arange(TINY.qformer.layers) % TINY.qformer.look_every == 0
+    np.testing.assert_array_equal(np.asarray(receipt.tokens) > 0, looks)
+    assert np.abs(np.asarray(out.logits) - clean).max() > 1e-3
+    nowhere = mj.run(ours, batch, mj.replace(S.qformer.cross.pattern[1], 0.5))
+    np.testing.assert_allclose(nowhere.logits, clean, atol=1e-6)
+    assert not np.asarray(nowhere.receipts[0].tokens).any()
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])

@@ -169,7 +169,8 @@ def _first_logits(out):
     return out.logits[:, :8]
 
 
-@pytest.mark.parametrize("version", ["3", pytest.param("2.5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3", "2.5"])
 def test_a_sweep_that_shares_is_one_that_does_not(version, checkpoints):
     """Lanes resume among and after the layers of DeepStack, and after a shared prefix."""
     model, processor, _ = checkpoints(version)

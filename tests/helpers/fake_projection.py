@@ -11,7 +11,7 @@ SKILL = {  # of the model, by task: how often each variant is right
     E2E: (0.78, 0.85, 0.62, 0.74),
 }  # fmt: skip
 READ = {BEFORE: 0.86, ORIGINAL: 0.74, PROJ: 0.66, E2E: 0.75}
-PROBES = {"paper": 0.0, "linear": 0.05, "matched": 0.02}
+PROBES = {"paper": 0.0, "linear": 0.05, "matched": 0.02, "unseen": 0.06}
 RECIPES = (
     ("official", "", ""), ("chat", "template", "chat"), ("pad", "aspect", "pad"),
     ("low rate", "rate", "2e-5"), ("random start", "init", "random"),
@@ -55,7 +55,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
 
     results = {
         "format": 2, "study": "projection", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
-        "seeds": [0, 1, 2], "rule": projection.RULE,
+        "projector": "", "seeds": [0, 1, 2], "rule": projection.RULE,
         "tasks": {
             name: {"topic": name, "classes": [f"{name} {c}" for c in range(task.classes)],
                    "train": 240, "test": len(task.truth)}
@@ -71,7 +71,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
             for row in table(task, task.probed[probe])
         ],
         "claims": projection.claims(tasks, **FAST),
-        "controls": projection.claims(tasks, projection.controls(["linear", "matched"]), **FAST),
+        "controls": projection.claims(tasks, projection.controls(["linear", "matched", "unseen"]), **FAST),
     }  # fmt: skip
     x = np.arange(layers) / layers
     shape = {"image": 0.72 + 0.12 * x - 0.2 * x**2, "last": 0.25 + 0.55 / (1 + np.exp(9 - 18 * x))}
@@ -106,6 +106,18 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
                      for m, mask in after.items()}  # fmt: skip
             rows = projection.moved(before, after)
             results["neurons"] += [{"task": name, "variant": v, **row} for row in rows]
+    results["changed"] = [
+        {"task": name, "variant": E2E, "domain neurons": when, "neurons": 90, "jaccard": 0.2,
+         "chance": 0.01}
+        for name in tasks
+        for when in ("before", "after")
+    ]  # fmt: skip
+    digits = tasks["digits"]
+    results["trained"] = [
+        {"task": "digits", "variant": row["variant"], "neurons": None, "f1": row["f1"],
+         "change": row["change"]}
+        for row in table(digits, digits.predicted)
+    ]  # fmt: skip
     results["ablation"] = []
     for name, task in tasks.items():
         for v in (ORIGINAL, E2E):
@@ -126,7 +138,7 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
         lost = (rng.random((1, 60)) < loss) & (two.truth == 0)
         said[off] = np.where(lost, 1, said["nothing"])
     rows = projection.table(two.truth, said, 2, over="nothing", **FAST)
-    none = {"value": 0.0, "low": 0.0, "high": 0.0, "relative": 0.0}
+    none = {"value": 0.0, "low": 0.0, "high": 0.0, "relative": 0.0, "equivalent": True}
     results["ablation"] += [
         {"task": "objects: tulip or rose", "variant": ORIGINAL, "ablated": row["variant"],
          "neurons": 0 if row["variant"] == "nothing" else 2211, "f1": row["f1"],

@@ -70,6 +70,14 @@ def fake_results(
             "overlap": overlap.tolist(),
         }  # fmt: skip
 
+    released = {
+        "own": {"prompts": "neutral", "scope": "image"}, "prompts": "released", "scope": "all",
+        "modules": {
+            module: {**found, "jaccard": rng.uniform(0.2, 0.5, count).tolist(), "chance": [0.01] * count}
+            for module, found in selection.items()
+        },
+    }  # fmt: skip
+
     effect = {"vision": 0.09, "projector": 0.015, "lm": 0.05, "all": 0.14}
     stability = {
         module: {
@@ -77,6 +85,7 @@ def fake_results(
             "halves": [(np.array([0.3, 0.45, 0.6])[i] + rng.uniform(0, 0.2, count)).tolist() for i in range(3)],
             "bootstrap": {key: rng.uniform(0.5, 0.8, count).tolist() for key in ("value", "low", "high")},
             "stable": found["k"] // 3, "lowest_entropy": 0.41, "shuffled_entropy": 1.32, "beyond_chance": found["k"] // 2,
+            "beyond_chance_per_domain": dict.fromkeys(domains, found["k"] // 9),
             "level": 0.05,
         }
         for module, found in selection.items()
@@ -97,7 +106,7 @@ def fake_results(
         },
         "settings": [
             {"field": field, "value": value, "jaccard": dict.fromkeys(MODULES, share), "selected": dict.fromkeys(MODULES, 90)}
-            for field, value, share in (("scope", "image", 0.7), ("scope", "text", 0.2), ("assign", "single", 0.8))
+            for field, value, share in (("prompts", "released", 0.7), ("scope", "text", 0.2), ("assign", "single", 0.8))
         ],
     }  # fmt: skip
 
@@ -124,8 +133,12 @@ def fake_results(
                         "p": 0.001 if difference < -0.06 else 0.4,
                         "deviation": {
                             kind: {
-                                "relative_l2": float(moved * k * rng.uniform(0.7, 1.3)),
-                                "cosine": float(moved**2 * k / 2 * rng.uniform(0.7, 1.3)),
+                                f"{measure}{end}": size * scale
+                                for measure, size in (
+                                    ("relative_l2", float(moved * k * rng.uniform(0.7, 1.3))),
+                                    ("cosine", float(moved**2 * k / 2 * rng.uniform(0.7, 1.3))),
+                                )
+                                for end, scale in (("", 1.0), ("_low", 0.9), ("_high", 1.1))
                             }
                             for kind, k in {"image": 2.0, "text": 1.2, "last": 0.8}.items()
                         },
@@ -187,6 +200,7 @@ def fake_results(
             "verdict": "three stages as claimed (flat, falling, rising)",
             "bends": [6, 23],
             "confirmed": [True, True],
+            "claimed": True,
         }
         for i, (domain, (a, b)) in enumerate(
             zip(domains, rng.integers(-1, 2, (count, 2)), strict=True)
@@ -195,7 +209,7 @@ def fake_results(
     by_domain[domains[-1]] = {
         "boundaries": None, "low": [4, 14], "high": [12, 26],
         "verdict": "undecided: the boundaries run into each other (up to 15, from 14)",
-        "bends": [], "confirmed": None,
+        "bends": [], "confirmed": None, "claimed": False,
     }  # fmt: skip
     stages = {
         "rule": "least-squares fit of three free straight segments to the mean entropy",
@@ -203,7 +217,7 @@ def fake_results(
         "all": {
             "boundaries": [7, 22], "low": [6, 21], "high": [8, 24],
             "verdict": "three stages as claimed (flat, falling, rising)",
-            "bends": [23], "confirmed": [False, True],
+            "bends": [23], "confirmed": [False, True], "claimed": True,
         },
         "agreement": [False, True],
     }  # fmt: skip
@@ -241,12 +255,19 @@ def fake_results(
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
         "selection": selection, "selector": "entropy",
-        "stability": stability, "comparison": comparison, "controls": controls, "effects": effects, "power": power,
+        "stability": stability, "comparison": comparison, "released": released, "controls": controls, "effects": effects, "ablated": "selected", "power": power,
         "baseline": {
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "lens": lens, "stages": stages, "features": features,
+        "ablation": ablation, "lens": lens, "lens_top": lens, "lens_sites": {"attn_out": lens},
+        "sparsity": [
+            {"data": data, "measure": measure, "n": 32, "bound": bound, "claimed": sign, "value": 0.3,
+             "low": 0.2, "high": 0.38, "p": 0.001, "p_holm": 0.005, "verdict": "holds"}
+            for data in domains
+            for measure, bound, sign in (("entropy", 0.0, 1), ("most likely word", 0.4, -1))
+        ],
+        "stages": stages, "features": features,
         "pictures": pictures,
     }  # fmt: skip
     return results | {"claims": claims.judge(results)}

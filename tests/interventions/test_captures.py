@@ -225,7 +225,7 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
         (lambda: mj.lens(S.lm.norm), ValueError, "lm.norm is already normalised"),
         (lambda: mj.lens(S.lm.resid_post, k=97), ValueError,
          "lens k=97 of lm.resid_post: the vocabulary has 96 words"),
-        (lambda: mj.lens(S.lm.resid_post, k=0), ValueError, "k=0: a lens names one word or more"),
+        (lambda: mj.lens(S.lm.resid_post, k=0), ValueError, "lens k=0 is not a whole number from 1"),
         (lambda: mj.stats(S.lm.attn.mask), ValueError,
          r"stats does not read lm.attn.mask, which is \[B N T S\]; mass reads"),
         (lambda: mj.mean(S.lm.attn.mask), ValueError, "mean does not read lm.attn.mask"),
@@ -240,6 +240,10 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
          "selects no key of this batch .see on="),
         (lambda: mj.stats(S.lm.mlp.act, by="imgae"), ValueError,
          "by=imgae: kinds of lm tokens are system, question, image"),
+        *((lambda by=by: mj.stats(S.lm.mlp.act, by=by), ValueError, "by is of type .*, expected tok")
+          for by in (3, tok.image, [tok.image])),
+        *((lambda edges=edges: mj.histogram(S.lm.mlp.act, edges=edges), ValueError,
+           "the edges of bins are numbers that increase") for edges in ("abc", [1j, 2j], {}, 5)),
         (lambda: mj.stats(S.lm.mlp.act, by=("cls",)), ValueError, "by=cls: kinds of lm tokens are"),
     ],
 )  # fmt: skip

@@ -329,10 +329,32 @@ def test_values_without_one_reading_are_refused(layers, site, given, message):
         (lambda: mj.patch(RESID, 0, True), "numbers of rows, source and into, not bool"),
         (lambda: mj.call(RESID, lambda x: None), "the call lm.resid_.* returned NoneType: return"),
         (lambda: mj.call(RESID, lambda x: x * 1j), "returned complex64: return an array of real"),
+        (lambda: mj.call(RESID, lambda x: x.sum()), r"returned \(\) for an x of \(8, 15, 32\)"),
+        (
+            lambda: mj.call(RESID, lambda x: x[:1]),
+            r"returned \(1, 15, 32\) for an x of \(8, 15, 32",
+        ),
+        (lambda: mj.call(RESID, "relu"), "fn is of type str, expected a function of jax.numpy"),
+        (lambda: mj.patch(RESID, 2**32, 2), "reads row 2147483647 and writes row 2: the batch has"),
+        (lambda: mj.patch(RESID, 0, 2**32 + 2), "writes row 2147483647: the batch has"),
+        (lambda: mj.ablate(S.lm.resid_post[2**32]), "layer 2147483647 is out of range"),
+        (lambda: mj.ablate(S.lm.mlp.act[1, [-(2**32) + 3]]), "unit -2147483648 is out of range"),
+        (lambda: mj.ablate(S.lm.mlp.act[2**32 :]), "selects no layer or unit"),
+        (
+            lambda: mj.add(RESID, np.float64(V) * 1e300),
+            "a value of .*e.300 is infinite in the site's dtype fl",
+        ),
+        (
+            lambda: mj.scale(RESID, -1e39),
+            "a value of 1e.39 is infinite in the site's dtype float32",
+        ),
+        (lambda: mj.per_step(mj.ablate(RESID), [None]), "strengths that are real numbers, not obj"),
+        (lambda: mj.per_step(mj.ablate(RESID), ["1"]), "strengths that are real numbers, not <U1"),
+        (lambda: mj.per_step([mj.ablate(RESID)], [1.0]), "edits is of type list, expected edits"),
     ],
 )
 def test_what_is_no_real_number_is_refused(make, message, model, batch):
-    """Each was cast: the imaginary part was lost, None was NaN, and row 0.9 was row 0."""
+    """Each was cast or repeated: None was NaN, rows 0.9 and 2**32 were row 0, 1e300 infinite."""
     with pytest.raises(ValueError, match=message):
         mj.run(model, batch, make())
 
@@ -686,6 +708,8 @@ def test_a_basis_is_made_orthonormal_in_float32():
          r"\[L B T D\] = \[3, 8, 15, 32\]"),
         (lambda: mj.scale(S.lm.mlp.act[1, [3, 5]], np.ones(3)), r"shape \(3,\) does not fit"),
         (lambda: mj.add(S.lm.resid_post[1:3], np.ones((2, 32))), r"shape \(2, 32\) does not fit"),
+        (lambda: mj.add(S.lm.mlp.act[1, [3, 5, 3]], [1.0, 2.0, 4.0]), "unit 3 is listed twice, with"),
+        (lambda: mj.scale(S.lm.mlp.act[1, [3, -45]], [1.0, 2.0]), "lm.mlp.act: unit 3 is listed tw"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((31, 2))),
          r"lm.resid_post: the basis is \(31, 2\), expected \[32, directions\]"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((32, 2))),

@@ -98,6 +98,19 @@ def test_a_string_is_the_edit_it_says(text, edits, root):
                 "c": mj.mean(S.logits),
             },
         ),
+        (
+            "a=mass lm.attn.pattern by=tile where=last heads=mean; b=attention lm.attn.pattern; "
+            "c=attention_map lm.attn.pattern to=answer on=tile(0) heads=mean;"
+            "d=rollout vision.attn.pattern[-1] to=cls",
+            {
+                "a": mj.mass(S.lm.attn.pattern, by=tok.tile, where=tok.last, heads="mean"),
+                "b": mj.attention(S.lm.attn.pattern),
+                "c": mj.attention_map(
+                    S.lm.attn.pattern, to=tok.answer, on=tok.tile(0), heads="mean"
+                ),
+                "d": mj.rollout(S.vision.attn.pattern[-1], to=tok.cls),
+            },
+        ),
     ],
 )
 def test_a_string_is_the_captures_it_says(text, captures, root):
@@ -138,6 +151,7 @@ TAKES = {  # what each option of each kind may be
     "where": WHERES, "to": WHERES, "on": WHERES, "basis": BASES, "steps": {"0,0.5,1,2": GATES},
     "source": {"0": 0, "1+3": [1, 3]}, "into": {"2": 2, "0+2": [0, 2]}, "by": KINDS_,
     "k": {"1": 1, "7": 7}, "edges": {"-1,0,0.5": [-1, 0, 0.5]},
+    "heads": {"each": "each", "mean": "mean"},
 }  # fmt: skip
 NEEDED = {"source", "into"}
 
@@ -147,7 +161,7 @@ def addresses(draw, kind):
     """(string, address) of a site that the kind can be of."""
     if kind == "knockout":
         text, site = "lm.attn", S.lm.attn
-    elif kind in ("mass", "attention"):
+    elif kind in ("mass", "attention", "attention_map", "rollout"):
         text, site = "lm.attn.pattern", S.lm.attn.pattern
     else:
         able = [s for s in S.TABLE if "S" not in s.axes]
@@ -250,7 +264,7 @@ def test_whatever_dtype_an_array_has_it_comes_back():
 def test_text_expresses_every_kind_and_form_that_users_have():
     made = {name: kind.build for name, kind in edits_lib.KINDS.items()}
     read = {name: form.build for name, form in forms.FORMS.items() if form.build}
-    assert set(grammar.EDITS) == set(made) - {"call"}
+    assert set(grammar.EDITS) == set(made) - {"call", "splice"}
     assert set(grammar.CAPTURES) == set(read)
     for name, words in (grammar.EDITS | grammar.CAPTURES).items():
         parameters = list(inspect.signature((made | read)[name]).parameters.values())[1:]
@@ -281,6 +295,9 @@ def test_text_expresses_every_kind_and_form_that_users_have():
         ("a=stats lm.attn.mask", "stats does not read lm.attn.mask"),
         ("a=mass lm.mlp.act on=image", "mass does not read lm.mlp.act"),
         ("a=mass lm.attn.pattern", "mass needs the option on="),
+        ("a=stats lm.mlp.act by=tile", "by=tile: kinds of lm tokens are"),
+        ("a=attention lm.attn.pattern heads=some", 'heads="some" is neither each nor mean'),
+        ("a=rollout qformer.cross.pattern", "read it by attention_map"),
     ],
 )
 def test_captures_that_are_not_understood_are_said(text, says, root):

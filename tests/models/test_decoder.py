@@ -14,7 +14,8 @@ from tests.helpers import hf
 
 SITES = (
     "lm.resid_pre", "lm.attn.pattern", "lm.attn.heads", "lm.attn_out", "lm.resid_mid",
-    "lm.mlp.gate", "lm.mlp.act", "lm.mlp.gated", "lm.mlp.out", "lm.resid_post", "lm.norm", "logits",
+    "lm.mlp.input", "lm.mlp.gate", "lm.mlp.act", "lm.mlp.gated", "lm.mlp.out", "lm.resid_post",
+    "lm.norm", "logits",
 )  # fmt: skip
 
 CONFIGS = {

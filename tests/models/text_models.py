@@ -203,6 +203,7 @@ _PATHS = {
     "lm.attn.heads": ("self_attn.o_proj", "input"),
     "lm.attn_out": ("self_attn", "output"),
     "lm.resid_mid": ("post_attention_layernorm", "input"),
+    "lm.mlp.input": ("mlp", "input"),
     "lm.mlp.gate": ("mlp.gate_proj", "output"),
     "lm.mlp.act": ("mlp.act_fn", "output"),
     "lm.mlp.gated": ("mlp.down_proj", "input"),

@@ -174,15 +174,15 @@ def test_samples_are_by_their_key_and_have_the_models_probabilities(tiny_model, 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"temperature": -0.5}, "temperature=-0.5 is below 0"),
-        ({"temperature": float("nan")}, "temperature=nan is below 0 or not finite"),
-        ({"temperature": float("inf")}, "temperature=inf is below 0 or not finite"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 is below 1"),
+        ({"temperature": -0.5}, "temperature=-0.5 is not a finite number from 0"),
+        ({"temperature": float("nan")}, "temperature=nan is not a finite number from 0"),
+        ({"temperature": float("inf")}, "temperature=inf is not a finite number from 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is not a whole number from 1"),
         (
             {"edits": mj.add(S.lm.attn.pattern, np.ones((4, 15, 15)))},
             "add lm.attn.pattern: a value with the axis S gives one number for each key of the prompt",
         ),
-        ({"temperature": 1.0}, r"sampling needs key=jax.random.key\(seed\)"),
+        ({"temperature": 1.0}, r"sampling needs one key: key=jax.random.key\(seed\)"),
     ],
 )
 def test_errors(how, message, tiny_model, make_batch):

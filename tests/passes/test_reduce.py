@@ -87,6 +87,16 @@ def test_killed_and_restarted_it_ends_with_the_same_bytes(
     assert len(passes) == 10  # nothing is run for what is done
 
 
+def test_names_of_captures_may_hold_slashes(total):
+    named = {"a": total[next(iter(total))]} | {f"a/{name}": value for name, value in total.items()}
+    again = reduce_._unflatten(reduce_._flatten(named))
+    assert again.keys() == named.keys()
+    for name, value in named.items():
+        assert type(again[name]) is type(value)
+        for field in vars(value):
+            np.testing.assert_array_equal(getattr(again[name], field), getattr(value, field))
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """The batches that passes are run over."""

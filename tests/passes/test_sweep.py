@@ -294,11 +294,10 @@ def test_lanes_are_by_the_memory_of_the_device(tiny_model, monkeypatch):
         type(jax.devices()[0]), "memory_stats", lambda _: {"bytes_limit": 80 * weights}
     )
     assert sweep.lane_budget(tiny_model) == 79 * weights // 8
-    shapes = {"lm.mlp.act": types.SimpleNamespace(shape=(4, weights), dtype=np.float32)}
     clean = clean_pass.CleanPass(
         types.SimpleNamespace(ids=np.zeros((1, 32))), np.zeros(64, int), None, np.zeros(64, int)
     )
-    lanes = [sweep._chunk_size(clean, shapes, 1, n * 16 * weights) for n in (0, 1, 9, 100)]
+    lanes = [sweep._chunk_size(clean, 16, 1, 16 * n) for n in (0, 1, 9, 100)]
     assert lanes == [1, 1, 8, 64]
 
 

@@ -419,6 +419,12 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
         (lambda p: p(None, ["a"], features=np.ones((1, 16))), ValueError, "must be .rows, 16, width"),
         (lambda p: p(None, ["a"], features=np.ones((2, 16, 32))), ValueError,
          "features of 2 pictures for 1 rows"),
+        *((lambda p, rows=rows: p(None, ["a"], rows=rows), ValueError, "rows=.* is not a whole number")
+          for rows in (0, -1, 2.5, "3", True)),
+        *((lambda p, n=n: p(None, ["a"], length=n), ValueError, "length=.* is not a whole number")
+          for n in (0, -1, 64.0, "64")),
+        (lambda p: p(None, ["a", "b"], rows=1), ValueError, "rows=1 for 2 prompts: a batch has a row"),
+        (lambda p: p.pack(None, []), ValueError, "rows=0 for 0 prompts"),
         (lambda p: p.pack(None, [[("<image> a", "b")]], features=np.ones((1, 16, 32))), ValueError,
          "the packed question '<image> a' names its picture again"),
     ],

@@ -87,3 +87,15 @@ def test_a_batch_without_an_answer_token_is_refused(model, processor, features):
             fit.fit(model, [empty, batch], fit.Recipe(rate=0.1), label="tune")
         with pytest.raises(ValueError, match=says):
             fit.evaluate(model, [empty])
+
+
+def test_batches_that_do_not_fit_are_refused(model, processor, features):
+    def make(rows, **pictures):
+        return processor(None, ["what is shown ?"] * rows, answers=["a cat"] * rows, **pictures)
+
+    one, two = (make(rows, features=features[:rows]) for rows in (1, 2))
+    with pytest.raises(ValueError, match="tune: step 0: its batches differ in shape: give the pr"):
+        fit.fit(model, [one, two], fit.Recipe(accumulate=2), label="tune")
+    # Of one picture the wrong one was the right one.
+    with pytest.raises(ValueError, match="test: batch 0 has no vision features of several pict"):
+        fit.evaluate(model, [one], label="test")

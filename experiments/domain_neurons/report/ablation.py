@@ -56,6 +56,9 @@ def accuracy(folder: pathlib.Path, results: Results) -> page.Section | None:
     )  # fmt: skip
 
 
+ABLATED = {"selected": "all selected ones", "tested": "those beyond chance"}
+
+
 class Changes(NamedTuple):
     """The changes of accuracy by the ablation of one module, [mask, data].
 
@@ -107,7 +110,8 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
             parts.write_png(folder, "ablation", figure, "Accuracy change by mask, data and module")
         ],
         table=page.Table(columns, rows),
-        note="Rows: the domain whose neurons are set to zero, at every token and every step. "
+        note=f"Rows: the domain whose neurons ({ABLATED[results['ablated']]}) are set to zero, at "
+        "every token and every step. "
         "Columns: the domain tested. Controls match in number, layer and module, rate-matched ones "
         "also in how often and how strongly they are active. Beyond chance: p below "
         f"{power.LEVEL} by flipping signs of paired differences, corrected (Holm) for the cells of "
@@ -250,19 +254,20 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         ],
         table=page.Table(["module", "tokens", *heads], rows),
         note="Each domain tested on its own data; means over tokens and, for controls, over draws. "
-        "The scale is logarithmic.",
+        "The scale is logarithmic. The table file has 95 % bootstrap intervals over questions.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
 
 
 def _deviation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     columns = ["module", "mask", "data", "control", "draw"]
+    values = [f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")]
     rows = [
-        [*(run[c] for c in columns), kind, *(moved[measure] for measure in MEASURES)]
+        [*(run[c] for c in columns), kind, *(moved[value] for value in values)]
         for run in runs
         for kind, moved in run["deviation"].items()
     ]
-    return parts.write_csv(folder, "deviation", [*columns, "kind", *MEASURES], rows)
+    return parts.write_csv(folder, "deviation", [*columns, "kind", *values], rows)
 
 
 def _mean_deviations(runs: Iterable[Mapping[str, Any]]) -> Deviations:

@@ -48,7 +48,7 @@ def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"boundaries: {stages['rule']}. A second rule, the two layers at which the slope "
         "changes most, confirms a boundary (✓) if one lies in its interval or in a layer next to "
         "it. The curve of the number of neurons is that of the language model; its intervals are "
-        "over domains, of which it needs five.",
+        "over groups of pictures, which are resampled and selected by again.",
         data=[_lens_csv(folder, lens), _stages_csv(folder, by_curve)],
     )
 

@@ -12,13 +12,16 @@ from experiments.domain_neurons.report import (
     plots,
     robustness,
     selection,
+    sparsity,
+    words,
 )
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Report, Results
 
 KEYS = (
-    "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "baseline",
-    "ablation", "controls", "effects", "power", "lens", "stages", "features", "pictures", "claims",
+    "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "released",
+    "ablated", "baseline", "ablation", "controls", "effects", "power", "lens", "lens_top",
+    "lens_sites", "sparsity", "stages", "features", "pictures", "claims",
 )  # fmt: skip
 
 
@@ -88,8 +91,9 @@ REPORT = Report(
     overview=_overview,
     sections=(
         claims.claims, ablation.accuracy, selection.neurons, selection.overlap,
-        robustness.stability, robustness.comparison, ablation.changes, effects.effects,
-        ablation.deviation, layers.lens, layers.features, layers.pictures,
+        robustness.stability, words.released, robustness.comparison, ablation.changes,
+        effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
+        sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write = REPORT.write

@@ -17,8 +17,8 @@ SELECTORS = {
     "attribution": "attribution", "random": "random",
 }  # fmt: skip
 FIELDS = {
-    "scope": "tokens counted", "thresholds": "thresholds by", "assign": "domains of a neuron",
-    "compat": "procedure",
+    "prompts": "prompts", "scope": "tokens counted", "thresholds": "thresholds by",
+    "assign": "domains of a neuron", "compat": "procedure",
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def _stability_row(module: str, test: Mapping[str, Any], selected: int) -> list[
         f"{test['stable']:,}",
         _format_nats(test["lowest_entropy"]),
         _format_nats(test["shuffled_entropy"]),
-        page.DASH if beyond is None else f"{beyond:,} of {selected:,}",
+        page.DASH if beyond is None else f"{beyond:,} of {selected:,}{_share(beyond, selected)}",
     ]
 
 
@@ -88,6 +88,11 @@ def _read_stability(
         f"give in {parts.percent(1 - level)} of all shuffles; a rate of the best one percent "
         "always selects that many."
     )
+
+
+def _share(beyond: int, selected: int) -> str:
+    """Return the share of selected neurons that are beyond chance, in brackets."""
+    return f" ({parts.percent(beyond / selected)})" if selected else ""
 
 
 def _stability_csv(

@@ -64,7 +64,10 @@ STAGE_NAMES = ("alignment", "processing", "token selection")
 
 
 def draw_stages(ax: Axes, stage: Mapping[str, Any]) -> None:
-    """Draw the boundaries of stages with their intervals, and write the names of the stages."""
+    """Draw the boundaries of stages with their intervals.
+
+    Segments have the names of the stages only where they have the claimed pattern.
+    """
     if stage["boundaries"] is None:
         ax.text(
             0.02, 0.98, "stages undecided", transform=ax.transAxes, ha="left", va="top",
@@ -75,6 +78,8 @@ def draw_stages(ax: Axes, stage: Mapping[str, Any]) -> None:
     for boundary, low, high in zip(stage["boundaries"], stage["low"], stage["high"], strict=True):
         ax.axvspan(low - 0.5, high - 0.5, color=style.INK, alpha=0.07, linewidth=0)
         ax.axvline(boundary - 0.5, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)))
+    if not stage["claimed"]:
+        return
     edges = [0, *(b - 0.5 for b in stage["boundaries"]), last]
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
         is_narrow = name == STAGE_NAMES[1] and right - left < last / 4  # write it one line lower

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ
+from mllm_jax.analysis.scores import MARGIN
 from mllm_jax.report import page, style
 
 FIXED = {
@@ -14,7 +15,11 @@ FIXED = {
 }  # fmt: skip
 Row = Mapping[str, Any]  # of a list of results.json
 VALUE = ("mean", "deviation", "low", "high")
-CHANGE = ("value", "low", "high", "relative")
+CHANGE = ("value", "low", "high", "relative", "equivalent")
+MARKS = (
+    f"* marks changes whose interval excludes zero, ≈ those shown to be within {MARGIN:g} of none "
+    "(two one-sided tests)."
+)
 
 
 def group(rows: Iterable[Row], outer: str, inner: str) -> dict[str, dict[str, Row]]:
@@ -40,12 +45,32 @@ def value(value: Row) -> str:
     return f"{value['mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
+def interval(value: Row) -> str:
+    """Return the interval of a mean as text."""
+    return f"[{value['low']:.2f}, {value['high']:.2f}]"
+
+
 def relative(change: Row | None) -> str:
-    """Return the relative size of a change in brackets; * where its interval excludes zero."""
+    """Return the relative size of a change in brackets, with its mark, see MARKS."""
     if change is None or change["relative"] is None:
         return ""
-    star = "*" if change["low"] > 0 or change["high"] < 0 else ""
-    return f" ({100 * change['relative']:+.0f} %{star})".replace("-", page.MINUS)
+    return f" ({100 * change['relative']:+.0f} %{_mark(change)})".replace("-", page.MINUS)
+
+
+def _mark(change: Row) -> str:
+    if change["low"] > 0 or change["high"] < 0:
+        return "*"
+    return "≈" if change["equivalent"] else ""
+
+
+def one_seed(results: Mapping[str, Any]) -> str:
+    """Return the sentence on a study of one seed; none where there are more."""
+    if len(results["seeds"]) > 1:
+        return ""
+    return (
+        f"There is one seed ({results['seeds'][0]}): the intervals are over pictures alone, and "
+        "do not tell how much another fine-tuning would differ. "
+    )
 
 
 def percent(share: float) -> str:

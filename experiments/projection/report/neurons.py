@@ -62,7 +62,8 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
             ],
         ),
         note="Shares are of the domain's neurons in all modules: where they differ, neurons moved "
-        "from module to module.",
+        "from module to module. After one fine-tuning of each kind, with seed "
+        f"{results['seeds'][0]}.",
         data=[
             parts.write_csv(
                 folder, "neurons", columns, [[row[c] for c in columns] for row in rows]
@@ -99,7 +100,8 @@ def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:
                 for row in rows
             ],
         ),
-        note="Intervals are paired by picture; * marks those that exclude zero.",
+        note=f"Intervals are paired by picture. {cells.MARKS} The models are those of seed "
+        f"{results['seeds'][0]} alone.",
         data=[_ablation_csv(folder, "ablation", rows)],
     )  # fmt: skip
 

@@ -2,11 +2,12 @@
 
 The keys of results.json follow. A *value* is {"mean", "low", "high"}, a mean over runs with its
 95 % interval, and has "deviation" where it is of several runs; a *change* is {"value", "low",
-"high", "relative"}. Both are as `analysis.projection` makes them. Keys in brackets may be empty or
-absent.
+"high", "relative", "equivalent"}. Both are as `analysis.projection` makes them. Keys in brackets
+may be empty or absent.
 
     format             the version of these keys
     model, seeds       the model's name; the seeds of its runs
+    projector          the projector's file; "" for the model's own
     tasks              {task: {"topic", "classes": [names], "train", "test": numbers of pictures}}
     answers            Table 1: rows of `projection.table` over Original, each with its "task"
     richness           Tables 2 and 3: such rows, each with its "task" and "probe" ("paper",
@@ -19,6 +20,10 @@ absent.
     [factors]          {"task", "recipe", "factor", "setting", "f1": value, "change": change over
                        the first recipe or None, "probe": value of the paper's probe or None}
     [neurons]          rows of `projection.moved`, each with its "task" and "variant"
+    [changed]          {"task", "variant", "domain neurons" (before or after), "neurons", "jaccard",
+                       "chance"}: those of most changed weights and the domain's
+    [trained]          {"task", "variant", "neurons", "f1": value, "change": change over Original}:
+                       fine-tuning of selected neurons alone
     [ablation]         {"task", "variant", "ablated" (whose neurons), "neurons", "f1": value,
                        "change": change against no ablation}; suppression of one of two classes
                        has "recall" as well: {class: share of its pictures given its name}
@@ -31,13 +36,13 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.projection.report import cells, neurons, plots, scores
+from experiments.projection.report import cells, neurons, plots, scores, training
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PAPER, PROJ
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Report, Results
 
-KEYS = ("model", "seeds", "tasks", "answers", "richness", "claims", "rule")
+KEYS = ("model", "projector", "seeds", "tasks", "answers", "richness", "claims", "rule")
 
 
 def _lead(results: Results) -> str:
@@ -90,7 +95,10 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure:
 
 def _claims(folder: pathlib.Path, results: Results) -> page.Section:
     claims = [*results["claims"], *results.get("controls", ())]
-    columns = ("task", "of", "variant", "over", "value", "low", "high", "side")
+    columns = (
+        "task", "of", "variant", "over", "value", "low", "high", "side", "equivalent", "possible",
+        "likely",
+    )  # fmt: skip
     lines = [
         (row["claim"], row["verdict"], *(comparison[c] for c in columns))
         for row in claims
@@ -104,25 +112,48 @@ def _claims(folder: pathlib.Path, results: Results) -> page.Section:
     )
     return page.Section(
         title="The claims",
-        reading=f"{parts.count_verdicts(results['claims'])}{without}",
+        reading=f"{parts.count_verdicts(results['claims'])}{without} {cells.one_seed(results)}"
+        f"{_naive(results)}",
         table=page.Table(
-            ("verdict", "claim, on macro-F1", "comparisons", "in the paper"),
+            (
+                "verdict", "claim, on macro-F1", "comparisons", "found",
+                "what could have been found", "in the paper",
+            ),
             [
                 (
-                    parts.VERDICTS[row["verdict"]],
-                    row["claim"],
-                    row["reason"],
-                    row["paper"] or page.DASH,
+                    parts.VERDICTS[row["verdict"]], row["claim"], row["reason"], row["found"],
+                    row["power"], row["paper"] or page.DASH,
                 )
                 for row in claims
             ],
         ),
-        note=f"{results['rule']} The first {len(results['claims'])} are the paper's; the others "
-        "repeat them with probes that are the same on both sides of the projection."
-        if len(claims) > len(results["claims"])
-        else results["rule"],
+        note=_claims_note(results, more=len(claims) > len(results["claims"])),
         data=[parts.write_csv(folder, "claims", ("claim", "verdict", *columns), lines)],
+    )  # fmt: skip
+
+
+def _naive(results: Results) -> str:
+    """Return the sentence on what Original has seen; none where its projector is another."""
+    if results["model"] != "embedded" or results["projector"]:
+        return ""
+    return (
+        f"{ORIGINAL} is not naive: the projector that ships was trained on pictures of these very "
+        "domains (not on the test pictures), so that less is left to fine-tuning than in the "
+        "paper. config.projector takes one that was trained without a domain."
     )
+
+
+def _claims_note(results: Results, more: bool) -> str:
+    criteria = " ".join(
+        f"{number}: {row['criterion']}." for number, row in enumerate(results["claims"], 1)
+    )
+    others = (
+        f" The first {len(results['claims'])} are the paper's; the others repeat them with probes "
+        "that are the same on both sides of the projection."
+        if more
+        else ""
+    )
+    return f"{results['rule']} Criteria. {criteria}{others}"
 
 
 def _paper(folder: pathlib.Path, results: Results) -> page.Section:
@@ -151,7 +182,7 @@ REPORT = Report(
     overview=_overview,
     sections=(
         _claims, scores.answers, scores.richness, scores.depth, scores.factors, neurons.neurons,
-        neurons.ablation, neurons.suppression, _paper,
+        training.changed, neurons.ablation, training.trained, neurons.suppression, _paper,
     ),
 )  # fmt: skip
 write = REPORT.write

@@ -41,7 +41,8 @@ def answers(folder: pathlib.Path, results: Results) -> page.Section:
             ],
         ),
         note="± is the standard deviation of the runs. Intervals are 95 % bootstraps over test "
-        "pictures and runs; the dashed line is the model as it was. Table 1 of the paper.",
+        f"pictures and runs; the dashed line is the model as it was. {cells.MARKS} "
+        f"{cells.one_seed(results)}Table 1 of the paper.",
         data=[_rows_csv(folder, "answers", ("task",), rows)],
     )  # fmt: skip
 
@@ -82,8 +83,11 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         table=_pivot(rows, {"probe": "probe", "variant": "features"}),
         note="Features are means over the patches of a picture. The paper's probes differ in "
         "depth and width before and after the projection; the matched probe has the same on both "
-        "sides, and as many inputs; the linear one has no hidden layer. In brackets the change "
-        "against Original; * marks intervals that exclude zero. Tables 2 and 3 of the paper.",
+        "sides, and as many inputs; the linear one has no hidden layer. The unseen one is linear "
+        "too, but learns from pictures that fine-tuning did not see: it is fitted to a part of the "
+        "test pictures and reads the others, in turns, so that features which fit the training "
+        "pictures alone do not count. In square brackets 95 % intervals, in round ones the change "
+        f"against Original. {cells.MARKS} Tables 2 and 3 of the paper.",
         data=[_rows_csv(folder, "richness", ("probe", "task"), rows)],
     )  # fmt: skip
 
@@ -115,7 +119,8 @@ def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
         figures=[parts.write_png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
         note="A linear probe on the output of each layer; bands are 95 % intervals. Dashed line: "
-        "the same probe on the features before the projection.",
+        "the same probe on the features before the projection. The layers are those of one "
+        f"fine-tuning, with seed {results['seeds'][0]}.",
         data=[
             parts.write_csv(folder, "depth", columns, [[row[c] for c in columns] for row in rows])
         ],
@@ -169,7 +174,7 @@ def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
         figures=[parts.write_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
         note="One setting of the first recipe is changed at a time. The dashed line is "
-        "the first recipe. * marks changes whose interval excludes zero.",
+        f"the first recipe. {cells.MARKS}",
         data=[
             parts.write_csv(
                 folder, "factors",
@@ -212,7 +217,8 @@ def _pivot(rows: Sequence[cells.Row], named: Mapping[str, str]) -> page.Table:
     texts: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         first = tuple(row[key] or page.DASH for key in named)
-        text = cells.value(row["f1"]) + cells.relative(row["change"])
+        text = f"{cells.value(row['f1'])} {cells.interval(row['f1'])}"
+        text += cells.relative(row["change"])
         texts.setdefault(first, {})[row["task"]] = text
     lines = [
         (*first, *(by_task.get(task, page.DASH) for task in tasks))

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
+from mllm_jax import notebook
 from mllm_jax.data.domains import conversations, folder, records, table
 from mllm_jax.data.domains.examples import Example, FileExamples, Row
 
@@ -68,6 +69,9 @@ class Domain(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return (self._examples[index] for index in range(len(self)))
+
+    def _repr_html_(self) -> str:
+        return notebook.domain(self)
 
     def __repr__(self) -> str:
         return f"Domain({self.name!r}, {self.split!r}, {len(self)} examples)"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import PIL.Image
 
-from mllm_jax import files
+from mllm_jax import files, notebook
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.data.sequences import LazySequence
 from mllm_jax.processors import pictures
@@ -45,6 +45,9 @@ class Example:
                 f"{_named(self.domain, self.id)}: the image {files.name(self.source, 100)} cannot "
                 f"be read ({files.reason(error.__cause__)}); replace or remove it"
             ) from error
+
+    def _repr_html_(self) -> str:
+        return notebook.example(self)
 
     def ask(self, style: str) -> Question:
         """Return the first question of a style.

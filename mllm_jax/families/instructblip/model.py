@@ -100,6 +100,7 @@ class InstructBlip(MultimodalModel):
             maps |= {
                 "qformer": query.followed_by(text),
                 "qformer.query_mlp.act": query,
+                "qformer.cross.pattern": query,
                 "qformer.mlp.act": text,
             }
         return self.with_readers(batch, maps) | dict.fromkeys(("lm", "logits"), batch.tokens)

@@ -1,0 +1,1 @@
+"""Compare finished studies side by side; see `experiments/compare/__main__.py`."""

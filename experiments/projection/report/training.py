@@ -1,0 +1,79 @@
+"""Sections of the report on neurons whose weights change by fine-tuning, or alone are trained."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from experiments.projection.report import cells
+from mllm_jax.report import page, parts
+from mllm_jax.report.report import Results
+
+
+def changed(folder: pathlib.Path, results: Results) -> page.Section | None:
+    """Build the section on the neurons of most changed weights; None where not measured."""
+    rows = results.get("changed")
+    if not rows:
+        return None
+    shared, chance = (np.mean([row[key] for row in rows]) for key in ("jaccard", "chance"))
+    columns = ("task", "variant", "domain neurons", "neurons", "jaccard", "chance")
+    return page.Section(
+        title="Neurons whose weights change",
+        reading="The neurons of the language model whose weights fine-tuning turns most (NeFT) "
+        f"share {shared:.2f} with the domain's neurons (Jaccard index; chance gives {chance:.2f}), "
+        "on average over tasks.",
+        table=page.Table(
+            ("task", "variant", "domain neurons", "neurons", "Jaccard", "by chance"),
+            [
+                (
+                    row["task"], row["variant"], f"{row['domain neurons']} fine-tuning",
+                    f"{row['neurons']:,}", f"{row['jaccard']:.2f}", f"{row['chance']:.2f}",
+                )
+                for row in rows
+            ],
+        ),
+        note="As many neurons are taken as the domain has, by one less the cosine of the columns "
+        "of `up` before and after. One fine-tuning of each kind, with seed "
+        f"{results['seeds'][0]}. Their ablation is in the next section.",
+        data=[
+            parts.write_csv(folder, "changed", columns, [[row[c] for c in columns] for row in rows])
+        ],
+    )  # fmt: skip
+
+
+def trained(folder: pathlib.Path, results: Results) -> page.Section | None:
+    """Build the section on fine-tuning of selected neurons alone; None where not measured."""
+    rows = results.get("trained")
+    if not rows:
+        return None
+    columns = (
+        "task", "variant", "neurons", *cells.VALUE, *(f"change_{c}" for c in cells.CHANGE),
+    )  # fmt: skip
+    lines = [
+        (
+            row["task"], row["variant"], row["neurons"], *cells.pick(row["f1"], cells.VALUE),
+            *cells.pick(row["change"], cells.CHANGE),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return page.Section(
+        title="Fine-tuning the neurons alone",
+        reading="The weights of a domain's neurons in the language model are fine-tuned and all "
+        "others are not, beside those of as many random neurons of the same layers, and of the "
+        "whole model.",
+        table=page.Table(
+            ("task", "variant", "neurons", "macro-F1", "interval", "change of F1"),
+            [
+                (
+                    row["task"], row["variant"],
+                    page.DASH if row["neurons"] is None else f"{row['neurons']:,}",
+                    cells.value(row["f1"]), cells.interval(row["f1"]), cells.change(row["change"]),
+                )
+                for row in rows
+            ],
+        ),
+        note=f"Rows of `up` and columns of `down` train. {cells.MARKS} One fine-tuning of each "
+        f"kind, with seed {results['seeds'][0]}: intervals are over pictures alone.",
+        data=[parts.write_csv(folder, "trained", columns, lines)],
+    )  # fmt: skip

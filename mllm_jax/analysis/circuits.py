@@ -1,0 +1,208 @@
+"""Circuits: whether some heads and MLPs, alone, carry the difference between two inputs.
+
+The nodes are heads and MLPs, at all tokens or by kind of token; a circuit is a mask of them. What
+is outside of it is set to the corrupt pass, what is inside is computed. Of a circuit that
+
+* is faithful, the metric is that of the whole model;
+* is complete, nothing is left without it: the metric of its complement is that of the corrupt pass;
+* is minimal, each node counts: the metric falls when it is taken out.
+
+    kinds = ("image", "text")
+    scores = node_scores(patching.attribute(contrast, NODE_SITES), contrast, kinds=kinds)
+    found = curves(contrast, scores, sizes=(1, 2, 4, 8), kinds=kinds)
+    found.faithfulness, found.random_faithfulness
+
+The embedding is clean in all of them.
+
+(Wang et al. 2022; Marks et al. 2024.) Every circuit is a lane of one sweep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from mllm_jax import sites as S
+from mllm_jax import tokens
+from mllm_jax.analysis import attribution, checks
+from mllm_jax.analysis.patching import Contrast, Effects, metric_of_clean_rows
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes.sweep import sweep
+from mllm_jax.typing import Bool, Float, Int
+
+NODE_SITES = (S.lm.attn.heads, S.lm.mlp.out)
+ANY = ("any",)  # all tokens as one kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Circuits of growing size, beside random ones.
+
+    Attributes:
+      sizes: The number of nodes, int[n].
+      circuit: The metric of each circuit, float[n, B].
+      complement: The metric of all nodes but those of the circuit, float[n, B].
+      random_circuit: The metric of random circuits, float[draws, n, B].
+      random_complement: The metric of all nodes but theirs, float[draws, n, B].
+      clean: The metric of the clean batch, float[B].
+      corrupt: The metric of the corrupt batch, float[B].
+    """
+
+    sizes: Int[np.ndarray, " n"]
+    circuit: Float[np.ndarray, "n B"]
+    complement: Float[np.ndarray, "n B"]
+    random_circuit: Float[np.ndarray, "draws n B"]
+    random_complement: Float[np.ndarray, "draws n B"]
+    clean: Float[np.ndarray, " B"]
+    corrupt: Float[np.ndarray, " B"]
+
+    def recovered(self, metric: Float[np.ndarray, "... B"]) -> Float[np.ndarray, ...]:
+        """Return the share of the difference between corrupt and clean, over all rows."""
+        difference = (self.clean - self.corrupt).sum()
+        return (metric - self.corrupt).sum(-1) / difference
+
+    @property
+    def faithfulness(self) -> Float[np.ndarray, " n"]:
+        """The share that the circuit recovers; 1 of the whole model."""
+        return self.recovered(self.circuit)
+
+    @property
+    def incompleteness(self) -> Float[np.ndarray, " n"]:
+        """The share that is left without the circuit; 0 of a complete one."""
+        return self.recovered(self.complement)
+
+    @property
+    def random_faithfulness(self) -> Float[np.ndarray, "draws n"]:
+        """`faithfulness` of random circuits."""
+        return self.recovered(self.random_circuit)
+
+    @property
+    def random_incompleteness(self) -> Float[np.ndarray, "draws n"]:
+        """`incompleteness` of random circuits."""
+        return self.recovered(self.random_complement)
+
+
+def node_scores(
+    effects: Effects, contrast: Contrast, *, kinds: Sequence[str] = ANY
+) -> Float[np.ndarray, "kinds L nodes"]:
+    """Sum effects over the tokens of each kind and average them over rows.
+
+    Args:
+      effects: What `patching.attribute` found at `NODE_SITES`.
+      contrast: The contrast.
+      kinds: Names of selectors of tokens that do not overlap, such as "image" and "text".
+
+    Returns:
+      The score of each head of a layer, and then of its MLP: [kinds, L, N + 1].
+    """
+    heads, mlp = (effects.values[site.name] for site in NODE_SITES)
+    values = np.concatenate([heads, mlp[..., None]], -1)  # [L, B, T, N + 1]
+    masks = np.stack(_masks(contrast, kinds))
+    return np.einsum("LBTn,kBT->kLn", values, masks) / contrast.rows
+
+
+def evaluate(
+    contrast: Contrast, circuits: Bool[np.ndarray, "R kinds L nodes"], *,
+    kinds: Sequence[str] = ANY,
+) -> Float[np.ndarray, "R B"]:  # fmt: skip
+    """Compute the metric of circuits, all else being corrupt.
+
+    Args:
+      contrast: The contrast.
+      circuits: The nodes of each circuit, as in `node_scores`.
+      kinds: See `node_scores`.
+    """
+    circuits = checks.mask(circuits, "circuits")
+    lm = contrast.model.config.lm
+    if circuits.shape[1:] != (shape := (len(kinds), lm.layers, lm.heads + 1)):
+        raise ValueError(f"circuits must be [R, {shape}], got shape {circuits.shape}")
+    batch, masks = contrast.joined(), _masks(contrast, kinds)
+    lanes = [contrast.edits >> _corrupt_outside(contrast, masks, circuit) for circuit in circuits]
+    metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
+    found = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="circuits")
+    return checks.finite(found, "the metric")
+
+
+def curves(
+    contrast: Contrast, scores: Float[np.ndarray, "kinds L nodes"], sizes: Sequence[int], *,
+    kinds: Sequence[str] = ANY, draws: int = 5, seed: int = 0,
+) -> Curves:  # fmt: skip
+    """Compute faithfulness and completeness of the circuits of the largest scores.
+
+    Args:
+      contrast: The contrast.
+      scores: The score of each node, see `node_scores`; the largest make a circuit.
+      sizes: Numbers of nodes.
+      kinds: See `node_scores`.
+      draws: How many random circuits of each size.
+      seed: Of these.
+
+    Raises:
+      ValueError: A size is below 0 or above the number of nodes.
+    """
+    scores = checks.finite(scores, "scores", axes="[kinds, L, nodes]")
+    if any(not 0 <= size <= scores.size for size in sizes):
+        raise ValueError(f"sizes={list(sizes)}: there are {scores.size} nodes")
+    rng = np.random.default_rng(seed)
+    rankings = [scores, *(rng.random(scores.shape) for _ in range(draws))]
+    masks = np.stack([[attribution.top_mask(r, n) for n in sizes] for r in rankings])
+    lanes = np.stack([masks, ~masks])  # [2, 1 + draws, n, kinds, L, nodes]
+    metric = evaluate(contrast, lanes.reshape(-1, *scores.shape), kinds=kinds)
+    inside, outside = metric.reshape(*lanes.shape[:3], -1)
+    ends = contrast.metric_of(contrast.clean), contrast.metric_of(contrast.corrupt)
+    return Curves(np.asarray(sizes), inside[0], outside[0], inside[1:], outside[1:], *ends)
+
+
+def minimality(
+    contrast: Contrast, circuit: Bool[np.ndarray, "kinds L nodes"], *, kinds: Sequence[str] = ANY
+) -> Float[np.ndarray, "kinds L nodes"]:
+    """Compute by how much the metric falls when a node is taken out of a circuit, averaged by row.
+
+    Args:
+      contrast: The contrast.
+      circuit: The nodes of the circuit.
+      kinds: See `node_scores`.
+
+    Returns:
+      The fall for each node of the circuit; 0 outside.
+    """
+    circuit = checks.mask(circuit, "circuit")
+    nodes = np.argwhere(circuit)
+    lanes = np.repeat(circuit[None], len(nodes) + 1, 0)
+    lanes[(np.arange(len(nodes)) + 1, *nodes.T)] = False
+    metric = evaluate(contrast, lanes, kinds=kinds).mean(-1)
+    falls = np.zeros(circuit.shape)
+    falls[circuit] = metric[0] - metric[1:]
+    return falls
+
+
+def _masks(contrast: Contrast, kinds: Sequence[str]) -> list[Bool[np.ndarray, "B T"]]:
+    """Return the tokens of each kind, in the clean batch."""
+    map_ = contrast.clean.tokens
+    selectors = [tokens.of(None if kind in ANY else kind) for kind in kinds]
+    masks = [np.asarray(selector.mask(map_)) for selector in selectors]
+    if (np.sum(masks, 0) > 1).any():
+        raise ValueError(f"kinds={', '.join(kinds)}: a token is of several of these kinds")
+    if empty := [kind for kind, mask in zip(kinds, masks, strict=True) if not mask.any()]:
+        raise ValueError(f"kinds={', '.join(kinds)}: the batch has no token of {', '.join(empty)}")
+    return masks
+
+
+def _corrupt_outside(
+    contrast: Contrast, masks: Sequence[np.ndarray], circuit: Bool[np.ndarray, "kinds L nodes"]
+) -> Edits:
+    """Return the patches of a joined batch that corrupt what is outside of a circuit."""
+    edits = Edits()
+    for mask, inside in zip(masks, circuit, strict=True):
+        rows = np.flatnonzero(mask.any(1))
+        where = tokens.mask(np.concatenate([mask, mask]))
+        for site, outside in ((S.lm.attn.heads, ~inside[:, :-1]), (S.lm.mlp.out, ~inside[:, -1])):
+            # An edit must select something: where nothing is corrupt, rows are set to themselves.
+            source = rows + contrast.rows if outside.any() else rows
+            address = site if not outside.any() else site[outside]
+            edits >>= edits_.patch(address, source, rows, where=where)
+    return edits

@@ -1,0 +1,108 @@
+"""Corrupt pictures: what the clean picture of a contrast is replaced by; see `patching`.
+
+The text, the number of tokens and their places stay as they are, so that each token of the clean
+batch corresponds to a token of the corrupt one. Batches with vision features in place of pixels
+are corrupted there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from mllm_jax import tokens
+from mllm_jax.batch import Batch
+from mllm_jax.interventions.model import Model
+from mllm_jax.typing import Bool, Float, Int
+
+
+def noise(batch: Batch, *, scale: float = 3.0, seed: int = 0) -> Batch:
+    """Add Gaussian noise to the pictures.
+
+    Args:
+      batch: The clean batch.
+      scale: The standard deviation of the noise, in those of the pictures' own values (Meng et al.
+        2022 take 3 at the embeddings).
+      seed: Of the noise.
+    """
+    name, values, real = _pictures(batch)
+    spread = values[real].std()
+    drawn = np.random.default_rng(seed).normal(size=values.shape).astype(values.dtype)
+    noisy = np.where(_expand(real, values), values + scale * spread * drawn, values)
+    return batch.replace(**{name: noisy.astype(values.dtype)})
+
+
+def mean(batch: Batch) -> Batch:
+    """Replace each picture by its mean: one colour a tile, or one patch for all of its places."""
+    name, values, real = _pictures(batch)
+    axes = (1, 2) if values.ndim == 4 else (1,)
+    if values.ndim == 3:
+        counted = _places(batch, values)[..., None]
+        average = (values * counted).sum(1, keepdims=True) / np.maximum(counted.sum(1)[:, None], 1)
+    else:
+        average = values.mean(axes, keepdims=True)
+    flat = np.where(_expand(real, values), average, values)
+    return batch.replace(**{name: flat.astype(values.dtype)})
+
+
+def exchange(model: Model, batch: Batch, pictures_of: Int[np.ndarray, " B"]) -> Batch:
+    """Give each row the pictures of another row.
+
+    Args:
+      model: The model that reads the batch.
+      batch: The clean batch.
+      pictures_of: The row whose pictures each row gets, int[B].
+
+    Raises:
+      ValueError: The pictures of two rows are not of equal grids.
+    """
+    batch = model.unshared(batch)
+    source, rows = np.asarray(pictures_of), len(batch.ids)
+    if source.shape != (rows,) or ((source < 0) | (source >= rows)).any():
+        raise ValueError(f"pictures_of={source.tolist()}: one row of the batch for each of {rows}")
+    _check_grids(batch, source)
+    readers, at = np.asarray(model.config.readers(batch)), np.arange(len(batch.tile))
+    for row, other in enumerate(source):
+        at[readers[row]] = np.flatnonzero(readers[other])
+    fields = {name: getattr(batch, name) for name in ("pixels", "features", "grid", "is_real_tile")}
+    return batch.replace(
+        **{n: None if a is None or not len(a) else np.asarray(a)[at] for n, a in fields.items()}
+    )
+
+
+def _check_grids(batch: Batch, source: Int[np.ndarray, " B"]) -> None:
+    kind, *places = (
+        np.asarray(getattr(batch.tokens, name)) for name in ("kind", "tile", "row", "column")
+    )
+    is_picture = (kind == tokens.CODE["image"]) | (kind == tokens.CODE["newline"])
+    for row, other in enumerate(source.tolist()):
+        own, theirs = ([p[r][is_picture[r]] for p in (kind, *places)] for r in (row, other))
+        if any(len(a) != len(b) or (a != b).any() for a, b in zip(own, theirs, strict=True)):
+            raise ValueError(
+                f"row {row} cannot get the pictures of row {other}: they are not of equal grids "
+                f"({len(own[0])} and {len(theirs[0])} tokens); choose pictures of one size"
+            )
+
+
+def _pictures(
+    batch: Batch,
+) -> tuple[Literal["features", "pixels"], Float[np.ndarray, "I ..."], Bool[np.ndarray, " I"]]:
+    """Return the field that holds the pictures, its values, and which tiles are real."""
+    real = np.asarray(batch.is_real_tile)
+    if not real.any():
+        raise ValueError("the batch has no picture that could be corrupted")
+    name: Literal["features", "pixels"] = "pixels" if batch.features is None else "features"
+    return name, np.asarray(getattr(batch, name)), real
+
+
+def _places(batch: Batch, values: Float[np.ndarray, "I P n"]) -> Bool[np.ndarray, "I P"]:
+    """Return which places of each tile hold a patch."""
+    at = np.arange(values.shape[1])
+    if batch.grid is None or batch.features is not None:
+        return np.ones(values.shape[:2], bool)
+    return at < np.asarray(batch.grid).prod(-1)[:, None]
+
+
+def _expand(real: Bool[np.ndarray, " I"], values: Float[np.ndarray, "I ..."]) -> np.ndarray:
+    return real.reshape(-1, *(1,) * (values.ndim - 1))

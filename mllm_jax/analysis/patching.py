@@ -1,0 +1,371 @@
+"""Activation patching: which activations carry the difference between two inputs.
+
+A contrast is a metric of two batches of one layout, clean and corrupt: the same questions about
+other pictures, or other questions of as many tokens about the same ones. Patching sets a part of
+the clean pass to what it is in the corrupt pass; its effect is by how much the metric falls.
+
+    contrast = Contrast.of(metric, model, clean, corrupt)      # metric: Out -> float[B]
+    found = attribute(contrast, [S.lm.resid_post, S.lm.attn.heads, S.lm.mlp.act])
+    found.values["lm.attn.heads"]                               # float32[L, B, T, N]
+    exact(contrast, S.lm.attn.heads, over=("layer", "unit"))    # float32[L, B, 1, N], by a sweep
+
+`attribute` estimates all effects at once, from two forward passes and one backward pass
+(attribution patching: Nanda 2023; Syed et al. 2023). A part is a gate in the sense of
+`attribution`: 1 is the clean value, 0 the corrupt one. With `steps` the slopes are averaged along
+the line from the corrupt to the clean embeddings (integrated gradients: Hanna et al. 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import sites as S
+from mllm_jax import tokens
+from mllm_jax.analysis import attribution, checks
+from mllm_jax.batch import Batch, join
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.captures import Capture, keep
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.interventions.model import Model
+from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.passes.run import Logits, Out, run
+from mllm_jax.passes.sweep import sweep
+from mllm_jax.sites import Address, Site, Target
+from mllm_jax.tokens import Selector
+from mllm_jax.typing import Array, Bool, Float
+
+Axis = Literal["layer", "token", "unit"]
+AXES = ("layer", "token", "unit")
+WIDTHS = "DEWH"  # the axes along which a gate closes all at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A metric of two batches, clean and corrupt; see `of`.
+
+    Attributes:
+      metric: A pure function of the logits of one pass that gives float[B], one value a row.
+      model: See `run`.
+      clean: The batch whose metric is explained.
+      corrupt: The batch that activations are taken from.
+      edits: Edits of every pass.
+      logits: See `run`. Static.
+    """
+
+    metric: jax.tree_util.Partial
+    model: Model
+    clean: Batch
+    corrupt: Batch
+    edits: Edits
+    logits: Logits = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        metric: Callable[[Out], Array],
+        model: Model,
+        clean: Batch,
+        corrupt: Batch,
+        edits: Edits | None = None,
+        *,
+        logits: Logits = "last",
+    ) -> Contrast:
+        """Return the contrast of two batches of one layout.
+
+        Args:
+          metric: A pure function of one pass that reads `out.logits` and gives float[B]. Define it
+            once, and give it the arrays that vary as `jax.tree_util.Partial(metric, ids=...)`.
+          model: See `run`.
+          clean: The batch whose metric is explained.
+          corrupt: The batch that activations are taken from.
+          edits: Edits of every pass.
+          logits: See `run`.
+
+        Raises:
+          ValueError: The rows of the batches are of different lengths, or a token is of another
+            kind, or stands elsewhere on its picture; or an edit is a patch.
+        """
+        clean, corrupt = (b.replace(processor=None) for b in (clean, corrupt))
+        _check_alike(model, clean, corrupt)
+        if any(edit.kind == "patch" for edit in edits or ()):
+            raise ValueError(
+                "a contrast takes no patch among its edits: its row numbers would mean other rows "
+                "where both batches are one"
+            )
+        if not isinstance(metric, jax.tree_util.Partial):
+            metric = jax.tree_util.Partial(metric)
+        return cls(metric, model, clean, corrupt, edits or Edits(), logits)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows B of each batch."""
+        return len(self.clean.ids)
+
+    def metric_of(self, batch: Batch) -> Float[np.ndarray, " B"]:
+        """Return the metric of one of the batches."""
+        return checks.finite(self.metric(self.run(batch, self.edits)), "the metric")
+
+    def run(self, batch: Batch, edits: Edits, captures: dict[str, Capture] | None = None) -> Out:
+        """Run a pass over one of the batches, with the logits that the metric reads."""
+        return run(self.model, batch, edits, captures, logits=self.logits)
+
+    def joined(self) -> Batch:
+        """Return one batch with the clean rows and then the corrupt ones."""
+        tile_tokens = self.model.config.tile_tokens(self.clean)
+        return join(self.clean, self.corrupt, tile_tokens)
+
+
+def _check_alike(model: Model, clean: Batch, corrupt: Batch) -> None:
+    """Raise an error unless each token of one batch corresponds to the same token of the other."""
+    maps = model.token_maps(clean), model.token_maps(corrupt)
+    for module in maps[0]:
+        for name in ("kind", "row", "column", "tile"):
+            first, second = (np.asarray(getattr(m[module], name)) for m in maps)
+            if first.shape != second.shape:
+                raise ValueError(
+                    f"the clean batch has {module} tokens [{first.shape}], the corrupt one "
+                    f"[{second.shape}]: make both with the same rows= and length="
+                )
+            if (first != second).any():
+                row, token = np.argwhere(first != second)[0]
+                raise ValueError(
+                    f"clean and corrupt batch differ in the {name} of {module} token {token} of "
+                    f"row {row}: {first[row, token]} and {second[row, token]}. Give them questions "
+                    "of as many tokens and pictures on equal grids"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """The estimated effect of patching each part alone: by how much the metric falls.
+
+    Attributes:
+      values: By the name of the site, [L, B, T] of a site of the residual's width, [L, B, T, N] of
+        heads, [L, B, T, F] of neurons; [L, I, P] and so on of vision sites; without L where a site
+        exists once.
+      clean: The metric of each row of the clean batch, float32[B].
+      corrupt: The metric of each row of the corrupt batch, float32[B].
+    """
+
+    values: dict[str, Float[np.ndarray, ...]]
+    clean: Float[np.ndarray, " B"]
+    corrupt: Float[np.ndarray, " B"]
+
+
+def attribute(
+    contrast: Contrast, sites: Sequence[Site], *, where: Selector = None, steps: int = 0
+) -> Effects:
+    """Estimate the effect of patching each layer, token and unit of some sites, all at once.
+
+    Args:
+      contrast: The contrast.
+      sites: The sites.
+      where: The tokens that are patched; all by default.
+      steps: 0 for the slope at the clean activations; or the number of points from the corrupt to
+        the clean embeddings at which slopes are averaged. At `lm.embed` the effects then sum to the
+        difference of the metric, up to the error of the midpoint rule.
+
+    Raises:
+      ValueError: A site holds masks or logits, or `where` selects nothing of it; or `steps` is
+        below 0, or above it with a site of the vision side.
+    """
+    if steps < 0:
+        raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
+    for site in sites:
+        if site in S.MASKS or site == S.logits:
+            raise ValueError(f"{site} has no activations that could be patched in part")
+        if steps and site.module != "lm":
+            raise ValueError(
+                f"steps={steps}: integrated gradients run along the line between the embeddings of "
+                f"the LM, which {site} precedes; use steps=0 for it"
+            )
+    selector, maps = tokens.of(where), contrast.model.token_maps(contrast.clean)
+    for site in sites:
+        if not np.asarray(selector.mask(site.entry(maps))).any():
+            raise ValueError(f"where= selects no token of this batch at {site}")
+    slopes = _slopes(contrast, tuple(sites), selector, steps)
+    values, clean, corrupt = jax.device_get(slopes)
+    finite = {name: checks.finite(value, f"effects at {name}") for name, value in values.items()}
+    return Effects(
+        {name: value.astype(np.float32) for name, value in finite.items()},
+        checks.finite(clean, "the metric"),
+        checks.finite(corrupt, "the metric"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("sites", "steps"))
+def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, steps: int):
+    """Return the effects by site, and the metric of each row of both batches."""
+    shapes = site_shapes(contrast.model, contrast.clean)
+    captures = {f"at {site.name}": keep(site, where=where) for site in sites}
+    ends = {site.name: keep(site) for site in input_sites(contrast)} if steps else {}
+    corrupt = contrast.run(contrast.corrupt, contrast.edits, captures | ends)
+    gates = {site.name: _open_gates(look_up(site, shapes), site) for site in sites}
+
+    def metric(gates, edits, fn, others):
+        for site in sites:
+            closed = _with_layers(site, others[f"at {site.name}"])
+            edits >>= edits_.call(site, fn, where=where, gate=gates[site.name], closed=closed)
+        values = contrast.metric(contrast.run(contrast.clean, edits))
+        return values.sum(), values
+
+    if not steps:
+        grad = jax.value_and_grad(metric, has_aux=True)
+        closed = corrupt.captures
+        (_, clean), slope = grad(gates, contrast.edits, attribution.interpolate, closed)
+        return _without_widths(slope, sites), clean, contrast.metric(corrupt)
+
+    clean = contrast.run(contrast.clean, contrast.edits, captures)
+    change = {name: clean[name] - corrupt[name] for name in captures}
+
+    def add(total, share):
+        slope, _ = jax.grad(metric, has_aux=True)(
+            gates, line_between(contrast, corrupt.captures, share), _move, change
+        )
+        return jax.tree.map(jnp.add, total, slope), None
+
+    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, gates), shares)
+    slope = jax.tree.map(lambda x: x / steps, total)
+    return _without_widths(slope, sites), contrast.metric(clean), contrast.metric(corrupt)
+
+
+def input_sites(contrast: Contrast) -> tuple[Site, ...]:
+    """Return the sites by which inputs enter the language model."""
+    shapes = site_shapes(contrast.model, contrast.clean)
+    return tuple(site for site in (S.lm.embed, S.projector.deepstack) if site.name in shapes)
+
+
+def line_between(contrast: Contrast, corrupt: dict[str, Array], share: Float[Array, ""]) -> Edits:
+    """Return edits of the clean pass that put its inputs between the corrupt and the clean ones.
+
+    Args:
+      contrast: The contrast.
+      corrupt: The inputs of the corrupt pass, by the names of `input_sites`.
+      share: The share of the clean inputs, from 0 to 1.
+    """
+    edits = contrast.edits
+    for site in input_sites(contrast):
+        closed = _with_layers(site, corrupt[site.name])
+        edits >>= edits_.call(site, attribution.interpolate, gate=share, closed=closed)
+    return edits
+
+
+def _move(x: Array, gate: Array, closed: Array) -> Array:
+    """Return x where a gate is 1, x without the given change where it is 0."""
+    return x - (1 - gate) * closed
+
+
+def _open_gates(spec: S.SiteShape, site: Site) -> Float[Array, "L ..."]:
+    lengths = (1 if a in WIDTHS else n for a, n in zip(site.axes, spec.shape, strict=True))
+    return jnp.ones((spec.layers, *lengths), jnp.float32)
+
+
+def _with_layers(site: Site, value: Array) -> Array:
+    return value if site.stacked else value[None]
+
+
+def _without_widths(slopes: dict[str, Array], sites: Sequence[Site]) -> dict[str, Array]:
+    def squeeze(site: Site, slope: Array) -> Array:
+        widths = [1 + axis for axis, letter in enumerate(site.axes) if letter in WIDTHS]
+        return jnp.squeeze(slope, widths if site.stacked else [0, *widths])
+
+    return {site.name: squeeze(site, slopes[site.name]) for site in sites}
+
+
+def exact(
+    contrast: Contrast, target: Target, *, over: Sequence[Axis] = ("layer", "token"),
+    where: Selector = None,
+) -> Float[np.ndarray, "L B ..."]:  # fmt: skip
+    """Compute the effect of each patch by a pass of its own, in a sweep.
+
+    Args:
+      contrast: The contrast.
+      target: A site of the language model, or some layers and units of it.
+      over: What each patch selects one of: "layer", "token", "unit" (a head or neuron). It patches
+        all of what is not named.
+      where: The tokens that are patched; all by default.
+
+    Returns:
+      The effects in the axes of `Effects.values`, of length 1 where all are patched at once; 0 of
+      what is not selected.
+
+    Raises:
+      ValueError: The site is not of the language model, or has no units of this kind.
+    """
+    address = Address.of(target)
+    site = address.site
+    if site.module != "lm" or site in (*S.MASKS, *S.PATTERNS):
+        raise ValueError(f"exact patches are of activations of the language model, not {site}")
+    has_units = site.axes[site.unit_axis] not in WIDTHS
+    if wrong := [axis for axis in over if axis not in AXES]:
+        raise ValueError(f"over={wrong}: a patch selects one layer, token or unit")
+    if "unit" in over and not has_units:
+        raise ValueError(f"over=unit: {site} is patched as a whole, it has no heads or neurons")
+    batch = contrast.joined()
+    spec = look_up(site, site_shapes(contrast.model, batch))
+    width = spec.shape[site.unit_axis] if has_units else 1
+    units = np.broadcast_to(np.asarray(address.mask(spec.layers, width)), (spec.layers, width))
+    at = np.asarray(tokens.of(where).mask(batch.tokens))
+    lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
+    shape = [length if axis in over else 1 for axis, length in lengths]
+    lanes: list[Edits] = []
+    places: list[tuple[int, ...]] = []
+    written: list[np.ndarray] = []
+    for place in np.ndindex(*shape):
+        units_here, at_here = _selected(units, at, place, shape)
+        rows = np.asarray(at_here[: contrast.rows].any(1))
+        if rows.any() and units_here.any():
+            lanes.append(contrast.edits >> _one_patch(contrast.rows, site, units_here, at_here))
+            places.append(place)
+            written.append(rows)
+    if not lanes:
+        raise ValueError(f"where= selects no token of this batch at {site}")
+    metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
+    clean = contrast.metric_of(contrast.clean)
+    patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="patches")
+    effects = np.zeros((*shape, contrast.rows), np.float32)
+    falls = clean - checks.finite(patched, "the metric")
+    effects[tuple(np.array(places).T)] = np.where(written, falls, 0)
+    effects = np.moveaxis(effects, -1, 1)  # [L, B, T, units]
+    effects = effects if has_units else effects[..., 0]
+    return effects if site.stacked else effects[0]
+
+
+def _selected(
+    units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"],
+    place: Sequence[int], shape: Sequence[int],
+) -> tuple[Bool[np.ndarray, "L width"], Bool[np.ndarray, "B T"]]:  # fmt: skip
+    """Return what is left of layers, units and tokens at one place of the axes of `shape`."""
+    layer, unit = np.ogrid[: units.shape[0], : units.shape[1]]
+    token = np.arange(at.shape[1])
+
+    def one(index: np.ndarray, axis: int) -> np.ndarray:
+        return (index == place[axis]) | (shape[axis] == 1)
+
+    return units & one(layer, 0) & one(unit, 2), at & one(token, 1)
+
+
+def _one_patch(
+    rows: int, site: Site, units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"]
+) -> Edits:
+    """Return the patch of the clean rows of a joined batch."""
+    into = np.flatnonzero(at[:rows].any(1))
+    address = Address.of(site)
+    if site.stacked:
+        address = site[units if units.shape[1] > 1 else units[:, 0]]
+    return edits_.patch(address, into + rows, into, where=tokens.mask(at))
+
+
+def metric_of_clean_rows(out: Out, metric: Callable[[Out], Array]) -> Array:
+    """Return the metric of the clean rows of a joined batch."""
+    assert out.logits is not None, "the metric of a contrast reads logits"
+    return metric(dataclasses.replace(out, logits=out.logits[: len(out.logits) // 2]))

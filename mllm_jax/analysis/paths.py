@@ -1,0 +1,131 @@
+"""Path patching: the effect of a sender on a receiver, and by way of it on the metric.
+
+A path (Wang et al. 2022, "Interpretability in the wild"; Goldowsky-Dill et al. 2023) is a chain of
+patches between four rows of one batch, so that one pass computes it and a sweep many:
+
+    row     what it computes
+    clean   the clean pass
+    corrupt the corrupt pass
+    direct  the clean pass with the sender from `corrupt` and all heads and MLPs from `clean`, but
+            for the receiver and those that the path may lead through
+    patched the clean pass with the receiver from `direct`
+
+    effect(contrast, [Path(S.lm.attn.heads[4, [2]], S.lm.attn.q[9, [3]])])     # float32[1, B]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from mllm_jax import sites as S
+from mllm_jax.analysis import checks
+from mllm_jax.analysis.patching import Contrast
+from mllm_jax.batch import Batch
+from mllm_jax.interventions import edits as edits_
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes.run import Out
+from mllm_jax.passes.sweep import sweep
+from mllm_jax.sites import Address, Site, Target
+from mllm_jax.tokens import Selector
+from mllm_jax.typing import Array, Float
+
+FROZEN: tuple[Site, ...] = (S.lm.attn.heads, S.lm.mlp.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A path from a sender to a receiver.
+
+    Attributes:
+      sender: A site or address whose corrupt value is sent: `lm.embed`, heads, an MLP.
+      receiver: A site or address of a later layer that receives it: queries, keys or values of
+        heads, `lm.attn.heads`, `lm.mlp.out`, or the last `lm.resid_post` for the logits.
+      where: The tokens of the sender; all by default.
+      to: The tokens of the receiver; all by default.
+      through: Sites of `FROZEN` that the path may lead through: `(S.lm.mlp.out,)` leaves MLPs free,
+        as Wang et al. do.
+    """
+
+    sender: Target
+    receiver: Target
+    where: Selector = None
+    to: Selector = None
+    through: tuple[Site, ...] = ()
+
+    def edits(self, rows: int, layers: int) -> Edits:
+        """Return the patches of a batch of `worlds`.
+
+        Args:
+          rows: The number of rows B of each world.
+          layers: The number of layers L of the language model.
+
+        Raises:
+          ValueError: The sender or the receiver is not of the language model, or the receiver is
+            not behind the sender.
+        """
+        sender, receiver = Address.of(self.sender), Address.of(self.receiver)
+        first, last = _layers(sender, layers).min(), _layers(receiver, layers).max()
+        order = S.TABLE.index
+        if (last, order(receiver.site)) <= (first, order(sender.site)):
+            raise ValueError(
+                f"no path leads from {sender.site} of layer {first} to {receiver.site} of layer "
+                f"{last}: the receiver is not behind the sender"
+            )
+        clean, corrupt, direct, patched = (np.arange(rows) + n * rows for n in range(4))
+        # The receiver is read before what it belongs to is frozen; below the sender, the rows
+        # are the same.
+        edits = edits_.patch(receiver, direct, patched, where=self.to)
+        for site in FROZEN:
+            if site not in self.through:
+                edits >>= edits_.patch(site[int(first) :], clean, direct)
+        return edits >> edits_.patch(sender, corrupt, direct, where=self.where)
+
+
+def _layers(address: Address, layers: int) -> np.ndarray:
+    """Return the layers of an address; the first or last where its site exists once."""
+    if address.site.module != "lm":
+        raise ValueError(f"paths are between sites of the language model, not {address.site}")
+    if not address.site.stacked:
+        return np.array([layers - 1 if address.site == S.lm.norm else 0])
+    units = address.units
+    if units.form == "pairs":
+        return np.asarray(units.value)[:, 0] % layers
+    if units.form == "mask" and units.value.ndim == 2:
+        return np.flatnonzero(np.asarray(units.value).any(-1))
+    return np.asarray(address.layers.indices(layers, f"{address.site}: layer"))
+
+
+def worlds(contrast: Contrast) -> Batch:
+    """Return the batch of a path: the rows clean, corrupt, direct and patched."""
+    clean, corrupt = np.arange(contrast.rows), np.arange(contrast.rows) + contrast.rows
+    return contrast.joined().take(np.concatenate([clean, corrupt, clean, clean]))
+
+
+def effect(contrast: Contrast, paths: Sequence[Path]) -> Float[np.ndarray, "R B"]:
+    """Compute by how much each path makes the metric fall, in a sweep.
+
+    Args:
+      contrast: The contrast.
+      paths: Paths between the same two sites, with the same `through`; layers, units and tokens may
+        differ.
+
+    Raises:
+      ValueError: A path is none, or two of them are of different sites.
+    """
+    layers = contrast.model.config.lm.layers
+    lanes = [contrast.edits >> path.edits(contrast.rows, layers) for path in paths]
+    metric = jax.tree_util.Partial(_of_patched_rows, metric=contrast.metric)
+    batch = worlds(contrast)
+    patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="paths")
+    effects = contrast.metric_of(contrast.clean) - checks.finite(patched, "the metric")
+    return effects.astype(np.float32)
+
+
+def _of_patched_rows(out: Out, metric: Callable[[Out], Array]) -> Array:
+    """Return the metric of the last of the four worlds."""
+    assert out.logits is not None, "the metric of a contrast reads logits"
+    return metric(dataclasses.replace(out, logits=out.logits[-(len(out.logits) // 4) :]))

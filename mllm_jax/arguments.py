@@ -1,0 +1,63 @@
+"""Checks of arguments, before anything reads them: one line in place of an error deep inside."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from mllm_jax.files import shown
+
+MOST = 2**31 - 1  # numbers are int32 inside a program
+
+
+def type_error(name: str, value: Any, wanted: str) -> ValueError:
+    """Return the error about an argument of another type.
+
+    Args:
+      name: The argument.
+      value: What was given.
+      wanted: What is expected, for the message.
+    """
+    return ValueError(f"{name} is of type {type(value).__name__:.60}, expected {wanted}")
+
+
+def require_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
+    """Return an argument that counts something as an integer.
+
+    Args:
+      name: The argument, for the message.
+      value: What was given.
+      least: The least number.
+      most: The largest number.
+
+    Raises:
+      ValueError: It is not a whole number, or too small or too large.
+    """
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:  # of floats, of text, and of what is traced
+        number = None
+    if number is None or not least <= number <= most:
+        limit = "" if number is None or number < least else f" to {most}"
+        given = shown(value if number is None else number)
+        raise ValueError(f"{name}={given} is not a whole number from {least}{limit}")
+    return number
+
+
+def require_number(name: str, value: Any, most: float = math.inf) -> float:
+    """Return an argument that is a finite number from 0 to `most`; see `require_whole`.
+
+    Raises:
+      ValueError: It is not.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or not 0 <= number <= most:
+        limit = "" if most == math.inf else f" to {most}"
+        raise ValueError(f"{name}={shown(value)} is not a finite number from 0{limit}")
+    return number

@@ -1,0 +1,1 @@
+"""Dictionaries: sparse autoencoders and transcoders as pytrees, and the files that hold them."""

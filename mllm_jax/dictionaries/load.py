@@ -1,0 +1,213 @@
+"""Load a dictionary from the files of its publisher, and write one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pathlib
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import files, store
+from mllm_jax.checkpoints import archive, tensors
+from mllm_jax.dictionaries import layouts
+from mllm_jax.dictionaries.dictionary import Dictionary
+from mllm_jax.dictionaries.layouts import LAYOUTS, Layout, Tensors
+
+_NORMS = {"none": "none", "constant": "constant_norm_rescale", "layer": "layer_norm"}
+
+
+def load_dictionary(path: str | os.PathLike) -> Dictionary:
+    """Return a sparse autoencoder or transcoder, float32 on the default device.
+
+    The files of SAELens, Gemma Scope (npz) and Gemma Scope 2, Llama Scope, and EleutherAI's sae
+    (sparsify), which lmms-lab's multimodal-sae has, are read.
+
+    Args:
+      path: Its folder, or the file of its tensors in that folder, or a repository of the hub and a
+        folder in it: "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82".
+
+    Raises:
+      FileNotFoundError: There is no such folder, or no dictionary in it.
+      OSError: A file cannot be read.
+      ValueError: A file is damaged, or holds something else than its layout says.
+    """
+    folder, layout = _find(pathlib.Path(path).expanduser(), str(path))
+    found = _read_tensors(folder / layout.weights)
+    fields = files.read_json(folder / layout.config) if layout.config else {}
+    problems: list[str] = []
+    dictionary = None
+    try:
+        dictionary = layout.read(found, fields, problems)
+    except ValueError as error:  # of a tensor
+        problems.append(str(error))
+    if dictionary is not None:
+        layouts.check(dictionary, found, problems)
+    if problems or dictionary is None:
+        raise ValueError(files.refusal(folder, [f"as {layout.name}: {problems[0]}", *problems[1:]]))
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), dictionary)
+
+
+def write_dictionary(dictionary: Dictionary, folder: str | os.PathLike) -> None:
+    """Write a dictionary for `load_dictionary`, SAELens or, with k and a skip map, sparsify.
+
+    Args:
+      dictionary: The dictionary.
+      folder: Its folder, which is made. Files of a dictionary in it are replaced.
+
+    Raises:
+      OSError: The folder cannot be written.
+      ValueError: No layout has such a dictionary: with k and thresholds, or a normed transcoder.
+    """
+    folder = pathlib.Path(folder)
+    is_transcoder = dictionary.skip is not None or dictionary.widths[0] != dictionary.widths[2]
+    if dictionary.norm != "none" and is_transcoder:
+        raise ValueError(f"no layout of files has a transcoder with norm='{dictionary.norm}'")
+    if dictionary.k is not None and np.any(dictionary.threshold):
+        raise ValueError("no layout of files has k as well as thresholds above 0")
+    if dictionary.k is not None and dictionary.skip is not None:
+        name, arrays, fields = _sparsify_files(dictionary)
+    else:
+        name, arrays, fields = _saelens_files(dictionary)
+    host = {key: np.ascontiguousarray(np.asarray(a, np.float32)) for key, a in arrays.items()}
+    tensors.write(host, folder / name)
+    store.atomic_json(folder / "cfg.json", fields)
+
+
+def _find(path: pathlib.Path, name: str) -> tuple[pathlib.Path, Layout]:
+    """Return the folder of a dictionary and its layout."""
+    if path.is_file():
+        for layout in LAYOUTS:
+            folder = path.parents[layout.weights.count("/")]
+            if folder / layout.weights == path and _has(folder, layout):
+                return folder, layout
+        raise FileNotFoundError(files.refusal(path, [_EXPECTED]))
+    folder = path if path.is_dir() else _fetch(name)
+    for layout in LAYOUTS:
+        if _has(folder, layout):
+            return folder, layout
+    raise FileNotFoundError(files.refusal(folder, [_EXPECTED]))
+
+
+_EXPECTED = "no dictionary; its folder has " + ", or ".join(
+    dict.fromkeys(
+        f"{layout.weights} and {layout.config}" if layout.config else layout.weights
+        for layout in LAYOUTS
+    )
+)
+
+
+def _has(folder: pathlib.Path, layout: Layout) -> bool:
+    names = layout.weights, *([layout.config] if layout.config else [])
+    return all((folder / name).exists() for name in names)
+
+
+def _fetch(name: str) -> pathlib.Path:
+    """Return the local copy of a folder of a repository of the hub."""
+    parts = name.strip("/").split("/")
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    patterns = [f"{inside}/*" if inside else "*"]
+    try:
+        found = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # offline, no such name, not a name at all
+        first, *_ = str(error).splitlines() or [""]
+        raise FileNotFoundError(
+            f"'{files.line(name, 120)}' is neither a folder nor to be had from the hub: "
+            f"{files.line(first, 180)}"
+        ) from error
+    return found / inside
+
+
+def _read_tensors(path: pathlib.Path) -> Tensors:
+    """Return the tensors of an .npz or .safetensors file in float32."""
+    if path.suffix == ".npz":
+        found = _read_npz(files.regular(path))
+    else:
+        found = {tensor.key: tensor.read() for tensor in tensors.open_file(path)}
+    for name, array in found.items():
+        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+            problem = f"{files.line(name, 60)} holds {array.dtype}, not real numbers"
+            raise ValueError(files.refusal(path, [problem]))
+    return {name: np.asarray(array, np.float32) for name, array in found.items()}
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        members = archive.members(path)
+    except archive.Compressed:
+        problem = "its arrays are compressed: save them again with np.savez"
+        raise ValueError(files.refusal(path, [problem])) from None
+    except archive.Damaged as error:
+        problem = f"truncated or altered ({files.reason(error)}); fetch it again"
+        raise ValueError(files.refusal(path, [problem])) from error
+    found: dict[str, Any] = {}
+    for name, member in members.items():
+        try:
+            with io.BytesIO(archive.read(path, member)) as opened:
+                found[name.removesuffix(".npy")] = np.lib.format.read_array(
+                    opened, allow_pickle=False
+                )
+        except (ValueError, EOFError, SyntaxError, TypeError) as error:
+            problem = f"{files.line(name, 60)} is not a readable array ({files.reason(error)})"
+            raise ValueError(files.refusal(path, [problem])) from error
+    return found
+
+
+def _saelens_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the name of the file of tensors of SAELens, its tensors and its settings."""
+    D, M, E = dictionary.widths
+    threshold = np.broadcast_to(np.asarray(dictionary.threshold, np.float32), (M,))
+    is_transcoder = dictionary.skip is not None or D != E
+    bias, decoder_bias = dictionary.input_bias, np.asarray(dictionary.decoder_bias)
+    shared = bias is not None and not is_transcoder and np.array_equal(bias, decoder_bias)
+    if bias is not None and not shared:  # SAELens subtracts no other one: the encoder does
+        moved = np.asarray(bias, np.float64) @ np.asarray(dictionary.encoder, np.float64)
+        encoder_bias = np.asarray(dictionary.encoder_bias, np.float64) - moved
+        dictionary = dataclasses.replace(dictionary, encoder_bias=encoder_bias)
+    kind = "jumprelu" if threshold.any() else "standard"
+    if is_transcoder:
+        parts = [kind] * bool(threshold.any()), ["skip"] * (dictionary.skip is not None)
+        kind = "_".join([*parts[0], *parts[1], "transcoder"])
+    kind = "topk" if dictionary.k is not None else kind
+    arrays: dict[str, Any] = {
+        "W_enc": dictionary.encoder, "b_enc": dictionary.encoder_bias,
+        "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias,
+    }  # fmt: skip
+    if threshold.any():
+        arrays["threshold"] = threshold
+    if dictionary.skip is not None:
+        arrays["W_skip"] = np.asarray(dictionary.skip).T
+    fields: dict[str, Any] = {
+        "architecture": kind, "d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": bool(shared), "normalize_activations": _NORMS[dictionary.norm],
+        "metadata": {"sae_lens_version": "6.0.0"},
+    }  # fmt: skip
+    if is_transcoder:
+        fields["d_out"] = E
+    if dictionary.k is not None:
+        fields["k"] = dictionary.k
+    return "sae_weights.safetensors", arrays, fields
+
+
+def _sparsify_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the name of the file of tensors of sparsify, its tensors and its settings."""
+    D, M, _ = dictionary.widths
+    assert dictionary.skip is not None, "only skip transcoders are written in this layout"
+    bias = np.zeros(D) if dictionary.input_bias is None else np.asarray(dictionary.input_bias)
+    moved = bias.astype(np.float64) @ np.asarray(dictionary.encoder, np.float64)
+    arrays = {
+        "encoder.weight": np.asarray(dictionary.encoder).T,
+        "encoder.bias": np.asarray(dictionary.encoder_bias, np.float64) - moved,
+        "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias,
+        "W_skip": np.asarray(dictionary.skip).T,
+    }  # fmt: skip
+    fields = {
+        "d_in": D, "num_latents": M, "k": dictionary.k, "activation": "topk", "transcode": True,
+        "skip_connection": True,
+    }  # fmt: skip
+    return "sae.safetensors", arrays, fields

@@ -1,0 +1,204 @@
+"""Splices: a dictionary in place of a site, whose latents are a site of their own.
+
+A splice encodes what it reads, lets the tap of the latents edit and capture them, and changes its
+site by what the edited latents change in the reconstruction. Which layer it stands in is data; how
+many splices a site has is structure, so that edits of latents lead with an axis over splices, not
+over layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax import sites
+from mllm_jax.numerics import precision
+from mllm_jax.sites import Selection, Site, SiteShape
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from mllm_jax.interventions.edits import Edit
+
+
+class Dictionary(Protocol):
+    """A sparse autoencoder or a transcoder, as a splice uses it; a pytree."""
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The widths of what it reads, of its latents and of what it returns."""
+
+    def encode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B M"]:
+        """Return the latents of x, in float32 or better."""
+
+    def decode(self, latents: Float[Array, "*B M"], x: Float[Array, "*B D"]) -> Float[Array, ...]:
+        """Return the reconstruction from latents, where x was encoded."""
+
+    def decode_change(
+        self, change: Float[Array, "*B M"], x: Float[Array, "*B D"]
+    ) -> Float[Array, ...]:
+        """Return what a change of the latents changes in the reconstruction."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Splice:
+    """What a splice has beside its site and its tokens.
+
+    Attributes:
+      dictionary: The dictionary.
+      error: Whether to add what it does not reconstruct. Static.
+      reads: The site that is encoded. Static.
+    """
+
+    dictionary: Dictionary
+    error: bool = dataclasses.field(metadata={"static": True})
+    reads: Site = dataclasses.field(metadata={"static": True})
+
+    def apply(
+        self,
+        x: Float[Array, "B T ..."],
+        read: Float[Array, "B T ..."],
+        before: Float[Array, "B T M"],
+        after: Float[Array, "B T M"],
+    ) -> Float[Array, "B T ..."]:
+        """Return the site with the reconstruction from edited latents.
+
+        With the error it is x - decode_change(before - after), which is x to the bit where no
+        latent changed: a difference of equal numbers is +0, and so is its product.
+
+        Args:
+          x: The site.
+          read: What was encoded.
+          before: Its latents.
+          after: The latents after their edits.
+        """
+        vectors = as_vectors(read)
+        if not self.error:
+            y = self.dictionary.decode(after, vectors)
+        else:
+            change = self.dictionary.decode_change(before - after, vectors)
+            y = precision.at_least_float32(as_vectors(x)) - change
+        return y.reshape(x.shape).astype(x.dtype)
+
+
+def as_vectors(x: Float[Array, "B T ..."]) -> Float[Array, "B T D"]:
+    """Return one vector for each token: the results of all heads are one."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSite:
+    """The latents of a site in a pass.
+
+    Attributes:
+      spec: Their shape, where `layers` are those of the site.
+      layers: The layer of each splice, in the order of the splices.
+    """
+
+    spec: SiteShape
+    layers: Int[AnyArray, " splices"]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the layers are known."""
+        return isinstance(self.layers, np.ndarray)
+
+    def of_splices(self, units: Bool[AnyArray, "L M"]) -> Bool[AnyArray, "splices M"]:
+        """Return the rows of a mask over layers that have a dictionary."""
+        known = self.is_known and isinstance(units, np.ndarray)
+        return units[self.layers] if known else jnp.asarray(units)[self.layers]
+
+    def selection(self, layers: Selection, name: str) -> Selection:
+        """Return the layers of a capture: all means those that have a dictionary.
+
+        Raises:
+          ValueError: One of the layers has no dictionary.
+        """
+        if layers.form == "all":
+            return Selection("index", self.layers)
+        if self.is_known and not isinstance(layers.value, jax.core.Tracer):
+            wrong = np.setdiff1d(layers.indices(self.spec.layers, f"{name}: layer"), self.layers)
+            if len(wrong):
+                raise ValueError(self.no_dictionary(name, f"layer {wrong[0]}"))
+        return layers
+
+    def no_dictionary(self, name: str, where: str) -> str:
+        """Return the message for layers without a dictionary."""
+        have = ", ".join(map(str, self.layers)) if self.is_known else "those of the splices"
+        return f"{name}: {where} has no dictionary; layers with one: {have}"
+
+
+def latent_sites(
+    edits: Iterable[Edit] | None, shapes: Mapping[str, SiteShape]
+) -> dict[str, LatentSite]:
+    """Return the latents that the splices of a pass make, by the name of their site.
+
+    Args:
+      edits: All edits of the pass.
+      shapes: The sites of the pass.
+
+    Raises:
+      ValueError: Two splices of a site have one layer, or dictionaries of unequal numbers of
+        latents.
+    """
+    by_site: dict[Site, list[Edit]] = {}
+    for edit in edits or ():
+        if edit.splice is not None and edit.address.site.name in shapes:
+            by_site.setdefault(edit.address.site, []).append(edit)
+    return {s.latents.name: _latent_site(s, group, shapes) for s, group in by_site.items()}
+
+
+def _latent_site(site: Site, splices: list[Edit], shapes: Mapping[str, SiteShape]) -> LatentSite:
+    spec = shapes[site.name]
+    dictionaries = [edit.splice.dictionary for edit in splices if edit.splice is not None]
+    widths = {dictionary.widths[1] for dictionary in dictionaries}
+    if len(widths) > 1:
+        raise ValueError(
+            f"the dictionaries at {site} have {' and '.join(map(str, sorted(widths)))} latents: "
+            "those of one pass have equally many"
+        )
+    layers = _layers(site, splices, spec.layers)
+    if isinstance(layers, np.ndarray) and len(np.unique(layers)) < len(layers):
+        raise ValueError(f"two dictionaries are spliced at one layer of {site}: {layers.tolist()}")
+    dtype = np.dtype(precision.at_least_float32_dtype(spec.dtype))
+    shape = SiteShape(spec.layers, (*spec.shape[:2], *widths), dtype)
+    return LatentSite(shape, layers)
+
+
+def _layers(site: Site, splices: list[Edit], count: int) -> Int[AnyArray, " splices"]:
+    given = [edit.address.layers.value if site.stacked else np.int32(0) for edit in splices]
+    if any(isinstance(layer, jax.core.Tracer) for layer in given):
+        return jnp.stack([jnp.asarray(layer, jnp.int32) % count for layer in given])
+    numbers = [edit.address.layers.indices(count, f"{site}: layer")[0] for edit in splices]
+    return np.array(numbers, np.int32)
+
+
+def check_splice(edit: Edit, shapes: Mapping[str, SiteShape]) -> None:
+    """Check that a dictionary fits what it reads and the site that it is spliced at.
+
+    Raises:
+      ValueError: It does not fit.
+    """
+    assert edit.splice is not None, "a splice has a dictionary"
+    site, reads = edit.address.site, edit.splice.reads
+    if reads.name not in shapes:
+        raise ValueError(f"this pass has no site {reads}, which the splice at {site} reads")
+    known = list(sites.BY_NAME)
+    in_layer = reads.module == site.module and reads.stacked and site.stacked
+    earlier = known.index(reads.name) < known.index(site.name)
+    if reads != site and not (in_layer and earlier):
+        raise ValueError(
+            f"the splice at {site} reads {reads}, which is no earlier site of the same layer"
+        )
+    sizes = [int(np.prod(shapes[s.name].shape[2:])) for s in (reads, site)]
+    width_in, _, width_out = edit.splice.dictionary.widths
+    if sizes != [width_in, width_out]:
+        raise ValueError(
+            f"the dictionary at {site} reads vectors of {width_in} and returns {width_out}, but "
+            f"{reads} has {sizes[0]} and {site} has {sizes[1]}"
+        )

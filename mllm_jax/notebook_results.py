@@ -1,0 +1,241 @@
+"""Results of passes as HTML, for notebooks: values and words. All text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mllm_jax import notebook
+from mllm_jax.typing import Float
+
+LAYERS = 12  # shown of a result, evenly spaced
+BEST = 6  # units, bins or words that are named
+Word = Callable[[int], str]
+
+
+def word_of(processor: Any) -> Word:
+    """Return the function from a token to its text; without a processor, the number itself."""
+    return str if processor is None else processor.word
+
+
+def out(receipts: Sequence[Any], logits: Any, captures: Mapping[str, Any], processor: Any) -> str:
+    """Return what a pass gave: its receipts, its likeliest next words and its captures."""
+    word = word_of(processor)
+    parts = [notebook.receipts(receipts)] if receipts else []
+    if logits is not None:
+        parts.append(f"<p><b>logits</b></p>{next_words(logits, word)}")
+    return "".join(parts) + named(captures, word)
+
+
+def named(captures: Mapping[str, Any], word: Word) -> str:
+    """Return captures under their names."""
+    return "".join(
+        f"<p><b>{notebook.escape(name)}</b></p>{result(value, word)}"
+        for name, value in captures.items()
+    )
+
+
+def result(value: Any, word: Word = str) -> str:
+    """Return the result of one capture."""
+    if hasattr(value, "_html_"):
+        return value._html_(word)
+    return notebook.table(
+        ("array", "shape", "type", "least", "mean", "most", "first values"),
+        [_numbers(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(value)],
+    )
+
+
+def next_words(logits: Any, word: Word) -> str:
+    """Return the likeliest next words of the first rows, [B, V] or [B, T, V] at the last token."""
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim == 3:
+        return notebook.table(("shape", "type"), [(list(logits.shape), "float32")])
+    lines: list[tuple[Any, ...]] = []
+    for row, values in enumerate(logits[: notebook.ROWS]):
+        odds = np.exp(values - values.max())
+        best = np.argsort(-values, kind="stable")[:BEST]
+        lines.append((row, _words(best, odds[best] / odds.sum(), word)))
+    return notebook.table(("row", "likeliest next words"), lines)
+
+
+def stats(stats: Any) -> str:
+    """Return statistics by kind, and the units that are most often above zero."""
+    kinds = stats.kinds or ("all",)
+    positive, tokens, sums, most = (
+        np.asarray(a) if stats.kinds else np.asarray(a)[..., None]
+        for a in (stats.positive, stats.tokens, stats.sum, stats.max)
+    )
+    layered = tokens.ndim > 1
+    units = int(np.prod(positive.shape[layered:-1]))
+    read = tokens.max(0) if layered else tokens
+    seen = np.maximum(tokens.sum(0) if layered else tokens, 1).astype(np.float64) * units
+    axes = tuple(range(positive.ndim - 1))
+    values = zip(
+        kinds, read, positive.sum(axes) / seen, sums.sum(axes) / seen, most.max(axes), strict=True
+    )
+    lines = [
+        (kind, f"{n:,}", *((f"{p:.1%}", f"{m:.4g}", f"{x:.4g}") if n else ("", "", "")))
+        for kind, n, p, m, x in values
+    ]
+    head = "kind", "tokens", "above zero", "mean", "most"
+    rate = positive.sum(-1) / np.maximum(tokens.sum(-1), 1).reshape(
+        *tokens.shape[:-1], *(1,) * (positive.ndim - tokens.ndim)
+    )
+    return notebook.table(head, lines) + _strongest("most often above zero", rate, "{:.1%}")
+
+
+def lens(lens: Any, word: Word = str) -> str:
+    """Return the words of the last selected token of each row by layer, and their entropy."""
+    ids, log_probs, entropy = map(np.asarray, (lens.ids, lens.log_probs, lens.entropy))
+    if ids.ndim == 3:
+        ids, log_probs, entropy = ids[None], log_probs[None], entropy[None]
+    parts: list[str] = []
+    for row in range(min(ids.shape[1], notebook.ROWS)):
+        selected = np.flatnonzero((ids[:, row] >= 0).any((0, 2)))
+        if not len(selected):
+            continue
+        at = selected[-1]
+        lines = [
+            (
+                layer,
+                f"{entropy[layer, row, at]:.2f}",
+                _words(ids[layer, row, at, :BEST], np.exp(log_probs[layer, row, at, :BEST]), word),
+            )
+            for layer in _evenly(len(ids))
+        ]
+        head = f"row {row}, token {at}: layer", "entropy, nats", "words"
+        parts.append(notebook.table(head, lines))
+    return "".join(parts)
+
+
+def entropy(entropy: Any) -> str:
+    """Return the mean entropy of the lens by layer and kind."""
+    tokens, total = np.asarray(entropy.tokens), np.asarray(entropy.sum, np.float64)
+    axes = tuple(range(1, total.ndim - 1))
+    count = tokens.sum(axes)
+    first = _first_axis(total.ndim == 3)
+    return _by_layer(f"mean entropy, nats: {first}", total.sum(axes), count, entropy.kinds)
+
+
+def top(top: Any) -> str:
+    """Return the strongest of the kept values, and where they are; of many units, one of each."""
+    value = np.asarray(top.value, np.float64)
+    ranks = max(1, BEST // max(1, value[..., 0].size))
+    kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
+    order = np.argsort(np.where(np.isnan(kept), np.inf, -kept), axis=None, kind="stable")[:BEST]
+    names = "example", "token", "tile", "row", "column"
+    lines: list[tuple[Any, ...]] = []
+    for flat in order:
+        at = np.unravel_index(flat, kept.shape)
+        example, token, tile, *cell = (int(np.asarray(getattr(top, name))[at]) for name in names)
+        if example >= 0:
+            unit, place = list(map(int, at[:-1])), cell if cell[0] >= 0 else ""
+            lines.append((unit, f"{value[at]:.4g}", example, token, tile, place))
+    return notebook.table(("unit", f"{top.order} value", *names[:3], "row, column"), lines)
+
+
+def histogram(histogram: Any) -> str:
+    """Return how many values of all units are in each bin."""
+    counts, edges = np.asarray(histogram.counts, np.int64), np.asarray(histogram.edges)
+    axis = counts.ndim - 1 - bool(histogram.kinds)
+    counts = counts.sum(tuple(a for a in range(counts.ndim) if a != axis))
+    bounds = [-np.inf, *edges.tolist(), np.inf]
+    total = max(int(counts.sum()), 1)
+    lines = [
+        (f"{low:.4g} to {high:.4g}", f"{n:,}", f"{n / total:.1%}")
+        for low, high, n in zip(bounds, bounds[1:], counts, strict=False)
+    ]
+    return notebook.table(("values", "count", "share"), lines)
+
+
+def mass(mass: Any) -> str:
+    """Return the mass by layer and kind of key, on average over rows and heads."""
+    values = np.asarray(mass.values, np.float64)
+    head = f"mean attention: {_first_axis(values.ndim == 4)}"
+    values = values.reshape(len(values), -1, values.shape[-1])
+    return _by_layer(head, np.nansum(values, 1), (~np.isnan(values)).sum(1), mass.kinds)
+
+
+def attention_map(attention: Any) -> str:
+    """Return maps of the first rows as grey cells, on average over layers and heads."""
+    readers = attention.keys.readers
+    rows = len(attention.keys.kind if readers is None else readers)
+    parts: list[str] = []
+    for row in range(min(rows, notebook.ROWS)):
+        try:
+            maps = attention.maps(row)
+        except ValueError as error:
+            return f"<p>{notebook.escape(str(error))}</p>"
+        for tile, values in maps.items():
+            cells = values.mean(tuple(range(values.ndim - 2)))
+            title = f"row {row}, tile {tile}: from 0 to {np.nanmax(cells):.4g}"
+            parts.append(
+                f"<figure style='display:inline-block;margin:4px'><img alt='{title}' "
+                f"src='{grey_cells(cells)}'><figcaption>{title}</figcaption></figure>"
+            )
+    return "".join(parts)
+
+
+def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> str:
+    """Return a map as the data URL of a PNG: white is the most, black 0, blue where none is."""
+    import PIL.Image
+
+    missing = np.isnan(cells)
+    level = np.nan_to_num(cells / max(np.nanmax(cells, initial=0), 1e-30)).clip(0, 1)
+    colours = np.repeat((255 * level[..., None]).astype(np.uint8), 3, -1)
+    colours[missing] = (40, 60, 110)
+    size = max(1, notebook.SIDE // max(cells.shape))
+    return notebook.png(PIL.Image.fromarray(colours.repeat(size, 0).repeat(size, 1)))
+
+
+def generation(generation: Any) -> str:
+    """Return what was generated, its receipts and its captures."""
+    said = generation.text or [list(map(int, row)) for row in np.asarray(generation.tokens)]
+    batch = generation.batch
+    word = word_of(None if batch is None else batch.processor)
+    receipts = notebook.receipts(generation.receipts) if generation.receipts else ""
+    lines = enumerate(said)
+    return notebook.table(("row", "generated"), lines) + receipts + named(generation.captures, word)
+
+
+def _by_layer(head: str, total: np.ndarray, count: np.ndarray, kinds: Iterable[str]) -> str:
+    kinds = tuple(kinds) or ("all",)
+    total, count = (a.reshape(len(a), -1) for a in (total, count))
+    lines = [
+        (n, *(f"{t / c:.3f}" if c else "" for t, c in zip(total[n], count[n], strict=True)))
+        for n in _evenly(len(total))
+    ]
+    return notebook.table((head, *kinds), lines)
+
+
+def _first_axis(is_layers: bool) -> str:
+    """Return the name of the first axis, which may be rows where a result is of one layer."""
+    return "layer" if is_layers else "first axis"
+
+
+def _evenly(count: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, LAYERS))})
+
+
+def _strongest(what: str, values: np.ndarray, form: str) -> str:
+    order = np.argsort(-values, axis=None, kind="stable")[:BEST]
+    units = [np.unravel_index(flat, values.shape) for flat in order]
+    lines = [(list(map(int, at)), form.format(values[at])) for at in units]
+    return notebook.table(("unit", what), lines)
+
+
+def _words(ids: Iterable[int], probabilities: Iterable[float], word: Word) -> str:
+    pairs = zip(ids, probabilities, strict=True)
+    return ", ".join(f"{word(int(token))!r} {p:.2f}" for token, p in pairs if token >= 0)
+
+
+def _numbers(path: Any, leaf: Any) -> tuple[Any, ...]:
+    array = np.asarray(leaf)
+    wide = array.astype(np.float64) if array.size else np.zeros(1)
+    first = notebook.value(array.reshape(-1)[:7]) if array.size else ""
+    summary = (f"{f(wide):.4g}" for f in (np.min, np.mean, np.max))
+    name = jax.tree_util.keystr(path) or "values"
+    return name, list(array.shape), array.dtype, *summary, first

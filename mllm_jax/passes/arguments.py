@@ -1,0 +1,80 @@
+"""What a pass is given, checked at its door: one line in place of an error deep inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mllm_jax.arguments import type_error
+from mllm_jax.batch import Batch
+from mllm_jax.interventions.captures import Capture
+from mllm_jax.interventions.edits import Edit, Edits
+
+
+def check(model: Any, batch: Any, edits: Any = None, captures: Any = None) -> None:
+    """Check the arguments that all passes share.
+
+    Args:
+      model: The model.
+      batch: What it reads.
+      edits: What to change.
+      captures: What to bring back, by name.
+
+    Raises:
+      ValueError: One of them is of another type.
+    """
+    check_model(model)
+    if not isinstance(batch, Batch):
+        raise type_error("batch", batch, "a batch that a processor makes: processor(images, texts)")
+    if edits is not None:
+        check_edits(edits)
+    if captures is not None:
+        check_captures(captures)
+
+
+def check_stream(captures: Any, model: Any, batches: Any, edits: Any) -> None:
+    """Check the arguments of a pass over many batches; see `check`."""
+    check_captures(captures)
+    check_model(model)
+    check_batches(batches)
+    if edits is not None:
+        check_edits(edits)
+
+
+def check_model(model: Any) -> None:
+    """Check that a model is one; see `check`."""
+    if isinstance(model, type) or not hasattr(model, "token_maps"):
+        raise type_error("model", model, "the first of what mj.load returns: model, processor")
+
+
+def check_edits(edits: Any) -> None:
+    """Check that edits are edits; see `check`."""
+    if not isinstance(edits, Edits) or not all(isinstance(edit, Edit) for edit in edits):
+        raise type_error("edits", edits, "what mj.ablate, ... return; first >> second composes")
+
+
+def check_captures(captures: Any) -> None:
+    """Check that captures are captures by name; see `check`."""
+    if not isinstance(captures, dict):
+        raise type_error("captures", captures, 'captures by name: {"name": mj.keep(site)}')
+    for name, capture in captures.items():
+        if not isinstance(name, str):
+            raise type_error(f"the name {name!r:.40} of a capture", name, "a string")
+        if not isinstance(capture, Capture):
+            raise type_error(f"capture '{name:.40}'", capture, "what mj.keep, mj.stats, ... return")
+
+
+def check_batches(batches: Any, *, by_number: bool = False) -> None:
+    """Check that batches are several.
+
+    Args:
+      batches: The batches.
+      by_number: Whether they are read by number, in any order.
+
+    Raises:
+      ValueError: They are one batch, text, or nothing that gives batches.
+    """
+    indexed = hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
+    wrong = isinstance(batches, Batch | str | bytes | dict)
+    if wrong or not (indexed or (isinstance(batches, Iterable) and not by_number)):
+        raise type_error("batches", batches, "a list of batches: [batch]")

@@ -1,0 +1,249 @@
+"""Attribution patching, exact patches, corrupt pictures and circuits, against algebra and loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
+from mllm_jax.analysis import attribution, circuits, corruption, edges, patching, paths
+from mllm_jax.analysis.paths import Path
+from tests.helpers import contrasts, random_inputs
+
+SITES = [S.lm.embed, S.lm.resid_post, S.lm.attn.heads, S.lm.attn_out, S.lm.attn.v]
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return contrasts.contrast(contrasts.linear_model())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return contrasts.contrast(random_inputs.random_model(contrasts.tiny_config()))
+
+
+@pytest.fixture(scope="module")
+def nearly():
+    """Clean and corrupt pictures that hardly differ: every effect is of first order."""
+    return contrasts.contrast(random_inputs.random_model(contrasts.tiny_config()), scale=1e-2)
+
+
+def test_of_a_linear_model_attributions_are_the_exact_patches(linear):
+    found = patching.attribute(linear, SITES)
+    heads = patching.exact(linear, S.lm.attn.heads, over=("layer", "unit"))[:, :, 0]
+    assert np.abs(heads).max() > 0.02
+    np.testing.assert_allclose(found.values["lm.attn.heads"].sum(2), heads, rtol=1e-3, atol=5e-5)
+    total = found.values["lm.embed"].sum(1)
+    np.testing.assert_allclose(total, found.clean - found.corrupt, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_of_a_linear_model_integrated_gradients_and_edges_are_exact_too(linear):
+    first, integrated = (patching.attribute(linear, SITES, steps=steps) for steps in (0, 2))
+    for name, values in first.values.items():
+        np.testing.assert_allclose(integrated.values[name], values, rtol=1e-3, atol=5e-5)
+    resid = patching.exact(linear, S.lm.resid_post, over=("layer", "token"))
+    np.testing.assert_allclose(first.values["lm.resid_post"], resid, rtol=1e-3, atol=5e-5)
+    found = edges.attribute(linear)
+    _compare_edges(linear, found, [("head", "v"), ("head", "output")], share=1e-2)
+    np.testing.assert_allclose(edges.attribute(linear, steps=2).values, found.values, atol=5e-5)
+    # What the parts add directly is all of the difference.
+    total = found.values[..., -1].sum(1)
+    np.testing.assert_allclose(total, first.clean - first.corrupt, rtol=1e-3, atol=5e-5)
+    (u, v, value), *_ = found.top(1)
+    assert found.is_edge[found.senders.index(u), found.receivers.index(v)] and value
+
+
+TARGETS = {
+    "embed": lambda node: S.lm.embed,
+    "head": lambda node: S.lm.attn.heads[node.layer, [node.unit]],
+    "mlp": lambda node: S.lm.mlp.out[node.layer],
+    "q": lambda node: S.lm.attn.q[node.layer, [node.unit]],
+    "k": lambda node: S.lm.attn.k[node.layer, [node.unit]],
+    "v": lambda node: S.lm.attn.v[node.layer, [node.unit]],
+    "output": lambda node: S.lm.resid_post[-1],
+}
+
+
+def _compare_edges(contrast, found, pairs, share, every=3):
+    """Compare every third edge between these parts with the exact path.
+
+    They are equal up to a share of the largest effect.
+    """
+    for parts in pairs:
+        chosen = [
+            (u, v)
+            for u, v in np.argwhere(found.is_edge).tolist()
+            if (found.senders[u].part, found.receivers[v].part) == parts
+        ][::every]
+        nodes = [(found.senders[u], found.receivers[v]) for u, v in chosen]
+        asked = [Path(TARGETS[a.part](a), TARGETS[b.part](b)) for a, b in nodes]
+        want = paths.effect(contrast, asked)
+        got = np.stack([found.values[:, u, v] for u, v in chosen])
+        largest = np.abs(want).max()
+        assert largest > 1e-5, parts
+        np.testing.assert_allclose(got, want, rtol=0, atol=share * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_of_a_small_change_attributions_are_the_exact_patches(nearly):
+    sites = [S.lm.resid_mid, S.lm.mlp.act, S.lm.mlp.out, S.lm.attn.k]
+    found = patching.attribute(nearly, sites)
+    for site, over in ((S.lm.resid_mid, ("layer", "token")), (S.lm.attn.k, ("layer", "unit")),
+                       (S.lm.mlp.out, ("layer", "token"))):  # fmt: skip
+        want = patching.exact(nearly, site, over=over)
+        got = found.values[site.name]
+        got = got if "token" in over else got.sum(2, keepdims=True)
+        largest = np.abs(want).max()
+        assert largest > 1e-5, site
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-2 * largest)
+    pairs = [("mlp", "q"), ("head", "k"), ("head", "mlp")]
+    _compare_edges(nearly, edges.attribute(nearly), pairs, share=5e-2, every=2)
+
+
+@pytest.mark.slow
+def test_exact_patches_are_those_of_a_loop(tiny):
+    kept = {"z": mj.keep(S.lm.attn.heads), "x": mj.keep(S.lm.resid_post)}
+    corrupt = mj.run(tiny.model, tiny.corrupt, None, kept)
+    clean = np.asarray(tiny.metric(mj.run(tiny.model, tiny.clean)))
+    heads = patching.exact(tiny, S.lm.attn.heads, over=("layer", "unit"), where=tok.image)
+    resid = patching.exact(tiny, S.lm.resid_post, over=("layer", "token"))
+    assert heads.shape == (3, 2, 1, 4) and resid.shape == (3, 2, tiny.clean.ids.shape[1])
+    for layer, unit in ((0, 1), (2, 3)):
+        value = np.asarray(corrupt["z"])[:, :, :, unit : unit + 1]
+        edit = mj.replace(S.lm.attn.heads[layer, [unit]], value, where=tok.image)
+        want = clean - tiny.metric(mj.run(tiny.model, tiny.clean, edit))
+        np.testing.assert_allclose(heads[layer, :, 0, unit], want, rtol=0, atol=1e-5)
+    for layer, token in ((0, 4), (1, tiny.clean.ids.shape[1] - 1)):
+        at = np.arange(tiny.clean.ids.shape[1])[None] == token
+        edit = mj.replace(S.lm.resid_post[layer], corrupt["x"], where=np.repeat(at, 2, 0))
+        want = clean - tiny.metric(mj.run(tiny.model, tiny.clean, edit))
+        np.testing.assert_allclose(resid[layer, :, token], want, rtol=0, atol=1e-5)
+    assert not resid[:, 0, 0].any()  # padding
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_on_the_tiny_model_effects_are_complete_and_near_the_exact_ones(tiny):
+    sites = [S.lm.embed, S.lm.attn.heads, S.vision.resid_post]
+    found = patching.attribute(tiny, sites[:2], steps=64)
+    total = found.values["lm.embed"].sum(1)
+    np.testing.assert_allclose(total, found.clean - found.corrupt, rtol=2e-2, atol=2e-2)
+    exact = patching.exact(tiny, S.lm.attn.heads, over=("layer", "unit"))[:, :, 0]
+    heads = found.values["lm.attn.heads"].sum(2)
+    assert np.corrcoef(exact.ravel(), heads.ravel())[0, 1] > 0.7
+    # At a site of the tower, a slope: the difference quotient along the change.
+    slope = patching.attribute(tiny, sites, where=None).values["vision.resid_post"]
+    corrupt = mj.run(tiny.model, tiny.corrupt, None, {"x": mj.keep(S.vision.resid_post[0])})["x"]
+    metric = []
+    for gate in (1 - 1e-2, 1 + 1e-2):
+        edit = mj.call(S.vision.resid_post[0], attribution.interpolate, gate=gate, closed=corrupt)
+        metric.append(tiny.metric(mj.run(tiny.model, tiny.clean, edit)))
+    want = (metric[1] - metric[0]) / 2e-2
+    np.testing.assert_allclose(slope[0].sum(-1), want, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_circuits_go_from_corrupt_to_clean(tiny):
+    kinds = ("image", "text")
+    scores = circuits.node_scores(
+        patching.attribute(tiny, circuits.NODE_SITES, steps=4), tiny, kinds=kinds
+    )
+    assert scores.shape == (2, 3, 5)
+    sizes = (0, 6, 15, 30)
+    found = circuits.curves(tiny, scores, sizes, kinds=kinds, draws=2)
+    np.testing.assert_allclose(found.faithfulness[-1], 1, atol=1e-4)
+    np.testing.assert_allclose(found.incompleteness[0], 1, atol=1e-4)
+    np.testing.assert_allclose(found.circuit[0], found.complement[-1], atol=1e-5)
+    np.testing.assert_allclose(found.random_circuit[:, [0, -1]], found.circuit[[0, -1]][None].repeat(2, 0), atol=1e-5)  # fmt: skip
+    # A circuit of all heads and MLPs but two, by replacing these with what they are when corrupt.
+    mask = np.ones((2, 3, 5), bool)
+    mask[0, 1, 2] = mask[1, 2, 4] = False
+    kept = {"z": mj.keep(S.lm.attn.heads), "m": mj.keep(S.lm.mlp.out)}
+    corrupt = mj.run(tiny.model, tiny.corrupt, None, kept)
+    edits = mj.replace(
+        S.lm.attn.heads[1, [2]], np.asarray(corrupt["z"])[:, :, :, 2:3], where=tok.image
+    ) >> mj.replace(S.lm.mlp.out[2], corrupt["m"], where=tok.text)
+    want = tiny.metric(mj.run(tiny.model, tiny.clean, edits))
+    (got,) = circuits.evaluate(tiny, mask[None], kinds=kinds)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    falls = circuits.minimality(tiny, mask, kinds=kinds)
+    lesser = mask.copy()
+    lesser[0, 0, 1] = False
+    (less,) = circuits.evaluate(tiny, lesser[None], kinds=kinds)
+    np.testing.assert_allclose(falls[0, 0, 1], (got - less).mean(), atol=1e-5)
+    assert not falls[~mask].any()
+
+
+def test_what_does_not_correspond_is_refused(linear):
+    model, clean = linear.model, linear.clean
+    other = random_inputs.make_batch(model.config, images=(1, 1), words=(8, 5), pad="left")
+    with pytest.raises(ValueError, match="differ in the kind of lm token . of row 0"):
+        patching.Contrast.of(contrasts.METRIC, model, clean, other)
+    longer = random_inputs.make_batch(model.config, images=(1, 1), words=(5, 9), pad="left")
+    with pytest.raises(ValueError, match="make both with the same rows= and length="):
+        patching.Contrast.of(contrasts.METRIC, model, clean, longer)
+    with pytest.raises(ValueError, match="a contrast takes no patch among its edits"):
+        patching.Contrast.of(
+            contrasts.METRIC, model, clean, clean, mj.patch(S.lm.resid_post[0], 0, 1)
+        )
+    with pytest.raises(ValueError, match="steps=1: integrated gradients run .* vision.resid_post"):
+        patching.attribute(linear, [S.vision.resid_post], steps=1)
+    with pytest.raises(ValueError, match="where= selects no token of this batch at lm.embed"):
+        patching.attribute(linear, [S.lm.embed], where=tok.answer)
+    with pytest.raises(ValueError, match="lm.attn.mask has no activations"):
+        patching.attribute(linear, [S.lm.attn.mask])
+    with pytest.raises(ValueError, match="over=unit: lm.resid_post is patched as a whole"):
+        patching.exact(linear, S.lm.resid_post, over=("unit",))
+    with pytest.raises(ValueError, match="of the language model, not vision.mlp.act"):
+        patching.exact(linear, S.vision.mlp.act)
+    with pytest.raises(ValueError, match="where= selects no token"):
+        patching.exact(linear, S.lm.embed, over=("token",), where=tok.answer)
+    with pytest.raises(ValueError, match="lm.attn.q of layer 1: the receiver is not behind"):
+        Path(S.lm.attn.heads[1, [0]], S.lm.attn.q[1, [0]]).edits(2, 3)
+    with pytest.raises(ValueError, match="sites of the language model, not vision.embed"):
+        Path(S.vision.embed, S.lm.mlp.out[0]).edits(2, 3)
+    with pytest.raises(ValueError, match="kinds=image, every: a token is of several"):
+        circuits.curves(linear, np.ones((2, 3, 5)), [1], kinds=("image", "every"))
+    with pytest.raises(ValueError, match=r"sizes=\[16\]: there are 15 nodes"):
+        circuits.curves(linear, np.ones((1, 3, 5)), [16])
+
+
+def test_corrupt_pictures():
+    make = random_inputs.make_batch
+    batch = make(images=(1, 1, 0), words=(5, 8, 7), fill=1)
+    noisy = corruption.noise(batch, scale=2.0)
+    change = noisy.pixels - batch.pixels
+    assert not change[2].any()
+    spread = batch.pixels[:2].std()
+    np.testing.assert_allclose(change[:2].std(), 2 * spread, rtol=0.05)
+    assert (noisy.pixels == corruption.noise(batch, scale=2.0).pixels).all()
+    assert (noisy.pixels[:2] != corruption.noise(batch, scale=2.0, seed=1).pixels[:2]).all()
+    flat = corruption.mean(batch).pixels
+    for tile in range(2):
+        want = batch.pixels[tile].mean((0, 1))
+        np.testing.assert_allclose(flat[tile], np.broadcast_to(want, flat[tile].shape), atol=1e-5)
+    np.testing.assert_array_equal(flat[2], batch.pixels[2])
+    featured = batch.replace(features=np.arange(24, dtype=np.float32).reshape(3, 4, 2))
+    np.testing.assert_allclose(corruption.mean(featured).features[0], [[3, 4]] * 4)
+    with pytest.raises(ValueError, match="has no picture that could be corrupted"):
+        corruption.noise(make(images=(0, 0), words=(5, 5)))
+
+
+def test_pictures_of_other_rows(random_model):
+    config = random_inputs.TINY
+    model = random_model(config)
+    batch = random_inputs.make_batch(images=(1, 0, 1), words=(5, 9, 8), fill=1)
+    swapped = corruption.exchange(model, batch, [2, 1, 0])
+    np.testing.assert_array_equal(swapped.pixels, batch.pixels[[1, 0, 2]])
+    np.testing.assert_array_equal(swapped.ids, batch.ids)
+    uneven = random_inputs.make_batch(images=(2, 1), words=(5, 8))
+    with pytest.raises(ValueError, match="row 0 cannot get the pictures of row 1"):
+        corruption.exchange(model, uneven, [1, 1])
+    with pytest.raises(ValueError, match=r"pictures_of=\[3, 0, 0\]: one row of the batch"):
+        corruption.exchange(model, batch, [3, 0, 0])
