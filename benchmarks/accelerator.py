@@ -170,7 +170,7 @@ def apart(found: harness.Result, exact: harness.Result) -> float:
     """
     floats = [name for name, values in exact.items() if values.dtype.kind == "f"]
     if floats:
-        return harness.difference(*({n: side[n] for n in floats} for side in (found, exact)))
+        return harness.difference({n: found[n] for n in floats}, {n: exact[n] for n in floats})
     parts = (np.abs(found[n] - exact[n]).sum() / np.abs(exact[n]).sum() for n in exact)
     return float(max(parts))
 

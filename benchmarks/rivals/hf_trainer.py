@@ -87,9 +87,10 @@ class _LowRank(torch.nn.Module):
 
     def __init__(self, linear: torch.nn.Linear, a: np.ndarray, scale: float):
         super().__init__()
-        to = {"device": linear.weight.device, "dtype": torch.float32}
-        self.a = torch.nn.Parameter(torch.tensor(a, **to))
-        self.b = torch.nn.Parameter(torch.zeros(a.shape[-1], linear.out_features, **to))
+        b = torch.zeros(a.shape[-1], linear.out_features)
+        self.a = torch.nn.Parameter(torch.tensor(a, dtype=torch.float32))
+        self.b = torch.nn.Parameter(b)
+        self.to(linear.weight.device)
         self.scale = scale
         linear.register_forward_hook(self)
 
@@ -100,7 +101,8 @@ class _LowRank(torch.nn.Module):
 
 def _low_ranks(model, rank: int = 8, alpha: float = 16.0) -> list[_LowRank]:
     """Return changes of all matrices of the language model, drawn as `parts.Lora.start` does."""
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found: list[_LowRank] = []
     of = {"self_attn": ("k_proj", "o_proj", "q_proj", "v_proj"),
           "mlp": ("down_proj", "gate_proj", "up_proj")}  # fmt: skip
     for part, names in of.items():

@@ -379,7 +379,7 @@ def lane_budget(model: Model) -> int:
       know its memory, as a CPU.
     """
     leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
-    devices = leaves[0].sharding.addressable_devices
+    devices: set[Any] = leaves[0].sharding.addressable_devices
     stats = min(devices, key=lambda device: device.id).memory_stats() or {}
     if "bytes_limit" not in stats:
         return BUDGET
