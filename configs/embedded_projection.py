@@ -44,7 +44,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.factors.tasks = ("documents",)
     config.factors.changes["all of them"] = _all(base.OFFICIAL_PROJECTION)
     config.neurons.pictures = 16
-    config.neurons.train = ("documents",)
     config.suppress.task = "documents"
     config.suppress.classes = ("sheet music", "text")
     if size == "official":
@@ -61,7 +60,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.depth = ("Original",)
         config.factors.tasks = ()
         config.neurons.pictures = 8
-        config.neurons.train = ()
         config.suppress.task = ""
     return config
 

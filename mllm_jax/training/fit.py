@@ -173,7 +173,7 @@ def fit(
       FloatingPointError: a loss is not finite.
       OSError: the checkpoint cannot be written.
     """
-    _check_arguments(model, batches, recipe)
+    _check_arguments(model, batches, recipe, loss)
     partition = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
     merge, trained, frozen = partition
     steps = _count_steps(batches, recipe)
@@ -202,9 +202,13 @@ def fit(
     return merge(trained, frozen), run.curve
 
 
-def _check_arguments(model: Any, batches: Any, recipe: Any) -> None:
-    """Raise ValueError unless these are a model, several batches by number, and a recipe."""
-    arguments.check_model(model)
+def _check_arguments(model: Any, batches: Any, recipe: Any, loss: Loss) -> None:
+    """Raise ValueError unless these are a model, several batches by number, and a recipe.
+
+    A loss of the user's own may be of a model of any other kind.
+    """
+    if loss is losses.answer_nll:
+        arguments.check_model(model)
     arguments.check_batches(batches, by_number=True)
     if not len(batches):
         raise ValueError("there is no batch to train on")

@@ -107,7 +107,7 @@ def test_every_site(pad, family, loaded):
     assert model.config == family.config
     batch = processor(None, PROMPTS, rows=4, left=pad == "left")
     names = set(site_shapes(model, batch)) - {site.name for site in S.MASKS}
-    assert {name.split(".")[0] for name in names} == {"lm", "logits"} and len(names) == 16
+    assert {name.split(".")[0] for name in names} == {"lm", "logits"} and len(names) == 17
     inputs = family.inputs(batch, [])
     hf.assert_equal(model, batch, hf.tensors(family.network, names, where=family.where, **inputs))
 
