@@ -22,7 +22,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["mllm_jax", "mllm_jax.*"]),
-    package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md"]},
+    package_data={"mllm_jax": ["assets/*.safetensors", "data/*.md", "report/*.css", "report/*.js"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -41,6 +41,7 @@ setuptools.setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.0",
         "pillow",
+        "plotly>=6",  # the script of the pages' charts
         "safetensors>=0.5",
         "sentencepiece",  # checkpoints of the original LLaVA code come with a tokenizer.model alone
         "tensorflow-datasets>=4.9.10",

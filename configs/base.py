@@ -66,8 +66,11 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.entropy_controls = 3  # draws of neurons of the same layers, as active in every domain
     config.margin = 0.05  # the largest effect that counts as none: share of answers, or deviation
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
+    config.evidence_neurons = 20  # of a domain and module, shown on their own; 0 for none
+    config.evidence_per_domain = 100  # training pictures on which their tokens are sought
+    config.evidence_effects = True  # also first-order effects: of each neuron, and of each patch
     config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
-    config.picture_layers = 4
+    config.picture_layers = 5  # of the figures
     config.seed = 0
     return config
 

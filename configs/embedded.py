@@ -36,4 +36,5 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.controls = 3  # too few draws for narrow intervals
         config.random_controls = 2
         config.entropy_controls = 0
+        config.evidence_effects = False
     return config

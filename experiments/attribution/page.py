@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import page, style, tables
+from mllm_jax.report import charts, page, parts, style, tables
 
 METRICS = {
     "answer": "the log-likelihood of the right answer",
@@ -104,7 +105,14 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
 
 def _layers(folder: pathlib.Path, results: Mapping) -> page.Section:
     layers = results["by_layer"]
-    style.save(by_layer(layers), folder / "figures/by_layer.png")
+    hue = {"for": style.PALETTE[0], "against": style.GREY}
+    chart = [
+        charts.bars(domain, sums, hue, "layer", "nats per question")
+        for domain, sums in layers.items()
+    ]
+    figure = parts.write_figure(
+        folder, "by_layer", by_layer(layers), "Attribution by layer and domain", chart=chart
+    )
     tables.write(
         folder / "tables/by_layer.csv", ("domain", "layer", "for", "against"),
         [(domain, layer, *values) for domain, sums in layers.items()
@@ -115,7 +123,7 @@ def _layers(folder: pathlib.Path, results: Mapping) -> page.Section:
         title="By layer",
         reading=f"Layer {total.argmax()} has the largest share of the positive attributions, "
         f"{100 * total.max() / max(total.sum(), 1e-12):.0f} %.",
-        figures=[page.Figure("figures/by_layer.png", "Attribution by layer and domain")],
+        figures=[figure],
         table=page.Table(
             ("domain", "questions", "metric", "sum of attributions", "all gates closed"),
             [(domain, f"{results['examples'][domain]}",
@@ -152,7 +160,10 @@ def _top(folder: pathlib.Path, results: Mapping) -> page.Section:
 
 def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
     rows = results["ablation"]
-    style.save(ablation(rows), folder / "figures/ablation.png")
+    figure = parts.write_figure(
+        folder, "ablation", ablation(rows),
+        "Change of the metric by the number of ablated units", chart=_ablation_panels(rows),
+    )  # fmt: skip
     columns = ("domain", "ablated", "units", "clean", "change", "low", "high", "n")
     tables.write(
         folder / "tables/ablation.csv", columns, [[row[c] for c in columns] for row in rows]
@@ -168,12 +179,26 @@ def _ablation(folder: pathlib.Path, results: Mapping) -> page.Section:
         reading=f"With the top {most:,} units ablated, the metric changes by {page.signed(top)} "
         f"nats on test questions; with equally many random units of the same layers, by "
         f"{page.signed(random)}.",
-        figures=[
-            page.Figure(
-                "figures/ablation.png", "Change of the metric by the number of ablated units"
-            )
-        ],
+        figures=[figure],
         note="Colour: units chosen on training questions; grey: random units. Bands: 95 % "
         "bootstrap intervals over questions.",
         data=[("ablation.csv", "tables/ablation.csv")],
     )
+
+
+def _ablation_panels(rows: Sequence[Mapping]) -> charts.Chart:
+    """Return the changes by the number of ablated units, a panel for each domain."""
+    keys = {"at": "ablated", "mean": "change", "low": "low", "high": "high"}
+    chart: list[charts.Panel] = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        selected = [row for row in rows if row["domain"] == domain]
+        units = list(dict.fromkeys(row["units"] for row in selected))
+        by_units = {
+            name: {key: [row[of] for row in selected if row["units"] == name]
+                   for key, of in keys.items()}
+            for name in units
+        }  # fmt: skip
+        hue = style.palette(units)
+        panel = charts.curves(domain, by_units, hue, "units ablated", "change, nats per question")
+        chart.append(dataclasses.replace(panel, layout={"xaxis": {"type": "log"}}))
+    return chart

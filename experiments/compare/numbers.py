@@ -11,6 +11,8 @@ CENTRES = ("value", "mean", "difference", "change", "effect", "accuracy")
 # Fields of rows that name what the row is about, beside those that are text.
 KEYS = ("draw", "layer", "seed", "ablated")
 OUTSIDE = ("format", "study")
+# What illustrates results, at any depth: single neurons, questions, answers and pictures.
+ILLUSTRATIONS = ("evidence", "questions", "changed", "by_layer")
 
 
 class Number(NamedTuple):
@@ -58,7 +60,7 @@ def _walk_fields(
             yield (*own, *place), Number(*map(float, ends))
     for key, item in rest.items():
         names_row = key in KEYS and bool(name) and name[-1].startswith("[")
-        if not names_row:
+        if not names_row and key not in ILLUSTRATIONS:
             yield from _walk(item, (*name, str(key)))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import learning, page, style, tables
+from mllm_jax.report import charts, learning, page, parts, style, tables
 
 
 @style.styled
@@ -38,6 +38,20 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
     return figure
 
 
+def panel(rows: Sequence[Mapping]) -> charts.Panel:
+    """Return the same to hover over and to zoom."""
+    names = list(dict.fromkeys(row["subspace"] for row in rows))
+    keys = {"at": "layer", "mean": "accuracy", "low": "low", "high": "high"}
+    by_name = {
+        name: {key: [row[of] for row in rows if row["subspace"] == name]
+               for key, of in keys.items()}
+        for name in names
+    }  # fmt: skip
+    return charts.curves(
+        "Interchange", by_name, style.palette(names), "layer", "interchange accuracy"
+    )
+
+
 def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.ndarray]) -> None:
     """Write the figures, the tables and index.html.
 
@@ -47,7 +61,13 @@ def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.
         losses: the loss of each step, by layer.
     """
     folder, rows = pathlib.Path(workdir), results["interchange"]
-    style.save(interchange(rows), folder / "figures/interchange.png")
+    figure = parts.write_figure(
+        folder,
+        "interchange",
+        interchange(rows),
+        "Interchange accuracy by layer",
+        chart=[panel(rows)],
+    )
     columns = ("layer", "subspace", "accuracy", "low", "high", "pairs")
     tables.write(
         folder / "tables/interchange.csv", columns, [[row[c] for c in columns] for row in rows]
@@ -67,9 +87,7 @@ def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.
                 title="Interchange",
                 reading=f"At layer {best['layer']}, exchanging the learned subspace gives the "
                 f"other picture's answer in {100 * best['accuracy']:.0f} % of the pairs.",
-                figures=[
-                    page.Figure("figures/interchange.png", "Interchange accuracy by layer")
-                ],
+                figures=[figure],
                 table=page.Table(
                     ("layer", "subspace", "accuracy", "interval"),
                     [(f"{row['layer']}", row["subspace"], f"{row['accuracy']:.2f}",

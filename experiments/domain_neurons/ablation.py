@@ -24,6 +24,7 @@ from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.batch import Batch
 
 KINDS = ("image", "question", "system")
+SHOWN = 200  # changed answers of a cell that results.json holds
 DEVIATIONS = ("relative_l2", "cosine")
 
 
@@ -60,12 +61,14 @@ class Ablations(NamedTuple):
         cells: a row for each cell.
         effects: a row for each domain's own neurons against a kind of control, by module.
         power: a row for each family of tests of the cells, by domain.
+        questions: the id of the picture, the question and the right answer, by domain.
     """
 
     baseline: dict[str, dict[str, Any]]
     cells: list[dict[str, Any]]
     effects: list[dict[str, Any]]
     power: list[dict[str, Any]]
+    questions: dict[str, list[dict[str, str]]]
 
 
 Masks = Mapping[str, np.ndarray]  # bool[L, F] by module
@@ -90,10 +93,15 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         return {m: mask for m, mask in masks.items() if mask.any()}
 
     baseline, rows, against = {}, [], []
+    asked: dict[str, list[dict[str, str]]] = {}
     for name in study.names:
         measure = MEASURES[study.config.measure](study, name)
         cells = {cell: masks_of(cell) for cell in _cells(study, controls, name)}
         clean, edited = measure_all(study, measure, cells)
+        asked[name] = [
+            {"id": example.id, "question": question.prompt, "answer": question.answer}
+            for example, question in measure.questions.pairs
+        ]
         baseline[name] = _mean(clean["score"]) | {"chance": measure.chance, "metric": measure.name}
         rows += [
             _row(cell, clean, edited[cell], sum(int(mask.sum()) for mask in masks.values()))
@@ -105,7 +113,7 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
     questions = {name: score["n"] for name, score in baseline.items()}
     power = effects.correct_cells([row for row in rows if row["control"] is None], questions)
     effects.correct_effects(against, study.config.margin)
-    return Ablations(baseline, rows, against, power)
+    return Ablations(baseline, rows, against, power, asked)
 
 
 def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
@@ -214,6 +222,7 @@ def _row(
         "neurons": neurons,
         "accuracy": float(edited["score"].mean()),
         **effects.change(clean["score"], edited["score"]),
+        **(_changed(clean, edited) if cell.control is None else {}),
         "deviation": _deviation_row(edited),
     }
 
@@ -234,6 +243,19 @@ def _deviation_row(edited: Mapping[str, np.ndarray]) -> dict[str, dict[str, floa
         }
         for place, k in enumerate(counted)
     }
+
+
+def _changed(clean: Mapping[str, np.ndarray], edited: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return how many answers an ablation changed, and the first of them, before and after."""
+    numbers = np.flatnonzero(clean["texts"] != edited["texts"])
+    return {
+        "changes": len(numbers),
+        "changed": [
+            {"question": int(i), "before": str(clean["texts"][i]), "after": str(edited["texts"][i]),
+             "scores": [float(clean["score"][i]), float(edited["score"][i])]}
+            for i in numbers[:SHOWN]
+        ],
+    }  # fmt: skip
 
 
 def _against(module: str, name: str, edited: Mapping[Cell, effects.Arrays]) -> list[dict[str, Any]]:

@@ -95,6 +95,18 @@ class Study(context.Context):
         filled = mesh.round_up_to_shards("B", size)
         return batching.QuestionBatches(self.processor, pairs, size, self.length, filled=filled)
 
+    def evidence(self, name: str, prompts: Prompts | None = None) -> batching.QuestionBatches:
+        """Return batches with the pictures on which evidence of single neurons is gathered.
+
+        Args:
+            name: the name of the domain.
+            prompts: see `questions`; by default those with which the neurons are selected.
+        """
+        pairs = self._pairs("train", name, prompts or self.config.prompts)
+        count = min(self.config.evidence_per_domain, len(pairs))
+        pairs = dataclasses.replace(pairs, count=count)
+        return batching.QuestionBatches(self.processor, pairs, self.config.batch_size, self.length)
+
     @functools.cached_property
     def count_batch_size(self) -> int:
         """The rows of a batch that is counted: few enough for `groups` in the smallest domain."""

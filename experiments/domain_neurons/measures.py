@@ -28,6 +28,8 @@ LAST = {"last": mj.keep(S.lm.resid_post[-1])}
 class Measure(Protocol):
     """A way to get and score the answers to the questions of a domain.
 
+    The responses have the `texts` of the answers.
+
     Attributes:
         name: the name of the metric.
         chance: the expected score of a guess; None where it is not defined.
@@ -64,7 +66,7 @@ class Options:
     def respond(
         self, number: int, batch: Batch, edits: Edits
     ) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """Return whether each answer of a batch is right, and the last residual of the pass."""
+        """Return the answers of a batch, whether they are right, and the pass's last residual."""
         candidates = self.questions.candidates(number)
         ids = score.candidate_ids(
             self.study.processor, candidates, len(batch.ids), length=self.length
@@ -72,7 +74,9 @@ class Options:
         out = score.score_with(self.study.model, batch, ids, edits, LAST)
         rows = len(self.questions.rows(number))
         best = np.asarray(out.values)[:rows].argmax(-1)
-        return {"right": best == self.questions.right(number)}, out.captures["last"]
+        texts = np.array([options[i] for options, i in zip(candidates, best, strict=True)])
+        right = best == self.questions.right(number)
+        return {"right": right, "texts": texts}, out.captures["last"]
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], 1 where the answer is right."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 import mllm_jax as mj
@@ -11,6 +12,12 @@ from experiments.domain_neurons.context import Study
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
+from mllm_jax.analysis import picture_attribution
+from mllm_jax.batch import Batch
+from mllm_jax.passes.run import Out
+
+WORDS = 5  # of the lens at each patch
+MOST_LAYERS = 40  # of the slider
 
 
 def pictures(study: Study) -> list[dict[str, Any]]:
@@ -43,17 +50,23 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         full, parts = layout.grids(batch.tokens)
         if not full.size:
             return None
-        last = study.model.config.lm.layers - 1
-        layers = [int(i) for i in np.linspace(0, last, study.config.picture_layers).round()]
-        capture = mj.lens(S.lm.resid_post[layers], k=1, where=tok.image)
-        out = mj.run(study.model, batch, study.edits, {"lens": capture}, logits="none")["lens"]
-        ids, entropy = (np.asarray(a)[:, 0] for a in (out.ids[..., 0], out.entropy))
+        every = _spaced(study, MOST_LAYERS)
+        captures = {
+            "lens": mj.lens(S.lm.resid_post[every], k=WORDS, where=tok.image),
+            "attention": mj.attention(S.lm.attn.pattern[every], where=tok.last),
+        }
+        out = mj.run(study.model, batch, study.edits, captures, logits="none")
+        read, attention = out["lens"], np.asarray(out["attention"])[:, 0].mean(1)
+        best, entropy = (np.asarray(a)[:, 0] for a in (read.ids, read.entropy))
+        layers = _spaced(study, study.config.picture_layers)
+        drawn = [every.index(layer) for layer in layers]
         generated = mj.generate(study.model, batch, study.edits, max_new_tokens=12, stop=True)
         assert generated.text is not None  # the batch has a processor
 
         def read_grid(at: np.ndarray) -> dict[str, list]:
+            ids = best[drawn, ..., 0]
             words = [[[study.processor.word(i) for i in row] for row in layer[at]] for layer in ids]
-            return {"words": words, "entropy": entropy[:, at].astype(float).tolist()}
+            return {"words": words, "entropy": entropy[drawn][:, at].astype(float).tolist()}
 
         return {
             "domain": name,
@@ -64,6 +77,15 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
             "layers": layers,
             **read_grid(full),
             "parts": read_grid(parts) if parts.size else None,
+            "by_layer": {
+                "layers": every,
+                **_vocabulary(study, best[:, full.reshape(-1)]),
+                "entropy": entropy[:, full.reshape(-1)].astype(float).tolist(),
+                "attention": attention[:, full.reshape(-1)].astype(float).tolist(),
+                "attribution": _attribution(
+                    study, batch, int(generated.tokens[0, 0]), layout.whole
+                ),
+            },
         }
 
     entry = study.workdir.json(f"picture-{name}", make)
@@ -72,7 +94,42 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
     original = store.save_figure(study.workdir, f"picture-{number}.png", example.image)
     batch = study.processor([example.image], ["<image>"])
     seen = study.processor.tile_picture(batch, layout.whole)
-    return entry | {
-        "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
-        "original": original,
-    }
+    if seen.tobytes() != example.image.convert("RGB").tobytes():
+        return entry | {
+            "image": store.save_figure(study.workdir, f"seen-{number}.png", seen),
+            "original": original,
+        }
+    return entry | {"image": original, "original": original}
+
+
+def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list[float]] | None:
+    """Return gradient x input of the first generated token by patch of a tile, [1][P].
+
+    None where the config asks for no effects, which take a backward pass.
+    """
+    if not study.config.evidence_effects:
+        return None
+    metric = jax.tree_util.Partial(_logit, token=token)
+    gated = picture_attribution.GatedPicture.of(metric, study.model, batch, study.edits)
+    values = picture_attribution.gradient_times_input(gated).maps(0)[tile]
+    return [np.nan_to_num(values).reshape(-1).astype(float).tolist()]
+
+
+def _logit(out: Out, token: int) -> jax.Array:
+    assert out.logits is not None, "a gated picture asks for the logits of the last token"
+    return out.logits[:, token]
+
+
+def _spaced(study: Study, count: int) -> list[int]:
+    """Return as many layers of the language model, from the first to the last of MOST_LAYERS."""
+    layers = study.model.config.lm.layers
+    every = np.linspace(0, layers - 1, min(MOST_LAYERS, layers)).round()
+    chosen = np.linspace(0, len(every) - 1, min(count, len(every))).round()
+    return [int(every[int(i)]) for i in chosen]
+
+
+def _vocabulary(study: Study, ids: np.ndarray) -> dict[str, Any]:
+    """Return the words of token ids, and the ids as indices of these words."""
+    known, indices = np.unique(ids, return_inverse=True)
+    vocabulary = [study.processor.word(i) for i in known]
+    return {"vocabulary": vocabulary, "words": indices.reshape(ids.shape).tolist()}

@@ -27,6 +27,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.checkpoints import masks
+from mllm_jax.data import batching
 from mllm_jax.passes import score
 
 SELECTORS = ("entropy", "auroc", "difference", "attribution", "random")
@@ -199,23 +200,28 @@ def attributions(study: Study, name: str) -> dict[str, np.ndarray]:
         float32[groups, L, F] by module: d metric / d gate of gates that multiply the activations.
     """
     questions = study.questions("train", name)
-    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
-
-    def attribute_batch(number: int) -> dict[str, np.ndarray]:
-        right = [[question.answer] for _, question in questions.rows(number)]
-        batch = questions[number].replace(processor=None)
-        ids = score.candidate_ids(study.processor, right, len(batch.ids))
-        return jax.device_get(_attribute(gates, study.model, batch, ids, study.edits))
 
     def add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return jax.tree.map(np.add, a, b)
 
     def make() -> dict[str, np.ndarray]:
         groups = tqdm.tqdm(study.groups(questions), desc=f"attribute, {name}", leave=False)
-        sums = [functools.reduce(add, map(attribute_batch, group)) for group in groups]
-        return {module: np.stack([part[module] for part in sums]) for module in gates}
+        each = functools.partial(attribute_batch, study, questions)
+        sums = [functools.reduce(add, map(each, group)) for group in groups]
+        return {module: np.stack([part[module] for part in sums]) for module in study.shapes}
 
     return study.workdir.arrays(f"attribution-{name}", make)
+
+
+def attribute_batch(
+    study: Study, questions: batching.QuestionBatches, number: int
+) -> dict[str, np.ndarray]:
+    """Return the gradients of the likelihood of right answers, summed over a batch."""
+    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
+    right = [[question.answer] for _, question in questions.rows(number)]
+    batch = questions[number].replace(processor=None)
+    ids = score.candidate_ids(study.processor, right, len(batch.ids))
+    return jax.device_get(_attribute(gates, study.model, batch, ids, study.edits))
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from experiments.domain_neurons import (
     claims,
     controls,
     counts,
+    evidence,
     layers,
     pictures,
     robustness,
@@ -139,6 +140,7 @@ def _results(
         "controls": drawn.rows,
         "effects": ablated.effects,
         "power": ablated.power,
+        "questions": ablated.questions,
         "lens": layers.curves(lens),
         "lens_top": layers.curves(lens, "top"),
         "lens_sites": {site: layers.curves(lens, f"{site}/sums") for site in config.lens_sites},
@@ -146,6 +148,7 @@ def _results(
         "stages": layers.staged(lens, neurons["lm"], *_resampled(study, counted)),
         "features": layers.features(lens),
         "pictures": pictures.pictures(study),
+        "evidence": evidence.gather(study, neurons),
     }
     return results | {"claims": claims.judge(results)}
 

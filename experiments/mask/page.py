@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import learning, page, style, tables
+from mllm_jax.report import charts, learning, page, parts, style, tables
 
 
 @style.styled
@@ -35,7 +35,12 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
     """
     folder = pathlib.Path(workdir)
     counts, test = results["kept_by_layer"], results["test"]
-    style.save(layers(counts, results["units"]), folder / "figures/kept.png")
+    panel = charts.bars(
+        "Units kept", {"kept": counts}, {"kept": style.PALETTE[0]}, "layer", "units"
+    )
+    figure = parts.write_figure(
+        folder, "kept", layers(counts, results["units"]), "Units kept by layer", chart=[panel]
+    )
     tables.write(folder / "tables/kept.csv", ("layer", "kept"), enumerate(counts))
     measures = ("divergence", "agreement")
     rows = [
@@ -59,7 +64,7 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
                 title="The mask",
                 reading=f"{100 * results['kept'] / every:.1f} % of the units are kept; layer "
                 f"{int(np.argmax(counts))} keeps most.",
-                figures=[page.Figure("figures/kept.png", "Units kept by layer")],
+                figures=[figure],
                 data=[("kept.csv", "tables/kept.csv"), ("off.npy", "off.npy")],
             ),
             page.Section(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import page, style, tables
+from mllm_jax.report import charts, page, parts, style, tables
 
 QUESTIONS = {
     "tokens": "Which tokens carry the answer at which layer? Their residual is replaced by that of "
@@ -49,8 +49,25 @@ def grid(effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.n
     return figure
 
 
+def panel(
+    effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.ndarray
+) -> charts.Panel:
+    """Return the same to hover over and to zoom; see `grid`."""
+    limit = max(float(np.abs(effect).max()), 1e-9)
+    layers = [str(layer) for layer in range(len(effect))][::-1]
+    hovers = [
+        [f"layer {layer}, {name}: {effect[layer, i]:+.3f} nats "
+         f"[{low[layer, i]:+.3f}, {high[layer, i]:+.3f}]" for i, name in enumerate(columns)]
+        for layer in map(int, layers)
+    ]  # fmt: skip
+    return charts.matrix(
+        "Change of log-odds, nats", effect[::-1], layers, columns, bounds=(-limit, limit),
+        colours="changes", texts=[[""] * len(columns)] * len(layers), hovers=hovers, y="layer",
+    )  # fmt: skip
+
+
 def write(workdir: str | os.PathLike, results: Mapping) -> None:
-    """Write `grid.csv`, `figures/grid.png` and `index.html`.
+    """Write `grid.csv`, `figures/grid.png`, `.svg` and `index.html`.
 
     Args:
         workdir: the folder of the study.
@@ -63,7 +80,10 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
         [(layer, name, float(effect[layer, i]), float(low[layer, i]), float(high[layer, i]))
          for layer in range(len(effect)) for i, name in enumerate(names)],
     )  # fmt: skip
-    style.save(grid(effect, names, low, high), folder / "figures" / "grid.png")
+    figure = parts.write_figure(
+        folder, "grid", grid(effect, names, low, high), "Effects by layer and column",
+        chart=[panel(effect, names, low, high)],
+    )  # fmt: skip
     layer, column = np.unravel_index(np.abs(effect).argmax(), effect.shape)
     sure = (low > 0) | (high < 0)
     reading = (
@@ -82,7 +102,7 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
                 page.Section(
                     title="Effect on the answer",
                     reading=reading,
-                    figures=[page.Figure("figures/grid.png", "Effects by layer and column")],
+                    figures=[figure],
                     data=[("grid.csv", "grid.csv")],
                     note="The change of the log-odds of the picture's own answer against its "
                     "partner's, at the first answer token, mean over pairs. A dot marks a cell "

@@ -15,10 +15,10 @@ from matplotlib.image import AxesImage
 from mllm_jax.report import style
 
 
-def name_cells(ax: Axes, names: Sequence[str]) -> None:
-    """Label rows and columns of a matrix with the same names."""
+def name_cells(ax: Axes, names: Sequence[str], columns: Sequence[str] = ()) -> None:
+    """Label rows and columns of a matrix; both with the same names by default."""
     ticks = range(len(names))
-    ax.set_xticks(ticks, names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_xticks(ticks, columns or names, rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(ticks, names)
     ax.tick_params(length=0, colors=style.INK)
     ax.spines[:].set_visible(False)
@@ -58,6 +58,7 @@ def token_map(
     words: Sequence[Sequence[Sequence[str]]],
     entropy: np.ndarray,
     titles: Sequence[str],
+    bounds: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw a picture, and the word and entropy of a lens at each of its image tokens.
 
@@ -66,12 +67,14 @@ def token_map(
         words: [panels][rows][columns], the most likely word of each token.
         entropy: float[panels, rows, columns], in nats.
         titles: the title of each panel.
+        bounds: the entropies at the ends of the colour scale; of this picture by default.
     """
     entropy = np.asarray(entropy, np.float64)
     side = 0.46 * entropy.shape[2]  # inches; a word needs about 0.46 of them
     side = max(3.0, side) if side < 12 else 4.5  # a larger grid has no room for words
     panels = 1 + len(words)
-    columns = panels if side * panels <= 13 else min(2, panels)
+    widest = panels if side * panels <= 13 else min(3 if side < 4.4 else 2, panels)
+    columns = next((n for n in range(widest, 1, -1) if panels % n == 0), widest)  # fill all rows
     rows = -(-panels // columns)
     aspect = picture.shape[0] / picture.shape[1]
     figure = Figure(figsize=(side * columns + 0.9, (side * aspect + 0.35) * rows + 0.1))
@@ -81,7 +84,8 @@ def token_map(
     first, *others = grid.flat
     first.imshow(picture)
     first.set_title("picture")
-    bounds = entropy.min(), entropy.max()
+    _draw_grid(first, picture.shape[:2], entropy.shape[1:])
+    bounds = bounds or (float(entropy.min()), float(entropy.max()))
     for ax, panel, values, title in zip(others, words, entropy, titles, strict=False):
         image = token_panel(ax, picture, panel, values, bounds, side)
         ax.set_title(title)
@@ -99,11 +103,11 @@ def token_panel(
     bounds: tuple[float, float],
     side: float,
 ) -> AxesImage:
-    """Draw words and entropies on a faded picture; the lower an entropy, the deeper its colour.
+    """Draw words and entropies as cells; the lower an entropy, the deeper its colour.
 
     Args:
         ax: the axes to draw on.
-        picture: uint8[height, width, 3].
+        picture: uint8[height, width, 3], whose shape the cells fill.
         words: [rows][columns], the most likely word of each token.
         entropy: float[rows, columns], in nats.
         bounds: the entropies at the ends of the colour scale.
@@ -111,19 +115,22 @@ def token_panel(
     """
     height, width = picture.shape[:2]
     rows, columns = entropy.shape
-    faded = (picture.mean(axis=2) + 120) / 390
-    extent = (0, width, height, 0)
-    ax.imshow(faded, cmap="gray", vmin=0, vmax=1, extent=extent)
     image = ax.imshow(
-        entropy, cmap="YlGnBu_r", vmin=bounds[0], vmax=bounds[1], alpha=0.62, extent=extent,
-        interpolation="nearest",
+        entropy, cmap="YlGnBu_r", vmin=bounds[0], vmax=bounds[1],
+        extent=(0, width, height, 0), interpolation="nearest",
     )  # fmt: skip
     if side / columns >= 0.36:  # words in smaller cells would be illegible
-        _write_words(ax, words, entropy, image, faded, 72 * side / columns * 0.9)
+        _write_words(ax, words, entropy, image, 72 * side / columns * 0.9)
+    _draw_grid(ax, (height, width), (rows, columns))
+    return image
+
+
+def _draw_grid(ax: Axes, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Draw the borders of the patches of a picture."""
+    (height, width), (rows, columns) = size, grid
     ax.vlines(np.arange(1, columns) * width / columns, 0, height, "white", linewidth=0.7)
     ax.hlines(np.arange(1, rows) * height / rows, 0, width, "white", linewidth=0.7)
     ax.set(xlim=(0, width), ylim=(height, 0))
-    return image
 
 
 def _write_words(
@@ -131,20 +138,15 @@ def _write_words(
     words: Sequence[Sequence[str]],
     entropy: np.ndarray,
     image: AxesImage,
-    faded: np.ndarray,
     width_in_points: float,
 ) -> None:
     """Write a word in each cell, in black or white by the brightness of its background."""
     rows, columns = entropy.shape
-    height, width = faded.shape
+    _, width, height, _ = image.get_extent()
     longest = max(4, int(width_in_points / (0.62 * 5.6)))
     for (row, column), value in np.ndenumerate(entropy):
         word = printable(words[row][column], longest)
-        cell = faded[
-            row * height // rows : -(-(row + 1) * height // rows),
-            column * width // columns : -(-(column + 1) * width // columns),
-        ]
-        background = 0.62 * np.array(image.cmap(image.norm(value))[:3]) + 0.38 * cell.mean()
+        background = image.cmap(image.norm(value))
         ax.text(
             (column + 0.5) * width / columns, (row + 0.5) * height / rows, word,
             ha="center", va="center", color=style.text_colour_on(background), in_layout=False,
@@ -154,7 +156,8 @@ def _write_words(
 
 def printable(word: str, longest: int = 10) -> str:
     """Return a token as text for a figure: stripped, cut if long, with ▯ for missing glyphs."""
-    word = word.replace("\n", "↵").replace("\t", "⇥").strip(" ▁Ġ") or "␣"
+    word = word.replace("\n", "↵").replace("\t", "⇥").strip(" ▁Ġ")
+    word = word if word.strip() else "␣"  # such as a no-break space
     word = "".join(letter if ord(letter) in _glyphs() else "▯" for letter in word)
     return word if len(word) <= longest else word[: longest - 1] + "…"
 
@@ -206,6 +209,9 @@ def overlap(
         below.set(xticks=range(len(counts)), yticks=[], xlabel=members)
         below.margins(y=0.15)
         below.spines["left"].set_visible(False)
+    bar = figure.colorbar(image, ax=grid[0], shrink=0.8, aspect=20, pad=0.01)
+    bar.outline.set_visible(False)
+    bar.set_label("Jaccard index")
     grid[0, 0].set_ylabel("shared neurons\n(Jaccard)", color=style.INK, fontweight="bold")
     grid[1, 0].set_ylabel("neurons", color=style.INK, fontweight="bold")
     return figure

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import page, style, tables
+from mllm_jax.report import charts, page, parts, style, tables
 
 
 @style.styled
@@ -26,13 +26,17 @@ def curves(losses: Mapping[str, np.ndarray]) -> Figure:
 
 
 def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Section:
-    """Write `figures/loss.png` and `tables/loss.csv`, and return the section that shows them.
+    """Write the figure and the table of the losses, and return the section that shows them.
 
     Args:
         folder: the folder of the study.
         losses: the loss of each step, by the name of what is trained.
     """
-    style.save(curves(losses), folder / "figures/loss.png")
+    by_name: dict[str, dict[str, Sequence[float]]] = {
+        name: {"mean": loss.tolist(), "at": range(1, len(loss) + 1)}
+        for name, loss in losses.items()
+    }
+    panel = charts.curves("Loss", by_name, style.palette(list(losses)), "step", "loss, nats")
     tables.write(
         folder / "tables/loss.csv", ("name", "step", "loss"),
         [(name, step, float(value)) for name, loss in losses.items()
@@ -41,6 +45,6 @@ def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Sect
     return page.Section(
         title="Training",
         reading="The loss of each training step.",
-        figures=[page.Figure("figures/loss.png", "Loss by step")],
+        figures=[parts.write_figure(folder, "loss", curves(losses), "Loss by step", chart=[panel])],
         data=[("loss.csv", "tables/loss.csv")],
     )

@@ -1,27 +1,41 @@
 """One self-contained HTML page: sections of a sentence, figures, a table and links to the numbers.
 
-No script, no external resource, light or dark as the reader's system has it. Figures and CSV files
-are linked relative to the page, so that the folder can be moved or served as it is.
+No network, light or dark as the reader's system has it. Figures, tables and scripts are linked
+relative to the page, so that the folder can be moved or served as it is. Without scripts, and on
+paper, the images take the place of the charts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
+import importlib.resources
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mllm_jax import store
+from mllm_jax.report import charts, markup
 
 # Files that every study writes, as (name, path).
 RECORDS = (("results.json", "results.json"), ("manifest.json", "manifest.json"))
-# Control characters that reorder the text around them: embeddings, overrides, isolates.
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 MINUS = "\N{MINUS SIGN}"  # of negative numbers, as wide as a plus sign
 DASH = "\N{EN DASH}"  # in place of a number that was not measured
+SCRIPT = "page.js"  # charts, tables to sort, word maps
+
+
+def _resource(name: str) -> str:
+    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+STYLE = _resource("page.css")
+
+
+class Widget(Protocol):
+    """A part of a section that renders itself."""
+
+    def html(self) -> str:
+        """Return the part as HTML."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +47,16 @@ class Figure:
         alt: the text for readers who cannot see the image.
         caption: the text below the image.
         width: the width on the page in CSS pixels; by default the width of the image.
+        chart: the same to hover over and to zoom; takes the place of the image on a screen.
+        downloads: (name, path) of the figure in other formats.
     """
 
     path: str
     alt: str
     caption: str = ""
     width: int | None = None
+    chart: charts.Chart | None = None
+    downloads: Sequence[tuple[str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +66,20 @@ class Table:
     Attributes:
         columns: the names of the columns.
         rows: the cells of each row.
+        links: the address to which the first cell of each row leads, if any.
+        sortable: whether the reader can sort the rows and filter them.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    links: Sequence[str] = ()
+    sortable: bool = False
+
+    def numeric(self) -> list[bool]:
+        """Return whether each column holds numbers alone."""
+        return [all(map(_is_number, cells)) for cells in zip(*self.rows, strict=True)] or [
+            False
+        ] * len(self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +93,9 @@ class Section:
         table: the main numbers.
         data: (name, path) of the files with all numbers.
         note: how the numbers were measured.
+        widgets: further parts, below the table.
+        name: the id of the section, to which links lead; its number by default.
+        alone: whether a link to the section shows it without the other ones of this kind.
     """
 
     title: str
@@ -73,6 +104,9 @@ class Section:
     table: Table | None = None
     data: Sequence[tuple[str, str]] = ()
     note: str = ""
+    widgets: Sequence[Widget] = ()
+    name: str = ""
+    alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +120,7 @@ class Page:
         figure: a summary of the study in one figure.
         sections: the results, in order.
         data: (name, path) of the files of the study.
+        contents: whether links to the sections precede them.
     """
 
     title: str
@@ -94,6 +129,7 @@ class Page:
     figure: Figure | None = None
     sections: Sequence[Section] = ()
     data: Sequence[tuple[str, str]] = ()
+    contents: bool = True
 
 
 def model_name(results: Mapping[str, Any]) -> str:
@@ -110,36 +146,56 @@ def signed(value: float) -> str:
 
 
 def write(path: str | pathlib.Path, page: Page) -> None:
-    """Write a page as one HTML file, atomically."""
-    store.write(path, render(page))
+    """Write a page as one HTML file, atomically, and the scripts that it needs beside it."""
+    rendered, folder = render(page), pathlib.Path(path).parent
+    for script in _scripts(page):
+        source = charts.script() if script == charts.SCRIPT else _resource(script).encode()
+        store.write(folder / script, source)
+    store.write(path, rendered)
+
+
+def _figures(page: Page) -> list[Figure]:
+    overview = [page.figure] if page.figure else []
+    return overview + [figure for section in page.sections for figure in section.figures]
+
+
+def _scripts(page: Page) -> list[str]:
+    """Return the scripts of a page; a page of images and plain tables has none."""
+    if any(figure.chart for figure in _figures(page)):
+        return [charts.SCRIPT, SCRIPT]
+    moves = any(
+        section.widgets or (section.table and section.table.sortable) for section in page.sections
+    )
+    return [SCRIPT] if moves else []
 
 
 def render(page: Page) -> str:
     """Return a page as HTML."""
     facts = "".join(
-        f"<div><dt>{_text(label)}</dt><dd>{_text(number)}</dd></div>"
+        f"<div><dt>{markup.text(label)}</dt><dd>{markup.text(number)}</dd></div>"
         for number, label in page.facts
     )
     links = "".join(
-        f'<li><a href="#section-{i}">{_text(section.title)}</a></li>'
-        for i, section in enumerate(page.sections, 1)
+        f'<li><a href="#{_id(i, section)}">{markup.text(section.title)}</a></li>'
+        for i, section in enumerate(page.sections if page.contents else (), 1)
     )
+    scripts = "".join(f'<script src="{name}" defer></script>\n' for name in _scripts(page))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_text(page.title)}</title>
+<title>{markup.text(page.title)}</title>
 <style>{STYLE}</style>
-</head>
+{scripts}</head>
 <body>
 <header>
-<h1>{_text(page.title)}</h1>
-<p class="lead">{_text(page.lead)}</p>
+<h1>{markup.text(page.title)}</h1>
+<p class="lead">{markup.text(page.lead)}</p>
 {f'<dl class="facts">{facts}</dl>' if facts else ""}
 {_figure(page.figure) if page.figure else ""}
-{f"<nav><ol>{links}</ol></nav>" if links else ""}
+{f'<nav aria-label="Sections"><ol>{links}</ol></nav>' if links else ""}
 </header>
 <main>
 {"".join(_section(i, section) for i, section in enumerate(page.sections, 1))}</main>
@@ -149,45 +205,69 @@ def render(page: Page) -> str:
 """
 
 
+def _id(number: int, section: Section) -> str:
+    return markup.attribute(section.name) or f"section-{number}"
+
+
 def _section(number: int, section: Section) -> str:
     parts = [
-        f"<h2>{_text(section.title)}</h2>",
-        f'<p class="reading">{_text(section.reading)}</p>',
+        f"<h2>{markup.text(section.title)}</h2>",
+        f'<p class="reading">{markup.text(section.reading)}</p>',
         *(_figure(figure) for figure in section.figures),
     ]
     if section.table:
-        parts.append(_table(section.table))
+        parts.append(table(section.table, section.title))
+    parts += [widget.html() for widget in section.widgets]
     if section.note:
-        parts.append(f'<p class="note">{_text(section.note)}</p>')
+        parts.append(f'<p class="note">{markup.text(section.note)}</p>')
     if section.data:
         parts.append(f'<p class="data">{_links(section.data)}</p>')
-    return f'<section id="section-{number}">\n' + "\n".join(parts) + "\n</section>\n"
+    kind = ' class="alone"' if section.alone else ""
+    return f'<section id="{_id(number, section)}"{kind}>\n' + "\n".join(parts) + "\n</section>\n"
 
 
 def _figure(figure: Figure) -> str:
-    path = html.escape(figure.path)
+    path, alt = markup.attribute(figure.path), markup.attribute(figure.alt)
     width = f' width="{figure.width}"' if figure.width else ""
-    image = f'<img src="{path}"{width} alt="{html.escape(_plain(figure.alt))}">'
-    caption = f"<figcaption>{_text(figure.caption)}</figcaption>" if figure.caption else ""
-    return f'<figure><a href="{path}">{image}</a>{caption}</figure>'
+    image = f'<a class="image" href="{path}"><img src="{path}"{width} alt="{alt}"></a>'
+    chart = ""
+    if figure.chart:
+        panels = markup.data([panel.json() for panel in figure.chart])
+        chart = f'<div class="chart" role="group" aria-label="{alt}">{panels}</div>'
+    caption = f"<span>{markup.text(figure.caption)}</span>" if figure.caption else ""
+    downloads = [("PNG", figure.path), *figure.downloads] if figure.downloads else []
+    links = f'<span class="downloads">{_links(downloads)}</span>' if downloads else ""
+    below = f"<figcaption>{caption}{links}</figcaption>" if caption or links else ""
+    return f"<figure>{chart}{image}{below}</figure>"
 
 
-def _table(table: Table) -> str:
-    numeric = [
-        all(_is_number(row[column]) for row in table.rows) for column in range(len(table.columns))
-    ]
+def table(table: Table, name: str) -> str:
+    """Return a table as HTML.
 
-    def line(cells: Sequence[str], tag: str) -> str:
+    Args:
+        table: the table.
+        name: its name for readers who cannot see it.
+    """
+    numeric = table.numeric()
+
+    def line(cells: Sequence[str], tag: str, link: str = "") -> str:
+        shown = [markup.text(cell) for cell in cells]
+        if link:
+            shown[0] = f'<a href="{markup.attribute(link)}">{shown[0]}</a>'
         return "".join(
-            f"<{tag}{' class=number' if number else ''}>{_text(cell)}</{tag}>"
-            for cell, number in zip(cells, numeric, strict=True)
+            f"<{tag}{' class=number' if number else ''}>{cell}</{tag}>"
+            for cell, number in zip(shown, numeric, strict=True)
         )
 
-    rows = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in table.rows)
+    links = table.links or [""] * len(table.rows)
+    rows = "".join(
+        f"<tr>{line(row, 'td', link)}</tr>\n" for row, link in zip(table.rows, links, strict=True)
+    )
     absent = any(cell == DASH for row in table.rows for cell in row)
     key = f'<p class="note">{DASH}: not measured, or undecided.</p>' if absent else ""
+    sortable = f' class="sortable" data-name="{markup.attribute(name)}"' if table.sortable else ""
     return (
-        f'<div class="table"><table><thead><tr>{line(table.columns, "th")}</tr></thead>\n'
+        f'<div class="table"><table{sortable}><thead><tr>{line(table.columns, "th")}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>{key}"
     )
 
@@ -197,65 +277,6 @@ def _is_number(cell: str) -> bool:
 
 
 def _links(data: Sequence[tuple[str, str]]) -> str:
-    return " · ".join(f'<a href="{html.escape(path)}">{_text(name)}</a>' for name, path in data)
-
-
-def _text(text: str) -> str:
-    return html.escape(_plain(text), quote=False)
-
-
-def _plain(text: str) -> str:
-    """Replace the control characters that would reorder the text after them."""
-    return BIDI.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-STYLE = """
-:root { --paper: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #e3e6ea; --tint: #f5f7f9;
-  --link: #0060a0; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171b; --ink: #e6e9ec; --soft: #9aa4ae; --line: #2c333a; --tint: #1c2126;
-    --link: #6cb6f0; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3.5rem 1.5rem 2rem; max-width: 70rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
-  Arial, sans-serif; }
-h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 0.8rem; }
-h2 { font-size: 1.4rem; letter-spacing: -0.01em; margin: 0 0 0.4rem; }
-a { color: var(--link); text-decoration: none; }
-a:hover { text-decoration: underline; }
-.lead { font-size: 1.15rem; color: var(--soft); max-width: 48rem; margin: 0 0 1.8rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr));
-  gap: 0.5rem 2rem; margin: 0 0 2rem; padding: 1.1rem 0; border: solid var(--line);
-  border-width: 1px 0; }
-.facts div { display: flex; flex-direction: column; }
-.facts dd { margin: 0; font-size: 1.7rem; font-weight: 600; letter-spacing: -0.02em; }
-.facts dt { order: 1; color: var(--soft); font-size: 0.85rem; }
-nav ol { display: flex; flex-wrap: wrap; gap: 0.3rem 1.6rem; padding: 0; margin: 1.6rem 0 0;
-  list-style: none; font-size: 0.92rem; counter-reset: part; }
-nav li { counter-increment: part; }
-nav li::before { content: counter(part) "  "; color: var(--soft); }
-main { counter-reset: section; }
-section { padding: 3rem 0 0; margin: 3rem 0 0; border-top: 1px solid var(--line); }
-section h2 { counter-increment: section; }
-section h2::before { content: counter(section) "  "; color: var(--soft); font-weight: 400; }
-.reading { font-size: 1.08rem; max-width: 52rem; margin: 0 0 1.4rem; }
-.note, .data, figcaption, footer { color: var(--soft); font-size: 0.88rem; }
-.note { max-width: 52rem; }
-figure { margin: 0 0 1.4rem; }
-figure a { display: block; background: #ffffff; border: 1px solid var(--line); border-radius: 10px;
-  padding: 0.9rem; text-align: center; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-figcaption { padding: 0.5rem 0.2rem 0; }
-.table { overflow-x: auto; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--ink);
-  vertical-align: bottom; line-height: 1.3; }
-th, td { padding: 0.35rem 1.8rem 0.35rem 0; }
-td { border-bottom: 1px solid var(--line); }
-td:first-child { white-space: nowrap; }
-th.number, td.number { text-align: right; }
-td.number { white-space: nowrap; }
-footer { margin: 4rem 0 0; padding: 1rem 0 0; border-top: 1px solid var(--line); }
-@media print { section { break-inside: avoid; } body { padding: 0; } }
-"""
+    return " · ".join(
+        f'<a href="{markup.attribute(path)}">{markup.text(name)}</a>' for name, path in data
+    )

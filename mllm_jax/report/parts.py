@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mllm_jax.report import page, style, tables
+from mllm_jax.analysis import power
+from mllm_jax.report import charts, page, style, tables
 
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
 MODULE_TITLES = {
@@ -23,13 +24,30 @@ MODULE_TITLES = {
 }
 
 
-def write_png(
-    folder: pathlib.Path, name: str, figure: Figure, alt: str, caption: str = ""
+def write_figure(
+    folder: pathlib.Path,
+    name: str,
+    figure: Figure,
+    alt: str,
+    caption: str = "",
+    chart: charts.Chart | None = None,
 ) -> page.Figure:
-    """Write `figures/NAME.png` and return its entry on the page."""
-    path = f"figures/{name}.png"
-    style.save(figure, folder / path)
-    return page.Figure(path, alt, caption, width=round(100 * figure.get_figwidth()))
+    """Write `figures/NAME.png` and `.svg`, and return their entry on the page.
+
+    Args:
+        folder: the folder of the study.
+        name: the name of the files.
+        figure: the figure.
+        alt: the text for readers who cannot see it.
+        caption: the text below it.
+        chart: the same to hover over and to zoom.
+    """
+    png, svg = f"figures/{name}.png", f"figures/{name}.svg"
+    for path in (png, svg):
+        style.save(figure, folder / path)
+    return page.Figure(
+        png, alt, caption, round(100 * figure.get_figwidth()), chart, downloads=[("SVG", svg)]
+    )
 
 
 def write_csv(
@@ -55,6 +73,11 @@ def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
         f"Of the paper's {len(claims)} claims, {count['holds']} hold here, {count['fails']} fail, "
         f"and {count['undecided']} are undecided at this sample size."
     )
+
+
+def beyond(run: Mapping[str, Any]) -> bool:
+    """Return whether an ablation of domain neurons is beyond chance, corrected."""
+    return run["control"] is None and run["p_holm"] <= power.LEVEL
 
 
 def join_words(words: Sequence[str]) -> str:

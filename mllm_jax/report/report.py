@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mllm_jax.report import page
+from mllm_jax import store
+from mllm_jax.report import page, tables
 
 FORMAT = 2  # the version of results.json, increased when its keys change
 Results = Mapping[str, Any]  # the content of results.json
@@ -38,7 +40,7 @@ class Report:
     sections: Sequence[Callable[[pathlib.Path, Results], page.Section | None]]
 
     def write(self, workdir: str | os.PathLike, results: Results) -> None:
-        """Write `figures/*.png`, `tables/*.csv` and, at the end, `index.html`.
+        """Write `figures/`, `tables/` and, at the end, `index.html`.
 
         The same results give the same bytes.
 
@@ -52,15 +54,27 @@ class Report:
         require_keys(results, self.keys, self.study)
         folder = pathlib.Path(workdir)
         built = [build(folder, results) for build in self.sections]
+        sections = [_with_latex(folder, section) for section in built if section]
         content = page.Page(
             title=self.title,
             lead=self.lead(results),
             facts=self.facts(results),
             figure=self.overview(folder, results),
-            sections=[section for section in built if section],
+            sections=sections,
             data=page.RECORDS,
         )
         page.write(folder / "index.html", content)
+
+
+def _with_latex(folder: pathlib.Path, section: page.Section) -> page.Section:
+    """Write the table of a section for LaTeX, and return the section with a link to it."""
+    table = section.table
+    if table is None:
+        return section
+    name = re.sub("[^a-z]+", "_", section.title.lower()).strip("_") + ".tex"
+    text = tables.latex(table.columns, table.rows, table.numeric())
+    store.write(folder / "tables" / name, text)
+    return dataclasses.replace(section, data=[*section.data, (name, f"tables/{name}")])
 
 
 def require_keys(results: Results, keys: Sequence[str], study: str) -> None:

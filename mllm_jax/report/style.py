@@ -47,6 +47,8 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "ytick.major.size": 2.5,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text, to search and to edit
+    "svg.hashsalt": "mllm_jax",  # the same figure has the same bytes
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.06,
@@ -54,11 +56,12 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Write a figure as PNG, atomically and without a date."""
-    png = io.BytesIO()
+    """Write a figure as .png or .svg, atomically and without a date."""
+    image, form = io.BytesIO(), pathlib.Path(path).suffix[1:]
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     with matplotlib.rc_context(STYLE):
-        figure.savefig(png, format="png", metadata={"Software": None})
-    store.write(path, png.getvalue())
+        figure.savefig(image, format=form, metadata=metadata)
+    store.write(path, image.getvalue())
 
 
 P = ParamSpec("P")

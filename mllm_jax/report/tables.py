@@ -1,4 +1,4 @@
-"""Tables as CSV, whose floats read back exactly, and as Markdown."""
+"""Tables as CSV, whose floats read back exactly, as LaTeX and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from mllm_jax import store
 # Characters at which a spreadsheet begins to read a formula.
 FORMULAS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
             "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " ",
+     "\N{MINUS SIGN}": "$-$", "<": r"\textless{}", ">": r"\textgreater{}",
+     **{sign: rf"\{sign}" for sign in "&%$#_{}"}}
+)  # fmt: skip
 
 
 def write(path: str | pathlib.Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -48,6 +54,23 @@ def _escape_formula(cell: object) -> object:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def latex(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
+    """Return a table for LaTeX's booktabs, in which every text is text.
+
+    Args:
+        columns: the names of the columns.
+        rows: one text for each column.
+        numeric: whether each column is aligned right.
+    """
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cell.translate(LATEX) for cell in cells) + r" \\"
+
+    alignment = "".join("r" if number else "l" for number in numeric)
+    head = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(columns), r"\midrule"]
+    return "\n".join([*head, *map(line, rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -152,9 +152,15 @@ class Workdir:
 
 
 def save_figure(workdir: Workdir, name: str, picture) -> str:
-    """Write a PIL image into the figures, and return its path relative to the workdir."""
+    """Write a PIL image into the figures, and return its path relative to the workdir.
+
+    Args:
+        workdir: The workdir of the study.
+        name: The name of the file; `.jpg` takes a fraction of the space of `.png`, and some detail.
+        picture: The image.
+    """
     encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
+    picture.save(encoded, "JPEG" if name.endswith(".jpg") else "PNG", quality=90)
     write(workdir / "figures" / name, encoded.getvalue())
     return f"figures/{name}"
 

@@ -50,6 +50,7 @@ def test_numbers_have_names_that_runs_share():
         "bootstrap": {"value": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]},
         "effect": [[1.0], [2.0]], "low": [[0.0], [1.0]], "high": [[2.0], [3.0]],
         "text": "no number", "flag": True, "gap": None,
+        "evidence": {"neurons": [{"layer": 3, "entropy": 0.1}]}, "pictures": [{"by_layer": [1.0]}],
     }  # fmt: skip
     assert numbers.numbers(results) == {
         "tokens / lm / 0": (3, None, None),

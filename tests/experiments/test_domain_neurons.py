@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 
+import ml_collections
 import numpy as np
 import pytest
 
-from experiments.domain_neurons import context
+import mllm_jax as mj
+from experiments import examples as examples_
+from experiments.domain_neurons import context, evidence
 from experiments.domain_neurons import study as study_
 from experiments.running import cli
+from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import domain_neurons
@@ -355,3 +359,89 @@ def test_killed_and_restarted_ends_with_the_same_bytes(finished, command, surviv
     survive(line, tmp_path / "work", finished)
     for name in ("results.json", "index.html"):
         assert (tmp_path / "work" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def evidence_of(work):
+    return json.loads((work / "results.json").read_text())["evidence"]
+
+
+def test_evidence_is_of_the_selected_neurons(finished):
+    """Their domains are those of the masks, their rates those of the counts."""
+    found, stored = evidence_of(finished), masks.load(finished / "masks.npz")
+    assert found["neurons"] and list(stored.domains) == ["reds", "greens", "blues"]
+    for neuron in found["neurons"]:
+        module, at = neuron["module"], (neuron["layer"], neuron["index"])
+        mask = stored.modules[f"{module}.act" if module == "projector" else f"{module}.mlp.act"]
+        own = [name for d, name in enumerate(stored.domains) if mask[(d, *at)]]
+        assert neuron["domains"] == own and own
+        for name in stored.domains:
+            groups = [np.load(path) for path in finished.glob(f"steps/counts/neutral/{name}-*.npz")]
+            active = sum(group[f"{module}/positive"][at].sum() for group in groups)
+            tokens = sum(group[f"{module}/tokens"].sum() for group in groups)
+            assert neuron["rates"][name]["all"] == pytest.approx(active / tokens)
+            assert sum(neuron["values"][name]) == tokens
+            assert name in neuron["effects"] or not neuron["effects"]
+    selected = {module: mask.any(0).sum() for module, mask in stored.modules.items()}
+    assert len(found["neurons"]) == sum(selected.values())  # fewer than 20 of each
+
+
+def test_pages_show_the_pictures_of_the_evidence(finished):
+    found = evidence_of(finished)
+    assert all((finished / picture["image"]).is_file() for picture in found["pictures"])
+    assert (finished / "neurons.html").is_file() and (finished / "pictures.html").is_file()
+    for neuron in found["neurons"]:
+        for token in neuron["top"]["image"]:
+            assert 0 <= token["row"] < token["rows"] and 0 <= token["column"] < token["columns"]
+            assert token["rows"] == (4 if neuron["module"] == "vision" else 2)
+        values = [token["value"] for token in neuron["top"]["image"]]
+        assert len(values) == evidence.TOP and values == sorted(values, reverse=True)
+    picture = json.loads((finished / "results.json").read_text())["pictures"][0]
+    assert picture["by_layer"]["layers"] == list(range(9))
+    assert np.shape(picture["by_layer"]["words"]) == (9, 4, 5)
+
+
+def test_changed_answers_are_counted(finished):
+    """Scores differ only where answers do, and every answer is an option."""
+    results = json.loads((finished / "results.json").read_text())
+    rows = [row for row in results["ablation"] if row["control"] is None]
+    assert {len(asked) for asked in results["questions"].values()} == {4}
+    for row in rows:
+        assert len(row["changed"]) == row["changes"] <= 4
+        total = sum(after - before for before, after in (c["scores"] for c in row["changed"]))
+        assert total / 4 == pytest.approx(row["difference"])
+        assert all(c["before"] != c["after"] for c in row["changed"])
+
+
+@pytest.mark.slow
+def test_strongest_tokens_are_those_of_kept_activations(finished):
+    """Against a loop over all activations of all pictures, and the head's own product."""
+    config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
+    model, processor = mj.load(config.model)
+    train, values, places = examples_.domains_of(config, "train"), [], []
+    for name, domain in train.items():
+        pairs = context.NeutralQuestions(domain, 6)
+        for number, (example, question) in enumerate(pairs):
+            batch = processor([example.image], [question.prompt])
+            out = mj.run(model, batch, None, {"act": mj.keep(S.lm.mlp.act)}, logits="none")
+            is_image = np.asarray(batch.tokens.kind)[0] == tok.CODE["image"]
+            values.append(np.asarray(out["act"], np.float32)[:, 0, is_image])
+            places += [(name, number, i // 2, i % 2) for i in range(4)]
+    every = np.concatenate(values, axis=1)  # [L, tokens, F]
+    head = np.asarray(model.lm.embed[...], np.float64)
+    down = np.asarray(model.lm.layers.mlp.down.kernel[...], np.float64)
+    found = evidence_of(finished)
+    compared = [neuron for neuron in found["neurons"] if neuron["module"] == "lm"]
+    for neuron in compared:
+        own = every[neuron["layer"], :, neuron["index"]]
+        best = np.argsort(-own, kind="stable")[: evidence.TOP]
+        shown = [token["value"] for token in neuron["top"]["image"]]
+        np.testing.assert_allclose(shown, own[best], rtol=1e-4, atol=1e-5)
+        first, picture = neuron["top"]["image"][0], found["pictures"]
+        if own[best[0]] - own[best[1]] > 1e-3:
+            shown_at = picture[first["picture"]]
+            place = shown_at["domain"], shown_at["example"], first["row"], first["column"]
+            assert place == places[best[0]]
+        direction = down[neuron["layer"], neuron["index"]] * np.asarray(model.lm.norm.scale[...])
+        raised = processor.word(int((head @ direction).argmax()))
+        assert neuron["words"]["raised"][0] == raised
+    assert compared

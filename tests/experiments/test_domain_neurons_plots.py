@@ -28,15 +28,18 @@ def test_neurons_per_layer_shows_every_count():
 def test_ablation_matrix_marks_stars_and_gaps():
     change = np.array([[-0.2, 0.004], [np.nan, 0.0]])
     star = np.array([[True, False], [False, False]])
-    shown = texts(plots.ablation_matrix({"lm": change}, {}, {"lm": star}, ["cats", "dogs"]))
+    drawn = {"lm": change}, {}, {"lm": star}, ["cats", "dogs"], 0.2, {"dogs": 8}
+    shown = texts(plots.ablation_matrix(*drawn))
     assert f"{page.MINUS}20*" in shown and "+0.4" in shown and "0" in shown
+    assert {"cats", "dogs (n = 8)"} <= set(shown) and "beyond chance, corrected" in shown[-1]
     assert "nan" not in " ".join(shown) and "random" not in shown
 
 
 @pytest.mark.parametrize("domains", [2, 5])
 def test_titles_of_an_ablation_matrix_have_room(domains):
     change, names = {"lm": np.zeros((domains, domains))}, [f"domain {i}" for i in range(domains)]
-    figure = plots.ablation_matrix(change, {"random neurons off\n(mean of 3)": change}, {}, names)
+    controls = {"random neurons off\n(mean of 3)": change}
+    figure = plots.ablation_matrix(change, controls, {}, names, 0.05, {})
     figure.canvas.draw()
     above, below = (ax.yaxis.label.get_window_extent() for ax in figure.axes[:2])
     assert not above.overlaps(below)
@@ -46,7 +49,8 @@ def test_titles_of_an_ablation_matrix_have_room(domains):
 
 def test_ablation_matrix_of_no_measurement_at_all():
     nothing = {"lm": np.full((2, 2), np.nan)}
-    assert texts(plots.ablation_matrix(nothing, {"random": nothing}, {}, ["cats", "dogs"]))
+    shown = texts(plots.ablation_matrix(nothing, {"random": nothing}, {}, ["a", "b"], 0.05, {}))
+    assert "none is beyond chance" in " ".join(shown) and "*" not in " ".join(shown)
 
 
 @pytest.mark.parametrize("control", [{}, {"lm": {"image": {"cats": {"l2": 0.01}}}}])
@@ -92,11 +96,14 @@ def test_entropy_curves_with_decided_and_undecided_stages():
     )
     assert "stages undecided" in shown and "alignment" not in shown
     assert "alignment" not in texts(stage_plots.entropy_curves(curves))
+    other = decided | {"claimed": False}
+    shown = texts(stage_plots.entropy_curves(curves, {"cats": other}, other))
+    assert not {"alignment", "stages undecided"} & set(shown)
 
 
 def test_overview_without_a_picture():
     curves = {"cats": curve(9, 5), "dogs": curve(9, 4)}
     change, star = np.zeros((2, 2)), np.zeros((2, 2), bool)
     titles = {"curves": "entropy", "matrix": "accuracy"}
-    shown = texts(plots.overview(None, curves, None, change, star, titles))
+    shown = texts(plots.overview(None, curves, None, change, star, titles, 0.05))
     assert {"entropy", "accuracy", "cats", "dogs"} <= set(shown)

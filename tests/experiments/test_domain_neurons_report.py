@@ -1,12 +1,13 @@
 import copy
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 
+from experiments.domain_neurons.report import ablation, robustness, selection
 from experiments.domain_neurons.report import page as report
-from experiments.domain_neurons.report import robustness
 from mllm_jax.report import page, style
 from tests.helpers import fake_study
 from tests.helpers.html_reader import Reader
@@ -34,6 +35,10 @@ def written(tmp_path_factory):
     return folder, results
 
 
+def page_of(folder, name):
+    return Reader((folder / name).read_text(encoding="utf-8"))
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made, but not rendered: the page does not look at them."""
@@ -47,13 +52,14 @@ def rows(path):
 
 def test_every_link_leads_to_a_file(written):
     folder, _ = written
-    reader = Reader((folder / "index.html").read_text(encoding="utf-8"))
-    assert reader.open == []
-    links = {link for link in reader.links if not link.startswith("#")}
+    pages = {path.name: page_of(folder, path.name) for path in folder.glob("*.html")}
+    assert set(pages) == {"index.html", "neurons.html", "pictures.html"}
+    assert all(reader.open == [] for reader in pages.values())
+    links = {link.partition("#")[0] for reader in pages.values() for link in reader.links} - {""}
     assert links and all((folder / link).is_file() for link in links)
     made = {name for name in contents(folder) if not name.startswith("figures/picture")}
-    assert made == links | {"index.html"}
-    assert reader.tags.count("section") == 15
+    assert made == {link for link in links if not link.startswith("figures/picture")}
+    assert pages["index.html"].tags.count("section") == 16
 
 
 def test_figures_are_png_of_a_legible_size(written):
@@ -77,12 +83,66 @@ def test_tables_hold_the_numbers_exactly(written):
     )
     undecided = rows(folder / "tables/stages.csv")[4]
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
-    assert {path.name for path in (folder / "tables").iterdir()} == {
-        "ablation.csv", "accuracy.csv", "claims.csv", "controls.csv", "deviation.csv",
+    assert {path.name for path in (folder / "tables").glob("*.csv")} == {
+        "ablation.csv", "accuracy.csv", "changed_answers.csv", "claims.csv", "controls.csv", "deviation.csv",
         "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "lens_sites.csv", "lens_top.csv", "neurons_per_layer.csv",
-        "overlap.csv", "power.csv", "released.csv", "selection.csv", "selectors.csv", "settings.csv", "stages.csv",
-        "sparsity.csv", "stability.csv", "tokens.csv",
+        "overlap.csv", "power.csv", "released.csv", "selection.csv", "selectors.csv", "settings.csv",
+        "single_neurons.csv", "stages.csv", "sparsity.csv", "stability.csv", "tokens.csv",
     }  # fmt: skip
+
+
+def test_tables_are_also_written_for_latex(written):
+    folder, results = written
+    latex = (folder / "tables/single_neurons.tex").read_text()
+    assert latex.count(r" \\") == 1 + len(results["evidence"]["neurons"])
+    assert r"\textless{}i\textgreater{}sky" in latex and "<" not in latex
+
+
+def test_a_cell_of_the_matrix_leads_to_its_changed_answers(written):
+    folder, results = written
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    cells = re.findall(r'"customdata":(\[\[.*?\]\])', text)
+    ids = [cell for panel in cells for row in json.loads(panel) for cell in row]
+    selected = [run for run in results["ablation"] if run["control"] is None]
+    assert len(ids) == len(set(ids)) == len(selected)
+    assert all(text.count(f'<details id="{cell}">') == 1 for cell in ids)
+    assert "a &lt;cat&gt; &amp; $x$" in text
+    table = rows(folder / "tables/changed_answers.csv")
+    assert len(table) == len(selected) and table[0]["after"] == "a <cat> & $x$"
+
+
+def test_every_neuron_has_its_evidence(written):
+    folder, results = written
+    text = (folder / "neurons.html").read_text(encoding="utf-8")
+    index = (folder / "index.html").read_text(encoding="utf-8")
+    for neuron in results["evidence"]["neurons"]:
+        name = f"{neuron['module']}-{neuron['layer']}-{neuron['index']}"
+        assert f'<section id="{name}" class="alone">' in text
+        assert f'<a href="neurons.html#{name}">' in index
+    assert 'style="left:25.000%;top:25.000%;width:12.500%;height:25.000%"' in text
+    assert (
+        "<code>&lt;i&gt;sky</code>" in text and "Is it &lt;b&gt;<code>\N{OPEN BOX}</code>" in text
+    )
+    assert "own domains: 90.000% of 100 values from -1 to 0" in text
+    table = rows(folder / "tables/single_neurons.csv")
+    assert len(table) == 3 * 5 * 2 and float(table[0]["rate"]) == 0.1
+
+
+def test_two_domains_of_a_handful_of_neurons_are_not_called_close(tmp_path, undrawn):
+    results = study(tmp_path, grids=(2,))
+    found = results["selection"]["projector"]
+    found["overlap"] = np.ones_like(found["overlap"]).tolist()
+    found["neurons_per_domain"] = dict.fromkeys(results["domains"], 2)
+    section = selection.overlap(tmp_path, results)
+    assert "1.00" not in section.reading and "common neurons of" in section.reading
+
+
+def test_what_few_questions_cannot_tell_is_not_of_the_deepest_colour(written):
+    _, results = written
+    largest = max(abs(run["difference"]) for run in results["ablation"])
+    assert ablation.colour_bound(results) == max(largest, 0.046)
+    few = results | {"power": [results["power"][0] | {"possible": None}]}
+    assert ablation.colour_bound(few) == 1.0
 
 
 def test_too_few_groups_are_told_as_such(tmp_path):
@@ -218,10 +278,10 @@ def in_parts(results):
 @pytest.mark.parametrize(
     "changes, sections",
     [
-        ((without_controls, without_stages), 14),
-        ((with_one_cell_only, without_neurons), 14),
-        ((without_deviation, without("pictures")), 13),
-        ((without("ablation"), without("baseline"), without("effects"), without("power")), 11),
+        ((without_controls, without_stages), 15),
+        ((with_one_cell_only, without_neurons, without("evidence")), 14),
+        ((without_deviation, without("pictures")), 14),
+        ((without("ablation"), without("baseline"), without("effects"), without("power")), 12),
         (
             (
                 without("lens"),
@@ -231,10 +291,10 @@ def in_parts(results):
                 without("sparsity"),
                 without("lens_sites"),
             ),
-            9,
+            10,
         ),
-        ((of_given_neurons, in_parts, without("controls")), 15),
-        ((without_power,), 15),
+        ((of_given_neurons, in_parts, without("controls")), 16),
+        ((without_power,), 16),
     ],
     ids=[
         "controls, stages",

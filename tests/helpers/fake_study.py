@@ -148,6 +148,12 @@ def fake_results(
         if run["control"] is None:
             run["p_holm"] = min(1.0, 20 * run["p"])
             run["family"] = "own" if run["mask"] == run["data"] else "other"
+            run["changes"] = 3
+            run["changed"] = [
+                {"question": 1, "before": "a ball", "after": "a <cat> & $x$", "scores": [1.0, 0.0]}
+            ]
+    asked = {"id": "cats/0001", "question": "What is <shown>?", "answer": "a ball"}
+    questions = {data: [asked] * 8 for data in domains}
     power = [
         {"family": family, "data": data, "tests": tests, "n": 240, "possible": share, "likely": 1.4 * share}
         for family, tests, share in (("own", 4 * count, 0.042), ("other", 4 * count * (count - 1), 0.046))
@@ -247,8 +253,32 @@ def fake_results(
             "layers": layers, "parts": None,
             "words": rng.choice(WORDS, (len(layers), grid, grid)).tolist(),
             "entropy": [e.tolist() for e in entropy],
+            "by_layer": {
+                "layers": layers, "vocabulary": WORDS, "words": rng.integers(0, len(WORDS), (3, grid**2, 2)).tolist(),
+                "entropy": [e.ravel().tolist() for e in entropy], "attention": rng.random((3, grid**2)).tolist(),
+                "attribution": rng.normal(size=(1, grid**2)).tolist(),
+            },
         })  # fmt: skip
 
+    evidence = {
+        "edges": [-1.0, 0.0, 1.0],
+        "pictures": [{"image": "figures/evidence-0.jpg", "domain": domains[0], "example": 0, "tile": 0,
+                      "id": "a/<b>0", "question": "What?"}],
+        "neurons": [
+            {
+                "module": module, "layer": layer, "index": 12, "domains": [domains[layer % 2]], "entropy": 0.25 * layer,
+                "rates": {d: {"all": 0.1 + 0.8 * (i == layer % 2), "image": 0.5} for i, d in enumerate(domains)},
+                "values": {d: [0, 90, 9, 1] for d in domains},
+                "top": {
+                    "image": [{"value": 3.5, "domain": domains[0], "picture": 0, "row": 1, "column": 2, "rows": 4, "columns": 8}],
+                    "text": [{"value": -0.5, "domain": domains[1], "before": "Is it <b>", "word": "\u00a0"}],
+                },
+                "words": {"raised": ["<i>sky", " "], "lowered": ["sea"]} if module == "lm" else None,
+                "effects": {d: -0.01 * i for i, d in enumerate(domains)},
+            }
+            for module, layer in (("vision", 3), ("lm", 2), ("lm", 5))
+        ],
+    }  # fmt: skip
     accuracy = [0.74, 0.61, 0.69, 0.43, 0.82]
     results = {
         "format": 2, "study": "domain_neurons", "model": "embedded: CLIP ViT-B/16 + SmolLM2-135M",
@@ -260,7 +290,7 @@ def fake_results(
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "lens": lens, "lens_top": lens, "lens_sites": {"attn_out": lens},
+        "ablation": ablation, "questions": questions, "lens": lens, "lens_top": lens, "lens_sites": {"attn_out": lens},
         "sparsity": [
             {"data": data, "measure": measure, "n": 32, "bound": bound, "claimed": sign, "value": 0.3,
              "low": 0.2, "high": 0.38, "p": 0.001, "p_holm": 0.005, "verdict": "holds"}
@@ -268,14 +298,14 @@ def fake_results(
             for measure, bound, sign in (("entropy", 0.0, 1), ("most likely word", 0.4, -1))
         ],
         "stages": stages, "features": features,
-        "pictures": pictures,
+        "pictures": pictures, "evidence": evidence,
     }  # fmt: skip
     return results | {"claims": claims.judge(results)}
 
 
 def write_pictures(workdir: pathlib.Path, results: dict) -> None:
     """The pictures that the study itself leaves in its folder."""
-    for i, shown in enumerate(results["pictures"]):
+    for i, shown in enumerate((*results["pictures"], *results["evidence"]["pictures"])):
         path = workdir / shown["image"]
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(i)).save(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html.parser
 
-VOID = {"meta", "img", "link", "br"}
+VOID = {"meta", "img", "link", "br", "input"}
 
 
 class Reader(html.parser.HTMLParser):

@@ -1,6 +1,7 @@
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mllm_jax.report import figures, style
 
@@ -35,6 +36,26 @@ def test_token_map_shows_each_word_and_survives_any_token():
     assert {"dog", "↵", "▯", "$x_1$", "␣", "<|im_end|>", "cat"} <= set(shown)
     assert {"picture", "layer 0", "layer 9", "Mediterranean"} <= set(shown)
     assert figures.printable(" Mediterranean", 8) == "Mediter…"
+    assert figures.printable("\N{NO-BREAK SPACE}") == figures.printable("\u2003") == "␣"
+
+
+def test_cells_of_a_token_map_have_the_colours_of_its_bar():
+    """The picture does not shine through them."""
+    figure = Figure()
+    ax = figure.subplots()
+    picture, entropy = np.full((30, 30, 3), 255, np.uint8), np.array([[1.0, 3.0]])
+    image = figures.token_panel(ax, picture, [["a", "b"]], entropy, (1.0, 3.0), 3.0)
+    assert list(ax.images) == [image] and image.get_alpha() is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 7])
+def test_a_token_map_has_no_empty_panel(layers):
+    figure = figures.token_map(
+        np.zeros((8, 8, 3), np.uint8), [[["a"] * 7] * 7] * layers, np.ones((layers, 7, 7)),
+        [str(layer) for layer in range(layers)],
+    )  # fmt: skip
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert len(panels) == layers + 1 and all(len(ax.images) for ax in panels)
 
 
 def test_overlap_ignores_the_diagonal():

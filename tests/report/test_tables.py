@@ -39,3 +39,17 @@ def test_a_spreadsheet_runs_no_cell_and_numbers_stay_numbers(tmp_path):
     assert [row[0] for row in rows] == [*inert, "a=b", ""]
     assert [float(row[1]) for row in rows[:7]] == [-0.5, -1.5, -3, -4, -np.inf, -0.25, 1e-5]
     assert [row[1] for row in rows[7:]] == ["True", ""]
+
+
+def test_latex_keeps_texts_as_text():
+    rows = [["50 % & $x_1$", "\N{MINUS SIGN}1"], [r"a\b{c}", "2"]]
+    assert tables.latex(["name", "#"], rows, [False, True]).splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"name & \# \\",
+        r"\midrule",
+        r"50 \% \& \$x\_1\$ & $-$1 \\",
+        r"a\textbackslash{}b\{c\} & 2 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]

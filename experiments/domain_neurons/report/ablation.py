@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.domain_neurons.report import effects, plots
+from experiments.domain_neurons.report import answers, effects, panels, plots
 from experiments.domain_neurons.report.effects import CONTROLS
 from experiments.domain_neurons.report.layers import token_kinds
 from experiments.modules import widest
@@ -44,9 +44,10 @@ def accuracy(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading=f"Unedited, the model {beats}is best in {format_score(best)} and worst in "
         f"{format_score(worst)}.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "accuracy", figures.accuracy(baseline),
                 "Accuracy of each domain, its interval, and chance",
+                chart=panels.accuracy(baseline),
             )
         ],
         note=f"Measured: {parts.join_words(list(metrics))}. Bars are 95 % bootstrap intervals over "
@@ -87,6 +88,7 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
         )
         for module in modules
     }
+    bound = colour_bound(results)
     figure = plots.ablation_matrix(
         {parts.title(module): change.selected for module, change in by_module.items()},
         {
@@ -97,6 +99,8 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
         },
         {parts.title(module): change.star for module, change in by_module.items()},
         results["domains"],
+        bound,
+        {domain: score["n"] for domain, score in results["baseline"].items()},
     )
     columns = (
         "module", "own domain, points", "other domains", *(f"{CONTROLS[k]}, own" for k in draws),
@@ -107,20 +111,41 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="Ablation of the neurons",
         reading=_read_changes(results, by_module),
         figures=[
-            parts.write_png(folder, "ablation", figure, "Accuracy change by mask, data and module")
+            parts.write_figure(
+                folder,
+                "ablation",
+                figure,
+                "Accuracy change by mask, data and module",
+                "A click on a cell of the chart shows the answers that changed.",
+                chart=panels.ablation(results, bound),
+            )
         ],
         table=page.Table(columns, rows),
         note=f"Rows: the domain whose neurons ({ABLATED[results['ablated']]}) are set to zero, at "
-        "every token and every step. "
-        "Columns: the domain tested. Controls match in number, layer and module, rate-matched ones "
+        "every token and every step. Columns: the domain tested, on n questions. The colours reach "
+        "at least to the smallest change that could be found. Controls match in number, layer and "
+        "module, rate-matched ones "
         "also in how often and how strongly they are active. Beyond chance: p below "
         f"{power.LEVEL} by flipping signs of paired differences, corrected (Holm) for the cells of "
         "domains with their own neurons ablated, and for all other cells. "
         f"{_read_power(results)} The intervals in the table "
         "files are 95 % paired bootstrap intervals over questions, without that correction: an "
         "interval may exclude zero although the corrected p does not fall below the level.",
-        data=[_ablation_csv(folder, runs)],
+        widgets=answers.changed(results),
+        data=[_ablation_csv(folder, runs), answers.write(folder, results)],
     )
+
+
+def colour_bound(results: Results) -> float:
+    """Return the change of accuracy at the ends of the colour scale.
+
+    The scale reaches as far as the smallest change that could be found: of few questions, what may
+    be chance is not of the deepest colour.
+    """
+    largest = max((abs(run["difference"]) for run in results["ablation"]), default=0.0)
+    possible = [row["possible"] for row in results["power"]]
+    findable = 1.0 if None in possible else max(possible, default=0.0)
+    return max(0.05, largest, min(findable, 1.0))
 
 
 def _draws(runs: Sequence[Mapping[str, Any]], kind: str) -> int:
@@ -223,9 +248,14 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
         return parts.two_digits(float(np.mean(values))) if values else page.DASH
 
+    def spread(of: Deviations, module: str, kind: str, measure: str) -> str:
+        values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
+        ends = [parts.two_digits(end) for end in (min(values), max(values))] if values else []
+        return f"{mean(of, module, kind, measure)} ({page.DASH.join(ends)})" if ends else page.DASH
+
     sources = {"": selected} | controls
     rows = [
-        [module, kind, *(mean(of, module, kind, m) for m in MEASURES for of in sources.values())]
+        [module, kind, *(spread(of, module, kind, m) for m in MEASURES for of in sources.values())]
         for module, by_kind in selected.items()
         for kind in by_kind
     ]
@@ -240,21 +270,27 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
     return page.Section(
         title="Deviation of the hidden states",
         reading=f"The ablation of a domain's own neurons ({module.lower()}) moves the hidden "
-        f"states of {kind} tokens by {mean(selected, module, kind, 'relative_l2')} of their norm"
+        f"states of {kind} tokens after the last layer of the language "
+        f"model by {mean(selected, module, kind, 'relative_l2')} of their norm"
         f"{''.join(others)}.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "deviation",
                 plots.deviation(
                     selected, controls[shown] if shown else {}, MEASURES,
                     CONTROLS[shown] if shown else "",
                 ),
                 "Hidden-state deviation by module and token kind",
+                chart=panels.deviation(
+                    selected, {CONTROLS[name]: of for name, of in controls.items()},
+                    "relative_l2", MEASURES["relative_l2"],
+                ),
             )
         ],
         table=page.Table(["module", "tokens", *heads], rows),
-        note="Each domain tested on its own data; means over tokens and, for controls, over draws. "
-        "The scale is logarithmic. The table file has 95 % bootstrap intervals over questions.",
+        note="Each domain tested on its own data; means over tokens and, for controls, over draws; "
+        "in brackets the lowest and the highest domain. The scale is logarithmic. The table file "
+        "has 95 % bootstrap intervals over questions.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
 
@@ -302,7 +338,7 @@ def change_matrix(
             cell = index[run["mask"]], index[run["data"]]
             total[cell] += run["difference"]
             count[cell] += 1
-            star[cell] = control is None and run["p_holm"] <= power.LEVEL
+            star[cell] = parts.beyond(run)
     return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0), star
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.domain_neurons.report import plots, stage_plots
+from experiments.domain_neurons.report import panels, plots, stage_plots
 from mllm_jax.processors import pictures as picture_files
-from mllm_jax.report import figures, page, parts
+from mllm_jax.report import cards, figures, page, parts
 from mllm_jax.report.report import Results
 from mllm_jax.typing import Int
 
@@ -33,8 +33,12 @@ def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="Layers and stages",
         reading=_read_lens(lens, stages, kind),
         figures=[
-            parts.write_png(
-                folder, "lens", figure, "Entropy of the logit lens by layer, with stage boundaries"
+            parts.write_figure(
+                folder,
+                "lens",
+                figure,
+                "Entropy of the logit lens by layer, with stage boundaries",
+                chart=panels.lens(lens, token_kinds(lens)),
             )
         ],
         table=page.Table(
@@ -143,9 +147,10 @@ def features(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading=f"Differences between domains are {parts.join_words(shares)} of all variance among "
         "the mean features of pictures.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "features", figure,
                 "Two principal components of the pictures' features, by domain",
+                chart=panels.features(by_module),
             )
         ],
         note="The mean over the image tokens of each picture, after the vision encoder and after "
@@ -161,7 +166,9 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
     pictures = results["pictures"]
     if not pictures:
         return None
-    drawn = [_full_picture(folder, i, picture) for i, picture in enumerate(pictures)]
+    every = [np.asarray(picture["entropy"]) for picture in pictures]
+    bounds = min(float(e.min()) for e in every), max(float(e.max()) for e in every)
+    drawn = [_full_picture(folder, i, picture, bounds) for i, picture in enumerate(pictures)]
     drawn += [_split_picture(folder, i, p) for i, p in enumerate(pictures) if p["parts"]]
     first, last = (np.mean([np.mean(p["entropy"][i]) for p in pictures]) for i in (0, -1))
     return page.Section(
@@ -170,24 +177,63 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{pictures[0]['layers'][0]} to layer {pictures[0]['layers'][-1]} the mean entropy goes "
         f"from {first:.1f} to {last:.1f} nats.",
         figures=drawn,
-        note="The lower the entropy, the deeper the colour. ↵ is a line break, ␣ white space, ▯ a "
-        "character that the font lacks; long words are cut. The picture is the input of the vision "
-        "encoder; if it is also read in parts, the entropies of their tokens follow.",
+        data=_picture_page(folder, pictures),
+        note="The lower the entropy, the deeper the colour, on one scale for all "
+        "pictures. ↵ is a line break, ␣ white space, ▯ a character that the font lacks; long "
+        "words are cut. The picture is the input of the vision encoder; if it is also read in "
+        "parts, the entropies of their tokens follow.",
     )
 
 
-def _full_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.Figure:
-    """Draw the tokens of the full picture, in all layers that were read."""
+def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Write the page on which each picture has a slider over the layers, and return its link."""
+    shades = {
+        "entropy": "entropy, nats",
+        "attention": "attention of the last token",
+        "attribution": "attribution of the first generated word",
+    }
+
+    def section(number: int, picture: Picture) -> page.Section:
+        layers = picture["by_layer"]
+        words = cards.WordMap(
+            picture["image"], f"{picture['domain']}, {picture['id']}", layers["layers"],
+            (len(picture["words"][0]), len(picture["words"][0][0])), layers["vocabulary"],
+            layers["words"], {name: layers[key] for key, name in shades.items() if layers[key]},
+        )  # fmt: skip
+        return page.Section(
+            title=f"{picture['domain']}, {picture['id']}",
+            reading=f"Question: {picture['question']} Expected: {picture['answer']}. Generated: "
+            f"{picture['generated']}",
+            widgets=[words],
+            name=f"picture-{number}",
+            alone=True,
+        )
+
+    content = page.Page(
+        title="Single pictures",
+        lead="The words that a logit lens reads at each image token, layer by layer. Point at a "
+        "patch, or move with the arrow keys, for its most likely words.",
+        sections=[section(*numbered) for numbered in enumerate(pictures)],
+        data=[("back to the study", "index.html"), ("all pictures", "pictures.html")],
+    )
+    page.write(folder / "pictures.html", content)
+    return [("each picture, layer by layer", "pictures.html")]
+
+
+def _full_picture(
+    folder: pathlib.Path, number: int, picture: Picture, bounds: tuple[float, float]
+) -> page.Figure:
+    """Draw the tokens of the full picture, in all layers that were read, on a common scale."""
     figure = figures.token_map(
         read_picture(folder, picture), picture["words"], picture["entropy"],
-        [f"layer {layer}" for layer in picture["layers"]],
+        [f"layer {layer}" for layer in picture["layers"]], bounds,
     )  # fmt: skip
     caption = (
         f"{picture['domain']}, {picture['id']}. Question: {picture['question']} "
         f"Expected: {picture['answer']}. Generated: {picture['generated']}"
     )
     alt = f"Most likely word of each image token of {picture['id']}"
-    return parts.write_png(folder, f"tokens-{number}", figure, alt, caption)
+    return parts.write_figure(folder, f"tokens-{number}", figure, alt, caption)
 
 
 def _split_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.Figure:
@@ -200,7 +246,9 @@ def _split_picture(folder: pathlib.Path, number: int, picture: Picture) -> page.
         [f"parts, layer {picture['layers'][i]}" for i in ends],
     )
     alt = f"Entropy of the image tokens of the parts of {picture['id']}"
-    return parts.write_png(folder, f"parts-{number}", figure, alt, f"The parts of {picture['id']}.")
+    return parts.write_figure(
+        folder, f"parts-{number}", figure, alt, f"The parts of {picture['id']}."
+    )
 
 
 def token_kinds(by_name: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from experiments.domain_neurons.report import (
     claims,
     effects,
     layers,
+    neurons,
     plots,
     robustness,
     selection,
@@ -20,8 +21,8 @@ from mllm_jax.report.report import Report, Results
 
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "released",
-    "ablated", "baseline", "ablation", "controls", "effects", "power", "lens", "lens_top",
-    "lens_sites", "sparsity", "stages", "features", "pictures", "claims",
+    "ablated", "baseline", "ablation", "controls", "effects", "power", "questions", "lens",
+    "lens_top", "lens_sites", "sparsity", "stages", "features", "pictures", "evidence", "claims",
 )  # fmt: skip
 
 
@@ -37,11 +38,11 @@ def _lead(results: Results) -> str:
 def _facts(results: Results) -> list[tuple[str, str]]:
     selected = sum(of_module["selected"] for of_module in results["selection"].values())
     neurons = sum(module["layers"] * module["width"] for module in results["modules"].values())
-    tokens = sum(sum(by_domain.values()) for by_domain in results["tokens"].values())
+    tokens = sum(results["tokens"].get("lm", {}).values())
     questions = sum(score["n"] for score in results["baseline"].values())
     facts = [
         (f"{len(results['domains'])}", "domains"),
-        (f"{tokens:,}", "tokens counted"),
+        (f"{tokens:,}", "tokens of the language model counted"),
         (f"{selected:,}", f"of {neurons:,} neurons selected"),
         (f"{questions:,}", "test questions"),
         (f"{len(results['ablation']):,}", "ablation runs"),
@@ -68,12 +69,13 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure | None:
         results["stages"]["all"],
         *ablation.change_matrix(results, module),
         {"curves": f"Entropy of {kind} tokens", "matrix": f"Accuracy change, {name}"},
+        ablation.colour_bound(results),
     )
     left = (
         "Left: the most likely word of a logit lens at each image token, where there is room; the "
         "lower the entropy, the deeper the colour. Middle: e"
     )
-    return parts.write_png(
+    return parts.write_figure(
         folder, "overview", figure,
         "Words read from image tokens, entropy by layer, and the ablation matrix",
         f"{left if tokens else 'E'}ntropy of the logit lens by layer and domain, with stage "
@@ -90,9 +92,9 @@ REPORT = Report(
     facts=_facts,
     overview=_overview,
     sections=(
-        claims.claims, ablation.accuracy, selection.neurons, selection.overlap,
-        robustness.stability, words.released, robustness.comparison, ablation.changes,
-        effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
+        claims.claims, ablation.accuracy, selection.neurons, neurons.single,
+        selection.overlap, robustness.stability, words.released, robustness.comparison,
+        ablation.changes, effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
         sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip

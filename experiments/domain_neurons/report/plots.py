@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from experiments.domain_neurons.report import stage_plots
+from experiments.domain_neurons.report import panels, stage_plots
 from mllm_jax.report import figures, style
 
 # By module, kind of token, domain and measure.
@@ -100,6 +100,8 @@ def ablation_matrix(
     controls: Mapping[str, Mapping[str, np.ndarray]],
     star: Mapping[str, np.ndarray],
     domains: Sequence[str],
+    bound: float,
+    questions: Mapping[str, int],
 ) -> Figure:
     """Draw the change of accuracy by the ablation of a domain's neurons, and of controls.
 
@@ -108,9 +110,11 @@ def ablation_matrix(
         controls: {title of its row: the same for a kind of control}; a module may be absent.
         star: {module: bool[D_, D_]}, where `selected` is beyond chance.
         domains: the names of rows and columns.
+        bound: the change at the ends of the colour scale.
+        questions: the number of questions on which each domain is tested.
     """
-    every = [matrix for of in (selected, *controls.values()) for matrix in of.values()]
-    bound = max(0.05, float(np.nanmax(np.abs(np.stack(every)), initial=0)))
+    columns = [f"{name} (n = {questions[name]:,})" if name in questions else name
+               for name in domains]  # fmt: skip
     rows = [("domain neurons ablated", selected, star)]
     rows += [(title, values, {}) for title, values in controls.items()]
     cell = max(0.42 * len(domains), 1.7)  # at least the length of a title
@@ -123,7 +127,7 @@ def ablation_matrix(
             if module not in values:
                 ax.set_axis_off()
                 continue
-            image = _matrix(ax, values[module], domains, bound, marks.get(module))
+            image = _matrix(ax, values[module], domains, bound, marks.get(module), columns)
             ax.tick_params(labelleft=column == 0, labelbottom=row == len(rows) - 1)
             if row == 0:
                 ax.set_title(module)
@@ -133,14 +137,21 @@ def ablation_matrix(
     bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.015)
     bar.outline.set_visible(False)
     bar.set_label("change of accuracy, points")
-    key = "framed: tested on its own domain", "bold with *: beyond chance, corrected"
+    is_starred = any(marks.any() for marks in star.values())
+    beyond = "bold with *: beyond chance, corrected" if is_starred else "none is beyond chance"
+    key = "framed: tested on its own domain", beyond
     figure.supxlabel((" · " if width > 6 else "\n").join(key), color=style.GREY, fontsize=8)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: _points(value))
+    bar.ax.yaxis.set_major_formatter(lambda value, _: panels.points(value))
     return figure
 
 
 def _matrix(
-    ax: Axes, values: np.ndarray, domains: Sequence[str], bound: float, star: np.ndarray | None
+    ax: Axes,
+    values: np.ndarray,
+    domains: Sequence[str],
+    bound: float,
+    star: np.ndarray | None,
+    columns: Sequence[str] = (),
 ) -> AxesImage:
     """Draw accuracy differences in points as a heat map, with a frame around the diagonal."""
     colours = matplotlib.colormaps["RdBu"].with_extremes(bad="#F2F2F2")
@@ -150,7 +161,7 @@ def _matrix(
             continue
         mark = "*" if star is not None and star[row, column] else ""
         ax.text(
-            column, row, f"{_points(value)}{mark}", ha="center", va="center", fontsize=7.5,
+            column, row, f"{panels.points(value)}{mark}", ha="center", va="center", fontsize=7.5,
             in_layout=False,
             color=style.text_colour_on(image.cmap(image.norm(value))),
             fontweight="bold" if mark else "normal",
@@ -160,7 +171,7 @@ def _matrix(
             (own - 0.5, own - 0.5), 1, 1, fill=False, edgecolor=style.INK, linewidth=1.1
         )
         ax.add_patch(frame)
-    figures.name_cells(ax, domains)
+    figures.name_cells(ax, domains, columns)
     return image
 
 
@@ -272,15 +283,15 @@ def halves(tests: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> Fi
     """
     hue = style.palette(domains)
     figure = Figure(figsize=(11, 2.9))
-    panels = figure.subplots(1, len(tests), squeeze=False, sharey=True)[0]
-    for ax, (module, test) in zip(panels, tests.items(), strict=True):
+    axes = figure.subplots(1, len(tests), squeeze=False, sharey=True)[0]
+    for ax, (module, test) in zip(axes, tests.items(), strict=True):
         for domain, shared in zip(domains, np.transpose(test["halves"]), strict=True):
             ax.plot(test["examples"], shared, "o-", markersize=4, color=hue[domain], label=domain)
         ax.set(title=module, xlabel="examples of a domain in a half", ylim=(0, 1))
         ax.set_xticks(test["examples"])
         ax.grid(axis="y")
-    panels[0].set_ylabel("shared neurons (Jaccard)")
-    handles, names = panels[0].get_legend_handles_labels()
+    axes[0].set_ylabel("shared neurons (Jaccard)")
+    handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
     )
@@ -289,25 +300,28 @@ def halves(tests: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> Fi
 
 @style.styled
 def scatter(features: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw pictures on two principal components, with the name of a domain at its centre.
+    """Draw pictures on two principal components, a colour for each domain.
 
     Args:
         features: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
     """
     hue = style.palette(list(next(iter(features.values()))["points"]))
     figure = Figure(figsize=(11, 4.4))
-    panels = figure.subplots(1, len(features), squeeze=False)[0]
-    for ax, (module, of) in zip(panels, features.items(), strict=True):
+    axes = figure.subplots(1, len(features), squeeze=False)[0]
+    for ax, (module, of) in zip(axes, features.items(), strict=True):
         for domain, points in of["points"].items():
             x, y = np.transpose(points)
-            ax.plot(x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0)
-            ax.text(
-                x.mean(), y.mean(), domain, color=style.darken(hue[domain]), ha="center",
-                va="center", fontweight="bold", path_effects=style.halo(),
+            ax.plot(
+                x, y, "o", markersize=4.5, color=hue[domain], alpha=0.55, markeredgewidth=0,
+                label=domain,
             )  # fmt: skip
         first, second = (f"{100 * share:.0f} % of the variance" for share in of["share"])
         ax.set(title=module, xlabel=f"first component, {first}", ylabel=f"second, {second}")
         ax.set(xticks=[], yticks=[])
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=8.5
+    )
     return figure
 
 
@@ -335,6 +349,7 @@ def overview(
     change: np.ndarray,
     star: np.ndarray,
     titles: Mapping[str, str],
+    bound: float,
 ) -> Figure:
     """Draw a summary: words on image tokens, entropy by layer, and the ablation matrix.
 
@@ -345,20 +360,21 @@ def overview(
         change: float[D_, D_], the change of accuracy, as in `ablation_matrix`.
         star: bool[D_, D_], where the change is beyond chance.
         titles: {"curves": ..., "matrix": ...}.
+        bound: the change of accuracy at the ends of the colour scale.
     """
     domains = list(curves)
     hue = style.palette(domains)
     widths = [*([1.0] if tokens else []), 1.2, 1.0]
     layout = ConstrainedLayoutEngine(compress=True, wspace=0.03)
     figure = Figure(figsize=(4.1 * sum(widths), 4.1), layout=layout)
-    panels = figure.subplots(1, len(widths), width_ratios=widths)
+    axes = figure.subplots(1, len(widths), width_ratios=widths)
     if tokens:
         entropy = np.asarray(tokens.entropy)
         bounds = entropy.min(), entropy.max()
-        panels[0].set_axis_off()
-        figures.token_panel(panels[0], tokens.picture, tokens.words, entropy, bounds, 3.6)
-        panels[0].set_title(tokens.title)
-    lines, matrix = panels[-2:]
+        axes[0].set_axis_off()
+        figures.token_panel(axes[0], tokens.picture, tokens.words, entropy, bounds, 3.6)
+        axes[0].set_title(tokens.title)
+    lines, matrix = axes[-2:]
     figures.draw_curves(lines, curves, hue)
     figures.label_ends(lines, curves, hue)
     if overall:
@@ -366,18 +382,10 @@ def overview(
     lines.set(xlabel="layer", ylabel="entropy of the lens, nats")
     lines.set_box_aspect(0.8)
     lines.set_title(titles["curves"])
-    bound = max(0.05, float(np.nanmax(np.abs(change), initial=0)))
     _matrix(matrix, change, domains, bound, star)
     matrix.set(xlabel="tested on", ylabel="neurons of")
     matrix.set_title(titles["matrix"])
     return figure
-
-
-def _points(value: float) -> str:
-    """Return a difference of accuracy in percentage points as text."""
-    points = 100 * value
-    text = f"{points:+.0f}" if abs(points) >= 9.95 else f"{points:+.1f}"
-    return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _round_below(value: int) -> int:

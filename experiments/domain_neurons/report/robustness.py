@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.domain_neurons.report import plots
+from experiments.domain_neurons.report import panels, plots
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
 
@@ -35,9 +35,10 @@ def stability(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="More than chance?",
         reading=_read_stability(by_module, selection, level),
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "stability", figure,
                 "Neurons that two halves of the examples share, by their size",
+                chart=panels.halves(by_module, domains),
             )
         ],
         table=page.Table(
@@ -134,9 +135,12 @@ def comparison(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{chance[0, nearest]:.2f}. The table shows how far other settings of the same rule "
         "change the selection.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "selectors", figure,
                 f"Neurons that selectors share in the {parts.title(deepest).lower()}, by domain",
+                chart=panels.shared(
+                    dict(zip(domains, map(np.array, overlap["jaccard"]), strict=True)), names
+                ),
             )
         ],
         table=page.Table(

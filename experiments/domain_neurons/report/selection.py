@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.domain_neurons.report import plots
+from experiments.domain_neurons.report import panels, plots
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
 
@@ -19,6 +19,7 @@ RULES = {
     "other": "Selected are the best neurons of each domain by another selector, as many as the "
     "entropy (DAPE) selects.",
 }
+MIN_NEURONS = 10  # of two domains together, before they are called close
 _SHAPE, _SELECTED = ["site", "layers", "width"], ["k", "threshold", "bar", "selected", "share"]
 
 
@@ -50,7 +51,13 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section:
         reading=f"{_read_thirds(selection[deepest], parts.title(deepest).lower())} Most neurons "
         f"belong to {most} ({totals[most]:,}), fewest to {least} ({totals[least]:,}).",
         figures=[
-            parts.write_png(folder, "neurons", figure, "Neurons of each domain by module and layer")
+            parts.write_figure(
+                folder,
+                "neurons",
+                figure,
+                "Neurons of each domain by module and layer",
+                chart=panels.neurons(selection, domains),
+            )
         ],
         table=page.Table(["module", "neurons", "selected", "share", *domains], table),
         note=f"{RULES.get(results['selector'], RULES['other'])} A neuron belongs to every domain "
@@ -87,6 +94,25 @@ def _neurons_csv(folder: pathlib.Path, results: Results) -> list[tuple[str, str]
         parts.write_csv(folder, "neurons_per_layer", layer_columns, layer_rows),
         parts.write_csv(folder, "tokens", ["module", "domain", "tokens"], token_rows),
     ]
+
+
+def _closeness(
+    selection: Mapping[str, Any], module: str, first: str, second: str, jaccard: float
+) -> tuple[float, str]:
+    """Return the Jaccard index of a pair of domains, and the words on it.
+
+    Two domains of a handful of neurons are close by chance: they rank last, without words.
+    """
+    counts = [selection[module]["neurons_per_domain"][name] for name in (first, second)]
+    common = round(jaccard / (1 + jaccard) * sum(counts))
+    either = sum(counts) - common
+    if either < MIN_NEURONS:
+        return -1.0, ""
+    told = (
+        f"; the closest pair is {first} and {second} in the {parts.title(module).lower()}, with "
+        f"{common:,} common neurons of {either:,} (Jaccard index {jaccard:.2f})"
+    )
+    return jaccard, told
 
 
 def _cell(value: object) -> object:
@@ -129,16 +155,22 @@ def overlap(folder: pathlib.Path, results: Results) -> page.Section:
     )
     one = sum(count[1] for count in counts.values())
     every = max(1, sum(selected["selected"] for selected in selection.values()))
-    module, first, second, value = max(pairs, key=lambda pair: pair[3])
+    closest = max((_closeness(selection, *pair) for pair in pairs), default=(-1.0, ""))
     count_rows = [[module, n, count] for module, of in counts.items() for n, count in enumerate(of)]
     return page.Section(
         title="How domains share neurons",
         reading=f"{parts.percent(one / every)} of the selected neurons belong to exactly one "
-        f"domain; the closest pair is {first} and {second} in the {parts.title(module).lower()}, "
-        f"with a Jaccard index of {value:.2f}.",
+        f"domain{closest[1]}.",
         figures=[
-            parts.write_png(
-                folder, "overlap", figure, "Overlap of domains, and number of domains per neuron"
+            parts.write_figure(
+                folder,
+                "overlap",
+                figure,
+                "Overlap of domains, and number of domains per neuron",
+                chart=panels.shared(
+                    {parts.title(m): np.array(of["overlap"]) for m, of in selection.items()},
+                    domains,
+                ),
             )
         ],
         note="The Jaccard index is the share of common neurons among the neurons of either domain.",

@@ -29,7 +29,7 @@ def entropy_curves(
     """
     kinds = list(dict.fromkeys(kind for by_kind in curves.values() for kind in by_kind))
     hue = style.palette(list(curves))
-    strip = 0.15 * len(curves) + 0.6 if stages else 0
+    strip = 0.15 * len(curves) + 0.9 if stages else 0
     figure = Figure(figsize=(11, 4.2 + strip))
     grid = figure.subplots(
         2, len(kinds), squeeze=False, sharex=True, height_ratios=[4.2, max(strip, 1e-3)]
@@ -107,6 +107,7 @@ def _stage_strip(ax: Axes, stages: Mapping[str, Mapping[str, Any]], hue: Mapping
         )  # fmt: skip
     ax.set(ylim=(len(stages) - 0.4, -0.6), yticks=[])
     ax.set_title("stage boundaries with 95 % intervals", fontsize=8.5, fontweight="normal", pad=3)
-    ax.tick_params(labelbottom=False, length=0)
+    ax.tick_params(labelbottom=True, length=0)
+    ax.set_xlabel("layer")
     ax.grid(axis="x")
     ax.spines[:].set_visible(False)

@@ -49,7 +49,7 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
         )
         + ", on average over tasks and modules.",
         figures=[
-            parts.write_png(folder, "neurons", figure, "Neurons kept, lost and gained by module")
+            parts.write_figure(folder, "neurons", figure, "Neurons kept, lost and gained by module")
         ],
         table=page.Table(
             ("task", "variant", "module", "before", "after", "kept", "Jaccard", "share before",
@@ -87,7 +87,7 @@ def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:
         + ", by ".join(f"{_mean_change(rows, kind)} with {kind} ablated" for kind in kinds)
         + ".",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "ablation", _changes(rows, "variant"),
                 "Change of macro-F1 by the neurons that are ablated",
             )
@@ -120,7 +120,7 @@ def suppression(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading=f"Two classes ({' and '.join(classes)}), {classes[0]} suppressed. Macro-F1 changes "
         f"by: {changes}.",
         figures=[
-            parts.write_png(
+            parts.write_figure(
                 folder, "suppression", _changes(edited, ""), "Change of macro-F1 by the edit"
             )
         ],

@@ -85,7 +85,7 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure:
         },
         "macro-F1",
     )
-    return parts.write_png(
+    return parts.write_figure(
         folder, "overview", figure,
         "Macro-F1 of the model and of a probe, before and after fine-tuning",
         "Left: the model's answers. Right: the paper's probes on the features before and after "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from experiments.projection.report import cells, plots
 from mllm_jax.analysis.projection import BEFORE, E2E, ORIGINAL, PAPER, PROJ
-from mllm_jax.report import page, parts, style
+from mllm_jax.report import charts, page, parts, style
 from mllm_jax.report.report import Results
 
 
@@ -31,7 +32,11 @@ def answers(folder: pathlib.Path, results: Results) -> page.Section:
         f"tasks; with its projector tuned {_mean(rows, PROJ)}, tuned end to end "
         f"{_mean(rows, E2E)}. The interval of the change lies above zero in {above[PROJ]} of "
         f"{len(by_task)} tasks for {PROJ}, in {above[E2E]} for {E2E}.",
-        figures=[parts.write_png(folder, "answers", figure, "Macro-F1 by task and variant")],
+        figures=[
+            parts.write_figure(
+                folder, "answers", figure, "Macro-F1 by task and variant", chart=_panels(rows)
+            )
+        ],
         table=page.Table(
             ("task", "variant", "runs", "macro-F1", "interval", "accuracy", "change of F1"),
             [
@@ -78,7 +83,13 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
         figures=[
-            parts.write_png(folder, "richness", figure, "Macro-F1 of probes by task and variant")
+            parts.write_figure(
+                folder, "richness", figure, "Macro-F1 of probes by task and variant",
+                chart=[
+                    dataclasses.replace(panel, title=f"{probe} probe, {panel.title}")
+                    for probe, of_probe in by_probe.items() for panel in _panels(of_probe)
+                ],
+            )
         ],
         table=_pivot(rows, {"probe": "probe", "variant": "features"}),
         note="Features are means over the patches of a picture. The paper's probes differ in "
@@ -90,6 +101,21 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"against Original. {cells.MARKS} Tables 2 and 3 of the paper.",
         data=[_rows_csv(folder, "richness", ("probe", "task"), rows)],
     )  # fmt: skip
+
+
+def _panels(rows: Sequence[cells.Row]) -> charts.Chart:
+    """Return the macro-F1 of each variant with its interval, a panel for each task."""
+    hue = cells.colours(rows)
+    chart: list[charts.Panel] = []
+    for task, by_variant in cells.group(rows, "task", "variant").items():
+        values: dict[str, dict[str, Any]] = {}
+        for name, row in by_variant.items():
+            f1 = row["f1"]
+            ends = {"low": f1["low"], "high": f1["high"]}
+            text = f"{task}, {name}: {f1['mean']:.3f} {_interval(f1)}"
+            values[name] = {"value": f1["mean"], "text": text, **ends}
+        chart.append(charts.intervals(task, values, hue, "macro-F1"))
+    return chart
 
 
 def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
@@ -117,7 +143,25 @@ def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
     return page.Section(
         title="Along the depth of the language model",
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
-        figures=[parts.write_png(folder, "depth", figure, "Macro-F1 of a linear probe by layer")],
+        figures=[
+            parts.write_figure(
+                folder,
+                "depth",
+                figure,
+                "Macro-F1 of a linear probe by layer",
+                chart=[
+                    charts.curves(
+                        f"{task}, {names.get(kind, kind)}",
+                        by_variant,
+                        cells.colours(rows),
+                        "layer",
+                        "macro-F1",
+                    )
+                    for kind, by_task in curves.items()
+                    for task, by_variant in by_task.items()
+                ],
+            )
+        ],
         note="A linear probe on the output of each layer; bands are 95 % intervals. Dashed line: "
         "the same probe on the features before the projection. The layers are those of one "
         f"fine-tuning, with seed {results['seeds'][0]}.",
@@ -171,7 +215,7 @@ def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="What the recipe changes",
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
         f"{page.signed(_mean_change(rows, largest))} on average over tasks.",
-        figures=[parts.write_png(folder, "factors", figure, "Macro-F1 by recipe and task")],
+        figures=[parts.write_figure(folder, "factors", figure, "Macro-F1 by recipe and task")],
         table=_pivot(rows, {"recipe": "recipe", "setting": "setting"}),
         note="One setting of the first recipe is changed at a time. The dashed line is "
         f"the first recipe. {cells.MARKS}",
