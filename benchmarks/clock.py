@@ -1,9 +1,10 @@
-"""Measure seconds and the rise of resident memory, for every side, with Python alone."""
+"""Measure seconds and memory, for every side, with Python alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,22 +23,42 @@ class Lap:
         cpu: the CPU time of all its threads, on which other work has less influence.
         rise: the peak of resident memory above that before the run, in bytes; None on systems
             other than Linux.
+        peak: the most bytes in use on a GPU or TPU: of this run where torch computes, since the
+            process began where JAX does; None without one.
     """
 
     result: Any
     seconds: float
     cpu: float
     rise: int | None
+    peak: int | None = None
 
 
 def lap(run: Callable[[], Any]) -> Lap:
     """Run once and measure."""
     before = _resident()
+    _forget_peak()
     start, cpu = time.perf_counter(), time.process_time()
     result = run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     rise = None if before is None else max(0, _read("VmHWM") - before)
-    return Lap(result, seconds, cpu, rise)
+    return Lap(result, seconds, cpu, rise, _device_peak())
+
+
+def _forget_peak() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _device_peak() -> int | None:
+    """Return the peak of the library that this process computes with."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    jax = sys.modules.get("jax")
+    stats = jax.local_devices()[0].memory_stats() if jax is not None else None
+    return (stats or {}).get("peak_bytes_in_use")
 
 
 def _resident() -> int | None:

@@ -6,9 +6,12 @@ the rivals assemble theirs from its parts. No side recomputes layers to save mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks import harness, work
 from mllm_jax.batch import Batch
@@ -21,31 +24,40 @@ RECIPE = fit.Recipe(rate=1e-3)
 
 def sides(done: work.Work):
     """Return the sides of this library by name."""
+    return {harness.OURS: steps(done, RECIPE)}
+
+
+def steps(done: work.Work, recipe: fit.Recipe) -> Callable[[], harness.Result]:
+    """Return what trains by a recipe on all batches and gives the loss of each step."""
     batches = [labelled(done, batch) for batch in folded_batches(done)]
     model = folded(done)
-    features = jax.jit(lambda model, batch: model.features(batch, Taps()))
     batches = [b.replace(features=np.asarray(features(model, b)), pixels=None) for b in batches]
+    return lambda: {"losses": fit.fit(model, batches, recipe)[1]}
 
-    def ours():
-        return {"losses": fit.fit(model, batches, RECIPE)[1]}
 
-    return {harness.OURS: ours}
+@jax.jit
+def features(model: MultimodalModel, batch: Batch) -> jax.Array:
+    """Return the vision features of a batch."""
+    return model.features(batch, Taps())
 
 
 def config(done: work.Work) -> MultimodalConfig:
-    """Return the config of the work, with four patches folded into each image token."""
-    unfolded = done.size.config
-    return work.model_config(unfolded.vision, unfolded.lm, fold=2, image_token=unfolded.image_token)
+    """Return the config of the work, with patches folded into each image token."""
+    unfolded, fold = done.size.config, done.size.fold
+    return work.model_config(
+        unfolded.vision, unfolded.lm, fold=fold, image_token=unfolded.image_token
+    )
 
 
 def folded(done: work.Work) -> MultimodalModel:
     """Return the model of the work with a projector of folded patches."""
-    model = work.random_model(config(done))
+    model = nnx.eval_shape(lambda: config(done).build(rngs=nnx.Rngs(0)))
     model.vision, model.lm = done.model.vision, done.model.lm
+    model.projector = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, done.size.dtype), model.projector
+    )
     for i, linear in enumerate(model.projector.linears):
-        linear.kernel[...] = jnp.asarray(done.inputs[f"fold_kernel_{i}"])
-        assert linear.bias is not None
-        linear.bias[...] = jnp.zeros(linear.bias.shape)
+        linear.kernel[...] = jnp.asarray(done.inputs[f"fold_kernel_{i}"], done.size.dtype)
     return model
 
 

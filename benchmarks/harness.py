@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "benchmarks" / ".environments"
 ENVIRONMENT = {  # rival -> the environment it runs in
     "hf_careful": "hf",
+    "hf_compiled": "hf",
     "hf_ordinary": "hf",
     "hf_trainer": "hf",
     "hf_trainer_cached": "hf",
@@ -124,18 +125,18 @@ class Benchmark:
 
 
 class Rival:
-    """The process of a rival, prepared and warmed up; a context manager."""
+    """The process of a rival; a context manager.
 
-    def __init__(self, name: str, task: str, directory: pathlib.Path, environments: pathlib.Path):
-        python = environments / ENVIRONMENT[name] / "bin" / "python"
-        if not python.exists():
-            raise FileNotFoundError(
-                f"the rival {name} is not installed in {environments}: "
-                f"python -m benchmarks.install --rivals={name}"
-            )
-        self.name = name
+    Args:
+        name: the name of the rival.
+        directory: the folder of the work.
+        python: its interpreter, see `interpreter`.
+    """
+
+    def __init__(self, name: str, directory: pathlib.Path, python: pathlib.Path):
+        self.name, self.totals = name, dict[tuple[str, int], float]()
         self.log = directory / f"{name}.log"
-        command = [python, "-m", "benchmarks.rivals.serve", name, task, directory]
+        command = [python, "-m", "benchmarks.rivals.serve", name, directory]
         threads = {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -144,9 +145,6 @@ class Rival:
             )  # fmt: skip
 
     def __enter__(self) -> Rival:
-        with np.load(self._answer()["result"]) as file:
-            self.result = dict(file)
-        self.total = sum(float(np.abs(value).sum()) for value in self.result.values())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,22 +152,41 @@ class Rival:
         self.process.stdin.close()
         self.process.wait()
 
-    def lap(self) -> clock.Lap:
-        """Run the task of the process once and return its measurements."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        if abs(answer["total"] - self.total) > TOLERANCE * abs(self.total):
-            raise ValueError(f"{self.name} gave {self.total} first and {answer['total']} now")
-        return clock.Lap(None, answer["seconds"], answer["cpu"], answer["rise"])
+    def first(self, task: str, pictures: int) -> clock.Lap:
+        """Prepare a task, run it once and return its result and measurements."""
+        answer = self._ask(task, pictures)
+        with np.load(answer["result"]) as file:
+            result = dict(file)
+        self.totals[task, pictures] = sum(float(np.abs(value).sum()) for value in result.values())
+        return clock.Lap(result, answer["seconds"], np.nan, None, answer["peak"])
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
+    def lap(self, task: str, pictures: int) -> clock.Lap:
+        """Run a prepared task once and return its measurements."""
+        answer, total = self._ask(task, pictures), self.totals[task, pictures]
+        if abs(answer["total"] - total) > TOLERANCE * abs(total):
+            raise ValueError(f"{self.name} gave {total} first and {answer['total']} now")
+        measured = (answer[name] for name in ("seconds", "cpu", "rise", "peak"))
+        return clock.Lap(None, *measured)
+
+    def _ask(self, task: str, pictures: int) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"task": task, "pictures": pictures}) + "\n")
+        self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended:\n{self.log.read_text()[-4000:]}")
         return json.loads(line)
+
+
+def interpreter(name: str, environments: pathlib.Path) -> pathlib.Path:
+    """Return the interpreter of the environment in which a rival is installed."""
+    python = environments / ENVIRONMENT[name] / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(
+            f"the rival {name} is not installed in {environments}: "
+            f"python -m benchmarks.install --rivals={name}"
+        )
+    return python
 
 
 def difference(ours: Result, theirs: Result, codes: tuple[str, ...] = ()) -> float:
@@ -222,10 +239,12 @@ def measure(
         name: functools.partial(clock.lap, run) for name, run in sides.items()
     }
     with contextlib.ExitStack() as stack:
+        task = benchmark.name, done.fields["pictures"]
         for name in rivals:
-            process = Rival(name, benchmark.name, done.directory, environments)
+            process = Rival(name, done.directory, interpreter(name, environments))
             rival = stack.enter_context(process)
-            results[name], laps[name] = rival.result, rival.lap
+            results[name] = rival.first(*task).result
+            laps[name] = functools.partial(rival.lap, *task)
         differences = {
             name: difference(results[OURS], result, benchmark.codes)
             for name, result in results.items()

@@ -60,7 +60,7 @@ BENCHMARK = harness.Benchmark(
     name="prefill",
     about="a clean pass of vision, projector and LM to the logits of the last token",
     sides=sides,
-    rivals=("hf_careful",),
+    rivals=("hf_careful", "hf_compiled"),
     bounds=(
         _share(("vision", "LM"), harness.OURS),
         _share(("vision",), "vision"),

@@ -37,6 +37,7 @@ BENCHMARK = harness.Benchmark(
     sides=sides,
     rivals=(
         "hf_careful",
+        "hf_compiled",
         "hf_ordinary",
         "transformer_lens",
         "transformer_lens_reuse",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 import mllm_jax as mj
+from benchmarks.rivals import serve
 from mllm_jax import families, tokens
 from mllm_jax.batch import Batch
 from mllm_jax.models.clip import ClipConfig
@@ -35,6 +38,8 @@ class Size:
         candidates: the number of answers to score.
         answer: the number of tokens of the longest answer.
         steps: the number of tokens to generate.
+        fold: the patches of fold x fold neighbours are one image token where the projector trains.
+        dtype: the dtype of the parameters.
     """
 
     config: MultimodalConfig
@@ -44,6 +49,8 @@ class Size:
     candidates: int = 47
     answer: int = 6
     steps: int = 32
+    fold: int = 2
+    dtype: str = "float32"
 
 
 def model_config(*args: Any, **options: Any) -> MultimodalConfig:
@@ -73,9 +80,10 @@ class Work:
 
     Attributes:
         size: the amount of work.
-        model: a random model in float32.
+        model: a random model.
         inputs: arrays by name, see `make_inputs`.
-        fields: plain values: pictures, steps, image_token, ablated_layer, steered_layers.
+        fields: plain values: pictures, batch, steps, answer, image_token, ablated_layer,
+            steered_layers, fold, dtype, and whether rivals use an accelerator.
         directory: a folder with `checkpoint/` in the layout of Hugging Face, `inputs.npz` and
             `work.json`.
     """
@@ -91,6 +99,10 @@ class Work:
         """The batches of all pictures."""
         pictures = self.fields["pictures"]
         return [self.batch(i, min(BATCH, pictures - i)) for i in range(0, pictures, BATCH)]
+
+    def first(self, pictures: int) -> Work:
+        """Return the work with the first pictures alone."""
+        return dataclasses.replace(self, **serve.first(self.inputs, self.fields, pictures))
 
     def batch(self, start: int = 0, rows: int = BATCH) -> Batch:
         """Return a batch of rows, from `start` on."""
@@ -123,15 +135,17 @@ def to_batch(config: MultimodalConfig, ids: np.ndarray, pixels: np.ndarray) -> B
     )
 
 
-def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
+def make(size: Size, directory: pathlib.Path, pictures: int, accelerator: bool = False) -> Work:
     """Make the work and write it.
 
     Args:
         size: the amount of work.
         directory: an empty folder.
         pictures: the number of rows.
+        accelerator: whether rivals compute on an accelerator, and it draws the weights.
     """
-    model, inputs = random_model(size.config), make_inputs(size, pictures)
+    noise = device_noise if accelerator else host_noise
+    model, inputs = random_model(size.config, noise(0, size.dtype)), make_inputs(size, pictures)
     layers = size.config.lm.layers
     fields = {
         "pictures": pictures,
@@ -141,6 +155,9 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
         "image_token": size.config.image_token,
         "ablated_layer": layers // 3,
         "steered_layers": (layers // 2, layers * 3 // 4),
+        "fold": size.fold,
+        "dtype": size.dtype,
+        "accelerator": accelerator,
     }
     mj.save_hf(model, None, directory / "checkpoint")
     np.savez(directory / "inputs.npz", allow_pickle=False, **inputs)
@@ -148,22 +165,48 @@ def make(size: Size, directory: pathlib.Path, pictures: int) -> Work:
     return Work(size, model, inputs, fields, directory)
 
 
-def random_model(config: MultimodalConfig, seed: int = 0) -> MultimodalModel:
+Noise = Callable[[tuple[int, ...], float, float], jax.Array]  # shape, mean, deviation
+
+
+def host_noise(seed: int = 0, dtype: str = "float32") -> Noise:
+    """Return what draws normal numbers with NumPy, which has nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...], mean: float, deviation: float) -> jax.Array:
+        return jnp.asarray(mean + deviation * rng.standard_normal(shape, np.float32), dtype)
+
+    return draw
+
+
+def device_noise(seed: int = 0, dtype: str = "float32") -> Noise:
+    """Return what draws normal numbers on the device, for billions of them."""
+    keys = map(functools.partial(jax.random.fold_in, jax.random.key(seed)), itertools.count())
+
+    @functools.partial(jax.jit, static_argnames="shape")
+    def normal(key, shape, mean, deviation):
+        return (mean + deviation * jax.random.normal(key, shape, dtype)).astype(dtype)
+
+    return lambda shape, mean, deviation: normal(next(keys), shape, mean, deviation)
+
+
+def random_model(config: MultimodalConfig, noise: Noise | None = None) -> MultimodalModel:
     """Return a model of random weights that keep tensors of order 1.
 
-    NumPy draws them, because the initialisers of flax are slow to compile.
+    Args:
+        config: the config of the model.
+        noise: what draws them; None is `host_noise()`. The initialisers of flax are slow to
+            compile.
     """
-    rng = np.random.default_rng(seed)
+    noise = noise or host_noise()
 
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
-        noise = rng.standard_normal(leaf.shape, np.float32)
         if "scale" in name:
-            return jnp.asarray(1 + 0.2 * noise)
+            return noise(leaf.shape, 1.0, 0.2)
         if "kernel" in name:
-            return jnp.asarray(0.7 * noise / np.sqrt(leaf.shape[-2]))
+            return noise(leaf.shape, 0.0, 0.7 / float(leaf.shape[-2]) ** 0.5)
         # The embedding may be the head as well: logits of order 1 to 10.
-        return jnp.asarray((0.3 if "embed" in name else 0.2) * noise)
+        return noise(leaf.shape, 0.0, 0.3 if "embed" in name else 0.2)
 
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     return jax.tree_util.tree_map_with_path(draw, abstract)
@@ -177,7 +220,7 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
         side pads. `pixels`, float32[rows, 3, row, column]. `options`, int64[4], the ids of the
         answer letters. `layers`, int64[R], and `neurons`, int64[R, n], of the ablations of the
         sweep. `candidates`, int64[C, A], padded with -1. `ablated`, int64[n], and `vector`,
-        float32[D], of the edits of the generation. `fold_kernel_0`, float32[4 E, D], and
+        float32[D], of the edits of the generation. `fold_kernel_0`, float32[fold^2 E, D], and
         `fold_kernel_1`, float32[D, D], of a projector of folded patches.
     """
     rng, config = np.random.default_rng(seed), size.config
@@ -190,7 +233,7 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
     lengths = rng.integers(3, size.answer + 1, size.candidates)
     lengths[0] = size.answer
     candidates[np.arange(size.answer) >= lengths[:, None]] = -1
-    widths = 4 * config.vision.width, config.lm.width, config.lm.width
+    widths = size.fold**2 * config.vision.width, config.lm.width, config.lm.width
     projector = np.random.default_rng([seed, 1])
     kernels = [
         projector.standard_normal((n, m), np.float32) * 0.7 / np.float32(n**0.5)

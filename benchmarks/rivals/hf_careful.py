@@ -1,7 +1,7 @@
 """Transformers in optimised use: batched, without gradients, sdpa, no unneeded computation.
 
 Vision features are computed once, logits at the last token alone; hooks touch as little as they
-can. `torch.compile` is not used: it breaks its graph at every hook.
+can. `torch.compile` is not used here, see `hf_compiled`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks import latents
 from benchmarks.rivals import hf, hf_trainer
 from benchmarks.rivals.serve import Work
 
-CHUNK = 256  # tokens whose logits exist at one time
+CHUNK = {"cpu": 256, "cuda": 1024}  # tokens whose logits exist at one time
 
 
 def sweep(work: Work):
@@ -24,14 +24,15 @@ def sweep(work: Work):
     model, options = hf.load(work), hf.tensor(work, "options")
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
+    ablated = hf.tensor(work, "neurons")
 
     @torch.inference_mode()
     def run():
         embeds = hf.merged(model, ids, pixels)
         found = []
-        for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True):
+        for layer, neurons in zip(work.inputs["layers"], ablated, strict=True):
             hook = hf.blocks(model)[layer].mlp.down_proj.register_forward_pre_hook(
-                functools.partial(_ablate, torch.from_numpy(neurons))
+                functools.partial(_ablate, neurons)
             )
             out = model(inputs_embeds=embeds, logits_to_keep=1, use_cache=False)
             hook.remove()
@@ -90,7 +91,7 @@ def counts(work: Work):
     @torch.inference_mode()
     def run():
         total = {
-            name: torch.zeros(len(maps), maps[0].out_features, dtype=torch.int64)
+            name: torch.zeros(len(maps), maps[0].out_features, dtype=torch.int64, device=ids.device)
             for name, maps in sites.items()
         }
 
@@ -135,8 +136,8 @@ def lens(work: Work):
         for hook in hooks:
             hook.remove()
         parts = []
-        for chunk in torch.stack(residuals).flatten(0, -2).split(CHUNK):
-            logits = model.lm_head(norm(chunk))
+        for chunk in torch.stack(residuals).flatten(0, -2).split(CHUNK[ids.device.type]):
+            logits = model.lm_head(norm(chunk)).float()
             total = logits.logsumexp(-1)
             best, words = logits.topk(10)
             best = best - total[:, None]
@@ -167,7 +168,7 @@ def score(work: Work):
         out = model(input_ids=ids, pixel_values=pixels, past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(candidates))
         later = model(input_ids=candidates.clamp(min=0)[:, :-1], past_key_values=cache).logits
-        logits = torch.cat([out.logits.expand(len(candidates), -1, -1), later], 1)
+        logits = torch.cat([out.logits.expand(len(candidates), -1, -1), later], 1).float()
         said = logits.log_softmax(-1).gather(-1, candidates.clamp(min=0)[..., None])[..., 0]
         return hf.numpy(scores=(said * real).sum(-1))
 
@@ -180,7 +181,7 @@ def generate(work: Work):
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
     ablate = functools.partial(_ablate, hf.tensor(work, "ablated"))
-    vector = hf.tensor(work, "vector")
+    vector = hf.tensor(work, "vector").to(hf.dtype(work))
     text = (ids != work.fields["image_token"])[..., None]
 
     def steer(module, args, out):
@@ -221,3 +222,18 @@ def prefill(work: Work):
 def finetune(work: Work):
     """Return the loss of each step; features are computed once, logits at answers alone."""
     return hf_trainer.finetune(work, cached=True, everywhere=False)
+
+
+def finetune_lora(work: Work):
+    """Return the loss of each step of low-rank matrices, computed as those of the projector."""
+    return hf_trainer.finetune(work, cached=True, everywhere=False, lora=True)
+
+
+def load(work: Work):
+    """Read the checkpoint onto the device."""
+
+    def run():
+        hf.read(work.checkpoint, hf.dtype(work), hf.device(work))
+        return {}
+
+    return run

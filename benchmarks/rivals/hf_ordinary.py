@@ -14,12 +14,12 @@ def sweep(work: Work):
     model, options = hf.load(work), hf.tensor(work, "options")
     rows = work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
-    mask = torch.ones_like(ids)
+    mask, ablated = torch.ones_like(ids), hf.tensor(work, "neurons")
 
     @torch.no_grad()
     def run():
         found = []
-        for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True):
+        for layer, neurons in zip(work.inputs["layers"], ablated, strict=True):
 
             def ablate(module, args, out, at=neurons):
                 out[..., at] = 0
@@ -88,7 +88,7 @@ def score(work: Work):
         for candidate in candidates:
             whole = torch.cat([ids, candidate[None]], 1)
             logits = model(input_ids=whole, pixel_values=pixels).logits[0, -len(candidate) - 1 : -1]
-            found.append(logits.log_softmax(-1).gather(-1, candidate[:, None]).sum())
+            found.append(logits.float().log_softmax(-1).gather(-1, candidate[:, None]).sum())
         return hf.numpy(scores=torch.stack(found))
 
     return run

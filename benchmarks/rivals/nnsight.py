@@ -18,6 +18,7 @@ def sweep(work: Work, reuse: bool = False):
     model = NNsight(network)
     options, rows = hf.tensor(work, "options"), work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
+    ablated = hf.tensor(work, "neurons")
 
     @torch.no_grad()
     def run():
@@ -25,7 +26,7 @@ def sweep(work: Work, reuse: bool = False):
         if reuse:
             inputs = {"inputs_embeds": hf.merged(network, ids, pixels)}
         found = []
-        for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True):
+        for layer, neurons in zip(work.inputs["layers"], ablated, strict=True):
             with model.trace(**inputs, logits_to_keep=1, use_cache=False):
                 model.model.language_model.layers[layer].mlp.act_fn.output[..., neurons] = 0
                 logits = model.output.logits[:, -1, options].save()

@@ -18,10 +18,14 @@ def sweep(work: Work, reuse: bool = False):
     """Compute the logits of the options under each ablation, [R, B, 4]."""
     model = hf.load(work)
     bridge = TransformerBridge.boot_transformers(
-        str(work.checkpoint), hf_model=model, tokenizer=_tokenizer(work), device="cpu"
-    )
+        str(work.checkpoint),
+        hf_model=model,
+        tokenizer=_tokenizer(work),
+        device=str(hf.device(work)),
+    )  # fmt: skip
     options, rows = hf.tensor(work, "options"), work.fields["pictures"]
     ids, pixels = (hf.tensor(work, name, rows=rows) for name in ("ids", "pixels"))
+    ablated = hf.tensor(work, "neurons")
 
     @torch.inference_mode()
     def run():
@@ -29,7 +33,7 @@ def sweep(work: Work, reuse: bool = False):
         if reuse:
             inputs = {"input": hf.merged(model, ids, pixels)}
         found = []
-        for layer, neurons in zip(work.inputs["layers"], work.inputs["neurons"], strict=True):
+        for layer, neurons in zip(work.inputs["layers"], ablated, strict=True):
 
             def ablate(gated, hook, at=neurons):
                 gated[..., at] = 0

@@ -53,7 +53,8 @@ from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
 
 Splices = dict[int, BoundEdit]
-BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk
+BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk; see `lane_budget`
+PART = 8  # that tensor takes a PART-th of what a model leaves of a device: several live at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def sweep(
       captures: See `run`.
       logits: See `run`.
       chunk: How many lanes run at one time; by default, of the powers of two that keep the widest
-        tensor of a layer under BUDGET bytes, the one that computes the fewest layers and tokens.
+        tensor of a layer within `lane_budget`, the one that computes the fewest layers and tokens.
         Each chunk counts as one lane more than it has.
       share: Whether what is clean is computed once; False runs all of each lane.
       check_finite: Whether to look at every site of every lane for NaN and infinities, as `run`
@@ -230,8 +231,10 @@ def _run_chunks(
     clean = compute(model, batch, lanes, captures, logits)
     splices, lanes = separate_splices(lanes)
     shards = mesh.shard_count("R")  # each runs as many lanes
-    widest = _widest(site_shapes(model, batch), splices)
-    chunk = min(chunk or _chunk_size(clean, widest, shards), len(lanes))
+    if chunk is None:
+        widest = _widest(site_shapes(model, batch), splices)
+        chunk = _chunk_size(clean, widest, shards, lane_budget(model))
+    chunk = min(chunk, len(lanes))
     chunk = mesh.round_up_to_shards("R", chunk)
     shapes = _common_shapes(lanes)
 
@@ -250,11 +253,21 @@ def _run_chunks(
         total=len(lanes), initial=len(lanes) - left, desc=label, leave=False,
         disable=len(chunks) < 2,
     ) as bar:  # fmt: skip
-        for numbers in chunks:
-            rows.write(numbers, mesh.gather_to_host(program(numbers)()))
+
+        def finish(numbers: Int[np.ndarray, " n"], metrics: Any) -> None:
+            rows.write(numbers, mesh.gather_to_host(metrics))
             bar.update(len(numbers))
             if hosts.preemption_requested():
                 hosts.exit_preempted(label)
+
+        running: tuple[Int[np.ndarray, " n"], Any] | None = None
+        for numbers in chunks:
+            run = program(numbers)  # stacks its lanes while the device runs those before
+            if running is not None:
+                finish(*running)
+            running = numbers, run()
+        if running is not None:
+            finish(*running)
 
 
 def _equalise_lanes(lanes: list[Lane]) -> list[Lane]:
@@ -356,6 +369,25 @@ def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
 
 
+def lane_budget(model: Model) -> int:
+    """Return how many bytes one layer's widest tensor may take, over the lanes of one device.
+
+    Only what is equal in all processes counts: how much memory a device gives, and the model.
+
+    Returns:
+      A PART-th of the memory that the model leaves of its device; BUDGET where the device does not
+      know its memory, as a CPU.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    devices: set[Any] = leaves[0].sharding.addressable_devices
+    stats = min(devices, key=lambda device: device.id).memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return BUDGET
+    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves)
+    weights = sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
+    return max(0, stats["bytes_limit"] - weights) // PART
+
+
 def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
     """Return the bytes of the widest tensor of one layer: logits are of the last token alone."""
     sizes = {name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
@@ -367,9 +399,9 @@ def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
     return max([size for name, size in sizes.items() if name != "logits"] + latents)
 
 
-def _chunk_size(clean: CleanPass, widest: int, shards: int) -> int:
-    """Return how many lanes to run at one time: a power of two within BUDGET for each shard."""
-    most = max(1, min(BUDGET // widest, -(-len(clean.first) // shards)))
+def _chunk_size(clean: CleanPass, widest: int, shards: int, budget: int) -> int:
+    """Return how many lanes to run at one time: a power of two within a budget for each shard."""
+    most = max(1, min(budget // widest, -(-len(clean.first) // shards)))
     candidates = (shards * 2**i for i in range(most.bit_length()))
     return min(candidates, key=lambda n: (clean.cost(n), -n))
 

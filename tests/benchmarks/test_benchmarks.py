@@ -5,17 +5,22 @@ The programs are tiny and run once: compiling them is what takes the time.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import clock, collect, evidence, harness, kernels, profile, work
+from benchmarks import accelerator, chip, clock, collect, evidence, harness, kernels, profile, work
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
-NAMES = ("sweep", "dictionary", "counts", "lens", "score", "generate", "prefill", "finetune")
+NAMES = (
+    "sweep", "dictionary", "counts", "lens", "score", "generate", "prefill", "finetune",
+    "finetune_lora",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +77,9 @@ def test_results_that_differ_are_not_believed(done):
         harness.measure(wrong, done, (), 1, harness.ENVIRONMENTS)
 
 
-def test_a_rival_that_is_not_installed(done, tmp_path):
+def test_a_rival_that_is_not_installed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m benchmarks.install --rivals=nnsight"):
-        harness.Rival("nnsight", "sweep", done.directory, tmp_path)
+        harness.interpreter("nnsight", tmp_path)
 
 
 def test_memory_rise():
@@ -105,3 +110,72 @@ def test_collect(capsys):
 def test_evidence(done):
     found, ratios = evidence.measure(done.model, done.batches, 1)
     assert ratios.shape == (1,) and found["ratio"] == ratios[0] > 0
+
+
+@pytest.mark.slow
+def test_the_accelerator_command(tmp_path, capsys):
+    """On a CPU, with a rival in a process of its own, which gives the same results."""
+    pytest.importorskip("torch")
+    path = tmp_path / "found.json"
+    tasks = "prefill,generate 1,FT-LoRA,load"
+    argv = ["--tiny", "--rounds=1", "--dtype=float32", "--rivals=hf_careful", f"--tasks={tasks}"]
+    found = accelerator.main([*argv, f"--json={path}"])
+    assert json.loads(path.read_text())["tasks"] == json.loads(json.dumps(found["tasks"]))
+    assert set(found["checks"]) == {"prefill", "generate 1", "FT-LoRA"}
+    assert 0 < found["checks"]["prefill"]["bfloat16"] < 0.1
+    for task in found["tasks"]:
+        ours, theirs = (task["sides"][side] for side in (harness.OURS, "hf_careful"))
+        assert not ours["error"] and not theirs["error"]
+        assert ours["ratio"] == 1 and theirs["ratio"] == theirs["median"] / ours["median"]
+        if task["task"] != "load":
+            assert theirs["difference"] <= harness.TOLERANCE
+    by_name = {task["task"]: task for task in found["tasks"]}
+    assert by_name["prefill"]["share"] > 0 and by_name["generate 1"]["share"] > 0
+    assert by_name["generate 1"]["bounds"][0]["least"] == 3
+    assert "share of the chip's rate" in capsys.readouterr().out
+
+
+def test_accelerator_states_what_is_missing(capsys):
+    for argv, message in (
+        ([], "JAX finds no accelerator; --tiny"),
+        (["--tasks=prefil"], "'prefil' is none of prefill, counts"),
+        (["--rivals=jax"], "jax: there are hf_careful"),
+    ):
+        with pytest.raises(SystemExit):
+            accelerator.main(argv)
+        assert message in capsys.readouterr().err
+
+
+def test_a_side_that_fails_is_reported(done):
+    calls = []
+
+    def run():
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+        return {"logits": np.ones(3)}
+
+    lap = functools.partial(clock.lap, run)
+    side = accelerator.measure(lap, lap, 5)
+    assert side.error == "MemoryError: no room" and len(side.seconds) == 1
+    task = accelerator.TASKS["sweep"]
+    sides = {harness.OURS: side, "hf_careful": accelerator.Side(seconds=[1e9], first=1.0)}
+    found = accelerator.report("sweep", task, sides, None)
+    assert found["bounds"][0]["kept"] and "no room" in accelerator.lines(found)
+    slow = sides | {"hf_careful": accelerator.Side(seconds=[1e-9], first=1.0)}
+    assert "MISSED" in accelerator.lines(accelerator.report("sweep", task, slow, None))
+
+
+def test_products_are_counted(done):
+    """A prefill multiplies every token by the weights of every layer, and its scores."""
+    config, B = done.size.config, done.fields["pictures"]
+    T, lm = done.inputs["ids"].shape[1], config.lm
+    layers = sum(leaf.size for leaf in jax.tree.leaves(done.model.lm.layers) if leaf.ndim == 3)
+    language = 2 * B * T * layers + 4 * B * T * T * lm.layers * lm.heads * lm.head_width
+    counted = chip.products("prefill", done)
+    assert language < counted < 2.5 * language
+    step, lora = chip.products("finetune", done), chip.products("finetune_lora", done)
+    assert step is not None and language < step < lora
+    assert chip.products("sweep", done) is None
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(done.model.lm))
+    assert weights / 2 < chip.decoded_bytes(done) < 1.5 * weights

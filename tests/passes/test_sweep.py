@@ -286,6 +286,21 @@ def test_lanes_of_a_chunk_begin_at_near_layers_and_tokens():
     assert grown.cost(2) == 3 * (6 * 32 + 2 * 32 + 3 * 16)
 
 
+def test_lanes_are_by_the_memory_of_the_device(tiny_model, monkeypatch):
+    """An eighth of what the model leaves of it; a CPU does not know its memory."""
+    assert sweep.lane_budget(tiny_model) == sweep.BUDGET
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny_model))
+    monkeypatch.setattr(
+        type(jax.devices()[0]), "memory_stats", lambda _: {"bytes_limit": 80 * weights}
+    )
+    assert sweep.lane_budget(tiny_model) == 79 * weights // 8
+    clean = clean_pass.CleanPass(
+        types.SimpleNamespace(ids=np.zeros((1, 32))), np.zeros(64, int), None, np.zeros(64, int)
+    )
+    lanes = [sweep._chunk_size(clean, 16, 1, 16 * n) for n in (0, 1, 9, 100)]
+    assert lanes == [1, 1, 8, 64]
+
+
 def test_edits_of_two_structures_are_refused():
     with pytest.raises(ValueError, match="edit 1 of the sweep is scale lm.mlp.act"):
         mj.stack([mj.ablate(S.lm.mlp.act), mj.scale(S.lm.mlp.act, 2.0)])
