@@ -29,6 +29,14 @@ class Plain:
     def only(self, *sites) -> Plain:
         return self
 
+    def when(self, present) -> Plain:
+        """These taps; in a layer without the tensor, some that change nothing."""
+        if present:
+            return self
+        same = Plain()
+        same.seen = self.seen
+        return same
+
     def idle(self, site, x):
         return False
 
