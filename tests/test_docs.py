@@ -5,9 +5,11 @@ Code is a block of Python, or our side of a table that sets lines of others besi
 
 from __future__ import annotations
 
+import gc
 import pathlib
 import re
 
+import jax
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -31,6 +33,15 @@ def blocks(page: str) -> list[str]:
     return found
 
 
+@pytest.fixture
+def _release():
+    """Release what a page made, a model of a gigabyte and its programs, before the next one."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.mark.usefixtures("_release")
 @pytest.mark.parametrize(
     "page",
     [
