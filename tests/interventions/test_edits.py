@@ -739,7 +739,7 @@ def test_what_does_not_fit_is_said_in_one_line(make, message, model, pictures):
         (lambda: mj.ablate(S.lm.attn), "ablate does not apply to lm.attn.mask"),
         (lambda: mj.patch(S.lm.attn.pattern, 0, 1), "patch does not apply to lm.attn.pattern"),
         (lambda: mj.per_step(mj.ablate(RESID), 2.0), r"strengths \[steps\], got shape \(\)"),
-        (lambda: mj.per_step(mj.knockout(S.lm.attn), [1.0]), "a knockout is a boolean mask"),
+        (lambda: mj.per_step(mj.knockout(S.lm.attn), [1.0]), "a knockout has no strength"),
         (
             lambda: mj.per_step(mj.per_step(mj.ablate(RESID), [1.0]), [1.0]),
             "the ablate of lm.resid_post already has strengths",

@@ -134,7 +134,7 @@ def of_clean_pass(dtype):
     state = mj.keep(S.lm.resid_pre)
     bound = binding.bind(network, batch, None, {clean_pass._STATE: state})[1]
     clean = functools.partial(clean_pass._clean, module="lm", prefix=0)
-    return said(clean, network, batch, bound)
+    return said(clean, network, batch, bound, ())
 
 
 PROGRAMS = {
