@@ -118,7 +118,7 @@ def test_the_main_study_is_of_the_edited_model(config_of, checkpoint, folders, t
     kept = {"edits": {"text": "no neurons", "digest": spec.digest(edits)}}
     workdir = Workdir(tmp_path / "work", config.to_dict() | kept)
     domain_neurons.run(config, workdir, edits, captures)
-    with np.load(workdir / "steps" / "counts" / "reds-0.npz") as counts:
+    with np.load(workdir / "steps" / "counts" / "neutral" / "reds-0.npz") as counts:
         for module, off in (("vision", 0), ("lm", 2)):
             fired = counts[f"{module}/positive"].any((1, 2))
             assert not fired[off] and np.delete(fired, off).all()
