@@ -11,7 +11,7 @@ import numpy as np
 
 from mllm_jax import notebook, tokens
 from mllm_jax.positions import Positions
-from mllm_jax.typing import AnyArray, Bool, Float, Int
+from mllm_jax.typing import AnyArray, ArrayLike, Bool, Float, Int
 
 _IMAGE = tokens.CODE["image"]
 
@@ -188,6 +188,27 @@ class Batch:
             **fields,
         )
 
+    def move_image_tokens(self, step: ArrayLike, before: int, after: int) -> Batch:
+        """Return the batch with its image tokens counted through other tiles.
+
+        Args:
+          step: By how much the image tokens move, int[B] or int[].
+          before: How many places for image tokens the tiles have; the newline comes after them.
+          after: How many those other tiles have.
+        """
+
+        def move(index: Int[AnyArray, "B T ..."]) -> Int[np.ndarray, "B T ..."]:
+            index = np.asarray(index)
+            steps = np.reshape(step, (-1, *(1,) * (index.ndim - 1)))
+            moved = np.where(index == before, after, index + steps)
+            return np.where(index < 0, -1, moved).astype(np.int32)
+
+        interpolation = self.interpolation
+        if interpolation is not None:
+            interpolation = dataclasses.replace(interpolation, index=move(interpolation.index))
+        index = move(self.image_token_index)
+        return self.replace(image_token_index=index, interpolation=interpolation)
+
     def prompts(self) -> Batch:
         """Return the batch with the prompts alone: the tokens after a prompt become padding.
 
@@ -266,24 +287,9 @@ def join(first: Batch, second: Batch, tile_tokens: int) -> Batch:
       ValueError: The batches differ in a shape or in which fields they have.
     """
     tiles = len(first.tile), len(second.tile)
-
-    def move(index: Any, number: int) -> Any:
-        """Count the image tokens of a batch through the tiles of both; newlines come after all."""
-        index = np.asarray(index)
-        newline = index == tiles[number] * tile_tokens
-        moved = index + number * tiles[0] * tile_tokens
-        moved = np.where(newline, sum(tiles) * tile_tokens, moved)
-        return np.where(index < 0, -1, moved).astype(np.int32)
-
-    def moved(batch: Batch, number: int) -> Batch:
-        interpolation = batch.interpolation
-        if interpolation is not None:
-            index = move(interpolation.index, number)
-            interpolation = dataclasses.replace(interpolation, index=index)
-        index = move(batch.image_token_index, number)
-        return batch.replace(image_token_index=index, interpolation=interpolation)
-
-    first, second = moved(first, 0), moved(second, 1)
+    places = [count * tile_tokens for count in tiles]
+    first = first.move_image_tokens(0, places[0], sum(places))
+    second = second.move_image_tokens(places[0], places[1], sum(places))
 
     def joined(name: str, axis: int = 0) -> Any:
         pair = getattr(first, name), getattr(second, name)

@@ -202,20 +202,9 @@ class MultimodalModel(nnx.Module):
 
         tile_tokens = self.config.tile_tokens(batch)
 
-        def move(index, step):
-            index = np.asarray(index)
-            newline = index == len(batch.tile) * tile_tokens
-            moved = np.where(newline, rows * size * tile_tokens, index + step)
-            return np.where(index < 0, -1, moved).astype(np.int32)
-
-        step = (np.arange(rows) - first // size)[:, None] * size * tile_tokens
-        interpolation = batch.interpolation
-        if interpolation is not None:
-            index = move(interpolation.index, step[:, :, None])
-            interpolation = dataclasses.replace(interpolation, index=index)
-        return batch.replace(
-            image_token_index=move(batch.image_token_index, step),
-            interpolation=interpolation,
+        step = (np.arange(rows) - first // size) * size * tile_tokens
+        places = len(batch.tile) * tile_tokens, rows * size * tile_tokens
+        return batch.move_image_tokens(step, *places).replace(
             pixels=copy_tiles(batch.pixels),
             grid=copy_tiles(batch.grid),
             tile=np.asarray(batch.tile)[at],
