@@ -88,8 +88,9 @@ def stack(edits: Sequence[Edits]) -> Stack:
         arguments.check_edits(item)
     if not items:
         raise ValueError("there is no edit to sweep over")
+    structure = _structure(items[0])
     for number, item in enumerate(items):
-        if _structure(item) != _structure(items[0]):
+        if _structure(item) != structure:
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
                 "the edits of one sweep have the same kinds and sites, the same function in a call "
@@ -227,19 +228,19 @@ def _run_chunks(
     label: str,
 ) -> None:
     """Run the lanes in chunks and write their metrics to `rows`."""
+    splices, own = separate_splices(lanes)  # first, as it may refuse the lanes
     compute = clean_pass.compute_clean_pass if share else clean_pass.without_sharing
     clean = compute(model, batch, lanes, captures, logits)
-    splices, lanes = separate_splices(lanes)
     shards = mesh.shard_count("R")  # each runs as many lanes
     if chunk is None:
         widest = _widest(site_shapes(model, batch), splices)
         chunk = _chunk_size(clean, widest, shards, lane_budget(model))
     chunk = min(chunk, len(lanes))
     chunk = mesh.round_up_to_shards("R", chunk)
-    shapes = _common_shapes(lanes)
+    shapes = _common_shapes(own)
 
     def program(numbers):
-        stacked = _stack_lanes(shapes, [lanes[i] for i in np.resize(numbers, chunk)])
+        stacked = _stack_lanes(shapes, [own[i] for i in np.resize(numbers, chunk)])
         resume, past = clean.resume(numbers)
         return functools.partial(
             compiled_lanes, metric, model, clean.batch, splices, stacked, captures, resume, past,
