@@ -123,8 +123,6 @@ def compute_clean_pass(
       captures: The captures, which all lanes share.
       logits: See `run`.
     """
-    if any(FORMS[capture.form].carry is not None for capture in captures.values()):
-        return without_sharing(model, batch, lanes, captures, logits)  # they begin at layer 0
     shapes = site_shapes(model, batch)
     edited = {edit.site for lane in lanes for edit in lane}
     modules = {site.module for site in edited} - {"logits"}
@@ -137,7 +135,8 @@ def compute_clean_pass(
         module = "lm" if modules <= {"lm"} and sites.lm.embed not in edited else None
         if batch.features is None and not reads_vision and len(batch.is_real_tile):
             batch = batch.replace(features=_features(model, batch))
-    if module is None or f"{module}.resid_pre" not in shapes:
+    from_first = any(FORMS[capture.form].carry is not None for capture in captures.values())
+    if module is None or from_first or f"{module}.resid_pre" not in shapes:
         return without_sharing(model, batch, lanes, captures, logits)
     site = sites.get(f"{module}.resid_pre")
     layers = shapes[site.name].layers
