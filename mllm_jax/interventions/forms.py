@@ -17,11 +17,10 @@ import numpy as np
 from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import attention_maps, captures, reductions, site_rules, top_tokens
-from mllm_jax.interventions.attention_maps import AttentionMap
 from mllm_jax.interventions.bound_capture import BoundCapture, absent_value
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.sites import SiteShape
-from mllm_jax.typing import Array, Shaped
+from mllm_jax.typing import Array, Bool, Shaped
 
 
 def _check_site(capture: Capture, shapes: dict[str, SiteShape]) -> None:
@@ -69,6 +68,8 @@ class Form:
         that read each layer by itself.
       carry: What it carries on from a layer, (bound capture, x) -> state.
       complete: Turns the results of all captured layers into the result, (bound capture, results).
+      join: Joins the results of several batches, (results, which rows of each are real, axis of the
+        rows); by default each of their arrays is concatenated.
     """
 
     read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
@@ -83,10 +84,14 @@ class Form:
     start: Callable[[BoundCapture], Any] | None = None
     carry: Callable[[BoundCapture, Shaped[Array, ...]], Any] | None = None
     complete: Callable[[BoundCapture, Any], Any] | None = None
+    join: Callable[[Sequence[Any], Sequence[Bool[np.ndarray, " n"]], int], Any] | None = None
 
 
 _of_rows = functools.partial(Form, check=_check_site, needs_every_row=True)
-_map = functools.partial(_of_rows, by="token", needs_keys=True, complete=attention_maps.with_keys)
+_map = functools.partial(
+    _of_rows, by="token", needs_keys=True, complete=attention_maps.with_keys,
+    join=attention_maps.AttentionMap.join,
+)  # fmt: skip
 _of_data = functools.partial(Form, check=_check_site, by="batch", merges=True)
 
 
@@ -174,8 +179,8 @@ def join(
         tiled = form.by == "token" and site.module not in ("lm", "logits")
         real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
         axis = int(site.stacked and capture.address.layers.form != "one")
-        if isinstance(results[0], AttentionMap):
-            return AttentionMap.join(results, real, axis)
+        if form.join is not None:
+            return form.join(results, real, axis)
         return jax.tree.map(lambda *arrays: _concatenate_real(arrays, real, axis), *results)
 
     return {name: join_one(name, capture) for name, capture in named.items()}
