@@ -163,8 +163,7 @@ class LayerTap:
         read = functools.partial(forms.read_layer, capture, x, self.lens)
         if capture.slots is None:
             return read()
-        shape = jax.eval_shape(read)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        zeros = _zeros(jax.eval_shape(read))
         is_captured = capture.slots < capture.count
         return jax.lax.cond(is_captured, read, lambda: zeros)
 
@@ -191,5 +190,8 @@ class LayerTap:
 
 def _or_zeros(results: dict[Any, Any], shapes: dict[Any, Any]) -> dict[Any, Any]:
     """Return the results of these names, zeros where there are none yet."""
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return {name: results.get(name, zero) for name, zero in zeros.items()}
+    return {name: results.get(name, zero) for name, zero in _zeros(shapes).items()}
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
