@@ -19,7 +19,7 @@ from mllm_jax import notebook, sites, tokens
 from mllm_jax.arguments import type_error
 from mllm_jax.interventions import site_rules
 from mllm_jax.interventions.splices import Dictionary, Splice
-from mllm_jax.interventions.values import REAL
+from mllm_jax.interventions.values import is_real
 from mllm_jax.numerics import precision
 from mllm_jax.selections import as_int32
 from mllm_jax.sites import Address, Target
@@ -245,7 +245,7 @@ def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
     if not isinstance(edits, Edits):
         raise type_error("edits", edits, "edits: per_step(mj.add(...), strengths)")
     by_step = sites.as_array(strengths)
-    if not any(jnp.issubdtype(by_step.dtype, kind) for kind in REAL):
+    if not is_real(by_step):
         raise ValueError(f"per_step takes strengths that are real numbers, not {by_step.dtype}")
     if by_step.ndim != 1 or not len(by_step):
         raise ValueError(f"per_step takes strengths [steps], got shape {by_step.shape}")

@@ -10,7 +10,13 @@ from mllm_jax.numerics import precision
 from mllm_jax.sites import Address, SiteShape
 from mllm_jax.typing import AnyArray, Shaped
 
-REAL = (np.floating, np.integer, np.bool_)  # casting others drops imaginary parts, and None is NaN
+
+def is_real(array: AnyArray) -> bool:
+    """Return whether an array holds real numbers.
+
+    Casting drops the imaginary parts of others, and makes None NaN.
+    """
+    return any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_))
 
 
 def fit_value(
@@ -52,8 +58,6 @@ def fit_basis(
 
 def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None:
     """Raise ValueError if a finite value is an infinity in the dtype of a site, where known."""
-    if isinstance(value, jax.core.Tracer) or isinstance(cast, jax.core.Tracer):
-        return
     if isinstance(value, np.ndarray) and np.isfinite(value).all() and not np.isfinite(cast).all():
         raise ValueError(
             f"{address.site.name}: a value of {np.abs(value).max():.3g} is infinite in the site's "
@@ -63,7 +67,7 @@ def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None
 
 def _require_numbers(value: Shaped[AnyArray, ...], address: Address) -> None:
     """Raise ValueError unless a value is real."""
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
+    if not is_real(value):
         raise ValueError(f"{address.site.name}: a value holds real numbers, not {value.dtype}")
 
 
