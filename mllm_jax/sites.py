@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Members that need JAX, which this module does not: they are imported when they are first read.
 _IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
-_LATENTS = ".latents"
+LATENTS = ".latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Site:
         if not self.has_latents:
             raise AttributeError(f"no dictionary reads {self}, which is [{self.shape}]")
         shape = " ".join((*self.axes[:2], "M"))
-        return Site(f"{self}{_LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
+        return Site(f"{self}{LATENTS}", shape, f"latents of a dictionary at {self}", self.stacked)
 
     @property
     def has_latents(self) -> bool:
@@ -96,7 +96,7 @@ class Site:
     @property
     def is_latents(self) -> bool:
         """Whether the site is the latents of another."""
-        return self.name.endswith(_LATENTS)
+        return self.name.endswith(LATENTS)
 
     @property
     def lens(self) -> str:
@@ -279,7 +279,7 @@ def get(name: str) -> Site:
     Raises:
       KeyError: There is no such site; the message lists the nearest names.
     """
-    base = name.removesuffix(_LATENTS)
+    base = name.removesuffix(LATENTS)
     if base not in BY_NAME:
         raise KeyError(unknown(base))
     return BY_NAME[name] if base == name else BY_NAME[base].latents

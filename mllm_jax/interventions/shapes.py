@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.tap import Taps
-from mllm_jax.sites import Site, SiteShape
+from mllm_jax.sites import LATENTS, Site, SiteShape
 
 
 def site_shapes(model: Model, batch: Batch) -> dict[str, SiteShape]:
@@ -42,7 +42,7 @@ def look_up(site: Site, shapes: dict[str, SiteShape]) -> SiteShape:
     """
     if site.name not in shapes:
         if site.is_latents:
-            base = site.name.removesuffix(".latents")
+            base = site.name.removesuffix(LATENTS)
             raise ValueError(
                 f"no dictionary is spliced at {base}, so the pass has no {site}: chain "
                 f"mj.splice({base}[layer], dictionary) with the edits"
