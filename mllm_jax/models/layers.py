@@ -110,16 +110,18 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return the normed array in the dtype of x."""
         y = at_least_float32(x)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y * self._inverse_rms(y)
         if self.unit_offset:
             return (y * (1 + at_least_float32(self.scale[...]))).astype(x.dtype)
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
     def factor(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return what the norm multiplies x by, scale / rms(x), in float32 or better."""
-        y = at_least_float32(x)
         scale = at_least_float32(self.scale[...]) + self.unit_offset
-        return scale * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return scale * self._inverse_rms(at_least_float32(x))
+
+    def _inverse_rms(self, x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
+        return jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
