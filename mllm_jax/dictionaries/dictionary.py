@@ -27,7 +27,6 @@ from mllm_jax.numerics import precision
 from mllm_jax.typing import AnyArray, Array, Float
 
 Norm = Literal["none", "constant", "layer"]
-NORMS: tuple[Norm, ...] = ("none", "constant", "layer")
 _EPSILON = 1e-5  # of the layer norm
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import pathlib
@@ -18,6 +17,7 @@ from mllm_jax.checkpoints import archive, tensors
 from mllm_jax.dictionaries import layouts
 from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.dictionaries.layouts import LAYOUTS, Layout, Tensors
+from mllm_jax.typing import Float
 
 _NORMS = {"none": "none", "constant": "constant_norm_rescale", "layer": "layer_norm"}
 
@@ -165,20 +165,19 @@ def _saelens_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[st
     is_transcoder = dictionary.skip is not None or D != E
     bias, decoder_bias = dictionary.input_bias, np.asarray(dictionary.decoder_bias)
     shared = bias is not None and not is_transcoder and np.array_equal(bias, decoder_bias)
-    if bias is not None and not shared:  # SAELens subtracts no other one: the encoder does
-        moved = np.asarray(bias, np.float64) @ np.asarray(dictionary.encoder, np.float64)
-        encoder_bias = np.asarray(dictionary.encoder_bias, np.float64) - moved
-        dictionary = dataclasses.replace(dictionary, encoder_bias=encoder_bias)
-    kind = "jumprelu" if threshold.any() else "standard"
+    # SAELens subtracts no other bias from the input: that of the encoder does.
+    encoder_bias = dictionary.encoder_bias if shared else _whole_encoder_bias(dictionary)
+    has_threshold = bool(threshold.any())
+    kind = "jumprelu" if has_threshold else "standard"
     if is_transcoder:
-        parts = [kind] * bool(threshold.any()), ["skip"] * (dictionary.skip is not None)
-        kind = "_".join([*parts[0], *parts[1], "transcoder"])
+        has_skip = dictionary.skip is not None
+        kind = "jumprelu_" * has_threshold + "skip_" * has_skip + "transcoder"
     kind = "topk" if dictionary.k is not None else kind
     arrays: dict[str, Any] = {
-        "W_enc": dictionary.encoder, "b_enc": dictionary.encoder_bias,
+        "W_enc": dictionary.encoder, "b_enc": encoder_bias,
         "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias,
     }  # fmt: skip
-    if threshold.any():
+    if has_threshold:
         arrays["threshold"] = threshold
     if dictionary.skip is not None:
         arrays["W_skip"] = np.asarray(dictionary.skip).T
@@ -198,11 +197,9 @@ def _sparsify_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[s
     """Return the name of the file of tensors of sparsify, its tensors and its settings."""
     D, M, _ = dictionary.widths
     assert dictionary.skip is not None, "only skip transcoders are written in this layout"
-    bias = np.zeros(D) if dictionary.input_bias is None else np.asarray(dictionary.input_bias)
-    moved = bias.astype(np.float64) @ np.asarray(dictionary.encoder, np.float64)
     arrays = {
         "encoder.weight": np.asarray(dictionary.encoder).T,
-        "encoder.bias": np.asarray(dictionary.encoder_bias, np.float64) - moved,
+        "encoder.bias": _whole_encoder_bias(dictionary),
         "W_dec": dictionary.decoder, "b_dec": dictionary.decoder_bias,
         "W_skip": np.asarray(dictionary.skip).T,
     }  # fmt: skip
@@ -211,3 +208,14 @@ def _sparsify_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[s
         "skip_connection": True,
     }  # fmt: skip
     return "sae.safetensors", arrays, fields
+
+
+def _whole_encoder_bias(dictionary: Dictionary) -> Float[np.ndarray, " M"]:
+    """Return the bias of the encoder where nothing is subtracted from the input, float64[M]."""
+    bias = np.asarray(dictionary.encoder_bias, np.float64)
+    if dictionary.input_bias is None:
+        return bias
+    moved = np.asarray(dictionary.input_bias, np.float64) @ np.asarray(
+        dictionary.encoder, np.float64
+    )
+    return bias - moved
