@@ -67,6 +67,19 @@ def refusal(source: object, problems: Iterable[object]) -> str:
                    for n, problem in enumerate(problems)])  # fmt: skip
 
 
+def unavailable(name: object, error: Exception) -> FileNotFoundError:
+    """Return the error about a name that is no directory, and that the hub does not provide.
+
+    Args:
+        name: the name.
+        error: what the hub's client raised: it is offline, has no such name, or takes it for none.
+    """
+    first, *_ = str(error).splitlines() or [""]
+    return FileNotFoundError(
+        f"'{line(name, 120)}' is neither a directory nor to be had from the hub: {line(first, 180)}"
+    )
+
+
 def joined(problems: Iterable[object]) -> str:
     """Return as many problems as a line holds, one at least, and how many more there are."""
     first, *rest = problems

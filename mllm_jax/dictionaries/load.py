@@ -114,12 +114,8 @@ def _fetch(name: str) -> pathlib.Path:
     patterns = [f"{inside}/*" if inside else "*"]
     try:
         found = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # offline, no such name, not a name at all
-        first, *_ = str(error).splitlines() or [""]
-        raise FileNotFoundError(
-            f"'{files.line(name, 120)}' is neither a folder nor to be had from the hub: "
-            f"{files.line(first, 180)}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise files.unavailable(name, error) from error
     return found / inside
 
 

@@ -46,12 +46,8 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
         found = _fetch(name, _HUB_WEIGHTS if weights else [])
         if weights and (adapters.is_adapter(found) or not any(found.glob("*.safetensors"))):
             found = _fetch(name, _HUB_PICKLES)
-    except (OSError, ValueError) as error:  # offline, no such name, not a name at all
-        first, *_ = str(error).splitlines() or [""]
-        raise FileNotFoundError(
-            f"'{files.line(os.fspath(name), 120)}' is neither a directory nor to be had from the "
-            f"hub: {files.line(first, 180)}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise files.unavailable(os.fspath(name), error) from error
     return found
 
 
