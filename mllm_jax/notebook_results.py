@@ -40,8 +40,10 @@ def named(captures: Mapping[str, Any], word: Word) -> str:
 
 def result(value: Any, word: Word = str) -> str:
     """Return the result of one capture."""
-    if hasattr(value, "_html_"):
+    if hasattr(value, "_html_"):  # it names words
         return value._html_(word)
+    if hasattr(value, "_repr_html_"):
+        return value._repr_html_()
     return notebook.table(
         ("array", "shape", "type", "least", "mean", "most", "first values"),
         [_numbers(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(value)],

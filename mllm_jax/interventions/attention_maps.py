@@ -32,11 +32,8 @@ class Mass:
     values: Float[AnyArray, "L B N kinds"]
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.mass(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.mass(self)
 
 
 @jax.tree_util.register_dataclass
@@ -110,11 +107,8 @@ class AttentionMap:
         joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *keys)
         return cls(np.concatenate(values, axis), joined, parts[0].has_heads)
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.attention_map(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.attention_map(self)
 
 
 def read_attention(

@@ -88,11 +88,8 @@ class Stats:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(total, np.float64) / self._count()
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.stats(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.stats(self)
 
 
 def _between_groups(counts: Sequence[np.ndarray], sums: Sequence[AnyArray]) -> np.ndarray:
@@ -182,8 +179,5 @@ class Entropy:
             kinds=self.kinds,
         )
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.entropy(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.entropy(self)

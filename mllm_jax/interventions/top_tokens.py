@@ -73,11 +73,8 @@ class Top:
             host, example=np.asarray(host.example, np.int64), examples=examples
         )
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.top(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.top(self)
 
 
 @jax.tree_util.register_dataclass
@@ -106,11 +103,8 @@ class Histogram:
         edges = edges.reshape(-1, edges.shape[-1])[0]  # every layer has the same
         return Histogram(np.asarray(self.counts, np.int64), edges, self.kinds)
 
-    def _html_(self, word: notebook_results.Word = str) -> str:
-        return notebook_results.histogram(self)
-
     def _repr_html_(self) -> str:
-        return self._html_()
+        return notebook_results.histogram(self)
 
 
 def read_top(order: Order) -> Callable[[BoundCapture, Array, Callable | None], Top]:
