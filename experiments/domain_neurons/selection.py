@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -133,7 +133,7 @@ def _by_auroc(
     """
     kinds = {m: set(counted[study.names[0]][f"{m}/kinds"].tolist()) for m in study.shapes}
     scope = SCOPES[rule.scope]
-    where = {m: _tokens_of(scope) if kinds[m] & set(scope) else None for m in kinds}
+    where = {m: tokens_of(scope) if kinds[m] & set(scope) else None for m in kinds}
     means = [picture_means(study, name, rule, where) for name in study.names]
     domain = np.repeat(np.arange(len(means)), [len(next(iter(m.values()))) for m in means])
     out = {}
@@ -174,7 +174,7 @@ def picture_means(
     return study.workdir.arrays(f"pictures/{rule.prompts}-{rule.scope}/{name}", make)
 
 
-def _tokens_of(kinds: tuple[str, ...]) -> tok.Selector:
+def tokens_of(kinds: Iterable[str]) -> tok.Selector:
     """Return the selector of several kinds of token."""
     return functools.reduce(operator.or_, (getattr(tok, kind) for kind in kinds))
 
