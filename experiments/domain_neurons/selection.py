@@ -99,6 +99,12 @@ def options(config: ml_collections.ConfigDict, rule: Rule) -> dict[str, Any]:
     return rates | {"assign": rule.assign, "compat": rule.compat or None}
 
 
+def counts_of(study: Study, counted: Counted, module: str) -> Counts:
+    """Return the counts of a module that the rule of the config reads: its prompts, its scope."""
+    own = rule(study.config)
+    return Counts.of(counted[own.prompts], module, own.scope)
+
+
 def select(study: Study, counted: Counted, rule: Rule) -> dict[str, SelectedNeurons]:
     """Return the neurons of every module.
 
