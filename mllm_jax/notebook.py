@@ -24,11 +24,6 @@ COLOURS = {  # by kind of token: the palette of Okabe and Ito, lightened
 }  # fmt: skip
 
 
-def escape(text: str) -> str:
-    """Return text that HTML shows as it is, also within an attribute."""
-    return html.escape(text)
-
-
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Return a table of plain values."""
 
@@ -261,7 +256,7 @@ def example(example: Any) -> str:
     lines = [
         (q.style, q.prompt, q.answer, ", ".join(map(str, q.options))) for q in example.questions
     ]
-    title = escape(f"{example.domain}: {example.label} ({example.id})")
+    title = html.escape(f"{example.domain}: {example.label} ({example.id})")
     return f"<p>{title}</p><img alt='{title}' src='{png(_small(example.image))}'>" + table(
         ("style", "question", "answer", "options"), lines
     )
@@ -270,12 +265,8 @@ def example(example: Any) -> str:
 def domain(domain: Any) -> str:
     """Return the first pictures of a domain with their labels."""
     count = min(len(domain), ROWS)
-    figures = "".join(
-        f"<figure style='display:inline-block;margin:4px'><img alt='{escape(e.label)}' "
-        f"src='{png(_small(e.image))}'><figcaption>{escape(e.label)}</figcaption></figure>"
-        for e in (domain[i] for i in range(count))
-    )
-    name = escape(f"{domain.name}, {domain.split}: {len(domain):,} pictures")
+    figures = "".join(figure(_small(e.image), e.label) for e in (domain[i] for i in range(count)))
+    name = html.escape(f"{domain.name}, {domain.split}: {len(domain):,} pictures")
     return f"<p>{name}</p>{figures}"
 
 
@@ -283,6 +274,15 @@ def _small(picture: Any) -> Any:
     picture = picture.copy()
     picture.thumbnail((SIDE, SIDE))
     return picture
+
+
+def figure(picture: Any, title: str) -> str:
+    """Return a PIL picture above its title, one of several in a line."""
+    title = html.escape(title)
+    return (
+        f"<figure style='display:inline-block;margin:4px'><img alt='{title}' "
+        f"src='{png(picture)}'><figcaption>{title}</figcaption></figure>"
+    )
 
 
 def png(picture: Any) -> str:

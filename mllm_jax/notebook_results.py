@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def out(receipts: Sequence[Any], logits: Any, captures: Mapping[str, Any], proce
 def named(captures: Mapping[str, Any], word: Word) -> str:
     """Return captures under their names."""
     return "".join(
-        f"<p><b>{notebook.escape(name)}</b></p>{result(value, word)}"
+        f"<p><b>{html.escape(name)}</b></p>{result(value, word)}"
         for name, value in captures.items()
     )
 
@@ -170,19 +171,16 @@ def attention_map(attention: Any) -> str:
         try:
             maps = attention.maps(row)
         except ValueError as error:
-            return f"<p>{notebook.escape(str(error))}</p>"
+            return f"<p>{html.escape(str(error))}</p>"
         for tile, values in maps.items():
             cells = values.mean(tuple(range(values.ndim - 2)))
             title = f"row {row}, tile {tile}: from 0 to {np.nanmax(cells):.4g}"
-            parts.append(
-                f"<figure style='display:inline-block;margin:4px'><img alt='{title}' "
-                f"src='{grey_cells(cells)}'><figcaption>{title}</figcaption></figure>"
-            )
+            parts.append(notebook.figure(grey_cells(cells), title))
     return "".join(parts)
 
 
-def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> str:
-    """Return a map as the data URL of a PNG: white is the most, black 0, blue where none is."""
+def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> Any:
+    """Return a map as a PIL picture: white is the most, black 0, blue where none is."""
     import PIL.Image
 
     missing = np.isnan(cells)
@@ -190,7 +188,7 @@ def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> str:
     colours = np.repeat((255 * level[..., None]).astype(np.uint8), 3, -1)
     colours[missing] = (40, 60, 110)
     size = max(1, notebook.SIDE // max(cells.shape))
-    return notebook.png(PIL.Image.fromarray(colours.repeat(size, 0).repeat(size, 1)))
+    return PIL.Image.fromarray(colours.repeat(size, 0).repeat(size, 1))
 
 
 def generation(generation: Any) -> str:

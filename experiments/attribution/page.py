@@ -192,13 +192,8 @@ def _ablation_panels(rows: Sequence[Mapping]) -> charts.Chart:
     chart: list[charts.Panel] = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         selected = [row for row in rows if row["domain"] == domain]
-        units = list(dict.fromkeys(row["units"] for row in selected))
-        by_units = {
-            name: {key: [row[of] for row in selected if row["units"] == name]
-                   for key, of in keys.items()}
-            for name in units
-        }  # fmt: skip
-        hue = style.palette(units)
+        by_units = charts.curves_of(selected, "units", keys)
+        hue = style.palette(list(by_units))
         panel = charts.curves(domain, by_units, hue, "units ablated", "change, nats per question")
         chart.append(dataclasses.replace(panel, layout={"xaxis": {"type": "log"}}))
     return chart

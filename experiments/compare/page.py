@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_jax.report import page, tables
+from mllm_jax.report import page, parts
 
 SHOWN = 200  # rows of a table on the page; files have all
 
@@ -41,7 +41,6 @@ def write(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None:
 def _settings(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
     rows = [[row["setting"], *row["values"]] for row in results["settings"]]
     columns = ["setting", *results["runs"]]
-    tables.write(folder / "tables/settings.csv", columns, rows)
     return page.Section(
         title="Settings that differ",
         reading=f"{len(rows)} settings differ."
@@ -50,7 +49,7 @@ def _settings(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
         table=page.Table(columns, [[_short(cell) for cell in row] for row in rows[:SHOWN]])
         if rows
         else None,
-        data=[("settings.csv", "tables/settings.csv")],
+        data=[parts.write_csv(folder, "settings", columns, rows)],
         note="Of config, versions of packages, and fingerprints of model, data and code.",
     )
 
@@ -61,7 +60,6 @@ def _numbers(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
     columns = ["number", *(f"{run}{end}" for run in runs for end in ends)]
     for run in runs[1:]:
         columns += [f"{run} - {runs[0]}{end}" for end in (*ends, " examples")]
-    tables.write(folder / "tables/numbers.csv", columns, [_cells(row) for row in rows])
     measured = [row for row in rows if any(v and v["low"] is not None for v in row["values"])]
     shown = [
         [
@@ -78,7 +76,7 @@ def _numbers(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
         reading=f"{len(measured)} numbers have intervals; {len(_apart(results))} differences have "
         "an interval that leaves out zero.",
         table=page.Table(head, shown) if shown else None,
-        data=[("numbers.csv", "tables/numbers.csv")],
+        data=[parts.write_csv(folder, "numbers", columns, map(_cells, rows))],
         note=f"In brackets: 95 % intervals, not corrected for the number of comparisons. {pairs} "
         "intervals of differences are over the same examples of both runs. The others are computed "
         "from the intervals of both runs as if these were independent, which makes them too wide "
@@ -98,13 +96,12 @@ def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section |
         ]
         for row in rows
     ]  # fmt: skip
-    tables.write(folder / "tables/overlap.csv", columns, cells)
     above = sum(row["jaccard"] > row["chance"] for row in rows)
     return page.Section(
         title="Neurons that both runs selected",
         reading=f"{above} of {len(rows)} pairs share more neurons than random sets of their sizes.",
         table=page.Table(columns, cells[:SHOWN]),
-        data=[("overlap.csv", "tables/overlap.csv")],
+        data=[parts.write_csv(folder, "overlap", columns, cells)],
         note="Jaccard index: neurons of both over neurons of either. By chance: that of random "
         "sets of these sizes.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -111,25 +112,24 @@ def independent(before: Number, after: Number) -> Difference:
 
 def overlap(compared: Sequence[runs.Run]) -> list[dict[str, Any]]:
     """Return the Jaccard index of the neurons of each two runs, beside that of random neurons."""
-    masks = [one.masks() for one in compared]
+    masks = [(one.name, one.masks()) for one in compared]
     rows: list[dict[str, Any]] = []
-    for a, before in enumerate(masks):
-        for b in range(a + 1, len(masks)):
-            for name in before:
-                if name not in masks[b] or before[name].shape != masks[b][name].shape:
-                    continue
-                pair = {"a": before[name][None], "b": masks[b][name][None]}
-                found = selectors.overlap(pair)
-                rows.append(
-                    {
-                        "runs": [compared[a].name, compared[b].name],
-                        "neurons of": name,
-                        "selected": [int(mask.sum()) for mask in pair.values()],
-                        "both": int((before[name] & masks[b][name]).sum()),
-                        "jaccard": float(found.jaccard[0, 0, 1]),
-                        "chance": float(found.chance[0, 0, 1]),
-                    }
-                )
+    for (first, before), (second, after) in itertools.combinations(masks, 2):
+        for name, a in before.items():
+            b = after.get(name)
+            if b is None or a.shape != b.shape:
+                continue
+            found = selectors.overlap({"a": a[None], "b": b[None]})
+            rows.append(
+                {
+                    "runs": [first, second],
+                    "neurons of": name,
+                    "selected": [int(a.sum()), int(b.sum())],
+                    "both": int((a & b).sum()),
+                    "jaccard": float(found.jaccard[0, 0, 1]),
+                    "chance": float(found.chance[0, 0, 1]),
+                }
+            )
     return rows
 
 

@@ -40,15 +40,10 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
 
 def panel(rows: Sequence[Mapping]) -> charts.Panel:
     """Return the same to hover over and to zoom."""
-    names = list(dict.fromkeys(row["subspace"] for row in rows))
     keys = {"at": "layer", "mean": "accuracy", "low": "low", "high": "high"}
-    by_name = {
-        name: {key: [row[of] for row in rows if row["subspace"] == name]
-               for key, of in keys.items()}
-        for name in names
-    }  # fmt: skip
+    by_name = charts.curves_of(rows, "subspace", keys)
     return charts.curves(
-        "Interchange", by_name, style.palette(names), "layer", "interchange accuracy"
+        "Interchange", by_name, style.palette(list(by_name)), "layer", "interchange accuracy"
     )
 
 

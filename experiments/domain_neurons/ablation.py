@@ -25,7 +25,6 @@ from mllm_jax.batch import Batch
 
 KINDS = ("image", "question", "system")
 SHOWN = 200  # changed answers of a cell that results.json holds
-DEVIATIONS = ("relative_l2", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,12 +232,12 @@ def _deviation_row(edited: Mapping[str, np.ndarray]) -> dict[str, dict[str, floa
     counted = [k for k in range(len(KINDS)) if tokens[k].any()]
     if not counted:
         return {}
-    sums = np.stack([edited[measure][counted].T for measure in DEVIATIONS], axis=-1)
+    sums = np.stack([edited[measure][counted].T for measure in effects.DEVIATIONS], axis=-1)
     found = intervals.ratio(sums, tokens[counted].T[..., None])
     return {
         KINDS[k]: {
             f"{measure}{end}": float(values[place, m])
-            for m, measure in enumerate(DEVIATIONS)
+            for m, measure in enumerate(effects.DEVIATIONS)
             for end, values in (("", found.value), ("_low", found.low), ("_high", found.high))
         }
         for place, k in enumerate(counted)

@@ -148,11 +148,20 @@ class Study(context.Context):
         examples = getattr(self, split)[name]
         count = self.config[f"{split}_per_domain"]
         if split == "train" and self.config.train_tokens:
-            sizes = (self._vision_tokens(example) for example in examples)
-            count = official.examples_counted(sizes, self.config.train_tokens)
+            count = self._examples_counted[name]
         if prompts == "neutral":
             return NeutralQuestions(examples, count)
         return batching.ExampleQuestions(examples, tuple(self.config.styles), count)
+
+    @functools.cached_property
+    def _examples_counted(self) -> dict[str, int]:
+        """The number of training pictures of each domain that hold `train_tokens` vision tokens."""
+        return {
+            name: official.examples_counted(
+                map(self._vision_tokens, domain), self.config.train_tokens
+            )
+            for name, domain in self.train.items()
+        }
 
     def _vision_tokens(self, example: domains.Example) -> int:
         """Return the number of vision tokens in all tiles of a picture."""

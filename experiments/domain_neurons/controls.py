@@ -9,7 +9,6 @@ import numpy as np
 
 from experiments.domain_neurons import selection
 from experiments.domain_neurons.context import Study
-from experiments.domain_neurons.counts import Counts
 from mllm_jax.analysis import controls, domain_neurons, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
@@ -45,10 +44,9 @@ class Controls(NamedTuple):
 
 def activities(study: Study, counted: selection.Counted) -> dict[str, Activity]:
     """Return how active the neurons of each module are on the tokens of the counted scope."""
-    rule = selection.rule(study.config)
     out = {}
     for module in study.shapes:
-        counts = Counts.of(counted[rule.prompts], module, rule.scope)
+        counts = selection.counts_of(study, counted, module)
         positive, tokens = stability.pool(counts.positive, counts.tokens, counts.domain)
         total = np.stack([counts.sum[counts.domain == d].sum(0) for d in range(len(tokens))])
         out[module] = Activity(*(values / tokens[:, None, None] for values in (positive, total)))

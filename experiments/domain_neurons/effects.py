@@ -14,7 +14,8 @@ Row = dict[str, Any]
 Arrays = Mapping[str, np.ndarray]  # of one cell: `score` [N], and the deviation sums [kinds, N]
 # The verdicts on an effect.
 EFFECT, NONE, UNDECIDED = "effect", "none within the margin", "undecided"
-MEASURES = ("accuracy", "relative_l2", "cosine")
+DEVIATIONS = ("relative_l2", "cosine")
+MEASURES = ("accuracy", *DEVIATIONS)
 
 
 def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
@@ -139,7 +140,7 @@ def _verdict(row: Row) -> str | None:
 def _measures(own: Arrays, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
     """Return the measures, with the index of the kind of token, of which a cell has values."""
     counted = [k for k in range(len(kinds)) if own["tokens"][k].any()]
-    return [("accuracy", None), *((m, k) for m in MEASURES[1:] for k in counted)]
+    return [("accuracy", None), *((m, k) for m in DEVIATIONS for k in counted)]
 
 
 def _values(arrays: Arrays, measure: str, kind: int | None) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,10 +58,10 @@ def gather(study: Study, neurons: Mapping[str, SelectedNeurons]) -> dict[str, An
     units = {module: of for module, of in units.items() if len(of.layer)}
     if not units:
         return {}
+    shown = _Shown(study)
 
     def make() -> dict[str, Any]:
         by_domain = {name: _read_domain(study, name, units) for name in study.names}
-        shown = _Shown(study)
         rows = [
             row
             for module, of in units.items()
@@ -72,7 +71,6 @@ def gather(study: Study, neurons: Mapping[str, SelectedNeurons]) -> dict[str, An
         return {"edges": edges.tolist(), "pictures": shown.pictures, "neurons": rows}
 
     found = study.workdir.json("evidence", make)
-    shown = _Shown(study)
     for picture in found["pictures"]:
         tile = study.processor.tile_picture(
             shown.batch(picture["domain"], picture["example"]), picture["tile"]
@@ -101,7 +99,7 @@ def _captures(module: str) -> dict[str, Capture]:
     text = [k for k in kinds if k in tok.TEXT and k != "answer"] if module == "lm" else []
     selectors = {kind: getattr(tok, kind) for kind in ("image", "query") if kind in kinds}
     if text:
-        selectors["text"] = functools.reduce(operator.or_, (getattr(tok, kind) for kind in text))
+        selectors["text"] = selection.tokens_of(text)
     tops = {f"{module} {name}": mj.top(site, k=TOP, where=s) for name, s in selectors.items()}
     counted = tuple(kind for kind in kinds if kind != "answer")
     return tops | {
@@ -142,13 +140,14 @@ class _Shown:
 
     def __init__(self, study: Study):
         self.study = study
+        self.pairs = {name: study.evidence(name).pairs for name in study.names}
         self.pictures: list[dict[str, Any]] = []
         self._numbers: dict[tuple[str, int, int], int] = {}
         self.batch = functools.cache(self._batch)
         self._maps = functools.cache(lambda d, e: study.model.token_maps(self.batch(d, e)))
 
     def _batch(self, domain: str, example: int) -> Batch:
-        one, question = self.study.evidence(domain).pairs[example]
+        one, question = self.pairs[domain][example]
         return self.study.processor([one.image], [question.prompt])
 
     def picture(self, domain: str, example: int, tile: int) -> int:
@@ -156,7 +155,7 @@ class _Shown:
         key = domain, example, tile
         if key not in self._numbers:
             number = self._numbers[key] = len(self.pictures)
-            one, question = self.study.evidence(domain).pairs[example]
+            one, question = self.pairs[domain][example]
             self.pictures.append(
                 {"image": f"figures/evidence-{number}.jpg", "domain": domain, "example": example,
                  "tile": tile, "id": one.id, "question": question.prompt}

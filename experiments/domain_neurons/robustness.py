@@ -10,7 +10,6 @@ import numpy as np
 
 from experiments.domain_neurons import selection
 from experiments.domain_neurons.context import Study
-from experiments.domain_neurons.counts import Counts
 from mllm_jax.analysis import domain_neurons, selectors
 from mllm_jax.analysis import stability as stability_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
@@ -160,7 +159,7 @@ class Resampled(NamedTuple):
 def resample(study: Study, counted: selection.Counted, module: str) -> Resampled | None:
     """Split and resample the groups of a module; None where a domain has a single group."""
     config, rule = study.config, selection.rule(study.config)
-    counts = Counts.of(counted[rule.prompts], module, rule.scope)
+    counts = selection.counts_of(study, counted, module)
     groups = int(np.bincount(counts.domain).min())
     if groups < 2 or not config.shuffles:
         return None
@@ -203,7 +202,7 @@ class Shuffled(NamedTuple):
 def shuffle_test(study: Study, counted: selection.Counted, module: str) -> Shuffled | None:
     """Test the neurons of a module; None where there are too few groups or shuffles to tell."""
     config, rule = study.config, selection.rule(study.config)
-    counts = Counts.of(counted[rule.prompts], module, rule.scope)
+    counts = selection.counts_of(study, counted, module)
     power = stability_.power(counts.domain, config.shuffles, config.level)
     if not config.shuffles or power < stability_.POWER:
         return None

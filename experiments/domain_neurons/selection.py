@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -99,6 +99,12 @@ def options(config: ml_collections.ConfigDict, rule: Rule) -> dict[str, Any]:
     return rates | {"assign": rule.assign, "compat": rule.compat or None}
 
 
+def counts_of(study: Study, counted: Counted, module: str) -> Counts:
+    """Return the counts of a module that the rule of the config reads: its prompts, its scope."""
+    own = rule(study.config)
+    return Counts.of(counted[own.prompts], module, own.scope)
+
+
 def select(study: Study, counted: Counted, rule: Rule) -> dict[str, SelectedNeurons]:
     """Return the neurons of every module.
 
@@ -133,7 +139,7 @@ def _by_auroc(
     """
     kinds = {m: set(counted[study.names[0]][f"{m}/kinds"].tolist()) for m in study.shapes}
     scope = SCOPES[rule.scope]
-    where = {m: _tokens_of(scope) if kinds[m] & set(scope) else None for m in kinds}
+    where = {m: tokens_of(scope) if kinds[m] & set(scope) else None for m in kinds}
     means = [picture_means(study, name, rule, where) for name in study.names]
     domain = np.repeat(np.arange(len(means)), [len(next(iter(m.values()))) for m in means])
     out = {}
@@ -174,7 +180,7 @@ def picture_means(
     return study.workdir.arrays(f"pictures/{rule.prompts}-{rule.scope}/{name}", make)
 
 
-def _tokens_of(kinds: tuple[str, ...]) -> tok.Selector:
+def tokens_of(kinds: Iterable[str]) -> tok.Selector:
     """Return the selector of several kinds of token."""
     return functools.reduce(operator.or_, (getattr(tok, kind) for kind in kinds))
 

@@ -19,6 +19,7 @@ from mllm_jax.sites import Site
 from mllm_jax.training import parts
 
 SELECTED, RANDOM = "FT-Neurons", "FT-Random neurons"
+Masks = dict[str, np.ndarray]  # bool[L, F] by module
 
 
 def sites(study: Study) -> dict[str, Site]:
@@ -44,7 +45,7 @@ def count(study: Study, model: Any) -> dict[str, np.ndarray]:
     return counts
 
 
-def domain_masks(study: Study, counts: Arrays, task: str) -> dict[str, np.ndarray]:
+def domain_masks(study: Study, counts: Arrays, task: str) -> Masks:
     """Return bool[L, F] by module: the neurons of a task's domain among those of all tasks.
 
     Args:
@@ -93,7 +94,7 @@ def _by_neuron(old: Any, new: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     return before, [after]
 
 
-def most_changed(arrays: Arrays, like: Arrays) -> dict[str, np.ndarray]:
+def most_changed(arrays: Arrays, like: Arrays) -> Masks:
     """Return the neurons whose weights changed most, as many as masks have in the LM."""
     scores = np.asarray(arrays["weights/lm"], np.float64)[None]
     return {"lm": selectors.top(scores, int(like["lm"].sum()))[0]}
@@ -105,24 +106,18 @@ def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
     The change of weights is another selector of neurons, by training rather than by activations;
     as many neurons are taken as the domain has.
     """
-    if not study.config.neurons.pictures:
-        return
-    seed = study.config.seeds[0]
-    for task in study.tasks:
-        before = domain_masks(study, outputs[task, ORIGINAL, seed], task)
-        for variant in (PROJ, E2E):
-            arrays = outputs[task, variant, seed]
-            if "weights/lm" not in arrays:
-                continue
-            after = domain_masks(study, arrays, task)
-            for when, masks in (("before", before), ("after", after)):
-                mask, other = masks["lm"], most_changed(arrays, masks)["lm"]
-                shared = selectors.overlap({"domain": mask[None], "changed": other[None]})
-                yield {
-                    "task": task, "variant": variant, "domain neurons": when,
-                    "neurons": int(mask.sum()), "jaccard": float(shared.jaccard[0, 0, 1]),
-                    "chance": float(shared.chance[0, 0, 1]),
-                }  # fmt: skip
+    for task, variant, before, after in _before_and_after(study, outputs):
+        arrays = outputs[task, variant, study.config.seeds[0]]
+        if "weights/lm" not in arrays:
+            continue
+        for when, masks in (("before", before), ("after", after)):
+            mask, other = masks["lm"], most_changed(arrays, masks)["lm"]
+            shared = selectors.overlap({"domain": mask[None], "changed": other[None]})
+            yield {
+                "task": task, "variant": variant, "domain neurons": when,
+                "neurons": int(mask.sum()), "jaccard": float(shared.jaccard[0, 0, 1]),
+                "chance": float(shared.chance[0, 0, 1]),
+            }  # fmt: skip
 
 
 def selected_runs(study: Study, outputs: Outputs) -> Iterator[Run]:
@@ -164,7 +159,7 @@ def selected_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def random_controls(study: Study, masks: Arrays) -> dict[str, dict[str, np.ndarray]]:
+def random_controls(study: Study, masks: Arrays) -> dict[str, Masks]:
     """Return masks of equally many random neurons in every layer, by `randomSEED`."""
     return {
         f"random{seed}": {m: domain_neurons.random_mask_like(a, seed) for m, a in masks.items()}
@@ -174,15 +169,20 @@ def random_controls(study: Study, masks: Arrays) -> dict[str, dict[str, np.ndarr
 
 def moved(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
     """Yield how the neurons of each task's domain moved in the model that was tuned to it."""
+    for task, variant, before, after in _before_and_after(study, outputs):
+        for row in projection.moved(before, after):
+            yield {"task": task, "variant": variant, **row}
+
+
+def _before_and_after(study: Study, outputs: Outputs) -> Iterator[tuple[str, str, Masks, Masks]]:
+    """Yield each task and fine-tuning of it, with the domain's neurons before and after it."""
     if not study.config.neurons.pictures:
         return
     seed = study.config.seeds[0]
     for task in study.tasks:
         before = domain_masks(study, outputs[task, ORIGINAL, seed], task)
         for variant in (PROJ, E2E):
-            after = domain_masks(study, outputs[task, variant, seed], task)
-            for row in projection.moved(before, after):
-                yield {"task": task, "variant": variant, **row}
+            yield task, variant, before, domain_masks(study, outputs[task, variant, seed], task)
 
 
 def ablation_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:

@@ -109,6 +109,22 @@ def curves(
     return Panel(title, traces, x, y)
 
 
+def curves_of(
+    rows: Sequence[Mapping[str, Any]], by: str, keys: Mapping[str, str]
+) -> dict[str, dict[str, list[Any]]]:
+    """Return rows of numbers as the curves that `curves` draws.
+
+    Args:
+        rows: the rows, in the order of the points of a curve.
+        by: the field that names the curve of a row.
+        keys: the field of each key of a curve, such as {"at": "layer", "mean": "accuracy"}.
+    """
+    return {
+        name: {key: [row[of] for row in rows if row[by] == name] for key, of in keys.items()}
+        for name in dict.fromkeys(row[by] for row in rows)
+    }
+
+
 def lines(
     title: str, x: Sequence[float], values: Mapping[str, Sequence[float]], hue: Mapping[str, str],
     x_label: str, y_label: str,
@@ -125,7 +141,7 @@ def lines(
 def bars(
     title: str, values: Mapping[str, Sequence[float]], hue: Mapping[str, str], x: str, y: str
 ) -> Panel:
-    """Return bars by layer, side by side for each name."""
+    """Return bars by layer, those of all names stacked."""
     traces = [
         {"type": "bar", "x": list(range(len(heights))), "y": list(heights), "name": label(name),
          "marker": {"color": hue[name]}, "hoverinfo": "text",

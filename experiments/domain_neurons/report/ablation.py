@@ -244,25 +244,27 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         if _draws(on_own_data, kind)
     }
 
-    def mean(of: Deviations, module: str, kind: str, measure: str) -> str:
-        values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
-        return parts.two_digits(float(np.mean(values))) if values else page.DASH
-
-    def spread(of: Deviations, module: str, kind: str, measure: str) -> str:
-        values = [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
-        ends = [parts.two_digits(end) for end in (min(values), max(values))] if values else []
-        return f"{mean(of, module, kind, measure)} ({page.DASH.join(ends)})" if ends else page.DASH
+    def by_domain(of: Deviations, module: str, kind: str, measure: str) -> list[float]:
+        return [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
 
     sources = {"": selected} | controls
     rows = [
-        [module, kind, *(spread(of, module, kind, m) for m in MEASURES for of in sources.values())]
+        [
+            module,
+            kind,
+            *(
+                _spread(by_domain(of, module, kind, measure))
+                for measure in MEASURES
+                for of in sources.values()
+            ),
+        ]
         for module, by_kind in selected.items()
         for kind in by_kind
     ]
     module = parts.title(widest([run["module"] for run in results["ablation"]]))
     kind = token_kinds(selected)[0]
     others = [
-        f"; {CONTROLS[name]}, by {mean(of, module, kind, 'relative_l2')}"
+        f"; {CONTROLS[name]}, by {_mean(by_domain(of, module, kind, 'relative_l2'))}"
         for name, of in controls.items()
     ]
     heads = [label if not k else CONTROLS[k] for label in MEASURES.values() for k in sources]
@@ -271,7 +273,7 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         title="Deviation of the hidden states",
         reading=f"The ablation of a domain's own neurons ({module.lower()}) moves the hidden "
         f"states of {kind} tokens after the last layer of the language "
-        f"model by {mean(selected, module, kind, 'relative_l2')} of their norm"
+        f"model by {_mean(by_domain(selected, module, kind, 'relative_l2'))} of their norm"
         f"{''.join(others)}.",
         figures=[
             parts.write_figure(
@@ -293,6 +295,16 @@ def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
         "has 95 % bootstrap intervals over questions.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> str:
+    return parts.two_digits(float(np.mean(values))) if values else page.DASH
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return a mean, and the lowest and the highest value in brackets; a dash for no values."""
+    ends = [parts.two_digits(end) for end in (min(values), max(values))] if values else []
+    return f"{_mean(values)} ({page.DASH.join(ends)})" if ends else page.DASH
 
 
 def _deviation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from mllm_jax.typing import Int
 
 Stage = Mapping[str, Any]  # the stages of one curve in results.json
 Picture = Mapping[str, Any]  # an entry of `pictures` in results.json
+STATISTICS = ("mean", "low", "high")  # of a curve
+CURVE = ("domain", "kind", "layer", *STATISTICS)
 
 
 def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
@@ -70,14 +72,17 @@ def _read_lens(lens: Results, stages: Results, kind: str) -> str:
 
 
 def _lens_csv(folder: pathlib.Path, lens: Results) -> tuple[str, str]:
-    statistics = ("mean", "low", "high")
-    rows = [
+    return parts.write_csv(folder, "lens", CURVE, curve_rows(lens))
+
+
+def curve_rows(lens: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the curves of a lens as rows, by CURVE."""
+    return [
         [domain, kind, layer, *values]
         for domain, by_kind in lens.items()
         for kind, curve in by_kind.items()
-        for layer, values in enumerate(zip(*(curve[s] for s in statistics), strict=True))
+        for layer, values in enumerate(zip(*(curve[s] for s in STATISTICS), strict=True))
     ]
-    return parts.write_csv(folder, "lens", ["domain", "kind", "layer", *statistics], rows)
 
 
 def _stages_csv(folder: pathlib.Path, by_curve: Mapping[str, Stage]) -> tuple[str, str]:
@@ -194,16 +199,15 @@ def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tup
     }
 
     def section(number: int, picture: Picture) -> page.Section:
-        layers = picture["by_layer"]
+        layers, title = picture["by_layer"], f"{picture['domain']}, {picture['id']}"
         words = cards.WordMap(
-            picture["image"], f"{picture['domain']}, {picture['id']}", layers["layers"],
+            picture["image"], title, layers["layers"],
             (len(picture["words"][0]), len(picture["words"][0][0])), layers["vocabulary"],
             layers["words"], {name: layers[key] for key, name in shades.items() if layers[key]},
         )  # fmt: skip
         return page.Section(
-            title=f"{picture['domain']}, {picture['id']}",
-            reading=f"Question: {picture['question']} Expected: {picture['answer']}. Generated: "
-            f"{picture['generated']}",
+            title=title,
+            reading=_describe(picture),
             widgets=[words],
             name=f"picture-{number}",
             alone=True,
@@ -220,6 +224,14 @@ def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tup
     return [("each picture, layer by layer", "pictures.html")]
 
 
+def _describe(picture: Picture) -> str:
+    """Return the question on a picture, the expected answer and what the model generated."""
+    return (
+        f"Question: {picture['question']} Expected: {picture['answer']}. "
+        f"Generated: {picture['generated']}"
+    )
+
+
 def _full_picture(
     folder: pathlib.Path, number: int, picture: Picture, bounds: tuple[float, float]
 ) -> page.Figure:
@@ -228,10 +240,7 @@ def _full_picture(
         read_picture(folder, picture), picture["words"], picture["entropy"],
         [f"layer {layer}" for layer in picture["layers"]], bounds,
     )  # fmt: skip
-    caption = (
-        f"{picture['domain']}, {picture['id']}. Question: {picture['question']} "
-        f"Expected: {picture['answer']}. Generated: {picture['generated']}"
-    )
+    caption = f"{picture['domain']}, {picture['id']}. {_describe(picture)}"
     alt = f"Most likely word of each image token of {picture['id']}"
     return parts.write_figure(folder, f"tokens-{number}", figure, alt, caption)
 

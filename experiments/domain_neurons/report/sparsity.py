@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.domain_neurons.report import layers
 from mllm_jax.report import page, parts
 from mllm_jax.report.report import Results
 
@@ -92,12 +93,5 @@ def sites(folder: pathlib.Path, results: Results) -> page.Section | None:
 def _curves_csv(
     folder: pathlib.Path, name: str, by_site: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, str]:
-    statistics = ("mean", "low", "high")
-    rows = [
-        [site, domain, kind, layer, *values]
-        for site, lens in by_site.items()
-        for domain, by_kind in lens.items()
-        for kind, curve in by_kind.items()
-        for layer, values in enumerate(zip(*(curve[s] for s in statistics), strict=True))
-    ]
-    return parts.write_csv(folder, name, ["site", "domain", "kind", "layer", *statistics], rows)
+    rows = [[site, *row] for site, lens in by_site.items() for row in layers.curve_rows(lens)]
+    return parts.write_csv(folder, name, ["site", *layers.CURVE], rows)
