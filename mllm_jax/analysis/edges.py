@@ -123,13 +123,11 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     if not steps:
         return effects(contrast.edits)
 
-    def add(total, share):
-        return total + effects(line_between(contrast, corrupt, share)), None
-
-    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
-    first = jax.eval_shape(lambda: effects(contrast.edits))
-    total, _ = jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), shares)
-    return total / steps
+    shape = jax.eval_shape(lambda: effects(contrast.edits))
+    return attribution.mean_along_line(
+        lambda share: effects(line_between(contrast, corrupt, share)),
+        jnp.zeros(shape.shape, shape.dtype), steps,
+    )  # fmt: skip
 
 
 def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], dict[str, Array]]:

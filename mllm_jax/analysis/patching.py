@@ -226,15 +226,12 @@ def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, st
     clean = contrast.run(contrast.clean, contrast.edits, captures)
     change = {name: clean[name] - corrupt[name] for name in captures}
 
-    def add(total, share):
-        slope, _ = jax.grad(metric, has_aux=True)(
-            gates, line_between(contrast, corrupt.captures, share), _move, change
-        )
-        return jax.tree.map(jnp.add, total, slope), None
+    def slope_at(share):
+        edits = line_between(contrast, corrupt.captures, share)
+        slope, _ = jax.grad(metric, has_aux=True)(gates, edits, _move, change)
+        return slope
 
-    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, gates), shares)
-    slope = jax.tree.map(lambda x: x / steps, total)
+    slope = attribution.mean_along_line(slope_at, jax.tree.map(jnp.zeros_like, gates), steps)
     return _without_widths(slope, sites), contrast.metric(clean), contrast.metric(corrupt)
 
 
