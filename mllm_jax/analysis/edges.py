@@ -27,6 +27,7 @@ from mllm_jax.analysis import attribution, checks
 from mllm_jax.analysis.patching import Contrast, input_sites, line_between
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
+from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.models.decoder import Block
 from mllm_jax.numerics import precision
 from mllm_jax.typing import Array, Bool, Float
@@ -142,9 +143,11 @@ def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], 
         out = contrast.run(contrast.clean, changed, states)
         return contrast.metric(out).sum(), out.captures
 
-    captures = {name: keep(site) for name, site in reads.items()}
-    shapes = jax.eval_shape(lambda: contrast.run(contrast.clean, edits, captures)).captures
-    zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in reads}
+    shapes = site_shapes(contrast.model, contrast.clean)
+    specs = {name: look_up(site, shapes) for name, site in reads.items()}
+    zeros = {
+        name: jnp.zeros((spec.layers, *spec.shape), spec.dtype) for name, spec in specs.items()
+    }
     return jax.grad(metric, has_aux=True)(zeros)
 
 
