@@ -290,7 +290,8 @@ class _Run:
                     raise type_error("batch", batch, "a batch as a processor makes it")
                 if getattr(batch, "labels", None) is not None:  # a loss may read batches of its own
                     losses.require_answers(batch)
-            if any(_shapes(batch) != _shapes(batches[0]) for batch in batches):
+            first, *others = map(_shapes, batches)
+            if any(shapes != first for shapes in others):
                 raise ValueError(
                     "its batches differ in shape: give the processor one length= and rows= for all"
                 )
