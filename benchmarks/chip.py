@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import mllm_jax as mj
-from benchmarks import counts, finetune, lens
+from benchmarks import counts, finetune, finetune_lora, lens
 from benchmarks.work import Work
 from mllm_jax.planning import work as matrix_products
 from mllm_jax.training import fit, losses, parts
@@ -49,19 +49,15 @@ def copy_rate(size: int) -> float:
         # A barrier in each turn, or XLA would add all of them in one.
         return jax.lax.fori_loop(0, TURNS, lambda _, y: jax.lax.optimization_barrier(y + 1), x)
 
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        x = jax.block_until_ready(run(x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * size * TURNS / min(seconds)
+    return 2 * size * TURNS / _fastest(run, x)
 
 
-def _fastest(run: Callable[..., Any], *args: Any) -> float:
+def _fastest(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Return the least seconds of some runs, each of which reads what the one before returned."""
     seconds = []
     for _ in range(4):  # the first compiles
         start = time.perf_counter()
-        jax.block_until_ready(run(*args))
+        x = jax.block_until_ready(run(x))
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -80,9 +76,9 @@ def products(task: str, work: Work) -> float | None:
     }
     if task in passes:
         return len(batches) * matrix_products.flops(passes[task], work.model)
-    if task.startswith("finetune"):
-        part = "lora" if task == "finetune_lora" else "projector"
-        return len(batches) * _step_products(work, fit.Recipe(part=part))
+    recipes = {"finetune": finetune.RECIPE, "finetune_lora": finetune_lora.RECIPE}
+    if task in recipes:
+        return len(batches) * _step_products(work, recipes[task])
     return None
 
 

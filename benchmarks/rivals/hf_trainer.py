@@ -6,6 +6,7 @@ token. Unlike in its scripts, no layer is recomputed to save memory. What trains
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -34,8 +35,7 @@ def finetune(work: Work, cached: bool = False, everywhere: bool = True, lora: bo
         pictures = [_features(model, some, fold) for some in pictures]
     kernels = [hf.tensor(work, f"fold_kernel_{i}").T for i in (0, 1)]
     low_ranks = _low_ranks(model) if lora else []
-    starts = [low_rank.state_dict() for low_rank in low_ranks]
-    starts = [{k: v.clone() for k, v in start.items()} for start in starts]
+    starts = [copy.deepcopy(low_rank.state_dict()) for low_rank in low_ranks]
     narrow = torch.autocast(
         words.device.type, torch.bfloat16, enabled=hf.dtype(work) == torch.bfloat16
     )

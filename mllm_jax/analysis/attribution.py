@@ -71,16 +71,29 @@ def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) ->
     if steps < 1:
         raise ValueError(f"steps={steps}: integrated gradients need one or more")
 
-    def add(total: Any, share: jax.Array) -> tuple[Any, None]:
-        slope = jax.grad(metric)(jax.tree.map(lambda gate: gate * share, gates))
-        return jax.tree.map(jnp.add, total, slope), None
+    def slope_at(share: jax.Array) -> Any:
+        return jax.grad(metric)(jax.tree.map(lambda gate: gate * share, gates))
 
-    shares = (np.arange(steps) + 0.5) / steps
     gates = jax.tree.map(jnp.asarray, gates)
-    dtype = jnp.result_type(*jax.tree.leaves(gates))
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, gates), jnp.asarray(shares, dtype))
-    values = jax.tree.map(lambda gate, slope: gate * slope / steps, gates, total)
-    return _checked(Attribution(values, metric(gates)))
+    slope = mean_along_line(slope_at, jax.tree.map(jnp.zeros_like, gates), steps)
+    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), metric(gates)))
+
+
+def mean_along_line(function: Callable[[jax.Array], Any], zeros: Any, steps: int) -> Any:
+    """Return the mean of a function of the shares from 0 to 1, by the midpoint rule.
+
+    Args:
+        function: share -> a pytree of arrays.
+        zeros: zeros of the shapes and dtypes that it returns.
+        steps: number of shares; their values are computed in sequence.
+    """
+
+    def add(total: Any, share: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(share)), None
+
+    dtype = jnp.result_type(*jax.tree.leaves(zeros))
+    total, _ = jax.lax.scan(add, zeros, jnp.asarray((np.arange(steps) + 0.5) / steps, dtype))
+    return jax.tree.map(lambda x: x / steps, total)
 
 
 def _checked(attribution: Attribution) -> Attribution:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from mllm_jax import sites as S
@@ -31,7 +30,6 @@ from mllm_jax.analysis import attribution, checks
 from mllm_jax.analysis.patching import Contrast, Effects, metric_of_clean_rows
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
-from mllm_jax.passes.sweep import sweep
 from mllm_jax.typing import Bool, Float, Int
 
 NODE_SITES = (S.lm.attn.heads, S.lm.mlp.out)
@@ -120,11 +118,9 @@ def evaluate(
     lm = contrast.model.config.lm
     if circuits.shape[1:] != (shape := (len(kinds), lm.layers, lm.heads + 1)):
         raise ValueError(f"circuits must be [R, {shape}], got shape {circuits.shape}")
-    batch, masks = contrast.joined(), _masks(contrast, kinds)
-    lanes = [contrast.edits >> _corrupt_outside(contrast, masks, circuit) for circuit in circuits]
-    metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
-    found = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="circuits")
-    return checks.finite(found, "the metric")
+    masks = _masks(contrast, kinds)
+    patches = [_corrupt_outside(contrast, masks, circuit) for circuit in circuits]
+    return contrast.sweep(metric_of_clean_rows, contrast.joined(), patches, "circuits")
 
 
 def curves(
@@ -201,8 +197,8 @@ def _corrupt_outside(
         rows = np.flatnonzero(mask.any(1))
         where = tokens.mask(np.concatenate([mask, mask]))
         for site, outside in ((S.lm.attn.heads, ~inside[:, :-1]), (S.lm.mlp.out, ~inside[:, -1])):
-            # An edit must select something: where nothing is corrupt, rows are set to themselves.
-            source = rows + contrast.rows if outside.any() else rows
-            address = site if not outside.any() else site[outside]
-            edits >>= edits_.patch(address, source, rows, where=where)
+            if outside.any():
+                edits >>= edits_.patch(site[outside], rows + contrast.rows, rows, where=where)
+            else:  # An edit must select something: rows are set to themselves.
+                edits >>= edits_.patch(site, rows, rows, where=where)
     return edits

@@ -36,12 +36,11 @@ def noise(batch: Batch, *, scale: float = 3.0, seed: int = 0) -> Batch:
 def mean(batch: Batch) -> Batch:
     """Replace each picture by its mean: one colour a tile, or one patch for all of its places."""
     name, values, real = _pictures(batch)
-    axes = (1, 2) if values.ndim == 4 else (1,)
     if values.ndim == 3:
         counted = _places(batch, values)[..., None]
         average = (values * counted).sum(1, keepdims=True) / np.maximum(counted.sum(1)[:, None], 1)
     else:
-        average = values.mean(axes, keepdims=True)
+        average = values.mean((1, 2), keepdims=True)
     flat = np.where(_expand(real, values), average, values)
     return batch.replace(**{name: flat.astype(values.dtype)})
 

@@ -27,6 +27,7 @@ from mllm_jax.analysis import attribution, checks
 from mllm_jax.analysis.patching import Contrast, input_sites, line_between
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
+from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.models.decoder import Block
 from mllm_jax.numerics import precision
 from mllm_jax.typing import Array, Bool, Float
@@ -123,13 +124,11 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     if not steps:
         return effects(contrast.edits)
 
-    def add(total, share):
-        return total + effects(line_between(contrast, corrupt, share)), None
-
-    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
-    first = jax.eval_shape(lambda: effects(contrast.edits))
-    total, _ = jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), shares)
-    return total / steps
+    shape = jax.eval_shape(lambda: effects(contrast.edits))
+    return attribution.mean_along_line(
+        lambda share: effects(line_between(contrast, corrupt, share)),
+        jnp.zeros(shape.shape, shape.dtype), steps,
+    )  # fmt: skip
 
 
 def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -144,9 +143,11 @@ def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], 
         out = contrast.run(contrast.clean, changed, states)
         return contrast.metric(out).sum(), out.captures
 
-    captures = {name: keep(site) for name, site in reads.items()}
-    shapes = jax.eval_shape(lambda: contrast.run(contrast.clean, edits, captures)).captures
-    zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in reads}
+    shapes = site_shapes(contrast.model, contrast.clean)
+    specs = {name: look_up(site, shapes) for name, site in reads.items()}
+    zeros = {
+        name: jnp.zeros((spec.layers, *spec.shape), spec.dtype) for name, spec in specs.items()
+    }
     return jax.grad(metric, has_aux=True)(zeros)
 
 

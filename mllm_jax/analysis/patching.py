@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -121,6 +121,27 @@ class Contrast:
         """Return one batch with the clean rows and then the corrupt ones."""
         tile_tokens = self.model.config.tile_tokens(self.clean)
         return join(self.clean, self.corrupt, tile_tokens)
+
+    def sweep(
+        self,
+        metric_of_rows: Callable[..., Array],
+        batch: Batch,
+        patches: Iterable[Edits],
+        label: str,
+    ) -> Float[np.ndarray, "R B"]:
+        """Compute the metric under each of several patches, in one sweep.
+
+        Args:
+          metric_of_rows: (out, metric=) -> the metric of some B rows of the batch, such as
+            `metric_of_clean_rows`.
+          batch: A batch that holds the rows of both batches.
+          patches: Edits beside those of every pass.
+          label: See `sweep`.
+        """
+        lanes = [self.edits >> patch for patch in patches]
+        metric = jax.tree_util.Partial(metric_of_rows, metric=self.metric)
+        found = sweep(metric, self.model, batch, lanes, logits=self.logits, label=label)
+        return checks.finite(found, "the metric")
 
 
 def _check_alike(model: Model, clean: Batch, corrupt: Batch) -> None:
@@ -226,15 +247,12 @@ def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, st
     clean = contrast.run(contrast.clean, contrast.edits, captures)
     change = {name: clean[name] - corrupt[name] for name in captures}
 
-    def add(total, share):
-        slope, _ = jax.grad(metric, has_aux=True)(
-            gates, line_between(contrast, corrupt.captures, share), _move, change
-        )
-        return jax.tree.map(jnp.add, total, slope), None
+    def slope_at(share):
+        edits = line_between(contrast, corrupt.captures, share)
+        slope, _ = jax.grad(metric, has_aux=True)(gates, edits, _move, change)
+        return slope
 
-    shares = jnp.asarray((np.arange(steps) + 0.5) / steps, jnp.float32)
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, gates), shares)
-    slope = jax.tree.map(lambda x: x / steps, total)
+    slope = attribution.mean_along_line(slope_at, jax.tree.map(jnp.zeros_like, gates), steps)
     return _without_widths(slope, sites), contrast.metric(clean), contrast.metric(corrupt)
 
 
@@ -317,23 +335,21 @@ def exact(
     at = np.asarray(tokens.of(where).mask(batch.tokens))
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
-    lanes: list[Edits] = []
+    patches: list[Edits] = []
     places: list[tuple[int, ...]] = []
     written: list[np.ndarray] = []
     for place in np.ndindex(*shape):
         units_here, at_here = _selected(units, at, place, shape)
         rows = np.asarray(at_here[: contrast.rows].any(1))
         if rows.any() and units_here.any():
-            lanes.append(contrast.edits >> _one_patch(contrast.rows, site, units_here, at_here))
+            patches.append(_one_patch(contrast.rows, site, units_here, at_here))
             places.append(place)
             written.append(rows)
-    if not lanes:
+    if not patches:
         raise ValueError(f"where= selects no token of this batch at {site}")
-    metric = jax.tree_util.Partial(metric_of_clean_rows, metric=contrast.metric)
-    clean = contrast.metric_of(contrast.clean)
-    patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="patches")
+    patched = contrast.sweep(metric_of_clean_rows, batch, patches, "patches")
+    falls = contrast.metric_of(contrast.clean) - patched
     effects = np.zeros((*shape, contrast.rows), np.float32)
-    falls = clean - checks.finite(patched, "the metric")
     effects[tuple(np.array(places).T)] = np.where(written, falls, 0)
     effects = np.moveaxis(effects, -1, 1)  # [L, B, T, units]
     effects = effects if has_units else effects[..., 0]

@@ -18,17 +18,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from mllm_jax import sites as S
-from mllm_jax.analysis import checks
 from mllm_jax.analysis.patching import Contrast
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes.run import Out
-from mllm_jax.passes.sweep import sweep
 from mllm_jax.sites import Address, Site, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import Array, Float
@@ -117,12 +114,9 @@ def effect(contrast: Contrast, paths: Sequence[Path]) -> Float[np.ndarray, "R B"
       ValueError: A path is none, or two of them are of different sites.
     """
     layers = contrast.model.config.lm.layers
-    lanes = [contrast.edits >> path.edits(contrast.rows, layers) for path in paths]
-    metric = jax.tree_util.Partial(_of_patched_rows, metric=contrast.metric)
-    batch = worlds(contrast)
-    patched = sweep(metric, contrast.model, batch, lanes, logits=contrast.logits, label="paths")
-    effects = contrast.metric_of(contrast.clean) - checks.finite(patched, "the metric")
-    return effects.astype(np.float32)
+    patches = [path.edits(contrast.rows, layers) for path in paths]
+    patched = contrast.sweep(_of_patched_rows, worlds(contrast), patches, "paths")
+    return (contrast.metric_of(contrast.clean) - patched).astype(np.float32)
 
 
 def _of_patched_rows(out: Out, metric: Callable[[Out], Array]) -> Array:

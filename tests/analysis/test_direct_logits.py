@@ -9,7 +9,7 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.analysis import direct_logits
-from tests.helpers import random_inputs, tiny_families
+from tests.helpers import random_inputs, tiny, tiny_families
 
 QUESTIONS = ["what is shown in the picture ?", "which one is small ?"]
 QUICK = ("paligemma",)  # norms after attention, and a soft cap
@@ -28,12 +28,9 @@ def uncapped(model, logits):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=marks(name)) for name in tiny_families.CONFIGS],
+    "name", [pytest.param(name, marks=marks(name)) for name in tiny_families.CONFIGS]
 )
 def test_the_parts_sum_to_the_difference_of_logits(name):
-    from tests.helpers import tiny
-
     model = random_inputs.random_model(tiny_families.CONFIGS[name])
     shown = None if name == "gemma3_text" else [tiny.picture(i) for i in range(2)]
     batch = tiny_families.processor(name)(shown, QUESTIONS)
@@ -47,11 +44,10 @@ def test_the_parts_sum_to_the_difference_of_logits(name):
     np.testing.assert_allclose(found.by_token.sum(-1), found.heads, rtol=0, atol=1e-4)
     if model.config.lm.biases != "qkvo":
         np.testing.assert_allclose(found.heads.sum(-1), found.attention, rtol=0, atol=1e-4)
-    (alone,) = (direct_logits.attribute(model, batch, right).total,)
-    np.testing.assert_allclose(alone, logits[[0, 1], right], rtol=0, atol=1e-4)
+    alone = direct_logits.attribute(model, batch, right)
+    np.testing.assert_allclose(alone.total, logits[[0, 1], right], rtol=0, atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_heads_and_tokens_are_those_of_loops(tiny_model, make_batch):
     batch = make_batch(images=(1, 0), words=(7, 9), pad="left")
     edits = mj.scale(S.lm.attn.heads[2, [1]], -0.5) >> mj.ablate(S.lm.mlp.out[1])
@@ -79,7 +75,6 @@ def test_heads_and_tokens_are_those_of_loops(tiny_model, make_batch):
         assert not np.asarray(found.by_token)[:, b, :, ~row].any()
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_it_is_pure_and_refuses_words_that_are_none(tiny_model, make_batch):
     batch = make_batch(images=(1, 0), words=(7, 9), pad="left")
     found = direct_logits.attribute(tiny_model, batch, 5, 6)

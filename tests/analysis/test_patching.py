@@ -13,7 +13,6 @@ from mllm_jax.analysis.paths import Path
 from tests.helpers import contrasts, random_inputs
 
 SITES = [S.lm.embed, S.lm.resid_post, S.lm.attn.heads, S.lm.attn_out, S.lm.attn.v]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from mllm_jax import families, sites, tokens
 from mllm_jax.analysis import picture_attribution as pa
 from tests.helpers import qwen, random_inputs, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RNG = np.random.default_rng(0)
 EMBED = {"x": mj.keep(sites.lm.embed)}
 

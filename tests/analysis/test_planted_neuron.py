@@ -30,16 +30,27 @@ def pictures(config, seed: int):
 
 def plant(model, batch, inside: np.ndarray):
     """The model with one neuron of the projector that fires on the pictures inside, roughly."""
+    tokens, towards = towards_inside(model, batch, inside)
+    middle = (tokens[inside].mean((0, 1)) + tokens[~inside].mean((0, 1))) @ towards / 2
+    return with_neuron(model, towards, -middle)
+
+
+def towards_inside(model, batch, inside: np.ndarray):
+    """What the projector reads of each picture, and the direction to the pictures inside."""
     seen = np.asarray(model.features(batch, Taps()))
     tokens = np.asarray(projector.fold(seen, model.config.projector.fold))
-    towards = tokens[inside].mean((0, 1)) - tokens[~inside].mean((0, 1))
-    middle = (tokens[inside].mean((0, 1)) + tokens[~inside].mean((0, 1))) @ towards / 2
-    column = {"kernel": towards, "bias": -middle}
+    return tokens, tokens[inside].mean((0, 1)) - tokens[~inside].mean((0, 1))
+
+
+def with_neuron(model, kernel: np.ndarray, bias: float, strength: float = 1.0):
+    """The model with other weights into one neuron of the projector, and those out of it scaled."""
 
     def replace(path, leaf):
         *_, module, name, _ = jax.tree_util.keystr(path).split(".")
-        if (module, name) in (("linears[0]", "kernel"), ("linears[0]", "bias")):
-            return leaf.at[..., NEURON].set(column[name])
+        if module == "linears[0]" and name in ("kernel", "bias"):
+            return leaf.at[..., NEURON].set(kernel if name == "kernel" else bias)
+        if (module, name) == ("linears[1]", "kernel"):
+            return leaf.at[NEURON].multiply(strength)
         return leaf
 
     return jax.tree_util.tree_map_with_path(replace, model)
@@ -68,20 +79,8 @@ def plant_as_active_as_others(model, batch, inside: np.ndarray, strength: float)
 
     What it writes is what it wrote before, times a strength.
     """
-    seen = np.asarray(model.features(batch, Taps()))
-    tokens = np.asarray(projector.fold(seen, model.config.projector.fold))
-    towards = tokens[inside].mean((0, 1)) - tokens[~inside].mean((0, 1))
-    bias = -np.quantile(tokens[inside] @ towards, 0.4)
-
-    def replace(path, leaf):
-        *_, module, name, _ = jax.tree_util.keystr(path).split(".")
-        if module == "linears[0]" and name in ("kernel", "bias"):
-            return leaf.at[..., NEURON].set(towards if name == "kernel" else bias)
-        if (module, name) == ("linears[1]", "kernel"):
-            return leaf.at[NEURON].multiply(strength)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(replace, model)
+    tokens, towards = towards_inside(model, batch, inside)
+    return with_neuron(model, towards, -np.quantile(tokens[inside] @ towards, 0.4), strength)
 
 
 def verdict(model, batch, domain, whose: int) -> float:

@@ -275,13 +275,11 @@ def test_intervals_of_neuron_counts_are_over_groups_of_pictures(finished):
     stages = json.loads((finished / "results.json").read_text())["stages"]["neurons"]
     stored = np.load(finished / "steps/resamples-lm.npz")
     assert stored["per_layer"].shape == (10, 3, 9) and len(stored["domain"]) == 18
-    found = find_resampled(
-        np.array(stages_of_masks(finished)), stored["per_layer"].sum(1), examples=18
-    )
+    found = find_resampled(neurons_by_layer(finished), stored["per_layer"].sum(1), examples=18)
     assert stages["verdict"] == found.verdict and stages["low"] == list(found.low)
 
 
-def stages_of_masks(finished):
+def neurons_by_layer(finished):
     """Neurons of all domains by layer, in the file of masks."""
     return masks.load(finished / "masks.npz").modules["lm.mlp.act"].sum((0, 2))
 

@@ -26,8 +26,7 @@ CACHE = "/jax/compilation_cache/"
 def test_the_second_start_compiles_nothing(command, tmp_path):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
     config, fields = studies.STUDIES["domain_neurons"]
-    small = (f"--config.{name}={value}" for name, value in fields.items())
-    small, found = tuple(small), []
+    small, found = [f"--config.{name}={value}" for name, value in fields.items()], []
     for start in ("first", "second"):
         python, _, *rest = command("domain_neurons", config, tmp_path / start, *small)
         done = subprocess.run(

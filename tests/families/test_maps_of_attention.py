@@ -20,7 +20,7 @@ QUICK = {"qwen2_5_vl"}  # windows, and a grid for each picture
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES]
 )
-def test_a_map_is_the_kept_pattern(name, quick_to_compile):
+def test_a_map_is_the_kept_pattern(name):
     model = random_inputs.random_model(tiny_families.CONFIGS[name])
     processor = tiny_families.processor(name)
     batch = processor(
@@ -65,7 +65,7 @@ def test_a_map_is_the_kept_pattern(name, quick_to_compile):
                 assert picture.height == ratio * seen_by_tower.height
 
 
-def test_windows_are_windows(quick_to_compile):
+def test_windows_are_windows():
     """Of Qwen2.5-VL: outside its window no patch is seen, but in the layers that see all."""
     config = tiny_families.CONFIGS["qwen2_5_vl"]
     model = random_inputs.random_model(config)

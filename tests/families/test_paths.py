@@ -74,8 +74,7 @@ class Brute:
             for world, batch in batches.items()
         }
         self.kept = {world: {} for world in self.given}
-        for world in self.given:
-            self.run(world, {}, self.kept[world])
+        self.logits = {world: self.run(world, {}, self.kept[world]) for world in self.given}
 
     def run(self, world, replaced, kept):
         """Their last logits, where `replaced` holds tensors by site and layer."""
@@ -121,7 +120,7 @@ class Brute:
             return x
 
         logits = self.run("clean", {(r_name, r_layer): receive}, {})
-        clean = self.run("clean", {}, {})
+        clean = self.logits["clean"]
         return (clean[:, 3] - clean[:, 7]) - (logits[:, 3] - logits[:, 7])
 
 

@@ -13,8 +13,6 @@ from mllm_jax import tokens as tok
 from mllm_jax.interventions import forms
 from mllm_jax.interventions.attention_maps import picture_maps
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def batch(make_batch):

@@ -35,7 +35,7 @@ def directions():
 
 
 @pytest.fixture(scope="module")
-def out(model, batch, quick_to_compile):
+def out(model, batch):
     asked = {
         "lens": mj.lens(S.lm.resid_post, k=2),
         "x": mj.keep(S.lm.resid_post),
@@ -89,7 +89,6 @@ def test_the_lens_is_of_products_in_float32(model, batch, out):
     assert (got.log_probs[..., 0] > got.log_probs[..., 1])[:, batch.valid].all()
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 @pytest.mark.parametrize("kind", ["project_out", "patch"])
 def test_subspaces_are_computed_in_float32(kind, model, batch, directions):
     """What an edit leaves is the exact result, rounded once to the dtype of the site."""

@@ -18,8 +18,6 @@ from mllm_jax.families.llava_next import model as llava_next
 from mllm_jax.interventions import forms
 from tests.helpers import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 SIZES = ((24, 24), (24, 70), (60, 20))  # LLaVA-NeXT cuts these into 2, 3 and 4 tiles
 PICTURES = [tiny.picture(i, *size) for i, size in enumerate(SIZES)]
 QUESTIONS = (  # pictures and words; several ask about one picture

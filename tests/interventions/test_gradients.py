@@ -12,7 +12,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from tests.helpers import oracle
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile", "in_float64")
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ def log_probs(model, batch):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 @pytest.mark.parametrize("where", [None, tok.image, tok.last])
 def test_words_and_entropy(where, model, batch, log_probs, monkeypatch):
     """By chunks: the 120 tokens are no multiple of 7. The tests below take them at once."""
@@ -45,7 +44,7 @@ def test_words_and_entropy(where, model, batch, log_probs, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def out(model, batch, quick_to_compile):
+def out(model, batch):
     asked = {
         "last": mj.lens(S.lm.resid_post[-1], k=10),
         "kinds": mj.lens(S.lm.resid_post[[2, 0]], by=tok.kind),
@@ -93,7 +92,6 @@ def program_bytes(config, batch, asked, **lm) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_no_logits_of_all_tokens_are_kept(tiny_config, make_batch):
     """Of 4 layers, 2048 tokens and 8192 words; the logits of one layer are 64 MB."""
     asked = {"x": mj.lens(S.lm.resid_post, k=5)}
@@ -107,7 +105,6 @@ def test_no_logits_of_all_tokens_are_kept(tiny_config, make_batch):
     assert large < 2 * small  # of four times the tokens
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_a_kept_layer_is_carried_not_stacked(tiny_config, make_batch):
     batch = make_batch(images=(0,) * 8, words=(64,) * 8)
     one = 8 * 64 * 32 * 4  # bytes of a residual in one layer

@@ -13,8 +13,6 @@ from mllm_jax import tokens as tok
 from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.interventions import spec
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 D, M = 32, 24
 HERE, LATENTS = S.lm.resid_post[1], S.lm.resid_post.latents
 
@@ -33,7 +31,7 @@ def make(seed=0, width=D, out=None, latents=M, **more) -> Dictionary:
 
 
 @pytest.fixture(scope="module")
-def clean(model, batch, quick_to_compile):
+def clean(model, batch):
     captures = {
         "x": mj.keep(HERE), "in": mj.keep(S.lm.mlp.input[1]), "out": mj.keep(S.lm.mlp.out[1]),
     }  # fmt: skip

@@ -28,7 +28,6 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_rematerialised_it_is_the_same(model, make_batch):
     batch = make_batch(images=(0, 0))
     a, b = (mj.run(model, batch, EDITS, ASKED, remat=remat) for remat in (False, True))
@@ -36,7 +35,6 @@ def test_rematerialised_it_is_the_same(model, make_batch):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_backward_pass_keeps_products_or_nothing_of_a_layer(remat, model, make_batch):
     """Of each layer what enters it, and its products with weights; never [T, T]."""

@@ -13,7 +13,6 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LONG = (pytest.mark.slow, pytest.mark.long)
 
 L, B, D, F, N = 4, 4, 32, 48, 4

@@ -9,8 +9,6 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.training import tuned_lens
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def read(tiny_model, make_batch):
