@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 from experiments.running import agreement
 from mllm_jax import store
 from mllm_jax.batch import Batch
-from mllm_jax.data import features as features_
+from mllm_jax.data import features
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.report import report
-from mllm_jax.sharding import mesh
+
+PREVIEW_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,33 @@ class Context:
             data=data, **agreement.made_by(),
         )  # fmt: skip
 
+    def preview(
+        self,
+        results: Mapping[str, Any],
+        write_page: Callable[[pathlib.Path, dict[str, Any]], None],
+    ) -> None:
+        """Write the report of what is done by now, once a minute at most.
+
+        Of a study that was finished before it stays as it is.
+
+        Args:
+            results: the results, as far as they are known.
+            write_page: the function that writes the report, called with the folder and the results.
+        """
+        page = self.workdir / "index.html"
+        is_new = page.exists() and time.time() - page.stat().st_mtime < PREVIEW_SECONDS
+        if not is_new and not (self.workdir / "results.json").exists():
+            write_page(self.workdir.path, self._with_items(results))
+
+    def _with_items(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Return results with the version of their format, and the study's edits and captures."""
+        named = {
+            name: {key: self.workdir.config[name][key] for key in ("text", "digest")}
+            for name in ("edits", "captures")
+            if name in self.workdir.config
+        }
+        return {"format": report.FORMAT, **results, **named}
+
     def finish(
         self,
         results: Mapping[str, Any],
@@ -80,12 +109,7 @@ class Context:
             write_page: the function that writes the report, called with the folder and the results.
             **manifest: further entries of the manifest, such as `seed`.
         """
-        named = {
-            name: {key: self.workdir.config[name][key] for key in ("text", "digest")}
-            for name in ("edits", "captures")
-            if name in self.workdir.config
-        }
-        content = {"format": report.FORMAT, **results, **named}
+        content = self._with_items(results)
         store.atomic_json(self.workdir / "results.json", content)
         write_page(self.workdir.path, content)
         store.write_manifest(self.workdir, **manifest)
@@ -97,10 +121,7 @@ class Context:
         """
         if any(edit.address.site.module == "vision" for edit in self.edits):
             return batch
-        with mesh.use_mesh_of(self.model):
-            sharded = mesh.shard_batch(batch.replace(processor=None))
-            features = features_.encode_pictures(self.model, sharded)
-            return batch.replace(features=mesh.gather_to_host(features))
+        return features.read_pictures(self.model, batch)[0]
 
 
 def content(examples: Iterable[Any]) -> list[str]:

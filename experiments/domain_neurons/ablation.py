@@ -22,6 +22,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.analysis import deviation, intervals, official
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.batch import Batch
+from mllm_jax.data.features import read_pictures
 
 KINDS = ("image", "question", "system")
 SHOWN = 200  # changed answers of a cell that results.json holds
@@ -32,7 +33,7 @@ class Cell:
     """One ablation.
 
     Attributes:
-        module: the module whose neurons are ablated, several joined by +, or "all".
+        module: the module whose neurons are ablated, several joined by +, "all", or "none".
         mask: the domain whose neurons are ablated.
         data: the domain that is tested.
         control: the kind of control that is ablated in their place; None for none.
@@ -48,8 +49,13 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of the ablation among those of its data."""
+        if self.module == "none":
+            return "clean"
         kind = "selected" if self.control is None else f"{self.control}{self.draw}"
         return f"{self.module}-{self.mask}-{kind}"
+
+
+CLEAN = Cell("none", "", "")  # nothing is ablated
 
 
 class Ablations(NamedTuple):
@@ -57,14 +63,14 @@ class Ablations(NamedTuple):
 
     Attributes:
         baseline: the accuracy of the model without ablation, by domain.
-        cells: a row for each cell.
+        ablation: a row for each cell.
         effects: a row for each domain's own neurons against a kind of control, by module.
         power: a row for each family of tests of the cells, by domain.
         questions: the id of the picture, the question and the right answer, by domain.
     """
 
     baseline: dict[str, dict[str, Any]]
-    cells: list[dict[str, Any]]
+    ablation: list[dict[str, Any]]
     effects: list[dict[str, Any]]
     power: list[dict[str, Any]]
     questions: dict[str, list[dict[str, str]]]
@@ -165,19 +171,22 @@ def measure_all(
         and in a cell also the deviation sums.
     """
     questions, domain = measure.questions, measure.domain
+    by_vision = _by_vision_mask({CLEAN: {}, **cells})
 
     def measure_batch(number: int) -> dict[str, np.ndarray]:
         batch, rows = questions[number], len(questions.rows(number))
-        with_features = study.with_features(batch)
-        # The same program as for the edits, so that no ablation means no deviation.
-        response, clean = measure.respond(number, with_features, study.edits)
-        arrays = {f"clean/{key}": value for key, value in response.items()}
-        for cell, masks in tqdm.tqdm(cells.items(), desc=f"ablate, {domain}", leave=False):
-            edits = study.edits >> ablate_masks(masks)
-            cell_batch = batch if "vision" in masks else with_features
-            response, hidden = measure.respond(number, cell_batch, edits)
-            cell_arrays = response | _deviation(clean, hidden, batch, rows)._asdict()
-            arrays |= {f"{cell.name}/{key}": value for key, value in cell_arrays.items()}
+        arrays: dict[str, np.ndarray] = {}
+        clean = None
+        bar = tqdm.tqdm(total=len(cells) + 1, desc=f"ablate, {domain}", leave=False)
+        for vision, group in by_vision:
+            seen, edits = read_pictures(study.model, batch, study.edits >> ablate_masks(vision))
+            for cell, masks in group.items():
+                response, hidden = measure.respond(number, seen, edits >> ablate_masks(masks))
+                clean = hidden if clean is None else clean
+                if cell != CLEAN:
+                    response |= _deviation(clean, hidden, batch, rows)._asdict()
+                arrays |= {f"{cell.name}/{key}": value for key, value in response.items()}
+                bar.update()
         return arrays
 
     parts = [
@@ -199,7 +208,21 @@ def measure_all(
         step = f"scores/{domain}/{prefix}"
         return responses | study.workdir.arrays(step, lambda: {"score": measure.score(responses)})
 
-    return score("clean"), {cell: score(cell.name) for cell in cells}
+    return score(CLEAN.name), {cell: score(cell.name) for cell in cells}
+
+
+def _by_vision_mask(cells: Mapping[Cell, Masks]) -> list[tuple[Masks, dict[Cell, Masks]]]:
+    """Return each mask of the vision tower, with the cells that have it and their other masks.
+
+    The tower reads the pictures once for all of these. Cells without a mask of it come first.
+    """
+    groups: dict[bytes, tuple[Masks, dict[Cell, Masks]]] = {}
+    for cell, masks in cells.items():
+        vision = {module: mask for module, mask in masks.items() if module == "vision"}
+        others = {module: mask for module, mask in masks.items() if module != "vision"}
+        key = b"".join(mask.tobytes() for mask in vision.values())
+        groups.setdefault(key, (vision, {}))[1][cell] = others
+    return list(groups.values())
 
 
 def _deviation(clean: jax.Array, edited: jax.Array, batch: Batch, rows: int) -> deviation.Sums:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -88,8 +88,11 @@ def run(
         )
     ablated = tested if config.ablate == "tested" else neurons
     drawn = controls.draw(study, ablated, active)
-    cells = ablation.ablate(study, ablated, drawn)
-    study.finish(_results(study, counted, neurons, cells, drawn), page.write, seed=config.seed)
+    results: dict[str, Any] = {}
+    for found in _results(study, counted, neurons, ablated, drawn):
+        results |= found
+        study.preview(results, page.preview)
+    study.finish(results | {"claims": claims.judge(results)}, page.write, seed=config.seed)
     print(f"finished: {workdir / 'index.html'}")
 
 
@@ -112,14 +115,16 @@ def _results(
     study: Study,
     counted: selection.Counted,
     neurons: Mapping[str, SelectedNeurons],
-    ablated: ablation.Ablations,
+    ablated: Mapping[str, SelectedNeurons],
     drawn: controls.Controls,
-) -> dict[str, Any]:
-    """Return the content of results.json. `counted` is empty where a file gave the neurons."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the entries of results.json, those of one step at a time, the quickest first.
+
+    `counted` is empty where a file gave the neurons.
+    """
     config = study.config
-    lens = layers.read(study)
     modules = study.shapes if counted else ()
-    results = {
+    yield {
         "study": "domain_neurons",
         "model": config.model,
         "domains": list(study.names),
@@ -132,25 +137,23 @@ def _results(
         "tokens": {module: _tokens(counted[config.prompts], module) for module in modules},
         "selection": {m: selection.describe(study, selected) for m, selected in neurons.items()},
         "stability": {m: robustness.stability(study, counted, m) for m in modules},
-        "comparison": robustness.compare(study, counted, neurons) if counted else {},
         "released": robustness.released(study, counted, neurons) if counted else {},
         "ablated": config.ablate,
-        "baseline": ablated.baseline,
-        "ablation": ablated.cells,
         "controls": drawn.rows,
-        "effects": ablated.effects,
-        "power": ablated.power,
-        "questions": ablated.questions,
+        "pictures": pictures.pictures(study),
+    }
+    lens = layers.read(study)
+    yield {
         "lens": layers.curves(lens),
         "lens_top": layers.curves(lens, "top"),
         "lens_sites": {site: layers.curves(lens, f"{site}/sums") for site in config.lens_sites},
         "sparsity": layers.sparsity(lens),
         "stages": layers.staged(lens, neurons["lm"], *_resampled(study, counted)),
         "features": layers.features(lens),
-        "pictures": pictures.pictures(study),
-        "evidence": evidence.gather(study, neurons),
     }
-    return results | {"claims": claims.judge(results)}
+    yield {"comparison": robustness.compare(study, counted, neurons) if counted else {}}
+    yield {"evidence": evidence.gather(study, neurons)}
+    yield ablation.ablate(study, ablated, drawn)._asdict()
 
 
 def _resampled(study: Study, counted: selection.Counted) -> tuple[np.ndarray | None, int]:

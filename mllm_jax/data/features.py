@@ -13,18 +13,49 @@ import tqdm
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.data.domains import Example
+from mllm_jax.interventions import binding
+from mllm_jax.interventions.edits import BoundEdit, Edits
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel
+from mllm_jax.passes import run
 from mllm_jax.processors.processor import Processor
 from mllm_jax.sharding import mesh
 from mllm_jax.store import RowStore
 from mllm_jax.typing import Array, Float
 
 
+def read_pictures(
+    model: MultimodalModel, batch: Batch, edits: Edits | None = None
+) -> tuple[Batch, Edits]:
+    """Return a batch with its vision features, and the edits of the passes that read it.
+
+    These passes skip the vision tower; what edits of it change is in the features.
+
+    Args:
+      model: the model.
+      batch: the batch, with pixels.
+      edits: edits of any site.
+    """
+    of_vision, others = Edits(), Edits()
+    for edit in edits or ():
+        if edit.address.site.module == "vision":
+            of_vision >>= Edits((edit,))
+        else:
+            others >>= Edits((edit,))
+    batch = run.unshare_patched(model, batch, of_vision)
+    bare = batch.replace(processor=None)
+    bound, _ = binding.bind(model, bare, of_vision, None, "none")
+    with mesh.use_mesh_of(model):
+        features = encode_pictures(model, mesh.shard_batch(bare), run.shard_edits(bound))
+        return batch.replace(features=mesh.gather_to_host(features)), others
+
+
 @jax.jit
-def encode_pictures(model: MultimodalModel, batch: Batch) -> Float[Array, "I P E"]:
+def encode_pictures(
+    model: MultimodalModel, batch: Batch, edits: tuple[BoundEdit, ...] = ()
+) -> Float[Array, "I P E"]:
     """Return the vision tower's features of the pictures of a batch."""
-    return model.features(batch, Taps())
+    return model.features(batch, Taps(edits))
 
 
 def mean_over_tiles(config: MultimodalConfig, batch: Batch, values: Any) -> np.ndarray:

@@ -121,6 +121,7 @@ class Page:
         sections: the results, in order.
         data: (name, path) of the files of the study.
         contents: whether links to the sections precede them.
+        reload: the seconds after which a browser loads the page again; 0 for never.
     """
 
     title: str
@@ -130,6 +131,7 @@ class Page:
     sections: Sequence[Section] = ()
     data: Sequence[tuple[str, str]] = ()
     contents: bool = True
+    reload: int = 0
 
 
 def model_name(results: Mapping[str, Any]) -> str:
@@ -180,13 +182,14 @@ def render(page: Page) -> str:
         for i, section in enumerate(page.sections if page.contents else (), 1)
     )
     scripts = "".join(f'<script src="{name}" defer></script>\n' for name in _scripts(page))
+    reload = f'<meta http-equiv="refresh" content="{page.reload}">\n' if page.reload else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{markup.text(page.title)}</title>
+{reload}<title>{markup.text(page.title)}</title>
 <style>{STYLE}</style>
 {scripts}</head>
 <body>

@@ -13,6 +13,8 @@ from mllm_jax import store
 from mllm_jax.report import page, tables
 
 FORMAT = 2  # the version of results.json, increased when its keys change
+RELOAD = 60  # seconds after which the page of a study that still runs is loaded again
+RUNNING = " The study still runs: this page shows what is known by now, and loads itself again."
 Results = Mapping[str, Any]  # the content of results.json
 
 
@@ -52,16 +54,29 @@ class Report:
             ValueError: the results lack a key, or have another format.
         """
         require_keys(results, self.keys, self.study)
+        self._write(workdir, results)
+
+    def preview(self, workdir: str | os.PathLike, results: Results) -> None:
+        """Write the report of a study that still runs; its page loads itself again.
+
+        Args:
+            workdir: see `write`.
+            results: what results.json will contain, as far as it is known.
+        """
+        self._write(workdir, {**{key: {} for key in self.keys}, **results}, reload=RELOAD)
+
+    def _write(self, workdir: str | os.PathLike, results: Results, reload: int = 0) -> None:
         folder = pathlib.Path(workdir)
         built = [build(folder, results) for build in self.sections]
         sections = [_with_latex(folder, section) for section in built if section]
         content = page.Page(
             title=self.title,
-            lead=self.lead(results),
+            lead=self.lead(results) + (RUNNING if reload else ""),
             facts=self.facts(results),
             figure=self.overview(folder, results),
             sections=sections,
-            data=page.RECORDS,
+            data=() if reload else page.RECORDS,
+            reload=reload,
         )
         page.write(folder / "index.html", content)
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import mllm_jax as mj
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
 from mllm_jax.data import features
 from mllm_jax.interventions.tap import Taps
 from tests.helpers import study_checkpoints, tiny
@@ -56,6 +59,31 @@ def test_features_are_those_of_the_tower(tiny_model, examples, tmp_path):
     want = jax.jit(lambda model, batch: model.features(batch, Taps()))(tiny_model, batch)
     assert found.shape == (5, 16, 32) and found.dtype == np.float32
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+
+
+VISION = mj.ablate(S.vision.mlp.act[1, [3, 5]]) >> mj.add(S.vision.resid_post[0], np.ones(32))
+OTHERS = mj.ablate(S.projector.act[0, [1]]) >> mj.scale(S.lm.mlp.act[2], 3.0, where=tok.image)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        None,
+        VISION,
+        OTHERS,
+        OTHERS >> VISION,
+        mj.patch(S.vision.resid_post[1], source=1, into=0) >> OTHERS,
+    ],
+    ids=["nothing", "vision", "others", "both", "patch"],
+)
+def test_pictures_that_are_read_before_are_those_of_the_pass(tiny_model, make_batch, edits):
+    batch = make_batch()
+    want = mj.run(tiny_model, batch, edits).logits
+    read, others = features.read_pictures(tiny_model, batch, edits)
+    assert read.features is not None
+    assert not any(edit.address.site.module == "vision" for edit in others)
+    read = read.replace(pixels=np.full_like(batch.pixels, np.nan))  # which nothing reads again
+    np.testing.assert_allclose(mj.run(tiny_model, read, others).logits, want, atol=1e-5)
 
 
 @pytest.fixture

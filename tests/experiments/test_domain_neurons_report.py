@@ -2,12 +2,15 @@ import copy
 import csv
 import json
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from experiments import context
 from experiments.domain_neurons.report import ablation, robustness, selection
 from experiments.domain_neurons.report import page as report
+from mllm_jax import store
 from mllm_jax.report import page, style
 from tests.helpers import fake_study
 from tests.helpers.html_reader import Reader
@@ -314,6 +317,44 @@ def test_a_study_that_lacks_a_part(tmp_path, undrawn, changes, sections):
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert Reader(text).tags.count("section") == sections
     assert "nan" not in text.replace("Nan", "")
+
+
+FIRST = (
+    "format", "study", "model", "domains", "selector", "modules", "tokens", "selection", "stability",
+    "released", "ablated", "controls", "pictures",
+)  # fmt: skip
+LENS = ("lens", "lens_top", "lens_sites", "sparsity", "stages", "features")
+
+
+def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
+    results, sections, known = study(tmp_path, grids=(2,)), [], {}
+    for names in (FIRST, LENS, ("comparison", "evidence")):
+        known |= {name: results[name] for name in names}
+        report.preview(tmp_path, known)
+        text = (tmp_path / "index.html").read_text(encoding="utf-8")
+        assert "The study still runs" in text and 'http-equiv="refresh"' in text
+        assert "nan" not in text.replace("Nan", "") and "results.json" not in text
+        sections.append(Reader(text).tags.count("section"))
+    report.write(tmp_path, results)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "still runs" not in text and "http-equiv" not in text
+    assert sections == [6, 10, 12] and Reader(text).tags.count("section") == 16
+
+
+def test_a_finished_page_is_no_preview_again(tmp_path, monkeypatch):
+    def preview(results):
+        context.Context.preview(one, results, lambda folder, found: written.append(found))
+
+    one, written = mock.Mock(workdir=store.Workdir(tmp_path, {}), _with_items=dict), []
+    preview({"a": 1})
+    (tmp_path / "index.html").write_text("")
+    preview({"a": 1, "b": 2})
+    assert written == [{"a": 1}], "within a minute"
+    monkeypatch.setattr(context, "PREVIEW_SECONDS", 0)
+    preview({"a": 1, "b": 2})
+    (tmp_path / "results.json").write_text("")
+    preview({"a": 1, "b": 2, "c": 3})
+    assert written == [{"a": 1}, {"a": 1, "b": 2}]
 
 
 def test_what_could_not_be_found_is_said(tmp_path, undrawn):

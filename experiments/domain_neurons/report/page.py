@@ -98,4 +98,4 @@ REPORT = Report(
         sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip
-write = REPORT.write
+write, preview = REPORT.write, REPORT.preview
