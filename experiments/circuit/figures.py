@@ -174,10 +174,10 @@ def graph(results: Row) -> Figure:
     figure = Figure(figsize=(7, min(9, 2.5 + 0.22 * results["layers"])))
     ax = figure.subplots()
     for edge, strength in sorted(zip(edges, strengths(edges), strict=True), key=lambda e: e[1]):
-        (x0, y0), (x1, y1) = at[tuple(edge["from"])], at[tuple(edge["to"])]
+        x, y = bend(at[tuple(edge["from"])], at[tuple(edge["to"])])
         line = PLUS if edge["score"] > 0 else MINUS
-        ax.plot([x0, x1], [y0, y1], color=line, linewidth=0.4 + 2.2 * strength,
-                alpha=0.25 + 0.6 * strength, zorder=1)  # fmt: skip
+        ax.plot(x, y, color=line, linewidth=0.4 + 2.2 * strength, alpha=0.25 + 0.6 * strength,
+                zorder=1)  # fmt: skip
     for node, (x, y) in at.items():
         label = node[1].removeprefix("head ")
         ax.text(

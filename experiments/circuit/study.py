@@ -37,15 +37,15 @@ def run(
     """
     _check(config)
     model, processor = mj.load(config.model)
+    base = context.Context(
+        config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits()
+    )
     nodes = len(config.kinds) * model.config.lm.layers * (model.config.lm.heads + 1)
     if (most := max(*config.sizes, config.circuit)) > nodes:
         raise ValueError(
             f"config.sizes={tuple(config.sizes)}, config.circuit={config.circuit}: {most} is more "
             f"than the {nodes} nodes of this model at tokens of {len(config.kinds)} kinds"
         )
-    base = context.Context(
-        config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits()
-    )
     candidates = {
         split: _pairs(base, examples.examples_of(config, split, count))
         for split, count in (("train", config.train_per_domain), ("test", config.test_per_domain))

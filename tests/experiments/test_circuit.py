@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import mllm_jax as mj
@@ -174,11 +175,11 @@ def test_errors_come_before_anything_is_read(config_of):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Noise, each with a question whose answers begin with one word."""
+    """Pictures of one colour, each with a question whose answers begin with one word."""
     folder = tmp_path_factory.mktemp("pictures")
     rows = []
-    for i in range(160):
-        tiny.picture(i).save(folder / f"{i}.png")
+    for i, colour in enumerate(np.random.default_rng(0).integers(0, 256, (160, 3)).tolist()):
+        PIL.Image.new("RGB", (24, 24), tuple(colour)).save(folder / f"{i}.png")
         asked = {"question": "what is shown in the picture ?", "options": LABELS}
         rows.append(json.dumps({"image": f"{i}.png", "answer": LABELS[i % 3], "style": "category"} | asked))  # fmt: skip
     (folder / "noise.jsonl").write_text("\n".join(rows))
@@ -230,8 +231,12 @@ def test_a_planted_circuit_is_found(finished):
     ends = results["difference"]
     assert ends["clean"]["value"] > ends["corrupt"]["value"]
     # All that the head adds goes to the output, and what it reads comes from the embedding.
-    (strongest, *_) = sorted(results["graph"], key=lambda row: -row["score"])
-    assert (strongest["sender"], strongest["receiver"]) == (f"{LAYER} head {HEAD}", "output")
+    drawn = {(row["sender"], row["receiver"]): row["score"] for row in results["graph"]}
+    into_output = {edge: score for edge, score in drawn.items() if edge[1] == "output"}
+    assert max(into_output, key=into_output.get) == (f"{LAYER} head {HEAD}", "output")
+    np.testing.assert_allclose(
+        into_output[f"{LAYER} head {HEAD}", "output"], first["score"], rtol=0.1
+    )
     edges = {(row["sender"], row["receiver"]) for row in results["edges"] if abs(row["score"]) > 1e-4}  # fmt: skip
     shared = random_inputs.TINY.lm.heads // random_inputs.TINY.lm.kv_heads
     assert ("embed", f"{LAYER} v {HEAD // shared}") in edges
