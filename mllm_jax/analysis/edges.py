@@ -28,7 +28,7 @@ from mllm_jax.analysis.patching import Contrast, input_sites, line_between
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
 from mllm_jax.interventions.shapes import look_up, site_shapes
-from mllm_jax.models.decoder import Block
+from mllm_jax.models.decoder import Block, DecoderConfig
 from mllm_jax.numerics import precision
 from mllm_jax.typing import Array, Bool, Float
 
@@ -67,6 +67,26 @@ class EdgeEffects:
     receivers: tuple[Node, ...]
     is_edge: Bool[np.ndarray, "senders receivers"]
 
+    @classmethod
+    def of(cls, values: Float[np.ndarray, "B senders receivers"], lm: DecoderConfig) -> EdgeEffects:
+        """Return values with the senders and receivers of a language model that they belong to.
+
+        Args:
+          values: A value for each pair of a sender and a receiver; those of no edge are left out.
+          lm: The config of the language model.
+        """
+        heads, groups = range(lm.heads), range(lm.kv_heads)
+        senders, receivers = [Node(-1, "embed")], []
+        for layer in range(lm.layers):
+            senders += [Node(layer, "head", n) for n in heads] + [Node(layer, "mlp")]
+            receivers += [Node(layer, "q", n) for n in heads]
+            receivers += [Node(layer, part, n) for part in "kv" for n in groups]
+            receivers.append(Node(layer, "mlp"))
+        receivers.append(Node(lm.layers, "output"))
+        is_edge = np.array([[_leads(a, b) for b in receivers] for a in senders])
+        values = np.where(is_edge, values, 0).astype(np.float32)
+        return cls(values, tuple(senders), tuple(receivers), is_edge)
+
     def top(self, count: int) -> list[tuple[Node, Node, float]]:
         """Return the edges of the largest mean effect, in absolute value, largest first."""
         mean = self.values.mean(0)
@@ -86,18 +106,8 @@ def attribute(contrast: Contrast, *, steps: int = 0) -> EdgeEffects:
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
-    lm = contrast.model.config.lm
-    heads, groups = range(lm.heads), range(lm.kv_heads)
-    senders, receivers = [Node(-1, "embed")], []
-    for layer in range(lm.layers):
-        senders += [Node(layer, "head", n) for n in heads] + [Node(layer, "mlp")]
-        receivers += [Node(layer, "q", n) for n in heads]
-        receivers += [Node(layer, part, n) for part in "kv" for n in groups] + [Node(layer, "mlp")]
-    receivers.append(Node(lm.layers, "output"))
-    is_edge = np.array([[_leads(sender, receiver) for receiver in receivers] for sender in senders])
     values = checks.finite(_edge_effects(contrast, steps), "the effects of edges")
-    values = np.where(is_edge, values, 0).astype(np.float32)
-    return EdgeEffects(values, tuple(senders), tuple(receivers), is_edge)
+    return EdgeEffects.of(values, contrast.model.config.lm)
 
 
 def _leads(sender: Node, receiver: Node) -> bool:

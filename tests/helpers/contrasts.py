@@ -53,3 +53,18 @@ def linear_model() -> llava.Llava:
         return jnp.zeros_like(leaf) if any(part in name for part in (".q", ".down")) else leaf
 
     return jax.tree_util.tree_map_with_path(change, model)
+
+
+def one_head_model(config: llava.LlavaConfig, layer: int, head: int) -> llava.Llava:
+    """A model in which one head alone writes to the residual; no MLP and no other head does."""
+    width = config.lm.head_width
+
+    def change(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if not name.startswith(".lm.layers") or not (".o." in name or ".down." in name):
+            return leaf
+        here = slice(head * width, (head + 1) * width)
+        kept = jnp.zeros_like(leaf).at[layer, here].set(leaf[layer, here])
+        return kept if ".o." in name else jnp.zeros_like(leaf)
+
+    return jax.tree_util.tree_map_with_path(change, random_inputs.random_model(config))

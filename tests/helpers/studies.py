@@ -24,6 +24,10 @@ LABELS = ("a circle", "a square", "a stripe", "a dot")
 # Every study on two tiny domains: its config, and the fields that make it small.
 PICTURES = {"train_per_domain": 4, "test_per_domain": 4, "batch_size": 2}
 TASK = {"train_per_task": 8, "held_per_task": 4, "test_per_task": 4, "tasks": ()}
+CIRCUIT = {
+    "styles": ("category",), "partner": "class", "keep": "apart", "batch_size": 2, "sizes": (2, 8),
+    "circuit": 3, "exact_nodes": 4, "train_per_domain": 12, "test_per_domain": 12,
+}  # fmt: skip
 STUDIES = {
     "evaluate": ("configs/embedded_evaluate.py", {"styles": ("choice",), **PICTURES}),
     "sweep": ("configs/embedded_sweep.py:strengths", {"pairs_per_domain": 2, "batch_size": 2}),
@@ -38,7 +42,22 @@ STUDIES = {
     ),
     "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
     "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
+    "circuit": ("configs/embedded_circuit.py:quick", CIRCUIT),
     "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
+    "dictionary": (
+        "configs/embedded_dictionary.py:quick",
+        {
+            "styles": ("category",),
+            "layer": 1,
+            "steps": 6,
+            "vectors": 16,
+            "shown": 2,
+            "recipe.latents": 24,
+            "recipe.k": 4,
+            "recipe.every": 2,
+            **PICTURES,
+        },
+    ),
 }
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),

@@ -1,0 +1,1 @@
+"""Circuits of heads and MLPs on minimal pairs: found, evaluated and shown."""

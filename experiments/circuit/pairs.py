@@ -1,0 +1,140 @@
+"""Minimal pairs: two inputs of one layout whose answers differ, and the token that decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from mllm_jax import tokens as tok
+from mllm_jax.batch import Batch
+from mllm_jax.data.domains import Example, Question
+from mllm_jax.processors.processor import Processor
+
+Side: TypeAlias = tuple[Example, Question]
+Partner = Literal["class", "domain"]
+SWAPS = ("picture", "question")
+PARTNERS = ("class", "domain")
+
+
+class Answers(NamedTuple):
+    """The answers of a pair as tokens.
+
+    Attributes:
+        shared: the tokens that both begin with.
+        right: the next token of the clean answer.
+        wrong: the next token of the corrupt answer.
+    """
+
+    shared: tuple[int, ...]
+    right: int
+    wrong: int
+
+
+class Pair(NamedTuple):
+    """A clean and a corrupt input, and their answers."""
+
+    clean: Side
+    corrupt: Side
+    answers: Answers
+
+
+def answers_of(processor: Processor, clean: Side, corrupt: Side) -> Answers | None:
+    """Return the first tokens at which two answers differ; None where they are one text."""
+    first, second = (processor.answer_ids(side[1].answer) for side in (clean, corrupt))
+    for at, (right, wrong) in enumerate(zip(first, second, strict=False)):
+        if right != wrong:
+            return Answers(tuple(first[:at]), right, wrong)
+    return None
+
+
+def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner) -> list[Pair]:
+    """Return pairs of pictures with the same question and different answers.
+
+    Args:
+        processor: the processor of the model.
+        sides: pictures with their questions; each is in one pair at most.
+        partner: "class" pairs pictures of one domain, "domain" those of two.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    found: list[Pair] = []
+    remaining = list(sides)
+    while remaining:
+        side = remaining.pop(0)
+        for number, other in enumerate(remaining):
+            same_domain = side[0].domain == other[0].domain
+            if side[1].prompt != other[1].prompt or same_domain != (partner == "class"):
+                continue
+            if answers := answers_of(processor, side, other):
+                found.append(Pair(side, remaining.pop(number), answers))
+                break
+    if not found:
+        where = "of one domain" if partner == "class" else "of two domains"
+        raise ValueError(
+            f"config.partner={partner}: no two pictures {where} have the same question and "
+            "different answers; name other config.styles, or more pictures"
+        )
+    return found
+
+
+def swap_questions(
+    processor: Processor, examples: Sequence[Example], styles: Sequence[str]
+) -> list[Pair]:
+    """Return pairs of questions about one picture, of as many tokens and with different answers.
+
+    Args:
+        processor: the processor of the model.
+        examples: the pictures; each is in one pair at most.
+        styles: the styles of the questions.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    found: list[Pair] = []
+    for example in examples:
+        questions = [q for q in example.questions if q.style in styles]
+        if len(questions) < 2:
+            continue
+        picture, prompts = example.image, [q.prompt for q in questions]
+        lengths = processor([picture] * len(prompts), prompts).valid.sum(-1)
+        for i, j in np.argwhere(np.triu(lengths[:, None] == lengths, 1)).tolist():
+            if questions[i].prompt == questions[j].prompt:
+                continue
+            # In turn, so that "yes" is the clean answer of every other pair.
+            order = (i, j) if len(found) % 2 == 0 else (j, i)
+            clean, corrupt = ((example, questions[at]) for at in order)
+            if answers := answers_of(processor, clean, corrupt):
+                found.append(Pair(clean, corrupt, answers))
+                break
+    if not found:
+        raise ValueError(
+            f"config.swap=question: no picture has two questions of style {' or '.join(styles)} "
+            "with as many tokens and different answers; name other config.styles, or more pictures"
+        )
+    return found
+
+
+def after_shared(batch: Batch, shared: Sequence[Sequence[int]], length: int) -> Batch:
+    """Return a batch of prompts followed by the first tokens of their answers.
+
+    The last of these becomes the last token of its row.
+
+    Args:
+        batch: the prompts, padded on the right.
+        shared: the tokens that follow each prompt.
+        length: the number of places for them.
+    """
+    if not length:
+        return batch
+    counts = np.array([len(ids) for ids in shared])
+    ids = np.array([[*ids, *[0] * (length - len(ids))] for ids in shared], np.int32)
+    longer = batch.prompts().followed_by(ids, np.arange(length) < counts[:, None])
+    at = np.where(counts > 0, batch.ids.shape[1] + counts - 1, batch.last)
+    last = np.arange(longer.ids.shape[1]) == at[:, None]
+    # A prompt from here on: masks of tokens are of the whole row.
+    map_: tok.TokenMap = dataclasses.replace(longer.tokens, last=last, added=0)
+    return longer.replace(tokens=map_)
