@@ -32,7 +32,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.seed = 0
     if size == "question":
         config.swap = "question"
-        config.styles = ("kind", "category", "yesno")
+        config.styles = ("kind", "category")
     if size == "quick":
         config.steps = 2
         config.train_per_domain = 2
