@@ -7,7 +7,7 @@ import pytest
 
 import mllm_jax as mj
 from mllm_jax import sites as S
-from mllm_jax.training import tuned_lens
+from mllm_jax.training import lenses, tuned_lens
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def read(tiny_model, make_batch):
 def test_the_last_layer_is_the_models_own_distribution(tiny_model, read):
     states, lens, logits = read
     rng = np.random.default_rng(0)
-    random = tuned_lens.TunedLens(
+    random = lenses.AffineLens(
         rng.normal(size=(3, 32, 32)).astype(np.float32), rng.normal(size=(3, 32)).astype(np.float32)
     )
     for maps in (None, random):
-        found = tuned_lens.compare(tiny_model, states, maps)
+        found = lenses.compare(tiny_model, states, maps)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         np.testing.assert_allclose(found.kl[-1], 0, atol=1e-5)
         own = -(np.exp(log_probs) * log_probs).sum(-1)
@@ -35,7 +35,7 @@ def test_the_last_layer_is_the_models_own_distribution(tiny_model, read):
         assert found.agrees[-1].all()
         assert found.kl[:-1].min() > 0
     # Without a map it is the logit lens.
-    found = tuned_lens.compare(tiny_model, states)
+    found = lenses.compare(tiny_model, states)
     np.testing.assert_allclose(found.entropy, np.asarray(lens.entropy).reshape(4, 18), atol=1e-4)
     want = np.asarray(lens.ids).reshape(4, 18) == logits.argmax(-1)
     np.testing.assert_array_equal(found.agrees, want)
@@ -51,8 +51,10 @@ def test_a_planted_map_is_found(tiny_model):
     chunks = np.stack([first, last], 2)
     fitted = tuned_lens.fit(tiny_model, [*chunks] * 10, rate=1e-2)
     assert fitted.losses.shape == (400, 1)
-    logit = tuned_lens.compare(tiny_model, chunks[0])
-    tuned = tuned_lens.compare(tiny_model, chunks[0], fitted.lens)
+    logit = lenses.compare(tiny_model, chunks[0])
+    tuned = lenses.compare(tiny_model, chunks[0], fitted.lens)
+    # Step 0 is before any training: the loss is that of the logit lens.
+    np.testing.assert_allclose(fitted.losses[0], logit.kl[:-1].mean(-1), rtol=1e-4)
     assert logit.kl[0].mean() > 0.5 and tuned.kl[0].mean() < 0.02
     assert tuned.agrees[0].mean() > 0.8 > 2 * logit.agrees[0].mean()
     assert tuned.kl[0].mean() < fitted.losses[0, 0] / 20
