@@ -21,7 +21,7 @@ def draw(rng, directions, mean, rows=ROWS):
     """Vectors that are sums of a few of the directions, around a mean."""
     values = np.zeros((rows, len(directions)))
     for row in values:
-        row[rng.choice(len(directions), ACTIVE, replace=False)] = rng.uniform(2, 4, ACTIVE)
+        row[rng.choice(len(directions), ACTIVE, replace=False)] = rng.uniform(40, 80, ACTIVE)
     return (mean + values @ directions).astype(np.float32)
 
 
@@ -31,7 +31,7 @@ def planted():
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((PLANTED, D))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    mean = 3 * rng.standard_normal(D)
+    mean = 60 * rng.standard_normal(D)
     batches = [draw(rng, directions, mean) for _ in range(40)]
     return directions, batches * 8, draw(rng, directions, mean, 2000)
 
@@ -81,7 +81,7 @@ def test_planted_directions_are_found(kind, planted, tmp_path):
     mj.write_dictionary(dictionary, tmp_path)
     again = mj.load_dictionary(tmp_path)
     np.testing.assert_allclose(
-        again.encode(held_out), dictionary.encode(held_out), rtol=0, atol=1e-4
+        again.encode(held_out), dictionary.encode(held_out), rtol=0, atol=2e-3
     )
 
 
@@ -110,9 +110,10 @@ def leaves(fitted):
 
 def test_a_killed_training_ends_with_the_same_bytes(planted, tmp_path):
     _, batches, _ = planted
-    recipe = Recipe(latents=64, k=ACTIVE, kind="topk", rate=1e-2, dead_after=2000, every=8)
+    recipe = Recipe(latents=64, k=ACTIVE, kind="topk", rate=1e-2, dead_after=500, every=8)
     few = batches[:30]
     whole = dictionaries.fit(few, recipe)
+    assert whole.dead[20:].max() > 0  # what is dead is counted on
     for at in (5, 19, 29):
         with pytest.raises(Killed):
             dictionaries.fit(Dies(few, at), recipe, save=tmp_path)
