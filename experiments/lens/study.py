@@ -69,6 +69,9 @@ def run(
         edits: edits of every pass.
     """
     model, processor = mj.load(config.model)
+    base = context.Context(
+        config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits()
+    )
     layers = _layers(config, model.config.lm.layers)
     pairs = {
         split: batching.ask(examples.examples_of(config, name, count), config.styles)
@@ -79,17 +82,12 @@ def run(
         )
     }
     length = batching.row_length(processor, [pair for part in pairs.values() for pair in part])
-    sizes = {"jacobian": config.jacobian_batch_size}
-    study = Study(
-        config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits(),
-        layers=layers,
-        questions={
-            split: batching.QuestionBatches(
-                processor, part, sizes.get(split, config.batch_size), length
-            )
-            for split, part in pairs.items()
-        },
-    )  # fmt: skip
+    sizes = dict.fromkeys(pairs, config.batch_size) | {"jacobian": config.jacobian_batch_size}
+    questions = {
+        split: batching.QuestionBatches(processor, part, sizes[split], length)
+        for split, part in pairs.items()
+    }
+    study = Study(**vars(base), layers=layers, questions=questions)
     study.claim({split: context.content(part) for split, part in pairs.items()})
     trained = workdir.arrays("tuned", functools.partial(train, study))
     fitted: dict[str, AffineLens | None] = {"logit": None, "tuned": _lens(trained)}
