@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colors, patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from mllm_jax import store
 
@@ -60,8 +61,24 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
     image, form = io.BytesIO(), pathlib.Path(path).suffix[1:]
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[form]
     with matplotlib.rc_context(STYLE):
+        _lay_out(figure)
         figure.savefig(image, format=form, metadata=metadata)
     store.write(path, image.getvalue())
+
+
+def _lay_out(figure: Figure) -> None:
+    """Lay a figure out once for all, at rounded positions.
+
+    The solver of constrained layout returns other last digits from call to call, of which ids in an
+    SVG are hashes.
+    """
+    engine = figure.get_layout_engine()
+    if engine is None or isinstance(engine, PlaceHolderLayoutEngine):
+        return
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        ax.set_position(np.round(ax.get_position(original=True).bounds, 9))
 
 
 P = ParamSpec("P")

@@ -1,4 +1,4 @@
-"""Training batches of one question a row, with precomputed vision features."""
+"""Training batches: one question a row with precomputed vision features, or collected vectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from mllm_jax.batch import Batch
 from mllm_jax.data.embedded.questions import Question
+from mllm_jax.passes.collect import VectorSource
 from mllm_jax.processors.processor import Processor
+from mllm_jax.typing import Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,49 @@ class AnswerBatches:
         epoch, place = divmod(row, len(self.features))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.features))
         return int(order[place]), epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorBatches:
+    """A deterministic sequence of batches of collected vectors; each epoch has its own order.
+
+    Attributes:
+      source: the vectors. Those with several axes, as of heads, are read as one vector each.
+      size: number of vectors of a batch.
+      count: number of batches.
+      seed: seed of the order.
+    """
+
+    source: VectorSource
+    size: int
+    count: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a source without vectors, of which there is no order.
+
+        Raises:
+          ValueError: there is no vector.
+        """
+        if not len(self.source):
+            raise ValueError(f"{self.source} has no vector to train on: no token was selected")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Float[np.ndarray, "n D"]:
+        """Return the batch of this number, in float32."""
+        if not 0 <= number < self.count:
+            raise IndexError(f"batch {number} of {self.count}")
+        rows = np.arange(number * self.size, (number + 1) * self.size)
+        epochs, places = np.divmod(rows, len(self.source))
+        drawn = np.concatenate(
+            [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+        return self.source[drawn].value.astype(np.float32).reshape(self.size, -1)
+
+    def _order(self, epoch: int) -> Int[np.ndarray, " N"]:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
 
 
 def without_end(labels: np.ndarray) -> np.ndarray:

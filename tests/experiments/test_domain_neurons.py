@@ -206,9 +206,12 @@ def test_neurons_beyond_chance_are_what_is_ablated(finished, command, execute, t
     results = json.loads((tmp_path / "work/results.json").read_text())
     tested = masks.load(tmp_path / "work/masks_tested.npz").modules["vision.mlp.act"]
     assert tested.any() and results["ablated"] == "tested"
-    for row in results["ablation"]:
-        if row["control"] is None:
-            assert row["neurons"] == tested[results["domains"].index(row["mask"])].sum()
+    own = [
+        row for row in results["ablation"] if (row["module"], row["control"]) == ("vision", None)
+    ]
+    assert len(own) == 9
+    for row in own:
+        assert row["neurons"] == tested[results["domains"].index(row["mask"])].sum()
 
 
 def test_selection_by_released_prompts_stands_beside(finished):

@@ -15,6 +15,7 @@ from typing import IO
 import pytest
 
 from experiments.running import lock
+from mllm_jax.store import stamps
 from tests.helpers.studies import ENVIRONMENT, EVALUATE, LABELS, ROOT, STUDIES, several
 
 pytestmark = pytest.mark.slow
@@ -163,7 +164,8 @@ def results(folder: pathlib.Path) -> dict[str, bytes]:
     return {
         str(name): path.read_bytes()
         for name, path in files.items()
-        if name.name not in ("manifest.json", lock.NAME) and name.parts[0] != "checkpoints"
+        if name.name not in ("manifest.json", lock.NAME, stamps.NAME)
+        and name.parts[0] != "checkpoints"
     }
 
 

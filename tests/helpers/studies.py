@@ -56,6 +56,20 @@ STUDIES = {
         },
     ),
     "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
+    "dictionary": (
+        "configs/embedded_dictionary.py:quick",
+        {
+            "styles": ("category",),
+            "layer": 1,
+            "steps": 6,
+            "vectors": 16,
+            "shown": 2,
+            "recipe.latents": 24,
+            "recipe.k": 4,
+            "recipe.every": 2,
+            **PICTURES,
+        },
+    ),
 }
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),

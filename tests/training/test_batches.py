@@ -1,8 +1,9 @@
-"""Batches of one question a row: the same at the same place, each epoch in its own order."""
+"""Batches are the same at the same place, each epoch in its own order."""
 
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,35 @@ def ask(row: int, epoch: int) -> Question:
 @pytest.fixture(scope="module")
 def made(processor, features):
     return batches.AnswerBatches(processor, ask, features, size=2, count=6, length=32, seed=3)
+
+
+class Numbered:
+    """Vectors of two heads that say where they are; as a collection, it is read by indices."""
+
+    def __init__(self, count):
+        self.value = np.arange(count * 4, dtype=np.float16).reshape(count, 2, 2)
+
+    def __len__(self):
+        return len(self.value)
+
+    def __getitem__(self, indices):
+        return types.SimpleNamespace(value=self.value[indices])
+
+
+def test_vectors_are_read_once_an_epoch_in_its_own_order():
+    made = batches.VectorBatches(Numbered(10), size=4, count=5, seed=3)
+    assert len(made) == 5 and made[2].shape == (4, 4) and made[2].dtype == np.float32
+    drawn = np.concatenate([made[i] for i in range(5)])
+    np.testing.assert_array_equal(drawn, drawn[:, :1] + np.arange(4))
+    one, two = drawn[:10, 0] // 4, drawn[10:, 0] // 4
+    assert sorted(one) == sorted(two) == list(range(10)) and (one != two).any()
+    np.testing.assert_array_equal(np.concatenate([made[i] for i in range(5)]), drawn)
+    other = dataclasses.replace(made, seed=4)
+    assert (np.concatenate([other[i] for i in range(5)]) != drawn).any()
+    with pytest.raises(IndexError, match="batch 5 of 5"):
+        made[5]
+    with pytest.raises(ValueError, match="has no vector to train on"):
+        batches.VectorBatches(Numbered(0), size=4, count=5)
 
 
 def rows(batch, features) -> list[int]:

@@ -1,0 +1,1 @@
+"""A trained dictionary: activations, training, held-out pictures, and the report."""

@@ -1,0 +1,151 @@
+"""The strongest latents of a dictionary: how often they are active, where, and what they write."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.dictionary.context import Study, chunks
+from mllm_jax import store
+from mllm_jax.dictionaries.dictionary import Dictionary
+from mllm_jax.passes.collect import Vectors, VectorSource
+from mllm_jax.sharding import mesh
+from mllm_jax.typing import Array, Float, Int
+
+TOP = 6  # pictures of a latent
+WORDS = 8  # words that its direction raises
+
+
+class _Activity(NamedTuple):
+    """What latents did on the vectors of training.
+
+    Attributes:
+        tokens: the number of tokens on which each is active, int64[M].
+        energy: the sum of its squared values, float64[M].
+    """
+
+    tokens: Int[np.ndarray, " M"]
+    energy: Float[np.ndarray, " M"]
+
+
+def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> list[dict[str, Any]]:
+    """Return what is known of the latents with most energy, and write the pictures they name.
+
+    Directions have length 1, so that the energy of a latent, the sum of its squared values, is what
+    it adds to the squared length of the reconstructions.
+
+    Args:
+        study: the study. `shown` of its config is the number of latents.
+        dictionary: the dictionary.
+        source: the vectors of training.
+
+    Returns:
+        For each latent its index, share of energy, rate, mean when it is active, the share of its
+        active tokens by domain, the words that its direction raises, and, of image tokens, the
+        pictures on which it is strongest, with the place of the token.
+    """
+
+    def make() -> list[dict[str, Any]]:
+        activity = _activity(dictionary, source)
+        chosen = np.argsort(-activity.energy, kind="stable")[: study.config.shown]
+        values = np.concatenate(
+            [np.asarray(_encode(dictionary, some))[:, chosen] for some in chunks(source)]
+        )
+        places, words = source[:], _words(study, dictionary, chosen)
+        return [
+            _entry(study, int(latent), activity, values[:, n], places) | {"words": words[n]}
+            for n, latent in enumerate(chosen)
+        ]
+
+    entries = study.workdir.json("strongest", make)
+    for example, tile in sorted({(p["example"], p["tile"]) for e in entries for p in e["top"]}):
+        picture, question = study.pairs["train"][example]
+        batch = study.processor([picture.image], [question.prompt])
+        shown = study.processor.tile_picture(batch, tile)
+        store.save_figure(study.workdir, _name(example, tile), shown)
+    return entries
+
+
+@jax.jit
+def _encode(dictionary: Dictionary, vectors: Float[Array, "n D"]) -> Float[Array, "n M"]:
+    return dictionary.encode(vectors)
+
+
+def _activity(dictionary: Dictionary, source: VectorSource) -> _Activity:
+    M = dictionary.widths[1]
+    tokens, energy = np.zeros(M, np.int64), np.zeros(M, np.float64)
+    for some in chunks(source):
+        values = np.asarray(_encode(dictionary, some), np.float64)
+        tokens += (values > 0).sum(0)
+        energy += (values**2).sum(0)
+    return _Activity(tokens, energy)
+
+
+def _entry(
+    study: Study, latent: int, activity: _Activity, values: Float[np.ndarray, " n"], places: Vectors
+) -> dict[str, Any]:
+    """Return what is known of one latent, apart from its words.
+
+    Args:
+        study: the study.
+        latent: its index.
+        activity: what all latents did.
+        values: its value at each token.
+        places: the tokens.
+    """
+    active = values > 0
+    domain_of = np.array([example.domain for example, _ in study.pairs["train"]])
+    domains = domain_of[places.example[active]]
+    count = int(active.sum())
+    return {
+        "latent": latent,
+        "energy": float(activity.energy[latent] / max(activity.energy.sum(), 1e-30)),
+        "rate": float(activity.tokens[latent] / len(values)),
+        "mean": float(values[active].mean(dtype=np.float64)) if count else 0.0,
+        "domains": {name: float((domains == name).sum() / max(count, 1))
+                    for name in dict.fromkeys(domain_of.tolist())},
+        "top": _top(values, places),
+    }  # fmt: skip
+
+
+def _top(values: Float[np.ndarray, " n"], places: Vectors) -> list[dict[str, Any]]:
+    """Return the image tokens on which a latent is strongest, one of a picture."""
+    found: dict[int, dict[str, Any]] = {}
+    for at in np.argsort(-values, kind="stable"):
+        example, tile, row, column = (
+            int(part[at]) for part in (places.example, places.tile, places.row, places.column)
+        )
+        if len(found) == TOP or values[at] <= 0:
+            break
+        if example in found or row < 0:
+            continue
+        own = (places.example == example) & (places.tile == tile)
+        found[example] = {
+            "image": f"figures/{_name(example, tile)}", "value": float(values[at]),
+            "example": example, "tile": tile, "row": row, "column": column,
+            "rows": int(places.row[own].max()) + 1, "columns": int(places.column[own].max()) + 1,
+        }  # fmt: skip
+    return list(found.values())
+
+
+def _name(example: int, tile: int) -> str:
+    return f"picture-{example}-{tile}.jpg"
+
+
+def _words(study: Study, dictionary: Dictionary, chosen: Int[np.ndarray, " n"]) -> list[list[str]]:
+    """Return the words that each direction raises most, read by the head alone."""
+    if dictionary.widths[2] != study.model.config.lm.width:
+        return [[] for _ in chosen]
+    with mesh.use_mesh_of(study.model):
+        logits = mesh.gather_to_host(
+            _through_head(study.model.lm, np.asarray(dictionary.decoder)[chosen])
+        )
+    order = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, :WORDS]
+    return [[study.processor.word(i) for i in ids] for ids in order]
+
+
+@jax.jit
+def _through_head(lm: Any, directions: Float[Array, "n D"]) -> Float[Array, "n V"]:
+    return lm.lens(directions)

@@ -1,0 +1,151 @@
+"""The dictionary of a tiny model: its results add up, and it can be read and killed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import mllm_jax as mj
+from experiments.dictionary import study as dictionary
+from mllm_jax.store import Workdir, stamps
+from mllm_jax.training import dictionaries
+from tests.helpers import studies, tiny
+
+pytestmark = pytest.mark.slow
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_to_compile):
+    """These programs run once: compiling them is what takes the time."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Noise, each with a question whose answers the tiny tokenizer knows."""
+    folder = tmp_path_factory.mktemp("pictures")
+    labels = ("not", "tree", "which")
+    rows = []
+    for i in range(32):
+        tiny.picture(i).save(folder / f"{i}.png")
+        question = {"question": "what is shown in the picture ?", "options": labels}
+        answer = {"answer": labels[i % 3], "style": "category"}
+        rows.append(json.dumps({"image": f"{i}.png"} | question | answer))
+    (folder / "noise.jsonl").write_text("\n".join(rows))
+    return str(folder / "noise.jsonl")
+
+
+@pytest.fixture(scope="module")
+def study(config_of, tiny_config, tiny_model, pictures):
+    """Runs the study of the tiny model in this process; its folder."""
+    name, fields = studies.STUDIES["dictionary"]
+
+    def run(folder, **more):
+        config = config_of(name, paths=(pictures,), model="tiny", **fields | more)
+        workdir = Workdir(folder, config.to_dict())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
+            dictionary.run(config, workdir)
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    return study(tmp_path_factory.mktemp("dictionary") / "whole")
+
+
+def test_results_are_those_of_the_dictionary_that_is_written(whole):
+    results = json.loads((whole / "results.json").read_text())
+    written = mj.load_dictionary(whole / "dictionary")
+    assert written.widths == (32, 24, 32)
+    for kind in ("image", "text"):
+        vectors = mj.read_collection(whole / "activations/test")[kind][:].value
+        x = vectors.astype(np.float64)
+        z = np.asarray(written.encode(vectors.astype(np.float32)), np.float64)
+        y = z @ np.asarray(written.decoder) + np.asarray(written.decoder_bias)
+        found = results["fidelity"][kind]
+        explained = 1 - ((x - y) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+        assert found["explained"] == pytest.approx(explained, abs=1e-4)
+        assert found["active"] == pytest.approx((z > 0).sum(1).mean())
+        assert found["dead"] == pytest.approx((z == 0).all(0).mean())
+        assert results["vectors"][kind] == len(x)
+    losses = results["losses"]["image"]
+    share = (losses["mean_loss"]["zero"] - losses["mean_loss"]["spliced"]) / (
+        losses["mean_loss"]["zero"] - losses["mean_loss"]["clean"]
+    )
+    assert losses["recovered"]["zero"]["value"] in (None, pytest.approx(share, rel=1e-3))
+    for name in ("index.html", "figures/training.png", "manifest.json", "tables/held_out.csv",
+                 "tables/strongest.csv", "tables/training.csv"):  # fmt: skip
+        assert (whole / name).stat().st_size > 20
+
+
+def test_the_strongest_tokens_of_a_latent_are_those_of_a_pass(whole):
+    """The first token that the page shows has this value at this place."""
+    results = json.loads((whole / "results.json").read_text())
+    written = mj.load_dictionary(whole / "dictionary")
+    places = mj.read_collection(whole / "activations/train")["image"][:]
+    values = np.asarray(written.encode(places.value.astype(np.float32)))
+    energy = (values.astype(np.float64) ** 2).sum(0)
+    assert len(results["strongest"]) == 2
+    for entry in results["strongest"]:
+        own = values[:, entry["latent"]]
+        assert entry["rate"] == pytest.approx((own > 0).mean())
+        assert entry["energy"] == pytest.approx(energy[entry["latent"]] / energy.sum())
+        first = entry["top"][0]
+        at = own.argmax()
+        assert first["value"] == pytest.approx(own[at])
+        place = {name: getattr(places, name)[at] for name in ("example", "tile", "row", "column")}
+        assert {name: first[name] for name in place} == place
+        assert (first["rows"], first["columns"]) == (places.row.max() + 1, places.column.max() + 1)
+        assert len({token["example"] for token in entry["top"]}) == len(entry["top"])
+        assert all((whole / token["image"]).exists() for token in entry["top"])
+    assert [e["energy"] for e in results["strongest"]] == sorted(
+        (float(e["energy"]) for e in results["strongest"]), reverse=True
+    )
+
+
+def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path, monkeypatch):
+    """Killed before each of its steps, and within its training."""
+    take = dictionaries._step
+
+    def dies_at(count):
+        left = iter(range(count))
+
+        def step(*args, **how):
+            if next(left, None) is None:
+                raise Killed
+            return take(*args, **how)
+
+        return step
+
+    whole_step = Workdir._step
+
+    def dies_before(count):
+        left = iter(range(count))
+
+        def step(self, name, *how):
+            if next(left, None) is None:
+                raise Killed
+            return whole_step(self, name, *how)
+
+        return step
+
+    moments = [(dictionaries, "_step", dies_at(3)), (dictionaries, "_step", dies_at(1))]
+    moments += [(Workdir, "_step", dies_before(count)) for count in (2, 5)]
+    for place, name, function in moments:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, name, function)
+            study(tmp_path / "killed")
+    killed = study(tmp_path / "killed")
+    for path in whole.path.rglob("*"):
+        name = path.relative_to(whole.path)
+        skipped = name.name in ("manifest.json", stamps.NAME) or name.parts[0] == "checkpoints"
+        if path.is_file() and not skipped:
+            assert (killed / name).read_bytes() == path.read_bytes(), name
