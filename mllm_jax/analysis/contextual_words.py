@@ -31,11 +31,11 @@ class Neighbours(NamedTuple):
     """The words that states are nearest to, the nearest first; of equal ones the first of the bank.
 
     Attributes:
-      index: The rows of the bank, int32[n, k].
+      words: The rows of the bank, int32[n, k].
       cosine: Their cosines with the state, float32[n, k]; 0 with a state of zeros.
     """
 
-    index: Int[np.ndarray, "n k"]
+    words: Int[np.ndarray, "n k"]
     cosine: Float[np.ndarray, "n k"]
 
 
@@ -61,8 +61,8 @@ def nearest(states: Float[AnyArray, "n D"], bank: Float[AnyArray, "m D"], k: int
         raise ValueError(f"k={k}: the bank holds {len(bank)} words")
     if not len(states):
         return Neighbours(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
-    cosine, index = _nearest(_unit(states), _unit(bank), k=k)
-    return Neighbours(np.asarray(index), np.asarray(cosine))
+    cosine, words = _nearest(_unit(states), _unit(bank), k=k)
+    return Neighbours(np.asarray(words), np.asarray(cosine))
 
 
 @functools.partial(jax.jit, static_argnames=("k",))

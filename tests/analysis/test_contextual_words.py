@@ -23,15 +23,15 @@ def test_neighbours_are_the_largest_cosines_whatever_the_lengths():
             for word in bank
         ]
         want = sorted(range(30), key=lambda i: -cosine[i])[:4]
-        assert found.index[n].tolist() == want
+        assert found.words[n].tolist() == want
         np.testing.assert_allclose(found.cosine[n], [cosine[i] for i in want], atol=1e-6)
-    assert found.index[5, 0] == 11 and 11 not in found.index[3]
+    assert found.words[5, 0] == 11 and 11 not in found.words[3]
 
 
 def test_equal_words_come_in_the_order_of_the_bank_and_zeros_are_like_nothing():
     bank = np.array([[0, 1], [2, 0], [0, 0], [1, 0]], np.float32)
     found = contextual_words.nearest(np.array([[3, 0], [0, 0]], np.float32), bank, k=3)
-    assert found.index.tolist() == [[1, 3, 0], [0, 1, 2]]
+    assert found.words.tolist() == [[1, 3, 0], [0, 1, 2]]
     assert found.cosine.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
@@ -52,4 +52,4 @@ def test_what_does_not_fit_is_refused(states, bank, k, says):
 
 def test_no_states_have_no_neighbours():
     found = contextual_words.nearest(np.zeros((0, 3)), np.ones((4, 3)), k=2)
-    assert found.index.shape == found.cosine.shape == (0, 2)
+    assert found.words.shape == found.cosine.shape == (0, 2)
