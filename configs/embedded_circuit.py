@@ -20,19 +20,19 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.keep = "answered"  # pairs with both answers preferred; or apart: clean above corrupt
     config.kinds = ("image", "text")  # the tokens at which a head or MLP is a node of its own
     config.steps = 5  # of integrated gradients; 0 for the slope at the clean activations
-    config.train_per_domain = 8  # pictures; about half as many pairs
-    config.test_per_domain = 6
+    config.train_per_domain = 5  # pictures; about half as many pairs
+    config.test_per_domain = 5
     config.sizes = (10, 30, 100, 200)  # numbers of nodes
-    config.circuit = 30  # the number of nodes of the circuit that is shown
-    config.draws = 3  # random circuits of each size
-    config.exact_nodes = 24  # nodes with exact patches: half of the highest scores, half at random
-    config.exact_pairs = 8
+    config.circuit = 10  # the number of nodes of the circuit that is shown
+    config.draws = 2  # random circuits of each size
+    config.exact_nodes = 12  # nodes with exact patches: half of the highest scores, half at random
+    config.exact_pairs = 8  # rounded up to whole batches
     config.edges = 40  # number of edges to list and to draw
     config.batch_size = 4  # pairs
     config.seed = 0
     if size == "question":
         config.swap = "question"
-        config.styles = ("kind", "category", "yesno")
+        config.styles = ("kind", "category")
     if size == "quick":
         config.steps = 2
         config.train_per_domain = 2

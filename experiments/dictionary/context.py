@@ -54,6 +54,7 @@ class Study(context.Context):
 
 
 def chunks(source: VectorSource) -> Iterator[Float[np.ndarray, "n D"]]:
-    """Yield all vectors in the order of the data, some at a time."""
+    """Yield all vectors in the order of the data, some at a time; those of heads as one."""
     for start in range(0, len(source), CHUNK):
-        yield source[start : start + CHUNK].value.astype(np.float32)
+        values = source[start : start + CHUNK].value.astype(np.float32)
+        yield values.reshape(len(values), -1)

@@ -135,8 +135,11 @@ def _name(example: int, tile: int) -> str:
 
 
 def _words(study: Study, dictionary: Dictionary, chosen: Int[np.ndarray, " n"]) -> list[list[str]]:
-    """Return the words that each direction raises most, read by the head alone."""
-    if dictionary.widths[2] != study.model.config.lm.width:
+    """Return the words that each direction raises most, read by the head alone.
+
+    A site that is not in the units of the residual stream has none.
+    """
+    if study.target.site.axes[-1] != "D":
         return [[] for _ in chosen]
     with mesh.use_mesh_of(study.model):
         logits = mesh.gather_to_host(

@@ -14,8 +14,10 @@ import mllm_jax as mj
 from experiments import context, examples
 from experiments.dictionary import latents, page
 from experiments.dictionary.context import KINDS, Study, chunks
+from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax.analysis import fidelity
+from mllm_jax.arguments import require_whole
 from mllm_jax.data import batching
 from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.interventions.edits import Edits
@@ -37,6 +39,13 @@ def run(
         edits: edits of every pass.
     """
     context.require_choice("config.tokens", config.tokens, KINDS)
+    site = S.get(config.site)
+    if not (site.module == "lm" and site.stacked and site.has_latents):
+        raise ValueError(
+            f"config.site={config.site}: this study reads a site of the language model, such as "
+            "lm.resid_post or lm.mlp.out"
+        )
+    require_whole("config.shown", config.shown)
     recipe = training.Recipe(**config.recipe, seed=config.seed)
     model, processor = mj.load(config.model)
     pairs = {
@@ -67,7 +76,7 @@ def run(
         "kind": recipe.kind,
         "latents": recipe.latents,
         "k": recipe.k,
-        "width": source.shape[-1],
+        "width": dictionary.widths[0],
         "steps": config.steps,
         "vectors": {"train": len(source), **{k: len(of) for k, of in held_out.items()}},
         "questions": len(pairs["test"]),

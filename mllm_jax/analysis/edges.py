@@ -122,6 +122,7 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     clean = contrast.run(contrast.clean, contrast.edits, _SENDS).captures
     corrupt = contrast.run(contrast.corrupt, contrast.edits, _SENDS | ends).captures
     change = _added(model.lm.layers, clean) - _added(model.lm.layers, corrupt)
+    change = jnp.swapaxes(change, 0, 1)  # rows first, so that no product of a layer copies it
 
     def effects(edits):
         slopes, states = _slopes(contrast, edits)
@@ -170,22 +171,23 @@ def _added(layers: Block, captured: dict[str, Array]) -> Float[Array, "U B T D"]
 
 
 def _receive(
-    change: Float[Array, "U B T D"], layer: Block, slopes: dict[str, Array],
+    change: Float[Array, "B U T D"], layer: Block, slopes: dict[str, Array],
     pre: Float[Array, "B T D"], mid: Float[Array, "B T D"],
 ) -> Float[Array, "B U R"]:  # fmt: skip
     """Return the effects of the edges into one layer: queries, keys, values by head, and MLP."""
-    effects = []
+    backs = []
     for site, name in zip(_READS[:3], ("q", "k", "v"), strict=True):
         _, pull = jax.vjp(lambda x, name=name: layer.attn.project(name, layer.attn_norm(x)), pre)
         slope = slopes[site.name]
         one_head = jnp.eye(slope.shape[2], dtype=slope.dtype)[:, None, None, :, None] * slope
         (back,) = jax.lax.map(pull, one_head)
-        effects.append(_product(change, back))
+        backs.append(back)
     _, pull = jax.vjp(lambda x: layer.added_by_mlp(x, lambda site, x: x), mid)
     (back,) = pull(slopes[S.lm.mlp.out.name])
-    return jnp.concatenate([*effects, _product(change, back[None])], -1)
+    # One product a layer: what all senders add is read once.
+    return _product(change, jnp.concatenate([*backs, back[None]]))
 
 
-def _product(change: Float[Array, "U B T D"], slope: Float[Array, "R B T D"]) -> Array:
+def _product(change: Float[Array, "B U T D"], slope: Float[Array, "R B T D"]) -> Array:
     slope = precision.at_least_float32(slope)
-    return precision.einsum("UBTD,RBTD->BUR", precision.at_least_float32(change), slope)
+    return precision.einsum("BUTD,RBTD->BUR", precision.at_least_float32(change), slope)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mllm_jax.arguments import require_whole
 from mllm_jax.batch import Batch
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.passes.collect import VectorSource
@@ -86,11 +87,13 @@ class VectorBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a source without vectors, of which there is no order.
+        """Check the fields.
 
         Raises:
-          ValueError: there is no vector.
+          ValueError: there is no vector, or a number is not whole or too small.
         """
+        require_whole("size", self.size)
+        require_whole("count", self.count)
         if not len(self.source):
             raise ValueError(f"{self.source} has no vector to train on: no token was selected")
 

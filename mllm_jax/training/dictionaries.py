@@ -239,7 +239,7 @@ def _first(batches: Batches) -> Float[np.ndarray, "n D"]:
     if not len(batches):
         raise ValueError("there is no batch of vectors to train on")
     first = np.asarray(batches[0], np.float32)
-    if first.ndim != 2:
+    if first.ndim != 2 or not first.size:
         raise ValueError(f"a batch of vectors is {list(first.shape)}, expected [n, D]")
     if not np.isfinite(first).all() or not (first != first[0]).any():
         raise ValueError("the vectors of the first batch are all the same, or not finite")

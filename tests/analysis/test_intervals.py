@@ -85,12 +85,12 @@ def test_equivalence_is_claimed_of_small_effects_alone(truth, questions):
     """At the margin itself it is claimed at the level, and of no effect nearly always."""
     rng = np.random.default_rng(0)
     claimed = 0
-    for _ in range(400):
+    for _ in range(200):
         own = rng.random(questions) < 0.5 + truth
         control = rng.random((6, questions)) < 0.5
         found = intervals.effect(own.astype(float), control.astype(float))
         claimed += intervals.equivalence(found, 0.1, answers=questions) <= 0.05
-    assert claimed / 400 <= 0.08 if truth else claimed / 400 >= 0.8
+    assert claimed / 200 <= 0.08 if truth else claimed / 200 >= 0.8
 
 
 def test_few_answers_that_do_not_change_show_nothing():

@@ -24,7 +24,7 @@ LAYER, HEAD = 2, 1  # where the circuit is planted
 SMALL = {
     "model": "tiny", "partner": "class", "styles": ("category",), "keep": "apart",
     "train_per_domain": 24, "test_per_domain": 24, "sizes": (1, 6), "circuit": 2, "draws": 2,
-    "exact_nodes": 4, "exact_pairs": 2, "batch_size": 2, "edges": 6,
+    "exact_nodes": 4, "exact_pairs": 3, "batch_size": 3, "edges": 6,
 }  # fmt: skip
 
 
@@ -212,6 +212,11 @@ def finished(study):
     return study()
 
 
+def metrics(workdir) -> list[dict[str, np.ndarray]]:
+    """The metric of all training pairs, in batches."""
+    return [dict(np.load(path)) for path in sorted((workdir / "steps/pairs").glob("train-*.npz"))]
+
+
 @pytest.mark.slow
 def test_a_planted_circuit_is_found(finished):
     results = json.loads((finished / "results.json").read_text())
@@ -230,6 +235,13 @@ def test_a_planted_circuit_is_found(finished):
     assert all(abs(value) < 1e-3 for value in lost.values())
     ends = results["difference"]
     assert ends["clean"]["value"] > ends["corrupt"]["value"]
+    # The head carries all of the difference; the last pair, which fills up a batch, counts once.
+    clean, corrupt = (
+        np.concatenate([a[name] for a in metrics(finished)]) for name in ("clean", "corrupt")
+    )
+    kept = (clean - corrupt)[clean - corrupt > 1e-3]
+    assert len(kept) == results["pairs"]["train"]["kept"] and len(kept) % 3
+    np.testing.assert_allclose(first["score"], kept.mean(), rtol=0.02)
     # All that the head adds goes to the output, and what it reads comes from the embedding.
     drawn = {(row["sender"], row["receiver"]): row["score"] for row in results["graph"]}
     into_output = {edge: score for edge, score in drawn.items() if edge[1] == "output"}
@@ -242,8 +254,10 @@ def test_a_planted_circuit_is_found(finished):
     assert ("embed", f"{LAYER} v {HEAD // shared}") in edges
     assert {a for a, _ in edges} == {"embed", f"{LAYER} head {HEAD}"}
     by_name = {(row["kind"], row["layer"], row["part"]): row for row in results["exact"]["nodes"]}
-    exact = by_name["text", LAYER, f"head {HEAD}"]["exact"]
-    assert exact > 0.01 and results["exact"]["pairs"] == 2
+    planted = by_name["text", LAYER, f"head {HEAD}"]
+    assert results["exact"]["pairs"] == 3
+    np.testing.assert_allclose(planted["exact"], kept[:3].mean(), rtol=0.02)
+    np.testing.assert_allclose(planted["estimate"], kept[:3].mean(), rtol=0.02)
     assert sum(abs(row["exact"]) > 1e-4 for row in by_name.values()) == 1
     for name in ("index.html", "circuit.npz", "manifest.json", "figures/curves.png",
                  "figures/graph.svg", "figures/minimality.png", "figures/exact.png", "tables/curves.csv",
@@ -262,8 +276,7 @@ def test_the_metric_is_the_difference_of_the_answers_log_probabilities(
     pairs = pairs_.swap_pictures(processor, sides, "class")
     assert results["pairs"]["train"]["candidates"] == len(pairs) > 2
     assert {pair.answers.shared for pair in pairs} == {tuple(processor.answer_ids("a", end=False))}
-    steps = (finished / "steps/pairs").glob("train-*.npz")
-    read = [np.load(path) for path in sorted(steps)]
+    read = metrics(finished)
     for side, name in enumerate(("clean", "corrupt")):
         found = np.concatenate([arrays[name] for arrays in read])
         images = [pair[side][0].image for pair in pairs]

@@ -13,8 +13,6 @@ from mllm_jax.store import Workdir, stamps
 from mllm_jax.training import dictionaries
 from tests.helpers import studies, tiny
 
-pytestmark = pytest.mark.slow
-
 
 class Killed(BaseException):
     pass
@@ -61,6 +59,7 @@ def whole(study, tmp_path_factory):
     return study(tmp_path_factory.mktemp("dictionary") / "whole")
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_dictionary_that_is_written(whole):
     results = json.loads((whole / "results.json").read_text())
     written = mj.load_dictionary(whole / "dictionary")
@@ -86,6 +85,7 @@ def test_results_are_those_of_the_dictionary_that_is_written(whole):
         assert (whole / name).stat().st_size > 20
 
 
+@pytest.mark.slow
 def test_the_strongest_tokens_of_a_latent_are_those_of_a_pass(whole):
     """The first token that the page shows has this value at this place."""
     results = json.loads((whole / "results.json").read_text())
@@ -111,6 +111,7 @@ def test_the_strongest_tokens_of_a_latent_are_those_of_a_pass(whole):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path, monkeypatch):
     """Killed before each of its steps, and within its training."""
     take = dictionaries._step
@@ -149,3 +150,23 @@ def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path, monkeyp
         skipped = name.name in ("manifest.json", stamps.NAME) or name.parts[0] == "checkpoints"
         if path.is_file() and not skipped:
             assert (killed / name).read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tokens": "all"}, "config.tokens: 'all' is not one of image, text"),
+        (
+            {"site": "vision.resid_post"},
+            "config.site=vision.resid_post: this study reads a site of",
+        ),
+        ({"site": "lm.resid_post.latents"}, "config.site=lm.resid_post.latents: this study reads"),
+        ({"shown": 0}, "config.shown=0 is not a whole number from 1"),
+        ({"recipe.kind": "gated"}, "kind='gated' is none of topk, batch_topk, jumprelu"),
+        ({"recipe.k": 999}, "k=999 is not a whole number from 1 to 256"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_anything_is_read(fields, says, config_of):
+    config = config_of("configs/embedded_dictionary.py:quick", model="nowhere", **fields)
+    with pytest.raises(ValueError, match=says):
+        dictionary.run(config, None)

@@ -152,8 +152,9 @@ def test_masks_are_written_and_read_back(finished, command, execute, tmp_path):
     for path in ("masks.npz", "masks/{module}.pth"):
         work = tmp_path / path[:5] / path[-3:]
         done = execute(
-            command("domain_neurons", QUICK, work, *SMALL, f"--config.masks={finished / path}")
-        )
+            command("domain_neurons", QUICK, work, *SMALL, f"--config.masks={finished / path}",
+                    "--config.evidence_neurons=0")
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         second = json.loads((work / "results.json").read_text())
         assert second["ablation"] == first["ablation"] and second["selector"] == "given"
@@ -200,7 +201,10 @@ def test_neurons_beyond_chance_are_written(finished):
 
 @pytest.mark.slow
 def test_neurons_beyond_chance_are_what_is_ablated(finished, command, execute, tmp_path):
-    more = ("--config.ablate=tested", "--config.modules=('vision',)", "--config.level=0.5")
+    more = (
+        "--config.ablate=tested", "--config.modules=('vision',)", "--config.level=0.5",
+        "--config.evidence_neurons=0", "--config.controls=0",
+    )  # fmt: skip
     done = execute(command("domain_neurons", QUICK, tmp_path / "work", *SMALL, *more))
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "work/results.json").read_text())

@@ -204,9 +204,8 @@ def kill_one(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kill", [pytest.param(subprocess.Popen.terminate, marks=pytest.mark.long), kill_one]
-)
+@pytest.mark.long  # one process is killed in test_kills
+@pytest.mark.parametrize("kill", [subprocess.Popen.terminate, kill_one])
 def test_two_that_are_killed_continue_as_one(kill, finished, command, survive, tmp_path):
     """Killed five times as two processes on two devices, then finished by one on one."""
     line = command("domain_neurons", QUICK, tmp_path / "work", *STUDY)

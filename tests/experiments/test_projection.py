@@ -182,6 +182,7 @@ def test_errors_come_before_anything_is_read(config_of):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # that of the main study is not
 def test_killed_and_restarted_ends_with_the_same_bytes(
     finished, command, survive, tmp_path, clip_flag
 ):

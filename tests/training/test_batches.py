@@ -48,6 +48,8 @@ def test_vectors_are_read_once_an_epoch_in_its_own_order():
     assert (np.concatenate([other[i] for i in range(5)]) != drawn).any()
     with pytest.raises(IndexError, match="batch 5 of 5"):
         made[5]
+    with pytest.raises(ValueError, match="size=0 is not a whole number from 1"):
+        batches.VectorBatches(Numbered(10), size=0, count=5)
     with pytest.raises(ValueError, match="has no vector to train on"):
         batches.VectorBatches(Numbered(0), size=4, count=5)
 

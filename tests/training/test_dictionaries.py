@@ -206,6 +206,8 @@ def test_wrong_vectors_are_refused(planted):
         dictionaries.fit([], recipe)
     with pytest.raises(ValueError, match=r"a batch of vectors is \[3, 4, 5\], expected \[n, D\]"):
         dictionaries.fit([np.zeros((3, 4, 5))], recipe)
+    with pytest.raises(ValueError, match=r"a batch of vectors is \[0, 24\], expected"):
+        dictionaries.fit([np.zeros((0, D))], recipe)
     for wrong in (np.ones((4, D)), np.full((4, D), np.nan)):
         with pytest.raises(ValueError, match="all the same, or not finite"):
             dictionaries.fit([wrong], recipe)
