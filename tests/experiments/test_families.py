@@ -26,6 +26,7 @@ SMALL = {
     "attribution": {"off": (4,), "controls": 1, "steps": 0},
     "mask": {"steps": 2, "controls": 1},
     "das": {"steps": 2, "layers": (1,), "rank": 2, "controls": 1, "test_pairs": 4},
+    "lens": {"layers": (), "word_layers": (0,)},
     "train": {"projector": "random", "steps": 2},
     "sweep": {"pairs_per_domain": 1, "batch_size": 1},
 }  # fmt: skip

@@ -43,6 +43,18 @@ STUDIES = {
     "attribution": ("configs/embedded_attribution.py:quick", {"styles": ("category",), **PICTURES}),
     "mask": ("configs/embedded_mask.py:quick", {"styles": ("category",), **PICTURES}),
     "circuit": ("configs/embedded_circuit.py:quick", CIRCUIT),
+    "lens": (
+        "configs/embedded_lens.py:quick",
+        {
+            "styles": ("category",),
+            "layers": (4, 8),
+            "word_layers": (4,),
+            "steps": 2,
+            "tokens": 8,
+            "jacobian_per_domain": 1,
+            **PICTURES,
+        },
+    ),
     "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
     "dictionary": (
         "configs/embedded_dictionary.py:quick",
