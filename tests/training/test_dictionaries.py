@@ -85,6 +85,26 @@ def test_planted_directions_are_found(kind, planted, tmp_path):
     )
 
 
+def test_a_dictionary_reads_vectors_as_they_are():
+    """Its latents are those of the vectors less their mean, in the unit of the vectors."""
+    rng = np.random.default_rng(3)
+    weights = dictionaries._Weights(
+        *(rng.standard_normal(s).astype(np.float32) for s in ((D, 9), 9, (9, D), D, 9))
+    )
+    units = dictionaries._Units(50 * rng.standard_normal(D), 7.0)
+    x = (units.mean + 7 * rng.standard_normal((20, D))).astype(np.float32)
+    own = (x - units.mean) / 7 - weights.decoder_bias
+    pre = own @ weights.encoder + weights.encoder_bias
+    limits = {"topk": 0, "batch_topk": 0.5, "jumprelu": np.exp(weights.log_threshold)}
+    for kind, limit in limits.items():
+        recipe = Recipe(latents=9, k=9, kind=kind)
+        made = dictionaries._dictionary(weights, 0.5, units, recipe)
+        latents = np.where(pre > limit, np.maximum(pre, 0), 0)
+        np.testing.assert_allclose(made.encode(x), 7 * latents, rtol=1e-4, atol=1e-3)
+        y = 7 * (latents @ weights.decoder + weights.decoder_bias) + units.mean
+        np.testing.assert_allclose(made.reconstruct(x), y, rtol=1e-4, atol=1e-3)
+
+
 class Killed(BaseException):
     pass
 
