@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mllm_jax import deprecated
+from mllm_jax.numerics import products
 
 if TYPE_CHECKING:
     from mllm_jax import sites, tokens
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from mllm_jax.sharding.mesh import mesh
 
 __version__ = "0.1.0"
+
+products.avoid_reductions()
 
 _MEMBERS = {
     "mllm_jax.dictionaries.load": "load_dictionary write_dictionary",

@@ -14,17 +14,38 @@ import os
 
 import jaxlib
 
-_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+_PRODUCTS = f"{_FLAG}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
-def prefer_eigen() -> None:
-    """Make XLA use Eigen, if this process has only CPUs; call it before JAX computes anything.
+def avoid_reductions() -> None:
+    """Make YNNPACK compute products alone, no reductions, if this process has only CPUs.
 
-    A value for the flag in XLA_FLAGS is left as it is. XLA aborts on flags that it does not know,
-    so the flag is set only for versions of jaxlib that are known to have it.
+    `import mllm_jax` calls it; it has no effect after JAX has computed something.
+
+    In jaxlib 0.10, YNNPACK returns wrong values, without an error, for sums over a product with an
+    array that all lanes share, from some 120,000 elements on: the pullback of an RMSNorm with
+    `jax.vmap` over cotangents is one. jaxlib 0.11 returns the right values.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    _set_flag(_PRODUCTS)
+
+
+def prefer_eigen() -> None:
+    """Make XLA use Eigen, if this process has only CPUs; call it before JAX computes anything."""
+    _set_flag(_FLAG)
+
+
+def _set_flag(flag: str) -> None:
+    """Set the flag in XLA_FLAGS, unless the user has set it there.
+
+    XLA aborts on flags that it does not know, so the flag is set only for versions of jaxlib that
+    are known to have it.
+    """
     known = jaxlib.__version__.split(".")[:2] == ["0", "10"]
-    if known and _FLAG not in flags and not any(map(importlib.util.find_spec, _ACCELERATORS)):
-        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
+    if not known or any(map(importlib.util.find_spec, _ACCELERATORS)):
+        return
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    others = [other for other in flags if other != _PRODUCTS]
+    if not any(other.startswith(_FLAG) for other in others):
+        os.environ["XLA_FLAGS"] = " ".join([*others, flag])

@@ -34,8 +34,8 @@ from mllm_jax.tokens import Selector, Where
 from mllm_jax.training.lenses import AffineLens
 from mllm_jax.typing import Array, Bool, Float, Int
 
-# Tokens whose derivatives are computed at a time, over all rows of the Jacobians. CPU products of
-# XLA (YNNPACK) were seen to be wrong for several times as many, and are no faster.
+# Tokens whose derivatives are computed at a time, over all rows of the Jacobians: more take more
+# memory and are no faster.
 CHUNK_TOKENS = 2048
 
 

@@ -11,17 +11,18 @@ import pytest
 from mllm_jax.numerics import products
 
 EIGEN = "--xla_cpu_experimental_ynn_fusion_type="
+PRODUCTS = f"{EIGEN}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
 @pytest.fixture
 def flags(monkeypatch):
-    def after(before: str | None) -> str | None:
+    def after(before: str | None, choose=products.prefer_eigen) -> str | None:
         if before is None:
             monkeypatch.delenv("XLA_FLAGS", raising=False)
         else:
             monkeypatch.setenv("XLA_FLAGS", before)
-        products.prefer_eigen()
-        products.prefer_eigen()
+        for _ in range(2):
+            choose()
         return products.os.environ.get("XLA_FLAGS")
 
     monkeypatch.setattr(products.importlib.util, "find_spec", lambda name: None)
@@ -32,6 +33,9 @@ def flags(monkeypatch):
 def test_flags(flags, monkeypatch):
     assert flags(None) == EIGEN
     assert flags("--xla_a=1") == f"--xla_a=1 {EIGEN}"
+    assert flags(None, products.avoid_reductions) == PRODUCTS
+    assert flags(f"{PRODUCTS} --xla_a=1") == f"--xla_a=1 {EIGEN}"  # after `import mllm_jax`
+    assert flags(EIGEN, products.avoid_reductions) == EIGEN
     own = f"{EIGEN}LIBRARY_FUSION_TYPE_DOT"
     assert flags(own) == own
     monkeypatch.setattr(jaxlib, "__version__", "0.11.0")
@@ -48,3 +52,19 @@ def test_this_xla_knows_it():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "ynn" not in done.stdout and " dot(" in done.stdout
+
+
+def test_sums_that_lanes_share_are_right():
+    """The pullback of an RMSNorm by many cotangents at once, as vmapped gradients compute it."""
+    code = """
+import mllm_jax, jax, numpy as np, jax.numpy as jnp
+rng = np.random.default_rng(0)
+x, slopes = rng.normal(size=(2, 9, 32)), rng.normal(size=(256, 2, 9, 32)).astype(np.float32)
+norm = lambda x: x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+_, pull = jax.vjp(norm, x.astype(np.float32))
+got = jax.jit(jax.vmap(lambda slope: pull(slope)[0]))(slopes)
+scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+want = scale * slopes - scale**3 * x * (x * slopes).mean(-1, keepdims=True)
+assert np.abs(got - want).max() < 1e-4, np.abs(got - want).max()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
