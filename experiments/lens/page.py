@@ -17,11 +17,11 @@ from mllm_jax.report import charts, figures, learning, page, parts, style, table
 Results = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 LABELS = {
-    "kl": "KL from the model's own distribution, nats",
+    "kl": "KL, nats",
     "entropy": "entropy, nats",
     "agrees": "agreement with the final word",
 }
-TITLES = {"kl": "Distance from the final words", "entropy": "Entropy", "agrees": "Agreement"}
+TITLES = {"kl": "KL from the model's own distribution", "entropy": "Entropy", "agrees": "Agreement"}
 KEYS = {"at": "layer", "mean": "value", "low": "low", "high": "high"}
 COLUMNS = ("lens", "domain", "measure", "kind", "layer", "value", "low", "high", "pictures")
 
