@@ -338,7 +338,7 @@ def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
     report.write(tmp_path, results)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "still runs" not in text and "http-equiv" not in text
-    assert sections == [6, 10, 12] and Reader(text).tags.count("section") == 16
+    assert sections == [5, 9, 11] and Reader(text).tags.count("section") == 16
 
 
 def test_a_finished_page_is_no_preview_again(tmp_path, monkeypatch):

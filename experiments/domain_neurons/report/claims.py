@@ -10,9 +10,11 @@ from mllm_jax.report.report import Results
 COLUMNS = ("claim", "verdict", "criterion", "found", "power")
 
 
-def claims(folder: pathlib.Path, results: Results) -> page.Section:
-    """Build the section on the claims."""
+def claims(folder: pathlib.Path, results: Results) -> page.Section | None:
+    """Build the section on the claims; None while the study still runs."""
     rows = results["claims"]
+    if not rows:
+        return None
     return page.Section(
         title="The claims",
         reading=parts.count_verdicts(rows),
