@@ -15,8 +15,7 @@ from experiments.circuit import study as circuit
 from mllm_jax.analysis.edges import EdgeEffects, Node
 from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
-from mllm_jax.store import Workdir
-from tests.helpers import contrasts, random_inputs, tiny
+from tests.helpers import contrasts, in_process, random_inputs, tiny
 
 CONFIG = "configs/embedded_circuit.py:quick"
 LABELS = ("a cat", "a dog", "a ship")
@@ -176,14 +175,9 @@ def test_errors_come_before_anything_is_read(config_of):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Pictures of one colour, each with a question whose answers begin with one word."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for i, colour in enumerate(np.random.default_rng(0).integers(0, 256, (160, 3)).tolist()):
-        PIL.Image.new("RGB", (24, 24), tuple(colour)).save(folder / f"{i}.png")
-        asked = {"question": "what is shown in the picture ?", "options": LABELS}
-        rows.append(json.dumps({"image": f"{i}.png", "answer": LABELS[i % 3], "style": "category"} | asked))  # fmt: skip
-    (folder / "noise.jsonl").write_text("\n".join(rows))
-    return str(folder / "noise.jsonl")
+    colours = np.random.default_rng(0).integers(0, 256, (160, 3)).tolist()
+    images = (PIL.Image.new("RGB", (24, 24), tuple(colour)) for colour in colours)
+    return in_process.write_questions(tmp_path_factory.mktemp("pictures"), images, LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +192,8 @@ def study(tmp_path_factory, config_of, tiny_config, planted, pictures):
     def run(folder=None, edits=None, **fields):
         config = config_of(CONFIG, paths=(pictures,), **SMALL | fields)
         folder = folder or tmp_path_factory.mktemp("circuit") / "work"
-        workdir = Workdir(folder, config.to_dict())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mj, "load", lambda name: (planted, tiny.processor(tiny_config)))
-            circuit.run(config, workdir, edits)
-        return workdir
+        loaded = planted, tiny.processor(tiny_config)
+        return in_process.run(circuit, config, folder, loaded, edits)
 
     return run
 
@@ -288,34 +279,13 @@ def test_the_metric_is_the_difference_of_the_answers_log_probabilities(
     assert results["pairs"]["train"]["kept"] == kept.sum() < len(kept)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_with_the_same_bytes(study, finished, tmp_path, monkeypatch):
-    whole_step = Workdir._step
-
-    def dies_after(steps: int):
-        left = iter(range(steps))
-
-        def step(self, name, *how):
-            if next(left, None) is None:
-                raise Killed
-            return whole_step(self, name, *how)
-
-        return step
-
+def test_killed_anywhere_it_ends_with_the_same_bytes(study, finished, tmp_path):
     steps = sum(path.is_file() for path in (finished / "steps").rglob("*"))
     for done in range(0, steps, 3):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Workdir, "_step", dies_after(done))
+        with in_process.killed_after(done):
             study(tmp_path / "killed")
-    killed = study(tmp_path / "killed")
-    for path in finished.path.rglob("*"):
-        if path.is_file() and path.name != "manifest.json":
-            again = killed / str(path.relative_to(finished.path))
-            assert again.read_bytes() == path.read_bytes(), path
+    in_process.assert_same_files(finished, study(tmp_path / "killed"))
 
 
 @pytest.mark.slow

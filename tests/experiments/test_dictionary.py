@@ -11,11 +11,7 @@ import mllm_jax as mj
 from experiments.dictionary import study as dictionary
 from mllm_jax.store import Workdir, stamps
 from mllm_jax.training import dictionaries
-from tests.helpers import studies, tiny
-
-
-class Killed(BaseException):
-    pass
+from tests.helpers import in_process, studies, tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,16 +22,8 @@ def _quick(quick_to_compile):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Noise, each with a question whose answers the tiny tokenizer knows."""
-    folder = tmp_path_factory.mktemp("pictures")
-    labels = ("not", "tree", "which")
-    rows = []
-    for i in range(32):
-        tiny.picture(i).save(folder / f"{i}.png")
-        question = {"question": "what is shown in the picture ?", "options": labels}
-        answer = {"answer": labels[i % 3], "style": "category"}
-        rows.append(json.dumps({"image": f"{i}.png"} | question | answer))
-    (folder / "noise.jsonl").write_text("\n".join(rows))
-    return str(folder / "noise.jsonl")
+    images, labels = (tiny.picture(i) for i in range(32)), ("not", "tree", "which")
+    return in_process.write_questions(tmp_path_factory.mktemp("pictures"), images, labels)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +33,8 @@ def study(config_of, tiny_config, tiny_model, pictures):
 
     def run(folder, **more):
         config = config_of(name, paths=(pictures,), model="tiny", **fields | more)
-        workdir = Workdir(folder, config.to_dict())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
-            dictionary.run(config, workdir)
-        return workdir
+        loaded = tiny_model, tiny.processor(tiny_config)
+        return in_process.run(dictionary, config, folder, loaded)
 
     return run
 
@@ -112,44 +97,17 @@ def test_the_strongest_tokens_of_a_latent_are_those_of_a_pass(whole):
 
 
 @pytest.mark.slow
-def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path, monkeypatch):
+def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path):
     """Killed before each of its steps, and within its training."""
-    take = dictionaries._step
-
-    def dies_at(count):
-        left = iter(range(count))
-
-        def step(*args, **how):
-            if next(left, None) is None:
-                raise Killed
-            return take(*args, **how)
-
-        return step
-
-    whole_step = Workdir._step
-
-    def dies_before(count):
-        left = iter(range(count))
-
-        def step(self, name, *how):
-            if next(left, None) is None:
-                raise Killed
-            return whole_step(self, name, *how)
-
-        return step
-
-    moments = [(dictionaries, "_step", dies_at(3)), (dictionaries, "_step", dies_at(1))]
-    moments += [(Workdir, "_step", dies_before(count)) for count in (2, 5)]
-    for place, name, function in moments:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(place, name, function)
+    moments = [(3, dictionaries), (1, dictionaries), (2, Workdir), (5, Workdir)]
+    for calls, place in moments:
+        with in_process.killed_after(calls, place):
             study(tmp_path / "killed")
-    killed = study(tmp_path / "killed")
-    for path in whole.path.rglob("*"):
-        name = path.relative_to(whole.path)
-        skipped = name.name in ("manifest.json", stamps.NAME) or name.parts[0] == "checkpoints"
-        if path.is_file() and not skipped:
-            assert (killed / name).read_bytes() == path.read_bytes(), name
+
+    def differs(name):
+        return name.name == stamps.NAME or name.parts[0] == "checkpoints"
+
+    in_process.assert_same_files(whole, study(tmp_path / "killed"), apart_from=differs)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from experiments.das import study as das
 from experiments.mask import study as mask
 from mllm_jax import sites as S
 from mllm_jax.interventions import spec
-from mllm_jax.store import Workdir
-from tests.helpers import tiny
+from tests.helpers import in_process, tiny
 
 SMALL = {"test_per_domain": 24, "controls": 1, "batch_size": 4, "model": "tiny"}
 LABELS = ("not", "tree", "which")
@@ -24,15 +23,8 @@ LOOK = spec.parse("knockout lm.attn to=last on=text")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Noise, each with a question whose answers the tiny tokenizer knows as one word."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for i in range(160):
-        tiny.picture(i).save(folder / f"{i}.png")
-        question = {"question": "what is shown in the picture ?", "options": LABELS}
-        answer = {"answer": LABELS[i % 3], "style": "category"}
-        rows.append(json.dumps({"image": f"{i}.png"} | question | answer))
-    (folder / "noise.jsonl").write_text("\n".join(rows))
-    return str(folder / "noise.jsonl")
+    images = (tiny.picture(i) for i in range(160))
+    return in_process.write_questions(tmp_path_factory.mktemp("pictures"), images, LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +34,8 @@ def study(tmp_path_factory, config_of, tiny_config, tiny_model, pictures):
     def run(module, config: str, edits=None, folder=None, **fields):
         config = config_of(config, paths=(pictures,), **SMALL, **fields)
         folder = folder or tmp_path_factory.mktemp("learned") / "work"
-        workdir = Workdir(folder, config.to_dict())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
-            module.run(config, workdir, edits)
-        return workdir
+        loaded = tiny_model, tiny.processor(tiny_config)
+        return in_process.run(module, config, folder, loaded, edits)
 
     return run
 
@@ -105,12 +94,8 @@ def test_a_subspace_exchanges_answers(aligned):
         assert (aligned / name).stat().st_size > 20
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
-def test_das_that_is_killed_ends_with_the_same_bytes(study, tmp_path, monkeypatch):
+def test_das_that_is_killed_ends_with_the_same_bytes(study, tmp_path):
     """It needs a model that answers, which the command line has not; see `test_kills`."""
     small = {
         "style": "category",
@@ -123,25 +108,11 @@ def test_das_that_is_killed_ends_with_the_same_bytes(study, tmp_path, monkeypatc
     def run(name: str):
         return study(das, "configs/embedded_das.py:quick", LOOK, tmp_path / name, **small)
 
-    def dies_after(steps: int):
-        left = iter(range(steps))
-
-        def step(self, name, *how):
-            if next(left, None) is None:
-                raise Killed
-            return whole_step(self, name, *how)
-
-        return step
-
-    whole, whole_step = run("whole"), Workdir._step
+    whole = run("whole")
     for steps in range(len(list((whole / "steps").iterdir()))):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Workdir, "_step", dies_after(steps))
+        with in_process.killed_after(steps):
             run("killed")
-    killed = run("killed")
-    for path in whole.path.rglob("*"):
-        if path.is_file() and path.name != "manifest.json":
-            assert (killed / path.relative_to(whole.path)).read_bytes() == path.read_bytes(), path
+    in_process.assert_same_files(whole, run("killed"))
 
 
 def test_pairs_have_different_answers():

@@ -12,9 +12,8 @@ from experiments.lens import study as lens
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.data import domains
-from mllm_jax.store import Workdir
 from mllm_jax.training import lenses
-from tests.helpers import tiny
+from tests.helpers import in_process, tiny
 
 SMALL = {
     "model": "tiny", "layers": (1, 2, 3), "word_layers": (2,), "train_per_domain": 6,
@@ -44,11 +43,8 @@ def study(config_of, tiny_config, tiny_model, pictures):
 
     def run(folder):
         config = config_of("configs/embedded_lens.py:quick", paths=pictures, **SMALL)
-        workdir = Workdir(folder, config.to_dict())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mj, "load", lambda name: (tiny_model, tiny.processor(tiny_config)))
-            lens.run(config, workdir)
-        return workdir
+        loaded = tiny_model, tiny.processor(tiny_config)
+        return in_process.run(lens, config, folder, loaded)
 
     return run
 
@@ -112,35 +108,12 @@ def test_leaves_a_page_figures_tables_and_words(finished):
     assert np.shape(first["panels"][0]["words"]) == np.shape(first["panels"][0]["entropy"])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
-def test_killed_in_several_steps_it_ends_with_the_same_bytes(
-    study, finished, tmp_path, monkeypatch
-):
-    whole_step = Workdir._step
-
-    def dies_after(steps: int):
-        left = iter(range(steps))
-
-        def step(self, name, *how):
-            if next(left, None) is None:
-                raise Killed
-            return whole_step(self, name, *how)
-
-        return step
-
+def test_killed_in_several_steps_it_ends_with_the_same_bytes(study, finished, tmp_path):
     for steps in (2, 8, 6, 12):  # in the states, the Jacobians and what is measured
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Workdir, "_step", dies_after(steps))
+        with in_process.killed_after(steps):
             study(tmp_path / "killed")
-    killed = study(tmp_path / "killed")
-    for path in finished.path.rglob("*"):
-        if path.is_file() and path.name != "manifest.json":
-            same = (killed / path.relative_to(finished.path)).read_bytes()
-            assert same == path.read_bytes(), path
+    in_process.assert_same_files(finished, study(tmp_path / "killed"))
 
 
 def test_rows_are_sums_over_tokens_and_differences_are_of_the_same_tokens():
