@@ -64,8 +64,8 @@ def run(
     )
     scores, effects, partly = _found(study)
     circuit = attribution.top_mask(scores, config.circuit)
-    with store.atomic(workdir / "circuit.npz") as file:
-        np.savez(file, scores=scores, circuit=circuit, edges=effects.values[0])
+    arrays = {"scores": scores, "circuit": circuit, "edges": effects.values[0]}
+    store.atomic_npz(workdir / "circuit.npz", arrays)
     results = {
         "study": "circuit",
         "model": config.model,

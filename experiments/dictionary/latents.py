@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,18 +16,6 @@ from mllm_jax.typing import Array, Float, Int
 
 TOP = 6  # pictures of a latent
 WORDS = 8  # words that its direction raises
-
-
-class _Activity(NamedTuple):
-    """What latents did on the vectors of training.
-
-    Attributes:
-        tokens: the number of tokens on which each is active, int64[M].
-        energy: the sum of its squared values, float64[M].
-    """
-
-    tokens: Int[np.ndarray, " M"]
-    energy: Float[np.ndarray, " M"]
 
 
 def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> list[dict[str, Any]]:
@@ -48,14 +36,20 @@ def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> lis
     """
 
     def make() -> list[dict[str, Any]]:
-        activity = _activity(dictionary, source)
-        chosen = np.argsort(-activity.energy, kind="stable")[: study.config.shown]
+        energy = _energy(dictionary, source)
+        shares = energy / max(energy.sum(), 1e-30)
+        chosen = np.argsort(-energy, kind="stable")[: study.config.shown]
         values = np.concatenate(
             [np.asarray(_encode(dictionary, some))[:, chosen] for some in chunks(source)]
         )
         places, words = source[:], _words(study, dictionary, chosen)
         return [
-            _entry(study, int(latent), activity, values[:, n], places) | {"words": words[n]}
+            {
+                "latent": int(latent),
+                "energy": float(shares[latent]),
+                **_entry(study, values[:, n], places),
+                "words": words[n],
+            }
             for n, latent in enumerate(chosen)
         ]
 
@@ -73,36 +67,22 @@ def _encode(dictionary: Dictionary, vectors: Float[Array, "n D"]) -> Float[Array
     return dictionary.encode(vectors)
 
 
-def _activity(dictionary: Dictionary, source: VectorSource) -> _Activity:
-    M = dictionary.widths[1]
-    tokens, energy = np.zeros(M, np.int64), np.zeros(M, np.float64)
+def _energy(dictionary: Dictionary, source: VectorSource) -> Float[np.ndarray, " M"]:
+    """Return the sum of the squared values of each latent on the vectors of training, float64."""
+    energy = np.zeros(dictionary.widths[1], np.float64)
     for some in chunks(source):
-        values = np.asarray(_encode(dictionary, some), np.float64)
-        tokens += (values > 0).sum(0)
-        energy += (values**2).sum(0)
-    return _Activity(tokens, energy)
+        energy += (np.asarray(_encode(dictionary, some), np.float64) ** 2).sum(0)
+    return energy
 
 
-def _entry(
-    study: Study, latent: int, activity: _Activity, values: Float[np.ndarray, " n"], places: Vectors
-) -> dict[str, Any]:
-    """Return what is known of one latent, apart from its words.
-
-    Args:
-        study: the study.
-        latent: its index.
-        activity: what all latents did.
-        values: its value at each token.
-        places: the tokens.
-    """
+def _entry(study: Study, values: Float[np.ndarray, " n"], places: Vectors) -> dict[str, Any]:
+    """Return when and where one latent is active, by its value at each token."""
     active = values > 0
     domain_of = np.array([example.domain for example, _ in study.pairs["train"]])
     domains = domain_of[places.example[active]]
     count = int(active.sum())
     return {
-        "latent": latent,
-        "energy": float(activity.energy[latent] / max(activity.energy.sum(), 1e-30)),
-        "rate": float(activity.tokens[latent] / len(values)),
+        "rate": float(count / len(values)),
         "mean": float(values[active].mean(dtype=np.float64)) if count else 0.0,
         "domains": {name: float((domains == name).sum() / max(count, 1))
                     for name in dict.fromkeys(domain_of.tolist())},

@@ -57,10 +57,7 @@ def run(
     )
     base.claim({split: context.content(own) for split, own in pairs.items()})
     length = batching.row_length(processor, [*pairs["train"], *pairs["test"]])
-    study = Study(
-        config=config, workdir=workdir, model=model, processor=processor, edits=base.edits,
-        pairs=pairs, length=length,
-    )  # fmt: skip
+    study = Study(**vars(base), pairs=pairs, length=length)
     source = collect(study, "train", (config.tokens,))[config.tokens]
     arrays: dict[str, Any] = workdir.arrays("dictionary", lambda: train(study, source, recipe))
     curves = {name: arrays.pop(name) for name in ("unexplained", "active", "dead")}

@@ -120,12 +120,8 @@ def run(
 
 def _layers(config: ml_collections.ConfigDict, count: int) -> list[int]:
     """Return the layers of the config, all where it names none."""
-    layers = list(config.layers) or list(range(count))
-    if len(layers) < 2 or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != count - 1:
-        raise ValueError(
-            f"config.layers={tuple(layers)}: name two or more in rising order, the last of which "
-            f"is the model's last, {count - 1}"
-        )
+    given = tuple(config.layers) or tuple(range(count))
+    layers = lenses.require_layers("config.layers", given, count)
     if unknown := [layer for layer in config.word_layers if layer not in layers]:
         raise ValueError(f"config.word_layers: {unknown[0]} is not among config.layers")
     return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -66,8 +67,7 @@ class AnswerBatches:
     def _draw(self, row: int) -> tuple[int, int]:
         """Return the example of a row, counted through all epochs, and the epoch."""
         epoch, place = divmod(row, len(self.features))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.features))
-        return int(order[place]), epoch
+        return int(_order(len(self.features), self.seed, epoch)[place]), epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +105,21 @@ class VectorBatches:
         if not 0 <= number < self.count:
             raise IndexError(f"batch {number} of {self.count}")
         rows = np.arange(number * self.size, (number + 1) * self.size)
-        epochs, places = np.divmod(rows, len(self.source))
-        drawn = np.concatenate(
-            [self._order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        )
+        count = len(self.source)
+        epochs, places = np.divmod(rows, count)
+        drawn = np.concatenate([
+            _order(count, self.seed, epoch)[places[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist()
+        ])  # fmt: skip
         return self.source[drawn].value.astype(np.float32).reshape(self.size, -1)
 
-    def _order(self, epoch: int) -> Int[np.ndarray, " N"]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+
+@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
+    """Return the order of an epoch, which its batches share."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.setflags(write=False)
+    return order
 
 
 def without_end(labels: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.passes.run import run
 from mllm_jax.tokens import Selector, Where
-from mllm_jax.training.lenses import AffineLens
+from mllm_jax.training.lenses import AffineLens, require_layers
 from mllm_jax.typing import Array, Bool, Float, Int
 
 # Tokens whose derivatives are computed at a time, over all rows of the Jacobians: more take more
@@ -107,30 +107,16 @@ def jacobians(
       ValueError: The layers do not end with the model's last, or `where` selects nothing.
     """
     batch = batch.replace(processor=None)
-    chosen = _layers(layers, look_up(S.lm.resid_post, site_shapes(model, batch)).layers)
+    count = look_up(S.lm.resid_post, site_shapes(model, batch)).layers
+    given = range(count) if layers is None else layers
+    from_first = [layer + count if layer < 0 else layer for layer in given]
+    chosen = require_layers("layers", from_first, count)
     mask = np.asarray(tokens.of(where).mask(model.token_maps(batch)["lm"]))
     if not mask.any():
         raise ValueError("where= selects no token of this batch")
     chunk = max(1, CHUNK_TOKENS // mask.size)
-    sums = _sums(model, batch, edits or Edits(), mask, chosen[:-1], chunk=chunk)
+    sums = _sums(model, batch, edits or Edits(), mask, np.array(chosen[:-1]), chunk=chunk)
     return Jacobians(np.asarray(sums), int(mask.any(-1).sum()))
-
-
-def _layers(layers: Sequence[int] | None, count: int) -> Int[np.ndarray, " L"]:
-    """Return the layers of the lens, counted from the first."""
-    given = range(count) if layers is None else layers
-    chosen = np.array([layer + count if layer < 0 else layer for layer in given], int)
-    if (
-        len(chosen) < 2
-        or chosen[-1] != count - 1
-        or chosen.min() < 0
-        or (np.diff(chosen) < 1).any()
-    ):
-        raise ValueError(
-            f"layers={list(given)}: name two or more in rising order, the last of which is the "
-            f"model's last, {count - 1}"
-        )
-    return chosen
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",))

@@ -8,6 +8,7 @@ affine map of each layer for it, and `jacobian_lens` computes a linear one. Both
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,27 @@ def apply_map(
 ) -> Float[Array, "n D"]:
     """Return x + x W + b."""
     return x + precision.matmul(x, jnp.asarray(weight)) + bias
+
+
+def require_layers(name: str, layers: Sequence[int], count: int) -> list[int]:
+    """Return the layers that a lens reads.
+
+    Args:
+      name: The name of the argument, for the error.
+      layers: The layers, counted from the first.
+      count: The number of layers of the model.
+
+    Raises:
+      ValueError: They are fewer than two, not in rising order, or do not end with the last.
+    """
+    chosen = list(layers)
+    rising = len(chosen) > 1 and chosen == sorted(set(chosen))
+    if not rising or chosen[0] < 0 or chosen[-1] != count - 1:
+        raise ValueError(
+            f"{name}={layers}: name two or more in rising order, the last of which is the model's "
+            f"last, {count - 1}"
+        )
+    return chosen
 
 
 class Comparison(NamedTuple):
