@@ -71,6 +71,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.evidence_effects = True  # also first-order effects: of each neuron, and of each patch
     config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
     config.picture_layers = 5  # of the figures
+    config.deviation_layers = 8  # after which states are compared; all are kept for two passes
     config.seed = 0
     return config
 

@@ -24,6 +24,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.lens_per_domain = 32
     config.one_length = True  # pad all prompts to one length, which requires reading them first
     config.batch_size = 8
+    config.deviation_layers = 30  # all of them
     if size == "quick":
         config.train_per_domain = 16
         config.groups = 8

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         attention,
         attention_map,
         bottom,
+        distribution,
         histogram,
         keep,
         lens,
@@ -60,7 +61,8 @@ products.avoid_reductions()
 _MEMBERS = {
     "mllm_jax.dictionaries.load": "load_dictionary write_dictionary",
     "mllm_jax.interventions.captures": (
-        "attention attention_map bottom histogram keep lens mass mean rollout sample stats top"
+        "attention attention_map bottom distribution histogram keep lens mass mean rollout sample "
+        "stats top"
     ),
     "mllm_jax.interventions.edits": (
         "ablate add call knockout patch per_step project_out replace scale splice"
@@ -109,6 +111,7 @@ __all__ = [
     "call",
     "collect",
     "compiles",
+    "distribution",
     "generate",
     "histogram",
     "keep",

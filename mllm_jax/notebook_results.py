@@ -114,6 +114,27 @@ def lens(lens: Any, word: Word = str) -> str:
     return "".join(parts)
 
 
+def distribution(distribution: Any, word: Word = str) -> str:
+    """Return the most probable words on average, by layer and kind."""
+    ids, probabilities = distribution.top(BEST)
+    kinds = distribution.kinds or ("",)
+    single = ids.ndim == 1 + bool(distribution.kinds)
+    ids, probabilities = (a.reshape(-1, len(kinds), a.shape[-1]) for a in (ids, probabilities))
+    tokens = np.asarray(distribution.tokens).reshape(-1, len(kinds))
+
+    def best(layer: int, k: int) -> str:
+        pairs = zip(ids[layer, k], probabilities[layer, k], strict=True)
+        return ", ".join(f"{word(int(i))} {p:.3f}" for i, p in pairs)
+
+    lines = [
+        ("" if single else layer, kind, best(layer, k))
+        for layer in _evenly(len(ids))
+        for k, kind in enumerate(kinds)
+        if tokens[layer, k]
+    ]  # fmt: skip
+    return notebook.table(("layer", "tokens", "words and their mean probability"), lines)
+
+
 def entropy(entropy: Any) -> str:
     """Return the mean entropy of the lens by layer and kind."""
     tokens, total = np.asarray(entropy.tokens), np.asarray(entropy.sum, np.float64)

@@ -65,6 +65,9 @@ class Ablations(NamedTuple):
         baseline: the accuracy of the model without ablation, by domain.
         ablation: a row for each cell.
         effects: a row for each domain's own neurons against a kind of control, by module.
+        deviation_layers: the layers of the language model after which states are compared.
+        deviation_by_layer: a row for each module, domain and kind of control, see
+            `effects.by_layer`.
         power: a row for each family of tests of the cells, by domain.
         questions: the id of the picture, the question and the right answer, by domain.
     """
@@ -72,6 +75,8 @@ class Ablations(NamedTuple):
     baseline: dict[str, dict[str, Any]]
     ablation: list[dict[str, Any]]
     effects: list[dict[str, Any]]
+    deviation_layers: list[int]
+    deviation_by_layer: list[dict[str, Any]]
     power: list[dict[str, Any]]
     questions: dict[str, list[dict[str, str]]]
 
@@ -97,7 +102,7 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         }
         return {m: mask for m, mask in masks.items() if mask.any()}
 
-    baseline, rows, against = {}, [], []
+    baseline, rows, against, layers = {}, [], [], []
     asked: dict[str, list[dict[str, str]]] = {}
     for name in study.names:
         measure = MEASURES[study.config.measure](study, name)
@@ -112,13 +117,15 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
             _row(cell, clean, edited[cell], sum(int(mask.sum()) for mask in masks.values()))
             for cell, masks in cells.items()
         ]
-        against += [
-            row for module in study.config.modules for row in _against(module, name, edited)
-        ]
+        for module in study.config.modules:
+            own, draws = edited[Cell(module, name, name)], _draws(module, edited)
+            named = {"module": module, "data": name}
+            against += [named | row for row in effects.against_controls(own, draws, KINDS)]
+            layers += [named | row for row in effects.by_layer(own, draws, KINDS)]
     questions = {name: score["n"] for name, score in baseline.items()}
     power = effects.correct_cells([row for row in rows if row["control"] is None], questions)
     effects.correct_effects(against, study.config.margin)
-    return Ablations(baseline, rows, against, power, asked)
+    return Ablations(baseline, rows, against, study.deviation_layers, layers, power, asked)
 
 
 def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
@@ -227,7 +234,7 @@ def _by_vision_mask(cells: Mapping[Cell, Masks]) -> list[tuple[Masks, dict[Cell,
 
 def _deviation(clean: jax.Array, edited: jax.Array, batch: Batch, rows: int) -> deviation.Sums:
     weight = np.stack([np.asarray(getattr(tok, kind).mask(batch.tokens)) for kind in KINDS])
-    sums = deviation.sums(clean[:rows], edited[:rows], weight[:, :rows])
+    sums = deviation.sums(clean[:, :rows], edited[:, :rows], weight[:, :rows])
     return deviation.join([sums])
 
 
@@ -250,12 +257,12 @@ def _row(
 
 
 def _deviation_row(edited: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Return the mean deviations per token by kind, with their intervals over questions."""
+    """Return the mean deviations after the last layer, per token by kind, with their intervals."""
     tokens = edited["tokens"]
     counted = [k for k in range(len(KINDS)) if tokens[k].any()]
     if not counted:
         return {}
-    sums = np.stack([edited[measure][counted].T for measure in effects.DEVIATIONS], axis=-1)
+    sums = np.stack([edited[measure][-1, counted].T for measure in effects.DEVIATIONS], axis=-1)
     found = intervals.ratio(sums, tokens[counted].T[..., None])
     return {
         KINDS[k]: {
@@ -280,9 +287,9 @@ def _changed(clean: Mapping[str, np.ndarray], edited: Mapping[str, np.ndarray]) 
     }  # fmt: skip
 
 
-def _against(module: str, name: str, edited: Mapping[Cell, effects.Arrays]) -> list[dict[str, Any]]:
-    """Compare a domain's own neurons with each kind of control, question by question."""
-    draws = {
+def _draws(module: str, edited: Mapping[Cell, effects.Arrays]) -> dict[Kind, list[effects.Arrays]]:
+    """Return the arrays of the draws of a module by kind of control."""
+    return {
         kind: [
             arrays
             for cell, arrays in edited.items()
@@ -290,6 +297,3 @@ def _against(module: str, name: str, edited: Mapping[Cell, effects.Arrays]) -> l
         ]
         for kind in CONTROLS
     }
-    own = edited[Cell(module, name, name)]
-    rows = effects.against_controls(own, draws, KINDS)
-    return [{"module": module, "data": name, **row} for row in rows]

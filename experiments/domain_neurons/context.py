@@ -181,6 +181,22 @@ class Study(context.Context):
             pairs += self._pairs("train", name, "neutral")
         return batching.row_length(self.processor, pairs)
 
+    @property
+    def deviation_layers(self) -> list[int]:
+        """The layers of the language model after which hidden states are compared."""
+        return self._spaced(self.config.deviation_layers)
+
+    @property
+    def word_layers(self) -> list[int]:
+        """The layers of the language model whose mean distribution over words is shown."""
+        return self._spaced(self.config.picture_layers)
+
+    def _spaced(self, count: int) -> list[int]:
+        """Return as many layers of the language model, evenly, the last one always."""
+        layers = self.model.config.lm.layers
+        spaced = np.linspace(layers - 1, 0, min(count, layers)).round()
+        return [int(layer) for layer in spaced[::-1]]
+
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape (L, F) of the neurons of each module that the model has."""

@@ -11,7 +11,9 @@ from experiments.domain_neurons.controls import Kind
 from mllm_jax.analysis import intervals, power
 
 Row = dict[str, Any]
-Arrays = Mapping[str, np.ndarray]  # of one cell: `score` [N], and the deviation sums [kinds, N]
+Arrays = Mapping[
+    str, np.ndarray
+]  # of one cell: `score` [N], `tokens` [kinds, N], deviation sums [layers, kinds, N]
 # The verdicts on an effect.
 EFFECT, NONE, UNDECIDED = "effect", "none within the margin", "undecided"
 DEVIATIONS = ("relative_l2", "cosine")
@@ -89,6 +91,49 @@ def against_controls(
     return out
 
 
+def by_layer(
+    own: Arrays, controls: Mapping[Kind, Sequence[Arrays]], kinds: Sequence[str]
+) -> list[Row]:
+    """Compare the deviations of hidden states layer by layer.
+
+    Args:
+        own: the arrays of the domain's own neurons.
+        controls: the arrays of each draw, by kind of control.
+        kinds: the kinds of token of the deviation sums.
+
+    Returns:
+        A row for each measure and kind of token with `value`, `low` and `high` of own neurons, and
+        one for each kind of control with its `value` and own less control, `difference`, with
+        `difference_low` and `difference_high`; each a list with a number for each layer. The
+        interval of a difference is None where a single draw tells no spread.
+    """
+    out: list[Row] = []
+    for measure, kind in _measures(own, kinds):
+        if kind is None:
+            continue
+        ours = _by_layer(own, measure, kind)
+        named = {"measure": measure, "tokens": kinds[kind]}
+        mean = intervals.mean(ours.T)
+        out.append({"control": None, **named, **_lists(mean._asdict())})
+        for control, draws in controls.items():
+            if draws:
+                theirs = np.stack([_by_layer(arrays, measure, kind) for arrays in draws])
+                found = intervals.difference(ours, theirs)
+                ends = {"difference": found.value, "difference_low": found.low,
+                        "difference_high": found.high}  # fmt: skip
+                value = {"value": theirs.mean(axis=(0, -1))}
+                out.append({"control": control, **named, **_lists(value | ends)})
+    return out
+
+
+def _lists(arrays: Mapping[str, np.ndarray]) -> Row:
+    """Return arrays as lists; one that is not finite as None, which JSON can hold."""
+    return {
+        name: values.tolist() if np.isfinite(values).all() else None
+        for name, values in arrays.items()
+    }
+
+
 def correct_effects(rows: Sequence[Row], margin: float) -> None:
     """Correct the effects, and add their verdicts and what they could have found, in place.
 
@@ -147,7 +192,12 @@ def _values(arrays: Arrays, measure: str, kind: int | None) -> np.ndarray:
     """Return a value for each question, whose mean is the score or the deviation per token."""
     if kind is None:
         return arrays["score"]
-    return arrays[measure][kind] / arrays["tokens"][kind].mean()
+    return _by_layer(arrays, measure, kind)[-1]
+
+
+def _by_layer(arrays: Arrays, measure: str, kind: int) -> np.ndarray:
+    """Return [layers, N], a value for each question whose mean is the deviation per token."""
+    return arrays[measure][:, kind] / arrays["tokens"][kind].mean()
 
 
 def _effect(effect: intervals.Effect) -> Row:

@@ -25,6 +25,7 @@ KINDS = ("image", "question")
 SITES = {
     "resid_mid": S.lm.resid_mid, "attn_out": S.lm.attn_out, "mlp.out": S.lm.mlp.out,
 }  # fmt: skip
+WORDS = 10  # of a mean distribution in results.json
 MOST_LIKELY = 0.4  # "even the most probable token has less than 40 %" (Huo et al.'s blog post)
 FEATURES = {"vision": S.vision.resid_post[-1], "projector": S.projector.out}
 LensArrays = Mapping[str, Mapping[str, np.ndarray]]  # {domain: {array: values}}, see `read`
@@ -43,11 +44,13 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
         By domain, a row for each of N pictures: `sums` and `top` [N, L, kinds], the entropies and
         the probabilities of the most likely word, summed over tokens; `tokens` [N, kinds], their
         number; `SITE/sums` of the further sites of the config; and of FEATURES the mean over image
-        tokens.
+        tokens. A row for each batch: `words` [layers, kinds, V], the probabilities of all words
+        after `Study.word_layers`, summed over tokens.
     """
     sites = study.config.lens_sites
     captures = {"lens": mj.lens(S.lm.resid_post, by=KINDS)}
     captures |= {site: mj.lens(SITES[site], by=KINDS) for site in sites}
+    captures["words"] = mj.distribution(S.lm.resid_post[study.word_layers], by=KINDS)
     captures |= {name: mj.mean(site, where=tok.image) for name, site in FEATURES.items()}
 
     def read_batch(questions: batching.QuestionBatches, number: int) -> dict[str, np.ndarray]:
@@ -62,6 +65,7 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
         tokens = by_picture(np.broadcast_to(lens.tokens, lens.sum.shape))[:, 0]
         return {
             "sums": by_picture(lens.sum), "top": by_picture(lens.top), "tokens": tokens,
+            "words": np.asarray(out["words"].sum)[None, :, kinds],
             **{f"{site}/sums": by_picture(out[site].sum) for site in sites},
             **{name: np.asarray(out[name], np.float32)[:rows] for name in FEATURES},
         }  # fmt: skip
@@ -78,6 +82,28 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
         name: study.workdir.arrays(f"lens-{name}", functools.partial(read_domain, name))
         for name in study.names
     }
+
+
+def words(study: Study, lens: LensArrays) -> list[dict[str, Any]]:
+    """Return the most probable words of mean distributions, a row by domain, kind and layer.
+
+    Args:
+        study: the study.
+        lens: what `read` returns.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, arrays in lens.items():
+        total, tokens = arrays["words"].sum(0, dtype=np.float64), arrays["tokens"].sum(0)
+        for k, kind in enumerate(KINDS):
+            for place, layer in enumerate(study.word_layers if tokens[k] else ()):
+                mean = total[place, k] / tokens[k]
+                best = np.argsort(-mean, kind="stable")[:WORDS]
+                rows.append(
+                    {"data": name, "tokens": kind, "layer": layer, "n": int(tokens[k]),
+                     "words": [study.processor.word(int(i)) for i in best],
+                     "probabilities": mean[best].tolist()}
+                )  # fmt: skip
+    return rows
 
 
 def curves(lens: LensArrays, values: str = "sums") -> dict[str, Any]:

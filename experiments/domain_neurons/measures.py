@@ -19,16 +19,16 @@ from mllm_jax.batch import Batch
 from mllm_jax.data import batching
 from mllm_jax.data.vqa.questions import VqaQuestion
 from mllm_jax.evaluation.metrics import datasets, lingo_judge
+from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import score
-
-LAST = {"last": mj.keep(S.lm.resid_post[-1])}
 
 
 class Measure(Protocol):
     """A way to get and score the answers to the questions of a domain.
 
-    The responses have the `texts` of the answers.
+    The responses have the `texts` of the answers. The states are those of the prompt's tokens after
+    the layers that `Study.deviation_layers` names, [layers, B, T, D].
 
     Attributes:
         name: the name of the metric.
@@ -45,7 +45,7 @@ class Measure(Protocol):
     def respond(
         self, number: int, batch: Batch, edits: Edits
     ) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """Return the responses to a batch as arrays, and the last residual of the pass."""
+        """Return the responses to a batch as arrays, and the hidden states of the pass."""
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], the scores of all responses."""
@@ -66,17 +66,17 @@ class Options:
     def respond(
         self, number: int, batch: Batch, edits: Edits
     ) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """Return the answers of a batch, whether they are right, and the pass's last residual."""
+        """Return the answers of a batch, whether they are right, and the hidden states."""
         candidates = self.questions.candidates(number)
         ids = score.candidate_ids(
             self.study.processor, candidates, len(batch.ids), length=self.length
         )
-        out = score.score_with(self.study.model, batch, ids, edits, LAST)
+        out = score.score_with(self.study.model, batch, ids, edits, _states(self.study))
         rows = len(self.questions.rows(number))
         best = np.asarray(out.values)[:rows].argmax(-1)
         texts = np.array([options[i] for options, i in zip(candidates, best, strict=True)])
         right = best == self.questions.right(number)
-        return {"right": right, "texts": texts}, out.captures["last"]
+        return {"right": right, "texts": texts}, out.captures["states"]
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], 1 where the answer is right."""
@@ -101,9 +101,9 @@ class Answers:
     def respond(
         self, number: int, batch: Batch, edits: Edits
     ) -> tuple[dict[str, np.ndarray], jax.Array]:
-        """Return the generated texts of a batch, and the last residual of the pass."""
+        """Return the generated texts of a batch, and the hidden states of the pass."""
         model, config = self.study.model, self.study.config
-        last = mj.run(model, batch, edits, LAST, logits="none")["last"]
+        states = mj.run(model, batch, edits, _states(self.study), logits="none")["states"]
         key = jax.random.fold_in(jax.random.key(config.seed), number) if config.compat else None
         generated = mj.generate(
             model, batch, edits, max_new_tokens=config.new_tokens, stop=True, key=key,
@@ -111,12 +111,16 @@ class Answers:
         )  # fmt: skip
         assert generated.text is not None  # the batch has a processor
         texts = generated.text[: len(self.questions.rows(number))]
-        return {"texts": np.array(texts)}, last
+        return {"texts": np.array(texts)}, states
 
     def score(self, responses: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float64[N], the metric of the data set."""
         questions = [cast(VqaQuestion, question) for _, question in self.questions.pairs]
         return datasets.score(self.domain, responses["texts"].tolist(), questions, **self.options)
+
+
+def _states(study: Study) -> dict[str, Capture]:
+    return {"states": mj.keep(S.lm.resid_post[study.deviation_layers])}
 
 
 MEASURES: dict[str, type[Options] | type[Answers]] = {"options": Options, "answers": Answers}

@@ -147,6 +147,7 @@ def _results(
         "lens": layers.curves(lens),
         "lens_top": layers.curves(lens, "top"),
         "lens_sites": {site: layers.curves(lens, f"{site}/sums") for site in config.lens_sites},
+        "lens_words": layers.words(study, lens),
         "sparsity": layers.sparsity(lens),
         "stages": layers.staged(lens, neurons["lm"], *_resampled(study, counted)),
         "features": layers.features(lens),

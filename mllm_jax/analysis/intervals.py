@@ -182,23 +182,65 @@ def effect(own: np.ndarray, control: np.ndarray, *, level: float = LEVEL) -> Eff
     """
     own = checks.finite(own, "own", axes="[N]")
     control = checks.finite(control, "control", axes="[R, N]")
-    if not control.size or control.shape[1:] != own.shape:
-        raise ValueError(f"control must be [draws, {len(own)}], one or more, not {control.shape}")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
-    differences = own - control.mean(axis=0)
-    value = float(differences.mean())
-    if min(control.shape) < 2:
+    _check_controls(own, control, level)
+    value, error, degrees = (float(part) for part in _own_less_control(own, control))
+    if np.isnan(error):
         return Effect(value, *[np.nan] * 5)
-    sizes = np.array([len(own), len(control)])
-    parts = np.array([differences.var(ddof=1), control.mean(axis=1).var(ddof=1)]) / sizes
-    error = float(np.sqrt(parts.sum()))
+    differences = own - control.mean(axis=0)
     if not error:
-        return Effect(value, value, value, sign_flip(differences), 0.0, float(sizes.min() - 1))
-    degrees = float(parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum())
+        return Effect(value, value, value, sign_flip(differences), 0.0, degrees)
     half = float(scipy.stats.t.ppf((1 + level) / 2, degrees)) * error
     p = 2 * float(scipy.stats.t.sf(abs(value) / error, degrees))
     return Effect(value, value - half, value + half, max(p, sign_flip(differences)), error, degrees)
+
+
+def difference(
+    own: np.ndarray, control: np.ndarray, *, level: float = LEVEL
+) -> Interval[np.ndarray]:
+    """Compute own - control of several measures, each with the interval of `effect`.
+
+    Args:
+        own: float[..., N], a value for each example.
+        control: float[R, ..., N], the values of the same examples in R draws.
+        level: mass of the interval.
+
+    Returns:
+        The differences, float64[...]; the ends are NaN where one example or draw tells no spread.
+    """
+    own, control = checks.finite(own, "own"), checks.finite(control, "control")
+    _check_controls(own, control, level)
+    value, error, degrees = _own_less_control(own, control)
+    half = np.where(error > 0, scipy.stats.t.ppf((1 + level) / 2, degrees) * error, error)
+    return Interval(value, value - half, value + half)
+
+
+def _check_controls(own: np.ndarray, control: np.ndarray, level: float) -> None:
+    if not control.size or control.shape[1:] != own.shape:
+        axes = ", ".join(map(str, own.shape))
+        raise ValueError(f"control must be [draws, {axes}], one or more, not {control.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
+
+
+def _own_less_control(
+    own: np.ndarray, control: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the difference, its standard error and the degrees of freedom, see `effect`.
+
+    The last two are NaN where a single example or draw tells no spread. Without any spread the
+    error is 0.
+    """
+    differences = own - control.mean(axis=0)
+    value = differences.mean(axis=-1)
+    sizes = np.array([control.shape[-1], len(control)])
+    if sizes.min() < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    by_draw = control.mean(axis=-1).var(axis=0, ddof=1)
+    parts = np.stack([differences.var(axis=-1, ddof=1), by_draw], axis=-1) / sizes
+    total = parts.sum(axis=-1)
+    shares = (parts**2 / (sizes - 1)).sum(axis=-1)
+    degrees = np.divide(total**2, shares, out=np.full_like(total, sizes.min() - 1), where=total > 0)
+    return value, np.sqrt(total), degrees
 
 
 def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> float:

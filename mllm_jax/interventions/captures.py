@@ -220,6 +220,21 @@ def lens(
     return Capture(form, Address.of(target), tokens.of(where), _kinds(target, by), k)
 
 
+def distribution(
+    target: Target, *, by: str | Sequence[str] | None = None, where: Selector = None
+) -> Capture:
+    """Average the distribution over words of the logit lens, see `results.Distribution`.
+
+    After the last layer it is the mean distribution of the next token.
+
+    Args:
+      target: See `lens`.
+      by: `tokens.kind`, or some names of it.
+      where: See `keep`.
+    """
+    return Capture("distribution", Address.of(target), tokens.of(where), _kinds(target, by))
+
+
 def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
     """Keep the k tokens on which each unit is strongest, see `top_tokens.Top`.
 

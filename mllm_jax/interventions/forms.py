@@ -111,6 +111,9 @@ FORMS: dict[str, Form] = {
     ),
     "lens": Form(reductions.read_lens, captures.lens, _check_lens, "token"),
     "entropy": Form(reductions.read_entropy, check=_check_lens, merges=True),
+    "distribution": Form(
+        reductions.read_distribution, captures.distribution, _check_lens, "batch", merges=True
+    ),
     "stats": _of_data(reductions.read_stats, captures.stats),
     "histogram": _of_data(reductions.read_histogram, captures.histogram),
     "top": _of_data(top_tokens.read_top("largest"), captures.top, needs_places=True),

@@ -56,6 +56,7 @@ CAPTURES: dict[str, Words] = {
     "rollout": Words(options=("to", "on")),
     "stats": Words(options=("by", "where")),
     "lens": Words(options=("k", "by", "where")),
+    "distribution": Words(options=("by", "where")),
     "top": Words(options=("k", "where")),
     "bottom": Words(options=("k", "where")),
     "sample": Words(options=("k", "edges", "where")),

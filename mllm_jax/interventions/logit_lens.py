@@ -23,8 +23,7 @@ def read(
 ) -> Lens:
     """Return the lens of the selected tokens.
 
-    The selected tokens are sorted to the front and cut into chunks; chunks without a selected token
-    are not computed. On a mesh each data shard sorts its own tokens, so that none moves.
+    The tokens are cut into chunks; chunks without a selected token are not computed.
 
     Args:
       x: The states.
@@ -32,23 +31,10 @@ def read(
       lens: A function from states [..., D] to logits float32[..., V].
       k: How many words to name.
     """
-    B, T, D = x.shape
-    shards = mesh.shard_count("B", B)
+    B, T, _ = x.shape
+    order, (states, is_selected) = _cut(selected, x, jnp.asarray(selected))
+    _, shards, chunk = is_selected.shape
     n = B * T // shards
-    mask = jnp.asarray(selected).reshape(shards, n)
-    chunk = min(LENS_CHUNK, n)
-    fill = -n % chunk
-    order = jnp.argsort(~mask, axis=1, stable=True)
-
-    def chunks(array):  # [shards, n, ...] -> [chunks, shards, chunk, ...]
-        tail = array.shape[2:]
-        at = order.reshape(shards, n, *(1,) * len(tail))
-        array = jnp.take_along_axis(array, at, 1)
-        array = jnp.pad(array, ((0, 0), (0, fill), *((0, 0),) * len(tail)))
-        array = array.reshape(shards, -1, chunk, *tail).swapaxes(0, 1)
-        return mesh.constrain(array, (None, "B", *(None,) * (array.ndim - 2)))
-
-    states, is_selected = chunks(x.reshape(shards, n, D)), chunks(mask)
     shape = jax.eval_shape(lens, states[0])
 
     def read_chunk(args):
@@ -72,6 +58,62 @@ def read(
         return mesh.constrain(flat.reshape(B, T, *tail), ("B", *(None,) * (1 + len(tail))))
 
     return jax.tree.map(unsort, parts)
+
+
+def sum_probabilities(
+    x: Float[Array, "B T D"], weights: Float[Array, "B T kinds"], lens: Callable[[Array], Array]
+) -> Float[Array, "kinds V"]:
+    """Return the probabilities of all words, summed over tokens by kind; see `read`.
+
+    Args:
+      x: The states.
+      weights: How often each token counts.
+      lens: See `read`.
+    """
+    _, parts = _cut((weights > 0).any(-1), x, weights)
+    shape = jax.eval_shape(lens, parts[0][0])
+
+    def add(total, part):
+        states, weight = part
+        # What is not counted may be anything, even nan.
+        states = jnp.where((weight > 0).any(-1, keepdims=True), states, 0)
+
+        def added():
+            probabilities = jax.nn.softmax(mesh.constrain(lens(states), ("B", None, "V")), -1)
+            return total + jnp.einsum(
+                "snk,snv->kv", weight, probabilities, precision=jax.lax.Precision.HIGHEST
+            )
+
+        return jax.lax.cond((weight > 0).any(), added, lambda: total), None
+
+    nothing = jnp.zeros((weights.shape[-1], shape.shape[-1]), shape.dtype)
+    return jax.lax.scan(add, nothing, parts)[0]
+
+
+def _cut(selected: Bool[AnyArray, "B T"], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Sort the selected tokens to the front, and cut arrays of tokens into chunks.
+
+    On a mesh each data shard sorts its own tokens, so that none moves.
+
+    Returns:
+      The order of the tokens, int[shards, n], and each array [B, T, ...] as
+      [chunks, shards, chunk, ...]; what fills up the last chunk is zero.
+    """
+    B, T = selected.shape
+    shards = mesh.shard_count("B", B)
+    n = B * T // shards
+    chunk = min(LENS_CHUNK, n)
+    order = jnp.argsort(~jnp.asarray(selected).reshape(shards, n), axis=1, stable=True)
+
+    def cut(array):
+        tail = array.shape[2:]
+        at = order.reshape(shards, n, *(1,) * len(tail))
+        array = jnp.take_along_axis(array.reshape(shards, n, *tail), at, 1)
+        array = jnp.pad(array, ((0, 0), (0, -n % chunk), *((0, 0),) * len(tail)))
+        array = array.reshape(shards, -1, chunk, *tail).swapaxes(0, 1)
+        return mesh.constrain(array, (None, "B", *(None,) * (array.ndim - 2)))
+
+    return order, tuple(map(cut, arrays))
 
 
 def _lens(logits: Float[Array, "... V"], is_selected: Bool[Array, ...], k: int) -> Lens:

@@ -13,7 +13,7 @@ from mllm_jax import tokens
 from mllm_jax.interventions import attention_maps, logit_lens, top_tokens
 from mllm_jax.interventions.attention_maps import Mass
 from mllm_jax.interventions.bound_capture import BoundCapture
-from mllm_jax.interventions.results import Entropy, Lens, Sparse, Stats
+from mllm_jax.interventions.results import Distribution, Entropy, Lens, Sparse, Stats
 from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
@@ -94,6 +94,17 @@ def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entr
         tokens=_sum_by_row(capture, counts),
         kinds=capture.by or (),
     )
+
+
+def read_distribution(capture: BoundCapture, x: Array, lens: Callable | None) -> Distribution:
+    """Return the probabilities of all words, summed over the selected tokens by kind."""
+    assert lens is not None, "a module with sites of the LM's width has a lens"
+    weights = _weights(capture)
+    total = logit_lens.sum_probabilities(at_least_float32(x), weights, lens)
+    tokens = weights.astype(jnp.int32).sum((0, 1))
+    if capture.by is None:
+        total, tokens = total[0], tokens[0]
+    return Distribution(sum=total, tokens=tokens, kinds=capture.by or ())
 
 
 def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:

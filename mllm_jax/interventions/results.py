@@ -144,6 +144,55 @@ class Lens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Distribution:
+    """The distributions over words of the lens, added up over tokens. With `by`, by kind.
+
+    Attributes:
+      sum: The sum of the distributions, float32[L, kinds, V].
+      tokens: How many tokens there were, int32[L, kinds].
+      kinds: The names along the axis of kinds; empty without `by`, and then the axis is absent.
+        Static.
+    """
+
+    sum: Float[AnyArray, "L kinds V"]
+    tokens: Int[AnyArray, "L kinds"]
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def mean(self) -> Float[np.ndarray, "L kinds V"]:
+        """The mean distribution, float64; NaN where there was no token."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.sum, np.float64) / np.asarray(self.tokens)[..., None]
+
+    def top(self, k: int) -> tuple[Int[np.ndarray, "L kinds k"], Float[np.ndarray, "L kinds k"]]:
+        """Return the k words of the highest mean probability, best first, and the probabilities."""
+        mean = self.mean
+        ids = np.argsort(-mean, axis=-1, kind="stable")[..., :k]
+        return ids, np.take_along_axis(mean, ids, -1)
+
+    def merge(self, other: Distribution) -> Distribution:
+        """Return the sums over both sets of tokens; see `wide`."""
+        return Distribution(
+            sum=self.sum + other.sum, tokens=self.tokens + other.tokens, kinds=self.kinds
+        )
+
+    def wide(self) -> Distribution:
+        """Return the sums in float64 and int64."""
+        return Distribution(
+            sum=np.asarray(self.sum, np.float64),
+            tokens=np.asarray(self.tokens, np.int64),
+            kinds=self.kinds,
+        )
+
+    def _html_(self, word: notebook_results.Word = str) -> str:
+        return notebook_results.distribution(self, word)
+
+    def _repr_html_(self) -> str:
+        return self._html_()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Entropy:
     """The entropy of the lens, summed over the tokens of each row by kind.
 

@@ -59,7 +59,7 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
             f"a rollout multiplies attention among the same tokens, and {site} is of queries on "
             f"{site.keys} tokens: read it by attention_map"
         )
-    if form in ("lens", "entropy"):
+    if form in ("lens", "entropy", "distribution"):
         if site.axes[-1] != "D":
             raise ValueError(f"a lens reads tensors of the LM's width D; {site} is [{site.shape}]")
         if not all_units:

@@ -17,7 +17,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.forms import FORMS
 from mllm_jax.interventions.model import Model
-from mllm_jax.interventions.results import Entropy, Stats
+from mllm_jax.interventions.results import Distribution, Entropy, Stats
 from mllm_jax.interventions.top_tokens import Histogram, Top
 from mllm_jax.passes import arguments
 from mllm_jax.passes.run import run
@@ -25,7 +25,9 @@ from mllm_jax.sharding import hosts
 from mllm_jax.store import Store
 
 # The results that are stored, by the name of their class.
-RESULTS: dict[str, type] = {kind.__name__: kind for kind in (Stats, Entropy, Top, Histogram)}
+RESULTS: dict[str, type] = {
+    kind.__name__: kind for kind in (Stats, Entropy, Distribution, Top, Histogram)
+}
 
 
 def reduce(
@@ -42,8 +44,8 @@ def reduce(
     """Add up captures over batches, integers exactly in int64.
 
     Args:
-      captures: Captures that can be merged: `stats`, `top`, `sample`, `histogram`, and `lens` with
-        `by`.
+      captures: Captures that can be merged: `stats`, `top`, `sample`, `histogram`, `distribution`,
+        and `lens` with `by`.
       model: See `run`.
       batches: A sequence or an iterable, read one by one.
       edits: What to change.
@@ -56,8 +58,8 @@ def reduce(
       label: The label of the progress bar.
 
     Returns:
-      The merged results by name: `results.Stats`, `results.Entropy`, `top_tokens.Top` or
-      `top_tokens.Histogram`.
+      The merged results by name: `results.Stats`, `results.Entropy`, `results.Distribution`,
+      `top_tokens.Top` or `top_tokens.Histogram`.
 
     Raises:
       ValueError: A capture cannot be added up, there is no batch, or `save` holds sums of another
@@ -69,7 +71,7 @@ def reduce(
         if not FORMS[capture.form].merges:
             raise ValueError(
                 f"capture '{name}' ({capture.form}) cannot be added up over batches; "
-                "use stats, top, sample, histogram, or lens(..., by=tokens.kind)"
+                "use stats, top, sample, histogram, distribution, or lens(..., by=tokens.kind)"
             )
     store = Store(save, restart=restart, model=model, captures=captures, edits=edits)
     saved = store.read()

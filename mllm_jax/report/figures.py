@@ -25,14 +25,15 @@ def name_cells(ax: Axes, names: Sequence[str], columns: Sequence[str] = ()) -> N
 
 
 def draw_curves(ax: Axes, curves: Mapping[str, Mapping], hue: Mapping[str, str]) -> None:
-    """Draw means by layer with their intervals, a curve for each name."""
+    """Draw means by layer with their intervals, a curve for each name; see `charts.curves`."""
     for name, curve in curves.items():
-        layers = np.arange(len(curve["mean"]))
-        ax.fill_between(
-            layers, curve["low"], curve["high"], color=hue[name], alpha=0.16, linewidth=0
-        )
+        layers = np.asarray(curve.get("at", range(len(curve["mean"]))))
+        if "low" in curve:
+            ax.fill_between(
+                layers, curve["low"], curve["high"], color=hue[name], alpha=0.16, linewidth=0
+            )
         ax.plot(layers, curve["mean"], color=hue[name])
-    ax.set_xlim(0, len(layers) - 1)
+    ax.set_xlim(0, layers[-1])
     ax.grid(axis="y")
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, integer=True))
 

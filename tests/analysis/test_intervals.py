@@ -139,6 +139,21 @@ def test_effect_covers_the_truth_over_examples_and_draws():
     assert fixed / 400 < 0.6
 
 
+def test_differences_of_several_measures_have_the_intervals_of_each():
+    rng = np.random.default_rng(0)
+    own, control = rng.normal(size=(4, 30)), rng.normal(size=(5, 4, 30))
+    own[2] = control[:, 2] = 1.0  # no spread
+    found = intervals.difference(own, control)
+    for i in range(4):
+        alone = intervals.effect(own[i], control[:, i])
+        np.testing.assert_allclose([part[i] for part in found], alone[:3], rtol=1e-12)
+    assert found.low[2] == found.value[2] == found.high[2] == 0
+    single = intervals.difference(own, control[:1])
+    assert np.isnan(single.low).all() and np.isfinite(single.value).all()
+    with pytest.raises(ValueError, match=r"\[draws, 4, 30\]"):
+        intervals.difference(own, control[:, :3])
+
+
 def test_effect_of_a_draw_alone_has_no_interval():
     found = intervals.effect([0.0, 1.0, 1.0], [[0.0, 1.0, 0.0]])
     assert found.value == pytest.approx(1 / 3)

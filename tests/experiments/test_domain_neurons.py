@@ -119,6 +119,36 @@ def test_controls_match_the_rates_and_say_where_they_do_not(finished):
                 assert abs(row["rate"] - row["drawn_rate"]) <= 0.02
 
 
+def test_deviations_by_layer_end_in_those_after_the_last_layer(finished):
+    """The sums in the steps, layer by layer, and the effects after the last layer."""
+    results = json.loads((finished / "results.json").read_text())
+    layers = results["deviation_layers"]
+    assert layers == list(range(9))  # a tiny model has fewer than asked for
+    rows = {
+        (r["module"], r["data"], r["control"], r["measure"], r["tokens"]): r
+        for r in results["deviation_by_layer"]
+    }
+    assert len(rows) == 2 * 3 * (1 + 3) * 2 * len({r["tokens"] for r in rows.values()})
+    for effect in results["effects"]:
+        if effect["measure"] == "accuracy":
+            continue
+        named = effect["module"], effect["data"]
+        own = rows[*named, None, effect["measure"], effect["tokens"]]
+        drawn = rows[*named, effect["control"], effect["measure"], effect["tokens"]]
+        assert own["value"][-1] == pytest.approx(effect["own"])
+        assert drawn["value"][-1] == pytest.approx(effect["drawn"])
+        assert drawn["difference"][-1] == pytest.approx(effect["difference"])
+        for end in ("low", "high"):
+            ends = drawn[f"difference_{end}"]
+            assert effect[end] is None if ends is None else ends[-1] == pytest.approx(effect[end])
+    parts = [np.load(path) for path in sorted((finished / "steps/ablation").glob("reds-*.npz"))]
+    for module in ("lm", "all"):
+        moved = np.concatenate([p[f"{module}-reds-selected/relative_l2"] for p in parts], -1)
+        tokens = np.concatenate([p[f"{module}-reds-selected/tokens"] for p in parts], -1)
+        want = moved[:, 0].sum(-1) / tokens[0].sum()
+        assert rows[module, "reds", None, "relative_l2", "image"]["value"] == pytest.approx(want)
+
+
 def test_effects_are_against_each_control_and_of_each_measure(finished):
     results = json.loads((finished / "results.json").read_text())
     cells = results["ablation"]
@@ -266,6 +296,14 @@ def test_every_site_of_the_lens_and_what_is_claimed_of_its_words(finished):
     curves = [results["lens"], results["lens_top"], *results["lens_sites"].values()]
     assert all(len(of["reds"]["image"]["mean"]) == 9 for of in curves)
     assert all(0 < p < 1 for p in results["lens_top"]["reds"]["image"]["mean"])
+    by_layer = results["lens_words"]
+    assert len(by_layer) == 3 * 2 * 5 and {row["layer"] for row in by_layer} == {0, 2, 4, 6, 8}
+    for row in by_layer:
+        # The maximum of a mean is at most the mean of the maxima.
+        top = results["lens_top"][row["data"]][row["tokens"]]["mean"][row["layer"]]
+        assert row["probabilities"][0] <= top + 1e-6
+        assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
+        assert row["tokens"] == "question" or row["n"] == 4 * 4  # folded tokens of 4 pictures
     rows = {(row["data"], row["measure"]): row for row in results["sparsity"]}
     for name in results["domains"]:
         stored = np.load(finished / f"steps/lens-{name}.npz")

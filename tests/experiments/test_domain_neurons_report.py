@@ -62,7 +62,7 @@ def test_every_link_leads_to_a_file(written):
     assert links and all((folder / link).is_file() for link in links)
     made = {name for name in contents(folder) if not name.startswith("figures/picture")}
     assert made == {link for link in links if not link.startswith("figures/picture")}
-    assert pages["index.html"].tags.count("section") == 16
+    assert pages["index.html"].tags.count("section") == 18
 
 
 def test_figures_are_png_of_a_legible_size(written):
@@ -88,10 +88,40 @@ def test_tables_hold_the_numbers_exactly(written):
     assert (undecided["first"], undecided["first_low"], undecided["second_high"]) == ("", "4", "26")
     assert {path.name for path in (folder / "tables").glob("*.csv")} == {
         "ablation.csv", "accuracy.csv", "changed_answers.csv", "claims.csv", "controls.csv", "deviation.csv",
-        "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "lens_sites.csv", "lens_top.csv", "neurons_per_layer.csv",
+        "deviation_by_layer.csv",
+        "domains_per_neuron.csv", "effects.csv", "features.csv", "lens.csv", "lens_sites.csv", "lens_top.csv", "lens_words.csv", "neurons_per_layer.csv",
         "overlap.csv", "power.csv", "released.csv", "selection.csv", "selectors.csv", "settings.csv",
         "single_neurons.csv", "stages.csv", "sparsity.csv", "stability.csv", "tokens.csv",
     }  # fmt: skip
+
+
+def test_deviation_by_layer_has_every_interval(written):
+    folder, results = written
+    table = rows(folder / "tables/deviation_by_layer.csv")
+    assert len(table) == len(results["deviation_by_layer"]) * len(results["deviation_layers"])
+    of = [r for r in table if (r["module"], r["data"], r["measure"]) == ("lm", "objects", "cosine")]
+    own, matched = (
+        next(r for r in of if (r["control"], r["layer"]) == (c, "29")) for c in ("", "rate")
+    )
+    assert (own["value"], own["low"], own["difference"]) == ("0.2", str(0.9 * 0.2), "")
+    assert (
+        float(matched["difference_low"]) == pytest.approx(0.3 * 0.2 - 0.01) and not matched["low"]
+    )
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert "In 0 of 5 domains the interval of own less rate-matched lies above" in text
+    assert "objects +0.070 at layer 29" in text
+    # 0.3 x 0.01 - 0.01 is below zero, and 0.5 x 0.01 - 0.01 too: at the first layer own moves less.
+    assert re.search(r"objects</t[dh]>\s*<td[^>]*>7</td>\s*<td[^>]*>6</td>\s*<td[^>]*>1</td>", text)
+
+
+def test_words_of_mean_distributions(written):
+    folder, results = written
+    table = rows(folder / "tables/lens_words.csv")
+    assert len(table) == 3 * len(results["lens_words"])
+    assert (table[1]["word"], table[1]["rank"], table[1]["probability"]) == ("<b>", "2", "0.125")
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert "the 0.250, &lt;b&gt; 0.125, ↵ 0.062" in text
+    assert "is highest at objects “the” (25\N{NO-BREAK SPACE}%)" in text
 
 
 def test_tables_are_also_written_for_latex(written):
@@ -226,6 +256,7 @@ def without(key):
 
 def without_controls(results):
     results["controls"], results["effects"] = [], []
+    results["deviation_by_layer"] = [r for r in results["deviation_by_layer"] if not r["control"]]
     results["ablation"] = [run for run in results["ablation"] if run["control"] is None]
 
 
@@ -234,18 +265,21 @@ def without_power(results):
         row.update(possible=None, likely=None)
     for row in results["effects"]:
         row.update(low=None, high=None, p=None, p_holm=None, p_equal=None, verdict=None)
+    for row in results["deviation_by_layer"]:
+        row.update(difference_low=None, difference_high=None)
     for run in results["ablation"]:
         run["p_holm"] = 1.0
 
 
 def with_one_cell_only(results):
     results["controls"], results["effects"], results["power"] = [], [], results["power"][:1]
-    results["ablation"] = results["ablation"][:1]
+    results["ablation"], results["deviation_by_layer"] = results["ablation"][:1], []
 
 
 def without_deviation(results):
     for run in results["ablation"]:
         run["deviation"] = {}
+    results["deviation_by_layer"] = []
 
 
 def without_neurons(results):
@@ -281,10 +315,19 @@ def in_parts(results):
 @pytest.mark.parametrize(
     "changes, sections",
     [
-        ((without_controls, without_stages), 15),
-        ((with_one_cell_only, without_neurons, without("evidence")), 14),
-        ((without_deviation, without("pictures")), 14),
-        ((without("ablation"), without("baseline"), without("effects"), without("power")), 12),
+        ((without_controls, without_stages), 17),
+        ((with_one_cell_only, without_neurons, without("evidence")), 15),
+        ((without_deviation, without("pictures")), 15),
+        (
+            (
+                without("ablation"),
+                without("baseline"),
+                without("effects"),
+                without("power"),
+                without("deviation_by_layer"),
+            ),
+            13,
+        ),
         (
             (
                 without("lens"),
@@ -293,11 +336,12 @@ def in_parts(results):
                 without("released"),
                 without("sparsity"),
                 without("lens_sites"),
+                without("lens_words"),
             ),
-            10,
+            11,
         ),
-        ((of_given_neurons, in_parts, without("controls")), 16),
-        ((without_power,), 16),
+        ((of_given_neurons, in_parts, without("controls")), 18),
+        ((without_power,), 18),
     ],
     ids=[
         "controls, stages",
@@ -323,7 +367,7 @@ FIRST = (
     "format", "study", "model", "domains", "selector", "modules", "tokens", "selection", "stability",
     "released", "ablated", "controls", "pictures",
 )  # fmt: skip
-LENS = ("lens", "lens_top", "lens_sites", "sparsity", "stages", "features")
+LENS = ("lens", "lens_top", "lens_words", "lens_sites", "sparsity", "stages", "features")
 
 
 def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
@@ -338,7 +382,7 @@ def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
     report.write(tmp_path, results)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "still runs" not in text and "http-equiv" not in text
-    assert sections == [5, 9, 11] and Reader(text).tags.count("section") == 16
+    assert sections == [5, 10, 12] and Reader(text).tags.count("section") == 18
 
 
 def test_a_finished_page_is_no_preview_again(tmp_path, monkeypatch):

@@ -180,6 +180,30 @@ def fake_results(
         for measure, tokens in (("accuracy", None), ("relative_l2", "image"), ("cosine", "image"))
     ]  # fmt: skip
 
+    lens_words = [
+        {"data": data, "tokens": kind, "layer": layer, "n": 64, "words": [" the", "<b>", "\n"],
+         "probabilities": [0.25, 0.125, 0.0625]}
+        for data in domains
+        for kind in ("image", "question")
+        for layer in (0, 29)
+    ]  # fmt: skip
+    deviation_layers = [0, 4, 9, 14, 19, 24, 29]
+    rising = np.linspace(0.01, 0.2, len(deviation_layers))
+    deviation_by_layer: list[dict] = []
+    for module in effect:
+        for data in domains:
+            for measure in ("relative_l2", "cosine"):
+                named = {"module": module, "data": data, "measure": measure, "tokens": "image"}
+                own = {"value": rising, "low": 0.9 * rising, "high": 1.1 * rising}
+                matched = {"value": 0.6 * rising, "difference": 0.4 * rising - 0.01,
+                           "difference_low": 0.3 * rising - 0.01, "difference_high": 0.5 * rising - 0.01}  # fmt: skip
+                single = {"value": 0.3 * rising, "difference": 0.7 * rising}
+                for control, values in ((None, own), ("rate", matched), ("layer", single)):
+                    row = {"control": control, **named} | {k: v.tolist() for k, v in values.items()}
+                    if control == "layer":
+                        row |= {"difference_low": None, "difference_high": None}
+                    deviation_by_layer.append(row)
+
     x = np.arange(30)
     lens = {}
     for i, domain in enumerate(domains):
@@ -285,12 +309,13 @@ def fake_results(
         "domains": domains, "modules": MODULES,
         "tokens": {m: {d: int(rng.integers(20_000, 60_000)) for d in domains} for m in MODULES},
         "selection": selection, "selector": "entropy",
-        "stability": stability, "comparison": comparison, "released": released, "controls": controls, "effects": effects, "ablated": "selected", "power": power,
+        "stability": stability, "comparison": comparison, "released": released, "controls": controls, "effects": effects,
+        "deviation_layers": deviation_layers, "deviation_by_layer": deviation_by_layer, "ablated": "selected", "power": power,
         "baseline": {
             d: {"accuracy": a, **interval(a, 0.06), "n": 240, "chance": c, "metric": "accuracy over options"}
             for d, a, c in zip(domains, accuracy, [0.25, 0.3, 0.3, 0.35, 0.25], strict=False)
         },
-        "ablation": ablation, "questions": questions, "lens": lens, "lens_top": lens, "lens_sites": {"attn_out": lens},
+        "ablation": ablation, "questions": questions, "lens": lens, "lens_top": lens, "lens_words": lens_words, "lens_sites": {"attn_out": lens},
         "sparsity": [
             {"data": data, "measure": measure, "n": 32, "bound": bound, "claimed": sign, "value": 0.3,
              "low": 0.2, "high": 0.38, "p": 0.001, "p_holm": 0.005, "verdict": "holds"}

@@ -73,6 +73,32 @@ def test_by_kind(out, batch, log_probs):
         np.testing.assert_array_equal(found.tokens[..., i], [mask.sum(-1)] * 2)
 
 
+@pytest.mark.parametrize("chunk", [7, 128])
+@pytest.mark.parametrize("by", [None, tok.kind])
+def test_mean_distribution(by, chunk, model, batch, log_probs, monkeypatch):
+    """The mean of all probabilities over the tokens of a kind, and over two batches."""
+    monkeypatch.setattr(logit_lens, "LENS_CHUNK", chunk)
+    asked = {"x": mj.distribution(S.lm.resid_post[[2, 0]], by=by)}
+    found = mj.run(model, batch, None, asked, logits="none")["x"]
+    masks = {k: batch.tokens.kind == tok.CODE[k] for k in captures.TOKEN_KINDS["lm"]}
+    masks = masks if by else {"": batch.valid}
+    total = np.stack([np.exp(log_probs)[[2, 0]][:, mask].sum(1) for mask in masks.values()], 1)
+    count = np.array([[mask.sum() for mask in masks.values()]] * 2)
+    total, count = (total, count) if by else (total[:, 0], count[:, 0])
+    np.testing.assert_array_equal(found.tokens, count)
+    np.testing.assert_allclose(found.sum, total, rtol=1e-5, atol=1e-6)
+    ids, probabilities = found.top(3)
+    with np.errstate(invalid="ignore"):
+        mean = total / count[..., None]
+    np.testing.assert_allclose(
+        probabilities, -np.sort(-mean, axis=-1)[..., :3], rtol=1e-5, atol=1e-6
+    )
+    assert ids.shape == probabilities.shape
+    twice = mj.reduce(asked, model, [batch, batch])["x"]
+    np.testing.assert_allclose(twice.mean, mean, rtol=1e-5, atol=1e-6)
+    assert twice.tokens.dtype == np.int64 and (twice.tokens == 2 * count).all()
+
+
 def test_what_an_image_token_says_before_it_is_read(out, model, batch):
     logits = np.asarray(model.lm.lens(out["out"]))
     want = np.where(batch.is_real_tile[:, None], logits.argmax(-1), -1)

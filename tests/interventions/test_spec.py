@@ -167,7 +167,7 @@ def addresses(draw, kind):
         able = [s for s in S.TABLE if "S" not in s.axes]
         if kind in grammar.CAPTURES:  # the kinds of `by` are of the LM
             able = [s for s in able if s.module in ("lm", "logits")]
-        if kind == "lens":
+        if kind in ("lens", "distribution"):
             able = [s for s in able if s.axes[-1] == "D" and s != S.lm.norm]
         if kind in ("top", "bottom", "sample", "histogram"):
             able = [s for s in able if len(s.axes) == 3]
@@ -175,7 +175,7 @@ def addresses(draw, kind):
         text = site.name
     once = isinstance(site, S.Site) and not site.stacked
     forms = ["whole", "layers", "both", "mask"]
-    if kind == "lens":  # of all units
+    if kind in ("lens", "distribution"):  # of all units
         forms = ["whole"] if once else ["whole", "layers"]
     form = draw(st.sampled_from(forms[:2] if once else forms))
     a, b = (draw(st.sampled_from(list(INDICES))) for _ in range(2))

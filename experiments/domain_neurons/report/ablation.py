@@ -1,24 +1,20 @@
-"""Sections of the report on accuracy, on ablation and on the deviation of hidden states."""
+"""Sections of the report on accuracy and on its change by ablation."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.domain_neurons.report import answers, effects, panels, plots
 from experiments.domain_neurons.report.effects import CONTROLS
-from experiments.domain_neurons.report.layers import token_kinds
 from experiments.modules import widest
 from mllm_jax.analysis import power
 from mllm_jax.report import figures, page, parts
 from mllm_jax.report.report import Results
 from mllm_jax.typing import Bool, Float
-
-MEASURES = {"relative_l2": "relative L2", "cosine": f"1 {page.MINUS} cosine"}
-Deviations = dict[str, dict[str, dict[str, dict[str, float]]]]  # by module, kind, domain, measure
 
 
 def accuracy(folder: pathlib.Path, results: Results) -> page.Section | None:
@@ -80,7 +76,7 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
     if not runs:
         return None
     modules = list(dict.fromkeys(run["module"] for run in runs))
-    draws = {kind: count for kind in CONTROLS if (count := _draws(runs, kind))}
+    draws = {kind: count for kind in CONTROLS if (count := effects.count_draws(runs, kind))}
     by_module = {
         module: Changes(
             *change_matrix(results, module),
@@ -146,10 +142,6 @@ def colour_bound(results: Results) -> float:
     possible = [row["possible"] for row in results["power"]]
     findable = 1.0 if None in possible else max(possible, default=0.0)
     return max(0.05, largest, min(findable, 1.0))
-
-
-def _draws(runs: Sequence[Mapping[str, Any]], kind: str) -> int:
-    return len({run["draw"] for run in runs if run["control"] == kind})
 
 
 def _own_domain(results: Results) -> Bool[np.ndarray, "domains domains"]:
@@ -229,107 +221,6 @@ def _ablation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tu
     ]  # fmt: skip
     rows = [[run.get(c) for c in columns] for run in runs]
     return parts.write_csv(folder, "ablation", columns, rows)
-
-
-def deviation(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on how far ablation moves the hidden states; None where not measured."""
-    runs = [run for run in results["ablation"] if run["deviation"]]
-    on_own_data = [run for run in runs if run["mask"] == run["data"]]
-    if not any(run["control"] is None for run in on_own_data):
-        return None
-    selected = _mean_deviations(run for run in on_own_data if run["control"] is None)
-    controls = {
-        kind: _mean_deviations(run for run in on_own_data if run["control"] == kind)
-        for kind in CONTROLS
-        if _draws(on_own_data, kind)
-    }
-
-    def by_domain(of: Deviations, module: str, kind: str, measure: str) -> list[float]:
-        return [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
-
-    sources = {"": selected} | controls
-    rows = [
-        [
-            module,
-            kind,
-            *(
-                _spread(by_domain(of, module, kind, measure))
-                for measure in MEASURES
-                for of in sources.values()
-            ),
-        ]
-        for module, by_kind in selected.items()
-        for kind in by_kind
-    ]
-    module = parts.title(widest([run["module"] for run in results["ablation"]]))
-    kind = token_kinds(selected)[0]
-    others = [
-        f"; {CONTROLS[name]}, by {_mean(by_domain(of, module, kind, 'relative_l2'))}"
-        for name, of in controls.items()
-    ]
-    heads = [label if not k else CONTROLS[k] for label in MEASURES.values() for k in sources]
-    shown = next(iter(controls), None)
-    return page.Section(
-        title="Deviation of the hidden states",
-        reading=f"The ablation of a domain's own neurons ({module.lower()}) moves the hidden "
-        f"states of {kind} tokens after the last layer of the language "
-        f"model by {_mean(by_domain(selected, module, kind, 'relative_l2'))} of their norm"
-        f"{''.join(others)}.",
-        figures=[
-            parts.write_figure(
-                folder, "deviation",
-                plots.deviation(
-                    selected, controls[shown] if shown else {}, MEASURES,
-                    CONTROLS[shown] if shown else "",
-                ),
-                "Hidden-state deviation by module and token kind",
-                chart=panels.deviation(
-                    selected, {CONTROLS[name]: of for name, of in controls.items()},
-                    "relative_l2", MEASURES["relative_l2"],
-                ),
-            )
-        ],
-        table=page.Table(["module", "tokens", *heads], rows),
-        note="Each domain tested on its own data; means over tokens and, for controls, over draws; "
-        "in brackets the lowest and the highest domain. The scale is logarithmic. The table file "
-        "has 95 % bootstrap intervals over questions.",
-        data=[_deviation_csv(folder, runs)],
-    )  # fmt: skip
-
-
-def _mean(values: Sequence[float]) -> str:
-    return parts.two_digits(float(np.mean(values))) if values else page.DASH
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Return a mean, and the lowest and the highest value in brackets; a dash for no values."""
-    ends = [parts.two_digits(end) for end in (min(values), max(values))] if values else []
-    return f"{_mean(values)} ({page.DASH.join(ends)})" if ends else page.DASH
-
-
-def _deviation_csv(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    columns = ["module", "mask", "data", "control", "draw"]
-    values = [f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")]
-    rows = [
-        [*(run[c] for c in columns), kind, *(moved[value] for value in values)]
-        for run in runs
-        for kind, moved in run["deviation"].items()
-    ]
-    return parts.write_csv(folder, "deviation", [*columns, "kind", *values], rows)
-
-
-def _mean_deviations(runs: Iterable[Mapping[str, Any]]) -> Deviations:
-    """Return the mean deviations over runs, by title of module, kind, domain and measure."""
-    gathered: dict[tuple[str, str, str, str], list[float]] = {}
-    for run in runs:
-        for kind, moved in run["deviation"].items():
-            for measure, value in moved.items():
-                gathered.setdefault((run["module"], kind, run["data"], measure), []).append(value)
-    means: Deviations = {}
-    for (module, kind, domain, measure), values in gathered.items():
-        by_domain = means.setdefault(parts.title(module), {}).setdefault(kind, {})
-        by_domain.setdefault(domain, {})[measure] = float(np.mean(values))
-    return means
 
 
 def change_matrix(

@@ -146,6 +146,11 @@ def _mean(rows: Sequence[Row], key: str) -> str:
     return parts.percent(float(np.average([row[key] for row in rows], weights=weights)))
 
 
+def count_draws(runs: Sequence[Row], kind: str) -> int:
+    """Return how many draws of a kind of control are among ablation runs."""
+    return len({run["draw"] for run in runs if run["control"] == kind})
+
+
 def _draws(rows: Sequence[Row], kind: str) -> int:
     return next(row["draws"] for row in rows if row["control"] == kind)
 

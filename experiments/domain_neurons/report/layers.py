@@ -131,6 +131,54 @@ def _agreement(stages: Results) -> str:
     return f"{subjects[sum(agreement)]} meets one in the number of neurons by layer."
 
 
+def words(folder: pathlib.Path, results: Results) -> page.Section | None:
+    """Build the section on mean distributions over words; None where not measured."""
+    rows = results["lens_words"]
+    if not rows:
+        return None
+    kinds, last = sorted({row["tokens"] for row in rows}), max(row["layer"] for row in rows)
+    shown = [row for row in rows if row["layer"] == last]
+    firsts = [
+        f"{row['data']} “{figures.printable(row['words'][0])}” "
+        f"({parts.percent(row['probabilities'][0])})"
+        for row in shown
+        if row["tokens"] == "image"
+    ]
+    return page.Section(
+        title="Next words on average",
+        reading="The distribution of the next word after the last layer, averaged over image "
+        f"tokens, is highest at {parts.join_words(firsts)}." if firsts else "",
+        table=page.Table(
+            ["domain", "tokens", "layer", "words, by mean probability"],
+            [
+                [row["data"], row["tokens"], str(row["layer"]), _probable(row)]
+                for row in rows
+            ],
+        ),
+        note=f"The mean over {parts.join_words(kinds)} tokens of the lens's probabilities of all "
+        "words; the table file has more words. ␣ is white space, ↵ a line break.",
+        data=[_words_csv(folder, rows)],
+    )  # fmt: skip
+
+
+def _probable(row: Mapping[str, Any], count: int = 5) -> str:
+    """Return the most probable words of a mean distribution with their probabilities."""
+    pairs = zip(row["words"], row["probabilities"], strict=True)
+    return ", ".join(f"{figures.printable(w)} {p:.3f}" for w, p in list(pairs)[:count])
+
+
+def _words_csv(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    table = [
+        [row["data"], row["tokens"], row["layer"], rank, word, probability]
+        for row in rows
+        for rank, (word, probability) in enumerate(
+            zip(row["words"], row["probabilities"], strict=True), 1
+        )
+    ]
+    columns = ["data", "tokens", "layer", "rank", "word", "probability"]
+    return parts.write_csv(folder, "lens_words", columns, table)
+
+
 def features(folder: pathlib.Path, results: Results) -> page.Section | None:
     """Build the section on the clusters of pictures by domain; None where not measured."""
     by_module = results["features"]

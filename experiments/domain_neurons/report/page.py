@@ -7,6 +7,7 @@ import pathlib
 from experiments.domain_neurons.report import (
     ablation,
     claims,
+    deviation,
     effects,
     layers,
     neurons,
@@ -21,8 +22,9 @@ from mllm_jax.report.report import Report, Results
 
 KEYS = (
     "model", "domains", "modules", "tokens", "selection", "stability", "comparison", "released",
-    "ablated", "baseline", "ablation", "controls", "effects", "power", "questions", "lens",
-    "lens_top", "lens_sites", "sparsity", "stages", "features", "pictures", "evidence", "claims",
+    "ablated", "baseline", "ablation", "controls", "effects", "power", "deviation_layers",
+    "deviation_by_layer", "questions", "lens", "lens_top", "lens_words", "lens_sites",
+    "sparsity", "stages", "features", "pictures", "evidence", "claims",
 )  # fmt: skip
 
 
@@ -94,8 +96,8 @@ REPORT = Report(
     sections=(
         claims.claims, ablation.accuracy, selection.neurons, neurons.single,
         selection.overlap, robustness.stability, words.released, robustness.comparison,
-        ablation.changes, effects.effects, ablation.deviation, layers.lens, sparsity.sparsity,
-        sparsity.sites, layers.features, layers.pictures,
+        ablation.changes, effects.effects, deviation.last_layer, deviation.by_layer, layers.lens,
+        layers.words, sparsity.sparsity, sparsity.sites, layers.features, layers.pictures,
     ),
 )  # fmt: skip
 write, preview = REPORT.write, REPORT.preview

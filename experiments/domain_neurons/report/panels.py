@@ -166,6 +166,15 @@ def lens(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[str]) -> chart
     ]  # fmt: skip
 
 
+def curves_by_domain(
+    curves: Mapping[str, Mapping[str, Mapping[str, Any]]], hue: Mapping[str, str], label: str
+) -> charts.Chart:
+    """Return curves by layer, a panel for each domain; see `plots.curves_by_domain`."""
+    return [
+        charts.curves(domain, by_name, hue, "layer", label) for domain, by_name in curves.items()
+    ]
+
+
 def features(by_module: Mapping[str, Mapping[str, Any]]) -> charts.Chart:
     """Return pictures on two principal components, a panel for each module."""
     chart: list[charts.Panel] = []

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from experiments.domain_neurons.report import panels, stage_plots
 from mllm_jax.report import figures, style
@@ -214,6 +215,36 @@ def deviation(
             if row == 0:
                 ax.set_title(module)
     _key(figure, hue, control_label if control else None)
+    return figure
+
+
+@style.styled
+def curves_by_domain(
+    curves: Mapping[str, Mapping[str, Mapping[str, Any]]], hue: Mapping[str, str], label: str
+) -> Figure:
+    """Draw curves by layer, a panel for each domain, with intervals where they are known.
+
+    Args:
+        curves: {domain: {name: {"at": int[n], "mean": float[n]}}}, or also "low" and "high".
+        hue: the colour of each name.
+        label: the label of the vertical axis.
+    """
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = Figure(figsize=(11, 2.7 * lines + 0.5))
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax, (domain, by_name) in zip(grid, curves.items(), strict=False):
+        figures.draw_curves(ax, by_name, hue)
+        ax.set_title(domain)
+        ax.set_xlabel("layer")
+        ax.tick_params(labelbottom=True)
+    for ax in grid[len(curves) :]:
+        ax.set_axis_off()
+    for line in range(lines):
+        grid[line * columns].set_ylabel(label)
+    names = dict.fromkeys(name for by_name in curves.values() for name in by_name)
+    handles = [Line2D([], [], color=hue[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
     return figure
 
 
