@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import collectives
-from mllm_jax.typing import Array, Float, Int
+from mllm_jax.typing import AnyArray, Array, Float, Int
 
 
 def answer_nll(
@@ -35,14 +35,39 @@ def answer_nll(
     require_answers(batch)
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
-    labels = jnp.asarray(batch.labels)
-    real = labels >= 0
+    log_probs, wanted = answer_log_probs(model, x, batch.ids, batch.labels, taps)
+    answer, real = (
+        collectives.take_along_vocabulary(log_probs, wanted),
+        jnp.asarray(batch.labels) >= 0,
+    )
+    return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
+
+
+def answer_log_probs(
+    model: Any,
+    x: Float[Array, "B T D"],
+    ids: Int[AnyArray, "B T"],
+    labels: Int[AnyArray, "B A"],
+    taps: Taps,
+) -> tuple[Float[Array, "B A V"], Int[Array, "B A"]]:
+    """Compute the distributions of the answer tokens of a pass.
+
+    Args:
+      model: the model.
+      x: the normed states of the pass, the site lm.norm.
+      ids: the token ids of the batch.
+      labels: the places of the answer tokens, see `Batch.labels`.
+      taps: of the logits.
+
+    Returns:
+      The log-probability of each word at each answer token, and the token that is there; anything
+      where `labels` is -1.
+    """
+    labels = jnp.asarray(labels)
     before = jnp.maximum(labels - 1, 0)  # a token is predicted at the position before it
     states = jnp.take_along_axis(x, before[..., None], 1)
-    wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
-    log_probs = jax.nn.log_softmax(model.logits(states, taps))
-    answer = collectives.take_along_vocabulary(log_probs, wanted)
-    return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
+    wanted = jnp.take_along_axis(jnp.asarray(ids), jnp.maximum(labels, 0), 1)
+    return jax.nn.log_softmax(model.logits(states, taps)), wanted
 
 
 def require_answers(batch: Batch) -> None:
