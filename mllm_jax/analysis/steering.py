@@ -32,7 +32,7 @@ from mllm_jax.passes.run import Out, run
 from mllm_jax.passes.sweep import sweep
 from mllm_jax.sharding import collectives, mesh
 from mllm_jax.training.losses import answer_log_probs, require_answers
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +135,10 @@ def measure(model: Model, batch: Batch, edits: Sequence[Edits]) -> Answers:
     Raises:
       ValueError: The batch has no answers, or an edit does not fit.
     """
-    require_answers(batch)
-    metric = jax.tree_util.Partial(_answers, model=model, ids=batch.ids, labels=batch.labels)
+    labels = require_answers(batch)
+    metric = jax.tree_util.Partial(_answers, model=model, ids=batch.ids, labels=labels)
     likelihood, chosen = sweep(metric, model, batch, edits, _STATES, logits="none")
-    tokens = (np.asarray(batch.labels) >= 0).sum(-1)
+    tokens = (np.asarray(labels) >= 0).sum(-1)
     rows = tokens > 0
     return Answers(likelihood[:, rows], chosen[:, rows], tokens[rows].astype(np.int32))
 
@@ -148,17 +148,17 @@ def log_likelihood(model: Model, batch: Batch, edits: Edits | None = None) -> Fl
 
     It is pure: the loss of `training.edits.learn`.
     """
-    require_answers(batch)
+    labels = require_answers(batch)
     out = run(model, batch, edits, _STATES, logits="none")
     with mesh.use_mesh_of(model):
-        return _answers(out, model, batch.ids, batch.labels)[0]
+        return _answers(out, model, batch.ids, labels)[0]
 
 
 _STATES = {"states": keep(S.lm.norm)}
 
 
 def _answers(
-    out: Out, model: Model, ids: Int[Array, "B T"], labels: Int[Array, "B A"]
+    out: Out, model: Model, ids: Int[AnyArray, "B T"], labels: Int[AnyArray, "B A"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Return the log-likelihood of each answer, and whether greedy decoding gives it."""
     log_probs, wanted = answer_log_probs(model, out["states"], ids, labels, Taps())

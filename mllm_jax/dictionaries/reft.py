@@ -94,7 +94,7 @@ class LoReFT:
 
     def encode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B r"]:
         """Return W h + b - R h for states h, in float32 or better."""
-        change = self.weight - self.directions
+        change = jnp.asarray(self.weight) - self.directions
         x = precision.at_least_float32(jnp.asarray(x))
         return precision.einsum("...D,Dr->...r", x, change) + self.bias
 

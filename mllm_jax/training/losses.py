@@ -32,14 +32,12 @@ def answer_nll(
     Raises:
       ValueError: the batch has no answers.
     """
-    require_answers(batch)
+    labels = require_answers(batch)
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
-    log_probs, wanted = answer_log_probs(model, x, batch.ids, batch.labels, taps)
-    answer, real = (
-        collectives.take_along_vocabulary(log_probs, wanted),
-        jnp.asarray(batch.labels) >= 0,
-    )
+    log_probs, wanted = answer_log_probs(model, x, batch.ids, labels, taps)
+    answer = collectives.take_along_vocabulary(log_probs, wanted)
+    real = jnp.asarray(labels) >= 0
     return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
 
 
@@ -70,8 +68,8 @@ def answer_log_probs(
     return jax.nn.log_softmax(model.logits(states, taps)), wanted
 
 
-def require_answers(batch: Batch) -> None:
-    """Check that a batch has answers to learn; labels that are traced cannot be looked at.
+def require_answers(batch: Batch) -> Int[AnyArray, "B A"]:
+    """Return the labels of a batch with answers; labels that are traced cannot be looked at.
 
     Raises:
       ValueError: the batch has no labels, or they hold no token.
@@ -86,3 +84,4 @@ def require_answers(batch: Batch) -> None:
         raise ValueError(
             f"this batch has no answer token to learn: its labels {tuple(labels.shape)} are all -1"
         )
+    return labels
