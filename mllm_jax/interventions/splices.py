@@ -113,6 +113,18 @@ class LatentSite:
         known = self.is_known and isinstance(units, np.ndarray)
         return units[self.layers] if known else jnp.asarray(units)[self.layers]
 
+    def with_dictionary(self, units: Bool[np.ndarray, "L M"], name: str) -> Bool[np.ndarray, "L M"]:
+        """Return a mask over layers without those that have no dictionary.
+
+        Raises:
+          ValueError: None of its layers has one.
+        """
+        here = np.zeros((len(units), 1), bool)
+        here[self.layers] = True
+        if not (units & here).any():
+            raise ValueError(self.no_dictionary(name, "what is selected"))
+        return units & here
+
     def selection(self, layers: Selection, name: str) -> Selection:
         """Return the layers of a capture: all means those that have a dictionary.
 
