@@ -106,15 +106,15 @@ def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
     The change of weights is another selector of neurons, by training rather than by activations;
     as many neurons are taken as the domain has.
     """
-    for task, variant, before, after in _before_and_after(study, outputs):
-        arrays = outputs[task, variant, study.config.seeds[0]]
+    for task, variant, seed, before, after in _before_and_after(study, outputs):
+        arrays = outputs[task, variant, seed]
         if "weights/lm" not in arrays:
             continue
         for when, masks in (("before", before), ("after", after)):
             mask, other = masks["lm"], most_changed(arrays, masks)["lm"]
             shared = selectors.overlap({"domain": mask[None], "changed": other[None]})
             yield {
-                "task": task, "variant": variant, "domain neurons": when,
+                "task": task, "variant": variant, "seed": seed, "domain neurons": when,
                 "neurons": int(mask.sum()), "jaccard": float(shared.jaccard[0, 0, 1]),
                 "chance": float(shared.chance[0, 0, 1]),
             }  # fmt: skip
@@ -168,21 +168,25 @@ def random_controls(study: Study, masks: Arrays) -> dict[str, Masks]:
 
 
 def moved(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
-    """Yield how the neurons of each task's domain moved in the model that was tuned to it."""
-    for task, variant, before, after in _before_and_after(study, outputs):
+    """Yield how the neurons of each task's domain moved in the models that were tuned to it."""
+    for task, variant, seed, before, after in _before_and_after(study, outputs):
         for row in projection.moved(before, after):
-            yield {"task": task, "variant": variant, **row}
+            yield {"task": task, "variant": variant, "seed": seed, **row}
 
 
-def _before_and_after(study: Study, outputs: Outputs) -> Iterator[tuple[str, str, Masks, Masks]]:
-    """Yield each task and fine-tuning of it, with the domain's neurons before and after it."""
+def _before_and_after(
+    study: Study, outputs: Outputs
+) -> Iterator[tuple[str, str, int, Masks, Masks]]:
+    """Yield each task, fine-tuning and seed, with the domain's neurons before and after it."""
     if not study.config.neurons.pictures:
         return
-    seed = study.config.seeds[0]
+    seeds = study.config.seeds
     for task in study.tasks:
-        before = domain_masks(study, outputs[task, ORIGINAL, seed], task)
+        before = domain_masks(study, outputs[task, ORIGINAL, seeds[0]], task)
         for variant in (PROJ, E2E):
-            yield task, variant, before, domain_masks(study, outputs[task, variant, seed], task)
+            for seed in seeds:
+                after = domain_masks(study, outputs[task, variant, seed], task)
+                yield task, variant, seed, before, after
 
 
 def ablation_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:

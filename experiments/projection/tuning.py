@@ -108,10 +108,10 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     """Return all outputs of a run, by name.
 
     Returns:
-        `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features; and of
-        the first seed `image/SPLIT` and `last/SPLIT` (see `layers`), `positive/MODULE/TASK` and
-        `tokens/MODULE/TASK` (see `neurons.count`), `weights/lm` (see `neurons.weight_change`), and
-        `off/NAME`, answers with neurons ablated.
+        `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features;
+        `positive/MODULE/TASK` and `tokens/MODULE/TASK` (see `neurons.count`), `weights/lm` (see
+        `neurons.weight_change`); and of the first seed `image/SPLIT` and `last/SPLIT` (see
+        `layers`) and `off/NAME`, answers with neurons ablated.
     """
     tuned, task = Tuned(study, run), study.tasks[run.task]
 
@@ -121,11 +121,13 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     outputs = step("losses", lambda: {"losses": tuned.losses})
     outputs |= step("answers", lambda: {"predicted": answer(study, tuned.model, task, run.seed)})
     outputs |= step("projected", lambda: projected(study, tuned.model, run.task))
-    first = run.variant in study.variants() and run.seed == study.config.seeds[0]
-    deep = first and run.variant in study.config.depth
+    main, first = run.variant in study.variants(), run.seed == study.config.seeds[0]
+    deep = main and first and run.variant in study.config.depth
     if deep:
         outputs |= layers(study, tuned)
-    if first and study.config.neurons.pictures:
+    # The model as it was is the same under every seed.
+    counted = main and (first or run.setting is not None)
+    if counted and study.config.neurons.pictures:
         outputs |= step("neurons", lambda: neurons.count(study, tuned.model))
         if neurons.trains_lm(run):
             outputs |= step("weights", lambda: neurons.weight_change(study.model, tuned.model))

@@ -102,9 +102,17 @@ def test_factors_change_one_setting_at_a_time(results):
 
 @pytest.mark.slow
 def test_neurons_of_changed_weights_and_neurons_that_train_alone(finished, results):
-    assert {(row["task"], row["variant"], row["domain neurons"]) for row in results["changed"]} == {
-        (task, "FT-E2E", when) for task in results["tasks"] for when in ("before", "after")
+    assert {
+        (row["task"], row["variant"], row["seed"], row["domain neurons"])
+        for row in results["changed"]
+    } == {
+        (task, "FT-E2E", seed, when)
+        for task in results["tasks"] for seed in (0, 1) for when in ("before", "after")
+    }  # fmt: skip
+    moves = {
+        (row["task"], row["variant"], row["seed"], row["module"]) for row in results["neurons"]
     }
+    assert len(moves) == len(results["neurons"]) == 2 * 2 * 2 * 2
     assert all(0 <= row["jaccard"] <= 1 and row["neurons"] > 0 for row in results["changed"])
     with np.load(finished / "steps" / "runs" / "reds" / "FT-E2E-0" / "weights.npz") as file:
         assert file["weights/lm"].shape == (9, 48) and (file["weights/lm"] > 0).mean() > 0.5

@@ -67,8 +67,8 @@ def test_tables_hold_the_numbers_exactly(folder, results):
                "suppression")}  # fmt: skip
     compared = [c for r in results["claims"] + results["controls"] for c in r["comparisons"]]
     assert counts == {
-        "claims": len(compared), "depth": 4 * 3 * 2 * 30, "factors": 28, "neurons": 16,
-        "neurons_per_layer": 8 * 31, "ablation": 16, "suppression": 4,
+        "claims": len(compared), "depth": 4 * 3 * 2 * 30, "factors": 28, "neurons": 32,
+        "neurons_per_layer": 16 * 31, "ablation": 16, "suppression": 4,
     }  # fmt: skip
 
 
@@ -92,6 +92,10 @@ def test_sentences_follow_from_the_numbers(folder, results):
     assert "not measured: CLIP zero-shot" in text
     assert "config.clip names no CLIP with a text tower" in text
     assert "There is one seed" not in text and "is not naive" not in text
+    kept = [r["kept"] for r in results["neurons"]
+            if (r["task"], r["variant"], r["module"]) == ("digits", E2E, "lm")]  # fmt: skip
+    assert len(kept) == 2 and "Means over 2 fine-tunings of each kind" in text
+    assert f">{np.mean(kept):,.0f} ({min(kept)}{page.DASH}{max(kept)})<" in text
     for row in results["claims"]:
         assert row["criterion"] in text and row["power"] in text
     assert "0.1064 / 0.1255" in text and "0.6991 / 0.7118" in text  # the paper's own

@@ -101,13 +101,14 @@ def fake_results(seed: int = 0, layers: int = 30) -> dict:
     for i, name in enumerate(tasks):
         before = {"projector": rng.random((1, 576)) < 0.05, "lm": rng.random((layers, 96)) < 0.01}
         for v in (PROJ, E2E):
-            after = {m: mask & (rng.random(mask.shape) < 0.7) for m, mask in before.items()}
-            after = {m: mask | (rng.random(mask.shape) < 0.005 * (i + 1))
-                     for m, mask in after.items()}  # fmt: skip
-            rows = projection.moved(before, after)
-            results["neurons"] += [{"task": name, "variant": v, **row} for row in rows]
+            for seed in (0, 1):
+                after = {m: mask & (rng.random(mask.shape) < 0.7) for m, mask in before.items()}
+                after = {m: mask | (rng.random(mask.shape) < 0.005 * (i + 1))
+                         for m, mask in after.items()}  # fmt: skip
+                for row in projection.moved(before, after):
+                    results["neurons"].append({"task": name, "variant": v, "seed": seed, **row})
     results["changed"] = [
-        {"task": name, "variant": E2E, "domain neurons": when, "neurons": 90, "jaccard": 0.2,
+        {"task": name, "variant": E2E, "seed": 0, "domain neurons": when, "neurons": 90, "jaccard": 0.2,
          "chance": 0.01}
         for name in tasks
         for when in ("before", "after")

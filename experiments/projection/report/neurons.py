@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
     if not rows:
         return None
     by_module: dict[str, dict[str, dict[str, Any]]] = {}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
     for row in rows:
         by_task = by_module.setdefault(parts.title(row["module"]), {})
-        by_task.setdefault(row["task"], {})[row["variant"]] = row
+        by_task.setdefault(row["task"], {}).setdefault(row["variant"], row)  # of the first seed
     figure = plots.migration(by_module, cells.colours(rows))
 
     def mean(variant: str, key: str) -> float:
@@ -30,11 +31,11 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
 
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     columns = (
-        "task", "variant", "module", "before", "after", "kept", "jaccard", "chance",
+        "task", "variant", "module", "seed", "before", "after", "kept", "jaccard", "chance",
         "share_before", "share_after",
     )  # fmt: skip
     layers = [
-        (*(row[c] for c in columns[:3]), layer, *counts)
+        (*(row[c] for c in columns[:4]), layer, *counts)
         for row in rows
         for layer, counts in enumerate(
             zip(row["per_layer_before"], row["per_layer_after"], strict=True)
@@ -55,24 +56,44 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
             ("task", "variant", "module", "before", "after", "kept", "Jaccard", "share before",
              "share after"),
             [
-                (*(row[c] for c in columns[:3]), *(f"{row[c]:,}" for c in columns[3:6]),
-                 f"{row['jaccard']:.2f}", cells.percent(row["share_before"]),
-                 cells.percent(row["share_after"]))
+                (row["task"], row["variant"], parts.title(row["module"]), f"{row['before']:,}",
+                 *(_over_seeds(rows, row, key) for key in ("after", "kept", "jaccard")),
+                 cells.percent(row["share_before"]), _over_seeds(rows, row, "share_after"))
                 for row in rows
+                if row["seed"] == seeds[0]
             ],
         ),
         note="Shares are of the domain's neurons in all modules: where they differ, neurons moved "
-        "from module to module. After one fine-tuning of each kind, with seed "
-        f"{results['seeds'][0]}.",
+        f"from module to module. {_read_seeds(seeds)}",
         data=[
             parts.write_csv(
                 folder, "neurons", columns, [[row[c] for c in columns] for row in rows]
             ),
             parts.write_csv(
-                folder, "neurons_per_layer", (*columns[:3], "layer", "before", "after"), layers
+                folder, "neurons_per_layer", (*columns[:4], "layer", "before", "after"), layers
             ),
         ],
     )  # fmt: skip
+
+
+def _over_seeds(rows: Sequence[cells.Row], like: cells.Row, key: str) -> str:
+    """Return the mean of a value over seeds, with the lowest and the highest in brackets."""
+    named = ("task", "variant", "module")
+    values = [row[key] for row in rows if all(row[name] == like[name] for name in named)]
+    form: Callable[[Any], str] = {
+        "jaccard": "{:.2f}".format, "share_after": cells.percent,
+    }.get(key, "{:,.0f}".format)  # fmt: skip
+    mean = form(float(np.mean(values)))
+    return f"{mean} ({form(min(values))}{page.DASH}{form(max(values))})" if values[1:] else mean
+
+
+def _read_seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"After one fine-tuning of each kind, with seed {seeds[0]}."
+    return (
+        f"Means over {len(seeds)} fine-tunings of each kind, the lowest and the highest in "
+        f"brackets; the figure shows seed {seeds[0]}."
+    )
 
 
 def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:

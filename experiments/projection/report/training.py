@@ -17,25 +17,25 @@ def changed(folder: pathlib.Path, results: Results) -> page.Section | None:
     if not rows:
         return None
     shared, chance = (np.mean([row[key] for row in rows]) for key in ("jaccard", "chance"))
-    columns = ("task", "variant", "domain neurons", "neurons", "jaccard", "chance")
+    columns = ("task", "variant", "seed", "domain neurons", "neurons", "jaccard", "chance")
     return page.Section(
         title="Neurons whose weights change",
         reading="The neurons of the language model whose weights fine-tuning turns most (NeFT) "
         f"share {shared:.2f} with the domain's neurons (Jaccard index; chance gives {chance:.2f}), "
-        "on average over tasks.",
+        "on average over tasks and seeds.",
         table=page.Table(
-            ("task", "variant", "domain neurons", "neurons", "Jaccard", "by chance"),
+            ("task", "variant", "seed", "domain neurons", "neurons", "Jaccard", "by chance"),
             [
                 (
-                    row["task"], row["variant"], f"{row['domain neurons']} fine-tuning",
+                    row["task"], row["variant"], str(row["seed"]),
+                    f"{row['domain neurons']} fine-tuning",
                     f"{row['neurons']:,}", f"{row['jaccard']:.2f}", f"{row['chance']:.2f}",
                 )
                 for row in rows
             ],
         ),
         note="As many neurons are taken as the domain has, by one less the cosine of the columns "
-        "of `up` before and after. One fine-tuning of each kind, with seed "
-        f"{results['seeds'][0]}. Their ablation is in the next section.",
+        "of `up` before and after. Their ablation is in the next section.",
         data=[
             parts.write_csv(folder, "changed", columns, [[row[c] for c in columns] for row in rows])
         ],
