@@ -140,6 +140,8 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, Latent
         name: fit(sites.as_array(value), edit.address, spec) for name, value in edit.values.items()
     }
     along: dict[str, AnyArray] = {}
+    if edit.splice is not None and edit.splice.crosses_layers:
+        values = {"layer": np.arange(spec.layers, dtype=np.int32)}
     if edit.route is not None:
         where, along = bind_route(site, where, token_map.readers, *edit.route)
     if edit.on is not None:
