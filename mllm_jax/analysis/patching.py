@@ -13,12 +13,20 @@ the clean pass to what it is in the corrupt pass; its effect is by how much the 
 (attribution patching: Nanda 2023; Syed et al. 2023). A part is a gate in the sense of
 `attribution`: 1 is the clean value, 0 the corrupt one. With `steps` the slopes are averaged along
 the line from the corrupt to the clean embeddings (integrated gradients: Hanna et al. 2024).
+
+The latents of dictionaries are parts as neurons are, where the contrast has their splices among its
+edits (Marks et al. 2024, "Sparse Feature Circuits"):
+
+    spliced = Contrast.of(metric, model, clean, corrupt, mj.splice(S.lm.resid_post[14], sae))
+    attribute(spliced, [S.lm.resid_post.latents])               # float32[1, B, T, M]
+    exact(spliced, S.lm.resid_post.latents[14, strongest], over=("layer", "unit"))
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -35,6 +43,7 @@ from mllm_jax.interventions.captures import Capture, keep
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.interventions.splices import LatentSite, latent_sites
 from mllm_jax.passes.run import Logits, Out, run
 from mllm_jax.passes.sweep import sweep
 from mllm_jax.sites import Address, Site, Target
@@ -171,7 +180,7 @@ class Effects:
     Attributes:
       values: By the name of the site, [L, B, T] of a site of the residual's width, [L, B, T, N] of
         heads, [L, B, T, F] of neurons; [L, I, P] and so on of vision sites; without L where a site
-        exists once.
+        exists once. Of latents [splices, B, T, M], in the order of the splices.
       clean: The metric of each row of the clean batch, float32[B].
       corrupt: The metric of each row of the corrupt batch, float32[B].
     """
@@ -186,17 +195,20 @@ def attribute(
 ) -> Effects:
     """Estimate the effect of patching each layer, token and unit of some sites, all at once.
 
+    The memory is about three times that of the values, beside the passes: for latents limit the
+    rows of the batches, or the splices of the contrast.
+
     Args:
       contrast: The contrast.
-      sites: The sites.
+      sites: The sites; latents of the splices among the edits of the contrast.
       where: The tokens that are patched; all by default.
       steps: 0 for the slope at the clean activations; or the number of points from the corrupt to
         the clean embeddings at which slopes are averaged. At `lm.embed` the effects then sum to the
         difference of the metric, up to the error of the midpoint rule.
 
     Raises:
-      ValueError: A site holds masks or logits, or `where` selects nothing of it; or `steps` is
-        below 0, or above it with a site of the vision side.
+      ValueError: A site holds masks or logits, is of no dictionary of the contrast, or `where`
+        selects nothing of it; or `steps` is below 0, or above it with a site of the vision side.
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
@@ -225,11 +237,14 @@ def attribute(
 @functools.partial(jax.jit, static_argnames=("sites", "steps"))
 def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, steps: int):
     """Return the effects by site, and the metric of each row of both batches."""
-    shapes = site_shapes(contrast.model, contrast.clean)
+    shapes, latents = _shapes(contrast, contrast.clean)
     captures = {f"at {site.name}": keep(site, where=where) for site in sites}
     ends = {site.name: keep(site) for site in input_sites(contrast)} if steps else {}
     corrupt = contrast.run(contrast.corrupt, contrast.edits, captures | ends)
-    gates = {site.name: _open_gates(look_up(site, shapes), site) for site in sites}
+    gates = {
+        site.name: _open_gates(look_up(site, shapes), site, latents.get(site.name))
+        for site in sites
+    }
 
     def metric(gates, edits, fn, others):
         for site in sites:
@@ -282,9 +297,19 @@ def _move(x: Array, gate: Array, closed: Array) -> Array:
     return x - (1 - gate) * closed
 
 
-def _open_gates(spec: S.SiteShape, site: Site) -> Float[Array, "L ..."]:
+def _shapes(
+    contrast: Contrast, batch: Batch
+) -> tuple[dict[str, S.SiteShape], dict[str, LatentSite]]:
+    """Return the sites of a pass with the edits of the contrast, and those of latents apart."""
+    shapes = site_shapes(contrast.model, batch)
+    latents = latent_sites(contrast.edits, shapes)
+    return shapes | {name: of.spec for name, of in latents.items()}, latents
+
+
+def _open_gates(spec: S.SiteShape, site: Site, latents: LatentSite | None) -> Float[Array, "L ..."]:
+    layers = spec.layers if latents is None else len(latents.layers)
     lengths = (1 if a in WIDTHS else n for a, n in zip(site.axes, spec.shape, strict=True))
-    return jnp.ones((spec.layers, *lengths), jnp.float32)
+    return jnp.ones((layers, *lengths), jnp.float32)
 
 
 def _with_layers(site: Site, value: Array) -> Array:
@@ -308,8 +333,8 @@ def exact(
     Args:
       contrast: The contrast.
       target: A site of the language model, or some layers and units of it.
-      over: What each patch selects one of: "layer", "token", "unit" (a head or neuron). It patches
-        all of what is not named.
+      over: What each patch selects one of: "layer", "token", "unit" (a head, neuron or latent). It
+        patches all of what is not named.
       where: The tokens that are patched; all by default.
 
     Returns:
@@ -317,7 +342,8 @@ def exact(
       what is not selected.
 
     Raises:
-      ValueError: The site is not of the language model, or has no units of this kind.
+      ValueError: The site is not of the language model, is of no dictionary of the contrast, or
+        has no units of this kind.
     """
     address = Address.of(target)
     site = address.site
@@ -329,16 +355,20 @@ def exact(
     if "unit" in over and not has_units:
         raise ValueError(f"over=unit: {site} is patched as a whole, it has no heads or neurons")
     batch = contrast.joined()
-    spec = look_up(site, site_shapes(contrast.model, batch))
+    shapes, latents = _shapes(contrast, batch)
+    spec = look_up(site, shapes)
     width = spec.shape[site.unit_axis] if has_units else 1
     units = np.broadcast_to(np.asarray(address.mask(spec.layers, width)), (spec.layers, width))
+    if site.name in latents:
+        units = latents[site.name].with_dictionary(units, site.name)
     at = np.asarray(tokens.of(where).mask(batch.tokens))
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
     patches: list[Edits] = []
     places: list[tuple[int, ...]] = []
     written: list[np.ndarray] = []
-    for place in np.ndindex(*shape):
+    chosen = zip((units.any(1), at[: contrast.rows].any(0), units.any(0)), shape, strict=True)
+    for place in itertools.product(*(_places(np.asarray(axis), n) for axis, n in chosen)):
         units_here, at_here = _selected(units, at, place, shape)
         rows = np.asarray(at_here[: contrast.rows].any(1))
         if rows.any() and units_here.any():
@@ -353,7 +383,14 @@ def exact(
     effects[tuple(np.array(places).T)] = np.where(written, falls, 0)
     effects = np.moveaxis(effects, -1, 1)  # [L, B, T, units]
     effects = effects if has_units else effects[..., 0]
+    if site.name in latents and "layer" in over:
+        effects = effects[latents[site.name].layers]
     return effects if site.stacked else effects[0]
+
+
+def _places(chosen: Bool[np.ndarray, " n"], length: int) -> list[int]:
+    """Return the chosen places of an axis of this length: 0 where all are patched at once."""
+    return np.flatnonzero(chosen).tolist() if length == len(chosen) else [0]
 
 
 def _selected(
@@ -375,10 +412,16 @@ def _one_patch(
 ) -> Edits:
     """Return the patch of the clean rows of a joined batch."""
     into = np.flatnonzero(at[:rows].any(1))
-    address = Address.of(site)
-    if site.stacked:
-        address = site[units if units.shape[1] > 1 else units[:, 0]]
-    return edits_.patch(address, into + rows, into, where=tokens.mask(at))
+    return edits_.patch(_address(site, units), into + rows, into, where=tokens.mask(at))
+
+
+def _address(site: Site, units: Bool[np.ndarray, "L width"]) -> Address:
+    if not site.stacked:
+        return site[units[0]] if units.shape[1] > 1 else Address.of(site)
+    if units.shape[1] == 1:
+        return site[units[:, 0]]
+    pairs = np.argwhere(units)  # smaller than a mask, of which latents have one each
+    return site[pairs] if len(pairs) < units.shape[1] else site[units]
 
 
 def metric_of_clean_rows(out: Out, metric: Callable[[Out], Array]) -> Array:

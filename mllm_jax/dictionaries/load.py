@@ -87,7 +87,7 @@ def _find(path: pathlib.Path, name: str) -> tuple[pathlib.Path, Layout]:
             if folder / layout.weights == path and _has(folder, layout):
                 return folder, layout
         raise FileNotFoundError(files.refusal(path, [_EXPECTED]))
-    folder = path if path.is_dir() else _fetch(name)
+    folder = local_folder(path, name)
     for layout in LAYOUTS:
         if _has(folder, layout):
             return folder, layout
@@ -107,11 +107,22 @@ def _has(folder: pathlib.Path, layout: Layout) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def _fetch(name: str) -> pathlib.Path:
-    """Return the local copy of a folder of a repository of the hub."""
+def local_folder(path: pathlib.Path, name: str, pattern: str = "*") -> pathlib.Path:
+    """Return a folder, or the local copy of a folder of a repository of the hub.
+
+    Args:
+      path: The folder.
+      name: The repository and the folder in it, where there is no such path.
+      pattern: The files of that folder that are fetched.
+
+    Raises:
+      OSError: It cannot be fetched.
+    """
+    if path.is_dir():
+        return path
     parts = name.strip("/").split("/")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    patterns = [f"{inside}/*" if inside else "*"]
+    patterns = [f"{inside}/{pattern}" if inside else pattern]
     try:
         found = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:

@@ -131,7 +131,7 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, Latent
         of = latents[site.name]
         units, spec = of.of_splices(units), dataclasses.replace(spec, layers=len(of.layers))
         if isinstance(units, np.ndarray) and not units.any():
-            raise ValueError(of.no_dictionary(site.name, f"no layer of the {edit.kind}"))
+            raise ValueError(of.no_dictionary(site.name, f"what the {edit.kind} selects"))
     token_map = site.entry(maps)
     where = edit.where.mask(token_map)
     _check_edit_selects(site, units, where)
@@ -140,6 +140,8 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, Latent
         name: fit(sites.as_array(value), edit.address, spec) for name, value in edit.values.items()
     }
     along: dict[str, AnyArray] = {}
+    if edit.splice is not None and edit.splice.crosses_layers:
+        values = {"layer": np.arange(spec.layers, dtype=np.int32)}
     if edit.route is not None:
         where, along = bind_route(site, where, token_map.readers, *edit.route)
     if edit.on is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from mllm_jax import notebook, sites, tokens
 from mllm_jax.arguments import type_error
 from mllm_jax.interventions import site_rules
-from mllm_jax.interventions.splices import Dictionary, Splice
+from mllm_jax.interventions.splices import CrossLayerDictionary, Dictionary, Splice
 from mllm_jax.interventions.values import is_real
 from mllm_jax.numerics import precision
 from mllm_jax.selections import as_int32
@@ -200,7 +200,7 @@ def call(target: Target, fn: Callable, *, where: Selector = None, **arrays: Arra
 
 def splice(
     target: Target,
-    dictionary: Dictionary,
+    dictionary: Dictionary | CrossLayerDictionary,
     *,
     error: bool = True,
     reads: sites.Site | None = None,
@@ -211,18 +211,23 @@ def splice(
     The latents of `splice(lm.resid_post[14], dictionary)` are `lm.resid_post.latents[14]`. They are
     edited and captured as neurons are, with edits and captures beside the splice.
 
+    A cross-layer transcoder is spliced at all layers of a site at once. What edits of latents
+    change in the reconstruction of later layers is changed there.
+
     Args:
-      target: One layer of a site with a vector for each token; of heads, all are one vector.
-      dictionary: A dictionary, such as `load_dictionary` returns.
+      target: One layer of a site with a vector for each token; of heads, all are one vector. The
+        whole site for a cross-layer transcoder.
+      dictionary: A dictionary, such as `load_dictionary` returns; or a cross-layer transcoder.
       error: Whether to add what the dictionary does not reconstruct. The site then changes by what
         edited latents change in the reconstruction, and not at all without such edits.
       reads: The site that is encoded, `lm.mlp.input` for a transcoder at `lm.mlp.out`; by default
-        the target itself.
+        the target itself. A cross-layer transcoder has no default: most read `lm.resid_mid`.
       where: The tokens whose latents are edited and whose reconstruction is put in place.
     """
     address = Address.of(target)
-    layered = address.layers.form == "one" or not address.site.stacked
-    if not layered or address.units.form != "all":
+    if isinstance(dictionary, CrossLayerDictionary):
+        _check_cross_layer(address, reads)
+    elif (address.layers.form != "one" and address.site.stacked) or address.units.form != "all":
         raise ValueError(
             f"splice takes one layer of {address.site} and all its units, such as "
             "lm.resid_post[14]: chain one splice for each layer by >>"
@@ -230,6 +235,20 @@ def splice(
     reads = reads or address.site
     site_rules.check_edit("splice", reads)
     return _edit("splice", address, where, splice=Splice(dictionary, error, reads))
+
+
+def _check_cross_layer(address: Address, reads: sites.Site | None) -> None:
+    site = address.site
+    if not site.stacked or address.layers.form != "all" or address.units.form != "all":
+        raise ValueError(
+            f"a cross-layer transcoder is spliced at all layers of a site, such as lm.mlp.out, not "
+            f"at a part of {site}"
+        )
+    if reads is None:
+        raise ValueError(
+            "splice of a cross-layer transcoder: say what its latents read, reads=lm.resid_mid "
+            "where its config.yaml names hook_resid_mid, reads=lm.mlp.input for what enters the MLP"
+        )
 
 
 def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
@@ -341,7 +360,7 @@ class BoundEdit:
         """Whether the edit by itself leaves its site as it is."""
         return self.splice is not None and self.splice.error
 
-    def at_layer(self, layer: int) -> BoundEdit:
+    def at_layer(self, layer: int | Int[AnyArray, ""]) -> BoundEdit:
         """Return the edit with the arrays of one entry of its leading axis."""
         units, values = jax.tree.map(lambda a: a[layer], (self.units, self.values))
         return dataclasses.replace(self, units=units, values=values)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax import sites
-from mllm_jax.interventions import forms, receipts, splices
+from mllm_jax.interventions import forms, receipts
 from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.edits import BoundEdit
 from mllm_jax.interventions.reductions import expand_tokens
@@ -37,6 +37,7 @@ class LayerTap:
       captured: The results of the captures, by name.
       states: What captures carry on from this layer, by name.
       read: What splices read from a site before their own, by the number of the splice.
+      carried: What cross-layer splices carry into this layer, and then on from it, by number.
     """
 
     shapes: dict[str, sites.SiteShape]
@@ -49,10 +50,12 @@ class LayerTap:
     captured: dict[str, Any] = dataclasses.field(default_factory=dict)
     states: dict[str, Any] = dataclasses.field(default_factory=dict)
     read: dict[int, Array] = dataclasses.field(default_factory=dict)
+    carried: dict[int, Array] = dataclasses.field(default_factory=dict)
 
     def emptied(self, **fields: Any) -> LayerTap:
         """Return the tap without results, and with other fields."""
-        return dataclasses.replace(self, receipts={}, captured={}, states={}, read={}, **fields)
+        new: dict[str, Any] = {"receipts": {}, "captured": {}, "states": {}, "read": {}}
+        return dataclasses.replace(self, carried=dict(self.carried), **new, **fields)
 
     def when(self, present: Bool[Array, ""]) -> LayerTap:
         """Return this tap for sites that only some layers have: elsewhere edits change nothing."""
@@ -116,10 +119,12 @@ class LayerTap:
         """
         assert edit.splice is not None, "a splice has a dictionary"
         splice, latents, axis = edit.splice, edit.site.latents, edit.site.token_axis
+        layer = edit.values.get("layer")  # of a cross-layer transcoder
         order = [i for i, e in self.edits.items() if e.splice is not None and e.site == edit.site]
         inner = {
             i: dataclasses.replace(
-                e.at_layer(order.index(number)), tokens=jnp.asarray(e.tokens) & edit.tokens
+                e.at_layer(order.index(number) if layer is None else layer),
+                tokens=jnp.asarray(e.tokens) & edit.tokens,
             )
             for i, e in self.edits.items()
             if e.site == latents
@@ -128,27 +133,30 @@ class LayerTap:
         tokens = self._window(edit.tokens, 1, x.shape[axis])
         mask = expand_tokens(tokens, axis, x.ndim)
 
-        def inside(x, read):
+        def inside(x, read, carried):
             tap = self.emptied(edits=inner, captures=captures)
             y = x
             if inner or captures or not splice.error:
-                before = splice.dictionary.encode(splices.as_vectors(read))
+                before = splice.encode(read, layer)
                 after = tap(latents, before)
                 if inner or not splice.error:
-                    y = jnp.where(mask, splice.apply(x, read, before, after), x)
+                    new, carried = splice.apply(x, read, before, after, layer, carried)
+                    y = jnp.where(mask, new, x)
             tap.receipts[number] = receipts.measure(x, y, mask, (0, axis))
-            return y, tap.receipts, tap.captured
+            return y, carried, tap.receipts, tap.captured
 
-        args = x, x if splice.reads == edit.site else self.read[number]
-        _, *shapes = jax.eval_shape(inside, *args)
+        args = x, x if splice.reads == edit.site else self.read[number], self.carried.get(number)
+        _, _, *shapes = jax.eval_shape(inside, *args)
         # Another splice of this site may stand in this layer and have left these results.
         results = _or_zeros(self.receipts, shapes[0]), _or_zeros(self.captured, shapes[1])
 
-        def outside(x, read):
-            return x, *results
+        def outside(x, read, carried):
+            return x, carried, *results
 
         is_here = jnp.asarray(edit.units).any()
-        y, receipt, captured = jax.lax.cond(is_here, inside, outside, *args)
+        y, carried, receipt, captured = jax.lax.cond(is_here, inside, outside, *args)
+        if number in self.carried:
+            self.carried[number] = carried
         self.receipts |= receipt
         self.captured |= captured
         return y

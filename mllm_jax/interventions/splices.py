@@ -4,13 +4,17 @@ A splice encodes what it reads, lets the tap of the latents edit and capture the
 site by what the edited latents change in the reconstruction. Which layer it stands in is data; how
 many splices a site has is structure, so that edits of latents lead with an axis over splices, not
 over layers.
+
+A cross-layer transcoder stands in all layers, and the latents of a layer write to it and to all
+later ones. What they write is carried from layer to layer, [L, B, T, E] by the layer that is
+written, and each layer takes what is its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +48,31 @@ class Dictionary(Protocol):
         """Return what a change of the latents changes in the reconstruction."""
 
 
+Layer = int | Int[AnyArray, ""]
+
+
+@runtime_checkable
+class CrossLayerDictionary(Protocol):
+    """A cross-layer transcoder, as a splice uses it; a pytree."""
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The widths of what it reads, of the latents of a layer and of what it returns."""
+
+    @property
+    def layers(self) -> int:
+        """The number L of its layers."""
+
+    def encode(self, x: Float[Array, "*B D"], layer: Layer) -> Float[Array, "*B M"]:
+        """Return the latents of one layer, in float32 or better."""
+
+    def write(self, latents: Float[Array, "*B M"], layer: Layer) -> Float[Array, "L *B E"]:
+        """Return what the latents of one layer add to the reconstruction of each layer."""
+
+    def constant(self, x: Float[Array, "*B D"], layer: Layer) -> Float[Array, ...]:
+        """Return what the reconstruction of one layer has beside what latents add."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Splice:
@@ -55,9 +84,40 @@ class Splice:
       reads: The site that is encoded. Static.
     """
 
-    dictionary: Dictionary
+    dictionary: Dictionary | CrossLayerDictionary
     error: bool = dataclasses.field(metadata={"static": True})
     reads: Site = dataclasses.field(metadata={"static": True})
+
+    @property
+    def crosses_layers(self) -> bool:
+        """Whether latents write to later layers too."""
+        return isinstance(self.dictionary, CrossLayerDictionary)
+
+    @property
+    def widest(self) -> int:
+        """The numbers that it holds for each token: latents, or what is carried between layers."""
+        _, latents, width = self.dictionary.widths
+        if isinstance(self.dictionary, CrossLayerDictionary):
+            return max(latents, self.dictionary.layers * width)
+        return latents
+
+    def carry(self, x: Float[Array, "B T ..."]) -> Float[Array, "L B T E"]:
+        """Return what is carried into the first layer of a cross-layer transcoder.
+
+        Args:
+          x: What enters that layer.
+        """
+        assert isinstance(self.dictionary, CrossLayerDictionary), "others carry nothing"
+        shape = self.dictionary.layers, *x.shape[:2], self.dictionary.widths[2]
+        return jnp.zeros(shape, precision.at_least_float32_dtype(x.dtype))
+
+    def encode(self, read: Float[Array, "B T ..."], layer: Layer | None) -> Float[Array, "B T M"]:
+        """Return the latents of what it reads; the layer is that of a cross-layer transcoder."""
+        vectors = as_vectors(read)
+        if isinstance(self.dictionary, CrossLayerDictionary):
+            assert layer is not None, "it stands in all layers"
+            return self.dictionary.encode(vectors, layer)
+        return self.dictionary.encode(vectors)
 
     def apply(
         self,
@@ -65,8 +125,10 @@ class Splice:
         read: Float[Array, "B T ..."],
         before: Float[Array, "B T M"],
         after: Float[Array, "B T M"],
-    ) -> Float[Array, "B T ..."]:
-        """Return the site with the reconstruction from edited latents.
+        layer: Layer | None = None,
+        carried: Float[Array, "L B T E"] | None = None,
+    ) -> tuple[Float[Array, "B T ..."], Float[Array, "L B T E"] | None]:
+        """Return the site with the reconstruction from edited latents, and what is carried on.
 
         With the error it is x - decode_change(before - after), which is x to the bit where no
         latent changed: a difference of equal numbers is +0, and so is its product.
@@ -76,14 +138,22 @@ class Splice:
           read: What was encoded.
           before: Its latents.
           after: The latents after their edits.
+          layer: The layer, of a cross-layer transcoder.
+          carried: What the latents of earlier layers write to each layer; with the error, what
+            their edits take away.
         """
-        vectors = as_vectors(read)
-        if not self.error:
-            y = self.dictionary.decode(after, vectors)
+        vectors, dictionary = as_vectors(read), self.dictionary
+        wide = precision.at_least_float32(as_vectors(x))
+        if isinstance(dictionary, CrossLayerDictionary):
+            assert layer is not None and carried is not None, "they are of all layers"
+            carried += dictionary.write(before - after if self.error else after, layer)
+            here = carried[layer]
+            y = wide - here if self.error else here + dictionary.constant(vectors, layer)
+        elif self.error:
+            y = wide - dictionary.decode_change(before - after, vectors)
         else:
-            change = self.dictionary.decode_change(before - after, vectors)
-            y = precision.at_least_float32(as_vectors(x)) - change
-        return y.reshape(x.shape).astype(x.dtype)
+            y = dictionary.decode(after, vectors)
+        return y.reshape(x.shape).astype(x.dtype), carried
 
 
 def as_vectors(x: Float[Array, "B T ..."]) -> Float[Array, "B T D"]:
@@ -112,6 +182,18 @@ class LatentSite:
         """Return the rows of a mask over layers that have a dictionary."""
         known = self.is_known and isinstance(units, np.ndarray)
         return units[self.layers] if known else jnp.asarray(units)[self.layers]
+
+    def with_dictionary(self, units: Bool[np.ndarray, "L M"], name: str) -> Bool[np.ndarray, "L M"]:
+        """Return a mask over layers without those that have no dictionary.
+
+        Raises:
+          ValueError: None of its layers has one.
+        """
+        here = np.zeros((len(units), 1), bool)
+        here[self.layers] = True
+        if not (units & here).any():
+            raise ValueError(self.no_dictionary(name, "what is selected"))
+        return units & here
 
     def selection(self, layers: Selection, name: str) -> Selection:
         """Return the layers of a capture: all means those that have a dictionary.
@@ -171,6 +253,12 @@ def _latent_site(site: Site, splices: list[Edit], shapes: Mapping[str, SiteShape
 
 
 def _layers(site: Site, splices: list[Edit], count: int) -> Int[AnyArray, " splices"]:
+    if any(edit.splice is not None and edit.splice.crosses_layers for edit in splices):
+        if len(splices) > 1:
+            raise ValueError(
+                f"a cross-layer transcoder is spliced at {site}: it stands alone there"
+            )
+        return np.arange(count, dtype=np.int32)
     given = [edit.address.layers.value if site.stacked else np.int32(0) for edit in splices]
     if any(isinstance(layer, jax.core.Tracer) for layer in given):
         return jnp.stack([jnp.asarray(layer, jnp.int32) % count for layer in given])
@@ -195,8 +283,15 @@ def check_splice(edit: Edit, shapes: Mapping[str, SiteShape]) -> None:
         raise ValueError(
             f"the splice at {site} reads {reads}, which is no earlier site of the same layer"
         )
+    dictionary = edit.splice.dictionary
+    count = shapes[site.name].layers
+    if isinstance(dictionary, CrossLayerDictionary) and dictionary.layers != count:
+        raise ValueError(
+            f"the cross-layer transcoder at {site} has {dictionary.layers} layers, and the model "
+            f"has {count}"
+        )
     sizes = [int(np.prod(shapes[s.name].shape[2:])) for s in (reads, site)]
-    width_in, _, width_out = edit.splice.dictionary.widths
+    width_in, _, width_out = dictionary.widths
     if sizes != [width_in, width_out]:
         raise ValueError(
             f"the dictionary at {site} reads vectors of {width_in} and returns {width_out}, but "

@@ -164,18 +164,18 @@ class ModuleTap:
             return step(layer, x, tap, more)
 
         def body(carry, inputs):
-            x, kept, states = carry
+            x, kept, states, carried = carry
             sliced, i, (edit_arrays, slots) = inputs
             here = _with_slots(captures, slots, states)
-            tap = self._tap(count, _unstack(edits, edit_arrays), here)
+            tap = self._tap(count, _unstack(edits, edit_arrays), here, carried)
             x, out = self._checkpointed(run_layer)(sliced, x, tap, i)
             kept = {n: _put(kept[n], tap.captured.pop(n), slots[n]) for n in kept}
-            return (x, kept, tap.states), (out, (tap.receipts, tap.captured))
+            return (x, kept, tap.states, tap.carried), (out, (tap.receipts, tap.captured))
 
         kept = self._empty_slots(step, layers, x, extra, edits, captures, count)
         inputs = (layers, extra), indexing.layer_indices(whole), arrays
-        start = x, kept, forms.states(captures)
-        (x, kept, _), (out, (receipts_, captured)) = jax.lax.scan(body, start, inputs)
+        start: Any = x, kept, forms.states(captures), _carried(edits, x)
+        (x, kept, *_), (out, (receipts_, captured)) = jax.lax.scan(body, start, inputs)
         self.taps.receipts |= receipts_
         self.taps.captured |= captured | _finish(kept, captures)
         return x, out
@@ -189,31 +189,34 @@ class ModuleTap:
             whole = layers, extra
             return indexing.index_without_upcast(jax.tree.map(lambda a: a[i], whole), whole, i)
 
-        def run_layer(i, x):
+        def run_layer(i, x, carried):
             (layer, more), (edit_arrays, slots) = at(i), jax.tree.map(lambda a: a[i], arrays)
-            tap = self._tap(count, _unstack(edits, edit_arrays), _with_slots(captures, slots))
+            here = _with_slots(captures, slots)
+            tap = self._tap(count, _unstack(edits, edit_arrays), here, carried)
             x, out = step(layer, x, tap, more)
             places = {name: slots.get(name, i) for name in captures}
-            return x, tap.receipts, tap.captured, places, out
+            return (x, tap.carried), tap.receipts, tap.captured, places, out
 
         def body(i, carry):
-            x, receipts_, captured = carry
-            x, receipt, results, places, _ = run_layer(i, x)
+            x, receipts_, captured, carried = carry
+            (x, carried), receipt, results, places, _ = run_layer(i, x, carried)
             captured = {n: _put(captured[n], results[n], places[n]) for n in captured}
-            return x, _put(receipts_, receipt, i), captured
+            return x, _put(receipts_, receipt, i), captured, carried
 
         def run_last_layer(x):
             layer, more = at(count - 1)
             y, _ = step(layer, x, self._tap(count, {}, {}), more, only=resume.places)
             return x.at[jnp.arange(len(x)), resume.places].set(y[:, 0])
 
-        _, receipt, _, _, out = jax.eval_shape(run_layer, 0, x)
+        # No edit comes before the layer at which a pass resumes: nothing is carried into it.
+        carried = _carried(edits, x)
+        _, receipt, _, _, out = jax.eval_shape(run_layer, 0, x, carried)
         receipts_ = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), receipt)
         before = {n: _unfinish(resume.captured[n], captures[n]) for n in captures}
         # The first layer runs by itself: vmap computes what precedes its edits once for all lanes.
-        carry = body(resume.start, (x, receipts_, before))
+        carry = body(resume.start, (x, receipts_, before, carried))
         stop = count if resume.places is None else resume.stop
-        x, receipts_, captured = jax.lax.fori_loop(resume.start + 1, stop, body, carry)
+        x, receipts_, captured, _ = jax.lax.fori_loop(resume.start + 1, stop, body, carry)
         if resume.places is not None:
             x = jax.lax.cond(stop < count, run_last_layer, lambda x: x, x)
         kept = {n: captured.pop(n) for n in arrays[1]}
@@ -238,11 +241,11 @@ class ModuleTap:
             def pure(layer, x, extra):
                 inside = tap.emptied()
                 out = step(layer, x, inside, extra)
-                return out, inside.receipts, inside.captured, inside.states
+                return out, inside.receipts, inside.captured, inside.states, inside.carried
 
             # A scan already prevents common subexpression elimination with the backward pass.
             pure = jax.checkpoint(pure, policy=policy, prevent_cse=False)
-            out, tap.receipts, tap.captured, tap.states = pure(layer, x, extra)
+            out, tap.receipts, tap.captured, tap.states, tap.carried = pure(layer, x, extra)
             return out
 
         return checkpointed
@@ -271,12 +274,13 @@ class ModuleTap:
         edits, captures = _at(self.edits, True), _at(self.captures, True)
         arrays, slots = _stacked(edits), _slots(captures)
         kept, results, outs, states = {}, [], [], forms.states(captures)
+        carried = _carried(edits, x)
         for i, (layer, more) in enumerate(zip(layers, extra, strict=True)):
             now = _unstack(edits, jax.tree.map(lambda a, i=i: a[i], arrays))
             here = _with_slots(captures, {name: s[i] for name, s in slots.items()}, states)
-            tap = self._tap(len(layers), now, here)
+            tap = self._tap(len(layers), now, here, carried)
             x, out = step(layer, x, tap, more)
-            states = tap.states
+            states, carried = tap.states, tap.carried
             outs.append(out)
             for name in slots:
                 value = tap.captured.pop(name)
@@ -290,8 +294,11 @@ class ModuleTap:
             self.taps.captured |= stacked[1] | _finish(kept, captures)
         return x, outs
 
-    def _tap(self, layers: int, edits: dict, captures: dict) -> LayerTap:
-        return LayerTap(self.taps.shapes, self.taps.at, self.lens, layers, edits, captures)
+    def _tap(
+        self, layers: int, edits: dict, captures: dict, carried: dict[int, Array] | None = None
+    ) -> LayerTap:
+        tap = LayerTap(self.taps.shapes, self.taps.at, self.lens, layers, edits, captures)
+        return dataclasses.replace(tap, carried=dict(carried or {}))
 
     def _empty_slots(self, step, layers, x, extra, edits, captures, count):
         """Return zeros for the captures that are carried, whose shapes are found abstractly."""
@@ -304,7 +311,7 @@ class ModuleTap:
                 lambda a: a[0], (layers, extra, _stacked(edits), slots)
             )
             here = _with_slots(captures, at, forms.states(captures))
-            tap = self._tap(count, _unstack(edits, arrays), here)
+            tap = self._tap(count, _unstack(edits, arrays), here, _carried(edits, x))
             step(layer, x, tap, more)
             return {name: tap.captured[name] for name in slots}
 
@@ -330,6 +337,18 @@ def _unstack(edits: dict, arrays: dict) -> dict:
     return edits | {
         i: dataclasses.replace(edits[i], units=units, values=values)
         for i, (units, values) in arrays.items()
+    }
+
+
+def _carried(edits: dict[int, BoundEdit], x: Float[Array, "B T D"]) -> dict[int, Array]:
+    """Return what cross-layer splices carry into the first layer, where they change something."""
+    edited = {edit.site for edit in edits.values()}
+    return {
+        number: edit.splice.carry(x)
+        for number, edit in edits.items()
+        if edit.splice is not None
+        and edit.splice.crosses_layers
+        and (edit.site.latents in edited or not edit.splice.error)
     }
 
 

@@ -393,7 +393,7 @@ def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
     """Return the bytes of the widest tensor of one layer: logits are of the last token alone."""
     sizes = {name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
     latents = [
-        math.prod(shapes[edit.site.name].shape[:2]) * edit.splice.dictionary.widths[1] * 4
+        math.prod(shapes[edit.site.name].shape[:2]) * edit.splice.widest * 4
         for edit in splices.values()
         if edit.splice is not None
     ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +14,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import attribution, circuits, corruption, edges, patching, paths
 from mllm_jax.analysis.paths import Path
+from mllm_jax.dictionaries.dictionary import Dictionary
 from tests.helpers import contrasts, random_inputs
 
 SITES = [S.lm.embed, S.lm.resid_post, S.lm.attn.heads, S.lm.attn_out, S.lm.attn.v]
@@ -177,6 +182,107 @@ def test_circuits_go_from_corrupt_to_clean(tiny):
     (less,) = circuits.evaluate(tiny, lesser[None], kinds=kinds)
     np.testing.assert_allclose(falls[0, 0, 1], (got - less).mean(), atol=1e-5)
     assert not falls[~mask].any()
+
+
+LATENTS = S.lm.resid_post.latents
+
+
+def dictionary(seed: int, width: int = 32, latents: int = 12) -> Dictionary:
+    rng = np.random.default_rng(seed)
+    encoder, decoder = rng.standard_normal((2, width, latents)).astype(np.float32)
+    bias = rng.standard_normal(latents).astype(np.float32)
+    return Dictionary(
+        encoder=jnp.asarray(encoder), encoder_bias=jnp.asarray(bias),
+        decoder=jnp.asarray(0.1 * decoder.T), decoder_bias=jnp.zeros(width),
+    )  # fmt: skip
+
+
+def spliced(contrast, edits):
+    return dataclasses.replace(contrast, edits=contrast.edits >> edits)
+
+
+@pytest.fixture(scope="module")
+def two_spliced(linear):
+    """Two dictionaries, not in the order of their layers."""
+    layers = {1: dictionary(1), 0: dictionary(2)}
+    first, second = (mj.splice(S.lm.resid_post[layer], of) for layer, of in layers.items())
+    contrast = spliced(linear, first >> second)
+    return layers, contrast, patching.attribute(contrast, [LATENTS], where=tok.image)
+
+
+def test_of_a_linear_model_attributions_of_latents_are_exact(linear, two_spliced):
+    layers, _, found = two_spliced
+    kept = {"x": mj.keep(S.lm.resid_post)}
+    x, other = (mj.run(linear.model, b, None, kept)["x"] for b in (linear.clean, linear.corrupt))
+
+    def metric(add):
+        out = mj.run(linear.model, linear.clean, mj.add(S.lm.resid_post, add))
+        return linear.metric(out).sum()
+
+    slope = np.asarray(jax.grad(metric)(jnp.zeros(x.shape)))
+    image = np.asarray(tok.image.mask(linear.clean.tokens))[..., None]
+    values = found.values[LATENTS.name]
+    assert values.shape == (2, *image.shape[:2], 12)
+    for number, (layer, of) in enumerate(layers.items()):
+        z, closed = (
+            np.maximum(np.asarray(a[layer]) @ np.asarray(of.encoder) + of.encoder_bias, 0)
+            for a in (x, other)
+        )
+        want = (z - closed) * (slope[layer] @ np.asarray(of.decoder).T) * image
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(values[number], want, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_of_a_linear_model_exact_patches_of_latents_are_the_attributions(two_spliced):
+    _, contrast, found = two_spliced
+    some = LATENTS[0, [3, 7]]  # before the other dictionary, which must not hide what they do
+    exact = patching.exact(contrast, some, over=("layer", "unit"), where=tok.image)
+    assert exact.shape == (2, 2, 1, 12) and not exact[0].any()
+    want = np.where(np.isin(np.arange(12), [3, 7]), found.values[LATENTS.name][1].sum(1), 0)
+    assert np.abs(want).max() > 1e-3
+    np.testing.assert_allclose(exact[1, :, 0], want, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_exact_patches_of_latents_are_those_of_a_loop_and_estimates_are_slopes(tiny):
+    of = dictionary(3)
+    contrast = spliced(tiny, mj.splice(S.lm.resid_post[1], of))
+    kept = {"z": mj.keep(LATENTS)}
+    closed = np.asarray(mj.run(tiny.model, tiny.corrupt, contrast.edits, kept)["z"])
+    clean = np.asarray(tiny.metric(mj.run(tiny.model, tiny.clean)))
+    found = patching.attribute(contrast, [LATENTS])
+    np.testing.assert_array_equal(found.clean, clean)  # a splice without edits is clean
+    T = tiny.clean.ids.shape[1]
+    exact = patching.exact(contrast, LATENTS[1, [2, 9]], over=("token", "unit"))
+    assert exact.shape == (1, 2, T, 12)
+    for token, unit in ((T - 1, 2), (6, 9), (7, 2)):
+        at = np.repeat(np.arange(T)[None] == token, 2, 0)
+        edits = contrast.edits >> mj.replace(
+            LATENTS[1, [unit]], closed[..., unit : unit + 1], where=at
+        )
+        want = clean - tiny.metric(mj.run(tiny.model, tiny.clean, edits))
+        np.testing.assert_allclose(exact[0, :, token, unit], want, rtol=0, atol=1e-5)
+        # The slope at a gate of 1 by a quotient.
+        metric = []
+        for gate in (1 - 1e-2, 1 + 1e-2):
+            edits = contrast.edits >> mj.call(
+                LATENTS[1, [unit]], attribution.interpolate, gate=gate, closed=closed, where=at
+            )
+            metric.append(np.asarray(tiny.metric(mj.run(tiny.model, tiny.clean, edits))))
+        slope = found.values[LATENTS.name][0, :, token, unit]
+        np.testing.assert_allclose(slope, (metric[1] - metric[0]) / 2e-2, rtol=2e-2, atol=2e-4)
+    assert not exact[0, :, :, [0, 1, 11]].any()
+
+
+def test_latents_without_a_splice_are_refused(linear):
+    with pytest.raises(ValueError, match="no dictionary is spliced at lm.resid_post"):
+        patching.attribute(linear, [LATENTS])
+    with pytest.raises(ValueError, match="no dictionary is spliced at lm.resid_post"):
+        patching.exact(linear, LATENTS, over=("unit",))
+    one = spliced(linear, mj.splice(S.lm.resid_post[0], dictionary(1)))
+    with pytest.raises(ValueError, match="what is selected has no dictionary"):
+        patching.exact(one, LATENTS[2], over=("unit",))
 
 
 def test_what_does_not_correspond_is_refused(linear):
