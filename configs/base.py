@@ -69,6 +69,7 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config.evidence_neurons = 20  # of a domain and module, shown on their own; 0 for none
     config.evidence_per_domain = 100  # training pictures on which their tokens are sought
     config.evidence_effects = True  # also first-order effects: of each neuron, and of each patch
+    config.evidence_exact = 5  # neurons of a domain and module that are also switched off alone
     config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
     config.picture_layers = 5  # of the figures
     config.deviation_layers = 8  # after which states are compared; all are kept for two passes

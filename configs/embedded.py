@@ -39,4 +39,5 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.entropy_controls = 0
         config.evidence_per_domain = 8
         config.evidence_effects = False
+        config.evidence_exact = 0
     return config

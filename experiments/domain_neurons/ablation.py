@@ -234,8 +234,11 @@ def _by_vision_mask(cells: Mapping[Cell, Masks]) -> list[tuple[Masks, dict[Cell,
 
 def _deviation(clean: jax.Array, edited: jax.Array, batch: Batch, rows: int) -> deviation.Sums:
     weight = np.stack([np.asarray(getattr(tok, kind).mask(batch.tokens)) for kind in KINDS])
-    sums = deviation.sums(clean[:, :rows], edited[:, :rows], weight[:, :rows])
+    sums = _sums(clean[:, :rows], edited[:, :rows], weight[:, :rows])
     return deviation.join([sums])
+
+
+_sums = jax.jit(deviation.sums)  # in one pass over the states of all layers
 
 
 def _mean(scores: np.ndarray) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import mllm_jax as mj
-from experiments.domain_neurons import selection
+from experiments.domain_neurons import robustness, selection, single_effects
 from experiments.domain_neurons.context import Study
 from experiments.modules import MODULES
 from mllm_jax import store
@@ -39,13 +39,16 @@ class Units(NamedTuple):
     unit: np.ndarray
 
 
-def gather(study: Study, neurons: Mapping[str, SelectedNeurons]) -> dict[str, Any]:
+def gather(
+    study: Study, neurons: Mapping[str, SelectedNeurons], counted: selection.Counted
+) -> dict[str, Any]:
     """Return the evidence on selected neurons, and write the pictures that it names.
 
     Args:
         study: the study. `evidence_neurons` of its config is the largest number of neurons of a
             domain and module, `evidence_per_domain` that of pictures of a domain.
         neurons: the selected neurons by module.
+        counted: the counts that they are tested by; empty where a file gave the neurons.
 
     Returns:
         The entry of results.json: `edges` of the histograms, `pictures`, and `neurons`; empty where
@@ -76,7 +79,20 @@ def gather(study: Study, neurons: Mapping[str, SelectedNeurons]) -> dict[str, An
             shown.batch(picture["domain"], picture["example"]), picture["tile"]
         )
         store.save_figure(study.workdir, picture["image"].removeprefix("figures/"), tile)
-    return found
+    exact = single_effects.measure(study, found["neurons"])
+    tests = {
+        module: robustness.shuffle_test(study, counted, module) for module in counted and units
+    }
+    rows = [
+        row | {"exact": of, "p": _p_value(row, tests.get(row["module"]))}
+        for row, of in zip(found["neurons"], exact, strict=True)
+    ]
+    return found | {"neurons": rows}
+
+
+def _p_value(row: Mapping[str, Any], test: robustness.Shuffled | None) -> float | None:
+    """Return the p-value of a neuron's entropy; None where it was not tested."""
+    return None if test is None else float(test.p_values[row["layer"], row["index"]])
 
 
 def choose(selected: SelectedNeurons, count: int) -> Units:

@@ -190,11 +190,13 @@ class Shuffled(NamedTuple):
 
     Attributes:
         mask: bool[D_, L, F], the selected neurons whose entropy is lower than chance gives.
+        p_values: float64[L, F], corrected for all neurons of the module.
         lowest: float64[], the lowest entropy of all neurons, nats.
         shuffled: float64[R], the lowest entropy in each shuffle.
     """
 
     mask: np.ndarray
+    p_values: np.ndarray
     lowest: np.ndarray
     shuffled: np.ndarray
 
@@ -213,7 +215,7 @@ def shuffle_test(study: Study, counted: selection.Counted, module: str) -> Shuff
             level=config.level, **selection.options(config, rule),
         )  # fmt: skip
         lowest = test.selection.entropy.min()
-        return Shuffled(test.mask, np.asarray(lowest), test.lowest)._asdict()
+        return Shuffled(test.mask, test.p_values, np.asarray(lowest), test.lowest)._asdict()
 
     return Shuffled(**study.workdir.arrays(f"shuffles-{module}", make))
 

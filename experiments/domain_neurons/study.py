@@ -153,7 +153,7 @@ def _results(
         "features": layers.features(lens),
     }
     yield {"comparison": robustness.compare(study, counted, neurons) if counted else {}}
-    yield {"evidence": evidence.gather(study, neurons)}
+    yield {"evidence": evidence.gather(study, neurons, counted)}
     yield ablation.ablate(study, ablated, drawn)._asdict()
 
 

@@ -7,7 +7,8 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -143,24 +144,42 @@ def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
     return {key: index.parent / name for key, name in shards.items()}
 
 
-def _open_safetensors(path: pathlib.Path) -> list[Stored]:
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, empty where it has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not a regular file.
+        ValueError: it is truncated, or its metadata are not texts by name.
+    """
+    metadata = _read_header(files.regular(path))[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _altered(path, "its metadata are not texts by name")
+    return metadata
+
+
+def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file and where its tensors start."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _HEADER_BYTES):
             raise _altered(path, f"a header of {length} bytes in a file of {size}")
         try:
-            header = files.parse_json(file.read(length), "its header")
+            return files.parse_json(file.read(length), "its header"), 8 + length
         except ValueError as error:
             raise _altered(path, error) from error
+
+
+def _open_safetensors(path: pathlib.Path) -> list[Stored]:
+    header, start = _read_header(path)
     header.pop("__metadata__", None)
-    start = 8 + length
     tensors = [_entry(path, key, entry, start) for key, entry in header.items()]
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.end)):
         if tensor.offset != start:
             raise _altered(path, f"{files.line(tensor.key, 60)} does not follow the one before")
         start = tensor.end
-    if start != size:
+    if start != (size := path.stat().st_size):
         raise _altered(path, f"its tensors end at {start} and the file at {size}")
     return tensors
 
@@ -220,17 +239,22 @@ class Writable(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-def write(tensors: Mapping[str, Writable], path: pathlib.Path) -> None:
+def write(
+    tensors: Mapping[str, Writable],
+    path: pathlib.Path,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+) -> None:
     """Write a safetensors file atomically.
 
     Args:
         tensors: the tensors by key; each becomes an array only when it is written.
         path: the file; an existing one is replaced.
+        metadata: texts by name; by default what transformers expects of a model's weights.
 
     Raises:
         OSError: the disk is full, or the directory is not writable.
     """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
     keys = sorted(
         tensors, key=lambda key: -tensors[key].dtype.itemsize
     )  # so that all tensors are aligned

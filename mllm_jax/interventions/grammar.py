@@ -235,12 +235,13 @@ def _file(name: str, root: pathlib.Path) -> File:
     return File(path)
 
 
-def _where(text: str, root: pathlib.Path) -> Tokens | File:
+def parse_where(text: str, root: pathlib.Path) -> Tokens | File:
+    """Read a selector of tokens; arguments and errors as `parse`."""
     for sign, join in (("|", "or"), ("&", "and")):
         if sign in text:
-            return Tokens(join, tuple(_where(part, root) for part in text.split(sign)))
+            return Tokens(join, tuple(parse_where(part, root) for part in text.split(sign)))
     if text.startswith("~"):
-        return Tokens("not", (_where(text[1:], root),))
+        return Tokens("not", (parse_where(text[1:], root),))
     if text.startswith("@"):
         return _file(text[1:], root)
     if match := re.fullmatch(r"(row|column|tile)\((\d+)\)", text):
@@ -272,9 +273,9 @@ def _word(text: str, root: pathlib.Path) -> str:
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path], Option]] = {
-    "where": _where,
-    "to": _where,
-    "on": _where,
+    "where": parse_where,
+    "to": parse_where,
+    "on": parse_where,
     "source": _index,
     "into": _index,
     "basis": _value,

@@ -89,6 +89,12 @@ def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Captu
     return captures
 
 
+def parse_where(text: str, root: str | pathlib.Path = ".") -> tokens.Where:
+    """Parse a selector of tokens; arguments and errors as `parse`."""
+    with grammar.located(f"where='{text}'"):
+        return _where(grammar.parse_where(text, pathlib.Path(root)))
+
+
 def _edit(item: grammar.Item) -> Edits:
     arguments = _options(item.options)
     steps = arguments.pop("steps", None)

@@ -69,14 +69,22 @@ def _result_dtype(into_float32: bool, *operands: jax.Array) -> jnp.dtype | None:
 def orthonormalize(x: Float[Array, "D r"]) -> Float[Array, "D r"]:
     """Return orthonormal columns with the span of those of x, by QR.
 
-    The derivative is defined here so that its products have the precision of `matmul` too.
+    R has a positive diagonal, so that columns that are orthonormal already stay as they are. The
+    derivative is defined here so that its products have the precision of `matmul` too.
     """
-    return jnp.linalg.qr(x)[0]
+    return _positive_qr(x)[0]
+
+
+def _positive_qr(x: Float[Array, "D r"]) -> tuple[Float[Array, "D r"], Float[Array, "r r"]]:
+    """Return the QR decomposition of which R has a positive diagonal, which is unique."""
+    q, r = jnp.linalg.qr(x)
+    signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
+    return q * signs, signs[:, None] * r
 
 
 @orthonormalize.defjvp
 def _(primals, tangents):
-    q, r = jnp.linalg.qr(primals[0])
+    q, r = _positive_qr(primals[0])
     change = jax.lax.linalg.triangular_solve(r, tangents[0])  # dx R^-1
     across = matmul(q.T, change)
     below = jnp.tril(across, -1)

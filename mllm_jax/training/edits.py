@@ -12,6 +12,7 @@ any edit:
 
 The subspace of distributed alignment search (Geiger et al. 2024) is `mj.patch(..., basis=params)`
 with params float32[D, r]: a patch makes its basis orthonormal, and is differentiated through that.
+Representation fine-tuning (Wu et al. 2024) is `dictionaries.reft.LoReFT`, whose params are itself.
 """
 
 from __future__ import annotations

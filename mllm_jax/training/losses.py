@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import collectives
-from mllm_jax.typing import Array, Float, Int
+from mllm_jax.typing import AnyArray, Array, Float, Int
 
 
 def answer_nll(
@@ -32,21 +32,44 @@ def answer_nll(
     Raises:
       ValueError: the batch has no answers.
     """
-    require_answers(batch)
+    labels = require_answers(batch)
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
-    labels = jnp.asarray(batch.labels)
-    real = labels >= 0
-    before = jnp.maximum(labels - 1, 0)  # a token is predicted at the position before it
-    states = jnp.take_along_axis(x, before[..., None], 1)
-    wanted = jnp.take_along_axis(jnp.asarray(batch.ids), jnp.maximum(labels, 0), 1)
-    log_probs = jax.nn.log_softmax(model.logits(states, taps))
+    log_probs, wanted = answer_log_probs(model, x, batch.ids, labels, taps)
     answer = collectives.take_along_vocabulary(log_probs, wanted)
+    real = jnp.asarray(labels) >= 0
     return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
 
 
-def require_answers(batch: Batch) -> None:
-    """Check that a batch has answers to learn; labels that are traced cannot be looked at.
+def answer_log_probs(
+    model: Any,
+    x: Float[Array, "B T D"],
+    ids: Int[AnyArray, "B T"],
+    labels: Int[AnyArray, "B A"],
+    taps: Taps,
+) -> tuple[Float[Array, "B A V"], Int[Array, "B A"]]:
+    """Compute the distributions of the answer tokens of a pass.
+
+    Args:
+      model: the model.
+      x: the normed states of the pass, the site lm.norm.
+      ids: the token ids of the batch.
+      labels: the places of the answer tokens, see `Batch.labels`.
+      taps: of the logits.
+
+    Returns:
+      The log-probability of each word at each answer token, and the token that is there; anything
+      where `labels` is -1.
+    """
+    labels = jnp.asarray(labels)
+    before = jnp.maximum(labels - 1, 0)  # a token is predicted at the position before it
+    states = jnp.take_along_axis(x, before[..., None], 1)
+    wanted = jnp.take_along_axis(jnp.asarray(ids), jnp.maximum(labels, 0), 1)
+    return jax.nn.log_softmax(model.logits(states, taps)), wanted
+
+
+def require_answers(batch: Batch) -> Int[AnyArray, "B A"]:
+    """Return the labels of a batch with answers; labels that are traced cannot be looked at.
 
     Raises:
       ValueError: the batch has no labels, or they hold no token.
@@ -61,3 +84,4 @@ def require_answers(batch: Batch) -> None:
         raise ValueError(
             f"this batch has no answer token to learn: its labels {tuple(labels.shape)} are all -1"
         )
+    return labels

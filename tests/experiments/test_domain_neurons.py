@@ -28,7 +28,7 @@ SMALL = (
     "--config.controls=2", "--config.random_controls=1", "--config.entropy_controls=2", "--config.batch_size=3", "--config.modules=('lm', 'all')",
     # Many neurons of the tiny model fire at every image token: no rate is above a high bar.
     "--config.filter_rate=0.5", "--config.bar_rate=0.5",
-    "--config.shuffles=19", "--config.resamples=10", "--config.lens_sites=('resid_mid', 'mlp.out')",
+    "--config.evidence_exact=1", "--config.shuffles=19", "--config.resamples=10", "--config.lens_sites=('resid_mid', 'mlp.out')",
 )  # fmt: skip
 
 
@@ -426,6 +426,30 @@ def test_evidence_is_of_the_selected_neurons(finished):
             assert name in neuron["effects"] or not neuron["effects"]
     selected = {module: mask.any(0).sum() for module, mask in stored.modules.items()}
     assert len(found["neurons"]) == sum(selected.values())  # fewer than 20 of each
+
+
+def test_single_neurons_are_tested_and_switched_off(finished):
+    """The p-values of the shuffles, and an ablation by hand of the first neuron of each module."""
+    found = evidence_of(finished)["neurons"]
+    for module in ("vision", "lm"):
+        shuffled = np.load(finished / f"steps/shuffles-{module}.npz")["shuffled"]
+        for neuron in (n for n in found if n["module"] == module):
+            as_low = (shuffled <= neuron["entropy"] + 1e-12).sum()
+            assert neuron["p"] == pytest.approx((1 + as_low) / (1 + len(shuffled)))
+    config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
+    model, processor = mj.load(config.model)
+    train = examples_.domains_of(config, "train")
+    tested = [n for n in found if n["exact"]]
+    assert {n["module"] for n in tested} >= {"vision", "lm"}
+    for neuron in (next(n for n in tested if n["module"] == m) for m in ("vision", "lm")):
+        (name, value), *_ = neuron["exact"].items()
+        asked = [train[name][i].ask(style) for i, style in zip(range(3), config.styles)]
+        batch = processor([train[name][i].image for i in range(3)], [q.prompt for q in asked])
+        site = {"vision": S.vision.mlp.act, "lm": S.lm.mlp.act}[neuron["module"]]
+        off = mj.ablate(site[neuron["layer"], neuron["index"]])
+        right = [[question.answer] for question in asked]
+        change = np.subtract(*(np.asarray(mj.score(model, batch, right, e)) for e in (off, None)))
+        assert value == pytest.approx(change.mean(), abs=1e-5)
 
 
 def test_pages_show_the_pictures_of_the_evidence(finished):

@@ -159,6 +159,8 @@ def test_every_neuron_has_its_evidence(written):
     assert "own domains: 90.000% of 100 values from -1 to 0" in text
     table = rows(folder / "tables/single_neurons.csv")
     assert len(table) == 3 * 5 * 2 and float(table[0]["rate"]) == 0.1
+    assert float(table[0]["p"]) == 0.015 and float(table[2]["effect"]) == pytest.approx(-0.013)
+    assert "Over 6 neurons, estimated and measured effects have a correlation of 0.9" in index
 
 
 def test_two_domains_of_a_handful_of_neurons_are_not_called_close(tmp_path, undrawn):

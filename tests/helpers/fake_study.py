@@ -299,6 +299,7 @@ def fake_results(
                 },
                 "words": {"raised": ["<i>sky", " "], "lowered": ["sea"]} if module == "lm" else None,
                 "effects": {d: -0.01 * i for i, d in enumerate(domains)},
+                "exact": {d: -0.01 * i - 0.001 * layer for i, d in enumerate(domains[:2])}, "p": 0.005 * layer,
             }
             for module, layer in (("vision", 3), ("lm", 2), ("lm", 5))
         ],

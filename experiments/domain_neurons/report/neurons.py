@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mllm_jax.report import cards, page, parts
 from mllm_jax.report.report import Results
 
@@ -38,19 +40,42 @@ def single(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"{parts.percent(own)} of the tokens of {parts.join_words(most['domains'])}, and on "
         f"{parts.percent(other)} elsewhere.",
         table=page.Table(
-            ["neuron", "module", "layer", "index", "domains", "entropy",
-             *(f"rate, {domain}" for domain in domains), "raises", "effect, own"],
+            ["neuron", "module", "layer", "index", "domains", "entropy", "p",
+             *(f"rate, {domain}" for domain in domains), "raises", "estimated effect",
+             "effect alone"],
             [_table_row(neuron, domains) for neuron in neurons],
             links=[f"{PAGE}#{_id(neuron)}" for neuron in neurons],
             sortable=True,
         ),
         note="The neurons of lowest entropy of each domain and module; a click on one shows its "
-        "evidence. Rates: the share of a domain's tokens on which it is active. Raises: the word "
-        "that its output raises most through the head. Effect: that of switching it off on the log "
-        "likelihood of right answers of its own domain, per question, to first order.",
+        "evidence. p: the share of studies with shuffled domains in which a neuron of the module "
+        "has so low an entropy (Westfall and Young). Rates: the share of a domain's tokens on "
+        "which it is active. Raises: the word that its output raises most through the head. "
+        "Effects: those of switching it off on the log likelihood of right answers of its own "
+        "domain, per question: estimated to first order, and alone, measured for those of the "
+        f"largest estimates.{_read_exact(neurons)}",
         data=[_csv(folder, results), ("all neurons, each with its evidence", PAGE)],
         name="neurons",
     )  # fmt: skip
+
+
+def _read_exact(neurons: Sequence[Neuron]) -> str:
+    """Return the sentence on how well estimated effects agree with measured ones."""
+    pairs = np.array(
+        [
+            (neuron["effects"][domain], value)
+            for neuron in neurons
+            for domain, value in neuron["exact"].items()
+            if domain in neuron["effects"]
+        ]
+    )
+    if len(pairs) < 3 or not pairs.std(axis=0).all():
+        return ""
+    correlation = np.corrcoef(pairs.T)[0, 1]
+    return (
+        f" Over {len(pairs)} neurons, estimated and measured effects have a correlation of "
+        f"{correlation:.2f}.".replace("-", page.MINUS)
+    )
 
 
 def _id(neuron: Neuron) -> str:
@@ -82,8 +107,9 @@ def _number(value: float | None, form: str) -> str:
     return (text if float(text) else format(0.0, form)).replace("-", page.MINUS)
 
 
-def _own_effect(neuron: Neuron) -> float | None:
-    own = [value for domain, value in neuron["effects"].items() if domain in neuron["domains"]]
+def _own_effect(neuron: Neuron, key: str) -> float | None:
+    """Return the mean effect in the neuron's own domains, estimated (`effects`) or `exact`."""
+    own = [value for domain, value in neuron[key].items() if domain in neuron["domains"]]
     return sum(own) / len(own) if own else None
 
 
@@ -96,9 +122,10 @@ def _table_row(neuron: Neuron, domains: Sequence[str]) -> list[str]:
         str(neuron["index"]),
         ", ".join(neuron["domains"]),
         _number(neuron["entropy"], ".3f"),
+        _number(neuron["p"], ".3f"),
         *(f"{neuron['rates'][domain]['all']:.2f}" for domain in domains),
         cards.visible(words["raised"][0]) if words else page.DASH,
-        _number(_own_effect(neuron), "+.4f"),
+        *(_number(_own_effect(neuron, key), "+.4f") for key in ("effects", "exact")),
     ]
 
 
@@ -146,11 +173,11 @@ def _rates(neuron: Neuron) -> page.Table:
     kinds = list(dict.fromkeys(kind for rates in neuron["rates"].values() for kind in rates))
     rows = [
         [domain, *(_number(rates.get(kind), ".3f") for kind in kinds),
-         _number(neuron["effects"].get(domain), "+.4f")]
+         *(_number(neuron[key].get(domain), "+.4f") for key in ("effects", "exact"))]
         for domain, rates in neuron["rates"].items()
     ]  # fmt: skip
     heads = [f"rate, {kind} tokens" for kind in kinds]
-    return page.Table(["domain", *heads, "effect of switching off"], rows)
+    return page.Table(["domain", *heads, "estimated effect", "effect alone"], rows)
 
 
 def _histogram(evidence: Mapping[str, Any], neuron: Neuron) -> cards.Histogram:
@@ -170,11 +197,12 @@ def _histogram(evidence: Mapping[str, Any], neuron: Neuron) -> cards.Histogram:
 def _csv(folder: pathlib.Path, results: Results) -> tuple[str, str]:
     rows = [
         [neuron["module"], neuron["layer"], neuron["index"], " ".join(neuron["domains"]),
-         neuron["entropy"], domain, kind, rate, neuron["effects"].get(domain)]
+         neuron["entropy"], neuron["p"], domain, kind, rate, neuron["effects"].get(domain),
+         neuron["exact"].get(domain)]
         for neuron in results["evidence"]["neurons"]
         for domain, rates in neuron["rates"].items()
         for kind, rate in rates.items()
     ]  # fmt: skip
-    columns = ["module", "layer", "index", "domains", "entropy", "domain", "tokens", "rate",
-               "effect"]  # fmt: skip
+    columns = ["module", "layer", "index", "domains", "entropy", "p", "domain", "tokens", "rate",
+               "estimated_effect", "effect"]  # fmt: skip
     return parts.write_csv(folder, "single_neurons", columns, rows)

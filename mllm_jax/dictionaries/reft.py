@@ -1,0 +1,110 @@
+"""Low-rank edits of a state that are learned: representation fine-tuning.
+
+LoReFT (Wu et al. 2024, "ReFT: Representation finetuning for language models") sets the part of a
+state h that lies in a learned subspace to an affine function of h:
+
+    h + R^T (W h + b - R h),    R with orthonormal rows
+
+It is a dictionary of few dense latents, W h + b - R h: it stands in a pass as a splice does, and
+its latents are a site. `training.edits.learn` trains it; the model stays as it is:
+
+    def loss(reft, model, batch, key):
+        edit = reft.edit(S.lm.resid_post[12], where=tok.image)
+        return -steering.log_likelihood(model, batch, edit).mean()
+
+    start = LoReFT.identity(width, rank=4)
+    reft, losses = edits.learn(loss, start, model, batches, optax.adam(1e-2))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mllm_jax.arguments import require_whole
+from mllm_jax.interventions import edits
+from mllm_jax.interventions.edits import Edits
+from mllm_jax.numerics import precision
+from mllm_jax.sites import Address, Target
+from mllm_jax.tokens import Selector
+from mllm_jax.typing import AnyArray, Array, ArrayLike, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoReFT:
+    """A low-rank edit of a state, see `edit`. Its latents are by how much the subspace moves.
+
+    Attributes:
+      basis: R, transposed: the directions of the subspace, float32[D, r]. They are made orthonormal
+        where they are used, so that any optimiser may train them; orthonormal ones stay.
+      weight: W, transposed, float32[D, r].
+      bias: b, float32[r].
+    """
+
+    basis: Float[AnyArray, "D r"]
+    weight: Float[AnyArray, "D r"]
+    bias: Float[AnyArray, " r"]
+
+    @classmethod
+    def identity(cls, width: int, rank: int, *, seed: int = 0) -> LoReFT:
+        """Return a LoReFT of a random subspace that changes nothing: W = R and b = 0.
+
+        Args:
+          width: The width D of the site.
+          rank: The dimension r of the subspace.
+          seed: Seed of the subspace.
+
+        Raises:
+          ValueError: The rank is not between 1 and the width.
+        """
+        width, rank = require_whole("width", width, least=1), require_whole("rank", rank, least=1)
+        if rank > width:
+            raise ValueError(f"rank={rank}: a subspace of a state of {width} has at most {width}")
+        draw = np.random.default_rng(seed).standard_normal((width, rank))
+        basis = np.linalg.qr(draw)[0].astype(np.float32)
+        return cls(basis=basis, weight=basis, bias=np.zeros(rank, np.float32))
+
+    def edit(self, target: Target, *, where: Selector = None, strength: ArrayLike = 1.0) -> Edits:
+        """Return the edit of one layer.
+
+        Args:
+          target: The site and the layer, such as `lm.resid_post[12]`.
+          where: The tokens that change.
+          strength: A factor of the latents: 0 changes nothing, 1 is LoReFT.
+        """
+        address = Address.of(target)
+        spliced = edits.splice(address, self, error=False, where=where)
+        latents = dataclasses.replace(address, site=address.site.latents)
+        return spliced >> edits.scale(latents, strength)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The widths of what it reads, of its latents and of what it returns."""
+        D, r = self.basis.shape
+        return D, r, D
+
+    @property
+    def directions(self) -> Float[Array, "D r"]:
+        """The orthonormal directions of the subspace."""
+        return precision.orthonormalize(precision.at_least_float32(jnp.asarray(self.basis)))
+
+    def encode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B r"]:
+        """Return W h + b - R h for states h, in float32 or better."""
+        change = jnp.asarray(self.weight) - self.directions
+        x = precision.at_least_float32(jnp.asarray(x))
+        return precision.einsum("...D,Dr->...r", x, change) + self.bias
+
+    def decode(self, latents: Float[Array, "*B r"], x: Float[Array, "*B D"]) -> Float[Array, ...]:
+        """Return the states x, moved by their latents."""
+        return precision.at_least_float32(jnp.asarray(x)) + self.decode_change(latents, x)
+
+    def decode_change(
+        self, change: Float[Array, "*B r"], x: Float[Array, "*B D"]
+    ) -> Float[Array, "*B D"]:
+        """Return by what states move where their latents change."""
+        del x
+        return precision.einsum("...r,Dr->...D", change, self.directions)
