@@ -195,8 +195,8 @@ def attribute(
 ) -> Effects:
     """Estimate the effect of patching each layer, token and unit of some sites, all at once.
 
-    The memory is about three times that of the values, beside the passes: for latents limit the
-    rows of the batches, or the splices of the contrast.
+    Beside the passes it takes about ten times the memory of the values, whatever `where` selects:
+    for many latents limit the rows of the batches, or the splices of the contrast.
 
     Args:
       contrast: The contrast.

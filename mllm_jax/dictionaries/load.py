@@ -91,6 +91,9 @@ def _find(path: pathlib.Path, name: str) -> tuple[pathlib.Path, Layout]:
     for layout in LAYOUTS:
         if _has(folder, layout):
             return folder, layout
+    if (folder / "W_enc_0.safetensors").exists():
+        problem = "a cross-layer transcoder, which mllm_jax.dictionaries.cross_layer.load reads"
+        raise FileNotFoundError(files.refusal(folder, [problem]))
     raise FileNotFoundError(files.refusal(folder, [_EXPECTED]))
 
 

@@ -10,6 +10,7 @@ state that outlives it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,14 +228,16 @@ class ModuleTap:
     def _checkpointed(self, step: Callable) -> Callable:
         """Return a step that keeps its matrix products for the backward pass; with remat, nothing.
 
-        The products cost most of the time, the tensors between them most of the memory.
+        The products cost most of the time, the tensors between them most of the memory. Latents are
+        computed again as well: every layer of a scan would keep room for those of every splice.
         """
         policies = jax.checkpoint_policies
-        policy = (
-            policies.nothing_saveable
-            if self.taps.remat
-            else policies.dots_with_no_batch_dims_saveable
-        )
+        policy: Callable = policies.dots_with_no_batch_dims_saveable
+        if self.taps.remat:
+            policy = policies.nothing_saveable
+        elif splices := [edit.splice for edit in self.edits.values() if edit.splice]:
+            widths = {splice.dictionary.widths[1] for splice in splices}
+            policy = functools.partial(_keep_narrow_products, widths=widths)
 
         def checkpointed(layer, x, tap, extra):
             # The tap collects while it is traced; what it collects must leave through the outputs.
@@ -316,6 +319,19 @@ class ModuleTap:
             return {name: tap.captured[name] for name in slots}
 
         return {name: _zeros(s, captures[name].count) for name, s in jax.eval_shape(first).items()}
+
+
+def _keep_narrow_products(primitive: Any, *inputs: Any, widths: set[int], **params: Any) -> bool:
+    """Return whether an operation is a product without an axis of one of these lengths."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
+        return False
+    contracted, _ = params["dimension_numbers"]
+    return not any(
+        length in widths
+        for x, axes in zip(inputs, contracted, strict=True)
+        for axis, length in enumerate(x.shape)
+        if axis not in axes
+    )
 
 
 def _finish(kept: dict[str, Any], captures: dict[str, BoundCapture]) -> dict[str, Any]:

@@ -88,6 +88,10 @@ def test_files_are_read_and_reconstruct_what_the_formula_says(thresholds, tmp_pa
 
 
 def test_damaged_files_are_refused(tmp_path):
+    save(tmp_path, draw())
+    with pytest.raises(FileNotFoundError, match="dictionaries.cross_layer.load reads"):
+        mj.load_dictionary(tmp_path)
+    (tmp_path / "W_enc_0.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no cross-layer transcoder"):
         cross_layer.load(tmp_path)
     for change, says in {
@@ -171,6 +175,15 @@ def test_without_the_error_all_layers_are_the_reconstruction(model, batch):
     for i, layer in enumerate(weights):
         want = np.where(image, written(weights, z, i) + layer["b_dec"], out["out"][i])
         np.testing.assert_allclose(out["out"][i], want, atol=3e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_without_a_change_is_bitwise_clean(model, batch):
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
+    small = batch.replace(features=None)
+    splice = mj.splice(SITE, make(draw()), reads=S.lm.mlp.input)
+    same = mj.run(narrow, small, splice >> mj.scale(LATENTS[0, :5], 1.0))
+    np.testing.assert_array_equal(same.logits, mj.run(narrow, small).logits)
 
 
 @pytest.mark.slow

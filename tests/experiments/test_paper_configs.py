@@ -37,7 +37,7 @@ SMALL = (
     "--config.judge_fallback=True", "--config.batch_size=2", "--config.groups=2",
     "--config.splits=2", "--config.resamples=4", "--config.shuffles=19", "--config.controls=1", "--config.random_controls=1", "--config.entropy_controls=1",
     "--config.new_tokens=3", "--config.picture_layers=2", "--config.train_per_domain=4",
-    "--config.test_per_domain=3", "--config.lens_per_domain=2",
+    "--config.test_per_domain=3", "--config.lens_per_domain=2", "--config.evidence_exact=1",
 )  # fmt: skip
 
 

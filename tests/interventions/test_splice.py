@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.dictionaries.dictionary import Dictionary
+from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import spec
 
 D, M = 32, 24
@@ -174,6 +177,27 @@ def test_the_gradient_of_all_gates_is_the_product_with_the_decoder(model, batch,
     want = np.einsum("BTM,MD,BTD->M", np.where(real(batch)[..., None], z, 0), d.decoder, by_x[0])
     assert np.abs(want).max() > 1e-2
     np.testing.assert_allclose(by_gate, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_a_backward_pass_keeps_no_latents_for_layers_without_a_splice(
+    random_model, tiny_config, make_batch
+):
+    wide = make(latents=4096)
+    small = make_batch()
+
+    def logit(gates, model):
+        edits = mj.splice(HERE, wide) >> mj.scale(LATENTS[1], gates)
+        return mj.run(model, small, edits).logits[:, 5].sum()
+
+    taken = {}
+    for layers in (2, 10):
+        lm = dataclasses.replace(tiny_config.lm, layers=layers)
+        model = random_model(llava.LlavaConfig.of(tiny_config.vision, lm, fold=2, image_token=95))
+        program = jax.jit(jax.grad(logit)).lower(jnp.ones(4096), model).compile()
+        taken[layers] = program.memory_analysis().temp_size_in_bytes
+    of_one_layer = small.ids.size * 4096 * 4
+    assert taken[2] > of_one_layer and taken[10] - taken[2] < 2 * of_one_layer
 
 
 @pytest.mark.slow
