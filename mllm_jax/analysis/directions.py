@@ -119,8 +119,8 @@ def find(
       model: The name of the model.
 
     Raises:
-      ValueError: The states are not finite or do not fit each other or the target; or the sets do
-        not differ along the direction.
+      ValueError: The states are not finite, are zeros as those of rows that fill up a batch, or do
+        not fit each other or the target; or the sets do not differ along the direction.
     """
     if kind not in KINDS:
         raise ValueError(f"kind='{kind}' is none of {', '.join(KINDS)}")
@@ -129,6 +129,12 @@ def find(
     if any(x.ndim not in (2, 3) or not x.shape[-2] for x in sets):
         shapes = " and ".join(str(x.shape) for x in sets)
         raise ValueError(f"states are [N, D] or [L, N, D] of one or more examples, got {shapes}")
+    for x, name in zip(sets, ("positive", "negative"), strict=True):
+        if (empty := np.argwhere(~x.any(-1))).size:
+            place = empty[0].tolist()
+            raise ValueError(
+                f"{name}{place} is a state of zeros: leave out rows that fill up a batch"
+            )
     a, b = (x if x.ndim == 3 else x[None] for x in sets)
     if a.shape[::2] != b.shape[::2]:
         raise ValueError(f"positive {sets[0].shape} and negative {sets[1].shape}: unequal L or D")
@@ -137,17 +143,26 @@ def find(
             f"component takes pairs: {a.shape[1]} positive and {b.shape[1]} negative states"
         )
     vectors = [_scaled(KINDS[kind](x, y), x, y) for x, y in zip(a, b, strict=True)]
-    found = np.asarray(vectors, np.float32)
-    return Direction(address.site, _layers(address, len(found)), found, where, kind, model)
+    found, layers = np.asarray(vectors, np.float32), _layers(address, sets[0].shape[:-2])
+    return Direction(address.site, layers, found, where, kind, model)
 
 
-def _layers(address: Address, count: int) -> tuple[int, ...]:
-    """Return the numbers of the layers of an address that `count` vectors are of."""
+def _layers(address: Address, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of the layers of an address.
+
+    Args:
+      address: The address of the states.
+      lengths: The length of their axis of layers, nothing where they have none.
+    """
     form, value = address.layers.form, np.asarray(address.layers.value)
     if address.units.form != "all":
         raise ValueError(f"a direction is of all units of {address.site}: give its layers alone")
+    if not address.site.stacked:
+        return ()
+    if form == "all" and not lengths:
+        raise ValueError(f"states [N, D] are of one layer: name it, as {address.site}[12]")
     if form == "all":
-        return tuple(range(count)) if address.site.stacked else ()
+        return tuple(range(*lengths))
     if form == "range" and value[0] >= 0 and 0 <= value[1] < END:
         return tuple(range(*value.tolist()))
     if form in ("one", "index"):

@@ -36,7 +36,9 @@ from mllm_jax.typing import AnyArray, Array, ArrayLike, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoReFT:
-    """A low-rank edit of a state, see `edit`. Its latents are by how much the subspace moves.
+    """A low-rank edit of a state. Its latents are by how much the subspace moves.
+
+    Apply it by `edit`: a splice with its error, as `mj.splice` makes it, leaves the state as it is.
 
     Attributes:
       basis: R, transposed: the directions of the subspace, float32[D, r]. They are made orthonormal

@@ -199,7 +199,15 @@ WRONG = {
     "one vector": (lambda a, b: directions.find("means", a[0], b[0], HERE), "states are"),
     "none": (lambda a, b: directions.find("means", a[:0], b, HERE), "one or more examples"),
     "nan": (lambda a, b: directions.find("means", a * np.nan, b, HERE), "must be finite"),
+    "an empty row": (
+        lambda a, b: directions.find("means", a, np.append(b, np.zeros((1, D)), 0), HERE),
+        "negative.12. is a state of zeros: leave out rows that fill up a batch",
+    ),
     "the same": (lambda a, b: directions.find("means", a, a, HERE), "do not differ"),
+    "no layer": (
+        lambda a, b: directions.find("means", a, b, S.lm.resid_post),
+        r"of one layer: name it, as lm.resid_post\[12\]",
+    ),
     "units": (lambda a, b: directions.find("means", a, b, S.lm.resid_post[2, :5]), "layers alone"),
     "from the end": (lambda a, b: directions.find("means", a, b, S.lm.resid_post[-1]), "from 0"),
     "open": (lambda a, b: directions.find("means", a, b, S.lm.resid_post[2:]), "counted from 0"),
