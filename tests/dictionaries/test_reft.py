@@ -29,7 +29,8 @@ def _quick_to_compile(quick_to_compile):
 def make(seed=0, orthonormal=True) -> LoReFT:
     rng = np.random.default_rng(seed)
     basis, weight = rng.normal(size=(2, D, RANK))
-    basis = np.linalg.qr(basis)[0] if orthonormal else basis
+    if orthonormal:  # of a sign that QR does not give
+        basis = np.linalg.qr(basis)[0] * [1, -1, 1]
     arrays = {"basis": basis, "weight": weight / D**0.5, "bias": rng.normal(size=RANK)}
     return LoReFT(**{name: array.astype(np.float32) for name, array in arrays.items()})
 
