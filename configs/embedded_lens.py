@@ -15,6 +15,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config = base.embedded()
     config.styles = ("category",)  # of the questions, in turn
     config.layers = (0, 5, 10, 15, 20, 25, 29)  # the model's last one last; empty for all
+    config.text_styles = ("kind", "category")  # whose answers image tokens are compared with
     config.train_per_domain = 24  # pictures whose states train the tuned lens
     config.test_per_domain = 10
     config.jacobian_per_domain = 1  # training pictures, each of D backward passes

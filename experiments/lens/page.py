@@ -71,7 +71,7 @@ def write(workdir: str | os.PathLike, results: Results, losses: Mapping[str, np.
         [[row[c] for c in columns] for row in results["beyond_logit"]],
     )  # fmt: skip
     sections = [_measure(folder, results, measure) for measure in LABELS]
-    sections += [_domains(folder, results), *_words(folder, results)]
+    sections += [_domains(folder, results), *_nearest(folder, results), *_words(folder, results)]
     content = page.Page(
         title="What lenses read, layer by layer",
         lead=f"How near are the words that lenses read in the states of {page.model_name(results)} "
@@ -151,6 +151,46 @@ def _domains(folder: pathlib.Path, results: Results) -> page.Section:
         figures=[parts.write_figure(folder, "domains", drawn, f"{label} by domain", chart=chart)],
         data=[("curves.csv", "tables/curves.csv")],
     )
+
+
+def _nearest(folder: pathlib.Path, results: Results) -> list[page.Section]:
+    """Build the section on the nearest words in texts; none where there are no texts."""
+    rows = results["nearest"]
+    if not rows:
+        return []
+    columns = ("domain", "layer", "value", "low", "high", "chance", "pictures", "cosine",
+               "from_layer")  # fmt: skip
+    path = folder / "tables/nearest.csv"
+    tables.write(path, columns, [[row[column] for column in columns] for row in rows])
+    label = "nearest word of the own domain"
+    hue = style.palette(list(results["pictures"]))
+    chart = [charts.curves("image tokens", charts.curves_of(rows, "domain", KEYS), hue, "layer",
+                           label)]  # fmt: skip
+    drawn = by_layer({"image tokens": rows}, "domain", label)
+    best = max(rows, key=lambda row: row["low"] - row["chance"])
+    above = sum(row["low"] > row["chance"] for row in rows)
+    section = page.Section(
+        title="Nearest words in texts",
+        reading=f"In {above} of {len(rows)} cases (domains and layers) an image token is nearest "
+        f"to a word of its own domain more often than chance, most clearly in {best['domain']} at "
+        f"layer {best['layer']}: {best['value']:.2f} [{best['low']:.2f}, {best['high']:.2f}], by "
+        f"chance {best['chance']:.2f}.",
+        figures=[parts.write_figure(folder, "nearest", drawn, f"{label} by layer", chart=chart)],
+        table=page.Table(
+            ("domain", "layer", "share", "by chance", "cosine", "mean layer of the words", "words"),
+            [(row["domain"], f"{row['layer']}",
+              f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", f"{row['chance']:.2f}",
+              f"{row['cosine']:.2f}", f"{row['from_layer']:.1f}",
+              ", ".join(f"{figures.printable(w)} {s:.2f}" for w, s in row["words"]))
+             for row in rows],
+        ),
+        note=f"LatentLens: the words of {len(results['texts'])} texts, the different answers to "
+        "questions about training pictures, at all layers of the study; the nearest by cosine. "
+        "Chance is the share of the words that are of a domain's texts. Intervals: 95 % bootstrap "
+        "over pictures.",
+        data=[("nearest.csv", "tables/nearest.csv")],
+    )  # fmt: skip
+    return [section]
 
 
 def _words(folder: pathlib.Path, results: Results) -> list[page.Section]:

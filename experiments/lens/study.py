@@ -13,7 +13,7 @@ import tqdm
 
 import mllm_jax as mj
 from experiments import context, examples
-from experiments.lens import page
+from experiments.lens import nearest, page
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
@@ -98,6 +98,7 @@ def run(
             store.atomic_npz(workdir / f"lens-{name}.npz", dataclasses.asdict(lens))
     measured = {name: measure(study, name, lens) for name, lens in fitted.items()}
     domains = [example.domain for example, _ in pairs["test"]]
+    named = nearest.texts(pairs["train"], config.text_styles)
     results = {
         "study": "lens",
         "model": config.model,
@@ -109,6 +110,8 @@ def run(
         "jacobian_pictures": len(pairs["jacobian"]),
         "curves": curves(measured, domains, layers),
         "beyond_logit": beyond(measured, layers),
+        "texts": [text for _, text in named],
+        "nearest": nearest.measure(study, named, domains) if named else [],
         "words": [words(study, fitted, name) for name in dict.fromkeys(domains)],
     }
     losses = {f"layer {n}": trained["losses"][:, i] for i, n in enumerate(layers[:-1])}

@@ -25,12 +25,12 @@ SMALL = {
 def pictures(tmp_path_factory):
     """Two domains of noise, whose questions the tiny tokenizer knows."""
     folder, paths = tmp_path_factory.mktemp("pictures"), []
-    for name in ("first", "second"):
+    for name, answer in (("first", "cat"), ("second", "dog")):
         rows = []
         for i in range(40):
             tiny.picture(i + 100 * len(paths)).save(folder / f"{name}{i}.png")
             question = {"question": "what is shown ?", "options": ("cat", "dog")}
-            rows.append({"image": f"{name}{i}.png", "answer": "cat", "style": "category"})
+            rows.append({"image": f"{name}{i}.png", "answer": answer, "style": "category"})
             rows[-1] |= question
         paths.append(folder / f"{name}.jsonl")
         paths[-1].write_text("\n".join(map(json.dumps, rows)))
@@ -96,10 +96,47 @@ def test_curves_are_means_over_the_tokens_of_test_pictures(
 
 
 @pytest.mark.slow
+def test_nearest_words_are_those_of_a_loop(finished, tiny_config, tiny_model, pictures):
+    """The states of two texts at three layers, and every image token of every test picture."""
+    results = json.loads((finished / "results.json").read_text())
+    assert results["texts"] == ["cat", "dog"]
+    processor = tiny.processor(tiny_config)
+    kept = {"x": mj.keep(S.lm.resid_post[[1, 2, 3]])}
+    bank = []
+    for of, text in (("first", "cat"), ("second", "dog")):
+        batch = processor(None, [text])
+        x = np.asarray(mj.run(tiny_model, batch, None, kept)["x"], np.float64)[:, 0]
+        for token in np.flatnonzero(tok.question.mask(batch.tokens)[0]):
+            word = processor.word(int(batch.ids[0, token]))
+            bank += [(of, word, layer, x[i, token]) for i, layer in enumerate((1, 2, 3))]
+    vectors = np.stack([vector / np.linalg.norm(vector) for *_, vector in bank])
+    for name, domain in domains.load_user_domains(list(pictures), "test").items():
+        own = {layer: [] for layer in (1, 2, 3)}
+        for example in list(domain)[:3]:
+            batch = processor([example.image], ["what is shown ?"])
+            x = np.asarray(mj.run(tiny_model, batch, None, kept)["x"], np.float64)[:, 0]
+            for i, layer in enumerate(own):
+                for state in x[i, np.asarray(tok.image.mask(batch.tokens))[0]]:
+                    near = vectors @ state
+                    own[layer].append(
+                        (bank[near.argmax()][0] == name, near.max() / np.linalg.norm(state))
+                    )
+        for layer, found in own.items():
+            row = only(results["nearest"], domain=name, layer=layer)
+            assert row["value"] == pytest.approx(np.mean([is_own for is_own, _ in found]))
+            assert row["cosine"] == pytest.approx(
+                np.mean([cosine for _, cosine in found]), abs=1e-5
+            )
+            assert row["chance"] == pytest.approx(np.mean([of == name for of, *_ in bank]))
+            assert sum(share for _, share in row["words"]) <= 1 + 1e-9 and row["pictures"] == 3
+
+
+@pytest.mark.slow
 def test_leaves_a_page_figures_tables_and_words(finished):
     for name in ("index.html", "manifest.json", "figures/kl.png", "figures/entropy.png",
                  "figures/agrees.png", "figures/domains.png", "figures/words-1.png",
-                 "figures/loss.png", "tables/curves.csv", "tables/beyond_logit.csv"):  # fmt: skip
+                 "figures/loss.png", "tables/curves.csv", "tables/beyond_logit.csv",
+                 "figures/nearest.png", "tables/nearest.csv"):  # fmt: skip
         assert (finished / name).stat().st_size > 100
     (first, _) = json.loads((finished / "results.json").read_text())["words"]
     assert [panel["title"] for panel in first["panels"]] == [
