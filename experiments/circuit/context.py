@@ -14,7 +14,7 @@ import tqdm
 from experiments import context
 from experiments.circuit import pairs
 from experiments.circuit.pairs import Pair, Side
-from mllm_jax.analysis.patching import Contrast
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.batch import Batch
 from mllm_jax.passes.run import Out
 from mllm_jax.typing import Array, Bool, Float, Int

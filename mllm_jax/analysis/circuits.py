@@ -27,7 +27,8 @@ import numpy as np
 from mllm_jax import sites as S
 from mllm_jax import tokens
 from mllm_jax.analysis import attribution, checks
-from mllm_jax.analysis.patching import Contrast, Effects, metric_of_clean_rows
+from mllm_jax.analysis.contrasts import Contrast, metric_of_clean_rows
+from mllm_jax.analysis.patching import Effects
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.typing import Bool, Float, Int

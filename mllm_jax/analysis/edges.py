@@ -24,7 +24,7 @@ import numpy as np
 
 from mllm_jax import sites as S
 from mllm_jax.analysis import attribution, checks
-from mllm_jax.analysis.patching import Contrast, input_sites, line_between
+from mllm_jax.analysis.contrasts import Contrast, input_sites, line_between
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
 from mllm_jax.interventions.shapes import look_up, site_shapes

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mllm_jax import sites as S
-from mllm_jax.analysis.patching import Contrast
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits

@@ -13,6 +13,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import attribution, circuits, corruption, edges, patching, paths
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.analysis.paths import Path
 from mllm_jax.dictionaries.dictionary import Dictionary
 from tests.helpers import contrasts, random_inputs
@@ -289,14 +290,12 @@ def test_what_does_not_correspond_is_refused(linear):
     model, clean = linear.model, linear.clean
     other = random_inputs.make_batch(model.config, images=(1, 1), words=(8, 5), pad="left")
     with pytest.raises(ValueError, match="differ in the kind of lm token . of row 0"):
-        patching.Contrast.of(contrasts.METRIC, model, clean, other)
+        Contrast.of(contrasts.METRIC, model, clean, other)
     longer = random_inputs.make_batch(model.config, images=(1, 1), words=(5, 9), pad="left")
     with pytest.raises(ValueError, match="make both with the same rows= and length="):
-        patching.Contrast.of(contrasts.METRIC, model, clean, longer)
+        Contrast.of(contrasts.METRIC, model, clean, longer)
     with pytest.raises(ValueError, match="a contrast takes no patch among its edits"):
-        patching.Contrast.of(
-            contrasts.METRIC, model, clean, clean, mj.patch(S.lm.resid_post[0], 0, 1)
-        )
+        Contrast.of(contrasts.METRIC, model, clean, clean, mj.patch(S.lm.resid_post[0], 0, 1))
     with pytest.raises(ValueError, match="steps=1: integrated gradients run .* vision.resid_post"):
         patching.attribute(linear, [S.vision.resid_post], steps=1)
     with pytest.raises(ValueError, match="where= selects no token of this batch at lm.embed"):

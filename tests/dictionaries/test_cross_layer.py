@@ -12,6 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import patching
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.dictionaries import cross_layer
 from mllm_jax.dictionaries.dictionary import Dictionary
 from tests.helpers import contrasts
@@ -214,9 +215,7 @@ def test_of_a_linear_model_attributions_are_slopes_times_all_that_latents_write(
     splice = mj.splice(SITE, make(weights), reads=S.lm.resid_mid)
     kept = {"x": mj.keep(S.lm.resid_mid)}
     x, other = (mj.run(linear.model, b, None, kept)["x"] for b in (linear.clean, linear.corrupt))
-    contrast = patching.Contrast.of(
-        contrasts.METRIC, linear.model, linear.clean, linear.corrupt, splice
-    )
+    contrast = Contrast.of(contrasts.METRIC, linear.model, linear.clean, linear.corrupt, splice)
     found = patching.attribute(contrast, [LATENTS]).values[LATENTS.name]
 
     def metric(add):

@@ -10,7 +10,7 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.analysis import paths
-from mllm_jax.analysis.patching import Contrast
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.analysis.paths import Path
 from tests.helpers import contrasts, families, hf, hooks, tiny
 

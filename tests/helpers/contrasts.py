@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.analysis import corruption
-from mllm_jax.analysis.patching import Contrast
+from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.families.llava import model as llava
 from tests.helpers import random_inputs
 
