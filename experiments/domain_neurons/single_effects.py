@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import tqdm
 
 import mllm_jax as mj
 from experiments.domain_neurons.context import Study
-from experiments.modules import ablate_masks
+from experiments.modules import MODULES
 from mllm_jax.passes import score
 
 Neuron = Mapping[str, Any]  # a row of the evidence
@@ -34,12 +36,9 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
 
     def make() -> list[dict[str, float]]:
         exact: list[dict[str, float]] = [{} for _ in neurons]
-        clean = {name: _likelihood(study, name, {}) for name in study.names}
+        clean = {name: _likelihood(study, name) for name in study.names}
         for number, name in tqdm.tqdm(chosen, desc="single neurons", leave=False):
-            row = neurons[number]
-            mask = np.zeros(study.shapes[row["module"]], bool)
-            mask[row["layer"], row["index"]] = True
-            exact[number][name] = _likelihood(study, name, {row["module"]: mask}) - clean[name]
+            exact[number][name] = _likelihood(study, name, neurons[number]) - clean[name]
         return exact
 
     return study.workdir.json("single-effects", make)
@@ -58,11 +57,17 @@ def _choose(study: Study, neurons: Sequence[Neuron]) -> Iterator[tuple[int, str]
             yield from ((number, name) for number in own[: study.config.evidence_exact])
 
 
-def _likelihood(study: Study, name: str, masks: Mapping[str, np.ndarray]) -> float:
-    """Return the mean log likelihood of right answers with neurons ablated, nats a question."""
+def _likelihood(study: Study, name: str, off: Neuron | None = None) -> float:
+    """Return the mean log likelihood of right answers, nats a question, with a neuron off."""
+    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
+    if off is not None:
+        gates[off["module"]][off["layer"], off["index"]] = 0
     questions = study.evidence(name, "released")
     right = [[question.answer] for _, question in questions.rows(0)]
     batch = questions[0].replace(processor=None)
     ids = score.candidate_ids(study.processor, right, len(batch.ids))
-    found = mj.score(study.model, batch, ids, study.edits >> ablate_masks(masks))
+    # Gates of all modules, of which one is closed: every neuron is the same program.
+    scaled = (mj.scale(MODULES[module], gate) for module, gate in gates.items())
+    edits = functools.reduce(operator.rshift, scaled, study.edits)
+    found = mj.score(study.model, batch, ids, edits)
     return float(np.asarray(found, np.float64)[: len(right), 0].mean())
