@@ -37,6 +37,6 @@ def test_the_second_start_compiles_nothing(command, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = found
-    assert first[f"{CACHE}cache_misses"] > 10
+    assert 1 < first[f"{CACHE}cache_misses"] <= second[f"{CACHE}cache_hits"]
     assert second.get(f"{CACHE}cache_misses", 0) == 0, second
     assert second[f"{CACHE}cache_hits"] == second[f"{CACHE}compile_requests_use_cache"]
