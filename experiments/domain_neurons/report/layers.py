@@ -149,14 +149,12 @@ def words(folder: pathlib.Path, results: Results) -> page.Section | None:
         reading="The distribution of the next word after the last layer, averaged over image "
         f"tokens, is highest at {parts.join_words(firsts)}." if firsts else "",
         table=page.Table(
-            ["domain", "tokens", "layer", "words, by mean probability"],
-            [
-                [row["data"], row["tokens"], str(row["layer"]), _probable(row)]
-                for row in rows
-            ],
+            ["domain", "tokens", "words after the last layer, by mean probability"],
+            [[row["data"], row["tokens"], _probable(row)] for row in shown],
         ),
         note=f"The mean over {parts.join_words(kinds)} tokens of the lens's probabilities of all "
-        "words; the table file has more words. ␣ is white space, ↵ a line break.",
+        "words; the table file has more of them, and earlier layers. ␣ is white space, ↵ a line "
+        "break.",
         data=[_words_csv(folder, rows)],
     )  # fmt: skip
 
