@@ -44,6 +44,7 @@ CAPTURES = {
     "seen": mj.stats(S.vision.mlp.act, by=tok.kind),
     "lens": mj.lens(S.lm.resid_post, k=4, where=tok.image),
     "says": mj.lens(S.lm.resid_post, by=("image", "question")),
+    "words": mj.distribution(S.lm.resid_post, by=("image", "question")),
     "kept": mj.keep(S.lm.resid_post[2]),
     "mass": mj.mass(S.lm.attn.pattern, on=tok.image, where=tok.last),
 }
