@@ -183,19 +183,14 @@ class Study(context.Context):
 
     @property
     def deviation_layers(self) -> list[int]:
-        """The layers of the language model after which hidden states are compared."""
-        return self._spaced(self.config.deviation_layers)
+        """The layers after which hidden states are compared; the last one is always among them."""
+        layers = self.model.config.lm.layers
+        return [layers - 1 - i for i in reversed(spaced(layers, self.config.deviation_layers))]
 
     @property
     def word_layers(self) -> list[int]:
         """The layers of the language model whose mean distribution over words is shown."""
-        return self._spaced(self.config.picture_layers)
-
-    def _spaced(self, count: int) -> list[int]:
-        """Return as many layers of the language model, evenly, the last one always."""
-        layers = self.model.config.lm.layers
-        spaced = np.linspace(layers - 1, 0, min(count, layers)).round()
-        return [int(layer) for layer in spaced[::-1]]
+        return spaced(self.model.config.lm.layers, self.config.picture_layers)
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -207,3 +202,8 @@ class Study(context.Context):
             for module, site in MODULES.items()
             if (spec := specs.get(site.name))
         }
+
+
+def spaced(layers: int, count: int) -> list[int]:
+    """Return that many layers, evenly from the first to the last; a single one is the first."""
+    return [int(layer) for layer in np.linspace(0, layers - 1, min(count, layers)).round()]

@@ -11,9 +11,8 @@ from experiments.domain_neurons.controls import Kind
 from mllm_jax.analysis import intervals, power
 
 Row = dict[str, Any]
-Arrays = Mapping[
-    str, np.ndarray
-]  # of one cell: `score` [N], `tokens` [kinds, N], deviation sums [layers, kinds, N]
+# Of one cell: `score` [N], `tokens` [kinds, N], and the deviation sums [layers, kinds, N].
+Arrays = Mapping[str, np.ndarray]
 # The verdicts on an effect.
 EFFECT, NONE, UNDECIDED = "effect", "none within the margin", "undecided"
 DEVIATIONS = ("relative_l2", "cosine")

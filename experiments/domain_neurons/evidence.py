@@ -80,9 +80,8 @@ def gather(
         )
         store.save_figure(study.workdir, picture["image"].removeprefix("figures/"), tile)
     exact = single_effects.measure(study, found["neurons"])
-    tests = {
-        module: robustness.shuffle_test(study, counted, module) for module in counted and units
-    }
+    tested = units if counted else ()
+    tests = {module: robustness.shuffle_test(study, counted, module) for module in tested}
     rows = [
         row | {"exact": of, "p": _p_value(row, tests.get(row["module"]))}
         for row, of in zip(found["neurons"], exact, strict=True)

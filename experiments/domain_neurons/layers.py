@@ -20,6 +20,7 @@ from mllm_jax.analysis import components, domain_neurons, intervals, logit_lens,
 from mllm_jax.analysis import stages as stages_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 from mllm_jax.data import batching
+from mllm_jax.interventions.results import Distribution
 
 KINDS = ("image", "question")
 SITES = {
@@ -94,15 +95,15 @@ def words(study: Study, lens: LensArrays) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
         total, tokens = arrays["words"].sum(0, dtype=np.float64), arrays["tokens"].sum(0)
-        for k, kind in enumerate(KINDS):
-            for place, layer in enumerate(study.word_layers if tokens[k] else ()):
-                mean = total[place, k] / tokens[k]
-                best = np.argsort(-mean, kind="stable")[:WORDS]
-                rows.append(
-                    {"data": name, "tokens": kind, "layer": layer, "n": int(tokens[k]),
-                     "words": [study.processor.word(int(i)) for i in best],
-                     "probabilities": mean[best].tolist()}
-                )  # fmt: skip
+        ids, probabilities = Distribution(total, tokens, KINDS).top(WORDS)
+        rows += [
+            {"data": name, "tokens": kind, "layer": layer, "n": int(tokens[k]),
+             "words": [study.processor.word(int(i)) for i in ids[place, k]],
+             "probabilities": probabilities[place, k].tolist()}
+            for k, kind in enumerate(KINDS)
+            if tokens[k]
+            for place, layer in enumerate(study.word_layers)
+        ]  # fmt: skip
     return rows
 
 

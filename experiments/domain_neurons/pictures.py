@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import mllm_jax as mj
-from experiments.domain_neurons.context import Study
+from experiments.domain_neurons.context import Study, spaced
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
@@ -50,7 +50,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         full, parts = layout.grids(batch.tokens)
         if not full.size:
             return None
-        every = _spaced(study, MOST_LAYERS)
+        every = spaced(study.model.config.lm.layers, MOST_LAYERS)
         captures = {
             "lens": mj.lens(S.lm.resid_post[every], k=WORDS, where=tok.image),
             "attention": mj.attention(S.lm.attn.pattern[every], where=tok.last),
@@ -58,8 +58,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
         out = mj.run(study.model, batch, study.edits, captures, logits="none")
         read, attention = out["lens"], np.asarray(out["attention"])[:, 0].mean(1)
         best, entropy = (np.asarray(a)[:, 0] for a in (read.ids, read.entropy))
-        layers = _spaced(study, study.config.picture_layers)
-        drawn = [every.index(layer) for layer in layers]
+        drawn = spaced(len(every), study.config.picture_layers)
         generated = mj.generate(study.model, batch, study.edits, max_new_tokens=12, stop=True)
         assert generated.text is not None  # the batch has a processor
 
@@ -74,7 +73,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
             "question": question.prompt,
             "answer": question.answer,
             "generated": generated.text[0],
-            "layers": layers,
+            "layers": [every[i] for i in drawn],
             **read_grid(full),
             "parts": read_grid(parts) if parts.size else None,
             "by_layer": {
@@ -118,14 +117,6 @@ def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list
 def _logit(out: Out, token: int) -> jax.Array:
     assert out.logits is not None, "a gated picture asks for the logits of the last token"
     return out.logits[:, token]
-
-
-def _spaced(study: Study, count: int) -> list[int]:
-    """Return as many layers of the language model, from the first to the last of MOST_LAYERS."""
-    layers = study.model.config.lm.layers
-    every = np.linspace(0, layers - 1, min(MOST_LAYERS, layers)).round()
-    chosen = np.linspace(0, len(every) - 1, min(count, len(every))).round()
-    return [int(every[int(i)]) for i in chosen]
 
 
 def _vocabulary(study: Study, ids: np.ndarray) -> dict[str, Any]:

@@ -26,9 +26,12 @@ from experiments.modules import MODULES
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import attribution, domain_neurons, selectors, stability
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
+from mllm_jax.batch import Batch
 from mllm_jax.checkpoints import masks
 from mllm_jax.data import batching
+from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import score
+from mllm_jax.typing import AnyArray, Array, Float, Int
 
 SELECTORS = ("entropy", "auroc", "difference", "attribution", "random")
 ABLATE = ("selected", "tested")
@@ -223,21 +226,43 @@ def attribute_batch(
     study: Study, questions: batching.QuestionBatches, number: int
 ) -> dict[str, np.ndarray]:
     """Return the gradients of the likelihood of right answers, summed over a batch."""
-    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
-    right = [[question.answer] for _, question in questions.rows(number)]
-    batch = questions[number].replace(processor=None)
-    ids = score.candidate_ids(study.processor, right, len(batch.ids))
-    return jax.device_get(_attribute(gates, study.model, batch, ids, study.edits))
+    asked = right_answers(study, questions, number)
+    return jax.device_get(_attribute(open_gates(study), study.model, *asked, study.edits))
 
 
 @jax.jit
 def _attribute(gates, model, batch, ids, edits):
     def metric(gates):
-        scaled = [mj.scale(MODULES[module], gate) for module, gate in gates.items()]
-        scores = mj.score(model, batch, ids, functools.reduce(operator.rshift, scaled, edits))
-        return jnp.where(ids[..., 0] >= 0, scores, 0).sum()
+        return score_gated(gates, model, batch, ids, edits).sum()
 
     return attribution.first_order(metric, gates).values
+
+
+def right_answers(
+    study: Study, questions: batching.QuestionBatches, number: int
+) -> tuple[Batch, Int[np.ndarray, "B 1 A"]]:
+    """Return a batch without its processor, and the token ids of its right answers."""
+    right = [[question.answer] for _, question in questions.rows(number)]
+    batch = questions[number].replace(processor=None)
+    return batch, score.candidate_ids(study.processor, right, len(batch.ids))
+
+
+def open_gates(study: Study) -> dict[str, Float[np.ndarray, "L F"]]:
+    """Return gates that leave the neurons of all modules as they are."""
+    return {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
+
+
+def score_gated(
+    gates: Mapping[str, AnyArray],
+    model: Any,
+    batch: Batch,
+    ids: Int[AnyArray, "B 1 A"],
+    edits: Edits,
+) -> Float[Array, "B 1"]:
+    """Return the log-likelihoods of answers with neurons scaled by gates; 0 without an answer."""
+    scaled = [mj.scale(MODULES[module], gate) for module, gate in gates.items()]
+    scores = mj.score(model, batch, ids, functools.reduce(operator.rshift, scaled, edits))
+    return jnp.where(ids[..., 0] >= 0, scores, 0)
 
 
 def from_mask(mask: np.ndarray) -> SelectedNeurons:

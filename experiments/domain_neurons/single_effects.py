@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
-import mllm_jax as mj
+from experiments.domain_neurons import selection
 from experiments.domain_neurons.context import Study
-from experiments.modules import MODULES
-from mllm_jax.passes import score
+from mllm_jax.batch import Batch
+from mllm_jax.typing import Int
 
 Neuron = Mapping[str, Any]  # a row of the evidence
 
@@ -36,9 +34,14 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
 
     def make() -> list[dict[str, float]]:
         exact: list[dict[str, float]] = [{} for _ in neurons]
-        clean = {name: _likelihood(study, name) for name in study.names}
+        asked = {
+            name: selection.right_answers(study, study.evidence(name, "released"), 0)
+            for name in study.names
+        }
+        clean = {name: _likelihood(study, *of) for name, of in asked.items()}
         for number, name in tqdm.tqdm(chosen, desc="single neurons", leave=False):
-            exact[number][name] = _likelihood(study, name, neurons[number]) - clean[name]
+            off = _likelihood(study, *asked[name], neurons[number])
+            exact[number][name] = off - clean[name]
         return exact
 
     return study.workdir.json("single-effects", make)
@@ -57,17 +60,13 @@ def _choose(study: Study, neurons: Sequence[Neuron]) -> Iterator[tuple[int, str]
             yield from ((number, name) for number in own[: study.config.evidence_exact])
 
 
-def _likelihood(study: Study, name: str, off: Neuron | None = None) -> float:
+def _likelihood(
+    study: Study, batch: Batch, ids: Int[np.ndarray, "B 1 A"], off: Neuron | None = None
+) -> float:
     """Return the mean log likelihood of right answers, nats a question, with a neuron off."""
-    gates = {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
+    gates = selection.open_gates(study)  # of all modules: every neuron is the same program
     if off is not None:
         gates[off["module"]][off["layer"], off["index"]] = 0
-    questions = study.evidence(name, "released")
-    right = [[question.answer] for _, question in questions.rows(0)]
-    batch = questions[0].replace(processor=None)
-    ids = score.candidate_ids(study.processor, right, len(batch.ids))
-    # Gates of all modules, of which one is closed: every neuron is the same program.
-    scaled = (mj.scale(MODULES[module], gate) for module, gate in gates.items())
-    edits = functools.reduce(operator.rshift, scaled, study.edits)
-    found = mj.score(study.model, batch, ids, edits)
-    return float(np.asarray(found, np.float64)[: len(right), 0].mean())
+    found = selection.score_gated(gates, study.model, batch, ids, study.edits)
+    rows = int((ids[:, 0, 0] >= 0).sum())
+    return float(np.asarray(found, np.float64)[:rows, 0].mean())

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import mllm_jax as mj
+from experiments.lens.context import Arrays, Study
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import contextual_words, intervals
 from mllm_jax.typing import Float, Int
-
-if TYPE_CHECKING:
-    from experiments.lens.study import Arrays, Study
 
 SHOWN = 5  # words that are named of a domain and layer
 
@@ -112,40 +110,45 @@ def measure(
         parts.append({**part, "row": part["row"] + first})
         first += len(study.questions["test"].rows(number))
     every = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    of_text = np.array([domain for domain, _ in named])
-    picture = np.array(domains)
+    every["domain"] = np.array(domains)[every["row"]]
+    of_word = np.array([domain for domain, _ in named])[bank.text]
     return [
-        _row(study, name, i, bank, every, of_text, picture)
+        {"domain": name, "layer": layer, **_row(study, name, i, bank, of_word, every)}
         for name in dict.fromkeys(domains)
-        for i in range(len(study.layers))
+        for i, layer in enumerate(study.layers)
     ]
 
 
 def _row(
     study: Study,
     name: str,
-    layer: int,
+    place: int,
     bank: Bank,
+    of_word: np.ndarray,
     every: Mapping[str, np.ndarray],
-    of_text: np.ndarray,
-    picture: np.ndarray,
 ) -> dict[str, Any]:
-    """Return the row of a domain and layer, see `measure`."""
-    chosen = picture[every["row"]] == name
-    rows, words = every["row"][chosen], every["nearest"][chosen, layer]
-    own = of_text[bank.text[words]] == name
-    pictures = np.unique(rows)
-    sums, count = (
-        np.array([values[rows == i].sum() for i in pictures], float)
-        for values in (own, np.ones_like(own))
-    )
-    share = intervals.ratio(sums, count)
+    """Return what `measure` says of a domain and a layer.
+
+    Args:
+        study: the study.
+        name: the domain.
+        place: the place of the layer among those of the study.
+        bank: the words.
+        of_word: str[m], the domain of the text of each word.
+        every: `row`, `domain`, `nearest` and `cosine` of all image tokens.
+    """
+    chosen = every["domain"] == name
+    words = every["nearest"][chosen, place]
+    rows, own = every["row"][chosen], of_word[words] == name
+    count = np.bincount(rows)
+    pictures = count > 0
+    share = intervals.ratio(np.bincount(rows, own)[pictures], count[pictures])
     frequent = Counter(study.processor.word(int(i)) for i in bank.word[words]).most_common(SHOWN)
     return {
-        "domain": name, "layer": study.layers[layer], "pictures": len(pictures),
+        "pictures": int(pictures.sum()),
         "value": float(share.value), "low": float(share.low), "high": float(share.high),
-        "chance": float((of_text[bank.text] == name).mean()),
-        "cosine": float(every["cosine"][chosen, layer].mean()),
+        "chance": float((of_word == name).mean()),
+        "cosine": float(every["cosine"][chosen, place].mean()),
         "from_layer": float(bank.layer[words].mean()),
         "words": [[word, times / len(words)] for word, times in frequent],
     }  # fmt: skip

@@ -14,48 +14,19 @@ import tqdm
 import mllm_jax as mj
 from experiments import context, examples
 from experiments.lens import nearest, page
+from experiments.lens.context import KINDS, SEEN, Arrays, Study
 from mllm_jax import sites as S
 from mllm_jax import store
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import intervals
-from mllm_jax.batch import Batch
 from mllm_jax.data import batching
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.training import jacobian_lens, lenses, tuned_lens
 from mllm_jax.training.lenses import AffineLens
 from mllm_jax.typing import Float
 
-KINDS = {"image": tok.image, "question": tok.question}
-SEEN = tok.image | tok.question
 MEASURES = ("kl", "entropy", "agrees")
 PADDING = 64  # states are compared in multiples of this number, so that few programs compile
-Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Study(context.Context):
-    """What every step of the study reads.
-
-    Attributes:
-        layers: the layers of every lens, of which the last is the model's last.
-        questions: the batches of questions, by split: `train`, `jacobian` and `test`.
-    """
-
-    layers: list[int]
-    questions: Mapping[str, batching.QuestionBatches]
-
-    def batch(self, split: str, number: int) -> Batch:
-        """Return a batch of a split, with the features of its pictures."""
-        return self.with_features(self.questions[split][number]).replace(processor=None)
-
-    def states(self, split: str, number: int) -> Arrays:
-        """Return the states of the image and question tokens of a batch, see `read_states`."""
-        step = f"states/{split}-{number}"
-        return self.workdir.arrays(step, functools.partial(read_states, self, split, number))
-
-    def numbers(self, split: str, label: str) -> Iterator[int]:
-        """Yield the numbers of the batches of a split, under a bar of progress."""
-        return iter(tqdm.trange(len(self.questions[split]), desc=label, leave=False))
 
 
 def run(
@@ -132,26 +103,6 @@ def _layers(config: ml_collections.ConfigDict, count: int) -> list[int]:
 
 def _lens(arrays: Mapping[str, np.ndarray]) -> AffineLens:
     return AffineLens(arrays["weight"], arrays["bias"])
-
-
-def read_states(study: Study, split: str, number: int) -> Arrays:
-    """Read the residual of a batch.
-
-    Returns:
-        `states`, float32[n, L, D], of the n image and question tokens; `row`, int[n], their row;
-        `kind`, int[n], the index of their kind.
-    """
-    batch, rows = study.batch(split, number), len(study.questions[split].rows(number))
-    kept = {"x": mj.keep(S.lm.resid_post[study.layers], where=SEEN)}
-    x = np.asarray(mj.run(study.model, batch, study.edits, kept, logits="none")["x"], np.float32)
-    places = study.model.token_maps(batch)["lm"]
-    masks = np.stack([np.asarray(kind.mask(places))[:rows] for kind in KINDS.values()])
-    row, token = np.nonzero(masks.any(0))
-    return {
-        "states": np.moveaxis(x[:, row, token], 0, 1),
-        "row": row,
-        "kind": masks[:, row, token].argmax(0),
-    }
 
 
 def train(study: Study) -> Arrays:

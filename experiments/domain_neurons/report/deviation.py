@@ -133,7 +133,7 @@ def by_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
         row for row in rows
         if (row["module"], row["tokens"], row["measure"]) == (module, tokens, "relative_l2")
     ]  # fmt: skip
-    hue = dict(zip([OWN, *CONTROLS.values()], style.PALETTE))
+    hue = style.palette([OWN, *CONTROLS.values()])
     curves = {
         domain: {
             CONTROLS.get(row["control"], OWN): _curve(row, layers)
@@ -150,7 +150,7 @@ def by_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
         figures=[
             parts.write_figure(
                 folder, "deviation_by_layer",
-                plots.curves_by_domain(curves, hue, f"{label}"),
+                plots.curves_by_domain(curves, hue, label),
                 "Hidden-state deviation by layer and domain, own neurons and controls",
                 chart=panels.curves_by_domain(curves, hue, label),
             )
@@ -187,9 +187,10 @@ def _read_layers(against: Sequence[Row], layers: Sequence[int]) -> str:
     counts = [_count(row) for row in against]
     largest = [int(np.argmax(row["difference"])) for row in against]
     places = ", ".join(
-        f"{row['data']} {row['difference'][at]:+.3f} at layer {layers[at]}"
+        f"{row['data']} {format(row['difference'][at], '+.3f').replace('-', page.MINUS)} at layer "
+        f"{layers[at]}"
         for row, at in zip(against, largest, strict=True)
-    ).replace("-", page.MINUS)
+    )
     every = sum(above == len(layers) for above, _, _ in counts)
     return (
         f"In {every} of {len(counts)} domains the interval of own less rate-matched lies above "
