@@ -21,6 +21,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import site_shapes
+from mllm_jax.passes.arguments import as_partial
 from mllm_jax.passes.run import Logits, Out, run
 from mllm_jax.passes.sweep import sweep
 from mllm_jax.sites import Site
@@ -81,9 +82,7 @@ class Contrast:
                 "a contrast takes no patch among its edits: its row numbers would mean other rows "
                 "where both batches are one"
             )
-        if not isinstance(metric, jax.tree_util.Partial):
-            metric = jax.tree_util.Partial(metric)
-        return cls(metric, model, clean, corrupt, edits or Edits(), logits)
+        return cls(as_partial(metric), model, clean, corrupt, edits or Edits(), logits)
 
     @property
     def rows(self) -> int:

@@ -174,7 +174,7 @@ def _scaled(
     weight: Float[np.ndarray, " D"], a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "N D"]
 ) -> Float[np.ndarray, " D"]:
     """Return the part of the difference of two means that lies along a vector."""
-    difference = a.mean(0) - b.mean(0)
+    difference = _difference_of_means(a, b)
     vector = weight * (weight @ difference) / max(weight @ weight, np.finfo(np.float64).tiny)
     if not vector.any():
         raise ValueError("positive and negative do not differ along the direction")

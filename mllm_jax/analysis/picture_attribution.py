@@ -38,6 +38,7 @@ from mllm_jax.interventions.attention_maps import picture_maps
 from mllm_jax.interventions.captures import Capture, keep
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
+from mllm_jax.passes.arguments import as_partial
 from mllm_jax.passes.run import Logits, Out, run
 from mllm_jax.passes.sweep import sweep
 from mllm_jax.tokens import TokenMap
@@ -112,9 +113,6 @@ class GatedPicture:
             raise ValueError('at="pixels": the batch has vision features in place of its pixels')
         if at == "pixels" and baseline is not None:
             raise ValueError('at="pixels": a closed patch is 0 there, a baseline is of lm.embed')
-        metric = (
-            metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
-        )
         batch = batch.replace(processor=None)
         if not (np.asarray(batch.tokens.kind) == tokens.CODE["image"]).any():
             raise ValueError("the batch has no picture whose patches could be gated")
@@ -122,7 +120,7 @@ class GatedPicture:
         if at == "lm.embed":
             mean = _mean_image_token(model, batch, edits) if baseline is None else baseline
             baseline = jnp.reshape(mean, (-1, 1, mean.shape[-1]))
-        return cls(metric, model, batch, edits, captures, baseline, at, logits)
+        return cls(as_partial(metric), model, batch, edits, captures, baseline, at, logits)
 
     def __call__(self, gates: Float[Array, "n P"]) -> Float[Array, " B"]:
         """Return the metric with these gates."""

@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax import sites as S
@@ -30,7 +29,7 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.passes.run import Out, run
 from mllm_jax.passes.sweep import sweep
-from mllm_jax.sharding import collectives, mesh
+from mllm_jax.sharding import mesh
 from mllm_jax.training.losses import answer_log_probs, require_answers
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
@@ -161,7 +160,5 @@ def _answers(
     out: Out, model: Model, ids: Int[AnyArray, "B T"], labels: Int[AnyArray, "B A"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Return the log-likelihood of each answer, and whether greedy decoding gives it."""
-    log_probs, wanted = answer_log_probs(model, out["states"], ids, labels, Taps())
-    real = jnp.asarray(labels) >= 0
-    likelihood = jnp.where(real, collectives.take_along_vocabulary(log_probs, wanted), 0).sum(-1)
-    return likelihood, ((log_probs.argmax(-1) == wanted) | ~real).all(-1)
+    log_probs, chosen = answer_log_probs(model, out["states"], ids, labels, Taps())
+    return log_probs.sum(-1), chosen.all(-1)

@@ -300,8 +300,10 @@ class ModuleTap:
     def _tap(
         self, layers: int, edits: dict, captures: dict, carried: dict[int, Array] | None = None
     ) -> LayerTap:
-        tap = LayerTap(self.taps.shapes, self.taps.at, self.lens, layers, edits, captures)
-        return dataclasses.replace(tap, carried=dict(carried or {}))
+        return LayerTap(
+            self.taps.shapes, self.taps.at, self.lens, layers, edits, captures,
+            carried=dict(carried or {}),
+        )  # fmt: skip
 
     def _empty_slots(self, step, layers, x, extra, edits, captures, count):
         """Return zeros for the captures that are carried, whose shapes are found abstractly."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax
 
 from mllm_jax.arguments import type_error
 from mllm_jax.batch import Batch
@@ -78,3 +80,8 @@ def check_batches(batches: Any, *, by_number: bool = False) -> None:
     wrong = isinstance(batches, Batch | str | bytes | dict)
     if wrong or not (indexed or (isinstance(batches, Iterable) and not by_number)):
         raise type_error("batches", batches, "a list of batches: [batch]")
+
+
+def as_partial(metric: Callable[..., Any]) -> jax.tree_util.Partial:
+    """Return a function as a pytree, with the arrays that were given to it as leaves."""
+    return metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)

@@ -174,7 +174,7 @@ def sweep(
     check_logits(logits)
     chunk = None if chunk is None else require_whole("chunk", chunk)
     edits = edits if isinstance(edits, Stack) else stack(edits)
-    metric = metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)
+    metric = arguments.as_partial(metric)
     batch = batch.replace(processor=None)
     store = Store(
         save, restart=restart, model=model, data=batch, captures=captures,

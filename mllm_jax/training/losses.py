@@ -11,7 +11,7 @@ import numpy as np
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.tap import Taps
 from mllm_jax.sharding import collectives
-from mllm_jax.typing import AnyArray, Array, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
 def answer_nll(
@@ -35,10 +35,8 @@ def answer_nll(
     labels = require_answers(batch)
     taps = Taps(remat=remat)
     x, _ = model(batch, taps)
-    log_probs, wanted = answer_log_probs(model, x, batch.ids, labels, taps)
-    answer = collectives.take_along_vocabulary(log_probs, wanted)
-    real = jnp.asarray(labels) >= 0
-    return -jnp.where(real, answer, 0).sum(-1), real.sum(-1)
+    answer, _ = answer_log_probs(model, x, batch.ids, labels, taps)
+    return -answer.sum(-1), (jnp.asarray(labels) >= 0).sum(-1)
 
 
 def answer_log_probs(
@@ -47,8 +45,8 @@ def answer_log_probs(
     ids: Int[AnyArray, "B T"],
     labels: Int[AnyArray, "B A"],
     taps: Taps,
-) -> tuple[Float[Array, "B A V"], Int[Array, "B A"]]:
-    """Compute the distributions of the answer tokens of a pass.
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
+    """Compute how probable the answer tokens of a pass are.
 
     Args:
       model: the model.
@@ -58,14 +56,16 @@ def answer_log_probs(
       taps: of the logits.
 
     Returns:
-      The log-probability of each word at each answer token, and the token that is there; anything
+      The log-probability of each answer token, and whether it is the most probable one; 0 and True
       where `labels` is -1.
     """
     labels = jnp.asarray(labels)
     before = jnp.maximum(labels - 1, 0)  # a token is predicted at the position before it
     states = jnp.take_along_axis(x, before[..., None], 1)
     wanted = jnp.take_along_axis(jnp.asarray(ids), jnp.maximum(labels, 0), 1)
-    return jax.nn.log_softmax(model.logits(states, taps)), wanted
+    log_probs, real = jax.nn.log_softmax(model.logits(states, taps)), labels >= 0
+    answer = collectives.take_along_vocabulary(log_probs, wanted)
+    return jnp.where(real, answer, 0), (log_probs.argmax(-1) == wanted) | ~real
 
 
 def require_answers(batch: Batch) -> Int[AnyArray, "B A"]:
