@@ -15,7 +15,7 @@ from mllm_jax.analysis import patching
 from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.dictionaries import cross_layer
 from mllm_jax.dictionaries.dictionary import Dictionary
-from tests.helpers import contrasts
+from tests.helpers import contrasts, generation
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -196,12 +196,7 @@ def test_sweeps_and_generation_equal_single_passes(model, batch):
     np.testing.assert_allclose(rows, loop, atol=1e-5)
     assert (np.abs(rows - np.asarray(mj.run(model, batch).logits)).max((1, 2)) > 1e-3).all()
     edits = splice >> mj.add(LATENTS[0, 3], 4.0)
-    found = mj.generate(model, batch, edits, max_new_tokens=3)
-    tokens = np.asarray(found.tokens)
-    assert (tokens != np.asarray(mj.generate(model, batch, max_new_tokens=3).tokens)).any()
-    whole = batch.followed_by(tokens[:, :2], np.ones((len(tokens), 2), bool))
-    again = mj.run(model, whole, edits, logits="all").logits[:, -2:].argmax(-1)
-    np.testing.assert_array_equal(again, tokens[:, 1:])
+    generation.assert_equals_one_pass(model, batch, edits)
 
 
 def _logits(out):

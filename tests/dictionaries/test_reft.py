@@ -15,6 +15,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.dictionaries.reft import LoReFT
 from mllm_jax.training import edits
+from tests.helpers import generation
 from tests.helpers.shared_fixtures import batch, model, pictures  # noqa: F401
 
 D, RANK = 32, 3
@@ -154,13 +155,7 @@ def test_without_strength_the_pass_is_the_clean_one(model, batch):  # noqa: F811
 @pytest.mark.slow
 def test_generation_with_it_equals_one_pass(model, batch):  # noqa: F811
     edit = make().edit(HERE, where=tok.image | tok.generating)
-    found = mj.generate(model, batch, edit, max_new_tokens=3)
-    plain = mj.generate(model, batch, max_new_tokens=3)
-    tokens = np.asarray(found.tokens)
-    assert (tokens != np.asarray(plain.tokens)).any()
-    whole = batch.followed_by(tokens[:, :2], np.ones((len(tokens), 2), bool))
-    again = mj.run(model, whole, edit, logits="all").logits[:, -2:].argmax(-1)
-    np.testing.assert_array_equal(again, tokens[:, 1:])
+    generation.assert_equals_one_pass(model, batch, edit)
 
 
 @pytest.mark.slow

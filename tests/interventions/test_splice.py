@@ -15,6 +15,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.families.llava import model as llava
 from mllm_jax.interventions import spec
+from tests.helpers import generation
 
 D, M = 32, 24
 HERE, LATENTS = S.lm.resid_post[1], S.lm.resid_post.latents
@@ -249,13 +250,7 @@ def test_bfloat16_is_bitwise_clean_and_generation_equals_one_pass(model, batch):
     small = batch.replace(features=None)
     np.testing.assert_array_equal(mj.run(narrow, small, edits).logits, mj.run(narrow, small).logits)
     edits = mj.splice(HERE, make()) >> mj.add(LATENTS[1, 3], 4.0)
-    found = mj.generate(model, batch, edits, max_new_tokens=3)
-    plain = mj.generate(model, batch, max_new_tokens=3)
-    tokens = np.asarray(found.tokens)
-    assert (tokens != np.asarray(plain.tokens)).any()
-    whole = batch.followed_by(tokens[:, :2], np.ones((len(tokens), 2), bool))
-    again = mj.run(model, whole, edits, logits="all").logits[:, -2:].argmax(-1)
-    np.testing.assert_array_equal(again, tokens[:, 1:])
+    generation.assert_equals_one_pass(model, batch, edits)
 
 
 WRONG = {
