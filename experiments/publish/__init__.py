@@ -1,0 +1,1 @@
+"""Publish a finished study in the documentation; see `experiments/publish/__main__.py`."""

@@ -1,0 +1,66 @@
+"""Write the results of a study, its figures and the tables of the documents."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from experiments.publish.tables import TABLES
+from mllm_jax import store
+
+DOCUMENTS = ("README.md", "docs/results/README.md")
+# Keys that show single pictures, whose files are not published.
+OF_PICTURES = ("evidence", "pictures")
+FIGURES = {
+    "domain_neurons": ("overview", "neurons", "ablation", "deviation_by_layer"),
+    "projection": ("overview",),
+}
+MARK = re.compile(r"<!-- (?P<study>\w+): (?P<table>\w+) -->\n\n(?:\|.*\n)*")
+
+
+def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
+    """Publish a finished study.
+
+    Args:
+        workdir: the folder of the study.
+        root: the folder of the repository.
+
+    Raises:
+        FileNotFoundError: the study is not finished.
+        ValueError: the study is none of those that are published.
+    """
+    path = workdir / "results.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: the study is not finished; start it again")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    study = results["study"]
+    if study not in TABLES:
+        raise ValueError(f"{path}: {study!r} is not published; {', '.join(TABLES)} are")
+    published = {key: value for key, value in results.items() if key not in OF_PICTURES}
+    folder = root / "docs/results"
+    store.write(folder / f"{study}.json", json.dumps(published, indent=1) + "\n")
+    for name in FIGURES[study]:
+        shutil.copyfile(workdir / f"figures/{name}.png", folder / f"{study}-{name}.png")
+    for document in DOCUMENTS:
+        text = (root / document).read_text(encoding="utf-8")
+        store.write(root / document, with_tables(text, {study: published}))
+
+
+def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """Return a document whose marked tables are those of the results; others stay as they are.
+
+    Args:
+        text: the document.
+        results: what is published, by study.
+    """
+
+    def write(mark: re.Match) -> str:
+        study, table = mark["study"], mark["table"]
+        if study not in results:
+            return mark[0]
+        return f"<!-- {study}: {table} -->\n\n{TABLES[study][table](results[study])}\n"
+
+    return MARK.sub(write, text)
