@@ -18,7 +18,7 @@ FIGURES = {
     "domain_neurons": ("overview", "neurons", "ablation", "deviation_by_layer"),
     "projection": ("overview",),
 }
-MARK = re.compile(r"<!-- (?P<study>\w+): (?P<table>\w+) -->\n\n(?:\|.*\n)*")
+MARK = re.compile(r"<!-- (?P<study>\w+): (?P<table>\w+) -->\n(?:\n(?:\|.*\n)+)?")
 
 
 def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:

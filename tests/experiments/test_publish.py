@@ -23,6 +23,8 @@ Afterwards.
 
 | kept |
 |------|
+
+<!-- projection: claims -->
 """
 
 
@@ -53,6 +55,7 @@ def test_tables_figures_and_results_are_written(repository, run):
     text = (repository / "README.md").read_text()
     assert "| claim     | verdict |\n|-----------|---------|\n| It holds. | ✓ holds |\n" in text
     assert "| 1 | 2 |" not in text and "\n\nAfterwards.\n" in text and "| kept |" in text
+    assert text.count("| It holds. | ") == 2
     folder = repository / "docs/results"
     published = json.loads((folder / "projection.json").read_text())
     assert published["claims"] == [CLAIM] and "pictures" not in published
