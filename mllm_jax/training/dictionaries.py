@@ -27,7 +27,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from mllm_jax.numerics import precision
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training.checkpoint import Checkpoint
 from mllm_jax.training.fit import schedule
-from mllm_jax.typing import Array, Float, Int
+from mllm_jax.typing import Array, Float, Indexed, Int
 
 Kind = Literal["topk", "batch_topk", "jumprelu"]
 BANDWIDTH = 0.1  # of the straight-through gradients of thresholds, in deviations of a vector
@@ -100,16 +100,7 @@ class Recipe:
             require_number(name, getattr(self, name))
 
 
-class Batches(Protocol):
-    """Batches of vectors by number, each read when it is asked for; a list is one."""
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        ...
-
-    def __getitem__(self, number: int, /) -> Float[np.ndarray, "n D"]:
-        """Return the batch of this number."""
-        ...
+Batches: TypeAlias = Indexed[Float[np.ndarray, "n D"]]
 
 
 class Fitted(NamedTuple):
