@@ -26,6 +26,7 @@ from mllm_jax import sites as S
 from mllm_jax.batch import Batch
 from mllm_jax.models.clip import ClipConfig
 from mllm_jax.models.decoder import DecoderConfig
+from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.passes.collect import DTYPES, VectorSource
 from mllm_jax.store import atomic_json
 
@@ -33,7 +34,7 @@ LEAST = 200.0  # MB/s
 ROWS, TOKENS = 64, 1024  # of a batch
 
 
-def text_batches(config: work.MultimodalConfig, count: int) -> list[Batch]:
+def text_batches(config: MultimodalConfig, count: int) -> list[Batch]:
     """Return batches of random words without pictures."""
     rng, side = np.random.default_rng(0), config.vision.image_size
     pixels = np.zeros((ROWS, 3, side, side), np.float32)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import ml_collections
 
 from mllm_jax.data import batching, domains, vqa
 
 Prompts = Literal["activation", "generation", "lens"]
+Side: TypeAlias = tuple[domains.Example, domains.Question]  # one input of a pair
 # The split of MMNeuron's data sets and the kind of its prompts, by our name of the split.
 VQA_SPLITS: dict[str, tuple[str, Prompts]] = {
     "train": ("train", "activation"),
@@ -40,6 +42,27 @@ def examples_of(
     """Return the first examples of all domains, interleaved by domain."""
     by_domain = domains_of(config, split).values()
     return batching.interleave([list(itertools.islice(d, per_domain)) for d in by_domain])
+
+
+def pair_up(
+    sides: Sequence[Side], fits: Callable[[Side, Side], bool], count: int | None = None
+) -> list[tuple[Side, Side]]:
+    """Return pairs of examples with their questions, each in one pair at most.
+
+    Args:
+        sides: the examples with their questions; each is paired with the first later one that fits.
+        fits: whether two of them make a pair.
+        count: the largest number of pairs; all by default.
+    """
+    pairs: list[tuple[Side, Side]] = []
+    remaining = list(sides)
+    while remaining and (count is None or len(pairs) < count):
+        side = remaining.pop(0)
+        for number, other in enumerate(remaining):
+            if fits(side, other):
+                pairs.append((side, remaining.pop(number)))
+                break
+    return pairs
 
 
 def _vqa(

@@ -88,6 +88,7 @@ MEMBERS = {
     "mllm_jax.checkpoints.load.read_whole": "mllm_jax.loading.load.read_network",
     "mllm_jax.checkpoints.tables.canonical": "mllm_jax.families.llava.keys.canonical_key",
     "mllm_jax.checkpoints.tables.llava": "mllm_jax.families.llava.keys.key_table",
+    "mllm_jax.data.domains.own": "mllm_jax.data.domains.load_user_domains",
     "mllm_jax.data.prompts.ChatTemplate": "mllm_jax.processors.chat_template.ChatTemplate",
     "mllm_jax.data.prompts.answer_ids": "mllm_jax.processors.tokenizers.answer_ids",
     "mllm_jax.data.prompts.encode": "mllm_jax.processors.tokenizers.encode",

@@ -1,4 +1,4 @@
-"""The axis letters of the library, and the array types used in signatures.
+"""The axis letters of the library, and the types of arrays and sequences used in signatures.
 
 Every shape in a docstring, an einsum, a site or a sharding rule is spelled with these letters:
 
@@ -11,10 +11,14 @@ Every shape in a docstring, an einsum, a site or a sharding rule is spelled with
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar, runtime_checkable
+
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+
+Item = TypeVar("Item", covariant=True)
 
 # An array of NumPy where its values are known, of JAX where they are computed or traced.
 AnyArray = np.ndarray | jax.Array
@@ -40,6 +44,23 @@ LETTERS = {
     "M": "latents of a dictionary",
 }
 
+
+@runtime_checkable
+class Indexed(Protocol[Item]):
+    """Items by number, which may be computed when they are read; a list is one.
+
+    It need not signal its end to `iter`: its length does.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        ...
+
+    def __getitem__(self, number: int, /) -> Item:
+        """Return the item of this number."""
+        ...
+
+
 __all__ = [
     "LETTERS",
     "AnyArray",
@@ -47,6 +68,7 @@ __all__ = [
     "ArrayLike",
     "Bool",
     "Float",
+    "Indexed",
     "Int",
     "Num",
     "Shaped",

@@ -13,7 +13,8 @@ import tqdm
 
 from experiments import context
 from experiments.circuit import pairs
-from experiments.circuit.pairs import Pair, Side
+from experiments.circuit.pairs import Pair
+from experiments.examples import Side
 from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.batch import Batch
 from mllm_jax.passes.run import Out

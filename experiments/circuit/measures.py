@@ -59,7 +59,7 @@ def exact(
 
     def make(number: int) -> Arrays:
         contrast = study.contrast("train", number)
-        lanes = without_each(mask, np.ones_like(mask))
+        lanes = circuits.without_each(np.ones_like(mask), mask)
         metric = circuits.evaluate(contrast, lanes, kinds=tuple(study.config.kinds))
         falls = contrast.metric_of(contrast.clean) - metric
         return {"falls": falls[:, study.real("train", number)]}
@@ -103,16 +103,6 @@ def pearson(
     return intervals.Interval(float(value[0]), float(low), float(high))
 
 
-def without_each(
-    mask: Bool[np.ndarray, "kinds L nodes"], circuit: Bool[np.ndarray, "kinds L nodes"]
-) -> Bool[np.ndarray, "R kinds L nodes"]:
-    """Return a circuit without each node of a mask in turn."""
-    places = np.argwhere(mask)
-    lanes = np.repeat(circuit[None], len(places), 0)
-    lanes[(np.arange(len(places)), *places.T)] = False
-    return lanes
-
-
 def held_out(
     study: Study, scores: Float[np.ndarray, "kinds L nodes"],
     circuit: Bool[np.ndarray, "kinds L nodes"],
@@ -131,7 +121,7 @@ def held_out(
     random = np.random.default_rng(config.seed).random(scores.shape)
     shown = {"found": circuit, "random0": attribution.top_mask(random, int(circuit.sum()))}
     lanes = np.concatenate(
-        [np.concatenate([mask[None], without_each(mask, mask)]) for mask in shown.values()]
+        [np.concatenate([mask[None], circuits.without_each(mask, mask)]) for mask in shown.values()]
     )
 
     def curves(number: int) -> Arrays:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from experiments.examples import Side, pair_up
 from mllm_jax import tokens as tok
 from mllm_jax.batch import Batch
-from mllm_jax.data.domains import Example, Question
+from mllm_jax.data.domains import Example
 from mllm_jax.processors.processor import Processor
 
-Side: TypeAlias = tuple[Example, Question]
 Partner = Literal["class", "domain"]
 SWAPS = ("picture", "question")
 PARTNERS = ("class", "domain")
@@ -61,17 +61,18 @@ def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner)
     Raises:
         ValueError: there is no pair.
     """
-    found: list[Pair] = []
-    remaining = list(sides)
-    while remaining:
-        side = remaining.pop(0)
-        for number, other in enumerate(remaining):
-            same_domain = side[0].domain == other[0].domain
-            if side[1].prompt != other[1].prompt or same_domain != (partner == "class"):
-                continue
-            if answers := answers_of(processor, side, other):
-                found.append(Pair(side, remaining.pop(number), answers))
-                break
+
+    def fits(side: Side, other: Side) -> bool:
+        same_domain = side[0].domain == other[0].domain
+        if side[1].prompt != other[1].prompt or same_domain != (partner == "class"):
+            return False
+        return answers_of(processor, side, other) is not None
+
+    found = [
+        Pair(side, other, answers)
+        for side, other in pair_up(sides, fits)
+        if (answers := answers_of(processor, side, other))
+    ]
     if not found:
         where = "of one domain" if partner == "class" else "of two domains"
         raise ValueError(

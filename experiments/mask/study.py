@@ -24,6 +24,7 @@ from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.sites import Site
 from mllm_jax.training import edits as training
+from mllm_jax.training import lenses
 
 
 class Read(NamedTuple):
@@ -149,8 +150,7 @@ def divergence(model, read: Read, edits: Edits) -> tuple[jax.Array, jax.Array]:
         float32[B], KL(clean, edited) in nats; bool[B], whether the most likely word is the same.
     """
     edited = _log_probs(model, read.batch, edits)
-    kl = jnp.sum(jnp.exp(read.clean) * (read.clean - edited), -1)
-    return kl, read.clean.argmax(-1) == edited.argmax(-1)
+    return lenses.kl(read.clean, edited), read.clean.argmax(-1) == edited.argmax(-1)
 
 
 def measure(

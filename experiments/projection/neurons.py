@@ -13,7 +13,7 @@ import mllm_jax as mj
 from experiments.modules import MODULES
 from experiments.projection.context import Arrays, Outputs, Run, Study
 from mllm_jax import tokens as tok
-from mllm_jax.analysis import domain_neurons, projection, selectors
+from mllm_jax.analysis import domain_neurons, projection, scores, selectors
 from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
 from mllm_jax.sites import Site
 from mllm_jax.training import parts
@@ -96,8 +96,8 @@ def _by_neuron(old: Any, new: Any) -> tuple[np.ndarray, list[np.ndarray]]:
 
 def most_changed(arrays: Arrays, like: Arrays) -> Masks:
     """Return the neurons whose weights changed most, as many as masks have in the LM."""
-    scores = np.asarray(arrays["weights/lm"], np.float64)[None]
-    return {"lm": selectors.top(scores, int(like["lm"].sum()))[0]}
+    changed = np.asarray(arrays["weights/lm"], np.float64)[None]
+    return {"lm": selectors.top(changed, int(like["lm"].sum()))[0]}
 
 
 def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
@@ -145,17 +145,17 @@ def selected_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
             continue
         truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
         neurons = int(domain_masks(study, outputs[task, ORIGINAL, seed], task)["lm"].sum())
-        scores = {
-            variant: projection.f1(truth, outputs[task, variant, seed]["predicted"][None], classes)
+        by_variant = {
+            variant: scores.f1(truth, outputs[task, variant, seed]["predicted"][None], classes)
             for variant in (ORIGINAL, SELECTED, RANDOM, E2E)
         }
-        for variant, value in scores.items():
+        for variant, value in by_variant.items():
             yield {
                 "task": task, "variant": variant,
                 "neurons": neurons if variant in (SELECTED, RANDOM) else None,
                 "f1": value.row(),
                 "change": None if variant == ORIGINAL
-                else projection.change(value, scores[ORIGINAL]),
+                else scores.change(value, by_variant[ORIGINAL]),
             }  # fmt: skip
 
 
@@ -205,8 +205,8 @@ def ablation_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
                 answers["random neurons"] = np.stack(random)
             if "off/changed" in arrays:
                 answers["neurons of most changed weights"] = arrays["off/changed"][None]
-            clean = projection.f1(truth, arrays["predicted"][None], classes)
+            clean = scores.f1(truth, arrays["predicted"][None], classes)
             for ablated, predicted in answers.items():
-                value = projection.f1(truth, predicted, classes)
+                value = scores.f1(truth, predicted, classes)
                 row = {"task": task, "variant": variant, "ablated": ablated, "neurons": neurons}
-                yield row | {"f1": value.row(), "change": projection.change(value, clean)}
+                yield row | {"f1": value.row(), "change": scores.change(value, clean)}

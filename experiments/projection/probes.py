@@ -17,7 +17,7 @@ from experiments.projection.context import (
     Study,
     stack_seeds,
 )
-from mllm_jax.analysis import probe, projection
+from mllm_jax.analysis import probe, scores
 from mllm_jax.analysis.projection import BEFORE, PROJ
 from mllm_jax.data import tasks
 
@@ -158,7 +158,7 @@ def depth(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]
 
         by_layer = study.workdir.arrays(f"probes/{task}-{variant}-{kind}", make)["predicted"]
         for layer, predicted in enumerate(by_layer):
-            value = projection.f1(truth, predicted, classes).row()
+            value = scores.f1(truth, predicted, classes).row()
             yield {"task": task, "variant": variant, "tokens": kind, "layer": layer, **value}
 
 
@@ -168,8 +168,8 @@ def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any
     truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
     recipes = (PROJ, *changes)
     probed = read(study, outputs, task, "paper", recipes)
-    scores = {
-        name: projection.f1(truth, stack_seeds(outputs, task, name, seeds, "predicted"), classes)
+    by_name = {
+        name: scores.f1(truth, stack_seeds(outputs, task, name, seeds, "predicted"), classes)
         for name in recipes
     }
     for name in recipes:
@@ -178,9 +178,9 @@ def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any
             "recipe": name,
             "factor": "" if name == PROJ else name,
             "setting": "" if name == PROJ else _format(changes[name].to_dict()),
-            "f1": scores[name].row(),
-            "change": None if name == PROJ else projection.change(scores[name], scores[PROJ]),
-            "probe": projection.f1(truth, probed[name], classes).row(),
+            "f1": by_name[name].row(),
+            "change": None if name == PROJ else scores.change(by_name[name], by_name[PROJ]),
+            "probe": scores.f1(truth, probed[name], classes).row(),
         }
 
 

@@ -12,7 +12,7 @@ import mllm_jax as mj
 from experiments.projection.context import Study
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
-from mllm_jax.analysis import domain_neurons, projection, selectors
+from mllm_jax.analysis import domain_neurons, scores, selectors
 from mllm_jax.analysis.projection import ORIGINAL
 from mllm_jax.data import batching, tasks
 from mllm_jax.evaluation import answers
@@ -40,16 +40,16 @@ def suppress(study: Study) -> Iterator[dict[str, Any]]:
     for number, (name, (neurons, edit)) in enumerate(edits.items()):
 
         def make(edit=edit) -> dict[str, np.ndarray]:
-            scores = answers.score_classes(study.model, test, edit)
-            return {"predicted": scores.argmax(-1).astype(np.int32)}
+            likelihood = answers.score_classes(study.model, test, edit)
+            return {"predicted": likelihood.argmax(-1).astype(np.int32)}
 
         predicted = study.workdir.arrays(f"suppress/{number}", make)["predicted"]
-        value = projection.f1(truth, predicted[None], len(task.classes))
+        value = scores.f1(truth, predicted[None], len(task.classes))
         clean = clean or value
         yield {
             "task": f"{task.name}: {' or '.join(task.classes)}", "variant": ORIGINAL,
             "ablated": name, "neurons": neurons, "f1": value.row(),
-            "change": projection.change(value, clean),
+            "change": scores.change(value, clean),
             "recall": {
                 label: float((predicted == c)[truth == c].mean())
                 for c, label in enumerate(task.classes)

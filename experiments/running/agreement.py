@@ -36,14 +36,14 @@ def made_by() -> dict[str, dict[str, str]]:
 
 def files(config: Any) -> dict[str, str]:
     """Return the digests of the files that a config names, except its model and its pictures."""
-    from mllm_jax.loading import load
+    from mllm_jax.loading import sources
 
     names = {name: at(config, name) for name in FILES if name != "vqa.manual"}
     # FOLDER/{module}.pth stands for all files of the folder.
     paths = {n: pathlib.Path(str(path).split("{")[0]).expanduser() for n, path in names.items()}
     digests = {name: digest(path) for name, path in paths.items() if names[name] and path.exists()}
     if config.get("clip"):
-        digests["clip"] = digest(load.locate(config.clip))
+        digests["clip"] = digest(sources.locate(config.clip))
     return digests
 
 
@@ -67,13 +67,13 @@ def digest(path: pathlib.Path) -> str:
 
 def _contents(config: Any) -> dict[str, str]:
     """Return the digests of the checkpoints, files and folders that a config names."""
-    from mllm_jax.loading import load
+    from mllm_jax.loading import sources
 
     names = {name: at(config, name) for name in FILES}
     names |= {f"paths[{i}]": path for i, path in enumerate(config.get("paths") or ())}
     paths = {name: pathlib.Path(path).expanduser() for name, path in names.items() if path}
     paths = {name: path for name, path in paths.items() if path.exists()}
-    paths |= {name: load.locate(config.get(name)) for name in CHECKPOINTS if config.get(name)}
+    paths |= {name: sources.locate(config.get(name)) for name in CHECKPOINTS if config.get(name)}
     return {name: digest(path) for name, path in paths.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -13,6 +12,7 @@ import numpy as np
 import mllm_jax as mj
 from experiments import context, examples
 from experiments.context import Context
+from experiments.examples import Side
 from experiments.sweep import page
 from mllm_jax import sites as S
 from mllm_jax import store
@@ -23,7 +23,6 @@ from mllm_jax.data import batching
 from mllm_jax.interventions.edits import Edits
 
 GRIDS = ("tokens", "heads", "parts", "strengths")
-Side = tuple[Any, Any]  # an example and its question
 Pair = tuple[Side, Side]
 
 
@@ -68,15 +67,12 @@ def partners(processor, name: str, pictures: list, style: str, count: int) -> li
     Raises:
         ValueError: there is no pair.
     """
-    pairs: list[Pair] = []
-    remaining = list(batching.ask(pictures, (style,)))
-    while remaining and len(pairs) < count:
-        side = remaining.pop(0)
-        for i, other in enumerate(remaining):
-            same_prompt = side[1].prompt == other[1].prompt
-            if same_prompt and _first_token(processor, side) != _first_token(processor, other):
-                pairs.append((side, remaining.pop(i)))
-                break
+
+    def fits(side: Side, other: Side) -> bool:
+        same_prompt = side[1].prompt == other[1].prompt
+        return same_prompt and _first_token(processor, side) != _first_token(processor, other)
+
+    pairs = examples.pair_up(batching.ask(pictures, (style,)), fits, count)
     if not pairs:
         raise ValueError(
             f"domain {name} has no two pictures with the same question of style {style} and "

@@ -1,1 +1,6 @@
-"""Pure functions of arrays, one idea per file, independent of models and files."""
+"""Analysis, one idea per file: pure functions of arrays, and methods that run passes.
+
+Statistics, selections and tests take arrays and know neither models nor files. Methods that explain
+a metric run passes of their own: those of a `contrasts.Contrast` (`patching`, `paths`, `edges`,
+`circuits`), `picture_attribution`, `direct_logits`, `patchscope`, `fidelity` and `steering`.
+"""

@@ -168,13 +168,21 @@ def minimality(
       The fall for each node of the circuit; 0 outside.
     """
     circuit = checks.mask(circuit, "circuit")
-    nodes = np.argwhere(circuit)
-    lanes = np.repeat(circuit[None], len(nodes) + 1, 0)
-    lanes[(np.arange(len(nodes)) + 1, *nodes.T)] = False
+    lanes = np.concatenate([circuit[None], without_each(circuit, circuit)])
     metric = evaluate(contrast, lanes, kinds=kinds).mean(-1)
     falls = np.zeros(circuit.shape)
     falls[circuit] = metric[0] - metric[1:]
     return falls
+
+
+def without_each(
+    circuit: Bool[np.ndarray, "kinds L nodes"], nodes: Bool[np.ndarray, "kinds L nodes"]
+) -> Bool[np.ndarray, "R kinds L nodes"]:
+    """Return a circuit without each of some nodes in turn."""
+    places = np.argwhere(nodes)
+    lanes = np.repeat(circuit[None], len(places), 0)
+    lanes[(np.arange(len(places)), *places.T)] = False
+    return lanes
 
 
 def _masks(contrast: Contrast, kinds: Sequence[str]) -> list[Bool[np.ndarray, "B T"]]:

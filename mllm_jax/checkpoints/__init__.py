@@ -1,4 +1,4 @@
-"""Checkpoints as tables: readers, the embedded model, loading and saving."""
+"""Checkpoints as tables: readers and writers of files, which know no family."""
 
 import functools
 

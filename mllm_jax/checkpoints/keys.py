@@ -159,6 +159,19 @@ def _slots(row: Row, shape: Shape) -> list[Slot]:
 _BUFFER = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 
 
+def respell(key: str, spellings: Iterable[tuple[str, str]]) -> str:
+    """Return a key with another prefix: that beside the first of the prefixes that it begins with.
+
+    Args:
+        key: a Hugging Face key in any spelling.
+        spellings: pairs of a prefix and what takes its place; a key with none of them stays.
+    """
+    for prefix, spelling in spellings:
+        if key.startswith(prefix):
+            return spelling + key.removeprefix(prefix)
+    return key
+
+
 def is_buffer(key: str) -> bool:
     """Return whether a tensor is a buffer that older checkpoints hold beside the parameters."""
     return bool(_BUFFER.fullmatch(key))

@@ -1,4 +1,4 @@
-"""Edits and captures as pytrees, and the passes that take them."""
+"""Edits, captures and receipts: their definition, binding, application and syntax."""
 
 import functools
 

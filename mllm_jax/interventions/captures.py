@@ -14,7 +14,7 @@ import numpy as np
 
 from mllm_jax import notebook, tokens
 from mllm_jax.arguments import require_whole, type_error
-from mllm_jax.files import shown as short
+from mllm_jax.files import shown
 from mllm_jax.interventions import top_tokens
 from mllm_jax.sites import Address, Target
 from mllm_jax.tokens import Selector
@@ -304,7 +304,7 @@ def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
     except (TypeError, ValueError):
         array = np.zeros(0, np.float32)
     if array.ndim != 1 or not array.size or not (np.diff(array) > 0).all():
-        raise ValueError(f"edges={short(edges)}: the edges of bins are numbers that increase")
+        raise ValueError(f"edges={shown(edges)}: the edges of bins are numbers that increase")
     return array
 
 

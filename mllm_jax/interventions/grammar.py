@@ -263,9 +263,9 @@ def _kinds(text: str, root: pathlib.Path) -> tuple[str, ...]:
 
 
 def _count(text: str, root: pathlib.Path) -> int:
-    if (count := int(text)) < 1:
-        raise ValueError(f"a lens names at least 1 word, not k={count}")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"k={text} is not a whole number from 1")
+    return int(text)
 
 
 def _word(text: str, root: pathlib.Path) -> str:

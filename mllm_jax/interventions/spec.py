@@ -33,6 +33,7 @@ or `@mask.npy`; selectors are combined by `|` and `&` (which binds more tightly)
 | rollout | to, on |
 | stats | by (`kind`, or kinds `image,question`), where |
 | lens | k, by, where |
+| distribution | by, where |
 | top, bottom | k, where |
 | sample | k, edges, where |
 | histogram | edges, by, where |

@@ -10,8 +10,9 @@ import numpy as np
 
 from mllm_jax import tokens
 from mllm_jax.batch import Batch, Interpolation
+from mllm_jax.files import shown
 from mllm_jax.processors import rows
-from mllm_jax.processors.prompts import as_list, short
+from mllm_jax.processors.prompts import as_list
 
 
 def parse_turns(turns: Any) -> list[list[tuple[str, str]]]:
@@ -30,7 +31,7 @@ def _parse_pairs(pairs: Any, row: int) -> list[tuple[str, str]]:
     for number, pair in enumerate(parsed, 1):
         if len(pair) != 2 or not all(isinstance(part, str) for part in pair) or not pair[0].strip():
             raise ValueError(
-                f"turns, row {row}, question {number}: {short(pair)} is no pair of a question, "
+                f"turns, row {row}, question {number}: {shown(pair)} is no pair of a question, "
                 "which is not empty, and its answer"
             )
     return parsed

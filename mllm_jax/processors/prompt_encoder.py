@@ -12,12 +12,13 @@ import numpy as np
 
 from mllm_jax import files, tokens
 from mllm_jax.batch import Layout
+from mllm_jax.files import shown
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import rows as rows_
 from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import ChatTemplate, Questions
-from mllm_jax.processors.prompts import IMAGE, Chat, short
+from mllm_jax.processors.prompts import IMAGE, Chat
 from mllm_jax.processors.rows import Picture, Row, Token
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class PromptEncoder:
             text, questions = replaced(text, questions, IMAGE, lambda _: self.written_placeholder)
         if text.count(self.placeholder) != len(pictures):
             raise ValueError(
-                f"the prompt {short(prompt)} has {text.count(self.placeholder)} {IMAGE} "
+                f"the prompt {shown(prompt)} has {text.count(self.placeholder)} {IMAGE} "
                 f"for {len(pictures)} pictures"
             )
         text, questions = replaced(
@@ -279,7 +280,7 @@ class PromptEncoder:
             place = f"{where}, question {segment}"
             if IMAGE in question:
                 raise ValueError(
-                    f"{place}: the packed question {short(question)} names its picture again"
+                    f"{place}: the packed question {shown(question)} names its picture again"
                 )
             single = self._encode_row(question, pictures, place, first=len(row.qformer_rows))
             row.qformer_rows += single.qformer_rows

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from mllm_jax.files import shown as short
+from mllm_jax.files import shown
 
 IMAGE = "<image>"
 Chat = list[dict[str, Any]]
@@ -30,7 +30,7 @@ def as_list(values: Any, name: str, what: str = "strings") -> list:
     items = values.tolist() if hasattr(values, "tolist") else values
     single = isinstance(items, (str, bytes, Mapping, set, frozenset))
     if single or not isinstance(items, Iterable):
-        raise ValueError(f"{name} is a list of {what}, one a row; got {short(values)}")
+        raise ValueError(f"{name} is a list of {what}, one a row; got {shown(values)}")
     return list(items)
 
 
@@ -39,7 +39,7 @@ def as_strings(values: Any, name: str) -> list[str]:
     strings = as_list(values, name)
     for number, value in enumerate(strings):
         if not isinstance(value, str):
-            raise ValueError(f"{name}, row {number}: {short(value)} is no text")
+            raise ValueError(f"{name}, row {number}: {shown(value)} is no text")
     return strings
 
 
@@ -65,7 +65,7 @@ def _parse_chat(messages: Any, row: int) -> Chat:
     where = f"prompts, row {row}"
     is_list = isinstance(messages, (list, tuple)) and messages
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"{where}: {short(messages)} is neither text nor a list of messages")
+        raise ValueError(f"{where}: {shown(messages)} is neither text nor a list of messages")
     chat = [_parse_message(message, f"{where}, message {i}") for i, message in enumerate(messages)]
     if chat[-1]["role"] == "assistant":
         raise ValueError(
@@ -81,7 +81,7 @@ def _parse_message(message: Mapping, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
         raise ValueError(
             f'{where}: a message has "role", a string, and "content", a string or a list of parts; '
-            f"got {short(dict(message))}"
+            f"got {shown(dict(message))}"
         )
     if not isinstance(content, str):
         content = [_parse_part(part, where) for part in content]
@@ -99,7 +99,7 @@ def _parse_part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "image"} | ({"image": images[0]} if images else {})
     raise ValueError(
         f'{where}: a part is {{"type": "image"}} or {{"type": "text", "text": ...}}; '
-        f"got {short(part)}"
+        f"got {shown(part)}"
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_jax import files, tokens
-from mllm_jax.processors.prompts import IMAGE, short
+from mllm_jax.files import shown
+from mllm_jax.processors.prompts import IMAGE
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerFast
@@ -41,7 +42,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> Bat
     """
     return _guarded(
         lambda: tokenizer(text, return_attention_mask=False, **options),
-        lambda: f"the tokenizer of {tokenizer_origin(tokenizer)} cannot read {short(text)}",
+        lambda: f"the tokenizer of {tokenizer_origin(tokenizer)} cannot read {shown(text)}",
     )
 
 
@@ -88,7 +89,7 @@ def tokenize(
     if words and not any(q and token != image for q, token in zip(in_question, ids, strict=True)):
         raise ValueError(
             f"the tokenizer of {tokenizer_origin(tokenizer)} makes no token of "
-            f"{short(words)}: its files are incomplete"
+            f"{shown(words)}: its files are incomplete"
         )
     return ids, [tokens.CODE["question" if q else "system"] for q in in_question]
 
@@ -101,7 +102,7 @@ def check_vocab(
     if beyond:
         raise ValueError(
             f"the tokenizer of {tokenizer_origin(tokenizer)} gives "
-            f"{short(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
+            f"{shown(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
             "words: the tokenizer is another model's"
         )
 
@@ -119,7 +120,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
         plain = encode(tokenizer, answer, add_special_tokens=False, split_special_tokens=True)
         if plain["input_ids"] != ids:
             raise ValueError(
-                f"the answer {short(answer)} holds {named[-1]}, which is a token of the model and "
+                f"the answer {shown(answer)} holds {named[-1]}, which is a token of the model and "
                 "no text; leave it out (the end of a turn is added by itself)"
             )
     return ids
@@ -185,7 +186,7 @@ def _read_chat_template(directory: pathlib.Path) -> str | None:
             raise ValueError(files.refusal(plain, ["not readable as UTF-8"])) from error
     source = files.read_json(wrapped).get("chat_template") if wrapped.exists() else None
     if source is not None and not isinstance(source, str):
-        raise ValueError(files.refusal(wrapped, [f"chat_template is no string: {short(source)}"]))
+        raise ValueError(files.refusal(wrapped, [f"chat_template is no string: {shown(source)}"]))
     return source
 
 
@@ -200,6 +201,6 @@ def read_stop_ids(directory: pathlib.Path) -> list[int]:
     ids = fields.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        problem = f"eos_token_id is {short(ids)}, not one or several ids"
+        problem = f"eos_token_id is {shown(ids)}, not one or several ids"
         raise ValueError(files.refusal(path, [problem]))
     return ids

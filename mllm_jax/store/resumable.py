@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from mllm_jax.sharding import hosts
 from mllm_jax.store.files import atomic_npz, damaged_error, parse_json_object, read_npz, remove
 from mllm_jax.store.fingerprints import fingerprint
+from mllm_jax.typing import Indexed
 
 FORMAT = 1  # of the files of a store; to be raised with every change of the format
 _RECORD = "record"  # the member of a store that holds its dependencies
@@ -80,17 +81,9 @@ class ResumableStore:
         self._kept = record["done"], record["data"]
 
 
-@runtime_checkable
-class _Indexed(Protocol):
-    """A sequence that may not signal its end to `iter`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
 def _iterate(items: Iterable[Any]) -> Iterator[Any]:
     """Iterate over the items; a sequence ends by its length."""
-    if isinstance(items, _Indexed):
+    if isinstance(items, Indexed):
         return (items[i] for i in range(len(items)))
     return iter(items)
 

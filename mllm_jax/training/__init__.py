@@ -1,1 +1,1 @@
-"""Fine-tuning: the parts that train, the losses, the loop and its checkpoints."""
+"""Training: parts of a model, learned edits, dictionaries and lenses; losses and checkpoints."""

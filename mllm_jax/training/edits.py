@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import tqdm
 
 from mllm_jax.numerics import precision
 from mllm_jax.sharding import mesh
+from mllm_jax.typing import Indexed
 
 
 class Gate(NamedTuple):
@@ -72,23 +73,11 @@ SIGMOID = Gate(
 GATES = {"hard_concrete": HARD_CONCRETE, "sigmoid": SIGMOID}
 
 
-class Items(Protocol):
-    """A sequence whose items are computed when they are read; a list is one."""
-
-    def __len__(self) -> int:
-        """Return the number of items."""
-        ...
-
-    def __getitem__(self, number: int, /) -> Any:
-        """Return the item of this number."""
-        ...
-
-
 def learn(
     loss: Callable[[Any, Any, Any, jax.Array], jax.Array],
     start: Any,
     model: Any,
-    batches: Items,
+    batches: Indexed[Any],
     optimiser: optax.GradientTransformation,
     *,
     seed: int = 0,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,9 @@ from mllm_jax.passes import arguments
 from mllm_jax.sharding import hosts, mesh
 from mllm_jax.training import losses, parts
 from mllm_jax.training.checkpoint import Checkpoint
-from mllm_jax.typing import Array, Float, Int
+from mllm_jax.typing import Array, Float, Indexed, Int
 
-
-class Batches(Protocol):
-    """Batches by number, each computed when it is read; a list is one."""
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        ...
-
-    def __getitem__(self, number: int, /) -> Batch:
-        """Return the batch of this number."""
-        ...
+Batches: TypeAlias = Indexed[Batch]
 
 
 class Loss(Protocol):

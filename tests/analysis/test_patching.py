@@ -185,6 +185,17 @@ def test_circuits_go_from_corrupt_to_clean(tiny):
     assert not falls[~mask].any()
 
 
+def test_a_circuit_without_each_of_some_nodes():
+    circuit = np.random.default_rng(0).random((2, 3, 4)) < 0.8
+    nodes = circuit & (np.arange(4) < 2)
+    lanes = circuits.without_each(circuit, nodes)
+    places = np.argwhere(nodes)
+    assert len(lanes) == len(places) > 1
+    for lane, place in zip(lanes, places, strict=True):
+        assert np.argwhere(circuit & ~lane).tolist() == [place.tolist()]
+        assert not (lane & ~circuit).any()
+
+
 LATENTS = S.lm.resid_post.latents
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mllm_jax.analysis import projection
+from mllm_jax.analysis import projection, scores
 from mllm_jax.analysis.projection import BEFORE, CLIP, E2E, ORIGINAL, PROJ, Claim, Task
 from tests.helpers.runs import CLASSES, answers
 
@@ -31,7 +31,7 @@ def study(tasks=4, **right):
 def test_the_uniform_baseline_is_chance():
     truth = np.repeat(np.arange(CLASSES), 500)
     said = projection.uniform(2000, CLASSES, 5)
-    assert projection.accuracy(truth, said, CLASSES).mean == pytest.approx(0.25, abs=0.02)
+    assert scores.accuracy(truth, said, CLASSES).mean == pytest.approx(0.25, abs=0.02)
     assert (said == projection.uniform(2000, CLASSES, 5)).all()
 
 

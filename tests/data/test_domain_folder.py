@@ -112,8 +112,3 @@ def test_a_damaged_index_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"index\.json is damaged; delete .*objects to build"):
             domains.build("objects", tmp_path)
-
-
-def test_the_old_name_of_load_user_domains_warns(tmp_path):
-    with pytest.warns(DeprecationWarning, match="load_user_domains"), pytest.raises(OSError):
-        domains.own([tmp_path / "absent"])

@@ -155,9 +155,6 @@ def test_correlations_and_the_nodes_that_are_tested():
     assert mask.sum() == 7 and mask[0, 0, 1] and mask[1, 2, [1, 2, 3]].all()
     assert (mask != measures.tested_nodes(scores, 7, seed=2)).any()
     assert measures.tested_nodes(scores, 100, seed=0).sum() == 24  # no more than there are
-    lanes = measures.without_each(mask, mask)
-    assert lanes.shape == (7, 2, 3, 4) and (lanes.sum((1, 2, 3)) == 6).all()
-    assert (~lanes & mask).sum(0)[mask].tolist() == [1] * 7
 
 
 def test_errors_come_before_anything_is_read(config_of):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 
 import jax
 import numpy as np
@@ -276,6 +277,18 @@ def test_text_expresses_every_kind_and_form_that_users_have():
         assert ("steps" in words.options) == has_steps
 
 
+def test_the_tables_of_the_page_are_those_of_the_grammar():
+    known = grammar.EDITS | grammar.CAPTURES
+    documented = {}
+    for row in re.findall(r"^\|(.*)\|$", spec.__doc__, re.M):
+        names, *_, options = row.split("|")
+        written = re.sub(r"\([^)]*\)", "", options)  # without the values of an option
+        documented |= {name: set(re.findall(r"\w+", written)) for name in re.findall(r"\w+", names)}
+    assert {name: set(words.options) for name, words in known.items()} == {
+        name: options for name, options in documented.items() if name in known
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -284,13 +297,17 @@ def test_text_expresses_every_kind_and_form_that_users_have():
         ("a=keep lm.mlp.akt", "nearest: lm.mlp.act"),
         ("a=keep lm.embed 3", "keep takes no value, got 3"),
         ("a=keep lm.embed; a=keep lm.norm", "there is already a capture 'a'"),
-        ("a=lens lm.resid_post k=five", "capture 'a=lens lm.resid_post k=five': invalid literal"),
+        (
+            "a=lens lm.resid_post k=five",
+            "capture 'a=lens lm.resid_post k=five': k=five is not a whole number from 1",
+        ),
         ("a=mean lm.embed by=kind", "mean has no option 'by'; it has: where"),
         ("a=lens lm.mlp.act", r"a lens reads tensors of the LM's width D; lm.mlp.act is \[B T F\]"),
         ("a=lens lm.resid_post[1,2]", "a lens reads all units of lm.resid_post"),
         ("a=lens lm.resid_post[(1,2)]", "a lens reads all units of lm.resid_post"),
         ("a=lens lm.norm", "read logits"),
-        ("a=lens lm.embed k=0", "a lens names at least 1 word, not k=0"),
+        ("a=lens lm.embed k=0", "k=0 is not a whole number from 1"),
+        ("a=top lm.mlp.act k=0", "k=0 is not a whole number from 1"),
         ("a=stats lm.mlp.act by=imagee", "unknown token kind 'imagee'"),
         ("a=stats lm.attn.mask", "stats does not read lm.attn.mask"),
         ("a=mass lm.mlp.act on=image", "mass does not read lm.mlp.act"),

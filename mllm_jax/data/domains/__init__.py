@@ -9,10 +9,9 @@ in the user's cache. A Domain is a sequence, so it is a data source for Grain as
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Sequence
+import functools
 
+from mllm_jax import deprecated
 from mllm_jax.data.domains.builder import EMBEDDED, build, default_root, embedded, recipe
 from mllm_jax.data.domains.domain import Domain, require_domains, require_known
 from mllm_jax.data.domains.examples import Example, FileExamples, Row
@@ -36,16 +35,9 @@ __all__ = [
     "default_root",
     "embedded",
     "load_user_domains",
-    "own",
     "recipe",
     "require_domains",
     "require_known",
 ]
 
-
-def own(paths: Sequence[str | os.PathLike], split: str = "test") -> dict[str, Domain]:
-    """Call `load_user_domains`, the name of this function since 0.2."""
-    warnings.warn(
-        "domains.own is called domains.load_user_domains", DeprecationWarning, stacklevel=2
-    )
-    return load_user_domains(paths, split)
+__getattr__ = functools.partial(deprecated.member, __name__)

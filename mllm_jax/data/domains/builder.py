@@ -17,6 +17,7 @@ from typing import Any
 
 import tqdm
 
+from mllm_jax import store
 from mllm_jax.data import packages
 from mllm_jax.data.domains import records
 from mllm_jax.data.domains.domain import Domain
@@ -66,7 +67,7 @@ def embedded(
 
 def default_root() -> pathlib.Path:
     """Return the folder of the user's cache where the embedded domains are kept."""
-    return packages.cache_directory() / "domains" / VERSION
+    return store.cache_directory() / "domains" / VERSION
 
 
 def recipe(name: str) -> recipe_lib.Recipe:

@@ -17,6 +17,10 @@ from mllm_jax.processors.text_only import TextProcessor
 from mllm_jax.sharding import rules
 
 _NAME, _MODEL, _HEAD = "gemma3_text", "model", "lm_head"
+_SPELLINGS = (  # of a part of a larger model
+    ("model.language_model.", f"{_MODEL}."),
+    ("language_model.", ""),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,7 @@ def key_table(config: Gemma3TextConfig) -> tuple[keys.Row, ...]:
 
 def canonical_key(key: str) -> str:
     """Return the canonical spelling of a key, which may be that of a part of a larger model."""
-    key = key.removeprefix(keys.PEFT_PREFIX)
-    if key.startswith("model.language_model."):
-        return f"{_MODEL}.{key.removeprefix('model.language_model.')}"
-    return key.removeprefix("language_model.")
+    return keys.respell(key.removeprefix(keys.PEFT_PREFIX), _SPELLINGS)
 
 
 def is_unused(key: str, config: Gemma3TextConfig) -> bool:

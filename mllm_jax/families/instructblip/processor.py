@@ -12,12 +12,13 @@ import numpy as np
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.families.instructblip.model import InstructBlipConfig
+from mllm_jax.files import shown
 from mllm_jax.models.multimodal import MultimodalConfig
 from mllm_jax.processors import prompts as prompts_
 from mllm_jax.processors import tokenizers
 from mllm_jax.processors.chat_template import Questions
 from mllm_jax.processors.processor import Processor
-from mllm_jax.processors.prompts import IMAGE, Chat, short
+from mllm_jax.processors.prompts import IMAGE, Chat
 from mllm_jax.processors.rows import Picture, Row, round_up_length, text_tokens
 
 
@@ -68,7 +69,7 @@ class InstructBlipProcessor(Processor):
         text = prompt.removeprefix(IMAGE * images)
         if IMAGE in text:
             raise ValueError(
-                f"the prompt {short(prompt)} does not begin with one {IMAGE} for each of {images} "
+                f"the prompt {shown(prompt)} does not begin with one {IMAGE} for each of {images} "
                 "pictures: InstructBLIP reads them before the text"
             )
         return text, (slice(0, len(text)),)
@@ -93,7 +94,7 @@ class InstructBlipProcessor(Processor):
         if len(qformer_row.ids) > qformer.positions:
             raise ValueError(
                 f"the prompt has {len(qformer_row.ids)} tokens for the Q-Former, "
-                f"which reads {qformer.positions} at most: {short(text)}"
+                f"which reads {qformer.positions} at most: {shown(text)}"
             )
         row.qformer_rows = [qformer_row] * len(pictures)
         return row

@@ -58,10 +58,7 @@ def canonical_key(key: str) -> str:
         return f"multi_modal_projector.linear_{int(number or 0) // 2 + 1}.{kind}"
     if match := _WRAPPED_PROJECTOR.fullmatch(key):
         return match[1]
-    for prefix, spelling in _SPELLINGS:
-        if key.startswith(prefix):
-            return spelling + key.removeprefix(prefix)
-    return key
+    return keys.respell(key, _SPELLINGS)
 
 
 def original_projector_keys(projector: Iterable[str]) -> dict[str, str]:

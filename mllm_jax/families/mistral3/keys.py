@@ -31,11 +31,7 @@ def key_table(config: Mistral3Config) -> tuple[keys.Row, ...]:
 
 def canonical_key(key: str) -> str:
     """Return the spelling of a key in the table; others as they are."""
-    key = key.removeprefix(keys.PEFT_PREFIX)
-    for prefix, spelling in _SPELLINGS:
-        if key.startswith(prefix):
-            return spelling + key.removeprefix(prefix)
-    return key
+    return keys.respell(key.removeprefix(keys.PEFT_PREFIX), _SPELLINGS)
 
 
 def is_unused(key: str, config: Mistral3Config) -> bool:

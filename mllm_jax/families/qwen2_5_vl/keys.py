@@ -32,11 +32,7 @@ def key_table(config: QwenVLConfig) -> tuple[keys.Row, ...]:
 
 def canonical_key(key: str) -> str:
     """Return the canonical spelling of a key of Qwen2-VL or Qwen2.5-VL; others as they are."""
-    key = key.removeprefix(keys.PEFT_PREFIX)
-    for prefix, spelling in _SPELLINGS:
-        if key.startswith(prefix):
-            return spelling + key.removeprefix(prefix)
-    return key
+    return keys.respell(key.removeprefix(keys.PEFT_PREFIX), _SPELLINGS)
 
 
 def is_unused(key: str, config: QwenVLConfig) -> bool:

@@ -10,6 +10,8 @@ from mllm_jax.families.qwen3_vl.model import Qwen3VLConfig
 VISION, LM = "model.visual", "model.language_model"
 PROJECTOR_PREFIX = (f"{VISION}.merger.", f"{VISION}.deepstack_merger_list.")
 
+_SPELLINGS = ((f"{qwen.VISION}.", f"{VISION}."), (f"{qwen.LM}.", f"{LM}."))  # of Qwen2-VL and here
+
 
 def key_table(config: Qwen3VLConfig) -> tuple[keys.Row, ...]:
     """Return the key table of a Qwen3-VL model."""
@@ -22,8 +24,4 @@ def key_table(config: Qwen3VLConfig) -> tuple[keys.Row, ...]:
 
 def canonical_key(key: str) -> str:
     """Return the canonical spelling of a key; others as they are."""
-    key = qwen.canonical_key(key)
-    for prefix, spelling in ((qwen.VISION, VISION), (qwen.LM, LM)):
-        if key.startswith(f"{prefix}."):
-            return spelling + key.removeprefix(prefix)
-    return key
+    return keys.respell(qwen.canonical_key(key), _SPELLINGS)
