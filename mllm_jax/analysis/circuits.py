@@ -101,7 +101,7 @@ def node_scores(
     heads, mlp = (effects.values[site.name] for site in NODE_SITES)
     values = np.concatenate([heads, mlp[..., None]], -1)  # [L, B, T, N + 1]
     masks = np.stack(_masks(contrast, kinds))
-    return np.einsum("LBTn,kBT->kLn", values, masks) / contrast.rows
+    return np.einsum("LBTn,kBT->kLn", values, masks) / contrast.is_row.sum()
 
 
 def evaluate(
@@ -171,7 +171,7 @@ def minimality(
     nodes = np.argwhere(circuit)
     lanes = np.repeat(circuit[None], len(nodes) + 1, 0)
     lanes[(np.arange(len(nodes)) + 1, *nodes.T)] = False
-    metric = evaluate(contrast, lanes, kinds=kinds).mean(-1)
+    metric = evaluate(contrast, lanes, kinds=kinds)[:, contrast.is_row].mean(-1)
     falls = np.zeros(circuit.shape)
     falls[circuit] = metric[0] - metric[1:]
     return falls

@@ -32,8 +32,8 @@ class Top:
     With `bins` the axis of bins precedes k: k tokens for each range of values.
 
     Attributes:
-      value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens. Tokens
-        at which the unit itself is NaN come first, and have an example.
+      value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens. A
+        value that is NaN itself comes first, and has an example.
       example: The example, counted from 0 through the data, int32[L, F, k]; -1 where there is none.
       token: The token of the example, counted without padding, or of the tile, int32[L, F, k].
       tile: The tile within the example, int16[L, F, k]; -1 for text.
