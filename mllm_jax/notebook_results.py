@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,9 @@ def top(top: Any) -> str:
     value = np.asarray(top.value, np.float64)
     ranks = max(1, BEST // max(1, value[..., 0].size))
     kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
-    order = np.argsort(np.where(np.isnan(kept), np.inf, -kept), axis=None, kind="stable")[:BEST]
+    example = np.asarray(top.example)[..., :ranks]
+    rank = np.where(example < 0, np.inf, np.where(np.isnan(kept), -np.inf, -kept))
+    order = np.argsort(rank, axis=None, kind="stable")[:BEST]
     names = "example", "token", "tile", "row", "column"
     lines: list[tuple[Any, ...]] = []
     for flat in order:
@@ -166,12 +169,11 @@ def histogram(histogram: Any) -> str:
     counts, edges = np.asarray(histogram.counts, np.int64), np.asarray(histogram.edges)
     axis = counts.ndim - 1 - bool(histogram.kinds)
     counts = counts.sum(tuple(a for a in range(counts.ndim) if a != axis))
-    bounds = [-np.inf, *edges.tolist(), np.inf]
-    total = max(int(counts.sum()), 1)
-    lines = [
-        (f"{low:.4g} to {high:.4g}", f"{n:,}", f"{n / total:.1%}")
-        for low, high, n in zip(bounds, bounds[1:], counts, strict=False)
-    ]
+    bounds, nan = [-np.inf, *edges.tolist(), np.inf], int(np.sum(histogram.nan, dtype=np.int64))
+    total = max(int(counts.sum()) + nan, 1)
+    named = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(bounds)]
+    found = dict(zip(named, counts.tolist(), strict=True)) | ({"not a number": nan} if nan else {})
+    lines = [(name, f"{n:,}", f"{n / total:.1%}") for name, n in found.items()]
     return notebook.table(("values", "count", "share"), lines)
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.analysis import checks
+from mllm_jax.numerics.precision import at_least_float32
 
 
 class Attribution(NamedTuple):
@@ -40,7 +41,12 @@ class Attribution(NamedTuple):
 
 
 def interpolate(x: jax.Array, gate: jax.Array, closed: jax.Array) -> jax.Array:
-    """Return x where a gate is 1, what stands in its place where it is 0: a function for `call`."""
+    """Return x where a gate is 1, what stands in its place where it is 0: a function for `call`.
+
+    It is computed in float32 or better: the derivative by the gate is a difference of two sums, of
+    which a narrower dtype leaves little where x and what stands in its place are nearly equal.
+    """
+    x, gate = at_least_float32(x), at_least_float32(gate)
     return gate * x + (1 - gate) * closed
 
 

@@ -101,7 +101,7 @@ def node_scores(
     heads, mlp = (effects.values[site.name] for site in NODE_SITES)
     values = np.concatenate([heads, mlp[..., None]], -1)  # [L, B, T, N + 1]
     masks = np.stack(_masks(contrast, kinds))
-    return np.einsum("LBTn,kBT->kLn", values, masks) / contrast.rows
+    return np.einsum("LBTn,kBT->kLn", values, masks) / contrast.is_row.sum()
 
 
 def evaluate(
@@ -169,7 +169,7 @@ def minimality(
     """
     circuit = checks.mask(circuit, "circuit")
     lanes = np.concatenate([circuit[None], without_each(circuit, circuit)])
-    metric = evaluate(contrast, lanes, kinds=kinds).mean(-1)
+    metric = evaluate(contrast, lanes, kinds=kinds)[:, contrast.is_row].mean(-1)
     falls = np.zeros(circuit.shape)
     falls[circuit] = metric[0] - metric[1:]
     return falls

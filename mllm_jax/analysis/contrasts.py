@@ -25,7 +25,7 @@ from mllm_jax.passes.arguments import as_partial
 from mllm_jax.passes.run import Logits, Out, run
 from mllm_jax.passes.sweep import sweep
 from mllm_jax.sites import Site
-from mllm_jax.typing import Array, Float
+from mllm_jax.typing import Array, Bool, Float
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +88,11 @@ class Contrast:
     def rows(self) -> int:
         """The number of rows B of each batch."""
         return len(self.clean.ids)
+
+    @property
+    def is_row(self) -> Bool[np.ndarray, " B"]:
+        """False for rows that only fill up the batches."""
+        return np.asarray(self.clean.valid).any(-1)
 
     def metric_of(self, batch: Batch) -> Float[np.ndarray, " B"]:
         """Return the metric of one of the batches."""

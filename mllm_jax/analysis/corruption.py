@@ -27,21 +27,24 @@ def noise(batch: Batch, *, scale: float = 3.0, seed: int = 0) -> Batch:
       seed: Of the noise.
     """
     name, values, real = _pictures(batch)
-    spread = values[real].std()
-    drawn = np.random.default_rng(seed).normal(size=values.shape).astype(values.dtype)
-    noisy = np.where(_expand(real, values), values + scale * spread * drawn, values)
+    wide = _wide(values)
+    spread = wide[real if values.ndim > 3 else _places(batch, values) & real[:, None]].std()
+    drawn = np.random.default_rng(seed).normal(size=values.shape).astype(wide.dtype)
+    noisy = np.where(_expand(real, values), wide + scale * spread * drawn, wide)
     return batch.replace(**{name: noisy.astype(values.dtype)})
 
 
 def mean(batch: Batch) -> Batch:
     """Replace each picture by its mean: one colour a tile, or one patch for all of its places."""
     name, values, real = _pictures(batch)
+    wide = _wide(values)
     if values.ndim == 3:
         counted = _places(batch, values)[..., None]
-        average = (values * counted).sum(1, keepdims=True) / np.maximum(counted.sum(1)[:, None], 1)
+        total = np.where(counted, wide, 0).sum(1, keepdims=True)
+        average = total / np.maximum(counted.sum(1)[:, None], 1)
     else:
-        average = values.mean((1, 2), keepdims=True)
-    flat = np.where(_expand(real, values), average, values)
+        average = wide.mean((1, 2), keepdims=True)
+    flat = np.where(_expand(real, values), average, wide)
     return batch.replace(**{name: flat.astype(values.dtype)})
 
 
@@ -97,10 +100,14 @@ def _pictures(
 
 def _places(batch: Batch, values: Float[np.ndarray, "I P n"]) -> Bool[np.ndarray, "I P"]:
     """Return which places of each tile hold a patch."""
-    at = np.arange(values.shape[1])
-    if batch.grid is None or batch.features is not None:
+    if batch.grid is None:
         return np.ones(values.shape[:2], bool)
-    return at < np.asarray(batch.grid).prod(-1)[:, None]
+    return np.arange(values.shape[1]) < np.asarray(batch.grid).prod(-1)[:, None]
+
+
+def _wide(values: Float[np.ndarray, "I ..."]) -> Float[np.ndarray, "I ..."]:
+    """Return values in float32 or wider: NumPy adds up narrower ones in their own dtype."""
+    return values.astype(np.promote_types(values.dtype, np.float32))
 
 
 def _expand(real: Bool[np.ndarray, " I"], values: Float[np.ndarray, "I ..."]) -> np.ndarray:

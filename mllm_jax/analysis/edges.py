@@ -7,6 +7,9 @@ the sender and all else stays clean, as `paths.effect` computes exactly. The fir
 the product of the sender's change with the slope at the receiver (EAP: Syed et al. 2023); with
 `steps`, the slope is the mean along the line between the embeddings (EAP-IG: Hanna et al. 2024).
 
+Edits of the contrast hold in every pass. Those that change the residual between sender and receiver
+by anything but an addition are refused: an edge would lead through them.
+
     found = edges.attribute(contrast, steps=8)
     found.values                                  # float32[B, senders, receivers]
     found.top(20)                                 # [((layer, "head 3"), (layer, "q 1")), ...]
@@ -25,8 +28,11 @@ import numpy as np
 from mllm_jax import sites as S
 from mllm_jax.analysis import attribution, checks
 from mllm_jax.analysis.contrasts import Contrast, input_sites, line_between
+from mllm_jax.interventions import binding
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
+from mllm_jax.interventions.edits import BoundEdit, Edit
+from mllm_jax.interventions.layer_tap import LayerTap
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.models.decoder import Block, DecoderConfig
 from mllm_jax.numerics import precision
@@ -34,6 +40,8 @@ from mllm_jax.typing import Array, Bool, Float
 
 _SENDS = {"heads": keep(S.lm.attn.heads), "mlp": keep(S.lm.mlp.out), "embed": keep(S.lm.embed)}
 _READS = (S.lm.attn.q, S.lm.attn.k, S.lm.attn.v, S.lm.mlp.out)
+_IN_MLP = (S.lm.mlp.input, S.lm.mlp.gate, S.lm.mlp.act, S.lm.mlp.gated)
+_BETWEEN = (S.lm.resid_pre, S.lm.attn_out, S.lm.resid_mid, S.lm.resid_post)
 
 
 class Node(NamedTuple):
@@ -60,20 +68,26 @@ class EdgeEffects:
       senders: The senders, in the order of the values.
       receivers: The receivers likewise.
       is_edge: Where the receiver is behind the sender, bool[senders, receivers].
+      is_row: False for rows that only fill up the batch, bool[B]; None for none.
     """
 
     values: Float[np.ndarray, "B senders receivers"]
     senders: tuple[Node, ...]
     receivers: tuple[Node, ...]
     is_edge: Bool[np.ndarray, "senders receivers"]
+    is_row: Bool[np.ndarray, " B"] | None = None
 
     @classmethod
-    def of(cls, values: Float[np.ndarray, "B senders receivers"], lm: DecoderConfig) -> EdgeEffects:
+    def of(
+        cls, values: Float[np.ndarray, "B senders receivers"], lm: DecoderConfig,
+        is_row: Bool[np.ndarray, " B"] | None = None,
+    ) -> EdgeEffects:  # fmt: skip
         """Return values with the senders and receivers of a language model that they belong to.
 
         Args:
           values: A value for each pair of a sender and a receiver; those of no edge are left out.
           lm: The config of the language model.
+          is_row: See the class.
         """
         heads, groups = range(lm.heads), range(lm.kv_heads)
         senders, receivers = [Node(-1, "embed")], []
@@ -85,11 +99,11 @@ class EdgeEffects:
         receivers.append(Node(lm.layers, "output"))
         is_edge = np.array([[_leads(a, b) for b in receivers] for a in senders])
         values = np.where(is_edge, values, 0).astype(np.float32)
-        return cls(values, tuple(senders), tuple(receivers), is_edge)
+        return cls(values, tuple(senders), tuple(receivers), is_edge, is_row)
 
     def top(self, count: int) -> list[tuple[Node, Node, float]]:
         """Return the edges of the largest mean effect, in absolute value, largest first."""
-        mean = self.values.mean(0)
+        mean = (self.values if self.is_row is None else self.values[self.is_row]).mean(0)
         places = attribution.top(np.abs(mean), min(count, int(self.is_edge.sum())))
         return [(self.senders[u], self.receivers[v], float(mean[u, v])) for u, v in places]
 
@@ -103,11 +117,32 @@ def attribute(contrast: Contrast, *, steps: int = 0) -> EdgeEffects:
       contrast: The contrast.
       steps: 0 for the slope at the clean activations; or the number of points from the corrupt to
         the clean embeddings at which slopes are averaged.
+
+    Raises:
+      ValueError: `steps` is below 0, or an edit of the contrast stands between sender and receiver.
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
+    for edit in contrast.edits:
+        _check_edit(edit, contrast.edits)
     values = checks.finite(_edge_effects(contrast, steps), "the effects of edges")
-    return EdgeEffects.of(values, contrast.model.config.lm)
+    return EdgeEffects.of(values, contrast.model.config.lm, contrast.is_row)
+
+
+def _check_edit(edit: Edit, edits: edits_.Edits) -> None:
+    """Raise an error for an edit that an edge would lead through, beside sender and receiver."""
+    site, splice = edit.address.site, edit.splice
+    if splice is None:
+        is_between = site in _BETWEEN and edit.kind != "add"
+    else:
+        is_edited = any(other.address.site == site.latents for other in edits)
+        is_between = site in (*_IN_MLP, *_BETWEEN) or splice.reads != site
+        is_between &= is_edited or not splice.error
+    if is_between:
+        raise ValueError(
+            f"edges take no {edit.kind} of {site} among the edits of the contrast, which changes "
+            "what a sender adds before a receiver reads it: paths.effect computes such paths"
+        )
 
 
 def _leads(sender: Node, receiver: Node) -> bool:
@@ -123,11 +158,23 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     corrupt = contrast.run(contrast.corrupt, contrast.edits, _SENDS | ends).captures
     change = _added(model.lm.layers, clean) - _added(model.lm.layers, corrupt)
     change = jnp.swapaxes(change, 0, 1)  # rows first, so that no product of a layer copies it
+    bound, _ = binding.bind(model, contrast.clean, contrast.edits, None)
+    in_mlp = {i: edit for i, edit in enumerate(bound) if edit.site in _IN_MLP}
 
     def effects(edits):
         slopes, states = _slopes(contrast, edits)
-        each = model.lm.layers, slopes, states["pre"], states["mid"]
-        at_receivers = jax.lax.map(lambda inputs: _receive(change, *inputs), each)  # [L, B, U, R]
+        arrays = {i: (edit.units, edit.values) for i, edit in in_mlp.items()}
+        each = model.lm.layers, slopes, states["pre"], states["mid"], arrays
+
+        def receive(inputs):
+            *inputs, arrays = inputs
+            here = {
+                i: dataclasses.replace(in_mlp[i], units=units, values=values)
+                for i, (units, values) in arrays.items()
+            }
+            return _receive(change, *inputs, here)
+
+        at_receivers = jax.lax.map(receive, each)  # [L, B, U, R]
         into_output = _product(change, slopes["output"][-1][None])
         inner = jnp.moveaxis(at_receivers, 0, 2)  # [B, U, L, R]
         return jnp.concatenate([inner.reshape(*inner.shape[:2], -1), into_output], -1)
@@ -143,15 +190,15 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
 
 
 def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the slopes of the metric at what receivers read, and the states that they read."""
+    """Return the slopes of the metric at receivers, before their edits, and what they read."""
     states = {"pre": keep(S.lm.resid_pre), "mid": keep(S.lm.resid_mid)}
     reads = {site.name: site for site in _READS} | {"output": S.lm.resid_post}
 
     def metric(changes):
-        changed = edits
+        added = edits_.Edits()
         for name, site in reads.items():
-            changed >>= edits_.add(site, changes[name])
-        out = contrast.run(contrast.clean, changed, states)
+            added >>= edits_.add(site, changes[name])
+        out = contrast.run(contrast.clean, added >> edits, states)
         return contrast.metric(out).sum(), out.captures
 
     shapes = site_shapes(contrast.model, contrast.clean)
@@ -172,7 +219,7 @@ def _added(layers: Block, captured: dict[str, Array]) -> Float[Array, "U B T D"]
 
 def _receive(
     change: Float[Array, "B U T D"], layer: Block, slopes: dict[str, Array],
-    pre: Float[Array, "B T D"], mid: Float[Array, "B T D"],
+    pre: Float[Array, "B T D"], mid: Float[Array, "B T D"], in_mlp: dict[int, BoundEdit],
 ) -> Float[Array, "B U R"]:  # fmt: skip
     """Return the effects of the edges into one layer: queries, keys, values by head, and MLP."""
     backs = []
@@ -182,7 +229,7 @@ def _receive(
         one_head = jnp.eye(slope.shape[2], dtype=slope.dtype)[:, None, None, :, None] * slope
         (back,) = jax.lax.map(pull, one_head)
         backs.append(back)
-    _, pull = jax.vjp(lambda x: layer.added_by_mlp(x, lambda site, x: x), mid)
+    _, pull = jax.vjp(lambda x: layer.added_by_mlp(x, LayerTap({}, 0, None, 1, in_mlp, {})), mid)
     (back,) = pull(slopes[S.lm.mlp.out.name])
     # One product a layer: what all senders add is read once.
     return _product(change, jnp.concatenate([*backs, back[None]]))

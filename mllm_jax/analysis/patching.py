@@ -110,7 +110,7 @@ def attribute(
     for site in sites:
         if not np.asarray(selector.mask(site.entry(maps))).any():
             raise ValueError(f"where= selects no token of this batch at {site}")
-    slopes = _slopes(contrast, tuple(sites), selector, steps)
+    slopes = _slopes(contrast, tuple(dict.fromkeys(sites)), selector, steps)
     values, clean, corrupt = jax.device_get(slopes)
     finite = {name: checks.finite(value, f"effects at {name}") for name, value in values.items()}
     return Effects(
@@ -193,10 +193,11 @@ def exact(
 
     Args:
       contrast: The contrast.
-      target: A site of the language model, or some layers and units of it.
+      target: A site of the language model, or some layers and units of it; layers alone of one of
+        the residual's width.
       over: What each patch selects one of: "layer", "token", "unit" (a head, neuron or latent). It
         patches all of what is not named.
-      where: The tokens that are patched; all by default.
+      where: The tokens that are patched, in the clean batch; all by default.
 
     Returns:
       The effects in the axes of `Effects.values`, of length 1 where all are patched at once; 0 of
@@ -204,7 +205,7 @@ def exact(
 
     Raises:
       ValueError: The site is not of the language model, is of no dictionary of the contrast, or
-        has no units of this kind.
+        has no units where some are named.
     """
     address = Address.of(target)
     site = address.site
@@ -215,6 +216,11 @@ def exact(
         raise ValueError(f"over={wrong}: a patch selects one layer, token or unit")
     if "unit" in over and not has_units:
         raise ValueError(f"over=unit: {site} is patched as a whole, it has no heads or neurons")
+    if address.units.form != "all" and not has_units:
+        raise ValueError(
+            f"exact patches of {site} are of the whole state, which has no heads or neurons: give "
+            "its layers alone"
+        )
     batch = contrast.joined()
     shapes, latents = _shapes(contrast, batch)
     spec = look_up(site, shapes)
@@ -222,7 +228,8 @@ def exact(
     units = np.broadcast_to(np.asarray(address.mask(spec.layers, width)), (spec.layers, width))
     if site.name in latents:
         units = latents[site.name].with_dictionary(units, site.name)
-    at = np.asarray(tokens.of(where).mask(batch.tokens))
+    clean = np.asarray(tokens.of(where).mask(contrast.clean.tokens))
+    at = np.concatenate([clean, clean])  # the rows of the joined batch
     lengths = zip(AXES, (spec.layers, at.shape[1], width), strict=True)
     shape = [length if axis in over else 1 for axis, length in lengths]
     patches: list[Edits] = []

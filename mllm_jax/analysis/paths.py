@@ -31,6 +31,11 @@ from mllm_jax.tokens import Selector
 from mllm_jax.typing import Array, Float
 
 FROZEN: tuple[Site, ...] = (S.lm.attn.heads, S.lm.mlp.out)
+# What is a part of a head or an MLP, and acts by way of it alone.
+_WITHIN: dict[Site, tuple[Site, ...]] = {
+    S.lm.attn.heads: (S.lm.attn.q, S.lm.attn.k, S.lm.attn.v),
+    S.lm.mlp.out: (S.lm.mlp.input, S.lm.mlp.gate, S.lm.mlp.act, S.lm.mlp.gated),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Path:
     """A path from a sender to a receiver.
 
     Attributes:
-      sender: A site or address whose corrupt value is sent: `lm.embed`, heads, an MLP.
+      sender: A site or address whose corrupt value is sent: `lm.embed`, heads, an MLP; or a part
+        of these in one layer, such as neurons, which acts by way of its own head or MLP there.
       receiver: A site or address of a later layer that receives it: queries, keys or values of
         heads, `lm.attn.heads`, `lm.mlp.out`, or the last `lm.resid_post` for the logits.
       where: The tokens of the sender; all by default.
@@ -61,11 +67,12 @@ class Path:
           layers: The number of layers L of the language model.
 
         Raises:
-          ValueError: The sender or the receiver is not of the language model, or the receiver is
-            not behind the sender.
+          ValueError: The sender or the receiver is not of the language model, the receiver is not
+            behind the sender, or the sender is a part of heads or MLPs in several layers.
         """
         sender, receiver = Address.of(self.sender), Address.of(self.receiver)
-        first, last = _layers(sender, layers).min(), _layers(receiver, layers).max()
+        sent, last = _layers(sender, layers), _layers(receiver, layers).max()
+        first = int(sent.min())
         order = S.TABLE.index
         if (last, order(receiver.site)) <= (first, order(sender.site)):
             raise ValueError(
@@ -77,14 +84,30 @@ class Path:
         # are the same.
         edits = edits_.patch(receiver, direct, patched, where=self.to)
         for site in FROZEN:
-            if site not in self.through:
-                edits >>= edits_.patch(site[int(first) :], clean, direct)
+            if site in self.through:
+                continue
+            start = first
+            if sender.site in _WITHIN[site]:
+                _check_one_layer(sender, sent)
+                start = first + 1
+            if start < layers:
+                edits >>= edits_.patch(site[start:], clean, direct)
+            else:  # An edit must select something: rows are set to themselves.
+                edits >>= edits_.patch(site[0:], direct, direct)
         return edits >> edits_.patch(sender, corrupt, direct, where=self.where)
+
+
+def _check_one_layer(sender: Address, layers: np.ndarray) -> None:
+    if layers.min() < layers.max():
+        raise ValueError(
+            f"the sender {sender.site} is of layers {layers.min()} to {layers.max()}: a part of a "
+            "head or an MLP acts by way of it, so a path has such a sender in one layer"
+        )
 
 
 def _layers(address: Address, layers: int) -> np.ndarray:
     """Return the layers of an address; the first or last where its site exists once."""
-    if address.site.module != "lm":
+    if address.site.module != "lm" or address.site.is_latents:
         raise ValueError(f"paths are between sites of the language model, not {address.site}")
     if not address.site.stacked:
         return np.array([layers - 1 if address.site == S.lm.norm else 0])

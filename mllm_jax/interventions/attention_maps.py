@@ -193,8 +193,9 @@ def picture_maps(
     on_grid = (kind == CODE["image"]) & (down >= 0)
     maps = {}
     for number in np.unique(tile[on_grid]).tolist():
-        own = np.flatnonzero(on_grid & (tile == number))
-        shape = down[own].max() + 1, across[own].max() + 1
+        of_tile = tile == number  # its tokens that are not selected have a place as well
+        own = np.flatnonzero(on_grid & of_tile)
+        shape = down[of_tile].max() + 1, across[of_tile].max() + 1
         values_of_tile = np.full((*values.shape[:-1], *shape), np.nan, values.dtype)
         values_of_tile[..., down[own], across[own]] = values[..., own]
         maps[number] = values_of_tile

@@ -303,7 +303,8 @@ def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
         array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
     except (TypeError, ValueError):
         array = np.zeros(0, np.float32)
-    if array.ndim != 1 or not array.size or not (np.diff(array) > 0).all():
+    rises = (np.diff(array) > 0).all() and not np.isnan(array).any()
+    if array.ndim != 1 or not array.size or not rises:
         raise ValueError(f"edges={shown(edges)}: the edges of bins are numbers that increase")
     return array
 

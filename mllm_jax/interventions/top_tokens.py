@@ -32,7 +32,8 @@ class Top:
     With `bins` the axis of bins precedes k: k tokens for each range of values.
 
     Attributes:
-      value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens.
+      value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens. A
+        value that is NaN itself comes first, and has an example.
       example: The example, counted from 0 through the data, int32[L, F, k]; -1 where there is none.
       token: The token of the example, counted without padding, or of the tile, int32[L, F, k].
       tile: The tile within the example, int16[L, F, k]; -1 for text.
@@ -87,21 +88,25 @@ class Histogram:
         what is below all edges, the last what is at or above all.
       edges: The edges of the bins, float32[bins - 1].
       kinds: The names along the last axis; empty without `by`. Static.
+      nan: How often the value was NaN, which is in no bin, int32[L, F, kinds].
     """
 
     counts: Int[AnyArray, "L F bins kinds"]
     edges: Float[AnyArray, " bins-1"]
     kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    nan: Int[AnyArray, "L F kinds"] | int = 0
 
     def merge(self, other: Histogram) -> Histogram:
         """Return the counts of both."""
-        return dataclasses.replace(self, counts=self.counts + other.counts)
+        counts, nan = self.counts + other.counts, self.nan + other.nan
+        return dataclasses.replace(self, counts=counts, nan=nan)
 
     def wide(self) -> Histogram:
         """Return the same in int64 on the host."""
         edges = np.asarray(self.edges)
         edges = edges.reshape(-1, edges.shape[-1])[0]  # every layer has the same
-        return Histogram(np.asarray(self.counts, np.int64), edges, self.kinds)
+        counts, nan = (np.asarray(array, np.int64) for array in (self.counts, self.nan))
+        return Histogram(counts, edges, self.kinds, nan)
 
     def _repr_html_(self) -> str:
         return notebook_results.histogram(self)
@@ -119,11 +124,12 @@ def read_top(order: Order) -> Callable[[BoundCapture, Array, Callable | None], T
 def read_sample(capture: BoundCapture, x: Array, lens: Callable | None) -> Top:
     """Return k tokens of each unit for each range of its values, drawn by a hash of the value."""
     edges = jnp.asarray(capture.edges, jnp.float32)
-    low, high = jnp.append(-jnp.inf, edges), jnp.append(edges, jnp.inf)
+    # The last bin holds infinity too; NaN is in no bin.
+    low, high = jnp.append(-jnp.inf, edges), jnp.append(edges, jnp.nan)
 
     def of_bin(ends):
         y = at_least_float32(x)
-        inside = (y >= ends[0]) & (y < ends[1]) & jnp.asarray(capture.tokens)[..., None]
+        inside = (y >= ends[0]) & ~(y >= ends[1]) & jnp.asarray(capture.tokens)[..., None]
         return _top(capture, x, "random", inside)
 
     result = jax.lax.map(of_bin, (low, high))
@@ -136,13 +142,15 @@ def read_histogram(
 ) -> Histogram:
     """Return how often each unit has a value in each bin, counting tokens by their weight."""
     edges, y = jnp.asarray(capture.edges, jnp.float32), at_least_float32(x)
-    total = jnp.broadcast_to(weight.sum((0, 1)), (x.shape[-1], weight.shape[-1]))
+    by_kind = [weight[..., kind, None] for kind in range(weight.shape[-1])]
+    nan = jnp.stack([jnp.where(jnp.isnan(y), w, 0).sum((0, 1)) for w in by_kind], -1)
     cumulative = _count_below(y, weight, edges)
-    zero = jnp.zeros_like(total)[None]
-    counts = jnp.diff(jnp.concatenate([zero, cumulative, total[None]]), axis=0)
-    counts = jnp.moveaxis(counts, 0, 1).astype(jnp.int32)
-    counts = counts if capture.by is not None else counts[..., 0]
-    return Histogram(counts, edges, capture.by or ())
+    zero, total = jnp.zeros_like(nan)[None], (weight.sum((0, 1)) - nan)[None]
+    counts = jnp.diff(jnp.concatenate([zero, cumulative, total]), axis=0)
+    counts, nan = jnp.moveaxis(counts, 0, 1).astype(jnp.int32), nan.astype(jnp.int32)
+    if capture.by is None:
+        counts, nan = counts[..., 0], nan[..., 0]
+    return Histogram(counts, edges, capture.by or (), nan)
 
 
 def _count_below(
@@ -211,11 +219,14 @@ def _padded(array: Float[Array, "F n"] | Int[Array, "F n"], k: int, missing: Any
 
 
 def _strength(value: AnyArray, token: AnyArray, order: Order, xp: Any) -> AnyArray:
-    """Return what tokens are ranked by: the value, or a hash of the value and the token."""
-    if order == "largest":
-        return value
-    if order == "smallest":
-        return -value
+    """Return what tokens are ranked by: the value, or a hash of the value and the token.
+
+    NaN ranks first, so that it is seen; zeros of both signs are equal, and no token has -inf.
+    """
+    if order != "random":
+        strength = value if order == "largest" else -value
+        strength = xp.where(strength == 0, 0, xp.maximum(strength, xp.finfo(strength.dtype).min))
+        return xp.where(xp.isnan(value), xp.inf, strength)
     bits = xp.asarray(value, np.float32).view(np.uint32)
     mixed = bits ^ (xp.asarray(token).astype(np.uint32) * np.uint32(0x9E3779B9))
     for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3

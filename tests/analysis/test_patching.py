@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -38,8 +39,11 @@ def nearly():
 
 
 def test_of_a_linear_model_attributions_are_the_exact_patches(linear):
-    found = patching.attribute(linear, SITES)
-    heads = patching.exact(linear, S.lm.attn.heads, over=("layer", "unit"))[:, :, 0]
+    found = patching.attribute(linear, [*SITES, *SITES])  # a site counts once
+    everywhere = np.ones(linear.clean.ids.shape, bool)  # by the tokens of the clean batch
+    heads = patching.exact(linear, S.lm.attn.heads, over=("layer", "unit"), where=everywhere)[
+        :, :, 0
+    ]
     assert np.abs(heads).max() > 0.02
     np.testing.assert_allclose(found.values["lm.attn.heads"].sum(2), heads, rtol=1e-3, atol=5e-5)
     total = found.values["lm.embed"].sum(1)
@@ -92,6 +96,84 @@ def _compare_edges(contrast, found, pairs, share, every=3):
         largest = np.abs(want).max()
         assert largest > 1e-5, parts
         np.testing.assert_allclose(got, want, rtol=0, atol=share * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_edges_hold_under_the_edits_of_the_contrast(nearly):
+    """In receivers: queries, MLPs and their neurons; and where a sender adds."""
+    edits = mj.scale(S.lm.attn.q[1:], 3.0) >> mj.ablate(S.lm.attn.heads[0, [1]])
+    edits >>= mj.ablate(S.lm.mlp.act[1]) >> mj.scale(S.lm.mlp.gated[2], 3.0, where=tok.text)
+    edits >>= mj.scale(S.lm.mlp.out[2], -2.0) >> mj.add(S.lm.resid_post[1], np.ones(32))
+    contrast = spliced(nearly, edits)
+    found = edges.attribute(contrast)
+    assert not found.values[..., found.receivers.index(edges.Node(1, "mlp"))].any()
+    _compare_edges(contrast, found, [("head", "q"), ("head", "mlp")], share=2e-2)
+
+
+@pytest.mark.parametrize("edit, match", [
+    (mj.ablate(S.lm.resid_mid[0]), "no ablate of lm.resid_mid"),
+    (mj.scale(S.lm.attn_out, 2.0), "no scale of lm.attn_out"),
+])  # fmt: skip
+def test_edges_refuse_edits_between_sender_and_receiver(nearly, edit, match):
+    with pytest.raises(ValueError, match=match):
+        edges.attribute(spliced(nearly, edit))
+    latents = mj.splice(S.lm.resid_post[0], dictionary(1)) >> mj.ablate(LATENTS[0, [3]])
+    with pytest.raises(ValueError, match=r"no splice of lm.resid_post"):
+        edges.attribute(spliced(nearly, latents))
+
+
+@pytest.mark.slow
+def test_neurons_send_by_way_of_their_own_mlp(tiny):
+    """All of what enters the last map of an MLP sends what the MLP sends, to the logits."""
+    out = S.lm.resid_post[-1]
+    sent = [paths.effect(tiny, [Path(site[layer], out) for layer in range(3)])
+            for site in (S.lm.mlp.gated, S.lm.mlp.out)]  # fmt: skip
+    assert np.abs(sent[1]).min() > 1e-4
+    np.testing.assert_allclose(*sent, rtol=0, atol=1e-5)
+
+
+def test_parts_of_several_mlps_are_no_sender(tiny):
+    with pytest.raises(ValueError, match="of layers 0 to 2.*one layer"):
+        paths.effect(tiny, [Path(S.lm.mlp.act[[0, 2]], S.lm.resid_post[-1])])
+    with pytest.raises(ValueError, match="not lm.mlp.out.latents"):
+        paths.effect(tiny, [Path(S.lm.mlp.out.latents[0], S.lm.resid_post[-1])])
+
+
+def test_states_have_no_units(tiny):
+    with pytest.raises(ValueError, match="of the whole state"):
+        patching.exact(tiny, S.lm.resid_post[1, [0]])
+
+
+def test_a_gate_has_a_precise_slope_in_a_narrow_dtype():
+    """A large coordinate that is the same in both does not hide what differs."""
+    x, closed = jnp.array([[256.0, 1.0], [256.0, 0.5]], jnp.bfloat16)
+    slope = jax.grad(lambda gate: attribution.interpolate(x, gate, closed).sum())
+    np.testing.assert_allclose(slope(jnp.ones((), jnp.bfloat16)), 0.5, rtol=1e-2)
+    np.testing.assert_array_equal(attribution.interpolate(x, jnp.zeros(()), closed), closed)
+
+
+def test_rows_that_fill_up_a_batch_do_not_count(tiny, monkeypatch):
+    clean = tiny.clean.replace(tokens=jax.tree.map(np.copy, tiny.clean.tokens))
+    clean.tokens.kind[1] = tok.CODE["pad"]
+    contrast = dataclasses.replace(tiny, clean=clean)
+    assert contrast.is_row.tolist() == [True, False]
+    T = clean.ids.shape[1]
+    values = {"lm.attn.heads": np.ones((3, 2, T, 4)), "lm.mlp.out": np.ones((3, 2, T))}
+    effects = patching.Effects(values, np.ones(2), np.zeros(2))
+    scores = circuits.node_scores(effects, contrast)
+    assert (scores == np.asarray(clean.valid).sum()).all()
+
+    def evaluate(contrast, lanes, kinds):
+        return np.stack([lanes.sum((1, 2, 3)), np.zeros(len(lanes))], -1)
+
+    monkeypatch.setattr(circuits, "evaluate", evaluate)
+    mask = np.ones((1, 3, 5), bool)
+    assert (circuits.minimality(contrast, mask) == 1).all()
+    found = edges.EdgeEffects.of(
+        np.ones((2, 16, 28)) * [[[1]], [[0]]], tiny.model.config.lm, contrast.is_row
+    )
+    assert found.top(1)[0][2] == 1
 
 
 @pytest.mark.slow
@@ -346,6 +428,18 @@ def test_corrupt_pictures():
     np.testing.assert_array_equal(flat[2], batch.pixels[2])
     featured = batch.replace(features=np.arange(24, dtype=np.float32).reshape(3, 4, 2))
     np.testing.assert_allclose(corruption.mean(featured).features[0], [[3, 4]] * 4)
+    # In bfloat16, sums of which would keep three digits, and of pictures of their own size.
+    rng = np.random.default_rng(0)
+    own = rng.normal(1, 1, (3, 600, 4)).astype(ml_dtypes.bfloat16)
+    sized = batch.replace(features=own, grid=np.array([[10, 60], [10, 30], [0, 0]]))
+    own[1, 300:] = 99
+    flat = corruption.mean(sized).features
+    assert flat.dtype == own.dtype
+    for tile, count in ((0, 600), (1, 300)):
+        want = own[tile, :count].astype(np.float64).mean(0)
+        np.testing.assert_allclose(flat[tile, 0].astype(np.float64), want, rtol=2**-7)
+    change = corruption.noise(sized, scale=2.0).features.astype(np.float64) - own.astype(np.float64)
+    np.testing.assert_allclose(change[0].std(), 2, rtol=0.05)
     with pytest.raises(ValueError, match="has no picture that could be corrupted"):
         corruption.noise(make(images=(0, 0), words=(5, 5)))
 

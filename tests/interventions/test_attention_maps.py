@@ -111,6 +111,16 @@ def test_a_map_is_the_kept_pattern_at_each_patch(tiny_model, batch):
     assert_maps(out["seen"], np.asarray(out["see"]), cls, vision, vision.readers)
 
 
+def test_a_map_of_some_patches_has_the_grid_of_the_picture(batch):
+    map_ = batch.tokens
+    selected = dataclasses.replace(map_, kind=np.where(map_.row == 0, map_.kind, tok.CODE["pad"]))
+    values = np.arange(map_.kind.shape[1], dtype=np.float32)
+    whole, some = (picture_maps(values, keys, 0)[0] for keys in (map_, selected))
+    assert some.shape == whole.shape == (2, 2)
+    np.testing.assert_array_equal(some[0], whole[0])
+    assert np.isnan(some[1]).all()
+
+
 def test_mass_by_kind_and_tile(tiny_model, batch):
     out = mj.run(tiny_model, batch, None, {
         "pattern": mj.keep(S.lm.attn.pattern),

@@ -90,6 +90,66 @@ def test_ties_go_to_the_earlier_token(tiny_model, make_batch):
     assert np.unique(np.asarray(top.token), axis=0).tolist() == [[0, 1, 2, 3, 0, 1]]
 
 
+def put(x, value):
+    """The first token of each row has another value in every unit."""
+    return x.at[:, 0].set(value[0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def with_odd_values(tiny_model, make_batch):
+    """Return a function: a value, captures -> their results where each first token has it."""
+    batch = make_batch(images=(0, 0), words=(4, 3))
+
+    def run(value, captures):
+        odd = mj.call(S.lm.mlp.act[1], put, value=np.full((1, 1, 1, 1), value, np.float32))
+        named = {name: make(S.lm.mlp.act[1], **how) for name, (make, how) in captures.items()}
+        return mj.run(tiny_model, batch, odd, named, logits="none")
+
+    return run
+
+
+ODD = {
+    "top": (mj.top, {"k": 3}), "bottom": (mj.bottom, {"k": 3}),
+    "bins": (mj.histogram, {"edges": [0.0, 9.0]}), "some": (mj.sample, {"k": 7, "edges": [9.0]}),
+}  # fmt: skip
+
+
+def test_what_is_not_a_number_is_seen_and_is_in_no_bin(with_odd_values):
+    out = with_odd_values(np.nan, ODD)
+    for name in ("top", "bottom"):
+        assert np.isnan(out[name].value[:, :2]).all() and np.isfinite(out[name].value[:, 2]).all()
+        assert (np.asarray(out[name].example)[:, :2] == [0, 1]).all()
+    counts = np.asarray(out["bins"].counts)
+    assert (np.asarray(out["bins"].nan) == 2).all()
+    assert (counts.sum(-1) == 5).all() and not counts[:, 2].any()
+    assert not (np.asarray(out["some"].token)[:, :, :3] == 0).any()
+    a, b = (out["top"].wide() for _ in range(2))
+    merged = a.merge(b)
+    assert np.isnan(merged.value).all() and (merged.example == [0, 1, 2]).all()
+
+
+@pytest.mark.parametrize("value, first, bin_", [(np.inf, "top", 1), (-np.inf, "bottom", 0)])
+def test_infinite_values_are_tokens(with_odd_values, value, first, bin_):
+    """One is the strongest, or the last of all, and lies in the outer bin."""
+    out = with_odd_values(
+        value, ODD | {"all": (mj.top if first == "bottom" else mj.bottom, {"k": 7})}
+    )
+    assert (np.asarray(out[first].value)[:, :2] == value).all()
+    assert (np.asarray(out["all"].example)[:, -2:] == [0, 1]).all()
+    assert (np.asarray(out["some"].token)[:, bin_] == 0).sum() == 2 * len(out["some"].token)
+    assert (np.asarray(out["bins"].counts)[:, 2 * bin_] >= 2).all()
+
+
+def test_zeros_of_both_signs_are_ties(tiny_model, make_batch):
+    """In one batch and in several: a scale of 0 makes both."""
+    batches = [make_batch(images=(0, 0), words=(4, 3), seed=s) for s in range(2)]
+    captures = {"top": mj.top(S.lm.mlp.act[1], k=2), "low": mj.bottom(S.lm.mlp.act[1], k=2)}
+    found = mj.reduce(captures, tiny_model, batches, mj.scale(S.lm.mlp.act[1], 0.0))
+    for top in found.values():
+        assert np.signbit(top.value).any() and not np.signbit(top.value).all()
+        assert (top.example == 0).all() and (top.token == [0, 1]).all()
+
+
 def test_merging_is_associative_and_is_one_batch(tiny_model, make_batch, tmp_path):
     """In parts, resumed and in one batch the same tokens; only rounding may differ."""
     batches = [
@@ -163,6 +223,7 @@ def test_tiles_count_for_the_first_row_that_reads_them(tiny_model, make_batch):
     (lambda: mj.top(S.lm.mlp.act, k=0), "top k=0"),
     (lambda: mj.histogram(S.lm.mlp.act, edges=(1, 0)), "increase"),
     (lambda: mj.sample(S.lm.mlp.act, edges=()), "increase"),
+    (lambda: mj.histogram(S.lm.mlp.act, edges=[np.nan]), "increase"),
 ])  # fmt: skip
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match):
