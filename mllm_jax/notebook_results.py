@@ -178,9 +178,12 @@ def histogram(histogram: Any) -> str:
 
 
 def mass(mass: Any) -> str:
-    """Return the mass by layer and kind of key, on average over rows and heads."""
+    """Return the mass by layer and kind of key, on average over heads and rows that have any."""
     values = np.asarray(mass.values, np.float64)
     head = f"mean attention: {_first_axis(values.ndim == 4)}"
+    if values.ndim > 2:  # rows that fill up a batch are 0
+        read = values.any((0, *range(2, values.ndim)))
+        values = values[:, read] if read.any() else values
     values = values.reshape(len(values), -1, values.shape[-1])
     return _by_layer(head, np.nansum(values, 1), (~np.isnan(values)).sum(1), mass.kinds)
 

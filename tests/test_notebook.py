@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import html.parser
 import io
@@ -134,7 +135,8 @@ def test_entropies_and_masses():
         np.array([[[2, 0]], [[2, 0]]]), ("image", "answer"),
     )  # fmt: skip
     assert cells(entropy._repr_html_())[1:] == ["image", "answer", "0", "2.000", "1", "0.500"]
-    values = np.array([[[[0.25, 0.5], [0.75, 0.0]], [[np.nan] * 2] * 2]])
+    empty = [[0.0] * 2] * 2  # a row that fills up the batch
+    values = np.array([[[[0.25, 0.5], [0.75, 0.0]], [[np.nan] * 2] * 2, empty]])
     mass = attention_maps.Mass(values, ("tile 0", "tile 1"))
     assert cells(mass._repr_html_())[1:] == ["tile 0", "tile 1", "0", "0.500", "0.250"]
 
@@ -148,8 +150,15 @@ def test_the_strongest_tokens():
     shown = cells(top._repr_html_())
     assert shown[1] == "largest value"
     assert shown[6:12] == ["[0, 1]", "5", "8", "4", "1", "[2, 0]"]
+    odd = dataclasses.replace(top, value=np.array([[[np.nan], [5.0]]]))
+    assert cells(odd._repr_html_())[6:9] == ["[0, 0]", "nan", "3"]
+    missing = dataclasses.replace(odd, example=zeros + [[-1], [8]])
+    assert cells(missing._repr_html_())[6:] == shown[6:12]
     counts = np.array([[[1, 2, 1]]])
-    shown = cells(top_tokens.Histogram(counts, np.array([0.0, 1.0]), ())._repr_html_())
+    edges, nan = np.array([0.0, 1.0]), np.full(counts.shape[:2], 3)
+    odd = cells(top_tokens.Histogram(counts, edges, (), nan)._repr_html_())
+    assert odd[-3:-1] == ["not a number", f"{nan.sum()}"]
+    shown = cells(top_tokens.Histogram(counts, edges, ())._repr_html_())
     assert shown[3:9] == ["-inf to 0", "1", "25.0%", "0 to 1", "2", "50.0%"]
 
 

@@ -36,6 +36,7 @@ def run(
         edits: edits of every pass.
     """
     _check(config)
+    edges.check_edits(edits or Edits())
     model, processor = mj.load(config.model)
     base = context.Context(
         config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits()

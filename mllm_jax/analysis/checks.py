@@ -70,6 +70,16 @@ def mask(values: Any, name: str) -> np.ndarray:
     return values
 
 
+def one_a_row(values: Any, rows: int) -> Any:
+    """Return what a metric gave for a batch, traced or not, if it is one number for each row."""
+    if np.shape(values) != (rows,):
+        raise ValueError(
+            f"the metric gives an array of shape {list(np.shape(values))}, expected [{rows}]: one "
+            "number for each row of the batch, without a mean over rows"
+        )
+    return values
+
+
 def _refuse(values: np.ndarray, wrong: np.ndarray, name: str, rule: str) -> None:
     if wrong.any():
         place = np.argwhere(wrong)[0].tolist()

@@ -60,8 +60,17 @@ class Curves:
     corrupt: Float[np.ndarray, " B"]
 
     def recovered(self, metric: Float[np.ndarray, "... B"]) -> Float[np.ndarray, ...]:
-        """Return the share of the difference between corrupt and clean, over all rows."""
+        """Return the share of the difference between corrupt and clean, over all rows.
+
+        Raises:
+          ValueError: There is no difference.
+        """
         difference = (self.clean - self.corrupt).sum()
+        if not difference:
+            raise ValueError(
+                "the metric of the clean and of the corrupt batch is the same over all rows: there "
+                "is no difference that a circuit could recover"
+            )
         return (metric - self.corrupt).sum(-1) / difference
 
     @property

@@ -82,7 +82,8 @@ class Contrast:
                 "a contrast takes no patch among its edits: its row numbers would mean other rows "
                 "where both batches are one"
             )
-        return cls(as_partial(metric), model, clean, corrupt, edits or Edits(), logits)
+        metric = jax.tree_util.Partial(_by_row, metric=as_partial(metric))
+        return cls(metric, model, clean, corrupt, edits or Edits(), logits)
 
     @property
     def rows(self) -> int:
@@ -127,6 +128,12 @@ class Contrast:
         metric = jax.tree_util.Partial(metric_of_rows, metric=self.metric)
         found = sweep(metric, self.model, batch, lanes, logits=self.logits, label=label)
         return checks.finite(found, "the metric")
+
+
+def _by_row(out: Out, metric: Callable[[Out], Array]) -> Array:
+    """Return a metric of a pass, one value a row."""
+    assert out.logits is not None, "the metric of a contrast reads logits"
+    return checks.one_a_row(metric(out), len(out.logits))
 
 
 def _check_alike(model: Model, clean: Batch, corrupt: Batch) -> None:

@@ -57,7 +57,8 @@ class DirectLogits:
       mlp: Of the MLP by layer, float32[L, B].
       heads: Of each head, float32[L, B, N]. They sum to `attention`, but for the bias of its last
         map where it has one.
-      by_token: Of each token that a head reads, float32[L, B, N, S]. They sum to `heads`.
+      by_token: Of each token that a head reads, float32[L, B, N, S]. They sum to `heads`, but for
+        heads that an edit changed themselves.
       logits: The logit before a soft cap, or the difference of two, float32[B].
     """
 

@@ -176,7 +176,9 @@ def _scaled(
     """Return the part of the difference of two means that lies along a vector."""
     difference = _difference_of_means(a, b)
     vector = weight * (weight @ difference) / max(weight @ weight, np.finfo(np.float64).tiny)
-    if not vector.any():
+    # Of float32 states, a smaller difference is of rounding.
+    least = np.finfo(np.float32).eps * max(np.abs(a).max(), np.abs(b).max())
+    if np.linalg.norm(vector) <= least:
         raise ValueError("positive and negative do not differ along the direction")
     return vector
 

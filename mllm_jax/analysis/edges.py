@@ -31,7 +31,7 @@ from mllm_jax.analysis.contrasts import Contrast, input_sites, line_between
 from mllm_jax.interventions import binding
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.captures import keep
-from mllm_jax.interventions.edits import BoundEdit, Edit
+from mllm_jax.interventions.edits import BoundEdit, Edit, Edits
 from mllm_jax.interventions.layer_tap import LayerTap
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.models.decoder import Block, DecoderConfig
@@ -123,26 +123,33 @@ def attribute(contrast: Contrast, *, steps: int = 0) -> EdgeEffects:
     """
     if steps < 0:
         raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
-    for edit in contrast.edits:
-        _check_edit(edit, contrast.edits)
+    check_edits(contrast.edits)
     values = checks.finite(_edge_effects(contrast, steps), "the effects of edges")
     return EdgeEffects.of(values, contrast.model.config.lm, contrast.is_row)
 
 
-def _check_edit(edit: Edit, edits: edits_.Edits) -> None:
-    """Raise an error for an edit that an edge would lead through, beside sender and receiver."""
+def check_edits(edits: Edits) -> None:
+    """Check that edges can be attributed under some edits.
+
+    Raises:
+      ValueError: An edit changes what a sender adds before a receiver reads it.
+    """
+    for edit in edits:
+        if _stands_between(edit, edits):
+            raise ValueError(
+                f"edges take no {edit.kind} of {edit.address.site} among the edits of the contrast,"
+                " which changes what a sender adds before a receiver reads it: paths.effect "
+                "computes such paths"
+            )
+
+
+def _stands_between(edit: Edit, edits: Edits) -> bool:
     site, splice = edit.address.site, edit.splice
     if splice is None:
-        is_between = site in _BETWEEN and edit.kind != "add"
-    else:
-        is_edited = any(other.address.site == site.latents for other in edits)
-        is_between = site in (*_IN_MLP, *_BETWEEN) or splice.reads != site
-        is_between &= is_edited or not splice.error
-    if is_between:
-        raise ValueError(
-            f"edges take no {edit.kind} of {site} among the edits of the contrast, which changes "
-            "what a sender adds before a receiver reads it: paths.effect computes such paths"
-        )
+        return site in _BETWEEN and edit.kind != "add"
+    is_edited = any(other.address.site == site.latents for other in edits)
+    is_there = site in (*_IN_MLP, *_BETWEEN) or splice.reads != site
+    return is_there and (is_edited or not splice.error)
 
 
 def _leads(sender: Node, receiver: Node) -> bool:
@@ -189,13 +196,13 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     )  # fmt: skip
 
 
-def _slopes(contrast: Contrast, edits: edits_.Edits) -> tuple[dict[str, Array], dict[str, Array]]:
+def _slopes(contrast: Contrast, edits: Edits) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the slopes of the metric at receivers, before their edits, and what they read."""
     states = {"pre": keep(S.lm.resid_pre), "mid": keep(S.lm.resid_mid)}
     reads = {site.name: site for site in _READS} | {"output": S.lm.resid_post}
 
     def metric(changes):
-        added = edits_.Edits()
+        added = Edits()
         for name, site in reads.items():
             added >>= edits_.add(site, changes[name])
         out = contrast.run(contrast.clean, added >> edits, states)

@@ -65,8 +65,9 @@ def measure(dictionary: Dictionary, vectors: Iterable[Float[AnyArray, "n D"]]) -
       ValueError: There is no vector, some are not [n, D], or the dictionary is a transcoder.
     """
     D, M, E = dictionary.widths
-    if D != E:
-        raise ValueError(f"this dictionary reads vectors of {D} and returns {E}: a transcoder")
+    if D != E or dictionary.skip is not None:
+        what = "has a skip map" if D == E else f"reads vectors of {D} and returns {E}"
+        raise ValueError(f"this dictionary {what}: a transcoder")
     tokens, error, square = 0, 0.0, 0.0
     active, total = np.zeros(M, np.int64), np.zeros(D, np.float64)
     for some in vectors:

@@ -50,6 +50,7 @@ from mllm_jax.interventions.captures import keep
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.interventions.splices import LatentSite, latent_sites
+from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.sites import Address, Site, Target
 from mllm_jax.tokens import Selector
 from mllm_jax.typing import Array, Bool, Float
@@ -159,7 +160,7 @@ def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, st
 
 def _move(x: Array, gate: Array, closed: Array) -> Array:
     """Return x where a gate is 1, x without the given change where it is 0."""
-    return x - (1 - gate) * closed
+    return at_least_float32(x) - (1 - gate) * closed
 
 
 def _shapes(

@@ -129,7 +129,8 @@ class GatedPicture:
             batch = self._with_gated_pixels(gates)
         else:
             edits = edits >> self.gating_edits(gates)
-        return self.metric(run(self.model, batch, edits, self.captures, logits=self.logits))
+        values = self.metric(run(self.model, batch, edits, self.captures, logits=self.logits))
+        return checks.one_a_row(values, len(self.batch.ids))
 
     def gating_edits(self, gates: Float[Array, "B T"]) -> Edits:
         """Return the edits that gate the tokens at `lm.embed`."""
@@ -320,6 +321,7 @@ def evaluate(gated: GatedPicture, gates: Float[np.ndarray, "R n P"]) -> Float[np
             gated.metric, gated.model, gated.batch, lanes, gated.captures or None,
             logits=gated.logits, label="gates",
         )  # fmt: skip
+        checks.one_a_row(metric[0], len(gated.batch.ids))
     else:
         chunks = [
             np.arange(start, start + _LANES) % len(gates)  # one length, so one program

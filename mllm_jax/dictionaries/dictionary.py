@@ -109,10 +109,12 @@ class Dictionary:
         """Return the normed input, and the scale and the shift that undo its norm."""
         x = precision.at_least_float32(jnp.asarray(x))
         if self.norm == "constant":
-            scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / np.float32(x.shape[-1] ** 0.5)
+            root = _root((x * x).mean(-1, keepdims=True))
+            scale = jnp.where(root > 0, root, 1)  # a vector of zeros stays
             return x / scale, scale, 0.0
         if self.norm == "layer":
-            mean, deviation = x.mean(-1, keepdims=True), x.std(-1, ddof=1, keepdims=True)
+            mean = x.mean(-1, keepdims=True)
+            deviation = _root(x.var(-1, ddof=1, keepdims=True))
             return (x - mean) / (deviation + _EPSILON), deviation, mean
         return x, 1.0, 0.0
 
@@ -151,6 +153,11 @@ def gated(
         input_bias=input_bias,
         norm=norm,
     )
+
+
+def _root(x: Float[Array, ...]) -> Float[Array, ...]:
+    """Return the square root, with a derivative of 0 at 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _largest(x: Float[Array, "*B M"], k: int) -> Float[Array, "*B M"]:

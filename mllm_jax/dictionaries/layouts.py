@@ -7,6 +7,7 @@ A layout is recognised by the names of its files. Its function turns tensors and
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ _SAELENS_KINDS = (
 )  # fmt: skip
 _SAELENS_NORMS = {
     "none": "none", "constant_norm_rescale": "constant", "layer_norm": "layer",
-    "expected_average_only_in": "none",  # its factor is in the weights that are saved
+    "expected_average_only_in": "none",  # a factor, see `_norm_factor`
 }  # fmt: skip
 _SAELENS: schema.Table = {
     "architecture": (schema.only(*_SAELENS_KINDS), "standard"),
@@ -88,6 +89,7 @@ _SAELENS: schema.Table = {
     "normalize_activations": (
         schema.optional(schema.only(False, True, *_SAELENS_NORMS)), "none"
     ),
+    "norm_scaling_factor": (schema.optional(schema.real(1e-9, 1e9)), None),
     "rescale_acts_by_decoder_norm": (schema.FLAG, False),
     "finetuning_scaling_factor": (schema.optional(schema.FLAG), False),
 }  # fmt: skip
@@ -120,6 +122,10 @@ def _read_saelens(
     factor = tensors.pop("finetuning_scaling_factor", tensors.pop("scaling_factor", None))
     if factor is not None:
         decoder = _scaled(decoder, factor, bool(known["finetuning_scaling_factor"]))
+    norm_factor = _norm_factor(known)
+    encoder, decoder, decoder_bias = (
+        encoder * norm_factor, decoder / norm_factor, decoder_bias / norm_factor,
+    )  # fmt: skip
     with_input = known["apply_b_dec_to_input"] and not is_transcoder
     common: dict[str, Any] = {
         "decoder": decoder, "decoder_bias": decoder_bias, "norm": norm,
@@ -144,6 +150,25 @@ def _read_saelens(
     return Dictionary(
         encoder=encoder, encoder_bias=encoder_bias, k=k if kind == "topk" else None, **common
     )
+
+
+def _norm_factor(known: dict[str, Any]) -> np.float32:
+    """Return what the weights expect activations to be multiplied by.
+
+    SAELens folds it into the weights at the end of training, and then names no norm. The files of
+    some releases are from before: their factors are in its table `pretrained_saes.yaml`.
+    """
+    if known["normalize_activations"] != "expected_average_only_in":
+        return np.float32(1)
+    factor = known["norm_scaling_factor"]
+    if factor is None:
+        warnings.warn(
+            "cfg.json says normalize_activations=expected_average_only_in and no "
+            "norm_scaling_factor: unless the factor is in the weights already, latents are wrong; "
+            "write into cfg.json the one that pretrained_saes.yaml of SAELens has for them",
+            stacklevel=2,
+        )
+    return np.float32(1 if factor is None else factor)
 
 
 def _scaled(decoder: np.ndarray, factor: np.ndarray, is_used: bool) -> np.ndarray:

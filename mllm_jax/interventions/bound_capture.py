@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +36,11 @@ class Places:
     row: Int[AnyArray, "B T"]
     column: Int[AnyArray, "B T"]
     examples: Int[AnyArray, ""]
+
+    def map_tokens(self, part: Callable[[AnyArray], AnyArray]) -> Places:
+        """Return the places of some tokens, by a function of arrays [B, T]."""
+        fields = {n: part(getattr(self, n)) for n in ("token", "tile", "row", "column")}
+        return dataclasses.replace(self, **fields)
 
 
 @jax.tree_util.register_dataclass

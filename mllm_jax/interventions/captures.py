@@ -264,8 +264,9 @@ def sample(
 ) -> Capture:
     """Keep k tokens of each unit for each range of its values, see `top_tokens.Top`.
 
-    The tokens are drawn by a hash of the value and the token's place, so that they depend neither
-    on the batches nor on a seed.
+    The tokens are drawn by a hash of the value and the token's place in its example, so that they
+    depend neither on the batches nor on a seed. Tokens of equal value and place, such as those of a
+    system prompt that all examples share, are drawn together, the earlier examples first.
 
     Args:
       target: See `top`.

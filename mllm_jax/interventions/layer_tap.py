@@ -162,11 +162,16 @@ class LayerTap:
         return y
 
     def _read(self, capture: BoundCapture, x: jax.Array) -> Any:
-        length = x.shape[capture.site.token_axis]
+        length, places = x.shape[capture.site.token_axis], capture.places
+
+        def window(array: AnyArray) -> AnyArray:
+            return self._window(array, 1, length)
+
         capture = dataclasses.replace(
             capture,
-            tokens=self._window(capture.tokens, 1, length),
-            kind=self._window(capture.kind, 1, length),
+            tokens=window(capture.tokens),
+            kind=window(capture.kind),
+            places=None if places is None else places.map_tokens(window),
         )
         read = functools.partial(forms.read_layer, capture, x, self.lens)
         if capture.slots is None:

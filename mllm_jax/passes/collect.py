@@ -32,6 +32,7 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.shapes import look_up, site_shapes
+from mllm_jax.interventions.splices import latent_sites
 from mllm_jax.passes import arguments
 from mllm_jax.passes.run import run, unshare_patched
 from mllm_jax.sharding import hosts
@@ -102,11 +103,11 @@ class VectorSource:
             return Vectors(*(array[0] for array in self._take(np.array([index]))))
         if isinstance(index, slice):
             index = np.arange(len(self))[index]
-        return self._take(np.asarray(index, np.int64))
+        return self._take(self._whole(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Vectors]:
         """Return several vectors one by one, read at one time."""
-        taken = self._take(np.asarray(indices, np.int64))
+        taken = self._take(self._whole(indices))
         return [Vectors(*one) for one in zip(*taken, strict=True)]
 
     def shuffled(self, size: int, *, seed: int, drop_last: bool = False) -> Iterator[Vectors]:
@@ -121,6 +122,22 @@ class VectorSource:
         end = len(self) - len(self) % size if drop_last else len(self)
         for start in range(0, end, size):
             yield self._take(order[start : start + size])
+
+    def _whole(self, index: Any) -> Int[np.ndarray, " n"]:
+        """Return an index as numbers; a mask of all vectors selects some.
+
+        Raises:
+          IndexError: It holds something else, or is a mask of another length.
+        """
+        array = np.asarray(index)
+        if array.dtype == bool and array.shape == (len(self),):
+            return np.flatnonzero(array)
+        if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+            raise IndexError(
+                f"an index of {self.name} is an integer, a slice, a list of integers or a mask "
+                f"bool[{len(self)}], not {array.dtype}{list(array.shape)}"
+            )
+        return array.astype(np.int64)
 
     def _take(self, indices: Int[np.ndarray, " n"]) -> Vectors:
         return Vectors(**self._reader.take(indices))
@@ -221,7 +238,7 @@ def collect(
     for batch in tqdm.tqdm(rest, desc=label, initial=started, total=count, leave=False):
         arguments.check(model, batch)
         batch = unshare_patched(model, batch.replace(processor=None), edits)
-        selections = _selections(captures, model, batch, DTYPES[dtype])
+        selections = _selections(captures, model, batch, edits, DTYPES[dtype])
         if store.done == started:
             left = None if count is None else count - started
             _announce_size(store, label, selections, left)
@@ -289,11 +306,12 @@ class _Selection(NamedTuple):
 
 
 def _selections(
-    captures: dict[str, Capture], model: Model, batch: Batch, dtype: np.dtype
+    captures: dict[str, Capture], model: Model, batch: Batch, edits: Edits | None, dtype: np.dtype
 ) -> dict[str, _Selection]:
     shapes, maps = site_shapes(model, batch), model.token_maps(batch)
-    selections = {}
-    for name, bound in binding.bind_captures(captures, shapes, maps).items():
+    selections, bound_captures = {}, binding.bind_captures(captures, shapes, maps, edits)
+    shapes = shapes | {name: site.spec for name, site in latent_sites(edits, shapes).items()}
+    for name, bound in bound_captures.items():
         token_map = bound.site.entry(maps)
         mask = np.asarray(bound.tokens)
         if bound.readers is not None:  # a tile that no row reads has no example

@@ -199,7 +199,10 @@ def _taps_at_last(taps: Taps, batch: Batch) -> Taps:
     def capture_at_last(capture: BoundCapture) -> BoundCapture:
         if capture.site != sites.logits:
             return capture
-        return dataclasses.replace(capture, tokens=pick(capture.tokens), kind=pick(capture.kind))
+        places = None if capture.places is None else capture.places.map_tokens(pick)
+        return dataclasses.replace(
+            capture, tokens=pick(capture.tokens), kind=pick(capture.kind), places=places
+        )
 
     return taps.with_items(
         tuple(edit_at_last(edit) for edit in taps.edits),

@@ -203,6 +203,9 @@ WRONG = {
         lambda a, b: directions.find("means", a, np.append(b, np.zeros((1, D)), 0), HERE),
         "negative.12. is a state of zeros: leave out rows that fill up a batch",
     ),
+    "the same, but for rounding": (
+        lambda a, b: directions.find("means", a, a[::-1].copy(), HERE), "do not differ",
+    ),
     "the same": (lambda a, b: directions.find("means", a, a, HERE), "do not differ"),
     "no layer": (
         lambda a, b: directions.find("means", a, b, S.lm.resid_post),

@@ -52,6 +52,9 @@ def test_vectors_that_do_not_fit_are_refused(dictionary):
     wide = dataclasses.replace(dictionary, decoder=np.zeros((M, 9), np.float32))
     with pytest.raises(ValueError, match="reads vectors of 6 and returns 9: a transcoder"):
         fidelity.measure(wide, [])
+    skipping = dataclasses.replace(dictionary, skip=np.zeros((D, D), np.float32))
+    with pytest.raises(ValueError, match="has a skip map: a transcoder"):
+        fidelity.measure(skipping, [])
 
 
 def test_the_share_of_the_loss_that_is_recovered():

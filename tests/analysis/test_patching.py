@@ -140,6 +140,22 @@ def test_parts_of_several_mlps_are_no_sender(tiny):
         paths.effect(tiny, [Path(S.lm.mlp.out.latents[0], S.lm.resid_post[-1])])
 
 
+def test_a_metric_is_one_number_a_row(tiny):
+    def mean(out):
+        return out.logits[:, 3].mean()
+
+    contrast = Contrast.of(mean, tiny.model, tiny.clean, tiny.corrupt)
+    with pytest.raises(ValueError, match=r"shape \[\], expected \[2\]: one number for each row"):
+        contrast.metric_of(tiny.clean)
+
+
+def test_without_a_difference_there_is_nothing_to_recover():
+    one = np.ones(2)
+    found = circuits.Curves(np.array([1]), one[None], one[None], one[None], one[None], one, one)
+    with pytest.raises(ValueError, match="no difference that a circuit could recover"):
+        _ = found.faithfulness
+
+
 def test_states_have_no_units(tiny):
     with pytest.raises(ValueError, match="of the whole state"):
         patching.exact(tiny, S.lm.resid_post[1, [0]])

@@ -19,7 +19,6 @@ SAELENS = functools.partial(functools.partial, published.saelens)
 FILES = {
     "relu": SAELENS(kind="standard"),
     "relu, input as it is": SAELENS(kind="standard", subtract=False),
-    "relu, factor folded in": SAELENS(kind="standard", norm="expected_average_only_in"),
     "relu, constant length": SAELENS(kind="standard", norm="constant_norm_rescale"),
     "jumprelu": SAELENS(kind="jumprelu", subtract=False),
     "jumprelu, layer norm": SAELENS(kind="jumprelu", norm="layer_norm"),
@@ -81,6 +80,30 @@ def test_what_is_written_is_read_again(name, tmp_path):
     before = [path.read_bytes() for path in sorted((tmp_path / "to").iterdir())]
     mj.write_dictionary(again, tmp_path / "to")
     assert before == [path.read_bytes() for path in sorted((tmp_path / "to").iterdir())]
+
+
+def test_a_factor_that_is_not_in_the_weights(tmp_path):
+    """SAELens multiplies what it encodes by the factor, and divides what it returns."""
+    encode, decode = published.saelens(tmp_path, "standard", norm="expected_average_only_in")
+    with pytest.warns(UserWarning, match="norm_scaling_factor.*pretrained_saes.yaml"):
+        unscaled = mj.load_dictionary(tmp_path)
+    np.testing.assert_allclose(unscaled.encode(X), loop(encode, X), rtol=0, atol=1e-6)
+    spoil_config(tmp_path, norm_scaling_factor=1.75)
+    dictionary = mj.load_dictionary(tmp_path)
+    z = loop(encode, 1.75 * X)
+    np.testing.assert_allclose(dictionary.encode(X), z, rtol=0, atol=2e-6)
+    y = loop(decode, z, 1.75 * X) / 1.75
+    np.testing.assert_allclose(dictionary.reconstruct(X), y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["constant_norm_rescale", "layer_norm"])
+def test_a_vector_of_zeros_has_latents_and_a_slope(norm, tmp_path):
+    published.saelens(tmp_path, "standard", norm=norm)
+    dictionary = mj.load_dictionary(tmp_path)
+    zeros = np.zeros((1, D), np.float32)
+    assert np.isfinite(dictionary.reconstruct(zeros)).all()
+    slope = jax.grad(lambda x: dictionary.reconstruct(x).sum())(zeros)
+    assert np.isfinite(slope).all()
 
 
 def test_settings_before_saelens_6(tmp_path):

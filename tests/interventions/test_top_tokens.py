@@ -174,6 +174,29 @@ def test_merging_is_associative_and_is_one_batch(tiny_model, make_batch, tmp_pat
     assert int(whole["top"].examples) == 6 and set(np.unique(whole["top"].example)) <= set(range(6))
 
 
+def found(out):
+    return [getattr(out["top"], n) for n in ("value", "example", "token", "tile", "row", "column")]
+
+
+def test_places_in_passes_of_some_tokens(tiny_model, make_batch):
+    """In a sweep whose lanes share the first tokens, and of the logits of the last token alone."""
+    batch = make_batch(images=(1, 0), words=(20, 23), pad="left")
+    captures = {"top": mj.top(S.lm.mlp.act[1:], k=2, where=tok.last)}
+    lanes = [mj.scale(S.lm.mlp.act[1], by, where=tok.last) for by in (1.0, -2.0)]
+    rows = mj.sweep(found, tiny_model, batch, lanes, captures)
+    for lane, edits in enumerate(lanes):
+        want = found(mj.run(tiny_model, batch, edits, captures))
+        for got, one in zip(rows, want, strict=True):
+            np.testing.assert_allclose(got[lane], one, rtol=0, atol=1e-5)
+    assert (want[2] == 23).any() and (want[2] == 22).any()
+    captures = {"top": mj.top(S.logits, k=2, where=tok.last)}
+    last, whole = (
+        found(mj.run(tiny_model, batch, None, captures, logits=l)) for l in ("last", "all")
+    )
+    for got, one in zip(last, whole, strict=True):
+        np.testing.assert_allclose(got, one, rtol=0, atol=1e-5)
+
+
 def test_histogram_is_a_loop(tiny_model, batch):
     site = S.lm.mlp.act
     out = mj.run(tiny_model, batch, None, {

@@ -15,6 +15,7 @@ import torch.utils.data
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
+from mllm_jax.dictionaries.dictionary import Dictionary
 from mllm_jax.passes import collect as collect_
 from mllm_jax.store import stamps
 
@@ -99,10 +100,31 @@ def test_it_is_a_data_source(collected):
             np.testing.assert_array_equal(getattr(got, field), getattr(whole, field)[at])
     with pytest.raises(IndexError, match=f"row {len(source)} of {len(source)}"):
         source[len(source)]
+    mask = whole.column == 1
+    np.testing.assert_array_equal(source[mask].value, whole.value[mask])
+    for wrong in (mask[1:], np.array([1.5]), np.array([[0, 1], [2, 3]]), ["1"]):
+        with pytest.raises(IndexError, match="an index of image is an integer, a slice"):
+            source[wrong]
+    assert not len(source[[]].value)
     again = pickle.loads(pickle.dumps(source))  # for the processes of a loader
     np.testing.assert_array_equal(again[:].value, whole.value)
     loader = torch.utils.data.DataLoader(source, batch_size=4, collate_fn=list)
     np.testing.assert_array_equal([v.value for v in next(iter(loader))], whole.value[:4])
+
+
+def test_latents_of_a_splice_are_collected(tiny_model, batches, tmp_path):
+    rng = np.random.default_rng(0)
+    weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 6), (6, 32)))
+    encoder, decoder = weights
+    dictionary = Dictionary(
+        encoder=encoder, encoder_bias=np.zeros(6), decoder=decoder, decoder_bias=np.zeros(32)
+    )
+    splice, latents = mj.splice(S.lm.resid_post[2], dictionary), S.lm.resid_post.latents[2]
+    asked = {"z": mj.keep(latents, where=tok.image), "x": CAPTURES["image"]}
+    found = mj.collect(asked, tiny_model, batches[:1], tmp_path / "z", splice, dtype="float32")
+    want = np.maximum(found["x"][:].value @ encoder, 0)
+    assert found["z"].shape == (6,)
+    np.testing.assert_allclose(found["z"][:].value, want, atol=1e-5)
 
 
 def test_shuffled_reads_each_vector_once(collected):
