@@ -21,15 +21,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mllm_jax import sites as S
+from mllm_jax import tokens
 from mllm_jax.analysis.contrasts import Contrast
 from mllm_jax.batch import Batch
 from mllm_jax.interventions import edits as edits_
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes.run import Out
 from mllm_jax.sites import Address, Site, Target
-from mllm_jax.tokens import Selector
+from mllm_jax.tokens import Selector, Where
 from mllm_jax.typing import Array, Float
 
+WORLDS = 4
 FROZEN: tuple[Site, ...] = (S.lm.attn.heads, S.lm.mlp.out)
 # What is a part of a head or an MLP, and acts by way of it alone.
 _WITHIN: dict[Site, tuple[Site, ...]] = {
@@ -47,8 +49,8 @@ class Path:
         of these in one layer, such as neurons, which acts by way of its own head or MLP there.
       receiver: A site or address of a later layer that receives it: queries, keys or values of
         heads, `lm.attn.heads`, `lm.mlp.out`, or the last `lm.resid_post` for the logits.
-      where: The tokens of the sender; all by default.
-      to: The tokens of the receiver; all by default.
+      where: The tokens of the sender, in the clean batch; all by default.
+      to: The tokens of the receiver likewise.
       through: Sites of `FROZEN` that the path may lead through: `(S.lm.mlp.out,)` leaves MLPs free,
         as Wang et al. do.
     """
@@ -79,10 +81,11 @@ class Path:
                 f"no path leads from {sender.site} of layer {first} to {receiver.site} of layer "
                 f"{last}: the receiver is not behind the sender"
             )
-        clean, corrupt, direct, patched = (np.arange(rows) + n * rows for n in range(4))
+        clean, corrupt, direct, patched = (np.arange(rows) + n * rows for n in range(WORLDS))
         # The receiver is read before what it belongs to is frozen; below the sender, the rows
         # are the same.
-        edits = edits_.patch(receiver, direct, patched, where=self.to)
+        where, to = (_in_each_world(of, rows) for of in (self.where, self.to))
+        edits = edits_.patch(receiver, direct, patched, where=to)
         for site in FROZEN:
             if site in self.through:
                 continue
@@ -94,7 +97,16 @@ class Path:
                 edits >>= edits_.patch(site[start:], clean, direct)
             else:  # An edit must select something: rows are set to themselves.
                 edits >>= edits_.patch(site[0:], direct, direct)
-        return edits >> edits_.patch(sender, corrupt, direct, where=self.where)
+        return edits >> edits_.patch(sender, corrupt, direct, where=where)
+
+
+def _in_each_world(selector: Selector, rows: int) -> Where:
+    """Return a selector of the clean batch as one of its four worlds."""
+    where = tokens.of(selector)
+    parts = tuple(_in_each_world(part, rows) for part in where.parts)
+    is_mask = where.form == "mask" and len(np.asarray(where.value)) == rows
+    value = np.concatenate([np.asarray(where.value)] * WORLDS) if is_mask else where.value
+    return dataclasses.replace(where, parts=parts, value=value)
 
 
 def _check_one_layer(sender: Address, layers: np.ndarray) -> None:
@@ -145,4 +157,4 @@ def effect(contrast: Contrast, paths: Sequence[Path]) -> Float[np.ndarray, "R B"
 def _of_patched_rows(out: Out, metric: Callable[[Out], Array]) -> Array:
     """Return the metric of the last of the four worlds."""
     assert out.logits is not None, "the metric of a contrast reads logits"
-    return metric(dataclasses.replace(out, logits=out.logits[-(len(out.logits) // 4) :]))
+    return metric(dataclasses.replace(out, logits=out.logits[-(len(out.logits) // WORLDS) :]))

@@ -62,14 +62,20 @@ def write_dictionary(dictionary: Dictionary, folder: str | os.PathLike) -> None:
 
     Raises:
       OSError: The folder cannot be written.
-      ValueError: No layout has such a dictionary: with k and thresholds, or a normed transcoder.
+      ValueError: No layout has such a dictionary: with k and thresholds, or a transcoder that is
+        normed, or has k and unequal widths.
     """
     folder = pathlib.Path(folder)
-    is_transcoder = dictionary.skip is not None or dictionary.widths[0] != dictionary.widths[2]
+    reads, _, returns = dictionary.widths
+    is_transcoder = dictionary.skip is not None or reads != returns
     if dictionary.norm != "none" and is_transcoder:
         raise ValueError(f"no layout of files has a transcoder with norm='{dictionary.norm}'")
     if dictionary.k is not None and np.any(dictionary.threshold):
         raise ValueError("no layout of files has k as well as thresholds above 0")
+    if dictionary.k is not None and reads != returns:
+        raise ValueError(
+            f"no layout of files has a transcoder with k from vectors of {reads} to {returns}"
+        )
     if dictionary.k is not None and dictionary.skip is not None:
         name, arrays, fields = _sparsify_files(dictionary)
     else:

@@ -142,11 +142,9 @@ def read_histogram(
 ) -> Histogram:
     """Return how often each unit has a value in each bin, counting tokens by their weight."""
     edges, y = jnp.asarray(capture.edges, jnp.float32), at_least_float32(x)
-    by_kind = [weight[..., kind, None] for kind in range(weight.shape[-1])]
-    nan = jnp.stack([jnp.where(jnp.isnan(y), w, 0).sum((0, 1)) for w in by_kind], -1)
-    cumulative = _count_below(y, weight, edges)
-    zero, total = jnp.zeros_like(nan)[None], (weight.sum((0, 1)) - nan)[None]
-    counts = jnp.diff(jnp.concatenate([zero, cumulative, total]), axis=0)
+    below = _count_below(y, weight, jnp.append(-jnp.inf, edges))
+    nan, total = below[0], jnp.broadcast_to(weight.sum((0, 1)), below.shape[1:])
+    counts = jnp.diff(jnp.concatenate([below, total[None]]), axis=0)
     counts, nan = jnp.moveaxis(counts, 0, 1).astype(jnp.int32), nan.astype(jnp.int32)
     if capture.by is None:
         counts, nan = counts[..., 0], nan[..., 0]
@@ -156,24 +154,25 @@ def read_histogram(
 def _count_below(
     x: Float[Array, "B T F"], weight: Float[Array, "B T kinds"], edges: Float[Array, " n"]
 ) -> Float[Array, "n F kinds"]:
-    """Return how many tokens, counted by their weight, are below each edge in each unit.
+    """Return how many tokens, counted by their weight, are not at or above each edge in each unit.
 
-    The sums are exact in float32: a batch has far fewer than 2^24 tokens.
+    NaN is not, and alone so of -inf. The sums are exact in float32: a batch has far fewer than 2^24
+    tokens.
     """
 
     def edge_by_edge(x, weight):
         # A sum fuses with the comparison, a product would write every comparison to memory.
         by_kind = [weight[..., kind, None] for kind in range(weight.shape[-1])]
         return jax.lax.map(
-            lambda edge: jnp.stack([jnp.where(x < edge, w, 0).sum((0, 1)) for w in by_kind], -1),
+            lambda edge: jnp.stack([jnp.where(x >= edge, 0, w).sum((0, 1)) for w in by_kind], -1),
             edges,
         )
 
     def token_by_token(x, weight):  # on CPUs the sums of all edges stay in the cache
         def add(counts, token):
             value, of_kind = token
-            below = value < edges[:, None]
-            return counts + jnp.where(below, of_kind[:, None, None], 0), None
+            above = value >= edges[:, None]
+            return counts + jnp.where(above, 0, of_kind[:, None, None]), None
 
         zeros = jnp.zeros((weight.shape[-1], len(edges), x.shape[-1]))
         tokens = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])

@@ -127,7 +127,8 @@ def test_edges_refuse_edits_between_sender_and_receiver(nearly, edit, match):
 def test_neurons_send_by_way_of_their_own_mlp(tiny):
     """All of what enters the last map of an MLP sends what the MLP sends, to the logits."""
     out = S.lm.resid_post[-1]
-    sent = [paths.effect(tiny, [Path(site[layer], out) for layer in range(3)])
+    where = np.ones(tiny.clean.ids.shape, bool)  # by the tokens of the clean batch
+    sent = [paths.effect(tiny, [Path(site[layer], out, where=where) for layer in range(3)])
             for site in (S.lm.mlp.gated, S.lm.mlp.out)]  # fmt: skip
     assert np.abs(sent[1]).min() > 1e-4
     np.testing.assert_allclose(*sent, rtol=0, atol=1e-5)

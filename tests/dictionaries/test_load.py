@@ -205,7 +205,11 @@ def test_what_no_layout_can_say_is_not_written(tmp_path):
     }
     common = {ours: weights[theirs] for theirs, ours in names.items()}
     skip = np.ones((D, D), np.float32)
-    for more in ({"k": 3, "threshold": weights["threshold"]}, {"norm": "layer", "skip": skip}):
+    wider = {"decoder": np.ones((M, D + 3)), "decoder_bias": np.ones(D + 3)}
+    for more in (
+        {"k": 3, "threshold": weights["threshold"]}, {"norm": "layer", "skip": skip},
+        {"k": 3} | wider, {"k": 3, "skip": np.ones((D, D + 3))} | wider,
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="no layout"):
-            mj.write_dictionary(Dictionary(**common, **more), tmp_path)
+            mj.write_dictionary(Dictionary(**(common | more)), tmp_path)
     assert not list(tmp_path.iterdir())

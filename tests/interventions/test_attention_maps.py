@@ -236,6 +236,12 @@ def test_what_cannot_be_read_is_refused(tiny_model, batch, capture, message):
         mj.run(tiny_model, batch, None, {"x": capture()})
 
 
+def test_without_pictures_there_is_no_mass_by_tile(tiny_model, make_batch):
+    text = make_batch(images=(0, 0), words=(5, 8))
+    with pytest.raises(ValueError, match='by="tile": this batch has no picture'):
+        mj.run(tiny_model, text, None, {"m": mj.mass(S.lm.attn.pattern, by=tok.tile)})
+
+
 def test_a_row_that_is_not_there_is_refused(tiny_model, batch):
     out = mj.run(tiny_model, batch, None, {"x": mj.attention_map(S.lm.attn.pattern)})
     with pytest.raises(ValueError, match="row 9 of a batch of"):
