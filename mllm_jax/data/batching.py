@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -132,22 +133,25 @@ def packed_length(
       questions: how many of them share a row.
       examples: the examples, for models that read a picture by its size.
     """
-    most = 0
     placeholder = _placeholder_pictures(processor, 1, examples)
-    shared = 0
-    sizes: dict[tuple[str, str], int] = {}
-    for example_questions in questions_of:
-        lengths = []
-        for question in example_questions:
-            pair = (question.prompt, question.answer)
-            if pair not in sizes:
-                batch = processor.pack(None, [[pair]], **placeholder)
-                assert batch.segment is not None
-                sizes[pair] = int((batch.segment > 0).sum())
-                shared = int(batch.valid.sum()) - sizes[pair]
-            lengths.append(sizes[pair])
-        most = max(most, sum(sorted(lengths)[-questions:]))
-    return -(-(shared + most) // 8) * 8
+    rows = [[(q.prompt, q.answer) for q in asked] for asked in questions_of]
+    lengths: dict[tuple[str, str], int] = {}
+    starts: list[np.ndarray] = []  # the ids before each question
+    for pair in dict.fromkeys(itertools.chain.from_iterable(rows)):
+        batch = processor.pack(None, [[pair]], **placeholder)
+        assert batch.segment is not None
+        lengths[pair] = int(batch.valid.sum())
+        starts.append(batch.ids[batch.valid & (batch.segment == 0)])
+    shared = _same_at_start(starts)
+    own = (sorted(lengths[pair] - shared for pair in row)[-questions:] for row in rows)
+    return -(-(shared + max(map(sum, own), default=0)) // 8) * 8
+
+
+def _same_at_start(arrays: Sequence[np.ndarray]) -> int:
+    """Return how many entries at the start are the same in all arrays."""
+    least = min(map(len, arrays), default=0)
+    same = [(array[:least] == arrays[0][:least]) for array in arrays]
+    return int(np.append(np.all(same, 0), False).argmin()) if same else 0
 
 
 def ask(examples: Sequence[Example], styles: Sequence[str]) -> list[tuple[Example, Question]]:

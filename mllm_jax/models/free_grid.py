@@ -18,9 +18,15 @@ from mllm_jax.typing import Array, Float, Int
 MIN_PLACES = 512
 
 
-def places(patches: int) -> int:
-    """Return the number of places that pictures of at most this many patches are padded to."""
-    return max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
+def places(patches: int, merge: int) -> int:
+    """Return the number of places that pictures of at most this many patches are padded to.
+
+    Args:
+        patches: the number of patches.
+        merge: the side of the square of patches that becomes one token; squares are whole.
+    """
+    power = max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
+    return -(-power // merge**2) * merge**2
 
 
 class FreeGridTower(Protocol):
@@ -93,7 +99,8 @@ class FreeGridConfig(MultimodalConfig):
     @property
     def pixel_shape(self) -> Size:
         """The shape of the patches of the largest picture."""
-        return places(self.largest_grid[0] * self.largest_grid[1]), self.patch_width
+        rows, columns = self.largest_grid
+        return places(rows * columns, self.merge), self.patch_width
 
     @property
     def token_grid(self) -> int:

@@ -163,15 +163,21 @@ class QwenVision(nnx.Module):
         rope = places.rotation(frequency, frequency)
         window = None if config.window is None else places.window_mask(config.window)
 
-        def step(layer, carry, tap, inputs):
-            x, handed_on = carry
-            is_full, slot = inputs
+        def step(layer, x, tap, is_full):
             mask = places.mask if window is None else jnp.where(is_full, places.mask, window)
-            x = layer(x, tap, mask, rope)
+            return layer(x, tap, mask, rope), None
+
+        is_full, slots = self._by_layer()
+        if not config.deepstack:  # the state alone is carried, so that a sweep resumes from it
+            return tap.scan(step, self.layers, x, is_full)[0]
+
+        def step_and_hand_on(layer, carry, tap, inputs):
+            (x, handed_on), (is_full, slot) = carry, inputs
+            x, _ = step(layer, x, tap, is_full)
             return (x, tuple(jnp.where(slot == i, x, y) for i, y in enumerate(handed_on))), None
 
-        handed_on = tuple(jnp.zeros_like(x) for _ in config.deepstack)
-        (x, handed_on), _ = tap.scan(step, self.layers, (x, handed_on), self._by_layer())
+        start = x, tuple(jnp.zeros_like(x) for _ in config.deepstack)
+        (x, handed_on), _ = tap.scan(step_and_hand_on, self.layers, start, (is_full, slots))
         return jnp.concatenate([x, *handed_on], -1)
 
     def _by_layer(self) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,8 +80,12 @@ class FreeGridProcessor(Processor, abc.ABC):
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Return the places P of vision features that pictures of these (height, width) share."""
-        grids = map(self.patch_grid, set(sizes))
-        return free_grid.places(max((rows * columns for rows, columns in grids), default=0))
+        return self._places(map(self.patch_grid, set(sizes)))
+
+    def _places(self, grids: Iterable[tuple[int, int]]) -> int:
+        """Return the number of places for patches that pictures of these grids share."""
+        most = max((rows * columns for rows, columns in grids), default=0)
+        return free_grid.places(most, self.config.merge)
 
     def _are_places(self, given: int, needed: int) -> bool:
         # Those of a data set have the places of its largest picture.
@@ -90,7 +94,7 @@ class FreeGridProcessor(Processor, abc.ABC):
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
         if features is not None:
             return features.shape[1] // self.config.merge**2
-        return _places(pictures) // self.config.merge**2
+        return self._places(_grids(pictures)) // self.config.merge**2
 
     def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:
         # One length for each length of pictures, so that programs are few.
@@ -110,8 +114,8 @@ class FreeGridProcessor(Processor, abc.ABC):
     ) -> tuple[np.ndarray, np.ndarray]:
         real = self._real_tiles(pictures, tiles)
         flat = [picture for row in pictures for picture in row]
-        places, width = _places(pictures) if read else 0, self.config.patch_width
-        pixels = np.zeros((len(real), places, width), np.float32)
+        places = self._places(_grids(pictures)) if read else 0
+        pixels = np.zeros((len(real), places, self.config.patch_width), np.float32)
         if read and flat:
             patches = self._patches([picture.image for picture in flat])
             for place, picture in zip(np.flatnonzero(real), patches, strict=True):
@@ -119,9 +123,7 @@ class FreeGridProcessor(Processor, abc.ABC):
         return pixels, real
 
 
-def _places(pictures: list[list[Picture]]) -> int:
-    """Return the number of places for patches that each picture has."""
-    grids = [picture.layout.grid for row in pictures for picture in row]
-    return free_grid.places(
-        max((grid[0] * grid[1] for grid in grids if grid is not None), default=0)
-    )
+def _grids(pictures: list[list[Picture]]) -> list[tuple[int, int]]:
+    """Return the rows and columns of patches of each picture."""
+    grids = (picture.layout.grid for row in pictures for picture in row)
+    return [grid for grid in grids if grid is not None]

@@ -275,27 +275,39 @@ class PromptEncoder:
         self, pairs: Sequence[tuple[str, str]], pictures: Sequence[Picture], where: str
     ) -> Row:
         """Return the tokens of a row of (question, answer) pairs."""
-        row, shared = Row(), 0
-        for segment, (question, answer) in enumerate(pairs, 1):
-            place = f"{where}, question {segment}"
+        row, singles = Row(), []
+        places = [f"{where}, question {segment}" for segment in range(1, len(pairs) + 1)]
+        for (question, _), place in zip(pairs, places, strict=True):
             if IMAGE in question:
                 raise ValueError(
                     f"{place}: the packed question {shown(question)} names its picture again"
                 )
             single = self._encode_row(question, pictures, place, first=len(row.qformer_rows))
             row.qformer_rows += single.qformer_rows
-            if segment == 1:  # up to the question all rows of a template are the same
-                if not self.reencode_per_question:
-                    shared = single.column("kind").tolist().index(tokens.CODE["question"])
-                row.add(single.tokens[:shared])
-                row.prompt = len(single)
+            singles.append(single)
+        shared = 0 if self.reencode_per_question else _shared_tokens(singles)
+        row.add(singles[0].tokens[:shared])
+        row.prompt = len(singles[0])
+        for segment, ((_, answer), single) in enumerate(zip(pairs, singles, strict=True), 1):
             row.add(single.tokens[shared:], segment=segment, start=shared)
+            place = places[segment - 1]
             self._append_answer(row, answer, place, segment=segment, start=len(single))
         return row
 
     @property
     def _padding_id(self) -> int:
         return int(self.stop_ids[0]) if len(self.stop_ids) else 0
+
+
+def _shared_tokens(rows: Sequence[Row]) -> int:
+    """Return how many tokens at the start of prompts are the same and of no question.
+
+    Those before a question may differ, though their text does not: a token may hold the end of the
+    template and the beginning of the question.
+    """
+    shared = min(row.column("kind").tolist().index(tokens.CODE["question"]) for row in rows)
+    at_each = zip(*(row.tokens[:shared] for row in rows), strict=True)
+    return next((n for n, found in enumerate(at_each) if len(set(found)) > 1), shared)
 
 
 @contextlib.contextmanager

@@ -196,9 +196,8 @@ def read_stop_ids(directory: pathlib.Path) -> list[int]:
     if not path.exists():
         path = directory / "config.json"
     fields = files.read_json(path) if path.exists() else {}
-    text = fields.get("text_config")
-    fields = text if isinstance(text, dict) and "eos_token_id" in text else fields
-    ids = fields.get("eos_token_id")
+    ids, text = fields.get("eos_token_id"), fields.get("text_config")
+    ids = text.get("eos_token_id") if ids is None and isinstance(text, dict) else ids
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         problem = f"eos_token_id is {shown(ids)}, not one or several ids"

@@ -196,6 +196,18 @@ def test_where_a_picture_attends_to_its_question_each_has_a_row(tmp_path):
     np.testing.assert_array_equal(wrong.ids, batch.ids)
 
 
+@pytest.mark.parametrize("line", [0, 1])
+def test_the_length_where_a_question_begins_in_a_token_of_the_template(line, tiny_config):
+    """A line end that begins a question is one token with that of the template."""
+    processor = tiny.processor(tiny_config, lines=("\n", "\n\n"))
+    prompts = ["\n" * (n == line) + "what what what ?" for n in range(2)]
+    asked = [Question("kind", prompt, "a cat") for prompt in prompts]
+    batch = processor.pack([tiny.picture(0)], [[(q.prompt, q.answer) for q in asked]])
+    used = batch.valid.sum()
+    assert used % 8 == 1, "one more token than rows of a multiple of 8 have"
+    assert batching.packed_length(processor, [asked], 2) == used + 7
+
+
 def test_wrong_pictures_are_read_as_they_lie(tmp_path):
     """The tokens of a picture that is given to another row follow from its own size."""
     processor = study_checkpoints.processor("qwen2.5-vl", tmp_path / "processor")

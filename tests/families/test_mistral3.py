@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import mllm_jax as mj
 from mllm_jax import families
 from mllm_jax import tokens as tok
 from mllm_jax.families.mistral3.processor import Mistral3Processor
@@ -57,6 +58,21 @@ def test_places_of_tokens(kind):
     breaks = np.isin(batch.ids[0], ours.tokenizer.convert_tokens_to_ids(list(pixtral.NAMES[5:7])))
     assert breaks.sum() == 5 and (map_.kind[0, breaks] == tok.CODE["question"]).sum() == 0
     assert tok.image.mask(map_).sum() == image.sum() == 19
+
+
+def test_squares_of_nine_patches(tmp_path):
+    """Places for patches are then no power of 2, but whole squares."""
+    family = pixtral.checkpoint("mistral3", tmp_path, merge=3)
+    model, processor = mj.load(tmp_path, dtype="float32")
+    pictures = [[tiny.picture(0, 40, 60)], [tiny.picture(1, 9, 100)]]
+    batch = processor(pictures, ["<image> what is it ?", "is <image> it"])
+    assert batch.pixels.shape[1] == 57 * 9
+    assert processor.feature_places([(40, 60)]) == model.config.pixel_shape[0] == 57 * 9
+    given = {k: hf.torch.from_numpy(v) for k, v in family.inputs(batch, pictures).items()}
+    with hf.torch.no_grad():
+        want = family.network(**given).logits.numpy()[batch.valid]
+    got = np.asarray(mj.run(model, batch, logits="all").logits)[batch.valid]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

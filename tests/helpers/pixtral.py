@@ -32,11 +32,14 @@ CLASS = {"mistral3": "Mistral3", "llava_pixtral": "Llava"}
 LONGEST = 100
 
 
-def checkpoint(kind: str, directory: pathlib.Path, tied: bool = False, **changes) -> Family:
+def checkpoint(
+    kind: str, directory: pathlib.Path, tied: bool = False, merge: int | None = None, **changes
+) -> Family:
     """A checkpoint of a family; `changes` are to its language model."""
     config = families.FAMILIES[kind].config.tiny()
     lm = dataclasses.replace(config.lm, tied=tied, **changes)
-    config = type(config).of(config.vision, lm, image_token=config.image_token)
+    vision = dataclasses.replace(config.vision, merge=merge or config.merge)
+    config = type(config).of(vision, lm, image_token=config.image_token)
     network = network_of(config)
     hf.random(network)
     if tied:

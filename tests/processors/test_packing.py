@@ -69,6 +69,20 @@ def test_the_rows_of_an_unpacked_batch_continue(case):
     np.testing.assert_array_equal(unpacked.tokens.kind, alone.prompts().tokens.kind)
 
 
+@pytest.mark.parametrize("questions", [("what ?", "\nwhat ?"), ("\nwhat ?", "what ?")])
+def test_a_token_of_the_template_and_the_question(questions):
+    """A line end that begins a question is one token with that of the template."""
+    processor = tiny.processor(LlavaConfig.tiny(), lines=("\n", "\n\n"))
+    packed = processor.pack([tiny.picture(0)], [[(question, "a cat") for question in questions]])
+    alone = processor([tiny.picture(0)] * 2, questions, answers=["a cat"] * 2)
+    rows = processor.unpack(packed)
+    np.testing.assert_array_equal(rows.ids, alone.ids)
+    np.testing.assert_array_equal(rows.position, alone.position)
+    np.testing.assert_array_equal(rows.tokens.kind, alone.tokens.kind)
+    images = ((b.tokens.kind == mj.tokens.CODE["image"]).sum() for b in (packed, alone))
+    assert 2 * next(images) == next(images), "the picture is not shared"
+
+
 def test_a_batch_that_is_not_packed_is_refused(case):
     processor, _, alone = case
     with pytest.raises(ValueError, match="not packed"):

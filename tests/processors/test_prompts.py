@@ -333,6 +333,10 @@ class TestEnds:
         assert stops() == [2]
         (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [2, 9]}}))
         assert stops() == [2, 9]
+        fields = {"eos_token_id": [2, 8], "text_config": {"eos_token_id": 2}}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        assert transformers.GenerationConfig.from_model_config(fields).eos_token_id == [2, 8]
+        assert stops() == [2, 8]
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 5]}))
         assert stops() == [2, 7, 5]
         assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [7, 2, 5]
