@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import scipy.stats
 
 from experiments.domain_neurons.effects import EFFECT, NONE
-from experiments.modules import widest
+from experiments.modules import MODULES, widest
 from mllm_jax.analysis import power
 
 Row = Mapping[str, Any]
@@ -50,7 +50,11 @@ def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _existence(stability: Mapping[str, Row], selection: Mapping[str, Row]) -> Claim:
-    tested = {m: row for m, row in stability.items() if row.get("beyond_chance") is not None}
+    tested = {
+        module: stability[module]
+        for module in MODULES
+        if module in stability and stability[module].get("beyond_chance") is not None
+    }
     beyond = {module: row["beyond_chance"] for module, row in tested.items()}
     found = "; ".join(
         f"{module}: {count:,} of {selection[module]['selected']:,}, agreement of resamples "

@@ -41,12 +41,18 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
         raise ValueError(f"{path}: {study!r} is not published; {', '.join(TABLES)} are")
     published = {key: value for key, value in results.items() if key not in OF_PICTURES}
     folder = root / "docs/results"
-    store.write(folder / f"{study}.json", json.dumps(published, indent=1) + "\n")
+    store.write(folder / f"{study}.json", _by_line(published))
     for name in FIGURES[study]:
         shutil.copyfile(workdir / f"figures/{name}.png", folder / f"{study}-{name}.png")
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")
         store.write(root / document, with_tables(text, {study: published}))
+
+
+def _by_line(results: dict[str, Any]) -> str:
+    """Return results as JSON, each key on a line of its own, so that diffs name what changed."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:

@@ -141,7 +141,7 @@ def packed_length(
         batch = processor.pack(None, [[pair]], **placeholder)
         assert batch.segment is not None
         lengths[pair] = int(batch.valid.sum())
-        starts.append(batch.ids[batch.valid & (batch.segment == 0)])
+        starts.append(np.asarray(batch.ids)[np.asarray(batch.valid & (batch.segment == 0))])
     shared = _same_at_start(starts)
     own = (sorted(lengths[pair] - shared for pair in row)[-questions:] for row in rows)
     return -(-(shared + max(map(sum, own), default=0)) // 8) * 8

@@ -247,7 +247,7 @@ def _bind_capture(
         site=site,
         by=_tile_names(keys) if capture.by == ("tile",) else capture.by,
         k=capture.k,
-        count=layers.count,
+        count=layers.layers,
         single=not site.stacked or address.layers.form == "one",
         slots=layers.slots,
         order=layers.order,
@@ -270,7 +270,7 @@ def _bind_capture(
 class _Layers(NamedTuple):
     """The fields of `BoundCapture` that say which layers are captured."""
 
-    count: int
+    layers: int
     slots: Int[AnyArray, " L"] | None = None
     order: Int[AnyArray, " count"] | None = None
     absent: Bool[AnyArray, " count"] | None = None
