@@ -150,8 +150,8 @@ def top(top: Any) -> str:
     value = np.asarray(top.value, np.float64)
     ranks = max(1, BEST // max(1, value[..., 0].size))
     kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
-    is_empty = np.asarray(top.example)[..., :ranks] < 0
-    rank = np.where(is_empty, np.inf, np.where(np.isnan(kept), -np.inf, -kept))
+    missing = np.asarray(top.example)[..., :ranks] < 0
+    rank = np.where(missing, np.inf, np.where(np.isnan(kept), -np.inf, -kept))
     order = np.argsort(rank, axis=None, kind="stable")[:BEST]
     names = "example", "token", "tile", "row", "column"
     lines: list[tuple[Any, ...]] = []
