@@ -7,15 +7,14 @@ kept.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mllm_jax.analysis import checks
+from mllm_jax.numerics import precision
 from mllm_jax.typing import AnyArray
 
 
@@ -90,11 +89,10 @@ def sums(clean: AnyArray, edited: AnyArray, weight: AnyArray) -> Sums:
     chord = _norm(xp, _unit(xp, edited) - _unit(xp, clean))
     cosine = xp.where(is_zero | (_largest(xp, edited) == 0), moved, chord * chord / 2)
 
-    highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    product = np.einsum if xp is np else highest
+    product = np.einsum if xp is np else precision.full_einsum
 
     def by_kind(values: Any) -> Any:
-        return product("...bt,kbt->...kb", xp.asarray(values, dtype=dtype), weight)
+        return product("...BT,kBT->...kB", xp.asarray(values, dtype=dtype), weight)
 
     return Sums(by_kind(relative_l2), by_kind(cosine), weight.sum(axis=-1))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,11 +11,9 @@ import numpy as np
 
 from mllm_jax import notebook_results
 from mllm_jax.interventions.bound_capture import BoundCapture
-from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.numerics.precision import at_least_float32, full_einsum
 from mllm_jax.tokens import CODE, TokenMap
 from mllm_jax.typing import AnyArray, Array, Bool, Float
-
-_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
@@ -116,7 +113,7 @@ def read_attention(
 ) -> Float[Array, "B N S"]:
     """Return the attention that the selected queries of each row pay to each key, on average."""
     selected = jnp.asarray(capture.tokens).astype(jnp.float32)
-    total = _product("BNTS,BT->BNS", at_least_float32(x), selected)
+    total = full_einsum("BNTS,BT->BNS", at_least_float32(x), selected)
     count = selected.sum(-1)
     # A tile without a selected token, or a row that only fills up the batch, is 0.
     seen = total / jnp.maximum(count, 1)[:, None, None]
@@ -135,7 +132,7 @@ def roll_out(capture: BoundCapture, x: Float[Array, "B N T S"]) -> Float[Array, 
     pattern = at_least_float32(x).mean(1)
     step = pattern + jnp.eye(pattern.shape[-1], dtype=pattern.dtype)
     step = step / step.sum(-1, keepdims=True)
-    return _product("BTU,BUS->BTS", step, capture.state).astype(jnp.float32)
+    return full_einsum("BTU,BUS->BTS", step, capture.state).astype(jnp.float32)
 
 
 def read_rollout(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.interventions.results import Lens
+from mllm_jax.numerics import precision
 from mllm_jax.sharding import collectives, mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
@@ -80,9 +81,7 @@ def sum_probabilities(
 
         def added():
             probabilities = jax.nn.softmax(mesh.constrain(lens(states), ("B", None, "V")), -1)
-            return total + jnp.einsum(
-                "snk,snv->kv", weight, probabilities, precision=jax.lax.Precision.HIGHEST
-            )
+            return total + precision.full_einsum("snk,snV->kV", weight, probabilities)
 
         return jax.lax.cond((weight > 0).any(), added, lambda: total), None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -16,11 +15,8 @@ from mllm_jax.interventions.bound_capture import BoundCapture
 from mllm_jax.interventions.results import Distribution, Entropy, Lens, Sparse, Stats
 from mllm_jax.interventions.top_tokens import Histogram
 from mllm_jax.numerics import rows
-from mllm_jax.numerics.precision import at_least_float32
+from mllm_jax.numerics.precision import at_least_float32, full_einsum
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Shaped
-
-# Statistics are computed in float32, whatever precision a chip uses for other products.
-_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def expand_tokens(
@@ -67,7 +63,7 @@ def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[A
 def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"] | Mass:
     """Return the attention that the selected queries of each row pay to its keys, on average."""
     groups = attention_maps.group_keys(capture)
-    seen = _product("BNTS,BSk->BNTk", at_least_float32(x), groups)
+    seen = full_einsum("BNTS,BSk->BNTk", at_least_float32(x), groups)
     total = jnp.where(capture.tokens[:, None, :, None], seen, 0).sum(2)
     mass = _average(capture, total, capture.tokens.sum(-1))
     mass = mass.mean(1) if capture.heads == "mean" else mass
@@ -85,8 +81,8 @@ def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entr
     assert lens is not None, "a module with sites of the LM's width has a lens"
     result = logit_lens.read(x, capture.tokens, lens, 1)
     hot = _one_hot(capture)
-    entropy = _product("BT,BTk->Bk", result.entropy, hot)
-    top = _product("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot)
+    entropy = full_einsum("BT,BTk->Bk", result.entropy, hot)
+    top = full_einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot)
     counts = hot.sum(1).astype(jnp.int32)
     return Entropy(
         sum=_sum_by_row(capture, entropy),
@@ -161,7 +157,7 @@ def _row_stats(
     """
 
     def total(values):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
-        return _product("BTk,BT...->Bk...", hot, values)
+        return full_einsum("BTk,BT...->Bk...", hot, values)
 
     def highest(column):
         counted = column.reshape(*column.shape, *(1,) * (x.ndim - 2)) > 0
@@ -170,7 +166,7 @@ def _row_stats(
     x = jnp.where(expand_tokens(hot.any(-1), 1, x.ndim), x, 0)
     sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
     counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
-    mean = _product("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
+    mean = full_einsum("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
     rounding = total(x - mean)  # zero, but for the rounding of the mean
     centred = jnp.maximum(total((x - mean) ** 2) - rounding**2 / counts, 0)
     kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
@@ -189,7 +185,7 @@ def _sum_by_row(capture: BoundCapture, total: AnyArray) -> AnyArray:
     if capture.readers is None:
         return total
     readers = jnp.asarray(capture.readers).astype(total.dtype)
-    return _product("BI,I...->B...", readers, total)
+    return full_einsum("BI,I...->B...", readers, total)
 
 
 def _one_hot(capture: BoundCapture) -> Float[Array, "B T kinds"]:

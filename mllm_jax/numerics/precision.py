@@ -51,6 +51,11 @@ def einsum(equation: str, *operands: jax.Array, into_float32: bool = False) -> j
     )
 
 
+def full_einsum(equation: str, *operands: ArrayLike) -> jax.Array:
+    """Compute `jnp.einsum` in full precision, for statistics: no setting of the user lowers it."""
+    return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
 def matmul(x: jax.Array, y: jax.Array, *, into_float32: bool = False) -> jax.Array:
     """Compute x @ y, with the precision of `einsum`."""
     return jnp.matmul(
