@@ -133,8 +133,8 @@ def _prepare(base: context.Context, questions: Mapping[str, list[tuple[Any, Any]
     }  # fmt: skip
     # Without the end of the turn, which depends on the answer and not on the exchanged state.
     ids = score.candidate_ids(base.processor, labels, 1, end=False)[0]
-    asked = [(example, pairs[0][1]) for example, _ in pairs]
-    length = batching.row_length(base.processor, asked)
+    same_question = [(example, pairs[0][1]) for example, _ in pairs]
+    length = batching.row_length(base.processor, same_question)
     sizes = {
         split: features.picture_sizes(base.model.config, [example for example, _ in pairs])
         for split, pairs in questions.items()

@@ -103,12 +103,12 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         return {m: mask for m, mask in masks.items() if mask.any()}
 
     baseline, rows, against, layers = {}, [], [], []
-    asked: dict[str, list[dict[str, str]]] = {}
+    questions: dict[str, list[dict[str, str]]] = {}
     for name in study.names:
         measure = MEASURES[study.config.measure](study, name)
         cells = {cell: masks_of(cell) for cell in _cells(study, controls, name)}
         clean, edited = measure_all(study, measure, cells)
-        asked[name] = [
+        questions[name] = [
             {"id": example.id, "question": question.prompt, "answer": question.answer}
             for example, question in measure.questions.pairs
         ]
@@ -122,10 +122,10 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
             named = {"module": module, "data": name}
             against += [named | row for row in effects.against_controls(own, draws, KINDS)]
             layers += [named | row for row in effects.by_layer(own, draws, KINDS)]
-    questions = {name: score["n"] for name, score in baseline.items()}
-    power = effects.correct_cells([row for row in rows if row["control"] is None], questions)
+    sizes = {name: score["n"] for name, score in baseline.items()}
+    power = effects.correct_cells([row for row in rows if row["control"] is None], sizes)
     effects.correct_effects(against, study.config.margin)
-    return Ablations(baseline, rows, against, study.deviation_layers, layers, power, asked)
+    return Ablations(baseline, rows, against, study.deviation_layers, layers, power, questions)
 
 
 def ablated_modules(study: Study, module: str) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def _existence(stability: Mapping[str, Row], selection: Mapping[str, Row]) -> Cl
         "Every module has neurons that belong to a visual domain.",
         "In every module some entropies are lower than any under shuffled labels of domains.",
         found or "not tested: too few groups of pictures, or the neurons were given",
-        _decide(some, [not found for found in some]),
+        _decide(some, [not has for has in some]),
         f"a false neuron appears in at most {100 * level:g} % of shuffled studies",
     )
 
@@ -115,7 +115,7 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
         for row in rows
     )
     likely = [power.answers(n, len(rows)).likely for n in counts]
-    told = [value for value in likely if value is not None]
+    known = [value for value in likely if value is not None]
     return Claim(
         "Accuracy changes by at most ten points.",
         "In every domain the 95 % interval of the change, with its own neurons off, lies within "
@@ -124,8 +124,8 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
         if rows
         else "not measured",
         _decide(within, beyond),
-        f"changes of {100 * max(told):.0f} points are found in four of five studies"
-        if len(told) == len(likely) and told
+        f"changes of {100 * max(known):.0f} points are found in four of five studies"
+        if len(known) == len(likely) and known
         else "no change of accuracy could have been found beyond chance",
     )
 

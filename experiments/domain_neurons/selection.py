@@ -226,8 +226,8 @@ def attribute_batch(
     study: Study, questions: batching.QuestionBatches, number: int
 ) -> dict[str, np.ndarray]:
     """Return the gradients of the likelihood of right answers, summed over a batch."""
-    asked = right_answers(study, questions, number)
-    return jax.device_get(_attribute(open_gates(study), study.model, *asked, study.edits))
+    batch, ids = right_answers(study, questions, number)
+    return jax.device_get(_attribute(open_gates(study), study.model, batch, ids, study.edits))
 
 
 @jax.jit

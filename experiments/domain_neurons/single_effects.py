@@ -34,13 +34,13 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
 
     def make() -> list[dict[str, float]]:
         exact: list[dict[str, float]] = [{} for _ in neurons]
-        asked = {
+        answers = {
             name: selection.right_answers(study, study.evidence(name, "released"), 0)
             for name in study.names
         }
-        clean = {name: _likelihood(study, *of) for name, of in asked.items()}
+        clean = {name: _likelihood(study, *of) for name, of in answers.items()}
         for number, name in tqdm.tqdm(chosen, desc="single neurons", leave=False):
-            off = _likelihood(study, *asked[name], neurons[number])
+            off = _likelihood(study, *answers[name], neurons[number])
             exact[number][name] = off - clean[name]
         return exact
 

@@ -6,8 +6,8 @@ a state is like instead: its nearest neighbours, by cosine, among the states of 
 in texts, at the same layer and at others, all of which compete. An image token of an early layer is
 often nearest to words of a middle one. Nothing is trained.
 
-    asked = {"x": mj.keep(S.lm.resid_post[[0, 8, 16, 24]], where=tok.question)}
-    x = mj.run(model, processor(None, texts), None, asked, logits="none")["x"]     # [L, B, T, D]
+    captures = {"x": mj.keep(S.lm.resid_post[[0, 8, 16, 24]], where=tok.question)}
+    x = mj.run(model, processor(None, texts), None, captures, logits="none")["x"]  # [L, B, T, D]
     found = nearest(states, x[:, mask].reshape(-1, D), k=5)
 """
 

@@ -78,10 +78,10 @@ def place(target: Batch, text: str = "?") -> Bool[np.ndarray, "1 T"]:
     _check_target(target)
     if target.processor is None:
         raise ValueError("the target knows no processor: give where= a mask bool[1, T] instead")
-    ids, asked = np.asarray(target.ids)[0], np.asarray(tokens.question.mask(target.tokens))[0]
-    at = [i for i in np.flatnonzero(asked) if text in target.processor.word(int(ids[i]))]
+    ids, is_question = np.asarray(target.ids)[0], np.asarray(tokens.question.mask(target.tokens))[0]
+    at = [i for i in np.flatnonzero(is_question) if text in target.processor.word(int(ids[i]))]
     if not at:
-        words = [target.processor.word(int(i)) for i in ids[asked]]
+        words = [target.processor.word(int(i)) for i in ids[is_question]]
         raise ValueError(f"no token of the target has {text!r} in it; they are {words!s:.200}")
     return np.arange(len(ids))[None] == at[-1]
 

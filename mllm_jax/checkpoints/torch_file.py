@@ -74,12 +74,12 @@ def index(path: str | pathlib.Path) -> Any:
         value = _Tensors(program, path, storages).load()
         return _map(lambda leaf: leaf, value)  # refuses lists that contain themselves
     except _Refused as error:
-        asked = files.line(error, 100)
+        call = files.line(error, 100)
         raise ValueError(
             files.refusal(
                 path,
                 [
-                    f"refused, it asks for {asked} and only tensors are read from a pickle; "
+                    f"refused, it asks for {call} and only tensors are read from a pickle; "
                     "save its state_dict alone, or as safetensors"
                 ],
             )

@@ -74,7 +74,7 @@ class PackedQuestions:
             return self.processor.pack(None, turns, **self._pictures(shown), length=self._length)
         pairs = [pair for row in turns for pair in row]
         prompts, answers = ([pair[i] for pair in pairs] for i in range(2))
-        shown = [row for row, asked in zip(shown, turns, strict=True) for _ in asked]
+        shown = [row for row, pairs in zip(shown, turns, strict=True) for _ in pairs]
         return self.processor(
             None, prompts, answers=answers, **self._pictures(shown), length=self._length,
             rows=self.size * self.questions,

@@ -108,7 +108,7 @@ class Histogram:
         bins, width, height = len(self.edges) + 1, 20, 80
         slot = width / len(self.series)
         bars: list[str] = []
-        told: list[str] = []
+        legend: list[str] = []
         for s, (name, counts) in enumerate(self.series.items()):
             total = max(sum(counts), 1)
             for i, count in enumerate(counts):
@@ -120,7 +120,7 @@ class Histogram:
                     f'width="{slot - 1:g}" height="{size:.2f}" style="fill:{COLOURS[s]}">'
                     f"<title>{markup.text(what)}</title></rect>"
                 )
-            told.append(f'<span style="color:{COLOURS[s]}">\N{BLACK SQUARE}</span> '
+            legend.append(f'<span style="color:{COLOURS[s]}">\N{BLACK SQUARE}</span> '
                         f"{markup.text(name)}")  # fmt: skip
         ticks = "".join(
             f'<text x="{i * width}" y="{height + 11}" text-anchor="middle">{edge:g}</text>'
@@ -132,7 +132,7 @@ class Histogram:
             f'<svg class="histogram" style="max-width:{1.6 * bins:g}rem" '
             f'viewBox="0 0 {bins * width} {height + 14}" role="img" '
             f'aria-label="{markup.attribute(label)}">{"".join(bars)}{ticks}</svg>'
-            f'<p class="note">{" · ".join(told)}; shares from 0.001 % to all, logarithmic.</p>'
+            f'<p class="note">{" · ".join(legend)}; shares from 0.001 % to all, logarithmic.</p>'
         )
 
     def _range(self, index: int) -> str:

@@ -14,8 +14,8 @@ Directions of the decoder have length 1: gradients along them are removed, and e
 sphere. Latents that were active on none of the last tokens reconstruct what the others leave over
 (the auxiliary loss of Gao et al.).
 
-    asked = {"x": mj.keep(S.lm.resid_post[14], where=tok.image)}
-    batches = VectorBatches(mj.collect(asked, model, data, path)["x"], size=1024, count=2000)
+    captures = {"x": mj.keep(S.lm.resid_post[14], where=tok.image)}
+    batches = VectorBatches(mj.collect(captures, model, data, path)["x"], size=1024, count=2000)
     fitted = dictionaries.fit(batches, dictionaries.Recipe(latents=4096), save="checkpoint")
     mj.write_dictionary(fitted.dictionary, "sae")
 """
@@ -211,8 +211,8 @@ def fit(
                 f"{list(first.shape)}: all batches of vectors have one shape"
             )
         x = mesh.shard(units.remove(batch), ("B", None))
-        state, told = _step(state, x, recipe=recipe, steps=steps)
-        curves[number] = told
+        state, measured = _step(state, x, recipe=recipe, steps=steps)
+        curves[number] = measured
         _check_finite(curves[number], recipe, f"{label}: the loss of step {number}")
         bar.set_postfix(unexplained=f"{curves[number, 0]:.3f}", active=f"{curves[number, 1]:.1f}")
         checkpoint.add(batch)
@@ -330,8 +330,8 @@ def _step(
     weights = weights._replace(decoder=weights.decoder / length)
     cutoff = jnp.where(done == 0, least, MEMORY * state.cutoff + (1 - MEMORY) * least)
     idle = jnp.where(active.any(0), 0, jnp.minimum(state.idle, recipe.dead_after) + len(x))
-    told = jnp.stack([unexplained, active.sum(-1).mean(), dead.mean()])
-    return _placed(_State(weights, moments, cutoff, idle), mesh.constrain), told
+    measured = jnp.stack([unexplained, active.sum(-1).mean(), dead.mean()])
+    return _placed(_State(weights, moments, cutoff, idle), mesh.constrain), measured
 
 
 def _activate(

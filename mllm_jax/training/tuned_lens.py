@@ -5,8 +5,8 @@ directions; a tuned lens first maps the state, x + x W + b, so that the words ar
 to those of the model itself, by KL (Belrose et al. 2023, "Eliciting latent predictions"). The last
 layer has no map: its lens is the model's own distribution.
 
-    asked = {"x": mj.keep(S.lm.resid_post[[5, 15, 29]], where=tok.image)}      # the last one last
-    source = mj.collect(asked, model, batches, folder)["x"]
+    captures = {"x": mj.keep(S.lm.resid_post[[5, 15, 29]], where=tok.image)}   # the last one last
+    source = mj.collect(captures, model, batches, folder)["x"]
     chunks = (vectors.value for vectors in source.shuffled(64, seed=0, drop_last=True))
     fitted = tuned_lens.fit(model, chunks)
     lenses.compare(model, source[:500].value, fitted.lens).kl              # float32[L, n]

@@ -151,7 +151,7 @@ def _own_domain(results: Results) -> Bool[np.ndarray, "domains domains"]:
 
 def _read_power(results: Results) -> str:
     """Return the sentence on the smallest changes that the tests of the cells could find."""
-    told = []
+    clauses = []
     for name in ("own", "other"):
         rows = [row for row in results["power"] if row["family"] == name]
         if not rows:
@@ -160,17 +160,17 @@ def _read_power(results: Results) -> str:
         size = (
             f"{rows[0]['tests']} tests with {name} neurons, {min(r['n'] for r in rows)} questions"
         )
-        told.append(
+        clauses.append(
             f"{size}: no change can be found"
             if possible is None or likely is None
             else f"{size}: {100 * possible:.1f} points at the least, {100 * likely:.1f} in four of "
             "five studies"
         )
-    if not told:
+    if not clauses:
         return ""
     return (
         "The smallest changes that these could find, if all answers change to one side "
-        f"({'; '.join(told)})."
+        f"({'; '.join(clauses)})."
     )
 
 

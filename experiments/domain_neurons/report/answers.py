@@ -68,10 +68,10 @@ def _rows(results: Results, run: Run) -> list[list[str]]:
     """Return the changed answers of a cell as rows of text, by COLUMNS."""
     rows: list[list[str]] = []
     for change in run["changed"]:
-        asked = results["questions"][run["data"]][change["question"]]
+        question = results["questions"][run["data"]][change["question"]]
         before, after = change["scores"]
         rows.append(
-            [run["mask"], run["data"], asked["id"], asked["question"], asked["answer"],
+            [run["mask"], run["data"], question["id"], question["question"], question["answer"],
              change["before"], change["after"], f"{before:g} \N{RIGHTWARDS ARROW} {after:g}"]
         )  # fmt: skip
     return rows

@@ -114,15 +114,15 @@ def _read_rates(results: Results, kinds: Sequence[str]) -> str:
     rows = results["controls"]
     if not rows:
         return "No activations were counted, so that the controls match by layer alone."
-    told = []
+    clauses = []
     for kind in kinds:
         of = [row for row in rows if row["control"] == kind and row["drawn_rate"] is not None]
         if of:
-            told.append(f"{CONTROLS[kind]} on {_mean(of, 'drawn_rate')}")
+            clauses.append(f"{CONTROLS[kind]} on {_mean(of, 'drawn_rate')}")
     matched = [row for row in rows if row["control"] == "rate"]
     text = (
         f"Domain neurons are active on {_mean(rows, 'rate')} of their domain's tokens"
-        f"{''.join(f', {part}' for part in told)}."
+        f"{''.join(f', {part}' for part in clauses)}."
     )
     if not matched:
         return f"{text} None of the controls match these rates."

@@ -108,11 +108,11 @@ def _closeness(
     either = sum(counts) - common
     if either < MIN_NEURONS:
         return -1.0, ""
-    told = (
+    sentence = (
         f"; the closest pair is {first} and {second} in the {parts.title(module).lower()}, with "
         f"{common:,} common neurons of {either:,} (Jaccard index {jaccard:.2f})"
     )
-    return jaccard, told
+    return jaccard, sentence
 
 
 def _cell(value: object) -> object:

@@ -53,17 +53,17 @@ def sparsity(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 
 def _read(rows: list[Mapping[str, Any]]) -> str:
-    told: list[str] = []
+    clauses: list[str] = []
     for measure, claim in (
         ("entropy", "image tokens have a higher entropy than those of the question"),
         ("most likely word", "the most likely word of an image token has less than 40 %"),
     ):
         of = [row["verdict"] for row in rows if row["measure"] == measure]
-        told.append(
+        clauses.append(
             f"that {claim} holds in {of.count('holds')} of {len(of)} domains, fails in "
             f"{of.count('fails')} and is undecided in {of.count('undecided')}"
         )
-    return f"At the last layer, {'; '.join(told)}."
+    return f"At the last layer, {'; '.join(clauses)}."
 
 
 def sites(folder: pathlib.Path, results: Results) -> page.Section | None:

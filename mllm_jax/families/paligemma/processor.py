@@ -18,8 +18,8 @@ class PaliGemmaProcessor(Processor):
         start = written.rfind(IMAGE) + len(IMAGE) if IMAGE in written else 0
         begin = str(self.tokenizer.bos_token or "")
         text = f"{written[:start]}{begin}{written[start:]}\n"
-        asked = slice(0, start) if IMAGE in prompt else slice(0, 0)
-        return text, (asked, slice(start + len(begin), len(text) - 1))
+        before = slice(0, start) if IMAGE in prompt else slice(0, 0)
+        return text, (before, slice(start + len(begin), len(text) - 1))
 
     def _needs_special_tokens(self, prompt: str | Chat, text: str) -> bool:
         return not isinstance(prompt, str) and super()._needs_special_tokens(prompt, text)
