@@ -32,7 +32,7 @@ class Interval(NamedTuple, Generic[Value]):
 
     @property
     def excludes_zero(self) -> Any:
-        """Return whether zero lies outside: a bool, or bools in the shape of the value."""
+        """Whether zero lies outside: a bool, or bools in the shape of the value."""
         return (self.low > 0) | (self.high < 0)
 
 

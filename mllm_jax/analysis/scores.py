@@ -31,12 +31,12 @@ class Sample(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Return the mean over runs."""
+        """The mean over runs."""
         return float(self.runs.mean())
 
     @property
     def deviation(self) -> float | None:
-        """Return the standard deviation over runs; None for a single run."""
+        """The standard deviation over runs; None for a single run."""
         return float(self.runs.std(ddof=1)) if len(self.runs) > 1 else None
 
     def interval(self, level: float = intervals.LEVEL) -> intervals.Interval[float]:

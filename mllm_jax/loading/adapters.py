@@ -78,17 +78,17 @@ class Merged:
 
     @property
     def path(self) -> pathlib.Path:
-        """Return the file of the base matrix."""
+        """The file of the base matrix."""
         return self.base.path
 
     @property
     def key(self) -> str:
-        """Return the key of the base matrix."""
+        """The key of the base matrix."""
         return self.base.key
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the base matrix."""
+        """The shape of the base matrix."""
         return self.base.shape
 
     def read(self) -> np.ndarray:

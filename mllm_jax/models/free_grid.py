@@ -68,41 +68,41 @@ class FreeGridConfig(MultimodalConfig):
 
     @property
     def merge(self) -> int:
-        """Return the side of the square of patches that becomes one token."""
+        """The side of the square of patches that becomes one token."""
         return self.vision.merge
 
     @property
     def patch_side(self) -> int:
-        """Return the side of a patch in pixels."""
+        """The side of a patch in pixels."""
         return self.vision.patch
 
     @property
     def patch_width(self) -> int:
-        """Return the number of values of a patch, of all its frames."""
+        """The number of values of a patch, of all its frames."""
         return self.vision.pixels
 
     @property
     def image_tokens(self) -> int:
-        """Return the number of places for tokens of the largest picture."""
+        """The number of places for tokens of the largest picture."""
         return self.pixel_shape[0] // self.merge**2
 
     @property
     def tile_side(self) -> None:
-        """Return None: each picture has a size of its own."""
+        """None: each picture has a size of its own."""
 
     @property
     def pixel_shape(self) -> Size:
-        """Return the shape of the patches of the largest picture."""
+        """The shape of the patches of the largest picture."""
         return places(self.largest_grid[0] * self.largest_grid[1]), self.patch_width
 
     @property
     def token_grid(self) -> int:
-        """Return 0: each picture has a grid of its own."""
+        """0: each picture has a grid of its own."""
         return 0
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of the largest picture."""
+        """The (height, width) of the largest picture."""
         rows, columns = self.largest_grid
         return rows * self.patch_side, columns * self.patch_side
 

@@ -67,7 +67,7 @@ class MultimodalConfig(abc.ABC):
     @property
     @abc.abstractmethod
     def image_tokens(self) -> int:
-        """Return the number of tokens of one tile in the language model."""
+        """The number of tokens of one tile in the language model."""
 
     def tile_tokens(self, batch: Batch) -> int:
         """Return the number of places for tokens that each tile of a batch has in the LM."""
@@ -77,7 +77,7 @@ class MultimodalConfig(abc.ABC):
     @property
     @abc.abstractmethod
     def token_grid(self) -> int:
-        """Return the side of the square that the tokens of a tile form; 0 where they form none."""
+        """The side of the square that the tokens of a tile form; 0 where they form none."""
 
     @abc.abstractmethod
     def build(self, *, rngs: nnx.Rngs) -> MultimodalModel:
@@ -85,27 +85,27 @@ class MultimodalConfig(abc.ABC):
 
     @property
     def tile_side(self) -> int | None:
-        """Return the side of the squares that the tower reads; None where a picture has its own."""
+        """The side of the squares that the tower reads; None where a picture has its own."""
         return self.vision.image_size
 
     @property
     def pixel_shape(self) -> Size | tuple[int, int, int]:
-        """Return the shape of the pixels of a tile, of the largest one where sizes differ."""
+        """The shape of the pixels of a tile, of the largest one where sizes differ."""
         return (self.vision.image_size, self.vision.image_size, 3)
 
     @property
     def depends_on_size(self) -> bool:
-        """Return whether how an image is read depends on its size."""
+        """Whether how an image is read depends on its size."""
         return self.tile_side is None or self.tiles > 1
 
     @property
     def tiles(self) -> int:
-        """Return the number of places for tiles that an image has in a batch."""
+        """The number of places for tiles that an image has in a batch."""
         return 1
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of an image with the most tokens that one can have."""
+        """The (height, width) of an image with the most tokens that one can have."""
         return (self.vision.image_size,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:

@@ -33,31 +33,31 @@ class TextConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Return 0: there are no image tokens."""
+        """0: there are no image tokens."""
         return 0
 
     @property
     def token_grid(self) -> int:
-        """Return 0: there are no image tokens."""
+        """0: there are no image tokens."""
         return 0
 
     @property
     def tiles(self) -> int:
-        """Return 0: a batch has no places for images."""
+        """0: a batch has no places for images."""
         return 0
 
     @property
     def tile_side(self) -> None:
-        """Return None: there are no tiles."""
+        """None: there are no tiles."""
 
     @property
     def pixel_shape(self) -> tuple[int, int, int]:
-        """Return the shape of no pixels."""
+        """The shape of no pixels."""
         return 0, 0, 3
 
     @property
     def largest(self) -> Size:
-        """Return the size of no picture."""
+        """The size of no picture."""
         return 0, 0
 
     def layout(self, size: Size | None = None) -> Layout:

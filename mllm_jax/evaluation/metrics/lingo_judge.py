@@ -36,7 +36,7 @@ class Judge:
 
     @property
     def is_fallback(self) -> bool:
-        """Return whether this is token F1 in place of the classifier."""
+        """Whether this is token F1 in place of the classifier."""
         return self.name == FALLBACK
 
     def score(self, question: str, references: Sequence[str], prediction: str) -> float:

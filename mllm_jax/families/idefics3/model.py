@@ -87,12 +87,12 @@ class Idefics3Config(LlavaConfig):
 
     @property
     def tiles(self) -> int:
-        """Return the largest number of tiles of a picture."""
+        """The largest number of tiles of a picture."""
         return self.layout(self.largest).tiles
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of a picture with the most tokens that one can have."""
+        """The (height, width) of a picture with the most tokens that one can have."""
         return (self.longest_tiles * self.vision.image_size,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:

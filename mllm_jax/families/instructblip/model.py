@@ -38,12 +38,12 @@ class InstructBlipConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Return the number of image tokens of a picture: one for each query."""
+        """The number of image tokens of a picture: one for each query."""
         return self.qformer.queries
 
     @property
     def token_grid(self) -> int:
-        """Return 0: queries do not lie on a grid."""
+        """0: queries do not lie on a grid."""
         return 0
 
     def build(self, *, rngs: nnx.Rngs) -> InstructBlip:

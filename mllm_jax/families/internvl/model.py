@@ -36,12 +36,12 @@ class InternVlConfig(LlavaConfig):
 
     @property
     def tiles(self) -> int:
-        """Return the largest number of tiles of a picture."""
+        """The largest number of tiles of a picture."""
         return self.max_tiles + (self.max_tiles > 1)
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of a picture that is cut into most tiles."""
+        """The (height, width) of a picture that is cut into most tiles."""
         side = self.vision.image_size
         return side, side * self.max_tiles
 

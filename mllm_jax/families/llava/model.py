@@ -24,12 +24,12 @@ class LlavaConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """Return the number of image tokens of a tile."""
+        """The number of image tokens of a tile."""
         return self.token_grid**2 + self.vision.feature_tokens - self.vision.grid**2
 
     @property
     def token_grid(self) -> int:
-        """Return the number of rows, and of columns, of image tokens."""
+        """The number of rows, and of columns, of image tokens."""
         return self.vision.grid // self.projector.fold
 
     def build(self, *, rngs: nnx.Rngs) -> Llava:

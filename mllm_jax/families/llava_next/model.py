@@ -69,13 +69,13 @@ class LlavaNextConfig(LlavaConfig):
 
     @property
     def tiles(self) -> int:
-        """Return the largest number of tiles of a picture."""
+        """The largest number of tiles of a picture."""
         side = self.vision.image_size
         return 1 + max((height // side) * (width // side) for height, width in self.pinpoints)
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of which a picture has the most image tokens."""
+        """The (height, width) of which a picture has the most image tokens."""
         return max(self.pinpoints, key=lambda size: len(self.layout(size).patches))
 
     def layout(self, size: Size | None = None) -> Layout:

@@ -65,7 +65,7 @@ class LlavaOneVisionConfig(LlavaNextConfig):
 
     @property
     def largest(self) -> Size:
-        """Return the (height, width) of which a picture has the most image tokens."""
+        """The (height, width) of which a picture has the most image tokens."""
         return _largest(self)
 
     def layout(self, size: Size | None = None) -> Layout:
