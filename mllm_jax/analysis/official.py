@@ -22,17 +22,8 @@ SITES = {
     "qformer": "qformer.mlp.act",
     "query": "qformer.query_mlp.act",
 }
-# The sets of modules that it evaluates.
-EVALUATED = {
-    "llava_next": ((), ("lang",), ("vision",), ("mmproj",), ("lang", "vision", "mmproj")),
-    "instructblip": (
-        (), ("lang",), ("encoder",), ("qformer",), ("encoder", "qformer"),
-        ("lang", "encoder", "qformer"),
-    ),
-}  # fmt: skip
 TEMPERATURE = 0.9  # it samples without a seed
 MAX_LENGTH = 512  # tokens of prompt and answer together
-GENERATED = 1001  # examples of each domain for which it generates answers
 COUNTED = 10_001  # largest number of examples that it counts; see `examples_counted`
 SNAPSHOT = 100_000  # vision tokens between two files of counts
 
