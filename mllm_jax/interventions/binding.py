@@ -25,7 +25,7 @@ from mllm_jax.interventions.routes import bind_route
 from mllm_jax.interventions.shapes import look_up, site_shapes
 from mllm_jax.interventions.splices import LatentSite, check_splice, latent_sites
 from mllm_jax.interventions.values import fit_basis, fit_value
-from mllm_jax.sites import Site, SiteShape
+from mllm_jax.sites import Address, Site, SiteShape
 from mllm_jax.tokens import TokenMap
 from mllm_jax.typing import AnyArray, Bool, Int
 
@@ -240,34 +240,18 @@ def _bind_capture(
         with_dictionary = latents[site.name].selection(address.layers, site.name)
         address = dataclasses.replace(address, layers=with_dictionary)
     FORMS[capture.form].check(capture, shapes)
-    slots, order, absent, count = None, None, None, spec.layers
-    if site.stacked and address.layers.form != "all":
-        layers, absent = _indices(address.layers, spec.layers, f"{site.name}: layer")
-        count = len(absent)
-        if not count:
-            raise ValueError(f"the capture of {site.name} selects no layer")
-        slots = _slots(layers, spec.layers)
-        order = (
-            slots[layers]
-            if isinstance(slots, np.ndarray)
-            else slots.at[layers].get(mode="fill", fill_value=count)
-        )
-    units = None
-    if address.units.form != "all":
-        units, _ = _indices(address.units, spec.shape[site.unit_axis], f"{site.name}: unit")
-        if not len(units):
-            raise ValueError(f"the capture of {site.name} selects no unit")
+    layers, units = _captured_layers(address, spec.layers), _captured_units(address, spec)
     token_map, keys, form = site.entry(maps), site.key_entry(maps), FORMS[capture.form]
     bound = BoundCapture(
         form=capture.form,
         site=site,
         by=_tile_names(keys) if capture.by == ("tile",) else capture.by,
         k=capture.k,
-        count=count,
+        count=layers.count,
         single=not site.stacked or address.layers.form == "one",
-        slots=slots,
-        order=order,
-        absent=absent,
+        slots=layers.slots,
+        order=layers.order,
+        absent=layers.absent,
         units=units,
         tokens=capture.where.mask(token_map),
         kind=token_map.kind,
@@ -281,6 +265,43 @@ def _bind_capture(
     )
     _check_capture_selects(bound)
     return bound
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """The fields of `BoundCapture` that say which layers are captured."""
+
+    count: int
+    slots: Int[AnyArray, " L"] | None = None
+    order: Int[AnyArray, " count"] | None = None
+    absent: Bool[AnyArray, " count"] | None = None
+
+
+def _captured_layers(address: Address, layers: int) -> _Layers:
+    """Return which layers a capture reads, of a site that has so many."""
+    site = address.site
+    if not site.stacked or address.layers.form == "all":
+        return _Layers(layers)
+    index, absent = _indices(address.layers, layers, f"{site.name}: layer")
+    count = len(absent)
+    if not count:
+        raise ValueError(f"the capture of {site.name} selects no layer")
+    slots = _slots(index, layers)
+    if isinstance(slots, np.ndarray):
+        return _Layers(count, slots, slots[index], absent)
+    order = slots.at[index].get(mode="fill", fill_value=count)
+    return _Layers(count, slots, order, absent)
+
+
+def _captured_units(address: Address, spec: SiteShape) -> Int[AnyArray, " n"] | None:
+    """Return the units that a capture brings back; None for all."""
+    site = address.site
+    if address.units.form == "all":
+        return None
+    units, _ = _indices(address.units, spec.shape[site.unit_axis], f"{site.name}: unit")
+    if not len(units):
+        raise ValueError(f"the capture of {site.name} selects no unit")
+    return units
 
 
 def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
