@@ -10,6 +10,7 @@ from typing import Any
 from mllm_jax.report import page, parts
 
 SHOWN = 200  # rows of a table on the page; files have all
+LONGEST = 60  # characters of a setting on the page
 
 
 def write(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None:
@@ -140,5 +141,5 @@ def _value(value: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     return text.replace("-", page.MINUS)
 
 
-def _short(text: str, longest: int = 60) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

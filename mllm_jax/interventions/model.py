@@ -56,9 +56,7 @@ class Model(Protocol):
     def features(self, batch: Batch, taps: Taps) -> Float[Array, "I P E"]:
         """Return what the vision tower gives to the projector."""
 
-    def __call__(
-        self, batch: Batch, taps: Taps, past: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    def __call__(self, batch: Batch, taps: Taps) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states of every token, and their keys and values."""
 
     def embed(

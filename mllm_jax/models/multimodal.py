@@ -255,12 +255,10 @@ class MultimodalModel(nnx.Module):
             deepstack = jnp.where(is_image, taken, 0)
         return tap(sites.lm.embed, merged), deepstack
 
-    def __call__(
-        self, batch: Batch, taps, past: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    def __call__(self, batch: Batch, taps) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the final normed states of every token, and the cache."""
         x, deepstack = self.embed(batch, taps)
-        return self.read(x, batch.positions, taps, past, deepstack)
+        return self.read(x, batch.positions, taps, deepstack=deepstack)
 
     def read(
         self,
