@@ -207,17 +207,10 @@ def compiled_generate(
     logits = logits_at_last(model, batch, x, taps)
     receipts = taps.receipt_list()
 
-    def choose(logits, step):
-        if greedy:
-            token = logits.argmax(-1)
-        else:
-            assert key is not None, "sampling needs a key"
-            token = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
-        return jnp.where(jnp.isnan(logits).any(-1), NOT_A_NUMBER, token.astype(jnp.int32))
-
     def append(logits, step, done, tokens):
         """Append a token to each row; return it with the rows that have ended, and all tokens."""
-        token = jnp.where(done, stops[0], choose(logits, step))
+        own = None if greedy or key is None else jax.random.fold_in(key, step)
+        token = jnp.where(done, stops[0], _choose(logits, temperature, own))
         done = done | (token[:, None] == stops).any(-1)
         return token, done, tokens.at[:, step].set(token)
 
@@ -233,10 +226,7 @@ def compiled_generate(
         positions = batch.positions.after(batch.last, step[None], valid)
         x, new = model.read(word, positions, taps, cache, layers=layers)
         token, done, tokens = append(model.logits(x, taps)[:, 0], step, done, tokens)
-        receipts = tuple(
-            old if new is None else _add_receipts(old, new)
-            for old, new in zip(receipts, _partial_receipts(taps), strict=True)
-        )
+        receipts = _add_receipts(receipts, taps)
         return step + 1, cache.write(new, at), token, done, tokens, receipts
 
     empty = ~jnp.asarray(batch.valid).any(-1)
@@ -259,6 +249,16 @@ def compiled_generate(
     return tokens, receipts
 
 
+def _choose(
+    logits: Float[Array, "B V"], temperature: Float[Array, ""], key: Array | None
+) -> Int[Array, " B"]:
+    """Return the next token of each row, the most probable one without a key."""
+    token = logits.argmax(-1)
+    if key is not None:
+        token = jax.random.categorical(key, logits / temperature)
+    return jnp.where(jnp.isnan(logits).any(-1), NOT_A_NUMBER, token.astype(jnp.int32))
+
+
 def embed_words(model: Model, ids: Int[Array, "B T"], taps: Taps) -> Float[Array, "B T D"]:
     """Embed the words that follow a prompt; no image is among them."""
     return taps.module("lm")(sites.lm.embed, model.lm.embeddings(ids))
@@ -277,15 +277,14 @@ def _restrict_to_rows(
     return tuple(restrict(edit) for edit in edits)
 
 
-def _partial_receipts(taps: Taps) -> list[Receipt | None]:
-    """Return receipts of a pass without vision, None for edits whose site it does not reach."""
-    return [
-        Receipt(edit.label, *taps.receipts[i]) if i in taps.receipts else None
-        for i, edit in enumerate(taps.edits)
-    ]
+def _add_receipts(receipts: tuple[Receipt, ...], taps: Taps) -> tuple[Receipt, ...]:
+    """Return receipts with those of a pass without vision, whose sites it may not reach."""
 
+    def add(number: int, old: Receipt) -> Receipt:
+        if number not in taps.receipts:
+            return old
+        tokens, elements, norm = taps.receipts[number]
+        norm = jnp.sqrt(old.norm**2 + norm**2)
+        return Receipt(old.edit, old.tokens + tokens, old.elements + elements, norm)
 
-def _add_receipts(a: Receipt, b: Receipt) -> Receipt:
-    return Receipt(
-        a.edit, a.tokens + b.tokens, a.elements + b.elements, jnp.sqrt(a.norm**2 + b.norm**2)
-    )
+    return tuple(add(number, old) for number, old in enumerate(receipts))
