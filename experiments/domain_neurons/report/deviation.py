@@ -33,37 +33,18 @@ def last_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
         for kind in CONTROLS
         if effects.count_draws(on_own_data, kind)
     }
-
-    def by_domain(of: Deviations, module: str, kind: str, measure: str) -> list[float]:
-        return [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
-
-    sources = {"": selected} | controls
-    rows = [
-        [
-            module,
-            kind,
-            *(
-                _spread(by_domain(of, module, kind, measure))
-                for measure in MEASURES
-                for of in sources.values()
-            ),
-        ]
-        for module, by_kind in selected.items()
-        for kind in by_kind
-    ]
     module = parts.title(widest([run["module"] for run in results["ablation"]]))
     kind = token_kinds(selected)[0]
     others = [
-        f"; {CONTROLS[name]}, by {_mean(by_domain(of, module, kind, 'relative_l2'))}"
+        f"; {CONTROLS[name]}, by {_mean(_by_domain(of, module, kind, 'relative_l2'))}"
         for name, of in controls.items()
     ]
-    heads = [label if not k else CONTROLS[k] for label in MEASURES.values() for k in sources]
     shown = next(iter(controls), None)
     return page.Section(
         title="Deviation of the hidden states",
         reading=f"The ablation of a domain's own neurons ({module.lower()}) moves the hidden "
         f"states of {kind} tokens after the last layer of the language "
-        f"model by {_mean(by_domain(selected, module, kind, 'relative_l2'))} of their norm"
+        f"model by {_mean(_by_domain(selected, module, kind, 'relative_l2'))} of their norm"
         f"{''.join(others)}.",
         figures=[
             parts.write_figure(
@@ -79,12 +60,30 @@ def last_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
                 ),
             )
         ],
-        table=page.Table(["module", "tokens", *heads], rows),
+        table=_table(selected, controls),
         note="Each domain tested on its own data; means over tokens and, for controls, over draws; "
         "in brackets the lowest and the highest domain. The scale is logarithmic. The table file "
         "has 95 % bootstrap intervals over questions.",
         data=[_deviation_csv(folder, runs)],
     )  # fmt: skip
+
+
+def _by_domain(of: Deviations, module: str, kind: str, measure: str) -> list[float]:
+    return [moved[measure] for moved in of.get(module, {}).get(kind, {}).values()]
+
+
+def _table(selected: Deviations, controls: Mapping[str, Deviations]) -> page.Table:
+    """Return the deviations by module and kind of token, of domain neurons and of controls."""
+    sources = [selected, *controls.values()]
+    rows = [
+        [module, kind, *(_spread(_by_domain(of, module, kind, measure))
+                         for measure in MEASURES for of in sources)]
+        for module, by_kind in selected.items()
+        for kind in by_kind
+    ]  # fmt: skip
+    of_controls = [CONTROLS[name] for name in controls]
+    heads = [head for label in MEASURES.values() for head in (label, *of_controls)]
+    return page.Table(["module", "tokens", *heads], rows)
 
 
 def _mean(values: Sequence[float]) -> str:
