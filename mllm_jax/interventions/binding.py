@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,7 +247,7 @@ def _bind_capture(
         site=site,
         by=_tile_names(keys) if capture.by == ("tile",) else capture.by,
         k=capture.k,
-        count=layers.layers,
+        count=layers.count,
         single=not site.stacked or address.layers.form == "one",
         slots=layers.slots,
         order=layers.order,
@@ -267,10 +267,11 @@ def _bind_capture(
     return bound
 
 
-class _Layers(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Layers:
     """The fields of `BoundCapture` that say which layers are captured."""
 
-    layers: int
+    count: int
     slots: Int[AnyArray, " L"] | None = None
     order: Int[AnyArray, " count"] | None = None
     absent: Bool[AnyArray, " count"] | None = None
@@ -331,10 +332,7 @@ def _tile_names(keys: TokenMap) -> tuple[str, ...]:
         raise ValueError(
             'by="tile" needs a batch that is known: how many tiles a row has is part of the program'
         )
-    count = int(np.max(keys.tile, initial=-1)) + 1
-    if not count:
-        raise ValueError('by="tile": this batch has no picture, so no tile')
-    return tuple(f"tile {number}" for number in range(count))
+    return tuple(f"tile {number}" for number in range(int(np.max(keys.tile, initial=-1)) + 1))
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:

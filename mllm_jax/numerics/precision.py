@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from mllm_jax.typing import AnyArray, Array, Float
+from mllm_jax.typing import Array, Float
 
 PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ def einsum(equation: str, *operands: jax.Array, into_float32: bool = False) -> j
     )
 
 
-def full_einsum(equation: str, *operands: AnyArray) -> jax.Array:
+def full_einsum(equation: str, *operands: ArrayLike) -> jax.Array:
     """Compute `jnp.einsum` in full precision, for statistics: no setting of the user lowers it."""
     return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
