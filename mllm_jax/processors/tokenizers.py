@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 _TOKENIZER_BYTES = 2**28
+_WITH_TEMPLATES = ("processor_config.json", "chat_template.json")
 
 
 def first_line(error: BaseException) -> str:
@@ -160,7 +161,7 @@ def _load(path: pathlib.Path, kind: Any) -> PreTrainedTokenizerFast:
         functools.partial(kind.from_pretrained, path.parent, trust_remote_code=False),
         lambda: f"{files.line(path, 200)}: not readable as a tokenizer with the files by it",
     )
-    tokenizer.chat_template = tokenizer.chat_template or _read_chat_template(path.parent)
+    tokenizer.chat_template = _read_chat_template(path.parent) or tokenizer.chat_template
     return tokenizer
 
 
@@ -176,18 +177,25 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerFast | None) -> list[Any] | 
     return [core, tokenizer.chat_template, tokenizer.special_tokens_map]
 
 
-def _read_chat_template(directory: pathlib.Path) -> str | None:
-    """Return the chat template in a file of its own; older checkpoints wrap it in JSON."""
-    plain, wrapped = directory / "chat_template.jinja", directory / "chat_template.json"
-    if plain.exists():
-        try:
-            return files.regular(plain).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(files.refusal(plain, ["not readable as UTF-8"])) from error
-    source = files.read_json(wrapped).get("chat_template") if wrapped.exists() else None
-    if source is not None and not isinstance(source, str):
-        raise ValueError(files.refusal(wrapped, [f"chat_template is no string: {shown(source)}"]))
-    return source
+def _read_chat_template(directory: pathlib.Path) -> Any:
+    """Return the chat template of a processor, which counts before that of its tokenizer.
+
+    The first of: that of the processor's settings; one wrapped in JSON, as older checkpoints have
+    it; one in a file of its own. The tokenizer under it may be that of a model of text alone.
+    """
+    for path in (directory / name for name in _WITH_TEMPLATES):
+        source = files.read_json(path).get("chat_template") if path.exists() else None
+        if source is not None and not isinstance(source, (str, dict)):
+            raise ValueError(files.refusal(path, [f"chat_template is no string: {shown(source)}"]))
+        if source:
+            return source
+    plain = directory / "chat_template.jinja"
+    if not plain.exists():
+        return None
+    try:
+        return files.regular(plain).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(files.refusal(plain, ["not readable as UTF-8"])) from error
 
 
 def read_stop_ids(directory: pathlib.Path) -> list[int]:

@@ -187,6 +187,18 @@ def test_released_configs_are_written_and_read(name):
     assert families.from_hf(fields) == config
 
 
+@pytest.mark.parametrize("folder", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_tower_of_the_default_rotary_type(folder):
+    """In transformers this is another name of the one type that towers have."""
+    transformers = pytest.importorskip("transformers")
+    family = families.FAMILIES[folder]
+    fields = json.loads(json.dumps(family.to_hf(family.config.tiny())))
+    fields["vision_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 50.0}
+    assert families.from_hf(fields).vision.theta == 50.0
+    hf = transformers.CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    assert hf.vision_config.rope_parameters == {"rope_type": "axial", "rope_theta": 50.0}
+
+
 @pytest.mark.parametrize(
     ("root", "text", "tied"),
     [(True, False, True), (False, True, True), (None, True, True), (False, False, False)],

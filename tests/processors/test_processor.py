@@ -362,6 +362,32 @@ def test_a_template_in_a_file_of_its_own(tiny_config, tmp_path):
     assert words(processor, processor(None, ["what ?"])) == ["user", "what", "?", "assistant"]
 
 
+def test_the_template_of_a_processor_counts_before_that_of_its_tokenizer(tiny_config, tmp_path):
+    """As in LLaVA-NeXT on Mistral, whose tokenizer has that of a model of text alone."""
+
+    def template(name: str) -> str:
+        return f"{name} {{{{ messages[0]['content'] }}}} assistant"
+
+    def said():
+        processor = Processor.from_directory(tmp_path, tiny_config)
+        their, _ = transformers.ProcessorMixin.get_processor_dict(tmp_path)
+        want = their.get("chat_template", processor.tokenizer.chat_template)
+        assert processor.chat_template.source == want
+        return words(processor, processor(None, ["what ?"]))[0]
+
+    tiny.tokenizer(tiny_config, None).save_pretrained(tmp_path)
+    at = tmp_path / "tokenizer_config.json"
+    fields = json.loads(at.read_text())
+    at.write_text(json.dumps(fields | {"chat_template": template("no")}))
+    assert said() == "no"
+    (tmp_path / "chat_template.jinja").write_text(template("user"))
+    assert said() == "user"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template("first")}))
+    assert said() == "first"
+    (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": template("a")}))
+    assert said() == "a"
+
+
 def test_a_tokenizer_of_sentencepiece_alone(tiny_config, tmp_path):
     """As `liuhaotian/llava-v1.5-7b` has it: words are the ids that sentencepiece itself gives."""
     model = io.BytesIO()

@@ -49,7 +49,7 @@ _QWEN3 = _TOWER | {
 }
 TABLES = {"2": _QWEN2, "2.5": _QWEN2_5, "3": _QWEN3}  # by version
 _ROPE = {
-    "rope_type": (schema.only("axial"), "axial"),
+    "rope_type": (schema.only("axial", "default"), "axial"),  # transformers takes both for one
     "rope_theta": (schema.real(1, 1e12), 10000.0),
 }
 _IGNORED = fields_.IGNORED | {  # transformers reads none of them in an image tower
