@@ -304,8 +304,8 @@ def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
         array = np.asarray(top_tokens.EDGES if edges is None else edges, np.float32)
     except (TypeError, ValueError):
         array = np.zeros(0, np.float32)
-    rises = (np.diff(array) > 0).all() and not np.isnan(array).any()
-    if array.ndim != 1 or not array.size or not rises:
+    increase = array.ndim == 1 and array.size > 0 and (np.diff(array) > 0).all()
+    if not increase or np.isnan(array).any():
         raise ValueError(f"edges={shown(edges)}: the edges of bins are numbers that increase")
     return array
 
