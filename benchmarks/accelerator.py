@@ -47,10 +47,10 @@ class Task:
     """What is measured.
 
     Attributes:
-        benchmark: the benchmark whose sides and rivals do it.
-        pictures: the number of rows.
-        bounds: by rival, how many times as long as this library it takes at least.
-        share: the least share of the chip's measured rate, of products or, in decoding, of copies.
+      benchmark: The benchmark whose sides and rivals do it.
+      pictures: The number of rows.
+      bounds: By rival, how many times as long as this library it takes at least.
+      share: The least share of the chip's measured rate, of products or, in decoding, of copies.
     """
 
     benchmark: str
@@ -89,11 +89,11 @@ class Side:
     """The measurements of one side of a task.
 
     Attributes:
-        seconds: of each run after the first.
-        first: seconds of the first run, with compilation.
-        peak: the most bytes of the device, see `clock.Lap`.
-        result: the arrays that it gave, by name.
-        error: what ended it, otherwise "".
+      seconds: Of each run after the first.
+      first: Seconds of the first run, with compilation.
+      peak: The most bytes of the device, see `clock.Lap`.
+      result: The arrays that it gave, by name.
+      error: What ended it, otherwise "".
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -126,11 +126,11 @@ def check(tasks: Mapping[str, Task]) -> dict[str, dict[str, float]]:
     """Compare the device with the CPU on a tiny model.
 
     Returns:
-        By task: `float32`, the largest relative difference of the results in float32; `bfloat16`
-        and `bfloat16 on the CPU`, their distances from float32 on the CPU.
+      By task: `float32`, the largest relative difference of the results in float32; `bfloat16`
+      and `bfloat16 on the CPU`, their distances from float32 on the CPU.
 
     Raises:
-        ValueError: a difference is above FLOAT32, or a distance above NARROW times that of the CPU.
+      ValueError: A difference is above FLOAT32, or a distance above NARROW times that of the CPU.
     """
     places = {"device": jax.local_devices()[0], "CPU": jax.local_devices(backend="cpu")[0]}
     found: dict[str, dict[str, float]] = {}

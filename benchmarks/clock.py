@@ -18,13 +18,13 @@ class Lap:
     """One measured run.
 
     Attributes:
-        result: the result of the run.
-        seconds: its wall-clock time.
-        cpu: the CPU time of all its threads, on which other work has less influence.
-        rise: the peak of resident memory above that before the run, in bytes; None on systems
-            other than Linux.
-        peak: the most bytes in use on a GPU or TPU: of this run where torch computes, since the
-            process began where JAX does; None without one.
+      result: The result of the run.
+      seconds: Its wall-clock time.
+      cpu: The CPU time of all its threads, on which other work has less influence.
+      rise: The peak of resident memory above that before the run, in bytes; None on systems
+        other than Linux.
+      peak: The most bytes in use on a GPU or TPU: of this run where torch computes, since the
+        process began where JAX does; None without one.
     """
 
     result: Any

@@ -53,9 +53,9 @@ class Series:
     """The measurements of one side by round.
 
     Attributes:
-        seconds: float64[rounds], wall-clock time.
-        cpu: float64[rounds], CPU time of all threads.
-        rise: float64[rounds], the rise of resident memory in bytes; NaN where it is not known.
+      seconds: float64[rounds], wall-clock time.
+      cpu: float64[rounds], CPU time of all threads.
+      rise: float64[rounds], the rise of resident memory in bytes; NaN where it is not known.
     """
 
     seconds: np.ndarray
@@ -68,10 +68,10 @@ class Bound:
     """A bound on a number of each round.
 
     Attributes:
-        what: a description of the number.
-        value: computes the number from the series by side.
-        least: the lower bound, if there is one.
-        most: the upper bound, otherwise.
+      what: A description of the number.
+      value: Computes the number from the series by side.
+      least: The lower bound, if there is one.
+      most: The upper bound, otherwise.
     """
 
     what: str
@@ -103,15 +103,15 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        name: the name of the table, and of the function of each rival.
-        about: a description in one line.
-        sides: makes the sides of this library from the work, by name, OURS first. A side that
-            returns nothing is only timed.
-        rivals: the names of the rivals.
-        bounds: the bounds; those of a side that is not measured are skipped.
-        pictures: the number of rows of the work.
-        codes: results that are ids, compared by the share that differs.
-        eigen: whether Eigen computes matrix products, see `products`.
+      name: The name of the table, and of the function of each rival.
+      about: A description in one line.
+      sides: Makes the sides of this library from the work, by name, OURS first. A side that
+        returns nothing is only timed.
+      rivals: The names of the rivals.
+      bounds: The bounds; those of a side that is not measured are skipped.
+      pictures: The number of rows of the work.
+      codes: Results that are ids, compared by the share that differs.
+      eigen: Whether Eigen computes matrix products, see `products`.
     """
 
     name: str
@@ -128,9 +128,9 @@ class Rival:
     """The process of a rival; a context manager.
 
     Args:
-        name: the name of the rival.
-        directory: the folder of the work.
-        python: its interpreter, see `interpreter`.
+      name: The name of the rival.
+      directory: The folder of the work.
+      python: Its interpreter, see `interpreter`.
     """
 
     def __init__(self, name: str, directory: pathlib.Path, python: pathlib.Path):
@@ -193,9 +193,9 @@ def difference(ours: Result, theirs: Result, codes: tuple[str, ...] = ()) -> flo
     """Return the largest difference of results, relative to the largest value.
 
     Args:
-        ours: the results of this library.
-        theirs: those of another side.
-        codes: the names of results that are ids, whose difference is the share that differs.
+      ours: The results of this library.
+      theirs: Those of another side.
+      codes: The names of results that are ids, whose difference is the share that differs.
     """
     if set(ours) != set(theirs):
         raise ValueError(f"results are {sorted(ours)} on one side and {sorted(theirs)}")
@@ -221,17 +221,17 @@ def measure(
     """Measure all sides.
 
     Args:
-        benchmark: the benchmark.
-        done: its work.
-        rivals: the rivals to measure.
-        rounds: the number of rounds.
-        environments: the folder of the environments of the rivals.
+      benchmark: The benchmark.
+      done: Its work.
+      rivals: The rivals to measure.
+      rounds: The number of rounds.
+      environments: The folder of the environments of the rivals.
 
     Returns:
-        The series, and the differences from our results, by side.
+      The series, and the differences from our results, by side.
 
     Raises:
-        ValueError: the results of a side differ from ours.
+      ValueError: The results of a side differ from ours.
     """
     sides = benchmark.sides(done)
     results = {name: run() for name, run in sides.items()}  # compiles and warms up

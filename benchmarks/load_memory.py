@@ -38,9 +38,9 @@ def measure(directory: pathlib.Path, devices: int = 1) -> dict[str, float]:
     """Load the checkpoint in this process, split over its devices if there are several.
 
     Returns:
-        In bytes: `model`, the arrays of the model; `before`, the resident memory after all imports;
-        `peak`, the peak of resident memory of the process, including mapped files; `own`, the peak
-        of memory that is not mapped from files. And the `seconds` of loading.
+      In bytes: `model`, the arrays of the model; `before`, the resident memory after all imports;
+      `peak`, the peak of resident memory of the process, including mapped files; `own`, the peak
+      of memory that is not mapped from files. And the `seconds` of loading.
     """
     import jax
 

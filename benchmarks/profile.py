@@ -23,12 +23,12 @@ def seconds(run: Callable, *args, rounds: int = 3) -> dict[tuple[str, tuple[str,
     Operations that run at the same moment share it equally.
 
     Args:
-        run: the function to compile.
-        *args: its arguments.
-        rounds: the number of runs, whose mean is returned.
+      run: The function to compile.
+      *args: Its arguments.
+      rounds: The number of runs, whose mean is returned.
 
     Returns:
-        {(operation, functions, the outermost first): seconds}.
+      {(operation, functions, the outermost first): seconds}.
     """
     compiled = jax.jit(run).lower(*args).compile()
     stacks = _stacks(compiled.as_text() or "")

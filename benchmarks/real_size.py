@@ -47,9 +47,9 @@ def phases(directory: pathlib.Path, steps: int) -> Iterator[dict[str, Any]]:
     """Use the model in this process.
 
     Yields:
-        Of each phase: `name`; `seconds`; `cpu`, the seconds of all threads; `peak`, the bytes of
-        this process; `result`, a summary as text. Of the first also `model`, the bytes of the
-        parameters.
+      Of each phase: `name`; `seconds`; `cpu`, the seconds of all threads; `peak`, the bytes of
+      this process; `result`, a summary as text. Of the first also `model`, the bytes of the
+      parameters.
     """
     (model, processor), lap = _lap(lambda: mj.load(directory, dtype=jnp.bfloat16))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

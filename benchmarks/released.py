@@ -56,14 +56,14 @@ def measure(model: str, topology: str, study: str, rows: int) -> dict[str, Any]:
     """Find the largest number of rows of a model on a topology.
 
     Args:
-        model: the name of a released model.
-        topology: the slice.
-        study: the name of the study.
-        rows: the number of rows of a data shard that the search begins with.
+      model: The name of a released model.
+      topology: The slice.
+      study: The name of the study.
+      rows: The number of rows of a data shard that the search begins with.
 
     Returns:
-        `mesh`, `capacity` and `total`, the bytes of a chip; `rows` of a data shard, 0 where a
-        single one does not fit; `batch`, of all data shards; `tokens` of a row.
+      `mesh`, `capacity` and `total`, the bytes of a chip; `rows` of a data shard, 0 where a
+      single one does not fit; `batch`, of all data shards; `tokens` of a row.
     """
     from mllm_jax import families
     from mllm_jax.planning import plan, search

@@ -31,15 +31,15 @@ class Size:
     """The amount of work.
 
     Attributes:
-        config: the config of the model. transformers loads its checkpoint, so no patch is folded.
-        words: the number of words of a row, the first before the image and the others after it.
-        edits: the number of ablations of a sweep.
-        groups: the number of sets of neurons in each layer.
-        candidates: the number of answers to score.
-        answer: the number of tokens of the longest answer.
-        steps: the number of tokens to generate.
-        fold: the patches of fold x fold neighbours are one image token where the projector trains.
-        dtype: the dtype of the parameters.
+      config: The config of the model. transformers loads its checkpoint, so no patch is folded.
+      words: The number of words of a row, the first before the image and the others after it.
+      edits: The number of ablations of a sweep.
+      groups: The number of sets of neurons in each layer.
+      candidates: The number of answers to score.
+      answer: The number of tokens of the longest answer.
+      steps: The number of tokens to generate.
+      fold: The patches of fold x fold neighbours are one image token where the projector trains.
+      dtype: The dtype of the parameters.
     """
 
     config: MultimodalConfig
@@ -79,13 +79,13 @@ class Work:
     """The model, the inputs and their files.
 
     Attributes:
-        size: the amount of work.
-        model: a random model.
-        inputs: arrays by name, see `make_inputs`.
-        fields: plain values: pictures, batch, steps, answer, image_token, ablated_layer,
-            steered_layers, fold, dtype, and whether rivals use an accelerator.
-        directory: a folder with `checkpoint/` in the layout of Hugging Face, `inputs.npz` and
-            `work.json`.
+      size: The amount of work.
+      model: A random model.
+      inputs: Arrays by name, see `make_inputs`.
+      fields: Plain values: pictures, batch, steps, answer, image_token, ablated_layer,
+        steered_layers, fold, dtype, and whether rivals use an accelerator.
+      directory: A folder with `checkpoint/` in the layout of Hugging Face, `inputs.npz` and
+        `work.json`.
     """
 
     size: Size
@@ -139,10 +139,10 @@ def make(size: Size, directory: pathlib.Path, pictures: int, accelerator: bool =
     """Make the work and write it.
 
     Args:
-        size: the amount of work.
-        directory: an empty folder.
-        pictures: the number of rows.
-        accelerator: whether rivals compute on an accelerator, and it draws the weights.
+      size: The amount of work.
+      directory: An empty folder.
+      pictures: The number of rows.
+      accelerator: Whether rivals compute on an accelerator, and it draws the weights.
     """
     noise = device_noise if accelerator else host_noise
     model, inputs = random_model(size.config, noise(0, size.dtype)), make_inputs(size, pictures)
@@ -193,9 +193,9 @@ def random_model(config: MultimodalConfig, noise: Noise | None = None) -> Multim
     """Return a model of random weights that keep tensors of order 1.
 
     Args:
-        config: the config of the model.
-        noise: what draws them; None is `host_noise()`. The initialisers of flax are slow to
-            compile.
+      config: The config of the model.
+      noise: What draws them; None is `host_noise()`. The initialisers of flax are slow to
+        compile.
     """
     noise = noise or host_noise()
 
@@ -216,12 +216,12 @@ def make_inputs(size: Size, pictures: int, seed: int = 0) -> dict[str, np.ndarra
     """Return all inputs by name.
 
     Returns:
-        `ids`, int64[rows, T], with the tokens of the image; all rows have the same length, so no
-        side pads. `pixels`, float32[rows, 3, row, column]. `options`, int64[4], the ids of the
-        answer letters. `layers`, int64[R], and `neurons`, int64[R, n], of the ablations of the
-        sweep. `candidates`, int64[C, A], padded with -1. `ablated`, int64[n], and `vector`,
-        float32[D], of the edits of the generation. `fold_kernel_0`, float32[fold^2 E, D], and
-        `fold_kernel_1`, float32[D, D], of a projector of folded patches.
+      `ids`, int64[rows, T], with the tokens of the image; all rows have the same length, so no
+      side pads. `pixels`, float32[rows, 3, row, column]. `options`, int64[4], the ids of the
+      answer letters. `layers`, int64[R], and `neurons`, int64[R, n], of the ablations of the
+      sweep. `candidates`, int64[C, A], padded with -1. `ablated`, int64[n], and `vector`,
+      float32[D], of the edits of the generation. `fold_kernel_0`, float32[fold^2 E, D], and
+      `fold_kernel_1`, float32[D, D], of a projector of folded patches.
     """
     rng, config = np.random.default_rng(seed), size.config
     L, F, side = config.lm.layers, config.lm.mlp, config.vision.image_size

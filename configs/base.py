@@ -22,12 +22,12 @@ def check_variant(file: str, variant: str, known: Sequence[str]) -> None:
     """Refuse a variant that the config file does not have.
 
     Args:
-        file: The name of the config file.
-        variant: The text after the colon of `--config`.
-        known: The variants that the file has.
+      file: The name of the config file.
+      variant: The text after the colon of `--config`.
+      known: The variants that the file has.
 
     Raises:
-        ValueError: The variant is unknown.
+      ValueError: The variant is unknown.
     """
     if variant not in known:
         raise ValueError(f"configs/{file}:{variant} is none of {', '.join(known)}")
@@ -81,7 +81,7 @@ def mmneuron(procedure: str) -> ml_collections.ConfigDict:
     """Return the fields of MMNeuron on its own five data sets.
 
     Args:
-        procedure: "paper", or "official" for the procedure of the released code.
+      procedure: "paper", or "official" for the procedure of the released code.
     """
     config = domain_neurons()
     config.vqa = ml_collections.ConfigDict()
@@ -140,8 +140,8 @@ def fine_tuning(part: str, rate: float) -> ml_collections.ConfigDict:
     """Return the settings of fine-tuning in the projection study.
 
     Args:
-        part: The trained part, see mllm_jax/training/parts.py.
-        rate: The peak learning rate.
+      part: The trained part, see mllm_jax/training/parts.py.
+      rate: The peak learning rate.
     """
     setting = ml_collections.ConfigDict()
     setting.wording = "paper"  # "plain" shows the picture alone, as the official FT-Proj does

@@ -28,12 +28,12 @@ class Context:
     """What every step of a study reads.
 
     Attributes:
-        config: the settings of the study.
-        workdir: the folder of its steps and results.
-        model: the model under study.
-        processor: the processor of the model.
-        edits: the edits that are applied in every pass.
-        captures: the captures of `--captures`, by name.
+      config: The settings of the study.
+      workdir: The folder of its steps and results.
+      model: The model under study.
+      processor: The processor of the model.
+      edits: The edits that are applied in every pass.
+      captures: The captures of `--captures`, by name.
     """
 
     config: ml_collections.ConfigDict
@@ -47,7 +47,7 @@ class Context:
         """Refuse a model that reads no pictures.
 
         Raises:
-            ValueError: the model reads text alone.
+          ValueError: The model reads text alone.
         """
         if self.model.config.vision is None:
             raise ValueError(
@@ -61,7 +61,7 @@ class Context:
         Call it once, before the first step of the study.
 
         Args:
-            data: the fingerprints of what the study reads (see `content`), by name.
+          data: The fingerprints of what the study reads (see `content`), by name.
         """
         self.workdir.claim(
             model=self.model, processor=self.processor, files=agreement.files(self.config),
@@ -78,8 +78,8 @@ class Context:
         Of a study that was finished before it stays as it is.
 
         Args:
-            results: the results, as far as they are known.
-            write_page: the function that writes the report, called with the folder and the results.
+          results: The results, as far as they are known.
+          write_page: The function that writes the report, called with the folder and the results.
         """
         page = self.workdir / "index.html"
         is_new = page.exists() and time.time() - page.stat().st_mtime < PREVIEW_SECONDS
@@ -104,10 +104,10 @@ class Context:
         """Write `results.json`, the report and the manifest.
 
         Args:
-            results: the results of the study, as plain JSON values. The version of their format,
-                and the edits and captures of the study, are added.
-            write_page: the function that writes the report, called with the folder and the results.
-            **manifest: further entries of the manifest, such as `seed`.
+          results: The results of the study, as plain JSON values. The version of their format,
+            and the edits and captures of the study, are added.
+          write_page: The function that writes the report, called with the folder and the results.
+          **manifest: Further entries of the manifest, such as `seed`.
         """
         content = self._with_items(results)
         store.atomic_json(self.workdir / "results.json", content)
@@ -128,7 +128,7 @@ def content(examples: Iterable[Any]) -> list[str]:
     """Return the fingerprints of examples, which are read one at a time.
 
     Args:
-        examples: the examples, or pairs of an example and its question.
+      examples: The examples, or pairs of an example and its question.
     """
     fingerprints = []
     for item in examples:

@@ -26,8 +26,8 @@ def domains_of(config: ml_collections.ConfigDict, split: str) -> dict[str, domai
     They are MMNeuron's data sets (`vqa`), the user's own folders (`paths`), or the embedded ones.
 
     Args:
-        config: the settings of the study.
-        split: "train" or "test"; of MMNeuron's data sets also "lens", which differs in its prompts.
+      config: The settings of the study.
+      split: "train" or "test"; of MMNeuron's data sets also "lens", which differs in its prompts.
     """
     if config.get("vqa"):
         return _vqa(config, *VQA_SPLITS[split])
@@ -50,9 +50,9 @@ def pair_up(
     """Return pairs of examples with their questions, each in one pair at most.
 
     Args:
-        sides: the examples with their questions; each is paired with the first later one that fits.
-        fits: whether two of them make a pair.
-        count: the largest number of pairs; all by default.
+      sides: The examples with their questions; each is paired with the first later one that fits.
+      fits: Whether two of them make a pair.
+      count: The largest number of pairs; all by default.
     """
     pairs: list[tuple[Side, Side]] = []
     remaining = list(sides)

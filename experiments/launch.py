@@ -27,12 +27,12 @@ def launch(command: list[str], count: int) -> int:
     """Start the processes and wait for them.
 
     Args:
-        command: the command of each process.
-        count: the number of processes.
+      command: The command of each process.
+      count: The number of processes.
 
     Returns:
-        128 + the signal's number if a process was killed, else the status of the first that
-        failed, or 0.
+      128 + the signal's number if a process was killed, else the status of the first that
+      failed, or 0.
     """
     address = f"127.0.0.1:{_free_port()}"
     started = [_start(command, address, count, number) for number in range(count)]

@@ -71,8 +71,8 @@ def unavailable(name: object, error: Exception) -> FileNotFoundError:
     """Return the error about a name that is no directory, and that the hub does not provide.
 
     Args:
-        name: the name.
-        error: what the hub's client raised: it is offline, has no such name, or takes it for none.
+      name: The name.
+      error: What the hub's client raised: it is offline, has no such name, or takes it for none.
     """
     first, *_ = str(error).splitlines() or [""]
     return FileNotFoundError(
@@ -96,8 +96,8 @@ def regular(path: str | os.PathLike) -> pathlib.Path:
     """Return the path of a regular file; a pipe or a device, which may never end, is not opened.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is something else than a regular file.
+      FileNotFoundError: There is no such file.
+      OSError: It is something else than a regular file.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -111,11 +111,11 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     """Return the content of a regular file; a pipe or a device is not opened.
 
     Args:
-        path: the file; links are followed.
-        limit: the largest size in bytes.
+      path: The file; links are followed.
+      limit: The largest size in bytes.
 
     Raises:
-        OSError: the file is missing, not regular or too large; the message is the reason alone.
+      OSError: The file is missing, not regular or too large; the message is the reason alone.
     """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -132,9 +132,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: it is not an object in UTF-8, or one of its names is there twice.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: It is not an object in UTF-8, or one of its names is there twice.
     """
     path = regular(path)
     if path.stat().st_size > _JSON_BYTES:

@@ -20,10 +20,10 @@ def finetune(work: Work, cached: bool = False, everywhere: bool = True, lora: bo
     """Return the function that trains and returns the loss of each step.
 
     Args:
-        work: the model, inputs and settings.
-        cached: whether the features of the tower are computed once, beforehand.
-        everywhere: whether logits are computed at every token, or at answers alone.
-        lora: whether low-rank matrices of the language model train, rather than the projector.
+      work: The model, inputs and settings.
+      cached: Whether the features of the tower are computed once, beforehand.
+      everywhere: Whether logits are computed at every token, or at answers alone.
+      lora: Whether low-rank matrices of the language model train, rather than the projector.
     """
     model = hf.load(work).requires_grad_(False)
     size, answer = work.fields["batch"], work.fields["answer"]

@@ -24,7 +24,7 @@ def by_layer(layers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Draw attributions by layer, a panel per domain: positive above zero, negative below.
 
     Args:
-        layers: {domain: {"for": float[L], "against": float[L]}}, nats per question.
+      layers: {domain: {"for": float[L], "against": float[L]}}, nats per question.
     """
     hue = style.palette(list(layers))
     figure = Figure(figsize=(11, 2.6))
@@ -46,7 +46,7 @@ def ablation(rows: Sequence[Mapping]) -> Figure:
     """Draw the change of the metric by the number of ablated units; random units are grey.
 
     Args:
-        rows: the rows of results.json.
+      rows: The rows of results.json.
     """
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     hue = style.palette(domains)
@@ -76,8 +76,8 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
+      workdir: The folder of the study.
+      results: The content of results.json.
     """
     folder = pathlib.Path(workdir)
     method = (

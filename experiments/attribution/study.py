@@ -32,10 +32,10 @@ class Read(NamedTuple):
     """One batch of questions, and how its candidates are weighted.
 
     Attributes:
-        rows: the number of questions; the other rows are empty.
-        batch: the prompts.
-        candidates: int32[B, C, A], the options as tokens.
-        weights: float32[B, C], the weights of the options in the metric.
+      rows: The number of questions; the other rows are empty.
+      batch: The prompts.
+      candidates: int32[B, C, A], the options as tokens.
+      weights: float32[B, C], the weights of the options in the metric.
     """
 
     rows: int
@@ -49,8 +49,8 @@ class Study(context.Context):
     """What every step of the study reads.
 
     Attributes:
-        train: the pictures by domain on which gates are attributed.
-        test: the pictures by domain on which units are ablated.
+      train: The pictures by domain on which gates are attributed.
+      test: The pictures by domain on which units are ablated.
     """
 
     train: Pictures
@@ -100,9 +100,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_attribution.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
+      config: Its settings, see configs/embedded_attribution.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
     """
     context.require_choice("config.metric", config.metric, METRICS)
     S.get(config.site)  # refuse an unknown site before anything is read
@@ -150,9 +150,9 @@ def attribute(study: Study, name: str) -> dict[str, np.ndarray]:
     """Return the attributions of a domain, summed over its questions.
 
     Returns:
-        `values`, float64[L, F]; `examples`, the number of questions; `opened` and `closed`, the
-        metric with all gates at 1 and at 0, summed likewise. The attributions of integrated
-        gradients add up to the difference of the two.
+      `values`, float64[L, F]; `examples`, the number of questions; `opened` and `closed`, the
+      metric with all gates at 1 and at 0, summed likewise. The attributions of integrated
+      gradients add up to the difference of the two.
     """
     gates = np.ones(study.shape, np.float32)
     values = np.zeros(study.shape, np.float64)
@@ -196,9 +196,9 @@ def ablate(study: Study, name: str, values: np.ndarray) -> list[dict[str, Any]]:
     """Ablate the top units, and random ones, and return the change of the metric on test questions.
 
     Args:
-        study: the study.
-        name: the name of the domain.
-        values: float64[L, F], the attributions of the domain.
+      study: The study.
+      name: The name of the domain.
+      values: float64[L, F], the attributions of the domain.
     """
     site = S.get(study.config.site)
 

@@ -28,9 +28,9 @@ class Study(context.Context):
     """What every step of the study reads.
 
     Attributes:
-        pairs: the pairs of each split that the study keeps.
-        length: the tokens of a prompt, with padding.
-        shared: the places for tokens that the answers of a pair begin with.
+      pairs: The pairs of each split that the study keeps.
+      length: The tokens of a prompt, with padding.
+      shared: The places for tokens that the answers of a pair begin with.
     """
 
     pairs: dict[str, list[Pair]]
@@ -77,10 +77,10 @@ class Study(context.Context):
         """Return the arrays of a step of each batch; a killed run goes on at the next batch.
 
         Args:
-            name: the name of the steps.
-            split: the split.
-            make: the number of a batch -> its arrays.
-            count: the number of pairs; all by default.
+          name: The name of the steps.
+          split: The split.
+          make: the number of a batch -> its arrays.
+          count: The number of pairs; all by default.
         """
         bar = tqdm.tqdm(self.batches(split, count), desc=f"{name}, {split}", leave=False)
         return [

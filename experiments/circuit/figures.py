@@ -28,7 +28,7 @@ def curves(rows: Sequence[Row]) -> Figure:
     """Draw the shares by the number of nodes, of the circuit found and of random ones.
 
     Args:
-        rows: the rows "curves" of results.json.
+      rows: The rows "curves" of results.json.
     """
     figure = Figure(figsize=(8, 3))
     for ax, (name, title) in zip(figure.subplots(1, 2, sharey=True), CURVES.items(), strict=True):
@@ -68,7 +68,7 @@ def minimality(rows: Sequence[Row]) -> Figure:
     """Draw the share that is lost without each node, largest first.
 
     Args:
-        rows: the rows "minimality" of results.json.
+      rows: The rows "minimality" of results.json.
     """
     figure = Figure(figsize=(6, 3))
     ax = figure.subplots()
@@ -92,7 +92,7 @@ def exact(rows: Sequence[Row]) -> Figure:
     """Draw exact patches by their estimates, a colour for each kind of token.
 
     Args:
-        rows: the rows "exact" of results.json.
+      rows: The rows "exact" of results.json.
     """
     figure = Figure(figsize=(4.2, 3.4))
     ax = figure.subplots()
@@ -125,10 +125,10 @@ def positions(results: Row) -> dict[tuple[int, str], Point]:
     """Return where each node of the graph stands: heads side by side, layers upward.
 
     Args:
-        results: the content of results.json.
+      results: The content of results.json.
 
     Returns:
-        (x, y) by (layer, part). The embedding and the output stand where an edge leads to them.
+      (x, y) by (layer, part). The embedding and the output stand where an edge leads to them.
     """
     heads, found = results["heads"], {(row["layer"], row["part"]) for row in results["nodes"]}
     found |= {tuple(edge[end]) for edge in results["graph"] for end in ("from", "to")}
@@ -168,7 +168,7 @@ def graph(results: Row) -> Figure:
     """Draw the nodes of the circuit and the strongest edges between them.
 
     Args:
-        results: the content of results.json.
+      results: The content of results.json.
     """
     at, hue, edges = positions(results), node_colours(results), results["graph"]
     figure = Figure(figsize=(7, min(9, 2.5 + 0.22 * results["layers"])))

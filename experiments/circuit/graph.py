@@ -49,14 +49,14 @@ def within(
     """Return the strongest edges among the embedding, the nodes of a circuit and the output.
 
     Args:
-        effects: the effects of all edges, of one row.
-        circuit: the heads of each layer and its MLP.
-        count: the largest number of edges.
-        kv_heads: the number of key-value heads of a layer.
+      effects: The effects of all edges, of one row.
+      circuit: The heads of each layer and its MLP.
+      count: The largest number of edges.
+      kv_heads: The number of key-value heads of a layer.
 
     Returns:
-        Rows as of `edge_row`, with the ends "from" and "to" as (layer, part); an edge into keys or
-        values that several heads of the circuit share has an entry for each.
+      Rows as of `edge_row`, with the ends "from" and "to" as (layer, part); an edge into keys or
+      values that several heads of the circuit share has an entry for each.
     """
     layers, nodes = circuit.shape
     heads = nodes - 1

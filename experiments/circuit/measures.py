@@ -49,9 +49,9 @@ def exact(
     """Compare estimates with exact patches, over the first training pairs.
 
     Args:
-        study: the study.
-        scores: the scores of all training pairs, which decide on the nodes.
-        estimates: the scores over the first pairs alone.
+      study: The study.
+      scores: The scores of all training pairs, which decide on the nodes.
+      estimates: The scores over the first pairs alone.
     """
     mask = tested_nodes(scores, study.config.exact_nodes, study.config.seed)
     if not mask.any() or not study.config.exact_pairs:
@@ -110,12 +110,12 @@ def held_out(
     """Measure circuits of growing size, and each node of the shown one, on test pairs.
 
     Args:
-        study: the study.
-        scores: the scores of all nodes; the largest make a circuit.
-        circuit: the circuit that is shown.
+      study: The study.
+      scores: The scores of all nodes; the largest make a circuit.
+      circuit: The circuit that is shown.
 
     Returns:
-        The entries "difference", "curves" and "minimality" of results.json.
+      The entries "difference", "curves" and "minimality" of results.json.
     """
     config, kinds = study.config, tuple(study.config.kinds)
     random = np.random.default_rng(config.seed).random(scores.shape)

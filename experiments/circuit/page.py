@@ -20,8 +20,8 @@ def write(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
+      workdir: The folder of the study.
+      results: The content of results.json.
     """
     folder = pathlib.Path(workdir)
     kept = {split: counts["kept"] for split, counts in results["pairs"].items()}

@@ -23,9 +23,9 @@ class Answers(NamedTuple):
     """The answers of a pair as tokens.
 
     Attributes:
-        shared: the tokens that both begin with.
-        right: the next token of the clean answer.
-        wrong: the next token of the corrupt answer.
+      shared: The tokens that both begin with.
+      right: The next token of the clean answer.
+      wrong: The next token of the corrupt answer.
     """
 
     shared: tuple[int, ...]
@@ -54,12 +54,12 @@ def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner)
     """Return pairs of pictures with the same question and different answers.
 
     Args:
-        processor: the processor of the model.
-        sides: pictures with their questions; each is in one pair at most.
-        partner: "class" pairs pictures of one domain, "domain" those of two.
+      processor: The processor of the model.
+      sides: Pictures with their questions; each is in one pair at most.
+      partner: "class" pairs pictures of one domain, "domain" those of two.
 
     Raises:
-        ValueError: there is no pair.
+      ValueError: There is no pair.
     """
 
     def fits(side: Side, other: Side) -> bool:
@@ -88,12 +88,12 @@ def swap_questions(
     """Return pairs of questions about one picture, of as many tokens and with different answers.
 
     Args:
-        processor: the processor of the model.
-        examples: the pictures; each is in one pair at most.
-        styles: the styles of the questions.
+      processor: The processor of the model.
+      examples: The pictures; each is in one pair at most.
+      styles: The styles of the questions.
 
     Raises:
-        ValueError: there is no pair.
+      ValueError: There is no pair.
     """
     found: list[Pair] = []
     for example in examples:
@@ -125,9 +125,9 @@ def after_shared(batch: Batch, shared: Sequence[Sequence[int]], length: int) -> 
     The last of these becomes the last token of its row.
 
     Args:
-        batch: the prompts, padded on the right.
-        shared: the tokens that follow each prompt.
-        length: the number of places for them.
+      batch: The prompts, padded on the right.
+      shared: The tokens that follow each prompt.
+      length: The number of places for them.
     """
     if not length:
         return batch

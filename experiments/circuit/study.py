@@ -31,9 +31,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_circuit.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
+      config: Its settings, see configs/embedded_circuit.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
     """
     _check(config)
     edges.check_edits(edits or Edits())
@@ -145,8 +145,8 @@ def _found(study: Study) -> tuple[np.ndarray, EdgeEffects, np.ndarray]:
     """Find nodes and edges on the training pairs.
 
     Returns:
-        The scores of nodes, [kinds, L, nodes], and the effects of edges, as one row: means over
-        pairs. And the scores of nodes over the first `exact_pairs` alone.
+      The scores of nodes, [kinds, L, nodes], and the effects of edges, as one row: means over
+      pairs. And the scores of nodes over the first `exact_pairs` alone.
     """
     config, kinds = study.config, tuple(study.config.kinds)
 

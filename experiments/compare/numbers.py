@@ -19,9 +19,9 @@ class Number(NamedTuple):
     """A number of a run.
 
     Attributes:
-        value: the number.
-        low: the lower end of its interval; None where it has none.
-        high: the upper end.
+      value: The number.
+      low: The lower end of its interval; None where it has none.
+      high: The upper end.
     """
 
     value: float

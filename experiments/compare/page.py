@@ -17,8 +17,8 @@ def write(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None:
     """Write the tables and index.html.
 
     Args:
-        workdir: the folder of the comparison.
-        results: the content of its results.json.
+      workdir: The folder of the comparison.
+      results: The content of its results.json.
     """
     folder, runs = pathlib.Path(workdir), results["runs"]
     sections = [

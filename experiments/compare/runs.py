@@ -23,10 +23,10 @@ class Run:
     """A finished run.
 
     Attributes:
-        name: its name in tables.
-        folder: its workdir.
-        results: its results.json.
-        manifest: its manifest.json.
+      name: Its name in tables.
+      folder: Its workdir.
+      results: Its results.json.
+      manifest: Its manifest.json.
     """
 
     name: str
@@ -79,7 +79,7 @@ def read(folders: Sequence[str]) -> list[Run]:
     """Read finished runs of one study.
 
     Raises:
-        ValueError: a run is not finished, or they are of different studies or formats.
+      ValueError: A run is not finished, or they are of different studies or formats.
     """
     found = [_read(pathlib.Path(folder)) for folder in folders]
     first = found[0]

@@ -20,11 +20,11 @@ class Difference(NamedTuple):
     """The difference of a number of a run from that of the first.
 
     Attributes:
-        value: the difference.
-        low: the lower end of its 95 % interval; None where it has none.
-        high: the upper end.
-        examples: over how many examples of both runs the interval is; 0 where it is computed from
-            the intervals of both.
+      value: The difference.
+      low: The lower end of its 95 % interval; None where it has none.
+      high: The upper end.
+      examples: Over how many examples of both runs the interval is; 0 where it is computed from
+        the intervals of both.
     """
 
     value: float
@@ -37,9 +37,9 @@ def run(folders: Sequence[str], workdir: str, *, restart: bool = False) -> None:
     """Compare finished runs of one study.
 
     Args:
-        folders: the workdirs of the runs, the reference first.
-        workdir: the folder of the comparison.
-        restart: whether to start over.
+      folders: The workdirs of the runs, the reference first.
+      workdir: The folder of the comparison.
+      restart: Whether to start over.
     """
     compared = runs.read(folders)
     records = [[one.name, store.fingerprint([one.results, one.manifest])] for one in compared]

@@ -17,7 +17,7 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
     """Draw interchange accuracy by layer: trained and random subspaces, and the full residual.
 
     Args:
-        rows: the rows of results.json.
+      rows: The rows of results.json.
     """
     figure = Figure(figsize=(6, 3))
     ax = figure.subplots()
@@ -51,9 +51,9 @@ def write(workdir: str | os.PathLike, results: Mapping, losses: Mapping[int, np.
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
-        losses: the loss of each step, by layer.
+      workdir: The folder of the study.
+      results: The content of results.json.
+      losses: The loss of each step, by layer.
     """
     folder, rows = pathlib.Path(workdir), results["interchange"]
     figure = parts.write_figure(

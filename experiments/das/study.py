@@ -32,12 +32,12 @@ class Study(context.Context):
     """What every step of the search reads.
 
     Attributes:
-        prompt: the question to all pictures.
-        labels: the C answers to it.
-        ids: int32[C, A], the answers as tokens.
-        length: the tokens of a row.
-        features: float32[N, P, E], the vision features of the pictures, by split.
-        sizes: the (height, width) of the pictures, by split, or None where it does not matter.
+      prompt: The question to all pictures.
+      labels: The C answers to it.
+      ids: int32[C, A], the answers as tokens.
+      length: The tokens of a row.
+      features: float32[N, P, E], the vision features of the pictures, by split.
+      sizes: The (height, width) of the pictures, by split, or None where it does not matter.
     """
 
     prompt: str
@@ -70,9 +70,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_das.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass; none of the vision tower.
+      config: Its settings, see configs/embedded_das.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass; none of the vision tower.
     """
     if any(edit.address.site.module == "vision" for edit in edits or ()):
         raise ValueError(
@@ -176,7 +176,7 @@ def train(study: Study, layer: int, labels: np.ndarray) -> dict[str, np.ndarray]
     """Train the subspace of a layer.
 
     Returns:
-        `basis`, float32[D, r], orthonormal; `curve`, the loss of each step.
+      `basis`, float32[D, r], orthonormal; `curve`, the loss of each step.
     """
     config, size = study.config, study.config.batch_size
     chosen = pairs(labels, config.steps * size, config.seed).reshape(-1, size, 2)

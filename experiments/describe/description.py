@@ -25,9 +25,9 @@ def run(name: str, base: str | None, json: str | None) -> None:
     """Print the description of a model, and write it as JSON.
 
     Args:
-        name: the name of the model, see `find`.
-        base: the model that an adapter changes, see `find`.
-        json: the path of the file to write, None for none.
+      name: The name of the model, see `find`.
+      base: The model that an adapter changes, see `find`.
+      json: The path of the file to write, None for none.
     """
     description = describe(find(name, base))
     print(page(name, description))
@@ -39,12 +39,12 @@ def find(name: str, base: str | None = None) -> MultimodalConfig:
     """Return the config of a model.
 
     Args:
-        name: a released model, a checkpoint directory or a hub id; also of an adapter.
-        base: the model that an adapter changes; by default the one that the adapter names.
+      name: A released model, a checkpoint directory or a hub id; also of an adapter.
+      base: The model that an adapter changes; by default the one that the adapter names.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model, and the message lists the nearest
-            released models; or the config is not that of a supported model.
+      FileNotFoundError, ValueError: There is no such model, and the message lists the nearest
+        released models; or the config is not that of a supported model.
     """
     if name in families.RELEASED:
         return families.RELEASED[name]()
@@ -73,12 +73,12 @@ def describe(config: MultimodalConfig) -> dict[str, Any]:
     """Return the parameters, neurons and sites of a model, from shapes alone.
 
     Args:
-        config: the config of the model.
+      config: The config of the model.
 
     Returns:
-        `config`; `parameters`, and `bytes` by dtype, of each module and of all; `neurons`, the
-        sites of neurons with `layers` (L) and `width` (F); `sites` in the order of a pass, each
-        with its `axes` as letters and its `shape`.
+      `config`; `parameters`, and `bytes` by dtype, of each module and of all; `neurons`, the
+      sites of neurons with `layers` (L) and `width` (F); `sites` in the order of a pass, each
+      with its `axes` as letters and its `shape`.
     """
     model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     counts = dict.fromkeys((site.module for site in sites.TABLE), 0)  # in the order of a pass

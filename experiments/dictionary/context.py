@@ -28,8 +28,8 @@ class Study(context.Context):
     """What every step reads.
 
     Attributes:
-        pairs: the pictures and their questions, by split.
-        length: the tokens of a row.
+      pairs: The pictures and their questions, by split.
+      length: The tokens of a row.
     """
 
     pairs: dict[str, list[tuple[Example, Question]]]

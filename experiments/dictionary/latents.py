@@ -25,14 +25,14 @@ def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> lis
     it adds to the squared length of the reconstructions.
 
     Args:
-        study: the study. `shown` of its config is the number of latents.
-        dictionary: the dictionary.
-        source: the vectors of training.
+      study: The study. `shown` of its config is the number of latents.
+      dictionary: The dictionary.
+      source: The vectors of training.
 
     Returns:
-        For each latent its index, share of energy, rate, mean when it is active, the share of its
-        active tokens by domain, the words that its direction raises, and, of image tokens, the
-        pictures on which it is strongest, with the place of the token.
+      For each latent its index, share of energy, rate, mean when it is active, the share of its
+      active tokens by domain, the words that its direction raises, and, of image tokens, the
+      pictures on which it is strongest, with the place of the token.
     """
 
     def make() -> list[dict[str, Any]]:

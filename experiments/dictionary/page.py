@@ -36,9 +36,9 @@ def write(workdir: str | os.PathLike, results: Mapping, by_name: Mapping[str, np
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
-        by_name: the curves of training.
+      workdir: The folder of the study.
+      results: The content of results.json.
+      by_name: The curves of training.
     """
     folder = pathlib.Path(workdir)
     own = results["fidelity"][results["tokens"]]

@@ -34,9 +34,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_dictionary.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
+      config: Its settings, see configs/embedded_dictionary.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
     """
     context.require_choice("config.tokens", config.tokens, KINDS)
     site = S.get(config.site)

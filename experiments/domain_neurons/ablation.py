@@ -33,11 +33,11 @@ class Cell:
     """One ablation.
 
     Attributes:
-        module: the module whose neurons are ablated, several joined by +, "all", or "none".
-        mask: the domain whose neurons are ablated.
-        data: the domain that is tested.
-        control: the kind of control that is ablated in their place; None for none.
-        draw: the number of its draw; None for none.
+      module: The module whose neurons are ablated, several joined by +, "all", or "none".
+      mask: The domain whose neurons are ablated.
+      data: The domain that is tested.
+      control: The kind of control that is ablated in their place; None for none.
+      draw: The number of its draw; None for none.
     """
 
     module: str
@@ -62,14 +62,14 @@ class Ablations(NamedTuple):
     """The results of all ablations, as plain JSON values.
 
     Attributes:
-        baseline: the accuracy of the model without ablation, by domain.
-        ablation: a row for each cell.
-        effects: a row for each domain's own neurons against a kind of control, by module.
-        deviation_layers: the layers of the language model after which states are compared.
-        deviation_by_layer: a row for each module, domain and kind of control, see
-            `effects.by_layer`.
-        power: a row for each family of tests of the cells, by domain.
-        questions: the id of the picture, the question and the right answer, by domain.
+      baseline: The accuracy of the model without ablation, by domain.
+      ablation: A row for each cell.
+      effects: A row for each domain's own neurons against a kind of control, by module.
+      deviation_layers: The layers of the language model after which states are compared.
+      deviation_by_layer: A row for each module, domain and kind of control, see
+        `effects.by_layer`.
+      power: A row for each family of tests of the cells, by domain.
+      questions: The id of the picture, the question and the right answer, by domain.
     """
 
     baseline: dict[str, dict[str, Any]]
@@ -132,12 +132,12 @@ def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
     """Return the modules that an entry of `config.modules` names.
 
     Args:
-        study: the study.
-        module: a module, several joined by +, or "all". With `compat="official"`, the released
-            code decides which modules it ablates under this name.
+      study: The study.
+      module: A module, several joined by +, or "all". With `compat="official"`, the released
+        code decides which modules it ablates under this name.
 
     Raises:
-        ValueError: the model lacks a module.
+      ValueError: The model lacks a module.
     """
     named = tuple(study.shapes) if module == "all" else tuple(module.split("+"))
     if unknown := [name for name in named if name not in study.shapes]:
@@ -169,13 +169,13 @@ def measure_all(
     """Measure all cells on one domain, batch by batch, so that clean states of one batch are kept.
 
     Args:
-        study: the study.
-        measure: the measure on the questions of the domain.
-        cells: the masks of each cell.
+      study: The study.
+      measure: The measure on the questions of the domain.
+      cells: The masks of each cell.
 
     Returns:
-        The arrays of the model without ablation, and those of each cell: `score` of every question,
-        and in a cell also the deviation sums.
+      The arrays of the model without ablation, and those of each cell: `score` of every question,
+      and in a cell also the deviation sums.
     """
     questions, domain = measure.questions, measure.domain
     by_vision = _by_vision_mask({CLEAN: {}, **cells})

@@ -24,11 +24,11 @@ class Claim(NamedTuple):
     """A claim of the paper with its verdict.
 
     Attributes:
-        claim: what the paper says.
-        criterion: what decides it here.
-        found: what was measured, with intervals.
-        verdict: "holds", "fails" or "undecided".
-        power: what such a study could have found.
+      claim: What the paper says.
+      criterion: What decides it here.
+      found: What was measured, with intervals.
+      verdict: "holds", "fails" or "undecided".
+      power: What such a study could have found.
     """
 
     claim: str

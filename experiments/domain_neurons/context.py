@@ -32,8 +32,8 @@ class NeutralQuestions(LazySequence[tuple[domains.Example, questions.Question]])
     """Pairs of an example and a question that says nothing of any domain, see `NEUTRAL`.
 
     Attributes:
-        examples: the examples.
-        count: the largest number of pairs.
+      examples: The examples.
+      count: The largest number of pairs.
     """
 
     examples: Sequence[domains.Example]
@@ -53,9 +53,9 @@ class Study(context.Context):
     """What every step of the study reads.
 
     Attributes:
-        train: the pictures by domain on which activations are counted.
-        test: the pictures by domain on which answers are scored.
-        lens: the pictures by domain that the logit lens reads.
+      train: The pictures by domain on which activations are counted.
+      test: The pictures by domain on which answers are scored.
+      lens: The pictures by domain that the logit lens reads.
     """
 
     train: dict[str, domains.Domain]
@@ -81,10 +81,10 @@ class Study(context.Context):
         """Return batches with one question per picture of a domain.
 
         Args:
-            split: the split of the pictures.
-            name: the name of the domain.
-            prompts: "released" for the questions of the domain, in which the styles of the config
-                take turns, or "neutral".
+          split: The split of the pictures.
+          name: The name of the domain.
+          prompts: "released" for the questions of the domain, in which the styles of the config
+            take turns, or "neutral".
         """
         pairs = self._pairs(split, name, prompts)
         if split != "train":
@@ -99,8 +99,8 @@ class Study(context.Context):
         """Return batches with the pictures on which evidence of single neurons is gathered.
 
         Args:
-            name: the name of the domain.
-            prompts: see `questions`; by default those with which the neurons are selected.
+          name: The name of the domain.
+          prompts: See `questions`; by default those with which the neurons are selected.
         """
         pairs = self._pairs("train", name, prompts or self.config.prompts)
         count = min(self.config.evidence_per_domain, len(pairs))

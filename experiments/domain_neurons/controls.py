@@ -20,8 +20,8 @@ class Activity(NamedTuple):
     """How active the neurons of a module are on the counted tokens of each domain.
 
     Attributes:
-        rate: float64[D_, L, F], the share of tokens on which a neuron is active.
-        mean: float64[D_, L, F], its mean activation.
+      rate: float64[D_, L, F], the share of tokens on which a neuron is active.
+      mean: float64[D_, L, F], its mean activation.
     """
 
     rate: np.ndarray
@@ -32,9 +32,9 @@ class Controls(NamedTuple):
     """The controls of the neurons of all modules.
 
     Attributes:
-        draws: the number of draws of each kind.
-        masks: bool[R, D_, L, F] by module and kind.
-        rows: how well the activation rates match, a row for each module, domain and kind.
+      draws: The number of draws of each kind.
+      masks: bool[R, D_, L, F] by module and kind.
+      rows: How well the activation rates match, a row for each module, domain and kind.
     """
 
     draws: dict[Kind, int]
@@ -59,10 +59,10 @@ def draw(
     """Draw the controls of every module.
 
     Args:
-        study: the study, of whose config `controls`, `random_controls` and `entropy_controls` are
-            the draws.
-        neurons: the neurons by module.
-        active: how active the neurons are; without it any neurons of the layers are drawn.
+      study: The study, of whose config `controls`, `random_controls` and `entropy_controls` are
+        the draws.
+      neurons: The neurons by module.
+      active: How active the neurons are; without it any neurons of the layers are drawn.
     """
     config = study.config
     draws: dict[Kind, int] = {

@@ -31,13 +31,13 @@ def count(study: Study, name: str, prompts: Prompts) -> dict[str, np.ndarray]:
     """Return the activation statistics of a domain.
 
     Args:
-        study: the study.
-        name: the name of the domain.
-        prompts: the prompts that its pictures are read with.
+      study: The study.
+      name: The name of the domain.
+      prompts: The prompts that its pictures are read with.
 
     Returns:
-        `MODULE/positive`, `MODULE/sum` and `MODULE/centred` [groups, L, F, kinds], `MODULE/tokens`
-        [groups, kinds], and `MODULE/kinds`.
+      `MODULE/positive`, `MODULE/sum` and `MODULE/centred` [groups, L, F, kinds], `MODULE/tokens`
+      [groups, kinds], and `MODULE/kinds`.
     """
     questions = study.questions("train", name, prompts)
     groups = study.groups(questions)
@@ -74,11 +74,11 @@ class Counts:
     """The activations of one module by group of examples: N groups in all, D_ domains.
 
     Attributes:
-        positive: int64[N, L, F], the number of tokens on which a neuron is active.
-        sum: float64[N, L, F], the sum of its activations.
-        centred: float64[D_, L, F], the sum of their squared deviations from the domain's mean.
-        tokens: int64[N], the number of tokens.
-        domain: int64[N], the index of the domain.
+      positive: int64[N, L, F], the number of tokens on which a neuron is active.
+      sum: float64[N, L, F], the sum of its activations.
+      centred: float64[D_, L, F], the sum of their squared deviations from the domain's mean.
+      tokens: int64[N], the number of tokens.
+      domain: int64[N], the index of the domain.
     """
 
     positive: np.ndarray
@@ -97,9 +97,9 @@ class Counts:
         of its tokens.
 
         Args:
-            counted: what `count` returns, by domain.
-            module: the name of the module.
-            scope: the tokens to count.
+          counted: What `count` returns, by domain.
+          module: The name of the module.
+          scope: The tokens to count.
         """
         parts: dict[str, list[np.ndarray]] = {field: [] for field in FIELDS}
         for arrays in counted.values():
@@ -125,12 +125,12 @@ def pool_centred(sums: np.ndarray, centred: np.ndarray, tokens: np.ndarray) -> n
     """Return the squared deviations from the common mean of several sets of tokens.
 
     Args:
-        sums: float64[groups, L, F, kinds], the sums of the activations of each set.
-        centred: float64[groups, L, F, kinds], the sums of squared deviations from its mean.
-        tokens: int64[groups, kinds], its number of tokens.
+      sums: float64[groups, L, F, kinds], the sums of the activations of each set.
+      centred: float64[groups, L, F, kinds], the sums of squared deviations from its mean.
+      tokens: int64[groups, kinds], its number of tokens.
 
     Returns:
-        float64[L, F].
+      float64[L, F].
     """
     count = tokens[:, None, None]
     means = sums / np.maximum(count, 1)

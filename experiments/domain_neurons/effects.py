@@ -35,11 +35,11 @@ def correct_cells(rows: Sequence[Row], questions: Mapping[str, int]) -> list[Row
     those with other domains' neurons do not weaken them.
 
     Args:
-        rows: the cells in which domain neurons are ablated.
-        questions: the number of questions by domain.
+      rows: The cells in which domain neurons are ablated.
+      questions: The number of questions by domain.
 
     Returns:
-        A row for each family and domain.
+      A row for each family and domain.
     """
     out = []
     for family in ("own", "other"):
@@ -69,12 +69,12 @@ def against_controls(
     """Compare the ablation of a domain's own neurons with that of each kind of control.
 
     Args:
-        own: the arrays of the domain's own neurons.
-        controls: the arrays of each draw, by kind of control.
-        kinds: the kinds of token of the deviation sums.
+      own: The arrays of the domain's own neurons.
+      controls: The arrays of each draw, by kind of control.
+      kinds: The kinds of token of the deviation sums.
 
     Returns:
-        A row for each kind of control, measure and kind of token; accuracy has no kind of token.
+      A row for each kind of control, measure and kind of token; accuracy has no kind of token.
     """
     out = []
     for control, draws in controls.items():
@@ -96,15 +96,15 @@ def by_layer(
     """Compare the deviations of hidden states layer by layer.
 
     Args:
-        own: the arrays of the domain's own neurons.
-        controls: the arrays of each draw, by kind of control.
-        kinds: the kinds of token of the deviation sums.
+      own: The arrays of the domain's own neurons.
+      controls: The arrays of each draw, by kind of control.
+      kinds: The kinds of token of the deviation sums.
 
     Returns:
-        A row for each measure and kind of token with `value`, `low` and `high` of own neurons, and
-        one for each kind of control with its `value` and own less control, `difference`, with
-        `difference_low` and `difference_high`; each a list with a number for each layer. The
-        interval of a difference is None where a single draw tells no spread.
+      A row for each measure and kind of token with `value`, `low` and `high` of own neurons, and
+      one for each kind of control with its `value` and own less control, `difference`, with
+      `difference_low` and `difference_high`; each a list with a number for each layer. The
+      interval of a difference is None where a single draw tells no spread.
     """
     out: list[Row] = []
     for measure, kind in _measures(own, kinds):
@@ -141,9 +141,9 @@ def correct_effects(rows: Sequence[Row], margin: float) -> None:
     questions can tell; they are None where a single draw tells no spread.
 
     Args:
-        rows: the effects.
-        margin: the largest effect that counts as none in a test of equivalence: a share of the
-            answers, or a deviation.
+      rows: The effects.
+      margin: The largest effect that counts as none in a test of equivalence: a share of the
+        answers, or a deviation.
     """
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:

@@ -31,8 +31,8 @@ class Units(NamedTuple):
     """The neurons of a module of which evidence is gathered, in order of layer and index.
 
     Attributes:
-        layer: int64[n].
-        unit: int64[n], their indices in the layer.
+      layer: int64[n].
+      unit: int64[n], their indices in the layer.
     """
 
     layer: np.ndarray
@@ -45,14 +45,14 @@ def gather(
     """Return the evidence on selected neurons, and write the pictures that it names.
 
     Args:
-        study: the study. `evidence_neurons` of its config is the largest number of neurons of a
-            domain and module, `evidence_per_domain` that of pictures of a domain.
-        neurons: the selected neurons by module.
-        counted: the counts that they are tested by; empty where a file gave the neurons.
+      study: The study. `evidence_neurons` of its config is the largest number of neurons of a
+        domain and module, `evidence_per_domain` that of pictures of a domain.
+      neurons: The selected neurons by module.
+      counted: The counts that they are tested by; empty where a file gave the neurons.
 
     Returns:
-        The entry of results.json: `edges` of the histograms, `pictures`, and `neurons`; empty where
-        there is none to show.
+      The entry of results.json: `edges` of the histograms, `pictures`, and `neurons`; empty where
+      there is none to show.
     """
     units = {
         module: choose(selected, study.config.evidence_neurons)

@@ -42,11 +42,11 @@ def read(study: Study) -> dict[str, dict[str, np.ndarray]]:
     """Run the logit lens on the pictures of every domain.
 
     Returns:
-        By domain, a row for each of N pictures: `sums` and `top` [N, L, kinds], the entropies and
-        the probabilities of the most likely word, summed over tokens; `tokens` [N, kinds], their
-        number; `SITE/sums` of the further sites of the config; and of FEATURES the mean over image
-        tokens. A row for each batch: `words` [layers, kinds, V], the probabilities of all words
-        after `Study.word_layers`, summed over tokens.
+      By domain, a row for each of N pictures: `sums` and `top` [N, L, kinds], the entropies and
+      the probabilities of the most likely word, summed over tokens; `tokens` [N, kinds], their
+      number; `SITE/sums` of the further sites of the config; and of FEATURES the mean over image
+      tokens. A row for each batch: `words` [layers, kinds, V], the probabilities of all words
+      after `Study.word_layers`, summed over tokens.
     """
     sites = study.config.lens_sites
     captures = {"lens": mj.lens(S.lm.resid_post, by=KINDS)}
@@ -89,8 +89,8 @@ def words(study: Study, lens: LensArrays) -> list[dict[str, Any]]:
     """Return the most probable words of mean distributions, a row by domain, kind and layer.
 
     Args:
-        study: the study.
-        lens: what `read` returns.
+      study: The study.
+      lens: What `read` returns.
     """
     rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
@@ -111,8 +111,8 @@ def curves(lens: LensArrays, values: str = "sums") -> dict[str, Any]:
     """Return a mean by domain, kind and layer, with its interval over pictures.
 
     Args:
-        lens: what `read` returns.
-        values: the sums over tokens: `sums`, `top` or `SITE/sums`.
+      lens: What `read` returns.
+      values: The sums over tokens: `sums`, `top` or `SITE/sums`.
     """
     return {name: _curves(arrays[values], arrays["tokens"]) for name, arrays in lens.items()}
 
@@ -121,10 +121,10 @@ def sparsity(lens: LensArrays) -> list[dict[str, Any]]:
     """Test what the paper says of the lens at the last layer, picture by picture.
 
     Returns:
-        Two rows for each domain. `entropy`: that of image tokens less that of the question's, which
-        the paper says is above zero. `most likely word`: its probability at image tokens, which the
-        paper says is below MOST_LIKELY. `verdict` is "holds", "fails" or "undecided", by tests that
-        are corrected for all domains (Holm).
+      Two rows for each domain. `entropy`: that of image tokens less that of the question's, which
+      the paper says is above zero. `most likely word`: its probability at image tokens, which the
+      paper says is below MOST_LIKELY. `verdict` is "holds", "fails" or "undecided", by tests that
+      are corrected for all domains (Holm).
     """
     rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
@@ -176,11 +176,11 @@ def staged(
     """Return the stages of the entropy curves and of the curve of neuron counts.
 
     Args:
-        lens: what `read` returns.
-        neurons: the selected neurons of the language model.
-        resampled: int[R, D_, L], the neurons of resampled groups of pictures; None where the
-            selection of `neurons` was not resampled.
-        groups: the number of these groups.
+      lens: What `read` returns.
+      neurons: The selected neurons of the language model.
+      resampled: int[R, D_, L], the neurons of resampled groups of pictures; None where the
+        selection of `neurons` was not resampled.
+      groups: The number of these groups.
     """
     pooled = {key: np.concatenate([a[key] for a in lens.values()]) for key in ("sums", "tokens")}
     counts = domain_neurons.per_layer(neurons).sum(axis=0)

@@ -31,10 +31,10 @@ class Measure(Protocol):
     the layers that `Study.deviation_layers` names, [layers, B, T, D].
 
     Attributes:
-        name: the name of the metric.
-        chance: the expected score of a guess; None where it is not defined.
-        domain: the name of the domain.
-        questions: batches of its test questions.
+      name: The name of the metric.
+      chance: The expected score of a guess; None where it is not defined.
+      domain: The name of the domain.
+      questions: Batches of its test questions.
     """
 
     name: str

@@ -34,12 +34,12 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
     `parts`.
 
     Args:
-        study: the study.
-        number: the index of the domain, for the names of the files.
-        name: the name of the domain.
+      study: The study.
+      number: The index of the domain, for the names of the files.
+      name: The name of the domain.
 
     Returns:
-        The entry of results.json; None where image tokens lie on no grid (InstructBLIP's queries).
+      The entry of results.json; None where image tokens lie on no grid (InstructBLIP's queries).
     """
     example = study.lens[name][0]
     layout = study.processor.layout(example.image.size[::-1])

@@ -89,9 +89,9 @@ def released(
     of words, not of pictures, are then selected as well.
 
     Returns:
-        `prompts`, `scope` and, by module, the entries of `selection.describe` with `jaccard` and
-        `chance`, the share of common neurons of each domain and that of random sets of these sizes;
-        {} where the study itself selects so.
+      `prompts`, `scope` and, by module, the entries of `selection.describe` with `jaccard` and
+      `chance`, the share of common neurons of each domain and that of random sets of these sizes;
+      {} where the study itself selects so.
     """
     rule = selection.rule(study.config)
     other = dataclasses.replace(rule, **RELEASED)
@@ -115,7 +115,7 @@ def stability(study: Study, counted: selection.Counted, module: str) -> dict[str
     module is tested on its own, also with "global" thresholds.
 
     Returns:
-        The entry of the module in results.json; {} where a domain has a single group.
+      The entry of the module in results.json; {} where a domain has a single group.
     """
     resampled = resample(study, counted, module)
     if resampled is None:
@@ -136,14 +136,14 @@ class Resampled(NamedTuple):
     """Selections of halves of the groups, and of resamples of all groups, of a module.
 
     Attributes:
-        domain: int64[N], the domain of each group.
-        sizes: int64[S], the number of groups of a domain in a half.
-        halves: float64[S, D_], the Jaccard index of two halves.
-        value: float64[D_], the Jaccard index of a resample with the selection of all groups.
-        low: float64[D_], the lower end of its interval.
-        high: float64[D_], the upper end of it.
-        stable: int64[], the number of neurons in 95 % of the resamples.
-        per_layer: int64[R, D_, L], the number of neurons in each resample.
+      domain: int64[N], the domain of each group.
+      sizes: int64[S], the number of groups of a domain in a half.
+      halves: float64[S, D_], the Jaccard index of two halves.
+      value: float64[D_], the Jaccard index of a resample with the selection of all groups.
+      low: float64[D_], the lower end of its interval.
+      high: float64[D_], the upper end of it.
+      stable: int64[], the number of neurons in 95 % of the resamples.
+      per_layer: int64[R, D_, L], the number of neurons in each resample.
     """
 
     domain: np.ndarray
@@ -189,10 +189,10 @@ class Shuffled(NamedTuple):
     """The test of a module's neurons against shuffled domains.
 
     Attributes:
-        mask: bool[D_, L, F], the selected neurons whose entropy is lower than chance gives.
-        p_values: float64[L, F], corrected for all neurons of the module.
-        lowest: float64[], the lowest entropy of all neurons, nats.
-        shuffled: float64[R], the lowest entropy in each shuffle.
+      mask: bool[D_, L, F], the selected neurons whose entropy is lower than chance gives.
+      p_values: float64[L, F], corrected for all neurons of the module.
+      lowest: float64[], the lowest entropy of all neurons, nats.
+      shuffled: float64[R], the lowest entropy in each shuffle.
     """
 
     mask: np.ndarray

@@ -52,12 +52,12 @@ class Rule:
     """The settings of the selection, except its rates; the config has the same fields.
 
     Attributes:
-        selector: one of SELECTORS.
-        prompts: the prompts that the pictures are read with.
-        scope: the tokens that are counted.
-        thresholds: the neurons that compete: of a module, of all modules or of a layer.
-        assign: whether a neuron may belong to multiple domains.
-        compat: "official" for the procedure of the released code.
+      selector: One of SELECTORS.
+      prompts: The prompts that the pictures are read with.
+      scope: The tokens that are counted.
+      thresholds: The neurons that compete: of a module, of all modules or of a layer.
+      assign: Whether a neuron may belong to multiple domains.
+      compat: "official" for the procedure of the released code.
     """
 
     selector: str
@@ -159,13 +159,13 @@ def picture_means(
     """Return the mean activations over the tokens of a scope, by picture of a domain.
 
     Args:
-        study: the study, of whose config `auroc_pictures` is the largest number of pictures.
-        name: the name of the domain.
-        rule: the prompts of the pictures, and the name of the scope.
-        where: the tokens of the scope by module; None for all where a module has none of them.
+      study: The study, of whose config `auroc_pictures` is the largest number of pictures.
+      name: The name of the domain.
+      rule: The prompts of the pictures, and the name of the scope.
+      where: The tokens of the scope by module; None for all where a module has none of them.
 
     Returns:
-        float32[pictures, L, F] by module.
+      float32[pictures, L, F] by module.
     """
     questions = study.questions("train", name, rule.prompts)
     count = min(study.config.auroc_pictures, len(questions.pairs))
@@ -206,7 +206,7 @@ def attributions(study: Study, name: str) -> dict[str, np.ndarray]:
     """Return the gradients of the likelihood of right answers, by group of a domain.
 
     Returns:
-        float32[groups, L, F] by module: d metric / d gate of gates that multiply the activations.
+      float32[groups, L, F] by module: d metric / d gate of gates that multiply the activations.
     """
     questions = study.questions("train", name)
 

@@ -20,13 +20,13 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
     """Measure the effects of the neurons of largest estimated effect in their own domains.
 
     Args:
-        study: the study. `evidence_exact` of its config is the number of neurons of each module and
-            domain that are switched off, one at a time.
-        neurons: the rows of the evidence; without estimates, `effects`, the first are taken.
+      study: The study. `evidence_exact` of its config is the number of neurons of each module and
+        domain that are switched off, one at a time.
+      neurons: The rows of the evidence; without estimates, `effects`, the first are taken.
 
     Returns:
-        For each neuron the change of the log likelihood of right answers, mean over the questions
-        of which the estimates are, by domain: those domains alone in which it was switched off.
+      For each neuron the change of the log likelihood of right answers, mean over the questions
+      of which the estimates are, by domain: those domains alone in which it was switched off.
     """
     chosen = list(_choose(study, neurons))
     if not chosen:

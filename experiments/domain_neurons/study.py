@@ -42,10 +42,10 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
-        captures: captures to read during the count.
+      config: Its settings, see configs/embedded.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
+      captures: Captures to read during the count.
     """
     selection.check(config)
     ablation.check(config)

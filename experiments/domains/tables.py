@@ -18,12 +18,12 @@ def run(names: Sequence[str] | None, root: str | None, licences: str | None) -> 
     """Build domains, print their tables, and write those of the licences.
 
     Args:
-        names: the domains to build; None for all.
-        root: the folder of the domains; None for the user's cache.
-        licences: the path of the Markdown file to write; None for none.
+      names: The domains to build; None for all.
+      root: The folder of the domains; None for the user's cache.
+      licences: The path of the Markdown file to write; None for none.
 
     Raises:
-        ValueError: no domain could be built.
+      ValueError: No domain could be built.
     """
     folder = pathlib.Path(root) if root else domains.default_root()
     indices = []

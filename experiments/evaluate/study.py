@@ -36,10 +36,10 @@ def run(
     """Run the evaluation.
 
     Args:
-        config: its settings, see configs/embedded_evaluate.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
-        captures: captures to read during the prompts.
+      config: Its settings, see configs/embedded_evaluate.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
+      captures: Captures to read during the prompts.
     """
     model, processor = mj.load(config.model)
     study = Context(
@@ -87,13 +87,13 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
     """Score the options of each question.
 
     Args:
-        study: the study.
-        name: the name of the domain.
-        pictures: its examples.
-        wording: the style of the questions.
+      study: The study.
+      name: The name of the domain.
+      pictures: Its examples.
+      wording: The style of the questions.
 
     Returns:
-        `right`, bool[N], whether the best option is the right one; `chance`, the share of a guess.
+      `right`, bool[N], whether the best option is the right one; `chance`, the share of a guess.
     """
     pairs = batching.ask(pictures, (wording,))
     length = batching.row_length(study.processor, pairs)

@@ -26,8 +26,8 @@ class Study(context.Context):
     """What every step of the study reads.
 
     Attributes:
-        layers: the layers of every lens, of which the last is the model's last.
-        questions: the batches of questions, by split: `train`, `jacobian` and `test`.
+      layers: The layers of every lens, of which the last is the model's last.
+      questions: The batches of questions, by split: `train`, `jacobian` and `test`.
     """
 
     layers: list[int]
@@ -51,8 +51,8 @@ def read_states(study: Study, split: str, number: int) -> Arrays:
     """Read the residual of a batch.
 
     Returns:
-        `states`, float32[n, L, D], of the n image and question tokens; `row`, int[n], their row;
-        `kind`, int[n], the index of their kind.
+      `states`, float32[n, L, D], of the n image and question tokens; `row`, int[n], their row;
+      `kind`, int[n], the index of their kind.
     """
     batch, rows = study.batch(split, number), len(study.questions[split].rows(number))
     kept = {"x": mj.keep(S.lm.resid_post[study.layers], where=SEEN)}

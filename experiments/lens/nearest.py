@@ -27,10 +27,10 @@ class Bank(NamedTuple):
     """The states of the words of texts, at all layers of the study, one after another.
 
     Attributes:
-        states: float32[m, D].
-        text: int[m], the index of each word's text.
-        word: int[m], its token id.
-        layer: int[m], the layer of its state.
+      states: float32[m, D].
+      text: int[m], the index of each word's text.
+      word: int[m], its token id.
+      layer: int[m], the layer of its state.
     """
 
     states: Float[np.ndarray, "m D"]
@@ -43,8 +43,8 @@ def texts(pairs: Sequence[Any], styles: Sequence[str]) -> list[tuple[str, str]]:
     """Return the different answers of examples, each with its domain.
 
     Args:
-        pairs: examples with a question each.
-        styles: the styles of the questions whose answers are texts.
+      pairs: Examples with a question each.
+      styles: The styles of the questions whose answers are texts.
     """
     every = [
         (example.domain, question.answer)
@@ -79,15 +79,15 @@ def measure(
     """Compare the domain of each image token's nearest word with that of its picture.
 
     Args:
-        study: the study.
-        named: the texts with their domains.
-        domains: the domain of each test picture.
+      study: The study.
+      named: The texts with their domains.
+      domains: The domain of each test picture.
 
     Returns:
-        A row for each domain and layer: `value`, the share of image tokens whose nearest word is of
-        a text of their picture's domain, with its interval over pictures, `low` and `high`;
-        `chance`, the share of the words that are of that domain; `cosine`, the mean; `from_layer`,
-        the mean layer of the nearest words; `words`, the most frequent ones with their shares.
+      A row for each domain and layer: `value`, the share of image tokens whose nearest word is of
+      a text of their picture's domain, with its interval over pictures, `low` and `high`;
+      `chance`, the share of the words that are of that domain; `cosine`, the mean; `from_layer`,
+      the mean layer of the nearest words; `words`, the most frequent ones with their shares.
     """
     bank = read_bank(study, named)
 
@@ -130,12 +130,12 @@ def _row(
     """Return what `measure` says of a domain and a layer.
 
     Args:
-        study: the study.
-        name: the domain.
-        place: the place of the layer among those of the study.
-        bank: the words.
-        of_word: str[m], the domain of the text of each word.
-        every: `row`, `domain`, `nearest` and `cosine` of all image tokens.
+      study: The study.
+      name: The domain.
+      place: The place of the layer among those of the study.
+      bank: The words.
+      of_word: str[m], the domain of the text of each word.
+      every: `row`, `domain`, `nearest` and `cosine` of all image tokens.
     """
     chosen = every["domain"] == name
     words = every["nearest"][chosen, place]

@@ -31,9 +31,9 @@ def by_layer(panels: Mapping[str, Rows], by: str, label: str) -> Figure:
     """Draw curves by layer with their intervals, a panel for each title.
 
     Args:
-        panels: {title: rows}.
-        by: the field that names the curve of a row.
-        label: the label of the vertical axis.
+      panels: {title: rows}.
+      by: The field that names the curve of a row.
+      label: The label of the vertical axis.
     """
     figure = Figure(figsize=(5.5 * len(panels), 3.2))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -58,9 +58,9 @@ def write(workdir: str | os.PathLike, results: Results, losses: Mapping[str, np.
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
-        losses: the loss of each step of the tuned lens, by layer.
+      workdir: The folder of the study.
+      results: The content of results.json.
+      losses: The loss of each step of the tuned lens, by layer.
     """
     folder = pathlib.Path(workdir)
     every = results["curves"]

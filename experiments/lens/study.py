@@ -35,9 +35,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_lens.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
+      config: Its settings, see configs/embedded_lens.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
     """
     model, processor = mj.load(config.model)
     base = context.Context(
@@ -109,7 +109,7 @@ def train(study: Study) -> Arrays:
     """Train the tuned lens on the states of the training pictures, in random order.
 
     Returns:
-        `weight` and `bias` of the lens; `losses`, float32[steps, L - 1].
+      `weight` and `bias` of the lens; `losses`, float32[steps, L - 1].
     """
     config = study.config
     parts = [study.states("train", i)["states"] for i in study.numbers("train", "states")]
@@ -155,8 +155,8 @@ def measure(study: Study, name: str, lens: AffineLens | None) -> Arrays:
     """Compare a lens with the model's own words on the test pictures.
 
     Returns:
-        Each of MEASURES, float64[N, L, kinds], summed over the tokens of each of N pictures;
-        `tokens`, int[N, kinds], their number.
+      Each of MEASURES, float64[N, L, kinds], summed over the tokens of each of N pictures;
+      `tokens`, int[N, kinds], their number.
     """
 
     def read(number: int) -> Arrays:
@@ -195,9 +195,9 @@ def curves(
     """Return the mean per token by lens, measure, kind, domain and layer, with its interval.
 
     Args:
-        measured: what `measure` returns, by lens.
-        domains: the domain of each test picture; the rows of "all" are of all pictures together.
-        layers: the layers of every lens.
+      measured: What `measure` returns, by lens.
+      domains: The domain of each test picture; the rows of "all" are of all pictures together.
+      layers: The layers of every lens.
     """
     of_domain = np.array(domains)
     chosen = {"all": np.ones(len(domains), bool)}
@@ -242,13 +242,13 @@ def words(study: Study, fitted: Mapping[str, AffineLens | None], name: str) -> d
     """Return the most probable word and the entropy of each lens at a picture's image tokens.
 
     Args:
-        study: the study.
-        fitted: the lenses.
-        name: a domain, whose first test picture is read.
+      study: The study.
+      fitted: The lenses.
+      name: A domain, whose first test picture is read.
 
     Returns:
-        `panels`, one for each lens and layer of `config.word_layers`: `words` and `entropy`
-        [rows][columns]; none where image tokens lie on no grid.
+      `panels`, one for each lens and layer of `config.word_layers`: `words` and `entropy`
+      [rows][columns]; none where image tokens lie on no grid.
     """
     pairs = study.questions["test"].pairs
     example, question = next(pair for pair in pairs if pair[0].domain == name)

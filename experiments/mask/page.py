@@ -29,9 +29,9 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
     """Write the figures, the tables and index.html.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
-        curve: the loss of each step.
+      workdir: The folder of the study.
+      results: The content of results.json.
+      curve: The loss of each step.
     """
     folder = pathlib.Path(workdir)
     counts, test = results["kept_by_layer"], results["test"]

@@ -31,9 +31,9 @@ class Read(NamedTuple):
     """One batch of prompts and the answers of the clean model.
 
     Attributes:
-        batch: the prompts.
-        real: bool[B], the rows that hold a question.
-        clean: float32[B, V], the log-probabilities of the clean model's next word.
+      batch: The prompts.
+      real: bool[B], the rows that hold a question.
+      clean: float32[B, V], the log-probabilities of the clean model's next word.
     """
 
     batch: Any
@@ -47,9 +47,9 @@ def run(
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_mask.py.
-        workdir: the folder of its steps and results.
-        edits: edits of every pass.
+      config: Its settings, see configs/embedded_mask.py.
+      workdir: The folder of its steps and results.
+      edits: Edits of every pass.
     """
     context.require_choice("config.gate", config.gate, training.GATES)
     site = S.get(config.site)
@@ -147,7 +147,7 @@ def divergence(model, read: Read, edits: Edits) -> tuple[jax.Array, jax.Array]:
     """Compare the next word with that of the clean model.
 
     Returns:
-        float32[B], KL(clean, edited) in nats; bool[B], whether the most likely word is the same.
+      float32[B], KL(clean, edited) in nats; bool[B], whether the most likely word is the same.
     """
     edited = _log_probs(model, read.batch, edits)
     return lenses.kl(read.clean, edited), read.clean.argmax(-1) == edited.argmax(-1)

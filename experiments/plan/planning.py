@@ -27,20 +27,20 @@ class Options:
     """What is planned; the flags of `experiments.plan` describe it.
 
     Attributes:
-        model: the name of the model, see `description.find`.
-        topologies: the slices to plan on.
-        studies: the studies to plan.
-        edits: the text of the edits of each pass.
-        captures: the text of the captures of each pass.
-        data: the number of data shards; None for the most that fit.
-        fsdp: the number of data shards that share the weights.
-        rows: the rows of a data shard.
-        lanes: the lanes of a sweep in a data shard.
-        words: the tokens of a row besides its picture.
-        steps: the number of tokens to generate.
-        dtype: the dtype of the weights.
-        compile: whether programs are compiled, if there is a compiler.
-        find: what to search for; None for nothing.
+      model: The name of the model, see `description.find`.
+      topologies: The slices to plan on.
+      studies: The studies to plan.
+      edits: The text of the edits of each pass.
+      captures: The text of the captures of each pass.
+      data: The number of data shards; None for the most that fit.
+      fsdp: The number of data shards that share the weights.
+      rows: The rows of a data shard.
+      lanes: The lanes of a sweep in a data shard.
+      words: The tokens of a row besides its picture.
+      steps: The number of tokens to generate.
+      dtype: The dtype of the weights.
+      compile: Whether programs are compiled, if there is a compiler.
+      find: What to search for; None for nothing.
     """
 
     model: str
@@ -79,11 +79,11 @@ def run(options: Options, out: str | None = None) -> list[plans.Plan]:
     """Print the plan of each study on each topology, and write them.
 
     Args:
-        options: what is planned.
-        out: the folder to write `plan.json`, `plan.md` and `plan.png` to; None for none.
+      options: What is planned.
+      out: The folder to write `plan.json`, `plan.md` and `plan.png` to; None for none.
 
     Returns:
-        The plans.
+      The plans.
     """
     config, arguments = description.find(options.model), options.arguments()
     computed = []

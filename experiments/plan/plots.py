@@ -19,8 +19,8 @@ def plans(name: str, plans: Sequence[Plan]) -> Figure:
     """Draw the memory of a chip by its content, and lower bounds of time, a row for each plan.
 
     Args:
-        name: the name of the model.
-        plans: the plans.
+      name: The name of the model.
+      plans: The plans.
     """
     figure = Figure(figsize=(11, 1.4 + 0.42 * len(plans)))
     memory, time = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -73,7 +73,7 @@ def scaling(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> 
     """Draw quantities by the number of chips, a panel for each.
 
     Args:
-        curves: {title: {name of a curve: (chips, value) points}}.
+      curves: {title: {name of a curve: (chips, value) points}}.
     """
     figure = Figure(figsize=(3.6 * len(curves), 3.2))
     for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0],

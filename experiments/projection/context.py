@@ -30,11 +30,11 @@ class Run:
     """One model of the study.
 
     Attributes:
-        task: the name of the task.
-        variant: Original, FT-Proj, FT-E2E, or the name of a recipe of the factors.
-        seed: the seed of its training and of the order of the classes in its prompts.
-        setting: the settings of its fine-tuning; None for the model as it is.
-        neurons: bool[L, F], the neurons of the language model that train; None for no choice.
+      task: The name of the task.
+      variant: Original, FT-Proj, FT-E2E, or the name of a recipe of the factors.
+      seed: The seed of its training and of the order of the classes in its prompts.
+      setting: The settings of its fine-tuning; None for the model as it is.
+      neurons: bool[L, F], the neurons of the language model that train; None for no choice.
     """
 
     task: str
@@ -59,7 +59,7 @@ class Study(context.Context):
     """What every step of the study reads.
 
     Attributes:
-        tasks: the classification tasks, by name.
+      tasks: The classification tasks, by name.
     """
 
     tasks: dict[str, tasks_.Task]
@@ -88,10 +88,10 @@ class Study(context.Context):
         """Return float32[N, P, E], the features of the vision tower, which are computed once.
 
         Args:
-            task: the name of the task.
-            split: the split of its pictures.
-            aspect: how pictures are made square, where the model reads squares alone; by default
-                `config.aspect`.
+          task: The name of the task.
+          split: The split of its pictures.
+          aspect: How pictures are made square, where the model reads squares alone; by default
+            `config.aspect`.
         """
         aspect = aspect or self.config.aspect
         processor = copy.copy(self.processor)
@@ -106,7 +106,7 @@ class Study(context.Context):
         """Return each picture's mean features before and after the projector of a model.
 
         Returns:
-            `vision`, float32[N, E], and `projector`, float32[N, D].
+          `vision`, float32[N, E], and `projector`, float32[N, D].
         """
         return pooled.projected_features(
             model, self.processor, self.examples(task, split), self.features(task, split)

@@ -32,7 +32,7 @@ def count(study: Study, model: Any) -> dict[str, np.ndarray]:
     """Count activations over the image tokens of each task's pictures.
 
     Returns:
-        `positive/MODULE/TASK`, int64[L, F], and `tokens/MODULE/TASK`.
+      `positive/MODULE/TASK`, int64[L, F], and `tokens/MODULE/TASK`.
     """
     captures = {m: mj.stats(site, where=tok.image) for m, site in sites(study).items()}
     counts = {}
@@ -49,9 +49,9 @@ def domain_masks(study: Study, counts: Arrays, task: str) -> Masks:
     """Return bool[L, F] by module: the neurons of a task's domain among those of all tasks.
 
     Args:
-        study: the study.
-        counts: the arrays of a run, with those of `count`.
-        task: the name of the task.
+      study: The study.
+      counts: The arrays of a run, with those of `count`.
+      task: The name of the task.
     """
     rates, names, modules = study.config.neurons, list(study.tasks), sites(study)
     selected = domain_neurons.select_modules(
@@ -72,8 +72,8 @@ def weight_change(before: Any, after: Any) -> dict[str, np.ndarray]:
     """Return `weights/lm`, float32[L, F]: how far fine-tuning turned each neuron's weights (NeFT).
 
     Args:
-        before: the model as it was.
-        after: the model that was fine-tuned.
+      before: The model as it was.
+      after: The model that was fine-tuned.
     """
     name = parts.MLP.format("up")
 

@@ -37,12 +37,12 @@ def read(
     """Return int32[R, N] by variant: the class that a probe predicts for each picture.
 
     Args:
-        study: the study.
-        outputs: the outputs of all runs.
-        task: the name of the task.
-        name: the probe: "paper", "linear", "matched" or "unseen".
-        variants: the runs whose projector is read; by default those of the main tables, and
-            "before", the features before the projection.
+      study: The study.
+      outputs: The outputs of all runs.
+      task: The name of the task.
+      name: The probe: "paper", "linear", "matched" or "unseen".
+      variants: The runs whose projector is read; by default those of the main tables, and
+        "before", the features before the projection.
     """
     named, seeds = variants or tuple(study.variants()), study.config.seeds
     if variants:
@@ -95,14 +95,14 @@ def _predict_unseen(
     """Classify test pictures by a probe of other test pictures, which fine-tuning did not see.
 
     Args:
-        kind: the probe.
-        held: the pictures that decide when to stop.
-        test: the test pictures, of features [N, D] or [sites, N, D].
-        classes: number of classes.
-        seed: seed of the probe.
+      kind: The probe.
+      held: The pictures that decide when to stop.
+      test: The test pictures, of features [N, D] or [sites, N, D].
+      classes: Number of classes.
+      seed: Seed of the probe.
 
     Returns:
-        int32[1, N] or int32[sites, 1, N].
+      int32[1, N] or int32[sites, 1, N].
     """
     fold = folds(test.labels)
     predicted = np.zeros((*test.features.shape[:-2], 1, len(fold)), np.int32)
@@ -123,9 +123,9 @@ def _probes(
     """Return the probes before and after the projection, by name.
 
     Args:
-        config: the settings of the study.
-        before: the width of the features before the projection.
-        after: their width after it.
+      config: The settings of the study.
+      before: The width of the features before the projection.
+      after: Their width after it.
     """
     stopping = {"epochs": config.probe.epochs, "patience": config.probe.patience}
     paper = {**stopping, "rate": config.probe.rate, "batch": config.probe.batch}

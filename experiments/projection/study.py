@@ -25,8 +25,8 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_projection.py.
-        workdir: the folder of its steps and results.
+      config: Its settings, see configs/embedded_projection.py.
+      workdir: The folder of its steps and results.
     """
     _check(config)
     model, processor = mj.load(config.model, projector=config.projector or None)

@@ -23,7 +23,7 @@ def suppress(study: Study) -> Iterator[dict[str, Any]]:
     """Suppress one of two classes: by AurA's gains, by ablating the best experts, and by controls.
 
     Yields:
-        Rows like those of the ablation, with the recall of each class in `recall`.
+      Rows like those of the ablation, with the recall of each class in `recall`.
     """
     setting = study.config.suppress
     if not setting.task:
@@ -63,10 +63,10 @@ def _edits(
     """Return the edits to compare, each with the number of its neurons.
 
     Args:
-        responses: float32[N, L, F], the mean activations of each picture.
-        truth: int[N], the classes of the pictures; class 0 is suppressed.
-        suppressed: the name of class 0.
-        count: how many experts are ablated.
+      responses: float32[N, L, F], the mean activations of each picture.
+      truth: int[N], the classes of the pictures; class 0 is suppressed.
+      suppressed: The name of class 0.
+      count: How many experts are ablated.
     """
     expertise = selectors.auroc(responses, truth)
     gains = selectors.aura_gain(expertise[0])

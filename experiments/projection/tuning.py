@@ -108,10 +108,10 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     """Return all outputs of a run, by name.
 
     Returns:
-        `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features;
-        `positive/MODULE/TASK` and `tokens/MODULE/TASK` (see `neurons.count`), `weights/lm` (see
-        `neurons.weight_change`); and of the first seed `image/SPLIT` and `last/SPLIT` (see
-        `layers`) and `off/NAME`, answers with neurons ablated.
+      `losses`; `predicted`, int32[N], the answers; `after/SPLIT`, the projected features;
+      `positive/MODULE/TASK` and `tokens/MODULE/TASK` (see `neurons.count`), `weights/lm` (see
+      `neurons.weight_change`); and of the first seed `image/SPLIT` and `last/SPLIT` (see
+      `layers`) and `off/NAME`, answers with neurons ablated.
     """
     tuned, task = Tuned(study, run), study.tasks[run.task]
 

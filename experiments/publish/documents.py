@@ -25,12 +25,12 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
     """Publish a finished study.
 
     Args:
-        workdir: the folder of the study.
-        root: the folder of the repository.
+      workdir: The folder of the study.
+      root: The folder of the repository.
 
     Raises:
-        FileNotFoundError: the study is not finished.
-        ValueError: the study is none of those that are published.
+      FileNotFoundError: The study is not finished.
+      ValueError: The study is none of those that are published.
     """
     path = workdir / "results.json"
     if not path.exists():
@@ -59,8 +59,8 @@ def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
     """Return a document whose marked tables are those of the results; others stay as they are.
 
     Args:
-        text: the document.
-        results: what is published, by study.
+      text: The document.
+      results: What is published, by study.
     """
 
     def write(mark: re.Match) -> str:

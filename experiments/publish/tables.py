@@ -35,10 +35,10 @@ def controls(results: Results, measure: str, tokens: str | None, digits: int) ->
     """Return what a measure shows with own neurons switched off, beside the controls.
 
     Args:
-        results: the results of the study of domain neurons.
-        measure: accuracy, or a deviation.
-        tokens: the kind of token of a deviation.
-        digits: the number of decimals; accuracy is a percentage.
+      results: The results of the study of domain neurons.
+      measure: Accuracy, or a deviation.
+      tokens: The kind of token of a deviation.
+      digits: The number of decimals; accuracy is a percentage.
     """
     scale = 100 if measure == "accuracy" else 1
 

@@ -30,8 +30,8 @@ def run(main: Callable[[], None], check: Callable[[], None]) -> NoReturn:
     An error ends the program with one line and status 1.
 
     Args:
-        main: the program; it imports the library itself.
-        check: raises a ValueError or an OSError about the flags; it imports nothing heavy.
+      main: The program; it imports the library itself.
+      check: Raises a ValueError or an OSError about the flags; it imports nothing heavy.
     """
 
     def check_all(arguments: list[str]) -> None:
@@ -47,8 +47,8 @@ def run_with_arguments(
     """Run a program that takes arguments beside flags; see `run`.
 
     Args:
-        main: the program, called with the arguments.
-        check: raises a ValueError or an OSError about the arguments and flags.
+      main: The program, called with the arguments.
+      check: Raises a ValueError or an OSError about the arguments and flags.
     """
 
     def start(argv: Sequence[str]) -> None:
@@ -110,9 +110,9 @@ def require_checkpoint(field: str, name: str, *, released: bool = False) -> None
     """Raise a FileNotFoundError if a name is neither a checkpoint folder nor a hub id.
 
     Args:
-        field: the flag or the field of a config that gives the name.
-        name: the name.
-        released: whether it may be the name of a released model as well.
+      field: The flag or the field of a config that gives the name.
+      name: The name.
+      released: Whether it may be the name of a released model as well.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
@@ -151,11 +151,11 @@ def check_items(edits: str | None, captures: str | None) -> None:
     """Check the text of --edits and --captures as far as possible without the model.
 
     Args:
-        edits: the text of the edits, None for none.
-        captures: the text of the captures, None for none.
+      edits: The text of the edits, None for none.
+      captures: The text of the captures, None for none.
 
     Raises:
-        ValueError: a part is not understood, or names a file that does not exist.
+      ValueError: A part is not understood, or names a file that does not exist.
     """
     for name, text, check in (
         ("edits", edits, grammar.parse), ("captures", captures, grammar.parse_captures)

@@ -74,11 +74,11 @@ def main(
     Errors of input or machine end the program with one line and status 1.
 
     Args:
-      module: the module of the study, which is imported after its flags are checked.
+      module: The module of the study, which is imported after its flags are checked.
       takes: "edits" and "captures", if the study supports them: `run` gets them by name, or None.
         Other such flags are refused.
-      eigen: whether Eigen computes matrix products on CPUs, see `products`.
-      rows: the fields of the config that hold a batch size, with the number of rows of each
+      eigen: Whether Eigen computes matrix products on CPUs, see `products`.
+      rows: The fields of the config that hold a batch size, with the number of rows of each
         element. The data shards of the mesh must divide the batches.
     """
     interrupts.watch()
@@ -175,7 +175,7 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
     """Check flags, config and paths as far as possible without the library.
 
     Raises:
-      ValueError, OSError: the first error.
+      ValueError, OSError: The first error.
     """
     cli.refuse_arguments(argv)
     for name in ("config", "workdir"):

@@ -11,7 +11,7 @@ def keep(folder: str | None) -> None:
     """Keep every compiled program in a folder; `JAX_COMPILATION_CACHE_DIR` goes before it.
 
     Args:
-      folder: the folder; None is `default_folder()`, and "" keeps nothing.
+      folder: The folder; None is `default_folder()`, and "" keeps nothing.
     """
     import jax
 

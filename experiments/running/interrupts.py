@@ -32,7 +32,7 @@ def save_first(interrupt: Callable[[], None]) -> None:
     """Let the study save its state before these signals end the process.
 
     Args:
-      interrupt: requests the end of the study on Ctrl-C; the study handles SIGTERM itself. A second
+      interrupt: Requests the end of the study on Ctrl-C; the study handles SIGTERM itself. A second
         Ctrl-C, or GRACE seconds, end the process at once. Files are never written in part.
     """
     _graceful.update({signal.SIGINT: interrupt, signal.SIGTERM: lambda: None})

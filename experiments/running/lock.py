@@ -16,8 +16,8 @@ def acquire(workdir: str | os.PathLike) -> None:
     """Lock a workdir until this process ends, for whatever reason.
 
     Raises:
-      ValueError: another run has the lock.
-      OSError: the folder cannot be created or written.
+      ValueError: Another run has the lock.
+      OSError: The folder cannot be created or written.
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)

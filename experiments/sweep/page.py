@@ -25,10 +25,10 @@ def grid(effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.n
     """Draw effects by layer (upwards) and column; a dot marks intervals that exclude zero.
 
     Args:
-        effect: float[L, columns], nats of log-odds.
-        columns: the names of the columns.
-        low: float[L, columns], the lower ends of the intervals.
-        high: float[L, columns], the upper ends.
+      effect: float[L, columns], nats of log-odds.
+      columns: The names of the columns.
+      low: float[L, columns], the lower ends of the intervals.
+      high: float[L, columns], the upper ends.
     """
     layers, count = effect.shape
     figure = Figure(figsize=(max(4.2, 1.8 + 0.42 * count), max(3.2, 1.2 + 0.16 * layers)))
@@ -70,8 +70,8 @@ def write(workdir: str | os.PathLike, results: Mapping) -> None:
     """Write `grid.csv`, `figures/grid.png`, `.svg` and `index.html`.
 
     Args:
-        workdir: the folder of the study.
-        results: the content of results.json.
+      workdir: The folder of the study.
+      results: The content of results.json.
     """
     folder, names = pathlib.Path(workdir), results["columns"]
     effect, low, high = (np.array(results[key]) for key in ("effect", "low", "high"))

@@ -30,8 +30,8 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_sweep.py.
-        workdir: the folder of its steps and results.
+      config: Its settings, see configs/embedded_sweep.py.
+      workdir: The folder of its steps and results.
     """
     context.require_choice("config.grid", config.grid, GRIDS)
     model, processor = mj.load(config.model)
@@ -58,14 +58,14 @@ def partners(processor, name: str, pictures: list, style: str, count: int) -> li
     """Return pairs of pictures with the same prompt, whose answers begin with different tokens.
 
     Args:
-        processor: the processor of the model.
-        name: the name of the domain.
-        pictures: the examples of the domain.
-        style: the style of the question.
-        count: the largest number of pairs.
+      processor: The processor of the model.
+      name: The name of the domain.
+      pictures: The examples of the domain.
+      style: The style of the question.
+      count: The largest number of pairs.
 
     Raises:
-        ValueError: there is no pair.
+      ValueError: There is no pair.
     """
 
     def fits(side: Side, other: Side) -> bool:
@@ -92,9 +92,9 @@ def grid(
     """Return the edits of each column, by layer; the partners are the second half of a batch.
 
     Args:
-        config: the settings of the study.
-        model: the model.
-        picture_rows: bool[rows, B, T], see the function `picture_rows`.
+      config: The settings of the study.
+      model: The model.
+      picture_rows: bool[rows, B, T], see the function `picture_rows`.
     """
     layers = range(model.config.lm.layers)
     if config.grid == "heads":
@@ -123,9 +123,9 @@ def picture_rows(tokens: tok.TokenMap, layouts: Sequence[Layout], count: int) ->
     band holds the tokens of the parts and of the whole that show it.
 
     Args:
-        tokens: the token map of a batch of one picture a row.
-        layouts: how the picture of each row is read.
-        count: the number of rows, at most that of each picture.
+      tokens: The token map of a batch of one picture a row.
+      layouts: How the picture of each row is read.
+      count: The number of rows, at most that of each picture.
     """
     masks = np.zeros((count, *np.shape(tokens.kind)), bool)
     for b, layout in enumerate(layouts):
@@ -162,13 +162,13 @@ def _effects(study: Context, pairs: list[Pair], rows: int, length: int) -> dict[
     """Measure the effects of all edits on some pairs.
 
     Args:
-        study: the study.
-        pairs: the pairs.
-        rows: the number of rows that pictures are divided into.
-        length: the tokens of a row of the batch.
+      study: The study.
+      pairs: The pairs.
+      rows: The number of rows that pictures are divided into.
+      length: The tokens of a row of the batch.
 
     Returns:
-        `effect`, float32[columns, L, pairs]: the change of the log-odds by each edit; `columns`.
+      `effect`, float32[columns, L, pairs]: the change of the log-odds by each edit; `columns`.
     """
     model, processor = study.model, study.processor
     count, size = len(pairs), study.config.batch_size

@@ -13,9 +13,9 @@ def loss_curve(curve: np.ndarray, right: float, wrong: float) -> Figure:
     """Draw the loss by step and its running mean, with the held-out losses.
 
     Args:
-        curve: float[steps], the loss in nats per answer token.
-        right: the held-out loss with the right pictures.
-        wrong: the held-out loss with wrong pictures.
+      curve: float[steps], the loss in nats per answer token.
+      right: The held-out loss with the right pictures.
+      wrong: The held-out loss with wrong pictures.
     """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     ax = figure.subplots()

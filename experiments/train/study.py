@@ -23,8 +23,8 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     """Run the study.
 
     Args:
-        config: its settings, see configs/embedded_projector.py.
-        workdir: the folder of its checkpoints and results.
+      config: Its settings, see configs/embedded_projector.py.
+      workdir: The folder of its checkpoints and results.
     """
     model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
     study = Context(config=config, workdir=workdir, model=model, processor=processor)

@@ -32,8 +32,8 @@ class Attribution(NamedTuple):
     """The attribution of a metric to gates.
 
     Attributes:
-        values: attribution of each gate, in the units of the metric.
-        metric: float[], the metric with the given gates.
+      values: Attribution of each gate, in the units of the metric.
+      metric: float[], the metric with the given gates.
     """
 
     values: Any
@@ -56,8 +56,8 @@ def first_order(metric: Callable[[Any], jax.Array], gates: Any) -> Attribution:
     Mozer and Smolensky 1988, "Skeletonization"; as attribution patching, Nanda 2023.
 
     Args:
-        metric: gates -> a scalar.
-        gates: a pytree of arrays.
+      metric: gates -> a scalar.
+      gates: A pytree of arrays.
     """
     value, slope = jax.value_and_grad(metric)(gates)
     return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), value))
@@ -70,9 +70,9 @@ def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) ->
     metric(gates) - metric(0) up to the error of that rule.
 
     Args:
-        metric: gates -> a scalar.
-        gates: a pytree of arrays.
-        steps: number of gradients that are averaged; they are computed in sequence.
+      metric: gates -> a scalar.
+      gates: A pytree of arrays.
+      steps: Number of gradients that are averaged; they are computed in sequence.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: integrated gradients need one or more")
@@ -89,9 +89,9 @@ def mean_along_line(function: Callable[[jax.Array], Any], zeros: Any, steps: int
     """Return the mean of a function of the shares from 0 to 1, by the midpoint rule.
 
     Args:
-        function: share -> a pytree of arrays.
-        zeros: zeros of the shapes and dtypes that it returns.
-        steps: number of shares; their values are computed in sequence.
+      function: share -> a pytree of arrays.
+      zeros: Zeros of the shapes and dtypes that it returns.
+      steps: Number of shares; their values are computed in sequence.
     """
 
     def add(total: Any, share: jax.Array) -> tuple[Any, None]:

@@ -13,13 +13,13 @@ def finite(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
     """Return an array of finite numbers as float64.
 
     Args:
-        values: an array.
-        name: name of the argument, for the error message.
-        axes: its axes, such as "[N, F]"; None allows any.
+      values: An array.
+      name: Name of the argument, for the error message.
+      axes: Its axes, such as "[N, F]"; None allows any.
 
     Raises:
-        ValueError: it is no array of numbers, has other axes, or holds a value that is not finite,
-            the first of which is named.
+      ValueError: It is no array of numbers, has other axes, or holds a value that is not finite,
+        the first of which is named.
     """
     values = numbers(values, name, axes=axes).astype(np.float64)
     _refuse(values, ~np.isfinite(values), name, "every value must be finite")

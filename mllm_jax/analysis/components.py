@@ -13,10 +13,10 @@ class Components(NamedTuple):
     """The directions in which features vary most.
 
     Attributes:
-        scores: float64[N, k], coordinates of each example.
-        axes: float64[k, F], unit vectors whose entry of largest absolute value is positive.
-        share: float64[k], share of the total variance; 0 where nothing varies.
-        centre: float64[F], the mean.
+      scores: float64[N, k], coordinates of each example.
+      axes: float64[k, F], unit vectors whose entry of largest absolute value is positive.
+      share: float64[k], share of the total variance; 0 where nothing varies.
+      centre: float64[F], the mean.
     """
 
     scores: np.ndarray
@@ -29,8 +29,8 @@ def principal(features: np.ndarray, k: int = 2) -> Components:
     """Compute the first k principal components.
 
     Args:
-        features: float[N, F], such as the mean over the tokens of each picture.
-        k: number of components, at most N and F.
+      features: float[N, F], such as the mean over the tokens of each picture.
+      k: Number of components, at most N and F.
     """
     features = checks.finite(features, "features", axes="[N, F]")
     if not 1 <= k <= min(features.shape):
@@ -49,8 +49,8 @@ def between(features: np.ndarray, domain: np.ndarray) -> float:
     """Compute the share of the variance between the means of domains, 0 to 1; 0 if nothing varies.
 
     Args:
-        features: float[N, F], of each example.
-        domain: int[N], the domain of each example.
+      features: float[N, F], of each example.
+      domain: int[N], the domain of each example.
     """
     features = checks.finite(features, "features", axes="[N, F]")
     domain = checks.numbers(domain, "domain")

@@ -28,12 +28,12 @@ class Control:
     """Draws of neurons beside those that they stand for; R draws, D_ domains, L layers, F neurons.
 
     Attributes:
-        mask: bool[R, D_, L, F], the neurons of each draw.
-        rate: float64[D_, L], the mean activation rate of the neurons to match; NaN for none.
-        drawn_rate: float64[R, D_, L], that of each draw; NaN where a draw has no neuron.
-        missing: int64[D_, L], the neurons that a draw lacks because the layer has too few others;
-            where draws differ, that of the smallest.
-        tolerance: the difference of mean rates that counts as matched.
+      mask: bool[R, D_, L, F], the neurons of each draw.
+      rate: float64[D_, L], the mean activation rate of the neurons to match; NaN for none.
+      drawn_rate: float64[R, D_, L], that of each draw; NaN where a draw has no neuron.
+      missing: int64[D_, L], the neurons that a draw lacks because the layer has too few others;
+        where draws differ, that of the smallest.
+      tolerance: The difference of mean rates that counts as matched.
     """
 
     mask: Bool[np.ndarray, "draws domains layers neurons"]
@@ -74,19 +74,19 @@ def rate_matched(
     of the draw closer.
 
     Args:
-        mask: bool[D_, L, F], the neurons to match.
-        rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
-        mean: float[D_, L, F], the mean activation of a neuron on them; None matches rates alone.
-        draws: number of draws.
-        key: an int seed or a JAX PRNG key. The same key gives the same draws.
-        exclude: bool[L, F], neurons that no draw may hold; by default those of any domain's mask.
-        tolerance: the difference of mean rates that counts as matched, between 0 and 1.
+      mask: bool[D_, L, F], the neurons to match.
+      rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
+      mean: float[D_, L, F], the mean activation of a neuron on them; None matches rates alone.
+      draws: Number of draws.
+      key: An int seed or a JAX PRNG key. The same key gives the same draws.
+      exclude: bool[L, F], neurons that no draw may hold; by default those of any domain's mask.
+      tolerance: The difference of mean rates that counts as matched, between 0 and 1.
 
     Returns:
-        The draws, with their rates.
+      The draws, with their rates.
 
     Raises:
-        ValueError: shapes differ, a rate lies outside [0, 1], or there is no draw.
+      ValueError: Shapes differ, a rate lies outside [0, 1], or there is no draw.
     """
     mask = checks.mask(mask, "mask")
     rate = checks.at_least(checks.finite(rate, "rate", axes="[D_, L, F]"), 0, "rate")
@@ -130,15 +130,15 @@ def high_entropy(
     """Draw neurons of the same layers that are as active in one domain as in another.
 
     Args:
-        mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
-        entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
-        draws: number of draws.
-        key: an int seed or a JAX PRNG key. The same key gives the same draws.
-        share: the share of the layer's other neurons, those of highest entropy, to draw from; more
-            where the mask has more neurons.
+      mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
+      entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
+      draws: Number of draws.
+      key: An int seed or a JAX PRNG key. The same key gives the same draws.
+      share: The share of the layer's other neurons, those of highest entropy, to draw from; more
+        where the mask has more neurons.
 
     Returns:
-        The draws; a layer that lacks other neurons gives all that it has.
+      The draws; a layer that lacks other neurons gives all that it has.
     """
     mask = checks.mask(mask, "mask")
     entropy = checks.finite(entropy, "entropy", axes="[L, F]")
@@ -164,10 +164,10 @@ def compare(
     """Compare the activation rates of draws, of whatever kind, with those of the neurons.
 
     Args:
-        mask: bool[D_, L, F], the neurons.
-        rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
-        drawn: bool[R, D_, L, F], the draws.
-        tolerance: the difference of mean rates that counts as matched.
+      mask: bool[D_, L, F], the neurons.
+      rate: float[D_, L, F], the share of a domain's tokens on which a neuron is active.
+      drawn: bool[R, D_, L, F], the draws.
+      tolerance: The difference of mean rates that counts as matched.
     """
     missing = mask.sum(axis=-1) - drawn.sum(axis=-1).min(axis=0)
     rates = mean_rate(mask, rate), mean_rate(drawn, rate)
@@ -178,8 +178,8 @@ def mean_rate(mask: np.ndarray, rate: np.ndarray) -> Float[np.ndarray, "*lead la
     """Return the mean activation rate of the neurons of each layer; NaN where it has none.
 
     Args:
-        mask: bool[..., D_, L, F].
-        rate: float[D_, L, F].
+      mask: bool[..., D_, L, F].
+      rate: float[D_, L, F].
     """
     count = mask.sum(axis=-1)
     total = np.where(mask, rate, 0).sum(axis=-1, dtype=np.float64)
@@ -224,15 +224,15 @@ def _match_means(
     exchange comes closer.
 
     Args:
-        taken: int[n], the neurons to begin with.
-        rates: float[F], the activation rate of each neuron.
-        means: float[F], its mean activation.
-        total_rate: the sum of rates to keep.
-        total: the sum of means to come to.
-        tolerance: of rates.
+      taken: int[n], the neurons to begin with.
+      rates: float[F], the activation rate of each neuron.
+      means: float[F], its mean activation.
+      total_rate: The sum of rates to keep.
+      total: The sum of means to come to.
+      tolerance: Of rates.
 
     Returns:
-        int[n], the neurons.
+      int[n], the neurons.
     """
     taken, left = taken.copy(), np.setdiff1d(np.arange(len(rates)), taken)
     slack = max(tolerance * len(taken), abs(float(rates[taken].sum()) - total_rate))

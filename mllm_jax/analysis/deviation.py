@@ -22,9 +22,9 @@ class Sums(NamedTuple):
     """Sums over the tokens of each row; the dots stand for leading axes such as L.
 
     Attributes:
-        relative_l2: float[..., kinds, B], sum of |edited - clean| / |clean|.
-        cosine: float[..., kinds, B], sum of 1 - cos(clean, edited).
-        tokens: float[kinds, B], sum of the weights.
+      relative_l2: float[..., kinds, B], sum of |edited - clean| / |clean|.
+      cosine: float[..., kinds, B], sum of 1 - cos(clean, edited).
+      tokens: float[kinds, B], sum of the weights.
     """
 
     relative_l2: np.ndarray | jax.Array
@@ -36,8 +36,8 @@ class Deviation(NamedTuple):
     """Means per token; nan for a kind without tokens.
 
     Attributes:
-        relative_l2: float64[..., kinds], mean of |edited - clean| / |clean|.
-        cosine: float64[..., kinds], mean of 1 - cos(clean, edited).
+      relative_l2: float64[..., kinds], mean of |edited - clean| / |clean|.
+      cosine: float64[..., kinds], mean of 1 - cos(clean, edited).
     """
 
     relative_l2: np.ndarray
@@ -53,16 +53,16 @@ def sums(clean: AnyArray, edited: AnyArray, weight: AnyArray) -> Sums:
     that large ones do not overflow.
 
     Args:
-        clean: float[..., B, T, D], hidden states without the edit; NumPy or JAX.
-        edited: float[..., B, T, D], hidden states with it.
-        weight: bool or float[kinds, B, T], 1 where a token is of that kind; 0 for padding.
+      clean: float[..., B, T, D], hidden states without the edit; NumPy or JAX.
+      edited: float[..., B, T, D], hidden states with it.
+      weight: bool or float[kinds, B, T], 1 where a token is of that kind; 0 for padding.
 
     Returns:
-        The sums, in float32 for JAX and in float64 for NumPy.
+      The sums, in float32 for JAX and in float64 for NumPy.
 
     Raises:
-        ValueError: a token with a weight is not finite. Under `jit` its sums are NaN, which `join`
-            and `finish` refuse.
+      ValueError: A token with a weight is not finite. Under `jit` its sums are NaN, which `join`
+        and `finish` refuse.
     """
     if clean.shape != edited.shape or weight.ndim != 3 or weight.shape[1:] != clean.shape[-3:-1]:
         raise ValueError(

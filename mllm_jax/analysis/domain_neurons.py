@@ -22,19 +22,19 @@ class SelectedNeurons:
     """The domain-specific neurons of one module. D_ domains, L layers, F neurons.
 
     Attributes:
-        entropy: float64[L, F], nats; +inf where a neuron was filtered out. The entropy before the
-            filter is `entropy(found.probability)`.
-        probability: float64[D_, L, F], share of a domain's tokens on which the neuron is active.
-        selected: bool[L, F], the neurons of lowest entropy: `k` of them, or all candidates if those
-            are fewer.
-        mask: bool[D_, L, F], the domains of each selected neuron. A neuron may have several; a
-            domain without neurons keeps its place.
-        threshold: a candidate has a probability above this in some domain. A float, or float64[L]
-            where each layer has its own.
-        bar: a selected neuron belongs to the domains in which its probability exceeds this. A
-            float, or float64[L].
-        k: the number of neurons that `top_rate` stands for; of all modules, where they share
-            thresholds.
+      entropy: float64[L, F], nats; +inf where a neuron was filtered out. The entropy before the
+        filter is `entropy(found.probability)`.
+      probability: float64[D_, L, F], share of a domain's tokens on which the neuron is active.
+      selected: bool[L, F], the neurons of lowest entropy: `k` of them, or all candidates if those
+        are fewer.
+      mask: bool[D_, L, F], the domains of each selected neuron. A neuron may have several; a
+        domain without neurons keeps its place.
+      threshold: A candidate has a probability above this in some domain. A float, or float64[L]
+        where each layer has its own.
+      bar: A selected neuron belongs to the domains in which its probability exceeds this. A
+        float, or float64[L].
+      k: The number of neurons that `top_rate` stands for; of all modules, where they share
+        thresholds.
     """
 
     entropy: np.ndarray
@@ -64,24 +64,24 @@ def select(
     comes first, then (layer, neuron) order; with compat="official" the latter alone.
 
     Args:
-        counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
-        tokens: int[D_], number of tokens of each domain.
-        top_rate: share of all neurons of the module to keep, in (0, 1].
-        filter_rate: quantile of all probabilities (layers, neurons, domains) that a candidate must
-            exceed in some domain.
-        bar_rate: quantile that a selected neuron must exceed in a domain to belong to it.
-        assign: "multiple", or "single": a neuron belongs to its most probable domain alone.
-        names: the domains' names, for error messages only.
-        compat: "official" divides in float32 and fills up to `k` with neurons that are no
-            candidates, as the released code does; see docs/official.md.
+      counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
+      tokens: int[D_], number of tokens of each domain.
+      top_rate: Share of all neurons of the module to keep, in (0, 1].
+      filter_rate: Quantile of all probabilities (layers, neurons, domains) that a candidate must
+        exceed in some domain.
+      bar_rate: Quantile that a selected neuron must exceed in a domain to belong to it.
+      assign: "multiple", or "single": a neuron belongs to its most probable domain alone.
+      names: The domains' names, for error messages only.
+      compat: "official" divides in float32 and fills up to `k` with neurons that are no
+        candidates, as the released code does; see docs/official.md.
 
     Returns:
-        The selected neurons.
+      The selected neurons.
 
     Raises:
-        ValueError: there are fewer than two domains, a domain without tokens, shapes that do not
-            match, counts that are negative or above the tokens of their domain, a rate outside
-            (0, 1], or an unknown option.
+      ValueError: There are fewer than two domains, a domain without tokens, shapes that do not
+        match, counts that are negative or above the tokens of their domain, a rate outside
+        (0, 1], or an unknown option.
     """
     rule = _Rule(top_rate, filter_rate, bar_rate, assign, compat)
     return rule(_probability(counts, tokens, names, rule))
@@ -98,15 +98,15 @@ def select_modules(
     """Select in several modules, whose neurons compete within a layer, a module or all of them.
 
     Args:
-        counts: {module: int[D_, L, F]}; L and F are each module's own.
-        tokens: {module: int[D_]}.
-        thresholds: "module": each for itself, as in the paper; "global": one ranking, one threshold
-            and one bar over all modules; "layer": each layer for itself, so that no layer is empty.
-        names: the domains' names, for error messages only.
-        **options: rates, assign and compat, as in `select`.
+      counts: {module: int[D_, L, F]}; L and F are each module's own.
+      tokens: {module: int[D_]}.
+      thresholds: "module": each for itself, as in the paper; "global": one ranking, one threshold
+        and one bar over all modules; "layer": each layer for itself, so that no layer is empty.
+      names: The domains' names, for error messages only.
+      **options: Rates, assign and compat, as in `select`.
 
     Returns:
-        {module: the selected neurons}.
+      {module: the selected neurons}.
     """
     rule = _Rule(**options)
     if not counts or counts.keys() != tokens.keys():
@@ -224,10 +224,10 @@ def entropy(probability: np.ndarray) -> np.ndarray:
     The probabilities of a neuron are divided by their sum over the domains.
 
     Args:
-        probability: float64[D_, L, F].
+      probability: float64[D_, L, F].
 
     Returns:
-        float64[L, F], nats, between 0 and ln D_; 0 for a neuron that is never active.
+      float64[L, F], nats, between 0 and ln D_; 0 for a neuron that is never active.
     """
     probability = checks.numbers(probability, "probability")
     checks.at_least(checks.finite(probability, "probability"), 0, "probability")
@@ -242,11 +242,11 @@ def random_like(selection: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
     """Draw a random control: as many neurons in every layer of every domain, without replacement.
 
     Args:
-        selection: the neurons to match.
-        key: an int seed or a JAX PRNG key. The same key gives the same neurons.
+      selection: The neurons to match.
+      key: An int seed or a JAX PRNG key. The same key gives the same neurons.
 
     Returns:
-        bool[D_, L, F].
+      bool[D_, L, F].
     """
     return random_mask_like(selection.mask, key)
 
@@ -258,11 +258,11 @@ def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
     control is the plain null hypothesis "any neurons of these layers".
 
     Args:
-        mask: bool[..., L, F], the neurons to match.
-        key: an int seed or a JAX PRNG key.
+      mask: bool[..., L, F], the neurons to match.
+      key: An int seed or a JAX PRNG key.
 
     Returns:
-        bool[..., L, F].
+      bool[..., L, F].
     """
     mask = checks.mask(mask, "mask")
     neurons = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)

@@ -21,9 +21,9 @@ class Interval(NamedTuple, Generic[Value]):
     """A value and its percentile interval; floats, or float64 arrays of one shape.
 
     Attributes:
-        value: the estimate.
-        low: the lower end.
-        high: the upper end.
+      value: The estimate.
+      low: The lower end.
+      high: The upper end.
     """
 
     value: Value
@@ -54,9 +54,9 @@ def percentiles(
     """Return the central interval (low, high) of samples along their first axis.
 
     Args:
-        samples: float[samples, ...].
-        level: mass of the interval.
-        **options: options of `np.quantile`.
+      samples: float[samples, ...].
+      level: Mass of the interval.
+      **options: Options of `np.quantile`.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} lies outside (0, 1); 0.95 is a 95 % interval")
@@ -79,14 +79,14 @@ def ratio(
     """Compute the ratio of two totals, such as entropy per token, with an interval over examples.
 
     Args:
-        sums: float[N, ...], each example's sum.
-        weights: float[N, ...], each example's weight (its number of tokens), or 1 on an axis.
-        level: mass of the interval.
-        resamples: number of bootstrap resamples.
-        seed: seed of the resamples. Equal seeds resample alike, which pairs two calls.
+      sums: float[N, ...], each example's sum.
+      weights: float[N, ...], each example's weight (its number of tokens), or 1 on an axis.
+      level: Mass of the interval.
+      resamples: Number of bootstrap resamples.
+      seed: Seed of the resamples. Equal seeds resample alike, which pairs two calls.
 
     Returns:
-        The interval of sum(sums) / sum(weights), shape of sums without its first axis.
+      The interval of sum(sums) / sum(weights), shape of sums without its first axis.
     """
     sums, weights = _by_example(sums, "sums"), _by_example(weights, "weights")
     if len(sums) != len(weights):
@@ -112,11 +112,11 @@ def mean(values: np.ndarray, **options: Any) -> Interval[np.ndarray]:
     """Compute the mean over examples, such as accuracy.
 
     Args:
-        values: float[N, ...], a value (or an array of values) for each example.
-        **options: level, resamples and seed, as in `ratio`.
+      values: float[N, ...], a value (or an array of values) for each example.
+      **options: Level, resamples and seed, as in `ratio`.
 
     Returns:
-        The interval of the mean, shape of values without its first axis.
+      The interval of the mean, shape of values without its first axis.
     """
     values = _by_example(values, "values")
     return ratio(values, np.ones((len(values),) + (1,) * (values.ndim - 1)), **options)
@@ -128,12 +128,12 @@ def paired_difference(
     """Compute the mean of after - before over the same examples, such as a change of accuracy.
 
     Args:
-        before: float[N, ...], a value for each example.
-        after: float[N, ...], of the same examples in the same order.
-        **options: level, resamples and seed, as in `ratio`.
+      before: float[N, ...], a value for each example.
+      after: float[N, ...], of the same examples in the same order.
+      **options: Level, resamples and seed, as in `ratio`.
 
     Returns:
-        The interval of the difference.
+      The interval of the difference.
     """
     before, after = _by_example(before, "before"), _by_example(after, "after")
     if before.shape != after.shape:
@@ -147,12 +147,12 @@ class Effect(NamedTuple):
     """The effect of something beyond that of its random controls, such as drawn neurons.
 
     Attributes:
-        value: the mean over examples of own - control, the mean over draws.
-        low: the lower end of its interval; NaN with a single draw or example, which tell no spread.
-        high: the upper end.
-        p: the two-sided p-value of no difference; NaN likewise.
-        error: the standard error of the value; NaN likewise.
-        degrees: the degrees of freedom of the interval (Satterthwaite); NaN likewise.
+      value: The mean over examples of own - control, the mean over draws.
+      low: The lower end of its interval; NaN with a single draw or example, which tell no spread.
+      high: The upper end.
+      p: The two-sided p-value of no difference; NaN likewise.
+      error: The standard error of the value; NaN likewise.
+      degrees: The degrees of freedom of the interval (Satterthwaite); NaN likewise.
     """
 
     value: float
@@ -173,12 +173,12 @@ def effect(own: np.ndarray, control: np.ndarray, *, level: float = LEVEL) -> Eff
     latter is exact where few examples change, but takes the draws as given.
 
     Args:
-        own: float[N], a value for each example.
-        control: float[R, N], the values of the same examples in R draws.
-        level: mass of the interval.
+      own: float[N], a value for each example.
+      control: float[R, N], the values of the same examples in R draws.
+      level: Mass of the interval.
 
     Returns:
-        The effect.
+      The effect.
     """
     own = checks.finite(own, "own", axes="[N]")
     control = checks.finite(control, "control", axes="[R, N]")
@@ -200,12 +200,12 @@ def difference(
     """Compute own - control of several measures, each with the interval of `effect`.
 
     Args:
-        own: float[..., N], a value for each example.
-        control: float[R, ..., N], the values of the same examples in R draws.
-        level: mass of the interval.
+      own: float[..., N], a value for each example.
+      control: float[R, ..., N], the values of the same examples in R draws.
+      level: Mass of the interval.
 
     Returns:
-        The differences, float64[...]; the ends are NaN where one example or draw tells no spread.
+      The differences, float64[...]; the ends are NaN where one example or draw tells no spread.
     """
     own, control = checks.finite(own, "own"), checks.finite(control, "control")
     _check_controls(own, control, level)
@@ -249,15 +249,15 @@ def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> 
     A difference that is not significant may still be large; one that passes this test is not.
 
     Args:
-        found: the effect, of `effect`.
-        margin: the largest effect, to either side, that counts as none, in (0, 1).
-        answers: the number of examples, where each is right or wrong. If none of them changes, the
-            t test has no spread to judge by; a share `margin` of all answers may change, and none
-            of these do, with probability (1 - margin)^answers, which the p-value is at least.
+      found: The effect, of `effect`.
+      margin: The largest effect, to either side, that counts as none, in (0, 1).
+      answers: The number of examples, where each is right or wrong. If none of them changes, the
+        t test has no spread to judge by; a share `margin` of all answers may change, and none
+        of these do, with probability (1 - margin)^answers, which the p-value is at least.
 
     Returns:
-        The p-value of an effect of the margin or more, the larger of both sides; NaN where the
-        effect has no standard error.
+      The p-value of an effect of the margin or more, the larger of both sides; NaN where the
+      effect has no standard error.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin={margin}: the largest effect that counts as none is in (0, 1)")
@@ -274,12 +274,12 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
     (McNemar's test); others by random flips.
 
     Args:
-        differences: float[N], after - before of each example.
-        resamples: number of random flips, of which the smallest p-value is 1 / (resamples + 1).
-        seed: seed of the flips.
+      differences: float[N], after - before of each example.
+      resamples: Number of random flips, of which the smallest p-value is 1 / (resamples + 1).
+      seed: Seed of the flips.
 
     Returns:
-        The two-sided p-value, in (0, 1].
+      The two-sided p-value, in (0, 1].
     """
     differences = checks.finite(differences, "differences", axes="[N]")
     if not differences.size:
@@ -303,10 +303,10 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     """Adjust p-values for their number: reject where they fall below the level (Holm 1979).
 
     Args:
-        p_values: float[...], of one family of tests.
+      p_values: float[...], of one family of tests.
 
     Returns:
-        float64[...], same shape.
+      float64[...], same shape.
     """
     p_values = _by_example(p_values, "p_values")
     if ((p_values < 0) | (p_values > 1)).any():

@@ -15,13 +15,13 @@ def entropy_curve(
     """Compute the mean entropy per token by layer and kind, with an interval over examples.
 
     Args:
-        sums: float[N, L, kinds], sum of the logit-lens entropies of an example's tokens, nats.
-        tokens: int[N, kinds], number of those tokens. An example may have none of a kind, but not
-            all examples.
-        **options: level, resamples and seed, as in `intervals.ratio`.
+      sums: float[N, L, kinds], sum of the logit-lens entropies of an example's tokens, nats.
+      tokens: int[N, kinds], number of those tokens. An example may have none of a kind, but not
+        all examples.
+      **options: Level, resamples and seed, as in `intervals.ratio`.
 
     Returns:
-        The interval of float64[L, kinds], nats.
+      The interval of float64[L, kinds], nats.
     """
     sums, tokens = checks.finite(sums, "sums"), checks.finite(tokens, "tokens")
     if sums.ndim != 3 or tokens.shape != (sums.shape[0], sums.shape[2]):

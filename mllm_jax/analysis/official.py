@@ -36,16 +36,16 @@ def examples_counted(vision_tokens: Iterable[int], every: int = SNAPSHOT) -> int
     tiles.
 
     Args:
-        vision_tokens: number of vision tokens of each example, in order, such as 2885 for five
-            tiles of 577.
-        every: number of tokens between two files.
+      vision_tokens: Number of vision tokens of each example, in order, such as 2885 for five
+        tiles of 577.
+      every: Number of tokens between two files.
 
     Returns:
-        The number of examples in the first file.
+      The number of examples in the first file.
 
     Raises:
-        ValueError: this file is never written: there are too few tokens in 10,001 examples, or one
-            example skips it.
+      ValueError: This file is never written: there are too few tokens in 10,001 examples, or one
+        example skips it.
     """
     total = 0
     for number, count in enumerate(vision_tokens, 1):
@@ -81,11 +81,11 @@ def lists(mask: np.ndarray) -> list[list[np.ndarray]]:
     """Return the neurons in the form of the release's `identify.py`.
 
     Args:
-        mask: bool[D_, L, F], the neurons of each domain.
+      mask: bool[D_, L, F], the neurons of each domain.
 
     Returns:
-        A list over domains of lists over layers of int64 indices. Domains without neurons are
-        missing at the end of the list only.
+      A list over domains of lists over layers of int64 indices. Domains without neurons are
+      missing at the end of the list only.
     """
     mask = checks.mask(mask, "mask")
     last = max(np.flatnonzero(mask.any(axis=(1, 2))), default=-1)

@@ -20,8 +20,8 @@ class Detectable(NamedTuple):
     """Effects as shares of the answers, such as 0.2 for 20 points of accuracy.
 
     Attributes:
-        possible: the smallest effect that can be found; None if none can.
-        likely: the effect that is found in `POWER` of such studies; None if none can.
+      possible: The smallest effect that can be found; None if none can.
+      likely: The effect that is found in `POWER` of such studies; None if none can.
     """
 
     possible: float | None
@@ -34,8 +34,8 @@ def changed_answers(tests: int, *, level: float = LEVEL) -> int:
     It is the number of the most favourable case: with changes to both sides more are needed.
 
     Args:
-        tests: the number of tests in the family, which are corrected by `intervals.holm`.
-        level: the level of the family.
+      tests: The number of tests in the family, which are corrected by `intervals.holm`.
+      level: The level of the family.
     """
     if tests < 1 or not 0 < level < 1:
         raise ValueError(f"tests={tests} must be 1 or more, and level={level} in (0, 1)")
@@ -50,10 +50,10 @@ def answers(
     Each answer changes with the same probability, and to one side alone.
 
     Args:
-        questions: the number of questions, which are right or wrong.
-        tests: the number of tests in the family.
-        level: the level of the family.
-        power: the share of studies in which the likely effect is found.
+      questions: The number of questions, which are right or wrong.
+      tests: The number of tests in the family.
+      level: The level of the family.
+      power: The share of studies in which the likely effect is found.
     """
     needed = changed_answers(tests, level=level)
     if needed > questions:
@@ -69,11 +69,11 @@ def difference(
     """Return the differences that a t test such as `intervals.effect` finds.
 
     Args:
-        error: the standard error of the difference.
-        degrees: its degrees of freedom.
-        tests: the number of tests in the family.
-        level: the level of the family.
-        power: the share of studies in which the likely effect is found.
+      error: The standard error of the difference.
+      degrees: Its degrees of freedom.
+      tests: The number of tests in the family.
+      level: The level of the family.
+      power: The share of studies in which the likely effect is found.
     """
     bound = float(scipy.stats.t.isf(level / (2 * tests), degrees))
 

@@ -37,16 +37,16 @@ class Probe:
     """A multilayer perceptron with ReLU, its inputs, and how it is trained, by Adam.
 
     Attributes:
-        hidden: widths of the hidden layers; a linear probe has none.
-        standard: whether features are standardised, by the mean and standard deviation of the
-            training examples.
-        components: number of principal components that it reads; None reads the features.
-        rate: learning rate.
-        batch: number of examples of a step.
-        epochs: largest number of epochs.
-        patience: number of epochs without a lower held-out loss after which training ends; the
-            weights of the lowest loss are used. None trains all epochs and uses the last weights.
-        least: smallest decrease of the held-out loss that counts, nats.
+      hidden: Widths of the hidden layers; a linear probe has none.
+      standard: Whether features are standardised, by the mean and standard deviation of the
+        training examples.
+      components: Number of principal components that it reads; None reads the features.
+      rate: Learning rate.
+      batch: Number of examples of a step.
+      epochs: Largest number of epochs.
+      patience: Number of epochs without a lower held-out loss after which training ends; the
+        weights of the lowest loss are used. None trains all epochs and uses the last weights.
+      least: Smallest decrease of the held-out loss that counts, nats.
     """
 
     hidden: tuple[int, ...] = ()
@@ -90,8 +90,8 @@ class Part(NamedTuple):
     """The features and labels of some examples.
 
     Attributes:
-        features: float[N, W], or float[S, N, W] of several sites.
-        labels: int[N], 0 to C - 1.
+      features: float[N, W], or float[S, N, W] of several sites.
+      labels: int[N], 0 to C - 1.
     """
 
     features: np.ndarray
@@ -102,9 +102,9 @@ class Fitted(NamedTuple):
     """Predictions of probes with R seeds. With several sites, their axis leads.
 
     Attributes:
-        predicted: int32[R, N], the class of each test example.
-        epochs: int32[R], the number of epochs after which the weights were taken.
-        losses: float32[R, epochs], nats per held-out example; nan after the end of training.
+      predicted: int32[R, N], the class of each test example.
+      epochs: int32[R], the number of epochs after which the weights were taken.
+      losses: float32[R, epochs], nats per held-out example; nan after the end of training.
     """
 
     predicted: np.ndarray | jax.Array
@@ -143,19 +143,19 @@ def fit(
     """Train a probe with each seed on each site.
 
     Args:
-        probe: the architecture and how it is trained.
-        train: the examples to learn from.
-        held: the examples whose loss decides when to stop.
-        test: the examples to classify.
-        classes: number of classes, C.
-        seeds: seeds of the initial weights and of the order of the examples.
+      probe: The architecture and how it is trained.
+      train: The examples to learn from.
+      held: The examples whose loss decides when to stop.
+      test: The examples to classify.
+      classes: Number of classes, C.
+      seeds: Seeds of the initial weights and of the order of the examples.
 
     Returns:
-        The predictions for the test examples; equal for equal arguments.
+      The predictions for the test examples; equal for equal arguments.
 
     Raises:
-        ValueError: features and labels do not match, or are not finite.
-        FloatingPointError: the held-out loss is not finite.
+      ValueError: Features and labels do not match, or are not finite.
+      FloatingPointError: The held-out loss is not finite.
     """
     parts = [_checked(part, name, classes) for part, name in
              zip((train, held, test), ("train", "held", "test"), strict=True)]  # fmt: skip
@@ -190,12 +190,12 @@ def prepare(probe: Probe, train: np.ndarray, *others: np.ndarray) -> list[np.nda
     A feature that does not vary in `train`, beyond rounding in float32, is only centred.
 
     Args:
-        probe: whether to standardise, and the number of components.
-        train: float[S, N, W], from which means, deviations and components are computed.
-        *others: float[S, N, W], other examples of the same sites.
+      probe: Whether to standardise, and the number of components.
+      train: float[S, N, W], from which means, deviations and components are computed.
+      *others: float[S, N, W], other examples of the same sites.
 
     Returns:
-        float32[S, N, W] of each.
+      float32[S, N, W] of each.
     """
     parts = [_float32(x) for x in (train, *others)]
     if probe.components is not None and parts[0].shape[1] < 2:

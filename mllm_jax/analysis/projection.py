@@ -58,11 +58,11 @@ class Task:
     """The answers and probe predictions of one task.
 
     Attributes:
-        truth: int[N], the classes of the test pictures.
-        classes: number of classes, C.
-        predicted: {variant: int[R, N]}, the classes that the model answers.
-        probed: {probe: {variant: int[R, N]}}, the predictions of a probe after the projection;
-            under "before", those before it. The paper's probes are named "paper".
+      truth: int[N], the classes of the test pictures.
+      classes: Number of classes, C.
+      predicted: {variant: int[R, N]}, the classes that the model answers.
+      probed: {probe: {variant: int[R, N]}}, the predictions of a probe after the projection;
+        under "before", those before it. The paper's probes are named "paper".
     """
 
     truth: np.ndarray
@@ -93,16 +93,16 @@ def table(
     """Return a row for each variant: F1, accuracy, and the change of F1 from one of them.
 
     Args:
-        truth: int[N], the true classes.
-        predicted: {variant: int[R, N]}, the predicted classes.
-        classes: number of classes, C.
-        over: the variant that changes are measured from.
-        **options: resamples and seed, as in `f1`.
+      truth: int[N], the true classes.
+      predicted: {variant: int[R, N]}, the predicted classes.
+      classes: Number of classes, C.
+      over: The variant that changes are measured from.
+      **options: Resamples and seed, as in `f1`.
 
     Returns:
-        {"variant", "runs", "images", "f1", "accuracy": {"mean", "deviation", "low", "high"},
-        "change": {"value", "low", "high", "relative", "equivalent"} or None}; relative is None over
-        zero, and equivalent says whether the change is shown to be within `scores.MARGIN`.
+      {"variant", "runs", "images", "f1", "accuracy": {"mean", "deviation", "low", "high"},
+      "change": {"value", "low", "high", "relative", "equivalent"} or None}; relative is None over
+      zero, and equivalent says whether the change is shown to be within `scores.MARGIN`.
     """
     scores = {name: f1(truth, answers, classes, **options) for name, answers in predicted.items()}
     rows = []
@@ -122,12 +122,12 @@ class Claim:
     """A claim that F1 of some variants is higher than that of another, or lower, on most tasks.
 
     Attributes:
-        text: the claim in words.
-        of: pairs ("model" or the name of a probe, variant) that are compared on every task.
-        over: the pair that each of them is compared with.
-        sign: 1 for higher, -1 for lower.
-        misses: number of comparisons that may contradict the claim.
-        paper: the result of the paper.
+      text: The claim in words.
+      of: Pairs ("model" or the name of a probe, variant) that are compared on every task.
+      over: The pair that each of them is compared with.
+      sign: 1 for higher, -1 for lower.
+      misses: Number of comparisons that may contradict the claim.
+      paper: The result of the paper.
     """
 
     text: str
@@ -203,17 +203,17 @@ def claims(
     """Return the verdict on each claim, by RULE.
 
     Args:
-        tasks: the tasks, by name.
-        statements: the claims to judge: CLAIMS, and those of `controls`.
-        alpha: highest probability of either error.
-        **options: resamples and seed, as in `f1`.
+      tasks: The tasks, by name.
+      statements: The claims to judge: CLAIMS, and those of `controls`.
+      alpha: Highest probability of either error.
+      **options: Resamples and seed, as in `f1`.
 
     Returns:
-        {"claim", "criterion", "paper", "verdict": "holds", "fails" or "undecided", "reason",
-        "found", "power", "comparisons": [{"task", "of", "variant", "over", "value", "low", "high",
-        "side": "supports", "contradicts" or "neither", "equivalent" (within `scores.MARGIN`),
-        "possible", "likely" (see `power.Detectable`)}]}. What was not measured is undecided, and
-        the reason says so.
+      {"claim", "criterion", "paper", "verdict": "holds", "fails" or "undecided", "reason",
+      "found", "power", "comparisons": [{"task", "of", "variant", "over", "value", "low", "high",
+      "side": "supports", "contradicts" or "neither", "equivalent" (within `scores.MARGIN`),
+      "possible", "likely" (see `power.Detectable`)}]}. What was not measured is undecided, and
+      the reason says so.
     """
     return [_judge(claim, tasks, alpha, options) for claim in statements]
 
@@ -305,13 +305,13 @@ def moved(
     """Compare the neurons of a domain before and after training, in each module.
 
     Args:
-        before: {module: bool[L, F]}, the domain's neurons before.
-        after: {module: bool[L, F]}, the domain's neurons after.
+      before: {module: bool[L, F]}, the domain's neurons before.
+      after: {module: bool[L, F]}, the domain's neurons after.
 
     Returns:
-        A row for each module: {"module", "before", "after", "kept", "jaccard", "chance" (the
-        Jaccard index of random sets of these sizes), "share_before", "share_after" (of the
-        domain's neurons in all modules), "per_layer_before", "per_layer_after": [L]}.
+      A row for each module: {"module", "before", "after", "kept", "jaccard", "chance" (the
+      Jaccard index of random sets of these sizes), "share_before", "share_after" (of the
+      domain's neurons in all modules), "per_layer_before", "per_layer_after": [L]}.
     """
     if before.keys() != after.keys():
         raise ValueError(f"modules differ: {', '.join(before)} before, {', '.join(after)} after")

@@ -20,9 +20,9 @@ class Sample(NamedTuple):
     """A metric of R runs, and its bootstrap distribution over pictures and runs.
 
     Attributes:
-        runs: float64[R], the metric of each run.
-        resamples: float64[resamples], its mean over runs in each resample.
-        pictures: the number of pictures.
+      runs: float64[R], the metric of each run.
+      resamples: float64[resamples], its mean over runs in each resample.
+      pictures: The number of pictures.
     """
 
     runs: np.ndarray
@@ -56,10 +56,10 @@ def f1(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sam
     A class that is neither true nor answered does not count, as in scikit-learn; nor does -1.
 
     Args:
-        truth: int[N], the true classes.
-        predicted: int[R, N], the predicted classes.
-        classes: number of classes, C.
-        **options: resamples and seed. Equal seeds resample alike, which pairs two samples.
+      truth: int[N], the true classes.
+      predicted: int[R, N], the predicted classes.
+      classes: Number of classes, C.
+      **options: Resamples and seed. Equal seeds resample alike, which pairs two samples.
     """
     return _sample(_macro_f1, truth, predicted, classes, **options)
 
@@ -88,9 +88,9 @@ def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEV
     change, and none of these do, with probability (1 - margin)^pictures.
 
     Args:
-        gain: the difference, of `difference`.
-        margin: the largest difference that counts as none, in (0, 1).
-        level: level of the test.
+      gain: The difference, of `difference`.
+      margin: The largest difference that counts as none, in (0, 1).
+      level: Level of the test.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin={margin}: the largest change that counts as none is in (0, 1)")
@@ -104,8 +104,8 @@ def detectable(gain: Sample, *, level: float = power.LEVEL) -> power.Detectable:
     They follow from its spread, but are at least what so many right or wrong answers can tell.
 
     Args:
-        gain: the difference, of `difference`.
-        level: one less the mass of the interval.
+      gain: The difference, of `difference`.
+      level: One less the mass of the interval.
     """
     least = power.answers(gain.pictures, 1, level=level)
     if least.possible is None or least.likely is None:

@@ -30,9 +30,9 @@ def entropy(counts: np.ndarray, tokens: np.ndarray, **options: Any) -> np.ndarra
     `top(entropy(counts, tokens), select(counts, tokens).mask.sum((1, 2)))` is the mask of `select`.
 
     Args:
-        counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
-        tokens: int[D_], number of tokens of each domain.
-        **options: filter_rate, bar_rate, assign and compat, as in `domain_neurons.select`.
+      counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
+      tokens: int[D_], number of tokens of each domain.
+      **options: filter_rate, bar_rate, assign and compat, as in `domain_neurons.select`.
     """
     selection = domain_neurons.select(counts, tokens, top_rate=1.0, **options)
     return np.where(selection.mask, -selection.entropy.astype(np.float64), -np.inf)
@@ -42,12 +42,12 @@ def auroc(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
     """Score how well a neuron tells a domain's examples from all others (Suau et al., AurA, 2024).
 
     Args:
-        responses: float[N, L, F], of each example, such as the largest activation over its tokens.
-        domain: int[N], each example's domain, 0 to D_ - 1.
+      responses: float[N, L, F], of each example, such as the largest activation over its tokens.
+      domain: int[N], each example's domain, 0 to D_ - 1.
 
     Returns:
-        The area under the ROC curve, 0 to 1, float64[D_, L, F]; 0.5 is chance. Equal responses
-        count half.
+      The area under the ROC curve, 0 to 1, float64[D_, L, F]; 0.5 is chance. Equal responses
+      count half.
     """
     responses, domain, domains = _labelled(responses, domain)
     out = np.empty((domains, *responses.shape[1:]))
@@ -65,10 +65,10 @@ def aura_gain(auroc: np.ndarray) -> np.ndarray:
     """Return AurA's factor of each neuron: 1 - 2 (AUROC - 0.5) for experts, 1 for all others.
 
     Args:
-        auroc: float[...], of one domain, as `auroc` returns it.
+      auroc: float[...], of one domain, as `auroc` returns it.
 
     Returns:
-        float64[...], 0 to 1, for `mj.scale(site, gain)`.
+      float64[...], 0 to 1, for `mj.scale(site, gain)`.
     """
     auroc = checks.finite(auroc, "auroc")
     if ((auroc < 0) | (auroc > 1)).any():
@@ -91,18 +91,18 @@ def mean_difference(
     """Score the mean activation in a domain minus that in all other domains together.
 
     Args:
-        sums: float[D_, L, F], sum of the activations over tokens.
-        squares: float[D_, L, F], sum of their squares. With it, or with `centred`, the difference
-            is measured in standard deviations (within the two groups, pooled over tokens);
-            otherwise in activations.
-        tokens: int[D_], number of tokens of each domain.
-        centred: float[D_, L, F], sum of squared deviations from each domain's mean, as `mj.stats`
-            returns it: more accurate than `squares` where the mean is large.
+      sums: float[D_, L, F], sum of the activations over tokens.
+      squares: float[D_, L, F], sum of their squares. With it, or with `centred`, the difference
+        is measured in standard deviations (within the two groups, pooled over tokens);
+        otherwise in activations.
+      tokens: int[D_], number of tokens of each domain.
+      centred: float[D_, L, F], sum of squared deviations from each domain's mean, as `mj.stats`
+        returns it: more accurate than `squares` where the mean is large.
 
     Returns:
-        The difference, always finite. A standard deviation below what float32 sums resolve, 7e-4 of
-        the activations by `squares` and 1e-5 of them by `centred`, counts as that much: a neuron
-        that is constant up to rounding scores about 0.
+      The difference, always finite. A standard deviation below what float32 sums resolve, 7e-4 of
+      the activations by `squares` and 1e-5 of them by `centred`, counts as that much: a neuron
+      that is constant up to rounding scores about 0.
     """
     sums = checks.finite(sums, "sums", axes="[D_, L, F]")
     tokens = checks.finite(tokens, "tokens", axes="[D_]")
@@ -142,14 +142,14 @@ def weight_change(before: np.ndarray, after: Sequence[np.ndarray]) -> np.ndarray
     """Score 1 - cosine of a neuron's weights before and after training on a domain (NeFT, 2024).
 
     Args:
-        before: float[L, F, D], each neuron's weights, such as the columns of `up` transposed.
-        after: [D_] of float[L, F, D], the weights of the model that was trained on each domain.
+      before: float[L, F, D], each neuron's weights, such as the columns of `up` transposed.
+      after: [D_] of float[L, F, D], the weights of the model that was trained on each domain.
 
     Returns:
-        float64[D_, L, F], 0 to 2; 1 where either is zero and the other is not.
+      float64[D_, L, F], 0 to 2; 1 where either is zero and the other is not.
 
     Raises:
-        ValueError: shapes differ, or weights are not finite.
+      ValueError: Shapes differ, or weights are not finite.
     """
     before = checks.finite(before, "before")
     after = [checks.finite(weights, f"after[{d}]") for d, weights in enumerate(after)]
@@ -165,9 +165,9 @@ def attribution(attributions: np.ndarray, domain: np.ndarray) -> np.ndarray:
     """Score the mean absolute attribution in a domain minus that in all other domains together.
 
     Args:
-        attributions: float[N, L, F], of each example: the gradient of its metric with respect to
-            the neurons' gates, or that times the activation.
-        domain: int[N], each example's domain.
+      attributions: float[N, L, F], of each example: the gradient of its metric with respect to
+        the neurons' gates, or that times the activation.
+      domain: int[N], each example's domain.
     """
     attributions, domain, domains = _labelled(attributions, domain)
     size, sizes = np.abs(attributions), np.bincount(domain, minlength=domains)
@@ -179,8 +179,8 @@ def random(shape: Sequence[int], key: int | jax.Array) -> np.ndarray:
     """Draw random scores: the control.
 
     Args:
-        shape: (D_, L, F).
-        key: an int seed or a JAX PRNG key.
+      shape: (D_, L, F).
+      key: An int seed or a JAX PRNG key.
     """
     return domain_neurons.generator(key).random(tuple(shape))
 
@@ -192,8 +192,8 @@ def effect_size(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
     few: `top(auroc(responses, domain), k, ties=effect_size(responses, domain))`.
 
     Args:
-        responses: float[N, L, F], as in `auroc`.
-        domain: int[N], each example's domain.
+      responses: float[N, L, F], as in `auroc`.
+      domain: int[N], each example's domain.
     """
     responses, domain, domains = _labelled(responses, domain)
     groups = [responses[domain == d] for d in range(domains)]
@@ -212,15 +212,15 @@ def top(
     """Select the neurons of highest score.
 
     Args:
-        scores: float[D_, L, F].
-        k: number of neurons of each domain, over all layers: an int, or [D_].
-        per_layer: whether to select k in every layer.
-        ties: float[D_, L, F], which of equal scores come first: the highest, such as the size of
-            the effect.
+      scores: float[D_, L, F].
+      k: Number of neurons of each domain, over all layers: an int, or [D_].
+      per_layer: Whether to select k in every layer.
+      ties: float[D_, L, F], which of equal scores come first: the highest, such as the size of
+        the effect.
 
     Returns:
-        bool[D_, L, F]. Scores that are equal, in `ties` as well, go by (layer, neuron): without
-        `ties`, lower layers are preferred. A score of -inf is never selected.
+      bool[D_, L, F]. Scores that are equal, in `ties` as well, go by (layer, neuron): without
+      `ties`, lower layers are preferred. A score of -inf is never selected.
     """
     scores = checks.not_nan(scores, "scores", axes="[D_, L, F]")
     second = np.zeros(scores.shape) if ties is None else checks.not_nan(ties, "ties")
@@ -240,10 +240,10 @@ class Overlap(NamedTuple):
     """The agreement of S selectors.
 
     Attributes:
-        names: names of the selectors, in the order of the axes.
-        jaccard: float64[D_, S, S], Jaccard index of the neurons of two selectors.
-        chance: float64[D_, S, S], that of random sets of these sizes.
-        selectors_per_neuron: int64[D_, S + 1], number of neurons that 0, 1, ... S selectors select.
+      names: Names of the selectors, in the order of the axes.
+      jaccard: float64[D_, S, S], Jaccard index of the neurons of two selectors.
+      chance: float64[D_, S, S], that of random sets of these sizes.
+      selectors_per_neuron: int64[D_, S + 1], number of neurons that 0, 1, ... S selectors select.
     """
 
     names: tuple[str, ...]
@@ -266,7 +266,7 @@ def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
     """Compute the agreement of selectors; `report.figures.overlap` draws it.
 
     Args:
-        masks: {selector: bool[D_, L, F]}.
+      masks: {selector: bool[D_, L, F]}.
     """
     if len(masks) < 2 or len({np.shape(mask) for mask in masks.values()}) != 1:
         shapes = {name: np.shape(mask) for name, mask in masks.items()}

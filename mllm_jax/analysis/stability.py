@@ -33,11 +33,11 @@ def neurons(counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Select the neurons as the paper does.
 
     Args:
-        counts: int[D_, L, F], of each domain.
-        tokens: int[D_], of each domain.
+      counts: int[D_, L, F], of each domain.
+      tokens: int[D_], of each domain.
 
     Returns:
-        bool[D_, L, F].
+      bool[D_, L, F].
     """
     return domain_neurons.select(counts, tokens).mask
 
@@ -48,13 +48,13 @@ def pool(
     """Sum counts and tokens by domain.
 
     Args:
-        counts: int[N, L, F], of each example.
-        tokens: int[N], of each example.
-        domain: int[N], of each example.
-        weight: int[N], how often each example counts; once by default.
+      counts: int[N, L, F], of each example.
+      tokens: int[N], of each example.
+      domain: int[N], of each example.
+      weight: int[N], how often each example counts; once by default.
 
     Returns:
-        The counts int64[D_, L, F] and the tokens int64[D_] of each domain.
+      The counts int64[D_, L, F] and the tokens int64[D_] of each domain.
     """
     counts, tokens, domain = (
         checks.integers(array, name)
@@ -71,10 +71,10 @@ class Agreement(NamedTuple):
     """How far the selections of two halves agree.
 
     Attributes:
-        sizes: int64[S], number of examples of a domain in a half.
-        jaccard: float64[S, R, D_], Jaccard index of the two halves in each repeat; 0 where both
-            are empty.
-        neurons: float64[S, D_], mean number of neurons of a half.
+      sizes: int64[S], number of examples of a domain in a half.
+      jaccard: float64[S, R, D_], Jaccard index of the two halves in each repeat; 0 where both
+        are empty.
+      neurons: float64[S, D_], mean number of neurons of a half.
     """
 
     sizes: np.ndarray
@@ -95,16 +95,16 @@ def split_half(
     """Measure how far selections from two disjoint halves agree, by their size.
 
     Args:
-        counts: int[N, L, F], of each example.
-        tokens: int[N], of each example.
-        domain: int[N], of each example.
-        sizes: numbers of examples of each domain in a half; by default half of the smallest domain.
-        repeats: number of random splits of each size.
-        seed: seed of the splits.
-        select: the selection; that of the paper by default.
+      counts: int[N, L, F], of each example.
+      tokens: int[N], of each example.
+      domain: int[N], of each example.
+      sizes: Numbers of examples of each domain in a half; by default half of the smallest domain.
+      repeats: Number of random splits of each size.
+      seed: Seed of the splits.
+      select: The selection; that of the paper by default.
 
     Returns:
-        The agreement.
+      The agreement.
     """
     counts, tokens, domain = _checked(counts, tokens, domain)
     if repeats < 1:
@@ -135,11 +135,11 @@ class Bootstrap(NamedTuple):
     """Selections of resampled examples.
 
     Attributes:
-        mask: bool[D_, L, F], the selection of all examples.
-        frequency: float64[D_, L, F], share of the resamples that select a neuron.
-        jaccard: the Jaccard index of a resample with `mask`, float64[D_]: its mean and interval
-            over resamples.
-        per_layer: int64[R, D_, L], number of neurons of each resample.
+      mask: bool[D_, L, F], the selection of all examples.
+      frequency: float64[D_, L, F], share of the resamples that select a neuron.
+      jaccard: The Jaccard index of a resample with `mask`, float64[D_]: its mean and interval
+        over resamples.
+      per_layer: int64[R, D_, L], number of neurons of each resample.
     """
 
     mask: np.ndarray
@@ -161,13 +161,13 @@ def bootstrap(
     """Measure how often each neuron is selected when the examples of every domain are resampled.
 
     Args:
-        counts: int[N, L, F], of each example.
-        tokens: int[N], of each example.
-        domain: int[N], of each example.
-        resamples: number of resamples.
-        level: mass of the interval.
-        seed: seed of the resamples.
-        select: the selection; that of the paper by default.
+      counts: int[N, L, F], of each example.
+      tokens: int[N], of each example.
+      domain: int[N], of each example.
+      resamples: Number of resamples.
+      level: Mass of the interval.
+      seed: Seed of the resamples.
+      select: The selection; that of the paper by default.
     """
     counts, tokens, domain = _checked(counts, tokens, domain)
     mask = select(*pool(counts, tokens, domain))
@@ -194,12 +194,12 @@ class ShuffleTest:
     """The selected neurons whose entropy is below what shuffled domains give.
 
     Attributes:
-        selection: the selection of the true domains.
-        p_values: float64[L, F], of the hypothesis that the domain of an example does not matter to
-            the neuron; adjusted for all neurons of the module. 1 where it is no candidate.
-        mask: bool[D_, L, F], `selection.mask` where p <= level: the significant domain neurons.
-        level: probability that `mask` has any neuron when domains do not matter.
-        lowest: float64[R], the lowest entropy in each shuffle, nats.
+      selection: The selection of the true domains.
+      p_values: float64[L, F], of the hypothesis that the domain of an example does not matter to
+        the neuron; adjusted for all neurons of the module. 1 where it is no candidate.
+      mask: bool[D_, L, F], `selection.mask` where p <= level: the significant domain neurons.
+      level: Probability that `mask` has any neuron when domains do not matter.
+      lowest: float64[R], the lowest entropy in each shuffle, nats.
     """
 
     selection: domain_neurons.SelectedNeurons
@@ -227,19 +227,19 @@ def shuffle_test(
     (the minimum method of Westfall and Young, 1993). The test is exact for any counts.
 
     Args:
-        counts: int[N, L, F], of each example.
-        tokens: int[N], of each example.
-        domain: int[N], of each example.
-        shuffles: number of shuffles, R; the smallest p-value is 1 / (R + 1).
-        level: level of the test.
-        seed: seed of the shuffles.
-        **options: options of `domain_neurons.select`.
+      counts: int[N, L, F], of each example.
+      tokens: int[N], of each example.
+      domain: int[N], of each example.
+      shuffles: Number of shuffles, R; the smallest p-value is 1 / (R + 1).
+      level: Level of the test.
+      seed: Seed of the shuffles.
+      **options: Options of `domain_neurons.select`.
 
     Returns:
-        The test.
+      The test.
 
     Raises:
-        ValueError: no neuron could be significant, see `power`.
+      ValueError: No neuron could be significant, see `power`.
     """
     if not 1 / (shuffles + 1) <= level < 1:
         raise ValueError(
@@ -270,9 +270,9 @@ def power(domain: np.ndarray, shuffles: int, level: float) -> float:
     Shuffles that repeat the true division of the examples have its entropy as well.
 
     Args:
-        domain: int[N], of each example.
-        shuffles: number of shuffles of the test.
-        level: level of the test.
+      domain: int[N], of each example.
+      shuffles: Number of shuffles of the test.
+      level: Level of the test.
     """
     allowed = math.floor(level * (shuffles + 1) + 1e-9) - 1
     return float(scipy.stats.binom.cdf(allowed, shuffles, _chance_of_true_division(domain)))

@@ -41,16 +41,16 @@ class Stages:
     """The boundaries of the stages of one curve.
 
     Attributes:
-        boundaries: first layers of the second and of the third stage; None if undecided.
-        low: lower end of the bootstrap interval of each boundary, in layers; None if there are too
-            few layers.
-        high: upper end of it, likewise.
-        verdict: one line with the result, or why it is undecided.
-        curve: float64[L], mean entropy, nats.
-        fit: float64[L], the three segments; None if there are too few layers.
-        slopes: float64[3], nats per layer; None if there are too few layers.
-        claimed: whether the boundaries are decided and the segments have the claimed pattern.
-        samples: int64[resamples, 2], the boundaries of every resample.
+      boundaries: First layers of the second and of the third stage; None if undecided.
+      low: Lower end of the bootstrap interval of each boundary, in layers; None if there are too
+        few layers.
+      high: Upper end of it, likewise.
+      verdict: One line with the result, or why it is undecided.
+      curve: float64[L], mean entropy, nats.
+      fit: float64[L], the three segments; None if there are too few layers.
+      slopes: float64[3], nats per layer; None if there are too few layers.
+      claimed: Whether the boundaries are decided and the segments have the claimed pattern.
+      samples: int64[resamples, 2], the boundaries of every resample.
     """
 
     boundaries: tuple[int, int] | None
@@ -77,16 +77,16 @@ def find(
     """Find the two stage boundaries of a mean entropy curve.
 
     Args:
-        sums: float[N, L], sum of the entropies of an example's tokens at each layer, nats.
-        tokens: int[N], number of those tokens.
-        min_length: smallest number of layers in a stage, at least 3.
-        fewest: smallest number of examples for a decision.
-        level: mass of the intervals.
-        resamples: number of bootstrap resamples.
-        seed: seed of the resamples.
+      sums: float[N, L], sum of the entropies of an example's tokens at each layer, nats.
+      tokens: int[N], number of those tokens.
+      min_length: Smallest number of layers in a stage, at least 3.
+      fewest: Smallest number of examples for a decision.
+      level: Mass of the intervals.
+      resamples: Number of bootstrap resamples.
+      seed: Seed of the resamples.
 
     Returns:
-        The stages.
+      The stages.
     """
     sums = checks.finite(sums, "sums")
     tokens = checks.at_least(checks.finite(tokens, "tokens"), 0, "tokens")
@@ -128,15 +128,15 @@ def find_resampled(
     """Find the two stage boundaries of any curve, from curves of resampled examples.
 
     Args:
-        curve: float[L], of all examples.
-        resampled: float[R, L], of resamples of them.
-        examples: number of examples.
-        min_length: smallest number of layers in a stage, at least 3.
-        fewest: smallest number of examples for a decision.
-        level: mass of the intervals.
+      curve: float[L], of all examples.
+      resampled: float[R, L], of resamples of them.
+      examples: Number of examples.
+      min_length: Smallest number of layers in a stage, at least 3.
+      fewest: Smallest number of examples for a decision.
+      level: Mass of the intervals.
 
     Returns:
-        The stages.
+      The stages.
     """
     curve, layers = _curve(curve), len(curve)
     if layers < 3 * min_length:
@@ -161,11 +161,11 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
     """Return the layers at which the smoothed curve turns from falling to rising or back.
 
     Args:
-        curve: float[L], mean entropy, nats.
-        window: odd width of the moving average, in layers.
+      curve: float[L], mean entropy, nats.
+      window: Odd width of the moving average, in layers.
 
     Returns:
-        The layers, in order; none for a curve that only falls or only rises.
+      The layers, in order; none for a curve that only falls or only rises.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window={window} must be odd and positive")
@@ -182,12 +182,12 @@ def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
     """Return the two layers at which the slope changes most: a second, local rule.
 
     Args:
-        curve: float[L], mean entropy, nats.
-        window: number of layers on either side of a bend whose slopes are compared, and smallest
-            distance of the bends; by default a sixth of the layers, at least three.
+      curve: float[L], mean entropy, nats.
+      window: Number of layers on either side of a bend whose slopes are compared, and smallest
+        distance of the bends; by default a sixth of the layers, at least three.
 
     Returns:
-        The first layers after the bends, in order; none where there are too few layers.
+      The first layers after the bends, in order; none where there are too few layers.
     """
     curve = _curve(curve)
     window = max(3, len(curve) // 6) if window is None else window
@@ -208,12 +208,12 @@ def confirmed(stages: Stages, points: Sequence[int], *, slack: int = 1) -> list[
     """Return whether the second rule finds each boundary of the first: a bend in its interval.
 
     Args:
-        stages: the stages, from `find`.
-        points: the bends, from `bends`.
-        slack: number of layers by which a bend may lie outside the interval.
+      stages: The stages, from `find`.
+      points: The bends, from `bends`.
+      slack: Number of layers by which a bend may lie outside the interval.
 
     Returns:
-        One answer for each boundary; None if the boundaries are undecided.
+      One answer for each boundary; None if the boundaries are undecided.
     """
     if stages.boundaries is None:
         return None
@@ -227,12 +227,12 @@ def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | Non
     """Return whether the intervals of two curves' boundaries meet, each with its counterpart.
 
     Args:
-        one: the stages of one curve, such as of entropies.
-        other: the stages of another curve, such as of numbers of neurons.
-        slack: number of layers that may lie between the intervals.
+      one: The stages of one curve, such as of entropies.
+      other: The stages of another curve, such as of numbers of neurons.
+      slack: Number of layers that may lie between the intervals.
 
     Returns:
-        One answer for each boundary; None if either curve is undecided.
+      One answer for each boundary; None if either curve is undecided.
     """
     if one.boundaries is None or other.boundaries is None:
         return None

@@ -21,8 +21,8 @@ class Member(NamedTuple):
     """The position of the bytes of a member in the archive.
 
     Attributes:
-        start: the position of its first byte in the file.
-        size: the number of its bytes.
+      start: The position of its first byte in the file.
+      size: The number of its bytes.
     """
 
     start: int
@@ -44,8 +44,8 @@ def members(path: pathlib.Path) -> dict[str, Member]:
     that a flipped offset is an error and not another tensor.
 
     Raises:
-        Damaged: the archive is truncated, altered, or not a zip archive.
-        Compressed: members are compressed, so that their size is not known.
+      Damaged: The archive is truncated, altered, or not a zip archive.
+      Compressed: Members are compressed, so that their size is not known.
     """
     try:
         with zipfile.ZipFile(path) as opened, path.open("rb") as file:

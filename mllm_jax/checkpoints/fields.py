@@ -53,8 +53,8 @@ class Refused(ValueError):
     """A `config.json` that is not read.
 
     Attributes:
-        config: the config without the unknown fields, so that the tensors can be checked as well;
-            None where other things are wrong.
+      config: The config without the unknown fields, so that the tensors can be checked as well;
+        None where other things are wrong.
     """
 
     def __init__(self, source: object, problems: list[str], config: Any = None):
@@ -66,12 +66,12 @@ def checked(config: Callable[[], Config], source: object, problems: list[str]) -
     """Return the config if nothing is wrong with it.
 
     Args:
-        config: makes the config.
-        source: the name of the file in an error.
-        problems: what is wrong with the fields.
+      config: Makes the config.
+      source: The name of the file in an error.
+      problems: What is wrong with the fields.
 
     Raises:
-        Refused: there are problems.
+      Refused: There are problems.
     """
     if not all(isinstance(problem, schema.Unknown) for problem in problems):
         raise Refused(source, problems)

@@ -26,9 +26,9 @@ class Transform:
     """A change of axes between Hugging Face and this library.
 
     Attributes:
-        name: the name of the transform.
-        ours: maps a Hugging Face tensor to a parameter.
-        hf: maps a parameter to a Hugging Face tensor.
+      name: The name of the transform.
+      ours: Maps a Hugging Face tensor to a parameter.
+      hf: Maps a parameter to a Hugging Face tensor.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Row:
     """One row of a table.
 
     Attributes:
-        key: the Hugging Face key, with `{layer}` for a layer number.
-        path: the path of the parameter.
-        transform: the change of axes.
-        part: (number, count) where a tensor holds `count` parameters along its first axis.
-        every: the factor between layer numbers of this library and of Hugging Face.
+      key: The Hugging Face key, with `{layer}` for a layer number.
+      path: The path of the parameter.
+      transform: The change of axes.
+      part: (number, count) where a tensor holds `count` parameters along its first axis.
+      every: The factor between layer numbers of this library and of Hugging Face.
     """
 
     key: str
@@ -78,12 +78,12 @@ class Slot:
     """The place of one Hugging Face tensor in the parameters.
 
     Attributes:
-        key: the Hugging Face key.
-        path: the path of the parameter.
-        layer: the index on its L axis; None without such an axis.
-        shape: the shape of the Hugging Face tensor.
-        transform: the change of axes.
-        part: the part of the tensor, see `Row`.
+      key: The Hugging Face key.
+      path: The path of the parameter.
+      layer: The index on its L axis; None without such an axis.
+      shape: The shape of the Hugging Face tensor.
+      transform: The change of axes.
+      part: The part of the tensor, see `Row`.
     """
 
     key: str
@@ -122,15 +122,15 @@ def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
     """Return the place of every tensor of a model.
 
     Args:
-        shapes: the shapes of all parameters by path, with the L axis.
-        table: the key table. Rows of parameters that the model does not have (a tied head, biases)
-            are skipped.
+      shapes: The shapes of all parameters by path, with the L axis.
+      table: The key table. Rows of parameters that the model does not have (a tied head, biases)
+        are skipped.
 
     Returns:
-        The slots; those of one parameter follow each other.
+      The slots; those of one parameter follow each other.
 
     Raises:
-        ValueError: a parameter has no row in the table.
+      ValueError: A parameter has no row in the table.
     """
     table = [row for row in table if row.path in shapes]
     if unknown := set(shapes) - {row.path for row in table}:
@@ -163,8 +163,8 @@ def respell(key: str, spellings: Iterable[tuple[str, str]]) -> str:
     """Return a key with another prefix: that beside the first of the prefixes that it begins with.
 
     Args:
-        key: a Hugging Face key in any spelling.
-        spellings: pairs of a prefix and what takes its place; a key with none of them stays.
+      key: A Hugging Face key in any spelling.
+      spellings: Pairs of a prefix and what takes its place; a key with none of them stays.
     """
     for prefix, spelling in spellings:
         if key.startswith(prefix):
@@ -183,12 +183,12 @@ def check(
     """Compare the tensors of a checkpoint with the slots of a model.
 
     Args:
-        shapes: the shape of each tensor by its canonical key; None where it is not known.
-        wanted: the slots.
-        is_unused: whether a checkpoint may hold a tensor that the model does not use.
+      shapes: The shape of each tensor by its canonical key; None where it is not known.
+      wanted: The slots.
+      is_unused: Whether a checkpoint may hold a tensor that the model does not use.
 
     Raises:
-        ValueError: tensors are missing, left over or of another shape; one line states all.
+      ValueError: Tensors are missing, left over or of another shape; one line states all.
     """
     expected = {slot.key: slot.shape for slot in wanted}
     missing = [key for key in expected if key not in shapes]

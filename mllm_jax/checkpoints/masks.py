@@ -29,8 +29,8 @@ class Masks(NamedTuple):
     """The content of a native file.
 
     Attributes:
-        modules: {site: bool[D_, L, F]}, the neurons of each domain.
-        domains: the names of the domains, [D_].
+      modules: {site: bool[D_, L, F]}, the neurons of each domain.
+      domains: The names of the domains, [D_].
     """
 
     modules: dict[str, np.ndarray]
@@ -41,18 +41,18 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
     """Read a file of MMNeuron's `identify.py` or of LAPE, without executing its pickle.
 
     Args:
-        path: the file.
-        width: F, the number of neurons of a layer, which the file does not contain.
-        domains: D_. The official code drops domains without neurons from the end of the list; they
-            are read as empty. By default the number of domains in the file.
+      path: The file.
+      width: F, the number of neurons of a layer, which the file does not contain.
+      domains: D_. The official code drops domains without neurons from the end of the list; they
+        are read as empty. By default the number of domains in the file.
 
     Returns:
-        bool[D_, L, F].
+      bool[D_, L, F].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not such a list, a neuron is not below `width`, or the file has more
-            domains than `domains`.
+      FileNotFoundError: There is no such file.
+      ValueError: It is not such a list, a neuron is not below `width`, or the file has more
+        domains than `domains`.
     """
     path = files.regular(path)
     name, lists = files.line(path, 250), torch_file.read(path)
@@ -91,8 +91,8 @@ def write_pth(path: str | pathlib.Path, mask: np.ndarray) -> None:
     its domain.
 
     Args:
-        path: the file, which is written atomically.
-        mask: bool[D_, L, F].
+      path: The file, which is written atomically.
+      mask: bool[D_, L, F].
     """
     mask = _checked(mask, "mask")
     torch_file.write(
@@ -106,12 +106,12 @@ def save(
     """Write the native file, an .npz of plain arrays.
 
     Args:
-        path: the file, which is written atomically.
-        modules: {site: bool[D_, L, F]}, the neurons of each domain.
-        domains: the names of the domains.
+      path: The file, which is written atomically.
+      modules: {site: bool[D_, L, F]}, the neurons of each domain.
+      domains: The names of the domains.
 
     Raises:
-        ValueError: a mask has another form, or another number of domains.
+      ValueError: A mask has another form, or another number of domains.
     """
     if "domains" in modules:
         raise ValueError("a site cannot be named 'domains'")
@@ -126,9 +126,9 @@ def load(path: str | pathlib.Path) -> Masks:
     """Read the native file; no pickle is loaded.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: it is not a file of `save`, or it is damaged.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: It is not a file of `save`, or it is damaged.
     """
     path = files.regular(path)
     try:

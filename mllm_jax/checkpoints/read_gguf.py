@@ -56,11 +56,11 @@ class GgufLlama:
     """The content of a GGUF file of a Llama or a Gemma 3, in the terms of Hugging Face.
 
     Attributes:
-        tensors: float32 arrays by Hugging Face key; linear weights are [out, in].
-        config: the fields of the `config.json`.
-        tokenizer: the BPE tokenizer of the file, with its special tokens.
-        tokens: the special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
-        chat_template: the chat template in Jinja; None where the file has none.
+      tensors: float32 arrays by Hugging Face key; linear weights are [out, in].
+      config: The fields of the `config.json`.
+      tokenizer: The BPE tokenizer of the file, with its special tokens.
+      tokens: The special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
+      chat_template: The chat template in Jinja; None where the file has none.
     """
 
     tensors: dict[str, np.ndarray]
@@ -74,16 +74,16 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
     """Read and dequantise a GGUF file of a Llama or a Gemma 3.
 
     Args:
-        path: the `.gguf` file.
-        progress: whether to show a progress bar.
+      path: The `.gguf` file.
+      progress: Whether to show a progress bar.
 
     Returns:
-        The tensors, config, tokenizer and chat template.
+      The tensors, config, tokenizer and chat template.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: the file is not GGUF, is truncated, or has another architecture or tokenizer.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: The file is not GGUF, is truncated, or has another architecture or tokenizer.
     """
     path = files.regular(path)
     try:
@@ -225,8 +225,8 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     Hugging Face rotates the first half against the second.
 
     Args:
-        weight: float[heads * head_width, in].
-        heads: the number of heads.
+      weight: float[heads * head_width, in].
+      heads: The number of heads.
     """
     out, width = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, width)

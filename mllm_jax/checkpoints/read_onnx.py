@@ -24,17 +24,17 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.nd
     """Read and dequantise the vision tower.
 
     Args:
-        path: the `.onnx` file.
-        progress: whether to show a progress bar.
+      path: The `.onnx` file.
+      progress: Whether to show a progress bar.
 
     Returns:
-        float32 arrays by key of `CLIPVisionModelWithProjection`: `vision_model.*` and, where the
-        file has it, `visual_projection.weight`. Linear weights are [out, in].
+      float32 arrays by key of `CLIPVisionModelWithProjection`: `vision_model.*` and, where the
+      file has it, `visual_projection.weight`. Linear weights are [out, in].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: the file is not ONNX, is truncated, or is quantised in another way.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: The file is not ONNX, is truncated, or is quantised in another way.
     """
     path = files.regular(path)
     try:

@@ -19,8 +19,8 @@ class Kind:
     """A kind of value.
 
     Attributes:
-        expected: a description for error messages.
-        accepts: returns whether a JSON value is of this kind.
+      expected: A description for error messages.
+      accepts: Returns whether a JSON value is of this kind.
     """
 
     expected: str
@@ -105,15 +105,15 @@ def read(
     """Return the fields of a table, and append what is wrong with any field to `problems`.
 
     Args:
-        fields: the fields of a config, or of a part of one.
-        table: the fields that are read.
-        ignored: the names of fields that have no effect. Any further field is a problem.
-        prefix: the prefix of field names in error messages.
-        problems: problems are appended here, one line each.
+      fields: The fields of a config, or of a part of one.
+      table: The fields that are read.
+      ignored: The names of fields that have no effect. Any further field is a problem.
+      prefix: The prefix of field names in error messages.
+      problems: Problems are appended here, one line each.
 
     Returns:
-        The values by name. Missing and wrong fields have their default, so that every value is of
-        its kind.
+      The values by name. Missing and wrong fields have their default, so that every value is of
+      its kind.
     """
     kind = table.get("model_type")
     if kind and not kind[0].accepts(fields.get("model_type", kind[1])):

@@ -27,10 +27,10 @@ class Shard:
     """One file of rows.
 
     Attributes:
-        file: the name of the file, which names its items.
-        first: the first item whose rows it holds.
-        bytes: the bytes of its rows.
-        digest: the fingerprint of the file.
+      file: The name of the file, which names its items.
+      first: The first item whose rows it holds.
+      bytes: The bytes of its rows.
+      digest: The fingerprint of the file.
     """
 
     file: str
@@ -47,13 +47,13 @@ class ShardStore(ResumableStore):
     name: the files do not depend on where a run was interrupted. Process 0 writes, and all read.
 
     Args:
-        folder: the folder of the shards and of their record.
-        shard_bytes: a shard is full when it holds as many bytes.
-        restart: whether to remove an existing record and its shards.
-        **parts: the dependencies, as in `Store`.
+      folder: The folder of the shards and of their record.
+      shard_bytes: A shard is full when it holds as many bytes.
+      restart: Whether to remove an existing record and its shards.
+      **parts: The dependencies, as in `Store`.
 
     Attributes:
-        examples: the number of examples of the items that are done.
+      examples: The number of examples of the items that are done.
     """
 
     path: pathlib.Path
@@ -80,13 +80,13 @@ class ShardStore(ResumableStore):
         """Add the rows of an item, and write a shard when there are enough.
 
         Args:
-            item: the item, whose content is compared when the store is resumed.
-            tables: arrays with the same number of rows, by name of the table and the array.
-            examples: the number of examples in the item.
+          item: The item, whose content is compared when the store is resumed.
+          tables: Arrays with the same number of rows, by name of the table and the array.
+          examples: The number of examples in the item.
 
         Raises:
-            ValueError: rows differ in shape or dtype from those before.
-            OSError: the disk is full; what was written before is kept.
+          ValueError: Rows differ in shape or dtype from those before.
+          OSError: The disk is full; what was written before is kept.
         """
         rows = {f"{name}/{key}": a for name, table in tables.items() for key, a in table.items()}
         for key, array in rows.items():
@@ -157,8 +157,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """Return the record of a folder of shards.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or in the format of another version.
+      FileNotFoundError: There is none.
+      ValueError: It is damaged, or in the format of another version.
     """
     path = folder / RECORD
     try:
@@ -176,7 +176,7 @@ def verified_shards(folder: pathlib.Path, record: Mapping[str, Any]) -> list[Sha
     """Return the shards of a record, once their content is found to be what was written.
 
     Raises:
-        ValueError: a file is damaged or missing.
+      ValueError: A file is damaged or missing.
     """
     try:
         shards = [Shard(**shard) for shard in record["shards"]]
@@ -195,11 +195,11 @@ class TableReader:
     """A table of a folder of shards, whose rows are read in any order by memory map.
 
     Args:
-        folder: the folder.
-        name: the name of the table.
+      folder: The folder.
+      name: The name of the table.
 
     Attributes:
-        kinds: the dtype of each array and the shape of its rows, by name.
+      kinds: The dtype of each array and the shape of its rows, by name.
     """
 
     def __init__(self, folder: pathlib.Path, name: str) -> None:
@@ -228,7 +228,7 @@ class TableReader:
         """Return some rows of every array.
 
         Raises:
-            IndexError: an index is out of range.
+          IndexError: An index is out of range.
         """
         count, indices = len(self), np.asarray(indices, np.int64)
         wrong = indices[(indices < -count) | (indices >= count)]

@@ -35,12 +35,12 @@ class Stored(NamedTuple):
     """A tensor in a file that is not read yet.
 
     Attributes:
-        path: the file.
-        key: the name of the tensor in the file.
-        dtype: its dtype.
-        shape: its shape.
-        offset: the position of its first element in the file, in bytes.
-        strides: the steps between neighbours along each axis, in bytes; none is negative.
+      path: The file.
+      key: The name of the tensor in the file.
+      dtype: Its dtype.
+      shape: Its shape.
+      offset: The position of its first element in the file, in bytes.
+      strides: The steps between neighbours along each axis, in bytes; none is negative.
     """
 
     path: pathlib.Path

@@ -49,16 +49,16 @@ def open_directory(
     """Return the tensors of safetensors or PyTorch files, in one file or in shards.
 
     Args:
-        directory: the directory of the checkpoint.
-        problems: the problems of its files are appended here, one error for each.
-        canonical_key: maps any spelling of a key to the canonical one; by default the identity.
+      directory: The directory of the checkpoint.
+      problems: The problems of its files are appended here, one error for each.
+      canonical_key: Maps any spelling of a key to the canonical one; by default the identity.
 
     Returns:
-        The tensors by canonical key, not read yet. None for a tensor that the index names and its
-        shard does not contain, which is one of the problems.
+      The tensors by canonical key, not read yet. None for a tensor that the index names and its
+      shard does not contain, which is one of the problems.
 
     Raises:
-        FileNotFoundError: there are no such files.
+      FileNotFoundError: There are no such files.
     """
     for name in WEIGHTS:
         if (directory / name).exists():
@@ -75,9 +75,9 @@ def open_file(path: pathlib.Path) -> list[Stored]:
     """Return the tensors of a `.safetensors` file, or of a file written by `torch.save`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: it is truncated, or contains something else.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: It is truncated, or contains something else.
     """
     path = files.regular(path)
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
@@ -148,9 +148,9 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, empty where it has none.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it is not a regular file.
-        ValueError: it is truncated, or its metadata are not texts by name.
+      FileNotFoundError: There is no such file.
+      OSError: It is not a regular file.
+      ValueError: It is truncated, or its metadata are not texts by name.
     """
     metadata = _read_header(files.regular(path))[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -247,12 +247,12 @@ def write(
     """Write a safetensors file atomically.
 
     Args:
-        tensors: the tensors by key; each becomes an array only when it is written.
-        path: the file; an existing one is replaced.
-        metadata: texts by name; by default what transformers expects of a model's weights.
+      tensors: The tensors by key; each becomes an array only when it is written.
+      path: The file; an existing one is replaced.
+      metadata: Texts by name; by default what transformers expects of a model's weights.
 
     Raises:
-        OSError: the disk is full, or the directory is not writable.
+      OSError: The disk is full, or the directory is not writable.
     """
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     keys = sorted(

@@ -52,15 +52,15 @@ def read(path: str | pathlib.Path) -> Any:
     """Return the content of a file of `torch.save`.
 
     Args:
-        path: the file.
+      path: The file.
 
     Returns:
-        A tensor, or lists, tuples and dicts of tensors, numbers and strings. Tensors are read-only
-        arrays that are mapped from the file; bfloat16 is the dtype of ml_dtypes.
+      A tensor, or lists, tuples and dicts of tensors, numbers and strings. Tensors are read-only
+      arrays that are mapped from the file; bfloat16 is the dtype of ml_dtypes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, has an unsupported format, or calls anything but tensors.
+      FileNotFoundError: There is no such file.
+      ValueError: It is truncated, has an unsupported format, or calls anything but tensors.
     """
     return _map(lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf, index(path))
 
@@ -235,7 +235,7 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     """Return the same lists, tuples and dicts with changed leaves; shared values stay shared.
 
     Raises:
-        ValueError: a list contains itself.
+      ValueError: A list contains itself.
     """
     done: dict[int, Any] = {}
     inside = object()
@@ -264,12 +264,12 @@ def write(value: Any, path: str | pathlib.Path) -> None:
     Equal values give equal bytes.
 
     Args:
-        value: an array, or lists, tuples and dicts of arrays, numbers and strings.
-        path: the file, which is written atomically.
+      value: An array, or lists, tuples and dicts of arrays, numbers and strings.
+      path: The file, which is written atomically.
 
     Raises:
-        TypeError: a value is none of these, or has a dtype that torch does not store.
-        OSError: the file cannot be written.
+      TypeError: A value is none of these, or has a dtype that torch does not store.
+      OSError: The file cannot be written.
     """
     storages: list[np.ndarray] = []
     program = b"\x80\x02" + _encode(value, storages) + pickle.STOP

@@ -37,15 +37,15 @@ class PackedQuestions:
     Where a picture attends to the question after it (PaliGemma), each question has a row.
 
     Attributes:
-      processor: makes the batches.
-      examples: the examples, with questions.
+      processor: Makes the batches.
+      examples: The examples, with questions.
       features: float[N, P, E], the vision features of the examples.
-      size: the number of pictures in a batch.
-      steps: the number of batches.
-      questions: the number of questions of each picture, drawn again each epoch.
-      seed: the seed of the order; None goes through the examples in order, first questions first.
-      styles: the styles of the questions; all by default.
-      shift: the number of places by which the pictures of a batch are moved on, so that questions
+      size: The number of pictures in a batch.
+      steps: The number of batches.
+      questions: The number of questions of each picture, drawn again each epoch.
+      seed: The seed of the order; None goes through the examples in order, first questions first.
+      styles: The styles of the questions; all by default.
+      shift: The number of places by which the pictures of a batch are moved on, so that questions
         are asked about wrong ones.
     """
 
@@ -128,10 +128,10 @@ def packed_length(
     """Return the number of tokens of the longest packed row, rounded up to a multiple of 8.
 
     Args:
-      processor: makes the batches.
-      questions_of: the questions of each example.
-      questions: how many of them share a row.
-      examples: the examples, for models that read a picture by its size.
+      processor: Makes the batches.
+      questions_of: The questions of each example.
+      questions: How many of them share a row.
+      examples: The examples, for models that read a picture by its size.
     """
     placeholder = _placeholder_pictures(processor, 1, examples)
     rows = [[(q.prompt, q.answer) for q in asked] for asked in questions_of]
@@ -164,9 +164,9 @@ class ExampleQuestions(LazySequence[tuple[Example, Question]]):
     """The pairs of `ask`, each made when it is needed: pictures stay where they are.
 
     Attributes:
-      examples: the examples, with questions.
-      styles: the styles of the questions.
-      count: the largest number of pairs.
+      examples: The examples, with questions.
+      styles: The styles of the questions.
+      count: The largest number of pairs.
     """
 
     examples: Sequence[Example]
@@ -194,13 +194,13 @@ class QuestionBatches:
     """Batches of one question a row, all of one shape; empty rows fill up the last.
 
     Attributes:
-      processor: makes the batches.
+      processor: Makes the batches.
       pairs: (example, question) pairs, see `ask`.
-      size: the number of questions in a batch.
-      length: the number of tokens of a row.
+      size: The number of questions in a batch.
+      length: The number of tokens of a row.
       features: float[N, P, E], the vision features of the examples of the pairs; then pictures are
         not prepared again.
-      filled: the number of rows that empty rows fill every batch up to, such as a mesh divides;
+      filled: The number of rows that empty rows fill every batch up to, such as a mesh divides;
         `size` by default.
     """
 
@@ -252,9 +252,9 @@ def row_length(
     """Return the number of tokens of the longest row, rounded up to a multiple of 8.
 
     Args:
-      processor: makes the batches.
+      processor: Makes the batches.
       pairs: (example, question) pairs.
-      answers: whether a row holds the answer as well as the prompt.
+      answers: Whether a row holds the answer as well as the prompt.
     """
     texts = sorted({(q.prompt, q.answer) if answers else (q.prompt, "") for _, q in pairs})
     prompts = [prompt for prompt, _ in texts]
@@ -270,9 +270,9 @@ def _placeholder_pictures(
     """Return features and sizes for pictures with as many tokens as one can have.
 
     Args:
-      processor: makes the batches.
-      pictures: the number of pictures.
-      examples: pictures of which one has the most tokens, where each is read by its size.
+      processor: Makes the batches.
+      pictures: The number of pictures.
+      examples: Pictures of which one has the most tokens, where each is read by its size.
     """
     config, size = processor.config, processor.config.largest
     known = [example for example in examples if example is not None]

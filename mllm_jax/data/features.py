@@ -32,9 +32,9 @@ def read_pictures(
     These passes skip the vision tower; what edits of it change is in the features.
 
     Args:
-      model: the model.
-      batch: the batch, with pixels.
-      edits: edits of any site.
+      model: The model.
+      batch: The batch, with pixels.
+      edits: Edits of any site.
     """
     of_vision, others = Edits(), Edits()
     for edit in edits or ():
@@ -62,8 +62,8 @@ def mean_over_tiles(config: MultimodalConfig, batch: Batch, values: Any) -> np.n
     """Return the mean value of the tiles that each row reads.
 
     Args:
-      config: the model's config.
-      batch: the batch.
+      config: The model's config.
+      batch: The batch.
       values: float[I, W], of each tile.
 
     Returns:
@@ -110,20 +110,20 @@ def vision_features(
     read each time, to compare them with those of the file, and the tower runs for new ones alone.
 
     Args:
-      model: the model.
-      processor: its processor.
-      examples: the examples, each with an `image`, and `encoded` if its bytes are at hand.
-      path: the .npy file; a .json beside it records how much of it is done, and for what.
-      batch_size: the number of pictures that the tower reads at one time.
-      restart: whether to remove what is there.
-      label: the name on the progress bar.
+      model: The model.
+      processor: Its processor.
+      examples: The examples, each with an `image`, and `encoded` if its bytes are at hand.
+      path: The .npy file; a .json beside it records how much of it is done, and for what.
+      batch_size: The number of pictures that the tower reads at one time.
+      restart: Whether to remove what is there.
+      label: The name on the progress bar.
 
     Returns:
       float32[N, P, E]; P counts the patches of all places that a picture has for tiles. Pictures
       that are read by their size share the places of the largest.
 
     Raises:
-      ValueError: the file holds features of another model, processor or other pictures, of more
+      ValueError: The file holds features of another model, processor or other pictures, of more
         pictures, or is damaged.
     """
     path = pathlib.Path(path)
@@ -169,10 +169,10 @@ def features_batch(
     """Return a batch of stored features of pictures, one a row, with prompts of the picture alone.
 
     Args:
-      processor: the processor of the model.
-      examples: the examples that the features are of.
+      processor: The processor of the model.
+      examples: The examples that the features are of.
       features: float[N, P, E], see `vision_features`.
-      rows: the number of rows to fill up to with empty rows.
+      rows: The number of rows to fill up to with empty rows.
     """
     sizes = picture_sizes(processor.config, examples)
     prompts = ["<image>"] * len(examples)

@@ -21,8 +21,8 @@ class Need:
     """A file or a folder that a data set needs.
 
     Attributes:
-        path: its path within the data set's folder; may hold a `*`.
-        source: where it comes from.
+      path: Its path within the data set's folder; may hold a `*`.
+      source: Where it comes from.
     """
 
     path: str
@@ -51,7 +51,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         """Check that the data set's folder has the files it needs.
 
         Raises:
-            FileNotFoundError: files are missing; the message lists them.
+          FileNotFoundError: Files are missing; the message lists them.
         """
         missing = [need for need in cls.NEEDS if not any(folder.glob(need.path))]
         if missing:
@@ -65,13 +65,13 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         """Build the data set into array_record files under `root`, unless it is there.
 
         Args:
-            config: the config of the study.
-            manual: the folder that holds `<name>/` with the files as they were downloaded.
-            root: the folder where data sets are kept.
-            config: the name of the builder's config.
+          config: The config of the study.
+          manual: The folder that holds `<name>/` with the files as they were downloaded.
+          root: The folder where data sets are kept.
+          config: The name of the builder's config.
 
         Returns:
-            The folder of the built data set.
+          The folder of the built data set.
         """
         cls.require(pathlib.Path(manual) / cls.name)
         builder = cls(data_dir=str(root), config=config, file_format="array_record")

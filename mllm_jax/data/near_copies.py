@@ -20,13 +20,13 @@ def leave_out(
     mirrored. The number of pictures that are left out is logged as a warning.
 
     Args:
-        domain: the domain, such as a test split.
-        others: the pictures of another split.
-        count: the number of pictures that are needed; no more are read.
-        near_copy: the correlation from which on two pictures are near copies.
+      domain: The domain, such as a test split.
+      others: The pictures of another split.
+      count: The number of pictures that are needed; no more are read.
+      near_copy: The correlation from which on two pictures are near copies.
 
     Raises:
-        ValueError: all pictures are near copies.
+      ValueError: All pictures are near copies.
     """
     seen = [recipe.thumbnail(example.image)[0] for example in others]
     if not seen:

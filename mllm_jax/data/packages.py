@@ -30,10 +30,10 @@ class Wheel:
     """A PyPI package that holds images or labels.
 
     Attributes:
-      name: the package.
-      version: the version it was tested with.
-      licence: the licence of package and content.
-      homepage: where it comes from.
+      name: The package.
+      version: The version it was tested with.
+      licence: The licence of package and content.
+      homepage: Where it comes from.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Deb:
     """A Debian package that holds images or labels, pinned by version and hash.
 
     Attributes:
-      name: the package.
-      version: its version.
-      sha256: the hash of the `.deb` file.
-      licence: the licence of package and content.
-      homepage: where it comes from.
+      name: The package.
+      version: Its version.
+      sha256: The hash of the `.deb` file.
+      licence: The licence of package and content.
+      homepage: Where it comes from.
     """
 
     name: str

@@ -53,18 +53,18 @@ def pooled_features(
     continues where it stopped.
 
     Args:
-      model: the model.
-      processor: its processor.
-      examples: the examples, each with an `image`.
-      prompts: one for each example. Image tokens stand before the question, so that only `lm.last`
+      model: The model.
+      processor: Its processor.
+      examples: The examples, each with an `image`.
+      prompts: One for each example. Image tokens stand before the question, so that only `lm.last`
         depends on it (with a Q-Former, all but `vision` do).
-      path: the folder of the arrays; it belongs to one model and processor, and to these pictures,
+      path: The folder of the arrays; it belongs to one model and processor, and to these pictures,
         prompts and features. Examples may be added after them.
       features: float[N, P, E] of the examples, see `vision_features`; then the tower is not run.
-      batch_size: the number of rows of a batch.
-      length: the number of tokens of a row, so that all batches have one shape.
-      restart: whether to remove what is there.
-      label: the name on the progress bar.
+      batch_size: The number of rows of a batch.
+      length: The number of tokens of a row, so that all batches have one shape.
+      restart: Whether to remove what is there.
+      label: The name on the progress bar.
 
     Returns:
       Mapped arrays: `vision` float32[N, E], before the projection, and `projector` float32[N, D],
@@ -72,7 +72,7 @@ def pooled_features(
       over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
 
     Raises:
-      ValueError: the numbers of examples and prompts differ, or the folder holds features of
+      ValueError: The numbers of examples and prompts differ, or the folder holds features of
         something else, or is damaged.
     """
     if len(prompts) != len(examples) or not len(examples):
@@ -123,11 +123,11 @@ def projected_features(
     """Return each picture's mean features before and after the projection.
 
     Args:
-      model: the model.
-      processor: its processor.
-      examples: the examples, each with an `image`.
+      model: The model.
+      processor: Its processor.
+      examples: The examples, each with an `image`.
       features: float[N, P, E] of the examples, see `vision_features`.
-      batch_size: the number of pictures that the projector reads at one time.
+      batch_size: The number of pictures that the projector reads at one time.
 
     Returns:
       `vision`, float32[N, E], and `projector`, float32[N, D]: means over patches and tokens.

@@ -91,12 +91,12 @@ class Task:
     """One classification task.
 
     Attributes:
-        name: the task's name, such as "astronomy".
-        topic: what the classes are, for the prompt: "objects of the night sky".
-        classes: their names; a class's index is its id. The label of an example is its class.
-        train: the examples for fitting.
-        held: the examples for early stopping.
-        test: the examples for reporting.
+      name: The task's name, such as "astronomy".
+      topic: What the classes are, for the prompt: "objects of the night sky".
+      classes: Their names; a class's index is its id. The label of an example is its class.
+      train: The examples for fitting.
+      held: The examples for early stopping.
+      test: The examples for reporting.
     """
 
     name: str
@@ -153,25 +153,25 @@ class Task:
         the pictures of one group. Classes alternate in each split: any prefix is balanced.
 
         Args:
-            domain: the domain to divide.
-            test: the test pictures, in an order that no seed changes; or their share of each class
-                of `domain`.
-            held: the held pictures; or their share of the pictures that are not for testing.
-            classes: labels in the order of their ids, or {class: label}; examples with other
-                labels are left out. All labels in alphabetic order by default.
-            topic: what the classes are; the name by default.
-            name: the task's name; the domain's by default.
-            group: returns the same text for pictures that belong together, such as views of one
-                thing.
-            ratio: the most pictures of a class for each one of the smallest class, in each split
-                that is made here.
-            near_copy: the correlation from which on two pictures are near copies; None compares no
-                pictures.
-            seed: the seed of the division.
+          domain: The domain to divide.
+          test: The test pictures, in an order that no seed changes; or their share of each class
+            of `domain`.
+          held: The held pictures; or their share of the pictures that are not for testing.
+          classes: Labels in the order of their ids, or {class: label}; examples with other
+            labels are left out. All labels in alphabetic order by default.
+          topic: What the classes are; the name by default.
+          name: The task's name; the domain's by default.
+          group: Returns the same text for pictures that belong together, such as views of one
+            thing.
+          ratio: The most pictures of a class for each one of the smallest class, in each split
+            that is made here.
+          near_copy: The correlation from which on two pictures are near copies; None compares no
+            pictures.
+          seed: The seed of the division.
 
         Raises:
-            ValueError: there are fewer than two classes, or a class has no picture in a split that
-                is made here.
+          ValueError: There are fewer than two classes, or a class has no picture in a split that
+            is made here.
         """
         name = name or domain.name
         named = _named(name, domain, classes)
@@ -206,11 +206,11 @@ def embedded(seed: int = 0, root: str | os.PathLike | None = None) -> dict[str, 
     """Return the four tasks on the embedded domains by name.
 
     Args:
-        seed: the seed of the division into train and held; test is always the same.
-        root: the folder where the domains are kept; the user's cache by default.
+      seed: The seed of the division into train and held; test is always the same.
+      root: The folder where the domains are kept; the user's cache by default.
 
     Raises:
-        MissingPackage: a domain cannot be built.
+      MissingPackage: A domain cannot be built.
     """
     train = domains.embedded("train", tuple(EMBEDDED), root)
     test = domains.embedded("test", tuple(EMBEDDED), root)

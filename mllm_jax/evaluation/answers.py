@@ -50,14 +50,14 @@ def question(
     """Return the question that asks for an example's class.
 
     Args:
-        task: the task whose classes are listed.
-        example: an example of the task.
-        wording: one of WORDINGS. With "plain" the answer ends in a newline, as in LLaVA.
-        seed: seed of the order of the listed classes, which differs by example and epoch.
-        epoch: epoch of training.
+      task: The task whose classes are listed.
+      example: An example of the task.
+      wording: One of WORDINGS. With "plain" the answer ends in a newline, as in LLaVA.
+      seed: Seed of the order of the listed classes, which differs by example and epoch.
+      epoch: Epoch of training.
 
     Returns:
-        The question; its options are the classes in the order of their ids.
+      The question; its options are the classes in the order of their ids.
     """
     if wording not in WORDINGS:
         raise ValueError(f"unknown wording {wording!r}; there are {', '.join(WORDINGS)}")
@@ -80,8 +80,8 @@ class ParsedAnswer(NamedTuple):
     """An answer as a class.
 
     Attributes:
-        id: id of the class, -1 if the answer names none.
-        how: the rule of `parse` that applied.
+      id: Id of the class, -1 if the answer names none.
+      how: The rule of `parse` that applied.
     """
 
     id: int
@@ -102,9 +102,9 @@ def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> Pars
     Otherwise, and if an answer names several classes, the result is none.
 
     Args:
-        answer: the answer.
-        classes: names of the classes.
-        nearest: lowest similarity of the last rule.
+      answer: The answer.
+      classes: Names of the classes.
+      nearest: Lowest similarity of the last rule.
     """
     if answer.strip() in classes:
         return ParsedAnswer(list(classes).index(answer.strip()), "exact")
@@ -169,15 +169,15 @@ def generate_answers(
     """Generate the model's answer to each question.
 
     Args:
-        model: the model.
-        batches: the questions.
-        edits: interventions during generation.
-        max_new_tokens: by default the number of tokens of the longest class plus eight.
-        temperature: 0 is greedy; the released code samples at 0.2, which needs a `key`.
-        key: a `jax.random.key`, into which the number of each batch is folded.
+      model: The model.
+      batches: The questions.
+      edits: Interventions during generation.
+      max_new_tokens: By default the number of tokens of the longest class plus eight.
+      temperature: 0 is greedy; the released code samples at 0.2, which needs a `key`.
+      key: A `jax.random.key`, into which the number of each batch is folded.
 
     Returns:
-        A text for each question.
+      A text for each question.
     """
     if max_new_tokens is None:
         max_new_tokens = _candidates(batches, end=True).shape[-1] + 8
@@ -204,17 +204,17 @@ def score_classes(
     """Compute the log-likelihood of each class as the answer; the prompt is computed once.
 
     Args:
-        model: the model.
-        batches: the questions, all with the same classes.
-        edits: interventions during the pass.
-        per: "answer" is the log-likelihood of the whole answer, which is lower for longer classes.
-            "token" divides it by the number of tokens, which favours long classes whose ends follow
-            from their beginnings.
-        end: whether the end of turn counts, as a token. Without it, a class that begins another
-            class is never less likely than the other.
+      model: The model.
+      batches: The questions, all with the same classes.
+      edits: Interventions during the pass.
+      per: "answer" is the log-likelihood of the whole answer, which is lower for longer classes.
+        "token" divides it by the number of tokens, which favours long classes whose ends follow
+        from their beginnings.
+      end: Whether the end of turn counts, as a token. Without it, a class that begins another
+        class is never less likely than the other.
 
     Returns:
-        float32[N, C].
+      float32[N, C].
     """
     if per not in PER:
         raise ValueError(f"per={per!r} is none of {', '.join(PER)}")

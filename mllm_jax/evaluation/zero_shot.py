@@ -35,11 +35,11 @@ def zero_shot(
     """Return the most similar label of each picture, int32[N], counted from 0.
 
     Args:
-        model: the model, from `loading.clip.load`.
-        processor: its processor.
-        pictures: N pictures, see `data.pictures.read`; an iterator is read batch by batch.
-        labels: C names of classes, which are used in lower case.
-        batch_size: number of pictures of a batch.
+      model: The model, from `loading.clip.load`.
+      processor: Its processor.
+      pictures: N pictures, see `data.pictures.read`; an iterator is read batch by batch.
+      labels: C names of classes, which are used in lower case.
+      batch_size: Number of pictures of a batch.
     """
     if not labels:
         raise ValueError("no labels to choose from")

@@ -55,11 +55,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Multim
     """Return the config of a checkpoint of any family.
 
     Args:
-        fields: the content of `config.json`.
-        source: the name of the file in an error.
+      fields: The content of `config.json`.
+      source: The name of the file in an error.
 
     Raises:
-        ValueError: no family has this `model_type`, or the fields are not those of a known model.
+      ValueError: No family has this `model_type`, or the fields are not those of a known model.
     """
     for family in FAMILIES.values():
         if family.reads is not None and family.reads(fields):

@@ -22,15 +22,15 @@ class OriginalLayout:
     """The layout of checkpoints that the authors' code writes, where transformers has another.
 
     Attributes:
-        is_original: whether the fields of a `config.json` are of this layout.
-        to_hf: the fields, those of the vision tower and the name of the file -> the fields of a
-            `config.json` of transformers.
-        image_processor: the directory of the vision tower and the config -> an image processor.
-        tower_field: the field that names the checkpoint of the vision tower.
-        base_field: the field that names the model to which a projector alone belongs.
-        projector_file: the name of a file with the projector alone.
-        projector_keys: canonical keys of a projector -> canonical key to key in that file.
-        tower_key: a key of the tower's checkpoint -> its canonical key; None for unused tensors.
+      is_original: Whether the fields of a `config.json` are of this layout.
+      to_hf: the fields, those of the vision tower and the name of the file -> the fields of a
+        `config.json` of transformers.
+      image_processor: the directory of the vision tower and the config -> an image processor.
+      tower_field: The field that names the checkpoint of the vision tower.
+      base_field: The field that names the model to which a projector alone belongs.
+      projector_file: The name of a file with the projector alone.
+      projector_keys: canonical keys of a projector -> canonical key to key in that file.
+      tower_key: A key of the tower's checkpoint -> its canonical key; None for unused tensors.
     """
 
     is_original: Callable[[Fields], bool]
@@ -48,24 +48,24 @@ class Family:
     """A family of models: an architecture as it is released.
 
     Attributes:
-        name: the `model_type` of its `config.json`, or another name if `reads` says which are its.
-        config: the config class, which builds the network.
-        from_hf: the fields of a `config.json` and the name of the file -> the config.
-        to_hf: the config -> the fields.
-        key_table: the config -> the key table of its checkpoints.
-        canonical_key: a key in any known spelling -> its spelling in the key table.
-        is_unused: whether a checkpoint may hold a tensor that the model does not use, by its
-            canonical key.
-        projector_prefix: the prefix, or the prefixes, of the canonical keys of its projector.
-        sharding_rules: the config -> the sharding rules.
-        processor: the class of its processor.
-        released: the configs of its released sizes by name.
-        reads: whether the fields of a `config.json` are of this family, where its `model_type` is
-            that of another one.
-        other_layouts: the `model_type` of layouts of the same models that are not read -> what to
-            load instead.
-        original: the layout of the authors' own code, if checkpoints in it are read.
-        unused_tensors: the model -> tensors that transformers expects and the model does not use.
+      name: The `model_type` of its `config.json`, or another name if `reads` says which are its.
+      config: The config class, which builds the network.
+      from_hf: The fields of a `config.json` and the name of the file -> the config.
+      to_hf: the config -> the fields.
+      key_table: the config -> the key table of its checkpoints.
+      canonical_key: a key in any known spelling -> its spelling in the key table.
+      is_unused: Whether a checkpoint may hold a tensor that the model does not use, by its
+        canonical key.
+      projector_prefix: The prefix, or the prefixes, of the canonical keys of its projector.
+      sharding_rules: the config -> the sharding rules.
+      processor: The class of its processor.
+      released: The configs of its released sizes by name.
+      reads: Whether the fields of a `config.json` are of this family, where its `model_type` is
+        that of another one.
+      other_layouts: The `model_type` of layouts of the same models that are not read -> what to
+        load instead.
+      original: The layout of the authors' own code, if checkpoints in it are read.
+      unused_tensors: the model -> tensors that transformers expects and the model does not use.
     """
 
     name: str

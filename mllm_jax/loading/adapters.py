@@ -63,10 +63,10 @@ class Merged:
     """A matrix of a model plus a low-rank change, computed when it is read; a `LazyTensor`.
 
     Attributes:
-        base: float[out, in], the matrix of the model.
-        a: float[r, in], the first factor.
-        b: float[out, r], the second factor.
-        scale: the factor of b @ a.
+      base: float[out, in], the matrix of the model.
+      a: float[r, in], the first factor.
+      b: float[out, r], the second factor.
+      scale: The factor of b @ a.
     """
 
     base: LazyTensor
@@ -106,7 +106,7 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
     """Return the fields of an `adapter_config.json`.
 
     Raises:
-        ValueError: the adapter is not a LoRA, or has unsupported fields, which are named.
+      ValueError: The adapter is not a LoRA, or has unsupported fields, which are named.
     """
     path = directory / CONFIG
     problems: list[str] = []
@@ -136,14 +136,14 @@ def merge(
     """Return the tensors of a model with those of an adapter, by canonical key and not yet read.
 
     Args:
-        base: the tensors of the model by canonical key.
-        directory: the directory of the adapter.
-        problems: the problems of its files are appended here.
-        canonical_key: maps any spelling of a key to the canonical one.
+      base: The tensors of the model by canonical key.
+      directory: The directory of the adapter.
+      problems: The problems of its files are appended here.
+      canonical_key: Maps any spelling of a key to the canonical one.
 
     Returns:
-        The tensors by canonical key: changed by two factors, or replaced by a tensor of the
-        adapter.
+      The tensors by canonical key: changed by two factors, or replaced by a tensor of the
+      adapter.
     """
     path = next((directory / name for name in _FACTORS if (directory / name).exists()), None)
     if path is None:

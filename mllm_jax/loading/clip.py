@@ -65,11 +65,11 @@ def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
     """Load a CLIP model in float32, and its processor.
 
     Args:
-        name: a directory or a hub id such as "openai/clip-vit-large-patch14-336".
+      name: A directory or a hub id such as "openai/clip-vit-large-patch14-336".
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: it is not a CLIP checkpoint with both towers; one line states all problems.
+      FileNotFoundError: There is no such checkpoint, or a part of it is missing.
+      ValueError: It is not a CLIP checkpoint with both towers; one line states all problems.
     """
     directory = sources.locate(name)
     config = from_hf(sources.read_fields(directory), directory / "config.json")

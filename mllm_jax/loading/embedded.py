@@ -44,9 +44,9 @@ class Source:
     """A weight file inside a package.
 
     Attributes:
-        package: the name of the package.
-        file: the name of the file.
-        sha256: the hash of its content.
+      package: The name of the package.
+      file: The name of the file.
+      sha256: The hash of its content.
     """
 
     package: str
@@ -82,10 +82,10 @@ def directory() -> pathlib.Path:
     template and the image settings.
 
     Raises:
-        FileNotFoundError: a weight file is not installed.
-        ModuleNotFoundError: `gguf` or `onnx`, which read the weight files, is not installed.
-        ValueError: a weight file or the directory is damaged.
-        OSError: the cache cannot be written, or the disk is full.
+      FileNotFoundError: A weight file is not installed.
+      ModuleNotFoundError: `gguf` or `onnx`, which read the weight files, is not installed.
+      ValueError: A weight file or the directory is damaged.
+      OSError: The cache cannot be written, or the disk is full.
     """
     final = cache_directory() / NAME
     if not final.exists():
@@ -109,11 +109,11 @@ def find(source: Source) -> pathlib.Path:
     """Return the path of a weight file whose hash is correct.
 
     Args:
-        source: the file, its package and its SHA-256.
+      source: The file, its package and its SHA-256.
 
     Raises:
-        FileNotFoundError: the file is neither in `MLLM_JAX_EMBEDDED` nor in an installed package.
-        ValueError: the file has other content.
+      FileNotFoundError: The file is neither in `MLLM_JAX_EMBEDDED` nor in an installed package.
+      ValueError: The file has other content.
     """
     path = _in_folder(source) or _in_package(source)
     if path is None:

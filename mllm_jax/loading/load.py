@@ -47,33 +47,33 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name: "embedded", a directory, or a hub id. The checkpoint has the layout of transformers,
-            the layout of the original LLaVA code, or is a LoRA adapter in the layout of PEFT, which
-            is merged into its model.
-        dtype: the dtype of the parameters: float32, whose products are float32 on every chip (see
-            `mllm_jax.numerics.precision`), bfloat16 or float16. None means float32 on CPU and
-            bfloat16 elsewhere.
-        mesh: a mesh from `mj.mesh`. Each process reads the parts of its own devices, see
-            `sharding.rules`. None means the mesh of `jax.set_mesh`, or one device without a mesh.
-        projector: None takes the checkpoint's own projector (for "embedded": the one that ships
-            with this package), and "random" initialises a new one. Anything else is a file with a
-            projector: safetensors, the `mm_projector.bin` of the original code, or a directory that
-            contains the latter.
-        base: the model that an adapter changes, a directory or a hub id. None means the model that
-            the adapter names.
-        seed: the seed of a random projector.
-        image_aspect_ratio: "pad" pads an image to a square, as LLaVA-1.5 was trained. None means
-            the checkpoint's setting, see `Processor`.
-        max_pixels: the most pixels that a picture is scaled to, for models that read it at its own
-            size: the cost of a picture grows with them. None means the checkpoint's setting.
+      name: "embedded", a directory, or a hub id. The checkpoint has the layout of transformers,
+        the layout of the original LLaVA code, or is a LoRA adapter in the layout of PEFT, which
+        is merged into its model.
+      dtype: The dtype of the parameters: float32, whose products are float32 on every chip (see
+        `mllm_jax.numerics.precision`), bfloat16 or float16. None means float32 on CPU and
+        bfloat16 elsewhere.
+      mesh: A mesh from `mj.mesh`. Each process reads the parts of its own devices, see
+        `sharding.rules`. None means the mesh of `jax.set_mesh`, or one device without a mesh.
+      projector: None takes the checkpoint's own projector (for "embedded": the one that ships
+        with this package), and "random" initialises a new one. Anything else is a file with a
+        projector: safetensors, the `mm_projector.bin` of the original code, or a directory that
+        contains the latter.
+      base: The model that an adapter changes, a directory or a hub id. None means the model that
+        the adapter names.
+      seed: The seed of a random projector.
+      image_aspect_ratio: "pad" pads an image to a square, as LLaVA-1.5 was trained. None means
+        the checkpoint's setting, see `Processor`.
+      max_pixels: The most pixels that a picture is scaled to, for models that read it at its own
+        size: the cost of a picture grows with them. None means the checkpoint's setting.
 
     Returns:
-        The model and its processor.
+      The model and its processor.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or a part of it is missing.
-        ValueError: the dtype is not supported, or the config or tensors are not those of a known
-            model; one line states all problems of the tensors.
+      FileNotFoundError: There is no such checkpoint, or a part of it is missing.
+      ValueError: The dtype is not supported, or the config or tensors are not those of a known
+        model; one line states all problems of the tensors.
     """
     dtype = precision.parameter_dtype(dtype)
     directory = locate(name)
@@ -123,15 +123,15 @@ def read_model(
     Besides the model, the host holds at most one stacked parameter, or a device's part of one.
 
     Args:
-        directory: the directory of the checkpoint.
-        dtype: see `load`.
-        projector: see `load`; the projector of the embedded model must be named.
-        base: see `load`.
-        seed: see `load`.
-        mesh: see `load`.
+      directory: The directory of the checkpoint.
+      dtype: See `load`.
+      projector: See `load`; the projector of the embedded model must be named.
+      base: See `load`.
+      seed: See `load`.
+      mesh: See `load`.
 
     Returns:
-        The model.
+      The model.
     """
     dtype = precision.parameter_dtype(dtype)
     problems: list[Exception] = []
@@ -183,17 +183,17 @@ def read_network(
     """Read a network that is not a multimodal model from a checkpoint of this network alone.
 
     Args:
-        build: returns the network with random weights.
-        table: the key table of the network.
-        directory: the directory of the checkpoint.
-        dtype: the dtype of the parameters.
+      build: Returns the network with random weights.
+      table: The key table of the network.
+      directory: The directory of the checkpoint.
+      dtype: The dtype of the parameters.
 
     Returns:
-        The network, on one device.
+      The network, on one device.
 
     Raises:
-        FileNotFoundError: there are no weights, or a shard is missing.
-        ValueError: the tensors do not fit the network; one line states all problems.
+      FileNotFoundError: There are no weights, or a shard is missing.
+      ValueError: The tensors do not fit the network; one line states all problems.
     """
     graph, abstract, shapes = _abstract(build)
     slots = keys.slots(shapes, table)
@@ -218,15 +218,15 @@ def read_projector(model: MultimodalModel, path: str | os.PathLike) -> Multimoda
     """Return the model with the projector of a file; all other parameters are shared.
 
     Args:
-        model: the model, which is not changed.
-        path: a file written by `write_projector`, or the `mm_projector.bin` of the original code.
+      model: The model, which is not changed.
+      path: A file written by `write_projector`, or the `mm_projector.bin` of the original code.
 
     Returns:
-        The new model; its projector has the dtype of the old one.
+      The new model; its projector has the dtype of the old one.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no projector, or one that does not fit this model.
+      FileNotFoundError: There is no such file.
+      ValueError: The file holds no projector, or one that does not fit this model.
     """
     graph, state = nnx.split(model)
     params = dict(nnx.to_flat_state(state))

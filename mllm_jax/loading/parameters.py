@@ -26,11 +26,11 @@ def read(
     """Return the parameters by path, each read into its place.
 
     Args:
-        stored: The tensors of a checkpoint, by key.
-        slots: Where each tensor goes; those of one parameter follow each other.
-        shapes: The shapes of the parameters, by path.
-        dtype: The dtype of the parameters.
-        places: Their shardings, by path; None for one device.
+      stored: The tensors of a checkpoint, by key.
+      slots: Where each tensor goes; those of one parameter follow each other.
+      shapes: The shapes of the parameters, by path.
+      dtype: The dtype of the parameters.
+      places: Their shardings, by path; None for one device.
     """
     arrays = {}
     for path, group in itertools.groupby(slots, lambda slot: slot.path):

@@ -61,15 +61,15 @@ def save_hf(
     transformers cannot load.
 
     Args:
-        model: the model.
-        processor: the source of the tokenizer and of the image settings; None writes neither.
-        directory: a new or empty directory.
+      model: The model.
+      processor: The source of the tokenizer and of the image settings; None writes neither.
+      directory: A new or empty directory.
 
     Returns:
-        The directory.
+      The directory.
 
     Raises:
-        FileExistsError: the directory holds files.
+      FileExistsError: The directory holds files.
     """
     directory = pathlib.Path(directory)
     taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
@@ -116,13 +116,13 @@ def write_projector(
     """Write the projector alone, for `load(..., projector=path)` and `read_projector`.
 
     Args:
-        model: the model.
-        path: a `.safetensors` file with Hugging Face keys, or a `.bin` file in the format of
-            `mm_projector.bin` of the original LLaVA code; an existing file is replaced.
-        dtype: the dtype in the file.
+      model: The model.
+      path: A `.safetensors` file with Hugging Face keys, or a `.bin` file in the format of
+        `mm_projector.bin` of the original LLaVA code; an existing file is replaced.
+      dtype: The dtype in the file.
 
     Raises:
-        ValueError: the file has another suffix, or a weight overflows in dtype.
+      ValueError: The file has another suffix, or a weight overflows in dtype.
     """
     path = pathlib.Path(path)
     with np.errstate(over="ignore"):  # checked below
@@ -147,8 +147,8 @@ class _HfTensor:
     """A tensor in the layout of Hugging Face, computed from parameters when it is written.
 
     Attributes:
-        arrays: the parts of the tensor among the parameters.
-        slot: the slot of one of the parts.
+      arrays: The parts of the tensor among the parameters.
+      slot: The slot of one of the parts.
     """
 
     arrays: list[np.ndarray]

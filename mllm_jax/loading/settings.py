@@ -53,13 +53,13 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int | None) -> None
     """Refuse settings of images or of generation that are damaged or do not fit the vision tower.
 
     Args:
-        pictures: the directory with the settings of the image processor.
-        texts: the directory of the tokenizer.
-        side: the side of the images that the tower reads, in pixels; None where they have any.
+      pictures: The directory with the settings of the image processor.
+      texts: The directory of the tokenizer.
+      side: The side of the images that the tower reads, in pixels; None where they have any.
 
     Raises:
-        ValueError: a value is not supported, or images have another size than the tower reads.
-        OSError: a file is not a regular file.
+      ValueError: A value is not supported, or images have another size than the tower reads.
+      OSError: A file is not a regular file.
     """
     for directory in {pictures, texts, texts / "qformer_tokenizer"}:
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():

@@ -31,11 +31,11 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
     """Return the directory of a checkpoint, which is created or fetched if necessary.
 
     Args:
-        name: as in `load`.
-        weights: whether to fetch the weights as well as the settings.
+      name: As in `load`.
+      weights: Whether to fetch the weights as well as the settings.
 
     Raises:
-        FileNotFoundError: the name is no directory, and the hub does not provide it.
+      FileNotFoundError: The name is no directory, and the hub does not provide it.
     """
     if name == "embedded":
         return embedded.directory()
@@ -79,14 +79,14 @@ def named_directory(
     """Return the directory of another checkpoint that a config names.
 
     Args:
-        config: the path of the config; the name may be a directory relative to it.
-        fields: the fields of the config.
-        field: the field with the name.
-        weights: whether to fetch the weights as well as the settings.
+      config: The path of the config; the name may be a directory relative to it.
+      fields: The fields of the config.
+      field: The field with the name.
+      weights: Whether to fetch the weights as well as the settings.
 
     Raises:
-        ValueError: the config does not have the field, or its value is not a name.
-        FileNotFoundError: there is no such checkpoint.
+      ValueError: The config does not have the field, or its value is not a name.
+      FileNotFoundError: There is no such checkpoint.
     """
     problems: list[str] = []
     name = schema.values(fields, {field: (schema.NAME, None)}, "", problems)[field]
@@ -139,15 +139,15 @@ def open_tensors(
     """Return the tensors of a checkpoint from all its files, by canonical key and not yet read.
 
     Args:
-        directory: the directory of the checkpoint.
-        settings: the directory with its `config.json`.
-        base: the base model of an adapter, see `base_directory`.
-        family: the family of the model.
-        problems: the problems of the files are appended here.
+      directory: The directory of the checkpoint.
+      settings: The directory with its `config.json`.
+      base: The base model of an adapter, see `base_directory`.
+      family: The family of the model.
+      problems: The problems of the files are appended here.
 
     Returns:
-        The tensors by canonical key. Empty where a file without an index cannot be opened, because
-        the missing keys are then not known.
+      The tensors by canonical key. Empty where a file without an index cannot be opened, because
+      the missing keys are then not known.
     """
     model_directory = base_directory(directory, base, weights=True)
     tensors = _open_model(model_directory, settings, family, problems)

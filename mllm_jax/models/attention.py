@@ -40,17 +40,17 @@ def attend(
     """Compute softmax(scale q k^T) v, with N / K query heads for each key-value head.
 
     Args:
-        query: the queries.
-        key: the keys.
-        value: the values.
-        mask: True where a query may attend; None for everywhere. The result of a query that may
-            attend nowhere is zero.
-        past: earlier keys and values; S of the mask counts both.
-        pattern: a function applied to the probabilities [B, N, T, S] before they multiply the
-            values. With None they are not all computed at the same time.
-        causal: whether the mask is causal, so that products with later keys can be left out.
-        scale: the factor of the products; 1 / sqrt(H) by default.
-        softcap: the bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
+      query: The queries.
+      key: The keys.
+      value: The values.
+      mask: True where a query may attend; None for everywhere. The result of a query that may
+        attend nowhere is zero.
+      past: Earlier keys and values; S of the mask counts both.
+      pattern: A function applied to the probabilities [B, N, T, S] before they multiply the
+        values. With None they are not all computed at the same time.
+      causal: Whether the mask is causal, so that products with later keys can be left out.
+      scale: The factor of the products; 1 / sqrt(H) by default.
+      softcap: The bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
     causal = causal and past is None

@@ -29,8 +29,8 @@ class ScoreRule:
     """The scores of a query and a key: scale q k, bounded to c tanh(scale q k / c) by a soft cap.
 
     Attributes:
-        scale: the factor of the products.
-        softcap: the bound c; None for none.
+      scale: The factor of the products.
+      softcap: The bound c; None for none.
     """
 
     scale: float
@@ -54,9 +54,9 @@ class Block(NamedTuple):
     """Some keys and their values.
 
     Attributes:
-        number: the number of the block, int32[].
-        key: the keys; in the argument of a scan, all arrays lead with the number of blocks.
-        value: the values.
+      number: The number of the block, int32[].
+      key: The keys; in the argument of a scan, all arrays lead with the number of blocks.
+      value: The values.
     """
 
     number: Int[Array, ""]
@@ -68,9 +68,9 @@ class _Running(NamedTuple):
     """A softmax over the keys so far, by query.
 
     Attributes:
-        peak: the largest score.
-        mass: the sum of exp(score - peak).
-        heads: the sum of exp(score - peak) value.
+      peak: The largest score.
+      mass: The sum of exp(score - peak).
+      heads: The sum of exp(score - peak) value.
     """
 
     peak: Float[Array, "B K G T"]
@@ -88,12 +88,12 @@ def attend(
     """Compute softmax(rule(q k)) v in float32 or better.
 
     Args:
-        rule: how products become scores.
-        query: the queries, G = N / K heads for each head of keys.
-        key: the keys.
-        value: the values.
-        mask: True where a query may attend; None for everywhere. The result of a query that may
-            attend nowhere is zero.
+      rule: How products become scores.
+      query: The queries, G = N / K heads for each head of keys.
+      key: The keys.
+      value: The values.
+      mask: True where a query may attend; None for everywhere. The result of a query that may
+        attend nowhere is zero.
     """
     S = key.shape[2]
     count = -(-S // KEYS)

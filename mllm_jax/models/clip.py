@@ -16,10 +16,10 @@ class ClipConfig(vit.VitConfig):
     """A CLIP vision tower; see `VitConfig`.
 
     Attributes:
-        act: "quick_gelu" (OpenAI's weights) or "gelu".
-        feature_layer: the hidden state that is read, counted as in HF: 0 is the embedding, -1 the
-            last layer.
-        select: "patch" drops the CLS token of the features, "full" keeps it.
+      act: "quick_gelu" (OpenAI's weights) or "gelu".
+      feature_layer: The hidden state that is read, counted as in HF: 0 is the embedding, -1 the
+        last layer.
+      select: "patch" drops the CLS token of the features, "full" keeps it.
     """
 
     width: int = 1024

@@ -21,7 +21,7 @@ class ClipTextConfig:
       vocab: V. positions: most tokens of a text.
       width: D. layers: blocks. heads: N. mlp: F.
       act: "quick_gelu" (OpenAI's weights) or "gelu". eps: of the layer norms.
-      end: id of the token that ends a text, the first if there are several; None where that is the
+      end: Id of the token that ends a text, the first if there are several; None where that is the
         highest id of the text.
     """
 
@@ -48,8 +48,8 @@ class ClipPairConfig:
     """Both towers of a CLIP.
 
     Attributes:
-      vision: read at its last layer, CLS with it. text: the other.
-      width: of the space they share.
+      vision: Read at its last layer, CLS with it. text: the other.
+      width: Of the space they share.
     """
 
     vision: clip.ClipConfig
@@ -74,7 +74,7 @@ class ClipText(nnx.Module):
         """The state where each text ends.
 
         Args:
-          ids: a text a row; whatever fills it up comes after its end, and is not seen.
+          ids: A text a row; whatever fills it up comes after its end, and is not seen.
         """
         B, T = ids.shape
         x = self.words[...][ids] + self.position[:T]
@@ -112,8 +112,8 @@ class Clip(nnx.Module):
         """Unit vectors of pictures: of the CLS token, after the last layer.
 
         Args:
-          pixels: normalised, image_size squared.
-          taps: of the pass; the vision tower has its sites.
+          pixels: Normalised, image_size squared.
+          taps: Of the pass; the vision tower has its sites.
         """
         x = self.vision(pixels.astype(self.vision.cls.dtype), taps.module("vision"))
         return _unit(self.vision_out(self.vision_norm(x[:, 0])))

@@ -24,34 +24,34 @@ class DecoderConfig:
     """A language model.
 
     Attributes:
-        vocab: V.
-        width: D.
-        layers: L.
-        heads: N.
-        kv_heads: K.
-        head_width: H.
-        mlp: F.
-        act: the activation of the gate.
-        rope_theta: the base of the rotary angles.
-        rope_scaling: how the frequencies are scaled for long rows; None for not at all.
-        rope_sections: the axis of position that each frequency turns by (mRoPE); None where a
-            position is one number.
-        local_rope_theta: the base, without scaling, in layers with a window (Gemma 3); None for
-            `rope_theta`.
-        windows: the number of last positions that each layer attends to, 0 for all; empty where no
-            layer has a window.
-        window_within_block: whether a window also bounds what the tokens of a block attend to in
-            it (Gemma 3), or only what they attend to elsewhere (PaliGemma 2).
-        eps: the epsilon of the norms.
-        unit_offset: whether the factor of a norm is 1 + scale (Gemma).
-        biases: the maps of attention that have a bias: "", "qkv" (Qwen2) or "qkvo".
-        qk_norm: whether queries and keys are normed by head (Qwen3, Gemma 3).
-        post_norms: whether the outputs of attention and MLP are normed as well (Gemma 2).
-        query_scale: the factor of the products of queries and keys; None for 1 / sqrt(H).
-        attention_softcap: the bound of these products (Gemma 2); None for none.
-        logit_softcap: the bound of the logits (Gemma 2); None for none.
-        embedding_scale: the factor of word embeddings, rounded to their dtype: sqrt(D) in Gemma.
-        tied: whether the head shares the matrix of the embedding.
+      vocab: V.
+      width: D.
+      layers: L.
+      heads: N.
+      kv_heads: K.
+      head_width: H.
+      mlp: F.
+      act: The activation of the gate.
+      rope_theta: The base of the rotary angles.
+      rope_scaling: How the frequencies are scaled for long rows; None for not at all.
+      rope_sections: The axis of position that each frequency turns by (mRoPE); None where a
+        position is one number.
+      local_rope_theta: The base, without scaling, in layers with a window (Gemma 3); None for
+        `rope_theta`.
+      windows: The number of last positions that each layer attends to, 0 for all; empty where no
+        layer has a window.
+      window_within_block: Whether a window also bounds what the tokens of a block attend to in
+        it (Gemma 3), or only what they attend to elsewhere (PaliGemma 2).
+      eps: The epsilon of the norms.
+      unit_offset: Whether the factor of a norm is 1 + scale (Gemma).
+      biases: The maps of attention that have a bias: "", "qkv" (Qwen2) or "qkvo".
+      qk_norm: Whether queries and keys are normed by head (Qwen3, Gemma 3).
+      post_norms: Whether the outputs of attention and MLP are normed as well (Gemma 2).
+      query_scale: The factor of the products of queries and keys; None for 1 / sqrt(H).
+      attention_softcap: The bound of these products (Gemma 2); None for none.
+      logit_softcap: The bound of the logits (Gemma 2); None for none.
+      embedding_scale: The factor of word embeddings, rounded to their dtype: sqrt(D) in Gemma.
+      tied: Whether the head shares the matrix of the embedding.
     """
 
     vocab: int = 32064
@@ -143,10 +143,10 @@ class LayerInputs:
     """What a layer reads beside the states; in a scan each array leads with L.
 
     Attributes:
-        past: the keys and values of earlier tokens, [B, K, S, H] each; or None.
-        window: the number of last positions that it attends to, int32[], 0 for all; None where no
-            layer has a window.
-        number: the number of the layer, int32[]; None where no layer needs it.
+      past: The keys and values of earlier tokens, [B, K, S, H] each; or None.
+      window: The number of last positions that it attends to, int32[], 0 for all; None where no
+        layer has a window.
+      number: The number of the layer, int32[]; None where no layer needs it.
     """
 
     past: tuple[Array, Array] | None = None
@@ -160,10 +160,10 @@ class Reach:
     """Which keys the queries attend to, and how both are rotated.
 
     Attributes:
-        mask: bool[B, N or 1, T, S].
-        query_rotation: cosine and sine of the queries' angles.
-        key_rotation: cosine and sine of the keys' angles.
-        causal: whether no query attends to a later key; static.
+      mask: bool[B, N or 1, T, S].
+      query_rotation: Cosine and sine of the queries' angles.
+      key_rotation: Cosine and sine of the keys' angles.
+      causal: Whether no query attends to a later key; static.
     """
 
     mask: Bool[Array, "B 1 T S"]
@@ -278,7 +278,7 @@ class Block(nnx.Module):
         factor of a norm after attention counts as a constant.
 
         Args:
-            heads: the result of each head, as at `lm.attn.heads`.
+          heads: The result of each head, as at `lm.attn.heads`.
         """
         heads = precision.at_least_float32(heads)
         kernel = precision.at_least_float32(self.attn.o.kernel[...])
@@ -311,11 +311,11 @@ def _reach(
     """Return what a layer attends to.
 
     Args:
-        mask: what it attends to without a window.
-        distance: how far before each query a key is; None where no layer has a window.
-        rotations: as `Decoder._rotations` returns them.
-        window: the window of the layer, 0 for none.
-        causal: whether no query attends to a later key.
+      mask: What it attends to without a window.
+      distance: How far before each query a key is; None where no layer has a window.
+      rotations: As `Decoder._rotations` returns them.
+      window: The window of the layer, 0 for none.
+      causal: Whether no query attends to a later key.
     """
     rotation, local = rotations
     if window is not None and distance is not None:
@@ -375,13 +375,13 @@ class Decoder(nnx.Module):
         """Return the final normed states, and the cache of these T tokens.
 
         Args:
-            x: embeddings.
-            positions: where the tokens stand, and which of them attend to which.
-            tap: the taps of the language model.
-            past: the cache of earlier tokens, with S slots.
-            deepstack: what is added to the states after each of the first k layers (DeepStack,
-                Meng et al. 2024); None for nothing.
-            layers: the layers one by one, as `layers_one_by_one` returns them; None for a scan.
+          x: Embeddings.
+          positions: Where the tokens stand, and which of them attend to which.
+          tap: The taps of the language model.
+          past: The cache of earlier tokens, with S slots.
+          deepstack: What is added to the states after each of the first k layers (DeepStack,
+            Meng et al. 2024); None for nothing.
+          layers: The layers one by one, as `layers_one_by_one` returns them; None for a scan.
         """
         order, valid = positions.order, positions.valid
         if past is not None:

@@ -22,8 +22,8 @@ def places(patches: int, merge: int) -> int:
     """Return the number of places that pictures of at most this many patches are padded to.
 
     Args:
-        patches: the number of patches.
-        merge: the side of the square of patches that becomes one token; squares are whole.
+      patches: The number of patches.
+      merge: The side of the square of patches that becomes one token; squares are whole.
     """
     power = max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
     return -(-power // merge**2) * merge**2
@@ -65,8 +65,8 @@ class FreeGridConfig(MultimodalConfig):
     becomes one token of the language model.
 
     Attributes:
-      vision: the vision tower.
-      largest_grid: the rows and columns of patches of the largest picture.
+      vision: The vision tower.
+      largest_grid: The rows and columns of patches of the largest picture.
     """
 
     vision: FreeGridTowerConfig  # type: ignore[assignment]  # other fields than squares have

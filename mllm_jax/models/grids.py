@@ -21,9 +21,9 @@ class Places:
     """Where the patches of pictures stand.
 
     Attributes:
-        row: the row of each patch.
-        column: the column of each patch.
-        valid: False for padding, whose row and column mean nothing.
+      row: The row of each patch.
+      column: The column of each patch.
+      valid: False for padding, whose row and column mean nothing.
     """
 
     row: Int[Array, "I P"]
@@ -35,9 +35,9 @@ class Places:
         """Return the places of the patches of pictures.
 
         Args:
-            grid: the rows and columns of patches of each picture; 0, 0 for none.
-            count: P.
-            merge: m, the side of a block.
+          grid: The rows and columns of patches of each picture; 0, 0 for none.
+          count: P.
+          merge: m, the side of a block.
         """
         number = jnp.arange(count, dtype=jnp.int32)
         block, within = number // merge**2, number % merge**2
@@ -63,8 +63,8 @@ class Places:
         """Return cosine and sine of the angles of patches, in the layout of two halves.
 
         Args:
-            row: the frequencies that turn with the row; n is a quarter of the head width.
-            column: the frequencies that turn with the column.
+          row: The frequencies that turn with the row; n is a quarter of the head width.
+          column: The frequencies that turn with the column.
         """
         position = jnp.stack([self.row, self.column])
         sections = rotary.RopeSections((len(row), len(column), 0))
@@ -76,8 +76,8 @@ class Places:
         """Return the entries of a square table, stretched bilinearly so that corners coincide.
 
         Args:
-            table: one entry for each place of a square, row by row.
-            grid: the rows and columns of patches of each picture.
+          table: One entry for each place of a square, row by row.
+          grid: The rows and columns of patches of each picture.
         """
         side = round(len(table) ** 0.5)
         rows = _between(self.row, grid[:, :1], side)

@@ -16,13 +16,13 @@ class InternVitConfig(vit.VitConfig):
     """An InternViT vision tower; see `VitConfig`.
 
     Attributes:
-        norm: layer norms or RMS norms.
-        qkv_bias: whether the maps to queries, keys and values have a bias.
-        qk_norm: whether queries and keys are normed.
-        final_norm: whether a norm follows the last block.
-        feature_layer: the hidden state that is read, counted as in HF: 0 is the embedding, -1 the
-            output of the tower, after its final norm.
-        select: "patch" drops the CLS token of the features, "full" keeps it.
+      norm: Layer norms or RMS norms.
+      qkv_bias: Whether the maps to queries, keys and values have a bias.
+      qk_norm: Whether queries and keys are normed.
+      final_norm: Whether a norm follows the last block.
+      feature_layer: The hidden state that is read, counted as in HF: 0 is the embedding, -1 the
+        output of the tower, after its final norm.
+      select: "patch" drops the CLS token of the features, "full" keeps it.
     """
 
     width: int = 1024

@@ -31,10 +31,10 @@ class LowRank:
     reads the sum by `[...]`.
 
     Attributes:
-        weight: float[*L, n, m], W.
-        a: float32[*L, n, r], A.
-        b: float32[*L, r, m], B.
-        scale: the factor of the change; static.
+      weight: float[*L, n, m], W.
+      a: float32[*L, n, r], A.
+      b: float32[*L, r, m], B.
+      scale: The factor of the change; static.
     """
 
     weight: Array
@@ -94,11 +94,11 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 or better.
 
     Args:
-        width: D.
-        eps: the epsilon.
-        unit_offset: whether the factor is 1 + scale, multiplied before the result is rounded to
-            the dtype of x, as Gemma has it.
-        rngs: not used: the norm starts as the identity.
+      width: D.
+      eps: The epsilon.
+      unit_offset: Whether the factor is 1 + scale, multiplied before the result is rounded to
+        the dtype of x, as Gemma has it.
+      rngs: Not used: the norm starts as the identity.
     """
 
     def __init__(self, width: int, *, eps: float, unit_offset: bool = False, rngs: nnx.Rngs):

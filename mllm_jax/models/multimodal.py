@@ -29,11 +29,11 @@ def require_size(size: Size | None, reads: str) -> Size:
     """Return the (height, width) of a picture, on which everything depends.
 
     Args:
-      size: the size, or None where features stand in the place of the picture.
-      reads: how the model reads a picture, for the error.
+      size: The size, or None where features stand in the place of the picture.
+      reads: How the model reads a picture, for the error.
 
     Raises:
-      ValueError: the size is not known.
+      ValueError: The size is not known.
     """
     if size is None:
         raise ValueError(
@@ -47,13 +47,13 @@ class MultimodalConfig(abc.ABC):
     """The config of a model of any family.
 
     Attributes:
-      vision: the vision tower.
-      projector: the projector from the tower, or from what follows it, to the language model.
-      lm: the language model.
-      image_token: the id of an image token in the text.
-      pinpoints: the resolutions (height, width) at which an image may be cut into tiles; empty
+      vision: The vision tower.
+      projector: The projector from the tower, or from what follows it, to the language model.
+      lm: The language model.
+      image_token: The id of an image token in the text.
+      pinpoints: The resolutions (height, width) at which an image may be cut into tiles; empty
         where each image is one square.
-      attends_forward: which tokens attend to each other whatever their order: those of a picture,
+      attends_forward: Which tokens attend to each other whatever their order: those of a picture,
         those of the prompt, or none.
     """
 
@@ -135,8 +135,8 @@ class ImageTokens:
     """The image tokens of a batch, tile by tile, and then tokens for every row.
 
     Attributes:
-        tokens: what the language model reads in the place of word embeddings, [n, D].
-        deepstack: what is added to the states after each of its first k layers, [k, n, D]; or None.
+      tokens: What the language model reads in the place of word embeddings, [n, D].
+      deepstack: What is added to the states after each of its first k layers, [k, n, D]; or None.
     """
 
     tokens: Float[Array, "n D"]
@@ -147,10 +147,10 @@ class MultimodalModel(nnx.Module):
     """A network of any family: a vision tower, a projector and a language model.
 
     Attributes:
-      config: the config that built it.
-      vision: the vision tower.
-      projector: the projector.
-      lm: the language model.
+      config: The config that built it.
+      vision: The vision tower.
+      projector: The projector.
+      lm: The language model.
     """
 
     config: MultimodalConfig

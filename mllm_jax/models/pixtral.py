@@ -18,17 +18,17 @@ class PixtralConfig:
     """A Pixtral vision tower.
 
     Attributes:
-        width: E.
-        layers: the number of blocks in the checkpoint.
-        heads: N.
-        mlp: F.
-        patch: the side of a patch in pixels.
-        image_size: the longest side of an image in pixels.
-        act: the activation of the MLPs.
-        theta: the base of the rotary angles.
-        merge: the side of the square of patches that becomes one token: 2 for Mistral 3.
-        feature_layer: the hidden state that is read, counted as in HF: 0 is the embedding, -1 the
-            last layer.
+      width: E.
+      layers: The number of blocks in the checkpoint.
+      heads: N.
+      mlp: F.
+      patch: The side of a patch in pixels.
+      image_size: The longest side of an image in pixels.
+      act: The activation of the MLPs.
+      theta: The base of the rotary angles.
+      merge: The side of the square of patches that becomes one token: 2 for Mistral 3.
+      feature_layer: The hidden state that is read, counted as in HF: 0 is the embedding, -1 the
+        last layer.
     """
 
     width: int = 1024
@@ -105,11 +105,11 @@ class PixtralVision(nnx.Module):
         """Return the features of the selected layer.
 
         Args:
-            patches: normalised patches in the order of `models.grids`; the values of one are
-                (channel, row, column).
-            grid: the rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
-                picture that only fills up the batch.
-            tap: the taps of the vision module.
+          patches: Normalised patches in the order of `models.grids`; the values of one are
+            (channel, row, column).
+          grid: The rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
+            picture that only fills up the batch.
+          tap: The taps of the vision module.
         """
         config = self.config
         places = grids.Places.of(grid, patches.shape[1], config.merge)

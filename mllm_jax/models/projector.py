@@ -25,23 +25,23 @@ class ProjectorConfig:
     """A projector.
 
     Attributes:
-        in_width: E.
-        out_width: D.
-        hidden_width: F, the width between the linear maps; None for D.
-        depth: the number of linear maps: 1 is "linear", N is "mlpNx_gelu".
-        act: the activation between the maps.
-        bias: whether the maps have a bias.
-        fold: the side of the square of patches that becomes one token; 1 keeps every patch.
-        fold_to: what becomes of a square: its patches are concatenated, "merged" by a linear map
-            without a bias from all of them to E (Mistral 3), or averaged (Gemma 3).
-        channels_first: whether concatenated patches are ordered by channel and then by place
-            (Mistral 3), instead of patch by patch.
-        in_blocks: whether patches come square by square (see `models.grids`), not row by row.
-        norm: the norm before the linear maps; None for none.
-        norm_after: whether the norm follows the fold, instead of norming each patch.
-        eps: the epsilon of the norm.
-        deepstack: K, the number of further projectors of this kind, with a norm after the fold, for
-            the features that DeepStack hands on (Qwen3-VL).
+      in_width: E.
+      out_width: D.
+      hidden_width: F, the width between the linear maps; None for D.
+      depth: The number of linear maps: 1 is "linear", N is "mlpNx_gelu".
+      act: The activation between the maps.
+      bias: Whether the maps have a bias.
+      fold: The side of the square of patches that becomes one token; 1 keeps every patch.
+      fold_to: What becomes of a square: its patches are concatenated, "merged" by a linear map
+        without a bias from all of them to E (Mistral 3), or averaged (Gemma 3).
+      channels_first: Whether concatenated patches are ordered by channel and then by place
+        (Mistral 3), instead of patch by patch.
+      in_blocks: Whether patches come square by square (see `models.grids`), not row by row.
+      norm: The norm before the linear maps; None for none.
+      norm_after: Whether the norm follows the fold, instead of norming each patch.
+      eps: The epsilon of the norm.
+      deepstack: K, the number of further projectors of this kind, with a norm after the fold, for
+        the features that DeepStack hands on (Qwen3-VL).
     """
 
     in_width: int
@@ -141,8 +141,8 @@ class Projector(nnx.Module):
         """Return the image tokens of the language model.
 
         Args:
-            x: the features. What DeepStack has put beside them is left to `deepstack_tokens`.
-            tap: the taps of the projector.
+          x: The features. What DeepStack has put beside them is left to `deepstack_tokens`.
+          tap: The taps of the projector.
         """
         act, x = layers.ACTIVATIONS[self.config.act], self.fold(x[..., : self.config.in_width])
         tap_act = tap.only(S.act)
@@ -153,8 +153,8 @@ class Projector(nnx.Module):
         """Return what is added to the image tokens after each of the first K layers.
 
         Args:
-            x: the features, in which K of width E follow those of the tower's last layer.
-            tap: the taps of the projector.
+          x: The features, in which K of width E follow those of the tower's last layer.
+          tap: The taps of the projector.
         """
         config = self.config
         shape = (*x.shape[:-1], 1 + config.deepstack, config.in_width)
@@ -199,9 +199,9 @@ def fold(x: Float[Array, "I P E"], side: int, *, in_blocks: bool = False) -> Flo
     """Concatenate side x side neighbouring patches into one token; p = P / side^2.
 
     Args:
-        x: the patches.
-        side: the side of a square.
-        in_blocks: whether patches come square by square, not row by row of a square picture.
+      x: The patches.
+      side: The side of a square.
+      in_blocks: Whether patches come square by square, not row by row of a square picture.
     """
     I, P, E = x.shape
     if side > 1 and not in_blocks:

@@ -26,17 +26,17 @@ class QFormerConfig:
     """A Q-Former.
 
     Attributes:
-        queries: Q.
-        vocab: V of its text.
-        positions: the largest number of tokens of its text.
-        width: W.
-        layers: L.
-        heads: N.
-        mlp: F.
-        vision_width: E of the image features.
-        look_every: every how many layers the queries attend to the image, starting with the first.
-        act: the activation of the MLPs.
-        eps: the epsilon of the layer norms.
+      queries: Q.
+      vocab: V of its text.
+      positions: The largest number of tokens of its text.
+      width: W.
+      layers: L.
+      heads: N.
+      mlp: F.
+      vision_width: E of the image features.
+      look_every: Every how many layers the queries attend to the image, starting with the first.
+      act: The activation of the MLPs.
+      eps: The epsilon of the layer norms.
     """
 
     queries: int = 32
@@ -166,10 +166,10 @@ class QFormer(nnx.Module):
         """Return the states of the queries after the last layer.
 
         Args:
-            features: the image features.
-            ids: the tokens of the text of each image.
-            valid: False for padding.
-            tap: the taps of the Q-Former.
+          features: The image features.
+          ids: The tokens of the text of each image.
+          valid: False for padding.
+          tap: The taps of the Q-Former.
         """
         Q, every = self.config.queries, self.config.look_every
         features = features.astype(self.queries.dtype)

@@ -23,23 +23,23 @@ class QwenVisionConfig:
     """A vision tower of a Qwen.
 
     Attributes:
-        width: E.
-        layers: the number of blocks.
-        heads: N.
-        mlp: F.
-        patch: the side of a patch in pixels.
-        frames: the number of frames in a patch; a picture fills all of them.
-        merge: the side of the square of patches that becomes one token.
-        act: the activation of the MLPs.
-        eps: the epsilon of the norms.
-        norm: layer norms or RMS norms.
-        gated: whether the MLPs have a gate.
-        patch_bias: whether the embedding of patches has a bias.
-        theta: the base of the rotary angles.
-        table: the side of the square table of learned positions; 0 for none.
-        window: the side in patches of the windows of attention; None where all is attended to.
-        full_layers: the layers that attend to the whole picture in spite of windows.
-        deepstack: the layers whose output is handed on beside the last one's.
+      width: E.
+      layers: The number of blocks.
+      heads: N.
+      mlp: F.
+      patch: The side of a patch in pixels.
+      frames: The number of frames in a patch; a picture fills all of them.
+      merge: The side of the square of patches that becomes one token.
+      act: The activation of the MLPs.
+      eps: The epsilon of the norms.
+      norm: Layer norms or RMS norms.
+      gated: Whether the MLPs have a gate.
+      patch_bias: Whether the embedding of patches has a bias.
+      theta: The base of the rotary angles.
+      table: The side of the square table of learned positions; 0 for none.
+      window: The side in patches of the windows of attention; None where all is attended to.
+      full_layers: The layers that attend to the whole picture in spite of windows.
+      deepstack: The layers whose output is handed on beside the last one's.
     """
 
     width: int
@@ -147,11 +147,11 @@ class QwenVision(nnx.Module):
         of the last layer, side by side.
 
         Args:
-            patches: normalised patches in the order of `models.grids`; the values of one are
-                (channel, frame, row, column), as in `pixel_values` of transformers.
-            grid: the rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
-                picture that only fills up the batch.
-            tap: the taps of the vision module.
+          patches: Normalised patches in the order of `models.grids`; the values of one are
+            (channel, frame, row, column), as in `pixel_values` of transformers.
+          grid: The rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
+            picture that only fills up the batch.
+          tap: The taps of the vision module.
         """
         config = self.config
         places = grids.Places.of(grid, patches.shape[1], config.merge)

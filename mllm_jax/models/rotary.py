@@ -19,12 +19,12 @@ class RopeScaling:
     """How frequencies are scaled for rows longer than a model was first trained on.
 
     Attributes:
-        kind: "linear" divides all by the factor (Chen et al. 2023); "llama3" divides the low ones
-            and interpolates up to the high ones, which stay (Llama 3.1).
-        factor: the factor.
-        low: periods of at least original_length / low are divided by the factor.
-        high: periods of at most original_length / high stay.
-        original_length: the length of the rows of the first training.
+      kind: "linear" divides all by the factor (Chen et al. 2023); "llama3" divides the low ones
+        and interpolates up to the high ones, which stay (Llama 3.1).
+      factor: The factor.
+      low: Periods of at least original_length / low are divided by the factor.
+      high: Periods of at most original_length / high stay.
+      original_length: The length of the rows of the first training.
     """
 
     kind: Literal["linear", "llama3"]
@@ -64,9 +64,9 @@ class RopeSections:
     """The axis of position that each frequency turns by: time, row or column (mRoPE).
 
     Attributes:
-        sizes: the number of frequencies of each axis.
-        interleaved: whether the axes take turns, with the rest for time at the end (Qwen3-VL), or
-            follow each other (Qwen2-VL, Qwen2.5-VL).
+      sizes: The number of frequencies of each axis.
+      interleaved: Whether the axes take turns, with the rest for time at the end (Qwen3-VL), or
+        follow each other (Qwen2-VL, Qwen2.5-VL).
     """
 
     sizes: tuple[int, int, int]
@@ -90,9 +90,9 @@ def rotation(
     """Return cosine and sine of the angle of each token.
 
     Args:
-        position: the positions; by axis where there are sections.
-        frequency: the frequencies.
-        sections: the axis of each frequency.
+      position: The positions; by axis where there are sections.
+      frequency: The frequencies.
+      sections: The axis of each frequency.
     """
     if sections is not None and position.ndim == 3:
         by_frequency = jnp.moveaxis(position[sections.axes()], 0, -1)

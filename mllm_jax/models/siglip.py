@@ -17,8 +17,8 @@ class SiglipConfig(vit.VitConfig):
     """A SigLIP vision tower; see `VitConfig`.
 
     Attributes:
-        feature_layer: the hidden state that is read without the last norm, counted as in HF: 0 is
-            the embedding, -1 the last layer. With None the whole tower is read, the norm included.
+      feature_layer: The hidden state that is read without the last norm, counted as in HF: 0 is
+        the embedding, -1 the last layer. With None the whole tower is read, the norm included.
     """
 
     width: int = 1152

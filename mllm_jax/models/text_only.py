@@ -23,7 +23,7 @@ class TextConfig(MultimodalConfig):
     Attributes:
       vision: None.
       projector: None.
-      lm: the language model.
+      lm: The language model.
       image_token: -1, no token.
     """
 

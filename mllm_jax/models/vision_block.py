@@ -23,18 +23,18 @@ class BlockConfig:
     """A block of a vision tower.
 
     Attributes:
-        width: E.
-        heads: N.
-        mlp: F.
-        act: the activation of the MLP.
-        eps: the epsilon of the norms.
-        norm: layer norms or RMS norms.
-        qkv_bias: whether the maps to queries, keys and values have a bias.
-        out_bias: whether the output map of attention has a bias.
-        mlp_bias: whether the maps of the MLP have a bias.
-        gated: whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        qk_norm: whether queries and keys have an RMS norm, over the width of all heads.
-        layer_scale: whether each output is multiplied by a vector before it is added.
+      width: E.
+      heads: N.
+      mlp: F.
+      act: The activation of the MLP.
+      eps: The epsilon of the norms.
+      norm: Layer norms or RMS norms.
+      qkv_bias: Whether the maps to queries, keys and values have a bias.
+      out_bias: Whether the output map of attention has a bias.
+      mlp_bias: Whether the maps of the MLP have a bias.
+      gated: Whether the MLP is down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+      qk_norm: Whether queries and keys have an RMS norm, over the width of all heads.
+      layer_scale: Whether each output is multiplied by a vector before it is added.
     """
 
     width: int
@@ -55,9 +55,9 @@ def layers_below(feature_layer: int | None, layers: int) -> int:
     """Return the number of blocks below a hidden state.
 
     Args:
-        feature_layer: the hidden state, counted as in HF: 0 is the embedding, -1 the last layer;
-            None for the last layer.
-        layers: the number of blocks of the tower.
+      feature_layer: The hidden state, counted as in HF: 0 is the embedding, -1 the last layer;
+        None for the last layer.
+      layers: The number of blocks of the tower.
     """
     at = -1 if feature_layer is None else feature_layer
     return at if at >= 0 else layers + 1 + at
@@ -153,11 +153,11 @@ class Block(nnx.Module):
         """Return the residual after the block.
 
         Args:
-            x: the residual before the block.
-            tap: the taps of this layer.
-            mask: which patches each patch attends to, for all patches or for each; None where it
-                attends to all.
-            rope: cosine and sine of the angles by which queries and keys are rotated.
+          x: The residual before the block.
+          tap: The taps of this layer.
+          mask: Which patches each patch attends to, for all patches or for each; None where it
+            attends to all.
+          rope: Cosine and sine of the angles by which queries and keys are rotated.
         """
         x = tap(S.resid_pre, x)
         out = self.attn(self.norm1(x), tap, mask, rope)

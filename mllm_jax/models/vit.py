@@ -18,17 +18,17 @@ class VitConfig:
     """A vision transformer of square pictures.
 
     Attributes:
-        width: E.
-        layers: the number of blocks in the checkpoint.
-        heads: N.
-        mlp: F.
-        image_size: the side of an image in pixels.
-        patch: the side of a patch in pixels.
-        act: the activation of the MLPs.
-        eps: the epsilon of the norms.
-        has_cls: whether a CLS token stands before the patches inside of the tower.
-        patch_bias: whether the embedding of patches has a bias.
-        has_pre_norm: whether a norm stands before the first block.
+      width: E.
+      layers: The number of blocks in the checkpoint.
+      heads: N.
+      mlp: F.
+      image_size: The side of an image in pixels.
+      patch: The side of a patch in pixels.
+      act: The activation of the MLPs.
+      eps: The epsilon of the norms.
+      has_cls: Whether a CLS token stands before the patches inside of the tower.
+      patch_bias: Whether the embedding of patches has a bias.
+      has_pre_norm: Whether a norm stands before the first block.
     """
 
     width: int
@@ -102,9 +102,9 @@ class Vit(nnx.Module):
         """Return the features of the selected layer.
 
         Args:
-            pixels: normalised images of image_size x image_size pixels. Those that no patch fills
-                are left out: of 384 pixels, patches of 14 fill 378.
-            tap: the taps of the vision module.
+          pixels: Normalised images of image_size x image_size pixels. Those that no patch fills
+            are left out: of 384 pixels, patches of 14 fill 378.
+          tap: The taps of the vision module.
         """
         config = self.config
         side = config.grid * config.patch

@@ -24,10 +24,10 @@ def layer_indices(stack: Any) -> Int[Array, " L"] | None:
     """Return the layer numbers for a scan that calls `index_without_upcast`.
 
     Args:
-        stack: a pytree of arrays whose leading axis is L.
+      stack: A pytree of arrays whose leading axis is L.
 
     Returns:
-        int32[L], or None where no array is narrower than float32 and no index is needed.
+      int32[L], or None where no array is narrower than float32 and no index is needed.
     """
     leaves = jax.tree.leaves(stack)
     if not any(map(_is_low_precision, leaves)):
@@ -39,9 +39,9 @@ def index_without_upcast(indexed: Tree, arrays: Any, index: Int[Array, ...]) -> 
     """Return `indexed`, recomputed on CPU where its floats are narrower than float32.
 
     Args:
-        indexed: a pytree of `arrays[index]`, computed in any way. Gradients flow through it.
-        arrays: the pytree of arrays that are indexed on their first axis.
-        index: the index.
+      indexed: A pytree of `arrays[index]`, computed in any way. Gradients flow through it.
+      arrays: The pytree of arrays that are indexed on their first axis.
+      index: The index.
     """
     leaves, tree = jax.tree.flatten(indexed)
     low = [n for n, leaf in enumerate(leaves) if _is_low_precision(leaf)]

@@ -38,10 +38,10 @@ def einsum(equation: str, *operands: jax.Array, into_float32: bool = False) -> j
     """Compute `jnp.einsum`, in float32 where the operands are float32.
 
     Args:
-        equation: the equation, in axis letters.
-        *operands: the arrays.
-        into_float32: whether to return float32 instead of rounding to the dtype of narrower
-            operands.
+      equation: The equation, in axis letters.
+      *operands: The arrays.
+      into_float32: Whether to return float32 instead of rounding to the dtype of narrower
+        operands.
     """
     return jnp.einsum(
         equation,
@@ -100,11 +100,11 @@ def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
     """Return the dtype of a model's parameters.
 
     Args:
-        dtype: a member of PARAMETER_DTYPES, or float64 where `jax_enable_x64` is set; None is
-            float32 on CPU and bfloat16 elsewhere.
+      dtype: A member of PARAMETER_DTYPES, or float64 where `jax_enable_x64` is set; None is
+        float32 on CPU and bfloat16 elsewhere.
 
     Raises:
-        ValueError: the dtype is not supported.
+      ValueError: The dtype is not supported.
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

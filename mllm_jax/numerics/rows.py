@@ -19,9 +19,9 @@ def map_rows_on_cpu(fn: Callable[..., Any], *batch: Any, num_elements: int) -> A
     elements.
 
     Args:
-        fn: the function; its results lead with B as its arguments do.
-        *batch: pytrees of arrays that lead with B.
-        num_elements: the number of intermediate elements of all rows together.
+      fn: The function; its results lead with B as its arguments do.
+      *batch: Pytrees of arrays that lead with B.
+      num_elements: The number of intermediate elements of all rows together.
     """
     # On a mesh rows may lie on different devices.
     if num_elements <= MAX_ELEMENTS_AT_ONCE or mesh.is_active():

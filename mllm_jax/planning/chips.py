@@ -39,12 +39,12 @@ class Chip:
     """A kind of chip.
 
     Attributes:
-        flops: bfloat16 operations per second.
-        memory: bytes of HBM.
-        bandwidth: bytes per second from HBM.
-        links: bytes per second that it can receive from other chips.
-        slices: the available topologies, the smallest first; of GPUs their number in one host.
-        platform: the name that JAX has for chips of this kind.
+      flops: bfloat16 operations per second.
+      memory: Bytes of HBM.
+      bandwidth: Bytes per second from HBM.
+      links: Bytes per second that it can receive from other chips.
+      slices: The available topologies, the smallest first; of GPUs their number in one host.
+      platform: The name that JAX has for chips of this kind.
     """
 
     flops: float
@@ -82,7 +82,7 @@ class Slice:
         """Parse the name of a topology; the name of a GPU alone is one GPU.
 
         Raises:
-            ValueError: the chip is unknown, or not available in that shape.
+          ValueError: The chip is unknown, or not available in that shape.
         """
         kind, colon, shape = name.partition(":")
         if kind not in CHIPS:

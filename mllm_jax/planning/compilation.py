@@ -43,8 +43,8 @@ def has_compiler(slice_: Slice) -> bool:
     """Return whether there is a compiler for a slice.
 
     Raises:
-        ValueError: the compiler for GPUs is not installed. Without the one for TPUs a plan is made
-            from shapes.
+      ValueError: The compiler for GPUs is not installed. Without the one for TPUs a plan is made
+        from shapes.
     """
     if slice_.chip.platform == "tpu":
         return has_tpu_compiler()
@@ -78,11 +78,11 @@ class Compiled:
     """The findings of the compiler about a program.
 
     Attributes:
-        text: the text of the program; None where the program does not fit.
-        temporary: bytes of intermediate arrays.
-        results: bytes of results that do not reuse the memory of arguments.
-        code: bytes of code.
-        used: bytes that a program needs that does not fit.
+      text: The text of the program; None where the program does not fit.
+      temporary: Bytes of intermediate arrays.
+      results: Bytes of results that do not reuse the memory of arguments.
+      code: Bytes of code.
+      used: Bytes that a program needs that does not fit.
     """
 
     text: str | None
@@ -109,12 +109,12 @@ def compile_lowered(
     """Compile a program.
 
     Args:
-        lowered: the program, as `lower` returns it.
-        options: the options of the compiler, see `topology_options`.
+      lowered: The program, as `lower` returns it.
+      options: The options of the compiler, see `topology_options`.
 
     Raises:
-        ValueError: a part of the compiler is not installed.
-        JaxRuntimeError: the compiler refuses it for another reason than its size.
+      ValueError: A part of the compiler is not installed.
+      JaxRuntimeError: The compiler refuses it for another reason than its size.
     """
     try:
         with warnings.catch_warnings():

@@ -23,8 +23,8 @@ def group_collectives(
     """Merge equal collectives, and return the most expensive first.
 
     Args:
-        collectives: the collectives of a program.
-        subject: the function that `classifier` returns.
+      collectives: The collectives of a program.
+      subject: The function that `classifier` returns.
     """
     entries: dict[tuple[str, str, int], dict[str, Any]] = {}
     for c in collectives:

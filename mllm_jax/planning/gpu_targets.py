@@ -43,16 +43,16 @@ class GpuTarget:
     """The properties of a GPU by which the compiler chooses.
 
     Attributes:
-        name: the name that the driver gives it.
-        major: the first number of its compute capability.
-        minor: the second number.
-        cores: the number of streaming multiprocessors.
-        fpus_per_core: the float32 units of each.
-        threads_per_core: the threads that each holds.
-        shared_memory_per_core: bytes of its shared memory.
-        shared_memory_per_block: the most of these that a block may take.
-        l2_cache: bytes of the cache that all share.
-        clock_ghz: the highest clock rate.
+      name: The name that the driver gives it.
+      major: The first number of its compute capability.
+      minor: The second number.
+      cores: The number of streaming multiprocessors.
+      fpus_per_core: The float32 units of each.
+      threads_per_core: The threads that each holds.
+      shared_memory_per_core: Bytes of its shared memory.
+      shared_memory_per_block: The most of these that a block may take.
+      l2_cache: Bytes of the cache that all share.
+      clock_ghz: The highest clock rate.
     """
 
     name: str
@@ -86,7 +86,7 @@ def target_config(kind: str) -> str:
     """Return the description of a GPU as the text that the compiler reads.
 
     Args:
-        kind: the name of the chip in `chips.CHIPS`.
+      kind: The name of the chip in `chips.CHIPS`.
     """
     chip = CHIPS[kind]
     return _TEMPLATE.format(

@@ -29,9 +29,9 @@ class Array:
     """An array of a compiled program, in the shape that one chip holds.
 
     Attributes:
-        dtype: the element type in HLO's spelling.
-        shape: the shape on one chip.
-        space: the memory space: 0 is main memory (HBM), others are on the chip or on the host.
+      dtype: The element type in HLO's spelling.
+      shape: The shape on one chip.
+      space: The memory space: 0 is main memory (HBM), others are on the chip or on the host.
     """
 
     dtype: str
@@ -52,12 +52,12 @@ class Op:
     """An instruction.
 
     Attributes:
-        name: its name, unique in the program.
-        arrays: its results.
-        code: its operation code.
-        operands: the names of its operands.
-        text: its attributes as text; of a parameter or constant, its number or value.
-        root: whether it is the result of its computation.
+      name: Its name, unique in the program.
+      arrays: Its results.
+      code: Its operation code.
+      operands: The names of its operands.
+      text: Its attributes as text; of a parameter or constant, its number or value.
+      root: Whether it is the result of its computation.
     """
 
     name: str
@@ -90,12 +90,12 @@ class Program:
     """A compiled program.
 
     Args:
-        text: its text, as `Compiled.as_text` returns it.
+      text: Its text, as `Compiled.as_text` returns it.
 
     Attributes:
-        computations: the instructions of each computation, by name.
-        entry: the name of the computation that runs first.
-        devices: the number of chips that run the program.
+      computations: The instructions of each computation, by name.
+      entry: The name of the computation that runs first.
+      devices: The number of chips that run the program.
     """
 
     def __init__(self, text: str):

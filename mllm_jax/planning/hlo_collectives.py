@@ -24,11 +24,11 @@ class Collective:
     """An exchange between chips.
 
     Attributes:
-        kind: a member of COLLECTIVES.
-        array: the array that each chip holds afterwards.
-        group: the number of chips that exchange with each other.
-        times: the number of executions in one run.
-        source: the operation of the program that needs it.
+      kind: A member of COLLECTIVES.
+      array: The array that each chip holds afterwards.
+      group: The number of chips that exchange with each other.
+      times: The number of executions in one run.
+      source: The operation of the program that needs it.
     """
 
     kind: str
@@ -55,10 +55,10 @@ def read(op: Op, ops: Mapping[str, Op], times: int, devices: int) -> list[Collec
     """Return the collectives that an instruction starts.
 
     Args:
-        op: the instruction.
-        ops: the instructions of its computation, by name.
-        times: the number of executions in one run.
-        devices: the number of chips that run the program.
+      op: The instruction.
+      ops: The instructions of its computation, by name.
+      times: The number of executions in one run.
+      devices: The number of chips that run the program.
     """
     kind = op.code.removesuffix("-start")
     if kind not in COLLECTIVES or is_continuation(op, ops):
@@ -111,7 +111,7 @@ def group_size(op: Op, devices: int) -> int:
     """Return the number of chips that exchange with each other.
 
     Raises:
-        ValueError: the groups of the instruction cannot be read.
+      ValueError: The groups of the instruction cannot be read.
     """
     if "source_target_pairs" in op.text:
         return 2

@@ -32,9 +32,9 @@ class Work:
     """The work of one chip in one run of a program.
 
     Attributes:
-        flops: operations of matrix products; an addition and a multiplication are two.
-        moved: bytes that the operations of the program read from and write to main memory.
-        collectives: the collectives, in the order of the program.
+      flops: Operations of matrix products; an addition and a multiplication are two.
+      moved: Bytes that the operations of the program read from and write to main memory.
+      collectives: The collectives, in the order of the program.
     """
 
     flops: float
@@ -51,8 +51,8 @@ def count_work(program: Program, *, unknown: int = 1) -> Work:
     """Count the work of one chip.
 
     Args:
-        program: the compiled program.
-        unknown: the number of trips of a loop whose length is data.
+      program: The compiled program.
+      unknown: The number of trips of a loop whose length is data.
     """
     return _Counter(program, unknown).work()
 

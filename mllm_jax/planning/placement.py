@@ -27,16 +27,16 @@ def topology_mesh(
     """Return the mesh of a topology; an abstract one where nothing is compiled.
 
     Args:
-        topology: the name of a slice.
-        network: the network, as shapes.
-        study: the name of the study.
-        data: the number of data shards; None for the default.
-        fsdp: the size of the `fsdp` axis.
-        compile: whether a program is to be compiled for the mesh.
+      topology: The name of a slice.
+      network: The network, as shapes.
+      study: The name of the study.
+      data: The number of data shards; None for the default.
+      fsdp: The size of the `fsdp` axis.
+      compile: Whether a program is to be compiled for the mesh.
 
     Raises:
-        ValueError: the topology is unknown, the mesh does not divide its chips, or the compiler for
-            GPUs is not installed.
+      ValueError: The topology is unknown, the mesh does not divide its chips, or the compiler for
+        GPUs is not installed.
     """
     slice_ = Slice.parse(topology)
     if data is None:
@@ -78,10 +78,10 @@ def place_program(program: Program, network, mesh, lanes: bool) -> Program:
     """Return the program with the sharding of each array.
 
     Args:
-        program: the program.
-        network: the network, as shapes.
-        mesh: the mesh.
-        lanes: whether the edits are the lanes of a sweep.
+      program: The program.
+      network: The network, as shapes.
+      mesh: The mesh.
+      lanes: Whether the edits are the lanes of a sweep.
     """
     table = families.of(network.config).sharding_rules(network.config)
     weights = rules.specs(network.config, table, parameter_shapes(network), mesh)

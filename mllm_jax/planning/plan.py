@@ -38,26 +38,26 @@ class Plan:
     """The resources that a study takes of each chip.
 
     Attributes:
-        study: the name of the study.
-        topology: the name of the slice, or of the mesh of present devices.
-        data: the size of the mesh axis `data`.
-        fsdp: the size of the mesh axis `fsdp`.
-        model: the size of the mesh axis `model`.
-        rows: B over all data shards.
-        tokens: T.
-        lanes: lanes of a sweep over all data shards; 0 for other studies.
-        how: "compiled" for the topology, or "shapes" where there is no compiler.
-        bytes: bytes of a chip's memory by their use.
-        capacity: bytes of a chip's memory; None where unknown.
-        fits: whether the study fits; None where unknown.
-        flops: operations of matrix products.
-        ideal: these operations if the chips shared them evenly, without repetition.
-        moved: bytes from and to main memory; None without a compiler.
-        moved_per_token: of a generation, those of each token after the first, all rows together.
-        collectives: the exchanges between chips: kind, of (the role of the array), array, group,
-            times, received (bytes) and source.
-        seconds: lower bounds of the time of a run by compute, memory and links, at the chip's
-            published peaks.
+      study: The name of the study.
+      topology: The name of the slice, or of the mesh of present devices.
+      data: The size of the mesh axis `data`.
+      fsdp: The size of the mesh axis `fsdp`.
+      model: The size of the mesh axis `model`.
+      rows: B over all data shards.
+      tokens: T.
+      lanes: Lanes of a sweep over all data shards; 0 for other studies.
+      how: "compiled" for the topology, or "shapes" where there is no compiler.
+      bytes: Bytes of a chip's memory by their use.
+      capacity: Bytes of a chip's memory; None where unknown.
+      fits: Whether the study fits; None where unknown.
+      flops: Operations of matrix products.
+      ideal: These operations if the chips shared them evenly, without repetition.
+      moved: Bytes from and to main memory; None without a compiler.
+      moved_per_token: Of a generation, those of each token after the first, all rows together.
+      collectives: The exchanges between chips: kind, of (the role of the array), array, group,
+        times, received (bytes) and source.
+      seconds: Lower bounds of the time of a run by compute, memory and links, at the chip's
+        published peaks.
     """
 
     study: str
@@ -158,22 +158,22 @@ def plan(
     """Plan what a study takes on a topology, without weights and without hardware.
 
     Args:
-        model: a network or its config; weights are not read.
-        batch: the rows and lanes of a data shard; or a batch of all data shards together.
-        edits: the edits of each pass, besides those of the study.
-        captures: the captures of each pass, besides those of the study.
-        topology: the name of a slice such as "v5e:2x4", "h100" or "h100:8", see `chips`; or a mesh
-            of present devices.
-        study: a member of `programs.STUDIES`, or captures joined by "+", such as "counts+lens".
-        data: the number of data shards, see `mj.mesh`; by default the largest number for which
-            weights take at most a quarter of a chip.
-        fsdp: the size of the `fsdp` axis; the remaining chips share each layer.
-        dtype: the dtype of the weights.
-        compile: whether to compile for the topology, if the compiler is installed.
+      model: A network or its config; weights are not read.
+      batch: The rows and lanes of a data shard; or a batch of all data shards together.
+      edits: The edits of each pass, besides those of the study.
+      captures: The captures of each pass, besides those of the study.
+      topology: The name of a slice such as "v5e:2x4", "h100" or "h100:8", see `chips`; or a mesh
+        of present devices.
+      study: A member of `programs.STUDIES`, or captures joined by "+", such as "counts+lens".
+      data: The number of data shards, see `mj.mesh`; by default the largest number for which
+        weights take at most a quarter of a chip.
+      fsdp: The size of the `fsdp` axis; the remaining chips share each layer.
+      dtype: The dtype of the weights.
+      compile: Whether to compile for the topology, if the compiler is installed.
 
     Raises:
-        ValueError: the topology or study is unknown, the mesh does not divide the chips, or the
-            compiler for GPUs is not installed.
+      ValueError: The topology or study is unknown, the mesh does not divide the chips, or the
+        compiler for GPUs is not installed.
     """
     config = model.config if isinstance(model, MultimodalModel) else model
     network = programs.abstract_model(config, dtype)

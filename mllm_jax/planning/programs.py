@@ -36,13 +36,13 @@ class Size:
     """The sizes of the inputs of a program.
 
     Attributes:
-        rows: B over all data shards.
-        words: the least number of tokens in a row besides the image.
-        lanes: the edits that a sweep runs at a time, over all data shards.
-        steps: the number of tokens to generate.
-        answer: the number of tokens of an answer to score or to train on.
-        candidates: C.
-        remat: whether training recomputes layers in the backward pass.
+      rows: B over all data shards.
+      words: The least number of tokens in a row besides the image.
+      lanes: The edits that a sweep runs at a time, over all data shards.
+      steps: The number of tokens to generate.
+      answer: The number of tokens of an answer to score or to train on.
+      candidates: C.
+      remat: Whether training recomputes layers in the backward pass.
     """
 
     rows: int = 8
@@ -59,13 +59,13 @@ class Program:
     """A function to compile, and its arguments.
 
     Attributes:
-        fn: the function; jitted, unless it returns some of its arguments updated.
-        args: pytrees of shapes with their roles (weights, frozen, optimiser, batch, edits,
-            captures, or "" for others), in the order of the call.
-        static: its static arguments.
-        kept: further pytrees that are in memory meanwhile.
-        unknown: the number of trips of loops whose length is data.
-        back: the number of leading arguments that are returned updated, with the same sharding.
+      fn: The function; jitted, unless it returns some of its arguments updated.
+      args: Pytrees of shapes with their roles (weights, frozen, optimiser, batch, edits,
+        captures, or "" for others), in the order of the call.
+      static: Its static arguments.
+      kept: Further pytrees that are in memory meanwhile.
+      unknown: The number of trips of loops whose length is data.
+      back: The number of leading arguments that are returned updated, with the same sharding.
     """
 
     fn: Callable
@@ -88,9 +88,9 @@ def abstract_batch(config: MultimodalConfig, size: Size, multiple: int = TOKEN_M
     The arrays that edits and captures select tokens by have values; pixels and ids are shapes.
 
     Args:
-        config: the config of the model.
-        size: the sizes of the batch.
-        multiple: what T is a multiple of.
+      config: The config of the model.
+      size: The sizes of the batch.
+      multiple: What T is a multiple of.
     """
     layout = config.layout(config.largest)
     patches, tiles, B = layout.patches, config.tiles, size.rows
@@ -151,15 +151,15 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
     """Build the program of a study.
 
     Args:
-        study: a member of STUDIES, or captures joined by "+".
-        model: the network, as shapes.
-        batch: the batch.
-        edits: the edits of each pass; of a sweep those of its first lane.
-        captures: the captures of each pass, besides those of the study.
-        size: the sizes of the inputs.
+      study: A member of STUDIES, or captures joined by "+".
+      model: The network, as shapes.
+      batch: The batch.
+      edits: The edits of each pass; of a sweep those of its first lane.
+      captures: The captures of each pass, besides those of the study.
+      size: The sizes of the inputs.
 
     Raises:
-        ValueError: the study is unknown.
+      ValueError: The study is unknown.
     """
     if study not in STUDIES and not study_captures(study):
         raise ValueError(f"study {study!r} is none of {', '.join(STUDIES)}, counts+lens")

@@ -24,14 +24,14 @@ def smallest_topology(
     """Plan on the smallest slice that fits, of those that are at least as large as `topology`.
 
     Args:
-        model: as in `plan`.
-        batch: as in `plan`.
-        topology: the slice to start from.
-        **options: further arguments of `plan`.
+      model: As in `plan`.
+      batch: As in `plan`.
+      topology: The slice to start from.
+      **options: Further arguments of `plan`.
 
     Returns:
-        The plan; None where no slice fits. Without a compiler, the plan on the first slice that is
-        not known to be too small.
+      The plan; None where no slice fits. Without a compiler, the plan on the first slice that is
+      not known to be too small.
     """
     for larger in Slice.parse(topology).larger():
         candidate = plan(model, batch, topology=str(larger), **options)
@@ -52,16 +52,16 @@ def largest_that_fits(
     number. The prediction is compiled, and corrected where it does not fit.
 
     Args:
-        field: "rows" or "lanes".
-        model: as in `plan`.
-        batch: as in `plan`.
-        **options: further arguments of `plan`.
+      field: "rows" or "lanes".
+      model: As in `plan`.
+      batch: As in `plan`.
+      **options: Further arguments of `plan`.
 
     Returns:
-        The number and its plan. A larger number may fit where memory grows in steps.
+      The number and its plan. A larger number may fit where memory grows in steps.
 
     Raises:
-        ValueError: the given number does not fit, or there is no compiler.
+      ValueError: The given number does not fit, or there is no compiler.
     """
     batch = batch or Size()
 

@@ -15,10 +15,10 @@ def flops(fn: Callable[..., Any], *args: Any, unknown: int = 1, **static: Any) -
     Of the branches of a conditional the one with the most operations counts.
 
     Args:
-        fn: the function.
-        *args: its arguments, as arrays or shapes.
-        unknown: the number of trips of a loop whose length is data.
-        **static: its static arguments.
+      fn: The function.
+      *args: Its arguments, as arrays or shapes.
+      unknown: The number of trips of a loop whose length is data.
+      **static: Its static arguments.
     """
     return _count(jax.make_jaxpr(lambda *a: fn(*a, **static))(*args).jaxpr, unknown)
 

@@ -16,10 +16,10 @@ def blocks(rows: list[Row], length: int, left: bool, forward: Forward) -> np.nda
     """Return the block of each token, see `Batch.block`.
 
     Args:
-      rows: the rows.
+      rows: The rows.
       length: T, the tokens of a padded row.
-      left: whether rows are padded on the left.
-      forward: which tokens attend to each other whatever their order: those of a picture that stand
+      left: Whether rows are padded on the left.
+      forward: Which tokens attend to each other whatever their order: those of a picture that stand
         side by side (Gemma 3), those of the prompt (PaliGemma), or none.
     """
     if forward == "none":

@@ -24,8 +24,8 @@ class ChatTemplate:
     """A chat template.
 
     Attributes:
-      source: the template's Jinja source.
-      special: the special tokens by name, which the template may read.
+      source: The template's Jinja source.
+      special: The special tokens by name, which the template may read.
     """
 
     source: str
@@ -36,7 +36,7 @@ class ChatTemplate:
         """Return a tokenizer's template, the one named default of several, or None.
 
         Raises:
-          ValueError: the tokenizer's chat_template is something else than text.
+          ValueError: The tokenizer's chat_template is something else than text.
         """
         source: Any = tokenizer.chat_template
         if not source:
@@ -84,7 +84,7 @@ class ChatTemplate:
         """Return the text of a chat up to the assistant's turn, and where the user's texts are.
 
         Raises:
-          ValueError: the template does not take the chat, or changes what the user says.
+          ValueError: The template does not take the chat, or changes what the user says.
         """
         user_texts: list[str] = []
 

@@ -20,9 +20,9 @@ class ClipProcessor:
     """The tokenizer and the image processor of a checkpoint.
 
     Args:
-      tokenizer: a tokenizer of transformers.
-      pictures: the image processor of transformers (PIL backend).
-      config: the model's config.
+      tokenizer: A tokenizer of transformers.
+      pictures: The image processor of transformers (PIL backend).
+      config: The model's config.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ClipProcessor:
         """Return the ids of texts, int32[C, T], padded with 0.
 
         Raises:
-          ValueError: a text is too long, or its tokens are not the model's.
+          ValueError: A text is too long, or its tokens are not the model's.
         """
         encoded = self.tokenizer(list(texts))["input_ids"]
         out = np.zeros((len(encoded), max(map(len, encoded))), np.int32)

@@ -24,12 +24,12 @@ class FreeGridProcessor(Processor, abc.ABC):
     """A processor of pictures that keep their size: patches, padded to a power of 2.
 
     Args:
-      tokenizer: see `Processor`.
-      pictures: see `Processor`.
-      config: the model's config.
-      directory: see `Processor`.
-      max_pixels: the most pixels that a picture is scaled to; None for the checkpoint's setting.
-      **options: further arguments of `Processor`.
+      tokenizer: See `Processor`.
+      pictures: See `Processor`.
+      config: The model's config.
+      directory: See `Processor`.
+      max_pixels: The most pixels that a picture is scaled to; None for the checkpoint's setting.
+      **options: Further arguments of `Processor`.
     """
 
     config: FreeGridConfig
@@ -73,7 +73,7 @@ class FreeGridProcessor(Processor, abc.ABC):
         """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known, and everything depends on it.
+          ValueError: The size is not known, and everything depends on it.
         """
         size = require_size(size, "this model reads a picture at its own size")
         return self.config.layout_of_grid(self.patch_grid(size))

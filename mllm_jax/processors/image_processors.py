@@ -22,7 +22,7 @@ def read(directory: pathlib.Path) -> Any:
     Code that comes with a checkpoint is never run.
 
     Raises:
-      FileNotFoundError: the directory has none.
+      FileNotFoundError: The directory has none.
       ValueError: transformers has no such image processor.
     """
     from transformers import AutoImageProcessor
@@ -54,9 +54,9 @@ def check_size(processor: Any, side: int, directory: object) -> None:
     """Raise ValueError if an image processor makes pictures that the vision tower does not read.
 
     Args:
-      processor: the image processor of transformers.
-      side: the side of the squares that the vision tower reads.
-      directory: the checkpoint's directory, for errors.
+      processor: The image processor of transformers.
+      side: The side of the squares that the vision tower reads.
+      directory: The checkpoint's directory, for errors.
     """
     size, crop = (_sides(getattr(processor, name, None)) for name in ("size", "crop_size"))
     sides = crop if getattr(processor, "do_center_crop", False) else size
@@ -79,16 +79,16 @@ def preprocess(processor: Any, images: Sequence[Any], side: int, directory: obje
     """Return the pixels that an image processor makes of pictures.
 
     Args:
-      processor: the image processor of transformers.
-      images: pictures of PIL, in RGB, or lists of those of each row.
-      side: the side of the squares that the vision tower reads.
-      directory: the checkpoint's directory, for errors.
+      processor: The image processor of transformers.
+      images: Pictures of PIL, in RGB, or lists of those of each row.
+      side: The side of the squares that the vision tower reads.
+      directory: The checkpoint's directory, for errors.
 
     Returns:
       float[n, ..., 3, side, side].
 
     Raises:
-      ValueError: it fails, or makes pixels that the tower does not read.
+      ValueError: It fails, or makes pixels that the tower does not read.
     """
     values = prepare(processor, images, directory)["pixel_values"]
     if values.shape[-2:] != (side, side):
@@ -106,13 +106,13 @@ def prepare(
     """Return the arrays that an image processor makes of pictures, `pixel_values` among them.
 
     Args:
-      processor: the image processor of transformers.
-      images: pictures of PIL, in RGB, or lists of those of each row.
-      directory: the checkpoint's directory, for errors.
-      **settings: settings of the image processor that the checkpoint's do not decide.
+      processor: The image processor of transformers.
+      images: Pictures of PIL, in RGB, or lists of those of each row.
+      directory: The checkpoint's directory, for errors.
+      **settings: Settings of the image processor that the checkpoint's do not decide.
 
     Raises:
-      ValueError: it fails, or makes pixels that are not finite.
+      ValueError: It fails, or makes pixels that are not finite.
     """
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
     try:
@@ -137,11 +137,11 @@ def pad_to_square(image: PIL.Image.Image, mean: Sequence[float]) -> PIL.Image.Im
     """Return a picture in the middle of a square of the mean colour (Liu et al. 2023, LLaVA-1.5).
 
     Args:
-      image: a picture of PIL, in RGB.
-      mean: the mean of each channel, 0 to 1.
+      image: A picture of PIL, in RGB.
+      mean: The mean of each channel, 0 to 1.
 
     Raises:
-      ValueError: the square would be too large.
+      ValueError: The square would be too large.
     """
     side = max(image.size)
     if side**2 > pictures.MAX_PIXELS:

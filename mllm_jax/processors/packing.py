@@ -19,7 +19,7 @@ def parse_turns(turns: Any) -> list[list[tuple[str, str]]]:
     """Return the (question, answer) pairs of each row.
 
     Raises:
-      ValueError: a row has no question, or something that is no pair of strings.
+      ValueError: A row has no question, or something that is no pair of strings.
     """
     return [_parse_pairs(pairs, row) for row, pairs in enumerate(as_list(turns, "turns"))]
 
@@ -41,12 +41,12 @@ def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
     """Return a packed batch with one row a question.
 
     Args:
-      batch: the packed batch.
-      tiles: the number of places for tiles that the pictures of a question have.
-      padding_id: the id of padding.
+      batch: The packed batch.
+      tiles: The number of places for tiles that the pictures of a question have.
+      padding_id: The id of padding.
 
     Raises:
-      ValueError: the batch is not packed.
+      ValueError: The batch is not packed.
     """
     if batch.segment is None:
         raise ValueError("the batch is not packed: it has one question a row already")

@@ -63,13 +63,13 @@ def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
     if no value is above 1, else from 0 to 255.
 
     Args:
-      picture: a path; the bytes of a file, or the file, opened in binary mode; an array (of NumPy,
+      picture: A path; the bytes of a file, or the file, opened in binary mode; an array (of NumPy,
         JAX, torch) [row, column], or [row, column, channels] with 1, 3 or 4 channels, the fourth
         alpha: uint8, uint16, bool, or float from 0 to 1; or a picture of PIL, opened or not yet.
-      name: the picture's name in errors, where it has no path.
+      name: The picture's name in errors, where it has no path.
 
     Raises:
-      ValueError: it cannot be read, or its values are ambiguous; one line with its path or name.
+      ValueError: It cannot be read, or its values are ambiguous; one line with its path or name.
     """
     if isinstance(picture, (str, os.PathLike)):
         name = f"the picture {files.name(picture)}"
@@ -299,8 +299,8 @@ def _to_uint8(values: np.ndarray, top: int = 1) -> np.ndarray:
     """Return bool, uint8, uint16 and float values as uint8 of the same shape.
 
     Args:
-      values: an array of any shape.
-      top: the largest valid float; if it is above 1, floats range to 255 where one is above 1.
+      values: An array of any shape.
+      top: The largest valid float; if it is above 1, floats range to 255 where one is above 1.
     """
     if values.dtype == np.uint8:
         return values

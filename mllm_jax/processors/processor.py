@@ -36,16 +36,16 @@ class Processor(PromptEncoder):
     """The tokenizer, the chat template and the image processor of a checkpoint.
 
     Args:
-      tokenizer: a fast tokenizer of transformers (it must give character offsets).
-      pictures: a function that makes the image processor of transformers (PIL backend); it is
+      tokenizer: A fast tokenizer of transformers (it must give character offsets).
+      pictures: A function that makes the image processor of transformers (PIL backend); it is
         called when the image processor is first needed.
-      config: the model's config: which id is the image token, and how a picture is read.
-      directory: the checkpoint's directory, for errors.
-      image_aspect_ratio: the option of that name of the original LLaVA. "square" leaves a picture
+      config: The model's config: which id is the image token, and how a picture is read.
+      directory: The checkpoint's directory, for errors.
+      image_aspect_ratio: The option of that name of the original LLaVA. "square" leaves a picture
         to the image processor, which crops it; "pad" first makes it square with bars of the mean
         colour, as LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "anyres" where the
         config has pinpoints, "keep" where a picture keeps its shape, else "square".
-      stop_ids: ids that end an answer, beside the tokenizer's end of sequence.
+      stop_ids: Ids that end an answer, beside the tokenizer's end of sequence.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Processor(PromptEncoder):
         """Return the processor of a local checkpoint directory.
 
         Args:
-          directory: the checkpoint's directory.
-          config: the model's config.
-          pictures: makes the image processor; None is that of the directory.
-          image_aspect_ratio: see the class.
-          **options: further arguments of the class.
+          directory: The checkpoint's directory.
+          config: The model's config.
+          pictures: Makes the image processor; None is that of the directory.
+          image_aspect_ratio: See the class.
+          **options: Further arguments of the class.
         """
         directory = pathlib.Path(directory)
         tokenizer = tokenizers.read_tokenizer(directory)
@@ -106,7 +106,7 @@ class Processor(PromptEncoder):
         """The image processor of transformers, checked against the config.
 
         Raises:
-          ValueError: it makes other pictures than the model reads.
+          ValueError: It makes other pictures than the model reads.
         """
         image_processor = self._make_image_processor()
         self._check_image_processor(image_processor)
@@ -158,24 +158,24 @@ class Processor(PromptEncoder):
         """Return a batch of one prompt a row.
 
         Args:
-          images: one picture a row, or a list of pictures a row, or None for text. A picture is a
+          images: One picture a row, or a list of pictures a row, or None for text. A picture is a
             path, bytes, an array or a picture of PIL, see `pictures.read`. One that is given
             several times, such as `[picture] * 4` with four prompts, is encoded once.
-          prompts: strings or chats. A string with `<image>` in it is used as it stands; another is
+          prompts: Strings or chats. A string with `<image>` in it is used as it stands; another is
             set into the chat template, pictures first. A chat of several turns, see `prompts`: the
             user's texts are of kind question, everything else is of kind system; its pictures are
             those of `images`, or else those in its parts.
-          answers: plain texts, read after the prompts, with an end of turn; their tokens are of
+          answers: Plain texts, read after the prompts, with an end of turn; their tokens are of
             kind answer. The text of a special token is refused.
           features: float[B, P, E], vision features of one picture a row, of all its places for
             tiles, in place of images.
           sizes: (height, width) of those pictures, where the model reads them by their size.
-          rows: the number of rows to fill up to with empty rows.
-          length: the length to pad to, instead of the nearest of LENGTHS.
-          left: whether to pad on the left.
+          rows: The number of rows to fill up to with empty rows.
+          length: The length to pad to, instead of the nearest of LENGTHS.
+          left: Whether to pad on the left.
 
         Raises:
-          ValueError: an argument is wrong; the message names the row.
+          ValueError: An argument is wrong; the message names the row.
         """
         prompts = prompts_.parse_prompts(prompts)
         if not prompts and not rows:
@@ -210,12 +210,12 @@ class Processor(PromptEncoder):
         other questions, at the positions that it would have alone.
 
         Args:
-          images: one picture a row.
+          images: One picture a row.
           turns: (question, answer) pairs of each row.
-          features: as in a call.
-          sizes: as in a call.
-          rows: as in a call.
-          length: as in a call.
+          features: As in a call.
+          sizes: As in a call.
+          rows: As in a call.
+          length: As in a call.
         """
         parsed = packing.parse_turns(turns)
         if self.config.attends_forward == "prompt":
@@ -240,10 +240,10 @@ class Processor(PromptEncoder):
         The pictures stay as they are, read by several rows. Rows without a question are left out.
 
         Args:
-          batch: a batch that `pack` made.
+          batch: A batch that `pack` made.
 
         Raises:
-          ValueError: the batch is not packed.
+          ValueError: The batch is not packed.
         """
         of_row = int(np.max(batch.tile, initial=0)) + 1
         tiles = self.config.tiles if self.reencode_per_question else of_row
@@ -303,9 +303,9 @@ class Processor(PromptEncoder):
         """Return T, the length that rows are padded to.
 
         Args:
-          encoded: the rows.
-          image_places: the number of places for image tokens that each row has.
-          length: the length that the user asks for.
+          encoded: The rows.
+          image_places: The number of places for image tokens that each row has.
+          length: The length that the user asks for.
         """
         del image_places
         longest = max(map(len, encoded))
@@ -404,9 +404,9 @@ class Processor(PromptEncoder):
         """Return pixels [I, row, column, 3] of `tiles` places a slot, and which of the I are real.
 
         Args:
-          pictures: the pictures of each slot.
-          tiles: the number of tiles of a slot.
-          read: whether the pixels are needed; else they are empty.
+          pictures: The pictures of each slot.
+          tiles: The number of tiles of a slot.
+          read: Whether the pixels are needed; else they are empty.
         """
         size, real = self._tile_side if read else 0, self._real_tiles(pictures, tiles)
         pixels = np.zeros((len(real), size, size, 3), np.float32)

@@ -29,19 +29,19 @@ class PromptEncoder:
     """A tokenizer and a chat template, which make rows of tokens of prompts and answers.
 
     Args:
-      tokenizer: a fast tokenizer of transformers (it must give character offsets).
-      config: the model's config: which id is the image token, and how many tokens a picture has.
-      directory: the checkpoint's directory, for errors.
-      stop_ids: ids that end an answer, beside the tokenizer's end of sequence.
+      tokenizer: A fast tokenizer of transformers (it must give character offsets).
+      config: The model's config: which id is the image token, and how many tokens a picture has.
+      directory: The checkpoint's directory, for errors.
+      stop_ids: Ids that end an answer, beside the tokenizer's end of sequence.
 
     Attributes:
-      reencode_per_question: whether a packed row encodes its picture again for each question.
-      image_text: the text of the image token in the tokenizer.
-      placeholder: what the chat template writes for a picture; `picture_text` replaces it.
-      written_placeholder: what the `<image>` of a prompt that is used as it stands becomes.
-      markers: the texts of the tokens that stand around and between those of a picture.
-      video_text: the text of the token of a video, which is refused; None where there is none.
-      end_of_turn: the text of the token that ends an answer, where it is not the tokenizer's end of
+      reencode_per_question: Whether a packed row encodes its picture again for each question.
+      image_text: The text of the image token in the tokenizer.
+      placeholder: What the chat template writes for a picture; `picture_text` replaces it.
+      written_placeholder: What the `<image>` of a prompt that is used as it stands becomes.
+      markers: The texts of the tokens that stand around and between those of a picture.
+      video_text: The text of the token of a video, which is refused; None where there is none.
+      end_of_turn: The text of the token that ends an answer, where it is not the tokenizer's end of
         sequence and the checkpoint stops at it.
     """
 
@@ -107,11 +107,11 @@ class PromptEncoder:
         """Return the ids of an answer.
 
         Args:
-          answer: the text.
-          end: whether to add the end of turn.
+          answer: The text.
+          end: Whether to add the end of turn.
 
         Raises:
-          ValueError: it holds the text of a special token; or no token ends a turn.
+          ValueError: It holds the text of a special token; or no token ends a turn.
         """
         ids = tokenizers.answer_ids(self.tokenizer, answer)
         tokenizers.check_vocab(self.tokenizer, ids, self.config.lm.vocab)
@@ -127,7 +127,7 @@ class PromptEncoder:
 
         Args:
           ids: int[B, N]; negative ids are left out.
-          stop: whether to cut each row at its end of turn.
+          stop: Whether to cut each row at its end of turn.
         """
         texts = []
         for row in np.asarray(ids):
@@ -175,10 +175,10 @@ class PromptEncoder:
         """Return the tokens of a prompt.
 
         Args:
-          prompt: the prompt.
-          pictures: its pictures.
-          where: where it comes from, for errors.
-          first: how many pictures stand in the row before it.
+          prompt: The prompt.
+          pictures: Its pictures.
+          where: Where it comes from, for errors.
+          first: How many pictures stand in the row before it.
         """
         with _errors_at(where):
             row = self._encode_prompt(prompt, pictures, first)
@@ -240,8 +240,8 @@ class PromptEncoder:
         """Return the image tokens of a picture by run.
 
         Args:
-          first_tile: the number of its first tile in the row.
-          picture: the picture.
+          first_tile: The number of its first tile in the row.
+          picture: The picture.
         """
         config, layout = self.config, picture.layout
         # A picture of any size is one tile, however many tokens it has.
@@ -325,9 +325,9 @@ def replaced(
     """Return a text with each `old` replaced, and where the questions are then.
 
     Args:
-      text: the text.
-      questions: the characters that the user wrote.
-      old: what is replaced.
+      text: The text.
+      questions: The characters that the user wrote.
+      old: What is replaced.
       new: the number of an occurrence -> its replacement, which is no part of a question.
     """
     is_question = np.zeros(len(text), bool)

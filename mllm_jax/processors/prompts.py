@@ -20,12 +20,12 @@ def as_list(values: Any, name: str, what: str = "strings") -> list:
     """Return values as a list.
 
     Args:
-      values: any iterable but a string, a mapping or a set.
-      name: the name of the argument, for errors.
-      what: what the list holds, for errors.
+      values: Any iterable but a string, a mapping or a set.
+      name: The name of the argument, for errors.
+      what: What the list holds, for errors.
 
     Raises:
-      ValueError: the values are no list.
+      ValueError: The values are no list.
     """
     items = values.tolist() if hasattr(values, "tolist") else values
     single = isinstance(items, (str, bytes, Mapping, set, frozenset))
@@ -47,10 +47,10 @@ def parse_prompts(prompts: Any) -> list[str | Chat]:
     """Return prompts as strings and chats.
 
     Args:
-      prompts: a list with a string or a chat for each row; or one chat.
+      prompts: A list with a string or a chat for each row; or one chat.
 
     Raises:
-      ValueError: they are something else.
+      ValueError: They are something else.
     """
     rows = as_list(prompts, "prompts", "strings or chats")
     if rows and all(isinstance(message, Mapping) for message in rows):

@@ -16,7 +16,7 @@ def open_rows(images: Any) -> list[list[PIL.Image.Image]]:
     """Return the pictures of each row in RGB; a picture that is given twice is opened once.
 
     Args:
-      images: for each row a picture, or a list of pictures; see `pictures.read`.
+      images: For each row a picture, or a list of pictures; see `pictures.read`.
     """
     opened: dict[int | str, PIL.Image.Image] = {}
     rows = as_rows(images)
@@ -36,7 +36,7 @@ def images_or_those_of_chats(images: Any, prompts: Sequence[str | Chat]) -> Any:
     """Return the images argument, or, where it is None, the pictures that the chats hold.
 
     Raises:
-      ValueError: there are both.
+      ValueError: There are both.
     """
     of_chats = [
         [part["image"] for part in image_parts(prompt) if "image" in part] for prompt in prompts
@@ -52,10 +52,10 @@ def as_rows(images: Any) -> list[list[Any]]:
     """Return pictures as a list for each row.
 
     Args:
-      images: for each row a picture, or a list of pictures.
+      images: For each row a picture, or a list of pictures.
 
     Raises:
-      ValueError: it is a single picture, or no list.
+      ValueError: It is a single picture, or no list.
     """
     single = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
     if single or (hasattr(images, "ndim") and images.ndim < 4) or not isinstance(images, Iterable):

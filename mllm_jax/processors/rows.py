@@ -24,8 +24,8 @@ class Picture:
     """One picture of a row.
 
     Attributes:
-      image: the picture in RGB, or None where features replace it.
-      layout: how the model reads it.
+      image: The picture in RGB, or None where features replace it.
+      layout: How the model reads it.
     """
 
     image: PIL.Image.Image | None
@@ -36,15 +36,15 @@ class Token(NamedTuple):
     """One token of a row.
 
     Attributes:
-      id: its id.
-      kind: its kind, a code of `tokens.CODE`.
-      tile: the tile of an image token, counted through the pictures of the row; -1 for text.
-      patch: which token of that tile it is, in the order of the tower; -1 for text and newlines.
-      row: the row of an image token on the grid of its tile, -1 elsewhere.
-      column: the column on that grid, -1 elsewhere.
-      sources: the tokens of all tiles of the row that an interpolated image token is a weighted sum
+      id: Its id.
+      kind: Its kind, a code of `tokens.CODE`.
+      tile: The tile of an image token, counted through the pictures of the row; -1 for text.
+      patch: Which token of that tile it is, in the order of the tower; -1 for text and newlines.
+      row: The row of an image token on the grid of its tile, -1 elsewhere.
+      column: The column on that grid, -1 elsewhere.
+      sources: The tokens of all tiles of the row that an interpolated image token is a weighted sum
         of; empty for other tokens.
-      weights: the weights of these.
+      weights: The weights of these.
     """
 
     id: int
@@ -67,11 +67,11 @@ class Row:
     """One tokenised row, before padding.
 
     Attributes:
-      tokens: the tokens.
-      positions: the position of each token.
-      segments: the packed question that each token belongs to, from 1 on, or 0.
-      prompt: the number of tokens of the prompt, or of the first of several.
-      qformer_rows: for each image, the text that a Q-Former reads beside it.
+      tokens: The tokens.
+      positions: The position of each token.
+      segments: The packed question that each token belongs to, from 1 on, or 0.
+      prompt: The number of tokens of the prompt, or of the first of several.
+      qformer_rows: For each image, the text that a Q-Former reads beside it.
     """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
@@ -87,9 +87,9 @@ class Row:
         """Append tokens.
 
         Args:
-          added: the tokens.
-          segment: the packed question that they belong to.
-          start: the position of the first, if it is not the next.
+          added: The tokens.
+          segment: The packed question that they belong to.
+          start: The position of the first, if it is not the next.
         """
         added = list(added)
         start = len(self) if start is None else start
@@ -118,11 +118,11 @@ def image_tokens(
     """Return the image tokens of one picture.
 
     Args:
-      layout: how the model reads the picture.
-      image_token: the id of an image token.
-      first_tile: the number of its first tile in the row.
-      tile_tokens: the number of tokens of a tile.
-      grid: the side of the square at the end of a tile's tokens, for layouts without places.
+      layout: How the model reads the picture.
+      image_token: The id of an image token.
+      first_tile: The number of its first tile in the row.
+      tile_tokens: The number of tokens of a tile.
+      grid: The side of the square at the end of a tile's tokens, for layouts without places.
     """
     made = []
     for number, patch in enumerate(layout.patches.tolist()):
@@ -153,10 +153,10 @@ class ImageSlots:
     Rows with the same pictures share a slot.
 
     Attributes:
-      of_row: the slot of each row's pictures.
-      count: the number of slots.
-      tiles: the number of tiles of a slot.
-      tile_tokens: the number of image tokens of a tile.
+      of_row: The slot of each row's pictures.
+      count: The number of slots.
+      tiles: The number of tiles of a slot.
+      tile_tokens: The number of image tokens of a tile.
     """
 
     of_row: list[int]
@@ -196,11 +196,11 @@ def token_arrays(
     """Return the fields of a batch that have one value for each token.
 
     Args:
-      rows: the rows; a row without tokens is padding alone.
+      rows: The rows; a row without tokens is padding alone.
       length: T, the tokens of a padded row.
-      slots: where the image tokens of each row stand.
-      padding_id: the id of padding.
-      left: whether to pad on the left.
+      slots: Where the image tokens of each row stand.
+      padding_id: The id of padding.
+      left: Whether to pad on the left.
 
     Returns:
       `ids`, `position`, `image_token_index` int32[B, T], `segment` int32[B, T] or None,
@@ -268,8 +268,8 @@ def place_features(features: np.ndarray, pictures: list[list[Picture]], places: 
 
     Args:
       features: [B, ...], of one picture a row.
-      pictures: the pictures of each row, all the same one.
-      places: the number of places for pictures that a row has.
+      pictures: The pictures of each row, all the same one.
+      places: The number of places for pictures that a row has.
 
     Returns:
       [B, places, ...], zero where a row reads no picture.

@@ -45,10 +45,10 @@ class Budget:
     """The resources that a rendering has left.
 
     Attributes:
-      steps: the number of steps.
-      output: the number of characters of output.
-      weight: the largest weight of a value.
-      end: the time by which it has to end.
+      steps: The number of steps.
+      output: The number of characters of output.
+      weight: The largest weight of a value.
+      end: The time by which it has to end.
     """
 
     steps: int
@@ -133,9 +133,9 @@ def _operate(call: Callable, operands: list[Any], *, form: Any = None) -> Any:
     """Return the result of a call, with its operands and its result within the limits.
 
     Args:
-      call: makes the result.
-      operands: the operands.
-      form: the format string, if the call formats.
+      call: Makes the result.
+      operands: The operands.
+      form: The format string, if the call formats.
     """
     budget = _BUDGET.get()
     budget.step()
@@ -309,12 +309,12 @@ def render(source: str, messages: list[dict[str, Any]], **variables: Any) -> str
     """Return the text of a chat.
 
     Args:
-      source: the template's source.
-      messages: the messages of the chat, plain values.
-      **variables: further variables of the template, such as the special tokens by name.
+      source: The template's source.
+      messages: The messages of the chat, plain values.
+      **variables: Further variables of the template, such as the special tokens by name.
 
     Raises:
-      ValueError: the template is wrong, raises an exception, or goes beyond the limits.
+      ValueError: The template is wrong, raises an exception, or goes beyond the limits.
     """
     if len(source) > SOURCE:
         raise ValueError(f"it has {len(source):,} characters, more than {SOURCE:,}")

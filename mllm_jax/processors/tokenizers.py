@@ -34,12 +34,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> Bat
     """Return a tokenizer's encoding of a text.
 
     Args:
-      tokenizer: a tokenizer of transformers.
-      text: the text.
-      **options: options of the tokenizer's call.
+      tokenizer: A tokenizer of transformers.
+      text: The text.
+      **options: Options of the tokenizer's call.
 
     Raises:
-      ValueError: the tokenizer raised any error.
+      ValueError: The tokenizer raised any error.
     """
     return _guarded(
         lambda: tokenizer(text, return_attention_mask=False, **options),
@@ -69,15 +69,15 @@ def tokenize(
     """Return the ids of a text, and their kinds: question or system.
 
     Args:
-      tokenizer: a fast tokenizer of transformers.
-      text: the text.
-      questions: the characters of the text that are the question.
-      special: whether the tokenizer adds its special tokens.
-      vocab: the size of the model's vocabulary.
-      image: the id of the image token.
+      tokenizer: A fast tokenizer of transformers.
+      text: The text.
+      questions: The characters of the text that are the question.
+      special: Whether the tokenizer adds its special tokens.
+      vocab: The size of the model's vocabulary.
+      image: The id of the image token.
 
     Raises:
-      ValueError: the tokenizer is broken, or not the model's.
+      ValueError: The tokenizer is broken, or not the model's.
     """
     encoding = encode(tokenizer, text, add_special_tokens=special, return_offsets_mapping=True)
     in_question = [
@@ -112,7 +112,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
     """Return the ids of an answer, which is plain text.
 
     Raises:
-      ValueError: it holds the text of a special token, such as `<image>` or the end of a turn.
+      ValueError: It holds the text of a special token, such as `<image>` or the end of a turn.
     """
     ids = encode(tokenizer, answer, add_special_tokens=False)["input_ids"]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -131,8 +131,8 @@ def read_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer saved in a directory; one of sentencepiece alone is a Llama's.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it cannot be read.
+      FileNotFoundError: There is none.
+      ValueError: It cannot be read.
     """
     # A second to import: only when needed.
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast

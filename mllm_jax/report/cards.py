@@ -26,12 +26,12 @@ class Card:
     """A picture, or a text, with a caption.
 
     Attributes:
-        caption: the text below.
-        image: the path of the picture, if any.
-        alt: the text for readers who cannot see the picture.
-        box: the patch that is marked, if any.
-        before: the end of the text before the word.
-        word: the word that is marked, if any.
+      caption: The text below.
+      image: The path of the picture, if any.
+      alt: The text for readers who cannot see the picture.
+      box: The patch that is marked, if any.
+      before: The end of the text before the word.
+      word: The word that is marked, if any.
     """
 
     caption: str
@@ -94,9 +94,9 @@ class Histogram:
     """Bars of how often values lie in bins, a row of bars for each series, on a logarithmic scale.
 
     Attributes:
-        title: the heading.
-        edges: the inner edges of the bins.
-        series: {name: counts}, the counts of one bin more than there are edges; at most two.
+      title: The heading.
+      edges: The inner edges of the bins.
+      series: {name: counts}, the counts of one bin more than there are edges; at most two.
     """
 
     title: str
@@ -151,14 +151,14 @@ class WordMap:
     """A picture beside the words that a lens reads at each patch, with a slider over the layers.
 
     Attributes:
-        image: the path of the picture.
-        alt: the text for readers who cannot see it.
-        layers: int[L], the layers.
-        grid: the rows and columns of patches.
-        vocabulary: the words that occur.
-        words: int[L][P][k], the most likely words of each patch, as indices of the vocabulary.
-        maps: {name: float[L][P]}, values by which the patches can be shaded; [1][P] where they do
-            not depend on the layer.
+      image: The path of the picture.
+      alt: The text for readers who cannot see it.
+      layers: int[L], the layers.
+      grid: The rows and columns of patches.
+      vocabulary: The words that occur.
+      words: int[L][P][k], the most likely words of each patch, as indices of the vocabulary.
+      maps: {name: float[L][P]}, values by which the patches can be shaded; [1][P] where they do
+        not depend on the layer.
     """
 
     image: str

@@ -30,11 +30,11 @@ class Panel:
     """One plot of a chart.
 
     Attributes:
-        title: the title of the panel.
-        traces: what is drawn, in Plotly's words.
-        x: the label of the horizontal axis.
-        y: the label of the vertical axis.
-        layout: further settings of Plotly's layout.
+      title: The title of the panel.
+      traces: What is drawn, in Plotly's words.
+      x: The label of the horizontal axis.
+      y: The label of the vertical axis.
+      layout: Further settings of Plotly's layout.
     """
 
     title: str
@@ -79,12 +79,12 @@ def curves(
     """Return means by layer with their intervals, a curve for each name.
 
     Args:
-        title: the title of the panel.
-        curves: {name: {"mean": float[L]}}, or also "low" and "high", and the places "at" which
-            they were measured; 0, 1, ... by default.
-        hue: the colour of each name.
-        x: the label of the horizontal axis.
-        y: the label of the vertical axis.
+      title: The title of the panel.
+      curves: {name: {"mean": float[L]}}, or also "low" and "high", and the places "at" which
+        they were measured; 0, 1, ... by default.
+      hue: The colour of each name.
+      x: The label of the horizontal axis.
+      y: The label of the vertical axis.
     """
     traces: list[Trace] = []
     for name, curve in curves.items():
@@ -115,9 +115,9 @@ def curves_of(
     """Return rows of numbers as the curves that `curves` draws.
 
     Args:
-        rows: the rows, in the order of the points of a curve.
-        by: the field that names the curve of a row.
-        keys: the field of each key of a curve, such as {"at": "layer", "mean": "accuracy"}.
+      rows: The rows, in the order of the points of a curve.
+      by: The field that names the curve of a row.
+      keys: The field of each key of a curve, such as {"at": "layer", "mean": "accuracy"}.
     """
     return {
         name: {key: [row[of] for row in rows if row[by] == name] for key, of in keys.items()}
@@ -171,10 +171,10 @@ def intervals(
     """Return a point with its interval for each name.
 
     Args:
-        title: the title of the panel.
-        values: {name: {"value", "low", "high", "text"}}; the text appears on hover.
-        hue: the colour of each name.
-        x: the label of the axis.
+      title: The title of the panel.
+      values: {name: {"value", "low", "high", "text"}}; the text appears on hover.
+      hue: The colour of each name.
+      x: The label of the axis.
     """
     traces = [
         {"type": "scatter", "mode": "markers", "x": [of["value"]], "y": [label(name)],
@@ -196,17 +196,17 @@ def matrix(
     """Return a heat map with a text in each cell.
 
     Args:
-        title: the title of the panel.
-        values: float[rows, columns]; NaN leaves a cell empty.
-        rows: the names of the rows.
-        columns: the names of the columns.
-        bounds: the values at the ends of the colour scale.
-        colours: a name of SCALES.
-        texts: [rows][columns], what is written in each cell.
-        hovers: [rows][columns], what appears over each cell.
-        opens: [rows][columns], the id of the element that a click on the cell opens.
-        x: the label of the horizontal axis.
-        y: the label of the vertical axis.
+      title: The title of the panel.
+      values: float[rows, columns]; NaN leaves a cell empty.
+      rows: The names of the rows.
+      columns: The names of the columns.
+      bounds: The values at the ends of the colour scale.
+      colours: A name of SCALES.
+      texts: [rows][columns], what is written in each cell.
+      hovers: [rows][columns], what appears over each cell.
+      opens: [rows][columns], the id of the element that a click on the cell opens.
+      x: The label of the horizontal axis.
+      y: The label of the vertical axis.
     """
     trace: dict[str, Any] = {
         "type": "heatmap", "z": np.asarray(values, float).tolist(),

@@ -64,11 +64,11 @@ def token_map(
     """Draw a picture, and the word and entropy of a lens at each of its image tokens.
 
     Args:
-        picture: uint8[height, width, 3].
-        words: [panels][rows][columns], the most likely word of each token.
-        entropy: float[panels, rows, columns], in nats.
-        titles: the title of each panel.
-        bounds: the entropies at the ends of the colour scale; of this picture by default.
+      picture: uint8[height, width, 3].
+      words: [panels][rows][columns], the most likely word of each token.
+      entropy: float[panels, rows, columns], in nats.
+      titles: The title of each panel.
+      bounds: The entropies at the ends of the colour scale; of this picture by default.
     """
     entropy = np.asarray(entropy, np.float64)
     side = 0.46 * entropy.shape[2]  # inches; a word needs about 0.46 of them
@@ -107,12 +107,12 @@ def token_panel(
     """Draw words and entropies as cells; the lower an entropy, the deeper its colour.
 
     Args:
-        ax: the axes to draw on.
-        picture: uint8[height, width, 3], whose shape the cells fill.
-        words: [rows][columns], the most likely word of each token.
-        entropy: float[rows, columns], in nats.
-        bounds: the entropies at the ends of the colour scale.
-        side: the width of the panel in inches.
+      ax: The axes to draw on.
+      picture: uint8[height, width, 3], whose shape the cells fill.
+      words: [rows][columns], the most likely word of each token.
+      entropy: float[rows, columns], in nats.
+      bounds: The entropies at the ends of the colour scale.
+      side: The width of the panel in inches.
     """
     height, width = picture.shape[:2]
     rows, columns = entropy.shape
@@ -180,10 +180,10 @@ def overlap(
     """Draw the neurons that pairs of domains share, and the number of domains of each neuron.
 
     Args:
-        jaccard: {module: float[D_, D_]}, the Jaccard indices of pairs.
-        domains_per_neuron: {module: int[D_ + 1]}, the numbers of neurons with 0, 1, ... domains.
-        domains: the names of rows and columns.
-        members: the label of the lower panels, for something other than domains.
+      jaccard: {module: float[D_, D_]}, the Jaccard indices of pairs.
+      domains_per_neuron: {module: int[D_ + 1]}, the numbers of neurons with 0, 1, ... domains.
+      domains: The names of rows and columns.
+      members: The label of the lower panels, for something other than domains.
     """
     figure = Figure(figsize=(1.6 + 3.1 * len(jaccard), 5.0))
     grid = figure.subplots(2, len(jaccard), squeeze=False, height_ratios=[3, 1.6])
@@ -223,7 +223,7 @@ def accuracy(baseline: Mapping[str, Mapping[str, float]]) -> Figure:
     """Draw the accuracy of each domain with its interval, and the accuracy of a guess.
 
     Args:
-        baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance may be None.
+      baseline: {domain: {"accuracy", "low", "high", "chance", "n"}}; chance may be None.
     """
     hue = style.palette(list(baseline))
     figure = Figure(figsize=(11, 0.4 * len(baseline) + 0.75))

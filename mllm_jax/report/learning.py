@@ -29,8 +29,8 @@ def section(folder: pathlib.Path, losses: Mapping[str, np.ndarray]) -> page.Sect
     """Write the figure and the table of the losses, and return the section that shows them.
 
     Args:
-        folder: the folder of the study.
-        losses: the loss of each step, by the name of what is trained.
+      folder: The folder of the study.
+      losses: The loss of each step, by the name of what is trained.
     """
     by_name: dict[str, dict[str, Sequence[float]]] = {
         name: {"mean": loss.tolist(), "at": range(1, len(loss) + 1)}

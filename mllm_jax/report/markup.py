@@ -30,7 +30,7 @@ def data(value: Any) -> str:
     """Return JSON in a script element, which is read as data and never run.
 
     Args:
-        value: plain JSON values without NaN.
+      value: Plain JSON values without NaN.
     """
     encoded = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     # No text of a data element can end it, or begin a comment.

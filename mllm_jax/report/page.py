@@ -43,12 +43,12 @@ class Figure:
     """An image file beside the page.
 
     Attributes:
-        path: the path relative to the page.
-        alt: the text for readers who cannot see the image.
-        caption: the text below the image.
-        width: the width on the page in CSS pixels; by default the width of the image.
-        chart: the same to hover over and to zoom; takes the place of the image on a screen.
-        downloads: (name, path) of the figure in other formats.
+      path: The path relative to the page.
+      alt: The text for readers who cannot see the image.
+      caption: The text below the image.
+      width: The width on the page in CSS pixels; by default the width of the image.
+      chart: The same to hover over and to zoom; takes the place of the image on a screen.
+      downloads: (name, path) of the figure in other formats.
     """
 
     path: str
@@ -64,10 +64,10 @@ class Table:
     """A table of formatted cells. Columns of numbers are aligned right.
 
     Attributes:
-        columns: the names of the columns.
-        rows: the cells of each row.
-        links: the address to which the first cell of each row leads, if any.
-        sortable: whether the reader can sort the rows and filter them.
+      columns: The names of the columns.
+      rows: The cells of each row.
+      links: The address to which the first cell of each row leads, if any.
+      sortable: Whether the reader can sort the rows and filter them.
     """
 
     columns: Sequence[str]
@@ -87,15 +87,15 @@ class Section:
     """One result of a study.
 
     Attributes:
-        title: a few words.
-        reading: one sentence on what the figures show.
-        figures: the figures, in order.
-        table: the main numbers.
-        data: (name, path) of the files with all numbers.
-        note: how the numbers were measured.
-        widgets: further parts, below the table.
-        name: the id of the section, to which links lead; its number by default.
-        alone: whether a link to the section shows it without the other ones of this kind.
+      title: A few words.
+      reading: One sentence on what the figures show.
+      figures: The figures, in order.
+      table: The main numbers.
+      data: (name, path) of the files with all numbers.
+      note: How the numbers were measured.
+      widgets: Further parts, below the table.
+      name: The id of the section, to which links lead; its number by default.
+      alone: Whether a link to the section shows it without the other ones of this kind.
     """
 
     title: str
@@ -114,14 +114,14 @@ class Page:
     """The page of a study.
 
     Attributes:
-        title: the title of the page.
-        lead: the question of the study, in a sentence or two.
-        facts: (number, label) of the row below the title.
-        figure: a summary of the study in one figure.
-        sections: the results, in order.
-        data: (name, path) of the files of the study.
-        contents: whether links to the sections precede them.
-        reload: the seconds after which a browser loads the page again; 0 for never.
+      title: The title of the page.
+      lead: The question of the study, in a sentence or two.
+      facts: (number, label) of the row below the title.
+      figure: A summary of the study in one figure.
+      sections: The results, in order.
+      data: (name, path) of the files of the study.
+      contents: Whether links to the sections precede them.
+      reload: The seconds after which a browser loads the page again; 0 for never.
     """
 
     title: str
@@ -248,8 +248,8 @@ def table(table: Table, name: str) -> str:
     """Return a table as HTML.
 
     Args:
-        table: the table.
-        name: its name for readers who cannot see it.
+      table: The table.
+      name: Its name for readers who cannot see it.
     """
     numeric = table.numeric()
 

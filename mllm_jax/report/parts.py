@@ -35,12 +35,12 @@ def write_figure(
     """Write `figures/NAME.png` and `.svg`, and return their entry on the page.
 
     Args:
-        folder: the folder of the study.
-        name: the name of the files.
-        figure: the figure.
-        alt: the text for readers who cannot see it.
-        caption: the text below it.
-        chart: the same to hover over and to zoom.
+      folder: The folder of the study.
+      name: The name of the files.
+      figure: The figure.
+      alt: The text for readers who cannot see it.
+      caption: The text below it.
+      chart: The same to hover over and to zoom.
     """
     png, svg = f"figures/{name}.png", f"figures/{name}.svg"
     for path in (png, svg):

@@ -23,14 +23,14 @@ class Report:
     """The report of a study.
 
     Attributes:
-        study: the name of the study.
-        keys: the keys that its results must have.
-        title: the title of the page.
-        lead: returns the question of the study in a sentence or two.
-        facts: returns (number, label) of the row below the title.
-        overview: writes the summary figure, and returns it or None.
-        sections: write the figures and tables of a section, and return it, or None where a part of
-            the results is empty.
+      study: The name of the study.
+      keys: The keys that its results must have.
+      title: The title of the page.
+      lead: Returns the question of the study in a sentence or two.
+      facts: Returns (number, label) of the row below the title.
+      overview: Writes the summary figure, and returns it or None.
+      sections: Write the figures and tables of a section, and return it, or None where a part of
+        the results is empty.
     """
 
     study: str
@@ -47,11 +47,11 @@ class Report:
         The same results give the same bytes.
 
         Args:
-            workdir: the folder of the study, with the pictures that the results name.
-            results: the content of results.json.
+          workdir: The folder of the study, with the pictures that the results name.
+          results: The content of results.json.
 
         Raises:
-            ValueError: the results lack a key, or have another format.
+          ValueError: The results lack a key, or have another format.
         """
         require_keys(results, self.keys, self.study)
         self._write(workdir, results)
@@ -60,8 +60,8 @@ class Report:
         """Write the report of a study that still runs; its page loads itself again.
 
         Args:
-            workdir: see `write`.
-            results: what results.json will contain, as far as it is known.
+          workdir: See `write`.
+          results: What results.json will contain, as far as it is known.
         """
         self._write(workdir, {**{key: {} for key in self.keys}, **results}, reload=RELOAD)
 

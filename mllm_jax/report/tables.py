@@ -28,9 +28,9 @@ def write(path: str | pathlib.Path, columns: Sequence[str], rows: Iterable[Seque
     "=1+1". Numbers and their text are unchanged, negative ones as well.
 
     Args:
-        path: the CSV file.
-        columns: the names of the columns.
-        rows: one value for each column; None becomes an empty field.
+      path: The CSV file.
+      columns: The names of the columns.
+      rows: One value for each column; None becomes an empty field.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -60,9 +60,9 @@ def latex(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequen
     """Return a table for LaTeX's booktabs, in which every text is text.
 
     Args:
-        columns: the names of the columns.
-        rows: one text for each column.
-        numeric: whether each column is aligned right.
+      columns: The names of the columns.
+      rows: One text for each column.
+      numeric: Whether each column is aligned right.
     """
 
     def line(cells: Sequence[str]) -> str:
@@ -77,8 +77,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table whose columns are aligned in a terminal as well.
 
     Args:
-        head: the names of the columns.
-        rows: one value for each column.
+      head: The names of the columns.
+      rows: One value for each column.
     """
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -23,9 +23,9 @@ def top_k(
     """Return the k largest elements along the vocabulary, and their indices.
 
     Args:
-        x: the array; its first axis is sharded as rows are.
-        k: the number of elements.
-        local_top_k: the function for one device, which takes the first of equal values.
+      x: The array; its first axis is sharded as rows are.
+      k: The number of elements.
+      local_top_k: The function for one device, which takes the first of equal values.
     """
     axes, rows = mesh.axes_for("V", x.shape[-1]), mesh.axes_for("B", x.shape[0])
     if not axes and not rows:
@@ -57,10 +57,10 @@ def take_image_tokens(
     """Return table[index], reading the tokens of a row's own tiles on the device of the row.
 
     Args:
-        table: n // tiles tokens of each tile, tile by tile, and then tokens for every row.
-        index: the place in the table of each token of a row.
-        tiles: I. Rows share images where the number of rows does not divide it.
-        shared: whether they share images although it does.
+      table: n // tiles tokens of each tile, tile by tile, and then tokens for every row.
+      index: The place in the table of each token of a row.
+      tiles: I. Rows share images where the number of rows does not divide it.
+      shared: Whether they share images although it does.
     """
     rows = mesh.axes_for("B", len(index))
     if rows is None:

@@ -57,12 +57,12 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     those about a lost process, go to a temporary file, which a normal end removes.
 
     Args:
-        coordinator: host:port of process 0; None where JAX detects it (TPU, Slurm, MPI).
-        processes: the number of processes; None where JAX detects it.
-        process: the number of this process; None where JAX detects it.
+      coordinator: host:port of process 0; None where JAX detects it (TPU, Slurm, MPI).
+      processes: The number of processes; None where JAX detects it.
+      process: The number of this process; None where JAX detects it.
 
     Raises:
-        ValueError: the port is taken, or JAX cannot connect the processes.
+      ValueError: The port is taken, or JAX cannot connect the processes.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     host, _, port = (coordinator or "").rpartition(":")
@@ -214,10 +214,10 @@ def require_same(**parts: Any) -> None:
     """Refuse processes that were started with different flags, code or files.
 
     Args:
-        **parts: plain JSON values that must be the same; a mapping is compared by fields.
+      **parts: Plain JSON values that must be the same; a mapping is compared by fields.
 
     Raises:
-        ValueError: a process differs from process 0; raised in every process.
+      ValueError: A process differs from process 0; raised in every process.
     """
     if process_count() == 1:
         return

@@ -34,8 +34,8 @@ class Monitor:
     """Call `on_failure(process, text)` when another process fails.
 
     Args:
-        process: the number of this process.
-        on_failure: the callback, called in a thread; the text of a dead process is None.
+      process: The number of this process.
+      on_failure: The callback, called in a thread; the text of a dead process is None.
     """
 
     def __init__(self, process: int, on_failure: OnFailure):

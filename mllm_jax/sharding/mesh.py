@@ -40,18 +40,18 @@ def mesh(
     """Create a mesh of `data` x `fsdp` x `model` devices, for `load`.
 
     Args:
-        data: the number of shards of a batch that have a copy of the model each; by default the
-            largest number for which there are devices.
-        model: the number of parts of each layer (tensor parallelism).
-        fsdp: the number of further shards of a batch that share one copy of the model and gather
-            each layer in turn (fully sharded data parallelism).
-        devices: the devices; by default those of all processes.
+      data: The number of shards of a batch that have a copy of the model each; by default the
+        largest number for which there are devices.
+      model: The number of parts of each layer (tensor parallelism).
+      fsdp: The number of further shards of a batch that share one copy of the model and gather
+        each layer in turn (fully sharded data parallelism).
+      devices: The devices; by default those of all processes.
 
     Returns:
-        A mesh with the axes "data", "fsdp" and "model", of type Auto: the compiler moves the data.
+      A mesh with the axes "data", "fsdp" and "model", of type Auto: the compiler moves the data.
 
     Raises:
-        ValueError: there are too few devices, or they belong to several slices.
+      ValueError: There are too few devices, or they belong to several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data is None:
@@ -122,8 +122,8 @@ def shard_count(letter: str, size: int | None = None) -> int:
     """Return the number of parts into which the mesh splits an axis of this letter.
 
     Args:
-        letter: the axis letter.
-        size: the length of the axis; if None, a length that the mesh divides is assumed.
+      letter: The axis letter.
+      size: The length of the axis; if None, a length that the mesh divides is assumed.
     """
     if size is None:
         return _size(MESH_AXES[letter]) if is_active() else 1
@@ -156,9 +156,9 @@ def map_lanes(fn: Callable[..., Any], lanes: Any, *shared: Any) -> Any:
     """Compute fn(lanes, *shared) with the lanes split over the data axis and all else replicated.
 
     Args:
-        fn: the function; its results lead with R.
-        lanes: a pytree of arrays that lead with R; None where every shard computes the same.
-        *shared: pytrees of arrays.
+      fn: The function; its results lead with R.
+      lanes: A pytree of arrays that lead with R; None where every shard computes the same.
+      *shared: Pytrees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
     if shard_count("R") == 1 or (leaves and axes_for("R", len(leaves[0])) is None):
@@ -201,7 +201,7 @@ def shard_batch(batch: Any) -> Any:
     A single row is replicated, and so are images that rows share.
 
     Raises:
-        ValueError: the mesh does not divide the rows.
+      ValueError: The mesh does not divide the rows.
     """
     if not is_active() or _active_mesh() is None:
         return batch

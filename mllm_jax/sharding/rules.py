@@ -115,11 +115,11 @@ def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:
     """Return the PartitionSpec, in axis letters, of each parameter by path.
 
     Args:
-        paths: the dotted paths of parameters.
-        table: the rules of the architecture.
+      paths: The dotted paths of parameters.
+      table: The rules of the architecture.
 
     Raises:
-        ValueError: a parameter matches no rule, or several; the message names all of them.
+      ValueError: A parameter matches no rule, or several; the message names all of them.
     """
     table = tuple(table)
     matches = {path: [rule for rule in table if re.fullmatch(rule[0], path)] for path in paths}
@@ -153,13 +153,13 @@ def specs(
     An axis that the mesh does not divide is not split. Heads are never divided themselves.
 
     Args:
-        config: the config of the model, for its numbers of heads.
-        table: the rules of its architecture.
-        shapes: the shape of each parameter by dotted path, L axis included.
-        mesh: a mesh as `mesh.mesh` creates it, or an abstract one.
+      config: The config of the model, for its numbers of heads.
+      table: The rules of its architecture.
+      shapes: The shape of each parameter by dotted path, L axis included.
+      mesh: A mesh as `mesh.mesh` creates it, or an abstract one.
 
     Raises:
-        ValueError: a parameter matches no rule, or several.
+      ValueError: A parameter matches no rule, or several.
     """
     return {
         path: P(

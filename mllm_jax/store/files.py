@@ -113,7 +113,7 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Read all arrays of an .npz file and verify its checksums.
 
     Raises:
-        ValueError: the file is damaged, or holds Python objects.
+      ValueError: The file is damaged, or holds Python objects.
     """
     arrays = {}
     try:
@@ -150,7 +150,7 @@ def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
     """Parse the text of a file as a JSON object.
 
     Raises:
-        ValueError: it is none.
+      ValueError: It is none.
     """
     try:
         value = json.loads(text)

@@ -40,11 +40,11 @@ def fingerprint(*values: Any) -> str:
     hashed instead.
 
     Args:
-        *values: the values. If arrays are sharded over several processes, all of them must call
-            this together.
+      *values: The values. If arrays are sharded over several processes, all of them must call
+        this together.
 
     Returns:
-        LENGTH hexadecimal digits.
+      LENGTH hexadecimal digits.
     """
     return _Encoder().encode(values).hex()[:LENGTH]
 

@@ -26,10 +26,10 @@ class ResumableStore:
     """The dependencies of a result on disk, and the number of items it contains.
 
     Attributes:
-        path: the file; None stores nothing.
-        parts: fingerprints of its dependencies, by name.
-        done: the number of items that it contains so far.
-        data: the fingerprint of these items.
+      path: The file; None stores nothing.
+      parts: Fingerprints of its dependencies, by name.
+      done: The number of items that it contains so far.
+      data: The fingerprint of these items.
     """
 
     def __init__(self, path: str | pathlib.Path | None, parts: Mapping[str, Any]):
@@ -42,10 +42,10 @@ class ResumableStore:
         """Return the items that are not done yet.
 
         Args:
-            items: all items. Those that are done are read again, to compare their content.
+          items: All items. Those that are done are read again, to compare their content.
 
         Raises:
-            ValueError: the first items differ from those that are done, or there are fewer.
+          ValueError: The first items differ from those that are done, or there are fewer.
         """
         count, data = self._kept
         if isinstance(items, Sized) and len(items) < count:
@@ -94,10 +94,10 @@ class Store(ResumableStore):
     Process 0 writes it, and all processes read it.
 
     Args:
-        path: the file; None stores nothing.
-        restart: whether to remove an existing file.
-        **parts: the dependencies of the arrays, by name, such as `model=` and `settings=`: any
-            content that `fingerprint` takes. The entries of a mapping are compared one by one.
+      path: The file; None stores nothing.
+      restart: Whether to remove an existing file.
+      **parts: The dependencies of the arrays, by name, such as `model=` and `settings=`: any
+        content that `fingerprint` takes. The entries of a mapping are compared one by one.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Store(ResumableStore):
         """Return the arrays; None where there are none yet.
 
         Raises:
-            ValueError: they were made for something else, or the file is damaged.
+          ValueError: They were made for something else, or the file is damaged.
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return None
@@ -153,7 +153,7 @@ def require_same_parts(
     """Refuse a record with other parts, or in another format.
 
     Raises:
-        ValueError: the record differs.
+      ValueError: The record differs.
     """
     if record.get("format") != FORMAT:
         raise mismatch_error(path, ["format (it is of another version of this library)"])

@@ -33,11 +33,11 @@ class RowStore(ResumableStore):
     record holds a checksum of the rows. Process 0 writes, and all processes read.
 
     Args:
-        record: the path of the record, a .json file.
-        file: returns the path of the array of a name.
-        count: the number of rows when all are done.
-        restart: whether to remove an existing record.
-        **parts: the dependencies, as in `Store`.
+      record: The path of the record, a .json file.
+      file: Returns the path of the array of a name.
+      count: The number of rows when all are done.
+      restart: Whether to remove an existing record.
+      **parts: The dependencies, as in `Store`.
     """
 
     path: pathlib.Path
@@ -80,8 +80,8 @@ class RowStore(ResumableStore):
         """Write the rows of some items.
 
         Args:
-            items: the items, whose content is compared when the store is resumed.
-            values: one row for each item, by name of the array.
+          items: The items, whose content is compared when the store is resumed.
+          values: One row for each item, by name of the array.
         """
         values = {name: np.ascontiguousarray(rows) for name, rows in values.items()}
         for name, rows in values.items():
@@ -148,7 +148,7 @@ def _verified_checksum(
     """Return the running checksum of the rows of a file that are done.
 
     Raises:
-      ValueError: they are not what was written.
+      ValueError: They are not what was written.
     """
     length = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
     try:

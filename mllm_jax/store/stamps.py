@@ -18,13 +18,13 @@ def check(
     """Compare the files of a folder with their expected digests.
 
     Args:
-        folder: the folder.
-        expected: the digest of each file, by name.
-        digest: computes the digest of a file; called only for files that have changed since the
-            last check.
+      folder: The folder.
+      expected: The digest of each file, by name.
+      digest: Computes the digest of a file; called only for files that have changed since the
+        last check.
 
     Returns:
-        The name of the first file that differs; None if all are as expected.
+      The name of the first file that differs; None if all are as expected.
     """
     before = _read(folder)
     now = {}

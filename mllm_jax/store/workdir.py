@@ -29,12 +29,12 @@ class Workdir:
     """The folder of a study, which belongs to one config, model, data and code.
 
     Args:
-        path: the folder; created if it is missing.
-        config: the config of the study, as plain JSON values.
-        restart: whether to remove the files that a study wrote here before; other files stay.
+      path: The folder; created if it is missing.
+      config: The config of the study, as plain JSON values.
+      restart: Whether to remove the files that a study wrote here before; other files stay.
 
     Raises:
-        ValueError: the folder belongs to another config.
+      ValueError: The folder belongs to another config.
     """
 
     def __init__(self, path: str | pathlib.Path, config: dict[str, Any], *, restart: bool = False):
@@ -96,10 +96,10 @@ class Workdir:
         Call this once, before the first step.
 
         Args:
-            **parts: the dependencies of the study, as in `Store`.
+          **parts: The dependencies of the study, as in `Store`.
 
         Raises:
-            ValueError: the folder was made for other parts.
+          ValueError: The folder was made for other parts.
         """
         self.parts = part_fingerprints(parts)
         path = self / "made_for.json"
@@ -155,9 +155,9 @@ def save_figure(workdir: Workdir, name: str, picture) -> str:
     """Write a PIL image into the figures, and return its path relative to the workdir.
 
     Args:
-        workdir: The workdir of the study.
-        name: The name of the file; `.jpg` takes a fraction of the space of `.png`, and some detail.
-        picture: The image.
+      workdir: The workdir of the study.
+      name: The name of the file; `.jpg` takes a fraction of the space of `.png`, and some detail.
+      picture: The image.
     """
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG" if name.endswith(".jpg") else "PNG", quality=90)

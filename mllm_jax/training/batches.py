@@ -21,15 +21,15 @@ class AnswerBatches:
     """A deterministic sequence of batches; each epoch has its own order.
 
     Attributes:
-      processor: the processor of the model.
+      processor: The processor of the model.
       ask: (example, epoch) -> its question, which may differ from epoch to epoch.
       features: float[N, P, E], vision features of the examples.
-      size: number of rows of a batch.
-      count: number of batches.
-      length: number of tokens of a row.
-      seed: seed of the order.
-      end: whether the end of turn after an answer is learned.
-      sizes: the (height, width) of the pictures, where a model reads them by their size.
+      size: Number of rows of a batch.
+      count: Number of batches.
+      length: Number of tokens of a row.
+      seed: Seed of the order.
+      end: Whether the end of turn after an answer is learned.
+      sizes: The (height, width) of the pictures, where a model reads them by their size.
     """
 
     processor: Processor
@@ -75,10 +75,10 @@ class VectorBatches:
     """A deterministic sequence of batches of collected vectors; each epoch has its own order.
 
     Attributes:
-      source: the vectors. Those with several axes, as of heads, are read as one vector each.
-      size: number of vectors of a batch.
-      count: number of batches.
-      seed: seed of the order.
+      source: The vectors. Those with several axes, as of heads, are read as one vector each.
+      size: Number of vectors of a batch.
+      count: Number of batches.
+      seed: Seed of the order.
     """
 
     source: VectorSource
@@ -90,7 +90,7 @@ class VectorBatches:
         """Check the fields.
 
         Raises:
-          ValueError: there is no vector, or a number is not whole or too small.
+          ValueError: There is no vector, or a number is not whole or too small.
         """
         require_whole("size", self.size)
         require_whole("count", self.count)

@@ -38,9 +38,9 @@ class Checkpoint(ResumableStore):
         """Name the folder and compute the key.
 
         Args:
-          folder: where the checkpoint is kept; None keeps nothing.
-          restart: whether to remove the checkpoint that is there.
-          **parts: what the training depends on, as of `Store`.
+          folder: Where the checkpoint is kept; None keeps nothing.
+          restart: Whether to remove the checkpoint that is there.
+          **parts: What the training depends on, as of `Store`.
         """
         path = None if folder is None else pathlib.Path(folder) / "checkpoint.json"
         super().__init__(path, parts)
@@ -53,7 +53,7 @@ class Checkpoint(ResumableStore):
         """Return whether there is a checkpoint to `load`, after a look at its key.
 
         Raises:
-          ValueError: it was made for something else, or its record is damaged.
+          ValueError: It was made for something else, or its record is damaged.
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return False
@@ -69,14 +69,14 @@ class Checkpoint(ResumableStore):
         """Return the arrays of the checkpoint that `find` found.
 
         Args:
-          like: a pytree of arrays, each placed as the loaded one shall be; what is `...` instead
+          like: A pytree of arrays, each placed as the loaded one shall be; what is `...` instead
             is not read.
 
         Returns:
           The same pytree with the saved values.
 
         Raises:
-          ValueError: a file is missing or its bytes are not those that were written.
+          ValueError: A file is missing or its bytes are not those that were written.
         """
         assert self.path is not None
         step = self._step(self._kept[0])
@@ -94,7 +94,7 @@ class Checkpoint(ResumableStore):
         """Replace the checkpoint by a pytree of arrays and what is `done`.
 
         Raises:
-          OSError: a file could not be written; the checkpoint from before is kept.
+          OSError: A file could not be written; the checkpoint from before is kept.
         """
         if self.path is None:
             return

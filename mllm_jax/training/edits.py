@@ -36,9 +36,9 @@ class Gate(NamedTuple):
     """A gate between 0 and 1 with a logit as its parameter.
 
     Attributes:
-        draw: (logits, key) -> gates during training.
-        cost: logits -> penalty of each gate, to be weighted and added to the loss.
-        final: logits -> gates after training.
+      draw: (logits, key) -> gates during training.
+      cost: logits -> penalty of each gate, to be weighted and added to the loss.
+      final: logits -> gates after training.
     """
 
     draw: Callable[[jax.Array, jax.Array], jax.Array]
@@ -86,20 +86,20 @@ def learn(
     """Minimise a loss over the parameters of an edit, with one step on each batch.
 
     Args:
-        loss: (params, model, batch, key) -> a scalar. It is pure; the model stays as it is.
-        start: the initial parameters, a pytree. They are trained in float32 or wider, as is the
-            optimiser's state, whatever the model's dtype.
-        model: the frozen model.
-        batches: pytrees of one shape, each read once, in order.
-        optimiser: the optimiser.
-        seed: seed of the keys.
-        label: the text before the progress bar.
+      loss: (params, model, batch, key) -> a scalar. It is pure; the model stays as it is.
+      start: The initial parameters, a pytree. They are trained in float32 or wider, as is the
+        optimiser's state, whatever the model's dtype.
+      model: The frozen model.
+      batches: Pytrees of one shape, each read once, in order.
+      optimiser: The optimiser.
+      seed: Seed of the keys.
+      label: The text before the progress bar.
 
     Returns:
-        The trained parameters, and the loss of each step, float32[steps].
+      The trained parameters, and the loss of each step, float32[steps].
 
     Raises:
-        FloatingPointError: a loss is not finite.
+      FloatingPointError: A loss is not finite.
     """
 
     def step_on(
@@ -137,8 +137,8 @@ def alignment(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the cosines of the principal angles of two subspaces: float64[r], largest first.
 
     Args:
-        a: float[D, r], columns that span one subspace.
-        b: float[D, r], columns that span the other.
+      a: float[D, r], columns that span one subspace.
+      b: float[D, r], columns that span the other.
     """
     a, b = (np.linalg.qr(np.asarray(columns, np.float64))[0] for columns in (a, b))
     return np.linalg.svd(a.T @ b, compute_uv=False)

@@ -40,16 +40,16 @@ class Recipe:
     """How a part of a model is trained.
 
     Attributes:
-      part: what trains, see `parts.partition`.
-      lora: the low-rank adaptation, if the part has one.
-      rate: peak learning rate.
-      projector_rate: peak learning rate of the projector, if it has its own.
-      warmup: share of the steps in which the learning rate rises; see `schedule`.
-      weight_decay: weight decay of AdamW, for matrices alone; see `parts.decays`.
-      clip: largest norm of the gradient, 0 for none.
-      accumulate: number of batches of a step.
-      remat: whether to recompute layers in the backward pass, which saves memory.
-      every: number of steps between two checkpoints.
+      part: What trains, see `parts.partition`.
+      lora: The low-rank adaptation, if the part has one.
+      rate: Peak learning rate.
+      projector_rate: Peak learning rate of the projector, if it has its own.
+      warmup: Share of the steps in which the learning rate rises; see `schedule`.
+      weight_decay: Weight decay of AdamW, for matrices alone; see `parts.decays`.
+      clip: Largest norm of the gradient, 0 for none.
+      accumulate: Number of batches of a step.
+      remat: Whether to recompute layers in the backward pass, which saves memory.
+      every: Number of steps between two checkpoints.
     """
 
     part: str = "projector"
@@ -137,31 +137,31 @@ def fit(
     the model's dtype; see `parts`.
 
     Args:
-      model: it stays as it is.
-      batches: all of one shape. They are computed when they are read, and must be the same
+      model: It stays as it is.
+      batches: All of one shape. They are computed when they are read, and must be the same
         whenever they are read.
-      recipe: what trains, and how.
-      neurons: the neurons that train, where the recipe trains some; see `parts.partition`.
-      save: a folder for the checkpoint: what trains, the optimiser's state and the curve, with
+      recipe: What trains, and how.
+      neurons: The neurons that train, where the recipe trains some; see `parts.partition`.
+      save: A folder for the checkpoint: what trains, the optimiser's state and the curve, with
         fingerprints of the start, the recipe, the loss and the batches so far. A killed run
         continues from it and ends with the same weights. Batches of finished steps are read
         again, to compare their content; a run that is finished trains nothing.
-      restart: whether to remove the checkpoint that is there.
+      restart: Whether to remove the checkpoint that is there.
       loss: (model, batch, remat=) -> sums float32[B] and what they are sums over [B], such as
         tokens. All sums of a step are divided by all counts, so that it does not matter how a
         step is divided into batches. A module-level function, so that a second run compiles
         nothing.
-      label: the text before the progress bar.
+      label: The text before the progress bar.
 
     Returns:
       The trained model, and the loss of each step before its update, float32[steps].
 
     Raises:
-      ValueError: the batches do not divide into steps, one has no answer token, or `save` is
+      ValueError: The batches do not divide into steps, one has no answer token, or `save` is
         damaged or holds the training of another start model, recipe, number of steps, loss or
         batches.
-      FloatingPointError: a loss is not finite.
-      OSError: the checkpoint cannot be written.
+      FloatingPointError: A loss is not finite.
+      OSError: The checkpoint cannot be written.
     """
     _check_arguments(model, batches, recipe, loss)
     partition = parts.partition(model, recipe.part, lora=recipe.lora, neurons=neurons)
@@ -240,10 +240,10 @@ class _Run:
 
     Attributes:
       step: (trained, state, frozen, batches) -> trained, state, loss.
-      recipe: when to save.
-      checkpoint: where to save, and how many steps are done.
+      recipe: When to save.
+      checkpoint: Where to save, and how many steps are done.
       curve: float32[steps], the loss of each step so far.
-      label: the text before the progress bar.
+      label: The text before the progress bar.
     """
 
     step: Callable[..., tuple[Any, Any, jax.Array]]
@@ -321,15 +321,15 @@ def update(
     """Compute one step on several batches.
 
     Args:
-      trained: what trains; its memory is reused.
-      state: the optimiser's state; its memory is reused.
-      frozen: the other arrays of the model.
-      batches: the batches of the step, all of one shape.
+      trained: What trains; its memory is reused.
+      state: The optimiser's state; its memory is reused.
+      frozen: The other arrays of the model.
+      batches: The batches of the step, all of one shape.
       merge: (trained, frozen) -> the model.
-      recipe: how it is trained.
-      steps: number of steps of the whole training, for the learning rate.
-      loss: the loss, see `fit`.
-      places: sharding of each array of (trained, state), which the results keep.
+      recipe: How it is trained.
+      steps: Number of steps of the whole training, for the learning rate.
+      loss: The loss, see `fit`.
+      places: Sharding of each array of (trained, state), which the results keep.
 
     Returns:
       The new `trained` and `state`, and the loss before the step, float32[].
@@ -387,17 +387,17 @@ def evaluate(
     A model that answers from the picture does much worse with a wrong one.
 
     Args:
-      model: the model.
-      batches: batches with answers and vision features.
-      wrong_batches: the same with wrong pictures. By default each row is given the features of the
+      model: The model.
+      batches: Batches with answers and vision features.
+      wrong_batches: The same with wrong pictures. By default each row is given the features of the
         row before, which makes sense where all pictures are read alike.
-      label: the text before the progress bar.
+      label: The text before the progress bar.
 
     Returns:
       Both losses, in nats per answer token over all batches.
 
     Raises:
-      ValueError: there is no batch, or one has no answer token, or no wrong pictures.
+      ValueError: There is no batch, or one has no answer token, or no wrong pictures.
     """
     arguments.check_model(model)
     arguments.check_batches(batches, by_number=True)

@@ -22,15 +22,15 @@ def answer_nll(
     Verma et al. 2024, section 2.
 
     Args:
-      model: the model.
-      batch: a batch with answers.
-      remat: whether to recompute a layer's tensors in the backward pass, which saves memory.
+      model: The model.
+      batch: A batch with answers.
+      remat: Whether to recompute a layer's tensors in the backward pass, which saves memory.
 
     Returns:
       The sum float32[B] over the answer tokens of each row, in nats, and their number int32[B].
 
     Raises:
-      ValueError: the batch has no answers.
+      ValueError: The batch has no answers.
     """
     labels = require_answers(batch)
     taps = Taps(remat=remat)
@@ -49,11 +49,11 @@ def answer_log_probs(
     """Compute how probable the answer tokens of a pass are.
 
     Args:
-      model: the model.
-      x: the normed states of the pass, the site lm.norm.
-      ids: the token ids of the batch.
-      labels: the places of the answer tokens, see `Batch.labels`.
-      taps: of the logits.
+      model: The model.
+      x: The normed states of the pass, the site lm.norm.
+      ids: The token ids of the batch.
+      labels: The places of the answer tokens, see `Batch.labels`.
+      taps: Of the logits.
 
     Returns:
       The log-probability of each answer token, and whether it is the most probable one; 0 and True
@@ -72,7 +72,7 @@ def require_answers(batch: Batch) -> Int[AnyArray, "B A"]:
     """Return the labels of a batch with answers; labels that are traced cannot be looked at.
 
     Raises:
-      ValueError: the batch has no labels, or they hold no token.
+      ValueError: The batch has no labels, or they hold no token.
     """
     labels = batch.labels
     if labels is None:

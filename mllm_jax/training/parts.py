@@ -42,9 +42,9 @@ class Lora:
     A is uniform within 1 / sqrt(inputs), B is zero: at the start the model is what it was.
 
     Attributes:
-      rank: number of columns of A.
-      alpha: scale of the product, times the rank.
-      matrices: a regular expression for the full names of the weights; by default all matrices of
+      rank: Number of columns of A.
+      alpha: Scale of the product, times the rank.
+      matrices: A regular expression for the full names of the weights; by default all matrices of
         the LM's layers, as in LLaVA's recipe.
     """
 
@@ -113,10 +113,10 @@ class Merge:
     """A function merge(trained, frozen) -> model; equal for models of one structure, for `jit`.
 
     Attributes:
-      structure: the tree of the model.
-      names: names of its weights, in order.
-      dtypes: dtypes of its weights, in order.
-      lora: the low-rank adaptation that `partition` was given.
+      structure: The tree of the model.
+      names: Names of its weights, in order.
+      dtypes: Dtypes of its weights, in order.
+      lora: The low-rank adaptation that `partition` was given.
     """
 
     structure: jax.tree_util.PyTreeDef
@@ -153,8 +153,8 @@ class Partition(NamedTuple):
 
     Attributes:
       merge: (trained, frozen) -> the model.
-      trained: the arrays that train, by part and name, in float32 or wider.
-      frozen: all other arrays, unchanged.
+      trained: The arrays that train, by part and name, in float32 or wider.
+      frozen: All other arrays, unchanged.
     """
 
     merge: Merge
@@ -173,15 +173,15 @@ def partition(
     """Divide a model into what trains and what is frozen.
 
     Args:
-      model: the model, or the shapes of one.
-      part: one of PARTS, or several joined by "+": "projector+lora".
-      lora: the matrices of a low-rank adaptation, and its rank.
+      model: The model, or the shapes of one.
+      part: One of PARTS, or several joined by "+": "projector+lora".
+      lora: The matrices of a low-rank adaptation, and its rank.
       neurons: {"up": bool[L, F], "down": bool[L, F]}, the neurons of the LM's MLPs that train. Each
         has a row of `up_proj` and a column of `down_proj` (NeFT, Xu et al. 2024).
-      seed: seed of the low-rank arrays.
+      seed: Seed of the low-rank arrays.
 
     Raises:
-      ValueError: the part is unknown, trains weights twice, or lacks what it needs.
+      ValueError: The part is unknown, trains weights twice, or lacks what it needs.
     """
     chosen = part.split("+")
     if unknown := [name for name in chosen if name not in PARTS]:
@@ -216,10 +216,10 @@ def _require(part: str, weights: Weights, lora: Lora, matrices: Iterable[str]) -
     """Check that a model has each module of a part, and that no matrix trains in two ways.
 
     Args:
-      part: the part.
-      weights: all weights of the model.
-      lora: the low-rank adaptation.
-      matrices: the matrices whose neurons train: gate, up or down.
+      part: The part.
+      weights: All weights of the model.
+      lora: The low-rank adaptation.
+      matrices: The matrices whose neurons train: gate, up or down.
     """
     chosen = part.split("+")
     for module in MODULES:

@@ -22,10 +22,10 @@ def scale_projector(
     standardises them; the last is scaled to `gain` times the standard deviation of word embeddings.
 
     Args:
-      model: the model, whose projector is changed in place.
+      model: The model, whose projector is changed in place.
       features: float[I, P, E], a sample of vision features, by tile.
       is_patch: bool[I, P], False for features that are padding; None if none is.
-      gain: scale of image tokens relative to words; at 1 the LM hardly attends to them.
+      gain: Scale of image tokens relative to words; at 1 the LM hardly attends to them.
 
     Returns:
       The model.

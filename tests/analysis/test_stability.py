@@ -16,8 +16,8 @@ def examples(seed, *, domains=3, each=24, layers=3, width=60, planted=False, spe
     """Counts of examples that differ among themselves: a neuron's rate varies by example.
 
     Args:
-        planted: PLANTED fires on most tokens of its domain, and on few of the others.
-        special: how many further neurons fire somewhat more often in one domain.
+      planted: PLANTED fires on most tokens of its domain, and on few of the others.
+      special: How many further neurons fire somewhat more often in one domain.
     """
     rng = np.random.default_rng(seed)
     domain = np.repeat(np.arange(domains), each)

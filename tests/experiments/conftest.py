@@ -107,8 +107,8 @@ def survive():
     One that is asked to end (SIGTERM) may also finish, when its last save is behind it.
 
     Args:
-        finished: the workdir of one that was not killed. times: how often it is killed.
-        kill: how; by default SIGKILL. restart: the command of the last start, if another.
+      finished: The workdir of one that was not killed. times: how often it is killed.
+      kill: How; by default SIGKILL. restart: the command of the last start, if another.
     """
 
     def run(

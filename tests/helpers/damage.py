@@ -27,11 +27,11 @@ class Format(NamedTuple):
     """A checkpoint of one format.
 
     Attributes:
-        files: those that are damaged, relative to the directory.
-        read: a directory to its arrays by name.
-        structure: of a file, how many bytes of its beginning say what the rest is; damage beyond
-            those is another value, which no reader can tell. None for all.
-        differing: arrays that may have other values where values cannot be told from structure.
+      files: Those that are damaged, relative to the directory.
+      read: A directory to its arrays by name.
+      structure: Of a file, how many bytes of its beginning say what the rest is; damage beyond
+        those is another value, which no reader can tell. None for all.
+      differing: Arrays that may have other values where values cannot be told from structure.
     """
 
     files: tuple[str, ...]

@@ -53,11 +53,11 @@ class Family:
     """A checkpoint.
 
     Attributes:
-      config: ours. network, processor: theirs, in float32. directory: where both were saved.
-      written: what stands for a picture in a prompt of theirs. begins: a prompt in a template.
-      where: our sites among their modules, beside the `hf` column of `sites.TABLE`.
-      trims: whether the template trims texts.
-      untold: our sites that none of their modules tells. is_automatic: whether AutoProcessor works.
+      config: Ours. network, processor: theirs, in float32. directory: where both were saved.
+      written: What stands for a picture in a prompt of theirs. begins: a prompt in a template.
+      where: Our sites among their modules, beside the `hf` column of `sites.TABLE`.
+      trims: Whether the template trims texts.
+      untold: Our sites that none of their modules tells. is_automatic: whether AutoProcessor works.
       inputs: (batch, pictures) -> what their network is given. placed: (their tensors, batch) ->
       the same at their places in the batch.
     """

@@ -153,8 +153,8 @@ def transfer(config: llava.LlavaConfig, network: torch.nn.Module, prefix: str = 
     """Our model with the weights of a network; parts that the network does not have are zero.
 
     Args:
-      config: ours.
-      network: theirs, a LLaVA or a part of one. prefix: of its keys within a LLaVA.
+      config: Ours.
+      network: Theirs, a LLaVA or a part of one. prefix: of its keys within a LLaVA.
     """
     abstract = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
 
@@ -204,10 +204,10 @@ def tensors(
     """What the network computes at our sites, found by the `hf` column of the site table.
 
     Args:
-      network: theirs. prefix: of its module names within a LLaVA.
-      names: of the sites.
-      where: what stands in the `hf` column of some sites, with the names of this network.
-      inputs: of the network.
+      network: Theirs. prefix: of its module names within a LLaVA.
+      names: Of the sites.
+      where: What stands in the `hf` column of some sites, with the names of this network.
+      inputs: Of the network.
 
     Returns:
       By name of the site, [L, ...] where it is per layer.
@@ -252,8 +252,8 @@ def assert_equal(
     """Our sites are theirs at every token that is not padding.
 
     Args:
-      want: by name of the site, as `tensors` gives them.
-      atol: absolute bound.
+      want: By name of the site, as `tensors` gives them.
+      atol: Absolute bound.
     """
     asked = {name: captures.keep(sites.get(name)) for name in want}
     got = run.run(model, batch, None, asked, logits="all" if "logits" in want else "none").captures

@@ -77,7 +77,7 @@ def processor_of(config, **settings) -> hf.transformers.Idefics3Processor:
     """Their processor; SmolVLM's cannot be made without torchvision, and is the same on pictures.
 
     Args:
-      settings: of the image processor.
+      settings: Of the image processor.
     """
     side = config.vision.image_size
     how = {

@@ -85,9 +85,9 @@ def write(directory: str | os.PathLike, config: llava.LlavaConfig, shards: int =
     """Writes the checkpoint: shards, their index, `config.json`, a tokenizer of forty words.
 
     Args:
-        directory: made if it is missing.
-        config: of a LLaVA-1.5.
-        shards: files of about equal size.
+      directory: Made if it is missing.
+      config: Of a LLaVA-1.5.
+      shards: Files of about equal size.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ def count(network, batches) -> dict[str, tuple[np.ndarray, int]]:
     """{module: (counts [L, F], tokens)} by hooks after the activations, every position counted.
 
     Args:
-        network: a LLaVA of transformers.
-        batches: of one example each.
+      network: A LLaVA of transformers.
+      batches: Of one example each.
     """
     vision, lm = network.model.vision_tower, network.model.language_model
     acts = {
@@ -51,8 +51,8 @@ def select(counts, tokens, top=0.01, filter_=0.95, bar_=0.95):
     """Identification: a list over domains of lists over layers, and the gap in entropy at the cut.
 
     Args:
-        counts: int[D_, L, F].
-        tokens: int[D_].
+      counts: int[D_, L, F].
+      tokens: int[D_].
     """
     c = torch.from_numpy(counts).permute(1, 2, 0).contiguous()  # [L, F, D_]
     p = c / torch.tensor(tokens)

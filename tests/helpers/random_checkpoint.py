@@ -56,9 +56,9 @@ def write(
     """Writes the checkpoint.
 
     Args:
-        config: of the model.
-        directory: made if it is missing.
-        dtype: of all tensors. shard: bytes that a shard may have, unless it is one tensor.
+      config: Of the model.
+      directory: Made if it is missing.
+      dtype: Of all tensors. shard: bytes that a shard may have, unless it is one tensor.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))))

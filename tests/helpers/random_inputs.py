@@ -57,13 +57,13 @@ def make_batch(
     the question words that are left.
 
     Args:
-      config: the model it is for.
-      images: how many in each row.
-      words: how many in each row, more than its images.
+      config: The model it is for.
+      images: How many in each row.
+      words: How many in each row, more than its images.
       pad: "right" or "left", where the padding of shorter rows stands.
       length: T; the longest row by default.
-      fill: further images that belong to no row (`real` is False).
-      seed: of the words and pixels. A row's are its own: they do not depend on the other rows.
+      fill: Further images that belong to no row (`real` is False).
+      seed: Of the words and pixels. A row's are its own: they do not depend on the other rows.
     """
     lengths = [w + n * config.image_tokens for w, n in zip(words, images, strict=True)]
     T = length or max(lengths)

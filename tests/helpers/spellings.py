@@ -58,14 +58,14 @@ def write_original(
     """Writes a LLaVA as `liuhaotian/llava-v1.5-7b` is: shards of `.bin`, a CLIP directory.
 
     Args:
-        tensors: by the keys of the hub.
-        config: the `config.json` of transformers.
-        directory: a new directory. It will hold `model`, `clip` and, as pretraining leaves it,
-            `pretrain` with the projector alone.
-        write: of tensors to a `.bin` file.
+      tensors: By the keys of the hub.
+      config: The `config.json` of transformers.
+      directory: A new directory. It will hold `model`, `clip` and, as pretraining leaves it,
+        `pretrain` with the projector alone.
+      write: Of tensors to a `.bin` file.
 
     Returns:
-        The directory `model`.
+      The directory `model`.
     """
     places = {name: directory / name for name in ("model", "clip", "pretrain")}
     for place in places.values():

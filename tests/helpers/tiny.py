@@ -34,8 +34,8 @@ def tokenizer(
     """Words and line ends are tokens; `<s>` begins a text unless it is told not to.
 
     Args:
-      names: the special tokens, that of images last. words: more of them.
-      lines: the line ends that are one token, of which the longest that fits is taken.
+      names: The special tokens, that of images last. words: more of them.
+      lines: The line ends that are one token, of which the longest that fits is taken.
     """
     # A config of -1 leaves the id to the tokenizer.
     vocab = {names[-1]: config.image_token if config.image_token >= 0 else 95}

@@ -28,11 +28,11 @@ def transfer(
     """Our module with the weights of a network; every tensor must find its place.
 
     Args:
-      build: makes our module.
-      table: its key table, with "ours" before our paths.
-      network: theirs.
-      prefix: of its keys in the table.
-      is_unused: of keys that we do not read.
+      build: Makes our module.
+      table: Its key table, with "ours" before our paths.
+      network: Theirs.
+      prefix: Of its keys in the table.
+      is_unused: Of keys that we do not read.
     """
     abstract = nnx.eval_shape(build)
 
@@ -67,10 +67,10 @@ def run(module: nnx.Module, names: Iterable[str], tokens: np.ndarray, *inputs, c
     """What a module returns, and its tensors at sites, compiled as a whole.
 
     Args:
-      module: a tower or projector.
-      names: the sites.
+      module: A tower or projector.
+      names: The sites.
       tokens: True for tokens, bool[I, P].
-      inputs: of the module.
+      inputs: Of the module.
       call: (module, *inputs, tap) in place of the module itself.
     """
     names = list(names)
@@ -92,11 +92,11 @@ def hooked(
     """What a network returns, and what it computes at our sites: one array for each layer.
 
     Args:
-      network: theirs.
+      network: Theirs.
       where: site -> "module (input, output or weights)", with {i} for the layer; of several names,
         those that the network has.
-      inputs: of the network.
-      named: further inputs.
+      inputs: Of the network.
+      named: Further inputs.
     """
     found, hooks = collections.defaultdict(list), []
     for site, text in where.items():

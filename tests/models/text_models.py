@@ -161,9 +161,9 @@ def inputs(batch: Batch, network, kind: str = "") -> dict:
     """The inputs of a network of transformers.
 
     Args:
-        batch: The batch.
-        network: The network.
-        kind: How transformers makes the mask of blocks: "gemma3" or "paligemma".
+      batch: The batch.
+      network: The network.
+      kind: How transformers makes the mask of blocks: "gemma3" or "paligemma".
     """
     position = batch.position if batch.rotary_position is None else batch.rotary_position
     given = {

@@ -60,9 +60,9 @@ class Changes(NamedTuple):
     """The changes of accuracy by the ablation of one module, [mask, data].
 
     Attributes:
-        selected: float[D_, D_], with the neurons of a domain ablated; NaN where not measured.
-        star: bool[D_, D_], where `selected` is beyond chance.
-        controls: float[D_, D_] by kind of control, the mean over draws.
+      selected: float[D_, D_], with the neurons of a domain ablated; NaN where not measured.
+      star: bool[D_, D_], where `selected` is beyond chance.
+      controls: float[D_, D_] by kind of control, the mean over draws.
     """
 
     selected: Float[np.ndarray, "domains domains"]
@@ -229,9 +229,9 @@ def change_matrix(
     """Return the accuracy differences of a module by mask and data, and which are beyond chance.
 
     Args:
-        results: the content of results.json.
-        module: the module that is ablated.
-        control: the kind of control that is ablated, means over draws; None for domain neurons.
+      results: The content of results.json.
+      module: The module that is ablated.
+      control: The kind of control that is ablated, means over draws; None for domain neurons.
     """
     index = {domain: i for i, domain in enumerate(results["domains"])}
     shape = (len(index), len(index))

@@ -19,7 +19,7 @@ class ChangedAnswers:
     """A list of cells that open, each with its changed answers as a table.
 
     Attributes:
-        results: the content of results.json.
+      results: The content of results.json.
     """
 
     results: Results

@@ -30,9 +30,9 @@ def found(count: int, tests: int, possible: float | None) -> str:
     """Return how many tests are beyond chance, or that none could have been.
 
     Args:
-        count: the number of tests beyond chance.
-        tests: the number of tests; page.DASH is returned for none.
-        possible: the smallest effect that they could have found, as a share of the answers.
+      count: The number of tests beyond chance.
+      tests: The number of tests; page.DASH is returned for none.
+      possible: The smallest effect that they could have found, as a share of the answers.
     """
     if not tests:
         return page.DASH

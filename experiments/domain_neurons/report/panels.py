@@ -77,8 +77,8 @@ def ablation(results: Results, bound: float) -> charts.Chart:
     """Return the changes of accuracy, a panel for each module; a click opens a cell's answers.
 
     Args:
-        results: the content of results.json.
-        bound: the change at the ends of the colour scale.
+      results: The content of results.json.
+      bound: The change at the ends of the colour scale.
     """
     domains = results["domains"]
     modules = list(dict.fromkeys(run["module"] for run in results["ablation"]))
@@ -126,10 +126,10 @@ def deviation(
     """Return the deviation of hidden states, a panel for each module.
 
     Args:
-        selected: {module: {kind: {domain: {measure: value}}}}, of a domain's own neurons.
-        controls: {name: the same of a control}.
-        measure: the measure that is drawn.
-        label: the name of the measure.
+      selected: {module: {kind: {domain: {measure: value}}}}, of a domain's own neurons.
+      controls: {name: the same of a control}.
+      measure: The measure that is drawn.
+      label: The name of the measure.
     """
     sources = {"own neurons": selected} | dict(controls)
     marks = dict(zip(sources, ("circle", "circle-open", "diamond-open", "square-open")))

@@ -29,8 +29,8 @@ def neurons_per_layer(
     """Draw the number of neurons by layer: a row for each domain, a column for each module.
 
     Args:
-        counts: {module: {domain: int[L]}}.
-        subtitles: the second line of each module's title.
+      counts: {module: {domain: int[L]}}.
+      subtitles: The second line of each module's title.
     """
     domains = list(next(iter(counts.values())))
     hue = style.palette(domains)
@@ -107,12 +107,12 @@ def ablation_matrix(
     """Draw the change of accuracy by the ablation of a domain's neurons, and of controls.
 
     Args:
-        selected: {module: float[D_, D_]} by mask and data; NaN where not measured.
-        controls: {title of its row: the same for a kind of control}; a module may be absent.
-        star: {module: bool[D_, D_]}, where `selected` is beyond chance.
-        domains: the names of rows and columns.
-        bound: the change at the ends of the colour scale.
-        questions: the number of questions on which each domain is tested.
+      selected: {module: float[D_, D_]} by mask and data; NaN where not measured.
+      controls: {title of its row: the same for a kind of control}; a module may be absent.
+      star: {module: bool[D_, D_]}, where `selected` is beyond chance.
+      domains: The names of rows and columns.
+      bound: The change at the ends of the colour scale.
+      questions: The number of questions on which each domain is tested.
     """
     columns = [f"{name} (n = {questions[name]:,})" if name in questions else name
                for name in domains]  # fmt: skip
@@ -183,10 +183,10 @@ def deviation(
     """Draw the deviation of hidden states: dots for a domain's neurons, rings for controls.
 
     Args:
-        selected: {module: {kind: {domain: {measure: value}}}}.
-        control: the same for a control; entries may be absent.
-        measures: the axis label of each measure, which has a row of panels.
-        control_label: the name of the control in the legend.
+      selected: {module: {kind: {domain: {measure: value}}}}.
+      control: The same for a control; entries may be absent.
+      measures: The axis label of each measure, which has a row of panels.
+      control_label: The name of the control in the legend.
     """
     first = next(iter(selected.values()))
     kinds, domains = list(first), list(next(iter(first.values())))
@@ -225,9 +225,9 @@ def curves_by_domain(
     """Draw curves by layer, a panel for each domain, with intervals where they are known.
 
     Args:
-        curves: {domain: {name: {"at": int[n], "mean": float[n]}}}, or also "low" and "high".
-        hue: the colour of each name.
-        label: the label of the vertical axis.
+      curves: {domain: {name: {"at": int[n], "mean": float[n]}}}, or also "low" and "high".
+      hue: The colour of each name.
+      label: The label of the vertical axis.
     """
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
@@ -309,8 +309,8 @@ def halves(tests: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> Fi
     """Draw the Jaccard index of the neurons of two halves by their size, a panel for each module.
 
     Args:
-        tests: {module: {"examples": int[S], "halves": float[S, D_]}}.
-        domains: the names of the domains, in the order of D_.
+      tests: {module: {"examples": int[S], "halves": float[S, D_]}}.
+      domains: The names of the domains, in the order of D_.
     """
     hue = style.palette(domains)
     figure = Figure(figsize=(11, 2.9))
@@ -334,7 +334,7 @@ def scatter(features: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw pictures on two principal components, a colour for each domain.
 
     Args:
-        features: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
+      features: {module: {"points": {domain: float[N, 2]}, "share": float[2]}}.
     """
     hue = style.palette(list(next(iter(features.values()))["points"]))
     figure = Figure(figsize=(11, 4.4))
@@ -360,10 +360,10 @@ class TokenPanel(NamedTuple):
     """The words of a lens on one picture, as in `figures.token_panel`.
 
     Attributes:
-        picture: uint8[height, width, 3].
-        words: [rows][columns], the most likely word of each token.
-        entropy: float[rows, columns], in nats.
-        title: the title of the panel.
+      picture: uint8[height, width, 3].
+      words: [rows][columns], the most likely word of each token.
+      entropy: float[rows, columns], in nats.
+      title: The title of the panel.
     """
 
     picture: np.ndarray
@@ -385,13 +385,13 @@ def overview(
     """Draw a summary: words on image tokens, entropy by layer, and the ablation matrix.
 
     Args:
-        tokens: the words on a picture, if any.
-        curves: {domain: {"mean", "low", "high"}}, the entropies of image tokens.
-        overall: the stage boundaries of all domains together.
-        change: float[D_, D_], the change of accuracy, as in `ablation_matrix`.
-        star: bool[D_, D_], where the change is beyond chance.
-        titles: {"curves": ..., "matrix": ...}.
-        bound: the change of accuracy at the ends of the colour scale.
+      tokens: The words on a picture, if any.
+      curves: {domain: {"mean", "low", "high"}}, the entropies of image tokens.
+      overall: The stage boundaries of all domains together.
+      change: float[D_, D_], the change of accuracy, as in `ablation_matrix`.
+      star: bool[D_, D_], where the change is beyond chance.
+      titles: {"curves": ..., "matrix": ...}.
+      bound: The change of accuracy at the ends of the colour scale.
     """
     domains = list(curves)
     hue = style.palette(domains)

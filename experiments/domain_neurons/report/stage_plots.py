@@ -22,10 +22,10 @@ def entropy_curves(
     """Draw the entropy of the logit lens by layer, a panel for each kind of token.
 
     Args:
-        curves: {domain: {kind: {"mean", "low", "high": float[L]}}}, in nats.
-        stages: {domain: {"boundaries", "low", "high"}}; boundaries are None where undecided.
-        overall: the same for all domains together.
-        staged_kind: the kind of token whose curves have these stages.
+      curves: {domain: {kind: {"mean", "low", "high": float[L]}}}, in nats.
+      stages: {domain: {"boundaries", "low", "high"}}; boundaries are None where undecided.
+      overall: The same for all domains together.
+      staged_kind: The kind of token whose curves have these stages.
     """
     kinds = list(dict.fromkeys(kind for by_kind in curves.values() for kind in by_kind))
     hue = style.palette(list(curves))

@@ -24,11 +24,11 @@ def forest(
     """Draw values with intervals: a row of panels for each group, a panel for each task.
 
     Args:
-        panels: {group: {task: {name: {"mean", "low", "high"}}}}; a group may lack names and tasks.
-        hue: {name: colour}, in the order of the lines.
-        label: the label of the axis.
-        against: the name whose value is drawn as a reference line; "0" draws it at zero.
-        format_value: returns the text of a value.
+      panels: {group: {task: {name: {"mean", "low", "high"}}}}; a group may lack names and tasks.
+      hue: {name: colour}, in the order of the lines.
+      label: The label of the axis.
+      against: The name whose value is drawn as a reference line; "0" draws it at zero.
+      format_value: Returns the text of a value.
     """
     tasks = list(dict.fromkeys(task for by_task in panels.values() for task in by_task))
     names = {
@@ -94,8 +94,8 @@ def slopes(
     """Draw values by stage: a line for each task, a panel for each measure.
 
     Args:
-        panels: {title: {task: {stage: {"mean", "low", "high"}}}}, stages in order.
-        label: the label of the values.
+      panels: {title: {task: {stage: {"mean", "low", "high"}}}}, stages in order.
+      label: The label of the values.
     """
     tasks = list(dict.fromkeys(task for by_task in panels.values() for task in by_task))
     hue = style.palette(tasks)
@@ -142,10 +142,10 @@ def depth(
     """Draw the scores of probes by layer: a row of panels for each kind of token.
 
     Args:
-        curves: {kind: {task: {variant: {"mean", "low", "high": float[L]}}}}.
-        hue: {variant: colour}.
-        levels: {task: the value before the projection}, drawn as reference lines.
-        label: the label of the values.
+      curves: {kind: {task: {variant: {"mean", "low", "high": float[L]}}}}.
+      hue: {variant: colour}.
+      levels: {task: the value before the projection}, drawn as reference lines.
+      label: The label of the values.
     """
     tasks = list(dict.fromkeys(task for by_task in curves.values() for task in by_task))
     figure = Figure(figsize=(11, 2.35 * len(curves) + 0.35))
@@ -177,8 +177,8 @@ def migration(
     """Draw the neurons that a domain kept, lost and gained: a panel for each module.
 
     Args:
-        neurons: {module: {task: {variant: {"before", "after", "kept", "jaccard"}}}}.
-        hue: {variant: colour}.
+      neurons: {module: {task: {variant: {"before", "after", "kept", "jaccard"}}}}.
+      hue: {variant: colour}.
     """
     tasks = list(next(iter(neurons.values())))
     variants = [name for name in hue if name in next(iter(next(iter(neurons.values())).values()))]

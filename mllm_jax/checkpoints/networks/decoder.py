@@ -26,12 +26,12 @@ def nested(fields: Mapping[str, Any], default: str) -> tuple[dict[str, Any], dic
     """Separate the fields of the language model from those of the whole model.
 
     Args:
-        fields: the content of `config.json`. The first Qwen2-VL and Qwen2.5-VL checkpoints have
-            all fields at its root; some have them there and in `text_config`, which counts.
-        default: the model type of the language model where `text_config` does not say it.
+      fields: The content of `config.json`. The first Qwen2-VL and Qwen2.5-VL checkpoints have
+        all fields at its root; some have them there and in `text_config`, which counts.
+      default: The model type of the language model where `text_config` does not say it.
 
     Returns:
-        The fields of the whole model, and those of the language model.
+      The fields of the whole model, and those of the language model.
     """
     # Of both models; `config` gets the root's tie_word_embeddings.
     shared = {"tie_word_embeddings", *fields_.TOKEN_IDS}
@@ -52,14 +52,14 @@ def read(
     """Read the fields of a language model.
 
     Args:
-        fields: the content of a `text_config`.
-        problems: what is wrong is appended here.
-        types: the model types that the family has.
-        default: the model type where the fields do not say it.
-        prefix: the prefix of the names, for an error.
+      fields: The content of a `text_config`.
+      problems: What is wrong is appended here.
+      types: The model types that the family has.
+      default: The model type where the fields do not say it.
+      prefix: The prefix of the names, for an error.
 
     Returns:
-        The fields for `config`, by their names in transformers.
+      The fields for `config`, by their names in transformers.
     """
     kind = fields.get("model_type", default)
     model = MODELS[kind if isinstance(kind, str) and kind in types else default]
@@ -131,9 +131,9 @@ def config(text: Mapping[str, Any], *, tied: bool | None = None) -> DecoderConfi
     """Return the config of fields from `read`.
 
     Args:
-        text: the fields.
-        tied: whether the head is tied to the embedding, where the config of the whole model says
-            it; None for what these fields say.
+      text: The fields.
+      tied: Whether the head is tied to the embedding, where the config of the whole model says
+        it; None for what these fields say.
     """
     model, gemma = MODELS[text["model_type"]], "hidden_activation" in text
     parts = dict(model.parts)
@@ -179,7 +179,7 @@ def to_hf(lm: DecoderConfig) -> dict[str, Any]:
     Qwen2-VL's is that of Qwen2.5-VL but for the `model_type`.
 
     Raises:
-        ValueError: transformers has no model of these parts.
+      ValueError: transformers has no model of these parts.
     """
     kind = _model_type(lm)
     known = MODELS[kind].fields
@@ -244,9 +244,9 @@ def table(
     """Return the key table of a language model.
 
     Args:
-        lm: the language model.
-        prefix: what its keys begin with in the canonical spelling of the family.
-        head: the same of the head.
+      lm: The language model.
+      prefix: What its keys begin with in the canonical spelling of the family.
+      head: The same of the head.
     """
     # Where outputs are normed as well, `post_attention_layernorm` is the norm of the output.
     after = "pre_feedforward_layernorm" if lm.post_norms else "post_attention_layernorm"

@@ -115,10 +115,10 @@ class Model:
     """A model type.
 
     Attributes:
-        fields: the fields that are read, with the defaults of transformers.
-        theta: the base of the rotary angles where no field has it.
-        sections: the sections of mRoPE where no field has them.
-        parts: the fields of `DecoderConfig` that its kind decides.
+      fields: The fields that are read, with the defaults of transformers.
+      theta: The base of the rotary angles where no field has it.
+      sections: The sections of mRoPE where no field has them.
+      parts: The fields of `DecoderConfig` that its kind decides.
     """
 
     fields: schema.Table

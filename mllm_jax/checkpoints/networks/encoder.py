@@ -29,8 +29,8 @@ def table(model_type: str, **defaults: Any) -> dict[str, tuple[schema.Kind, Any]
     """Return the table of the fields of an encoder.
 
     Args:
-        model_type: the `model_type` of its config.
-        **defaults: the defaults of transformers; fields without a default are not read.
+      model_type: The `model_type` of its config.
+      **defaults: The defaults of transformers; fields without a default are not read.
     """
     fields = {name: (_FIELDS[name][1], default) for name, default in defaults.items()}
     return {"model_type": (schema.only(model_type), model_type), **fields}
@@ -55,9 +55,9 @@ def check_feature_layer(tower: Mapping[str, Any], at: int, problems: list[str]) 
     """Append to `problems` if a tower does not have the hidden state that is used.
 
     Args:
-        tower: the fields of the tower.
-        at: the number of the hidden state; 0, the embedding, is not supported.
-        problems: what is wrong is appended here.
+      tower: The fields of the tower.
+      at: The number of the hidden state; 0, the embedding, is not supported.
+      problems: What is wrong is appended here.
     """
     layers = tower["num_hidden_layers"]
     if not (1 <= at <= layers or -layers <= at <= -1):

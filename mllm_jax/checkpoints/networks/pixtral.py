@@ -96,9 +96,9 @@ def config(pixtral: Mapping[str, Any], *, merge: int, feature_layer: int = -1) -
     """Return the config of fields from `read`.
 
     Args:
-        pixtral: the fields.
-        merge: the side of the square of patches that becomes one token; 1 in LLaVA's format.
-        feature_layer: the hidden state that is used.
+      pixtral: The fields.
+      merge: The side of the square of patches that becomes one token; 1 in LLaVA's format.
+      feature_layer: The hidden state that is used.
     """
     return PixtralConfig(
         width=pixtral["hidden_size"],

@@ -107,9 +107,9 @@ def read(fields: Mapping[str, Any], version: str, problems: list[str]) -> dict[s
     """Return the fields of a `vision_config`; append what is wrong to `problems`.
 
     Args:
-        fields: the content of the part.
-        version: "2", "2.5" or "3".
-        problems: what is wrong is appended here.
+      fields: The content of the part.
+      version: "2", "2.5" or "3".
+      problems: What is wrong is appended here.
     """
     qwen = schema.read(fields, TABLES[version], _IGNORED, "vision_config.", problems)
     rope = qwen["rope_parameters"] or {}

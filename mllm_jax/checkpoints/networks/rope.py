@@ -48,11 +48,11 @@ def read(
     """Read the rotary embeddings of a model whose layers all have the same.
 
     Args:
-        text: the fields of the model.
-        theta: the base where no field has it.
-        sections: the sections where no field has them; None where a position is one number.
-        prefix: the prefix of the names, for an error.
-        problems: what is wrong is appended here.
+      text: The fields of the model.
+      theta: The base where no field has it.
+      sections: The sections where no field has them; None where a position is one number.
+      prefix: The prefix of the names, for an error.
+      problems: What is wrong is appended here.
     """
     names = [name for name in ("rope_scaling", "rope_parameters") if text[name]]
     parts = [_read_part(text[n], sections, f"{prefix}{n}.", problems) for n in names]
@@ -76,11 +76,11 @@ def read_by_layer_type(
     """Read the rotary embeddings of a model (Gemma 3) with others in layers with a window.
 
     Args:
-        text: the fields of the model, `rope_parameters` by layer type.
-        theta: the base of layers without a window where no field has it.
-        local: the base of layers with a window where no field has it.
-        prefix: the prefix of the names, for an error.
-        problems: what is wrong is appended here.
+      text: The fields of the model, `rope_parameters` by layer type.
+      theta: The base of layers without a window where no field has it.
+      local: The base of layers with a window where no field has it.
+      prefix: The prefix of the names, for an error.
+      problems: What is wrong is appended here.
     """
     by_type = schema.read(
         text["rope_parameters"] or {}, _BY_LAYER_TYPE, (), f"{prefix}rope_parameters.", problems

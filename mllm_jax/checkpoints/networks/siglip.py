@@ -59,9 +59,9 @@ def read(
     """Return the fields of a `vision_config`.
 
     Args:
-        fields: the content of the `vision_config`.
-        problems: what is wrong is appended here.
-        table: the fields, where their defaults are others than SigLIP's.
+      fields: The content of the `vision_config`.
+      problems: What is wrong is appended here.
+      table: The fields, where their defaults are others than SigLIP's.
     """
     # The side of an image need not be a multiple of that of a patch: the rest is cut off.
     siglip = schema.read(fields, table, _IGNORED, "vision_config.", problems)

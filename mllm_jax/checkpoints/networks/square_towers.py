@@ -20,9 +20,9 @@ def read(
     """Return the fields of a `vision_config` for `config`; append what is wrong to `problems`.
 
     Args:
-        fields: the content of a `vision_config`.
-        problems: what is wrong is appended here.
-        default: the model type where the fields do not say it.
+      fields: The content of a `vision_config`.
+      problems: What is wrong is appended here.
+      default: The model type where the fields do not say it.
     """
     kind = fields.get("model_type", default)
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -38,10 +38,10 @@ def check(tower: Mapping[str, Any], feature_layer: int, select: str, problems: l
     """Append to `problems` if the tower does not have the layer or the tokens that are used.
 
     Args:
-        tower: the fields from `read`.
-        feature_layer: the hidden state that is used; 0, the embedding, is not supported.
-        select: the tokens that are used, see `config`.
-        problems: what is wrong is appended here.
+      tower: The fields from `read`.
+      feature_layer: The hidden state that is used; 0, the embedding, is not supported.
+      select: The tokens that are used, see `config`.
+      problems: What is wrong is appended here.
     """
     encoder.check_feature_layer(tower, feature_layer, problems)
     if select == "patch" and tower["model_type"] == "siglip_vision_model":
@@ -57,9 +57,9 @@ def config(
     """Return the config of fields from `read`.
 
     Args:
-        tower: the fields.
-        feature_layer: the hidden state that is used.
-        select: "patch" drops a CLS token, "full" keeps it.
+      tower: The fields.
+      feature_layer: The hidden state that is used.
+      select: "patch" drops a CLS token, "full" keeps it.
     """
     if tower["model_type"] == "clip_vision_model":
         return clip.config(tower, feature_layer=feature_layer, select=select)

@@ -36,15 +36,15 @@ def build(
     """Build a data set into array_record files, unless it is there.
 
     Args:
-        name: one of NAMES.
-        manual: the folder that holds `<name>/` with the files as they were downloaded.
-        root: the folder where data sets are kept; the user's cache by default.
+      name: One of NAMES.
+      manual: The folder that holds `<name>/` with the files as they were downloaded.
+      root: The folder where data sets are kept; the user's cache by default.
 
     Returns:
-        The folder of the built data set.
+      The folder of the built data set.
 
     Raises:
-        FileNotFoundError: files are missing; the message lists them and where they come from.
+      FileNotFoundError: Files are missing; the message lists them and where they come from.
     """
     return _builder(name).build(manual, _root(root))
 
@@ -53,15 +53,15 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
     """Return a split of a built data set; pictures are read when they are needed.
 
     Args:
-        name: one of NAMES.
-        split: "train", "test", and "val" of dtd and crisismmd.
-        root: where data sets are kept; the user's cache by default.
+      name: One of NAMES.
+      split: "train", "test", and "val" of dtd and crisismmd.
+      root: Where data sets are kept; the user's cache by default.
 
     Returns:
-        The domain. The labels are those of the data set; its examples have no questions.
+      The domain. The labels are those of the data set; its examples have no questions.
 
     Raises:
-        FileNotFoundError: it is not built; the message says how.
+      FileNotFoundError: It is not built; the message says how.
     """
     kind, root = _builder(name), _root(root)
     source = kind.source(root, domains.require_known("split", split, kind.SPLITS))
@@ -85,15 +85,15 @@ def task(
     """Return a built data set as a task with the paper's classes and splits.
 
     Args:
-        name: one of NAMES.
-        spelling: the spelling of the classes. "official" leaves the underscores of labels
-            out, as the released code does ("Bellpepper leaf"); "corrected" has spaces for them.
-        held: the share of each class of train that is held, for a data set without "val".
-        near_copy: the correlation from which on two pictures are near copies, such as 0.98: near
-            copies of test and held pictures are removed from train. None compares nothing and keeps
-            the splits as they are.
-        seed: the seed of the held pictures.
-        root: the folder where data sets are kept; the user's cache by default.
+      name: One of NAMES.
+      spelling: The spelling of the classes. "official" leaves the underscores of labels
+        out, as the released code does ("Bellpepper leaf"); "corrected" has spaces for them.
+      held: The share of each class of train that is held, for a data set without "val".
+      near_copy: The correlation from which on two pictures are near copies, such as 0.98: near
+        copies of test and held pictures are removed from train. None compares nothing and keeps
+        the splits as they are.
+      seed: The seed of the held pictures.
+      root: The folder where data sets are kept; the user's cache by default.
     """
     kind = _builder(name)
     classes = kind.CLASSES

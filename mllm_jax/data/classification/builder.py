@@ -17,9 +17,9 @@ class Row:
     """One picture, which is not read yet.
 
     Attributes:
-        id: the name of the picture in its data set.
-        label: one of the data set's LABELS.
-        file: the picture's file.
+      id: The name of the picture in its data set.
+      label: One of the data set's LABELS.
+      file: The picture's file.
     """
 
     id: str
@@ -33,9 +33,9 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     A subclass defines the files it needs, and the rows of a split where they are not in folders.
 
     Attributes:
-        LABELS: the labels of the data set; a label's index is its id.
-        CLASSES: those of the paper (Verma et al. 2024), {class in prompts: label}.
-        TOPIC: what the classes are, for the prompt.
+      LABELS: The labels of the data set; a label's index is its id.
+      CLASSES: Those of the paper (Verma et al. 2024), {class in prompts: label}.
+      TOPIC: What the classes are, for the prompt.
     """
 
     LABELS: ClassVar[tuple[str, ...]] = ()

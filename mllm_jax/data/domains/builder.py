@@ -40,9 +40,9 @@ def embedded(
 
     Args:
       split: "test" or "train".
-      domains: names out of EMBEDDED; all by default. A domain named here that cannot be built is an
+      domains: Names out of EMBEDDED; all by default. A domain named here that cannot be built is an
         error; of all domains, one that cannot be built is reported in one line and left out.
-      root: the folder where they are kept; the user's cache by default.
+      root: The folder where they are kept; the user's cache by default.
 
     Returns:
       Domains by name, in the order of the names.
@@ -74,7 +74,7 @@ def recipe(name: str) -> recipe_lib.Recipe:
     """Return how an embedded domain is made.
 
     Raises:
-      MissingPackage: a Python package that it needs is not installed.
+      MissingPackage: A Python package that it needs is not installed.
     """
     try:
         return importlib.import_module(f"mllm_jax.data.embedded.{name}").RECIPE

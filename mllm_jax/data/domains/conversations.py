@@ -27,8 +27,8 @@ def flattened(path: pathlib.Path, records: Iterable[Record]) -> Iterator[Record]
     """Yield records with a question and an answer in place of their conversations, if any.
 
     Args:
-      path: the file, for the warning.
-      records: its records.
+      path: The file, for the warning.
+      records: Its records.
     """
     unused: collections.Counter[str] = collections.Counter()
     for where, record in records:

@@ -18,12 +18,12 @@ def require_known(what: str, name: str, names: Sequence[str]) -> str:
     """Return a name if it is one of the known names.
 
     Args:
-      what: what the name is of, for the error: "split".
-      name: the name.
-      names: the known names.
+      what: What the name is of, for the error: "split".
+      name: The name.
+      names: The known names.
 
     Raises:
-      ValueError: the name is unknown; the message lists the known ones.
+      ValueError: The name is unknown; the message lists the known ones.
     """
     if name not in names:
         raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
@@ -36,12 +36,12 @@ class Domain(Sequence[Example]):
     The embedded domains are ordered so that labels alternate: any prefix is balanced.
 
     Args:
-      name: the domain's name, such as "medical".
+      name: The domain's name, such as "medical".
       split: "test", "train" or what the user calls it.
-      examples: a sequence of examples; it is indexed only when an example is needed.
+      examples: A sequence of examples; it is indexed only when an example is needed.
 
     Raises:
-      ValueError: there are no examples.
+      ValueError: There are no examples.
     """
 
     def __init__(self, name: str, split: str, examples: Sequence[Example]):
@@ -101,10 +101,10 @@ class Domain(Sequence[Example]):
         """Return the domain of `path/<label>/<image>`; the folder's name is the label.
 
         Args:
-          path: the folder.
-          question: the question that replaces the built-in wordings of the category question.
-          name: the domain's name; the folder's by default.
-          split: the split's name.
+          path: The folder.
+          question: The question that replaces the built-in wordings of the category question.
+          name: The domain's name; the folder's by default.
+          split: The split's name.
 
         Returns:
           The domain, ordered by path; images are read when they are needed.
@@ -157,9 +157,9 @@ def read_table(path: pathlib.Path, name: str, read: table.Reader) -> Sequence[Ro
     """Return the examples of a table, one for each image.
 
     Args:
-      path: the table.
-      name: the domain's name.
-      read: the function that reads the table's records, such as `table.from_csv`.
+      path: The table.
+      name: The domain's name.
+      read: The function that reads the table's records, such as `table.from_csv`.
     """
     return table.grouped(name, path, conversations.flattened(path, read(path)))
 
@@ -168,11 +168,11 @@ def require_domains(domains: Mapping[str, Domain], at_least: int = 2) -> None:
     """Raise an error if there are too few domains for a study that compares them.
 
     Args:
-      domains: the domains by name.
-      at_least: how many the study needs.
+      domains: The domains by name.
+      at_least: How many the study needs.
 
     Raises:
-      ValueError: there are fewer.
+      ValueError: There are fewer.
     """
     if len(domains) < at_least:
         raise ValueError(

@@ -18,13 +18,13 @@ class Example:
     """One image with its questions.
 
     Attributes:
-      id: a name that is unique in its domain.
-      domain: its domain's name.
-      label: what it shows.
-      encoded: the image file's bytes.
-      questions: the questions about it, with answers and options.
-      source: where the image comes from.
-      licence: the image's licence; empty when unknown.
+      id: A name that is unique in its domain.
+      domain: Its domain's name.
+      label: What it shows.
+      encoded: The image file's bytes.
+      questions: The questions about it, with answers and options.
+      source: Where the image comes from.
+      licence: The image's licence; empty when unknown.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Example:
         """Return the first question of a style.
 
         Raises:
-          ValueError: there is none.
+          ValueError: There is none.
         """
         for question in self.questions:
             if question.style == style:
@@ -70,11 +70,11 @@ class Row:
     """An example whose image is still in its file.
 
     Attributes:
-      id: as in `Example`.
-      label: as in `Example`.
-      file: the image file.
-      questions: returns the questions.
-      licence: as in `Example`.
+      id: As in `Example`.
+      label: As in `Example`.
+      file: The image file.
+      questions: Returns the questions.
+      licence: As in `Example`.
     """
 
     id: str
@@ -88,8 +88,8 @@ class FileExamples(LazySequence[Example]):
     """Examples whose images are files of the user, read when they are needed.
 
     Args:
-      domain: the domain's name.
-      rows: the examples.
+      domain: The domain's name.
+      rows: The examples.
     """
 
     def __init__(self, domain: str, rows: Sequence[Row]):

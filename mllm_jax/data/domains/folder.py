@@ -26,13 +26,13 @@ def read(root: pathlib.Path, name: str, question: str | None) -> list[Row]:
     """Return the images of a folder, ordered by path; a warning counts the files not used.
 
     Args:
-      root: the folder.
-      name: the domain's name.
-      question: the question that replaces the built-in wordings of the category question.
+      root: The folder.
+      name: The domain's name.
+      question: The question that replaces the built-in wordings of the category question.
 
     Raises:
-      OSError: there is no such folder, or it cannot be read.
-      ValueError: it holds no images in folders named by their label.
+      OSError: There is no such folder, or it cannot be read.
+      ValueError: It holds no images in folders named by their label.
     """
     if not root.is_dir():
         missing = "is no folder" if root.exists() else "does not exist"

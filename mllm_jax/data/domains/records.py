@@ -52,10 +52,10 @@ class Records(LazySequence[Example]):
     """The examples of an array_record file, read one at a time.
 
     Args:
-      path: the file.
+      path: The file.
 
     Raises:
-      ValueError: the file cannot be read.
+      ValueError: The file cannot be read.
     """
 
     def __init__(self, path: pathlib.Path):

@@ -179,12 +179,12 @@ def grouped(name: str, path: pathlib.Path, records: Iterable[Record]) -> Rows:
     Where a record has no options, they are drawn from the answers to other questions of its style.
 
     Args:
-      name: the domain's name.
-      path: the table; images are relative to its folder.
-      records: the table's records.
+      name: The domain's name.
+      path: The table; images are relative to its folder.
+      records: The table's records.
 
     Raises:
-      ValueError: there are no records, or one is wrong.
+      ValueError: There are no records, or one is wrong.
     """
     # The answers of each style; a dict is an ordered set.
     answers: dict[str, dict[str, None]] = collections.defaultdict(dict)
@@ -219,11 +219,11 @@ class Rows(Sequence[Row]):
     """The examples of a table, made when they are needed.
 
     Attributes:
-      name: the domain's name.
-      folder: what relative images are in, with a separator at its end.
-      first: the first entry of each image.
-      others: the further entries of an image.
-      families: the answers of each style.
+      name: The domain's name.
+      folder: What relative images are in, with a separator at its end.
+      first: The first entry of each image.
+      others: The further entries of an image.
+      families: The answers of each style.
     """
 
     name: str

@@ -27,11 +27,11 @@ def load_user_domains(paths: Sequence[str | os.PathLike], split: str = "test") -
     A quarter of the examples, chosen by the hash of their id, is the test split.
 
     Args:
-      paths: folders, named by their own name, and tables (see TABLES), named by their stem.
+      paths: Folders, named by their own name, and tables (see TABLES), named by their stem.
       split: "test" or "train".
 
     Raises:
-      ValueError: two domains share a name, a domain is empty, or a path is neither a folder nor a
+      ValueError: Two domains share a name, a domain is empty, or a path is neither a folder nor a
         table.
     """
     if split not in SPLITS:

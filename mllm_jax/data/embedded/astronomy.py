@@ -95,7 +95,7 @@ def sky_groups(directions: np.ndarray, degrees: float) -> list[int]:
 
     Args:
       directions: float64[N, 2], right ascension and declination in radians.
-      degrees: the distance.
+      degrees: The distance.
 
     Returns:
       The index of the first object of each object's group.

@@ -46,9 +46,9 @@ def page_label(text: str, fonts: dict[str, float], drawn: int) -> str | None:
     """Return the label of a page; None for one of several kinds of content, or almost none.
 
     Args:
-      text: its text layer.
-      fonts: the share of its characters by font name.
-      drawn: the number of its lines and shapes: staves, stems, frames.
+      text: Its text layer.
+      fonts: The share of its characters by font name.
+      drawn: The number of its lines and shapes: staves, stems, frames.
     """
 
     def share(name: str) -> float:

@@ -51,9 +51,9 @@ class Question:
 
     Attributes:
       style: "kind", "category", "yesno", "choice", or a style of the user.
-      prompt: the question, without `<image>`.
-      answer: the right answer.
-      options: the candidates for scoring, the right answer among them.
+      prompt: The question, without `<image>`.
+      answer: The right answer.
+      options: The candidates for scoring, the right answer among them.
     """
 
     style: str
@@ -80,10 +80,10 @@ def others(answer: str, family: Sequence[str], key: str, count: int) -> list[str
     Of a large family they are drawn, so that the time of a question does not grow with the family.
 
     Args:
-      answer: the answer.
-      family: the family.
-      key: the text that decides which members.
-      count: the number of members; a smaller family gives all.
+      answer: The answer.
+      family: The family.
+      key: The text that decides which members.
+      count: The number of members; a smaller family gives all.
     """
     drawn: dict[str, None] = {}
     for number in range(8 * count if len(family) > MANY else 0):
@@ -108,10 +108,10 @@ def questions_for(
     """Return all questions about one image.
 
     Args:
-      key: the example's id, which decides the wording and the options.
-      label: what the image shows, such as "a galaxy".
-      family: the labels for wrong options, the label itself among them.
-      kind: the kind of the picture, a value of KINDS; None makes no such question.
+      key: The example's id, which decides the wording and the options.
+      label: What the image shows, such as "a galaxy".
+      family: The labels for wrong options, the label itself among them.
+      kind: The kind of the picture, a value of KINDS; None makes no such question.
 
     Returns:
       The questions, in the order of STYLES.

@@ -30,12 +30,12 @@ class Candidate:
     """One image that a domain could take.
 
     Attributes:
-      name: a name that is unique in its domain; it becomes the example's id.
-      label: what it shows, the answer to the category question.
-      group: the name of its group (one object, one block of slices); a group stays in one split.
-      source: its package and its place in it, for the record.
-      licence: the image's licence.
-      image: makes the picture; called only for the images that are taken.
+      name: A name that is unique in its domain; it becomes the example's id.
+      label: What it shows, the answer to the category question.
+      group: The name of its group (one object, one block of slices); a group stays in one split.
+      source: Its package and its place in it, for the record.
+      licence: The image's licence.
+      image: Makes the picture; called only for the images that are taken.
       split: "train" or "test" where the source decides, None to split by group.
     """
 
@@ -53,9 +53,9 @@ class Family:
     """Labels that can be confused with one another.
 
     Attributes:
-      labels: the labels.
-      test: the number of test images of each.
-      train: the number of training images of each.
+      labels: The labels.
+      test: The number of test images of each.
+      train: The number of training images of each.
     """
 
     labels: tuple[str, ...]
@@ -68,11 +68,11 @@ class Recipe:
     """The recipe of one embedded domain.
 
     Attributes:
-      name: the domain's name, such as "objects".
-      families: the labels, by family.
-      sources: the packages it is built from.
-      parts: functions that find the images, one for each package; each may raise MissingPackage.
-      note: one line for the list of licences.
+      name: The domain's name, such as "objects".
+      families: The labels, by family.
+      sources: The packages it is built from.
+      parts: Functions that find the images, one for each package; each may raise MissingPackage.
+      note: One line for the list of licences.
     """
 
     name: str
@@ -108,8 +108,8 @@ def split_by_group(
     has room there. Groups whose source decided stay where they are.
 
     Args:
-      candidates: the candidates in any order.
-      quota: returns the number of test images of a label.
+      candidates: The candidates in any order.
+      quota: Returns the number of test images of a label.
 
     Returns:
       Candidates by split, ordered by the hash of their names.
@@ -160,8 +160,8 @@ class Picture:
     """A candidate that was taken.
 
     Attributes:
-      candidate: the candidate.
-      image: its finished image.
+      candidate: The candidate.
+      image: Its finished image.
     """
 
     candidate: Candidate
@@ -172,7 +172,7 @@ def find(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
     """Return all candidates of a domain, and one line for every part whose package is missing.
 
     Raises:
-      MissingPackage: all packages are missing.
+      MissingPackage: All packages are missing.
     """
     candidates: list[Candidate] = []
     missing: list[str] = []
@@ -233,9 +233,9 @@ def squared(
     """Return the image in the middle of a square of SIZE pixels.
 
     Args:
-      image: the image.
-      background: the colour behind transparency and padding.
-      margin: the width of the padding on each side, in longer sides of the image.
+      image: The image.
+      background: The colour behind transparency and padding.
+      margin: The width of the padding on each side, in longer sides of the image.
     """
     image = image.convert("RGBA")
     side = round(max(image.size) * (1 + 2 * margin))

@@ -79,7 +79,7 @@ def label_of(tile: np.ndarray, latitude: float) -> str | None:
 
     Args:
       tile: int8[TILE, TILE].
-      latitude: the latitude of its middle in degrees.
+      latitude: The latitude of its middle in degrees.
     """
     land = (tile > 0).mean()
     if (tile < 0).any() or (land < 0.7 and abs(latitude) > POLAR_DEGREES):

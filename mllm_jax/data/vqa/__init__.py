@@ -52,16 +52,16 @@ def build(
     """Build a data set into array_record files, unless it is there.
 
     Args:
-        name: one of NAMES.
-        manual: the folder that holds `<name>/` with the files as they were downloaded.
-        root: the folder where data sets are kept; the user's cache by default.
-        size: one of SIZES.
+      name: One of NAMES.
+      manual: The folder that holds `<name>/` with the files as they were downloaded.
+      root: The folder where data sets are kept; the user's cache by default.
+      size: One of SIZES.
 
     Returns:
-        The folder of the built data set.
+      The folder of the built data set.
 
     Raises:
-        FileNotFoundError: files are missing; the message lists them and where they come from.
+      FileNotFoundError: Files are missing; the message lists them and where they come from.
     """
     return _builder(name).build(manual, _root(root), domains.require_known("size", size, SIZES))
 
@@ -78,19 +78,19 @@ def load(
     """Return a built data set as a domain with the prompts of the paper.
 
     Args:
-        name: one of NAMES.
-        split: "train" or "val".
-        model: "llava_next", "instructblip", or "chat" for the template of any other model.
-        of: "activation", "lens" or "generation"; see `prompts.prompt`.
-        root: the folder where data sets are kept, which may be a bucket, "gs://..."; the user's
-            cache by default.
-        size: one of SIZES.
+      name: One of NAMES.
+      split: "train" or "val".
+      model: "llava_next", "instructblip", or "chat" for the template of any other model.
+      of: "activation", "lens" or "generation"; see `prompts.prompt`.
+      root: The folder where data sets are kept, which may be a bucket, "gs://..."; the user's
+        cache by default.
+      size: One of SIZES.
 
     Returns:
-        The domain; each example has one VqaQuestion. Pictures are read when they are needed.
+      The domain; each example has one VqaQuestion. Pictures are read when they are needed.
 
     Raises:
-        FileNotFoundError: it is not built; the message says how.
+      FileNotFoundError: It is not built; the message says how.
     """
     root = _root(root)
     domains.require_known("split", split, SPLITS)
@@ -107,7 +107,7 @@ def side_by_side(pictures: Sequence[bytes]) -> bytes:
     """Return one picture of several, left to right, encoded without loss.
 
     Raises:
-        ValueError: their heights differ.
+      ValueError: Their heights differ.
     """
     opened = [np.asarray(picture_files.read(data)) for data in pictures]
     heights = sorted({len(pixels) for pixels in opened})

@@ -19,15 +19,15 @@ class Row:
     """One question about one picture, which is not read yet.
 
     Attributes:
-        id: the question's id.
-        picture: the picture's name; one row of each picture is taken.
-        files: the picture's file, or its frames from left to right.
-        question: the question.
-        answer: one right answer, or the letter of the right choice.
-        answers: see `questions.VqaQuestion`.
-        confidence: see `questions.VqaQuestion`.
-        choices: see `questions.VqaQuestion`.
-        type: see `questions.VqaQuestion`.
+      id: The question's id.
+      picture: The picture's name; one row of each picture is taken.
+      files: The picture's file, or its frames from left to right.
+      question: The question.
+      answer: One right answer, or the letter of the right choice.
+      answers: See `questions.VqaQuestion`.
+      confidence: See `questions.VqaQuestion`.
+      choices: See `questions.VqaQuestion`.
+      type: See `questions.VqaQuestion`.
     """
 
     id: str
@@ -46,8 +46,8 @@ class Size(tfds.core.BuilderConfig):
     """The number of examples of each split, where None is all.
 
     Attributes:
-        train: of the training split.
-        val: of the validation split.
+      train: Of the training split.
+      val: Of the validation split.
     """
 
     train: int | None = None

@@ -42,16 +42,16 @@ def prompt(
     """Return the prompt of a question.
 
     Args:
-        dataset: one of DATASETS.
-        question: the question in the data set's words.
-        choices: its options in the data set's words, "A:..." included; of pmc_vqa alone.
-        model: one of MODELS; it matters in generation only.
-        of: the pass that reads it: "activation", where neurons are counted: the bare question;
-            "lens": the question with its instruction; "generation": that within the model's
-            template.
+      dataset: One of DATASETS.
+      question: The question in the data set's words.
+      choices: Its options in the data set's words, "A:..." included; of pmc_vqa alone.
+      model: One of MODELS; it matters in generation only.
+      of: The pass that reads it: "activation", where neurons are counted: the bare question;
+        "lens": the question with its instruction; "generation": that within the model's
+        template.
 
     Raises:
-        ValueError: a name is unknown, or the data set takes no choices, or needs them.
+      ValueError: A name is unknown, or the data set takes no choices, or needs them.
     """
     for name, value, known in (
         ("data set", dataset, DATASETS), ("model", model, MODELS), ("pass", of, PASSES),

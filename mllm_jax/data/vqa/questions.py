@@ -12,16 +12,16 @@ class VqaQuestion(questions.Question):
     """One question about one picture.
 
     Attributes:
-        style: "choice" with options, else "open".
-        prompt: what the model reads.
-        answer: one right answer: the letter of an option, or the first of `answers`.
-        options: the candidates for scoring: the letters, or the distinct answers.
-        id: the id in the data set. In lingoqa several rows ask the same question and share it.
-        text: the question alone.
-        answers: all answers: of ten people (vqav2), of each annotator (docvqa), or one.
-        confidence: how sure each person was, "yes", "maybe" or "no" (vqav2 alone).
-        choices: the texts of the options (pmc_vqa alone).
-        type: the type of question, such as "count"; empty where the data set has none.
+      style: "choice" with options, else "open".
+      prompt: What the model reads.
+      answer: One right answer: the letter of an option, or the first of `answers`.
+      options: The candidates for scoring: the letters, or the distinct answers.
+      id: The id in the data set. In lingoqa several rows ask the same question and share it.
+      text: The question alone.
+      answers: All answers: of ten people (vqav2), of each annotator (docvqa), or one.
+      confidence: How sure each person was, "yes", "maybe" or "no" (vqav2 alone).
+      choices: The texts of the options (pmc_vqa alone).
+      type: The type of question, such as "count"; empty where the data set has none.
     """
 
     id: str = ""

@@ -21,12 +21,12 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int) -> np.ndarra
     """Count how often each class was answered with each class.
 
     Args:
-        truth: int[N], class ids.
-        predicted: int[N], class ids, or -1 where an answer names no class.
-        classes: number of classes, C.
+      truth: int[N], class ids.
+      predicted: int[N], class ids, or -1 where an answer names no class.
+      classes: Number of classes, C.
 
     Returns:
-        int64[C, C + 1], the true class by row; the last column counts answers of no class.
+      int64[C, C + 1], the true class by row; the last column counts answers of no class.
     """
     true, said = _integers(truth, "truth"), _integers(predicted, "predicted")
     if true.shape != said.shape or true.ndim != 1 or not true.size:

@@ -52,15 +52,15 @@ def score(
     """Compute the metric of every question.
 
     Args:
-        dataset: one of NAMES.
-        predictions: [N], the model's answers.
-        questions: [N], the questions.
-        judge: the judge of lingoqa; see `mllm_jax.evaluation.metrics.lingo_judge.load`.
-        compat: None for the standard metric, "official" for that of MMNeuron's release.
+      dataset: One of NAMES.
+      predictions: [N], the model's answers.
+      questions: [N], the questions.
+      judge: The judge of lingoqa; see `mllm_jax.evaluation.metrics.lingo_judge.load`.
+      compat: None for the standard metric, "official" for that of MMNeuron's release.
 
     Returns:
-        float64[N]. For lingoqa the standard metric judges each row by the references of all rows
-        with the same question; the official one is float64[questions], 1 if any row is correct.
+      float64[N]. For lingoqa the standard metric judges each row by the references of all rows
+      with the same question; the official one is float64[questions], 1 if any row is correct.
     """
     table = _table(dataset, compat)
     if len(predictions) != len(questions) or not len(questions):

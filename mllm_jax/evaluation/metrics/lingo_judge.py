@@ -26,9 +26,9 @@ class Judge:
     """A judge of answers.
 
     Attributes:
-        name: its name for tables.
-        probability: (question, reference, prediction) -> probability that the prediction is
-            correct, 0 to 1.
+      name: Its name for tables.
+      probability: (question, reference, prediction) -> probability that the prediction is
+        correct, 0 to 1.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Judge:
         """Return the probability for one reference.
 
         Raises:
-            ValueError: the classifier returned no probability, such as nan.
+          ValueError: The classifier returned no probability, such as nan.
         """
         probability = self.probability(question, reference, prediction)
         if not 0 <= probability <= 1:
@@ -68,11 +68,11 @@ def load(source: str | pathlib.Path = WEIGHTS, *, fallback: bool = False) -> Jud
     """Load the judge.
 
     Args:
-        source: a folder, or a name in the local cache of the hub; nothing is downloaded.
-        fallback: whether to use token F1 where the classifier cannot be loaded.
+      source: A folder, or a name in the local cache of the hub; nothing is downloaded.
+      fallback: Whether to use token F1 where the classifier cannot be loaded.
 
     Raises:
-        FileNotFoundError: the classifier or torch is missing, and no fallback is allowed.
+      FileNotFoundError: The classifier or torch is missing, and no fallback is allowed.
     """
     try:
         return Judge(str(source), _classifier(source))

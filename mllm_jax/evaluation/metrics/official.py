@@ -51,14 +51,14 @@ def lingo_judge(
     """Return 1 for each question of which any row is correct.
 
     Args:
-        judge: the judge, which reads the texts in their own case.
-        ids: [N], id of the question of each row; rows that share it are one question.
-        questions: [N], the question of each row.
-        references: [N], its reference answer.
-        predictions: [N], the model's answer.
+      judge: The judge, which reads the texts in their own case.
+      ids: [N], id of the question of each row; rows that share it are one question.
+      questions: [N], the question of each row.
+      references: [N], its reference answer.
+      predictions: [N], the model's answer.
 
     Returns:
-        {id: 0.0 or 1.0}, in order of appearance.
+      {id: 0.0 or 1.0}, in order of appearance.
     """
     if not len(ids):
         raise ValueError("there is no question to judge")

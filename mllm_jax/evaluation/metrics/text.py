@@ -20,12 +20,12 @@ def anls(prediction: str, answers: Sequence[str], threshold: float | None = 0.5)
     Case does not count, and any white space is one space.
 
     Args:
-        prediction: the model's answer.
-        answers: the correct answers.
-        threshold: normalised distance from which the similarity is 0; None for no threshold.
+      prediction: The model's answer.
+      answers: The correct answers.
+      threshold: Normalised distance from which the similarity is 0; None for no threshold.
 
     Returns:
-        1 - distance / length of the longer text, 0 to 1; 1 for two empty texts.
+      1 - distance / length of the longer text, 0 to 1; 1 for two empty texts.
     """
     strings([prediction], "prediction")
     strings(answers, "answers")
@@ -45,8 +45,8 @@ def strings(texts: Sequence[str], name: str) -> None:
     """Refuse what is no list of texts, such as a single text, which is a sequence of letters.
 
     Args:
-        texts: the argument.
-        name: its name, for the error message.
+      texts: The argument.
+      name: Its name, for the error message.
     """
     if isinstance(texts, str) or not isinstance(texts, (list, tuple, np.ndarray)):
         raise ValueError(f"{name} must be a list of texts, got {type(texts).__name__}")
@@ -75,12 +75,12 @@ def option_letter(
     single capital letter ("I choose C."), where "A" before another word is an article.
 
     Args:
-        prediction: the model's answer.
-        options: texts of the options, with or without a prefix "A:".
-        letters: letters of the options, in order.
+      prediction: The model's answer.
+      options: Texts of the options, with or without a prefix "A:".
+      letters: Letters of the options, in order.
 
     Returns:
-        The letter, or None if it names none.
+      The letter, or None if it names none.
     """
     strings([prediction], "prediction")
     strings(options, "options")
@@ -108,10 +108,10 @@ class ByType(NamedTuple):
     """Means of a metric by type of question.
 
     Attributes:
-        overall: mean over all questions.
-        average: mean over the means of the types.
-        types: mean of each type, in alphabetic order.
-        questions: number of questions of each type.
+      overall: Mean over all questions.
+      average: Mean over the means of the types.
+      types: Mean of each type, in alphabetic order.
+      questions: Number of questions of each type.
     """
 
     overall: float
@@ -124,8 +124,8 @@ def by_type(values: ArrayLike, types: ArrayLike) -> ByType:
     """Compute the means over all questions, over each type of question, and over the types.
 
     Args:
-        values: float[N], the metric of each question.
-        types: str[N], its type, such as "count".
+      values: float[N], the metric of each question.
+      types: str[N], its type, such as "count".
     """
     metric, kinds = np.asarray(values, np.float64), np.asarray(types, np.str_)
     if not metric.size or metric.shape != kinds.shape:

@@ -56,11 +56,11 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Compute min(matches / 3, 1), averaged over leaving out each person once.
 
     Args:
-        prediction: the model's answer.
-        answers: people's answers, ten of them in VQAv2.
+      prediction: The model's answer.
+      answers: People's answers, ten of them in VQAv2.
 
     Returns:
-        The accuracy, 0 to 1.
+      The accuracy, 0 to 1.
     """
     text.strings([prediction], "prediction")
     text.strings(answers, "answers")

@@ -70,12 +70,12 @@ def language_model(
     """Return the config of a language model of Gemma 3.
 
     Args:
-        width: D.
-        layers: L.
-        window: the window of most layers.
-        every: each layer whose number is a multiple of it, counted from 1, has no window.
-        head_width: H.
-        **fields: further fields.
+      width: D.
+      layers: L.
+      window: The window of most layers.
+      every: Each layer whose number is a multiple of it, counted from 1, has no window.
+      head_width: H.
+      **fields: Further fields.
     """
     same: dict[str, Any] = {
         "act": "gelu_tanh", "rope_theta": 1e6, "local_rope_theta": 1e4, "eps": 1e-6,

@@ -38,12 +38,12 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     """Read the config of a checkpoint of Idefics3 or SmolVLM.
 
     Args:
-        fields: the content of `config.json`.
-        source: the name of the file in an error.
-        kind: the config class.
+      fields: The content of `config.json`.
+      source: The name of the file in an error.
+      kind: The config class.
 
     Raises:
-        Refused: there are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; one line states all.
     """
     problems: list[str] = []
     table = {"model_type": (schema.only(kind.model_type), kind.model_type), **_FIELDS}

@@ -28,8 +28,8 @@ class Idefics3Config(LlavaConfig):
     """An Idefics3 model; see `MultimodalConfig`.
 
     Attributes:
-      model_type: the `model_type` of its `config.json`.
-      longest_tiles: the number of tiles along the longer side of a picture, as the released image
+      model_type: The `model_type` of its `config.json`.
+      longest_tiles: The number of tiles along the longer side of a picture, as the released image
         processors have it; a checkpoint's own may have another.
     """
 
@@ -114,9 +114,9 @@ def tile_grid(size: Size, side: int, longest: int | None) -> Size:
     """Return the rows and columns of tiles that a picture is cut into; 0, 0 if it is not cut.
 
     Args:
-      size: the (height, width) of the picture.
-      side: the side of a tile.
-      longest: what the longer side is scaled to first; None for its own length.
+      size: The (height, width) of the picture.
+      side: The side of a tile.
+      longest: What the longer side is scaled to first; None for its own length.
     """
     height, width = size
     if longest is not None:

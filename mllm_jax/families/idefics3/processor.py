@@ -29,7 +29,7 @@ class Idefics3Processor(PackedTilesProcessor):
         """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known, and everything depends on it.
+          ValueError: The size is not known, and everything depends on it.
         """
         size = require_size(size, "this model cuts a picture by its size")
         how, grid = self.image_processor, (0, 0)

@@ -25,11 +25,11 @@ class InstructBlipConfig(MultimodalConfig):
     """An InstructBLIP model.
 
     Attributes:
-      vision: the vision tower.
-      qformer: the Q-Former.
-      projector: the linear map from the Q-Former to the language model.
-      lm: the language model.
-      image_token: the id of an image token in the text; -1 where none is reserved, as in
+      vision: The vision tower.
+      qformer: The Q-Former.
+      projector: The linear map from the Q-Former to the language model.
+      lm: The language model.
+      image_token: The id of an image token in the text; -1 where none is reserved, as in
         checkpoints of 2023.
     """
 

@@ -30,12 +30,12 @@ class InstructBlipProcessor(Processor):
     picture for each question.
 
     Args:
-      tokenizer: as in `Processor`.
-      pictures: as in `Processor`.
-      config: as in `Processor`.
-      directory: as in `Processor`.
-      qformer_tokenizer: the fast tokenizer of the Q-Former.
-      **options: further arguments of `Processor`.
+      tokenizer: As in `Processor`.
+      pictures: As in `Processor`.
+      config: As in `Processor`.
+      directory: As in `Processor`.
+      qformer_tokenizer: The fast tokenizer of the Q-Former.
+      **options: Further arguments of `Processor`.
     """
 
     config: InstructBlipConfig

@@ -24,9 +24,9 @@ class InternVlConfig(LlavaConfig):
     """An InternVL model.
 
     Attributes:
-      vision, projector, lm, image_token: as LLaVA has them.
-      min_tiles: the least number of tiles that a picture is cut into.
-      max_tiles: the largest number, without the picture as a whole.
+      vision, projector, lm, image_token: As LLaVA has them.
+      min_tiles: The least number of tiles that a picture is cut into.
+      max_tiles: The largest number, without the picture as a whole.
     """
 
     vision: InternVitConfig  # type: ignore[assignment]  # another tower
@@ -49,7 +49,7 @@ class InternVlConfig(LlavaConfig):
         """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known, and the number of tiles depends on it.
+          ValueError: The size is not known, and the number of tiles depends on it.
         """
         if self.max_tiles == 1:
             return super().layout(size)

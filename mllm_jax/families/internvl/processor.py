@@ -21,12 +21,12 @@ class InternVlProcessor(PackedTilesProcessor):
     """A processor of pictures that are cut into tiles by their shape.
 
     Args:
-      tokenizer: as in `Processor`.
-      pictures: as in `Processor`; the image processor cuts pictures, whatever its settings say, as
+      tokenizer: As in `Processor`.
+      pictures: As in `Processor`; the image processor cuts pictures, whatever its settings say, as
         that of transformers does.
-      config: as in `Processor`.
-      directory: as in `Processor`.
-      **options: further arguments of `Processor`.
+      config: As in `Processor`.
+      directory: As in `Processor`.
+      **options: Further arguments of `Processor`.
     """
 
     config: InternVlConfig

@@ -51,9 +51,9 @@ class Fields(NamedTuple):
     """The fields of a `config.json`.
 
     Attributes:
-        llava: the fields of the model.
-        tower: the fields of its vision tower.
-        text: the fields of its language model.
+      llava: The fields of the model.
+      tower: The fields of its vision tower.
+      text: The fields of its language model.
     """
 
     llava: dict[str, Any]
@@ -65,11 +65,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
     """Read the config of a LLaVA checkpoint.
 
     Args:
-        fields: the content of `config.json`. Both `rope_theta` and `rope_parameters` are read.
-        source: the name of the file in an error.
+      fields: The content of `config.json`. Both `rope_theta` and `rope_parameters` are read.
+      source: The name of the file in an error.
 
     Raises:
-        Refused: there are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; one line states all.
     """
     problems: list[str] = []
     known = read(fields, FIELDS, source, problems)
@@ -88,15 +88,15 @@ def read(
     """Read the fields of LLaVA or of a model that is built like it.
 
     Args:
-        fields: the content of `config.json`.
-        table: the fields of the model.
-        source: the name of the file in an error.
-        problems: what is wrong is appended here.
-        tower: the `vision_config` of models without one; its `model_type` is the default.
-        text: the default model type of the language model.
+      fields: The content of `config.json`.
+      table: The fields of the model.
+      source: The name of the file in an error.
+      problems: What is wrong is appended here.
+      tower: The `vision_config` of models without one; its `model_type` is the default.
+      text: The default model type of the language model.
 
     Raises:
-        ValueError: the config is one of the original code.
+      ValueError: The config is one of the original code.
     """
     if "mm_vision_tower" in fields:
         problem = (
@@ -151,7 +151,7 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
     """Return the fields that LLaVA and models built like it share; the inverse of `parts`.
 
     Raises:
-      ValueError: the model reads SigLIP through its last norm, for which LLaVA has no field.
+      ValueError: The model reads SigLIP through its last norm, for which LLaVA has no field.
     """
     vision, projector, lm = config.vision, config.projector, config.lm
     if isinstance(vision, SiglipConfig) and vision.has_norm:

@@ -93,8 +93,8 @@ def is_unused(key: str, config: LlavaConfig) -> bool:
     copy of a tied embedding.
 
     Args:
-        key: the key in canonical spelling.
-        config: the config of the model.
+      key: The key in canonical spelling.
+      config: The config of the model.
     """
     if match := _VISION_LAYER.fullmatch(key):
         return config.vision.run_layers <= int(match[1]) < config.vision.layers

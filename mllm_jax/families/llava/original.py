@@ -70,17 +70,17 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     """Return the fields of a `config.json` of transformers for the same model.
 
     Args:
-        fields: the fields of the original `config.json`.
-        tower: the fields of the `config.json` of the vision tower, with or without a text tower.
-        source: the name of the file in an error.
+      fields: The fields of the original `config.json`.
+      tower: The fields of the `config.json` of the vision tower, with or without a text tower.
+      source: The name of the file in an error.
 
     Returns:
-        The fields, for `config.from_hf`; unknown fields are in `text_config`. The original code has
-        no id for an image token; this one is the first after the vocabulary, which the tokenizer
-        assigns to `<image>`.
+      The fields, for `config.from_hf`; unknown fields are in `text_config`. The original code has
+      no id for an image token; this one is the first after the vocabulary, which the tokenizer
+      assigns to `<image>`.
 
     Raises:
-        ValueError: values are not supported; one line states all.
+      ValueError: Values are not supported; one line states all.
     """
     problems: list[str] = []
     tiled = fields.get("mm_patch_merge_type") == "spatial_unpad"
@@ -118,8 +118,8 @@ def image_processor(tower: pathlib.Path, config: MultimodalConfig):
     """Return the image processor of transformers (PIL backend) that equals the original one.
 
     Args:
-        tower: the directory of the vision tower, which contains the settings.
-        config: the config of the model.
+      tower: The directory of the vision tower, which contains the settings.
+      config: The config of the model.
     """
     from transformers import (
         CLIPImageProcessorPil,

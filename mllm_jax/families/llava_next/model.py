@@ -30,11 +30,11 @@ class LlavaNextConfig(LlavaConfig):
     """A LLaVA-NeXT model.
 
     Attributes:
-      vision: as in `LlavaConfig`.
-      projector: as in `LlavaConfig`.
-      lm: as in `LlavaConfig`.
-      image_token: as in `LlavaConfig`.
-      pinpoints: the resolutions (height, width) at which a picture may be cut into tiles, multiples
+      vision: As in `LlavaConfig`.
+      projector: As in `LlavaConfig`.
+      lm: As in `LlavaConfig`.
+      image_token: As in `LlavaConfig`.
+      pinpoints: The resolutions (height, width) at which a picture may be cut into tiles, multiples
         of the image size.
     """
 
@@ -82,7 +82,7 @@ class LlavaNextConfig(LlavaConfig):
         """Return how a picture of this (height, width) is read.
 
         Raises:
-          ValueError: the size is not known.
+          ValueError: The size is not known.
         """
         size = require_size(size, "LLaVA-NeXT cuts a picture by its size")
         tiles, large = self.large_picture(size)
@@ -94,7 +94,7 @@ class LlavaNextConfig(LlavaConfig):
         """Return the number of tiles, and the patches of the large picture without the bars.
 
         Args:
-          size: the (height, width) of the picture.
+          size: The (height, width) of the picture.
         """
         side, each = self.token_grid, self.image_tokens
         rows, columns = self.tile_grid(size)
@@ -131,8 +131,8 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
     """Return the resolution that keeps most pixels of a picture; the smallest of equal ones.
 
     Args:
-      size: the (height, width) of the picture.
-      pinpoints: the available resolutions.
+      size: The (height, width) of the picture.
+      pinpoints: The available resolutions.
     """
     height, width = size
 
@@ -148,8 +148,8 @@ def unpadded(size: Size, grid: Size) -> tuple[slice, slice]:
     """Return the rows and columns of a grid that show a centred picture, without the padding.
 
     Args:
-      size: the (height, width) of the picture.
-      grid: the numbers of rows and columns of patches.
+      size: The (height, width) of the picture.
+      grid: The numbers of rows and columns of patches.
     """
     (height, width), (rows, columns) = size, grid
     # Rounded to 7 places, then down: as the released models were trained.

@@ -31,8 +31,8 @@ class LlavaOneVisionConfig(LlavaNextConfig):
     """A LLaVA-OneVision model.
 
     Attributes:
-      vision, projector, lm, image_token, pinpoints: as LLaVA-NeXT has them.
-      max_tiles: the number of tiles whose patches a picture may have without being made smaller.
+      vision, projector, lm, image_token, pinpoints: As LLaVA-NeXT has them.
+      max_tiles: The number of tiles whose patches a picture may have without being made smaller.
     """
 
     vision: SiglipConfig
@@ -72,7 +72,7 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         """Return how a picture of this (height, width) is read if it is alone in its row.
 
         Raises:
-          ValueError: the size is not known, and everything depends on it.
+          ValueError: The size is not known, and everything depends on it.
         """
         if size is None:
             return super().layout(size)
@@ -116,8 +116,8 @@ def shrunk(
     """Return what bilinear resizing makes each place of a smaller grid of: four values, weighted.
 
     Args:
-      grid: the values.
-      size: the rows and columns of the smaller grid.
+      grid: The values.
+      size: The rows and columns of the smaller grid.
     """
     (top, bottom, down), (left, right, across) = (
         _neighbours(*pair) for pair in zip(grid.shape, size, strict=True)

@@ -36,11 +36,11 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Mistra
     """Read the config of a checkpoint of Mistral 3.
 
     Args:
-        fields: the content of `config.json`.
-        source: the name of the file in an error.
+      fields: The content of `config.json`.
+      source: The name of the file in an error.
 
     Raises:
-        Refused: there are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; one line states all.
     """
     problems: list[str] = []
     known = schema.read(fields_.renamed(fields), FIELDS, _IGNORED, "", problems)
@@ -66,15 +66,15 @@ def read(
     """Return the config of fields that are read.
 
     Args:
-        kind: the config class.
-        known: the fields of the whole model.
-        vision_fields: the content of the `vision_config`.
-        text: the fields of the language model, read.
-        source: the name of the file in an error.
-        problems: what is wrong with the fields.
+      kind: The config class.
+      known: The fields of the whole model.
+      vision_fields: The content of the `vision_config`.
+      text: The fields of the language model, read.
+      source: The name of the file in an error.
+      problems: What is wrong with the fields.
 
     Raises:
-        Refused: there are problems.
+      Refused: There are problems.
     """
     vision = pixtral.read(vision_fields, problems)
     at, merge = known["vision_feature_layer"], known.get("spatial_merge_size", 1)

@@ -39,8 +39,8 @@ class Mistral3Config(FreeGridConfig):
         """Return a model of a tower and a language model, with the projector between them.
 
         Args:
-          vision: the tower.
-          lm: the language model.
+          vision: The tower.
+          lm: The language model.
           **fields: `act` and `bias` of the projector, and `image_token`.
         """
         how = {name: fields.pop(name) for name in ("act", "bias") if name in fields}

@@ -33,7 +33,7 @@ class Mistral3Processor(FreeGridProcessor):
         """Return the rows and columns of patches of a picture of this (height, width).
 
         Raises:
-          ValueError: the picture is too long for its width.
+          ValueError: The picture is too long for its width.
         """
         height, width = size
         most = _limits(self.image_processor.size)

@@ -87,8 +87,8 @@ def gemma(*, width: int, **fields: Any) -> DecoderConfig:
     """Return the config of a Gemma.
 
     Args:
-        width: D.
-        **fields: further fields.
+      width: D.
+      **fields: Further fields.
     """
     same: dict[str, Any] = {
         "vocab": 257216, "act": "gelu_tanh", "eps": 1e-6, "unit_offset": True, "tied": True,
@@ -101,9 +101,9 @@ def gemma2(*, layers: int, window: int = 4096, **fields: Any) -> DecoderConfig:
     """Return the config of a Gemma 2.
 
     Args:
-        layers: L.
-        window: the window of every other layer, the first included.
-        **fields: further fields.
+      layers: L.
+      window: The window of every other layer, the first included.
+      **fields: Further fields.
     """
     same: dict[str, Any] = {
         "post_norms": True, "attention_softcap": 50.0, "logit_softcap": 30.0,

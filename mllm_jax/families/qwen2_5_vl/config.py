@@ -28,13 +28,13 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     """Read the config of a checkpoint of a Qwen-VL model.
 
     Args:
-        fields: the content of `config.json`. The first checkpoints of Qwen2-VL and Qwen2.5-VL have
-            the fields of the language model at its root.
-        source: the name of the file in an error.
-        kind: the config class.
+      fields: The content of `config.json`. The first checkpoints of Qwen2-VL and Qwen2.5-VL have
+        the fields of the language model at its root.
+      source: The name of the file in an error.
+      kind: The config class.
 
     Raises:
-        Refused: there are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; one line states all.
     """
     problems: list[str] = []
     version, default = kind.version, _TEXT[kind.version]

@@ -25,7 +25,7 @@ class QwenVLConfig(FreeGridConfig):
     """A Qwen2.5-VL model, and the base of the other Qwens; see `FreeGridConfig`.
 
     Attributes:
-        version: the generation; its tower and its language model have their own fields.
+      version: The generation; its tower and its language model have their own fields.
     """
 
     version: ClassVar[Version] = "2.5"

@@ -79,13 +79,13 @@ def resized(size: tuple[int, int], factor: int, least: int, most: int) -> tuple[
     """Return the (height, width) that a picture is scaled to, both multiples of a factor.
 
     Args:
-        size: the (height, width) of the picture.
-        factor: the side of the square of pixels that becomes one token.
-        least: the least number of pixels.
-        most: the most pixels; a picture of one row or column of tokens may have more.
+      size: The (height, width) of the picture.
+      factor: The side of the square of pixels that becomes one token.
+      least: The least number of pixels.
+      most: The most pixels; a picture of one row or column of tokens may have more.
 
     Raises:
-        ValueError: the picture is too long for its width.
+      ValueError: The picture is too long for its width.
     """
     height, width = size
     if max(size) > MAX_RATIO * min(size):
