@@ -332,7 +332,10 @@ def _tile_names(keys: TokenMap) -> tuple[str, ...]:
         raise ValueError(
             'by="tile" needs a batch that is known: how many tiles a row has is part of the program'
         )
-    return tuple(f"tile {number}" for number in range(int(np.max(keys.tile, initial=-1)) + 1))
+    count = int(np.max(keys.tile, initial=-1)) + 1
+    if not count:
+        raise ValueError('by="tile": this batch has no picture, so no tile')
+    return tuple(f"tile {number}" for number in range(count))
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:
