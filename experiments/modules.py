@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,11 @@ MODULES = {
     "projector": S.projector.act,
     "lm": S.lm.mlp.act,
 }
+
+
+def in_order(by_module: Mapping[str, Any]) -> list[str]:
+    """Return modules in the order of a pass."""
+    return [module for module in MODULES if module in by_module]
 
 
 def widest(modules: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import scipy.stats
 
 from experiments.domain_neurons.effects import EFFECT, NONE
-from experiments.modules import MODULES, widest
+from experiments.modules import in_order, widest
 from mllm_jax.analysis import power
 
 Row = Mapping[str, Any]
@@ -52,8 +52,8 @@ def judge(results: Mapping[str, Any]) -> list[dict[str, str]]:
 def _existence(stability: Mapping[str, Row], selection: Mapping[str, Row]) -> Claim:
     tested = {
         module: stability[module]
-        for module in MODULES
-        if module in stability and stability[module].get("beyond_chance") is not None
+        for module in in_order(stability)
+        if stability[module].get("beyond_chance") is not None
     }
     beyond = {module: row["beyond_chance"] for module, row in tested.items()}
     found = "; ".join(

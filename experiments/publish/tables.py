@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.domain_neurons.report.effects import CONTROLS, select
-from experiments.modules import MODULES
+from experiments.modules import in_order
 from mllm_jax.report import parts
 from mllm_jax.report.tables import markdown
 
@@ -68,7 +68,7 @@ def controls(results: Results, measure: str, tokens: str | None, digits: int) ->
 def modules(results: Results) -> str:
     """Return how many neurons of each module are selected, and how many chance does not explain."""
     rows = []
-    for module in _in_order(results["selection"]):
+    for module in in_order(results["selection"]):
         selection, stability = results["selection"][module], results["stability"][module]
         shared = stability["halves"][-1]  # of the largest halves, by domain
         rows.append(
@@ -84,14 +84,9 @@ def prompts(results: Results) -> str:
     rows = [
         (parts.title(module), *(f"{jaccard:.2f}" for jaccard in shared[module]["jaccard"]),
          f"{max(shared[module]['chance']):.3f}")
-        for module in _in_order(shared)
+        for module in in_order(shared)
     ]  # fmt: skip
     return markdown(("module", *results["domains"], "at most by chance"), rows)
-
-
-def _in_order(by_module: Mapping[str, Any]) -> list[str]:
-    """Return modules in the order of a pass."""
-    return [module for module in MODULES if module in by_module]
 
 
 Table = Callable[[Results], str]

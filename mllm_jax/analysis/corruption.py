@@ -14,6 +14,7 @@ import numpy as np
 from mllm_jax import tokens
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.model import Model
+from mllm_jax.numerics import precision
 from mllm_jax.typing import Bool, Float, Int
 
 
@@ -107,7 +108,7 @@ def _places(batch: Batch, values: Float[np.ndarray, "I P n"]) -> Bool[np.ndarray
 
 def _wide(values: Float[np.ndarray, "I ..."]) -> Float[np.ndarray, "I ..."]:
     """Return values in float32 or wider: NumPy adds up narrower ones in their own dtype."""
-    return values.astype(np.promote_types(values.dtype, np.float32))
+    return values.astype(precision.at_least_float32_dtype(values.dtype))
 
 
 def _expand(real: Bool[np.ndarray, " I"], values: Float[np.ndarray, "I ..."]) -> np.ndarray:

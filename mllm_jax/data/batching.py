@@ -16,6 +16,7 @@ from mllm_jax.data.embedded.questions import Question
 from mllm_jax.data.features import picture_sizes
 from mllm_jax.data.sequences import LazySequence
 from mllm_jax.processors.processor import Processor
+from mllm_jax.processors.rows import same_at_start
 
 T = TypeVar("T")
 
@@ -136,22 +137,16 @@ def packed_length(
     placeholder = _placeholder_pictures(processor, 1, examples)
     rows = [[(q.prompt, q.answer) for q in asked] for asked in questions_of]
     lengths: dict[tuple[str, str], int] = {}
-    starts: list[np.ndarray] = []  # the ids before each question
+    starts: list[list[int]] = []  # the ids before each question
     for pair in dict.fromkeys(itertools.chain.from_iterable(rows)):
         batch = processor.pack(None, [[pair]], **placeholder)
         assert batch.segment is not None
         lengths[pair] = int(batch.valid.sum())
-        starts.append(np.asarray(batch.ids)[np.asarray(batch.valid & (batch.segment == 0))])
-    shared = _same_at_start(starts)
+        before = np.asarray(batch.valid & (batch.segment == 0))
+        starts.append(np.asarray(batch.ids)[before].tolist())
+    shared = same_at_start(starts)
     own = (sorted(lengths[pair] - shared for pair in row)[-questions:] for row in rows)
     return -(-(shared + max(map(sum, own), default=0)) // 8) * 8
-
-
-def _same_at_start(arrays: Sequence[np.ndarray]) -> int:
-    """Return how many entries at the start are the same in all arrays."""
-    least = min(map(len, arrays), default=0)
-    same = [(array[:least] == arrays[0][:least]) for array in arrays]
-    return int(np.append(np.all(same, 0), False).argmin()) if same else 0
 
 
 def ask(examples: Sequence[Example], styles: Sequence[str]) -> list[tuple[Example, Question]]:

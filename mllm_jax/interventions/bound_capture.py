@@ -37,11 +37,6 @@ class Places:
     column: Int[AnyArray, "B T"]
     examples: Int[AnyArray, ""]
 
-    def map_tokens(self, part: Callable[[AnyArray], AnyArray]) -> Places:
-        """Return the places of some tokens, by a function of arrays [B, T]."""
-        fields = {n: part(getattr(self, n)) for n in ("token", "tile", "row", "column")}
-        return dataclasses.replace(self, **fields)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +89,15 @@ class BoundCapture:
     keys: TokenMap | None = None
     heads: str = dataclasses.field(default="each", metadata={"static": True})
     state: Any = None
+
+    def map_tokens(self, part: Callable[[AnyArray], AnyArray]) -> BoundCapture:
+        """Return the capture of some of the tokens, by a function of arrays [B, T]."""
+
+        def parts(of: Any, names: tuple[str, ...]) -> Any:
+            return dataclasses.replace(of, **{name: part(getattr(of, name)) for name in names})
+
+        places = self.places and parts(self.places, ("token", "tile", "row", "column"))
+        return parts(dataclasses.replace(self, places=places), ("tokens", "kind"))
 
     def finish(self, carried: Any) -> Any:
         """Return the carried slots in the order of the capture; absent layers are NaN, or 0."""

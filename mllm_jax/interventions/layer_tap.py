@@ -162,17 +162,8 @@ class LayerTap:
         return y
 
     def _read(self, capture: BoundCapture, x: jax.Array) -> Any:
-        length, places = x.shape[capture.site.token_axis], capture.places
-
-        def window(array: AnyArray) -> AnyArray:
-            return self._window(array, 1, length)
-
-        capture = dataclasses.replace(
-            capture,
-            tokens=window(capture.tokens),
-            kind=window(capture.kind),
-            places=None if places is None else places.map_tokens(window),
-        )
+        length = x.shape[capture.site.token_axis]
+        capture = capture.map_tokens(lambda array: self._window(array, 1, length))
         read = functools.partial(forms.read_layer, capture, x, self.lens)
         if capture.slots is None:
             return read()

@@ -209,7 +209,10 @@ def compiled_generate(
 
     def append(logits, step, done, tokens):
         """Append a token to each row; return it with the rows that have ended, and all tokens."""
-        own = None if greedy or key is None else jax.random.fold_in(key, step)
+        own = None
+        if not greedy:
+            assert key is not None, "sampling needs a key"
+            own = jax.random.fold_in(key, step)
         token = jnp.where(done, stops[0], _choose(logits, temperature, own))
         done = done | (token[:, None] == stops).any(-1)
         return token, done, tokens.at[:, step].set(token)

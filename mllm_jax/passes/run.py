@@ -197,12 +197,7 @@ def _taps_at_last(taps: Taps, batch: Batch) -> Taps:
         return dataclasses.replace(edit, tokens=selected, values=values, along=along)
 
     def capture_at_last(capture: BoundCapture) -> BoundCapture:
-        if capture.site != sites.logits:
-            return capture
-        places = None if capture.places is None else capture.places.map_tokens(pick)
-        return dataclasses.replace(
-            capture, tokens=pick(capture.tokens), kind=pick(capture.kind), places=places
-        )
+        return capture.map_tokens(pick) if capture.site == sites.logits else capture
 
     return taps.with_items(
         tuple(edit_at_last(edit) for edit in taps.edits),

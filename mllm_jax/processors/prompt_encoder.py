@@ -306,8 +306,7 @@ def _shared_tokens(rows: Sequence[Row]) -> int:
     template and the beginning of the question.
     """
     shared = min(row.column("kind").tolist().index(tokens.CODE["question"]) for row in rows)
-    at_each = zip(*(row.tokens[:shared] for row in rows), strict=True)
-    return next((n for n, found in enumerate(at_each) if len(set(found)) > 1), shared)
+    return rows_.same_at_start(row.tokens[:shared] for row in rows)
 
 
 @contextlib.contextmanager

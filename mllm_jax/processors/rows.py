@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -105,6 +106,12 @@ class Row:
     def ids(self) -> list[int]:
         """The id of each token."""
         return [token.id for token in self.tokens]
+
+
+def same_at_start(sequences: Iterable[Iterable[Any]]) -> int:
+    """Return how many entries at the start are the same in all sequences."""
+    at_each = zip(*sequences, strict=False)  # as far as the shortest
+    return sum(1 for _ in itertools.takewhile(lambda found: len(set(found)) == 1, at_each))
 
 
 def text_tokens(ids: Iterable[int], kinds: Iterable[int]) -> list[Token]:
