@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mllm_jax.analysis import checks
+from mllm_jax.analysis import checks, jaccard
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -292,8 +292,7 @@ def overlap(selection: SelectedNeurons) -> np.ndarray:
     members = selection.mask.reshape(len(selection.mask), -1).astype(np.int64)
     both = members @ members.T
     sizes = members.sum(axis=1)
-    either = sizes[:, None] + sizes[None, :] - both
-    return both / np.maximum(either, 1)
+    return jaccard.index(both, sizes[:, None], sizes)
 
 
 def _quantile(probability: np.ndarray, rate: float, name: str) -> float:

@@ -15,13 +15,12 @@ picture and by run. TABLE_1, TABLE_2 and TABLE_3 hold the results of the paper.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mllm_jax.analysis import checks, intervals
+from mllm_jax.analysis import checks, intervals, jaccard
 from mllm_jax.analysis.scores import (
     MARGIN,
     Sample,
@@ -323,11 +322,10 @@ def moved(
         if old.shape != new.shape or not old.size:
             raise ValueError(f"{module}: masks {old.shape} before and {new.shape} after")
         sizes, kept = (int(old.sum()), int(new.sum())), int((old & new).sum())
-        expected = math.prod(sizes) / old.size
         rows.append({
             "module": module, "before": sizes[0], "after": sizes[1], "kept": kept,
-            "jaccard": kept / max(1, sum(sizes) - kept),
-            "chance": expected / max(1.0, sum(sizes) - expected),
+            "jaccard": float(jaccard.index(kept, *sizes)),
+            "chance": float(jaccard.by_chance(*sizes, old.size)),
             "share_before": sizes[0] / totals[0], "share_after": sizes[1] / totals[1],
             "per_layer_before": old.sum(1).tolist(), "per_layer_after": new.sum(1).tolist(),
         })  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mllm_jax.analysis import checks, domain_neurons
+from mllm_jax.analysis import checks, domain_neurons, jaccard
 
 
 def entropy(counts: np.ndarray, tokens: np.ndarray, **options: Any) -> np.ndarray:
@@ -276,14 +276,13 @@ def overlap(masks: Mapping[str, np.ndarray]) -> Overlap:
     integers = members.astype(np.int64)
     both = np.einsum("dsn,dtn->dst", integers, integers)
     sizes = integers.sum(axis=-1)
-    total = sizes[:, :, None] + sizes[:, None, :]
-    expected = sizes[:, :, None] * sizes[:, None, :] / members.shape[-1]
+    pair = sizes[:, :, None], sizes[:, None, :]
     taken = members.sum(axis=1)
     counts = np.stack([np.bincount(row, minlength=len(masks) + 1) for row in taken])
     return Overlap(
         tuple(masks),
-        both / np.maximum(total - both, 1),
-        np.divide(expected, total - expected, out=np.zeros_like(expected), where=total > 0),
+        jaccard.index(both, *pair),
+        jaccard.by_chance(*pair, members.shape[-1]),
         counts,
     )
 

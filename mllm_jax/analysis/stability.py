@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from mllm_jax.analysis import checks, domain_neurons, intervals
+from mllm_jax.analysis import checks, domain_neurons, intervals, jaccard
 
 POWER = 0.5  # a test that would miss the most specific neuron more often than this is refused
 Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (counts, tokens) of domains -> mask
@@ -127,7 +127,7 @@ def split_half(
                 at = half.ravel()
                 halves.append(select(*pool(counts[at], tokens[at], domain[at])))
                 count[s] += halves[-1].sum(axis=(1, 2)) / (2 * repeats)
-            agreement[s, repeat] = jaccard(*halves)
+            agreement[s, repeat] = jaccard.of_masks(*halves)
     return Agreement(halves_of, agreement, count)
 
 
@@ -182,7 +182,7 @@ def bootstrap(
             weight[members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)))
         resampled = select(*pool(counts, tokens, domain, weight))
         times += resampled
-        similarities.append(jaccard(mask, resampled))
+        similarities.append(jaccard.of_masks(mask, resampled))
         per_layer.append(resampled.sum(axis=-1))
     low, high = intervals.percentiles(np.array(similarities), level=level)
     mean = intervals.Interval(np.mean(similarities, axis=0), low, high)
@@ -283,12 +283,6 @@ def _chance_of_true_division(domain: np.ndarray) -> float:
     sizes = np.bincount(domain).tolist()
     names = math.prod(map(math.factorial, collections.Counter(sizes).values()))
     return names * math.prod(map(math.factorial, sizes)) / math.factorial(sum(sizes))
-
-
-def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the Jaccard indices float64[D_] of two bool[D_, L, F]; 0 where both are empty."""
-    a, b = checks.mask(a, "a"), checks.mask(b, "b")
-    return (a & b).sum(axis=(1, 2)) / np.maximum((a | b).sum(axis=(1, 2)), 1)
 
 
 def _checked(

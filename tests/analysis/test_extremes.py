@@ -15,6 +15,7 @@ from mllm_jax.analysis import (
     deviation,
     domain_neurons,
     intervals,
+    jaccard,
     logit_lens,
     official,
     probe,
@@ -178,7 +179,7 @@ def test_what_must_be_integers_is(name):
     [
         lambda x: domain_neurons.random_mask_like(x, 0),
         lambda x: selectors.overlap({"a": x, "b": x}),
-        lambda x: stability.jaccard(x, x),
+        lambda x: jaccard.of_masks(x, x),
         official.lists,
         lambda x: projection.moved({"lm": x[0]}, {"lm": x[0]}),
     ],
