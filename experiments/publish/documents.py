@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import Any
 
+from experiments.compare import runs
 from experiments.publish.tables import TABLES
 from mllm_jax import store
 
@@ -29,21 +30,22 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
       root: The folder of the repository.
 
     Raises:
-      FileNotFoundError: The study is not finished.
-      ValueError: The study is none of those that are published.
+      FileNotFoundError: A figure of the study is missing.
+      ValueError: The study is none of those that are published, or its results are not finished,
+        damaged, or of another format.
     """
-    path = workdir / "results.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the study is not finished; start it again")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    study = results["study"]
+    [run] = runs.read([str(workdir)])
+    results, study = run.results, run.results["study"]
     if study not in TABLES:
-        raise ValueError(f"{path}: {study!r} is not published; {', '.join(TABLES)} are")
+        raise ValueError(f"{workdir}: {study!r} is not published; {', '.join(TABLES)} are")
+    figures = {name: workdir / f"figures/{name}.png" for name in FIGURES[study]}
+    if missing := [str(path) for path in figures.values() if not path.exists()]:
+        raise FileNotFoundError(f"{missing[0]} is missing; start the study again, it draws it")
     published = {key: value for key, value in results.items() if key not in OF_PICTURES}
     folder = root / "docs/results"
     store.write(folder / f"{study}.json", _by_line(published))
-    for name in FIGURES[study]:
-        shutil.copyfile(workdir / f"figures/{name}.png", folder / f"{study}-{name}.png")
+    for name, path in figures.items():
+        shutil.copyfile(path, folder / f"{study}-{name}.png")
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")
         store.write(root / document, with_tables(text, {study: published}))

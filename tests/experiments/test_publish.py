@@ -7,7 +7,9 @@ import json
 import pytest
 
 from experiments.publish import documents
+from mllm_jax.report import report
 
+RESULTS = {"study": "projection", "format": report.FORMAT}
 CLAIM = {"claim": "It holds.", "criterion": "c", "found": "f", "verdict": "holds", "power": "p"}
 TEXT = """# Results
 
@@ -45,8 +47,9 @@ def run(tmp_path):
     (folder / "figures").mkdir(parents=True)
     for name in documents.FIGURES["projection"]:
         (folder / f"figures/{name}.png").write_bytes(b"a figure")
-    results = {"study": "projection", "claims": [CLAIM], "pictures": [{"id": "one"}]}
+    results = RESULTS | {"claims": [CLAIM], "pictures": [{"id": "one"}]}
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "manifest.json").write_text("{}")
     return folder
 
 
@@ -70,12 +73,20 @@ def test_publishing_twice_changes_nothing(repository, run):
 
 
 def test_an_unfinished_run_is_refused(repository, run):
-    (run / "results.json").unlink()
-    with pytest.raises(FileNotFoundError, match="not finished; start it again"):
+    (run / "manifest.json").unlink()  # which is written last
+    with pytest.raises(ValueError, match="is no finished study"):
         documents.publish(run, repository)
+    assert not (repository / "docs/results/projection.json").exists()
+
+
+def test_a_run_without_its_figures_is_refused_before_anything_is_written(repository, run):
+    (run / "figures/overview.png").unlink()
+    with pytest.raises(FileNotFoundError, match="overview.png is missing; start the study again"):
+        documents.publish(run, repository)
+    assert not (repository / "docs/results/projection.json").exists()
 
 
 def test_another_study_is_refused(repository, run):
-    (run / "results.json").write_text(json.dumps({"study": "sweep"}))
+    (run / "results.json").write_text(json.dumps(RESULTS | {"study": "sweep"}))
     with pytest.raises(ValueError, match="'sweep' is not published"):
         documents.publish(run, repository)
