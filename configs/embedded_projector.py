@@ -1,11 +1,13 @@
-"""Training of the embedded model's projector on the five embedded domains.
+"""Training of the embedded model on the five embedded domains, its projector first.
 
     python -m experiments.train --config=configs/embedded_projector.py --workdir=ONE
     python -m experiments.train --config=configs/embedded_projector.py:second --workdir=TWO \
         --config.projector=ONE/projector.safetensors
+    python -m experiments.train --config=configs/embedded_projector.py:third --workdir=THREE
 
-Everything else is frozen. The first stage trains on all question styles; the second continues with
-the styles that need details of the picture.
+The first stage trains the projector alone, on all question styles; the second continues with the
+styles that need details of the picture. They gave the projector that ships, from which the third
+trains the projector and low-rank products of the language model; THREE/model is the model.
 """
 
 import ml_collections
@@ -15,7 +17,7 @@ from configs import base
 
 def get_config(stage: str = "first") -> ml_collections.ConfigDict:
     """Return the config of the study, at the named size where it has sizes."""
-    base.check_variant("embedded_projector.py", stage, ("first", "second"))
+    base.check_variant("embedded_projector.py", stage, ("first", "second", "third"))
     config = ml_collections.ConfigDict()
     config.model = "embedded"
     config.projector = "random"
@@ -40,4 +42,11 @@ def get_config(stage: str = "first") -> ml_collections.ConfigDict:
         config.questions = 2
         config.styles = ("category", "choice")
         config.steps = 300
+    if stage == "third":
+        config.projector = ""  # the one that ships
+        config.questions = 2
+        config.styles = ("category", "choice")
+        config.recipe.part = "projector+lora"
+        config.recipe.rate = 5e-4
+        config.recipe.projector_rate = 2e-4
     return config

@@ -1,9 +1,10 @@
-"""The steps of the training of a projector; see `experiments/train/__main__.py`."""
+"""The steps of the training of a projector, or of more; see `experiments/train/__main__.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 
 import ml_collections
 import numpy as np
@@ -16,6 +17,7 @@ from mllm_jax import store
 from mllm_jax.data import batching, features
 from mllm_jax.loading import save
 from mllm_jax.report import style, tables
+from mllm_jax.sharding import hosts
 from mllm_jax.training import fit, parts, start
 
 
@@ -26,7 +28,7 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
       config: Its settings, see configs/embedded_projector.py.
       workdir: The folder of its checkpoints and results.
     """
-    model, processor = mj.load(config.model, projector=config.projector, seed=config.seed)
+    model, processor = mj.load(config.model, projector=config.projector or None, seed=config.seed)
     study = Context(config=config, workdir=workdir, model=model, processor=processor)
     train = examples.examples_of(config, "train", config.train_per_domain)
     test = examples.examples_of(config, "test", config.test_per_domain)
@@ -63,7 +65,12 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
     model, curve = fit.fit(model, batches, recipe, save=workdir / "checkpoints")
     after = workdir.json("after", lambda: fit.evaluate(model, tests, wrong, label="loss after"))
 
-    save.write_projector(model, workdir / "projector.safetensors")
+    if recipe.part == "projector":
+        save.write_projector(model, workdir / "projector.safetensors")
+    else:
+        if hosts.is_primary():
+            shutil.rmtree(workdir / "model", ignore_errors=True)  # an earlier run's, equal or stale
+        save.save_hf(model, processor, workdir / "model")
     trained = parts.partition(model, recipe.part, lora=recipe.lora).trained
     results = {
         "study": "train",
@@ -74,7 +81,7 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         "steps": config.steps,
         "loss_before": {"right": before[0], "wrong": before[1]},
         "loss_after": {"right": after[0], "wrong": after[1]},
-        "projector": store.fingerprint(trained),
+        "trained_model": store.fingerprint(model),
     }
 
     def write_curve(folder: os.PathLike, results: dict) -> None:

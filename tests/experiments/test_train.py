@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import safetensors.numpy
+
+import mllm_jax as mj
+from mllm_jax import store
 
 CONFIG = "configs/embedded_projector.py"
 SMALL = (
@@ -29,6 +33,26 @@ def test_the_loss_falls_and_the_projector_is_written(finished):
     assert len((finished / "loss.csv").read_text().splitlines()) == 1 + 40
     written = safetensors.numpy.load_file(finished / "projector.safetensors")
     assert sum(array.size for array in written.values()) == results["trained_parameters"]
+
+
+@pytest.mark.slow
+def test_more_than_the_projector_is_written_as_a_model(checkpoint, command, execute, tmp_path):
+    part = ("--config.steps=4", "--config.recipe.part=projector+lora", "--config.projector=")
+    done = execute(command("train", CONFIG, tmp_path / "work", *SMALL, *part))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "work/projector.safetensors").exists()
+    before, after = (
+        safetensors.numpy.load_file(folder / "model.safetensors")
+        for folder in (checkpoint, tmp_path / "work/model")
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    kinds = ("multi_modal_projector", "layers", "self_attn", "mlp")
+    assert {kind for name in changed for kind in kinds if kind in name} == set(kinds)
+    assert not any(part in name for name in changed for part in ("vision", "embed", "norm"))
+    results = json.loads((tmp_path / "work/results.json").read_text())
+    model, _ = mj.load(tmp_path / "work/model")
+    assert store.fingerprint(model) == results["trained_model"]
 
 
 @pytest.mark.slow
