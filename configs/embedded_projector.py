@@ -46,6 +46,7 @@ def get_config(stage: str = "first") -> ml_collections.ConfigDict:
         config.projector = ""  # the one that ships
         config.questions = 2
         config.styles = ("category", "choice")
+        config.steps = 300
         config.recipe.part = "projector+lora"
         config.recipe.rate = 5e-4
         config.recipe.projector_rate = 2e-4

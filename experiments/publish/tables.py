@@ -7,6 +7,8 @@ from typing import Any
 
 from experiments.domain_neurons.report.effects import CONTROLS, select
 from experiments.modules import in_order
+from experiments.projection.report import cells
+from mllm_jax.analysis.projection import E2E, ORIGINAL, PROJ
 from mllm_jax.report import parts
 from mllm_jax.report.tables import markdown
 
@@ -89,6 +91,36 @@ def prompts(results: Results) -> str:
     return markdown(("module", *results["domains"], "at most by chance"), rows)
 
 
+def answers(results: Results) -> str:
+    """Return the macro-F1 of the answers of each variant, and its change by fine-tuning."""
+    by_task = cells.group(results["answers"], "task", "variant")
+    variants = list(next(iter(by_task.values())))
+    changed = [variant for variant in variants if variant in (PROJ, E2E)]
+    rows = [
+        (task, *(_interval(of[variant]["f1"], "mean") for variant in variants),
+         *(_interval(of[variant]["change"], "value", "+") for variant in changed))
+        for task, of in by_task.items()
+    ]  # fmt: skip
+    return markdown(("task", *variants, *(f"{v} less {ORIGINAL}" for v in changed)), rows)
+
+
+def probes(results: Results) -> str:
+    """Return the macro-F1 of probes before and after the projection, by task and probe."""
+    scores: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results["richness"]:
+        of_pair = scores.setdefault((row["task"], row["probe"]), {})
+        of_pair[row["variant"]] = _interval(row["f1"], "mean")
+    variants = list(next(iter(scores.values())))
+    rows = [(*pair, *(of_pair[v] for v in variants)) for pair, of_pair in scores.items()]
+    return markdown(("task", "probe", *variants), rows)
+
+
+def _interval(row: Results, value: str, sign: str = "") -> str:
+    """Return a value with its interval as text."""
+    mean, low, high = (f"{row[key]:{sign}.2f}" for key in (value, "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 Table = Callable[[Results], str]
 OF_CLAIMS: dict[str, Table] = {"verdicts": verdicts, "claims": claims}
 TABLES: dict[str, dict[str, Table]] = {
@@ -99,5 +131,5 @@ TABLES: dict[str, dict[str, Table]] = {
         "modules": modules,
         "prompts": prompts,
     },
-    "projection": OF_CLAIMS,
+    "projection": OF_CLAIMS | {"answers": answers, "probes": probes},
 }
