@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import shutil
+from collections.abc import Mapping
 from typing import Any
 
+from experiments.compare import runs
 from experiments.publish.tables import TABLES
 from mllm_jax import store
 
@@ -29,27 +30,33 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
       root: The folder of the repository.
 
     Raises:
-      FileNotFoundError: The study is not finished.
-      ValueError: The study is none of those that are published.
+      FileNotFoundError: A figure is missing.
+      ValueError: The study is not finished, is damaged or of another format, or is none of those
+        that are published.
     """
-    path = workdir / "results.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the study is not finished; start it again")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    study = results["study"]
+    (run,) = runs.read([str(workdir)])
+    study = run.results["study"]
     if study not in TABLES:
-        raise ValueError(f"{path}: {study!r} is not published; {', '.join(TABLES)} are")
-    published = {key: value for key, value in results.items() if key not in OF_PICTURES}
+        raise ValueError(f"{workdir}: {study!r} is not published; {', '.join(TABLES)} are")
+    published = {key: value for key, value in run.results.items() if key not in OF_PICTURES}
+    # Read and made before anything is written, so that documents and results stay of one run.
+    texts = {
+        document: with_tables((root / document).read_text(encoding="utf-8"), {study: published})
+        for document in DOCUMENTS
+    }
+    figures = {
+        f"{study}-{name}.png": (workdir / f"figures/{name}.png").read_bytes()
+        for name in FIGURES[study]
+    }
     folder = root / "docs/results"
     store.write(folder / f"{study}.json", _by_line(published))
-    for name in FIGURES[study]:
-        shutil.copyfile(workdir / f"figures/{name}.png", folder / f"{study}-{name}.png")
-    for document in DOCUMENTS:
-        text = (root / document).read_text(encoding="utf-8")
-        store.write(root / document, with_tables(text, {study: published}))
+    for name, figure in figures.items():
+        store.write(folder / name, figure)
+    for document, text in texts.items():
+        store.write(root / document, text)
 
 
-def _by_line(results: dict[str, Any]) -> str:
+def _by_line(results: Mapping[str, Any]) -> str:
     """Return results as JSON, each key on a line of its own, so that diffs name what changed."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
