@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.compare import numbers
-from mllm_jax import files
+from mllm_jax import files, store
 from mllm_jax.report import report
 
 RECORDS = ("results.json", "manifest.json")
@@ -57,22 +57,21 @@ class Run:
         path = self.folder / "masks.npz"
         if not path.exists():
             return {}
-        with np.load(path, allow_pickle=False) as arrays:
-            domains = [str(name) for name in arrays["domains"]]
-            return {
-                f"{site} / {domain}": arrays[site][number]
-                for site in arrays.files
-                if site != "domains"
-                for number, domain in enumerate(domains)
-            }
+        arrays = store.read_npz(path)
+        domains = [str(name) for name in arrays.pop("domains")]
+        return {
+            f"{site} / {domain}": mask[number]
+            for site, mask in arrays.items()
+            for number, domain in enumerate(domains)
+        }
 
     def step(self, path: str, field: str) -> np.ndarray | None:
         """Return an array of a step of the study as float64, or None if there is none."""
         file = self.folder / "steps" / f"{path}.npz"
         if not file.exists():
             return None
-        with np.load(file, allow_pickle=False) as arrays:
-            return np.asarray(arrays[field], np.float64) if field in arrays.files else None
+        values = store.read_npz(file).get(field)
+        return None if values is None else np.asarray(values, np.float64)
 
 
 def read(folders: Sequence[str]) -> list[Run]:

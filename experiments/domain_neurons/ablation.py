@@ -112,7 +112,10 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
             {"id": example.id, "question": question.prompt, "answer": question.answer}
             for example, question in measure.questions.pairs
         ]
-        baseline[name] = _mean(clean["score"]) | {"chance": measure.chance, "metric": measure.name}
+        count = measure.changeable
+        baseline[name] = _mean(clean["score"]) | {
+            "n": count, "chance": measure.chance, "metric": measure.name
+        }  # fmt: skip
         rows += [
             _row(cell, clean, edited[cell], sum(int(mask.sum()) for mask in masks.values()))
             for cell, masks in cells.items()
@@ -120,7 +123,7 @@ def ablate(study: Study, neurons: Mapping[str, SelectedNeurons], controls: Contr
         for module in study.config.modules:
             own, draws = edited[Cell(module, name, name)], _draws(module, edited)
             named = {"module": module, "data": name}
-            against += [named | row for row in effects.against_controls(own, draws, KINDS)]
+            against += [named | row for row in effects.against_controls(own, draws, KINDS, count)]
             layers += [named | row for row in effects.by_layer(own, draws, KINDS)]
     sizes = {name: score["n"] for name, score in baseline.items()}
     power = effects.correct_cells([row for row in rows if row["control"] is None], sizes)
@@ -243,7 +246,7 @@ _sums = jax.jit(deviation.sums)  # in one pass over the states of all layers
 
 def _mean(scores: np.ndarray) -> dict[str, Any]:
     value, low, high = intervals.mean(scores)
-    return {"accuracy": float(value), "low": float(low), "high": float(high), "n": len(scores)}
+    return {"accuracy": float(value), "low": float(low), "high": float(high)}
 
 
 def _row(

@@ -14,7 +14,7 @@ import scipy.stats
 
 from experiments.domain_neurons.effects import EFFECT, NONE
 from experiments.modules import in_order, widest
-from mllm_jax.analysis import power
+from mllm_jax.analysis import intervals, power
 
 Row = Mapping[str, Any]
 LARGEST_CHANGE = 0.1  # "at most 10 %" (abstract)
@@ -103,10 +103,10 @@ def _hidden_states(effects: Sequence[Row]) -> Claim:
 def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
     rows = _widest(row for row in ablation if row["control"] is None and row["mask"] == row["data"])
     counts = [baseline[row["data"]]["n"] for row in rows]
-    # Unchanged answers to n questions leave a change of 10 % the probability 0.9^n.
+    # An interval over few changed answers is too narrow.
     within = [
         max(abs(row["low"]), abs(row["high"])) <= LARGEST_CHANGE
-        and (1 - LARGEST_CHANGE) ** n <= power.LEVEL
+        and intervals.chance_of_fewer(row["difference"], LARGEST_CHANGE, n) <= power.LEVEL
         for row, n in zip(rows, counts, strict=True)
     ]
     beyond = [

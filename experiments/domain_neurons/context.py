@@ -120,11 +120,15 @@ class Study(context.Context):
         tests = len(self.names) * len(config.modules)
         needed = power.changed_answers(tests)
         for name in self.names:
-            questions = len(self._pairs("test", name))
+            pairs = self._pairs("test", name)
+            # A single option is always right.
+            several = [len(q.options) > 1 for _, q in pairs] if config.measure == "options" else ()
+            questions = sum(several) if several else len(pairs)
             if questions < needed:
+                of_several = " with several options" if not all(several) else ""
                 warnings.append(
-                    f"domain {name!r} has {questions} test questions: no change of its accuracy "
-                    f"can be found beyond chance in {tests} tests, which takes {needed} or more"
+                    f"domain {name!r} has {questions} test questions{of_several}: no change of its "
+                    f"accuracy can be found beyond chance in {tests} tests, which takes {needed}"
                 )
         each = [len(self.groups(self.questions("train", name))) for name in self.names]
         domain = np.repeat(np.arange(len(each)), each)

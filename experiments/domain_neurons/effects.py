@@ -64,7 +64,10 @@ def correct(rows: Iterable[Row]) -> None:
 
 
 def against_controls(
-    own: Arrays, controls: Mapping[Kind, Sequence[Arrays]], kinds: Sequence[str]
+    own: Arrays,
+    controls: Mapping[Kind, Sequence[Arrays]],
+    kinds: Sequence[str],
+    changeable: int,
 ) -> list[Row]:
     """Compare the ablation of a domain's own neurons with that of each kind of control.
 
@@ -72,6 +75,7 @@ def against_controls(
       own: The arrays of the domain's own neurons.
       controls: The arrays of each draw, by kind of control.
       kinds: The kinds of token of the deviation sums.
+      changeable: The number of questions whose score can change, `n` of accuracy.
 
     Returns:
       A row for each kind of control, measure and kind of token; accuracy has no kind of token.
@@ -82,8 +86,9 @@ def against_controls(
             ours = _values(own, measure, kind)
             theirs = np.stack([_values(arrays, measure, kind) for arrays in draws])
             tokens = None if kind is None else kinds[kind]
+            count = changeable if kind is None else len(ours)
             out.append(
-                {"control": control, "draws": len(draws), "n": len(ours), "measure": measure,
+                {"control": control, "draws": len(draws), "n": count, "measure": measure,
                  "tokens": tokens, "own": float(ours.mean()), "drawn": float(theirs.mean()),
                  **_effect(intervals.effect(ours, theirs))}
             )  # fmt: skip

@@ -33,12 +33,14 @@ class Measure(Protocol):
     Attributes:
       name: The name of the metric.
       chance: The expected score of a guess; None where it is not defined.
+      changeable: The number of questions whose score can change.
       domain: The name of the domain.
       questions: Batches of its test questions.
     """
 
     name: str
     chance: float | None
+    changeable: int
     domain: str
     questions: batching.QuestionBatches
 
@@ -62,6 +64,7 @@ class Options:
         options = [question.options for _, question in self.questions.pairs]
         self.length = score.answer_length(study.processor, itertools.chain(*options))
         self.chance: float | None = float(np.mean([1 / len(choices) for choices in options]))
+        self.changeable = sum(len(choices) > 1 for choices in options)
 
     def respond(
         self, number: int, batch: Batch, edits: Edits
@@ -91,6 +94,7 @@ class Answers:
     def __init__(self, study: Study, domain: str):
         self.study, self.domain = study, domain
         self.questions = study.questions("test", domain)
+        self.changeable = len(self.questions.pairs)
         self.options = {"compat": study.config.compat or None}
         if domain == "lingoqa":
             self.options["judge"] = lingo_judge.load(

@@ -41,6 +41,8 @@ def run(
       edits: Edits of every pass.
       captures: Captures to read during the prompts.
     """
+    if not config.styles:
+        raise ValueError("config.styles is empty: name the styles of the questions, such as choice")
     model, processor = mj.load(config.model)
     study = Context(
         config=config, workdir=workdir, model=model, processor=processor, edits=edits or Edits(),

@@ -17,8 +17,15 @@ from mllm_jax import store
 from mllm_jax.analysis import projection
 from mllm_jax.analysis.projection import CLIP, E2E, ORIGINAL, PROJ
 from mllm_jax.data import classification, tasks
-from mllm_jax.evaluation import zero_shot
+from mllm_jax.evaluation import answers, zero_shot
 from mllm_jax.loading import clip
+from mllm_jax.training import fit
+
+ANSWERS = "scores", "free"
+# Of the evaluated questions, and of each setting of fine-tuning.
+SETTINGS = {
+    "wording": tuple(answers.WORDINGS), "aspect": ("pad", "square"), "start": ("tuned", "random")
+}  # fmt: skip
 
 
 def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
@@ -84,6 +91,15 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise ValueError("config.neurons.train: set config.neurons.pictures, which select neurons")
     if unknown := [seed for seed in config.factors.seeds if seed not in config.seeds]:
         raise ValueError(f"config.factors.seeds: {unknown[0]} is not one of config.seeds")
+    context.require_choice("config.answers", config.answers, ANSWERS)
+    changed = {f"factors.changes.{name}": _changed(config, name) for name in config.factors.changes}
+    for field, setting in {"": config, "proj": config.proj, "e2e": config.e2e, **changed}.items():
+        for name, choices in SETTINGS.items():
+            if name in setting:
+                at = ".".join(filter(None, ("config", field, name)))
+                context.require_choice(at, setting[name], choices)
+    for setting in (config.proj, config.e2e, *changed.values()):
+        fit.Recipe.of(setting.recipe.to_dict())  # refuse wrong numbers
 
 
 def _check_tasks(study: Study) -> None:
@@ -95,6 +111,8 @@ def _check_tasks(study: Study) -> None:
     ):  # fmt: skip
         for task in named:
             context.require_choice(f"config.{field}", task, study.tasks)
+    if config.suppress.task:
+        suppression.check(study)
 
 
 def _tasks(config: ml_collections.ConfigDict) -> dict[str, tasks.Task]:
@@ -128,8 +146,11 @@ def _factor_runs(study: Study) -> Iterator[Run]:
 
 def _changed(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
     """Return the recipe of FT-Proj with the settings of a factor."""
-    setting = ml_collections.ConfigDict(config.proj.to_dict())
-    setting.update(config.factors.changes[name])
+    setting = ml_collections.ConfigDict(config.proj.to_dict()).lock()
+    try:
+        setting.update(config.factors.changes[name])
+    except (KeyError, TypeError) as error:  # of a name, or a type, that FT-Proj's setting lacks
+        raise ValueError(f"config.factors.changes.{name}: {error}") from error
     return setting
 
 

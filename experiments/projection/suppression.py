@@ -9,14 +9,36 @@ from typing import Any
 import numpy as np
 
 import mllm_jax as mj
+from experiments import context
 from experiments.projection.context import Study
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.analysis import domain_neurons, scores, selectors
 from mllm_jax.analysis.projection import ORIGINAL
+from mllm_jax.arguments import require_whole
 from mllm_jax.data import batching, tasks
 from mllm_jax.evaluation import answers
 from mllm_jax.interventions.edits import Edits
+
+
+def check(study: Study) -> None:
+    """Refuse classes that the task lacks, and more experts than neurons, before anything trains."""
+    setting, lm = study.config.suppress, study.model.config.lm
+    task = study.tasks[setting.task]
+    if len(setting.classes) != 2:
+        raise ValueError(
+            f"config.suppress.classes={tuple(setting.classes)}: name two classes, of which the "
+            "first is suppressed"
+        )
+    for label in setting.classes:
+        context.require_choice("config.suppress.classes", label, task.classes)
+        for split in ("train", "test"):
+            if task.classes.index(label) not in study.ids(task.name, split):
+                raise ValueError(
+                    f"config.suppress.classes: none of the {split} pictures of {task.name} is "
+                    f"{label!r}; raise config.{split}_per_task, or name another class"
+                )
+    require_whole("config.suppress.experts", setting.experts, 0, lm.layers * lm.mlp)
 
 
 def suppress(study: Study) -> Iterator[dict[str, Any]]:

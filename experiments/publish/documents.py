@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.compare import runs
@@ -30,28 +30,33 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
       root: The folder of the repository.
 
     Raises:
-      FileNotFoundError: A figure of the study is missing.
-      ValueError: The study is none of those that are published, or its results are not finished,
-        damaged, or of another format.
+      FileNotFoundError: A figure is missing.
+      ValueError: The study is not finished, is damaged or of another format, or is none of those
+        that are published.
     """
-    [run] = runs.read([str(workdir)])
-    results, study = run.results, run.results["study"]
+    (run,) = runs.read([str(workdir)])
+    study = run.results["study"]
     if study not in TABLES:
         raise ValueError(f"{workdir}: {study!r} is not published; {', '.join(TABLES)} are")
-    figures = {name: workdir / f"figures/{name}.png" for name in FIGURES[study]}
-    if missing := [str(path) for path in figures.values() if not path.exists()]:
-        raise FileNotFoundError(f"{missing[0]} is missing; start the study again, it draws it")
-    published = {key: value for key, value in results.items() if key not in OF_PICTURES}
+    published = {key: value for key, value in run.results.items() if key not in OF_PICTURES}
+    # Read and made before anything is written, so that documents and results stay of one run.
+    texts = {
+        document: with_tables((root / document).read_text(encoding="utf-8"), {study: published})
+        for document in DOCUMENTS
+    }
+    figures = {
+        f"{study}-{name}.png": (workdir / f"figures/{name}.png").read_bytes()
+        for name in FIGURES[study]
+    }
     folder = root / "docs/results"
     store.write(folder / f"{study}.json", _by_line(published))
-    for name, path in figures.items():
-        shutil.copyfile(path, folder / f"{study}-{name}.png")
-    for document in DOCUMENTS:
-        text = (root / document).read_text(encoding="utf-8")
-        store.write(root / document, with_tables(text, {study: published}))
+    for name, figure in figures.items():
+        store.write(folder / name, figure)
+    for document, text in texts.items():
+        store.write(root / document, text)
 
 
-def _by_line(results: dict[str, Any]) -> str:
+def _by_line(results: Mapping[str, Any]) -> str:
     """Return results as JSON, each key on a line of its own, so that diffs name what changed."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.running import agreement, cli, compiled, interrupts, lock
+from experiments.running import agreement, cli, compiled, fields, interrupts, lock
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string(
@@ -193,6 +193,7 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
     _mesh_sizes()
     _check_processes()
     _check_paths(CONFIG.value)
+    fields.check(CONFIG.value)
 
 
 def _mesh_sizes() -> dict[str, int]:

@@ -28,6 +28,7 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
       config: Its settings, see configs/embedded_projector.py.
       workdir: The folder of its checkpoints and results.
     """
+    recipe = fit.Recipe.of(config.recipe.to_dict())
     model, processor = mj.load(config.model, projector=config.projector or None, seed=config.seed)
     study = Context(config=config, workdir=workdir, model=model, processor=processor)
     train = examples.examples_of(config, "train", config.train_per_domain)
@@ -60,7 +61,6 @@ def run(config: ml_collections.ConfigDict, workdir: store.Workdir) -> None:
         styles=tuple(config.styles),
     )  # fmt: skip
     wrong = dataclasses.replace(tests, shift=1)  # each question about another picture
-    recipe = fit.Recipe.of(config.recipe.to_dict())
     before = workdir.json("before", lambda: fit.evaluate(model, tests, wrong, label="loss before"))
     model, curve = fit.fit(model, batches, recipe, save=workdir / "checkpoints")
     after = workdir.json("after", lambda: fit.evaluate(model, tests, wrong, label="loss after"))

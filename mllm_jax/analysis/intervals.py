@@ -251,9 +251,8 @@ def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> 
     Args:
       found: The effect, of `effect`.
       margin: The largest effect, to either side, that counts as none, in (0, 1).
-      answers: The number of examples, where each is right or wrong. If none of them changes, the
-        t test has no spread to judge by; a share `margin` of all answers may change, and none
-        of these do, with probability (1 - margin)^answers, which the p-value is at least.
+      answers: The number of examples, where each is right or wrong. Where hardly any of them
+        changes, the t test has no spread to judge by; the p-value is at least `chance_of_fewer`.
 
     Returns:
       The p-value of an effect of the margin or more, the larger of both sides; NaN where the
@@ -261,10 +260,31 @@ def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> 
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin={margin}: the largest effect that counts as none is in (0, 1)")
-    distance, least = margin - abs(found.value), 0 if answers is None else (1 - margin) ** answers
+    distance = margin - abs(found.value)
+    least = 0.0 if answers is None else chance_of_fewer(found.value, margin, answers)
     if not found.error:
         return max(float(distance <= 0), least)
     return max(float(scipy.stats.t.sf(distance / found.error, found.degrees)), least)
+
+
+def chance_of_fewer(change: float, margin: float, answers: int) -> float:
+    """Return how likely so small a change is where a share `margin` of the answers changes.
+
+    All of them change to one side, which varies least. Shares between two numbers of answers, such
+    as means over draws, have a probability in between.
+
+    Args:
+      change: The mean change of right and wrong answers, a share of them.
+      margin: The share of answers that change, in (0, 1).
+      answers: The number of answers.
+
+    Returns:
+      The probability, of a binomial distribution: (1 - margin)^answers if none changed.
+    """
+    changed = abs(change) * answers
+    if changed >= answers:
+        return 1.0
+    return float(scipy.stats.beta.sf(margin, changed + 1, answers - changed))
 
 
 def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) -> float:

@@ -176,10 +176,11 @@ def fit(
     shape = (len(sites[0]), len(seeds)) if several else (len(seeds),)
     rows = [np.asarray(a).reshape(-1, *a.shape[2:])[:count] for a in fitted]
     results = Fitted(*(a.reshape(*shape, *a.shape[1:]) for a in rows))
-    if not np.isfinite(results.losses[..., 0]).all():
+    last = np.maximum(results.epochs, 1) - 1  # none, if the first loss is not finite
+    if not np.isfinite(np.take_along_axis(results.losses, last[..., None], -1)).all():
         raise FloatingPointError(
-            f"the held-out loss of a probe is not finite after one epoch; lower its rate (now "
-            f"{probe.rate}) or standardise its features"
+            f"the held-out loss of a probe is not finite after {last.max() + 1} of its epochs; "
+            f"lower its rate (now {probe.rate}) or standardise its features"
         )
     return results
 

@@ -84,8 +84,8 @@ def difference(sample: Sample, baseline: Sample) -> Sample:
 def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEVEL) -> bool:
     """Return whether a difference is shown to be smaller than a margin, to either side (TOST).
 
-    That no answer changes shows nothing where pictures are few: a share `margin` of all answers may
-    change, and none of these do, with probability (1 - margin)^pictures.
+    That hardly any answer changes shows nothing where pictures are few, see
+    `intervals.chance_of_fewer`.
 
     Args:
       gain: The difference, of `difference`.
@@ -94,8 +94,9 @@ def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEV
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin={margin}: the largest change that counts as none is in (0, 1)")
-    _, low, high = gain.interval(1 - 2 * level)
-    return -margin < low and high < margin and (1 - margin) ** gain.pictures <= level
+    value, low, high = gain.interval(1 - 2 * level)
+    least = intervals.chance_of_fewer(value, margin, gain.pictures)
+    return -margin < low and high < margin and least <= level
 
 
 def detectable(gain: Sample, *, level: float = power.LEVEL) -> power.Detectable:

@@ -109,6 +109,8 @@ def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> Pars
     if answer.strip() in classes:
         return ParsedAnswer(list(classes).index(answer.strip()), "exact")
     words, names = normalise(answer), [normalise(name) for name in classes]
+    if not words:
+        return ParsedAnswer(-1, "none")
     if names.count(words) == 1:
         return ParsedAnswer(names.index(words), "normalised")
     named = _named(words, names)
@@ -137,9 +139,12 @@ def rules(
 
 
 def normalise(text: str) -> str:
-    """Return a text in lower case, without punctuation, underscores, articles and extra spaces."""
+    """Return a text in lower case, without punctuation, underscores, articles and extra spaces.
+
+    Articles stay in a text without other words, such as the letter of option A.
+    """
     words = re.findall(r"[^\W_]+", text.lower())
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def _named(text: str, names: Sequence[str]) -> set[int]:

@@ -63,6 +63,11 @@ class Workdir:
                     f"{', '.join(differences(before, self.config))}): choose another --workdir, "
                     "or start over with --restart"
                 )
+        elif (self / "made_for.json").exists():
+            raise ValueError(
+                f"{self.path} has the work of a study, but no config.json that says of which: "
+                "choose another --workdir, or start over with --restart"
+            )
         else:
             (self / JOURNAL).touch()
             atomic_json(config, self.config)

@@ -169,6 +169,9 @@ def test_what_cannot_be_fitted_is_said():
     bad = train._replace(features=train.features + np.eye(20, 6) * np.nan)
     with pytest.raises(ValueError, match=r"train: features\[0, 0\] is not finite"):
         probe.fit(SMALL, bad, held, test, classes=3)
+    with pytest.raises(FloatingPointError, match="after 30 of its epochs; lower its rate"):
+        late = dataclasses.replace(SMALL, rate=1e17, patience=None, epochs=30)
+        probe.fit(late, train, held, test, classes=3, seeds=(0,))
     with pytest.raises(FloatingPointError, match="lower its rate"):
         hot = dataclasses.replace(SMALL, rate=1e30)
         probe.fit(hot, train, held, test, classes=3, seeds=(0,))

@@ -78,6 +78,9 @@ def test_a_difference_of_none_is_shown_by_enough_pictures_alone():
         truth = np.arange(pictures) % 4
         same = scores.f1(truth, truth[None], 4, resamples=50)
         assert scores.equivalent(scores.difference(same, same)) == shown
+    truth = np.arange(65) % 4  # one changed answer of 65 is as likely as 16 % at the margin
+    same, one = (scores.accuracy(truth, a[None], 4) for a in (truth, np.append(truth[:-1], 3)))
+    assert not scores.equivalent(scores.difference(one, same))
     truth = np.arange(600) % 4
     wrong = np.where(np.arange(600) % 8 < 1, (truth + 1) % 4, truth)
     lower = scores.f1(truth, wrong[None], 4, resamples=200)

@@ -51,6 +51,12 @@ def test_leftovers_of_systems_are_no_labels_and_no_images(folder, caplog):
     assert said(caplog, folder).endswith("birds: 11 files not used: hidden or system 11")
 
 
+def test_labels_that_look_alike_are_named(folder, caplog):
+    write(folder / "Owl" / "0.png")
+    domains.Domain.from_folder(folder)
+    assert "the labels 'Owl' and 'owl' differ in case, spaces or Unicode form" in caplog.text
+
+
 def test_all_else_is_counted_by_what_it_is(folder, caplog):
     for path in ("owl/a.txt", "owl/b.TXT", "tit/c.heic", "tit/README"):
         (folder / path).write_text("")

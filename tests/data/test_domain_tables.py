@@ -330,5 +330,42 @@ def test_corrupted_tables_are_read_or_refused_in_one_line(tmp_path, start, count
             assert f"domain '{path.stem}'" in text, (seed, text)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("owl", r"line 2: options \['owl'\] must be two or more texts, each once"),
+        ("owl|owl|tit", "must be two or more texts, each once"),
+        ("owl||tit", "must be two or more texts, each once"),
+    ],
+)
+def test_options_are_different_texts(tmp_path, options, says):
+    path = tmp_path / "birds.csv"
+    path.write_text(f"image,question,answer,options\na.png,Which?,owl,{options}\n")
+    refused(path, says)
+
+
+def test_an_image_has_one_label(tmp_path):
+    path = tmp_path / "birds.csv"
+    rows = ["a.png,Which?,owl,{}", "a.png,Where?,tree,{}"]
+    text = "image,question,answer,label\n" + "\n".join(rows)
+    for labels in (("owl", "owl"), ("", "owl"), ("owl", "")):
+        path.write_text(text.format(*labels))
+        assert [example.label for example in whole(path)] == ["owl"]
+    path.write_text(text.format("bird", "owl"))
+    refused(path, "line 3: the label of a.png is 'owl', and in line 2 it is 'bird'")
+
+
+@pytest.mark.parametrize(
+    "twin", ["Owl", "owl\N{NO-BREAK SPACE}", "\N{FULLWIDTH LATIN SMALL LETTER O}wl"]
+)
+def test_answers_that_look_alike_are_named(tmp_path, caplog, twin):
+    path = tmp_path / "birds.jsonl"
+    objects = [{"image": f"{i}.png", "question": "Which?", "answer": answer}
+               for i, answer in zip("ab", ("owl", twin), strict=True)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, objects)))
+    assert len(whole(path)) == 2
+    assert "differ in case, spaces or Unicode form alone, and count as two" in caplog.text
+
+
 def test_the_readers_are_those_of_the_endings():
     assert domains.TABLES[".tsv"] is table.from_csv

@@ -91,6 +91,15 @@ def test_parse(said, wanted, how):
     assert answers.parse(said, NAMES) == (wanted, how)
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [("", -1), ("...", -1), ("The", -1), ("a", 0), ("A.", 0), ("(B)", 1), ("+", 3), ("++", -1)],
+)
+def test_an_answer_without_words_names_no_class(said, wanted):
+    assert answers.parse(said, ("A", "B", "C", "+")).id == wanted
+    assert answers.parse(said, ("A", "B")).id == (wanted if wanted < 2 else -1)
+
+
 def test_nearest_needs_one_that_is_near_enough():
     assert answers.parse("appel leaf rust", NAMES, nearest=0.95) == (-1, "none")
     assert answers.parse("leaf x", ("leaf a1", "leaf b1")) == (-1, "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from experiments.running import cli, lock
+from experiments.running import cli, fields, lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 EVALUATE = "--config=configs/embedded_evaluate.py"
@@ -75,6 +76,38 @@ def say(tmp_path_factory):
 )  # fmt: skip
 def test_flags_and_paths(given, says, say):
     assert says in say(*given.split())
+
+
+FIELDS = [
+    ("evaluate", "--config.batch_size=0", "config.batch_size=0 is not a whole number from 1"),
+    ("evaluate", "--config.test_per_domain=-1", "config.test_per_domain=-1 is not a whole number"),
+    ("evaluate", "--config.styles=('kind','kind')", "config.styles lists kind twice"),
+    ("evaluate", "--config.domains=('medical',) --config.paths=('tests',)", "which config.paths replaces"),
+    ("domain_neurons", "--config.margin=0.0", "config.margin=0.0 lies outside (0, 1)"),
+    ("domain_neurons", "--config.margin=nan", "config.margin=nan is not a finite number"),
+    ("domain_neurons", "--config.top_rate=1.5", "config.top_rate=1.5 lies outside (0, 1]"),
+    ("domain_neurons", "--config.groups=0", "config.groups=0 is not a whole number from 1"),
+    ("domain_neurons", "--config.controls=-1", "config.controls=-1 is not a whole number from 0"),
+    ("domain_neurons", "--config.modules=('lm','lm')", "config.modules lists lm twice"),
+    ("domain_neurons", "--config.deviation_layers=0", "config.deviation_layers=0 is not a whole"),
+    ("projection", "--config.seeds=()", "config.seeds is empty: give one value or more"),
+    ("projection", "--config.seeds=(0,0)", "config.seeds lists 0 twice"),
+    ("projection", "--config.seeds=(-1,)", "config.seeds=-1 is not a whole number from 0"),
+    ("projection", "--config.proj.recipe.rate=-1.0", "config.proj.recipe.rate=-1.0 is not a finite"),
+    ("mask", "--config.penalty=inf", "config.penalty=inf is not a finite number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("study", "given", "says"), FIELDS)
+def test_values_of_fields(study, given, says, say):
+    file = "embedded" if study == "domain_neurons" else f"embedded_{study}"
+    flags = f"--config=configs/{file}.py --workdir=W {given}".split()
+    assert says in say(*flags, study=study)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[!b]*.py"), key=str))
+def test_the_fields_of_every_config_pass(file):
+    fields.check(runpy.run_path(str(file))["get_config"]())
 
 
 @pytest.mark.parametrize(

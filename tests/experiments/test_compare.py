@@ -66,6 +66,18 @@ def test_numbers_have_names_that_runs_share():
     }
 
 
+def test_a_damaged_step_or_mask_is_named(tmp_path):
+    first, other = runs.read([evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER)])
+    for file in ("steps/reds-choice.npz", "masks.npz"):
+        (tmp_path / "b" / file).write_bytes(
+            (tmp_path / "a/steps/reds-choice.npz").read_bytes()[:80]
+        )
+    with pytest.raises(ValueError, match="b/steps/reds-choice.npz is damaged"):
+        study.difference(first, other, NAME)
+    with pytest.raises(ValueError, match="b/masks.npz is damaged"):
+        other.masks()
+
+
 def test_the_same_examples_are_paired(tmp_path):
     first, other = runs.read(
         [evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER, seed=1)]

@@ -7,9 +7,7 @@ import json
 import pytest
 
 from experiments.publish import documents
-from mllm_jax.report import report
 
-RESULTS = {"study": "projection", "format": report.FORMAT}
 CLAIM = {"claim": "It holds.", "criterion": "c", "found": "f", "verdict": "holds", "power": "p"}
 TEXT = """# Results
 
@@ -47,7 +45,7 @@ def run(tmp_path):
     (folder / "figures").mkdir(parents=True)
     for name in documents.FIGURES["projection"]:
         (folder / f"figures/{name}.png").write_bytes(b"a figure")
-    results = RESULTS | {"claims": [CLAIM], "pictures": [{"id": "one"}]}
+    results = {"format": 2, "study": "projection", "claims": [CLAIM], "pictures": [{"id": "one"}]}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "manifest.json").write_text("{}")
     return folder
@@ -72,21 +70,29 @@ def test_publishing_twice_changes_nothing(repository, run):
     assert [(repository / document).read_bytes() for document in documents.DOCUMENTS] == once
 
 
-def test_an_unfinished_run_is_refused(repository, run):
-    (run / "manifest.json").unlink()  # which is written last
-    with pytest.raises(ValueError, match="is no finished study"):
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("results.json", None, "is no finished study: it has no results.json"),
+        ("manifest.json", None, "is no finished study: it has no manifest.json"),
+        ("results.json", '{"format": 2, "stu', "results.json is damaged"),
+        ("results.json", '{"format": 1, "study": "projection"}', "format 1, this version reads 2"),
+        ("results.json", '{"format": 2, "study": "projection"}', "claims"),
+        ("figures/overview.png", None, "overview.png"),
+    ],
+)
+def test_what_is_not_whole_is_refused_and_nothing_is_written(repository, run, file, content, says):
+    if content is None:
+        (run / file).unlink()
+    else:
+        (run / file).write_text(content)
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=says):
         documents.publish(run, repository)
     assert not (repository / "docs/results/projection.json").exists()
-
-
-def test_a_run_without_its_figures_is_refused_before_anything_is_written(repository, run):
-    (run / "figures/overview.png").unlink()
-    with pytest.raises(FileNotFoundError, match="overview.png is missing; start the study again"):
-        documents.publish(run, repository)
-    assert not (repository / "docs/results/projection.json").exists()
+    assert all((repository / document).read_text() == TEXT for document in documents.DOCUMENTS)
 
 
 def test_another_study_is_refused(repository, run):
-    (run / "results.json").write_text(json.dumps(RESULTS | {"study": "sweep"}))
+    (run / "results.json").write_text(json.dumps({"format": 2, "study": "sweep"}))
     with pytest.raises(ValueError, match="'sweep' is not published"):
         documents.publish(run, repository)

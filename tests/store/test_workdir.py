@@ -23,6 +23,15 @@ def files(path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
 
 
+def test_work_without_its_config_is_not_continued(tmp_path):
+    Workdir(tmp_path, {"seed": 0}).claim(data=1)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config.json that says of which"):
+        Workdir(tmp_path, {"seed": 1})
+    Workdir(tmp_path, {"seed": 1}, restart=True).claim(data=1)
+    assert store.read_json(tmp_path / "config.json") == {"seed": 1}
+
+
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_write_that_is_broken_off_leaves_what_was(tmp_path, old):
     path = tmp_path / "result.json"

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from mllm_jax import files
+from mllm_jax.data.domains import table
 from mllm_jax.data.domains.examples import Row
 from mllm_jax.data.embedded import questions as questions_lib
 from mllm_jax.processors import pictures
@@ -56,6 +57,7 @@ def read(root: pathlib.Path, name: str, question: str | None) -> list[Row]:
     if unused:
         logging.getLogger(__name__).warning(files.line(f"{files.name(root)}: {summary}"))
     labels = sorted({image.parent.name for image in images})
+    table.warn_of_twins(f"{files.name(root)}: the labels", labels)
     rows = []
     for image in images:
         label = image.parent.name

@@ -13,9 +13,11 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -30,6 +32,7 @@ NEEDED = ("image", "question", "answer")
 TEXTS = {*NEEDED, "style", "label", "id", "licence"}
 DELIMITERS = (",", ";", "\t")
 MAX_BYTES = 2**31  # of one table
+MOST_CLASSES = 1000
 BYTE_ORDER_MARKS = (  # UTF-32 begins like UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -194,10 +197,20 @@ def grouped(name: str, path: pathlib.Path, records: Iterable[Record]) -> Rows:
     for where, record in records:
         entry = _entry(record, where)
         answers[entry.style][entry.answer] = None
-        if first.setdefault(entry.image, entry) is entry:
+        if (known := first.setdefault(entry.image, entry)) is entry:
             places[entry.image] = where
-        else:
-            others[entry.image].append(entry)
+            continue
+        label = known.answer if known.label is None else known.label
+        if entry.label not in (None, label):
+            before = places[entry.image].split(", ")[-1]
+            raise ValueError(
+                files.line(
+                    f"{where}: the label of {files.name(entry.image, 60)} is "
+                    f"{files.name(entry.label, 40)!r}, and in {before} it is "
+                    f"{files.name(label, 40)!r}; an image has one label"
+                )
+            )
+        others[entry.image].append(entry)
     if not first:
         raise ValueError(
             f"domain {files.name(name, 40)!r} is empty: {files.name(path)} has no rows"
@@ -211,7 +224,27 @@ def grouped(name: str, path: pathlib.Path, records: Iterable[Record]) -> Rows:
             )
         seen[key] = where
     families = {style: tuple(of_style) for style, of_style in answers.items()}
+    for style, family in families.items():
+        warn_of_twins(f"{files.name(path)}, style {files.name(style, 40)}: the answers", family)
     return Rows(name, os.path.join(path.parent, ""), list(first.values()), others, families)
+
+
+def warn_of_twins(what: str, texts: Collection[str]) -> None:
+    """Warn of texts that differ in case, spaces or Unicode form alone, and so are two classes.
+
+    More than MOST_CLASSES of them are free answers, and no classes.
+    """
+    known: dict[str, str] = {}
+    for text in texts if len(texts) <= MOST_CLASSES else ():
+        folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        if (twin := known.setdefault(folded, text)) != text:
+            logging.getLogger(__name__).warning(
+                files.line(
+                    f"{what} {files.name(twin, 40)!r} and {files.name(text, 40)!r} differ in case, "
+                    "spaces or Unicode form alone, and count as two; write one of them"
+                )
+            )
+            return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +332,10 @@ def _options(options: Any, answer: str, where: str) -> tuple[str, ...]:
     if not isinstance(options, list):
         raise ValueError(f"{where}: options is a {type(options).__name__}, not a list")
     options = tuple(_as_text(option, "options", where) for option in options)
+    if len(options) < 2 or len(set(options)) < len(options) or not all(options):
+        raise ValueError(
+            files.line(f"{where}: options {list(options)} must be two or more texts, each once")
+        )
     if answer not in options:
         raise ValueError(
             files.line(
