@@ -97,6 +97,7 @@ class Selection:
             start = xp.maximum(xp.where(start < 0, start + size, start), 0)
             stop = xp.where(stop < 0, stop + size, stop)
             return (at >= start) & (at < stop) & ((at - start) % step == 0)
+        self._check_is_no_mask(size, what)
         return (xp.arange(size)[:, None] == self.entries(size, what)).any(1)
 
     def entries(self, size: int, what: str) -> Int[AnyArray, " n"]:
@@ -117,6 +118,16 @@ class Selection:
         index = xp.where(index < 0, index + size, index)
         return xp.where((index >= 0) & (index < size), index, size)
 
+    def _check_is_no_mask(self, size: int, what: str) -> None:
+        """Raise an error for known indices that are a mask in the form of integers."""
+        if self.form != "index" or not is_concrete(self.value) or len(self.value) != size:
+            return
+        if size > 2 and np.isin(self.value, (0, 1)).all():
+            raise ValueError(
+                f"{what}: {size} zeros and ones, one for each entry, would be read as the indices "
+                "0 and 1: give a mask as bool, mask.astype(bool), or list an index once"
+            )
+
     def pairs_mask(self, layers: int, width: int, name: str) -> Bool[AnyArray, "L width"]:
         """Return pairs as a mask."""
         layer = Selection("index", self.value[:, 0]).entries(layers, f"{name}: layer")
@@ -135,6 +146,7 @@ class Selection:
                 f"not {'pairs' if self.form == 'pairs' else 'a mask'}"
             )
         if self.form in ("index", "one"):
+            self._check_is_no_mask(size, what)
             return self.entries(size, what)
         if not is_concrete(self.value):
             raise ValueError(f"{what}: a capture under jit takes indices or all, not a {self.form}")

@@ -37,7 +37,7 @@ class TokenMap:
         the picture. In LLaVA-NeXT tile 0 is the whole picture, scaled down, and its parts follow in
         reading order; the next picture of the row starts at `config.tiles`, however many parts the
         first has. In LLaVA-OneVision, of several pictures, it is the number of the picture.
-      last: True at the last token of the prompt, bool[B, T].
+      last: True at the last token of the prompt, or of each packed question, bool[B, T].
       added: How many of the T were added after the prompt, to be generated or scored. Static.
       readers: Which rows of the batch read each tile, bool[rows, B], on the vision side: rows that
         share a picture share its tiles. None where B is the rows themselves.

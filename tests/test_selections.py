@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mllm_jax.selections import Selection
@@ -52,11 +52,24 @@ def test_slices_are_those_of_numpy(size, start, stop, step):
     np.testing.assert_array_equal(Selection.parse(item).indices(size, "axis"), np.flatnonzero(want))
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64])
+def test_a_mask_of_integers_is_refused(kind):
+    """It was read as the indices 0 and 1."""
+    mask = Selection.parse(np.array([0, 1, 1, 0], kind))
+    for read in (mask.mask, mask.indices):
+        with pytest.raises(ValueError, match="axis: 4 zeros and ones, one for each entry, would"):
+            read(4, "axis")
+    np.testing.assert_array_equal(mask.indices(5, "axis"), [0, 1, 1, 0])
+    both = Selection.parse(np.array([1, 0], kind))
+    np.testing.assert_array_equal(both.indices(2, "axis"), [1, 0])
+
+
 @FEW
 @given(st.data())
 def test_indices_and_masks_are_those_of_numpy(data):
     size = data.draw(sizes)
     index = data.draw(st.lists(st.integers(-size, size - 1), max_size=4))
+    assume(len(index) != size or size < 3 or not set(index) <= {0, 1})  # may be a mask
     want = np.zeros(size, bool)
     want[np.array(index, int)] = True
     for item in (index, np.array(index, np.int64), want):

@@ -31,7 +31,8 @@ from mllm_jax.interventions.captures import Capture, attention, keep, mean
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.interventions.model import Model
 from mllm_jax.numerics import precision
-from mllm_jax.passes.run import run
+from mllm_jax.passes import arguments
+from mllm_jax.passes.run import check_logits, run
 from mllm_jax.typing import Array, ArrayLike, Float, Int
 
 CAPTURES: dict[str, Capture] = {
@@ -91,6 +92,8 @@ def attribute(
       wrong: The word whose logit is subtracted, likewise; None for none.
       edits: Edits of the pass.
     """
+    arguments.check(model, batch)
+    check_logits("last", batch)
     out = run(model, batch, edits, CAPTURES, logits="none")
     return decompose(model, out.captures, right, wrong)
 

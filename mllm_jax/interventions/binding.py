@@ -98,7 +98,9 @@ def bind_edits(edits: Edits | None, shapes: Shapes, maps: Maps) -> tuple[BoundEd
     """
     latents = latent_sites(edits, shapes)
     shapes = shapes | {name: site.spec for name, site in latents.items()}
-    return tuple(_bind_edit(edit, shapes, maps, latents) for edit in edits or ())
+    bound = tuple(_bind_edit(edit, shapes, maps, latents) for edit in edits or ())
+    _check_latents_spliced(bound)
+    return bound
 
 
 def bind_captures(
@@ -129,6 +131,7 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, Latent
         check_splice(edit, shapes)
     if site.name in latents:
         of = latents[site.name]
+        of.selection(edit.address.layers, site.name)  # each layer that is named has a dictionary
         units, spec = of.of_splices(units), dataclasses.replace(spec, layers=len(of.layers))
         if isinstance(units, np.ndarray) and not units.any():
             raise ValueError(of.no_dictionary(site.name, f"what the {edit.kind} selects"))
@@ -152,6 +155,21 @@ def _bind_edit(edit: Edit, shapes: Shapes, maps: Maps, latents: dict[str, Latent
         known = isinstance(step, np.ndarray) and isinstance(edit.strengths, np.ndarray)
         along["strength"] = (np if known else jnp).take(edit.strengths, step).astype(spec.dtype)
     return BoundEdit(edit.kind, site, edit.fn, units, where, values, along, edit.splice)
+
+
+def _check_latents_spliced(bound: tuple[BoundEdit, ...]) -> None:
+    """Raise an error if an edit of latents is of tokens that no splice covers, where known."""
+    for edit in bound:
+        if not edit.site.is_latents:
+            continue
+        covered = [e.tokens for e in bound if e.splice is not None and e.site.latents == edit.site]
+        if any(isinstance(tokens, jax.core.Tracer) for tokens in (edit.tokens, *covered)):
+            continue
+        if not any((np.asarray(edit.tokens) & np.asarray(tokens)).any() for tokens in covered):
+            raise ValueError(
+                f"the {edit.label} selects no token at which a dictionary is spliced: compare the "
+                "where= of both"
+            )
 
 
 def _check_edit_selects(

@@ -81,8 +81,9 @@ def read_entropy(capture: BoundCapture, x: Array, lens: Callable | None) -> Entr
     assert lens is not None, "a module with sites of the LM's width has a lens"
     result = logit_lens.read(x, capture.tokens, lens, 1)
     hot = _one_hot(capture)
-    entropy = full_einsum("BT,BTk->Bk", result.entropy, hot)
-    top = full_einsum("BT,BTk->Bk", jnp.exp(result.log_probs[..., 0]), hot)
+    is_kind = hot > 0  # a product makes NaN of what other kinds hold
+    entropy = jnp.where(is_kind, result.entropy[..., None], 0).sum(1)
+    top = jnp.where(is_kind, jnp.exp(result.log_probs[..., :1]), 0).sum(1)
     counts = hot.sum(1).astype(jnp.int32)
     return Entropy(
         sum=_sum_by_row(capture, entropy),
@@ -184,8 +185,8 @@ def _sum_by_row(capture: BoundCapture, total: AnyArray) -> AnyArray:
     """Add up the sums of tiles [I, ...] over the tiles that each row reads: [B, ...]."""
     if capture.readers is None:
         return total
-    readers = jnp.asarray(capture.readers).astype(total.dtype)
-    return full_einsum("BI,I...->B...", readers, total)
+    reads = jnp.asarray(capture.readers).reshape(*capture.readers.shape, *(1,) * (total.ndim - 1))
+    return jnp.where(reads, total, 0).sum(1)  # a product makes NaN of what other rows read
 
 
 def _one_hot(capture: BoundCapture) -> Float[Array, "B T kinds"]:

@@ -25,6 +25,8 @@ def fit_value(
     """Return a value with a leading L axis and then the rank of the site."""
     _require_numbers(value, address)
     shape = _broadcastable_shape(value.shape, address, spec)
+    if shape[0] > 1 and not address.site.is_latents:
+        _require_layers_in_order(address, shape[0])
     with np.errstate(over="ignore"):  # which is refused below
         full = value.astype(spec.dtype).reshape(shape)
     _require_in_range(value, full, address)
@@ -44,7 +46,10 @@ def fit_basis(
         raise ValueError(
             f"{site.name}: the basis is {basis.shape}, expected [{spec.shape[-1]}, directions]"
         )
-    known = isinstance(basis, np.ndarray)
+    known = not isinstance(basis, jax.core.Tracer)
+    if known:
+        basis = np.asarray(basis)
+        basis = basis.astype(precision.at_least_float32_dtype(basis.dtype))
     if known and not np.isfinite(basis).all():
         raise ValueError(f"{site.name}: the basis has numbers that are not finite")
     if known and (rank := np.linalg.matrix_rank(basis)) < basis.shape[1]:
@@ -58,10 +63,13 @@ def fit_basis(
 
 def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None:
     """Raise ValueError if a finite value is an infinity in the dtype of a site, where known."""
-    if isinstance(value, np.ndarray) and np.isfinite(value).all() and not np.isfinite(cast).all():
+    if isinstance(value, jax.core.Tracer) or value.dtype == cast.dtype:
+        return
+    if np.isfinite(value).all() and not np.isfinite(cast).all():
+        largest = float(abs(value).max())
         raise ValueError(
-            f"{address.site.name}: a value of {np.abs(value).max():.3g} is infinite in the site's "
-            f"dtype {cast.dtype}"
+            f"{address.site.name}: a value of {largest:.3g} is infinite in the site's dtype "
+            f"{cast.dtype}"
         )
 
 
@@ -104,6 +112,18 @@ def _broadcastable_shape(
             f"[{' '.join(letters)}]: {' or '.join(str(list(shape)) for shape in readings)}"
         )
     return next(iter(readings))
+
+
+def _require_layers_in_order(address: Address, layers: int) -> None:
+    """Raise ValueError if a value for each layer may follow a list of layers in another order."""
+    listed = address.layers.value
+    if address.layers.form != "index" or isinstance(listed, jax.core.Tracer):
+        return
+    if len(listed) == layers and (np.asarray(listed) % layers != np.arange(layers)).any():
+        raise ValueError(
+            f"{address.site.name}: a value for each of {layers} layers is in the order of the "
+            f"layers, not of the list {np.asarray(listed).tolist()}: list them in order"
+        )
 
 
 def _num_listed(address: Address) -> int | None:

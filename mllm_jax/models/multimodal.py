@@ -118,7 +118,7 @@ class MultimodalConfig(abc.ABC):
         xp: Any = np if isinstance(batch.image_token_index, np.ndarray) else jnp
         rows, tiles = len(batch.image_token_index), len(batch.tile)
         # The tile of a token: negative for text, beyond the last tile for a newline.
-        tile = batch.image_token_index // self.tile_tokens(batch)
+        tile = batch.image_token_index // max(1, self.tile_tokens(batch))
         at = np.arange(rows)[:, None], xp.where((tile >= 0) & (tile < tiles), tile, tiles)
         read = xp.zeros((rows, tiles + 1), bool)
         if xp is np:

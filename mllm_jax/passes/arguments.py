@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from mllm_jax.arguments import type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edit, Edits
+from mllm_jax.tokens import CODE
 
 
 def check(model: Any, batch: Any, edits: Any = None, captures: Any = None) -> None:
@@ -28,10 +30,35 @@ def check(model: Any, batch: Any, edits: Any = None, captures: Any = None) -> No
     check_model(model)
     if not isinstance(batch, Batch):
         raise type_error("batch", batch, "a batch that a processor makes: processor(images, texts)")
+    _check_tiles(batch)
+    _check_words(batch, model.config.lm.vocab)
     if edits is not None:
         check_edits(edits)
     if captures is not None:
         check_captures(captures)
+
+
+def _check_tiles(batch: Batch) -> None:
+    """Check that there are pixels or features of every tile: others would be read instead."""
+    name = "pixels" if batch.features is None else "features"
+    given, tiles = getattr(batch, name), len(batch.is_real_tile)
+    if given is not None and len(given) != tiles:
+        raise ValueError(f"the batch has {name} of {len(given)} tiles and places for {tiles}")
+
+
+def _check_words(batch: Batch, words: int) -> None:
+    """Check that the model knows the words of a batch, where the batch is known on the host."""
+    arrays = batch.ids, batch.tokens.kind, batch.image_token_index
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        return
+    ids, kind, image = arrays
+    wrong = ((ids < 0) | (ids >= words)) & (kind != CODE["pad"]) & (image < 0)
+    if wrong.any():
+        row, at = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"row {row} of the batch: token {at} has id {ids[row, at]}, and the model has words 0 "
+            f"to {words - 1}: make the batch by the processor that mj.load returned with the model"
+        )
 
 
 def check_stream(captures: Any, model: Any, batches: Any, edits: Any) -> None:

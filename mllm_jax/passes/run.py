@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mllm_jax import notebook_results, sites
 from mllm_jax.batch import Batch
@@ -91,7 +92,7 @@ def run(
         nothing; or, with `check_finite`, a site is not finite.
     """
     arguments.check(model, batch, edits, captures)
-    check_logits(logits)
+    check_logits(logits, batch)
     processor, batch = batch.processor, batch.replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     if check_finite:
@@ -108,10 +109,19 @@ def run(
     return dataclasses.replace(out, captures=results, finite=checks)
 
 
-def check_logits(logits: Logits) -> None:
-    """Raise ValueError unless this names the logits that a pass can compute."""
+def check_logits(logits: Logits, batch: Batch) -> None:
+    """Raise ValueError unless this names the logits that a pass of a batch can compute."""
     if not isinstance(logits, str) or logits not in LOGITS:
         raise ValueError(f'logits="{logits!s:.60}" is none of {", ".join(LOGITS)}')
+    segment = batch.segment
+    if logits != "last" or segment is None or isinstance(segment, jax.core.Tracer):
+        return
+    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
+    if len(several):
+        raise ValueError(
+            f'row {several[0]} holds several packed questions, and logits="last" are of one: use '
+            'logits="all" or "none", or the rows of processor.unpack(batch)'
+        )
 
 
 def unshare_patched(model: Model, batch: Batch, edits: Edits | None) -> Batch:

@@ -23,7 +23,7 @@ from mllm_jax.passes.generate import embed_words
 from mllm_jax.passes.run import logits_at_last, shard_edits, unshare_patched
 from mllm_jax.processors.prompts import as_list
 from mllm_jax.sharding import collectives, mesh
-from mllm_jax.typing import AnyArray, Array, Float, Int
+from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 CHUNK_TOKENS = 512  # tokens of candidates, over all rows, whose logits exist at one time
 
@@ -66,11 +66,12 @@ def score(
       model: See `run`.
       batch: See `run`.
       candidates: C strings for all rows; a list of strings for each row, of which shorter lists are
-        filled up with -inf; or token ids int32[B, C, A], filled up with -1.
+        filled up with -inf; or token ids int32[B, C, A], filled up with -1. Rows that only fill up
+        the batch need none.
       edits: What to change in the prompt and in the candidates, whose tokens are of kind answer.
 
     Raises:
-      ValueError: The candidates are no such list, or one is empty; a row of the batch holds several
+      ValueError: The candidates are no such list, or one is empty; a row has none, or holds several
         questions; or an edit does not fit.
     """
     return score_with(model, batch, candidates, edits).values
@@ -88,6 +89,7 @@ def score_with(
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     ids = _as_ids(candidates, processor, len(batch.ids), model.config.lm.vocab)
+    _check_every_row(ids, batch.valid)
     bound_edits = binding.bind_continuation(model, batch, edits, ids.shape[-1])
     _, bound_captures = binding.bind(model, batch, binding.splices(edits), captures, "last")
     with mesh.use_mesh_of(model):
@@ -121,6 +123,18 @@ def _check_ids(ids: Int[np.ndarray, "B C A"], words: int) -> None:
         raise ValueError(
             f"candidates, row {row}, number {number}: id {ids[row, number, at]} at token {at}: ids "
             f"are below {words}, the size of the vocabulary, and -1 after the last"
+        )
+
+
+def _check_every_row(ids: Int[AnyArray, "B C A"], valid: Bool[AnyArray, "B T"]) -> None:
+    """Raise an error for a row of the batch that has no candidate, where this is known."""
+    if isinstance(ids, jax.core.Tracer) or isinstance(valid, jax.core.Tracer):
+        return
+    without = np.flatnonzero(np.asarray(valid).any(-1) & ~(np.asarray(ids) >= 0).any((1, 2)))
+    if len(without):
+        raise ValueError(
+            f"candidates: row {without[0]} of the batch has none: give each row a list that is not "
+            "empty, or strings for all rows"
         )
 
 

@@ -171,7 +171,7 @@ def sweep(
     if not callable(metric):
         raise type_error("metric", metric, "a function of the results of a pass")
     arguments.check(model, batch, None, captures)
-    check_logits(logits)
+    check_logits(logits, batch)
     chunk = None if chunk is None else require_whole("chunk", chunk)
     edits = edits if isinstance(edits, Stack) else stack(edits)
     metric = arguments.as_partial(metric)

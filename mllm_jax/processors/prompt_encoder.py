@@ -190,7 +190,7 @@ class PromptEncoder:
                 raise ValueError(
                     f"{len(pictures)} pictures need {needed} image tokens, the prompt has {image}"
                 )
-        row.prompt = len(row)
+        row.ends = [len(row) - 1]
         return row
 
     def picture_text(self, picture: Picture) -> str:
@@ -287,9 +287,9 @@ class PromptEncoder:
             singles.append(single)
         shared = 0 if self.reencode_per_question else _shared_tokens(singles)
         row.add(singles[0].tokens[:shared])
-        row.prompt = len(singles[0])
         for segment, ((_, answer), single) in enumerate(zip(pairs, singles, strict=True), 1):
             row.add(single.tokens[shared:], segment=segment, start=shared)
+            row.ends.append(len(row) - 1)
             place = places[segment - 1]
             self._append_answer(row, answer, place, segment=segment, start=len(single))
         return row

@@ -71,14 +71,14 @@ class Row:
       tokens: The tokens.
       positions: The position of each token.
       segments: The packed question that each token belongs to, from 1 on, or 0.
-      prompt: The number of tokens of the prompt, or of the first of several.
+      ends: The last token of the prompt, or of each packed question.
       qformer_rows: For each image, the text that a Q-Former reads beside it.
     """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
     segments: list[int] = dataclasses.field(default_factory=list)
-    prompt: int = 0
+    ends: list[int] = dataclasses.field(default_factory=list)
     qformer_rows: list[Row] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -227,7 +227,7 @@ def token_arrays(
         at = token_columns(row, length, left)
         ids[b, at], kind[b, at] = row.column("id"), row.column("kind")
         position[b, at], segment[b, at] = row.positions, row.segments
-        last[b, at[row.prompt - 1]] = True
+        last[b, at[row.ends]] = True
         for name, array in places.items():
             array[b, at] = row.column(name)
         tile, patch = row.column("tile"), row.column("patch")

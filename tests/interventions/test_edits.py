@@ -16,6 +16,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import binding
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.interventions.values import fit_value
 from mllm_jax.passes import run
 from tests.helpers import oracle
 
@@ -271,6 +272,17 @@ def test_listed_values_follow_the_list(model, batch):
     vectors = np.random.default_rng(0).normal(size=(2, H)).astype(np.float32)
     two = mj.add(heads[2, [3, 0]], vectors)
     same(model, batch, two, mj.add(heads[2], np.stack([vectors[1], *np.zeros((2, H)), vectors[0]])))
+
+
+def test_values_by_layer_beside_a_list_of_layers_in_another_order(model, batch):
+    """`keep` follows the list and a value by layer does not: layers were exchanged."""
+    value = np.random.default_rng(0).normal(size=(L, 32)).astype(np.float32)
+    for layers in ([2, 1, 0], [2, 2, 1], [0, -1, 1]):
+        with pytest.raises(ValueError, match=r"lm.resid_post: a value for each of 3 layers is in"):
+            binding.bind(model, batch, mj.add(S.lm.resid_post[layers], value), None)
+    same(model, batch, mj.add(S.lm.resid_post[[0, 1, -1]], value), mj.add(S.lm.resid_post, value))
+    some = [mj.add(S.lm.resid_post[n], value[n]) for n in (0, 2)]
+    same(model, batch, mj.add(S.lm.resid_post[[2, 0]], value), some[0] >> some[1])
 
 
 SQUARE = {  # as many heads as channels a head; as many layers, or not
@@ -678,6 +690,15 @@ def test_ablating_a_neuron_is_zeroing_its_row_of_the_down_map(model, random_mode
         assert receipt.elements[layer] > 0
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_a_value_beyond_float16_is_refused(xp):
+    """Arrays of JAX became infinite."""
+    value, address = xp.full(32, 7e4, xp.float32), S.Address.of(RESID)
+    with pytest.raises(ValueError, match="a value of 7e.04 is infinite in the site's dtype float1"):
+        fit_value(value, address, S.SiteShape(L, (2, 15, 32), np.float16))
+    fit_value(value, address, S.SiteShape(L, (2, 15, 32), jnp.bfloat16))
+
+
 def test_a_basis_is_made_orthonormal_in_float32():
     shape = {"lm.resid_post": S.SiteShape(L, (2, 15, 32), jnp.bfloat16)}
     map_ = tok.TokenMap.grid(np.zeros(2, int), (3, 5), False, np.ones(2, bool))
@@ -715,6 +736,8 @@ def test_a_basis_is_made_orthonormal_in_float32():
         (lambda: mj.project_out(S.lm.resid_post, np.ones((32, 2))),
          "lm.resid_post: the 2 directions of the basis span only 1"),
         (lambda: mj.project_out(S.lm.resid_post, np.zeros(32)), "span only 0"),
+        (lambda: mj.project_out(S.lm.resid_post, jnp.zeros(32)), "span only 0"),
+        (lambda: mj.project_out(S.lm.resid_post, jnp.ones((32, 2), jnp.bfloat16)), "span only 1"),
         (lambda: mj.patch(S.lm.resid_post, 0, 8), "writes row 8: the batch has rows 0 to 7"),
         (lambda: mj.patch(S.lm.resid_post, [0, 2], [4, 4]), r"writes a row twice: \[4, 4\]"),
         (lambda: mj.patch(S.lm.resid_post, 0, 1),

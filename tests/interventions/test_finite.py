@@ -69,6 +69,26 @@ def test_padding_may_be_anything(model, batch):
     assert finite.first_not_finite(out.finite) is None
 
 
+def test_what_is_not_finite_stays_in_its_row_and_kind(model, batch):
+    """The means of other rows, and the entropies of other kinds, were NaN as well."""
+    first = np.arange(len(batch.features)) == 0
+    features = np.where(first[:, None, None], np.inf, batch.features).astype(np.float32)
+    asked = {
+        "mean": mj.mean(S.projector.out),
+        "entropy": mj.lens(S.lm.embed, by=("system", "image")),
+    }
+    want, got = (
+        mj.run(model, batch.replace(features=f), None, asked, logits="none").captures
+        for f in (batch.features, features)
+    )
+    assert np.isnan(got["mean"][0]).any() and np.isnan(got["entropy"].sum[0, 1])
+    np.testing.assert_allclose(got["mean"][1:], want["mean"][1:], rtol=0, atol=1e-6)
+    for field in ("sum", "top"):
+        ours, theirs = (np.array(getattr(part["entropy"], field)) for part in (got, want))
+        ours[0, 1] = theirs[0, 1]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_under_jit_the_answer_comes_back(model, batch):
     with jax.disable_jit(False):
         run = jax.jit(

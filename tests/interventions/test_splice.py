@@ -267,6 +267,14 @@ WRONG = {
     "another layer": (
         lambda: mj.splice(HERE, make()) >> mj.ablate(LATENTS[2, 2]), "layers with one: 1",
     ),
+    "a layer too many": (
+        lambda: mj.splice(HERE, make()) >> mj.ablate(LATENTS[[1, 2], 2]),
+        "latents: layer 2 has no dictionary",
+    ),
+    "other tokens": (
+        lambda: mj.splice(HERE, make(), where=tok.image) >> mj.ablate(LATENTS[1], where=tok.text),
+        "the ablate lm.resid_post.latents selects no token at which a dictionary is spliced",
+    ),
     "a latent too many": (lambda: mj.splice(HERE, make()) >> mj.ablate(LATENTS[1, M]), "24"),
 }  # fmt: skip
 

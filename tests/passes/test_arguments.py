@@ -45,6 +45,24 @@ def refused(work, *says) -> None:
 
 
 @pytest.mark.parametrize("name", PASSES)
+def test_batches_of_other_pictures_or_words(name, passes, model, batch, pictures):
+    """JAX reads the last entry in place of one beyond the end: another picture, another word."""
+    run = passes[name]
+    for wrong in (
+        batch.replace(features=batch.features[:-1]),
+        pictures.replace(pixels=pictures.pixels[:1]),
+    ):
+        refused(lambda wrong=wrong: run(model, wrong, None, None), " tiles and places for 9")
+    for word in (model.config.lm.vocab, -1):
+        ids = batch.ids.copy()
+        ids[2, 8] = word
+        refused(
+            lambda ids=ids: run(model, batch.replace(ids=ids), None, None),
+            f"row 2 of the batch: token 8 has id {word}, and the model has words 0 to 95",
+        )
+
+
+@pytest.mark.parametrize("name", PASSES)
 def test_wrong_models_and_batches(name, passes, model, batch):
     run = passes[name]
     processor = tiny.processor(model.config)

@@ -110,3 +110,13 @@ def test_errors(tiny_model, make_batch):
         mj.score(tiny_model, batch, ["A"])
     with pytest.raises(ValueError, match="no candidates to score"):
         mj.score(tiny_model, batch.replace(processor=Letters()), [])
+
+
+@pytest.mark.parametrize(
+    "given", [[["A"]], [["A"], []], [[], ["A"]], np.array([[[1, 2]], [[-1, -1]]])]
+)
+def test_a_row_without_a_candidate_is_refused(given, tiny_model, make_batch):
+    """Its values were -inf, of which the first is the largest."""
+    batch = make_batch().replace(processor=Letters())
+    with pytest.raises(ValueError, match=r"candidates: row [01] of the batch has none: give each"):
+        mj.score(tiny_model, batch, given)

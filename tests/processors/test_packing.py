@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import mllm_jax as mj
-from mllm_jax import sites
+from mllm_jax import sites, tokens
+from mllm_jax.analysis import direct_logits
 from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
@@ -67,6 +68,24 @@ def test_the_rows_of_an_unpacked_batch_continue(case):
         mj.generate(model, packed, max_new_tokens=2)
     unpacked = processor.unpack(packed).prompts()
     np.testing.assert_array_equal(unpacked.tokens.kind, alone.prompts().tokens.kind)
+
+
+def test_each_question_of_a_row_has_a_last_token(case):
+    """That of the first alone was selected, and read where the last logits are asked for."""
+    processor, packed, alone = case
+    model = processor.config.build(rngs=nnx.Rngs(0))
+    last = tokens.last.mask(packed.tokens)
+    np.testing.assert_array_equal(last.sum(-1), [*map(len, TURNS), 0])
+    want = mj.run(model, alone).logits
+    got = mj.run(model, packed, logits="all").logits[last]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for read in (
+        mj.run,
+        lambda *given: mj.sweep(len, *given, [mj.ablate(sites.lm.mlp.act)]),
+        lambda *given: direct_logits.attribute(*given, 3),
+    ):
+        with pytest.raises(ValueError, match='row 0 holds several .*, and logits="last" are of on'):
+            read(model, packed)
 
 
 @pytest.mark.parametrize("questions", [("what ?", "\nwhat ?"), ("\nwhat ?", "what ?")])
