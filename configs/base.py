@@ -30,7 +30,7 @@ def check_variant(file: str, variant: str, known: Sequence[str]) -> None:
       ValueError: The variant is unknown.
     """
     if variant not in known:
-        raise ValueError(f"configs/{file}:{variant} is none of {', '.join(known)}")
+        raise ValueError(f"configs/{file}:{variant} is not one of {', '.join(known)}")
 
 
 def embedded() -> ml_collections.ConfigDict:

@@ -44,7 +44,7 @@ def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
     name, _, choices = which.partition("-")
     if name not in TRAIN or choices not in ("", "official", "corrected"):
         raise ValueError(
-            f"configs/projection_llava.py:{which} is none of {', '.join(TRAIN)}, with or without "
+            f"configs/projection_llava.py:{which} is not one of {', '.join(TRAIN)}, with or without "
             "-official after the name"
         )
     official = choices == "official"

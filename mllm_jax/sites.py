@@ -245,7 +245,7 @@ TABLE: tuple[Site, ...] = (
     Site("lm.resid_mid", "B T D", "residual between attention and MLP", True,
          "blocks.{i}.hook_resid_mid",
          "language_model.model.layers.{i}.post_attention_layernorm (input)"),
-    Site("lm.mlp.input", "B T D", "what enters the MLP: the normed residual", True,
+    Site("lm.mlp.input", "B T D", "what enters the MLP: the normalised residual", True,
          "", "language_model.model.layers.{i}.mlp (input)"),
     Site("lm.mlp.gate", "B T F", "gate before its activation", True,
          "blocks.{i}.mlp.hook_pre", "language_model.model.layers.{i}.mlp.gate_proj (output)"),

@@ -65,7 +65,7 @@ class TokenMap:
           tiles: The number of each tile within its row of the batch.
           side: The rows and columns of the grid.
           cls_token: Whether position 0 is CLS.
-          real: False for tiles that only fill up the batch.
+          real: False for tiles that only pad the batch.
         """
         rows, columns = np.divmod(np.arange(side[0] * side[1]), side[1])
         kind: np.ndarray = np.full(rows.shape, CODE["image"])

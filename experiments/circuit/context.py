@@ -43,7 +43,7 @@ class Study(context.Context):
         return np.minimum(np.arange(number * size, (number + 1) * size), count - 1)
 
     def real(self, split: str, number: int) -> Bool[np.ndarray, " B"]:
-        """Return False for the rows that fill up a batch."""
+        """Return False for the rows that pad a batch."""
         size = self.config.batch_size
         return np.arange(number * size, (number + 1) * size) < len(self.pairs[split])
 

@@ -172,7 +172,7 @@ def _found(study: Study) -> tuple[np.ndarray, EdgeEffects, np.ndarray]:
 
 
 def _only(effects: Effects, real: Bool[np.ndarray, " B"]) -> Effects:
-    """Return effects that are 0 in rows that fill up a batch."""
+    """Return effects that are 0 in rows that pad a batch."""
 
     def mask(value: np.ndarray) -> np.ndarray:  # [L, B, T, ...]
         return value * real.reshape(1, -1, *[1] * (value.ndim - 2))

@@ -30,7 +30,7 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
 
     Raises:
       FileNotFoundError: The study is not finished.
-      ValueError: The study is none of those that are published.
+      ValueError: The study is not one of those that are published.
     """
     path = workdir / "results.json"
     if not path.exists():

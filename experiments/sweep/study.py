@@ -123,7 +123,7 @@ def picture_rows(tokens: tok.TokenMap, layouts: Sequence[Layout], count: int) ->
     band holds the tokens of the parts and of the whole that show it.
 
     Args:
-      tokens: The token map of a batch of one picture a row.
+      tokens: The token map of a batch of one picture per row.
       layouts: How the picture of each row is read.
       count: The number of rows, at most that of each picture.
     """

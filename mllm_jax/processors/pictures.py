@@ -1,10 +1,10 @@
-"""Pictures as a viewer shows them: one function opens every picture of the library.
+"""Read pictures as a viewer shows them: all pictures are opened by one function.
 
     pictures.read("scan.png")        # also bytes, an open file, an array, a picture of PIL
 
-The picture is turned by its EXIF orientation, its transparency is laid on white, and it has 8 bits
-a channel. Of an animation, or a file of several pages, the first frame is read. Colour profiles are
-not applied.
+The picture is rotated by its EXIF orientation, composed on white if it is transparent, and converted
+to 8 bits per channel. The first frame of an animation, or page of a file, is read. Colour profiles
+are not applied.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
-    """Return a picture in RGB, 8 bits a channel, as a viewer shows it.
+    """Return a picture in RGB, 8 bits per channel, as a viewer shows it.
 
-    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits where its file
-    says so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1
-    if no value is above 1, else from 0 to 255.
+    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits if its file says
+    so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1 if no
+    value is above 1, else from 0 to 255.
 
     Args:
       picture: A path; the bytes of a file, or the file, opened in binary mode; an array (of NumPy,
         JAX, torch) [row, column], or [row, column, channels] with 1, 3 or 4 channels, the fourth
         alpha: uint8, uint16, bool, or float from 0 to 1; or a picture of PIL, opened or not yet.
-      name: The picture's name in errors, where it has no path.
+      name: The picture's name in errors, if it has no path.
 
     Raises:
       ValueError: It cannot be read, or its values are ambiguous; one line with its path or name.
@@ -75,7 +75,7 @@ def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
         name = f"the picture {files.name(picture)}"
     try:
         return _to_rgb(_open(picture))
-    except Exception as error:  # whatever a decoder raises over damaged bytes
+    except Exception as error:  # a decoder can raise anything for damaged bytes
         raise ValueError(f"cannot read {name}: {files.reason(error)}") from error
 
 
@@ -112,7 +112,7 @@ def _open(picture: Any) -> PIL.Image.Image:
     if hasattr(picture, "__array__"):
         return from_array(np.asarray(picture))
     raise ValueError(
-        f"{type(picture).__name__} is no picture: give a path, bytes, an array or a picture of PIL"
+        f"{type(picture).__name__} is not a picture: give a path, bytes, an array or a PIL picture"
     )
 
 

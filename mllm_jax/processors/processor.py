@@ -155,7 +155,7 @@ class Processor(PromptEncoder):
         length: int | None = None,
         left: bool = False,
     ) -> Batch:
-        """Return a batch of one prompt a row.
+        """Return a batch of one prompt per row.
 
         Args:
           images: One picture a row, or a list of pictures a row, or None for text. A picture is a
@@ -167,7 +167,7 @@ class Processor(PromptEncoder):
             those of `images`, or else those in its parts.
           answers: Plain texts, read after the prompts, with an end of turn; their tokens are of
             kind answer. The text of a special token is refused.
-          features: float[B, P, E], vision features of one picture a row, of all its places for
+          features: float[B, P, E], vision features of one picture per row, of all its places for
             tiles, in place of images.
           sizes: (height, width) of those pictures, where the model reads them by their size.
           rows: The number of rows to fill up to with empty rows.
@@ -204,7 +204,7 @@ class Processor(PromptEncoder):
         rows: int | None = None,
         length: int | None = None,
     ) -> Batch:
-        """Return a batch of several questions on one picture a row; the picture is encoded once.
+        """Return a batch of several questions on one picture per row; the picture is encoded once.
 
         Each question with its answer is a segment of its own. It sees the picture and not the
         other questions, at the positions that it would have alone.
@@ -325,7 +325,7 @@ class Processor(PromptEncoder):
         return self.config.image_tokens
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Return the places P of vision features that pictures of these (height, width) share."""
+        """Return the padded number P of vision features of pictures of these (height, width)."""
         del sizes
         return self.config.tiles * self.config.vision.feature_tokens
 
@@ -363,11 +363,11 @@ class Processor(PromptEncoder):
         return None
 
     def layout(self, size: tuple[int, int] | None) -> Layout:
-        """Return how a picture of this (height, width) is read."""
+        """Return the layout of a picture of this (height, width)."""
         return self.config.layout(size)
 
     def layouts(self, sizes: Sequence[tuple[int, int] | None]) -> list[Layout]:
-        """Return how the pictures of a row, of these (height, width), are read."""
+        """Return the layouts of the pictures of a row, of these (height, width)."""
         return [self.layout(size) for size in sizes]
 
     def _read_pictures(
@@ -392,7 +392,7 @@ class Processor(PromptEncoder):
             opened = row_pictures.open_rows([[]] * rows if images is None else images)
             pictures = []
             for row in opened:
-                layouts = self.layouts([p.size[::-1] for p in row])  # PIL says the width first
+                layouts = self.layouts([p.size[::-1] for p in row])  # PIL gives the width first
                 pictures.append([Picture(*pair) for pair in zip(row, layouts, strict=True)])
         if len(pictures) != rows:
             raise ValueError(f"{len(pictures)} rows of pictures for {rows} prompts")

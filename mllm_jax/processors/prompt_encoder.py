@@ -142,7 +142,7 @@ class PromptEncoder:
         return cast(str, self.tokenizer.decode([int(token)]))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the whole text of a prompt with this many images, and where the question is."""
+        """Return the whole text of a prompt with its images, and the spans of the question."""
         if isinstance(prompt, str):
             if IMAGE in prompt or not self.chat_template:
                 before = "" if IMAGE in prompt else f"{IMAGE}\n" * images

@@ -30,7 +30,7 @@ def as_list(values: Any, name: str, what: str = "strings") -> list:
     items = values.tolist() if hasattr(values, "tolist") else values
     single = isinstance(items, (str, bytes, Mapping, set, frozenset))
     if single or not isinstance(items, Iterable):
-        raise ValueError(f"{name} is a list of {what}, one a row; got {shown(values)}")
+        raise ValueError(f"{name} is a list of {what}, one per row; got {shown(values)}")
     return list(items)
 
 

@@ -271,10 +271,10 @@ def token_columns(row: Row, length: int, left: bool) -> np.ndarray:
 
 
 def place_features(features: np.ndarray, pictures: list[list[Picture]], places: int) -> np.ndarray:
-    """Return the features of one picture a row at each place where the row reads it.
+    """Return the features of one picture per row at each place where the row reads it.
 
     Args:
-      features: [B, ...], of one picture a row.
+      features: [B, ...], of one picture per row.
       pictures: The pictures of each row, all the same one.
       places: The number of places for pictures that a row has.
 

@@ -1,4 +1,4 @@
-"""The processor of models that read text alone."""
+"""The processor of models that reads only text."""
 
 from __future__ import annotations
 

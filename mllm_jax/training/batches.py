@@ -1,4 +1,4 @@
-"""Training batches: one question a row with precomputed vision features, or collected vectors."""
+"""Training batches: one question per row with precomputed vision features, or collected vectors."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Recipe:
           ValueError: A kind is not known, or a number is not finite, too small or too large.
         """
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} is none of {', '.join(get_args(Kind))}")
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(get_args(Kind))}")
         for name in ("latents", "dead_after", "every"):
             require_whole(name, getattr(self, name))
         require_whole("k", self.k, most=self.latents)
@@ -321,10 +321,10 @@ def _step(
         total = unexplained + pressure * penalty + recipe.auxiliary * auxiliary
         return total, (unexplained, latents > 0, least)
 
-    (_, (unexplained, active, least)), slope = jax.value_and_grad(loss, has_aux=True)(state.weights)
-    along = (slope.decoder * state.weights.decoder).sum(-1, keepdims=True)
-    slope = slope._replace(decoder=slope.decoder - along * state.weights.decoder)
-    change, moments = ADAM.update(slope, state.moments)
+    (_, (unexplained, active, least)), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights)
+    along = (gradient.decoder * state.weights.decoder).sum(-1, keepdims=True)
+    gradient = gradient._replace(decoder=gradient.decoder - along * state.weights.decoder)
+    change, moments = ADAM.update(gradient, state.moments)
     weights = jax.tree.map(lambda weight, by: weight - rate * by, state.weights, change)
     length = jnp.linalg.norm(weights.decoder, axis=-1, keepdims=True)
     weights = weights._replace(decoder=weights.decoder / length)
@@ -401,10 +401,10 @@ def _jump_forward(x: Array, threshold: Array) -> tuple[Array, tuple[Array, Array
     return _jump(x, threshold), (x, threshold)
 
 
-def _jump_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _jump_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, threshold = kept
-    moved = -(threshold / BANDWIDTH) * _is_near(x, threshold) * slope
-    return jnp.where(x > threshold, slope, 0), moved.sum(0)
+    moved = -(threshold / BANDWIDTH) * _is_near(x, threshold) * gradient
+    return jnp.where(x > threshold, gradient, 0), moved.sum(0)
 
 
 _jump.defvjp(_jump_forward, _jump_backward)
@@ -420,9 +420,9 @@ def _step_above_forward(x: Array, threshold: Array) -> tuple[Array, tuple[Array,
     return _step_above(x, threshold), (x, threshold)
 
 
-def _step_above_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _step_above_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, threshold = kept
-    moved = -(1 / BANDWIDTH) * _is_near(x, threshold) * slope
+    moved = -(1 / BANDWIDTH) * _is_near(x, threshold) * gradient
     return jnp.zeros_like(x), moved.sum(0)
 
 

@@ -105,8 +105,8 @@ def learn(
     def step_on(
         params: Any, state: Any, model: Any, batch: Any, key: jax.Array
     ) -> tuple[Any, Any, jax.Array]:
-        value, slope = jax.value_and_grad(loss)(params, model, batch, key)
-        change, state = optimiser.update(slope, state, params)
+        value, gradient = jax.value_and_grad(loss)(params, model, batch, key)
+        change, state = optimiser.update(gradient, state, params)
         return optax.apply_updates(params, change), state, value
 
     curve = np.zeros((len(batches),), np.float32)

@@ -137,14 +137,14 @@ def _sums(
         moved = edits >> edits_.add(S.lm.resid_post, shift, where=where)
         return run(model, batch, moved, {"last": last}, logits="none")["last"]
 
-    # A shift that all source tokens share: its slope is the sum over them.
+    # A shift that all source tokens share: its gradient is the sum over them.
     found, pull_back = jax.vjp(states, jnp.zeros((shape.layers, shape.shape[-1]), shape.dtype))
     share = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
     def row(unit: Int[Array, ""]) -> Float[Array, "L_1 D"]:
         target = jax.nn.one_hot(unit, found.shape[-1], dtype=found.dtype)
-        (slope,) = pull_back((share[..., None] * target).astype(found.dtype).reshape(found.shape))
-        return slope[layers].astype(jnp.float32)
+        (gradient,) = pull_back((share[..., None] * target).astype(found.dtype).reshape(found.shape))
+        return gradient[layers].astype(jnp.float32)
 
     rows = jax.lax.map(row, jnp.arange(found.shape[-1]), batch_size=chunk)
     return rows.swapaxes(0, 1)

@@ -50,7 +50,7 @@ def answer_log_probs(
 
     Args:
       model: The model.
-      x: The normed states of the pass, the site lm.norm.
+      x: The normalised states of the pass, the site lm.norm.
       ids: The token ids of the batch.
       labels: The places of the answer tokens, see `Batch.labels`.
       taps: Of the logits.

@@ -185,7 +185,7 @@ def partition(
     """
     chosen = part.split("+")
     if unknown := [name for name in chosen if name not in PARTS]:
-        raise ValueError(f'part="{part}": {unknown[0]} is none of {", ".join(PARTS)}')
+        raise ValueError(f'part="{part}": {unknown[0]} is not one of {", ".join(PARTS)}')
     if "lm" in chosen and len({"lora", "neurons"} & set(chosen)):
         raise ValueError(f'part="{part}" trains weights of the LM twice: leave one of them out')
     if ("neurons" in chosen) != (neurons is not None):

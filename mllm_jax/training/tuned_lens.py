@@ -92,7 +92,7 @@ def _step(model: Model, lens: AffineLens, state, states: Float[Array, "n L D"], 
 
     # One layer at a time: the logits of one are as large as all the states.
     each = lens.weight, lens.bias, jnp.moveaxis(states[:, :-1], 1, 0)
-    losses, slopes = jax.lax.map(of_layer, each)
+    losses, gradients = jax.lax.map(of_layer, each)
     optimiser = optax.adamw(rate, weight_decay=weight_decay)
-    updates, state = optimiser.update(AffineLens(*slopes), state, lens)
+    updates, state = optimiser.update(AffineLens(*gradients), state, lens)
     return optax.apply_updates(lens, updates), state, losses

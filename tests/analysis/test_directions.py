@@ -193,7 +193,7 @@ def test_a_direction_of_another_width_or_depth_is_refused_by_the_pass(tiny_model
 
 
 WRONG = {
-    "kind": (lambda a, b: directions.find("mean", a, b, HERE), "kind='mean' is none of means"),
+    "kind": (lambda a, b: directions.find("mean", a, b, HERE), "kind='mean' is not one of means"),
     "width": (lambda a, b: directions.find("means", a, b[:, 1:], HERE), "unequal L or D"),
     "no pairs": (lambda a, b: directions.find("component", a, b[1:], HERE), "component takes pairs"),
     "one vector": (lambda a, b: directions.find("means", a[0], b[0], HERE), "states are"),

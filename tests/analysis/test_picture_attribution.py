@@ -190,7 +190,7 @@ def test_rows_that_share_a_tile(tiny_model, make_batch):
 
 
 def test_errors(tiny_model, batch, make_batch):
-    with pytest.raises(ValueError, match='at="pixel" is none of lm.embed, pixels'):
+    with pytest.raises(ValueError, match='at="pixel" is not one of lm.embed, pixels'):
         pa.GatedPicture.of(word, tiny_model, batch, at="pixel")
     with pytest.raises(ValueError, match="the batch has no picture"):
         pa.GatedPicture.of(word, tiny_model, make_batch(images=(0, 0), words=(4, 3)))

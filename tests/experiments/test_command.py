@@ -50,7 +50,7 @@ def say(tmp_path_factory):
         ("--config=none.py --workdir=W", "--config=none.py: there is no such file"),
         ("--config none.py --workdir=W", "--config=none.py: there is no such file"),
         ("--config=configs --workdir=W", "--config=configs: it is a folder"),
-        ("--config=configs/embedded.py:small --workdir=W", "embedded.py:small is none of full, quick"),
+        ("--config=configs/embedded.py:small --workdir=W", "embedded.py:small is not one of full, quick"),
         (f"{EVALUATE} --workdir=W --wrkdir=V", "unknown flag '--wrkdir'. Did you mean: workdir ?"),
         (f"{EVALUATE} --workdir", "Missing value for flag --workdir"),
         (f"{EVALUATE} --workdir=W extra", "unexpected arguments: extra"),

@@ -184,7 +184,7 @@ def test_wrong_arguments_of_sweeps(model, batch):
             lambda w=wrong: mj.run(model, batch, logits=w),
         ]
         for pass_ in work:
-            refused(pass_, f'logits="{wrong}" is none of last, all, none')
+            refused(pass_, f'logits="{wrong}" is not one of last, all, none')
 
 
 @pytest.mark.parametrize(

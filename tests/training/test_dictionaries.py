@@ -206,7 +206,7 @@ def test_a_rank_is_that_of_a_sort(axis):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"kind": "gated"}, "kind='gated' is none of topk, batch_topk, jumprelu"),
+        ({"kind": "gated"}, "kind='gated' is not one of topk, batch_topk, jumprelu"),
         ({"k": 65}, "k=65 is not a whole number from 1 to 64"),
         ({"k": 0}, "k=0 is not a whole number from 1"),
         ({"latents": 2.5}, "latents=2.5 is not a whole number"),

@@ -168,7 +168,7 @@ def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
 @pytest.mark.parametrize(
     ("part", "how", "says"),
     [
-        ("vison", {}, 'part="vison": vison is none of projector, lm, lora, neurons'),
+        ("vison", {}, 'part="vison": vison is not one of projector, lm, lora, neurons'),
         ("lm+lora", {}, "trains weights of the LM twice"),
         ("neurons", {}, 'part="neurons" goes with neurons='),
         ("lm", {"neurons": {}}, 'part="lm" goes without neurons='),

@@ -53,7 +53,7 @@ def family(results: Results, name: str) -> tuple[float | None, float | None]:
 def select(
     results: Results, module: str, control: str, measure: str, tokens: str | None = None
 ) -> list[Row]:
-    """Return the effects of a module, one a domain."""
+    """Return the effects of a module, one per domain."""
     wanted = {"module": module, "control": control, "measure": measure, "tokens": tokens}
     return [r for r in results["effects"] if all(r[k] == value for k, value in wanted.items())]
 
