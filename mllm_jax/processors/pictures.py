@@ -128,7 +128,7 @@ def _read_file(file: Any) -> bytes:
         file.seek(0)
     content = file.read(MAX_BYTES + 1)
     if not isinstance(content, bytes):
-        raise ValueError("the file is open as text: open it in mode 'rb'")
+        raise ValueError("the file is open in text mode: open it in mode 'rb'")
     if len(content) > MAX_BYTES:
         raise ValueError(f"the file has more than {MAX_BYTES:,} bytes")
     return content
@@ -159,7 +159,7 @@ def _explain_unreadable(content: bytes) -> str:
         if content.lstrip()[: len(start)].lower() == start.lower():
             return f"it is {what}: save it as PNG or JPEG"
     known = ", ".join(name for name in FORMATS if name in PIL.Image.OPEN)
-    return f"it is damaged, or in a format that is not read ({known} are)"
+    return f"it is damaged, or in an unsupported format ({known} are read)"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -174,7 +174,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the picture in RGB, decoded, turned, on white."""
+    """Return the picture in RGB, decoded, rotated and composed on white."""
     raw = _raw_mode(picture)
     _load(picture)
     turn = TRANSPOSES.get(_orientation(picture) or 1)
@@ -194,15 +194,15 @@ def _lab_to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
     exact = PIL.ImageCms.Flags.NOOPTIMIZE  # else dark colours are off by 3
     rgb = PIL.ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB", flags=exact)
-    assert rgb is not None  # it is None only where the picture is changed in place
+    assert rgb is not None  # it is None only for changes in place
     return rgb
 
 
 def _load(picture: PIL.Image.Image) -> None:
     """Decode the pixels.
 
-    Pillow maps a TIFF with a file name into memory, and exchanges the sides of one that is to be
-    turned; without a name it reads it correctly.
+    Pillow maps a TIFF with a file name into memory, and swaps the sides of one that is to be
+    rotated; without a name it reads it correctly.
     """
     if picture.format != "TIFF":
         picture.load()
@@ -219,18 +219,18 @@ def _orientation(picture: PIL.Image.Image) -> int | None:
     """Return the EXIF orientation of a loaded picture (TIFF is turned by its reader)."""
     try:
         return picture.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF: viewers show the picture as it lies
+    except Exception:  # damaged EXIF: viewers show the picture without rotation
         return None
 
 
 def _raw_mode(picture: PIL.Image.Image) -> str:
-    """Return how a PNG that is not loaded stores its pixels, such as "L;4"; else ""."""
+    """Return the raw mode of a PNG that is not loaded, such as "L;4"; else ""."""
     tile = getattr(picture, "tile", None)
     return str(tile[0].args) if tile and picture.format == "PNG" else ""
 
 
 def _is_transparent(picture: PIL.Image.Image) -> bool:
-    """Return whether a picture of 8 bits a channel has transparency."""
+    """Return whether a picture of 8 bits per channel has transparency."""
     if picture.mode in ("1", "L", "P", "RGB"):
         return picture.has_transparency_data
     return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
@@ -258,7 +258,7 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         shown = [np.minimum(band, alpha) + (255 - alpha) for band in bands[:-1]]
         return from_array(np.stack(shown, -1)).convert("RGB")
     white = PIL.Image.new("RGB", picture.size, "white")
-    for top in range(0, picture.height, STRIP):  # a copy of all takes a gigabyte
+    for top in range(0, picture.height, STRIP):  # a full copy could take a gigabyte
         box = (0, top, picture.width, min(top + STRIP, picture.height))
         strip = picture.crop(box).convert("RGBA")
         white.paste(strip, box, mask=strip)
@@ -290,7 +290,7 @@ def _unsigned(values: np.ndarray, has_16_bits: bool) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(
-            f"its values reach from {low} to {high}: scale them to 0 to 255, or 0 to 65535"
+            f"its values range from {low} to {high}: scale them to 0 to 255, or 0 to 65535"
         )
     return values.astype(np.uint16 if has_16_bits or high > 255 else np.uint8)
 
@@ -313,10 +313,10 @@ def _to_uint8(values: np.ndarray, top: int = 1) -> np.ndarray:
             f"its values are {values.dtype.name}: give uint8, uint16, or floats from 0 to 1"
         )
     low, high = float(values.min()), float(values.max())  # NaN if there is one
-    slack = 1e-3 * top  # what rounding in 16 bits adds
+    slack = 1e-3 * top  # for rounding in 16 bits
     if not (-slack <= low and high <= top + slack):
         ask = "0 to 1" if top == 1 else "0 to 1, or 0 to 255"
-        raise ValueError(f"its floats reach from {low:g} to {high:g}: give finite ones from {ask}")
+        raise ValueError(f"its floats range from {low:g} to {high:g}: give finite ones from {ask}")
     scale = np.float32(255 if high <= 1 + 1e-3 else 1)
     result = np.empty(values.shape, np.uint8)
     for row, into in zip(values, result, strict=True):  # one by one: a copy of all takes gigabytes

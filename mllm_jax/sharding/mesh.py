@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 _MAX_FETCH_BYTES = 2**26  # of an array that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-# The mesh axes over which axes of activations are split; `rules` has those of parameters.
+# The mesh axes over which axes of activations are sharded; `rules` has those of parameters.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("BI", BATCH_AXES),
     "R": ("data",),
@@ -40,9 +40,9 @@ def mesh(
     """Create a mesh of `data` x `fsdp` x `model` devices, for `load`.
 
     Args:
-      data: The number of shards of a batch that have a copy of the model each; by default the
-        largest number for which there are devices.
-      model: The number of parts of each layer (tensor parallelism).
+      data: The number of shards of a batch with a copy of the model each (data parallelism); by
+        default the largest number for which there are devices.
+      model: The number of shards of each layer (tensor parallelism).
       fsdp: The number of further shards of a batch that share one copy of the model and gather
         each layer in turn (fully sharded data parallelism).
       devices: The devices; by default those of all processes.
@@ -58,12 +58,12 @@ def mesh(
         data = max(1, len(devices) // max(1, model * fsdp))
     call = f"mesh(data={data}, model={model}, fsdp={fsdp})"
     if min(data, model, fsdp) < 1:
-        raise ValueError(f"{call}: each is 1 or more")
+        raise ValueError(f"{call}: each must be 1 or more")
     size = data * model * fsdp
     if size > len(devices):
-        raise ValueError(f"{call} needs {size} devices, there are {len(devices)}; make it smaller")
+        raise ValueError(f"{call} needs {size} devices, but there are {len(devices)}; reduce it")
     if len({getattr(device, "slice_index", None) for device in devices[:size]}) > 1:
-        raise ValueError(f"{call}: its devices are of several slices; give it those of one")
+        raise ValueError(f"{call}: its devices are of several slices; use those of one slice")
     # An axis of the mesh may span parts of axes of the slice: 32 x 2 fits on 8 x 8.
     placed = mesh_utils.create_device_mesh(
         (data, fsdp, model), devices[:size], allow_split_physical_axes=True
@@ -156,8 +156,8 @@ def map_lanes(fn: Callable[..., Any], lanes: Any, *shared: Any) -> Any:
     """Compute fn(lanes, *shared) with the lanes split over the data axis and all else replicated.
 
     Args:
-      fn: The function; its results lead with R.
-      lanes: A pytree of arrays that lead with R; None where every shard computes the same.
+      fn: The function; its results have a leading axis R.
+      lanes: A pytree of arrays with a leading axis R; None if every shard computes the same.
       *shared: Pytrees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
