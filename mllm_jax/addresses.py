@@ -121,7 +121,7 @@ class Address:
         return notebook.target(self)
 
 
-# What a user may give as the target of an edit or capture: `Address.of` reads it.
+# Values that a user may give as the target of an edit or capture; `Address.of` converts them.
 Target: TypeAlias = "Site | Address | Namespace | AnyArray"
 
 

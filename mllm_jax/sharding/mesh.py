@@ -208,8 +208,8 @@ def shard_batch(batch: Any) -> Any:
     rows, parts = len(batch.ids), shard_count("B")
     if rows > 1 and rows % parts:
         raise ValueError(
-            f"a batch of {rows} rows does not divide over the {parts} parts that the mesh makes "
-            f"of it: give it a multiple of {parts} rows, or one"
+            f"a batch of {rows} rows does not divide over the {parts} shards of the mesh: give it "
+            f"a multiple of {parts} rows, or one"
         )
 
     def shard_rows(x):
@@ -220,7 +220,7 @@ def shard_batch(batch: Any) -> Any:
 
 
 def gather_to_host(tree: Any) -> Any:
-    """Copy arrays of which other processes hold parts to the host; leave others as they are."""
+    """Copy arrays that are partly on other processes to the host; leave others unchanged."""
     remote = [leaf for leaf in jax.tree.leaves(tree) if _is_remote(leaf)]
     if not remote:
         return tree
@@ -229,7 +229,7 @@ def gather_to_host(tree: Any) -> Any:
 
 def _replicated(tree: Any) -> NamedSharding:
     mesh = mesh_of(tree)
-    assert mesh is not None, "arrays of several processes lie on a mesh"
+    assert mesh is not None, "arrays of several processes are on a mesh"
     return NamedSharding(mesh, P())
 
 
@@ -245,7 +245,7 @@ def _reshard(tree: Any, place: NamedSharding) -> Any:
 
 
 def iterate_rows(x: Any) -> Iterator[np.ndarray]:
-    """Yield an array on the host in order, a few rows at a time where it is remote."""
+    """Yield an array on the host in order, a few rows at a time if it is remote."""
     if not _is_remote(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return
