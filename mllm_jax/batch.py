@@ -56,8 +56,8 @@ class Layout:
           row: The row, which reads one picture, of this layout.
 
         Returns:
-          The positions in the row of the tokens of the whole picture and of those of its parts, both
-          arranged as on the picture; empty if there are none on a grid.
+          The positions in the row of the tokens of the whole picture and of those of its parts,
+          both arranged as on the picture; empty if there are none on a grid.
         """
         kind, tile, down, across = (
             np.asarray(array)[row]
@@ -108,8 +108,8 @@ class Batch:
       tokens: The token map of the LM.
       image_token_index: The number of the image token at each position, int32[B, T], counted
         through all tiles, with the newline last; -1 for text.
-      pixels: The normalised tiles of all rows, equally many per row: float32[I, row, column, 3], or,
-        for pictures of any size, their patches float32[I, P, pixel] (see `grid`).
+      pixels: The normalised tiles of all rows, equally many per row: float32[I, row, column, 3],
+        or, for pictures of any size, their patches float32[I, P, pixel] (see `grid`).
       tile: The number of each tile within its row, int16[I].
       is_real_tile: False for tiles that only pad the batch, bool[I].
       features: Precomputed vision features, float[I, P, E], in place of pixels; or None.

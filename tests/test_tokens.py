@@ -168,7 +168,7 @@ def test_selectors_are_neither_true_nor_false():
         lambda: tok.image or tok.last,
         lambda: not tok.image,
     ):
-        with pytest.raises(ValueError, match="not true or false: combine selectors by &, |, ~"):
+        with pytest.raises(ValueError, match="not a bool: combine selectors with &, |, ~"):
             combine()
 
 

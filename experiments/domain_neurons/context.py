@@ -50,7 +50,7 @@ class NeutralQuestions(LazySequence[tuple[domains.Example, questions.Question]])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       train: The pictures by domain on which activations are counted.

@@ -56,7 +56,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       tasks: The classification tasks, by name.

@@ -1,8 +1,8 @@
 """Contrasts: a metric of two inputs, clean and corrupt, whose difference is to be explained.
 
 The batches have one layout: the same questions about other pictures, or other questions of equally
-many tokens about the same pictures. `patching`, `paths`, `edges` and `circuits` ask which parts of the model
-carry the difference.
+many tokens about the same pictures. `patching`, `paths`, `edges` and `circuits` ask which parts of
+the model carry the difference.
 """
 
 from __future__ import annotations

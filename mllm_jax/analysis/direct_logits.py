@@ -112,7 +112,9 @@ def decompose(
     words = [word for word in (right, wrong) if word is not None]
     for word in words:
         if not isinstance(word, jax.core.Tracer) and not np.isin(word, np.arange(vocab)).all():
-            raise ValueError(f"the words {word} are not all ids of the vocabulary, 0 to {vocab - 1}")
+            raise ValueError(
+                f"the words {word} are not all ids of the vocabulary, 0 to {vocab - 1}"
+            )
     ids = jnp.stack([jnp.broadcast_to(jnp.asarray(word), (rows,)) for word in words])
     return _decompose(model, {name: captured[name] for name in CAPTURES}, ids)
 

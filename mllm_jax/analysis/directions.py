@@ -113,7 +113,8 @@ def find(
     Args:
       kind: "means", "component" or "probe", see above.
       positive: The states that the direction leads to, float[N, D] of one layer or [L, N, D].
-      negative: The states that it leads from. For "component", rows i of both are a contrastive pair.
+      negative: The states that it leads from. For "component", rows i of both are a contrastive
+        pair.
       target: The site and the layers of the states, such as `lm.resid_post[12]`.
       where: The tokens to add it to, in the syntax of `--edits`.
       model: The name of the model.
@@ -132,9 +133,7 @@ def find(
     for x, name in zip(sets, ("positive", "negative"), strict=True):
         if (empty := np.argwhere(~x.any(-1))).size:
             place = empty[0].tolist()
-            raise ValueError(
-                f"{name}{place} is a state of zeros: leave out rows that pad a batch"
-            )
+            raise ValueError(f"{name}{place} is a state of zeros: leave out rows that pad a batch")
     a, b = (x if x.ndim == 3 else x[None] for x in sets)
     if a.shape[::2] != b.shape[::2]:
         raise ValueError(f"positive {sets[0].shape} and negative {sets[1].shape}: unequal L or D")

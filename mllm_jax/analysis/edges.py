@@ -116,8 +116,8 @@ def attribute(contrast: Contrast, *, steps: int = 0) -> EdgeEffects:
 
     Args:
       contrast: The contrast.
-      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt to
-        the clean embeddings at which gradients are averaged.
+      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt
+        to the clean embeddings at which gradients are averaged.
 
     Raises:
       ValueError: `steps` is below 0, or an edit of the contrast acts between sender and receiver.
@@ -234,7 +234,9 @@ def _receive(
     for site, name in zip(_READS[:3], ("q", "k", "v"), strict=True):
         _, pull = jax.vjp(lambda x, name=name: layer.attn.project(name, layer.attn_norm(x)), pre)
         gradient = gradients[site.name]
-        one_head = jnp.eye(gradient.shape[2], dtype=gradient.dtype)[:, None, None, :, None] * gradient
+        one_head = (
+            jnp.eye(gradient.shape[2], dtype=gradient.dtype)[:, None, None, :, None] * gradient
+        )
         (back,) = jax.lax.map(pull, one_head)
         backs.append(back)
     _, pull = jax.vjp(lambda x: layer.added_by_mlp(x, LayerTap({}, 0, None, 1, in_mlp, {})), mid)

@@ -259,7 +259,9 @@ def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> 
       effect has no standard error.
     """
     if not 0 < margin < 1:
-        raise ValueError(f"margin={margin}, the largest effect that counts as none, must be in (0, 1)")
+        raise ValueError(
+            f"margin={margin}, the largest effect that counts as none, must be in (0, 1)"
+        )
     distance, least = margin - abs(found.value), 0 if answers is None else (1 - margin) ** answers
     if not found.error:
         return max(float(distance <= 0), least)

@@ -51,7 +51,9 @@ def examples_counted(vision_tokens: Iterable[int], every: int = SNAPSHOT) -> int
     for number, count in enumerate(vision_tokens, 1):
         total += count
         if total >= 2 * every:
-            raise ValueError(f"example {number} skips {every}: it leads from fewer tokens to {total}")
+            raise ValueError(
+                f"example {number} skips {every}: it leads from fewer tokens to {total}"
+            )
         if total >= every:
             return number
         if number == COUNTED:

@@ -89,9 +89,9 @@ def attribute(
       contrast: The contrast.
       sites: The sites; latents of the splices among the edits of the contrast.
       where: The tokens that are patched; all by default.
-      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt to
-        the clean embeddings at which gradients are averaged. At `lm.embed` the effects then sum to the
-        difference of the metric, up to the error of the midpoint rule.
+      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt
+        to the clean embeddings at which gradients are averaged. At `lm.embed` the effects then sum
+        to the difference of the metric, up to the error of the midpoint rule.
 
     Raises:
       ValueError: A site holds masks or logits, or latents without a splice in the contrast, or

@@ -112,8 +112,8 @@ def _in_each_world(selector: Selector, rows: int) -> Where:
 def _check_one_layer(sender: Address, layers: np.ndarray) -> None:
     if layers.min() < layers.max():
         raise ValueError(
-            f"the sender {sender.site} is of layers {layers.min()} to {layers.max()}: a sender that "
-            "is a part of a head or an MLP must be in one layer"
+            f"the sender {sender.site} is of layers {layers.min()} to {layers.max()}: a sender "
+            "that is a part of a head or an MLP must be in one layer"
         )
 
 

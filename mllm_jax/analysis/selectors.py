@@ -108,7 +108,9 @@ def mean_difference(
     tokens = checks.finite(tokens, "tokens", axes="[D_]")
     domains = len(sums)
     if tokens.shape != sums.shape[:1] or (tokens <= 0).any() or domains < 2:
-        raise ValueError(f"tokens must be {domains} positive numbers, one per domain, of two or more")
+        raise ValueError(
+            f"tokens must be {domains} positive numbers, one per domain, of two or more"
+        )
     means, counts = sums / tokens[:, None, None], tokens[:, None, None]
     others = [np.delete(np.arange(domains), d) for d in range(domains)]
     rest = np.stack([(sums[o] / tokens[o].sum()).sum(axis=0) for o in others])

@@ -79,7 +79,7 @@ def _member(entry: zipfile.ZipInfo, file: io.BufferedReader) -> Member:
     file.seek(entry.header_offset)
     signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != _SIGNATURE or file.read(name) != _encoded(entry):
-        raise Damaged(f"{entry.filename} is not at the position in the directory")
+        raise Damaged(f"{entry.filename} is not at the position that the directory states")
     return Member(entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size)
 
 

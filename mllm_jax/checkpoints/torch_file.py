@@ -105,9 +105,7 @@ def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, archive.Member]]:
         raise ValueError(files.refusal(path, [_mend(path, error)])) from error
     order = members.get("byteorder")
     if order and archive.read(path, order) != b"little":
-        raise ValueError(
-            files.refusal(path, ["big-endian; only little-endian numbers are read"])
-        )
+        raise ValueError(files.refusal(path, ["big-endian; only little-endian numbers are read"]))
     storages = {
         name.removeprefix("data/"): member
         for name, member in members.items()

@@ -60,7 +60,8 @@ def pooled_features(
         depends on it (with a Q-Former, all but `vision` do).
       path: The folder of the arrays; it belongs to one model and processor, and to these pictures,
         prompts and features. Examples may be added at the end.
-      features: float[N, P, E] of the examples, see `vision_features`, in place of running the tower.
+      features: float[N, P, E] of the examples, see `vision_features`, in place of running the
+        tower.
       batch_size: The number of rows of a batch.
       length: The number of tokens of a row, so that all batches have one shape.
       restart: Whether to remove existing arrays.
@@ -69,7 +70,8 @@ def pooled_features(
     Returns:
       Memory-mapped arrays: `vision` float32[N, E], before the projection, and `projector`
       float32[N, D], after it, means over the patches; `lm.image` float32[N, L, D], the output of
-      each layer, mean over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
+      each layer, mean over the image tokens; `lm.last` float32[N, L, D], the same at the last
+      token.
 
     Raises:
       ValueError: The numbers of examples and prompts differ, or the folder holds features of

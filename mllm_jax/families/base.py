@@ -48,7 +48,8 @@ class Family:
     """A family of models: an architecture as it is released.
 
     Attributes:
-      name: The `model_type` of its `config.json`, or another name if `reads` recognises its configs.
+      name: The `model_type` of its `config.json`, or another name if `reads` recognises its
+        configs.
       config: The config class, which builds the network.
       from_hf: (fields of a `config.json`, name of the file) -> the config.
       to_hf: config -> the fields of a `config.json`.

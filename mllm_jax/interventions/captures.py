@@ -150,8 +150,8 @@ def attention_map(
 ) -> Capture:
     """Map the attention of the selected queries over pictures, see `attention_maps.AttentionMap`.
 
-    It is the mean over the queries. In a Q-Former, `sites.qformer.cross.pattern` is the attention of
-    the queries to patches.
+    It is the mean over the queries. In a Q-Former, `sites.qformer.cross.pattern` is the attention
+    of the queries to patches.
 
     Args:
       target: See `mass`.

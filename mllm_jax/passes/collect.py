@@ -66,8 +66,8 @@ class Vectors(NamedTuple):
 class VectorSource:
     """The vectors of one capture of a collection, in the order of the data: a data source.
 
-    `len(source)`, `source[i]` and `source.__getitems__([i, j])` are the interface of data sources in
-    Grain and PyTorch. An array or a slice as index returns all those vectors at once.
+    `len(source)`, `source[i]` and `source.__getitems__([i, j])` are the interface of data sources
+    in Grain and PyTorch. An array or a slice as index returns all those vectors at once.
 
     Args:
       folder: The folder of the collection.
@@ -194,8 +194,8 @@ def collect(
 
     Before the first pass it prints the estimated bytes of an example, and of all batches if their
     number is known. A run that was killed or whose disk was full continues after its last shard and
-    produces the same bytes; further batches are appended. Finished batches are made again to compare
-    their content, but are not run.
+    produces the same bytes; further batches are appended. Finished batches are made again to
+    compare their content, but are not run.
 
     Args:
       captures: `keep` of some sites, layers, units and tokens, by name.

@@ -70,8 +70,8 @@ def score(
       edits: The edits of the prompt and of the candidates, whose tokens are of kind answer.
 
     Raises:
-      ValueError: The candidates have another form, or one is empty; a row of the batch holds several
-        questions; or an edit does not fit.
+      ValueError: The candidates have another form, or one is empty; a row of the batch holds
+        several questions; or an edit does not fit.
     """
     return score_with(model, batch, candidates, edits).values
 

@@ -93,9 +93,9 @@ def stack(edits: Sequence[Edits]) -> Stack:
         if _structure(item) != structure:
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
-                "the edits of one sweep need the same kinds and sites, the same function in a call, "
-                "a basis in each patch or in none (np.eye(width) is the whole space), and the same "
-                "dictionary in each splice, at one layer"
+                "the edits of one sweep need the same kinds and sites, the same function in a "
+                "call, a basis in each patch or in none (np.eye(width) is the whole space), and "
+                "the same dictionary in each splice, at one layer"
             )
     return Stack(items)
 
@@ -192,7 +192,9 @@ def sweep(
     bound_captures = binding.bind(model, batch, splices, captures, logits)[1]
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap over run")
+        raise ValueError(
+            "a sweep loops on the host: inside jit, vmap or grad use jax.vmap over run"
+        )
     with mesh.use_mesh_of(model):
         share = share and not rows.done.all()  # nothing runs for rows that are finished
         _run_chunks(

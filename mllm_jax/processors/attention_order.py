@@ -19,8 +19,8 @@ def blocks(rows: list[Row], length: int, left: bool, forward: Forward) -> np.nda
       rows: The rows.
       length: The number of tokens T of a padded row.
       left: Whether rows are padded on the left.
-      forward: The tokens with bidirectional attention: adjacent tokens of a picture (Gemma 3), those
-        of the prompt (PaliGemma), or none.
+      forward: The tokens with bidirectional attention: adjacent tokens of a picture (Gemma 3),
+        those of the prompt (PaliGemma), or none.
     """
     if forward == "none":
         return None

@@ -44,7 +44,7 @@ class ChatTemplate:
         source = source.get("default") if isinstance(source, dict) else source
         if not isinstance(source, str):
             raise ValueError(
-                f"{tokenizer_origin(tokenizer)}: chat_template is neither a string nor has a default"
+                f"{tokenizer_origin(tokenizer)}: chat_template is no string and has no default"
             )
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         return _cached(source, tuple(special.items()))

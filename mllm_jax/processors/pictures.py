@@ -2,9 +2,9 @@
 
     pictures.read("scan.png")        # also bytes, an open file, an array, a picture of PIL
 
-The picture is rotated by its EXIF orientation, composed on white if it is transparent, and converted
-to 8 bits per channel. The first frame of an animation, or page of a file, is read. Colour profiles
-are not applied.
+The picture is rotated by its EXIF orientation, composed on white if it is transparent, and
+converted to 8 bits per channel. The first frame of an animation, or page of a file, is read. Colour
+profiles are not applied.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
     """Return a picture in RGB, 8 bits per channel, as a viewer shows it.
 
-    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits if its file says
+    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits if its file
+      says
     so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1 if no
     value is above 1, else from 0 to 255.
 

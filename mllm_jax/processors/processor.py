@@ -332,7 +332,7 @@ class Processor(PromptEncoder):
     def _check_features(
         self, features: np.ndarray, sizes: Sequence[tuple[int, int] | None]
     ) -> None:
-        """Raise ValueError unless features are [B, P, E] with the padded number P of the pictures."""
+        """Raise ValueError unless features are [B, P, E] with the padded length P of pictures."""
         places = self.feature_places([(row, column) for row, column in filter(None, sizes)])
         if np.ndim(features) != 3 or not self._are_places(features.shape[1], places):
             raise ValueError(

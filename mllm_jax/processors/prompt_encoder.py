@@ -149,9 +149,7 @@ class PromptEncoder:
                 return before + prompt, (slice(len(before), len(before) + len(prompt)),)
             prompt = [{"role": "user", "content": prompt}]
         if not self.chat_template:
-            raise ValueError(
-                f"{self.directory or 'this model'} has no chat template for a chat"
-            )
+            raise ValueError(f"{self.directory or 'this model'} has no chat template for a chat")
         try:
             return self.chat_template.render(prompts_.put_images_first(prompt, images))
         except ValueError as error:
@@ -223,9 +221,7 @@ class PromptEncoder:
             for run in self._picture_runs(first * self.config.tiles + tile, picture)
         ]
         if ids.count(self.config.image_token) != len(runs):
-            raise ValueError(
-                f"the tokenizer does not encode {self.image_text} as the image token"
-            )
+            raise ValueError(f"the tokenizer does not encode {self.image_text} as the image token")
         row, remaining = Row(), iter(runs)
         for token in rows_.text_tokens(ids, kinds):
             is_image = token.id == self.config.image_token

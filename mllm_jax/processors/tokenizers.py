@@ -121,8 +121,8 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
         plain = encode(tokenizer, answer, add_special_tokens=False, split_special_tokens=True)
         if plain["input_ids"] != ids:
             raise ValueError(
-                f"the answer {shown(answer)} contains the special token {named[-1]}: remove it (the "
-                "end of a turn is added automatically)"
+                f"the answer {shown(answer)} contains the special token {named[-1]}: remove it "
+                "(the end of a turn is added automatically)"
             )
     return ids
 
@@ -186,7 +186,9 @@ def _read_chat_template(directory: pathlib.Path) -> Any:
     for path in (directory / name for name in _WITH_TEMPLATES):
         source = files.read_json(path).get("chat_template") if path.exists() else None
         if source is not None and not isinstance(source, (str, dict)):
-            raise ValueError(files.refusal(path, [f"chat_template is not a string: {shown(source)}"]))
+            raise ValueError(
+                files.refusal(path, [f"chat_template is not a string: {shown(source)}"])
+            )
         if source:
             return source
     plain = directory / "chat_template.jinja"

@@ -281,7 +281,8 @@ def _dictionary(weights: _Weights, cutoff: float, units: _Units, recipe: Recipe)
     """Return the dictionary for vectors that are not standardised.
 
     With x = mean + deviation x', relu((x' - b) W + e) deviation is relu((x - mean - deviation b) W
-    + deviation e): the weights are unchanged, and biases and thresholds get the unit of the vectors.
+    + deviation e): the weights are unchanged, and biases and thresholds get the unit of the
+    vectors.
     """
     own = jax.tree.map(np.asarray, weights)
     bias = (units.mean + units.deviation * own.decoder_bias).astype(np.float32)
@@ -321,7 +322,9 @@ def _step(
         total = unexplained + pressure * penalty + recipe.auxiliary * auxiliary
         return total, (unexplained, latents > 0, least)
 
-    (_, (unexplained, active, least)), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights)
+    (_, (unexplained, active, least)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        state.weights
+    )
     along = (gradient.decoder * state.weights.decoder).sum(-1, keepdims=True)
     gradient = gradient._replace(decoder=gradient.decoder - along * state.weights.decoder)
     change, moments = ADAM.update(gradient, state.moments)

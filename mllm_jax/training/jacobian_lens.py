@@ -34,8 +34,8 @@ from mllm_jax.tokens import Selector, Where
 from mllm_jax.training.lenses import AffineLens, require_layers
 from mllm_jax.typing import Array, Bool, Float, Int
 
-# The number of tokens whose derivatives are computed at a time, over all rows of the Jacobians: more
-# would take more memory without being faster.
+# The number of tokens whose derivatives are computed at a time, over all rows of the Jacobians:
+# more would take more memory without being faster.
 CHUNK_TOKENS = 2048
 
 
@@ -143,7 +143,9 @@ def _sums(
 
     def row(unit: Int[Array, ""]) -> Float[Array, "L_1 D"]:
         target = jax.nn.one_hot(unit, found.shape[-1], dtype=found.dtype)
-        (gradient,) = pull_back((share[..., None] * target).astype(found.dtype).reshape(found.shape))
+        (gradient,) = pull_back(
+            (share[..., None] * target).astype(found.dtype).reshape(found.shape)
+        )
         return gradient[layers].astype(jnp.float32)
 
     rows = jax.lax.map(row, jnp.arange(found.shape[-1]), batch_size=chunk)

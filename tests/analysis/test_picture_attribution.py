@@ -194,7 +194,7 @@ def test_errors(tiny_model, batch, make_batch):
         pa.GatedPicture.of(word, tiny_model, batch, at="pixel")
     with pytest.raises(ValueError, match="the batch has no picture"):
         pa.GatedPicture.of(word, tiny_model, make_batch(images=(0, 0), words=(4, 3)))
-    with pytest.raises(ValueError, match="a baseline is of lm.embed"):
+    with pytest.raises(ValueError, match="takes no baseline"):
         pa.GatedPicture.of(word, tiny_model, batch, baseline=np.zeros(32), at="pixels")
     features = batch.replace(features=np.zeros((4, 16, 32), np.float32))
     with pytest.raises(ValueError, match="features in place of its pixels"):

@@ -81,9 +81,9 @@ def test_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     for name in ("file", "pipe"):
-        with pytest.raises(FileNotFoundError, match="is no folder"):
+        with pytest.raises(FileNotFoundError, match="is not a folder"):
             domains.Domain.from_folder(tmp_path / name)
-        with pytest.raises(ValueError, match=r"no folder and no table: .*\.csv, \.tsv"):
+        with pytest.raises(ValueError, match=r"neither a folder nor a table.*\.csv, \.tsv"):
             domains.load_user_domains([tmp_path / name])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         domains.load_user_domains([tmp_path / "absent"])

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_refused(model, batch):
     transcoder = make(draw())
     with pytest.raises(ValueError, match="all layers of a site, such as lm.mlp.out"):
         mj.splice(SITE[1], transcoder, reads=S.lm.resid_mid)
-    with pytest.raises(ValueError, match="say what its latents read"):
+    with pytest.raises(ValueError, match="needs the site that its latents read"):
         mj.splice(SITE, transcoder)
     splice = mj.splice(SITE, transcoder, reads=S.lm.resid_mid)
     own = Dictionary(

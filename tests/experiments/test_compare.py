@@ -182,7 +182,7 @@ def test_the_command_line(tmp_path):
         ((folders[0], folders[0]), "error: a run is named twice"),
         ((*folders, f"--workdir={folders[0]}"), "is one of the runs"),
         ((folders[0], tmp_path / "gone"), "gone does not exist"),
-        ((folders[0], tmp_path), "is no finished study"),
+        ((folders[0], tmp_path), "is not a finished study"),
     ):
         refused = compare(*arguments)
         assert refused.returncode == 1 and message in refused.stderr

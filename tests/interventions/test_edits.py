@@ -641,7 +641,7 @@ def test_a_patch_of_logits_reads_the_token_that_is_matched(model, batch, clean):
 @pytest.mark.parametrize("edit", [mj.add(S.logits, 1.0, where=tok.image),
                                   mj.patch(S.logits, 0, 2, where=tok.image)])  # fmt: skip
 def test_an_edit_of_logits_that_are_not_computed_is_refused(edit, model, batch):
-    said = "computes the logits of each row's last token alone"
+    said = "computes the logits of each row's last token only"
     with pytest.raises(ValueError, match=said):
         mj.run(model, batch, edit)
     with pytest.raises(ValueError, match=said):

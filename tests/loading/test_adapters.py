@@ -169,7 +169,7 @@ def test_embedding_and_head(base, whole, tmp_path, kind, default):
         ({f"{EMBEDDING}.weight": (98, 32)}, r"another shape: .*embed_tokens.weight is \[98, 32\]"),
         ({f"{EMBEDDING}.lora_embedding_A": (3, 96)}, "embed_tokens: has lora_embedding_A alone"),
         ({f"{EMBEDDING}.lora_embedding_A": (3, 98), f"{EMBEDDING}.lora_embedding_B": (32, 3)},
-         "embed_tokens: .* does not change"),
+         "embed_tokens: .* does not fit"),
         ({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 32)}, "left over: .*tokens_delta"),
         ({f"{HEAD}.weight": (96, 32), f"{HEAD}.modules_to_save.weight": (96, 32)}, "same tensor"),
     ],
@@ -274,8 +274,8 @@ def test_adapters_that_do_not_fit(base, whole, tmp_path, monkeypatch):
     name, (a, b) = next(iter(pairs.items()))
     for change, says in (
         ({f"{LM}.9.self_attn.q_proj": (a, b)}, "the base model has no such tensor"),
-        ({name: (a[:, :5], b)}, "does not change"),
-        ({name: (a.astype(np.int32), b)}, "is not of floating point"),
+        ({name: (a[:, :5], b)}, "does not fit"),
+        ({name: (a.astype(np.int32), b)}, "is not floating-point"),
     ):
         place = written(pairs | change, tmp_path / "a")
         read = functools.partial(load.read_model, place, base=base)

@@ -362,6 +362,8 @@ def test_names(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load.locate(tmp_path) == tmp_path
     for name in ("somebody/no-such-model", "./no/such/directory", "two words"):
-        with pytest.raises(FileNotFoundError, match="neither a directory nor to be had") as error:
+        with pytest.raises(
+            FileNotFoundError, match="is not a directory and not available"
+        ) as error:
             load.locate(name)
         assert "\n" not in str(error.value)

@@ -284,7 +284,7 @@ def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
     whole = plan.plan(TINY, SIZE, topology="v5e:1x1", study=study, data=1)
     assert found.how == plan.SHAPES and found.fits is None
     assert (found.data, found.fsdp, found.model) == (2, 1, 4)
-    assert "From shapes alone" in found.table()
+    assert "From shapes only" in found.table()
     network = programs.abstract_model(TINY, jnp.bfloat16)
     trained = {"projection": (network.projector,), "e2e": (network.projector, network.lm)}
     count = parts.size(trained.get(study, ()))  # float32, as its two moments

@@ -468,7 +468,7 @@ def test_errors_of_pictures_that_are_cut(cutter):
         cutter(None, ["a"], features=features)
     with pytest.raises(ValueError, match="2 rows of pictures for 1 prompts"):
         cutter(None, ["a"], features=features, sizes=[(24, 24)] * 2)
-    with pytest.raises(ValueError, match="sizes= goes with features="):
+    with pytest.raises(ValueError, match="sizes= is only for features="):
         cutter([tiny.picture(0)], ["a"], sizes=[(24, 24)])
     config = cutter.config
     with pytest.raises(ValueError, match="image_aspect_ratio='pad': this model has anyres"):

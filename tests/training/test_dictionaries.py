@@ -230,7 +230,7 @@ def test_wrong_vectors_are_refused(planted):
     with pytest.raises(ValueError, match=r"a batch of vectors is \[0, 24\], expected"):
         dictionaries.fit([np.zeros((0, D))], recipe)
     for wrong in (np.ones((4, D)), np.full((4, D), np.nan)):
-        with pytest.raises(ValueError, match="all the same, or not finite"):
+        with pytest.raises(ValueError, match="all equal, or not finite"):
             dictionaries.fit([wrong], recipe)
     with pytest.raises(ValueError, match=r"batch 1 is \[9, 24\], the first is \[256, 24\]"):
         dictionaries.fit([batches[0], batches[1][:9]], recipe)

@@ -56,8 +56,8 @@ _IGNORED = fields_.IGNORED | {  # transformers reads none of them in an image to
     "spatial_patch_size", "tie_word_embeddings", "tokens_per_second",
 }  # fmt: skip
 
-# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP. In Qwen3-VL
-# no module returns `vision.embed`: it is the input of the first block.
+# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP. In
+# Qwen3-VL no module returns `vision.embed`: it is the input of the first block.
 SITES = {
     "vision.embed": "blocks.0 (input)",
     "vision.resid_pre": "blocks.{i} (input)",

@@ -80,8 +80,8 @@ def from_csv(path: pathlib.Path) -> Iterator[Record]:
         where = f"{named}, line {number}"
         if len(cells) != len(header):
             raise ValueError(
-                f"{where}: {len(cells)} cells under {len(header)} columns; put a cell that contains "
-                "the delimiter in double quotes"
+                f"{where}: {len(cells)} cells under {len(header)} columns; put a cell that "
+                "contains the delimiter in double quotes"
             )
         yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 

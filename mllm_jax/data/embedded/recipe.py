@@ -190,7 +190,8 @@ def find(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
 def choose(recipe: Recipe, candidates: Sequence[Candidate]) -> Iterator[tuple[str, Picture]]:
     """Yield ("test" or "train", picture), the test split first.
 
-    A training picture that is a near-duplicate of a test picture is dropped, and the next one taken.
+    A training picture that is a near-duplicate of a test picture is dropped, and the next one
+    taken.
     """
     sides = split_by_group(candidates, lambda label: recipe.family(label).test)
     seen = []

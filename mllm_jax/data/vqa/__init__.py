@@ -6,8 +6,8 @@
 
 A data set has the splits "train" (where neurons are counted) and "val" (where answers are scored),
 in the order of the released code, with one question per picture except in lingoqa. The size "paper"
-has the first 10,001 and 1,001 examples, "full" has all. `tfds.builder_from_directory` also reads the
-built data sets.
+has the first 10,001 and 1,001 examples, "full" has all. `tfds.builder_from_directory` also reads
+the built data sets.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Gemma3Config(LlavaConfig):
     def of(  # type: ignore[override]  # pools patches instead of folding them
         cls, vision: SiglipConfig, lm: DecoderConfig, *, pool: int, **fields: Any
     ) -> Self:
-        """Return a Gemma 3 of a tower and a language model; pool x pool patches become one token."""
+        """Return a Gemma 3 of a tower and a language model; pool² patches become one token."""
         projector = ProjectorConfig.pooled(vision.width, lm.width, pool=pool, eps=vision.eps)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
 

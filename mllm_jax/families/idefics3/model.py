@@ -1,7 +1,8 @@
 """Idefics3 (Laurençon et al. 2024): SigLIP on tiles, one linear map and a Llama.
 
 A picture is scaled to a size of whole tiles and cut; its tokens are those of the tiles, row by row,
-followed by those of the whole picture, scaled to one tile. SmolVLM (Marafioti et al. 2025) is the same network.
+followed by those of the whole picture, scaled to one tile. SmolVLM (Marafioti et al. 2025) is the
+same network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Qwen-VL models (Wang et al. 2024, Bai et al. 2025): pictures at their native resolution, and mRoPE.
+"""The Qwen-VL models (Wang et al. 2024, Bai et al. 2025): native resolution and mRoPE.
 
 Qwen2-VL, Qwen2.5-VL and Qwen3-VL share one network with different parts. In Qwen3-VL the outputs of
 some layers of the tower are added to the states after the first layers of the LM (DeepStack).
