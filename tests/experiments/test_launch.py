@@ -178,7 +178,10 @@ def test_batches_that_do_not_divide_are_refused_before_anything_is_read(command,
     for each in done:
         (line,) = each.stderr.splitlines()
         assert each.returncode == 1
-        assert "error: config.batch_size=3: batches of 3 rows do not divide over the 2 data" in line
+        assert (
+            "error: config.batch_size=3: batches of 3 rows cannot be divided into the 2 data"
+            in line
+        )
 
 
 QUICK = "configs/embedded.py:quick"
