@@ -1,4 +1,4 @@
-"""The processor of models that reads only text."""
+"""The processor of models that read only text."""
 
 from __future__ import annotations
 

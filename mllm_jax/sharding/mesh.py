@@ -61,7 +61,9 @@ def mesh(
         raise ValueError(f"{call}: each must be 1 or more")
     size = data * model * fsdp
     if size > len(devices):
-        raise ValueError(f"{call} needs {size} devices, but there are {len(devices)}; reduce it")
+        raise ValueError(
+            f"{call} needs {size} devices, there are only {len(devices)}; make it smaller"
+        )
     if len({getattr(device, "slice_index", None) for device in devices[:size]}) > 1:
         raise ValueError(f"{call}: its devices are of several slices; use those of one slice")
     # An axis of the mesh may span parts of axes of the slice: 32 x 2 fits on 8 x 8.

@@ -201,7 +201,7 @@ WRONG = {
     "nan": (lambda a, b: directions.find("means", a * np.nan, b, HERE), "must be finite"),
     "an empty row": (
         lambda a, b: directions.find("means", a, np.append(b, np.zeros((1, D)), 0), HERE),
-        "negative.12. is a state of zeros: leave out rows that fill up a batch",
+        "negative.12. is a state of zeros: leave out rows that pad a batch",
     ),
     "the same, but for rounding": (
         lambda a, b: directions.find("means", a, a[::-1].copy(), HERE), "do not differ",

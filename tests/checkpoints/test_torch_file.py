@@ -145,7 +145,7 @@ def test_a_hostile_pickle_does_not_run(tmp_path, protocol, hide):
         torch_file.read(path)
     assert not trap.exists()
     name = f"{os.mkdir.__module__}.mkdir"
-    assert f"bad.bin: refused, it asks for {name} and only tensors are read" in str(error.value)
+    assert f"bad.bin: refused, it calls {name} and only tensors are read" in str(error.value)
     assert "\n" not in str(error.value)
     pickle.loads(program)  # the trap works
     assert trap.exists()

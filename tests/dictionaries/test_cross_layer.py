@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_refused(model, batch):
         encoder=jnp.ones((D, M)), encoder_bias=jnp.ones(M), decoder=jnp.ones((M, D)),
         decoder_bias=jnp.ones(D),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="spliced at lm.mlp.out: it stands alone there"):
+    with pytest.raises(ValueError, match="spliced at lm.mlp.out: it must be the only splice there"):
         mj.run(model, batch, splice >> mj.splice(SITE[1], own))
     few = mj.splice(SITE, make(draw(layers=2)), reads=S.lm.resid_mid)
     with pytest.raises(ValueError, match="has 2 layers, and the model has 3"):

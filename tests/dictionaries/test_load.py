@@ -152,7 +152,7 @@ WRONG = {
     "another architecture": (lambda f: spoil_config(f, architecture="temporal"), "architecture='te"),
     "another width": (lambda f: spoil_config(f, d_in=D + 1), "W_enc is .12, 20., expected .13, 20"),
     "a list": (lambda f: spoil_config(f, d_sae=[M]), "d_sae="),
-    "a huge k": (lambda f: spoil_config(f, architecture="topk", k=M + 1), "k is 21, and there are 20"),
+    "a huge k": (lambda f: spoil_config(f, architecture="topk", k=M + 1), "k is 21, but there are 20"),
     "no k": (lambda f: spoil_config(f, architecture="topk"), "k, the number of latents of a token, is missing"),
     "no tensor": (lambda f: spoil_weights(f, W_dec=None), "no tensor W_dec"),
     "a further tensor": (lambda f: spoil_weights(f, W_extra=NAN), "not known: W_extra"),

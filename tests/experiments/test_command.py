@@ -60,7 +60,7 @@ def say(tmp_path_factory):
         (f"{EVALUATE} --workdir=W --config.model=/no/model", "config.model=/no/model: neither a folder"),
         (f"{EVALUATE} --workdir=W --config.model=nomodel", "config.model=nomodel: neither a folder"),
         (f"{EVALUATE} --workdir=W --config.model=tests/nomodel", "config.model=tests/nomodel: neither"),
-        (f"{EVALUATE} --workdir=W --config.model=tests", "config.model=tests: no config.json in it"),
+        (f"{EVALUATE} --workdir=W --config.model=tests", "config.model=tests: not a checkpoint: it has no config.json"),
         (f"{EVALUATE} --workdir=W --config.paths=('/no/pictures',)", "/no/pictures does not exist"),
         (f"{EVALUATE} --workdir=W --config.paths=(", "config.paths: ( does not exist"),
         (f"{EVALUATE} --workdir=W --mesh=2x4", "--mesh=2x4: write it as data=2,model=4,fsdp=1"),
@@ -128,7 +128,7 @@ def test_config_files(source, says, say, tmp_path):
         ("projection", "embedded_projection", "--config.clip=/no/clip", "config.clip=/no/clip: neither"),
         ("projection", "embedded_projection", "--captures=fire=stats lm.mlp.act", "no --captures"),
         ("domain_neurons", "embedded", "--config.masks=no/{module}.pth", "config.masks: no/ does not"),
-        ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; it lists them. Did you mean"),
+        ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; its file lists the fields. Did you mean"),
         ("mask", "embedded_mask", "--mesh=model", "--mesh=model: it is written as"),
         ("das", "embedded_das", "--workdir=", "--workdir is missing"),
         ("attribution", "embedded_attribution", "--nothing", "unknown flag '--nothing'"),
@@ -172,8 +172,8 @@ MODEL = "--model=llava-1.5-7b"
         ("describe", "--model=/no/model", "--model=/no/model: neither a released model, a folder"),
         ("describe", "--model=tests/nomodel", "--model=tests/nomodel: neither a released model"),
         ("describe", "--model=setup.py", "--model=setup.py: neither a released model"),
-        ("describe", "--model=tests", "--model=tests: no config.json in it"),
-        ("describe", f"{MODEL} --base=tests", "--base=tests: no config.json in it"),
+        ("describe", "--model=tests", "--model=tests: not a checkpoint: it has no config.json"),
+        ("describe", f"{MODEL} --base=tests", "--base=tests: not a checkpoint: it has no config.json"),
         ("describe", f"{MODEL} --json=tests", "--json=tests: it is a folder; give a file"),
         ("plan", "", "--model is missing"),
         ("plan", "--model=/no/model", "--model=/no/model: neither a released model"),
@@ -250,10 +250,10 @@ held.acquire()  # one instruction that does not end, as that of a compiler
 @pytest.mark.parametrize(
     ("how", "numbers", "status", "lines"),
     [
-        ((), [signal.SIGINT], 130, ["stopped by Ctrl-C: what was finished is saved; start again"]),
-        ((), [signal.SIGTERM], 143, ["stopped by SIGTERM: what was finished is saved; start again"]),
+        ((), [signal.SIGINT], 130, ["stopped by Ctrl-C: finished work is saved; start again"]),
+        ((), [signal.SIGTERM], 143, ["stopped by SIGTERM: finished work is saved; start again"]),
         (("save",), [signal.SIGINT], 7, []),
-        (("save", "never"), [signal.SIGINT] * 2, 130, ["stopped by Ctrl-C: what was finished"]),
+        (("save", "never"), [signal.SIGINT] * 2, 130, ["stopped by Ctrl-C: finished work"]),
     ],
 )  # fmt: skip
 def test_interrupts_are_one_line(how, numbers, status, lines):

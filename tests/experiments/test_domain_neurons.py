@@ -353,7 +353,7 @@ def test_features_of_the_colours_lie_apart(finished):
         ({"modules": ("lm", "query")}, "the model has no neurons in 'query'; it has vision, proj"),
         (
             {"masks": "neurons.pth"},
-            "config.masks='neurons.pth': write FILE.npz, or FOLDER/{module}.pth",
+            "config.masks='neurons.pth': give FILE.npz, or FOLDER/{module}.pth",
         ),
     ],
 )

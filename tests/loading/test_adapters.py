@@ -254,7 +254,7 @@ def test_the_processor_is_that_of_the_base(base, whole, tmp_path):
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ({"lora_alpha": "6"}, "lora_alpha='6'"),
     ({"r": 0}, "r=0"),
-    ({"r": 4}, "of rank 4 does not change"),
+    ({"r": 4}, "of rank 4 does not fit"),
     ({"layer_replication": [[0, 4]]}, "unknown field layer_replication"),
     ({"alora_invocation_tokens": [1]}, "unknown field alora_invocation_tokens"),
     ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj='x'"),
@@ -291,7 +291,7 @@ def test_adapters_that_do_not_fit(base, whole, tmp_path, monkeypatch):
     (place / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has neither adapter_model.safetensors nor"):
         load.read_model(place, base=base)
-    with pytest.raises(ValueError, match="base= is for a folder with adapter_config.json"):
+    with pytest.raises(ValueError, match="base= needs a folder with adapter_config.json"):
         load.read_model(base, base=base)
     written(pairs, place, base_model_name_or_path="somebody/no-such-model")
     with pytest.raises(FileNotFoundError, match="adapter_config.json: base_model_name_or_path: "):

@@ -233,7 +233,7 @@ def test_hostile_weights_are_refused(editable, tmp_path):
         archive.writestr("x/data.pkl", pickle.dumps({"weight": Trap()}, 2))
     with pytest.raises(ValueError) as error:
         load.read_model(directory)
-    refused = f"{directory / 'pytorch_model.bin'}: refused, it asks for {os.mkdir.__module__}.mkdir"
+    refused = f"{directory / 'pytorch_model.bin'}: refused, it calls {os.mkdir.__module__}.mkdir"
     assert str(error.value).startswith(refused) and "missing" not in str(error.value)
     assert not (tmp_path / "trap").exists()
     for value, message in (

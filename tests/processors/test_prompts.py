@@ -146,8 +146,8 @@ BAD_CHATS = {
     "named too": ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<image>"}]}],
                   "has 2 <image> for 1 pictures"),
     "empty": ([], "neither a string nor a list of messages"),
-    "none": (None, "None is neither text nor a list of messages"),
-    "number": (7, "7 is neither text nor"),
+    "none": (None, "None is neither a string nor a list of messages"),
+    "number": (7, "7 is neither a string nor"),
     "bytes": (b"what", "neither a string nor"),
     "mixed": ([PLAIN[0], "what"], "neither a string nor"),
 }  # fmt: skip
@@ -210,11 +210,11 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ("what ?", "prompts is a list of strings or chats, one a row; got 'what .'"),
+            ("what ?", "prompts must be a list of strings or chats, one per row; got 'what .'"),
             (None, "prompts is a list"),
             ({"role": "user", "content": "what ?"}, "prompts is a list"),
             ([], "prompts is empty"),
-            (["what ?", 3], "prompts, row 1: 3 is neither text nor"),
+            (["what ?", 3], "prompts, row 1: 3 is neither a string nor"),
         ],
     )
     def test_prompts(self, given, message, processor):
@@ -225,9 +225,9 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("answers", "message"),
         [
-            ("yes", "answers is a list of strings, one a row; got 'yes'"),
+            ("yes", "answers must be a list of strings, one per row; got 'yes'"),
             (["yes", "no"], "2 answers for 1 prompts"),
-            ([None], "answers, row 0: None is no text"),
+            ([None], "answers, row 0: None is not a string"),
             ([["yes"]], "answers, row 0: .*is not a string"),
         ],
     )
@@ -241,9 +241,9 @@ class TestArguments:
             ([[("which ?", "a"), (" \n", "a")]], "turns, row 0, question 2"),
             ([[]], "turns, row 0: there is no question"),
             ([[("what ?",)]], "not a pair of a non-empty"),
-            ([["what ?"]], "turns, row 0 is a list of pairs"),
+            ([["what ?"]], "turns, row 0 must be a list of pairs"),
             ([[("what ?", None)]], "not a pair of a non-empty"),
-            ("what ?", "turns is a list of"),
+            ("what ?", "turns must be a list of"),
             ([[("which ?", "a <image>")]], "turns, row 0, question 1: the answer"),
         ],
     )
@@ -280,7 +280,7 @@ class TestCandidates:
                 ["yes", "a <image>"],
                 "candidates, row 0, number 1: the answer 'a <image>' holds <image>",
             ),
-            (np.zeros((2, 3), np.int32), r"int32\[B, C, A\] of 2 rows, not \(2, 3\)"),
+            (np.zeros((2, 3), np.int32), r"int32\[2, C, A\], not \(2, 3\)"),
             (np.zeros((1, 3, 4), np.int32), "of 2 rows, not"),
             (np.zeros((2, 3, 4)), "is not an answer|is a list"),
         ],
@@ -432,7 +432,7 @@ class TestFiles:
         made = Processor(lose, None, processor.config)
         lose.chat_template = None
         refused(
-            lambda: made(None, ["what ?"]), "of somewhere makes no token of 'what .': its files"
+            lambda: made(None, ["what ?"]), "of somewhere returns no token for 'what .': its files"
         )
 
     def test_a_tokenizer_of_another_model(self, processor):

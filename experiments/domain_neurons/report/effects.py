@@ -102,8 +102,9 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
         "95 % t intervals over pictures and draws, both taken as samples; a single draw has no "
         "interval, and few draws have wide ones. Likely found: the difference of accuracy that "
         f"four of five such studies would find beyond chance (Holm); {NEVER} if no difference "
-        f"can be. Verdict, of accuracy: an effect (Holm), none within {100 * rows[0]['margin']:g} points (two "
-        "one-sided tests), or undecided: an effect that is not significant may still exist.",
+        "can be. Verdict, of accuracy: an effect (Holm), none within "
+        f"{100 * rows[0]['margin']:g} points (two one-sided tests), or undecided: an effect that "
+        "is not significant may still exist.",
         data=[_effects_csv(folder, rows), *_controls_csv(folder, results),
               *_power_csv(folder, results)],
     )  # fmt: skip
