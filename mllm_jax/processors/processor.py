@@ -264,7 +264,7 @@ class Processor(PromptEncoder):
         length = None if length is None else require_whole("length", length)
         if rows < max(given, 1):
             raise ValueError(
-                f"rows={rows} for {given} prompts: a batch has at least a row for each, and one"
+                f"rows={rows} for {given} prompts: a batch needs one row per prompt, at least one"
             )
         missing = rows - given
         encoded, pictures = encoded + [Row()] * missing, pictures + [[]] * missing

@@ -63,7 +63,7 @@ def test_all_else_is_counted_by_what_it_is(folder, caplog):
     (folder / "tit" / os.fsdecode(b"\xff.png")).write_bytes(b"")
     assert said(caplog, folder).endswith(
         "birds: 11 files not used: .heic 1, .txt 2, beside the folders 1, in deeper folders 2, "
-        "with names that are not UTF-8 1, not regular 3, without an extension 1"
+        "not regular 3, with names that are not UTF-8 1, without an extension 1"
     )
 
 

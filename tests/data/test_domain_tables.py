@@ -90,7 +90,7 @@ class TestCsv:
             (b'image,question,answer\na.png,"open,b\n' + b"x,y,z\n" * 50, "line 2: .*left open"),
             (b'image,question,answer\na.png,"a"b,c\n', "line 2: not a row"),
             (b"image,question,answer\na.png,Which?,\n", r"line 2 lacks the fields \['answer'\]"),
-            (b"image,question,answer,id\na,b,c,1\nd,e,f,1\n", "line 3: the id '1' is that of"),
+            (b"image,question,answer,id\na,b,c,1\nd,e,f,1\n", "line 3: the id '1' is also that of"),
             (b"a" * 10**6, "line 1: not a row .*field larger"),
             (b"a" * 10**5, "lacks the columns"),
             (b",".join([b"a" * 99] * 10**4), "lacks the columns"),

@@ -17,11 +17,11 @@ QUESTION = types.SimpleNamespace(answers=["a"], answer="a", id="1", text="?")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: text.anls(NAN, ["a"]), r"prediction\[0\] is nan, no text"),
-        (lambda: text.anls(None, ["a"]), r"prediction\[0\] is None, no text"),
+        (lambda: text.anls(NAN, ["a"]), r"prediction\[0\] is nan, not a string"),
+        (lambda: text.anls(None, ["a"]), r"prediction\[0\] is None, not a string"),
         (lambda: text.anls("a", []), "ANLS needs at least one answer, got none"),
         (lambda: text.anls("a", "abc"), "answers must be a list of strings, got str"),
-        (lambda: text.anls("a", ["a", NAN]), r"answers\[1\] is nan, no text"),
+        (lambda: text.anls("a", ["a", NAN]), r"answers\[1\] is nan, not a string"),
         (lambda: text.anls("a", ["b"], threshold=NAN), "threshold=nan lies outside"),
         (lambda: text.option_letter(NAN), r"prediction\[0\] is nan"),
         (lambda: text.option_letter("A", "a lung"), "options must be a list of strings"),

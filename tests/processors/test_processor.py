@@ -449,7 +449,7 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
           for rows in (0, -1, 2.5, "3", True)),
         *((lambda p, n=n: p(None, ["a"], length=n), ValueError, "length=.* is not a whole number")
           for n in (0, -1, 64.0, "64")),
-        (lambda p: p(None, ["a", "b"], rows=1), ValueError, "rows=1 for 2 prompts: a batch has a row"),
+        (lambda p: p(None, ["a", "b"], rows=1), ValueError, "rows=1 for 2 prompts: a batch needs one row"),
         (lambda p: p.pack(None, []), ValueError, "rows=0 for 0 prompts"),
         (lambda p: p.pack(None, [[("<image> a", "b")]], features=np.ones((1, 16, 32))), ValueError,
          "the packed question '<image> a' contains its picture again"),

@@ -211,8 +211,8 @@ class TestArguments:
         ("given", "message"),
         [
             ("what ?", "prompts must be a list of strings or chats, one per row; got 'what .'"),
-            (None, "prompts is a list"),
-            ({"role": "user", "content": "what ?"}, "prompts is a list"),
+            (None, "prompts must be a list"),
+            ({"role": "user", "content": "what ?"}, "prompts must be a list"),
             ([], "prompts is empty"),
             (["what ?", 3], "prompts, row 1: 3 is neither a string nor"),
         ],
@@ -265,23 +265,23 @@ class TestCandidates:
     @pytest.mark.parametrize(
         ("candidates", "message"),
         [
-            ("yes", "candidates is a list of strings, or of lists of strings, .*got 'yes'"),
-            (np.array("yes"), "no candidates|candidates is a list"),
-            ({"yes", "no"}, "candidates is a list"),
-            (None, "candidates is a list"),
+            ("yes", "candidates must be a list of strings, or of lists of strings, .*got 'yes'"),
+            (np.array("yes"), "no candidates|candidates must be a list"),
+            ({"yes", "no"}, "candidates must be a list"),
+            (None, "candidates must be a list"),
             ([], "no candidates to score"),
             ([[], []], "no candidates to score"),
             ([""], "candidates, row 0, number 0: '' is not an answer"),
             (["yes", None], "candidates, row 0"),
             ([["yes"], ["no", 3]], "candidates, row 1, number 1: 3 is not an answer"),
-            ([["yes"], "no"], "candidates, row 1: is a list"),
+            ([["yes"], "no"], "candidates, row 1: must be a list"),
             ([["yes"]] * 3, "candidates for 3 rows, but the batch has 2"),
             (
                 ["yes", "a <image>"],
-                "candidates, row 0, number 1: the answer 'a <image>' holds <image>",
+                "candidates, row 0, number 1: the answer 'a <image>' contains the special token <image>",
             ),
             (np.zeros((2, 3), np.int32), r"int32\[2, C, A\], not \(2, 3\)"),
-            (np.zeros((1, 3, 4), np.int32), "of 2 rows, not"),
+            (np.zeros((1, 3, 4), np.int32), r"must be int32\[2, C, A\], not"),
             (np.zeros((2, 3, 4)), "is not an answer|is a list"),
         ],
     )
@@ -307,7 +307,8 @@ def test_an_answer_is_plain_text(special, processor):
     """The text of a special token is no word, and would become that token."""
     for answer in (special, f"a {special} cat"):
         refused(
-            lambda a=answer: processor.answer_ids(a), f"holds {special.replace('|', '.')}, which"
+            lambda a=answer: processor.answer_ids(a),
+            f"contains the special token {special.replace('|', '.')}:",
         )
         refused(
             lambda a=answer: processor(None, ["a", "b"], answers=["no", a]), "answers, row 1: the"
