@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tasks, rivals = {}, tuple(filter(None, args.rivals.split(",")))
     for name in args.tasks.split(","):
         if name not in TASKS:
-            parser.error(f"--tasks: {name!r} is none of {', '.join(TASKS)}")
+            parser.error(f"--tasks: {name!r} is not one of {', '.join(TASKS)}")
         tasks[name] = TASKS[name]
     if unknown := set(rivals) - set(RIVALS):
         parser.error(f"--rivals: {', '.join(unknown)}: there are {', '.join(RIVALS)}")

@@ -30,7 +30,7 @@ def check_variant(file: str, variant: str, known: Sequence[str]) -> None:
       ValueError: The variant is unknown.
     """
     if variant not in known:
-        raise ValueError(f"configs/{file}:{variant} is none of {', '.join(known)}")
+        raise ValueError(f"configs/{file}:{variant} is not one of {', '.join(known)}")
 
 
 def embedded() -> ml_collections.ConfigDict:
@@ -47,32 +47,34 @@ def domain_neurons() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.compat = ""  # "official" follows the released code, see docs/official.md
     config.selector = "entropy"  # or auroc, difference, attribution, random
-    config.auroc_pictures = 200  # of each domain, by which AUROC ranks neurons
+    config.auroc_pictures = 200  # of each domain, on which AUROC ranks neurons
     config.prompts = "neutral"  # of counted pictures; or released: the domain's questions
     config.scope = "image"  # tokens to count: all, image, text, question, system
-    config.thresholds = "module"  # where neurons compete: module, layer, or global
+    config.thresholds = "module"  # neurons are ranked within a module or layer, or "global"
     config.assign = "multiple"  # number of domains a neuron may have; or single
     config.top_rate = 0.01
     config.filter_rate = 0.95
     config.bar_rate = 0.95
     config.masks = ""  # neurons to use instead: FILE.npz, or FOLDER/{module}.pth
-    config.ablate = "selected"  # or tested: those of them that are beyond chance
+    config.ablate = "selected"  # or "tested": only those that are beyond chance
     config.splits = 10  # random halves of a domain's groups of examples
     config.resamples = 100
     config.shuffles = 199  # of domain labels; 0 skips splits, resamples and shuffles
     config.level = 0.05  # probability of a false neuron under shuffled labels
     config.controls = 10  # draws of neurons of the same layers, activation rates and means
     config.random_controls = 3  # draws of any neurons of the same layers
-    config.entropy_controls = 3  # draws of neurons of the same layers, as active in every domain
+    config.entropy_controls = (
+        3  # draws of neurons of the same layers, equally active in all domains
+    )
     config.margin = 0.05  # the largest effect that counts as none: share of answers, or deviation
     config.train_tokens = 0  # vision-tower tokens after which counting stops; 0 for no limit
-    config.evidence_neurons = 20  # of a domain and module, shown on their own; 0 for none
-    config.evidence_per_domain = 100  # training pictures on which their tokens are sought
+    config.evidence_neurons = 20  # of a domain and module, shown one by one; 0 for none
+    config.evidence_per_domain = 100  # training pictures searched for their strongest tokens
     config.evidence_effects = True  # also first-order effects: of each neuron, and of each patch
-    config.evidence_exact = 5  # neurons of a domain and module that are also switched off alone
+    config.evidence_exact = 5  # neurons of a domain and module that are also ablated one by one
     config.lens_sites = ("resid_mid", "attn_out", "mlp.out")  # besides resid_post
     config.picture_layers = 5  # of the figures
-    config.deviation_layers = 8  # after which states are compared; all are kept for two passes
+    config.deviation_layers = 8  # number of layers whose states are compared; kept for two passes
     config.seed = 0
     return config
 
@@ -95,7 +97,7 @@ def mmneuron(procedure: str) -> ml_collections.ConfigDict:
     config.measure = "answers"  # generated answers, scored by each data set's metric
     config.new_tokens = 64  # maximum length of an answer
     config.judge = "wayveai/Lingo-Judge"  # or a folder
-    config.judge_fallback = False  # whether to score common words if the judge is not available
+    config.judge_fallback = False  # whether to use token F1 if the judge is not available
     config.train_per_domain = 10_001
     config.test_per_domain = 1_001
     config.lens_per_domain = 200
@@ -126,8 +128,8 @@ def projection() -> ml_collections.ConfigDict:
     config.neurons.top_rate = 0.01
     config.neurons.filter_rate = 0.95
     config.neurons.bar_rate = 0.95
-    config.neurons.train = ()  # tasks of whose domain neurons alone are fine-tuned, and random ones
-    config.neurons.rate = 2e-4  # the learning rate of these
+    config.neurons.train = ()  # tasks for which only domain neurons, and random ones, are trained
+    config.neurons.rate = 2e-4  # learning rate of these neurons
     config.neurons.controls = 1  # seeds of random neurons, the same number in each layer
     config.suppress = ml_collections.ConfigDict()
     config.suppress.task = ""
@@ -144,7 +146,7 @@ def fine_tuning(part: str, rate: float) -> ml_collections.ConfigDict:
       rate: The peak learning rate.
     """
     setting = ml_collections.ConfigDict()
-    setting.wording = "paper"  # "plain" shows the picture alone, as the official FT-Proj does
+    setting.wording = "paper"  # "plain" shows only the picture, as the official FT-Proj does
     setting.end = True  # whether the loss includes the end-of-turn token
     setting.aspect = "pad"
     setting.start = "tuned"  # the projector of the model; or "random"

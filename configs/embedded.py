@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded.py", size, ("full", "quick"))
     config = base.embedded()
     config.update(base.domain_neurons())

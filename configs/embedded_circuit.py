@@ -1,4 +1,4 @@
-"""The circuit by which the embedded model tells pictures apart.
+"""The circuit by which the embedded model distinguishes pictures.
 
 python -m experiments.circuit --config=configs/embedded_circuit.py --workdir=DIR
 python -m experiments.circuit --config=configs/embedded_circuit.py:question --workdir=DIR
@@ -11,15 +11,15 @@ from configs import base
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded_circuit.py", size, ("full", "question", "quick"))
     config = base.embedded()
     config.swap = "picture"  # what differs within a pair; or "question"
     config.partner = "domain"  # the other picture is of another domain; or class, of the same one
     config.styles = ("kind",)  # of the questions; your own pictures have "category"
     config.keep = "answered"  # pairs with both answers preferred; or apart: clean above corrupt
-    config.kinds = ("image", "text")  # the tokens at which a head or MLP is a node of its own
-    config.steps = 5  # of integrated gradients; 0 for the slope at the clean activations
+    config.kinds = ("image", "text")  # token kinds at which a head or MLP is a separate node
+    config.steps = 5  # of integrated gradients; 0 for the gradient at the clean activations
     config.train_per_domain = 5  # pictures; about half as many pairs
     config.test_per_domain = 5
     config.sizes = (10, 30, 100, 200)  # numbers of nodes

@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded_das.py", size, ("full", "quick"))
     config = base.embedded()
     config.style = "kind"  # of the question; your own pictures have "category"

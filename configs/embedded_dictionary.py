@@ -10,13 +10,13 @@ from configs import base
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded_dictionary.py", size, ("full", "quick"))
     config = base.embedded()
     config.styles = ("choice", "category")  # one question for each picture, in turn
     config.site = "lm.resid_post"  # or lm.mlp.out, lm.attn_out
     config.layer = 15
-    config.tokens = "image"  # that are learned; or text
+    config.tokens = "image"  # kind of the tokens to train on; or text
     config.train_per_domain = 100
     config.test_per_domain = 20
     config.batch_size = 4  # pictures of a pass

@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     config = base.embedded()
     config.styles = ("choice", "category", "yesno", "kind")
     config.test_per_domain = 60

@@ -1,4 +1,4 @@
-"""What lenses read in the embedded model, layer by layer, beside its own words.
+"""Lenses on the embedded model, layer by layer, compared with its own distribution.
 
 python -m experiments.lens --config=configs/embedded_lens.py --workdir=DIR
 python -m experiments.lens --config=configs/embedded_lens.py:quick --workdir=DIR
@@ -10,15 +10,15 @@ from configs import base
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded_lens.py", size, ("full", "quick"))
     config = base.embedded()
     config.styles = ("category",)  # of the questions, in turn
-    config.layers = (0, 5, 10, 15, 20, 25, 29)  # the model's last one last; empty for all
+    config.layers = (0, 5, 10, 15, 20, 25, 29)  # ends with the model's last; empty for all
     config.text_styles = ("kind", "category")  # whose answers image tokens are compared with
     config.train_per_domain = 24  # pictures whose states train the tuned lens
     config.test_per_domain = 10
-    config.jacobian_per_domain = 1  # training pictures, each of D backward passes
+    config.jacobian_per_domain = 1  # training pictures, each with D backward passes
     config.jacobian_batch_size = 1
     config.steps = 100  # of the tuned lens
     config.tokens = 128  # of each step

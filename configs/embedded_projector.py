@@ -16,7 +16,7 @@ from configs import base
 
 
 def get_config(stage: str = "first") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("embedded_projector.py", stage, ("first", "second", "third"))
     config = ml_collections.ConfigDict()
     config.model = "embedded"

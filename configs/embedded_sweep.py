@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config(grid: str = "tokens") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     config = base.embedded()
     config.grid = grid
     config.strengths = (0.0, 0.5, 1.5, 2.0)

@@ -1,4 +1,4 @@
-"""MMNeuron's study (Huo et al., EMNLP 2024) on its own data with a model of today: Gemma 3 4B.
+"""MMNeuron's study (Huo et al., EMNLP 2024) on its own data with a newer model: Gemma 3 4B.
 
     python -m experiments.domain_neurons --config=configs/mmneuron_gemma3_4b.py --workdir=DIR \
         --config.vqa.manual=FOLDER
@@ -41,7 +41,7 @@ from configs import base
 
 
 def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("mmneuron_gemma3_4b.py", procedure, ("paper", "official"))
     config = base.mmneuron(procedure)
     config.model = "google/gemma-3-4b-it"

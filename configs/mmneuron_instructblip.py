@@ -46,7 +46,7 @@ from configs import base
 
 
 def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("mmneuron_instructblip.py", procedure, ("paper", "official"))
     config = base.mmneuron(procedure)
     config.model = "Salesforce/instructblip-vicuna-7b"

@@ -1,4 +1,4 @@
-"""MMNeuron's study (Huo et al., EMNLP 2024) on its own data with a model of today: Qwen2.5-VL 7B.
+"""MMNeuron's study (Huo et al., EMNLP 2024) on its own data with a newer model: Qwen2.5-VL 7B.
 
     python -m experiments.domain_neurons --config=configs/mmneuron_qwen2_5_vl.py --workdir=DIR \
         --config.vqa.manual=FOLDER
@@ -44,11 +44,11 @@ from configs import base
 
 
 def get_config(procedure: str = "paper") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     base.check_variant("mmneuron_qwen2_5_vl.py", procedure, ("paper", "official"))
     config = base.mmneuron(procedure)
     config.model = "Qwen/Qwen2.5-VL-7B-Instruct"
-    config.max_pixels = 1024 * 28 * 28  # that a picture is scaled to
+    config.max_pixels = 1024 * 28 * 28  # larger pictures are scaled down
     config.vqa.model = "chat"  # generated answers are in the template of the checkpoint
     config.modules = ("lm", "vision", "projector", "all")  # to ablate; join several by +
     config.batch_size = 4

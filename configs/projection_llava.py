@@ -40,12 +40,12 @@ ALL = 1_000_000
 
 
 def get_config(which: str = "plantdoc") -> ml_collections.ConfigDict:
-    """Return the config of the study, at the named size where it has sizes."""
+    """Return the config of the study."""
     name, _, choices = which.partition("-")
     if name not in TRAIN or choices not in ("", "official", "corrected"):
         raise ValueError(
-            f"configs/projection_llava.py:{which} is none of {', '.join(TRAIN)}, with or without "
-            "-official after the name"
+            f"configs/projection_llava.py:{which} is not one of {', '.join(TRAIN)}, with or "
+            "without -official after the name"
         )
     official = choices == "official"
     config = base.projection()

@@ -1,1 +1,1 @@
-"""The studies: one folder each, with flags, steps and report; run them from the checkout."""
+"""The studies, one folder each, with flags, steps and report. Run them from the checkout."""

@@ -1,4 +1,4 @@
-"""The context of a study: what every step reads, and how its results are written."""
+"""The context of a study: the inputs of every step, and the writing of its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREVIEW_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every step of a study reads.
+    """The inputs of every step of a study.
 
     Attributes:
       config: The settings of the study.
@@ -47,12 +47,12 @@ class Context:
         """Refuse a model that reads no pictures.
 
         Raises:
-          ValueError: The model reads text alone.
+          ValueError: The model reads only text.
         """
         if self.model.config.vision is None:
             raise ValueError(
-                f"config.model={self.config.model}: this model reads text alone, and the study "
-                "needs pictures; name a model with a vision tower"
+                f"config.model={self.config.model}: this model reads only text, but the study "
+                "needs pictures; choose a model with a vision tower"
             )
 
     def claim(self, data: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Context:
         Call it once, before the first step of the study.
 
         Args:
-          data: The fingerprints of what the study reads (see `content`), by name.
+          data: The fingerprints of the data of the study (see `content`), by name.
         """
         self.workdir.claim(
             model=self.model, processor=self.processor, files=agreement.files(self.config),
@@ -73,12 +73,12 @@ class Context:
         results: Mapping[str, Any],
         write_page: Callable[[pathlib.Path, dict[str, Any]], None],
     ) -> None:
-        """Write the report of what is done by now, once a minute at most.
+        """Write the report of the results so far, at most once a minute.
 
-        Of a study that was finished before it stays as it is.
+        The report of a study that was finished before is not changed.
 
         Args:
-          results: The results, as far as they are known.
+          results: The results so far.
           write_page: The function that writes the report, called with the folder and the results.
         """
         page = self.workdir / "index.html"
@@ -117,7 +117,7 @@ class Context:
     def with_features(self, batch: Batch) -> Batch:
         """Return a batch with its vision features, so that passes skip the vision tower.
 
-        The batch is returned unchanged if an edit lies in the vision tower.
+        The batch is returned unchanged if an edit is in the vision tower.
         """
         if any(edit.address.site.module == "vision" for edit in self.edits):
             return batch

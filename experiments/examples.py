@@ -1,4 +1,4 @@
-"""The visual domains and the examples that a config names."""
+"""The visual domains and the examples of a config."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Run a study in several processes of this machine, as a trial of a run on a pod.
+"""Run a study in several processes on this machine, to test a run on a pod.
 
     python -m experiments.launch --processes=2 -- \
         python -m experiments.domain_neurons --config=configs/embedded.py:quick --workdir=DIR
 
 If one process fails, all end with its status. SIGTERM and Ctrl-C are sent to all. If all processes
-were killed, this one reports the reason. A pod does not need it: start the study on every host with
-`--processes=auto`.
+are killed, the launcher reports the reason. On a pod it is not needed: start the study on every
+host with `--processes=auto`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _start(command: list[str], address: str, count: int, number: int) -> subproc
     }
     if number:
         environment["TQDM_DISABLE"] = "1"
-    # In its own process group, Ctrl-C reaches it once, through this process.
+    # In its own process group it receives Ctrl-C only once, through this process.
     return subprocess.Popen(command, env=environment, process_group=0)
 
 
@@ -74,7 +74,7 @@ def _wait(started: list[subprocess.Popen]) -> int:
     statuses = [process.poll() or 0 for process in started]
     if all(status < 0 for status in statuses):
         _explain(started)
-    # A killed process is the cause, even if another ended first; an aborted one never is.
+    # A killed process is the cause even if another ended first; an aborted process never is.
     killed = [status for status in statuses if status < 0 and status != -signal.SIGABRT]
     status = (killed or failed)[0]
     return status if status > 0 else 128 - status  # as a shell reports a signal
@@ -93,17 +93,17 @@ def _explain(started: list[subprocess.Popen]) -> None:
     if aborted:
         log = " ".join(path.read_text() for path in _logs(started[number]))
         text += f" ({' '.join(log.split())[:200]})"
-    print(f"{text}: what was finished is saved; start again with the same flags to continue",
+    print(f"{text}: finished work is saved; start again with the same flags to continue",
           file=sys.stderr)  # fmt: skip
 
 
 def _logs(process: subprocess.Popen) -> list[pathlib.Path]:
-    """Return the stderr of JAX's C++ code in a process, see `hosts.initialize`."""
+    """Return the log files of JAX's C++ code in a process, see `hosts.initialize`."""
     return list(pathlib.Path(tempfile.gettempdir()).glob(f"mllm_jax-{process.pid}-*.log"))
 
 
 def _signal(started: list[subprocess.Popen], number: int) -> None:
-    """Send a signal to the processes that run."""
+    """Send a signal to the running processes."""
     for process in started:
         if process.poll() is None:
             process.send_signal(number)
@@ -125,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command or args.processes < 1:
-        parser.error("a command is needed after --, and one process or more")
+        parser.error("give a command after --, and at least one process")
     if command[0] in ("python", "python3"):
         command[0] = sys.executable
     sys.exit(launch(command, args.processes))

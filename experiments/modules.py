@@ -28,7 +28,7 @@ def in_order(by_module: Mapping[str, Any]) -> list[str]:
 
 
 def widest(modules: Sequence[str]) -> str:
-    """Return the ablated module of most neurons: all together, or the last."""
+    """Return the ablated module with the most neurons: all together, or else the last."""
     return "all" if "all" in modules else modules[-1]
 
 

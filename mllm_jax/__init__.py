@@ -1,7 +1,7 @@
-"""mllm_jax: open up LLaVA-style multimodal language models in JAX.
+"""mllm_jax: interpretability of LLaVA-style multimodal language models in JAX.
 
-A forward pass is a pure function of (model, batch, edits), and what you want back is reduced
-where it is computed. Start with `load`, `run` and the edits below; sites are in
+A forward pass is a pure function of (model, batch, edits), and results are reduced where they are
+computed. Start with `load`, `run` and the edits below; sites are in
 `mllm_jax.sites`, token kinds in `mllm_jax.tokens`. A name is imported when it is first read:
 `import mllm_jax` alone does not load JAX.
 """

@@ -1,4 +1,4 @@
-"""Addresses: which layers and units of a site are meant, as data.
+"""Addresses: the selected layers and units of a site, as data.
 
 `site[layers, units]` makes one; see `Address`. Users reach these names through `mllm_jax.sites`.
 """
@@ -40,13 +40,13 @@ class Address:
 
     @classmethod
     def of(cls, target: Target) -> Address:
-        """Return the address that a user means.
+        """Return the address of a target.
 
         Args:
           target: A site, an address, or a mask bool[L, F], which stands for `lm.mlp.act[mask]`.
 
         Raises:
-          TypeError: The target is none of these.
+          TypeError: The target is not one of these.
         """
         if isinstance(target, Address):
             return target
@@ -63,7 +63,7 @@ class Address:
 
     @classmethod
     def parse(cls, site: Site, item: Any) -> Address:
-        """Return the address that the brackets after a site mean.
+        """Return the address for the brackets after a site.
 
         Raises:
           IndexError: The brackets have too many parts, or a part that the site does not allow.
@@ -75,7 +75,7 @@ class Address:
         if not site.stacked:
             units = Selection.parse(parts[0])
             if units.form == "pairs":
-                raise IndexError(f"{site} exists once, not per layer: it has no pairs of a layer")
+                raise IndexError(f"{site} exists once, not per layer: index it without pairs")
             return cls(site, units=units)
         parts = tuple(p if p is None or isinstance(p, slice) else as_array(p) for p in parts)
         first, shapes = parts[0], [tuple(getattr(part, "shape", ())) for part in parts]
@@ -95,8 +95,8 @@ class Address:
         """Return a mask [L, width], or [L, 1] for all units; of NumPy where the address is known.
 
         Args:
-          layers: How many layers the site has.
-          width: How many units a layer has.
+          layers: The number of layers of the site, L.
+          width: The number of units of a layer.
 
         Raises:
           ValueError: An index is out of range, or a mask has another shape.
@@ -121,7 +121,7 @@ class Address:
         return notebook.target(self)
 
 
-# What a user may give as the target of an edit or capture: `Address.of` reads it.
+# Values that a user may give as the target of an edit or capture; `Address.of` converts them.
 Target: TypeAlias = "Site | Address | Namespace | AnyArray"
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments, before anything reads them: one line in place of an error deep inside."""
+"""Checks of arguments, which raise an error of one line before any computation."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ MOST = 2**31 - 1  # numbers are int32 inside a program
 
 
 def type_error(name: str, value: Any, wanted: str) -> ValueError:
-    """Return the error about an argument of another type.
+    """Return the error about an argument of a wrong type.
 
     Args:
-      name: The argument.
-      value: What was given.
-      wanted: What is expected, for the message.
+      name: The name of the argument.
+      value: The given value.
+      wanted: A description of what is expected.
     """
     return ValueError(f"{name} is of type {type(value).__name__:.60}, expected {wanted}")
 
 
 def require_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> int:
-    """Return an argument that counts something as an integer.
+    """Return an integer argument as an int.
 
     Args:
-      name: The argument, for the message.
-      value: What was given.
-      least: The least number.
-      most: The largest number.
+      name: The name of the argument, for the message.
+      value: The given value.
+      least: The smallest allowed number.
+      most: The largest allowed number.
 
     Raises:
-      ValueError: It is not a whole number, or too small or too large.
+      ValueError: It is not an integer from `least` to `most`.
     """
     try:
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:  # of floats, of text, and of what is traced
+    except TypeError:  # a float, a string or a tracer
         number = None
     if number is None or not least <= number <= most:
         limit = "" if number is None or number < least else f" to {most}"
@@ -51,7 +51,7 @@ def require_number(name: str, value: Any, most: float = math.inf) -> float:
     """Return an argument that is a finite number from 0 to `most`; see `require_whole`.
 
     Raises:
-      ValueError: It is not.
+      ValueError: It is not such a number.
     """
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)

@@ -21,20 +21,20 @@ class Layout:
     """The tiles and the tokens of one image.
 
     Attributes:
-      tiles: How many squares of it the vision tower sees.
-      patches: The patch that each of its tokens in the LM stands for, int32[n], counted through its
-        tiles; -1 for a newline.
+      tiles: The number of square tiles of the image that the vision tower reads.
+      patches: The patch of each image token in the LM, int32[n], numbered through the tiles; -1 for
+        a newline.
       places: The row and column of each of these tokens on the grid of its tile, int[n, 2]; None
-        where each tile is the same square.
-      runs: How many of these tokens stand at each mention of the image token in the text that the
-        picture becomes; empty where all stand at one.
-      grid: The rows and columns of patches of a picture that is read at its own size; None where
-        tiles are squares.
+        if all tiles have the same square grid.
+      runs: The number of these tokens at each occurrence of the image token in the text that
+        replaces the picture; empty if all are at one occurrence.
+      grid: The rows and columns of patches of a picture at its native resolution; None if tiles are
+        squares.
       tile_grid: The rows and columns of tiles that a picture is cut into; 0, 0 if it is not cut.
-      whole: The number of the tile that shows the picture as a whole; the others are its parts, in
+      whole: The number of the tile that shows the whole picture; the others are its parts, in
         reading order.
-      interpolation: The patches that each of its tokens is a weighted sum of, int[n, 4], and their
-        weights, float32[n, 4]; None where each stands for one patch.
+      interpolation: The patches of which each token is a weighted sum, int[n, 4], and their
+        weights, float32[n, 4]; None if each token comes from one patch.
     """
 
     tiles: int
@@ -49,15 +49,15 @@ class Layout:
     def grids(
         self, tokens: tokens.TokenMap, row: int = 0
     ) -> tuple[Int[np.ndarray, "rows columns"], Int[np.ndarray, "rows columns"]]:
-        """Return where the image tokens of a row of a batch stand on its picture.
+        """Return the image tokens of a row of a batch, arranged as on its picture.
 
         Args:
           tokens: The token map of the batch.
           row: The row, which reads one picture, of this layout.
 
         Returns:
-          The positions in the row of the tokens that show the picture as a whole, and of those of
-          its parts, as the picture lies; empty where there are none on a grid.
+          The positions in the row of the tokens of the whole picture and of those of its parts,
+          both arranged as on the picture; empty if there are none on a grid.
         """
         kind, tile, down, across = (
             np.asarray(array)[row]
@@ -77,7 +77,7 @@ class Layout:
 def _arrange(
     at: Int[np.ndarray, " n"], down: Int[np.ndarray, " T"], across: Int[np.ndarray, " T"]
 ) -> Int[np.ndarray, "rows columns"]:
-    """Return tokens that fill a grid, of which rows and columns may be left out, as this grid."""
+    """Return tokens arranged on their grid, which may lack some rows and columns."""
     rows = len(np.unique(down[at]))
     return at[np.lexsort((across[at], down[at]))].reshape(rows, -1 if rows else 0)
 
@@ -100,34 +100,34 @@ class Interpolation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one forward pass reads. Made by a processor; shapes are padded to a few lengths.
+    """The inputs of one forward pass. Made by a processor; shapes are padded to a few lengths.
 
     Attributes:
       ids: The token ids, int32[B, T], including image placeholders.
       position: The position of each token in its row, int32[B, T].
       tokens: The token map of the LM.
-      image_token_index: Which image token stands here, int32[B, T], counted through all tiles and
-        followed by the newline; -1 for text.
-      pixels: The normalised tiles of all rows, equally many a row: float32[I, row, column, 3], or,
-        of pictures of any size, their patches float32[I, P, pixel] (see `grid`).
+      image_token_index: The number of the image token at each position, int32[B, T], counted
+        through all tiles, with the newline last; -1 for text.
+      pixels: The normalised tiles of all rows, equally many per row: float32[I, row, column, 3],
+        or, for pictures of any size, their patches float32[I, P, pixel] (see `grid`).
       tile: The number of each tile within its row, int16[I].
-      is_real_tile: False for tiles that only fill up the batch, bool[I].
+      is_real_tile: False for tiles that only pad the batch, bool[I].
       features: Precomputed vision features, float[I, P, E], in place of pixels; or None.
       segment: The question that each token belongs to, int32[B, T], or None. Several questions
-        about one picture share a row: a token sees segment 0 (the picture) and its own.
-      labels: The places of the answer tokens, int32[B, A], filled up with -1; or None.
-      rotary_position: The time, row and column of each token, int32[3, B, T], where rotary
-        embeddings read these (mRoPE); or None.
+        about one picture share a row: a token attends to segment 0 (the picture) and its own.
+      labels: The positions of the answer tokens, int32[B, A], padded with -1; or None.
+      rotary_position: The time, row and column of each token, int32[3, B, T], for multimodal rotary
+        embeddings (mRoPE); or None.
       block: The block of each token, int32[B, T], 0 for none, or None. The tokens of a block attend
         to each other whatever their order: a picture of Gemma 3, the prompt of PaliGemma.
       grid: The rows and columns of patches of each picture, int32[I, 2], 0 where there is none;
-        None where all tiles are squares of one size.
+        None if all tiles are squares of one size.
       interpolation: How image tokens are interpolated from several, or None.
       qformer_ids: The question of each image in the Q-Former's own tokens, int32[I, T], or None.
       qformer_kind: The kinds of these tokens, int8[I, T], or None.
       processor: The processor that made the batch, which turns tokens into text. Static.
-      shares_tiles: Whether rows read the tiles of other rows: not so where the tiles, split evenly,
-        are those of the rows in order. Static, since a mesh places the tiles by it.
+      shares_tiles: Whether rows read the tiles of other rows. If not, the tiles are those of the
+        rows in order, equally many each. Static, because a mesh places the tiles by it.
     """
 
     ids: Int[AnyArray, "B T"]
@@ -170,10 +170,10 @@ class Batch:
         return dataclasses.replace(self, **fields)
 
     def take(self, rows: Int[np.ndarray, " n"]) -> Batch:
-        """Return the batch with these rows, some perhaps repeated, which read the same pictures.
+        """Return the batch with the given rows, which may repeat and read the same pictures.
 
         Args:
-          rows: The number of each row.
+          rows: The index of each row.
         """
 
         def pick(array: AnyArray) -> AnyArray:
@@ -189,12 +189,12 @@ class Batch:
         )
 
     def move_image_tokens(self, step: ArrayLike, before: int, after: int) -> Batch:
-        """Return the batch with its image tokens counted through other tiles.
+        """Return the batch with its image tokens renumbered for another set of tiles.
 
         Args:
-          step: By how much the image tokens move, int[B] or int[].
-          before: How many places for image tokens the tiles have; the newline comes after them.
-          after: How many those other tiles have.
+          step: The number added to the index of each image token, int[B] or int[].
+          before: The number of image tokens of the tiles so far; the newline comes after them.
+          after: The number of image tokens of the other tiles.
         """
 
         def move(index: Int[AnyArray, "B T ..."]) -> Int[np.ndarray, "B T ..."]:
@@ -210,7 +210,7 @@ class Batch:
         return self.replace(image_token_index=index, interpolation=interpolation)
 
     def prompts(self) -> Batch:
-        """Return the batch with the prompts alone: the tokens after a prompt become padding.
+        """Return the batch with only the prompts: the tokens after a prompt become padding.
 
         Raises:
           ValueError: A row holds several questions.
@@ -281,7 +281,7 @@ def join(first: Batch, second: Batch, tile_tokens: int) -> Batch:
     Args:
       first: The batch whose rows come first.
       second: The other.
-      tile_tokens: How many places for tokens a tile has in the LM, `config.tile_tokens(batch)`.
+      tile_tokens: The number of image tokens of a tile in the LM, `config.tile_tokens(batch)`.
 
     Raises:
       ValueError: The batches differ in a shape or in which fields they have.
@@ -317,11 +317,11 @@ def _check_one_question(segment: Int[AnyArray, "B T"]) -> None:
     if isinstance(segment, jax.core.Tracer):
         raise ValueError(
             "packed rows inside a transformation of JAX: the number of questions in a row is "
-            "unknown there; processor.unpack(batch) gives one question a row"
+            "unknown there; processor.unpack(batch) gives one question per row"
         )
     several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
     if len(several):
         raise ValueError(
             f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
-            "generate and score read one prompt a row; processor.unpack(batch) gives such rows"
+            "generate and score read one prompt per row; processor.unpack(batch) gives such rows"
         )

@@ -130,14 +130,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def member(module: str, name: str, stacklevel: int = 1) -> Any:
-    """Return what a module had under an old name.
+    """Return the member of a module that had an old name.
 
     Partially applied to the name of a module, it is the `__getattr__` of that module.
 
     Args:
       module: The module.
-      name: The name that is read.
-      stacklevel: How many calls up the name is read.
+      name: The old name.
+      stacklevel: The number of frames between this call and the line that reads the name.
 
     Raises:
       AttributeError: The module has no such name.
@@ -160,7 +160,7 @@ def member(module: str, name: str, stacklevel: int = 1) -> Any:
 def _warn(old: str, new: str, stacklevel: int = 1) -> None:
     """Warn at the line that uses an old name, without the frames of an import."""
     warnings.warn(
-        f"{old} is now {new}; the old name goes with the next release",
+        f"{old} is now {new}; the old name will be removed in the next release",
         DeprecationWarning,
         stacklevel=stacklevel + 2,
     )

@@ -1,4 +1,4 @@
-"""Open files that somebody else wrote without trust, and refuse them in one short line."""
+"""Open untrusted files safely, and refuse them in one short line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
-LINE = 399  # most characters of an error message
+LINE = 399  # the largest number of characters of an error message
 _JSON_BYTES = 16 * 2**20
 
 
 def line(text: object, length: int = LINE) -> str:
     """Return text as one line: control characters are escaped, the middle of a long one is cut."""
-    words = str(text)[: 64 * length]  # escaping what is cut anyway would take time
+    words = str(text)[: 64 * length]  # do not spend time to escape text that is cut anyway
     words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     if len(words) <= length:
         return words
@@ -25,7 +25,7 @@ def line(text: object, length: int = LINE) -> str:
 
 
 def name(path: object, length: int = 120) -> str:
-    """Return a path, or other text of a user, for one line: a long one is cut to its end."""
+    """Return a path, or other text of a user, for one line; only the end of a long one is kept."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
     return text if len(text) <= length else f"...{text[3 - length :]}"
 
@@ -37,7 +37,7 @@ def reason(error: BaseException | None) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Return whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+    """Return whether a string can be encoded as UTF-8: it has no unpaired surrogates."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -68,20 +68,20 @@ def refusal(source: object, problems: Iterable[object]) -> str:
 
 
 def unavailable(name: object, error: Exception) -> FileNotFoundError:
-    """Return the error about a name that is no directory, and that the hub does not provide.
+    """Return the error about a name that is neither a directory nor available from the hub.
 
     Args:
       name: The name.
-      error: What the hub's client raised: it is offline, has no such name, or takes it for none.
+      error: The error of the hub's client: it is offline, or the name is unknown or invalid.
     """
     first, *_ = str(error).splitlines() or [""]
     return FileNotFoundError(
-        f"'{line(name, 120)}' is neither a directory nor to be had from the hub: {line(first, 180)}"
+        f"'{line(name, 120)}' is not a directory and not available from the hub: {line(first, 180)}"
     )
 
 
 def joined(problems: Iterable[object]) -> str:
-    """Return as many problems as a line holds, one at least, and how many more there are."""
+    """Return as many problems as fit in a line, at least one, and the number of the others."""
     first, *rest = problems
     message = line(first, LINE - 30)
     for n, problem in enumerate(rest):
@@ -97,7 +97,7 @@ def regular(path: str | os.PathLike) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: There is no such file.
-      OSError: It is something else than a regular file.
+      OSError: It is not a regular file.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -115,7 +115,7 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
       limit: The largest size in bytes.
 
     Raises:
-      OSError: The file is missing, not regular or too large; the message is the reason alone.
+      OSError: The file is missing, not regular or too large; the message is only the reason.
     """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -134,7 +134,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       FileNotFoundError: There is no such file.
       OSError: It is not a regular file.
-      ValueError: It is not an object in UTF-8, or one of its names is there twice.
+      ValueError: It is not an object in UTF-8, or one of its names occurs twice.
     """
     path = regular(path)
     if path.stat().st_size > _JSON_BYTES:
@@ -143,7 +143,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, source: object) -> dict[str, Any]:
-    """Return the JSON object in bytes, see `read_json`; `source` names them in an error."""
+    """Return the JSON object in bytes, see `read_json`; `source` is their name in an error."""
     try:
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number
@@ -164,7 +164,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"{line(name, 60)!r} is there twice")
+            raise ValueError(f"{line(name, 60)!r} occurs twice")
         fields[name] = value
     return fields
 

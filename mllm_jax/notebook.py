@@ -36,13 +36,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def receipts(items: Iterable[Any]) -> str:
-    """Return a table of what edits did."""
+    """Return a table of receipts."""
     columns = "edit", "layers", "tokens", "elements changed", "norm"
     return table(columns, [receipt.line() for receipt in items])
 
 
 def address(address: sites.Address) -> str:
-    """Return an address as it is written: `lm.mlp.act[12, [7, 3]]`."""
+    """Return an address in its syntax: `lm.mlp.act[12, [7, 3]]`."""
     layers, units, site = address.layers, address.units, address.site
     if units.form == "pairs" or (units.form == "mask" and units.value.ndim > 1):
         return f"{site}[{_selection(units)}]"
@@ -68,7 +68,7 @@ def _selection(selection: selections.Selection) -> str:
 
 
 def where(selector: tokens.Where | None) -> str:
-    """Return a token selector as it is written: `image & ~last`."""
+    """Return a token selector in its syntax: `image & ~last`."""
     if selector is None:
         return ""
     form, parts, value = selector.form, selector.parts, selector.value
@@ -141,8 +141,8 @@ def capture(capture: Any) -> str:
 def batch(batch: Any) -> str:
     """Return the first rows of a batch: words coloured by kind, and the tiles of its pictures.
 
-    Parts of a picture that no token reads are dark. A batch that no processor made has no words and
-    no pictures: its token ids are shown.
+    Parts of a picture that no token reads are dark. For a batch that was not made by a processor,
+    token ids are shown instead of words and pictures.
     """
     batch = jax.tree.map(np.asarray, batch)
     kinds = batch.tokens.kind
@@ -220,7 +220,7 @@ def _picture(batch: Any, tile: int, cells: np.ndarray) -> str:
 
 
 def site(site: sites.Site) -> str:
-    """Return what a site is, and its names elsewhere."""
+    """Return the description of a site, and its names in other libraries."""
     about = {
         "site": site.name, "is": site.about, "axes": ("L " if site.stacked else "") + site.shape,
         "TransformerLens": site.transformer_lens_name, "transformers": site.hf,
@@ -277,7 +277,7 @@ def _small(picture: Any) -> Any:
 
 
 def figure(picture: Any, title: str) -> str:
-    """Return a PIL picture above its title, one of several in a line."""
+    """Return a PIL picture above its title, to be shown in a line with others."""
     title = html.escape(title)
     return (
         f"<figure style='display:inline-block;margin:4px'><img alt='{title}' "

@@ -14,7 +14,7 @@ from mllm_jax import notebook
 from mllm_jax.typing import Float
 
 LAYERS = 12  # shown of a result, evenly spaced
-BEST = 6  # units, bins or words that are named
+BEST = 6  # units, bins or words that are listed
 Word = Callable[[int], str]
 
 
@@ -24,7 +24,7 @@ def word_of(processor: Any) -> Word:
 
 
 def out(receipts: Sequence[Any], logits: Any, captures: Mapping[str, Any], processor: Any) -> str:
-    """Return what a pass gave: its receipts, its likeliest next words and its captures."""
+    """Return the results of a pass: its receipts, its likeliest next words and its captures."""
     word = word_of(processor)
     parts = [notebook.receipts(receipts)] if receipts else []
     if logits is not None:
@@ -42,7 +42,7 @@ def named(captures: Mapping[str, Any], word: Word) -> str:
 
 def result(value: Any, word: Word = str) -> str:
     """Return the result of one capture."""
-    if hasattr(value, "_html_"):  # it names words
+    if hasattr(value, "_html_"):  # it contains words
         return value._html_(word)
     if hasattr(value, "_repr_html_"):
         return value._repr_html_()
@@ -146,7 +146,7 @@ def entropy(entropy: Any) -> str:
 
 
 def top(top: Any) -> str:
-    """Return the strongest of the kept values, and where they are; of many units, one of each."""
+    """Return the strongest kept values and their positions; for many units, one of each."""
     value = np.asarray(top.value, np.float64)
     ranks = max(1, BEST // max(1, value[..., 0].size))
     kept = value[..., :ranks] if top.order == "largest" else -value[..., :ranks]
@@ -178,10 +178,10 @@ def histogram(histogram: Any) -> str:
 
 
 def mass(mass: Any) -> str:
-    """Return the mass by layer and kind of key, on average over heads and rows that have any."""
+    """Return the mass by layer and kind of key, averaged over heads and rows that have any."""
     values = np.asarray(mass.values, np.float64)
     head = f"mean attention: {_first_axis(values.ndim == 4)}"
-    if values.ndim > 2:  # rows that fill up a batch are 0
+    if values.ndim > 2:  # rows that pad a batch are 0
         read = values.any((0, *range(2, values.ndim)))
         values = values[:, read] if read.any() else values
     values = values.reshape(len(values), -1, values.shape[-1])
@@ -189,7 +189,7 @@ def mass(mass: Any) -> str:
 
 
 def attention_map(attention: Any) -> str:
-    """Return maps of the first rows as grey cells, on average over layers and heads."""
+    """Return maps of the first rows as grey cells, averaged over layers and heads."""
     readers = attention.keys.readers
     rows = len(attention.keys.kind if readers is None else readers)
     parts: list[str] = []
@@ -206,7 +206,7 @@ def attention_map(attention: Any) -> str:
 
 
 def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> Any:
-    """Return a map as a PIL picture: white is the most, black 0, blue where none is."""
+    """Return a map as a PIL picture: white is the maximum, black 0, blue for missing values."""
     import PIL.Image
 
     missing = np.isnan(cells)
@@ -218,7 +218,7 @@ def grey_cells(cells: Float[np.ndarray, "rows columns"]) -> Any:
 
 
 def generation(generation: Any) -> str:
-    """Return what was generated, its receipts and its captures."""
+    """Return the generated text, its receipts and its captures."""
     said = generation.text or [list(map(int, row)) for row in np.asarray(generation.tokens)]
     batch = generation.batch
     word = word_of(None if batch is None else batch.processor)
@@ -238,7 +238,7 @@ def _by_layer(head: str, total: np.ndarray, count: np.ndarray, kinds: Iterable[s
 
 
 def _first_axis(is_layers: bool) -> str:
-    """Return the name of the first axis, which may be rows where a result is of one layer."""
+    """Return the name of the first axis, which is rows if a result is of one layer."""
     return "layer" if is_layers else "first axis"
 
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a language model stand, and which of them attend to which."""
+"""The positions of the tokens of a language model, and which of them attend to which."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Positions:
     Attributes:
       order: The position of each token in its row, int32[B, T].
       valid: False for padding, bool[B, T].
-      rotary: The positions of rotary embeddings where these are not `order`: time, row and column
+      rotary: The positions of rotary embeddings if these differ from `order`: time, row and column
         of each token (mRoPE, Wang et al. 2024, Qwen2-VL), int32[3, B, T]; or None.
-      segment: The segment of each token, int32[B, T]: it attends to segment 0 and its own. None
-        where a row is one conversation.
+      segment: The segment of each token, int32[B, T]: it attends to segment 0 and its own. None if
+        a row is one conversation.
       block: The block of each token, int32[B, T], 0 for none. The tokens of a block attend to each
-        other whatever their order. None where all attention is causal.
+        other whatever their order. None if all attention is causal.
     """
 
     order: Int[AnyArray, "B T"]
@@ -45,7 +45,7 @@ class Positions:
         """Return which keys each token attends to.
 
         Args:
-          key_order: The positions of the keys: those of earlier tokens, then these.
+          key_order: The positions of the keys: first of earlier tokens, then of these tokens.
           key_valid: Which keys are valid.
         """
         mask = key_order[:, None, None, :] <= self.order[:, None, :, None]
@@ -57,10 +57,10 @@ class Positions:
         return mask & key_valid[:, None, None, :]
 
     def same_block(self, keys: int) -> Bool[Array, "B 1 T S"]:
-        """Return which keys are of the block of each token; those of earlier tokens are of none.
+        """Return which keys are in the block of each token; earlier tokens are in no block.
 
         Args:
-          keys: The number S of keys: those of earlier tokens, then these.
+          keys: The number S of keys: first of earlier tokens, then of these tokens.
         """
         if self.block is None:
             return jnp.zeros((1, 1, 1, 1), bool)
@@ -68,7 +68,7 @@ class Positions:
         return jnp.pad(same, ((0, 0), (0, 0), (keys - self.order.shape[1], 0)))[:, None]
 
     def from_token(self, start: int) -> Positions:
-        """Return the positions from a token on: a static number, the same in each row."""
+        """Return the positions from a token on; `start` is static and the same in each row."""
         return jax.tree.map(lambda array: array[..., start:], self)
 
     def after(
@@ -78,13 +78,13 @@ class Positions:
 
         Args:
           last: The last token of each prompt.
-          steps: How far after the prompt the tokens are: 1 for the first.
+          steps: The distance of the tokens from the prompt: 1 for the first.
           valid: False for padding.
         """
         order = jnp.take_along_axis(jnp.asarray(self.order), last[:, None], 1) + steps
         if self.rotary is None:
             return Positions(order, valid)
-        # A picture advances the positions by its longer side: what follows is after all of it.
+        # A picture advances the positions by its longer side, so later tokens follow all of it.
         end = jnp.where(self.valid, self.rotary, 0).max((0, 2))
         rotary = jnp.broadcast_to(end[:, None] + steps, (3, *order.shape))
         return Positions(order, valid, rotary)

@@ -1,4 +1,4 @@
-"""Selections: entries of one axis, as the brackets after a site mean them.
+"""Selections of entries of one axis, from the brackets after a site.
 
 A selection is data. Its form (all, one, a range, indices, a mask, pairs) is structure.
 """
@@ -34,7 +34,7 @@ class Selection:
 
     @classmethod
     def parse(cls, item: Any) -> Selection:
-        """Return the selection that one part of the brackets after a site means.
+        """Return the selection for one part of the brackets after a site.
 
         Raises:
           ValueError: A slice has a step below 1.
@@ -80,14 +80,14 @@ class Selection:
           what: The name of the axis in error messages: "lm.mlp.act: layer".
 
         Raises:
-          ValueError: Indices that are known are out of range, or a mask has another length.
+          ValueError: Known indices are out of range, or a mask has another length.
         """
         if self.form == "all":
             return np.ones((size,), bool)
         if self.form == "mask":
             if self.value.shape[-1] != size:
                 raise ValueError(
-                    f"{what} mask has {self.value.shape[-1]} entries, the model has {size}"
+                    f"{what} mask has {self.value.shape[-1]} entries, but the model has {size}"
                 )
             return self.value
         xp = np if is_concrete(self.value) else jax.numpy
@@ -103,8 +103,7 @@ class Selection:
     def entries(self, size: int, what: str) -> Int[AnyArray, " n"]:
         """Return the indices, counted from the start.
 
-        Indices out of range are an error where they are known; where they are traced they become
-        `size`, which is no entry.
+        Known indices out of range raise an error; traced ones become `size`, which is no entry.
         """
         xp = np if is_concrete(self.value) else jax.numpy
         index = xp.atleast_1d(self.value)
@@ -139,7 +138,7 @@ class Selection:
         return jax.numpy.zeros((layers, width), bool).at[layer, unit].set(True, mode="drop")
 
     def indices(self, size: int, what: str) -> Int[AnyArray, " n"]:
-        """Return the indices of a selection whose size must be static, as a capture needs it."""
+        """Return the indices of a selection whose size is static, for a capture."""
         if self.form == "pairs" or (self.form == "mask" and self.value.ndim > 1):
             raise ValueError(
                 f"{what}: a capture takes the same units in every layer, "
@@ -167,7 +166,7 @@ def is_concrete(value: Any) -> bool:
 
 
 def as_int32(array: AnyArray) -> Int[AnyArray, ...]:
-    """Return integers as int32; what is beyond it becomes its limit, which no axis reaches."""
+    """Return integers as int32, clipped to its range, whose limit no axis reaches."""
     if not np.can_cast(array.dtype, np.int32):
         limits, own = np.iinfo(np.int32), np.iinfo(array.dtype)
         array = array.clip(max(limits.min, own.min), limits.max)
@@ -175,7 +174,7 @@ def as_int32(array: AnyArray) -> Int[AnyArray, ...]:
 
 
 def as_array(value: Any) -> AnyArray:
-    """Return a value as an array of NumPy, or of JAX if it is one or holds traced values."""
+    """Return a value as a NumPy array, or as a JAX array if it is one or holds traced values."""
     if isinstance(value, jax.Array):
         return value
     if all(is_concrete(leaf) for leaf in jax.tree.leaves(value)):

@@ -1,6 +1,6 @@
 """Sites: the named tensors of a forward pass, and addresses within them.
 
-A site is static: `sites.lm.mlp.act`. A misspelt site is an error that lists the nearest names.
+A site is static: `sites.lm.mlp.act`. A misspelt site raises an error that lists the nearest names.
 The brackets after a site hold an address: layers, then neurons (channels, heads). An address is
 data: `sites.lm.mlp.act[12, neurons]`, `sites.lm.resid_post[18:24]`, `sites.lm.mlp.act[mask]`. It
 means these neurons in each of these layers; single neurons of several layers are pairs int[n, 2],
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mllm_jax.selections import Selection as Selection
     from mllm_jax.selections import as_array as as_array
 
-# Members that need JAX, which this module does not: they are imported when they are first read.
+# Members that need JAX, unlike this module: they are imported when they are first read.
 _IN_ADDRESSES = ("Address", "Selection", "Target", "as_array")
 LATENTS = ".latents"
 
@@ -36,13 +36,13 @@ class Site:
     Attributes:
       name: The dotted name, with the module first.
       shape: The axes of the tensor in one layer, in axis letters.
-      about: What the tensor is.
+      about: A description of the tensor.
       stacked: Whether the site exists once per layer.
-      transformer_lens_name: The name in TransformerLens, "" where it has none.
-      hf: The tensor in HF transformers; where InstructBLIP has another name for it, that name comes
-        second.
-      keys: The module whose tokens are the keys S of an attention to another module; "" where they
-        are those of the site's own.
+      transformer_lens_name: The name in TransformerLens; "" if it has none.
+      hf: The name of the tensor in transformers; if InstructBLIP has another name for it, that name
+        comes second.
+      keys: The module whose tokens are the keys S of an attention to another module; "" if they are
+        those of the site's own module.
     """
 
     name: str
@@ -65,19 +65,19 @@ class Site:
 
     @property
     def unit_axis(self) -> int:
-        """The axis of the tensor that holds its units: the first of neither rows nor tokens."""
+        """The axis of the units: the first axis that is neither rows nor tokens."""
         return next(i for i, axis in enumerate(self.axes) if axis not in "BITPSQ")
 
     @property
     def token_axis(self) -> int:
-        """The axis of the tensor that holds its tokens."""
+        """The axis of the tokens."""
         return next(i for i, axis in enumerate(self.axes) if axis in "TPQ")
 
     @property
     def latents(self) -> Site:
         """The latents of the dictionary that is spliced here, see `edits.splice`.
 
-        They are addressed as the site is: `lm.resid_post.latents[14, [17, 93]]`.
+        They are addressed like the site: `lm.resid_post.latents[14, [17, 93]]`.
 
         Raises:
           AttributeError: The site has no vector for each token that a dictionary could read.
@@ -102,7 +102,8 @@ class Site:
     def lens(self) -> str:
         """The old name of `transformer_lens_name`."""
         message = (
-            "Site.lens is now Site.transformer_lens_name; the old name goes with the next release"
+            "Site.lens is now Site.transformer_lens_name; the old name will be removed in the next "
+            "release"
         )
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return self.transformer_lens_name
@@ -141,7 +142,7 @@ class SiteShape:
     """The tensor of a site in a model.
 
     Attributes:
-      layers: How many layers have the site.
+      layers: The number of layers that have the site.
       shape: The shape of the tensor in one layer.
       dtype: Its dtype.
     """
@@ -186,14 +187,14 @@ TABLE: tuple[Site, ...] = (
     Site("vision.embed", "I P E", "patches with positions; CLIP's after its first norm", False,
          "hook_full_embed",
          "vision_model.pre_layrnorm (output); vision_model.embeddings (output)"),
-    Site("vision.resid_pre", "I P E", "what enters a block", True,
+    Site("vision.resid_pre", "I P E", "residual at the input of a block", True,
          "blocks.{i}.hook_resid_pre", "vision_model.encoder.layers.{i} (input)"),
     Site("vision.attn.mask", "I N P S", "boolean attention mask, for knockout", True,
          "", "attention_mask"),
     Site("vision.attn.pattern", "I N P S", "attention probabilities", True,
          "blocks.{i}.attn.hook_pattern",
          "vision_model.encoder.layers.{i}.self_attn (weights)"),
-    Site("vision.attn.heads", "I P N H", "each head's result, before the output map", True,
+    Site("vision.attn.heads", "I P N H", "output of each head, before the output projection", True,
          "blocks.{i}.attn.hook_z",
          "vision_model.encoder.layers.{i}.self_attn.out_proj (input); "
          "vision_model.encoder.layers.{i}.self_attn.projection (input)"),
@@ -203,30 +204,30 @@ TABLE: tuple[Site, ...] = (
          "blocks.{i}.mlp.hook_post", "vision_model.encoder.layers.{i}.mlp.activation_fn (output)"),
     Site("vision.mlp.out", "I P E", "MLP output, before it is added", True,
          "blocks.{i}.hook_mlp_out", "vision_model.encoder.layers.{i}.mlp (output)"),
-    Site("vision.resid_post", "I P E", "what leaves a block", True,
+    Site("vision.resid_post", "I P E", "residual at the output of a block", True,
          "blocks.{i}.hook_resid_post", "vision_model.encoder.layers.{i} (output)"),
     Site("qformer.attn.pattern", "I N T S",
          "attention probabilities of queries, then text, among themselves", True,
          "", "qformer.encoder.layer.{i}.attention.attention (weights)"),
     Site("qformer.cross.pattern", "I N Q S",
-         "attention probabilities of queries on patches; 0 in layers that do not look", True,
+         "attention probabilities of queries on patches; 0 in layers without it", True,
          "", "qformer.encoder.layer.{i}.crossattention.attention (weights)", keys="vision"),
     Site("qformer.mlp.act", "I T F",
-         "neurons of the text branch; dead in the last layer, as only queries leave", True,
+         "neurons of the text branch; dead in the last layer, which returns only queries", True,
          "", "qformer.encoder.layer.{i}.intermediate (output)"),
     Site("qformer.query_mlp.act", "I Q F", "neurons of the query branch", True,
          "", "qformer.encoder.layer.{i}.intermediate_query (output)"),
-    Site("qformer.resid_post", "I T W", "what leaves a block, normed: queries, then text", True,
+    Site("qformer.resid_post", "I T W", "normalised output of a block: queries, then text", True,
          "", "qformer.encoder.layer.{i} (output)"),
     Site("projector.act", "I P F", "neurons: activation between two linear maps", True,
          "", "multi_modal_projector.act (output)"),
     Site("projector.out", "I P D", "image tokens in the LM's space", False,
          "", "multi_modal_projector (output); language_projection (output)"),
-    Site("projector.deepstack", "I P D", "what DeepStack adds to image tokens after an LM layer",
-         True, "", "model.visual.deepstack_merger_list.{i} (output)"),
+    Site("projector.deepstack", "I P D", "features added to image tokens after an LM layer", True,
+         "", "model.visual.deepstack_merger_list.{i} (output)"),
     Site("lm.embed", "B T D", "text and image embeddings, merged", False,
          "hook_embed", "language_model.model (inputs_embeds)"),
-    Site("lm.resid_pre", "B T D", "what enters a block", True,
+    Site("lm.resid_pre", "B T D", "residual at the input of a block", True,
          "blocks.{i}.hook_resid_pre", "language_model.model.layers.{i} (input)"),
     Site("lm.attn.q", "B T N H", "queries by head, before their norm and their rotation", True,
          "blocks.{i}.attn.hook_q", "language_model.model.layers.{i}.self_attn.q_proj (output)"),
@@ -238,26 +239,26 @@ TABLE: tuple[Site, ...] = (
          "", "attention_mask"),
     Site("lm.attn.pattern", "B N T S", "attention probabilities", True,
          "blocks.{i}.attn.hook_pattern", "language_model.model.layers.{i}.self_attn (weights)"),
-    Site("lm.attn.heads", "B T N H", "each head's result, before the output map", True,
+    Site("lm.attn.heads", "B T N H", "output of each head, before the output projection", True,
          "blocks.{i}.attn.hook_z", "language_model.model.layers.{i}.self_attn.o_proj (input)"),
     Site("lm.attn_out", "B T D", "attention output, before it is added", True,
          "blocks.{i}.hook_attn_out", "language_model.model.layers.{i}.self_attn (output)"),
     Site("lm.resid_mid", "B T D", "residual between attention and MLP", True,
          "blocks.{i}.hook_resid_mid",
          "language_model.model.layers.{i}.post_attention_layernorm (input)"),
-    Site("lm.mlp.input", "B T D", "what enters the MLP: the normed residual", True,
+    Site("lm.mlp.input", "B T D", "input of the MLP: the normalised residual", True,
          "", "language_model.model.layers.{i}.mlp (input)"),
     Site("lm.mlp.gate", "B T F", "gate before its activation", True,
          "blocks.{i}.mlp.hook_pre", "language_model.model.layers.{i}.mlp.gate_proj (output)"),
     Site("lm.mlp.act", "B T F", "neurons: silu(gate), before the product with up", True,
          "", "language_model.model.layers.{i}.mlp.act_fn (output)"),
-    Site("lm.mlp.gated", "B T F", "silu(gate) * up, what enters the down map", True,
+    Site("lm.mlp.gated", "B T F", "silu(gate) * up, the input of the down projection", True,
          "blocks.{i}.mlp.hook_post", "language_model.model.layers.{i}.mlp.down_proj (input)"),
     Site("lm.mlp.out", "B T D", "MLP output, before it is added", True,
          "blocks.{i}.hook_mlp_out", "language_model.model.layers.{i}.mlp (output)"),
-    Site("lm.resid_post", "B T D", "what leaves a block", True,
+    Site("lm.resid_post", "B T D", "residual at the output of a block", True,
          "blocks.{i}.hook_resid_post", "language_model.model.layers.{i} (output)"),
-    Site("lm.norm", "B T D", "final norm, what the head reads", False,
+    Site("lm.norm", "B T D", "output of the final norm, which the head reads", False,
          "ln_final.hook_normalized", "language_model.model.norm (output)"),
     Site("logits", "B T V", "next-token logits", False, "", "logits"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The names of token kinds and selectors, which text may use; `tokens` says what they mean."""
+"""The names of token kinds and selectors in text; `tokens` defines their meaning."""
 
 KINDS = ("pad", "system", "question", "image", "newline", "answer", "cls", "query")
 TEXT = ("system", "question", "answer")

@@ -1,8 +1,8 @@
-"""Token kinds: which tokens an edit or a capture means.
+"""Token kinds and selectors: the tokens of an edit or a capture.
 
-Each module has a token map, which holds the kind and the place of every token of a batch. A
+Each module has a token map, which holds the kind and the position of every token of a batch. A
 selector such as `tokens.image`, `tokens.text & ~tokens.last` or `tokens.row(3)` is resolved
-against that map, so user code does no index arithmetic, and no padding is ever selected.
+against that map, so user code does no index arithmetic, and padding is never selected.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CODE = {name: code for code, name in enumerate(KINDS)}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """The kind and the place of each token of one module.
+    """The kind and the position of each token of one module.
 
-    B is the rows of the batch, or its image tiles on the vision side.
+    B counts the rows of the batch, or its image tiles on the vision side.
 
     Attributes:
       kind: The kind, a code of `KINDS`, int8[B, T].
@@ -36,11 +36,11 @@ class TokenMap:
       tile: The image tile within the row, int16[B, T]; -1 elsewhere. In LLaVA it is the number of
         the picture. In LLaVA-NeXT tile 0 is the whole picture, scaled down, and its parts follow in
         reading order; the next picture of the row starts at `config.tiles`, however many parts the
-        first has. In LLaVA-OneVision, of several pictures, it is the number of the picture.
+        first has. In LLaVA-OneVision with several pictures it is the number of the picture.
       last: True at the last token of the prompt, or of each packed question, bool[B, T].
-      added: How many of the T were added after the prompt, to be generated or scored. Static.
+      added: The number of the T tokens added after the prompt, to be generated or scored. Static.
       readers: Which rows of the batch read each tile, bool[rows, B], on the vision side: rows that
-        share a picture share its tiles. None where B is the rows themselves.
+        share a picture share its tiles. None if B counts rows.
     """
 
     kind: Int[AnyArray, "B T"]
@@ -65,7 +65,7 @@ class TokenMap:
           tiles: The number of each tile within its row of the batch.
           side: The rows and columns of the grid.
           cls_token: Whether position 0 is CLS.
-          real: False for tiles that only fill up the batch.
+          real: False for tiles that only pad the batch.
         """
         rows, columns = np.divmod(np.arange(side[0] * side[1]), side[1])
         kind: np.ndarray = np.full(rows.shape, CODE["image"])
@@ -88,14 +88,14 @@ class TokenMap:
         places: int,
         merge: int = 1,
     ) -> TokenMap:
-        """Return the map of pictures of any size: a grid of patches of its own for each.
+        """Return the map of pictures of any size, each with its own grid of patches.
 
         Args:
           tiles: The number of each picture within its row of the batch.
-          grid: The rows and columns of each picture; 0 where there is none.
-          places: The number P of places; those beyond a picture's patches are padding.
-          merge: The side of the squares of patches that stand side by side; the squares follow
-            each other row by row, as do the patches in each.
+          grid: The rows and columns of each picture; 0 if there is none.
+          places: The padded number P of patches.
+          merge: The side of the squares in which patches are grouped; the squares follow each other
+            row by row, as do the patches in each.
         """
         xp: Any = np if isinstance(grid, np.ndarray) else jax.numpy
         rows, columns = grid[:, :1], grid[:, 1:]
@@ -113,7 +113,7 @@ class TokenMap:
 
     @classmethod
     def plain(cls, kind: Int[AnyArray, "I T"], tiles: Int[AnyArray, " I"]) -> TokenMap:
-        """Return the map of tokens that are on no grid.
+        """Return the map of tokens that are not on a grid.
 
         Args:
           kind: The kind of each token.
@@ -164,7 +164,7 @@ class TokenMap:
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
         is_answer = self.kind == CODE["answer"]
         count = xp.cumsum(is_answer, -1, dtype=np.int32)
-        # Several questions may share a row: after every token of a prompt the count restarts.
+        # Several questions may share a row: the count restarts after every token of a prompt.
         prompt = xp.where(is_answer | (self.kind == CODE["pad"]), 0, count)
         return count - (np.maximum.accumulate if xp is np else jax.lax.cummax)(prompt, axis=1)
 
@@ -199,7 +199,7 @@ class Where:
         return Where("not", (self,))
 
     def __bool__(self) -> bool:
-        raise ValueError("a selector of tokens is not true or false: combine selectors by &, |, ~")
+        raise ValueError("a selector of tokens is not a bool: combine selectors with &, |, ~")
 
     def mask(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
         """Return the selected tokens of a module, without padding."""
@@ -224,24 +224,24 @@ class Where:
         return (at == self.value) & (at >= 0)
 
 
-# What a user may give as a selector of tokens: `of` reads it.
+# Values that a user may give as a selector of tokens; `of` converts them.
 Selector: TypeAlias = Where | str | AnyArray | None
 
 
 def _operand(selector: Selector) -> Where:
-    """Return a selector that is combined with another; None is no selector there."""
+    """Return a selector as an operand; None is not allowed there."""
     if selector is None:
         raise ValueError("a selector of tokens is combined with another, not with None")
     return selector if isinstance(selector, Where) else of(selector)
 
 
 def _prompt_mask(mask: Bool[AnyArray, "B T"], tokens: TokenMap) -> Bool[AnyArray, "B T"]:
-    """Return an explicit mask; a mask of the prompt alone selects nothing after it."""
+    """Return an explicit mask; a mask of only the prompt selects nothing after it."""
     rows, length = tokens.kind.shape
     prompt = length - tokens.added
     if tuple(mask.shape) not in ((rows, length), (rows, prompt)):
         raise ValueError(
-            f"the token mask is {tuple(mask.shape)}, the batch has tokens {(rows, prompt)}"
+            f"the token mask is {tuple(mask.shape)}, but the batch has tokens {(rows, prompt)}"
         )
     xp = np if isinstance(mask, np.ndarray) else jax.numpy
     return xp.pad(mask, ((0, 0), (0, length - mask.shape[1])))
@@ -274,14 +274,14 @@ def _tile_mask(mask: Bool[AnyArray, ...], tokens: TokenMap) -> Bool[AnyArray, "I
     number = number[:, 0]
     if known and (number[readers.any(0)] >= mask.shape[1]).any():
         raise ValueError(
-            f"the token mask is of {mask.shape[1]} tiles a row, the batch has {number.max() + 1}"
+            f"the token mask has {mask.shape[1]} tiles per row, the batch has {number.max() + 1}"
         )
     by_row = mask[:, number.clip(0, mask.shape[1] - 1)]  # [B, I, P]
     selected = (by_row & readers[:, :, None]).any(0)
     if known and ((by_row != selected) & readers[:, :, None]).any():
         raise ValueError(
-            "rows that share a picture have different token masks for it: give each row a picture "
-            "of its own with model.unshared(batch)"
+            "rows that share a picture have different token masks for it: give each row its own "
+            "picture with model.unshared(batch)"
         )
     return selected
 
@@ -337,7 +337,7 @@ def mask(array: Bool[AnyArray, ...]) -> Where:
 
 
 def of(selector: Selector) -> Where:
-    """Return the selector that a user means by a selector, a name, a mask or None (all tokens).
+    """Return the selector for a selector, a name, a mask or None (all tokens).
 
     Raises:
       KeyError: A name is unknown.

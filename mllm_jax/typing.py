@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 Item = TypeVar("Item", covariant=True)
 
-# An array of NumPy where its values are known, of JAX where they are computed or traced.
+# A NumPy array if its values are known, a JAX array if they are computed or traced.
 AnyArray = np.ndarray | jax.Array
 
 LETTERS = {
@@ -47,9 +47,9 @@ LETTERS = {
 
 @runtime_checkable
 class Indexed(Protocol[Item]):
-    """Items by number, which may be computed when they are read; a list is one.
+    """Items by index, which may be computed when they are read, such as a list.
 
-    It need not signal its end to `iter`: its length does.
+    It need not raise IndexError at its end: its length determines it.
     """
 
     def __len__(self) -> int:

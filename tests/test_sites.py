@@ -162,7 +162,7 @@ def test_a_traced_index_out_of_range_selects_nothing():
         (lambda: S.lm.mlp.act[np.ones((L, 5), bool)].mask(L, F), ValueError,
          r"lm.mlp.act: the mask is \(4, 5\), the model has 4 layers of 48"),
         (lambda: S.lm.mlp.act[0, np.ones(5, bool)].mask(L, F), ValueError,
-         "lm.mlp.act: unit mask has 5 entries, the model has 48"),
+         "lm.mlp.act: unit mask has 5 entries, but the model has 48"),
         (lambda: S.lm.mlp.act[np.ones((L, F), bool), 3], IndexError, "takes no second part"),
         (lambda: S.lm.mlp.act[0, 1, 2], IndexError, r"an address is lm.mlp.act\[layers, neurons\]"),
         (lambda: S.lm.mlp.act[1.5], TypeError, "integers, slices or masks, not float64"),

@@ -1,1 +1,1 @@
-"""The attribution study: gradients of gates, ablation of the top units, and their report."""
+"""The attribution study: gradients of gates, ablation of the top units, and the report."""

@@ -29,7 +29,7 @@ Pictures = dict[str, list[domains.Example]]  # by domain
 
 
 class Read(NamedTuple):
-    """One batch of questions, and how its candidates are weighted.
+    """One batch of questions, with the weights of its candidates.
 
     Attributes:
       rows: The number of questions; the other rows are empty.
@@ -46,7 +46,7 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       train: The pictures by domain on which gates are attributed.

@@ -1,1 +1,1 @@
-"""Circuits of heads and MLPs on minimal pairs: found, evaluated and shown."""
+"""The study of circuits of heads and MLPs on minimal pairs."""

@@ -1,4 +1,4 @@
-"""What every step of the circuit study reads, and the contrasts of its pairs."""
+"""The inputs of every step of the circuit study, and the contrasts of its pairs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       pairs: The pairs of each split that the study keeps.
       length: The tokens of a prompt, with padding.
-      shared: The places for tokens that the answers of a pair begin with.
+      shared: The padded number of tokens of the common beginning of the answers of a pair.
     """
 
     pairs: dict[str, list[Pair]]
@@ -38,12 +38,12 @@ class Study(context.Context):
     shared: int
 
     def rows(self, split: str, number: int) -> Int[np.ndarray, " B"]:
-        """Return the pairs of a batch; the last pair fills it up."""
+        """Return the pairs of a batch, padded with the last pair."""
         size, count = self.config.batch_size, len(self.pairs[split])
         return np.minimum(np.arange(number * size, (number + 1) * size), count - 1)
 
     def real(self, split: str, number: int) -> Bool[np.ndarray, " B"]:
-        """Return False for the rows that fill up a batch."""
+        """Return False for the rows that pad a batch."""
         size = self.config.batch_size
         return np.arange(number * size, (number + 1) * size) < len(self.pairs[split])
 
@@ -74,12 +74,12 @@ class Study(context.Context):
         return pairs.after_shared(batch, shared, self.shared)
 
     def each(self, name: str, split: str, make: Callable[[int], Arrays], count: int | None = None):
-        """Return the arrays of a step of each batch; a killed run goes on at the next batch.
+        """Return the arrays of a step of each batch; a killed run continues at the next batch.
 
         Args:
           name: The name of the steps.
           split: The split.
-          make: the number of a batch -> its arrays.
+          make: number of a batch -> its arrays.
           count: The number of pairs; all by default.
         """
         bar = tqdm.tqdm(self.batches(split, count), desc=f"{name}, {split}", leave=False)

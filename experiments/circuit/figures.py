@@ -15,7 +15,7 @@ from mllm_jax.typing import Float
 Row = Mapping[str, Any]
 Point = tuple[float, float]
 CURVES = {"faithfulness": "share kept by the circuit", "left": "share left without it"}
-PLUS, MINUS = style.PALETTE[0], style.PALETTE[1]  # of edges that raise and lower the metric
+PLUS, MINUS = style.PALETTE[0], style.PALETTE[1]  # colours of edges that raise and lower the metric
 
 
 def colour(circuit: str) -> str:
@@ -48,7 +48,7 @@ def curves(rows: Sequence[Row]) -> Figure:
 
 
 def curve_panels(rows: Sequence[Row]) -> list[charts.Panel]:
-    """Return the same to hover over and to zoom."""
+    """Return the same chart to hover over and to zoom."""
     hue = {row["circuit"]: colour(row["circuit"]) for row in rows}
     return [
         charts.curves(
@@ -109,7 +109,7 @@ def exact(rows: Sequence[Row]) -> Figure:
 
 
 def exact_panel(rows: Sequence[Row]) -> charts.Panel:
-    """Return the same to hover over and to zoom."""
+    """Return the same chart to hover over and to zoom."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     values: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in kinds}
     for row in rows:
@@ -122,13 +122,13 @@ def exact_panel(rows: Sequence[Row]) -> charts.Panel:
 
 
 def positions(results: Row) -> dict[tuple[int, str], Point]:
-    """Return where each node of the graph stands: heads side by side, layers upward.
+    """Return the positions of the nodes of the graph: heads side by side, layers upward.
 
     Args:
       results: The content of results.json.
 
     Returns:
-      (x, y) by (layer, part). The embedding and the output stand where an edge leads to them.
+      (x, y) by (layer, part). The embedding and the output are included if an edge leads to them.
     """
     heads, found = results["heads"], {(row["layer"], row["part"]) for row in results["nodes"]}
     found |= {tuple(edge[end]) for edge in results["graph"] for end in ("from", "to")}
@@ -199,7 +199,7 @@ def graph(results: Row) -> Figure:
 
 
 def graph_panel(results: Row) -> charts.Panel:
-    """Return the same to hover over and to zoom."""
+    """Return the same chart to hover over and to zoom."""
     at, hue, edges = positions(results), node_colours(results), results["graph"]
     traces: list[charts.Trace] = []
     for edge, strength in sorted(zip(edges, strengths(edges), strict=True), key=lambda e: e[1]):

@@ -35,7 +35,7 @@ def _named(study: Study, place: np.ndarray) -> dict[str, Any]:
 def tested_nodes(
     scores: Float[np.ndarray, "kinds L nodes"], count: int, seed: int
 ) -> Bool[np.ndarray, "kinds L nodes"]:
-    """Return nodes for exact patches: half of the largest scores in size, the others at random."""
+    """Return nodes for exact patches: half with the largest absolute scores, the rest at random."""
     mask = attribution.top_mask(np.abs(scores), -(-count // 2))
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(~mask))[: count // 2]
     mask.reshape(-1)[drawn] = True
@@ -50,8 +50,8 @@ def exact(
 
     Args:
       study: The study.
-      scores: The scores of all training pairs, which decide on the nodes.
-      estimates: The scores over the first pairs alone.
+      scores: The scores of all training pairs, by which nodes are chosen.
+      estimates: The scores over only the first pairs.
     """
     mask = tested_nodes(scores, study.config.exact_nodes, study.config.seed)
     if not mask.any() or not study.config.exact_pairs:
@@ -86,7 +86,7 @@ def pearson(
 ) -> intervals.Interval[float]:
     """Return the correlation of two measures of n nodes, with its interval over the nodes.
 
-    Where one of them does not vary, the correlation is 0.
+    If one of them does not vary, the correlation is 0.
     """
     count = len(first)
     weights = np.concatenate([np.ones((1, count)), intervals.draws(count)])
@@ -166,7 +166,7 @@ def share(metric: Float[np.ndarray, "n B"], ends: Arrays) -> list[dict[str, floa
 
 
 def _curve_rows(sizes: tuple[int, ...], ends: Arrays) -> Rows:
-    """Return faithfulness and what is left without each circuit, found and random."""
+    """Return faithfulness and incompleteness of each circuit, found and random."""
     metrics = {"found": (ends["circuit"], ends["complement"])} | {
         f"random{draw}": pair
         for draw, pair in enumerate(

@@ -29,7 +29,7 @@ def write(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None:
         title="The circuit of an answer",
         lead=f"Which heads and MLPs of {page.model_name(results)} carry the difference between "
         f"{SWAPS[results['swap']]}? The metric is the difference of the log-probabilities of the "
-        "two answers, at their first token that differs.",
+        "two answers at the first token in which they differ.",
         facts=[
             (f"{kept['train']}", "training pairs"),
             (f"{kept['test']}", "held-out pairs"),
@@ -70,7 +70,7 @@ def _curves(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
         title="Faithful and complete",
         reading=f"With all but {most} nodes corrupt, the circuit keeps "
         f"{interval(last[0], 'faithfulness', 'faithfulness_')} of the difference on held-out "
-        f"pairs{beside}. With these nodes alone corrupt, {interval(last[0], 'left', 'left_')} is "
+        f"pairs{beside}. With only these nodes corrupt, {interval(last[0], 'left', 'left_')} is "
         "left.",
         figures=[figure],
         table=page.Table(
@@ -111,10 +111,9 @@ def _graph(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
             [(row["sender"], row["receiver"], page.signed(row["score"]))
              for row in results["edges"][:15]],
         ),
-        note="Nodes are chosen by their scores, and edges are drawn between them; both are "
-        "estimates on training pairs. The table has the strongest edges of all, inside the circuit "
-        "or not. The circuits that are evaluated consist of nodes, with all of their edges. q, k, "
-        "v: the queries, keys and values of a head.",
+        note="Nodes and edges are chosen by their scores, which are estimates on training pairs. "
+        "The table has the strongest of all edges, inside the circuit or not. Evaluated circuits "
+        "consist of nodes with all their edges. q, k, v: the queries, keys and values of a head.",
         data=[nodes, edges],
     )  # fmt: skip
 
@@ -138,8 +137,8 @@ def _minimality(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Sectio
         reading=f"{needed} of the {len(found)} nodes are needed: without one of them the circuit "
         "loses a share whose interval is above 0.",
         figures=[figure],
-        note="Colour: the nodes of the circuit that is shown; grey: those of a random one of equal "
-        "size. Intervals: 95 % bootstrap over pairs, each on its own.",
+        note="Colour: the nodes of the circuit that is shown; grey: those of a random circuit of "
+        "equal size. Intervals: 95 % bootstrap over pairs, not corrected for their number.",
         data=[data],
     )
 
@@ -158,7 +157,7 @@ def _exact(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
         reading=f"Over {len(rows)} nodes, estimate and exact patch have a correlation of "
         f"{interval(correlation['pearson'])}, of ranks {interval(correlation['spearman'])}.",
         figures=[figure],
-        note=f"Half of the nodes have the largest scores in size, the others are drawn at random; "
+        note=f"Half of the nodes have the largest absolute scores, the others are drawn at random; "
         f"means over {exact['pairs']} training pairs. Intervals: 95 % bootstrap over nodes.",
         data=[data],
     )

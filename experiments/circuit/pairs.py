@@ -1,4 +1,4 @@
-"""Minimal pairs: two inputs of one layout whose answers differ, and the token that decides."""
+"""Minimal pairs: two inputs of one layout with different answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answers(NamedTuple):
     """The answers of a pair as tokens.
 
     Attributes:
-      shared: The tokens that both begin with.
+      shared: The tokens of their common beginning.
       right: The next token of the clean answer.
       wrong: The next token of the corrupt answer.
     """
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 
 def answers_of(processor: Processor, clean: Side, corrupt: Side) -> Answers | None:
-    """Return the first tokens at which two answers differ; None where they are one text."""
+    """Return the first tokens at which two answers differ; None if they are equal."""
     first, second = (processor.answer_ids(side[1].answer) for side in (clean, corrupt))
     for at, (right, wrong) in enumerate(zip(first, second, strict=False)):
         if right != wrong:
@@ -55,8 +55,8 @@ def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner)
 
     Args:
       processor: The processor of the model.
-      sides: Pictures with their questions; each is in one pair at most.
-      partner: "class" pairs pictures of one domain, "domain" those of two.
+      sides: Pictures with their questions; each is in at most one pair.
+      partner: "class" pairs pictures of one domain, "domain" pictures of two.
 
     Raises:
       ValueError: There is no pair.
@@ -77,7 +77,7 @@ def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner)
         where = "of one domain" if partner == "class" else "of two domains"
         raise ValueError(
             f"config.partner={partner}: no two pictures {where} have the same question and "
-            "different answers; name other config.styles, or more pictures"
+            "different answers; give other config.styles, or more pictures"
         )
     return found
 
@@ -85,11 +85,11 @@ def swap_pictures(processor: Processor, sides: Sequence[Side], partner: Partner)
 def swap_questions(
     processor: Processor, examples: Sequence[Example], styles: Sequence[str]
 ) -> list[Pair]:
-    """Return pairs of questions about one picture, of as many tokens and with different answers.
+    """Return pairs of questions about one picture, equally long and with different answers.
 
     Args:
       processor: The processor of the model.
-      examples: The pictures; each is in one pair at most.
+      examples: The pictures; each is in at most one pair.
       styles: The styles of the questions.
 
     Raises:
@@ -114,7 +114,7 @@ def swap_questions(
     if not found:
         raise ValueError(
             f"config.swap=question: no picture has two questions of style {' or '.join(styles)} "
-            "with as many tokens and different answers; name other config.styles, or more pictures"
+            "of equally many tokens with different answers; give other config.styles or pictures"
         )
     return found
 

@@ -22,7 +22,7 @@ from mllm_jax.interventions.edits import Edits
 from mllm_jax.typing import Bool
 
 KEEP = ("answered", "apart")
-LEAST = 1e-3  # nats: a smaller difference of clean and corrupt metric is of rounding
+LEAST = 1e-3  # nats: a smaller difference of clean and corrupt metric is rounding
 
 
 def run(
@@ -95,16 +95,16 @@ def _check(config: ml_collections.ConfigDict) -> None:
     context.require_choice("config.partner", config.partner, pairs.PARTNERS)
     context.require_choice("config.keep", config.keep, KEEP)
     if config.steps < 0:
-        raise ValueError(f"config.steps={config.steps}: 0 for the slope at the clean activations")
+        raise ValueError(f"config.steps={config.steps} must be 0 (clean gradients only) or more")
     if not config.sizes or min(config.sizes) < 1 or config.circuit < 1:
         raise ValueError(
             f"config.sizes={tuple(config.sizes)}, config.circuit={config.circuit}: numbers of "
-            "nodes, 1 or more"
+            "nodes must be 1 or more"
         )
 
 
 def _pairs(base: context.Context, pictures: list[Any]) -> list[Pair]:
-    """Return the pairs of some pictures that the config asks for."""
+    """Return the pairs of some pictures that the config requests."""
     if base.config.swap == "question":
         return pairs.swap_questions(base.processor, pictures, base.config.styles)
     sides = batching.ask(pictures, base.config.styles)
@@ -126,7 +126,7 @@ def _ends(study: Study, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kept(study: Study, split: str, clean: np.ndarray, corrupt: np.ndarray) -> list[Pair]:
-    """Return the pairs of a split that the model tells apart."""
+    """Return the pairs of a split that the model distinguishes."""
     apart = clean - corrupt > LEAST
     keep = apart & (clean > 0) & (corrupt < 0) if study.config.keep == "answered" else apart
     if not keep.any():
@@ -145,8 +145,8 @@ def _found(study: Study) -> tuple[np.ndarray, EdgeEffects, np.ndarray]:
     """Find nodes and edges on the training pairs.
 
     Returns:
-      The scores of nodes, [kinds, L, nodes], and the effects of edges, as one row: means over
-      pairs. And the scores of nodes over the first `exact_pairs` alone.
+      The scores of nodes, [kinds, L, nodes], and the effects of edges, as one row, both means over
+      pairs; and the scores of nodes over only the first `exact_pairs`.
     """
     config, kinds = study.config, tuple(study.config.kinds)
 
@@ -172,7 +172,7 @@ def _found(study: Study) -> tuple[np.ndarray, EdgeEffects, np.ndarray]:
 
 
 def _only(effects: Effects, real: Bool[np.ndarray, " B"]) -> Effects:
-    """Return effects that are 0 in rows that fill up a batch."""
+    """Return effects that are 0 in rows that pad a batch."""
 
     def mask(value: np.ndarray) -> np.ndarray:  # [L, B, T, ...]
         return value * real.reshape(1, -1, *[1] * (value.ndim - 2))

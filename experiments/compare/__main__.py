@@ -1,17 +1,16 @@
-"""Compare two or more finished runs of one study, such as other seeds, models or settings.
+"""Compare two or more finished runs of one study, such as different seeds, models or settings.
 
     python -m experiments.compare RUN RUN ... --workdir=DIR
 
 Each RUN is the workdir of a finished study. The first run is the reference: differences are those
 of the others from it.
 
-The workdir receives `index.html`, `results.json`, `tables/settings.csv` (what the runs were made
-with, where it differs), `tables/numbers.csv` (every number of their `results.json`, with
-differences and their intervals), `tables/overlap.csv` (the neurons that both selected, beside the
-value expected by chance), and `manifest.json`. An interval of a difference is over the same
-examples where both runs stored a value for each and read the same data; otherwise it is computed
-from the intervals of both runs as if they were independent (Zou & Donner 2008); without intervals
-there is none.
+The workdir receives `index.html`, `results.json`, `tables/settings.csv` (the settings that differ),
+`tables/numbers.csv` (every number of their `results.json`, with differences and their intervals),
+`tables/overlap.csv` (the overlap of selected neurons, beside that expected by chance), and
+`manifest.json`. The interval of a difference is over the same examples if both runs stored a value
+for each example and read the same data; otherwise it is computed from the intervals of both runs as
+if they were independent (Zou & Donner 2008); without intervals there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from experiments.running import cli
 
 WORKDIR = flags.DEFINE_string("workdir", "comparison", "The folder of the comparison.")
 RESTART = flags.DEFINE_bool(
-    "restart", False, "Remove what an earlier comparison wrote in the workdir, and start over."
+    "restart", False, "Remove the files of an earlier comparison in the workdir, and start over."
 )
 
 

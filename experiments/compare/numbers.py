@@ -20,7 +20,7 @@ class Number(NamedTuple):
 
     Attributes:
       value: The number.
-      low: The lower end of its interval; None where it has none.
+      low: The lower end of its interval; None if it has none.
       high: The upper end.
     """
 
@@ -65,7 +65,7 @@ def _walk_fields(
 
 
 def _zipped(middle: Any, low: Any, high: Any) -> Iterator[tuple[tuple[str, ...], Sequence[Any]]]:
-    """Yield the numbers of lists of one shape, with their places."""
+    """Yield the numbers of lists of one shape, with their indices."""
     if isinstance(middle, list):
         for i, parts in enumerate(zip(middle, low, high, strict=True)):
             for place, ends in _zipped(*parts):
@@ -77,7 +77,7 @@ def _zipped(middle: Any, low: Any, high: Any) -> Iterator[tuple[tuple[str, ...],
 
 
 def item_names(items: Sequence[Any]) -> list[str]:
-    """Return a name for each item of a list: what a row is about, or its place."""
+    """Return a name for each item of a list: the subject of a row, or its index."""
     if not items or not all(isinstance(item, Mapping) for item in items):
         return [str(i) for i in range(len(items))]
     names = [

@@ -51,7 +51,7 @@ def _settings(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
         if rows
         else None,
         data=[parts.write_csv(folder, "settings", columns, rows)],
-        note="Of config, versions of packages, and fingerprints of model, data and code.",
+        note="Fields of the config, versions of packages, fingerprints of model, data and code.",
     )
 
 
@@ -75,13 +75,13 @@ def _numbers(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section:
     return page.Section(
         title="Numbers",
         reading=f"{len(measured)} numbers have intervals; {len(_apart(results))} differences have "
-        "an interval that leaves out zero.",
+        "an interval that excludes zero.",
         table=page.Table(head, shown) if shown else None,
         data=[parts.write_csv(folder, "numbers", columns, map(_cells, rows))],
         note=f"In brackets: 95 % intervals, not corrected for the number of comparisons. {pairs} "
         "intervals of differences are over the same examples of both runs. The others are computed "
         "from the intervals of both runs as if these were independent, which makes them too wide "
-        "where the runs read the same pictures.",
+        "if the runs read the same pictures.",
     )
 
 
@@ -109,7 +109,7 @@ def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> page.Section |
 
 
 def _apart(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the differences whose interval leaves out zero."""
+    """Return the differences whose interval excludes zero."""
     return [
         d
         for row in results["numbers"]

@@ -41,11 +41,11 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:
-        """What it was made with, by name: config, versions, fingerprints of model and data."""
+        """The settings by name: config, versions, fingerprints of model and data."""
         return {name: value for name, value in _flat(self.manifest, ()) if name != "files"}
 
     def examples(self, name: str) -> np.ndarray | None:
-        """Return the values of a number by example, whose mean it is; None where none are kept."""
+        """Return the values by example whose mean a number is; None if they are not stored."""
         steps = _STEPS.get(self.results["study"])
         values = None if steps is None else steps(self, name.split(" / "))
         if values is None or not np.isclose(values.mean(), self.numbers[name].value, atol=1e-9):
@@ -85,7 +85,7 @@ def read(folders: Sequence[str]) -> list[Run]:
     for run in found[1:]:
         if run.results["study"] != first.results["study"]:
             raise ValueError(
-                f"{run.folder} is a run of {run.results['study']}, and {first.folder} one of "
+                f"{run.folder} is a run of {run.results['study']}, but {first.folder} one of "
                 f"{first.results['study']}: compare runs of one study"
             )
     names = _names([run.folder for run in found])
@@ -98,18 +98,18 @@ def _read(folder: pathlib.Path) -> Run:
         path = folder / record
         if not path.is_file():  # the manifest is written last
             raise ValueError(
-                f"{folder} is no finished study: it has no {record}; run the study to its end"
+                f"{folder} is not a finished study: it has no {record}; run the study to its end"
             )
         try:
             content = json.loads(files.read_bytes(path, 2**30))
         except (UnicodeDecodeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): run the study again") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path} is damaged: it holds no JSON object; run the study again")
+            raise ValueError(f"{path} is damaged: not a JSON object; run the study again")
         contents.append(content)
     results, manifest = contents
     if "study" not in results:
-        raise ValueError(f"{folder} is no finished study: its results.json names no study")
+        raise ValueError(f"{folder} is not a finished study: its results.json names no study")
     if results.get("format") != report.FORMAT:
         raise ValueError(
             f"{folder}: its results.json has format {results.get('format')}, this version reads "
@@ -119,7 +119,7 @@ def _read(folder: pathlib.Path) -> Run:
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-    """Return the shortest ends of paths that tell the folders apart."""
+    """Return the shortest ends of paths that distinguish the folders."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]

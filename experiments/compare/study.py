@@ -21,10 +21,10 @@ class Difference(NamedTuple):
 
     Attributes:
       value: The difference.
-      low: The lower end of its 95 % interval; None where it has none.
+      low: The lower end of its 95 % interval; None if it has none.
       high: The upper end.
-      examples: Over how many examples of both runs the interval is; 0 where it is computed from
-        the intervals of both.
+      examples: The number of examples of both runs over which the interval is; 0 if it is computed
+        from the intervals of both.
     """
 
     value: float
@@ -60,7 +60,7 @@ def run(folders: Sequence[str], workdir: str, *, restart: bool = False) -> None:
 
 
 def settings(compared: Sequence[runs.Run]) -> list[dict[str, Any]]:
-    """Return the settings that differ, with their value in each run; "" where it has none."""
+    """Return the settings that differ, with their value in each run; "" if it has none."""
     names = dict.fromkeys(name for one in compared for name in one.settings)
     rows = [
         {"setting": name, "values": [one.settings.get(name, "") for one in compared]}
@@ -111,7 +111,7 @@ def independent(before: Number, after: Number) -> Difference:
 
 
 def overlap(compared: Sequence[runs.Run]) -> list[dict[str, Any]]:
-    """Return the Jaccard index of the neurons of each two runs, beside that of random neurons."""
+    """Return the Jaccard index of the neurons of every two runs, beside that of random neurons."""
     masks = [(one.name, one.masks()) for one in compared]
     rows: list[dict[str, Any]] = []
     for (first, before), (second, after) in itertools.combinations(masks, 2):

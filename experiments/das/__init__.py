@@ -1,1 +1,1 @@
-"""Distributed alignment search: training of subspaces, their test, and its report."""
+"""Distributed alignment search: training of subspaces, their test, and the report."""

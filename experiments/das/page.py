@@ -39,7 +39,7 @@ def interchange(rows: Sequence[Mapping]) -> Figure:
 
 
 def panel(rows: Sequence[Mapping]) -> charts.Panel:
-    """Return the same to hover over and to zoom."""
+    """Return the same chart to hover over and to zoom."""
     keys = {"at": "layer", "mean": "accuracy", "low": "low", "high": "high"}
     by_name = charts.curves_of(rows, "subspace", keys)
     return charts.curves(

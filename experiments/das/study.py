@@ -29,7 +29,7 @@ from mllm_jax.training import edits as training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the search reads.
+    """The inputs of every step of the search.
 
     Attributes:
       prompt: The question to all pictures.
@@ -37,7 +37,7 @@ class Study(context.Context):
       ids: int32[C, A], the answers as tokens.
       length: The tokens of a row.
       features: float32[N, P, E], the vision features of the pictures, by split.
-      sizes: The (height, width) of the pictures, by split, or None where it does not matter.
+      sizes: The (height, width) of the pictures, by split, or None if the model does not need it.
     """
 
     prompt: str
@@ -159,7 +159,7 @@ def answer(study: Study, split: str) -> dict[str, np.ndarray]:
 def pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return int[count, 2]: the base picture of each pair, and a source with another answer."""
     if len(set(labels.tolist())) < 2:
-        raise ValueError("the model gives all pictures one answer: there is nothing to interchange")
+        raise ValueError("the model gives all pictures the same answer: nothing to interchange")
     rng = np.random.default_rng(seed)
     base = rng.integers(len(labels), size=count)
     source = [rng.choice(np.flatnonzero(labels != labels[row])) for row in base]
@@ -167,7 +167,7 @@ def pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _interchange(study: Study, layer: int, basis) -> Edits:
-    """Return the edit by which the first half of the rows reads the second half."""
+    """Return the edit that patches the second half of the rows into the first half."""
     half = np.arange(study.config.batch_size)
     return mj.patch(S.lm.resid_post[layer], half + len(half), half, where=tok.last, basis=basis)
 

@@ -4,9 +4,9 @@
     python -m experiments.describe --model=DIR --json=FILE
 
 The model is a released one by name, a checkpoint directory, or a hub id, of which only the settings
-are downloaded. An adapter (LoRA) is described by the model that it changes, which `--base` names if
-the adapter does not. Sites have the shapes of a batch of one row: one picture of the largest size,
-and 32 more tokens.
+are downloaded. An adapter (LoRA) is described by the model that it changes, which `--base` gives if
+the adapter's config does not. Sites have the shapes of a batch of one row: one picture of the
+largest size, and 32 more tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check() -> None:
 
 
 def main() -> None:
-    """Print the description, and write it if --json says so."""
+    """Print the description, and write it if --json is given."""
     from experiments.describe import description
 
     description.run(MODEL.value or "", BASE.value, JSON.value)

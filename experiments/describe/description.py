@@ -1,4 +1,4 @@
-"""The description of a model, computed from its config by shapes alone."""
+"""The description of a model, computed from the shapes of its config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(name: str, base: str | None, json: str | None) -> None:
     Args:
       name: The name of the model, see `find`.
       base: The model that an adapter changes, see `find`.
-      json: The path of the file to write, None for none.
+      json: The path of the file to write; None writes no file.
     """
     description = describe(find(name, base))
     print(page(name, description))
@@ -65,12 +65,12 @@ def _config_folder(directory: pathlib.Path, base: str | None) -> pathlib.Path:
     try:
         return sources.directory_with(sources.CONFIG, directory, base)
     except (FileNotFoundError, ValueError) as error:
-        hint = "" if base else "; name the model that the adapter changes with --base"
+        hint = "" if base else "; give the model that the adapter changes with --base"
         raise type(error)(f"{error}{hint}") from error
 
 
 def describe(config: MultimodalConfig) -> dict[str, Any]:
-    """Return the parameters, neurons and sites of a model, from shapes alone.
+    """Return the parameters, neurons and sites of a model, from shapes only.
 
     Args:
       config: The config of the model.

@@ -2,10 +2,10 @@
 
     python -m experiments.dictionary --config=configs/embedded_dictionary.py --workdir=DIR
 
-Activations of one layer are collected at the image tokens of training pictures, in an order that is
-drawn from a seed, and a dictionary learns to write each as a sum of few directions. On held-out
-pictures its reconstruction takes the place of the activations: how much worse is the answer, beside
-zeros and the mean in that place? All is measured at image and at text tokens apart.
+Activations of one layer are collected at the image tokens of training pictures, in a seeded random
+order, and a dictionary is trained to write each as a sum of few directions. On held-out pictures
+the activations are replaced by their reconstruction, and the loss of the answer is compared with
+that for zeros and for the mean. Image and text tokens are measured separately.
 
 The workdir receives `results.json`, `tables/*.csv`, `figures/*`, `index.html`, `manifest.json`, the
 collected activations, and the folder `dictionary`, which `mj.load_dictionary` reads. `--edits`

@@ -25,7 +25,7 @@ CHUNK = 1024  # vectors that are encoded at one time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step reads.
+    """The inputs of every step of the study.
 
     Attributes:
       pairs: The pictures and their questions, by split.
@@ -54,7 +54,7 @@ class Study(context.Context):
 
 
 def chunks(source: VectorSource) -> Iterator[Float[np.ndarray, "n D"]]:
-    """Yield all vectors in the order of the data, some at a time; those of heads as one."""
+    """Yield all vectors in the order of the data, in chunks; vectors of heads are joined."""
     for start in range(0, len(source), CHUNK):
         values = source[start : start + CHUNK].value.astype(np.float32)
         yield values.reshape(len(values), -1)

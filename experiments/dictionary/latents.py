@@ -1,4 +1,4 @@
-"""The strongest latents of a dictionary: how often they are active, where, and what they write."""
+"""The strongest latents of a dictionary: their rates, strongest tokens and words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WORDS = 8  # words that its direction raises
 
 
 def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> list[dict[str, Any]]:
-    """Return what is known of the latents with most energy, and write the pictures they name.
+    """Describe the latents with the most energy, and write the pictures of their tokens.
 
-    Directions have length 1, so that the energy of a latent, the sum of its squared values, is what
-    it adds to the squared length of the reconstructions.
+    Directions have norm 1, so that the energy of a latent, the sum of its squared values, is its
+    share of the squared norm of the reconstructions.
 
     Args:
       study: The study. `shown` of its config is the number of latents.
@@ -31,8 +31,8 @@ def strongest(study: Study, dictionary: Dictionary, source: VectorSource) -> lis
 
     Returns:
       For each latent its index, share of energy, rate, mean when it is active, the share of its
-      active tokens by domain, the words that its direction raises, and, of image tokens, the
-      pictures on which it is strongest, with the place of the token.
+      active tokens by domain, the words that its direction raises, and, for image tokens, the
+      pictures on which it is strongest, with the position of the token.
     """
 
     def make() -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def _energy(dictionary: Dictionary, source: VectorSource) -> Float[np.ndarray, "
 
 
 def _entry(study: Study, values: Float[np.ndarray, " n"], places: Vectors) -> dict[str, Any]:
-    """Return when and where one latent is active, by its value at each token."""
+    """Return the rate and the strongest tokens of one latent, from its value at each token."""
     active = values > 0
     domain_of = np.array([example.domain for example, _ in study.pairs["train"]])
     domains = domain_of[places.example[active]]
@@ -91,7 +91,7 @@ def _entry(study: Study, values: Float[np.ndarray, " n"], places: Vectors) -> di
 
 
 def _top(values: Float[np.ndarray, " n"], places: Vectors) -> list[dict[str, Any]]:
-    """Return the image tokens on which a latent is strongest, one of a picture."""
+    """Return the image tokens on which a latent is strongest, one per picture."""
     found: dict[int, dict[str, Any]] = {}
     for at in np.argsort(-values, kind="stable"):
         example, tile, row, column = (
@@ -115,9 +115,9 @@ def _name(example: int, tile: int) -> str:
 
 
 def _words(study: Study, dictionary: Dictionary, chosen: Int[np.ndarray, " n"]) -> list[list[str]]:
-    """Return the words that each direction raises most, read by the head alone.
+    """Return the words that each direction raises most, through the head alone.
 
-    A site that is not in the units of the residual stream has none.
+    They are empty for a site that is not in the residual stream.
     """
     if study.target.site.axes[-1] != "D":
         return [[] for _ in chosen]

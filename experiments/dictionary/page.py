@@ -44,7 +44,7 @@ def write(workdir: str | os.PathLike, results: Mapping, by_name: Mapping[str, np
     own = results["fidelity"][results["tokens"]]
     content = page.Page(
         title="A dictionary of the language model",
-        lead=f"Does a sum of few directions stand for what {page.model_name(results)} has at "
+        lead=f"Can sums of few directions replace the activations of {page.model_name(results)} at "
         f"{results['tokens']} tokens in {results['site']}, layer {results['layer']}? A sparse "
         f"autoencoder ({results['kind']}) of {results['latents']:,} latents, trained in "
         f"{results['steps']:,} steps on {results['vectors']['train']:,} tokens.",
@@ -91,9 +91,9 @@ def _held_out(folder: pathlib.Path, results: Mapping) -> page.Section:
     losses = results["losses"][results["tokens"]]
     return page.Section(
         title="On held-out pictures",
-        reading=f"With the reconstruction at the {results['tokens']} tokens, an answer costs "
-        f"{losses['mean_loss']['spliced']:.2f} nats; as the model is, "
-        f"{losses['mean_loss']['clean']:.2f}; with zeros, {losses['mean_loss']['zero']:.2f}.",
+        reading=f"The loss of an answer is {losses['mean_loss']['spliced']:.2f} nats with the "
+        f"reconstruction at the {results['tokens']} tokens, {losses['mean_loss']['clean']:.2f} "
+        f"without edits, and {losses['mean_loss']['zero']:.2f} with zeros.",
         table=page.Table(
             ("tokens", "variance explained", "active latents", "dead", "loss, clean", "zeros",
              "mean", "reconstruction", "recovered from zeros", "recovered from the mean"),
@@ -101,7 +101,7 @@ def _held_out(folder: pathlib.Path, results: Mapping) -> page.Section:
         ),
         note=f"The loss is that of the right answer to {results['questions']} questions, in nats. "
         "Recovered: the share of the damage of zeros, or of the mean vector, that the "
-        "reconstruction in the same place saves; 95 % bootstrap intervals over questions. Dead: "
+        "reconstruction in the same place avoids; 95 % bootstrap intervals over questions. Dead: "
         "active on no held-out token of the kind.",
         data=[("held_out.csv", "tables/held_out.csv")],
     )  # fmt: skip
@@ -143,9 +143,9 @@ def _strongest(folder: pathlib.Path, results: Mapping) -> page.Section:
                   " ".join(map(cards.visible, entry["words"]))) for entry in entries],
                 sortable=True,
             ),
-            note="Energy: the share of the sum of squared values; directions have length 1. Words: "
-            "those that the direction raises most, read by the head alone. Below, the training "
-            "pictures on which each is strongest, with the patch of the token.",
+            note="Energy: the share of the sum of squared values; directions have norm 1. Words: "
+            "those that the direction raises most, through the head alone. Below are the training "
+            "pictures on which each latent is strongest, with the patch of the token.",
             widgets=widgets,
             data=[("strongest.csv", "tables/strongest.csv"), ("dictionary", "dictionary/cfg.json")],
     )  # fmt: skip

@@ -25,7 +25,7 @@ from mllm_jax.passes.collect import Collection, VectorSource
 from mllm_jax.training import dictionaries as training
 from mllm_jax.training.batches import VectorBatches
 
-SHARD_BYTES = 2**23  # few, so that a killed run repeats little
+SHARD_BYTES = 2**23  # small, so that a killed run repeats little work
 
 
 def run(
@@ -110,7 +110,7 @@ def train(study: Study, source: VectorSource, recipe: training.Recipe) -> dict[s
 def _fidelity(
     study: Study, dictionary: Dictionary, source: VectorSource, kind: str
 ) -> dict[str, float | None]:
-    """Return how the dictionary reconstructs the held-out tokens of a kind."""
+    """Return the fidelity of the dictionary on the held-out tokens of a kind."""
 
     def make() -> dict[str, float | None]:
         measured = fidelity.measure(dictionary, chunks(source))
@@ -126,7 +126,7 @@ def _fidelity(
 def _losses(
     study: Study, dictionary: Dictionary, source: VectorSource, kind: str
 ) -> dict[str, Any]:
-    """Return the mean loss of the right answer by what stands at the tokens of a kind."""
+    """Return the mean loss of the right answer for each replacement at the tokens of a kind."""
     where = KINDS[kind]
     mean = source[:].value.mean(0, dtype=np.float64).astype(np.float32)
     instead = {
@@ -160,7 +160,7 @@ def _finite(value: float) -> float | None:
 
 
 def answer_losses(study: Study, edits: Edits) -> dict[str, np.ndarray]:
-    """Return `loss`, float32[N]: of the right answer to each held-out question, in nats."""
+    """Return `loss`, float32[N], of the right answer to each held-out question, in nats."""
     questions, parts = study.questions("test"), []
     for number, batch in enumerate(study.test_batches):
         answers = [(question.answer,) for _, question in questions.rows(number)]

@@ -1,4 +1,4 @@
-"""Measure what the model loses when the neurons of a domain are ablated (MMNeuron)."""
+"""Measure the effects of ablating the neurons of a domain (MMNeuron)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mllm_jax.batch import Batch
 from mllm_jax.data.features import read_pictures
 
 KINDS = ("image", "question", "system")
-SHOWN = 200  # changed answers of a cell that results.json holds
+SHOWN = 200  # the largest number of changed answers of a cell in results.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def ablated_modules(study: Study, module: str) -> tuple[str, ...]:
 
 
 def _cells(study: Study, controls: Controls, data: str) -> Iterator[Cell]:
-    """Yield every mask on a domain, and the controls of the domain's own mask."""
+    """Yield the ablations tested on a domain: every mask, and the controls of its own mask."""
     for module in study.config.modules:
         for mask in study.names:
             yield Cell(module, mask, data)
@@ -169,7 +169,7 @@ def _cells(study: Study, controls: Controls, data: str) -> Iterator[Cell]:
 def measure_all(
     study: Study, measure: Measure, cells: Mapping[Cell, Masks]
 ) -> tuple[dict[str, np.ndarray], dict[Cell, dict[str, np.ndarray]]]:
-    """Measure all cells on one domain, batch by batch, so that clean states of one batch are kept.
+    """Measure all cells on one domain, batch by batch, to keep the clean states of one batch only.
 
     Args:
       study: The study.
@@ -224,7 +224,7 @@ def measure_all(
 def _by_vision_mask(cells: Mapping[Cell, Masks]) -> list[tuple[Masks, dict[Cell, Masks]]]:
     """Return each mask of the vision tower, with the cells that have it and their other masks.
 
-    The tower reads the pictures once for all of these. Cells without a mask of it come first.
+    The tower runs once for all cells of a mask. Cells without a mask of the tower come first.
     """
     groups: dict[bytes, tuple[Masks, dict[Cell, Masks]]] = {}
     for cell, masks in cells.items():

@@ -1,7 +1,7 @@
 """Judge MMNeuron's claims (Huo et al., EMNLP 2024) by the results of the study.
 
-Each claim has a criterion that the results meet, contradict or leave open, and says what it could
-have found: a claim that too few questions can decide is undecided, not refuted.
+Each claim has a criterion that the results meet, contradict or leave open, and states which effects
+could be found: a claim tested on too few questions is undecided, not refuted.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Claim(NamedTuple):
 
     Attributes:
       claim: What the paper says.
-      criterion: What decides it here.
-      found: What was measured, with intervals.
+      criterion: The criterion of the verdict.
+      found: The measured values, with intervals.
       verdict: "holds", "fails" or "undecided".
-      power: What such a study could have found.
+      power: The effects that such a study could find.
     """
 
     claim: str
@@ -135,7 +135,7 @@ def _accuracy(ablation: Sequence[Row], baseline: Mapping[str, Row]) -> Claim:
 
 
 def _chance(change: float, questions: int) -> float:
-    """Return how likely so large a change is if each answer changes with LARGEST_CHANGE."""
+    """Return the probability of so large a change if an answer changes with LARGEST_CHANGE."""
     changed = math.ceil(change * questions - 1e-9)
     return float(scipy.stats.binom.sf(changed - 1, questions, LARGEST_CHANGE))
 
@@ -159,7 +159,7 @@ def _stages(stages: Mapping[str, Any]) -> Claim:
 
 
 def _widest(rows: Any) -> list[Row]:
-    """Return the rows of the module of most neurons."""
+    """Return the rows of the module with the most neurons."""
     rows = list(rows)
     chosen = widest([row["module"] for row in rows]) if rows else None
     return [row for row in rows if row["module"] == chosen]

@@ -20,8 +20,8 @@ from mllm_jax.sharding import mesh
 
 Split = Literal["train", "test", "lens"]
 SPLITS: tuple[Split, ...] = ("train", "test", "lens")
-# "neutral" prompts are the same in every domain; "released" ones are the domain's own questions, as
-# MMNeuron counts them, and name what its pictures show.
+# "neutral" prompts are the same in every domain. "released" prompts are the domain's own questions,
+# as in MMNeuron, and name what its pictures show.
 Prompts = Literal["neutral", "released"]
 PROMPTS: tuple[Prompts, ...] = ("neutral", "released")
 NEUTRAL = questions.PROMPTS["category"] + questions.PROMPTS["kind"]
@@ -29,7 +29,7 @@ NEUTRAL = questions.PROMPTS["category"] + questions.PROMPTS["kind"]
 
 @dataclasses.dataclass(frozen=True)
 class NeutralQuestions(LazySequence[tuple[domains.Example, questions.Question]]):
-    """Pairs of an example and a question that says nothing of any domain, see `NEUTRAL`.
+    """Pairs of an example and a question that does not refer to a domain, see `NEUTRAL`.
 
     Attributes:
       examples: The examples.
@@ -50,7 +50,7 @@ class NeutralQuestions(LazySequence[tuple[domains.Example, questions.Question]])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       train: The pictures by domain on which activations are counted.
@@ -83,8 +83,8 @@ class Study(context.Context):
         Args:
           split: The split of the pictures.
           name: The name of the domain.
-          prompts: "released" for the questions of the domain, in which the styles of the config
-            take turns, or "neutral".
+          prompts: "released" for the questions of the domain, which alternate between the styles
+            of the config, or "neutral".
         """
         pairs = self._pairs(split, name, prompts)
         if split != "train":
@@ -109,12 +109,12 @@ class Study(context.Context):
 
     @functools.cached_property
     def count_batch_size(self) -> int:
-        """The rows of a batch that is counted: few enough for `groups` in the smallest domain."""
+        """The batch size of the count: small enough for `groups` in the smallest domain."""
         smallest = min(len(self._pairs("train", name)) for name in self.names)
         return max(1, min(self.config.batch_size, smallest // self.config.groups))
 
     def too_small(self) -> list[str]:
-        """Return a warning for each split that is too small to say anything."""
+        """Return a warning for each split that is too small for any conclusion."""
         config = self.config
         warnings: list[str] = []
         tests = len(self.names) * len(config.modules)
@@ -159,7 +159,7 @@ class Study(context.Context):
 
     @functools.cached_property
     def _examples_counted(self) -> dict[str, int]:
-        """The number of training pictures of each domain that hold `train_tokens` vision tokens."""
+        """The number of training pictures of each domain with `train_tokens` vision tokens."""
         return {
             name: official.examples_counted(
                 map(self._vision_tokens, domain), self.config.train_tokens
@@ -177,7 +177,7 @@ class Study(context.Context):
 
     @functools.cached_property
     def length(self) -> int | None:
-        """The tokens of the longest prompt, to which all are padded; None pads each on its own."""
+        """The length to which all prompts are padded, that of the longest; None for no padding."""
         if not self.config.one_length:
             return None
         pairs = [p for split in SPLITS for name in self.names for p in self._pairs(split, name)]
@@ -209,5 +209,5 @@ class Study(context.Context):
 
 
 def spaced(layers: int, count: int) -> list[int]:
-    """Return that many layers, evenly from the first to the last; a single one is the first."""
+    """Return `count` evenly spaced layers, first and last included; a single one is the first."""
     return [int(layer) for layer in np.linspace(0, layers - 1, min(count, layers)).round()]

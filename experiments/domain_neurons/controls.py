@@ -1,4 +1,4 @@
-"""Draw the neurons that are ablated as controls: of like rates, of any, or of no domain."""
+"""Draw control neurons: with similar activation rates, at random, or with high entropy."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def draw(
     """Draw the controls of every module.
 
     Args:
-      study: The study, of whose config `controls`, `random_controls` and `entropy_controls` are
-        the draws.
+      study: The study; `controls`, `random_controls` and `entropy_controls` of its config are the
+        numbers of draws.
       neurons: The neurons by module.
-      active: How active the neurons are; without it any neurons of the layers are drawn.
+      active: The activity of the neurons; if empty, any neurons of the layers are drawn.
     """
     config = study.config
     draws: dict[Kind, int] = {
@@ -136,5 +136,5 @@ def _mean(drawn: np.ndarray, values: np.ndarray) -> float | None:
 
 
 def _json(value: float) -> float | None:
-    """Return None for a difference from no neuron, which JSON cannot hold."""
+    """Return None for a difference without neurons, NaN, which JSON cannot represent."""
     return None if np.isnan(value) else float(value)

@@ -33,7 +33,7 @@ def count(study: Study, name: str, prompts: Prompts) -> dict[str, np.ndarray]:
     Args:
       study: The study.
       name: The name of the domain.
-      prompts: The prompts that its pictures are read with.
+      prompts: The prompts of its pictures.
 
     Returns:
       `MODULE/positive`, `MODULE/sum` and `MODULE/centred` [groups, L, F, kinds], `MODULE/tokens`
@@ -93,11 +93,11 @@ class Counts:
     ) -> Counts:
         """Return the counts over the tokens of a scope, of all domains.
 
-        A module without tokens of the scope (the vision tower has none of text) is counted over all
-        of its tokens.
+        A module without tokens of the scope is counted over all its tokens: the vision tower has
+        no text tokens.
 
         Args:
-          counted: What `count` returns, by domain.
+          counted: The results of `count`, by domain.
           module: The name of the module.
           scope: The tokens to count.
         """

@@ -29,10 +29,10 @@ def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 
 def correct_cells(rows: Sequence[Row], questions: Mapping[str, int]) -> list[Row]:
-    """Correct the tests of the cells, in place, and return what they could have found.
+    """Correct the tests of the cells, in place, and return the effects that they could find.
 
-    The cells of domains with their own neurons ablated are a family of tests of their own, so that
-    those with other domains' neurons do not weaken them.
+    The cells of domains with their own neurons ablated are a separate family of tests, so that the
+    cells with other domains' neurons do not reduce their power.
 
     Args:
       rows: The cells in which domain neurons are ablated.
@@ -55,7 +55,7 @@ def correct_cells(rows: Sequence[Row], questions: Mapping[str, int]) -> list[Row
 
 
 def correct(rows: Iterable[Row]) -> None:
-    """Add `p_holm`, the p-values corrected for the number of rows (Holm); None stays None."""
+    """Add `p_holm`, the p-values corrected for the number of rows (Holm); None remains None."""
     tested = [row for row in rows if row["p"] is not None]
     if tested:
         adjusted = intervals.holm(np.array([row["p"] for row in tested]))
@@ -109,7 +109,7 @@ def by_layer(
       A row for each measure and kind of token with `value`, `low` and `high` of own neurons, and
       one for each kind of control with its `value` and own less control, `difference`, with
       `difference_low` and `difference_high`; each a list with a number for each layer. The
-      interval of a difference is None where a single draw tells no spread.
+      interval of a difference is None for a single draw, which has no variance.
     """
     out: list[Row] = []
     for measure, kind in _measures(own, kinds):
@@ -131,7 +131,7 @@ def by_layer(
 
 
 def _lists(arrays: Mapping[str, np.ndarray]) -> Row:
-    """Return arrays as lists; one that is not finite as None, which JSON can hold."""
+    """Return arrays as lists, or None for an array that is not finite, for JSON."""
     return {
         name: values.tolist() if np.isfinite(values).all() else None
         for name, values in arrays.items()
@@ -139,16 +139,15 @@ def _lists(arrays: Mapping[str, np.ndarray]) -> Row:
 
 
 def correct_effects(rows: Sequence[Row], margin: float) -> None:
-    """Correct the effects, and add their verdicts and what they could have found, in place.
+    """Correct the effects in place, and add their verdicts and the effects that could be found.
 
-    A family holds all modules and domains, of one kind of control, measure and kind of token.
-    `possible` and `likely` follow from the spread that was seen, but are at least what that many
-    questions can tell; they are None where a single draw tells no spread.
+    A family contains all modules and domains of one kind of control, measure and kind of token.
+    `possible` and `likely` follow from the observed variance, but are at least the smallest effects
+    detectable with that many questions; they are None for a single draw, which has no variance.
 
     Args:
       rows: The effects.
-      margin: The largest effect that counts as none in a test of equivalence: a share of the
-        answers, or a deviation.
+      margin: The margin of the test of equivalence: a share of the answers, or a deviation.
     """
     families: dict[tuple[str, str, str | None], list[Row]] = {}
     for row in rows:
@@ -175,9 +174,9 @@ def correct_effects(rows: Sequence[Row], margin: float) -> None:
 
 
 def _verdict(row: Row) -> str | None:
-    """Return what both tests of an effect say; None where a single draw tells no spread.
+    """Return the verdict of both tests of an effect; None for a single draw.
 
-    A claim of equivalence holds for its own effect alone: nothing is gained by many of them.
+    Tests of equivalence are not corrected: each verdict is about its own effect only.
     """
     if row["p_equal"] is None:
         return None
@@ -187,7 +186,7 @@ def _verdict(row: Row) -> str | None:
 
 
 def _measures(own: Arrays, kinds: Sequence[str]) -> list[tuple[str, int | None]]:
-    """Return the measures, with the index of the kind of token, of which a cell has values."""
+    """Return the measures of a cell, each with the index of the kind of token."""
     counted = [k for k in range(len(kinds)) if own["tokens"][k].any()]
     return [("accuracy", None), *((m, k) for m in DEVIATIONS for k in counted)]
 
@@ -213,7 +212,7 @@ def _effect(effect: intervals.Effect) -> Row:
 
 
 def _at_least(bound: power.Detectable, found: power.Detectable) -> power.Detectable:
-    """Return the larger of both; None where the bound finds nothing at all."""
+    """Return the larger of both; None if the bound is None."""
     if bound.possible is None or bound.likely is None:
         return bound
     assert found.possible is not None and found.likely is not None  # a t test finds some effect

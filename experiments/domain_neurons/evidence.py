@@ -1,4 +1,4 @@
-"""Gather what a person can look at of the selected neurons: tokens, words, values and effects."""
+"""Gather evidence on the selected neurons for readers: tokens, words, values and effects."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mllm_jax.interventions.captures import TOKEN_KINDS, Capture
 from mllm_jax.sharding import mesh
 
 TOP = 8  # tokens of a neuron that are shown
-WORDS = 10  # words that its output raises, and as many that it lowers
+WORDS = 10  # words that its output promotes, and as many that it suppresses
 CONTEXT = 6  # tokens shown before a token of text
 PLACE = ("value", "example", "token", "tile", "row", "column")
 Arrays = dict[str, np.ndarray]
 
 
 class Units(NamedTuple):
-    """The neurons of a module of which evidence is gathered, in order of layer and index.
+    """The neurons of a module on which evidence is gathered, in order of layer and index.
 
     Attributes:
       layer: int64[n].
@@ -48,11 +48,11 @@ def gather(
       study: The study. `evidence_neurons` of its config is the largest number of neurons of a
         domain and module, `evidence_per_domain` that of pictures of a domain.
       neurons: The selected neurons by module.
-      counted: The counts that they are tested by; empty where a file gave the neurons.
+      counted: The counts for their tests; empty if the neurons come from a file.
 
     Returns:
-      The entry of results.json: `edges` of the histograms, `pictures`, and `neurons`; empty where
-      there is none to show.
+      The entry of results.json: `edges` of the histograms, `pictures`, and `neurons`; empty if
+      there are no neurons to show.
     """
     units = {
         module: choose(selected, study.config.evidence_neurons)
@@ -90,12 +90,12 @@ def gather(
 
 
 def _p_value(row: Mapping[str, Any], test: robustness.Shuffled | None) -> float | None:
-    """Return the p-value of a neuron's entropy; None where it was not tested."""
+    """Return the p-value of a neuron's entropy; None if it was not tested."""
     return None if test is None else float(test.p_values[row["layer"], row["index"]])
 
 
 def choose(selected: SelectedNeurons, count: int) -> Units:
-    """Return the neurons of lowest entropy of each domain; of equals, those active most often."""
+    """Return the neurons of lowest entropy of each domain; ties go to those active most often."""
     chosen = np.zeros(selected.selected.shape, bool)
     probability = np.broadcast_to(selected.probability, selected.mask.shape)
     for mask, of_domain in zip(selected.mask, probability, strict=True):
@@ -110,7 +110,7 @@ def _captures(module: str) -> dict[str, Capture]:
     """Return the captures of a module: its strongest tokens by kind, its values, its rates."""
     site = MODULES[module]
     kinds = site.entry(TOKEN_KINDS)
-    # The Q-Former reads the question in tokens of its own, which the batch does not hold as text.
+    # The Q-Former tokenises the question itself; the batch does not contain these tokens as text.
     text = [k for k in kinds if k in tok.TEXT and k != "answer"] if module == "lm" else []
     selectors = {kind: getattr(tok, kind) for kind in ("image", "query") if kind in kinds}
     if text:
@@ -124,7 +124,7 @@ def _captures(module: str) -> dict[str, Capture]:
 
 
 def _read_domain(study: Study, name: str, units: Mapping[str, Units]) -> Arrays:
-    """Return what the captures say about the chosen neurons on the pictures of a domain."""
+    """Return the captures of the chosen neurons on the pictures of a domain."""
 
     def make() -> Arrays:
         captures = {k: c for module in units for k, c in _captures(module).items()}
@@ -141,7 +141,7 @@ def _read_domain(study: Study, name: str, units: Mapping[str, Units]) -> Arrays:
             else:
                 arrays |= {f"{key} {part}": getattr(result, part)[layer, index] for part in PLACE}
         if study.config.evidence_effects:
-            questions = study.evidence(name, "released")  # the other ones have no answers
+            questions = study.evidence(name, "released")  # neutral prompts have no answers
             gradients = selection.attribute_batch(study, questions, 0)
             rows = len(questions.rows(0))
             arrays |= {f"{m} effect": -gradients[m][of] / rows for m, of in units.items()}
@@ -151,7 +151,7 @@ def _read_domain(study: Study, name: str, units: Mapping[str, Units]) -> Arrays:
 
 
 class _Shown:
-    """The pictures that the evidence names, each once, and the texts of their questions."""
+    """The pictures in the evidence, without duplicates, and the texts of their questions."""
 
     def __init__(self, study: Study):
         self.study = study
@@ -249,7 +249,7 @@ def _rates(arrays: Arrays, module: str, n: int) -> dict[str, float]:
 def _strongest(
     module: str, name: str, n: int, by_domain: Mapping[str, Arrays], shown: _Shown
 ) -> list[dict[str, Any]]:
-    """Return the strongest tokens of a neuron over all domains; of equals, the earlier domain's."""
+    """Return the strongest tokens of a neuron over all domains; ties go to earlier domains."""
     found = [
         (domain, *(arrays[f"{module} {name} {part}"][n, k] for part in PLACE))
         for domain, arrays in by_domain.items()
@@ -272,10 +272,10 @@ def _strongest(
 
 
 def _words(study: Study, units: Units) -> list[dict[str, list[str]]]:
-    """Return the words that the output of each neuron raises and lowers most, through the head.
+    """Return the words that the output of each neuron promotes and suppresses most.
 
-    The head reads the direction that the neuron writes as if it were the whole residual: what later
-    layers make of it is not included.
+    The head reads the output weights of the neuron as if they were the whole residual; the effects
+    of later layers are not included.
     """
     with mesh.use_mesh_of(study.model):
         every = mesh.gather_to_host(_through_head(study.model.lm, *units))
@@ -291,5 +291,5 @@ def _words(study: Study, units: Units) -> list[dict[str, list[str]]]:
 
 @jax.jit
 def _through_head(lm, layer, index):
-    """Return float[n, V], what the head reads from the outputs of neurons."""
+    """Return float[n, V], the logits of the output weights of neurons."""
     return lm.lens(lm.layers.mlp.down.kernel[...][layer, index])

@@ -90,7 +90,7 @@ def words(study: Study, lens: LensArrays) -> list[dict[str, Any]]:
 
     Args:
       study: The study.
-      lens: What `read` returns.
+      lens: The result of `read`.
     """
     rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
@@ -111,20 +111,20 @@ def curves(lens: LensArrays, values: str = "sums") -> dict[str, Any]:
     """Return a mean by domain, kind and layer, with its interval over pictures.
 
     Args:
-      lens: What `read` returns.
+      lens: The result of `read`.
       values: The sums over tokens: `sums`, `top` or `SITE/sums`.
     """
     return {name: _curves(arrays[values], arrays["tokens"]) for name, arrays in lens.items()}
 
 
 def sparsity(lens: LensArrays) -> list[dict[str, Any]]:
-    """Test what the paper says of the lens at the last layer, picture by picture.
+    """Test the paper's claims about the lens at the last layer, picture by picture.
 
     Returns:
-      Two rows for each domain. `entropy`: that of image tokens less that of the question's, which
-      the paper says is above zero. `most likely word`: its probability at image tokens, which the
-      paper says is below MOST_LIKELY. `verdict` is "holds", "fails" or "undecided", by tests that
-      are corrected for all domains (Holm).
+      Two rows per domain. `entropy`: the entropy at image tokens minus that at question tokens,
+      above zero according to the paper. `most likely word`: its probability at image tokens, below
+      MOST_LIKELY according to the paper. `verdict` is "holds", "fails" or "undecided", by tests
+      corrected for all domains (Holm).
     """
     rows: list[dict[str, Any]] = []
     for name, arrays in lens.items():
@@ -176,9 +176,9 @@ def staged(
     """Return the stages of the entropy curves and of the curve of neuron counts.
 
     Args:
-      lens: What `read` returns.
+      lens: The result of `read`.
       neurons: The selected neurons of the language model.
-      resampled: int[R, D_, L], the neurons of resampled groups of pictures; None where the
+      resampled: int[R, D_, L], the numbers of neurons in resampled groups of pictures; None if the
         selection of `neurons` was not resampled.
       groups: The number of these groups.
     """

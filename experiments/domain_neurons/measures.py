@@ -28,11 +28,11 @@ class Measure(Protocol):
     """A way to get and score the answers to the questions of a domain.
 
     The responses have the `texts` of the answers. The states are those of the prompt's tokens after
-    the layers that `Study.deviation_layers` names, [layers, B, T, D].
+    `Study.deviation_layers`, [layers, B, T, D].
 
     Attributes:
       name: The name of the metric.
-      chance: The expected score of a guess; None where it is not defined.
+      chance: The expected score of a guess; None if it is not defined.
       changeable: The number of questions whose score can change.
       domain: The name of the domain.
       questions: Batches of its test questions.

@@ -21,7 +21,7 @@ MOST_LAYERS = 40  # of the slider
 
 
 def pictures(study: Study) -> list[dict[str, Any]]:
-    """Return the entries of all domains whose image tokens lie on a grid, see `picture`."""
+    """Return the entries of all domains whose image tokens are on a grid, see `picture`."""
     entries = [picture(study, number, name) for number, name in enumerate(study.names)]
     return [entry for entry in entries if entry]
 
@@ -39,7 +39,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
       name: The name of the domain.
 
     Returns:
-      The entry of results.json; None where image tokens lie on no grid (InstructBLIP's queries).
+      The entry of results.json; None if image tokens are not on a grid (InstructBLIP's queries).
     """
     example = study.lens[name][0]
     layout = study.processor.layout(example.image.size[::-1])
@@ -104,7 +104,7 @@ def picture(study: Study, number: int, name: str) -> dict[str, Any] | None:
 def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list[float]] | None:
     """Return gradient x input of the first generated token by patch of a tile, [1][P].
 
-    None where the config asks for no effects, which take a backward pass.
+    It is None if the config requests no effects, which need a backward pass.
     """
     if not study.config.evidence_effects:
         return None
@@ -115,7 +115,7 @@ def _attribution(study: Study, batch: Batch, token: int, tile: int) -> list[list
 
 
 def _logit(out: Out, token: int) -> jax.Array:
-    assert out.logits is not None, "a gated picture asks for the logits of the last token"
+    assert out.logits is not None, "a gated picture requests the logits of the last token"
     return out.logits[:, token]
 
 

@@ -85,13 +85,13 @@ def released(
 ) -> dict[str, Any]:
     """Return the selection by released prompts and all tokens, and how many neurons it shares.
 
-    The domain's own questions name what its pictures show, and their tokens count there: neurons
-    of words, not of pictures, are then selected as well.
+    The domain's own questions name what its pictures show, and their tokens are counted, so that
+    neurons that respond to words rather than pictures are selected as well.
 
     Returns:
       `prompts`, `scope` and, by module, the entries of `selection.describe` with `jaccard` and
       `chance`, the share of common neurons of each domain and that of random sets of these sizes;
-      {} where the study itself selects so.
+      {} if this is the study's own selection.
     """
     rule = selection.rule(study.config)
     other = dataclasses.replace(rule, **RELEASED)
@@ -115,7 +115,7 @@ def stability(study: Study, counted: selection.Counted, module: str) -> dict[str
     module is tested on its own, also with "global" thresholds.
 
     Returns:
-      The entry of the module in results.json; {} where a domain has a single group.
+      The entry of the module in results.json; {} if a domain has a single group.
     """
     resampled = resample(study, counted, module)
     if resampled is None:
@@ -157,7 +157,7 @@ class Resampled(NamedTuple):
 
 
 def resample(study: Study, counted: selection.Counted, module: str) -> Resampled | None:
-    """Split and resample the groups of a module; None where a domain has a single group."""
+    """Split and resample the groups of a module; None if a domain has a single group."""
     config, rule = study.config, selection.rule(study.config)
     counts = selection.counts_of(study, counted, module)
     groups = int(np.bincount(counts.domain).min())
@@ -189,7 +189,7 @@ class Shuffled(NamedTuple):
     """The test of a module's neurons against shuffled domains.
 
     Attributes:
-      mask: bool[D_, L, F], the selected neurons whose entropy is lower than chance gives.
+      mask: bool[D_, L, F], the selected neurons whose entropy is lower than by chance.
       p_values: float64[L, F], corrected for all neurons of the module.
       lowest: float64[], the lowest entropy of all neurons, nats.
       shuffled: float64[R], the lowest entropy in each shuffle.
@@ -202,7 +202,7 @@ class Shuffled(NamedTuple):
 
 
 def shuffle_test(study: Study, counted: selection.Counted, module: str) -> Shuffled | None:
-    """Test the neurons of a module; None where there are too few groups or shuffles to tell."""
+    """Test the neurons of a module; None if there are too few groups or shuffles."""
     config, rule = study.config, selection.rule(study.config)
     counts = selection.counts_of(study, counted, module)
     power = stability_.power(counts.domain, config.shuffles, config.level)
@@ -221,13 +221,13 @@ def shuffle_test(study: Study, counted: selection.Counted, module: str) -> Shuff
 
 
 def tested(study: Study, counted: selection.Counted) -> dict[str, SelectedNeurons]:
-    """Return the neurons of every module that are beyond chance; {} where none can be tested."""
+    """Return the neurons of every module that are beyond chance; {} if none can be tested."""
     tests = {module: shuffle_test(study, counted, module) for module in study.shapes}
     return {module: selection.from_mask(test.mask) for module, test in tests.items() if test}
 
 
 def _beyond_chance(study: Study, test: Shuffled | None) -> dict[str, Any]:
-    """Return what a test found; None where there was none."""
+    """Return the results of a test; None if there was no test."""
     if test is None:
         return dict.fromkeys(
             ("lowest_entropy", "shuffled_entropy", "beyond_chance", "beyond_chance_per_domain")
@@ -244,5 +244,5 @@ def _beyond_chance(study: Study, test: Shuffled | None) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """Return None for an infinite entropy, which JSON cannot hold."""
+    """Return None for an infinite entropy, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else None

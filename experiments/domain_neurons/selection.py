@@ -43,7 +43,7 @@ SETTINGS = {
     "compat": ("", "official"),
 }
 OFFICIAL = {"prompts": "released", "scope": "all", "thresholds": "module", "assign": "multiple"}
-DomainCounts = Mapping[str, Mapping[str, np.ndarray]]  # {domain: what `counts.count` returns}
+DomainCounts = Mapping[str, Mapping[str, np.ndarray]]  # {domain: the result of `counts.count`}
 Counted = Mapping[Prompts, DomainCounts]
 
 
@@ -53,7 +53,7 @@ class Rule:
 
     Attributes:
       selector: One of SELECTORS.
-      prompts: The prompts that the pictures are read with.
+      prompts: The prompts of the pictures.
       scope: The tokens that are counted.
       thresholds: The neurons that compete: of a module, of all modules or of a layer.
       assign: Whether a neuron may belong to multiple domains.
@@ -83,8 +83,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     path = config.masks
     if path and not path.endswith(".npz") and "{module}" not in path:
         raise ValueError(
-            f"config.masks={path!r}: write FILE.npz, or FOLDER/{{module}}.pth with the word "
-            "{module} in it"
+            f"config.masks={path!r}: give FILE.npz, or FOLDER/{{module}}.pth with the literal "
+            "text {module}"
         )
     if config.compat and any(config[field] != value for field, value in OFFICIAL.items()):
         settings = ", ".join(f"{field}={value!r}" for field, value in OFFICIAL.items())
@@ -135,10 +135,10 @@ def select(study: Study, counted: Counted, rule: Rule) -> dict[str, SelectedNeur
 def _by_auroc(
     study: Study, counted: DomainCounts, rule: Rule, sizes: Mapping[str, np.ndarray]
 ) -> dict[str, SelectedNeurons]:
-    """Select by the ranks of pictures; equal ranks go by the size of the effect.
+    """Select by the ranks of pictures; ties are ordered by the size of the effect.
 
-    Groups of pictures would be too few to rank by: hundreds of neurons then tell a domain apart
-    without an error, and whatever orders them selects.
+    Groups of pictures would be too few to rank: hundreds of neurons would then separate a domain
+    without error, and the order of ties would decide the selection.
     """
     kinds = {m: set(counted[study.names[0]][f"{m}/kinds"].tolist()) for m in study.shapes}
     scope = SCOPES[rule.scope]
@@ -159,10 +159,10 @@ def picture_means(
     """Return the mean activations over the tokens of a scope, by picture of a domain.
 
     Args:
-      study: The study, of whose config `auroc_pictures` is the largest number of pictures.
+      study: The study; `config.auroc_pictures` is the largest number of pictures.
       name: The name of the domain.
       rule: The prompts of the pictures, and the name of the scope.
-      where: The tokens of the scope by module; None for all where a module has none of them.
+      where: The tokens of the scope by module; None for all tokens if a module has none of them.
 
     Returns:
       float32[pictures, L, F] by module.
@@ -248,7 +248,7 @@ def right_answers(
 
 
 def open_gates(study: Study) -> dict[str, Float[np.ndarray, "L F"]]:
-    """Return gates that leave the neurons of all modules as they are."""
+    """Return gates that leave the neurons of all modules unchanged."""
     return {module: np.ones(shape, np.float32) for module, shape in study.shapes.items()}
 
 
@@ -317,7 +317,7 @@ def write(study: Study, neurons: Mapping[str, SelectedNeurons], name: str = "mas
 
 
 def describe(study: Study, selected: SelectedNeurons) -> dict[str, Any]:
-    """Return what results.json holds about the neurons of a module."""
+    """Return the entry of results.json on the neurons of a module."""
     layers = domain_neurons.per_layer(selected)
     counts = domain_neurons.domains_per_neuron(selected)
     return {
@@ -334,5 +334,5 @@ def describe(study: Study, selected: SelectedNeurons) -> dict[str, Any]:
 
 
 def _plain(value: float | np.ndarray) -> float | list[float] | None:
-    """Return a JSON value; None where a mask from a file does not tell."""
+    """Return a JSON value; None if a mask from a file does not determine it."""
     return None if np.isnan(value).any() else np.asarray(value).tolist()

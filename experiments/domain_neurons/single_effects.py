@@ -1,4 +1,4 @@
-"""Switch off single neurons, and measure what that does to the likelihood of right answers."""
+"""Ablate single neurons, and measure the change in the likelihood of right answers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
 
     Args:
       study: The study. `evidence_exact` of its config is the number of neurons of each module and
-        domain that are switched off, one at a time.
+        domain that are ablated, one at a time.
       neurons: The rows of the evidence; without estimates, `effects`, the first are taken.
 
     Returns:
-      For each neuron the change of the log likelihood of right answers, mean over the questions
-      of which the estimates are, by domain: those domains alone in which it was switched off.
+      For each neuron, by domain in which it was ablated, the change of the log-likelihood of right
+      answers: the mean over the questions of the estimates.
     """
     chosen = list(_choose(study, neurons))
     if not chosen:
@@ -48,7 +48,7 @@ def measure(study: Study, neurons: Sequence[Neuron]) -> list[dict[str, float]]:
 
 
 def _choose(study: Study, neurons: Sequence[Neuron]) -> Iterator[tuple[int, str]]:
-    """Yield the number of each neuron that is switched off, and the domain that is tested."""
+    """Yield the number of each neuron that is ablated, and the domain that is tested."""
     for name in study.names:
         for module in study.shapes:
             own = [
@@ -63,8 +63,8 @@ def _choose(study: Study, neurons: Sequence[Neuron]) -> Iterator[tuple[int, str]
 def _likelihood(
     study: Study, batch: Batch, ids: Int[np.ndarray, "B 1 A"], off: Neuron | None = None
 ) -> float:
-    """Return the mean log likelihood of right answers, nats a question, with a neuron off."""
-    gates = selection.open_gates(study)  # of all modules: every neuron is the same program
+    """Return the mean log-likelihood of right answers, nats per question, with a neuron ablated."""
+    gates = selection.open_gates(study)  # of all modules: one compiled program for every neuron
     if off is not None:
         gates[off["module"]][off["layer"], off["index"]] = 0
     found = selection.score_gated(gates, study.model, batch, ids, study.edits)

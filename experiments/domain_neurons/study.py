@@ -69,7 +69,7 @@ def run(
     given = selection.read(study) if config.masks else None  # refuse wrong files before the count
     counted: selection.Counted = {}
     if given is None or config.controls:
-        # Given neurons are not selected again by the other prompts.
+        # Neurons from a file are not selected again by the other prompts.
         prompts = PROMPTS if given is None else (selection.rule(config).prompts,)
         counted = {p: {name: counts.count(study, name, p) for name in train} for p in prompts}
     active = controls.activities(study, counted) if counted else {}
@@ -101,7 +101,7 @@ def _without_near_copies(
     train: Mapping[str, domains.Domain],
     test: Mapping[str, domains.Domain],
 ) -> dict[str, domains.Domain]:
-    """Return the test split without near copies of pictures that are counted."""
+    """Return the test split without near-duplicates of pictures that are counted."""
     count = max(config.test_per_domain, config.lens_per_domain)
     return {
         name: near_copies.leave_out(
@@ -118,9 +118,9 @@ def _results(
     ablated: Mapping[str, SelectedNeurons],
     drawn: controls.Controls,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the entries of results.json, those of one step at a time, the quickest first.
+    """Yield the entries of results.json, those of one step at a time, the fastest first.
 
-    `counted` is empty where a file gave the neurons.
+    `counted` is empty if the neurons come from a file.
     """
     config = study.config
     modules = study.shapes if counted else ()

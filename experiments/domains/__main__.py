@@ -3,7 +3,7 @@
     python -m experiments.domains
     python -m experiments.domains --licences=mllm_jax/data/LICENCES.md
 
-Takes about two minutes and 600 MB of downloads the first time; root is not needed. The images stay
+The first run takes about two minutes and downloads 600 MB; it does not need root. The images stay
 in the user's cache (`MLLM_JAX_CACHE`).
 """
 

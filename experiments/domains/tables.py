@@ -11,7 +11,7 @@ from mllm_jax import store
 from mllm_jax.data import domains, packages, tasks
 from mllm_jax.report import tables
 
-Index = Mapping[str, Any]  # what `domains.build` returns of a domain
+Index = Mapping[str, Any]  # the result of `domains.build` for a domain
 
 
 def run(names: Sequence[str] | None, root: str | None, licences: str | None) -> None:

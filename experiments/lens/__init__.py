@@ -1,1 +1,1 @@
-"""The lens study: what several lenses read in the states of each layer, and their report."""
+"""The lens study: several lenses at every layer, and their report."""

@@ -1,9 +1,9 @@
-"""Read the states of each layer by several lenses, side by side.
+"""Compare several lenses at every layer.
 
     python -m experiments.lens --config=configs/embedded_lens.py --workdir=DIR
 
-A tuned lens and a Jacobian lens are fitted on training pictures, at image and question tokens
-alike. On test pictures, what they and the logit lens read is compared with the model's own words:
+A tuned lens and a Jacobian lens are fitted on training pictures, at image and question tokens. On
+test pictures, their distributions and those of the logit lens are compared with the model's own:
 the KL from the final distribution, the entropy, and the agreement of the most probable word with
 the final one, by layer and kind of token, with intervals over pictures.
 

@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       layers: The layers of every lens, of which the last is the model's last.
@@ -43,7 +43,7 @@ class Study(context.Context):
         return self.workdir.arrays(step, functools.partial(read_states, self, split, number))
 
     def numbers(self, split: str, label: str) -> Iterator[int]:
-        """Yield the numbers of the batches of a split, under a bar of progress."""
+        """Yield the numbers of the batches of a split, with a progress bar."""
         return iter(tqdm.trange(len(self.questions[split]), desc=label, leave=False))
 
 

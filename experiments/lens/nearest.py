@@ -1,7 +1,8 @@
 """Find the words in texts to which image tokens are nearest (LatentLens, Krojer et al. 2026).
 
-The texts are the answers to questions about training pictures, so that each has a domain: a state
-that is like what its picture shows is nearest to a word of that domain more often than chance.
+The texts are the answers to questions about training pictures, so that each has a domain. If the
+states of image tokens represent what the picture shows, their nearest words belong to its domain
+more often than by chance.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from mllm_jax import tokens as tok
 from mllm_jax.analysis import contextual_words, intervals
 from mllm_jax.typing import Float, Int
 
-SHOWN = 5  # words that are named of a domain and layer
+SHOWN = 5  # words that are listed for a domain and layer
 
 
 class Bank(NamedTuple):
-    """The states of the words of texts, at all layers of the study, one after another.
+    """The states of the words of texts at all layers of the study, concatenated.
 
     Attributes:
       states: float32[m, D].
@@ -84,9 +85,9 @@ def measure(
       domains: The domain of each test picture.
 
     Returns:
-      A row for each domain and layer: `value`, the share of image tokens whose nearest word is of
+      A row for each domain and layer: `value`, the share of image tokens whose nearest word is in
       a text of their picture's domain, with its interval over pictures, `low` and `high`;
-      `chance`, the share of the words that are of that domain; `cosine`, the mean; `from_layer`,
+      `chance`, the share of words in texts of that domain; `cosine`, the mean; `from_layer`,
       the mean layer of the nearest words; `words`, the most frequent ones with their shares.
     """
     bank = read_bank(study, named)
@@ -127,12 +128,12 @@ def _row(
     of_word: np.ndarray,
     every: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Return what `measure` says of a domain and a layer.
+    """Return the row of `measure` for a domain and a layer.
 
     Args:
       study: The study.
       name: The domain.
-      place: The place of the layer among those of the study.
+      place: The index of the layer among those of the study.
       bank: The words.
       of_word: str[m], the domain of the text of each word.
       every: `row`, `domain`, `nearest` and `cosine` of all image tokens.

@@ -28,7 +28,7 @@ COLUMNS = ("lens", "domain", "measure", "kind", "layer", "value", "low", "high",
 
 @style.styled
 def by_layer(panels: Mapping[str, Rows], by: str, label: str) -> Figure:
-    """Draw curves by layer with their intervals, a panel for each title.
+    """Draw curves by layer with their intervals, one panel per title.
 
     Args:
       panels: {title: rows}.
@@ -74,8 +74,8 @@ def write(workdir: str | os.PathLike, results: Results, losses: Mapping[str, np.
     sections += [_domains(folder, results), *_nearest(folder, results), *_words(folder, results)]
     content = page.Page(
         title="What lenses read, layer by layer",
-        lead=f"How near are the words that lenses read in the states of {page.model_name(results)} "
-        "to the words of its last layer, at image tokens and at those of the question?",
+        lead=f"How close are the words that lenses read in {page.model_name(results)} to the words "
+        "of its last layer, at image and question tokens?",
         facts=[
             (f"{len(results['lenses'])}", "lenses"),
             (f"{len(results['layers'])}", "layers"),
@@ -92,7 +92,7 @@ def _select(rows: Rows, **fields: Any) -> list[Mapping[str, Any]]:
 
 
 def _measure(folder: pathlib.Path, results: Results, measure: str) -> page.Section:
-    """Build the section on a measure: all lenses side by side, a panel for each kind of token."""
+    """Build the section on a measure: all lenses side by side, one panel per kind of token."""
     rows = _select(results["curves"], measure=measure, domain="all")
     panels = {
         f"{kind} tokens": of_kind
@@ -134,7 +134,7 @@ def _read(results: Results, measure: str) -> str:
 
 
 def _domains(folder: pathlib.Path, results: Results) -> page.Section:
-    """Build the section on the domains: the KL at the first kind of token, a panel a lens."""
+    """Build the section on the domains: the KL at the first kind of token, one panel per lens."""
     kind, label = results["kinds"][0], LABELS["kl"]
     rows = _select(results["curves"], measure="kl", kind=kind)
     rows = [row for row in rows if row["domain"] != "all"]
@@ -154,7 +154,7 @@ def _domains(folder: pathlib.Path, results: Results) -> page.Section:
 
 
 def _nearest(folder: pathlib.Path, results: Results) -> list[page.Section]:
-    """Build the section on the nearest words in texts; none where there are no texts."""
+    """Build the section on the nearest words in texts; empty if there are no texts."""
     rows = results["nearest"]
     if not rows:
         return []
@@ -186,7 +186,7 @@ def _nearest(folder: pathlib.Path, results: Results) -> list[page.Section]:
         ),
         note=f"LatentLens: the words of {len(results['texts'])} texts, the different answers to "
         "questions about training pictures, at all layers of the study; the nearest by cosine. "
-        "Chance is the share of the words that are of a domain's texts. Intervals: 95 % bootstrap "
+        "Chance is the share of words that are in a domain's texts. Intervals: 95 % bootstrap "
         "over pictures.",
         data=[("nearest.csv", "tables/nearest.csv")],
     )  # fmt: skip
@@ -194,7 +194,7 @@ def _nearest(folder: pathlib.Path, results: Results) -> list[page.Section]:
 
 
 def _words(folder: pathlib.Path, results: Results) -> list[page.Section]:
-    """Build the section on words at image tokens; none where image tokens lie on no grid."""
+    """Build the section on words at image tokens; empty if image tokens are not on a grid."""
     shown = [picture for picture in results["words"] if picture["panels"]]
     if not shown:
         return []
@@ -215,6 +215,6 @@ def _words(folder: pathlib.Path, results: Results) -> list[page.Section]:
         reading="The most probable word of each lens at each image token of a test picture.",
         figures=drawn,
         note="The lower the entropy, the deeper the colour. ↵ is a line break, ␣ white space, ▯ a "
-        "character that the font lacks; long words are cut.",
+        "character that the font lacks; long words are truncated.",
     )
     return [section]

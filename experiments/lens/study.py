@@ -93,7 +93,7 @@ def run(
 
 
 def _layers(config: ml_collections.ConfigDict, count: int) -> list[int]:
-    """Return the layers of the config, all where it names none."""
+    """Return the layers of the config; all layers if it names none."""
     given = tuple(config.layers) or tuple(range(count))
     layers = lenses.require_layers("config.layers", given, count)
     if unknown := [layer for layer in config.word_layers if layer not in layers]:
@@ -182,7 +182,7 @@ def measure(study: Study, name: str, lens: AffineLens | None) -> Arrays:
 def _compare(
     study: Study, states: Float[np.ndarray, "n L D"], lens: AffineLens | None
 ) -> lenses.Comparison:
-    """Compare a lens in batches of few sizes."""
+    """Compare a lens in batches of a few fixed sizes."""
     count = len(states)
     padded = np.pad(states, ((0, -count % PADDING), (0, 0), (0, 0)), mode="edge")
     compared = lenses.compare(study.model, padded, lens)
@@ -195,7 +195,7 @@ def curves(
     """Return the mean per token by lens, measure, kind, domain and layer, with its interval.
 
     Args:
-      measured: What `measure` returns, by lens.
+      measured: The results of `measure`, by lens.
       domains: The domain of each test picture; the rows of "all" are of all pictures together.
       layers: The layers of every lens.
     """
@@ -211,7 +211,7 @@ def curves(
 
 
 def beyond(measured: Mapping[str, Arrays], layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return what each other lens differs by from the logit lens, over the same tokens."""
+    """Return the difference of each other lens from the logit lens, over the same tokens."""
     logit = measured["logit"]
     return [
         {"lens": name, **row}
@@ -248,7 +248,7 @@ def words(study: Study, fitted: Mapping[str, AffineLens | None], name: str) -> d
 
     Returns:
       `panels`, one for each lens and layer of `config.word_layers`: `words` and `entropy`
-      [rows][columns]; none where image tokens lie on no grid.
+      [rows][columns]; empty if image tokens are not on a grid.
     """
     pairs = study.questions["test"].pairs
     example, question = next(pair for pair in pairs if pair[0].domain == name)

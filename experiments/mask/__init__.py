@@ -1,1 +1,1 @@
-"""Trained masks of units: training, test against random masks, and its report."""
+"""Trained masks of units: training, tests against random masks, and the report."""

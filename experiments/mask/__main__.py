@@ -1,4 +1,4 @@
-"""Train a mask of the units that the answer needs, with a penalty on its size.
+"""Train a sparse mask of the units that are needed for the answer.
 
     python -m experiments.mask --config=configs/embedded_mask.py --workdir=DIR
 

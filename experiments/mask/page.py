@@ -52,7 +52,7 @@ def write(workdir: str | os.PathLike, results: Mapping, curve: np.ndarray) -> No
     every = results["layers"] * results["units"]
     trained = test["learned"]
     content = page.Page(
-        title="The units that the answer needs",
+        title="The units needed for the answer",
         lead=f"How few units of {results['site']} of {page.model_name(results)} give the same next "
         f"word? Gates ({results['gate'].replace('_', ' ')}) trained in {results['steps']} steps.",
         facts=[

@@ -32,7 +32,7 @@ class Read(NamedTuple):
 
     Attributes:
       batch: The prompts.
-      real: bool[B], the rows that hold a question.
+      real: bool[B], whether a row is a question, not padding.
       clean: float32[B, V], the log-probabilities of the clean model's next word.
     """
 

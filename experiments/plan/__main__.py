@@ -1,4 +1,4 @@
-"""Plan studies on a topology, without weights or hardware: memory, work, traffic, least time.
+"""Plan studies on a topology, without weights or hardware: memory, FLOPs, traffic, minimum time.
 
     python -m experiments.plan --model=llava-1.5-7b --topology=v5e:2x4 --study=counts+lens
     python -m experiments.plan --model=DIR --topology=v5p:4x4x4 --study=sweep,projection --out=DIR
@@ -6,11 +6,11 @@
     python -m experiments.plan --model=DIR --topology=h100,l40s:4 --study=counts --find=rows
 
 With `libtpu` installed (`pip install libtpu`; no TPU is needed) each program is compiled for each
-topology of TPUs. Without it, or with --shapes, plans are computed from shapes alone, and say so.
+topology of TPUs. Without it, or with --shapes, plans are computed from shapes only, and say so.
 Topologies of GPUs (h100, h200, a100, l40s; h100:8 is eight of them) need the extra `plan-gpu`.
-`--find=topology` searches for the smallest slice that fits, from the given one on; `--find=rows`
-and `--find=lanes` search for the largest number of a data shard. The folder --out receives
-`plan.json`, `plan.md` and `plan.png`.
+`--find=topology` searches for the smallest sufficient slice, starting at the given one;
+`--find=rows` and `--find=lanes` search for the largest number per data shard. The folder --out
+receives `plan.json`, `plan.md` and `plan.png`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ EDITS = flags.DEFINE_string(
 CAPTURES = flags.DEFINE_string(
     "captures", None, "Captures of every pass, as in the studies: 'fire=stats lm.mlp.act'."
 )
-DATA = flags.DEFINE_integer(
-    "data", None, "Data shards; by default the most that fit.", lower_bound=1
-)
+DATA = flags.DEFINE_integer("data", None, "Data shards; by default as many as fit.", lower_bound=1)
 FSDP = flags.DEFINE_integer(
     "fsdp", 1, "Data shards that share one copy of the weights.", lower_bound=1
 )
-ROWS = flags.DEFINE_integer("rows", 8, "Rows of a data shard (of all, in a sweep).", lower_bound=1)
-LANES = flags.DEFINE_integer("lanes", 4, "Lanes of a sweep in a data shard.", lower_bound=1)
+ROWS = flags.DEFINE_integer(
+    "rows", 8, "Rows per data shard (of all shards, in a sweep).", lower_bound=1
+)
+LANES = flags.DEFINE_integer("lanes", 4, "Lanes of a sweep per data shard.", lower_bound=1)
 WORDS = flags.DEFINE_integer("words", 64, "Tokens of a row besides its picture.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 32, "Tokens to generate.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "The dtype of the weights.")
-SHAPES = flags.DEFINE_bool("shapes", False, "Plan from shapes alone, without a compilation.")
+SHAPES = flags.DEFINE_bool("shapes", False, "Plan from shapes only, without compilation.")
 FIND = flags.DEFINE_enum("find", None, ["topology", "rows", "lanes"], "What to search for.")
 OUT = flags.DEFINE_string("out", None, "A folder to write the plans to.")
 

@@ -24,7 +24,7 @@ Target = Literal["topology", "rows", "lanes"] | None  # of a search
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is planned; the flags of `experiments.plan` describe it.
+    """The options of a plan, see the flags of `experiments.plan`.
 
     Attributes:
       model: The name of the model, see `description.find`.
@@ -32,7 +32,7 @@ class Options:
       studies: The studies to plan.
       edits: The text of the edits of each pass.
       captures: The text of the captures of each pass.
-      data: The number of data shards; None for the most that fit.
+      data: The number of data shards; None for as many as fit.
       fsdp: The number of data shards that share the weights.
       rows: The rows of a data shard.
       lanes: The lanes of a sweep in a data shard.
@@ -40,7 +40,7 @@ class Options:
       steps: The number of tokens to generate.
       dtype: The dtype of the weights.
       compile: Whether programs are compiled, if there is a compiler.
-      find: What to search for; None for nothing.
+      find: The target of a search; None for no search.
     """
 
     model: str
@@ -79,7 +79,7 @@ def run(options: Options, out: str | None = None) -> list[plans.Plan]:
     """Print the plan of each study on each topology, and write them.
 
     Args:
-      options: What is planned.
+      options: The options of the plans.
       out: The folder to write `plan.json`, `plan.md` and `plan.png` to; None for none.
 
     Returns:
@@ -104,7 +104,7 @@ def _plan(options: Options, config: MultimodalConfig, **arguments: Any) -> plans
         plan = search.smallest_topology(config, options.size, **arguments)
         if plan is None:
             study, topology = arguments["study"], arguments["topology"]
-            raise ValueError(f"{study} fits on no slice from {topology} on")
+            raise ValueError(f"{study} fits on no slice of the size of {topology} or larger")
         return plan
     number, plan = search.largest_that_fits(options.find, config, options.size, **arguments)
     print(f"the largest number of {options.find} of a data shard that fits: {number}\n")

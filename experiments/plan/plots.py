@@ -16,7 +16,7 @@ LIMITS = {"compute": "#0072B2", "memory": "#D55E00", "links": "#009E73"}
 
 @style.styled
 def plans(name: str, plans: Sequence[Plan]) -> Figure:
-    """Draw the memory of a chip by its content, and lower bounds of time, a row for each plan.
+    """Draw the memory of a chip by its content, and lower bounds of time, one row per plan.
 
     Args:
       name: The name of the model.
@@ -70,7 +70,7 @@ def _parts(held: Mapping[str, int]) -> dict[str, int]:
 
 @style.styled
 def scaling(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
-    """Draw quantities by the number of chips, a panel for each.
+    """Draw quantities by the number of chips, one panel per quantity.
 
     Args:
       curves: {title: {name of a curve: (chips, value) points}}.

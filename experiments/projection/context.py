@@ -19,7 +19,7 @@ from mllm_jax.data.domains import Example
 from mllm_jax.data.embedded.questions import Question
 from mllm_jax.evaluation import answers
 
-NEUTRAL_QUESTION = "What is shown in the picture?"  # for passes in which no class may be named
+NEUTRAL_QUESTION = "What is shown in the picture?"  # for passes that must not name a class
 DEPTH_KINDS = ("image", "last")
 Arrays = Mapping[str, np.ndarray]
 Outputs = Mapping[tuple[str, str, int], Arrays]  # of each run, by task, variant and seed
@@ -33,8 +33,8 @@ class Run:
       task: The name of the task.
       variant: Original, FT-Proj, FT-E2E, or the name of a recipe of the factors.
       seed: The seed of its training and of the order of the classes in its prompts.
-      setting: The settings of its fine-tuning; None for the model as it is.
-      neurons: bool[L, F], the neurons of the language model that train; None for no choice.
+      setting: The settings of its fine-tuning; None for the original model.
+      neurons: bool[L, F], the neurons of the language model that are trained; None for all weights.
     """
 
     task: str
@@ -56,7 +56,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(context.Context):
-    """What every step of the study reads.
+    """The inputs of every step of the study.
 
     Attributes:
       tasks: The classification tasks, by name.
@@ -65,7 +65,7 @@ class Study(context.Context):
     tasks: dict[str, tasks_.Task]
 
     def count(self, task: str, split: str) -> int:
-        """Return how many pictures of a split are used: the first, as the classes alternate."""
+        """Return the number of pictures of a split in use: the first ones, as classes alternate."""
         return min(getattr(self.config, f"{split}_per_task"), len(self.tasks[task][split]))
 
     def examples(self, task: str, split: str) -> list[Example]:
@@ -90,7 +90,7 @@ class Study(context.Context):
         Args:
           task: The name of the task.
           split: The split of its pictures.
-          aspect: How pictures are made square, where the model reads squares alone; by default
+          aspect: How pictures are made square, if the model reads only squares; by default
             `config.aspect`.
         """
         aspect = aspect or self.config.aspect
@@ -136,7 +136,7 @@ class Study(context.Context):
         return batching.QuestionBatches(self.processor, pairs, size, length, features)
 
     def _length(self, task: tasks_.Task, split: str) -> int:
-        """Return the tokens of the longest prompt of all seeds, which then share one program."""
+        """Return the length of the longest prompt of all seeds, which then share one program."""
         return batching.row_length(
             self.processor,
             [

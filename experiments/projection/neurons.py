@@ -23,7 +23,7 @@ Masks = dict[str, np.ndarray]  # bool[L, F] by module
 
 
 def sites(study: Study) -> dict[str, Site]:
-    """Return the sites of neurons: a projector of a single linear map has none."""
+    """Return the sites of neurons; a projector of a single linear map has none."""
     modules = ("projector", "lm") if study.model.config.projector.depth > 1 else ("lm",)
     return {module: MODULES[module] for module in modules}
 
@@ -72,8 +72,8 @@ def weight_change(before: Any, after: Any) -> dict[str, np.ndarray]:
     """Return `weights/lm`, float32[L, F]: how far fine-tuning turned each neuron's weights (NeFT).
 
     Args:
-      before: The model as it was.
-      after: The model that was fine-tuned.
+      before: The model before fine-tuning.
+      after: The model after it.
     """
     name = parts.MLP.format("up")
 
@@ -95,16 +95,16 @@ def _by_neuron(old: Any, new: Any) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def most_changed(arrays: Arrays, like: Arrays) -> Masks:
-    """Return the neurons whose weights changed most, as many as masks have in the LM."""
+    """Return the neurons whose weights changed most, as many as `like` has in the LM."""
     changed = np.asarray(arrays["weights/lm"], np.float64)[None]
     return {"lm": selectors.top(changed, int(like["lm"].sum()))[0]}
 
 
 def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
-    """Yield how far the neurons of most changed weights are those of the task's domain.
+    """Yield the overlap of the neurons of most changed weights with those of the task's domain.
 
-    The change of weights is another selector of neurons, by training rather than by activations;
-    as many neurons are taken as the domain has.
+    The change of weights is another selector of neurons, by training rather than by activations; it
+    selects as many neurons as the domain has.
     """
     for task, variant, seed, before, after in _before_and_after(study, outputs):
         arrays = outputs[task, variant, seed]
@@ -121,7 +121,7 @@ def changed(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
 
 
 def selected_runs(study: Study, outputs: Outputs) -> Iterator[Run]:
-    """Yield runs that train the neurons of a task's domain alone, and as many random ones."""
+    """Yield runs that train only the neurons of a task's domain, or as many random ones."""
     config, seed = study.config, study.config.seeds[0]
     if not config.neurons.pictures:
         return
@@ -138,7 +138,7 @@ def selected_runs(study: Study, outputs: Outputs) -> Iterator[Run]:
 
 
 def selected_rows(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
-    """Yield the F1 of the models whose selected neurons were trained, over the model as it was."""
+    """Yield the F1 of models whose selected neurons were trained, against the original model."""
     seed = study.config.seeds[0]
     for task in study.config.neurons.train:
         if (task, SELECTED, seed) not in outputs:
@@ -168,7 +168,7 @@ def random_controls(study: Study, masks: Arrays) -> dict[str, Masks]:
 
 
 def moved(study: Study, outputs: Outputs) -> Iterator[dict[str, Any]]:
-    """Yield how the neurons of each task's domain moved in the models that were tuned to it."""
+    """Yield how the neurons of each task's domain moved in the models fine-tuned on the task."""
     for task, variant, seed, before, after in _before_and_after(study, outputs):
         for row in projection.moved(before, after):
             yield {"task": task, "variant": variant, "seed": seed, **row}

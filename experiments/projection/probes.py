@@ -26,7 +26,7 @@ FOLDS = 4  # of the test pictures, for the unseen probe
 
 
 def names(study: Study, task: str) -> list[str]:
-    """Return the probes of a task: the unseen one where some class has two test pictures."""
+    """Return the probes of a task; the unseen one if some class has two test pictures."""
     several = folds(study.ids(task, "test")).any()
     return [name for name in NAMES if name != "unseen" or several]
 
@@ -81,7 +81,7 @@ def read(
 
 
 def folds(labels: np.ndarray) -> np.ndarray:
-    """Return int[N], the fold of each picture, over which the pictures of a class are spread."""
+    """Return int[N], the fold of each picture; the pictures of a class are spread over folds."""
     rank = np.zeros(len(labels), int)
     for label in np.unique(labels):
         of_class = labels == label
@@ -92,11 +92,11 @@ def folds(labels: np.ndarray) -> np.ndarray:
 def _predict_unseen(
     kind: probe.Probe, held: probe.Part, test: probe.Part, classes: int, seed: int
 ) -> np.ndarray:
-    """Classify test pictures by a probe of other test pictures, which fine-tuning did not see.
+    """Classify test pictures by a probe trained on other test pictures, unseen in fine-tuning.
 
     Args:
       kind: The probe.
-      held: The pictures that decide when to stop.
+      held: The pictures for early stopping.
       test: The test pictures, of features [N, D] or [sites, N, D].
       classes: Number of classes.
       seed: Seed of the probe.
@@ -163,7 +163,7 @@ def depth(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]
 
 
 def factors(study: Study, outputs: Outputs, task: str) -> Iterator[dict[str, Any]]:
-    """Yield what each changed setting of FT-Proj changes, against the unchanged recipe."""
+    """Yield the effect of each changed setting of FT-Proj, against the unchanged recipe."""
     seeds, changes = study.config.factors.seeds, study.config.factors.changes
     truth, classes = study.ids(task, "test"), len(study.tasks[task].classes)
     recipes = (PROJ, *changes)

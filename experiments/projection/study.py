@@ -103,7 +103,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_tasks(study: Study) -> None:
-    """Refuse a setting that names a task which the study does not have."""
+    """Raise ValueError if a setting names a task that the study does not have."""
     config = study.config
     for field, named in (
         ("factors.tasks", config.factors.tasks), ("neurons.train", config.neurons.train),

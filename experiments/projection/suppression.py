@@ -88,7 +88,7 @@ def _edits(
       responses: float32[N, L, F], the mean activations of each picture.
       truth: int[N], the classes of the pictures; class 0 is suppressed.
       suppressed: The name of class 0.
-      count: How many experts are ablated.
+      count: The number of experts to ablate.
     """
     expertise = selectors.auroc(responses, truth)
     gains = selectors.aura_gain(expertise[0])

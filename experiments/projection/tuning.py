@@ -1,4 +1,4 @@
-"""Fine-tune the model of a run, and measure everything that the study needs of it."""
+"""Fine-tune the model of a run, and compute all outputs that the study needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mllm_jax.training import batches, fit, start
 class Tuned:
     """The model of a run, which is fine-tuned on first access.
 
-    Outputs that are on disk need no access, so a run that is complete is not trained again.
+    Outputs on disk need no access, so a complete run is not trained again.
     """
 
     def __init__(self, study: Study, run: Run):
@@ -40,7 +40,7 @@ class Tuned:
 
     @property
     def losses(self) -> np.ndarray:
-        """float32[steps], the loss of each step; empty for the model as it is."""
+        """float32[steps], the loss of each step; empty for the original model."""
         return self._fitted[1]
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class Tuned:
         return self.study.examples(self.run.task, "train")
 
     def _length(self, count: int, examples: int) -> int:
-        """Return the tokens of the longest row of all seeds, which then share one program."""
+        """Return the length of the longest row of all seeds, which then share one program."""
         epochs = -(-count * self._setting.batch_size // examples)
         pairs = [
             (self._examples[row], self._question(seed, row, epoch))
@@ -125,7 +125,7 @@ def measure(study: Study, run: Run) -> dict[str, np.ndarray]:
     deep = main and first and run.variant in study.config.depth
     if deep:
         outputs |= layers(study, tuned)
-    # The model as it was is the same under every seed.
+    # The original model is the same for every seed.
     counted = main and (first or run.setting is not None)
     if counted and study.config.neurons.pictures:
         outputs |= step("neurons", lambda: neurons.count(study, tuned.model))

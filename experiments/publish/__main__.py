@@ -2,9 +2,9 @@
 
     python -m experiments.publish WORKDIR
 
-`docs/results/STUDY.json` receives the study's `results.json` without what shows single pictures,
-and `docs/results/STUDY-FIGURE.png` its figures. README.md and docs/results/README.md mark tables by
-a comment, `<!-- STUDY: TABLE -->`, below which each is written anew.
+`docs/results/STUDY.json` receives the study's `results.json` without entries on single pictures,
+and `docs/results/STUDY-FIGURE.png` its figures. README.md and docs/results/README.md mark tables
+with a comment, `<!-- STUDY: TABLE -->`; the table below it is replaced.
 """
 
 from __future__ import annotations

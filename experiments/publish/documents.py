@@ -31,7 +31,7 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
 
     Raises:
       FileNotFoundError: A figure is missing.
-      ValueError: The study is not finished, is damaged or of another format, or is none of those
+      ValueError: The study is not finished, is damaged or of another format, or is not one of those
         that are published.
     """
     (run,) = runs.read([str(workdir)])
@@ -57,17 +57,17 @@ def publish(workdir: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def _by_line(results: Mapping[str, Any]) -> str:
-    """Return results as JSON, each key on a line of its own, so that diffs name what changed."""
+    """Return results as JSON, one key per line, so that diffs show what changed."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
-    """Return a document whose marked tables are those of the results; others stay as they are.
+    """Return a document whose marked tables are those of the results; others are unchanged.
 
     Args:
       text: The document.
-      results: What is published, by study.
+      results: The published results, by study.
     """
 
     def write(mark: re.Match) -> str:

@@ -34,7 +34,7 @@ def claims(results: Results) -> str:
 
 
 def controls(results: Results, measure: str, tokens: str | None, digits: int) -> str:
-    """Return what a measure shows with own neurons switched off, beside the controls.
+    """Return the values of a measure with own neurons ablated, and with the controls ablated.
 
     Args:
       results: The results of the study of domain neurons.

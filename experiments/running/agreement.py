@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common: the config, and the content of its files."""
+"""The state that all processes of a run must share: the config, and the content of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIBRARIES = "jax", "jaxlib", "flax", "numpy", "optax", "transformers"
 
 
 def parts(config: Any) -> dict[str, Any]:
-    """Return what must be the same in all processes by name, as plain JSON values."""
+    """Return the values that must be equal in all processes, by name, as plain JSON values."""
     return {
         "config": json.loads(json.dumps(config.to_dict(), default=str)),
         "content": _contents(config),
@@ -48,7 +48,7 @@ def files(config: Any) -> dict[str, str]:
 
 
 def at(config: Any, field: str) -> Any:
-    """Return a nested field such as `proj.batch_size`; None where the config has none."""
+    """Return a nested field such as `proj.batch_size`; None if the config has no such field."""
     for name in field.split("."):
         config = config.get(name) if config else None
     return config

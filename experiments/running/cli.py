@@ -61,7 +61,7 @@ def run_with_arguments(
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Parse flags with absl, and end the program with one line if they are wrong."""
-    logging.disable(logging.WARNING)  # absl warns of what is an error here
+    logging.disable(logging.WARNING)  # absl only warns about what is an error here
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def describe_error(error: flags.Error) -> str:
-    """Return the message of absl about wrong flags in the words of our other messages."""
+    """Return the message of absl about wrong flags in the style of our other messages."""
     first, *_ = str(error).splitlines()
     return first.replace("Unknown command line flag '", "unknown flag '--").removeprefix("flag ")
 
@@ -85,7 +85,7 @@ def exit_with(message: str) -> NoReturn:
 def one_line(fail: Callable[[str], object]) -> Iterator[None]:
     """Call `fail(line)` when an error is raised inside.
 
-    The line of an unexpected error, a fault of the program, follows its traceback.
+    The line of an unexpected error, a bug in the program, follows its traceback.
     """
     try:
         yield
@@ -94,14 +94,14 @@ def one_line(fail: Callable[[str], object]) -> Iterator[None]:
         trace = ""
         if not isinstance(error, EXPECTED) and "RESOURCE_EXHAUSTED" not in str(error):
             trace = traceback.format_exc()
-            text = f"{type(error).__name__}: {text} (a fault of the program: please report it)"
+            text = f"{type(error).__name__}: {text} (a bug in the program: please report it)"
         line = " ".join(str(text).split()) or type(error).__name__
         line = line if len(line) <= MAX_LENGTH else line[: MAX_LENGTH - 3] + "..."
         fail(f"{trace}error: {line}")
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raise a ValueError about arguments that are no flags."""
+    """Raise a ValueError about arguments that are not flags."""
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --")
 
@@ -117,7 +117,7 @@ def require_checkpoint(field: str, name: str, *, released: bool = False) -> None
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in CHECKPOINT_FILES):
-            raise FileNotFoundError(f"{field}={name}: no config.json in it, so no checkpoint")
+            raise FileNotFoundError(f"{field}={name}: not a checkpoint: it has no config.json")
         return
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir()
     is_released_name = released and re.fullmatch(r"[\w.-]+", name)
@@ -136,15 +136,15 @@ def require_path(field: str, path: str) -> None:
 
 
 def refuse_file(flag: str, path: str | None) -> None:
-    """Raise a NotADirectoryError if a file stands where a folder is to be written."""
+    """Raise a NotADirectoryError if the path of a folder to be written is a file."""
     if path and pathlib.Path(path).exists() and not pathlib.Path(path).is_dir():
-        raise NotADirectoryError(f"{flag}={path}: it is a file; name a folder")
+        raise NotADirectoryError(f"{flag}={path}: it is a file; give a folder")
 
 
 def refuse_folder(flag: str, path: str | None) -> None:
-    """Raise an IsADirectoryError if a folder stands where a file is to be written."""
+    """Raise an IsADirectoryError if the path of a file to be written is a folder."""
     if path and pathlib.Path(path).is_dir():
-        raise IsADirectoryError(f"{flag}={path}: it is a folder; name a file")
+        raise IsADirectoryError(f"{flag}={path}: it is a folder; give a file")
 
 
 def check_items(edits: str | None, captures: str | None) -> None:
@@ -155,7 +155,7 @@ def check_items(edits: str | None, captures: str | None) -> None:
       captures: The text of the captures, None for none.
 
     Raises:
-      ValueError: A part is not understood, or names a file that does not exist.
+      ValueError: A part cannot be parsed, or names a file that does not exist.
     """
     for name, text, check in (
         ("edits", edits, grammar.parse), ("captures", captures, grammar.parse_captures)

@@ -27,14 +27,16 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the results; a killed run continues there."
 )
 RESTART = flags.DEFINE_bool(
-    "restart", False, "Remove what earlier runs of the study wrote in the workdir, and start over."
+    "restart",
+    False,
+    "Remove the files of earlier runs of the study from the workdir, and start over.",
 )
 VERIFY = flags.DEFINE_bool(
     "verify", False, "Check the digests of all cached files of the embedded model and pictures."
 )
 COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", None, "The folder of compiled programs, so that the next start need not "
-    "compile; by default in the cache of the library. Empty: none.",
+    "compilation_cache", None, "The folder of compiled programs, which later runs reuse; by "
+    "default in the cache of the library. Empty: none.",
 )  # fmt: skip
 EDITS = flags.DEFINE_string(
     "edits", None, "The edits of every pass: 'ablate lm.mlp.act[12,@neurons.json] >> add ...'; "
@@ -53,13 +55,13 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_string(
     "processes", os.environ.get("JAX_NUM_PROCESSES"), "The number of processes of this run; 'auto' "
-    "where JAX detects it: on TPU, Slurm and MPI.",
+    "if JAX detects it: on TPU, Slurm and MPI.",
 )  # fmt: skip
 PROCESS = flags.DEFINE_integer(
     "process", os.environ.get("JAX_PROCESS_ID"), "The index of this process, from 0."
 )
 _AXES = "data", "model", "fsdp"
-_SPECIAL_NAMES = {"model": ("embedded",), "projector": ("random",)}  # values that are no paths
+_SPECIAL_NAMES = {"model": ("embedded",), "projector": ("random",)}  # values that are not paths
 
 
 def main(
@@ -75,11 +77,11 @@ def main(
 
     Args:
       module: The module of the study, which is imported after its flags are checked.
-      takes: "edits" and "captures", if the study supports them: `run` gets them by name, or None.
-        Other such flags are refused.
+      takes: "edits" and "captures", if the study supports them; they are passed to `run` by name,
+        None if the flag is not given. Without support, the flag is refused.
       eigen: Whether Eigen computes matrix products on CPUs, see `products`.
       rows: The fields of the config that hold a batch size, with the number of rows of each
-        element. The data shards of the mesh must divide the batches.
+        element. The number of data shards of the mesh must divide the number of rows.
     """
     interrupts.watch()
     start = functools.partial(_start, module, takes, eigen, rows or {})
@@ -137,15 +139,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         path = pathlib.Path(config.split(":")[0])
         if config and not path.is_file():
-            reason = "it is a folder" if path.is_dir() else "there is no such file"
+            reason = "it is a folder" if path.is_dir() else "no such file"
             raise FileNotFoundError(reason)
-        logging.disable(logging.WARNING)  # absl warns of what is an error here
+        logging.disable(logging.WARNING)  # absl only warns about what is an error here
         return flags.FLAGS(argv)
     except AttributeError as error:  # an unknown field of the config
         (reason,) = getattr(error.args[0], "args", error.args) if error.args else ("",)
         name, *nearest = str(reason).splitlines()
         field = name.strip("'\"")
-        text = " ".join([f"the config has no field '{field}'; it lists them.", *nearest])
+        text = " ".join(
+            [f"the config has no field '{field}'; its file lists the fields.", *nearest]
+        )
         if "get_config" in name:
             text = f"--config={config}: it defines no get_config()"
     except flags.Error as error:
@@ -163,7 +167,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _config_argument(argv: Sequence[str]) -> str:
-    """Return the value of --config, which absl's errors about a config file lack."""
+    """Return the value of --config, which absl's errors about a config file do not contain."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -183,10 +187,10 @@ def _check(argv: Sequence[str], takes: Sequence[str]) -> None:
             raise ValueError(f"--{name} is missing: --config=FILE.py --workdir=FOLDER")
     if not hasattr(CONFIG.value, "to_dict"):
         file = _config_argument(sys.argv)
-        raise ValueError(f"--config={file}: get_config() returns no ConfigDict")
+        raise ValueError(f"--config={file}: get_config() does not return a ConfigDict")
     for name in ("edits", "captures"):
         if flags.FLAGS[name].value is not None and name not in takes:
-            raise ValueError(f"this study takes no --{name}: it runs the model as it is")
+            raise ValueError(f"this study does not support --{name}; remove the flag")
     cli.check_items(EDITS.value, CAPTURES.value)
     cli.refuse_file("--workdir", WORKDIR.value)
     cli.refuse_file("--compilation_cache", COMPILATION_CACHE.value)
@@ -202,9 +206,9 @@ def _mesh_sizes() -> dict[str, int]:
     wrong = [p for p in pairs if len(p) != 2 or p[0] not in _AXES or not p[1].isdigit()]
     names = [p[0] for p in pairs]
     if wrong or len(set(names)) < len(names) or (MESH.value is not None and not pairs):
-        raise ValueError(f"--mesh={MESH.value}: it is written as data=2,model=4,fsdp=1")
+        raise ValueError(f"--mesh={MESH.value}: write it as data=2,model=4,fsdp=1")
     if zero := [name for name, size in pairs if int(size) < 1]:
-        raise ValueError(f"--mesh={MESH.value}: {zero[0]} is at least 1")
+        raise ValueError(f"--mesh={MESH.value}: {zero[0]} must be at least 1")
     return {name: int(size) for name, size in pairs}
 
 
@@ -221,19 +225,19 @@ def _check_processes() -> None:
         return
     if not count.isdigit() or coordinator is None or process is None:
         raise ValueError(
-            f"--processes={count}: it is a number, with --coordinator=host:port and --process=0 "
-            "and so on, or 'auto'"
+            f"--processes={count}: give a number, with --coordinator=host:port and --process=0, "
+            "1, ..., or 'auto'"
         )
     if int(count) < 1:
-        raise ValueError(f"--processes={count}: it is at least 1")
+        raise ValueError(f"--processes={count}: it must be at least 1")
     if not 0 <= process < int(count):
         raise ValueError(
-            f"--process={process}: with --processes={count} it is 0 to {int(count) - 1}"
+            f"--process={process}: with --processes={count} it must be 0 to {int(count) - 1}"
         )
     host, separator, port = coordinator.rpartition(":")
     if not (separator and host and port.isdigit() and 0 < int(port) < 2**16):
         raise ValueError(
-            f"--coordinator={coordinator}: it is written as host:port, with a port of 1 to 65535"
+            f"--coordinator={coordinator}: write it as host:port, with a port of 1 to 65535"
         )
 
 
@@ -253,7 +257,7 @@ def _check_paths(config: Any) -> None:
 
 
 def _read_items(takes: Sequence[str]) -> dict[str, Any]:
-    """Return the edits and captures of the flags by name, None for a flag that is not given."""
+    """Return the edits and captures of the flags by name; None if a flag is not given."""
     from mllm_jax.interventions import spec
 
     parse = {"edits": spec.parse, "captures": spec.parse_captures}
@@ -262,7 +266,7 @@ def _read_items(takes: Sequence[str]) -> dict[str, Any]:
 
 
 def _record(items: dict[str, Any]) -> dict[str, Any]:
-    """Return edits and captures as config and manifest hold them; their text may name files."""
+    """Return edits and captures as config and manifest record them; their text may name files."""
     from mllm_jax.interventions import spec
 
     return {
@@ -314,6 +318,6 @@ def _check_rows(rows: Mapping[str, int], mesh: Any) -> None:
         size = agreement.at(CONFIG.value, field)
         if size * each > 1 and size * each % shards:
             raise ValueError(
-                f"config.{field}={size}: batches of {size * each} rows do not divide over the "
+                f"config.{field}={size}: batches of {size * each} rows cannot be divided into the "
                 f"{shards} data shards of the mesh; make it a multiple of {shards}"
             )

@@ -1,4 +1,4 @@
-"""Keep compiled programs for the next start of a study: JAX's persistent compilation cache."""
+"""Keep compiled programs for later runs of a study, in JAX's persistent compilation cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 
 
 def keep(folder: str | None) -> None:
-    """Keep every compiled program in a folder; `JAX_COMPILATION_CACHE_DIR` goes before it.
+    """Keep every compiled program in a folder; `JAX_COMPILATION_CACHE_DIR` has precedence.
 
     Args:
       folder: The folder; None is `default_folder()`, and "" keeps nothing.
@@ -25,8 +25,8 @@ def keep(folder: str | None) -> None:
 def default_folder() -> pathlib.Path:
     """Return a folder in the cache of the library, one for each kind of CPU.
 
-    A program compiled for a CPU uses its instructions, of which JAX's key says nothing; machines
-    of several kinds may share a home folder.
+    A program compiled for a CPU uses its instruction set, which is not part of JAX's cache key;
+    machines of several kinds may share a home folder.
     """
     from mllm_jax import store
 
@@ -35,7 +35,7 @@ def default_folder() -> pathlib.Path:
 
 
 def _instructions() -> list[str]:
-    """Return the line of Linux that lists the instructions of the CPU; empty elsewhere."""
+    """Return the line of /proc/cpuinfo with the instruction set; empty if not on Linux."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [line for line in lines if line.lower().startswith(("flags", "features"))][:1]

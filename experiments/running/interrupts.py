@@ -17,8 +17,8 @@ _graceful: dict[int, Callable[[], None]] = {}
 def watch() -> None:
     """Let these signals end this process with one line instead of a traceback.
 
-    Python runs a handler only between two of its instructions, which may be minutes apart.
-    Therefore a thread, which the signal wakes, ends the process.
+    Python runs a handler only between two bytecode instructions, which may be minutes apart.
+    Therefore a thread that the signal wakes up ends the process.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -33,7 +33,7 @@ def save_first(interrupt: Callable[[], None]) -> None:
 
     Args:
       interrupt: Requests the end of the study on Ctrl-C; the study handles SIGTERM itself. A second
-        Ctrl-C, or GRACE seconds, end the process at once. Files are never written in part.
+        Ctrl-C, or GRACE seconds, end the process at once. Files are never written partially.
     """
     _graceful.update({signal.SIGINT: interrupt, signal.SIGTERM: lambda: None})
 
@@ -55,7 +55,7 @@ def _wait(reader: int) -> None:
 
 def _end(number: int) -> None:
     text = (
-        f"stopped by {_NAMES[number]}: what was finished is saved; start again with the same "
+        f"stopped by {_NAMES[number]}: finished work is saved; start again with the same "
         "flags to continue\n"
     )
     if os.environ.get("JAX_PROCESS_ID", "0") == "0":

@@ -13,7 +13,7 @@ _held: list[int] = []  # open files of locks, which are released when the proces
 
 
 def acquire(workdir: str | os.PathLike) -> None:
-    """Lock a workdir until this process ends, for whatever reason.
+    """Lock a workdir until this process ends.
 
     Raises:
       ValueError: Another run has the lock.

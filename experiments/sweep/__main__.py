@@ -1,4 +1,4 @@
-"""Sweep a grid of edits over the layers of the language model, to locate where an answer is made.
+"""Sweep a grid of edits over the layers of the language model, to locate where answers form.
 
     python -m experiments.sweep --config=configs/embedded_sweep.py:tokens --workdir=DIR
 
@@ -7,8 +7,8 @@ metric is the log-odds of the picture's own answer against that of its partner, 
 answer token. The rows of the grid are layers, and its columns are one of
 
 * tokens: the residual of some tokens is replaced by the partner's (causal tracing by interchange);
-  where a model reads pictures by their size, the partner is scaled to the size of the picture, and
-  all pictures are divided into as many rows as the lowest of them has;
+  if a model reads pictures at their native resolution, the partner is scaled to the size of the
+  picture, and all pictures are divided into the number of rows of the one with the fewest;
 * heads: one attention head is ablated;
 * parts: attention or MLP is ablated;
 * strengths: the MLP is scaled.

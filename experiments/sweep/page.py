@@ -22,7 +22,7 @@ QUESTIONS = {
 
 @style.styled
 def grid(effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.ndarray) -> Figure:
-    """Draw effects by layer (upwards) and column; a dot marks intervals that exclude zero.
+    """Draw effects by layer (bottom to top) and column; a dot marks intervals that exclude zero.
 
     Args:
       effect: float[L, columns], nats of log-odds.
@@ -52,7 +52,7 @@ def grid(effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.n
 def panel(
     effect: np.ndarray, columns: Sequence[str], low: np.ndarray, high: np.ndarray
 ) -> charts.Panel:
-    """Return the same to hover over and to zoom; see `grid`."""
+    """Return the figure of `grid` as an interactive panel."""
     limit = max(float(np.abs(effect).max()), 1e-9)
     layers = [str(layer) for layer in range(len(effect))][::-1]
     hovers = [

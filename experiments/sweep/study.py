@@ -76,7 +76,7 @@ def partners(processor, name: str, pictures: list, style: str, count: int) -> li
     if not pairs:
         raise ValueError(
             f"domain {name} has no two pictures with the same question of style {style} and "
-            "different answers; name another config.style"
+            "different answers; set another config.style"
         )
     return pairs
 
@@ -108,7 +108,7 @@ def grid(
                 for a in config.strengths}  # fmt: skip
     own, partner = np.arange(config.batch_size), np.arange(config.batch_size) + config.batch_size
     where = {f"picture row {r}": tok.mask(mask) for r, mask in enumerate(picture_rows)}
-    where = where or {"picture": tok.image}  # of a Q-Former, whose tokens are on no grid
+    where = where or {"picture": tok.image}  # for a Q-Former, whose tokens are not on a grid
     where |= {"question": tok.question, "last token": tok.last}
     return {
         name: [mj.patch(S.lm.resid_post[i], partner, own, where=w) for i in layers]
@@ -119,11 +119,11 @@ def grid(
 def picture_rows(tokens: tok.TokenMap, layouts: Sequence[Layout], count: int) -> np.ndarray:
     """Return bool[count, B, T], the image tokens of each row of the pictures.
 
-    A picture of more rows is divided into this many bands; of a picture that is cut into tiles, a
-    band holds the tokens of the parts and of the whole that show it.
+    A picture with more rows is divided into this many bands. If a picture is split into tiles, a
+    band contains its tokens in the parts and in the whole picture.
 
     Args:
-      tokens: The token map of a batch of one picture a row.
+      tokens: The token map of a batch of one picture per row.
       layouts: How the picture of each row is read.
       count: The number of rows, at most that of each picture.
     """
@@ -136,7 +136,7 @@ def picture_rows(tokens: tok.TokenMap, layouts: Sequence[Layout], count: int) ->
 
 
 def _row_count(study: Context, pairs: list[Pair]) -> int:
-    """Return the number of rows of the picture that has fewest; 0 if tokens are on no grid."""
+    """Return the smallest number of rows of a picture; 0 if tokens are not on a grid."""
     config = study.model.config
     if config.token_grid or not config.depends_on_size:
         return config.token_grid  # of each tile
@@ -164,8 +164,8 @@ def _effects(study: Context, pairs: list[Pair], rows: int, length: int) -> dict[
     Args:
       study: The study.
       pairs: The pairs.
-      rows: The number of rows that pictures are divided into.
-      length: The tokens of a row of the batch.
+      rows: The number of rows into which pictures are divided.
+      length: The number of tokens of a row of the batch.
 
     Returns:
       `effect`, float32[columns, L, pairs]: the change of the log-odds by each edit; `columns`.
@@ -176,7 +176,7 @@ def _effects(study: Context, pairs: list[Pair], rows: int, length: int) -> dict[
     sides = [own for own, _ in filled] + [partner for _, partner in filled]
     sizes = [own.image.size for (own, _), _ in filled] * 2
     images = [example.image for example, _ in sides]
-    if model.config.depends_on_size:  # a partner's tokens must face those of the picture
+    if model.config.depends_on_size:  # a partner's tokens must correspond to those of the picture
         images = [image.resize(size) for image, size in zip(images, sizes, strict=True)]
     batch = processor(images, [q.prompt for _, q in sides], length=length)
     layouts = [processor.layout(size[::-1]) for size in sizes]

@@ -1,7 +1,7 @@
 """Attribution: how much of a metric depends on each gate, all gates in one backward pass.
 
 A gate multiplies a tensor and is 1 in the unedited model: `mj.scale(S.lm.mlp.act, gates)` with
-gates float32[L, F], `mj.scale(S.lm.attn.heads, gates)` with [L, N]. An attribution estimates by how
+gates float32[L, F], `mj.scale(S.lm.attn.heads, gates)` with [L, N]. An attribution estimates how
 much the metric decreases when a gate is closed:
 
     def metric(gates):
@@ -9,8 +9,8 @@ much the metric decreases when a gate is closed:
 
     attributed = attribution.integrated(metric, np.ones((L, F), np.float32), steps=8)
 
-A closed gate may also stand for another value than 0 (`interpolate`): for what the tensor is in a
-pass over another picture, in `patching`; for the mean of the picture, in `picture_attribution`.
+A closed gate may also substitute another value than 0 (`interpolate`): in `patching` the value of
+the tensor in another pass, in `picture_attribution` the mean of the picture.
 Gates may be any pytree, such as a dictionary of sites. All functions work inside and outside of
 `jax.jit`; outside, a metric or gradient that is not finite raises an error.
 """
@@ -41,10 +41,10 @@ class Attribution(NamedTuple):
 
 
 def interpolate(x: jax.Array, gate: jax.Array, closed: jax.Array) -> jax.Array:
-    """Return x where a gate is 1, what stands in its place where it is 0: a function for `call`.
+    """Interpolate between `closed`, at gate 0, and x, at gate 1: a function for `call`.
 
-    It is computed in float32 or better: the derivative by the gate is a difference of two sums, of
-    which a narrower dtype leaves little where x and what stands in its place are nearly equal.
+    It is computed in float32 or better: the derivative with respect to the gate is a difference of
+    two sums, of which a narrower dtype leaves little where x and `closed` are nearly equal.
     """
     x, gate = at_least_float32(x), at_least_float32(gate)
     return gate * x + (1 - gate) * closed
@@ -59,8 +59,8 @@ def first_order(metric: Callable[[Any], jax.Array], gates: Any) -> Attribution:
       metric: gates -> a scalar.
       gates: A pytree of arrays.
     """
-    value, slope = jax.value_and_grad(metric)(gates)
-    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), value))
+    value, gradient = jax.value_and_grad(metric)(gates)
+    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, gradient), value))
 
 
 def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) -> Attribution:
@@ -77,12 +77,12 @@ def integrated(metric: Callable[[Any], jax.Array], gates: Any, *, steps: int) ->
     if steps < 1:
         raise ValueError(f"steps={steps}: integrated gradients need one or more")
 
-    def slope_at(share: jax.Array) -> Any:
+    def gradient_at(share: jax.Array) -> Any:
         return jax.grad(metric)(jax.tree.map(lambda gate: gate * share, gates))
 
     gates = jax.tree.map(jnp.asarray, gates)
-    slope = mean_along_line(slope_at, jax.tree.map(jnp.zeros_like, gates), steps)
-    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, slope), metric(gates)))
+    gradient = mean_along_line(gradient_at, jax.tree.map(jnp.zeros_like, gates), steps)
+    return _checked(Attribution(jax.tree.map(jnp.multiply, gates, gradient), metric(gates)))
 
 
 def mean_along_line(function: Callable[[jax.Array], Any], zeros: Any, steps: int) -> Any:

@@ -1,4 +1,4 @@
-"""Checks of the arrays that functions of the analysis get: finite numbers, as float64."""
+"""Checks of the array arguments of `analysis`: finite numbers, as float64."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def finite(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
       axes: Its axes, such as "[N, F]"; None allows any.
 
     Raises:
-      ValueError: It is no array of numbers, has other axes, or holds a value that is not finite,
-        the first of which is named.
+      ValueError: It is not an array of numbers, has other axes, or holds values that are not
+        finite; the message gives the index of the first one.
     """
     values = numbers(values, name, axes=axes).astype(np.float64)
     _refuse(values, ~np.isfinite(values), name, "every value must be finite")
@@ -27,7 +27,7 @@ def finite(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
 
 
 def not_nan(values: Any, name: str, *, axes: str | None = None) -> np.ndarray:
-    """Return an array as `finite` does, but allow infinite values, such as a score of -inf."""
+    """Return an array like `finite`, but allow infinite values, such as a score of -inf."""
     values = numbers(values, name, axes=axes).astype(np.float64)
     if np.isnan(values).any():
         raise ValueError(f"{name}{np.argwhere(np.isnan(values))[0].tolist()} is not a number")
@@ -71,7 +71,7 @@ def mask(values: Any, name: str) -> np.ndarray:
 
 
 def one_a_row(values: Any, rows: int) -> Any:
-    """Return what a metric gave for a batch, traced or not, if it is one number for each row."""
+    """Return the values of a metric, traced or not, if they are one number for each row."""
     if np.shape(values) != (rows,):
         raise ValueError(
             f"the metric gives an array of shape {list(np.shape(values))}, expected [{rows}]: one "

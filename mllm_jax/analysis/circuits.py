@@ -1,11 +1,11 @@
-"""Circuits: whether some heads and MLPs, alone, carry the difference between two inputs.
+"""Circuits: whether some heads and MLPs alone carry the difference between two inputs.
 
-The nodes are heads and MLPs, at all tokens or by kind of token; a circuit is a mask of them. What
-is outside of it is set to the corrupt pass, what is inside is computed. Of a circuit that
+The nodes are heads and MLPs, at all tokens or by kind of token; a circuit is a mask of them. Nodes
+outside of it are set to their corrupt values, nodes inside are computed. A circuit is
 
-* is faithful, the metric is that of the whole model;
-* is complete, nothing is left without it: the metric of its complement is that of the corrupt pass;
-* is minimal, each node counts: the metric falls when it is taken out.
+* faithful if its metric is that of the whole model;
+* complete if the metric of its complement is that of the corrupt pass;
+* minimal if the metric falls when any of its nodes is removed.
 
     kinds = ("image", "text")
     scores = node_scores(patching.attribute(contrast, NODE_SITES), contrast, kinds=kinds)
@@ -39,14 +39,14 @@ ANY = ("any",)  # all tokens as one kind
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Circuits of growing size, beside random ones.
+    """The metric of circuits of growing size and of random circuits.
 
     Attributes:
       sizes: The number of nodes, int[n].
       circuit: The metric of each circuit, float[n, B].
       complement: The metric of all nodes but those of the circuit, float[n, B].
       random_circuit: The metric of random circuits, float[draws, n, B].
-      random_complement: The metric of all nodes but theirs, float[draws, n, B].
+      random_complement: The metric of all nodes but those of a random circuit, float[draws, n, B].
       clean: The metric of the clean batch, float[B].
       corrupt: The metric of the corrupt batch, float[B].
     """
@@ -63,7 +63,7 @@ class Curves:
         """Return the share of the difference between corrupt and clean, over all rows.
 
         Raises:
-          ValueError: There is no difference.
+          ValueError: The metrics of the clean and the corrupt batch are equal.
         """
         difference = (self.clean - self.corrupt).sum()
         if not difference:
@@ -75,12 +75,12 @@ class Curves:
 
     @property
     def faithfulness(self) -> Float[np.ndarray, " n"]:
-        """The share that the circuit recovers; 1 of the whole model."""
+        """The share that the circuit recovers; 1 for the whole model."""
         return self.recovered(self.circuit)
 
     @property
     def incompleteness(self) -> Float[np.ndarray, " n"]:
-        """The share that is left without the circuit; 0 of a complete one."""
+        """The share that is left without the circuit; 0 for a complete one."""
         return self.recovered(self.complement)
 
     @property
@@ -100,7 +100,7 @@ def node_scores(
     """Sum effects over the tokens of each kind and average them over rows.
 
     Args:
-      effects: What `patching.attribute` found at `NODE_SITES`.
+      effects: The result of `patching.attribute` for `NODE_SITES`.
       contrast: The contrast.
       kinds: Names of selectors of tokens that do not overlap, such as "image" and "text".
 
@@ -117,7 +117,7 @@ def evaluate(
     contrast: Contrast, circuits: Bool[np.ndarray, "R kinds L nodes"], *,
     kinds: Sequence[str] = ANY,
 ) -> Float[np.ndarray, "R B"]:  # fmt: skip
-    """Compute the metric of circuits, all else being corrupt.
+    """Compute the metric of circuits with all other nodes corrupt.
 
     Args:
       contrast: The contrast.
@@ -144,8 +144,8 @@ def curves(
       scores: The score of each node, see `node_scores`; the largest make a circuit.
       sizes: Numbers of nodes.
       kinds: See `node_scores`.
-      draws: How many random circuits of each size.
-      seed: Of these.
+      draws: The number of random circuits of each size.
+      seed: The seed of the random circuits.
 
     Raises:
       ValueError: A size is below 0 or above the number of nodes.
@@ -166,7 +166,7 @@ def curves(
 def minimality(
     contrast: Contrast, circuit: Bool[np.ndarray, "kinds L nodes"], *, kinds: Sequence[str] = ANY
 ) -> Float[np.ndarray, "kinds L nodes"]:
-    """Compute by how much the metric falls when a node is taken out of a circuit, averaged by row.
+    """Compute the decrease of the metric when each node is removed from a circuit, mean over rows.
 
     Args:
       contrast: The contrast.
@@ -174,7 +174,7 @@ def minimality(
       kinds: See `node_scores`.
 
     Returns:
-      The fall for each node of the circuit; 0 outside.
+      The decrease for each node of the circuit; 0 for other nodes.
     """
     circuit = checks.mask(circuit, "circuit")
     lanes = np.concatenate([circuit[None], without_each(circuit, circuit)])
@@ -200,7 +200,7 @@ def _masks(contrast: Contrast, kinds: Sequence[str]) -> list[Bool[np.ndarray, "B
     selectors = [tokens.of(None if kind in ANY else kind) for kind in kinds]
     masks = [np.asarray(selector.mask(map_)) for selector in selectors]
     if (np.sum(masks, 0) > 1).any():
-        raise ValueError(f"kinds={', '.join(kinds)}: a token is of several of these kinds")
+        raise ValueError(f"kinds={', '.join(kinds)}: a token belongs to several of these kinds")
     if empty := [kind for kind, mask in zip(kinds, masks, strict=True) if not mask.any()]:
         raise ValueError(f"kinds={', '.join(kinds)}: the batch has no token of {', '.join(empty)}")
     return masks
@@ -209,7 +209,7 @@ def _masks(contrast: Contrast, kinds: Sequence[str]) -> list[Bool[np.ndarray, "B
 def _corrupt_outside(
     contrast: Contrast, masks: Sequence[np.ndarray], circuit: Bool[np.ndarray, "kinds L nodes"]
 ) -> Edits:
-    """Return the patches of a joined batch that corrupt what is outside of a circuit."""
+    """Return the patches of a joined batch that corrupt all nodes outside of a circuit."""
     edits = Edits()
     for mask, inside in zip(masks, circuit, strict=True):
         rows = np.flatnonzero(mask.any(1))
@@ -217,6 +217,6 @@ def _corrupt_outside(
         for site, outside in ((S.lm.attn.heads, ~inside[:, :-1]), (S.lm.mlp.out, ~inside[:, -1])):
             if outside.any():
                 edits >>= edits_.patch(site[outside], rows + contrast.rows, rows, where=where)
-            else:  # An edit must select something: rows are set to themselves.
+            else:  # An edit must select something: patch rows with themselves.
                 edits >>= edits_.patch(site, rows, rows, where=where)
     return edits

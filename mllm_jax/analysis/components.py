@@ -15,7 +15,7 @@ class Components(NamedTuple):
     Attributes:
       scores: float64[N, k], coordinates of each example.
       axes: float64[k, F], unit vectors whose entry of largest absolute value is positive.
-      share: float64[k], share of the total variance; 0 where nothing varies.
+      share: float64[k], share of the total variance; 0 if nothing varies.
       centre: float64[F], the mean.
     """
 
@@ -55,7 +55,7 @@ def between(features: np.ndarray, domain: np.ndarray) -> float:
     features = checks.finite(features, "features", axes="[N, F]")
     domain = checks.numbers(domain, "domain")
     if domain.shape != features.shape[:1] or not np.issubdtype(domain.dtype, np.integer):
-        raise ValueError(f"domain must be {len(features)} integers, one an example")
+        raise ValueError(f"domain must be {len(features)} integers, one per example")
     if not features.size:
         raise ValueError(f"features {features.shape} are of no example")
     centred = _centred(features)

@@ -1,10 +1,9 @@
-"""Nearest contextual words: the words in texts whose states a state is most like.
+"""Nearest contextual words: the words in texts whose states are most similar to a state.
 
-A logit lens names the word that a state predicts, among single words of the vocabulary. LatentLens
-(Krojer et al. 2026, "LatentLens: Revealing Highly Interpretable Visual Tokens in LLMs") names what
-a state is like instead: its nearest neighbours, by cosine, among the states of words as they stand
-in texts, at the same layer and at others, all of which compete. An image token of an early layer is
-often nearest to words of a middle one. Nothing is trained.
+A logit lens gives the words of the vocabulary that a state predicts. LatentLens (Krojer et al.
+2026, "LatentLens: Revealing Highly Interpretable Visual Tokens in LLMs") gives instead its nearest
+neighbours, by cosine similarity, among the states of words in given texts, at all layers together.
+An image token of an early layer is often nearest to words of a middle one. Nothing is trained.
 
     captures = {"x": mj.keep(S.lm.resid_post[[0, 8, 16, 24]], where=tok.question)}
     x = mj.run(model, processor(None, texts), None, captures, logits="none")["x"]  # [L, B, T, D]
@@ -28,7 +27,7 @@ CHUNK = 256  # states whose cosines with all words exist at one time
 
 
 class Neighbours(NamedTuple):
-    """The words that states are nearest to, the nearest first; of equal ones the first of the bank.
+    """The nearest words of each state, the nearest first; ties in the order of the bank.
 
     Attributes:
       words: The rows of the bank, int32[n, k].
@@ -54,7 +53,7 @@ def nearest(states: Float[AnyArray, "n D"], bank: Float[AnyArray, "m D"], k: int
     bank = checks.finite(bank, "bank", axes="[m, D]")
     if states.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"states are {states.shape} and the bank {bank.shape}: give both one width"
+            f"states are {states.shape} and the bank is {bank.shape}: their widths must be equal"
         )
     k = require_whole("k", k, least=1)
     if k > len(bank):
@@ -75,6 +74,6 @@ def _nearest(states: Float[Array, "n D"], bank: Float[Array, "m D"], *, k: int):
 
 
 def _unit(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    """Return rows of length one, float32; rows of zeros stay."""
+    """Return rows of norm 1, float32; rows of zeros are unchanged."""
     length = np.linalg.norm(x, axis=-1, keepdims=True)
     return (x / np.where(length > 0, length, 1)).astype(np.float32)

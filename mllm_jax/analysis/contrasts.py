@@ -1,8 +1,8 @@
 """Contrasts: a metric of two inputs, clean and corrupt, whose difference is to be explained.
 
-The batches have one layout: the same questions about other pictures, or other questions of as many
-tokens about the same ones. `patching`, `paths`, `edges` and `circuits` ask which parts of the model
-carry the difference.
+The batches have one layout: the same questions about other pictures, or other questions of equally
+many tokens about the same pictures. `patching`, `paths`, `edges` and `circuits` ask which parts of
+the model carry the difference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Contrast:
     """A metric of two batches, clean and corrupt; see `of`.
 
     Attributes:
-      metric: A pure function of the logits of one pass that gives float[B], one value a row.
+      metric: A pure function of the logits of one pass that gives float[B], one value per row.
       model: See `run`.
       clean: The batch whose metric is explained.
       corrupt: The batch that activations are taken from.
@@ -72,15 +72,15 @@ class Contrast:
           logits: See `run`.
 
         Raises:
-          ValueError: The rows of the batches are of different lengths, or a token is of another
-            kind, or stands elsewhere on its picture; or an edit is a patch.
+          ValueError: The batches have rows of different lengths, or differ in the kind of a token
+            or its position on the picture; or an edit is a patch.
         """
         clean, corrupt = (b.replace(processor=None) for b in (clean, corrupt))
         _check_alike(model, clean, corrupt)
         if any(edit.kind == "patch" for edit in edits or ()):
             raise ValueError(
-                "a contrast takes no patch among its edits: its row numbers would mean other rows "
-                "where both batches are one"
+                "a contrast takes no patch among its edits, because its row numbers would be those "
+                "of another batch when both batches are joined"
             )
         metric = jax.tree_util.Partial(_by_row, metric=as_partial(metric))
         return cls(metric, model, clean, corrupt, edits or Edits(), logits)
@@ -92,7 +92,7 @@ class Contrast:
 
     @property
     def is_row(self) -> Bool[np.ndarray, " B"]:
-        """False for rows that only fill up the batches."""
+        """False for rows that only pad the batches."""
         return np.asarray(np.any(np.asarray(self.clean.valid), -1))
 
     def metric_of(self, batch: Batch) -> Float[np.ndarray, " B"]:
@@ -131,7 +131,7 @@ class Contrast:
 
 
 def _by_row(out: Out, metric: Callable[[Out], Array]) -> Array:
-    """Return a metric of a pass, one value a row."""
+    """Return a metric of a pass, one value per row."""
     assert out.logits is not None, "the metric of a contrast reads logits"
     return checks.one_a_row(metric(out), len(out.logits))
 
@@ -152,12 +152,12 @@ def _check_alike(model: Model, clean: Batch, corrupt: Batch) -> None:
                 raise ValueError(
                     f"clean and corrupt batch differ in the {name} of {module} token {token} of "
                     f"row {row}: {first[row, token]} and {second[row, token]}. Give them questions "
-                    "of as many tokens and pictures on equal grids"
+                    "of equally many tokens and pictures on equal grids"
                 )
 
 
 def input_sites(contrast: Contrast) -> tuple[Site, ...]:
-    """Return the sites by which inputs enter the language model."""
+    """Return the sites at which inputs enter the language model."""
     shapes = site_shapes(contrast.model, contrast.clean)
     return tuple(site for site in (S.lm.embed, S.projector.deepstack) if site.name in shapes)
 
@@ -178,7 +178,7 @@ def line_between(contrast: Contrast, corrupt: dict[str, Array], share: Float[Arr
 
 
 def with_layers(site: Site, value: Array) -> Array:
-    """Return the value of a site with the axis of layers, also of one that exists once."""
+    """Return the value of a site with an axis of layers, even if the site exists once."""
     return value if site.stacked else value[None]
 
 

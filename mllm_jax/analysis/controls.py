@@ -1,11 +1,11 @@
 """Control neurons that match others by layer and by activation rate.
 
-Random neurons of the same layers control for the number of neurons alone: domain neurons are
-active on most tokens of their domain, random ones often on half of them. These draws are as active:
+Random neurons of the same layers control for the number of neurons only: domain neurons are active
+on most tokens of their domain, random ones often on half of them. These draws are equally active:
 
     matched = controls.rate_matched(selection.mask, selection.probability, mean, draws=10)
     matched.mask[0]      # bool[D_, L, F], the first draw
-    matched.unmatched()  # (domain, layer) where the layers lack such neurons
+    matched.unmatched()  # (domain, layer) without enough such neurons
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import numpy as np
 from mllm_jax.analysis import checks, domain_neurons
 from mllm_jax.typing import Bool, Float, Int
 
-ATTEMPTS = 20  # an exchange of one neuron may help no more where another set is closer
+ATTEMPTS = 20  # exchanges of single neurons can end in a local optimum
 TOLERANCE = 0.02  # the difference of mean activation rates that counts as matched
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Control:
-    """Draws of neurons beside those that they stand for; R draws, D_ domains, L layers, F neurons.
+    """Control neurons for given neurons. R draws, D_ domains, L layers, F neurons.
 
     Attributes:
       mask: bool[R, D_, L, F], the neurons of each draw.
       rate: float64[D_, L], the mean activation rate of the neurons to match; NaN for none.
       drawn_rate: float64[R, D_, L], that of each draw; NaN where a draw has no neuron.
-      missing: int64[D_, L], the neurons that a draw lacks because the layer has too few others;
-        where draws differ, that of the smallest.
+      missing: int64[D_, L], the number of neurons that a draw lacks because the layer has too few
+        others; if draws differ, that of the smallest.
       tolerance: The difference of mean rates that counts as matched.
     """
 
@@ -67,11 +67,11 @@ def rate_matched(
 
     Each neuron's rate, moved at random by at most the tolerance, is paired with the nearest rate of
     the layer's other neurons, without replacement within a draw. Neurons are then exchanged as long
-    as an exchange brings the mean rate of the draw closer to the tolerance; where that does not
-    suffice, a few more attempts begin farther away. A layer may lack such neurons, or have too few
-    of any rate: the draws come as close as they can, and the result tells by how much they miss.
-    Last, neurons are exchanged for others of like rates as long as that brings the mean activation
-    of the draw closer.
+    as that brings the mean rate of the draw closer to that of the neurons; if the tolerance is not
+    reached, a few more attempts start from larger random moves. A layer may lack such neurons, or
+    have too few of any rate: the draws come as close as they can, and the result states the
+    remaining difference. Finally, neurons are exchanged for others of similar rates as long as that
+    brings the mean activation of the draw closer.
 
     Args:
       mask: bool[D_, L, F], the neurons to match.
@@ -127,18 +127,18 @@ def high_entropy(
     key: int | jax.Array = 0,
     share: float = 0.25,
 ) -> Bool[np.ndarray, "draws domains layers neurons"]:
-    """Draw neurons of the same layers that are as active in one domain as in another.
+    """Draw neurons of the same layers that are equally active in all domains.
 
     Args:
-      mask: bool[D_, L, F], the neurons to stand for; no draw holds neurons of any domain's mask.
+      mask: bool[D_, L, F], the neurons to match; no draw holds neurons of any domain's mask.
       entropy: float[L, F], of the activation rates over domains, `domain_neurons.entropy`.
       draws: Number of draws.
       key: An int seed or a JAX PRNG key. The same key gives the same draws.
-      share: The share of the layer's other neurons, those of highest entropy, to draw from; more
-        where the mask has more neurons.
+      share: The share of the layer's other neurons, those of highest entropy, to draw from; larger
+        if the mask has more neurons than that.
 
     Returns:
-      The draws; a layer that lacks other neurons gives all that it has.
+      The draws; a layer with too few other neurons gives all of them.
     """
     mask = checks.mask(mask, "mask")
     entropy = checks.finite(entropy, "entropy", axes="[L, F]")
@@ -161,7 +161,7 @@ def high_entropy(
 def compare(
     mask: np.ndarray, rate: np.ndarray, drawn: np.ndarray, *, tolerance: float = TOLERANCE
 ) -> Control:
-    """Compare the activation rates of draws, of whatever kind, with those of the neurons.
+    """Compare the activation rates of draws of any kind with those of the neurons.
 
     Args:
       mask: bool[D_, L, F], the neurons.
@@ -189,7 +189,7 @@ def mean_rate(mask: np.ndarray, rate: np.ndarray) -> Float[np.ndarray, "*lead la
 def _draw(
     wanted: np.ndarray, offered: np.ndarray, tolerance: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the indices of offered rates that stand for the wanted ones in one draw."""
+    """Return the indices of offered rates that match the wanted ones in one draw."""
     if len(offered) <= len(wanted):
         return np.arange(len(offered))
     shuffled = rng.permutation(len(offered))  # so that equal rates are taken at random
@@ -219,17 +219,17 @@ def _match_means(
 ) -> np.ndarray:
     """Exchange taken neurons for others until the sum of their means is near a total.
 
-    An exchange is between rates that differ by at most the tolerance, and keeps the mean rate
-    within it, or as far from it as it was. It ends within that share of the total, or where no
-    exchange comes closer.
+    An exchange is between rates that differ by at most the tolerance, and moves the mean rate no
+    farther outside of it. Exchanges end when the sum is within that share of the total, or when
+    none brings it closer.
 
     Args:
       taken: int[n], the neurons to begin with.
       rates: float[F], the activation rate of each neuron.
       means: float[F], its mean activation.
       total_rate: The sum of rates to keep.
-      total: The sum of means to come to.
-      tolerance: Of rates.
+      total: The sum of means to reach.
+      tolerance: The tolerance of rates.
 
     Returns:
       int[n], the neurons.
@@ -261,7 +261,7 @@ def _nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _distinct(places: np.ndarray, size: int) -> np.ndarray:
     """Spread sorted places below `size`, some of them equal, to the nearest distinct ones.
 
-    Moving them only up and only down both makes them distinct; half way in between stays so.
+    Moving them only up or only down makes them distinct; so does the mean of both.
     """
     steps = np.arange(len(places))
     base, room = places - steps, size - len(places)
@@ -273,7 +273,7 @@ def _distinct(places: np.ndarray, size: int) -> np.ndarray:
 def _exchange(taken: np.ndarray, rates: np.ndarray, total: float, slack: float) -> None:
     """Exchange taken for other rates in place, until their sum is within `slack` of a total.
 
-    Each step is the best exchange of one rate; it ends where none brings the sum closer.
+    Each step is the best exchange of one rate; steps end when none brings the sum closer.
     """
     while abs(excess := float(rates[taken].sum()) - total) > slack:
         inside, outside = np.flatnonzero(taken), np.flatnonzero(~taken)

@@ -1,8 +1,8 @@
-"""Corrupt pictures: what the clean picture of a contrast is replaced by; see `patching`.
+"""Corrupt pictures: replacements of the clean picture of a contrast; see `patching`.
 
-The text, the number of tokens and their places stay as they are, so that each token of the clean
-batch corresponds to a token of the corrupt one. Batches with vision features in place of pixels
-are corrupted there.
+The text, the number of tokens and their positions are unchanged, so that each token of the clean
+batch corresponds to a token of the corrupt one. If a batch has vision features in place of pixels,
+its features are corrupted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def noise(batch: Batch, *, scale: float = 3.0, seed: int = 0) -> Batch:
 
     Args:
       batch: The clean batch.
-      scale: The standard deviation of the noise, in those of the pictures' own values (Meng et al.
-        2022 take 3 at the embeddings).
-      seed: Of the noise.
+      scale: The standard deviation of the noise, as a multiple of that of the pictures' own values
+        (Meng et al. 2022 use 3 at the embeddings).
+      seed: The seed of the noise.
     """
     name, values, real = _pictures(batch)
     wide = _wide(values)
@@ -36,7 +36,7 @@ def noise(batch: Batch, *, scale: float = 3.0, seed: int = 0) -> Batch:
 
 
 def mean(batch: Batch) -> Batch:
-    """Replace each picture by its mean: one colour a tile, or one patch for all of its places."""
+    """Replace each picture by its mean: one colour per tile, or one patch at all positions."""
     name, values, real = _pictures(batch)
     wide = _wide(values)
     if values.ndim == 3:
@@ -58,12 +58,12 @@ def exchange(model: Model, batch: Batch, pictures_of: Int[np.ndarray, " B"]) -> 
       pictures_of: The row whose pictures each row gets, int[B].
 
     Raises:
-      ValueError: The pictures of two rows are not of equal grids.
+      ValueError: The pictures of two rows have different grids.
     """
     batch = model.unshared(batch)
     source, rows = np.asarray(pictures_of), len(batch.ids)
     if source.shape != (rows,) or ((source < 0) | (source >= rows)).any():
-        raise ValueError(f"pictures_of={source.tolist()}: one row of the batch for each of {rows}")
+        raise ValueError(f"pictures_of={source.tolist()} must give a row for each of {rows} rows")
     _check_grids(batch, source)
     readers, at = np.asarray(model.config.readers(batch)), np.arange(len(batch.tile))
     for row, other in enumerate(source):
@@ -83,7 +83,7 @@ def _check_grids(batch: Batch, source: Int[np.ndarray, " B"]) -> None:
         own, theirs = ([p[r][is_picture[r]] for p in (kind, *places)] for r in (row, other))
         if any(len(a) != len(b) or (a != b).any() for a, b in zip(own, theirs, strict=True)):
             raise ValueError(
-                f"row {row} cannot get the pictures of row {other}: they are not of equal grids "
+                f"row {row} cannot get the pictures of row {other}: their grids differ "
                 f"({len(own[0])} and {len(theirs[0])} tokens); choose pictures of one size"
             )
 
@@ -100,14 +100,14 @@ def _pictures(
 
 
 def _places(batch: Batch, values: Float[np.ndarray, "I P n"]) -> Bool[np.ndarray, "I P"]:
-    """Return which places of each tile hold a patch."""
+    """Return which positions of each tile hold a patch."""
     if batch.grid is None:
         return np.ones(values.shape[:2], bool)
     return np.arange(values.shape[1]) < np.asarray(batch.grid).prod(-1)[:, None]
 
 
 def _wide(values: Float[np.ndarray, "I ..."]) -> Float[np.ndarray, "I ..."]:
-    """Return values in float32 or wider: NumPy adds up narrower ones in their own dtype."""
+    """Return values in float32 or wider: NumPy sums narrower ones in their own dtype."""
     return values.astype(precision.at_least_float32_dtype(values.dtype))
 
 

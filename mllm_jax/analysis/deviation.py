@@ -106,7 +106,7 @@ def _largest(xp: Any, x: Any) -> Any:
 
 
 def _divide(xp: Any, x: Any, by: Any) -> Any:
-    """Divide vectors by numbers; a zero divides as one."""
+    """Divide vectors by numbers, where 0 is taken as 1."""
     return x / xp.where(by == 0, 1, by)[..., None]
 
 

@@ -1,18 +1,17 @@
 """Direct logit attribution: what each part of the model adds to a logit, or to a difference of two.
 
-The last state is the sum of the embedding and of what each attention and MLP adds to it, and a
-logit is the product of its norm with a row of the head. With the factor of the final norm folded
-into that row, a logit is therefore a sum over layers, heads, MLPs, and the tokens that heads read:
+The last state is the sum of the embedding and of the outputs of all attentions and MLPs, and a
+logit is the product of the normalised state with a row of the head. With the factor of the final
+norm folded in, a logit is therefore a sum over layers, heads, MLPs, and the tokens that heads read:
 
     found = direct_logits.attribute(model, batch, right, wrong)
     found.heads                                  # float32[L, B, N]
     found.by_token                               # float32[L, B, N, S]
-    found.total, found.logits                    # equal, but for rounding
+    found.total, found.logits                    # equal up to rounding
 
-Only direct effects count: what a part changes by way of later layers is in the shares of these
-(Elhage et al. 2021, "A mathematical framework for transformer circuits"). It is the logit before
-a soft cap (Gemma 2) that is the sum. Norms after attention (Gemma 2 and 3) are folded like the
-final one.
+Only direct effects count: what a part changes through later layers is attributed to these layers
+(Elhage et al. 2021, "A mathematical framework for transformer circuits"). The sum is the logit
+before a soft cap (Gemma 2). Norms after attention (Gemma 2 and 3) are folded in like the final one.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class DirectLogits:
     """What each part of the model adds to the logit of each row, at its last token.
 
     Attributes:
-      embed: Of the embedding of the last token, float32[B].
-      attention: Of attention by layer, float32[L, B].
-      mlp: Of the MLP by layer, float32[L, B].
-      heads: Of each head, float32[L, B, N]. They sum to `attention`, but for the bias of its last
-        map where it has one.
-      by_token: Of each token that a head reads, float32[L, B, N, S]. They sum to `heads`, but for
-        heads that an edit changed themselves.
+      embed: The term of the embedding of the last token, float32[B].
+      attention: The term of attention in each layer, float32[L, B].
+      mlp: The term of the MLP in each layer, float32[L, B].
+      heads: The term of each head, float32[L, B, N]. They sum to `attention`, except for the bias
+        of the output projection, if it has one.
+      by_token: The term of each token that a head reads, float32[L, B, N, S]. They sum to `heads`,
+        except for heads that an edit changes directly.
       logits: The logit before a soft cap, or the difference of two, float32[B].
     """
 
@@ -101,11 +100,11 @@ def attribute(
 def decompose(
     model: Model, captured: dict[str, Array], right: ArrayLike, wrong: ArrayLike | None = None
 ) -> DirectLogits:
-    """Attribute logits of a pass that read `CAPTURES`; arguments as `attribute`.
+    """Attribute the logits of a pass that captured `CAPTURES`.
 
     Args:
       model: The model of the pass.
-      captured: What the pass read, by the names of `CAPTURES`.
+      captured: The captures, by the names of `CAPTURES`.
       right: See `attribute`.
       wrong: See `attribute`.
 
@@ -116,7 +115,9 @@ def decompose(
     words = [word for word in (right, wrong) if word is not None]
     for word in words:
         if not isinstance(word, jax.core.Tracer) and not np.isin(word, np.arange(vocab)).all():
-            raise ValueError(f"the words {word} are not all ids of a vocabulary of {vocab}")
+            raise ValueError(
+                f"the words {word} are not all ids of the vocabulary, 0 to {vocab - 1}"
+            )
     ids = jnp.stack([jnp.broadcast_to(jnp.asarray(word), (rows,)) for word in words])
     return _decompose(model, {name: captured[name] for name in CAPTURES}, ids)
 

@@ -6,14 +6,14 @@ States are one vector for each example, such as `mj.mean(site, where=tok.image)`
     mj.generate(model, batch, page.edit(2.0))
     directions.write(page, "page.safetensors")
 
-`find` knows three kinds. Each is scaled to the length at which it moves the mean of the negative
-set to that of the positive one, as seen along it: a strength of 1 means the same for all.
+`find` knows three kinds. Each is scaled to the distance of the means of the negative and the
+positive set along the direction, so that a strength of 1 means the same for all.
 
 * "means": the difference of the two means (Marks and Tegmark 2024; of contrastive pairs, Rimsky et
   al. 2024: the mean of the paired differences is the difference of the means).
 * "component": the first principal component of the differences of contrastive pairs, each pair
   taken in both orders (Zou et al. 2023, "Representation engineering").
-* "probe": the weights of a logistic regression that tells the two sets apart.
+* "probe": the weights of a logistic regression that separates the two sets.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ FIELDS = ("format", "site", "layers", "where", "kind", "norms", "model")
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-    """A vector for a site, or one for each of some layers of it.
+    """A vector for a site, or one for each of several of its layers.
 
     Attributes:
-      site: The site, of one vector for each token.
+      site: The site, which has one vector for each token.
       layers: The layer of each vector; empty for a site that exists once.
       vectors: The vectors, float32[L, D].
-      where: The tokens that it is added to, as `--edits` writes them.
+      where: The tokens that it is added to, in the syntax of `--edits`.
       kind: How it was found.
-      model: The name of the model that it is of; "" where it is not known.
+      model: The name of its model; "" if not known.
 
     Raises:
-      ValueError: The vectors are not finite, or not one for each layer; or the site or the tokens
-        are of another kind.
+      ValueError: The vectors are not finite, or not one for each layer; or the site does not have
+        one vector for each token, or the tokens are not given by kind.
     """
 
     site: Site
@@ -113,17 +113,18 @@ def find(
     Args:
       kind: "means", "component" or "probe", see above.
       positive: The states that the direction leads to, float[N, D] of one layer or [L, N, D].
-      negative: Those that it leads from. For "component", row i of both is a contrastive pair.
+      negative: The states that it leads from. For "component", rows i of both are a contrastive
+        pair.
       target: The site and the layers of the states, such as `lm.resid_post[12]`.
-      where: The tokens to add it to, as `--edits` writes them.
+      where: The tokens to add it to, in the syntax of `--edits`.
       model: The name of the model.
 
     Raises:
-      ValueError: The states are not finite, are zeros as those of rows that fill up a batch, or do
+      ValueError: The states are not finite, are zeros like those of rows that pad a batch, or do
         not fit each other or the target; or the sets do not differ along the direction.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind='{kind}' is none of {', '.join(KINDS)}")
+        raise ValueError(f"kind='{kind}' is not one of {', '.join(KINDS)}")
     address = Address.of(target)
     sets = [checks.finite(x, n) for x, n in ((positive, "positive"), (negative, "negative"))]
     if any(x.ndim not in (2, 3) or not x.shape[-2] for x in sets):
@@ -132,9 +133,7 @@ def find(
     for x, name in zip(sets, ("positive", "negative"), strict=True):
         if (empty := np.argwhere(~x.any(-1))).size:
             place = empty[0].tolist()
-            raise ValueError(
-                f"{name}{place} is a state of zeros: leave out rows that fill up a batch"
-            )
+            raise ValueError(f"{name}{place} is a state of zeros: leave out rows that pad a batch")
     a, b = (x if x.ndim == 3 else x[None] for x in sets)
     if a.shape[::2] != b.shape[::2]:
         raise ValueError(f"positive {sets[0].shape} and negative {sets[1].shape}: unequal L or D")
@@ -152,7 +151,7 @@ def _layers(address: Address, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
     Args:
       address: The address of the states.
-      lengths: The length of their axis of layers, nothing where they have none.
+      lengths: The length of their layer axis; empty if they have none.
     """
     form, value = address.layers.form, np.asarray(address.layers.value)
     if address.units.form != "all":
@@ -176,7 +175,7 @@ def _scaled(
     """Return the part of the difference of two means that lies along a vector."""
     difference = _difference_of_means(a, b)
     vector = weight * (weight @ difference) / max(weight @ weight, np.finfo(np.float64).tiny)
-    # Of float32 states, a smaller difference is of rounding.
+    # A smaller difference of float32 states is rounding.
     least = np.finfo(np.float32).eps * max(np.abs(a).max(), np.abs(b).max())
     if np.linalg.norm(vector) <= least:
         raise ValueError("positive and negative do not differ along the direction")
@@ -223,9 +222,9 @@ def _logistic_regression(
     weight = np.zeros(z.shape[1])
     for _ in range(100):
         wrong = np.exp(-np.logaddexp(0, sign * (z @ weight)))  # the probability of the other set
-        slope = decay * weight - z.T @ (sign * wrong)
+        gradient = decay * weight - z.T @ (sign * wrong)
         curvature = np.diag(decay) + (z.T * wrong * (1 - wrong)) @ z
-        step = np.linalg.lstsq(curvature, slope)[0]
+        step = np.linalg.lstsq(curvature, gradient)[0]
         size = next((s for s in 0.5 ** np.arange(30) if loss(weight - s * step) < loss(weight)), 0)
         if not size:  # nothing lies lower, up to rounding
             break
@@ -262,7 +261,7 @@ def read(path: str | os.PathLike) -> Direction:
     Raises:
       FileNotFoundError: There is no such file.
       OSError: It is not a regular file.
-      ValueError: It is damaged, or its record is missing or says something else than its vectors.
+      ValueError: It is damaged, or its record is missing or does not match its vectors.
     """
     path = _require_suffix(path)
     record, stored = tensors.read_metadata(path), tensors.open_file(path)
@@ -283,7 +282,7 @@ def read(path: str | os.PathLike) -> Direction:
             record["kind"], record["model"],
         )  # fmt: skip
         if len(norms) != len(found.norms) or not np.allclose(norms, found.norms, rtol=1e-4):
-            raise ValueError("its vectors have other norms than its record says")
+            raise ValueError("its vectors do not have the norms in its record")
     except (ValueError, KeyError) as error:
         raise ValueError(files.refusal(path, [files.line(error.args[0], 180)])) from error
     return dataclasses.replace(found, vectors=np.asarray(found.vectors, np.float32))
@@ -305,5 +304,5 @@ def _numbers(text: str, kind: type[int] | type[float]) -> list[float]:
     numbers = json.loads(text) if len(text) < 2**16 else None
     allowed = (int,) if kind is int else (int, float)
     if not isinstance(numbers, list) or not all(type(n) in allowed for n in numbers):
-        raise ValueError(f"{files.shown(text)} is no list of numbers")
+        raise ValueError(f"{files.shown(text)} is not a list of numbers")
     return numbers

@@ -1,7 +1,7 @@
 """Domain-specific neurons by the entropy of their activation probability over domains (DAPE).
 
-A neuron that fires in one domain and hardly in the others has a low entropy; one that fires alike
-in all of them has the highest, ln D_. Method: MMNeuron (Huo et al., EMNLP 2024), after LAPE (Tang
+A neuron that fires mostly in one domain has a low entropy; one that fires equally often in all of
+them has the highest, ln D_. Method: MMNeuron (Huo et al., EMNLP 2024), after LAPE (Tang
 et al., ACL 2024).
 """
 
@@ -33,8 +33,8 @@ class SelectedNeurons:
         where each layer has its own.
       bar: A selected neuron belongs to the domains in which its probability exceeds this. A
         float, or float64[L].
-      k: The number of neurons that `top_rate` stands for; of all modules, where they share
-        thresholds.
+      k: The number of neurons that `top_rate` corresponds to; of all modules together, if they
+        share thresholds.
     """
 
     entropy: np.ndarray
@@ -59,9 +59,9 @@ def select(
 ) -> SelectedNeurons:
     """Select the domain-specific neurons of one module.
 
-    Rates become ranks by Python's `round` (half to even), ranks count from the smallest value,
-    comparisons are strict. Of equal entropies the neuron of the highest probability in any domain
-    comes first, then (layer, neuron) order; with compat="official" the latter alone.
+    Rates become ranks by Python's `round` (half to even), ranks count from the smallest value, and
+    comparisons are strict. Among equal entropies the neuron with the highest probability in any
+    domain comes first, then (layer, neuron) order decides; with compat="official" only the latter.
 
     Args:
       counts: int[D_, L, F], number of tokens of each domain on which a neuron is active.
@@ -70,9 +70,9 @@ def select(
       filter_rate: Quantile of all probabilities (layers, neurons, domains) that a candidate must
         exceed in some domain.
       bar_rate: Quantile that a selected neuron must exceed in a domain to belong to it.
-      assign: "multiple", or "single": a neuron belongs to its most probable domain alone.
+      assign: "multiple", or "single": a neuron belongs only to its most probable domain.
       names: The domains' names, for error messages only.
-      compat: "official" divides in float32 and fills up to `k` with neurons that are no
+      compat: "official" divides in float32 and fills up to `k` with neurons that are not
         candidates, as the released code does; see docs/official.md.
 
     Returns:
@@ -95,13 +95,14 @@ def select_modules(
     names: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, SelectedNeurons]:
-    """Select in several modules, whose neurons compete within a layer, a module or all of them.
+    """Select the neurons of several modules, ranked within a layer, a module or all modules.
 
     Args:
       counts: {module: int[D_, L, F]}; L and F are each module's own.
       tokens: {module: int[D_]}.
-      thresholds: "module": each for itself, as in the paper; "global": one ranking, one threshold
-        and one bar over all modules; "layer": each layer for itself, so that no layer is empty.
+      thresholds: "module": each module separately, as in the paper; "global": one ranking, one
+        threshold and one bar over all modules; "layer": each layer separately, so that no layer is
+        empty.
       names: The domains' names, for error messages only.
       **options: Rates, assign and compat, as in `select`.
 
@@ -111,8 +112,8 @@ def select_modules(
     rule = _Rule(**options)
     if not counts or counts.keys() != tokens.keys():
         raise ValueError(
-            f"counts of {', '.join(counts) or 'no module'}, tokens of "
-            f"{', '.join(tokens) or 'none'}: both are needed, of the same modules"
+            f"counts are of {', '.join(counts) or 'no module'}, tokens of "
+            f"{', '.join(tokens) or 'none'}: both must be of the same modules"
         )
     probabilities = {m: _probability(counts[m], tokens[m], names, rule) for m in counts}
     if thresholds == "module":
@@ -124,7 +125,7 @@ def select_modules(
         }
     if thresholds == "global":
         return _select_together(probabilities, rule)
-    raise ValueError(f"thresholds={thresholds!r} is none of 'module', 'global', 'layer'")
+    raise ValueError(f"thresholds={thresholds!r} is not one of 'module', 'global', 'layer'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ class _Rule:
         candidate = (probability > threshold).any(axis=0)
         filtered = np.where(candidate, entropy(probability), np.inf)
         k = round(self.top_rate * filtered.size)
-        # Of equal entropies, such as 0, the most active neuron and not that of the first layer.
+        # Among equal entropies, such as 0, prefer the most active neuron, not the lowest layer.
         ties = np.zeros(filtered.shape) if self.compat else -probability.max(axis=0)
         lowest = np.lexsort((ties.ravel(), filtered.ravel()))[:k]
         selected = np.zeros(filtered.shape, bool)
@@ -239,7 +240,7 @@ def entropy(probability: np.ndarray) -> np.ndarray:
 
 
 def random_like(selection: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
-    """Draw a random control: as many neurons in every layer of every domain, without replacement.
+    """Draw a random control of equal size in every layer of every domain, without replacement.
 
     Args:
       selection: The neurons to match.
@@ -252,7 +253,7 @@ def random_like(selection: SelectedNeurons, key: int | jax.Array) -> np.ndarray:
 
 
 def random_mask_like(mask: np.ndarray, key: int | jax.Array) -> np.ndarray:
-    """Draw as many neurons in every layer of a mask, without replacement.
+    """Draw the same number of neurons in every layer as a mask has, without replacement.
 
     The draw is over all neurons of the layer; those of the mask are not excluded, so that the
     control is the plain null hypothesis "any neurons of these layers".
@@ -288,7 +289,7 @@ def domains_per_neuron(selection: SelectedNeurons) -> np.ndarray:
 
 
 def overlap(selection: SelectedNeurons) -> np.ndarray:
-    """Return the Jaccard index of each two domains, float64[D_, D_]; 0 where both are empty."""
+    """Return the Jaccard index of every two domains, float64[D_, D_]; 0 where both are empty."""
     members = selection.mask.reshape(len(selection.mask), -1).astype(np.int64)
     both = members @ members.T
     sizes = members.sum(axis=1)
@@ -313,7 +314,7 @@ def _checked(
         raise ValueError(f"counts must be [domains, layers, neurons], not of shape {counts.shape}")
     if tokens.shape != counts.shape[:1]:
         raise ValueError(
-            f"tokens must be [{len(counts)}], one number a domain, not of shape {tokens.shape}"
+            f"tokens must be [{len(counts)}], one number per domain, not of shape {tokens.shape}"
         )
     if len(counts) < 2:
         raise ValueError(f"domain-specific neurons need at least two domains, got {len(counts)}")

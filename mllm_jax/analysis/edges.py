@@ -1,14 +1,15 @@
 """Edge attribution patching: the effect of every edge between heads and MLPs, all at once.
 
-An edge leads from what one part adds to the residual (a sender: the embedding, a head, an MLP) to
-what a later part reads of it (a receiver: the queries, keys and values of a head, an MLP, the
-output). Its effect is by how much the metric falls when the receiver reads the corrupt value of
-the sender and all else stays clean, as `paths.effect` computes exactly. The first-order estimate is
-the product of the sender's change with the slope at the receiver (EAP: Syed et al. 2023); with
-`steps`, the slope is the mean along the line between the embeddings (EAP-IG: Hanna et al. 2024).
+An edge leads from the output of a sender (the embedding, a head, an MLP), which is added to the
+residual, to the input of a later receiver (the queries, keys and values of a head, an MLP, the
+output). Its effect is the decrease of the metric when the receiver reads the corrupt value of the
+sender and everything else stays clean, as `paths.effect` computes exactly. The first-order estimate
+is the product of the sender's change with the gradient at the receiver (EAP: Syed et al. 2023);
+with `steps`, the gradient is averaged on the line between the embeddings (EAP-IG: Hanna et al.
+2024).
 
-Edits of the contrast hold in every pass. Those that change the residual between sender and receiver
-by anything but an addition are refused: an edge would lead through them.
+Edits of the contrast apply in every pass. Edits other than additions that change the residual
+between a sender and a receiver are refused, because an edge would lead through them.
 
     found = edges.attribute(contrast, steps=8)
     found.values                                  # float32[B, senders, receivers]
@@ -50,7 +51,7 @@ class Node(NamedTuple):
     Attributes:
       layer: Its layer; -1 for the embedding, L for the output.
       part: "embed", "head", "mlp", "q", "k", "v" or "output".
-      unit: The number of the head, of the key-value head for "k" and "v"; 0 of others.
+      unit: The number of the head, or of the key-value head for "k" and "v"; 0 for other parts.
     """
 
     layer: int
@@ -63,12 +64,12 @@ class EdgeEffects:
     """The estimated effects of all edges.
 
     Attributes:
-      values: By how much the metric of a row falls, summed over its tokens, float32[B, senders,
-        receivers]; 0 where no edge is.
+      values: The decrease of the metric of each row, summed over tokens, float32[B, senders,
+        receivers]; 0 where there is no edge.
       senders: The senders, in the order of the values.
-      receivers: The receivers likewise.
-      is_edge: Where the receiver is behind the sender, bool[senders, receivers].
-      is_row: False for rows that only fill up the batch, bool[B]; None for none.
+      receivers: The receivers, in the order of the values.
+      is_edge: True where the receiver comes after the sender, bool[senders, receivers].
+      is_row: False for rows that only pad the batch, bool[B]; None if there are none.
     """
 
     values: Float[np.ndarray, "B senders receivers"]
@@ -82,10 +83,10 @@ class EdgeEffects:
         cls, values: Float[np.ndarray, "B senders receivers"], lm: DecoderConfig,
         is_row: Bool[np.ndarray, " B"] | None = None,
     ) -> EdgeEffects:  # fmt: skip
-        """Return values with the senders and receivers of a language model that they belong to.
+        """Return values with their senders and receivers in a language model.
 
         Args:
-          values: A value for each pair of a sender and a receiver; those of no edge are left out.
+          values: A value for each pair of a sender and a receiver; pairs without an edge become 0.
           lm: The config of the language model.
           is_row: See the class.
         """
@@ -102,7 +103,7 @@ class EdgeEffects:
         return cls(values, tuple(senders), tuple(receivers), is_edge, is_row)
 
     def top(self, count: int) -> list[tuple[Node, Node, float]]:
-        """Return the edges of the largest mean effect, in absolute value, largest first."""
+        """Return the edges with the largest absolute mean effect, largest first."""
         mean = (self.values if self.is_row is None else self.values[self.is_row]).mean(0)
         places = attribution.top(np.abs(mean), min(count, int(self.is_edge.sum())))
         return [(self.senders[u], self.receivers[v], float(mean[u, v])) for u, v in places]
@@ -111,18 +112,18 @@ class EdgeEffects:
 def attribute(contrast: Contrast, *, steps: int = 0) -> EdgeEffects:
     """Estimate the effect of every edge.
 
-    Memory is that of what all senders add, [senders, B, T, D].
+    It holds the outputs of all senders in memory, [senders, B, T, D].
 
     Args:
       contrast: The contrast.
-      steps: 0 for the slope at the clean activations; or the number of points from the corrupt to
-        the clean embeddings at which slopes are averaged.
+      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt
+        to the clean embeddings at which gradients are averaged.
 
     Raises:
-      ValueError: `steps` is below 0, or an edit of the contrast stands between sender and receiver.
+      ValueError: `steps` is below 0, or an edit of the contrast acts between sender and receiver.
     """
     if steps < 0:
-        raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
+        raise ValueError(f"steps={steps} must be 0 (the gradient at the clean activations) or more")
     check_edits(contrast.edits)
     values = checks.finite(_edge_effects(contrast, steps), "the effects of edges")
     return EdgeEffects.of(values, contrast.model.config.lm, contrast.is_row)
@@ -132,14 +133,14 @@ def check_edits(edits: Edits) -> None:
     """Check that edges can be attributed under some edits.
 
     Raises:
-      ValueError: An edit changes what a sender adds before a receiver reads it.
+      ValueError: An edit changes a sender's output before a receiver reads it.
     """
     for edit in edits:
         if _stands_between(edit, edits):
             raise ValueError(
                 f"edges take no {edit.kind} of {edit.address.site} among the edits of the contrast,"
-                " which changes what a sender adds before a receiver reads it: paths.effect "
-                "computes such paths"
+                " because it changes a sender's output before a receiver reads it; use "
+                "paths.effect for such paths"
             )
 
 
@@ -169,9 +170,9 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     in_mlp = {i: edit for i, edit in enumerate(bound) if edit.site in _IN_MLP}
 
     def effects(edits):
-        slopes, states = _slopes(contrast, edits)
+        gradients, states = _gradients(contrast, edits)
         arrays = {i: (edit.units, edit.values) for i, edit in in_mlp.items()}
-        each = model.lm.layers, slopes, states["pre"], states["mid"], arrays
+        each = model.lm.layers, gradients, states["pre"], states["mid"], arrays
 
         def receive(inputs):
             *inputs, arrays = inputs
@@ -182,7 +183,7 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
             return _receive(change, *inputs, here)
 
         at_receivers = jax.lax.map(receive, each)  # [L, B, U, R]
-        into_output = _product(change, slopes["output"][-1][None])
+        into_output = _product(change, gradients["output"][-1][None])
         inner = jnp.moveaxis(at_receivers, 0, 2)  # [B, U, L, R]
         return jnp.concatenate([inner.reshape(*inner.shape[:2], -1), into_output], -1)
 
@@ -196,8 +197,8 @@ def _edge_effects(contrast: Contrast, steps: int) -> Float[Array, "B senders rec
     )  # fmt: skip
 
 
-def _slopes(contrast: Contrast, edits: Edits) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return the slopes of the metric at receivers, before their edits, and what they read."""
+def _gradients(contrast: Contrast, edits: Edits) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the gradients of the metric at receivers, before their edits, and what they read."""
     states = {"pre": keep(S.lm.resid_pre), "mid": keep(S.lm.resid_mid)}
     reads = {site.name: site for site in _READS} | {"output": S.lm.resid_post}
 
@@ -217,7 +218,7 @@ def _slopes(contrast: Contrast, edits: Edits) -> tuple[dict[str, Array], dict[st
 
 
 def _added(layers: Block, captured: dict[str, Array]) -> Float[Array, "U B T D"]:
-    """Return what each sender adds to the residual."""
+    """Return the output of each sender, which is added to the residual."""
     heads = jax.vmap(Block.split_by_head)(layers, captured["heads"])
     parts = jnp.concatenate([heads, captured["mlp"][..., None, :]], -2)  # [L, B, T, N + 1, D]
     parts = jnp.moveaxis(parts, 3, 1).reshape(-1, *captured["embed"].shape)
@@ -225,23 +226,25 @@ def _added(layers: Block, captured: dict[str, Array]) -> Float[Array, "U B T D"]
 
 
 def _receive(
-    change: Float[Array, "B U T D"], layer: Block, slopes: dict[str, Array],
+    change: Float[Array, "B U T D"], layer: Block, gradients: dict[str, Array],
     pre: Float[Array, "B T D"], mid: Float[Array, "B T D"], in_mlp: dict[int, BoundEdit],
 ) -> Float[Array, "B U R"]:  # fmt: skip
     """Return the effects of the edges into one layer: queries, keys, values by head, and MLP."""
     backs = []
     for site, name in zip(_READS[:3], ("q", "k", "v"), strict=True):
         _, pull = jax.vjp(lambda x, name=name: layer.attn.project(name, layer.attn_norm(x)), pre)
-        slope = slopes[site.name]
-        one_head = jnp.eye(slope.shape[2], dtype=slope.dtype)[:, None, None, :, None] * slope
+        gradient = gradients[site.name]
+        one_head = (
+            jnp.eye(gradient.shape[2], dtype=gradient.dtype)[:, None, None, :, None] * gradient
+        )
         (back,) = jax.lax.map(pull, one_head)
         backs.append(back)
     _, pull = jax.vjp(lambda x: layer.added_by_mlp(x, LayerTap({}, 0, None, 1, in_mlp, {})), mid)
-    (back,) = pull(slopes[S.lm.mlp.out.name])
-    # One product a layer: what all senders add is read once.
+    (back,) = pull(gradients[S.lm.mlp.out.name])
+    # One product per layer, so that the outputs of all senders are read once.
     return _product(change, jnp.concatenate([*backs, back[None]]))
 
 
-def _product(change: Float[Array, "B U T D"], slope: Float[Array, "R B T D"]) -> Array:
-    slope = precision.at_least_float32(slope)
-    return precision.einsum("BUTD,RBTD->BUR", precision.at_least_float32(change), slope)
+def _product(change: Float[Array, "B U T D"], gradient: Float[Array, "R B T D"]) -> Array:
+    gradient = precision.at_least_float32(gradient)
+    return precision.einsum("BUTD,RBTD->BUR", precision.at_least_float32(change), gradient)

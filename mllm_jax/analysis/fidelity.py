@@ -1,11 +1,11 @@
-"""How faithfully a dictionary stands for the activations that it reads, apart from any model.
+"""How faithfully a dictionary reconstructs activations, without running a model.
 
     held_out = mj.collect({"image": mj.keep(site, where=tok.image)}, model, batches, path)["image"]
     measured = fidelity.measure(dictionary, (v.value for v in held_out.shuffled(1024, seed=0)))
     measured.explained, measured.active_per_token, measured.dead
 
-What the model loses where the reconstruction takes the place of the activations is
-`loss_recovered`, of losses with a splice, with an ablation, and with neither.
+`loss_recovered` measures what the model loses when the reconstruction replaces the activations,
+from losses with a splice, with an ablation, and with neither.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Fidelity:
 
     Attributes:
       tokens: The number of tokens.
-      active: On how many of them each latent is active, int64[M].
+      active: The number of tokens on which each latent is active, int64[M].
       error: The mean squared distance of a reconstruction from its vector.
       variance: The mean squared distance of a vector from the mean vector.
     """
@@ -58,8 +58,8 @@ def measure(dictionary: Dictionary, vectors: Iterable[Float[AnyArray, "n D"]]) -
     """Measure how an autoencoder reconstructs vectors.
 
     Args:
-      dictionary: The dictionary, which returns what it reads: no transcoder.
-      vectors: The vectors, some at a time. Sums are in float64.
+      dictionary: An autoencoder, not a transcoder.
+      vectors: The vectors, in chunks. Sums are in float64.
 
     Raises:
       ValueError: There is no vector, some are not [n, D], or the dictionary is a transcoder.
@@ -67,7 +67,7 @@ def measure(dictionary: Dictionary, vectors: Iterable[Float[AnyArray, "n D"]]) -
     D, M, E = dictionary.widths
     if D != E or dictionary.skip is not None:
         what = "has a skip map" if D == E else f"reads vectors of {D} and returns {E}"
-        raise ValueError(f"this dictionary {what}: a transcoder")
+        raise ValueError(f"this dictionary {what}: it is a transcoder, not an autoencoder")
     tokens, error, square = 0, 0.0, 0.0
     active, total = np.zeros(M, np.int64), np.zeros(D, np.float64)
     for some in vectors:
@@ -99,19 +99,19 @@ def _reconstruct(
 def loss_recovered(
     clean: Float[AnyArray, " N"], ablated: Float[AnyArray, " N"], spliced: Float[AnyArray, " N"]
 ) -> intervals.Interval[float]:
-    """Return the share of an ablation's damage that a dictionary saves, with its interval.
+    """Return the share of an ablation's damage that a dictionary avoids, with its interval.
 
-    It is 1 where the splice costs nothing, 0 where it costs as much as the ablation, and less than
-    0 where it costs more.
+    It is 1 if the splice costs nothing, 0 if it costs as much as the ablation, and below 0 if it
+    costs more.
 
     Args:
-      clean: The loss of each example as the model is.
-      ablated: The same where the site is zero or its mean.
-      spliced: The same where the reconstruction takes its place.
+      clean: The loss of each example without edits.
+      ablated: The loss of each example with the site set to zero or to its mean.
+      spliced: The loss of each example with the site replaced by its reconstruction.
 
     Returns:
-      The share of mean losses, and its 95 % bootstrap interval over examples; NaN where the
-      ablation does no damage on the mean, and ends of the interval likewise.
+      The share of mean losses, and its 95 % bootstrap interval over examples; NaN if the ablation
+      does no damage on average, and the same for the ends of the interval.
 
     Raises:
       ValueError: The losses are not of the same examples, or not finite.
@@ -121,7 +121,7 @@ def loss_recovered(
     shapes = {values.shape for values in losses.values()}
     if len(shapes) > 1 or losses["clean"].ndim != 1 or not losses["clean"].size:
         raise ValueError(
-            "losses are one of each example, of the same examples, got shapes "
+            "losses must be one per example, of the same examples, got shapes "
             f"{', '.join(map(str, sorted(shapes)))}"
         )
     for name, values in losses.items():

@@ -148,7 +148,7 @@ class Effect(NamedTuple):
 
     Attributes:
       value: The mean over examples of own - control, the mean over draws.
-      low: The lower end of its interval; NaN with a single draw or example, which tell no spread.
+      low: The lower end of its interval; NaN with a single draw or example, which have no spread.
       high: The upper end.
       p: The two-sided p-value of no difference; NaN likewise.
       error: The standard error of the value; NaN likewise.
@@ -168,9 +168,9 @@ def effect(own: np.ndarray, control: np.ndarray, *, level: float = LEVEL) -> Eff
 
     Examples and draws are both samples: with few draws, one that happens to matter makes the
     interval wide. The variance is the sum of that over examples (of the mean over draws) and that
-    over draws (of the mean over examples), which counts the part that depends on both twice and so
-    is rather too large. The p-value is the larger of those of the t test and of `sign_flip`: the
-    latter is exact where few examples change, but takes the draws as given.
+    over draws (of the mean over examples); the part that depends on both is counted twice, so that
+    the variance is rather too large. The p-value is the larger of those of the t test and of
+    `sign_flip`: the latter is exact when few examples change, but takes the draws as given.
 
     Args:
       own: float[N], a value for each example.
@@ -205,7 +205,7 @@ def difference(
       level: Mass of the interval.
 
     Returns:
-      The differences, float64[...]; the ends are NaN where one example or draw tells no spread.
+      The differences, float64[...]; the ends are NaN with a single example or draw.
     """
     own, control = checks.finite(own, "own"), checks.finite(control, "control")
     _check_controls(own, control, level)
@@ -227,8 +227,7 @@ def _own_less_control(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the difference, its standard error and the degrees of freedom, see `effect`.
 
-    The last two are NaN where a single example or draw tells no spread. Without any spread the
-    error is 0.
+    The last two are NaN with a single example or draw. Without any spread the error is 0.
     """
     differences = own - control.mean(axis=0)
     value = differences.mean(axis=-1)
@@ -251,15 +250,17 @@ def equivalence(found: Effect, margin: float, *, answers: int | None = None) -> 
     Args:
       found: The effect, of `effect`.
       margin: The largest effect, to either side, that counts as none, in (0, 1).
-      answers: The number of examples, where each is right or wrong. Where hardly any of them
-        changes, the t test has no spread to judge by; the p-value is at least `chance_of_fewer`.
+      answers: The number of examples, if each is right or wrong. If hardly any of them changes, the
+        t test has no spread to judge by; the p-value is at least `chance_of_fewer`.
 
     Returns:
       The p-value of an effect of the margin or more, the larger of both sides; NaN where the
       effect has no standard error.
     """
     if not 0 < margin < 1:
-        raise ValueError(f"margin={margin}: the largest effect that counts as none is in (0, 1)")
+        raise ValueError(
+            f"margin={margin}, the largest effect that counts as none, must be in (0, 1)"
+        )
     distance = margin - abs(found.value)
     least = 0.0 if answers is None else chance_of_fewer(found.value, margin, answers)
     if not found.error:
@@ -320,7 +321,7 @@ def sign_flip(differences: np.ndarray, *, resamples: int = 9999, seed: int = 0) 
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Adjust p-values for their number: reject where they fall below the level (Holm 1979).
+    """Adjust p-values for their number; reject those below the level (Holm 1979).
 
     Args:
       p_values: float[...], of one family of tests.

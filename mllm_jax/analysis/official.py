@@ -51,7 +51,9 @@ def examples_counted(vision_tokens: Iterable[int], every: int = SNAPSHOT) -> int
     for number, count in enumerate(vision_tokens, 1):
         total += count
         if total >= 2 * every:
-            raise ValueError(f"example {number} leads from below {every} tokens to {total}")
+            raise ValueError(
+                f"example {number} skips {every}: it leads from fewer tokens to {total}"
+            )
         if total >= every:
             return number
         if number == COUNTED:
@@ -73,7 +75,7 @@ def ablated(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def max_new_tokens(prompt_tokens: int) -> int:
-    """Return its limit of new tokens after a prompt, whose image tokens count as expanded."""
+    """Return the release's limit of new tokens after a prompt, with expanded image tokens."""
     return max(1, MAX_LENGTH - prompt_tokens)
 
 

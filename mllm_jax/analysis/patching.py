@@ -1,8 +1,8 @@
 """Activation patching: which activations carry the difference between two inputs.
 
 A contrast is a metric of two batches of one layout, clean and corrupt: the same questions about
-other pictures, or other questions of as many tokens about the same ones. Patching sets a part of
-the clean pass to what it is in the corrupt pass; its effect is by how much the metric falls.
+other pictures, or other questions of equally many tokens about the same pictures. Patching sets a
+part of the clean pass to its value in the corrupt pass; its effect is the decrease of the metric.
 
     contrast = Contrast.of(metric, model, clean, corrupt)      # metric: Out -> float[B]
     found = attribute(contrast, [S.lm.resid_post, S.lm.attn.heads, S.lm.mlp.act])
@@ -11,11 +11,11 @@ the clean pass to what it is in the corrupt pass; its effect is by how much the 
 
 `attribute` estimates all effects at once, from two forward passes and one backward pass
 (attribution patching: Nanda 2023; Syed et al. 2023). A part is a gate in the sense of
-`attribution`: 1 is the clean value, 0 the corrupt one. With `steps` the slopes are averaged along
+`attribution`: 1 is the clean value, 0 the corrupt one. With `steps` the gradients are averaged on
 the line from the corrupt to the clean embeddings (integrated gradients: Hanna et al. 2024).
 
-The latents of dictionaries are parts as neurons are, where the contrast has their splices among its
-edits (Marks et al. 2024, "Sparse Feature Circuits"):
+The latents of dictionaries are parts like neurons if the edits of the contrast include their
+splices (Marks et al. 2024, "Sparse Feature Circuits"):
 
     spliced = Contrast.of(metric, model, clean, corrupt, mj.splice(S.lm.resid_post[14], sae))
     attribute(spliced, [S.lm.resid_post.latents])               # float32[1, B, T, M]
@@ -62,12 +62,12 @@ WIDTHS = "DEWH"  # the axes along which a gate closes all at once
 
 @dataclasses.dataclass(frozen=True)
 class Effects:
-    """The estimated effect of patching each part alone: by how much the metric falls.
+    """The estimated effect of patching each part alone: the decrease of the metric.
 
     Attributes:
-      values: By the name of the site, [L, B, T] of a site of the residual's width, [L, B, T, N] of
-        heads, [L, B, T, F] of neurons; [L, I, P] and so on of vision sites; without L where a site
-        exists once. Of latents [splices, B, T, M], in the order of the splices.
+      values: By the name of the site: [L, B, T] for sites of the residual's width, [L, B, T, N] for
+        heads, [L, B, T, F] for neurons, [L, I, P] and so on for vision sites, without L for sites
+        that exist once; [splices, B, T, M] for latents, in the order of the splices.
       clean: The metric of each row of the clean batch, float32[B].
       corrupt: The metric of each row of the corrupt batch, float32[B].
     """
@@ -82,23 +82,23 @@ def attribute(
 ) -> Effects:
     """Estimate the effect of patching each layer, token and unit of some sites, all at once.
 
-    Beside the passes it takes about ten times the memory of the values, whatever `where` selects:
-    for many latents limit the rows of the batches, or the splices of the contrast.
+    Besides the passes it takes about ten times the memory of the values, whatever `where` selects:
+    for many latents, limit the rows of the batches or the splices of the contrast.
 
     Args:
       contrast: The contrast.
       sites: The sites; latents of the splices among the edits of the contrast.
       where: The tokens that are patched; all by default.
-      steps: 0 for the slope at the clean activations; or the number of points from the corrupt to
-        the clean embeddings at which slopes are averaged. At `lm.embed` the effects then sum to the
-        difference of the metric, up to the error of the midpoint rule.
+      steps: 0 for the gradient at the clean activations; or the number of points from the corrupt
+        to the clean embeddings at which gradients are averaged. At `lm.embed` the effects then sum
+        to the difference of the metric, up to the error of the midpoint rule.
 
     Raises:
-      ValueError: A site holds masks or logits, is of no dictionary of the contrast, or `where`
-        selects nothing of it; or `steps` is below 0, or above it with a site of the vision side.
+      ValueError: A site holds masks or logits, or latents without a splice in the contrast, or
+        `where` selects nothing of it; or `steps` is below 0, or above 0 with a vision site.
     """
     if steps < 0:
-        raise ValueError(f"steps={steps}: 0 for the slope at the clean activations, or more")
+        raise ValueError(f"steps={steps} must be 0 (the gradient at the clean activations) or more")
     for site in sites:
         if site in S.MASKS or site == S.logits:
             raise ValueError(f"{site} has no activations that could be patched in part")
@@ -111,8 +111,8 @@ def attribute(
     for site in sites:
         if not np.asarray(selector.mask(site.entry(maps))).any():
             raise ValueError(f"where= selects no token of this batch at {site}")
-    slopes = _slopes(contrast, tuple(dict.fromkeys(sites)), selector, steps)
-    values, clean, corrupt = jax.device_get(slopes)
+    gradients = _gradients(contrast, tuple(dict.fromkeys(sites)), selector, steps)
+    values, clean, corrupt = jax.device_get(gradients)
     finite = {name: checks.finite(value, f"effects at {name}") for name, value in values.items()}
     return Effects(
         {name: value.astype(np.float32) for name, value in finite.items()},
@@ -122,7 +122,7 @@ def attribute(
 
 
 @functools.partial(jax.jit, static_argnames=("sites", "steps"))
-def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, steps: int):
+def _gradients(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, steps: int):
     """Return the effects by site, and the metric of each row of both batches."""
     shapes, latents = _shapes(contrast, contrast.clean)
     captures = {f"at {site.name}": keep(site, where=where) for site in sites}
@@ -143,19 +143,19 @@ def _slopes(contrast: Contrast, sites: tuple[Site, ...], where: tokens.Where, st
     if not steps:
         grad = jax.value_and_grad(metric, has_aux=True)
         closed = corrupt.captures
-        (_, clean), slope = grad(gates, contrast.edits, attribution.interpolate, closed)
-        return _without_widths(slope, sites), clean, contrast.metric(corrupt)
+        (_, clean), gradient = grad(gates, contrast.edits, attribution.interpolate, closed)
+        return _without_widths(gradient, sites), clean, contrast.metric(corrupt)
 
     clean = contrast.run(contrast.clean, contrast.edits, captures)
     change = {name: clean[name] - corrupt[name] for name in captures}
 
-    def slope_at(share):
+    def gradient_at(share):
         edits = line_between(contrast, corrupt.captures, share)
-        slope, _ = jax.grad(metric, has_aux=True)(gates, edits, _move, change)
-        return slope
+        gradient, _ = jax.grad(metric, has_aux=True)(gates, edits, _move, change)
+        return gradient
 
-    slope = attribution.mean_along_line(slope_at, jax.tree.map(jnp.zeros_like, gates), steps)
-    return _without_widths(slope, sites), contrast.metric(clean), contrast.metric(corrupt)
+    gradient = attribution.mean_along_line(gradient_at, jax.tree.map(jnp.zeros_like, gates), steps)
+    return _without_widths(gradient, sites), contrast.metric(clean), contrast.metric(corrupt)
 
 
 def _move(x: Array, gate: Array, closed: Array) -> Array:
@@ -178,12 +178,12 @@ def _open_gates(spec: S.SiteShape, site: Site, latents: LatentSite | None) -> Fl
     return jnp.ones((layers, *lengths), jnp.float32)
 
 
-def _without_widths(slopes: dict[str, Array], sites: Sequence[Site]) -> dict[str, Array]:
-    def squeeze(site: Site, slope: Array) -> Array:
+def _without_widths(gradients: dict[str, Array], sites: Sequence[Site]) -> dict[str, Array]:
+    def squeeze(site: Site, gradient: Array) -> Array:
         widths = [1 + axis for axis, letter in enumerate(site.axes) if letter in WIDTHS]
-        return jnp.squeeze(slope, widths if site.stacked else [0, *widths])
+        return jnp.squeeze(gradient, widths if site.stacked else [0, *widths])
 
-    return {site.name: squeeze(site, slopes[site.name]) for site in sites}
+    return {site.name: squeeze(site, gradients[site.name]) for site in sites}
 
 
 def exact(
@@ -194,19 +194,19 @@ def exact(
 
     Args:
       contrast: The contrast.
-      target: A site of the language model, or some layers and units of it; layers alone of one of
-        the residual's width.
-      over: What each patch selects one of: "layer", "token", "unit" (a head, neuron or latent). It
-        patches all of what is not named.
+      target: A site of the language model, or some of its layers and units; a site of the
+        residual's width is addressed by layers only.
+      over: The axes along which patches differ: "layer", "token", "unit" (a head, neuron or
+        latent). A patch covers the other axes whole.
       where: The tokens that are patched, in the clean batch; all by default.
 
     Returns:
-      The effects in the axes of `Effects.values`, of length 1 where all are patched at once; 0 of
-      what is not selected.
+      The effects in the axes of `Effects.values`, of length 1 for axes that are patched whole; 0
+      for parts that are not selected.
 
     Raises:
-      ValueError: The site is not of the language model, is of no dictionary of the contrast, or
-        has no units where some are named.
+      ValueError: The site is not of the language model, has latents without a splice in the
+        contrast, or has no units but the target or `over` gives some.
     """
     address = Address.of(target)
     site = address.site
@@ -258,7 +258,7 @@ def exact(
 
 
 def _places(chosen: Bool[np.ndarray, " n"], length: int) -> list[int]:
-    """Return the chosen places of an axis of this length: 0 where all are patched at once."""
+    """Return the chosen indices of an axis of this length; 0 if the axis is patched whole."""
     return np.flatnonzero(chosen).tolist() if length == len(chosen) else [0]
 
 
@@ -266,7 +266,7 @@ def _selected(
     units: Bool[np.ndarray, "L width"], at: Bool[np.ndarray, "B T"],
     place: Sequence[int], shape: Sequence[int],
 ) -> tuple[Bool[np.ndarray, "L width"], Bool[np.ndarray, "B T"]]:  # fmt: skip
-    """Return what is left of layers, units and tokens at one place of the axes of `shape`."""
+    """Restrict layers, units and tokens to one position on the axes of `shape`."""
     layer, unit = np.ogrid[: units.shape[0], : units.shape[1]]
     token = np.arange(at.shape[1])
 
@@ -289,5 +289,5 @@ def _address(site: Site, units: Bool[np.ndarray, "L width"]) -> Address:
         return site[units[0]] if units.shape[1] > 1 else Address.of(site)
     if units.shape[1] == 1:
         return site[units[:, 0]]
-    pairs = np.argwhere(units)  # smaller than a mask, of which latents have one each
+    pairs = np.argwhere(units)  # smaller than a mask over all latents
     return site[pairs] if len(pairs) < units.shape[1] else site[units]

@@ -1,4 +1,4 @@
-"""Patchscopes: a state is put into another prompt, and the model says in its own words what it is.
+"""Patchscopes: put a state into another prompt and let the model put it into words.
 
 A logit lens reads one word from a state by the head alone. A patchscope (Ghandeharioun et al. 2024,
 "Patchscopes: A Unifying Framework for Inspecting Hidden Representations of Language Models") puts
@@ -42,11 +42,11 @@ IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ?"
 
 
 class Said(NamedTuple):
-    """What the model says of each state.
+    """What the model says about each state.
 
     Attributes:
       tokens: The generated tokens, int32[n, N].
-      text: The same as text, one string a state; None where the batch knows no processor.
+      text: The same as text, one string per state; None if the batch has no processor.
     """
 
     tokens: Int[np.ndarray, "n N"]
@@ -66,18 +66,19 @@ class NextWords(NamedTuple):
 
 
 def place(target: Batch, text: str = "?") -> Bool[np.ndarray, "1 T"]:
-    """Return where a state is put: the last token of the question that has this text in it.
+    """Return where a state is put: the last token of the question that contains a text.
 
     Args:
       target: The target prompt, a batch of one row by a processor.
       text: A part of the text of that token.
 
     Raises:
-      ValueError: The batch is not of one row by a processor, or no token has this text in it.
+      ValueError: The batch does not have one row made by a processor, or no token contains the
+        text.
     """
     _check_target(target)
     if target.processor is None:
-        raise ValueError("the target knows no processor: give where= a mask bool[1, T] instead")
+        raise ValueError("the target has no processor: give where= a mask bool[1, T] instead")
     ids, is_question = np.asarray(target.ids)[0], np.asarray(tokens.question.mask(target.tokens))[0]
     at = [i for i in np.flatnonzero(is_question) if text in target.processor.word(int(ids[i]))]
     if not at:
@@ -102,16 +103,16 @@ def say(
       model: See `run`.
       states: The states, such as `lm.resid_post` of image tokens at some layer.
       target: The target prompt, a batch of one row.
-      layer: After which layer of the target's pass a state is put there, for all states or for
-        each. Every layer is the same program.
+      layer: The layer of the target's pass after which a state is put there, for all states or one
+        for each. All layers share one program.
       where: The tokens that are replaced by the state, see `place`; by default the last of the
         prompt.
       max_new_tokens: The number N of tokens to generate, greedily.
-      rows: How many states are read at one time.
+      rows: The number of states that are read at one time.
 
     Raises:
-      ValueError: The target is not of one row, `where` selects none of its tokens, the states are
-        not finite or of another width, or a layer is out of range.
+      ValueError: The target does not have one row, `where` selects none of its tokens, the states
+        are not finite or have another width, or a layer is out of range.
     """
 
     def read(batch: Batch, put: Edits) -> tuple[Int[AnyArray, "B N"]]:

@@ -1,4 +1,4 @@
-"""Path patching: the effect of a sender on a receiver, and by way of it on the metric.
+"""Path patching: the effect of a sender on the metric through a receiver.
 
 A path (Wang et al. 2022, "Interpretability in the wild"; Goldowsky-Dill et al. 2023) is a chain of
 patches between four rows of one batch, so that one pass computes it and a sweep many:
@@ -6,8 +6,8 @@ patches between four rows of one batch, so that one pass computes it and a sweep
     row     what it computes
     clean   the clean pass
     corrupt the corrupt pass
-    direct  the clean pass with the sender from `corrupt` and all heads and MLPs from `clean`, but
-            for the receiver and those that the path may lead through
+    direct  the clean pass with the sender from `corrupt` and all heads and MLPs from `clean`,
+            except the receiver and those that the path may lead through
     patched the clean pass with the receiver from `direct`
 
     effect(contrast, [Path(S.lm.attn.heads[4, [2]], S.lm.attn.q[9, [3]])])     # float32[1, B]
@@ -33,7 +33,7 @@ from mllm_jax.typing import Array, Float
 
 WORLDS = 4
 FROZEN: tuple[Site, ...] = (S.lm.attn.heads, S.lm.mlp.out)
-# What is a part of a head or an MLP, and acts by way of it alone.
+# Parts of a head or an MLP, which act only through it.
 _WITHIN: dict[Site, tuple[Site, ...]] = {
     S.lm.attn.heads: (S.lm.attn.q, S.lm.attn.k, S.lm.attn.v),
     S.lm.mlp.out: (S.lm.mlp.input, S.lm.mlp.gate, S.lm.mlp.act, S.lm.mlp.gated),
@@ -50,7 +50,7 @@ class Path:
       receiver: A site or address of a later layer that receives it: queries, keys or values of
         heads, `lm.attn.heads`, `lm.mlp.out`, or the last `lm.resid_post` for the logits.
       where: The tokens of the sender, in the clean batch; all by default.
-      to: The tokens of the receiver likewise.
+      to: The tokens of the receiver, in the clean batch; all by default.
       through: Sites of `FROZEN` that the path may lead through: `(S.lm.mlp.out,)` leaves MLPs free,
         as Wang et al. do.
     """
@@ -69,8 +69,8 @@ class Path:
           layers: The number of layers L of the language model.
 
         Raises:
-          ValueError: The sender or the receiver is not of the language model, the receiver is not
-            behind the sender, or the sender is a part of heads or MLPs in several layers.
+          ValueError: The sender or the receiver is not of the language model, the receiver does not
+            come after the sender, or the sender is a part of heads or MLPs in several layers.
         """
         sender, receiver = Address.of(self.sender), Address.of(self.receiver)
         sent, last = _layers(sender, layers), _layers(receiver, layers).max()
@@ -79,11 +79,11 @@ class Path:
         if (last, order(receiver.site)) <= (first, order(sender.site)):
             raise ValueError(
                 f"no path leads from {sender.site} of layer {first} to {receiver.site} of layer "
-                f"{last}: the receiver is not behind the sender"
+                f"{last}: the receiver must come after the sender"
             )
         clean, corrupt, direct, patched = (np.arange(rows) + n * rows for n in range(WORLDS))
-        # The receiver is read before what it belongs to is frozen; below the sender, the rows
-        # are the same.
+        # The receiver is read before its head or MLP is frozen; below the sender, the rows are
+        # equal.
         where, to = (_in_each_world(of, rows) for of in (self.where, self.to))
         edits = edits_.patch(receiver, direct, patched, where=to)
         for site in FROZEN:
@@ -95,7 +95,7 @@ class Path:
                 start = first + 1
             if start < layers:
                 edits >>= edits_.patch(site[start:], clean, direct)
-            else:  # An edit must select something: rows are set to themselves.
+            else:  # An edit must select something: patch rows with themselves.
                 edits >>= edits_.patch(site[0:], direct, direct)
         return edits >> edits_.patch(sender, corrupt, direct, where=where)
 
@@ -112,13 +112,13 @@ def _in_each_world(selector: Selector, rows: int) -> Where:
 def _check_one_layer(sender: Address, layers: np.ndarray) -> None:
     if layers.min() < layers.max():
         raise ValueError(
-            f"the sender {sender.site} is of layers {layers.min()} to {layers.max()}: a part of a "
-            "head or an MLP acts by way of it, so a path has such a sender in one layer"
+            f"the sender {sender.site} is of layers {layers.min()} to {layers.max()}: a sender "
+            "that is a part of a head or an MLP must be in one layer"
         )
 
 
 def _layers(address: Address, layers: int) -> np.ndarray:
-    """Return the layers of an address; the first or last where its site exists once."""
+    """Return the layers of an address; the first or last if its site exists once."""
     if address.site.module != "lm" or address.site.is_latents:
         raise ValueError(f"paths are between sites of the language model, not {address.site}")
     if not address.site.stacked:
@@ -138,7 +138,7 @@ def worlds(contrast: Contrast) -> Batch:
 
 
 def effect(contrast: Contrast, paths: Sequence[Path]) -> Float[np.ndarray, "R B"]:
-    """Compute by how much each path makes the metric fall, in a sweep.
+    """Compute the decrease of the metric through each path, in a sweep.
 
     Args:
       contrast: The contrast.
@@ -146,7 +146,7 @@ def effect(contrast: Contrast, paths: Sequence[Path]) -> Float[np.ndarray, "R B"
         differ.
 
     Raises:
-      ValueError: A path is none, or two of them are of different sites.
+      ValueError: A path is impossible (see `Path.edits`), or paths are between different sites.
     """
     layers = contrast.model.config.lm.layers
     patches = [path.edits(contrast.rows, layers) for path in paths]

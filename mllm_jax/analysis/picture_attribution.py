@@ -1,8 +1,8 @@
-"""Attribution over the picture: which of its patches made a word.
+"""Attribution to the patches of a picture.
 
-Every patch has a gate: 1 is the patch as it is, 0 its absence, which is the mean of the picture's
+Every patch has a gate: 1 keeps the patch, 0 replaces it by a baseline, the mean of the picture's
 tokens at `lm.embed` and the mean colour of the training pictures at the pixels. The methods are
-then those of any gates:
+those for any gates:
 
     def word(out):                                  # a pure function of one pass: float[B]
         return out.logits[:, token]
@@ -11,9 +11,9 @@ then those of any gates:
     found = integrated_gradients(gated, steps=16)
     found.maps(row=0)                               # {tile: float32[rows, columns]}
 
-`curves` tests an attribution: the metric while its patches are deleted or inserted, strongest
-first, beside random orders. The newline tokens and the separators of a picture stay open, and so
-does what DeepStack adds behind `lm.embed`.
+`curves` tests an attribution: it returns the metric while patches are deleted or inserted,
+strongest first and in random orders. Newline tokens, separators and the features that DeepStack
+adds after `lm.embed` have no gate.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GatedPicture:
     """A metric of a pass as a function of the gates of its patches; see `of`.
 
     The gates are float[n, P]: of the tokens of each row at `lm.embed`, of the patches of each tile
-    at the pixels. What is no patch has a gate that does nothing.
+    at the pixels. Gates of entries that are not patches have no effect.
 
     Attributes:
       metric: A pure function of one pass that gives float[B], one value for each row.
@@ -62,8 +62,8 @@ class GatedPicture:
       batch: See `run`.
       edits: See `run`.
       captures: See `run`.
-      baseline: What a closed token is at `lm.embed`; None at the pixels, where it is 0.
-      at: Where the gates are. Static.
+      baseline: The value of a closed token at `lm.embed`; None at the pixels, where it is 0.
+      at: The place of the gates. Static.
       logits: See `run`. Static.
     """
 
@@ -97,22 +97,22 @@ class GatedPicture:
           model: See `run`.
           batch: See `run`.
           edits: Edits of every pass.
-          captures: What the metric reads beside the logits.
-          baseline: What a closed token is at `lm.embed`, by default the mean of the image tokens of
-            its row. A model that norms what it reads is singular at 0: there, integrated gradients
-            from zeros are far from complete, however many their steps.
+          captures: The captures that the metric reads besides the logits.
+          baseline: The value of a closed token at `lm.embed`, by default the mean of the image
+            tokens of its row. A model with input norms is singular at 0: integrated gradients from
+            zeros are far from complete there, whatever the number of steps.
           at: "lm.embed", where the LM reads image tokens, or "pixels".
           logits: See `run`.
 
         Raises:
-          ValueError: There is no such place, or the batch has no pictures, or no pixels.
+          ValueError: `at` is unknown, or the batch has no pictures, or no pixels.
         """
         if at not in ("lm.embed", "pixels"):
-            raise ValueError(f'at="{at}" is none of lm.embed, pixels')
+            raise ValueError(f'at="{at}" is not one of lm.embed, pixels')
         if at == "pixels" and batch.features is not None:
             raise ValueError('at="pixels": the batch has vision features in place of its pixels')
         if at == "pixels" and baseline is not None:
-            raise ValueError('at="pixels": a closed patch is 0 there, a baseline is of lm.embed')
+            raise ValueError('at="pixels" takes no baseline: a closed patch is 0 there')
         batch = batch.replace(processor=None)
         if not (np.asarray(batch.tokens.kind) == tokens.CODE["image"]).any():
             raise ValueError("the batch has no picture whose patches could be gated")
@@ -183,7 +183,7 @@ class PatchAttribution:
     """What each patch contributes to a metric.
 
     Attributes:
-      values: In the units of the metric, float32[n, P], 0 where no patch is.
+      values: In the units of the metric, float32[n, P], 0 where there is no patch.
       metric: The metric of each row with all patches, float32[B].
       tokens: The token map of the values.
       readers: Which rows each entry of the first axis of the values belongs to, bool[B, n].
@@ -209,15 +209,15 @@ class PatchAttribution:
 class Curves:
     """The metric of each row while patches are deleted from a picture or inserted into it.
 
-    Petsiuk et al. 2018, "RISE". Of a faithful attribution, deletion is below that of random orders
+    Petsiuk et al. 2018, "RISE". For a faithful attribution, deletion is below that of random orders
     and insertion above.
 
     Attributes:
       share: The share of the patches that is deleted or inserted, float[steps + 1], from 0 to 1.
-      deletion: Float[B, steps + 1], strongest patches first.
-      insertion: Float[B, steps + 1], strongest patches first.
-      random_deletion: Float[draws, B, steps + 1], in random order.
-      random_insertion: Float[draws, B, steps + 1], in random order.
+      deletion: The metric, strongest patches deleted first, float[B, steps + 1].
+      insertion: The metric, strongest patches inserted first, float[B, steps + 1].
+      random_deletion: The metric in random orders, float[draws, B, steps + 1].
+      random_insertion: The metric in random orders, float[draws, B, steps + 1].
     """
 
     share: Float[np.ndarray, " steps"]
@@ -247,15 +247,15 @@ def integrated_gradients(gated: GatedPicture, *, steps: int = 16) -> PatchAttrib
 
     Args:
       gated: The metric.
-      steps: How many gradients are averaged.
+      steps: The number of gradients that are averaged.
     """
     return _finished(gated, *_integrated(gated, steps))
 
 
 def occlusion(gated: GatedPicture, *, window: int = 1) -> PatchAttribution:
-    """Return by how much the metric falls when a window around each patch is closed.
+    """Return the decrease of the metric when a window around each patch is closed.
 
-    At `lm.embed` it is a sweep, which computes what lies below once.
+    At `lm.embed` it is a sweep, which computes the layers below once.
 
     Args:
       gated: The metric.
@@ -289,12 +289,12 @@ def curves(
     Args:
       gated: The metric.
       values: `PatchAttribution.values`, or other numbers that rank the patches.
-      steps: Into how many parts the patches of a picture are divided.
-      draws: How many random orders.
-      seed: Their seed.
+      steps: The number of parts into which the patches of a picture are divided.
+      draws: The number of random orders.
+      seed: The seed of the random orders.
     """
     if steps < 1 or draws < 0:
-        raise ValueError(f"steps={steps}, draws={draws}: curves need a step or more")
+        raise ValueError(f"steps={steps} must be 1 or more, and draws={draws} 0 or more")
     rng = np.random.default_rng(seed)
     rankings = [checks.finite(values, "values"), *(rng.random(values.shape) for _ in range(draws))]
     ranks, counts = zip(*(_rank_patches(gated, ranking) for ranking in rankings), strict=True)
@@ -363,7 +363,7 @@ def _pictures(gated: GatedPicture) -> Int[np.ndarray, " n"]:
 
 
 def _number_patches(gated: GatedPicture) -> tuple[Int[np.ndarray, "n P"], int]:
-    """Return the number of each patch within the pictures of its row, or -1; and the most of a row.
+    """Return the number of each patch in its row's pictures, or -1, and the largest row's count.
 
     Rows do not depend on each other, so that one lane closes a patch in each.
     """
@@ -378,7 +378,7 @@ def _number_patches(gated: GatedPicture) -> tuple[Int[np.ndarray, "n P"], int]:
 def _closed_windows(
     gated: GatedPicture, number: Int[np.ndarray, "n P"], lanes: int, reach: int
 ) -> Bool[np.ndarray, "R n P"]:
-    """Return what each lane closes: the windows of this reach around the patches of its number."""
+    """Return the gates that each lane closes: windows of this reach around one patch per row."""
     closed = number == np.arange(lanes)[:, None, None]
     if not reach:
         return closed

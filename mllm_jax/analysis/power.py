@@ -1,4 +1,4 @@
-"""The smallest effect that a test could have found: what "not beyond chance" is able to mean.
+"""The smallest effect that a test can detect, for results that are not beyond chance.
 
 power.answers(questions=60, tests=100)   # 20 points or more; 24 are found in 4 of 5 studies
 power.answers(questions=8, tests=25)     # None: no change of 8 answers is beyond chance
@@ -20,8 +20,8 @@ class Detectable(NamedTuple):
     """Effects as shares of the answers, such as 0.2 for 20 points of accuracy.
 
     Attributes:
-      possible: The smallest effect that can be found; None if none can.
-      likely: The effect that is found in `POWER` of such studies; None if none can.
+      possible: The smallest effect that can be found; None if no effect can.
+      likely: The smallest effect that is found in `POWER` of such studies; None if no effect can.
     """
 
     possible: float | None
@@ -29,9 +29,9 @@ class Detectable(NamedTuple):
 
 
 def changed_answers(tests: int, *, level: float = LEVEL) -> int:
-    """Return the number of answers that must change, all to one side, to be beyond chance.
+    """Return the number of answers that must change, all in one direction, to be beyond chance.
 
-    It is the number of the most favourable case: with changes to both sides more are needed.
+    This is the most favourable case: with changes in both directions more are needed.
 
     Args:
       tests: The number of tests in the family, which are corrected by `intervals.holm`.
@@ -47,10 +47,10 @@ def answers(
 ) -> Detectable:
     """Return the changes of accuracy that `intervals.sign_flip` finds, corrected for its family.
 
-    Each answer changes with the same probability, and to one side alone.
+    Each answer changes with the same probability, and in one direction only.
 
     Args:
-      questions: The number of questions, which are right or wrong.
+      questions: The number of questions, each answered right or wrong.
       tests: The number of tests in the family.
       level: The level of the family.
       power: The share of studies in which the likely effect is found.

@@ -10,7 +10,7 @@ width, are trained in parallel in one compiled program:
 
 BEFORE and AFTER are the paper's probes of the two sides of the projection. They differ in depth and
 width, so that their results differ for more reasons than the projection; `matched` gives both sides
-the same probe on equally many numbers, and LINEAR is a probe without hidden layers.
+the same probe on the same number of features, and LINEAR is a probe without hidden layers.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ LINEAR = Probe(rate=1e-2)
 
 
 def released(probe: Probe) -> Probe:
-    """Return the probe trained as in the paper's released code: 100 epochs, none held out."""
+    """Return the probe as trained in the paper's released code: 100 epochs, no early stopping."""
     return dataclasses.replace(probe, rate=1e-3, batch=32, epochs=100, patience=None)
 
 
 def matched(*widths: int, hidden: Sequence[int] = (256,)) -> Probe:
     """Return one probe for sites of several widths, a control that the paper lacks.
 
-    It reads as many principal components of each site as the narrowest site has numbers.
+    The number of principal components that it reads of each site is the width of the narrowest.
     """
     return Probe(hidden=tuple(hidden), components=min(widths), rate=1e-3)
 
@@ -99,7 +99,7 @@ class Part(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Predictions of probes with R seeds. With several sites, their axis leads.
+    """Predictions of probes with R seeds. With several sites, arrays have a leading site axis.
 
     Attributes:
       predicted: int32[R, N], the class of each test example.
@@ -285,7 +285,7 @@ def _train(
 ) -> Fitted:
     """Train probes in parallel until all have stopped early.
 
-    One that has stopped continues with the others, but its best weights stay.
+    A probe that has stopped continues with the others, but keeps its best weights.
     """
     N, width = train.features.shape[1:]
     batch = min(probe.batch, N)
@@ -302,8 +302,8 @@ def _train(
         def step(carry: Any, drawn: Any) -> tuple[Any, None]:
             params, state = carry
             at, weight = drawn
-            slope = jax.grad(_loss)(params, train.features[site, at], train.labels[at], weight)
-            change, state = adam.update(slope, state)
+            gradient = jax.grad(_loss)(params, train.features[site, at], train.labels[at], weight)
+            change, state = adam.update(gradient, state)
             return (optax.apply_updates(params, change), state), None
 
         order = jax.random.permutation(jax.random.fold_in(key, number), N)

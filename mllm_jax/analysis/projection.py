@@ -1,7 +1,7 @@
-"""The tables and claims of the projection study (Verma et al. 2024), from the answers of each run.
+"""Tables and claims of the projection study (Verma et al. 2024), from the answers of all runs.
 
 A variant (Original, FT-Proj, FT-E2E, or a baseline) assigns a class to each test picture in R runs
-with different seeds: int[R, N], -1 where an answer names no class. So do the probes.
+with different seeds: int[R, N], -1 where an answer gives no class. Probes do the same.
 
     task = Task(truth, classes, predicted={"Original": ..., "FT-Proj": ..., "FT-E2E": ...},
                 probed={"paper": {"before": ..., "Original": ..., "FT-Proj": ..., "FT-E2E": ...}})
@@ -100,8 +100,9 @@ def table(
 
     Returns:
       {"variant", "runs", "images", "f1", "accuracy": {"mean", "deviation", "low", "high"},
-      "change": {"value", "low", "high", "relative", "equivalent"} or None}; relative is None over
-      zero, and equivalent says whether the change is shown to be within `scores.MARGIN`.
+      "change": {"value", "low", "high", "relative", "equivalent"} or None}; "relative" is None if
+      the baseline is 0, and "equivalent" is whether the change is shown to be within
+      `scores.MARGIN`.
     """
     scores = {name: f1(truth, answers, classes, **options) for name, answers in predicted.items()}
     rows = []
@@ -118,12 +119,12 @@ def table(
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim that F1 of some variants is higher than that of another, or lower, on most tasks.
+    """A claim that the F1 of some variants is higher, or lower, than that of another on most tasks.
 
     Attributes:
       text: The claim in words.
       of: Pairs ("model" or the name of a probe, variant) that are compared on every task.
-      over: The pair that each of them is compared with.
+      over: The pair that each of `of` is compared with.
       sign: 1 for higher, -1 for lower.
       misses: Number of comparisons that may contradict the claim.
       paper: The result of the paper.
@@ -267,7 +268,7 @@ def _criterion(claim: Claim, n: int) -> str:
 
 
 def _power(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what every comparison of a claim could have found."""
+    """Return the smallest effect that every comparison of a claim can detect, in words."""
     likely = [row["likely"] for row in rows]
     if None in likely:
         return "no change of so few answers could have been found"

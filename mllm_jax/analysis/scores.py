@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 def f1(truth: np.ndarray, predicted: np.ndarray, classes: int, **options) -> Sample:
     """Compute macro-F1: the mean over classes of 2 hits / (pictures + answers of the class).
 
-    A class that is neither true nor answered does not count, as in scikit-learn; nor does -1.
+    As in scikit-learn, a class that is neither true nor answered does not count; nor does -1.
 
     Args:
       truth: int[N], the true classes.
@@ -82,10 +82,9 @@ def difference(sample: Sample, baseline: Sample) -> Sample:
 
 
 def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEVEL) -> bool:
-    """Return whether a difference is shown to be smaller than a margin, to either side (TOST).
+    """Return whether a difference is shown to be smaller than a margin in both directions (TOST).
 
-    That hardly any answer changes shows nothing where pictures are few, see
-    `intervals.chance_of_fewer`.
+    With few pictures, hardly any changed answer shows nothing, see `intervals.chance_of_fewer`.
 
     Args:
       gain: The difference, of `difference`.
@@ -102,11 +101,11 @@ def equivalent(gain: Sample, margin: float = MARGIN, *, level: float = power.LEV
 def detectable(gain: Sample, *, level: float = power.LEVEL) -> power.Detectable:
     """Return the smallest differences that an interval such as that of `gain` could have found.
 
-    They follow from its spread, but are at least what so many right or wrong answers can tell.
+    They follow from its spread, but are at least those that this number of answers can show.
 
     Args:
       gain: The difference, of `difference`.
-      level: One less the mass of the interval.
+      level: One minus the mass of the interval.
     """
     least = power.answers(gain.pictures, 1, level=level)
     if least.possible is None or least.likely is None:
@@ -157,7 +156,7 @@ def _sample(
 def _macro_f1(
     drawn: np.ndarray, truth: np.ndarray, predicted: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Return float64[resamples, R]; `drawn` float64[resamples, N] says how often each counts."""
+    """Return float64[resamples, R]; `drawn` float64[resamples, N] is how often each counts."""
     is_class = truth[:, None] == np.arange(classes)  # [N, C]
     true = drawn @ is_class.astype(np.float64)
     out = np.empty((len(drawn), len(predicted)))

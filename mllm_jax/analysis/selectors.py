@@ -1,16 +1,16 @@
 """Ways to rank the neurons of domains: scores, from which `top` selects the highest.
 
-A selector is a function of arrays that gives float64[D_, L, F]: the higher, the more a neuron
+A selector is a function of arrays that returns float64[D_, L, F]: the higher, the more a neuron
 belongs to the domain; -inf where it does not belong to it. D_ domains, L layers, F neurons, N
-examples. All is computed in float64, and inputs must be finite.
+examples. Everything is computed in float64, and inputs must be finite.
 
     scores = {
         "entropy": selectors.entropy(counts, tokens),
-        "AUROC": selectors.auroc(responses, domain),  # of few examples: with ties=effect_size(...)
+        "AUROC": selectors.auroc(responses, domain),  # with few examples: ties=effect_size(...)
         "random": selectors.random(counts.shape, seed),
     }
     masks = {name: selectors.top(s, k) for name, s in scores.items()}   # bool[D_, L, F]
-    selectors.overlap(masks)                                            # agreement of each two
+    selectors.overlap(masks)                                            # agreement of each pair
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def entropy(counts: np.ndarray, tokens: np.ndarray, **options: Any) -> np.ndarra
 
 
 def auroc(responses: np.ndarray, domain: np.ndarray) -> np.ndarray:
-    """Score how well a neuron tells a domain's examples from all others (Suau et al., AurA, 2024).
+    """Score how well a neuron separates a domain from all others (Suau et al., AurA, 2024).
 
     Args:
       responses: float[N, L, F], of each example, such as the largest activation over its tokens.
@@ -108,7 +108,9 @@ def mean_difference(
     tokens = checks.finite(tokens, "tokens", axes="[D_]")
     domains = len(sums)
     if tokens.shape != sums.shape[:1] or (tokens <= 0).any() or domains < 2:
-        raise ValueError(f"tokens must be {domains} positive numbers, one a domain, of two or more")
+        raise ValueError(
+            f"tokens must be {domains} positive numbers, one per domain, of two or more"
+        )
     means, counts = sums / tokens[:, None, None], tokens[:, None, None]
     others = [np.delete(np.arange(domains), d) for d in range(domains)]
     rest = np.stack([(sums[o] / tokens[o].sum()).sum(axis=0) for o in others])
@@ -215,11 +217,11 @@ def top(
       scores: float[D_, L, F].
       k: Number of neurons of each domain, over all layers: an int, or [D_].
       per_layer: Whether to select k in every layer.
-      ties: float[D_, L, F], which of equal scores come first: the highest, such as the size of
-        the effect.
+      ties: float[D_, L, F], second scores that order equal scores, highest first, such as the size
+        of the effect.
 
     Returns:
-      bool[D_, L, F]. Scores that are equal, in `ties` as well, go by (layer, neuron): without
+      bool[D_, L, F]. Scores that are equal, also in `ties`, are ordered by (layer, neuron): without
       `ties`, lower layers are preferred. A score of -inf is never selected.
     """
     scores = checks.not_nan(scores, "scores", axes="[D_, L, F]")
@@ -321,7 +323,7 @@ def _labelled(values: np.ndarray, domain: np.ndarray) -> tuple[np.ndarray, np.nd
     values = checks.finite(values, "values", axes="[N, L, F]")
     domain = checks.numbers(domain, "domain")
     if domain.shape != values.shape[:1] or not np.issubdtype(domain.dtype, np.integer):
-        raise ValueError(f"domain must be {len(values)} integers, one an example")
+        raise ValueError(f"domain must be {len(values)} integers, one per example")
     if not domain.size:
         raise ValueError("values and domain are of no example")
     domains = int(domain.max()) + 1

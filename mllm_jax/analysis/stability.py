@@ -1,9 +1,9 @@
-"""Tests of whether domain neurons are more than chance: other examples, and shuffled domains.
+"""Tests of whether domain neurons exceed chance: with other examples, and with shuffled domains.
 
 Selection by entropy with a top rate of one percent selects one percent of any data, so a selection
 alone proves nothing. These functions split, resample and shuffle the examples of the domains:
 
-    split_half(counts, tokens, domain, sizes=(50, 100, 200))   # do two halves select the same?
+    split_half(counts, tokens, domain, sizes=(50, 100, 200))   # do two halves agree?
     bootstrap(counts, tokens, domain)                          # how often is each neuron selected?
     shuffle_test(counts, tokens, domain)                       # which are beyond shuffled domains?
 
@@ -26,7 +26,7 @@ import scipy.stats
 from mllm_jax.analysis import checks, domain_neurons, intervals, jaccard
 
 POWER = 0.5  # a test that would miss the most specific neuron more often than this is refused
-Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (counts, tokens) of domains -> mask
+Select = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (counts, tokens) by domain -> mask
 
 
 def neurons(counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -68,13 +68,13 @@ def pool(
 
 
 class Agreement(NamedTuple):
-    """How far the selections of two halves agree.
+    """The agreement of selections from two halves of the examples.
 
     Attributes:
       sizes: int64[S], number of examples of a domain in a half.
       jaccard: float64[S, R, D_], Jaccard index of the two halves in each repeat; 0 where both
         are empty.
-      neurons: float64[S, D_], mean number of neurons of a half.
+      neurons: float64[S, D_], mean number of neurons selected by a half.
     """
 
     sizes: np.ndarray
@@ -92,7 +92,7 @@ def split_half(
     seed: int = 0,
     select: Select = neurons,
 ) -> Agreement:
-    """Measure how far selections from two disjoint halves agree, by their size.
+    """Measure the agreement of selections from two disjoint halves, by the size of the halves.
 
     Args:
       counts: int[N, L, F], of each example.
@@ -137,8 +137,8 @@ class Bootstrap(NamedTuple):
     Attributes:
       mask: bool[D_, L, F], the selection of all examples.
       frequency: float64[D_, L, F], share of the resamples that select a neuron.
-      jaccard: The Jaccard index of a resample with `mask`, float64[D_]: its mean and interval
-        over resamples.
+      jaccard: The mean Jaccard index of a resample with `mask` and its interval over resamples,
+        float64[D_].
       per_layer: int64[R, D_, L], number of neurons of each resample.
     """
 
@@ -191,12 +191,12 @@ def bootstrap(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShuffleTest:
-    """The selected neurons whose entropy is below what shuffled domains give.
+    """The selected neurons whose entropy is below that of shuffled domains.
 
     Attributes:
       selection: The selection of the true domains.
       p_values: float64[L, F], of the hypothesis that the domain of an example does not matter to
-        the neuron; adjusted for all neurons of the module. 1 where it is no candidate.
+        the neuron; adjusted for all neurons of the module. 1 if it is not a candidate.
       mask: bool[D_, L, F], `selection.mask` where p <= level: the significant domain neurons.
       level: Probability that `mask` has any neuron when domains do not matter.
       lowest: float64[R], the lowest entropy in each shuffle, nats.
@@ -249,7 +249,7 @@ def shuffle_test(
     if power(domain, shuffles, level) < POWER:
         raise ValueError(
             f"level={level} cannot be reached by {len(domain)} examples: one shuffle of "
-            f"{1 / _chance_of_true_division(domain):.0f} gives the true division again; count "
+            f"{1 / _chance_of_true_division(domain):.0f} gives the true labels again; count "
             "more examples, or smaller groups of them"
         )
 

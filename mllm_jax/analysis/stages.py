@@ -44,7 +44,7 @@ class Stages:
       boundaries: First layers of the second and of the third stage; None if undecided.
       low: Lower end of the bootstrap interval of each boundary, in layers; None if there are too
         few layers.
-      high: Upper end of it, likewise.
+      high: Upper end of the interval; None if there are too few layers.
       verdict: One line with the result, or why it is undecided.
       curve: float64[L], mean entropy, nats.
       fit: float64[L], the three segments; None if there are too few layers.
@@ -149,7 +149,7 @@ def find_resampled(
     fit, slopes = _lines(curve, boundaries)
     doubt = _doubt(curve, costs[0], float(error), min_length, low, high)
     if examples < fewest:
-        doubt = f"{examples} examples are too few, it takes {fewest}"
+        doubt = f"{examples} examples are too few, at least {fewest} are needed"
     claimed, words = _describe(slopes, boundaries, curve)
     return Stages(
         None if doubt else boundaries, low, high, f"undecided: {doubt}" if doubt else words, curve,
@@ -165,7 +165,7 @@ def turning_points(curve: np.ndarray, *, window: int = 3) -> list[int]:
       window: Odd width of the moving average, in layers.
 
     Returns:
-      The layers, in order; none for a curve that only falls or only rises.
+      The layers, in order; empty for a curve that only falls or only rises.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window={window} must be odd and positive")
@@ -187,7 +187,7 @@ def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
         distance of the bends; by default a sixth of the layers, at least three.
 
     Returns:
-      The first layers after the bends, in order; none where there are too few layers.
+      The first layers after the bends, in order; empty if there are too few layers.
     """
     curve = _curve(curve)
     window = max(3, len(curve) // 6) if window is None else window
@@ -205,7 +205,7 @@ def bends(curve: np.ndarray, *, window: int | None = None) -> list[int]:
 
 
 def confirmed(stages: Stages, points: Sequence[int], *, slack: int = 1) -> list[bool] | None:
-    """Return whether the second rule finds each boundary of the first: a bend in its interval.
+    """Return whether the interval of each boundary contains a bend, found by the second rule.
 
     Args:
       stages: The stages, from `find`.
@@ -224,7 +224,7 @@ def confirmed(stages: Stages, points: Sequence[int], *, slack: int = 1) -> list[
 
 
 def agreement(one: Stages, other: Stages, *, slack: int = 1) -> list[bool] | None:
-    """Return whether the intervals of two curves' boundaries meet, each with its counterpart.
+    """Return whether the intervals of corresponding boundaries of two curves overlap.
 
     Args:
       one: The stages of one curve, such as of entropies.

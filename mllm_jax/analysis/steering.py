@@ -1,4 +1,4 @@
-"""Steering, measured: what an edit does to the answers that it is meant to change, and to others.
+"""Steering, measured: the effect of an edit on the answers that it should change, and on others.
 
 The answers of a batch are measured under edits of any strength, in one sweep:
 
@@ -8,7 +8,7 @@ The answers of a batch are measured under edits of any strength, in one sweep:
     curve.answers["effect"].log_probability     # an interval for each draw and strength
     curve.answers["damage"].perplexity, curve.answers["damage"].accuracy
 
-Beside the direction stand random ones of equal norm. A strength of 0 is the model as it is.
+The direction is compared with random ones of equal norm. A strength of 0 is the unedited model.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """How likely given answers are, of N examples under each of some edits.
+    """The likelihoods of the answers of N examples, under each of several edits.
 
     Attributes:
       log_likelihood: The log-likelihood of each answer, float32[..., N], in nats.
-      chosen: Whether greedy decoding gives the answer: whether each of its tokens is the most
-        probable after those before it, bool[..., N].
+      chosen: Whether greedy decoding gives the answer: each of its tokens is the most probable one
+        after those before it, bool[..., N].
       tokens: The number of tokens of each answer, int32[N].
     """
 
@@ -61,7 +61,7 @@ class Answers:
 
     @property
     def perplexity(self) -> intervals.Interval[np.ndarray]:
-        """The perplexity of a token of an answer, with its interval over examples."""
+        """The perplexity per token of an answer, with its interval over examples."""
         losses = -np.moveaxis(self.log_likelihood, -1, 0)
         tokens = self.tokens.reshape(-1, *(1,) * (losses.ndim - 1))
         return intervals.Interval(*map(np.exp, intervals.ratio(losses, tokens)))
@@ -69,12 +69,12 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The answers of some batches by strength, beside random directions of equal norm.
+    """The answers of several batches by strength, for a direction and random ones of equal norm.
 
     Attributes:
       strengths: The strengths, float64[n].
-      answers: By the name of the batch; their arrays are [1 + draws, n, N]: the direction itself,
-        and then each random one.
+      answers: The answers by the name of the batch; their arrays are [1 + draws, n, N], with the
+        direction itself first and then each random one.
     """
 
     strengths: Float[np.ndarray, " n"]
@@ -95,11 +95,11 @@ def curve(
     Args:
       model: See `run`.
       direction: The direction.
-      strengths: The strengths, of which 0 is the model as it is.
+      strengths: The strengths; 0 is the unedited model.
       batches: Batches with answers, by name: those that the direction should make likely, and those
         that it should leave likely.
       draws: The number of random directions.
-      seed: Of these.
+      seed: The seed of the random directions.
 
     Raises:
       ValueError: A batch has no answers, or the direction does not fit the model.
@@ -124,9 +124,9 @@ def measure(model: Model, batch: Batch, edits: Sequence[Edits]) -> Answers:
 
     Args:
       model: See `run`.
-      batch: A batch with answers: processor(images, prompts, answers). Rows without one are left
-        out.
-      edits: See `sweep`; none of the logits.
+      batch: A batch with answers: processor(images, prompts, answers). Rows without an answer are
+        left out.
+      edits: See `sweep`; edits of the logits are not allowed.
 
     Returns:
       The answers, whose arrays are [R, N].
@@ -143,9 +143,9 @@ def measure(model: Model, batch: Batch, edits: Sequence[Edits]) -> Answers:
 
 
 def log_likelihood(model: Model, batch: Batch, edits: Edits | None = None) -> Float[Array, " B"]:
-    """Return the log-likelihood of the answer of each row under edits, 0 of a row without one.
+    """Return the log-likelihood of the answer of each row under edits; 0 for rows without one.
 
-    It is pure: the loss of `training.edits.learn`.
+    It is a pure function, so that a loss for `training.edits.learn` can use it.
     """
     labels = require_answers(batch)
     out = run(model, batch, edits, _STATES, logits="none")

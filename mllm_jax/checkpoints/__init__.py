@@ -1,4 +1,4 @@
-"""Checkpoints as tables: readers and writers of files, which know no family."""
+"""Readers and writers of checkpoint files, independent of model families."""
 
 import functools
 

@@ -54,7 +54,7 @@ def members(path: pathlib.Path) -> dict[str, Member]:
                 raise Compressed
             found = {entry.filename: _member(entry, file) for entry in entries}
             if len(found) < len(entries):
-                raise Damaged("a name is there twice")
+                raise Damaged("a name occurs twice")
             _check_apart(found, opened.start_dir)
             for entry in entries:
                 _check_sum(entry, found[entry.filename], file)
@@ -79,7 +79,7 @@ def _member(entry: zipfile.ZipInfo, file: io.BufferedReader) -> Member:
     file.seek(entry.header_offset)
     signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != _SIGNATURE or file.read(name) != _encoded(entry):
-        raise Damaged(f"{entry.filename} is not where it should be")
+        raise Damaged(f"{entry.filename} is not at the position that the directory states")
     return Member(entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size)
 
 
@@ -96,7 +96,7 @@ def _check_apart(found: dict[str, Member], end: int) -> None:
             raise Damaged(f"{name} overlaps another member")
         before = member.start + member.size
     if before > end:
-        raise Damaged("it is cut short")
+        raise Damaged("it is truncated")
 
 
 def _check_sum(entry: zipfile.ZipInfo, member: Member, file: io.BufferedReader) -> None:
@@ -106,4 +106,4 @@ def _check_sum(entry: zipfile.ZipInfo, member: Member, file: io.BufferedReader) 
     while left and (chunk := file.read(min(left, _CHUNK))):
         total, left = zlib.crc32(chunk, total), left - len(chunk)
     if left or total != entry.CRC:
-        raise Damaged(f"{entry.filename} does not have the bytes that were written")
+        raise Damaged(f"the checksum of {entry.filename} is wrong")

@@ -1,4 +1,4 @@
-"""Fields that all `config.json` files share, and the refusal of a config."""
+"""Fields that all `config.json` files share, and the error for a refused config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN_IDS = dict.fromkeys(
     ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"), (schema.IDS, None)
 )
 
-# The fields that do not change what a trained model computes here.
+# Fields that do not change what a trained model computes.
 IGNORED = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map dropout
@@ -50,11 +50,11 @@ IGNORED = frozenset(
 
 
 class Refused(ValueError):
-    """A `config.json` that is not read.
+    """A refused `config.json`.
 
     Attributes:
       config: The config without the unknown fields, so that the tensors can be checked as well;
-        None where other things are wrong.
+        None if something else is wrong.
     """
 
     def __init__(self, source: object, problems: list[str], config: Any = None):
@@ -66,9 +66,9 @@ def checked(config: Callable[[], Config], source: object, problems: list[str]) -
     """Return the config if nothing is wrong with it.
 
     Args:
-      config: Makes the config.
-      source: The name of the file in an error.
-      problems: What is wrong with the fields.
+      config: A function that makes the config.
+      source: The name of the file, for the error.
+      problems: Descriptions of what is wrong with the fields.
 
     Raises:
       Refused: There are problems.

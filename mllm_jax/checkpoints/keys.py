@@ -62,8 +62,8 @@ class Row:
       key: The Hugging Face key, with `{layer}` for a layer number.
       path: The path of the parameter.
       transform: The change of axes.
-      part: (number, count) where a tensor holds `count` parameters along its first axis.
-      every: The factor between layer numbers of this library and of Hugging Face.
+      part: (number, count) if a tensor holds `count` parameters along its first axis.
+      every: The factor from layer numbers of this library to those of Hugging Face.
     """
 
     key: str
@@ -75,12 +75,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """The place of one Hugging Face tensor in the parameters.
+    """The position of one Hugging Face tensor in the parameters.
 
     Attributes:
       key: The Hugging Face key.
       path: The path of the parameter.
-      layer: The index on its L axis; None without such an axis.
+      layer: The index on its L axis; None if it has no such axis.
       shape: The shape of the Hugging Face tensor.
       transform: The change of axes.
       part: The part of the tensor, see `Row`.
@@ -119,7 +119,7 @@ def norm(hf: str, ours: str) -> tuple[tuple, ...]:
 
 
 def slots(shapes: Mapping[str, Shape], table: Iterable[Row]) -> list[Slot]:
-    """Return the place of every tensor of a model.
+    """Return the position of every tensor of a model.
 
     Args:
       shapes: The shapes of all parameters by path, with the L axis.
@@ -160,11 +160,11 @@ _BUFFER = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 
 
 def respell(key: str, spellings: Iterable[tuple[str, str]]) -> str:
-    """Return a key with another prefix: that beside the first of the prefixes that it begins with.
+    """Replace the prefix of a key, by the first pair whose prefix the key begins with.
 
     Args:
       key: A Hugging Face key in any spelling.
-      spellings: Pairs of a prefix and what takes its place; a key with none of them stays.
+      spellings: Pairs of a prefix and its replacement; a key without such a prefix is unchanged.
     """
     for prefix, spelling in spellings:
         if key.startswith(prefix):
@@ -188,7 +188,7 @@ def check(
       is_unused: Whether a checkpoint may hold a tensor that the model does not use.
 
     Raises:
-      ValueError: Tensors are missing, left over or of another shape; one line states all.
+      ValueError: Tensors are missing, left over or of another shape; the message lists all.
     """
     expected = {slot.key: slot.shape for slot in wanted}
     missing = [key for key in expected if key not in shapes]

@@ -57,7 +57,7 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
     path = files.regular(path)
     name, lists = files.line(path, 250), torch_file.read(path)
     if not _is_list_of_lists(lists) or len({len(layers) for layers in lists}) != 1:
-        raise ValueError(f"{name}: no list over domains of lists over as many layers each")
+        raise ValueError(f"{name}: not a list over domains of lists over equally many layers")
     domains = len(lists) if domains is None else domains
     if len(lists) > domains:
         raise ValueError(f"{name}: has {len(lists)} domains, more than the {domains} expected")
@@ -65,7 +65,7 @@ def read_pth(path: str | pathlib.Path, width: int, *, domains: int | None = None
     if count > _MAX_LISTS or count * width > _MAX_ELEMENTS:
         raise ValueError(
             f"{name}: a mask of {domains} domains, {len(lists[0])} layers and {width} neurons is "
-            "larger than any that is read"
+            "too large"
         )
     mask = np.zeros((domains, len(lists[0]), width), bool)
     for domain, layers in enumerate(lists):
@@ -134,14 +134,14 @@ def load(path: str | pathlib.Path) -> Masks:
     try:
         members = archive.members(path)
         if sum(member.size for member in members.values()) > _MAX_ELEMENTS:
-            raise ValueError("larger than any that is read")
+            raise ValueError("too large for a mask")
         arrays = {
             name.removesuffix(".npy"): _array(archive.read(path, member))
             for name, member in members.items()
         }
         domains = _names(arrays.pop("domains"))
     except archive.Compressed as error:
-        reason = "compressed, as masks.save never does; write it by np.savez"
+        reason = "compressed; write it with masks.save or np.savez"
         raise ValueError(files.refusal(path, [reason])) from error
     except Exception as error:  # the header of an array is Python code, which can raise anything
         reason = files.line(f"no {error}" if isinstance(error, KeyError) else error, 120)

@@ -60,7 +60,7 @@ class GgufLlama:
       config: The fields of the `config.json`.
       tokenizer: The BPE tokenizer of the file, with its special tokens.
       tokens: The special tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
-      chat_template: The chat template in Jinja; None where the file has none.
+      chat_template: The chat template in Jinja; None if the file has none.
     """
 
     tensors: dict[str, np.ndarray]
@@ -99,7 +99,7 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> GgufLlama:
 
 
 class _Unsupported(Exception):
-    """The file is sound GGUF of an unsupported model."""
+    """The file is valid GGUF of an unsupported model."""
 
 
 def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
@@ -127,7 +127,7 @@ def _read(path: pathlib.Path, progress: bool) -> GgufLlama:
         if is_llama and place in heads:
             weight = unpermute(weight, heads[place])
         if not is_llama and place.endswith("norm"):
-            weight = weight - 1  # GGUF has the factor of a norm, Gemma's own files have it less 1
+            weight = weight - 1  # GGUF stores the factor of a norm, Gemma's own files factor - 1
         tensors[names[tensor.name]] = weight
     return GgufLlama(
         tensors=tensors,
@@ -180,7 +180,7 @@ def _skip(kind: int, file: io.BufferedReader, size: int) -> None:
 def _bounded(count: int, each: int, file: io.BufferedReader, size: int) -> int:
     """Return a count of items of at least `each` bytes; refuse one that exceeds the file."""
     if count * each > size - file.tell():
-        raise ValueError(f"it is cut short, or counts {count} where there are fewer")
+        raise ValueError(f"it is truncated, or states {count} items but has fewer")
     return count
 
 
@@ -205,7 +205,7 @@ def _check_tensors(
 
 
 def parameter_shapes(lm: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters of a language model by our path."""
+    """Return the shapes of the parameters of a language model by their path in this library."""
     state = nnx.state(nnx.eval_shape(lambda: Decoder(lm, rngs=nnx.Rngs(0))))
     return {
         ".".join(("lm", *map(str, path))): leaf.shape for path, leaf in nnx.to_flat_state(state)

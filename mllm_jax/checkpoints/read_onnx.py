@@ -28,8 +28,8 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.nd
       progress: Whether to show a progress bar.
 
     Returns:
-      float32 arrays by key of `CLIPVisionModelWithProjection`: `vision_model.*` and, where the
-      file has it, `visual_projection.weight`. Linear weights are [out, in].
+      float32 arrays by key of `CLIPVisionModelWithProjection`: `vision_model.*` and, if the file
+      has it, `visual_projection.weight`. Linear weights are [out, in].
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -49,21 +49,21 @@ def read(path: str | pathlib.Path, *, progress: bool = False) -> dict[str, np.nd
 
 
 class _Unsupported(Exception):
-    """The file is sound ONNX of an unsupported model."""
+    """The file is valid ONNX of an unsupported model."""
 
 
 def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
     graph = onnx.load(path, load_external_data=False).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     if len(stored) < len(graph.initializer):
-        raise ValueError("a tensor is there twice")
+        raise ValueError("a tensor occurs twice")
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
     used = {name for node in products for name in node.input}
     if idle := [name for name in stored if name.endswith("_quantized") and name not in used]:
-        raise ValueError(f"nothing multiplies by {files.some(idle)}")
+        raise ValueError(f"no node uses {files.some(idle)}")
     plain = [name for name in stored if name.startswith("vision_model.")]
     if not plain:
-        raise _Unsupported("no tensor named vision_model.*, so no CLIP vision tower")
+        raise _Unsupported("no tensor is named vision_model.*: this is not a CLIP vision tower")
     tensors = {}
     with tqdm.tqdm(
         total=len(plain) + len(products), desc="reading the vision encoder", disable=not progress
@@ -74,7 +74,7 @@ def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
         for node in products:
             name = _hf_name(node.name)
             if name in tensors:
-                raise ValueError(f"{name} is there twice")
+                raise ValueError(f"{name} occurs twice")
             tensors[name] = _dequantise(node, stored)
             bar.update()
     _check_names(tensors)
@@ -84,7 +84,7 @@ def _read(path: pathlib.Path, progress: bool) -> dict[str, np.ndarray]:
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
     """Return a tensor that is stored in the file itself."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        raise _Unsupported(f"{files.shown(tensor.name)} lies in another file, which is not read")
+        raise _Unsupported(f"{files.shown(tensor.name)} is in another file, which is not read")
     return numpy_helper.to_array(tensor)
 
 
@@ -104,7 +104,7 @@ def _check_names(tensors: dict[str, np.ndarray]) -> None:
         match = _LAYER.fullmatch(name)
         row = name if match is None else f"vision_model.encoder.layers.{{layer}}.{match[2]}"
         if row not in known:
-            raise ValueError(f"{files.line(name, 80)} is no tensor of a CLIP vision tower")
+            raise ValueError(f"{files.line(name, 80)} is not a tensor of a CLIP vision tower")
         if match:
             layers.setdefault(match[1], set()).add(match[2])
     whole = set().union(*layers.values())

@@ -51,7 +51,7 @@ def real(low: float, high: float) -> Kind:
 
 
 def only(*values: Any) -> Kind:
-    """Return the kind of these values; types count, so that `true` is not 1."""
+    """Return the kind of these values; types must match, so that `true` is not 1."""
     return Kind(
         ", ".join(map(repr, values)),
         lambda value: any(type(value) is type(one) and value == one for one in values),
@@ -102,29 +102,29 @@ def read(
     prefix: str,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Return the fields of a table, and append what is wrong with any field to `problems`.
+    """Return the fields of a table, and append an entry for each wrong field to `problems`.
 
     Args:
       fields: The fields of a config, or of a part of one.
       table: The fields that are read.
       ignored: The names of fields that have no effect. Any further field is a problem.
       prefix: The prefix of field names in error messages.
-      problems: Problems are appended here, one line each.
+      problems: A list to which problems are appended, one line each.
 
     Returns:
-      The values by name. Missing and wrong fields have their default, so that every value is of
-      its kind.
+      The values by name. Missing and wrong fields get their default, so that every value is of the
+      expected kind.
     """
     kind = table.get("model_type")
     if kind and not kind[0].accepts(fields.get("model_type", kind[1])):
         fields = {
             "model_type": fields["model_type"]
-        }  # every field of another model would be unknown
+        }  # otherwise every field of another model would be unknown
     if (how := fields.get("quantization_config")) is not None:
         method = how.get("quant_method", "unnamed") if isinstance(how, Mapping) else how
         problems.append(
             f"{prefix}quantization_config: weights quantised by {files.shown(method, 30)} are not "
-            "read; take the checkpoint they were made of, or save it again after dequantize()"
+            "read; use the original checkpoint, or save this one again after dequantize()"
         )
     for name in fields:
         if name not in table and name not in ignored and name != "quantization_config":
@@ -137,7 +137,7 @@ def read(
 def values(
     fields: Mapping[str, Any], table: Table, prefix: str, problems: list[str]
 ) -> dict[str, Any]:
-    """Return the fields of a table as `read` does, and ignore all other fields."""
+    """Return the fields of a table like `read`, but ignore all other fields."""
     known = {}
     for name, (kind, default) in table.items():
         value = fields.get(name, default)

@@ -1,4 +1,4 @@
-"""Keep tables of rows in safetensors shards, which grow item by item and are read in any order."""
+"""Store tables of rows in safetensors shards, which grow item by item and are read in any order."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Shard:
     """One file of rows.
 
     Attributes:
-      file: The name of the file, which names its items.
+      file: The name of the file, which contains the range of its items.
       first: The first item whose rows it holds.
-      bytes: The bytes of its rows.
+      bytes: The size of its rows in bytes.
       digest: The fingerprint of the file.
     """
 
@@ -40,15 +40,15 @@ class Shard:
 
 
 class ShardStore(ResumableStore):
-    """Tables that grow by the rows of items, in shards, with a record of what they were made for.
+    """Tables that grow by the rows of items, in shards, with a record of their dependencies.
 
-    A shard holds the rows of consecutive items. It is on disk before the record counts it, so a
-    killed run leaves no partial rows. A last shard that is not full is continued, under another
+    A shard holds the rows of consecutive items. It is written before the record counts it, so a
+    killed run leaves no partial rows. A last shard that is not full is continued under another
     name: the files do not depend on where a run was interrupted. Process 0 writes, and all read.
 
     Args:
       folder: The folder of the shards and of their record.
-      shard_bytes: A shard is full when it holds as many bytes.
+      shard_bytes: The number of bytes at which a shard is full.
       restart: Whether to remove an existing record and its shards.
       **parts: The dependencies, as in `Store`.
 
@@ -86,7 +86,7 @@ class ShardStore(ResumableStore):
 
         Raises:
           ValueError: Rows differ in shape or dtype from those before.
-          OSError: The disk is full; what was written before is kept.
+          OSError: The disk is full; rows written before are kept.
         """
         rows = {f"{name}/{key}": a for name, table in tables.items() for key, a in table.items()}
         for key, array in rows.items():
@@ -94,7 +94,7 @@ class ShardStore(ResumableStore):
             if (before := self._kinds.setdefault(key, kind)) != kind:
                 raise ValueError(
                     f"{self.folder}: {key} of item {self.done} has rows {kind[1]} in {kind[0]}, "
-                    f"those before {before[1]} in {before[0]}"
+                    f"earlier items have {before[1]} in {before[0]}"
                 )
         self.add(item)
         self.examples += examples
@@ -144,7 +144,7 @@ class ShardStore(ResumableStore):
             self._buffer = [{tensor.key: tensor.read() for tensor in stored}]
 
     def _remove_other_shards(self) -> None:
-        """Remove shards that were written when a run was killed before its record was."""
+        """Remove shards that a killed run wrote without updating its record."""
         known = {shard.file for shard in (*self._full, self._begun) if shard is not None}
         if hosts.is_primary() and self.folder.is_dir():
             for path in self.folder.iterdir():
@@ -157,7 +157,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """Return the record of a folder of shards.
 
     Raises:
-      FileNotFoundError: There is none.
+      FileNotFoundError: There is no record.
       ValueError: It is damaged, or in the format of another version.
     """
     path = folder / RECORD
@@ -173,7 +173,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def verified_shards(folder: pathlib.Path, record: Mapping[str, Any]) -> list[Shard]:
-    """Return the shards of a record, once their content is found to be what was written.
+    """Return the shards of a record after a check of their content.
 
     Raises:
       ValueError: A file is damaged or missing.
@@ -257,6 +257,6 @@ def table_names(folder: pathlib.Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def free_bytes(folder: pathlib.Path) -> int:
-    """Return how much can be written to a folder, which may not exist yet."""
+    """Return the free bytes on the disk of a folder, which may not exist yet."""
     exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(exists).free

@@ -50,12 +50,12 @@ def open_directory(
 
     Args:
       directory: The directory of the checkpoint.
-      problems: The problems of its files are appended here, one error for each.
+      problems: A list to which an error is appended for each problem of its files.
       canonical_key: Maps any spelling of a key to the canonical one; by default the identity.
 
     Returns:
-      The tensors by canonical key, not read yet. None for a tensor that the index names and its
-      shard does not contain, which is one of the problems.
+      The tensors by canonical key, not read yet. None for a tensor that the index lists but its
+      shard does not contain, which is also one of the problems.
 
     Raises:
       FileNotFoundError: There are no such files.
@@ -132,7 +132,7 @@ def _open_shards(
 
 
 def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Return the shard of each key according to an index; shards lie in its directory."""
+    """Return the shard of each key according to an index; shards are in its directory."""
     shards = files.read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(files.refusal(index, ["not a readable index, it has no weight_map"]))
@@ -145,21 +145,21 @@ def _places(index: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, empty where it has none.
+    """Return the metadata of a safetensors file; empty if it has none.
 
     Raises:
       FileNotFoundError: There is no such file.
       OSError: It is not a regular file.
-      ValueError: It is truncated, or its metadata are not texts by name.
+      ValueError: It is truncated, or its metadata are not strings by name.
     """
     metadata = _read_header(files.regular(path))[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _altered(path, "its metadata are not texts by name")
+        raise _altered(path, "its metadata are not strings by name")
     return metadata
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file and where its tensors start."""
+    """Return the header of a safetensors file and the position of its tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -226,7 +226,7 @@ def _open_torch(path: pathlib.Path) -> list[Stored]:
 
 
 class Writable(Protocol):
-    """What becomes an array when it is written; its shape and dtype are known before."""
+    """An object that becomes an array when it is written; shape and dtype are known before."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -249,7 +249,7 @@ def write(
     Args:
       tensors: The tensors by key; each becomes an array only when it is written.
       path: The file; an existing one is replaced.
-      metadata: Texts by name; by default what transformers expects of a model's weights.
+      metadata: Strings by name; by default those that transformers expects of a model's weights.
 
     Raises:
       OSError: The disk is full, or the directory is not writable.

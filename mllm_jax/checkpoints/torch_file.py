@@ -66,7 +66,7 @@ def read(path: str | pathlib.Path) -> Any:
 
 
 def index(path: str | pathlib.Path) -> Any:
-    """Return the content as `read` does, with tensors that are not read yet."""
+    """Return the content like `read`, with tensors that are not read yet."""
     path = files.regular(path)
     program, storages = _unzip(path)
     try:
@@ -79,8 +79,8 @@ def index(path: str | pathlib.Path) -> Any:
             files.refusal(
                 path,
                 [
-                    f"refused, it asks for {call} and only tensors are read from a pickle; "
-                    "save its state_dict alone, or as safetensors"
+                    f"refused, it calls {call} and only tensors are read from a pickle; "
+                    "save only its state_dict, or save it as safetensors"
                 ],
             )
         ) from error
@@ -105,9 +105,7 @@ def _unzip(path: pathlib.Path) -> tuple[bytes, dict[str, archive.Member]]:
         raise ValueError(files.refusal(path, [_mend(path, error)])) from error
     order = members.get("byteorder")
     if order and archive.read(path, order) != b"little":
-        raise ValueError(
-            files.refusal(path, ["big-endian, and only little-endian numbers are read"])
-        )
+        raise ValueError(files.refusal(path, ["big-endian; only little-endian numbers are read"]))
     storages = {
         name.removeprefix("data/"): member
         for name, member in members.items()
@@ -180,7 +178,7 @@ class _Refused(Exception):
 class _Tensors(pickle.Unpickler):
     """Runs a pickle that may construct tensors and ordered dicts.
 
-    All that `find_class` returns is immutable or belongs to this file alone, so that a pickle
+    Everything that `find_class` returns is immutable or belongs to this file only, so that a pickle
     cannot change anything but its own value.
     """
 
@@ -252,7 +250,7 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
                 new = type(value)(changed(item) for item in value)
             done[id(value)] = new
         if done[id(value)] is inside:
-            raise ValueError("lists without end")
+            raise ValueError("a list contains itself")
         return done[id(value)]
 
     return changed(value)
@@ -268,7 +266,7 @@ def write(value: Any, path: str | pathlib.Path) -> None:
       path: The file, which is written atomically.
 
     Raises:
-      TypeError: A value is none of these, or has a dtype that torch does not store.
+      TypeError: A value is not one of these, or has a dtype that torch does not store.
       OSError: The file cannot be written.
     """
     storages: list[np.ndarray] = []

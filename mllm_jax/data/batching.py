@@ -1,4 +1,4 @@
-"""Sequences of batches: each is made when it is needed, and is always the same at its index."""
+"""Sequences of batches, which are made on demand and reproducible by index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
-    """Return the items of all lists in one, each list spread evenly over it."""
+    """Merge lists into one, with the items of each spread evenly over it."""
     placed = [
         ((i + 0.5) / len(items), number, item)
         for number, items in enumerate(lists)
@@ -33,9 +33,9 @@ def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedQuestions:
-    """Training batches with several questions on one picture in a row; the picture is read once.
+    """Training batches in which a row has several questions about one picture, read once.
 
-    Where a picture attends to the question after it (PaliGemma), each question has a row.
+    If a picture attends to the question after it (PaliGemma), each question has its own row.
 
     Attributes:
       processor: Makes the batches.
@@ -46,8 +46,8 @@ class PackedQuestions:
       questions: The number of questions of each picture, drawn again each epoch.
       seed: The seed of the order; None goes through the examples in order, first questions first.
       styles: The styles of the questions; all by default.
-      shift: The number of places by which the pictures of a batch are moved on, so that questions
-        are asked about wrong ones.
+      shift: The number of positions by which the pictures of a batch are shifted, so that questions
+        are asked about wrong pictures.
     """
 
     processor: Processor
@@ -131,7 +131,7 @@ def packed_length(
     Args:
       processor: Makes the batches.
       questions_of: The questions of each example.
-      questions: How many of them share a row.
+      questions: The number of questions that share a row.
       examples: The examples, for models that read a picture by its size.
     """
     placeholder = _placeholder_pictures(processor, 1, examples)
@@ -150,13 +150,13 @@ def packed_length(
 
 
 def ask(examples: Sequence[Example], styles: Sequence[str]) -> list[tuple[Example, Question]]:
-    """Return one (example, question) pair for each example, its styles in turn."""
+    """Return one (example, question) pair for each example, with the styles in turn."""
     return list(ExampleQuestions(examples, tuple(styles)))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleQuestions(LazySequence[tuple[Example, Question]]):
-    """The pairs of `ask`, each made when it is needed: pictures stay where they are.
+    """The pairs of `ask`, each made when it is needed, so that pictures are not kept in memory.
 
     Attributes:
       examples: The examples, with questions.
@@ -186,17 +186,17 @@ class ExampleQuestions(LazySequence[tuple[Example, Question]]):
 
 @dataclasses.dataclass(frozen=True)
 class QuestionBatches:
-    """Batches of one question a row, all of one shape; empty rows fill up the last.
+    """Batches of one question per row, all of one shape; empty rows pad the last.
 
     Attributes:
       processor: Makes the batches.
       pairs: (example, question) pairs, see `ask`.
       size: The number of questions in a batch.
       length: The number of tokens of a row.
-      features: float[N, P, E], the vision features of the examples of the pairs; then pictures are
-        not prepared again.
-      filled: The number of rows that empty rows fill every batch up to, such as a mesh divides;
-        `size` by default.
+      features: float[N, P, E], the vision features of the examples of the pairs, used in place of
+        their pictures.
+      filled: The number of rows to which empty rows pad every batch, such as a multiple of a mesh
+        axis; `size` by default.
     """
 
     processor: Processor
@@ -262,12 +262,12 @@ def row_length(
 def _placeholder_pictures(
     processor: Processor, pictures: int, examples: Sequence[Example | None]
 ) -> dict[str, Any]:
-    """Return features and sizes for pictures with as many tokens as one can have.
+    """Return features and sizes for pictures with the largest number of tokens.
 
     Args:
       processor: Makes the batches.
       pictures: The number of pictures.
-      examples: Pictures of which one has the most tokens, where each is read by its size.
+      examples: Pictures of which one has the most tokens, if the number depends on their size.
     """
     config, size = processor.config, processor.config.largest
     known = [example for example in examples if example is not None]

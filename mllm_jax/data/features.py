@@ -1,4 +1,4 @@
-"""Vision features of a data set, computed once and stored, as the vision tower is frozen."""
+"""Vision features of a data set, computed once and stored for a frozen vision tower."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mllm_jax.typing import Array, Float
 def read_pictures(
     model: MultimodalModel, batch: Batch, edits: Edits | None = None
 ) -> tuple[Batch, Edits]:
-    """Return a batch with its vision features, and the edits of the passes that read it.
+    """Return a batch with its vision features, and the edits for the passes that read it.
 
-    These passes skip the vision tower; what edits of it change is in the features.
+    These passes skip the vision tower; the effect of its edits is contained in the features.
 
     Args:
       model: The model.
@@ -77,16 +77,16 @@ def mean_over_tiles(config: MultimodalConfig, batch: Batch, values: Any) -> np.n
 def picture_sizes(
     config: MultimodalConfig, examples: Sequence[Example]
 ) -> list[tuple[int, int]] | None:
-    """Return the (height, width) of each picture, where a processor needs it beside features."""
+    """Return the (height, width) of each picture if a processor needs it besides features."""
     if not config.depends_on_size:
         return None
-    return [example.image.size[::-1] for example in examples]  # PIL says the width first
+    return [example.image.size[::-1] for example in examples]  # PIL gives the width first
 
 
 def picture_indices(config: MultimodalConfig, batch: Batch) -> np.ndarray:
     """Return int[B], which of a batch's pictures each row reads.
 
-    Rows that share a picture have the same index; that of a row without a picture means nothing.
+    Rows that share a picture have the same index; a row without a picture has an arbitrary one.
     """
     tiles = int(np.max(batch.tile)) + 1  # of the pictures of a row
     each = tiles * config.tile_tokens(batch)
@@ -106,30 +106,31 @@ def vision_features(
 ) -> np.ndarray:
     """Return the vision tower's features of each example, stored in a mapped file.
 
-    A killed run continues where it stopped; examples may be added after these. The pictures are
-    read each time, to compare them with those of the file, and the tower runs for new ones alone.
+    A killed run continues where it stopped; examples may be added at the end. The pictures are read
+    each time, to compare them with those of the file, and the tower runs only for new ones.
 
     Args:
       model: The model.
       processor: Its processor.
       examples: The examples, each with an `image`, and `encoded` if its bytes are at hand.
-      path: The .npy file; a .json beside it records how much of it is done, and for what.
+      path: The .npy file; a .json beside it records the number of finished pictures and what the
+        features depend on.
       batch_size: The number of pictures that the tower reads at one time.
-      restart: Whether to remove what is there.
+      restart: Whether to remove an existing file.
       label: The name on the progress bar.
 
     Returns:
-      float32[N, P, E]; P counts the patches of all places that a picture has for tiles. Pictures
-      that are read by their size share the places of the largest.
+      float32[N, P, E]; P counts the patches of all tiles that a picture can have. Pictures at their
+      native resolution are padded to the largest.
 
     Raises:
-      ValueError: The file holds features of another model, processor or other pictures, of more
-        pictures, or is damaged.
+      ValueError: The file is damaged, or holds features of another model, processor or other
+        pictures, or of more pictures.
     """
     path = pathlib.Path(path)
     config = model.config
     places = processor.feature_places(picture_sizes(config, examples) or [])
-    # Where a picture is read by its size, a larger one makes all rows longer.
+    # At native resolution, a larger picture makes all rows longer.
     own = {"places": places} if config.depends_on_size else {}
     store = RowStore(
         path.with_suffix(".json"), lambda _: path, len(examples), restart=restart,
@@ -166,13 +167,13 @@ def features_batch(
     *,
     rows: int | None = None,
 ) -> Batch:
-    """Return a batch of stored features of pictures, one a row, with prompts of the picture alone.
+    """Return a batch of stored features of pictures, one per row, with no text in the prompts.
 
     Args:
       processor: The processor of the model.
-      examples: The examples that the features are of.
+      examples: The examples of the features.
       features: float[N, P, E], see `vision_features`.
-      rows: The number of rows to fill up to with empty rows.
+      rows: The number of rows to which empty rows pad the batch.
     """
     sizes = picture_sizes(processor.config, examples)
     prompts = ["<image>"] * len(examples)

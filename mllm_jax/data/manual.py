@@ -1,4 +1,4 @@
-"""TFDS builders of data sets in files that a user downloads by hand."""
+"""TFDS builders of data sets whose files are downloaded manually."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Need:
 
 
 class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # untyped
-    """A data set in files that were downloaded by hand; examples keep their order.
+    """A data set of manually downloaded files; examples keep their order.
 
     A subclass defines the files it needs, the features of a record, and the examples of a split.
     """
@@ -62,10 +62,9 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
     def build(
         cls, manual: str | os.PathLike, root: pathlib.Path, config: str | None = None
     ) -> pathlib.Path:
-        """Build the data set into array_record files under `root`, unless it is there.
+        """Build the data set into array_record files under `root`, unless it exists.
 
         Args:
-          config: The config of the study.
           manual: The folder that holds `<name>/` with the files as they were downloaded.
           root: The folder where data sets are kept.
           config: The name of the builder's config.
@@ -134,7 +133,7 @@ def encoded(name: str, file: pathlib.Path) -> bytes:
         if file.suffix.lower() not in (".tif", ".tiff"):
             return file.read_bytes()
         out = io.BytesIO()
-        pictures.read(file).save(out, "PNG")  # what every reader opens
+        pictures.read(file).save(out, "PNG")  # every reader opens PNG
         return out.getvalue()
     except (OSError, ValueError) as error:
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Leave out of one split the pictures that are near copies of pictures in another."""
+"""Leave out the pictures of one split that are near-duplicates of pictures in another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.data.embedded import recipe
 def leave_out(
     domain: Domain, others: Iterable[Example], count: int, *, near_copy: float = recipe.NEAR_COPY
 ) -> Domain:
-    """Return the first pictures of a domain that are no near copies of others.
+    """Return the first pictures of a domain that are not near-duplicates of others.
 
     The rule is that of the embedded domains and of tasks: the correlation of grey thumbnails, also
     mirrored. The number of pictures that are left out is logged as a warning.
@@ -23,10 +23,10 @@ def leave_out(
       domain: The domain, such as a test split.
       others: The pictures of another split.
       count: The number of pictures that are needed; no more are read.
-      near_copy: The correlation from which on two pictures are near copies.
+      near_copy: The correlation from which two pictures are near-duplicates.
 
     Raises:
-      ValueError: All pictures are near copies.
+      ValueError: All pictures are near-duplicates.
     """
     seen = [recipe.thumbnail(example.image)[0] for example in others]
     if not seen:

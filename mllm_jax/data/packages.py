@@ -2,7 +2,7 @@
 
 `importlib.metadata` locates a PyPI file. A Debian package is downloaded by `apt-get download` (no
 root, nothing is installed), checked against its hash, and read as an archive: nothing is unpacked
-on the disk. `MLLM_JAX_DEBS` names a folder with `.deb` files to look in first.
+on the disk. `MLLM_JAX_DEBS` is a folder of `.deb` files that is searched first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mllm_jax.store import cache_directory
 
 
 class MissingPackage(ImportError):
-    """A package that a domain is built from is missing; the message says how to get it."""
+    """A package that a domain is built from is missing; the message states how to get it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Deb:
     def path(self) -> pathlib.Path:
         """Return the verified `.deb` file; the first call downloads it.
 
-        The folder `MLLM_JAX_DEBS` is searched first, then the cache, then apt is asked.
+        The folder `MLLM_JAX_DEBS` is searched first, then the cache; then apt downloads it.
         """
         cache = cache_directory() / "debs"
         users = os.environ.get("MLLM_JAX_DEBS")

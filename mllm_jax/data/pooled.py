@@ -56,20 +56,22 @@ def pooled_features(
       model: The model.
       processor: Its processor.
       examples: The examples, each with an `image`.
-      prompts: One for each example. Image tokens stand before the question, so that only `lm.last`
+      prompts: A prompt for each example. Image tokens precede the question, so that only `lm.last`
         depends on it (with a Q-Former, all but `vision` do).
       path: The folder of the arrays; it belongs to one model and processor, and to these pictures,
-        prompts and features. Examples may be added after them.
-      features: float[N, P, E] of the examples, see `vision_features`; then the tower is not run.
+        prompts and features. Examples may be added at the end.
+      features: float[N, P, E] of the examples, see `vision_features`, in place of running the
+        tower.
       batch_size: The number of rows of a batch.
       length: The number of tokens of a row, so that all batches have one shape.
-      restart: Whether to remove what is there.
+      restart: Whether to remove existing arrays.
       label: The name on the progress bar.
 
     Returns:
-      Mapped arrays: `vision` float32[N, E], before the projection, and `projector` float32[N, D],
-      after it, means over the patches; `lm.image` float32[N, L, D], what leaves each layer, mean
-      over the image tokens; `lm.last` float32[N, L, D], the same at the last token.
+      Memory-mapped arrays: `vision` float32[N, E], before the projection, and `projector`
+      float32[N, D], after it, means over the patches; `lm.image` float32[N, L, D], the output of
+      each layer, mean over the image tokens; `lm.last` float32[N, L, D], the same at the last
+      token.
 
     Raises:
       ValueError: The numbers of examples and prompts differ, or the folder holds features of
@@ -84,7 +86,7 @@ def pooled_features(
     )  # fmt: skip
 
     def item(i: int) -> tuple:
-        """Return what the arrays of an example depend on."""
+        """Return the dependencies of the arrays of an example."""
         row = None if features is None else np.asarray(features[i])
         return picture_content(examples[i]), prompts[i], row
 
@@ -151,7 +153,7 @@ def projected_features(
 def _mean_over_patches(model: MultimodalModel, batch: Batch) -> np.ndarray:
     """Return float32[B, E], the mean features of the patches of each row's picture."""
     features, real = np.asarray(batch.features), is_patch(model, batch)
-    # Those that DeepStack hands on come after those of the tower's last layer.
+    # The features of DeepStack come after those of the tower's last layer.
     width = features.shape[-1] // (1 + model.config.projector.deepstack)
     total = np.where(real[..., None], features[..., :width], 0).sum(1, dtype=np.float32)
     means = total / np.maximum(real.sum(1, keepdims=True), 1)

@@ -1,11 +1,11 @@
-"""Classification tasks: pictures of one class each, divided without near copies.
+"""Classification tasks: pictures of one class each, split without near-duplicates.
 
     found = tasks.embedded(seed=0)     # {"objects": Task, "astronomy": Task, ...}
     mine = tasks.Task.from_domain(domains.Domain.from_folder("birds"))    # birds/<class>/*.jpg
 
 The test pictures of the embedded tasks are the test pictures of the embedded domains, on which the
-projector of the embedded model was not trained. It was trained on those of train and held: held is
-for early stopping and selection, never for reporting.
+projector of the embedded model was not trained. It was trained on those of train and held (the
+held-out split), which is for early stopping and selection, never for reporting.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mllm_jax.data.sequences import LazySequence
 
 Split = Literal["train", "held", "test"]
 SPLITS: tuple[Split, ...] = ("train", "held", "test")
-TEST = 0.25  # share of each class, where a domain has no test pictures
+TEST = 0.25  # share of each class, if a domain has no test pictures
 HELD = 0.2  # share of each class among the pictures that are not for testing
-RATIO = 2.0  # the most training pictures of a class for each one of the smallest class
+RATIO = 2.0  # largest ratio of the training pictures of a class to those of the smallest class
 
-# Classes in the order of their ids, and the label that the domain gives them. "land in Australia"
-# is left out: it has 12 pictures to train on.
+# Classes in the order of their ids, and their labels in the domain. "land in Australia" is left
+# out: it has only 12 training pictures.
 EMBEDDED = {
     "objects": (
         "kinds of objects",
@@ -92,8 +92,9 @@ class Task:
 
     Attributes:
       name: The task's name, such as "astronomy".
-      topic: What the classes are, for the prompt: "objects of the night sky".
-      classes: Their names; a class's index is its id. The label of an example is its class.
+      topic: A description of the classes, for the prompt: "objects of the night sky".
+      classes: The names of the classes; a class's index is its id. The label of an example is its
+        class.
       train: The examples for fitting.
       held: The examples for early stopping.
       test: The examples for reporting.
@@ -148,24 +149,24 @@ class Task:
     ) -> Task:
         """Return a task whose classes are labels of a domain.
 
-        Near copies, by the rule of the embedded domains (`recipe.NEAR_COPY`), never end up in two
-        splits that are made here: those of a given split are left out, others stay together, as do
-        the pictures of one group. Classes alternate in each split: any prefix is balanced.
+        Near-duplicates, by the rule of the embedded domains (`recipe.NEAR_COPY`), are never in two
+        splits: near-duplicates of a given split are left out, others stay in one split, as do the
+        pictures of one group. Classes alternate in each split: any prefix is balanced.
 
         Args:
           domain: The domain to divide.
           test: The test pictures, in an order that no seed changes; or their share of each class
             of `domain`.
-          held: The held pictures; or their share of the pictures that are not for testing.
+          held: The held-out pictures; or their share of the pictures that are not for testing.
           classes: Labels in the order of their ids, or {class: label}; examples with other
             labels are left out. All labels in alphabetic order by default.
-          topic: What the classes are; the name by default.
+          topic: A description of the classes; the name by default.
           name: The task's name; the domain's by default.
-          group: Returns the same text for pictures that belong together, such as views of one
-            thing.
-          ratio: The most pictures of a class for each one of the smallest class, in each split
-            that is made here.
-          near_copy: The correlation from which on two pictures are near copies; None compares no
+          group: A function that returns the same string for pictures that belong together, such as
+            views of one object.
+          ratio: The largest ratio of the pictures of a class to those of the smallest class, in
+            each split that is made here.
+          near_copy: The correlation from which two pictures are near-duplicates; None compares no
             pictures.
           seed: The seed of the division.
 
@@ -290,7 +291,7 @@ def _thumbnails(pictures: Sequence[_Picture]) -> np.ndarray:
 def _apart(
     pictures: Sequence[_Picture], seen: Sequence[_Picture], near_copy: float
 ) -> list[_Picture]:
-    """Return the pictures that are no near copies of those seen, near copies in one group."""
+    """Return the pictures that are not near-duplicates of those seen, duplicates in one group."""
     thumbnails = _thumbnails(pictures)
     if seen:
         others = _thumbnails(seen)[:, 0]
@@ -344,7 +345,7 @@ def _first(pictures: Iterable[_Picture], limits: dict[str, int]) -> list[_Pictur
 
 
 class _Alternating(LazySequence[domains.Example]):
-    """The examples of pictures, with classes for labels; classes alternate."""
+    """The examples of pictures, with classes as labels; classes alternate."""
 
     def __init__(self, pictures: Sequence[_Picture], classes: tuple[str, ...]):
         by_class = [[p for p in pictures if p.label == name] for name in classes]

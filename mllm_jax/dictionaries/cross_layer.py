@@ -1,9 +1,9 @@
 """Cross-layer transcoders: latents that read one layer and write to it and to all later ones.
 
-Each layer has latents of its own, relu(x W_enc + b_enc) of what they read there, or 0 up to their
-threshold (JumpReLU). They write to the MLP's output in their layer and in each later layer by a
-decoder for each pair of layers (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational
-Graphs in Language Models").
+Each layer has its own latents, relu(x W_enc + b_enc) of its input x, or 0 up to their threshold
+(JumpReLU). They write to the MLP's output in their layer and in each later layer, with one decoder
+for each pair of layers (Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in
+Language Models").
 
     transcoder = cross_layer.load("folder")
     splice = mj.splice(S.lm.mlp.out, transcoder, reads=S.lm.resid_mid)
@@ -37,7 +37,7 @@ from mllm_jax.typing import AnyArray, Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossLayerTranscoder:
-    """A cross-layer transcoder; E is the width that it returns.
+    """A cross-layer transcoder; E is its output width.
 
     Attributes:
       encoder: The encoders, [L, D, M].
@@ -45,7 +45,7 @@ class CrossLayerTranscoder:
       decoders: The decoders of the latents of each layer i, [M, L - i, E]: to its own layer and to
         each later one.
       decoder_bias: The biases of the layers that are written, [L, E].
-      threshold: What each latent must exceed, [L, M].
+      threshold: The threshold that each latent must exceed, [L, M].
     """
 
     encoder: Float[AnyArray, "L D M"]
@@ -56,7 +56,7 @@ class CrossLayerTranscoder:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """The widths of what it reads, of the latents of a layer and of what it returns."""
+        """The widths of its input, of the latents of a layer and of its output."""
         _, D, M = self.encoder.shape
         return D, M, self.decoder_bias.shape[-1]
 
@@ -91,11 +91,11 @@ class CrossLayerTranscoder:
     def constant(
         self, x: Float[Array, "*B D"], layer: int | Int[AnyArray, ""]
     ) -> Float[Array, " E"]:
-        """Return what the reconstruction of one layer has beside what latents add: its bias."""
+        """Return the part of the reconstruction of one layer that no latent adds: its bias."""
         return precision.at_least_float32(jnp.asarray(self.decoder_bias)[layer])
 
     def reconstruct(self, x: Float[Array, "L *B D"]) -> Float[Array, "L *B E"]:
-        """Return the reconstruction of each layer from what all layers read."""
+        """Return the reconstruction of each layer from the inputs of all layers."""
         total = jnp.zeros(
             (*x.shape[:-1], self.widths[2]), precision.at_least_float32_dtype(x.dtype)
         )
@@ -106,10 +106,10 @@ class CrossLayerTranscoder:
 
 
 def load(path: str | os.PathLike, dtype: DTypeLike = jnp.float32) -> CrossLayerTranscoder:
-    """Return a cross-layer transcoder of circuit-tracer's files, on the default device.
+    """Return a cross-layer transcoder from circuit-tracer's files, on the default device.
 
-    What its latents read is not in these files: it is `feature_input_hook` of the `config.yaml`
-    beside them, where hook_resid_mid is `lm.resid_mid`.
+    The site that its latents read is not in these files: it is `feature_input_hook` in the
+    `config.yaml` beside them, where hook_resid_mid is `lm.resid_mid`.
 
     Args:
       path: Its folder, or a repository of the hub and a folder in it, as in `load_dictionary`.
@@ -118,7 +118,7 @@ def load(path: str | os.PathLike, dtype: DTypeLike = jnp.float32) -> CrossLayerT
     Raises:
       FileNotFoundError: There is no such folder, or no cross-layer transcoder in it.
       OSError: A file cannot be read.
-      ValueError: A file is damaged, or holds something else than its layout says.
+      ValueError: A file is damaged or does not match its layout.
     """
     folder = local_folder(pathlib.Path(path).expanduser(), str(path), "W_*.safetensors")
     count = 0
@@ -183,7 +183,7 @@ def write(transcoder: CrossLayerTranscoder, folder: str | os.PathLike) -> None:
 
     Args:
       transcoder: The transcoder.
-      folder: Its folder, which is made. Files of a transcoder in it are replaced.
+      folder: Its folder, which is created. Files of a transcoder in it are replaced.
 
     Raises:
       OSError: The folder cannot be written.

@@ -11,7 +11,7 @@ threshold, and 0 elsewhere; with k, all but the k largest are 0. The kinds of th
   magnitude s exp(r) + b_mag is active where s + b_gate > 0, which is a threshold of its magnitude:
   b_mag - exp(r) b_gate. See `gated`.
 
-A transcoder returns what a later site is instead of what it reads; a skip transcoder adds x W_skip.
+A transcoder predicts a later site instead of its input; a skip transcoder adds x W_skip.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _EPSILON = 1e-5  # of the layer norm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """A sparse autoencoder or a transcoder; E is the width that it returns, D of a site.
+    """A sparse autoencoder or a transcoder; D is its input width, E its output width.
 
     Attributes:
       encoder: The encoder, float32[D, M].
       encoder_bias: Its bias, float32[M].
       decoder: The decoder, float32[M, E]: one direction for each latent.
       decoder_bias: Its bias, float32[E].
-      threshold: What a latent must exceed, float32[M] or float32[].
-      input_bias: What is subtracted from the normed input, float32[D]; None for nothing.
-      skip: The linear map from the input to the output, float32[D, E]; None for none.
-      k: How many latents of a token may be active; None for any number. Static.
-      norm: How the input is normed, and the output scaled back: "constant" gives it the length
-        sqrt(D), "layer" mean 0 and deviation 1. Static.
+      threshold: The threshold that a latent must exceed, float32[M] or float32[].
+      input_bias: The bias subtracted from the normalised input, float32[D]; None for 0.
+      skip: The linear map from the input to the output, float32[D, E]; None if there is none.
+      k: The largest number of active latents of a token; None for any number. Static.
+      norm: The normalisation of the input, which is undone in the output: "constant" scales to norm
+        sqrt(D), "layer" to mean 0 and deviation 1. Static.
     """
 
     encoder: Float[AnyArray, "D M"]
@@ -62,7 +62,7 @@ class Dictionary:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """The widths of what it reads, of its latents and of what it returns."""
+        """The widths of its input, of its latents and of its output."""
         D, M = self.encoder.shape
         return D, M, self.decoder.shape[-1]
 
@@ -83,7 +83,7 @@ class Dictionary:
 
         Args:
           latents: The latents.
-          x: What was encoded; its norm and the skip map need it.
+          x: The encoded input; the normalisation and the skip map need it.
         """
         _, scale, shift = self._normed(x)
         product = precision.einsum("...M,ME->...E", latents, jnp.asarray(self.decoder))
@@ -106,7 +106,7 @@ class Dictionary:
         return self.decode(self.encode(x), x)
 
     def _normed(self, x: Float[Array, "*B D"]) -> tuple[Array, Array | float, Array | float]:
-        """Return the normed input, and the scale and the shift that undo its norm."""
+        """Return the normalised input, and the scale and the shift that undo its norm."""
         x = precision.at_least_float32(jnp.asarray(x))
         if self.norm == "constant":
             root = _root((x * x).mean(-1, keepdims=True))

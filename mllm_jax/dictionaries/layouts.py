@@ -1,4 +1,4 @@
-"""The files of dictionaries that are published: which tensors and settings mean what.
+"""The file layouts of published dictionaries: the meaning of their tensors and settings.
 
 A layout is recognised by the names of its files. Its function turns tensors and settings into a
 `Dictionary`, so that latents are those of the reference code of the layout.
@@ -27,14 +27,14 @@ _NOT_FALSE = schema.optional(schema.only(False))
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way to lay out a dictionary in files.
+    """A layout of a dictionary in files.
 
     Attributes:
       name: Its name, for error messages.
       weights: The file of the tensors.
-      config: The file of the settings; None where the tensors say all.
-      read: Returns the dictionary, (tensors, settings, problems); it takes tensors out that it has
-        read and appends what is wrong with either.
+      config: The file of the settings; None if the tensors contain everything.
+      read: (tensors, settings, problems) -> the dictionary. It removes the tensors that it has read
+        and appends problems.
     """
 
     name: str
@@ -105,7 +105,7 @@ def _read_saelens(
     inner = _settings(known["activation_fn_kwargs"] or {}, {"k": _SAELENS["k"]}, problems)
     k = known["k"] or inner["k"]
     if kind == "topk" and k is None:
-        problems.append("k is missing, the number of latents of a token")
+        problems.append("k, the number of latents of a token, is missing")
     if kind == "batchtopk" and "threshold" not in tensors:
         problems.append("a BatchTopK without threshold has no latents of one token: save it again")
     norm = _SAELENS_NORMS.get(known["normalize_activations"], "none")
@@ -153,26 +153,26 @@ def _read_saelens(
 
 
 def _norm_factor(known: dict[str, Any]) -> np.float32:
-    """Return what the weights expect activations to be multiplied by.
+    """Return the factor by which the weights expect activations to be multiplied.
 
-    SAELens folds it into the weights at the end of training, and then names no norm. The files of
-    some releases are from before: their factors are in its table `pretrained_saes.yaml`.
+    SAELens folds it into the weights at the end of training and then states no norm. The files of
+    some older releases lack it: their factors are in its table `pretrained_saes.yaml`.
     """
     if known["normalize_activations"] != "expected_average_only_in":
         return np.float32(1)
     factor = known["norm_scaling_factor"]
     if factor is None:
         warnings.warn(
-            "cfg.json says normalize_activations=expected_average_only_in and no "
+            "cfg.json has normalize_activations=expected_average_only_in but no "
             "norm_scaling_factor: unless the factor is in the weights already, latents are wrong; "
-            "write into cfg.json the one that pretrained_saes.yaml of SAELens has for them",
+            "copy it from pretrained_saes.yaml of SAELens into cfg.json",
             stacklevel=2,
         )
     return np.float32(1 if factor is None else factor)
 
 
 def _scaled(decoder: np.ndarray, factor: np.ndarray, is_used: bool) -> np.ndarray:
-    """Return a decoder of latents times a factor each, which fine-tuning has found."""
+    """Return a decoder with each latent scaled by a factor from fine-tuning."""
     if factor.shape != (len(decoder),):
         raise ValueError(f"the scaling factor is {list(factor.shape)}, expected [{len(decoder)}]")
     if not is_used and not np.allclose(factor, 1):
@@ -183,7 +183,7 @@ def _scaled(decoder: np.ndarray, factor: np.ndarray, is_used: bool) -> np.ndarra
 def _in_units_of_decoder(
     encoder: np.ndarray, encoder_bias: np.ndarray, decoder: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return encoder, bias and decoder so that each latent's direction has length 1."""
+    """Return encoder, bias and decoder rescaled so that each latent's direction has norm 1."""
     length = np.linalg.norm(decoder, axis=1)
     return encoder * length, encoder_bias * length, decoder / length[:, None]
 
@@ -206,7 +206,7 @@ def _read_sparsify(
 ) -> Dictionary | None:
     known = _settings(fields, _SPARSIFY, problems)
     if "k" not in fields:
-        problems.append("k is missing, the number of latents of a token")
+        problems.append("k, the number of latents of a token, is missing")
     if problems:
         return None
     encoder = take(tensors, "encoder.weight", known["num_latents"] or None, known["d_in"])
@@ -272,7 +272,7 @@ def _read_llama_scope(
     if is_normed and None in lengths.values():
         problems.append("dataset_average_activation_norm has no in and out")
     if known["act_fn"] == "topk" and known["top_k"] is None:
-        problems.append("top_k is missing, the number of latents of a token")
+        problems.append("top_k, the number of latents of a token, is missing")
     if problems:
         return None
     encoder = take(tensors, "encoder.weight", known["d_sae"], known["d_model"]).T
@@ -314,12 +314,12 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def check(dictionary: Dictionary, unread: Tensors, problems: list[str]) -> None:
-    """Append what is wrong with a dictionary that was read.
+    """Append the problems of a dictionary that was read.
 
     Args:
       dictionary: The dictionary.
-      unread: The tensors of its file that mean nothing.
-      problems: Problems are appended here.
+      unread: The tensors of its file that were not read.
+      problems: A list to which problems are appended.
     """
     if unread:
         problems.append(f"has tensors that are not known: {files.some(sorted(unread))}")
@@ -329,4 +329,4 @@ def check(dictionary: Dictionary, unread: Tensors, problems: list[str]) -> None:
             problems.append(f"the {field.name} has numbers that are not finite")
     latents = dictionary.widths[1]
     if dictionary.k is not None and dictionary.k > latents:
-        problems.append(f"k is {dictionary.k}, and there are {latents} latents")
+        problems.append(f"k is {dictionary.k}, but there are {latents} latents")

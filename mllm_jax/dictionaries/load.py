@@ -25,8 +25,8 @@ _NORMS = {"none": "none", "constant": "constant_norm_rescale", "layer": "layer_n
 def load_dictionary(path: str | os.PathLike) -> Dictionary:
     """Return a sparse autoencoder or transcoder, float32 on the default device.
 
-    The files of SAELens, Gemma Scope (npz) and Gemma Scope 2, Llama Scope, and EleutherAI's sae
-    (sparsify), which lmms-lab's multimodal-sae has, are read.
+    It reads the files of SAELens, Gemma Scope (npz), Gemma Scope 2, Llama Scope, and EleutherAI's
+    sae (sparsify), the layout that lmms-lab's multimodal-sae uses too.
 
     Args:
       path: Its folder, or the file of its tensors in that folder, or a repository of the hub and a
@@ -35,7 +35,7 @@ def load_dictionary(path: str | os.PathLike) -> Dictionary:
     Raises:
       FileNotFoundError: There is no such folder, or no dictionary in it.
       OSError: A file cannot be read.
-      ValueError: A file is damaged, or holds something else than its layout says.
+      ValueError: A file is damaged or does not match its layout.
     """
     folder, layout = _find(pathlib.Path(path).expanduser(), str(path))
     found = _read_tensors(folder / layout.weights)
@@ -54,16 +54,16 @@ def load_dictionary(path: str | os.PathLike) -> Dictionary:
 
 
 def write_dictionary(dictionary: Dictionary, folder: str | os.PathLike) -> None:
-    """Write a dictionary for `load_dictionary`, SAELens or, with k and a skip map, sparsify.
+    """Write a dictionary for `load_dictionary`, as SAELens or, with k and a skip map, as sparsify.
 
     Args:
       dictionary: The dictionary.
-      folder: Its folder, which is made. Files of a dictionary in it are replaced.
+      folder: Its folder, which is created. Files of a dictionary in it are replaced.
 
     Raises:
       OSError: The folder cannot be written.
-      ValueError: No layout has such a dictionary: with k and thresholds, or a transcoder that is
-        normed, or has k and unequal widths.
+      ValueError: No layout supports such a dictionary: one with k and thresholds, or a transcoder
+        with normalisation, or with k and unequal widths.
     """
     folder = pathlib.Path(folder)
     reads, _, returns = dictionary.widths
@@ -71,7 +71,7 @@ def write_dictionary(dictionary: Dictionary, folder: str | os.PathLike) -> None:
     if dictionary.norm != "none" and is_transcoder:
         raise ValueError(f"no layout of files has a transcoder with norm='{dictionary.norm}'")
     if dictionary.k is not None and np.any(dictionary.threshold):
-        raise ValueError("no layout of files has k as well as thresholds above 0")
+        raise ValueError("no layout of files supports both k and thresholds above 0")
     if dictionary.k is not None and reads != returns:
         raise ValueError(
             f"no layout of files has a transcoder with k from vectors of {reads} to {returns}"
@@ -121,7 +121,7 @@ def local_folder(path: pathlib.Path, name: str, pattern: str = "*") -> pathlib.P
 
     Args:
       path: The folder.
-      name: The repository and the folder in it, where there is no such path.
+      name: The repository and the folder in it, used if there is no such path.
       pattern: The files of that folder that are fetched.
 
     Raises:
@@ -181,7 +181,7 @@ def _saelens_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[st
     is_transcoder = dictionary.skip is not None or D != E
     bias, decoder_bias = dictionary.input_bias, np.asarray(dictionary.decoder_bias)
     shared = bias is not None and not is_transcoder and np.array_equal(bias, decoder_bias)
-    # SAELens subtracts no other bias from the input: that of the encoder does.
+    # SAELens subtracts no bias from the input: fold it into that of the encoder.
     encoder_bias = dictionary.encoder_bias if shared else _whole_encoder_bias(dictionary)
     has_threshold = bool(threshold.any())
     kind = "jumprelu" if has_threshold else "standard"
@@ -227,7 +227,7 @@ def _sparsify_files(dictionary: Dictionary) -> tuple[str, dict[str, Any], dict[s
 
 
 def _whole_encoder_bias(dictionary: Dictionary) -> Float[np.ndarray, " M"]:
-    """Return the bias of the encoder where nothing is subtracted from the input, float64[M]."""
+    """Return the bias of the encoder with the input bias folded in, float64[M]."""
     bias = np.asarray(dictionary.encoder_bias, np.float64)
     if dictionary.input_bias is None:
         return bias

@@ -1,12 +1,12 @@
-"""Low-rank edits of a state that are learned: representation fine-tuning.
+"""Learned low-rank edits of a state: representation fine-tuning.
 
-LoReFT (Wu et al. 2024, "ReFT: Representation finetuning for language models") sets the part of a
-state h that lies in a learned subspace to an affine function of h:
+LoReFT (Wu et al. 2024, "ReFT: Representation finetuning for language models") replaces the
+component of a state h in a learned subspace by an affine function of h:
 
     h + R^T (W h + b - R h),    R with orthonormal rows
 
-It is a dictionary of few dense latents, W h + b - R h: it stands in a pass as a splice does, and
-its latents are a site. `training.edits.learn` trains it; the model stays as it is:
+It is a dictionary with few dense latents, W h + b - R h: it is applied like a splice, and its
+latents are a site. `training.edits.learn` trains it; the model is unchanged:
 
     def loss(reft, model, batch, key):
         edit = reft.edit(S.lm.resid_post[12], where=tok.image)
@@ -36,13 +36,13 @@ from mllm_jax.typing import AnyArray, Array, ArrayLike, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoReFT:
-    """A low-rank edit of a state. Its latents are by how much the subspace moves.
+    """A low-rank edit of a state. Its latents are the shift along each direction of the subspace.
 
-    Apply it by `edit`: a splice with its error, as `mj.splice` makes it, leaves the state as it is.
+    Apply it with `edit`: `mj.splice` would add the error back and leave the state unchanged.
 
     Attributes:
-      basis: R, transposed: the directions of the subspace, float32[D, r]. They are made orthonormal
-        where they are used, so that any optimiser may train them; orthonormal ones stay.
+      basis: R, transposed: the directions of the subspace, float32[D, r]. They are orthonormalised
+        where they are used, so that any optimiser may train them.
       weight: W, transposed, float32[D, r].
       bias: b, float32[r].
     """
@@ -76,7 +76,7 @@ class LoReFT:
         Args:
           target: The site and the layer, such as `lm.resid_post[12]`.
           where: The tokens that change.
-          strength: A factor of the latents: 0 changes nothing, 1 is LoReFT.
+          strength: A factor for the latents: 0 changes nothing, 1 is LoReFT.
         """
         address = Address.of(target)
         spliced = edits.splice(address, self, error=False, where=where)
@@ -85,7 +85,7 @@ class LoReFT:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """The widths of what it reads, of its latents and of what it returns."""
+        """The widths of its input, of its latents and of its output."""
         D, r = self.basis.shape
         return D, r, D
 
@@ -101,12 +101,12 @@ class LoReFT:
         return precision.einsum("...D,Dr->...r", x, change) + self.bias
 
     def decode(self, latents: Float[Array, "*B r"], x: Float[Array, "*B D"]) -> Float[Array, ...]:
-        """Return the states x, moved by their latents."""
+        """Return the states x, shifted by their latents."""
         return precision.at_least_float32(jnp.asarray(x)) + self.decode_change(latents, x)
 
     def decode_change(
         self, change: Float[Array, "*B r"], x: Float[Array, "*B D"]
     ) -> Float[Array, "*B D"]:
-        """Return by what states move where their latents change."""
+        """Return the shift of states for a change of their latents."""
         del x
         return precision.einsum("...r,Dr->...D", change, self.directions)

@@ -32,15 +32,15 @@ _CLASSIFY = (
     "Classify this image into one of the following categories relating to {topic}: {classes}. "
     "Only output a single final classification label and NOTHING ELSE."
 )
-# Verma et al. 2024: the prompt of the paper, with the classes between commas (it does not say how);
-# that of its released code; and that of FT-Proj in this code, where LLaVA's template "plain"
-# replaces the whole question by the picture.
+# Verma et al. 2024: the prompt of the paper, with the classes separated by commas (it does not
+# state how); that of its released code; and that of FT-Proj in this code, where LLaVA's template
+# "plain" replaces the whole question by the picture.
 WORDINGS = {
     "paper": _CLASSIFY,
     "released": _CLASSIFY + "\n\nOutput:",
     "plain": IMAGE,
 }
-NEAREST = 0.8  # lowest similarity at which an answer is read as a class that it does not name
+NEAREST = 0.8  # lowest similarity at which an answer counts as a class that it does not name
 PER = ("answer", "token")
 
 
@@ -60,7 +60,7 @@ def question(
       The question; its options are the classes in the order of their ids.
     """
     if wording not in WORDINGS:
-        raise ValueError(f"unknown wording {wording!r}; there are {', '.join(WORDINGS)}")
+        raise ValueError(f"unknown wording {wording!r}; known are {', '.join(WORDINGS)}")
     listed = questions.shuffled(task.classes, f"{seed} {epoch} {example.id}")
     if wording == "released":
         listed = [f'"{name}"' for name in listed]
@@ -93,13 +93,13 @@ def parse(answer: str, classes: Sequence[str], nearest: float = NEAREST) -> Pars
 
     1. exact: the answer equals the class up to surrounding white space.
     2. normalised: it equals it up to case, punctuation, underscores and articles.
-    3. named: the words of the class are together in the answer, and those of no other class are. A
+    3. named: the answer contains the words of the class in sequence, and those of no other class. A
        class within a longer one ("apple leaf" in "apple leaf rust") is named only if it also
        occurs elsewhere.
     4. nearest: no class is named, and exactly one class has the highest similarity to the
        normalised answer, of `nearest` or more: 1 - edit distance / length of the longer text.
 
-    Otherwise, and if an answer names several classes, the result is none.
+    Otherwise, and if an answer names several classes, there is no class.
 
     Args:
       answer: The answer.
@@ -215,14 +215,14 @@ def score_classes(
       per: "answer" is the log-likelihood of the whole answer, which is lower for longer classes.
         "token" divides it by the number of tokens, which favours long classes whose ends follow
         from their beginnings.
-      end: Whether the end of turn counts, as a token. Without it, a class that begins another
-        class is never less likely than the other.
+      end: Whether the end-of-turn token is scored too. Without it, a class that is a prefix of
+        another class is never less likely than the other.
 
     Returns:
       float32[N, C].
     """
     if per not in PER:
-        raise ValueError(f"per={per!r} is none of {', '.join(PER)}")
+        raise ValueError(f"per={per!r} is not one of {', '.join(PER)}")
     ids = _candidates(batches, end)
     length = (ids >= 0).sum(-1) if per == "token" else 1
     ids = np.broadcast_to(ids, (batches.size, *ids.shape))

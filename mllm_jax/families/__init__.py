@@ -1,6 +1,6 @@
 """The registry of families: a family is a folder here, and one line of `_FOLDERS`.
 
-Everything outside of the folders reaches a family through this module, by the `model_type` of a
+All code outside of the folders finds a family through this module, by the `model_type` of a
 checkpoint, by a config, or by the name of a released model.
 """
 
@@ -56,7 +56,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Multim
 
     Args:
       fields: The content of `config.json`.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
 
     Raises:
       ValueError: No family has this `model_type`, or the fields are not those of a known model.
@@ -79,5 +79,5 @@ def original_layout(fields: Mapping[str, Any]) -> OriginalLayout | None:
 
 
 def nearest(name: str) -> list[str]:
-    """Return the names of released models most like this one, or all where none is like it."""
+    """Return the names of released models most similar to a name; all if none is similar."""
     return difflib.get_close_matches(name.lower(), RELEASED, n=3, cutoff=0.5) or list(RELEASED)

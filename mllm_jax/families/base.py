@@ -19,17 +19,17 @@ Fields = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OriginalLayout:
-    """The layout of checkpoints that the authors' code writes, where transformers has another.
+    """The checkpoint layout of the authors' own code, if it differs from that of transformers.
 
     Attributes:
       is_original: Whether the fields of a `config.json` are of this layout.
-      to_hf: the fields, those of the vision tower and the name of the file -> the fields of a
-        `config.json` of transformers.
-      image_processor: the directory of the vision tower and the config -> an image processor.
-      tower_field: The field that names the checkpoint of the vision tower.
-      base_field: The field that names the model to which a projector alone belongs.
-      projector_file: The name of a file with the projector alone.
-      projector_keys: canonical keys of a projector -> canonical key to key in that file.
+      to_hf: (fields, fields of the vision tower, name of the file) -> the fields of a `config.json`
+        of transformers.
+      image_processor: (directory of the vision tower, config) -> an image processor.
+      tower_field: The field with the name of the vision tower's checkpoint.
+      base_field: The field with the name of the model to which a separate projector belongs.
+      projector_file: The name of a file that holds only the projector.
+      projector_keys: canonical keys of a projector -> {canonical key: key in that file}.
       tower_key: A key of the tower's checkpoint -> its canonical key; None for unused tensors.
     """
 
@@ -48,24 +48,25 @@ class Family:
     """A family of models: an architecture as it is released.
 
     Attributes:
-      name: The `model_type` of its `config.json`, or another name if `reads` says which are its.
+      name: The `model_type` of its `config.json`, or another name if `reads` recognises its
+        configs.
       config: The config class, which builds the network.
-      from_hf: The fields of a `config.json` and the name of the file -> the config.
-      to_hf: the config -> the fields.
-      key_table: the config -> the key table of its checkpoints.
-      canonical_key: a key in any known spelling -> its spelling in the key table.
+      from_hf: (fields of a `config.json`, name of the file) -> the config.
+      to_hf: config -> the fields of a `config.json`.
+      key_table: config -> the key table of its checkpoints.
+      canonical_key: key in any known spelling -> its spelling in the key table.
       is_unused: Whether a checkpoint may hold a tensor that the model does not use, by its
         canonical key.
       projector_prefix: The prefix, or the prefixes, of the canonical keys of its projector.
-      sharding_rules: the config -> the sharding rules.
+      sharding_rules: config -> the sharding rules.
       processor: The class of its processor.
-      released: The configs of its released sizes by name.
-      reads: Whether the fields of a `config.json` are of this family, where its `model_type` is
-        that of another one.
-      other_layouts: The `model_type` of layouts of the same models that are not read -> what to
-        load instead.
+      released: Functions that return the configs of its released sizes, by name.
+      reads: Whether the fields of a `config.json` are of this family, for a `model_type` that
+        several families share.
+      other_layouts: The `model_type` of unsupported layouts of the same models -> what to load
+        instead.
       original: The layout of the authors' own code, if checkpoints in it are read.
-      unused_tensors: the model -> tensors that transformers expects and the model does not use.
+      unused_tensors: model -> tensors that transformers expects and the model does not use.
     """
 
     name: str

@@ -19,7 +19,7 @@ from mllm_jax.typing import AnyArray, Array, Bool, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mass:
-    """The attention that the selected queries pay to groups of keys, on average.
+    """The mean attention of the selected queries to groups of keys.
 
     Attributes:
       values: The mass, float32[L, B, N, kinds]; without N for the mean over heads.
@@ -36,11 +36,11 @@ class Mass:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMap:
-    """Attention of the selected queries on each key, on average; `maps` puts it on pictures.
+    """The mean attention of the selected queries to each key; `maps` lays it out on pictures.
 
     Attributes:
-      values: The attention on each key, 0 where not selected: float32[L, B, N, S]; without N for
-        the mean over heads and a rollout. On the vision side B is the tiles of the batch.
+      values: The attention to each key, 0 where not selected: float32[L, B, N, S]; without N for
+        the mean over heads and for a rollout. On the vision side B counts the tiles of the batch.
       keys: The token map of the keys; those that are not selected are padding.
       has_heads: Whether there is an axis N. Static.
     """
@@ -60,7 +60,7 @@ class AttentionMap:
           tokens or patches; NaN where the model reads none, or none was selected.
 
         Raises:
-          ValueError: There is no such row, or the image tokens are on no grid.
+          ValueError: There is no such row, or the image tokens are not on a grid.
         """
         readers = self.keys.readers
         rows = np.eye(len(self.keys.kind), dtype=bool) if readers is None else np.asarray(readers)
@@ -74,8 +74,8 @@ class AttentionMap:
             maps |= picture_maps(values.take(entry, axis), self.keys, entry)
         if not maps and (np.asarray(self.keys.kind)[entries] == CODE["image"]).any():
             raise ValueError(
-                "the image tokens of this model are queries of a Q-Former, on no grid: "
-                "qformer.cross.pattern has their attention on patches"
+                "the image tokens of this model are queries of a Q-Former and not on a grid: use "
+                "qformer.cross.pattern for their attention to patches"
             )
         return maps
 
@@ -87,7 +87,7 @@ class AttentionMap:
 
         Args:
           parts: The maps of each batch.
-          real: Which of their rows do not only fill up the batch.
+          real: False for rows that only pad a batch.
           axis: The axis of the rows in `values`.
 
         Raises:
@@ -111,18 +111,18 @@ class AttentionMap:
 def read_attention(
     capture: BoundCapture, x: Float[Array, "B N T S"], lens: Callable | None
 ) -> Float[Array, "B N S"]:
-    """Return the attention that the selected queries of each row pay to each key, on average."""
+    """Return the mean attention of the selected queries of each row to each key."""
     selected = jnp.asarray(capture.tokens).astype(jnp.float32)
     total = full_einsum("BNTS,BT->BNS", at_least_float32(x), selected)
     count = selected.sum(-1)
-    # A tile without a selected token, or a row that only fills up the batch, is 0.
+    # A tile without a selected token, or a row that only pads the batch, is 0.
     seen = total / jnp.maximum(count, 1)[:, None, None]
     seen = seen if capture.on is None else jnp.where(capture.on[:, None], seen, 0)
     return seen.mean(1) if capture.heads == "mean" else seen
 
 
 def start_rollout(capture: BoundCapture) -> Float[Array, "B T T"]:
-    """Return the rollout before the first layer: each token is itself."""
+    """Return the rollout before the first layer: the identity."""
     B, T = capture.tokens.shape
     return jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32), (B, T, T))
 
@@ -138,7 +138,7 @@ def roll_out(capture: BoundCapture, x: Float[Array, "B N T S"]) -> Float[Array, 
 def read_rollout(
     capture: BoundCapture, x: Float[Array, "B N T S"], lens: Callable | None
 ) -> Float[Array, "B S"]:
-    """Return the rollout from the selected queries of each row to each key, on average."""
+    """Return the mean rollout from the selected queries of each row to each key."""
     return read_attention(capture, capture.state[:, None], lens)
 
 
@@ -178,7 +178,7 @@ def picture_maps(
       reads none.
 
     Raises:
-      ValueError: The values are not of as many tokens.
+      ValueError: The number of values is not that of the tokens.
     """
     values = np.asarray(values)
     length = tokens.kind.shape[1]
@@ -193,7 +193,7 @@ def picture_maps(
     on_grid = (kind == CODE["image"]) & (down >= 0)
     maps = {}
     for number in np.unique(tile[on_grid]).tolist():
-        of_tile = tile == number  # its tokens that are not selected have a place as well
+        of_tile = tile == number  # tokens that are not selected have a position as well
         own = np.flatnonzero(on_grid & of_tile)
         shape = down[of_tile].max() + 1, across[of_tile].max() + 1
         values_of_tile = np.full((*values.shape[:-1], *shape), np.nan, values.dtype)

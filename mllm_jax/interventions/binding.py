@@ -1,7 +1,7 @@
 """Binding: edits and captures in the shapes of a model and a batch.
 
 An address becomes a mask over layers and units, a selector a mask over tokens, and values get a
-leading layer axis. What is known before the program runs stays in NumPy, where it can be refused.
+leading layer axis. Values known before the program runs stay in NumPy, so that they can be checked.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def bind(
 
     Args:
       model: The model.
-      batch: What it reads.
-      edits: What to change.
-      captures: What to bring back, by name.
+      batch: The batch that it reads.
+      edits: The edits to apply.
+      captures: The captures to return, by name.
       logits: The logits that the pass computes, as in `run`.
 
     Raises:
@@ -88,9 +88,9 @@ def bind_edits(edits: Edits | None, shapes: Shapes, maps: Maps) -> tuple[BoundEd
     """Bind edits to the sites and the tokens of a pass.
 
     Args:
-      edits: What to change.
-      shapes: The sites that the pass runs through.
-      maps: The token map of each module, and of sites that have one of their own.
+      edits: The edits to apply.
+      shapes: The sites of the pass.
+      maps: The token map of each module, and of sites that have their own.
 
     Raises:
       ValueError: The pass does not have a site, a layer or unit is out of range, a mask or value
@@ -109,9 +109,9 @@ def bind_captures(
     maps: Maps,
     edits: Edits | None = None,
 ) -> dict[str, BoundCapture]:
-    """Bind captures to the sites and the tokens of a pass; arguments and errors as `bind_edits`.
+    """Bind captures to the sites and the tokens of a pass; arguments and errors as in `bind_edits`.
 
-    The latents of which sites can be captured depends on the splices among the edits.
+    Latents can be captured only at sites with a splice among the edits.
     """
     latents = latent_sites(edits, shapes)
     shapes = shapes | {name: site.spec for name, site in latents.items()}
@@ -175,7 +175,7 @@ def _check_latents_spliced(bound: tuple[BoundEdit, ...]) -> None:
 def _check_edit_selects(
     site: Site, units: Bool[AnyArray, "L F"], where: Bool[AnyArray, "B T"]
 ) -> None:
-    """Raise an error if an edit selects nothing, where this is known."""
+    """Raise an error if an edit is known to select nothing."""
     if not isinstance(units, jax.core.Tracer) and not np.asarray(units).any():
         raise ValueError(f"the edit of {site.name} selects no layer or unit: nothing would change")
     if not isinstance(where, jax.core.Tracer) and not np.asarray(where).any():
@@ -209,13 +209,13 @@ def _continue_values(edit: BoundEdit, last: Int[AnyArray, " B"], steps: int) -> 
 def _check_logits_computed(
     items: Iterable[BoundEdit | BoundCapture], last: Int[AnyArray, " B"], prompt: int
 ) -> None:
-    """Raise an error if an item is of logits that the pass does not compute, where this is known.
+    """Raise an error if an item is known to need logits that the pass does not compute.
 
     A pass for the last token computes its logits, and those of the tokens that follow the prompt.
 
     Args:
       items: Bound edits and captures.
-      last: Where each row's prompt ends.
+      last: The position of the last token of each row's prompt.
       prompt: The length T of the prompts.
     """
     for item in items:
@@ -229,7 +229,7 @@ def _check_logits_computed(
         computed = selected & ((at == ends[:, None]) | after)
         if not computed.any():
             raise ValueError(
-                "this pass computes the logits of each row's last token alone, but an edit or "
+                "this pass computes the logits of each row's last token only, but an edit or "
                 'capture of them is of other tokens: use where=tok.last, or run(..., logits="all")'
             )
         if route:
@@ -287,7 +287,7 @@ def _bind_capture(
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """The fields of `BoundCapture` that say which layers are captured."""
+    """The fields of `BoundCapture` for the captured layers."""
 
     count: int
     slots: Int[AnyArray, " L"] | None = None
@@ -296,7 +296,7 @@ class _Layers:
 
 
 def _captured_layers(address: Address, layers: int) -> _Layers:
-    """Return which layers a capture reads, of a site that has so many."""
+    """Return the layers that a capture reads, of a site with this number of layers."""
     site = address.site
     if not site.stacked or address.layers.form == "all":
         return _Layers(layers)
@@ -312,7 +312,7 @@ def _captured_layers(address: Address, layers: int) -> _Layers:
 
 
 def _captured_units(address: Address, spec: SiteShape) -> Int[AnyArray, " n"] | None:
-    """Return the units that a capture brings back; None for all."""
+    """Return the units that a capture returns; None for all."""
     site = address.site
     if address.units.form == "all":
         return None
@@ -323,11 +323,11 @@ def _captured_units(address: Address, spec: SiteShape) -> Int[AnyArray, " n"] | 
 
 
 def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
-    """Return where the tokens of a module are in the data.
+    """Return the positions of the tokens of a module in the data.
 
     Args:
       token_map: The token map of the module.
-      rows: That of the rows of the batch.
+      rows: The token map of the rows of the batch.
     """
     xp: Any = np if isinstance(token_map.kind, np.ndarray) else jnp
     is_row = (rows.kind != tokens.CODE["pad"]).any(-1)
@@ -357,7 +357,7 @@ def _tile_names(keys: TokenMap) -> tuple[str, ...]:
 
 
 def _check_capture_selects(bound: BoundCapture) -> None:
-    """Raise an error if a capture selects no token, where the batch is known."""
+    """Raise an error if a capture is known to select no token."""
     form, on, readers = FORMS[bound.form], bound.on, bound.readers
     if not form.needs_a_token:
         return
@@ -374,7 +374,7 @@ def _check_capture_selects(bound: BoundCapture) -> None:
     without = np.flatnonzero(np.asarray(bound.rows) & (count == 0))
     if form.needs_every_row and len(without):
         raise ValueError(
-            f"{what} token of row {without[0]}, so that row has no {bound.form}: choose others "
+            f"{what} token of row {without[0]}, so that row has no {bound.form}: select others "
             "with where=, or leave such rows out of the batch"
         )
 
@@ -382,9 +382,9 @@ def _check_capture_selects(bound: BoundCapture) -> None:
 def _indices(
     selection: sites.Selection, size: int, what: str
 ) -> tuple[Int[AnyArray, " n"], Bool[AnyArray, " n"]]:
-    """Return the selected entries of an axis, `size` for those that are absent, and which are.
+    """Return the selected indices of an axis, `size` for absent ones, and which are absent.
 
-    Traced indices alone can be absent; known ones are then an error.
+    Only traced indices can be absent; a known one out of range raises an error.
     """
     if selection.form in ("one", "index") and isinstance(selection.value, jax.core.Tracer):
         index = jnp.atleast_1d(selection.value)

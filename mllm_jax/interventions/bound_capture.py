@@ -18,16 +18,16 @@ from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the tokens of a site are in the data.
+    """The positions of the tokens of a site in the data.
 
     Attributes:
-      example: The row of the batch that reads each row or tile, counted without rows that only fill
-        up the batch, int32[B].
+      example: The row of the batch that reads each row or tile, counted without rows that only pad
+        the batch, int32[B].
       token: The number of each token in its row without padding, or in its tile, int32[B, T].
       tile: The tile within the row, int16[B, T]; -1 for text.
       row: The row on the grid of the tile, int16[B, T]; -1 elsewhere.
       column: The column on that grid, int16[B, T]; -1 elsewhere.
-      examples: The number of rows that do not only fill up the batch, int32[].
+      examples: The number of rows that do not only pad the batch, int32[].
     """
 
     example: Int[AnyArray, " B"]
@@ -45,28 +45,28 @@ class BoundCapture:
 
     Attributes:
       form: A name of `forms.FORMS`. Static.
-      site: Where it reads. Static.
+      site: The site that it reads. Static.
       by: The kinds of token, or the tiles, that the result is grouped by, or None. Static.
-      k: How many words a lens names. Static.
-      count: How many layers are captured. Static.
+      k: The number of words of a lens. Static.
+      count: The number of captured layers. Static.
       single: Whether the layer axis is dropped at the end. Static.
       slots: The slot that carries each layer's result, int32[L], `count` for layers that are not
         captured; None stacks all layers.
       order: The slots of the captured layers, int32[count]; a layer that is listed twice has one
         slot.
-      absent: Which of the captured layers the model does not have, bool[count]; only traced indices
-        can be out of range unnoticed.
-      units: The units that are brought back, int32[n], or None for all.
+      absent: Which of the captured layers the model does not have, bool[count]; possible only for
+        traced indices.
+      units: The units that are returned, int32[n], or None for all.
       tokens: The tokens that are read, bool[B, T].
       kind: The kind of each token, int8[B, T].
       on: The keys of an attention, bool[B, S], or None.
-      rows: False for rows of the batch that only fill it up, bool[B].
-      readers: Which rows read each tile, bool[B, I], where the site has tiles in place of rows.
+      rows: False for rows that only pad the batch, bool[B].
+      readers: Which rows read each tile, bool[B, I], if the site has tiles in place of rows.
       edges: The edges of bins, float32[bins - 1], or None.
-      places: Where the tokens are in the data, where the form needs it; or None.
-      keys: The token map of the keys of an attention, where the form needs it; or None.
+      places: The positions of the tokens in the data, if the form needs them; or None.
+      keys: The token map of the keys of an attention, if the form needs it; or None.
       heads: Whether an attention is of each head or their mean. Static.
-      state: What the form carries from layer to layer, see `forms.Form.carry`; or None.
+      state: The value that the form carries from layer to layer, see `forms.Form.carry`; or None.
     """
 
     form: str = dataclasses.field(metadata={"static": True})
@@ -114,5 +114,5 @@ class BoundCapture:
 
 
 def absent_value(array: Shaped[Array, ...]) -> float:
-    """Return what stands for layers and units that the model does not have: NaN, or 0."""
+    """Return the value for layers and units that the model does not have: NaN, or 0."""
     return np.nan if jnp.issubdtype(array.dtype, jnp.inexact) else 0

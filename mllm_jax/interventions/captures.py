@@ -1,4 +1,4 @@
-"""Captures: what to bring back from a forward pass, reduced where it is computed.
+"""Captures: what a forward pass returns, reduced where it is computed.
 
 `forms` registers every way to reduce the tensor of a site.
 """
@@ -41,11 +41,11 @@ class Capture:
     """What to read at a site. Made by `keep`, `mean`, `mass`, `stats`, `lens`, `top`, ...
 
     Attributes:
-      form: How it is reduced, a name of `forms.FORMS`. Static.
+      form: The reduction, a name of `forms.FORMS`. Static.
       address: The site with the layers and units that are read.
       where: The tokens that are read.
       by: The kinds of token that the result is grouped by, or None. Static.
-      k: How many words a lens names, or how many units a sparse form keeps. Static.
+      k: The number of words of a lens, or of units that a sparse form keeps. Static.
       on: The keys of an attention.
       edges: The edges of the bins of a histogram or a sample, float32[bins - 1].
       heads: Whether an attention is of each head or their mean. Static.
@@ -75,7 +75,7 @@ def keep(target: Target, *, k: int | None = None, where: Selector = None) -> Cap
 
     Args:
       target: A site or an address.
-      k: How many units of each token to keep; all by default.
+      k: The number of units of each token to keep; all by default.
       where: A token selector or a mask bool[B, T]; all tokens by default.
     """
     if k is None:
@@ -87,9 +87,8 @@ def keep(target: Target, *, k: int | None = None, where: Selector = None) -> Cap
 def mean(target: Target, *, where: Selector = None) -> Capture:
     """Average over the selected tokens of each row: float32[L, B, F].
 
-    On the vision side these are the tokens of all pictures that the row reads. A row without a
-    selected token has no mean: an error where the batch is known, NaN under `jit`. Rows that only
-    fill up the batch are 0.
+    On the vision side these are the tokens of all pictures that the row reads. For a row without a
+    selected token it raises an error, or is NaN under `jit`. Rows that only pad the batch are 0.
 
     Args:
       target: See `keep`.
@@ -106,13 +105,13 @@ def mass(
     where: Selector = None,
     heads: Heads = "each",
 ) -> Capture:
-    """Average the attention that the selected queries pay to some keys: float32[L, B, N].
+    """Average the attention of the selected queries to some keys: float32[L, B, N].
 
     With `by` the keys are grouped, see `attention_maps.Mass`.
 
     Args:
       target: An attention pattern of a module, or layers and heads of it.
-      on: The keys; in a row that has none of them the mass is 0.
+      on: The keys; the mass is 0 in a row without any of them.
       by: `tokens.kind`, or some names of it, or "tile": the image tiles of each row.
       where: The queries; a row without any is treated as by `mean`.
       heads: "mean" averages over the heads, and the result has no axis N.
@@ -132,11 +131,11 @@ def mass(
 
 
 def attention(target: Target, *, where: Selector = None, heads: Heads = "each") -> Capture:
-    """Average the attention that the selected queries pay to each key: float32[L, B, N, S].
+    """Average the attention of the selected queries to each key: float32[L, B, N, S].
 
     Args:
       target: See `mass`.
-      where: The queries; a row without any is an error where the batch is known, and 0 under `jit`.
+      where: The queries; a row without any raises an error, or is 0 under `jit`.
       heads: See `mass`.
     """
     return Capture("attention", Address.of(target), tokens.of(where), heads=_heads(heads))
@@ -151,8 +150,8 @@ def attention_map(
 ) -> Capture:
     """Map the attention of the selected queries over pictures, see `attention_maps.AttentionMap`.
 
-    It is the mean over the queries. Of the Q-Former, `sites.qformer.cross.pattern` holds the
-    attention of its queries on patches.
+    It is the mean over the queries. In a Q-Former, `sites.qformer.cross.pattern` is the attention
+    of the queries to patches.
 
     Args:
       target: See `mass`.
@@ -168,14 +167,14 @@ def rollout(target: Target, *, to: Selector = None, on: Selector = None) -> Capt
     """Roll out attention from the first layer to each of the target: see `AttentionMap`.
 
     Abnar & Zuidema 2020: attention, averaged over the heads of the address, is mixed equally with
-    the identity that stands for the residual, and multiplied through the layers. The pass carries
-    one product [B, T, T] from layer to layer.
+    the identity for the residual, and multiplied through the layers. The pass carries one product
+    [B, T, T] from layer to layer.
 
     Args:
       target: The pattern of a module, and the layers at which the rollout is read; it includes all
         layers up to them.
       to: See `attention_map`.
-      on: The keys, at what enters the first layer.
+      on: The keys, at the input of the first layer.
     """
     where, keys = tokens.of(to), tokens.of(on)
     return Capture("rollout", Address.of(target), where, on=keys, heads="mean")
@@ -186,9 +185,8 @@ def stats(
 ) -> Capture:
     """Compute statistics over rows and tokens, see `results.Stats`.
 
-    The tokens of questions are counted: on the vision side a tile counts once for each row that
-    reads it, whether or not rows share it. Under `jit`, a selector that selects nothing gives 0
-    tokens.
+    Counts refer to questions: on the vision side a tile is counted once for each row that reads it,
+    whether or not rows share it. Under `jit`, a selector that selects nothing gives 0 tokens.
 
     Args:
       target: See `keep`.
@@ -211,7 +209,7 @@ def lens(
 
     Args:
       target: See `keep`.
-      k: How many of the most probable words to name, at most those of the vocabulary.
+      k: The number of most probable words to return, at most the size of the vocabulary.
       by: `tokens.kind`, or some names of it.
       where: See `keep`.
     """
@@ -223,9 +221,9 @@ def lens(
 def distribution(
     target: Target, *, by: str | Sequence[str] | None = None, where: Selector = None
 ) -> Capture:
-    """Average the distribution over words of the logit lens, see `results.Distribution`.
+    """Average the logit lens's distribution over words, see `results.Distribution`.
 
-    After the last layer it is the mean distribution of the next token.
+    For the last residual it is the mean distribution of the next token.
 
     Args:
       target: See `lens`.
@@ -236,13 +234,13 @@ def distribution(
 
 
 def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
-    """Keep the k tokens on which each unit is strongest, see `top_tokens.Top`.
+    """Keep the k tokens on which each unit has its largest values, see `top_tokens.Top`.
 
     On the vision side a tile that several rows read belongs to the first of them.
 
     Args:
       target: A site with one value for each unit and token, or an address.
-      k: How many tokens to keep of each unit.
+      k: The number of tokens to keep for each unit.
       where: See `keep`.
     """
     k = require_whole("top k", k)
@@ -250,7 +248,7 @@ def top(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
 
 
 def bottom(target: Target, *, k: int = 20, where: Selector = None) -> Capture:
-    """Keep the k tokens on which each unit is weakest; see `top`."""
+    """Keep the k tokens on which each unit has its smallest values; see `top`."""
     k = require_whole("bottom k", k)
     return Capture("bottom", Address.of(target), tokens.of(where), k=k)
 
@@ -264,13 +262,13 @@ def sample(
 ) -> Capture:
     """Keep k tokens of each unit for each range of its values, see `top_tokens.Top`.
 
-    The tokens are drawn by a hash of the value and the token's place in its example, so that they
-    depend neither on the batches nor on a seed. Tokens of equal value and place, such as those of a
-    system prompt that all examples share, are drawn together, the earlier examples first.
+    The tokens are drawn by a hash of the value and the token's position in its example, so that
+    they depend neither on the batches nor on a seed. Tokens of equal value and position, such as
+    those of a shared system prompt, are drawn together, earlier examples first.
 
     Args:
       target: See `top`.
-      k: How many tokens to keep of each unit and range.
+      k: The number of tokens to keep for each unit and range.
       edges: The edges of the ranges; `top_tokens.EDGES` by default.
       where: See `keep`.
     """
@@ -287,7 +285,7 @@ def histogram(
 ) -> Capture:
     """Count how often each unit has a value in each bin, see `top_tokens.Histogram`.
 
-    Tokens are counted as by `stats`.
+    Tokens are counted as in `stats`.
 
     Args:
       target: See `top`.
@@ -306,13 +304,13 @@ def _edges(edges: Sequence[float] | None) -> Float[np.ndarray, " n"]:
         array = np.zeros(0, np.float32)
     increase = array.ndim == 1 and array.size > 0 and (np.diff(array) > 0).all()
     if not increase or np.isnan(array).any():
-        raise ValueError(f"edges={shown(edges)}: the edges of bins are numbers that increase")
+        raise ValueError(f"edges={shown(edges)}: the edges of bins must be increasing numbers")
     return array
 
 
 def _heads(heads: str) -> Heads:
     if heads not in ("each", "mean"):
-        raise ValueError(f'heads="{heads}" is neither each nor mean')
+        raise ValueError(f'heads="{heads}" is neither "each" nor "mean"')
     return "each" if heads == "each" else "mean"
 
 

@@ -1,7 +1,7 @@
-"""Edits: what to change in a forward pass, as a pytree.
+"""Edits: changes of a forward pass, as a pytree.
 
 The kind and the site of an edit are structure; layers, neurons, tokens and values are arrays, so
-changing them never recompiles. Before an edit meets the program it is bound (see `binding`): its
+changing them never recompiles. Before an edit enters the program it is bound (see `binding`): its
 address becomes a mask over layers and units, its selector a mask over tokens, and its values get a
 leading layer axis. `KINDS` registers every kind of edit.
 """
@@ -30,7 +30,7 @@ from mllm_jax.typing import AnyArray, Array, ArrayLike, Bool, Float, Int, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One change, as the user writes it.
+    """One change of a site, as defined by the user.
 
     Attributes:
       kind: A name of `KINDS`. Static.
@@ -108,11 +108,12 @@ def scale(target: Target, by: ArrayLike, *, where: Selector = None) -> Edits:
 
     Args:
       target: See `ablate`.
-      by: A scalar, one value a unit [F] or [L, F], or a value with all axes of the site [B, T, F]
-        or [L, B, T, F], of length 1 where it repeats. At `lm.attn.heads`, where a unit is a head,
-        these are [N], [L, N], [N, H], [L, N, H], [B, T, N, H] or [L, B, T, N, H]. Where the address
-        lists units, `act[12, [7, 3]]`, as many values follow the list. In generation a generated
-        token takes the value at the last token of its row's prompt.
+      by: A scalar, one value per unit [F] or [L, F], or a value with all axes of the site,
+        [B, T, F] or [L, B, T, F], of length 1 where it repeats. At `lm.attn.heads`, where a unit is
+        a head, these are [N], [L, N], [N, H], [L, N, H], [B, T, N, H] or [L, B, T, N, H]. If the
+        address lists units, as in `act[12, [7, 3]]`, the axis of units has one value per listed
+        unit, in that order. In generation, generated tokens take the value at the last token of
+        their row's prompt.
       where: See `ablate`.
     """
     return _edit("scale", target, where, {"value": by})
@@ -147,26 +148,26 @@ def patch(
     where: Selector = None,
     basis: ArrayLike | None = None,
 ) -> Edits:
-    """Let row `into` read row `source` of the same batch: activation patching without a store.
+    """Copy values of row `source` into row `into` of the same batch: activation patching.
 
     The selected tokens of both rows are matched in order, so rows may differ in length. At a site
     of the vision tower, the Q-Former or the projector they are the tokens of all tiles of a row's
-    pictures, in order. Rows that share a picture are given one each, so that no other row changes.
-    Inside a `jax.jit` that traces the batch this cannot be known in time: there, a row whose
-    pictures are shared is not written.
+    pictures, in order. Rows that share a picture get a copy each, so that no other row changes.
+    Inside a `jax.jit` that traces the batch this is impossible: a row whose pictures are shared is
+    not written there.
 
     Args:
       target: See `ablate`.
       source: The row of the batch that is read; a list for several pairs, which all read the values
         from before the patch.
-      into: The row that is written, or as many rows as `source` has.
+      into: The row that is written; a list of as many rows as `source`.
       where: See `ablate`.
       basis: The subspace to exchange (interchange, DAS), [D] or [D, r]; the whole space by default.
     """
     values = {} if basis is None else {"basis": basis}
     rows = sites.as_array(source), sites.as_array(into)
     if wrong := [r.dtype for r in rows if not jnp.issubdtype(r.dtype, np.integer)]:
-        raise ValueError(f"patch takes the numbers of rows, source and into, not {wrong[0]}")
+        raise ValueError(f"source and into of patch must be row numbers, not {wrong[0]}")
     route = as_int32(rows[0]), as_int32(rows[1])
     return _edit("patch", target, where, values, route=route)
 
@@ -177,8 +178,8 @@ def knockout(target: Target, *, to: Selector = None, on: Selector = None) -> Edi
     Args:
       target: `sites.lm.attn` or `sites.vision.attn`, or layers and heads of it:
         `sites.lm.attn[10:, [0, 3]]`.
-      to: The queries. In the vision tower they see the patches of their own tile alone.
-      on: The keys that the queries no longer see.
+      to: The queries. In the vision tower they attend only to patches of their own tile.
+      on: The keys that are hidden from the queries.
     """
     return _edit("knockout", target, to, on=tokens.of(on))
 
@@ -188,7 +189,7 @@ def call(target: Target, fn: Callable, *, where: Selector = None, **arrays: Arra
 
     Args:
       target: See `ablate`.
-      fn: A pure function of jax.numpy. Each function is a program of its own, so define it once and
+      fn: A pure function in jax.numpy. Each function compiles a new program, so define it once and
         pass whatever varies as arrays.
       where: See `ablate`.
       **arrays: Values in the shapes of `scale`; fn gets them with the rank of the site.
@@ -206,23 +207,23 @@ def splice(
     reads: sites.Site | None = None,
     where: Selector = None,
 ) -> Edits:
-    """Put the reconstruction of a dictionary in place of a site, and make its latents a site.
+    """Replace a site by its reconstruction from a dictionary, and make the latents a site.
 
     The latents of `splice(lm.resid_post[14], dictionary)` are `lm.resid_post.latents[14]`. They are
-    edited and captured as neurons are, with edits and captures beside the splice.
+    edited and captured like neurons, by edits and captures in the same pass as the splice.
 
-    A cross-layer transcoder is spliced at all layers of a site at once. What edits of latents
-    change in the reconstruction of later layers is changed there.
+    A cross-layer transcoder is spliced at all layers of a site at once. Edits of its latents change
+    the reconstruction in their layer and in later ones.
 
     Args:
-      target: One layer of a site with a vector for each token; of heads, all are one vector. The
+      target: One layer of a site with a vector for each token (heads are joined to one vector). The
         whole site for a cross-layer transcoder.
       dictionary: A dictionary, such as `load_dictionary` returns; or a cross-layer transcoder.
-      error: Whether to add what the dictionary does not reconstruct. The site then changes by what
-        edited latents change in the reconstruction, and not at all without such edits.
+      error: Whether to add the reconstruction error back, so that the site changes only by the
+        effect of edited latents, and not at all without such edits.
       reads: The site that is encoded, `lm.mlp.input` for a transcoder at `lm.mlp.out`; by default
         the target itself. A cross-layer transcoder has no default: most read `lm.resid_mid`.
-      where: The tokens whose latents are edited and whose reconstruction is put in place.
+      where: The tokens that are replaced and whose latents can be edited.
     """
     address = Address.of(target)
     if isinstance(dictionary, CrossLayerDictionary):
@@ -230,7 +231,7 @@ def splice(
     elif (address.layers.form != "one" and address.site.stacked) or address.units.form != "all":
         raise ValueError(
             f"splice takes one layer of {address.site} and all its units, such as "
-            "lm.resid_post[14]: chain one splice for each layer by >>"
+            "lm.resid_post[14]: chain one splice for each layer with >>"
         )
     reads = reads or address.site
     site_rules.check_edit("splice", reads)
@@ -246,20 +247,20 @@ def _check_cross_layer(address: Address, reads: sites.Site | None) -> None:
         )
     if reads is None:
         raise ValueError(
-            "splice of a cross-layer transcoder: say what its latents read, reads=lm.resid_mid "
-            "where its config.yaml names hook_resid_mid, reads=lm.mlp.input for what enters the MLP"
+            "splice of a cross-layer transcoder needs the site that its latents read: "
+            "reads=lm.resid_mid for hook_resid_mid in its config.yaml, or reads=lm.mlp.input"
         )
 
 
 def per_step(edits: Edits, strengths: ArrayLike) -> Edits:
     """Give edits their own strength s at each step of generation: (1 - s) x + s edit(x).
 
-    Step 0 reads the prompt and step i the i-th token of the answer; a pass over prompt and answer
-    means the same. The last strength holds for all later steps.
+    Step 0 reads the prompt and step i the i-th token of the answer, also in a pass over prompt and
+    answer. The last strength applies to all later steps.
 
     Args:
-      edits: What to apply.
-      strengths: One strength a step, float[steps]: 0 leaves x as it is, 1 is the edit.
+      edits: The edits to apply.
+      strengths: One strength per step, float[steps]: 0 leaves x unchanged, 1 applies the edit.
     """
     if not isinstance(edits, Edits):
         raise type_error("edits", edits, "edits: per_step(mj.add(...), strengths)")
@@ -295,13 +296,13 @@ def _patch(x, basis=None, *, row, at):
 
 @dataclasses.dataclass(frozen=True)
 class EditKind:
-    """A kind of edit, with everything that binding and JSON need to know of it.
+    """A kind of edit, with everything that binding and JSON need to know about it.
 
-    `grammar.EDITS` says how text writes the kinds that it can express.
+    `grammar.EDITS` defines the syntax of the kinds that text can express.
 
     Attributes:
       build: The public function that makes such an edit.
-      apply: The change itself, (x, **values, **along) -> x; None where the edit brings a function.
+      apply: The change itself, (x, **values, **along) -> x; None if the edit contains a function.
       is_subspace: Whether its values are bases [D, r] instead of values in the shape of the site.
       has_strength: Whether `per_step` applies.
     """
@@ -334,14 +335,14 @@ class BoundEdit:
 
     Attributes:
       kind: A name of `KINDS`. Static.
-      site: Where it applies. Static.
+      site: The site that it changes. Static.
       fn: The function of a `call`. Static.
-      units: The layers and units that change, bool[L, F], or bool[L, 1] for all units; L is 1 where
-        a site is not per layer.
+      units: The layers and units that change, bool[L, F], or bool[L, 1] for all units; L is 1 if
+        the site exists once.
       tokens: The tokens that change, bool[B, T].
       values: Arrays by name, with a leading L axis and then the rank of the site.
-      along: Arrays [B, T] that follow the tokens: the `row` and token (`at`) that a patch reads,
-        what a knockout has `hidden`, the `strength` of any edit.
+      along: Arrays [B, T] along the tokens: the `row` and token (`at`) that a patch reads, the keys
+        that a knockout has `hidden`, the `strength` of any edit.
       splice: The dictionary of a splice. Edits of latents have a leading axis over the splices of
         their site in place of L.
     """
@@ -357,7 +358,7 @@ class BoundEdit:
 
     @property
     def is_transparent(self) -> bool:
-        """Whether the edit by itself leaves its site as it is."""
+        """Whether the edit by itself leaves its site unchanged."""
         return self.splice is not None and self.splice.error
 
     def at_layer(self, layer: int | Int[AnyArray, ""]) -> BoundEdit:
@@ -367,7 +368,7 @@ class BoundEdit:
 
     @property
     def label(self) -> str:
-        """The kind and the site, as a receipt names the edit."""
+        """The kind and the site, the name of the edit in a receipt."""
         return f"{self.kind} {self.site.name}"
 
     def apply(self, x: Shaped[Array, ...], mask: Bool[AnyArray, ...]) -> Shaped[Array, ...]:

@@ -13,8 +13,8 @@ from mllm_jax.interventions.captures import Capture
 from mllm_jax.sites import Address, SiteShape
 from mllm_jax.typing import AnyArray, Bool
 
-_PREFIX = "is finite: "  # no user gives such a name to a capture
-# A mask is boolean; a pattern exists as a whole only if it is captured, and the heads show it.
+_PREFIX = "is finite: "  # no name that a user gives to a capture
+# Masks are boolean; a pattern is materialised only if it is captured, and heads show its NaNs.
 _EXCLUDED = (*sites.MASKS, *sites.PATTERNS)
 
 
@@ -64,7 +64,7 @@ def require(finite: dict[str, Bool[AnyArray, ...]], of: str = "this pass") -> No
 
     Args:
       finite: See `first_not_finite`.
-      of: What the sites belong to, for the message.
+      of: A description of the pass, for the message.
 
     Raises:
       ValueError: A site is not finite.
@@ -75,6 +75,6 @@ def require(finite: dict[str, Bool[AnyArray, ...]], of: str = "this pass") -> No
         name, layer = at
         where = name if layer is None else f"{name}[{layer}]"
         raise ValueError(
-            f"{where} is the first site of {of} that is not finite: look at the edits there, "
-            "at the weights that make it, and at whether its dtype can hold its values"
+            f"{where} is the first site of {of} that is not finite: check the edits there, the "
+            "weights that compute it, and whether its dtype can hold its values"
         )

@@ -1,4 +1,4 @@
-"""Forms of captures: every way to reduce the tensor of a site, and what passes must know of it.
+"""Forms of captures: every way to reduce the tensor of a site, and what passes need to know.
 
 `FORMS` registers them; `reductions`, `top_tokens` and `attention_maps` hold the computations.
 """
@@ -49,27 +49,27 @@ def _accept(capture: Capture, shapes: dict[str, SiteShape]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A way to reduce the tensor of a site, with everything that other modules must know of it.
+    """A way to reduce the tensor of a site, with everything that other modules need to know.
 
-    `grammar.CAPTURES` says how text writes the forms that it can express.
+    `grammar.CAPTURES` defines the syntax of the forms that text can express.
 
     Attributes:
       read: The reduction inside the pass, (bound capture, x, lens) -> the result of one layer.
-      build: The public function that makes such a capture; None where users have none.
-      check: Raises an error where the form does not read the site, (capture, shapes).
-      by: What the rows of a result are: a "row" of the batch; a "token", of which there
-        are as many as at the site, on the vision side tile by tile; or the whole "batch".
+      build: The public function that makes such a capture; None if there is none.
+      check: (capture, shapes) -> None; raises an error if the form does not read the site.
+      by: The unit of the results: a "row" of the batch; a "token" of the site, on the vision side
+        tile by tile; or the whole "batch".
       merges: Whether results have `wide` and `merge`, for a data set of any size.
       needs_every_row: Whether a row without a selected token has no result.
       needs_a_token: Whether a capture must select a token.
-      needs_places: Whether the result tells where tokens are in the data.
+      needs_places: Whether the result contains the positions of tokens in the data.
       needs_keys: Whether it reads the keys of an attention.
-      start: What the form carries into the first layer, (bound capture) -> state; None for forms
-        that read each layer by itself.
-      carry: What it carries on from a layer, (bound capture, x) -> state.
-      complete: Turns the results of all captured layers into the result, (bound capture, results).
-      join: Joins the results of several batches, (results, which rows of each are real, axis of the
-        rows); by default each of their arrays is concatenated.
+      start: (bound capture) -> the state carried into the first layer; None for forms that read
+        each layer separately.
+      carry: (bound capture, x) -> the state carried to the next layer.
+      complete: (bound capture, results of all captured layers) -> the result.
+      join: (results of several batches, which rows of each are real, axis of the rows) -> the
+        joined result; by default each of their arrays is concatenated.
     """
 
     read: Callable[[BoundCapture, Shaped[Array, ...], Callable | None], Any]
@@ -134,13 +134,13 @@ def read_layer(capture: BoundCapture, x: Shaped[Array, ...], lens: Callable | No
 
 
 def carry(capture: BoundCapture, x: Shaped[Array, ...]) -> Any:
-    """Return what the capture carries on from a layer; None if its form carries nothing."""
+    """Return the state that the capture carries to the next layer; None if it carries none."""
     carry_on = FORMS[capture.form].carry
     return None if carry_on is None else carry_on(capture, _take_units(capture, x))
 
 
 def states(named: dict[str, BoundCapture]) -> dict[str, Any]:
-    """Return what captures carry into the first layer, by name, without those that do not."""
+    """Return the states that captures carry into the first layer, by name, if they carry one."""
     starts = {name: FORMS[capture.form].start for name, capture in named.items()}
     return {name: start(named[name]) for name, start in starts.items() if start is not None}
 
@@ -164,8 +164,8 @@ def join(
 ) -> dict[str, Any]:
     """Join the captures of several batches into one, on the host.
 
-    Statistics are added up. All other results are concatenated row by row, without the rows that
-    only fill up a batch; `keep` and `lens` of the vision side are concatenated tile by tile.
+    Statistics are added. All other results are concatenated row by row, without the rows that only
+    pad a batch; `keep` and `lens` of the vision side are concatenated tile by tile.
 
     Args:
       named: The captures, by name.

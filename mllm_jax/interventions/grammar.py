@@ -1,7 +1,7 @@
-"""The text of edits and captures, read into plain Python values; `spec` describes the language.
+"""Parse the text of edits and captures into plain Python values; `spec` describes the syntax.
 
 This module imports neither JAX nor NumPy, so that a command line is checked before they are
-loaded. What text says is known here; what needs an array, a model or a batch is checked later.
+loaded. It checks the text itself; checks that need an array, a model or a batch follow later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _TARGET = re.compile(r"(?P<site>[a-z_.]+)(\[(?P<at>[^\]]*)\])?$")
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What may follow the name of a kind of edit or a form of capture.
+    """The parameters that may follow the name of a kind of edit or a form of capture.
 
     Attributes:
-      value: The parameter that takes the value after the site; None where there is none.
+      value: The parameter that takes the value after the site; None if there is none.
       options: The parameters that are written as `name=value`.
-      required: Those options that must be there.
+      required: The options that must be given.
     """
 
     value: str | None = None
@@ -88,15 +88,16 @@ Option: TypeAlias = Index | Value | Tokens | File | str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One edit or capture as it is written.
+    """One parsed edit or capture.
 
     Attributes:
       kind: A key of `EDITS` or `CAPTURES`.
       site: The site.
-      at: What the brackets hold: layers and units, or pairs as the only part; None without them.
+      at: The content of the brackets: layers and units, or pairs as the only part; None without
+        brackets.
       value: The value after the site.
       options: The values of the options, by name.
-      place: Where the text is, for error messages.
+      place: The position of the text, for error messages.
     """
 
     kind: str
@@ -108,14 +109,14 @@ class Item:
 
 
 def parse(text: str, root: str | pathlib.Path = ".") -> list[Item]:
-    """Read edits, chained by `>>`.
+    """Parse edits, chained by `>>`.
 
     Args:
       text: The edits.
       root: The folder that `@files` are relative to.
 
     Raises:
-      ValueError: A part is not understood; the message says which, and what is expected.
+      ValueError: A part is invalid; the message states which, and what is expected.
     """
     items = []
     for number, part in enumerate(map(str.strip, text.split(">>")), 1):
@@ -126,7 +127,7 @@ def parse(text: str, root: str | pathlib.Path = ".") -> list[Item]:
 
 
 def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Item]:
-    """Read captures, separated by `;`, by name; arguments and errors as `parse`."""
+    """Parse captures, separated by `;`, by name; arguments and errors as in `parse`."""
     captures: dict[str, Item] = {}
     for part in map(str.strip, text.split(";")):
         with located(place := f"capture '{part}'"):
@@ -195,7 +196,7 @@ def _target(text: str, root: pathlib.Path) -> tuple[sites.Site, tuple[Index, ...
         return site, None
     if re.fullmatch(_PAIRS, match["at"]):
         if not site.stacked:
-            raise IndexError(f"{site} exists once, not per layer: it has no pairs of a layer")
+            raise IndexError(f"{site} exists once, not per layer: index it without pairs")
         numbers = [int(number) for number in re.findall(r"-?\d+", match["at"])]
         return site, list(zip(numbers[::2], numbers[1::2], strict=True))
     parts = tuple(_index(part.strip(), root) for part in match["at"].split(","))
@@ -236,7 +237,7 @@ def _file(name: str, root: pathlib.Path) -> File:
 
 
 def parse_where(text: str, root: pathlib.Path) -> Tokens | File:
-    """Read a selector of tokens; arguments and errors as `parse`."""
+    """Parse a selector of tokens; arguments and errors as in `parse`."""
     for sign, join in (("|", "or"), ("&", "and")):
         if sign in text:
             return Tokens(join, tuple(parse_where(part, root) for part in text.split(sign)))

@@ -27,17 +27,18 @@ class LayerTap:
     """The tap of one layer while it is traced: what a network calls at each site.
 
     Attributes:
-      shapes: The sites that the pass ran through, by name, to which this layer adds its own.
+      shapes: The sites of the pass so far, by name, to which this layer adds its own.
       start: The position in the token masks of the first token of this pass, int32[].
       lens: A function from the module's residual to logits.
-      layers: How many layers the module has.
+      layers: The number of layers of the module.
       edits: The edits of this layer, by number.
       captures: The captures of this layer, by name.
       receipts: The measurements of the edits, by number.
       captured: The results of the captures, by name.
-      states: What captures carry on from this layer, by name.
-      read: What splices read from a site before their own, by the number of the splice.
-      carried: What cross-layer splices carry into this layer, and then on from it, by number.
+      states: The states that captures carry to the next layer, by name.
+      read: The tensors that splices read from an earlier site, by the number of the splice.
+      carried: The arrays that cross-layer splices carry into this layer and on to the next, by
+        number.
     """
 
     shapes: dict[str, sites.SiteShape]
@@ -95,7 +96,7 @@ class LayerTap:
         rank, units, axis = x.ndim, edit.site.unit_axis, edit.site.token_axis
         length = x.shape[axis]
         where = self._window(edit.tokens, 1, length)
-        if "at" in edit.along:  # only what this pass computes can be read
+        if "at" in edit.along:  # only tokens of this pass can be read
             read = self._window_along("at", edit.along["at"], x, axis)
             where = where & (read >= 0) & (read < length)
         mask = expand_tokens(where, axis, rank)
@@ -147,7 +148,7 @@ class LayerTap:
 
         args = x, x if splice.reads == edit.site else self.read[number], self.carried.get(number)
         _, _, *shapes = jax.eval_shape(inside, *args)
-        # Another splice of this site may stand in this layer and have left these results.
+        # Another splice of this site may be in this layer and have produced these results.
         results = _or_zeros(self.receipts, shapes[0]), _or_zeros(self.captured, shapes[1])
 
         def outside(x, read, carried):
@@ -193,7 +194,7 @@ class LayerTap:
 
 
 def _or_zeros(results: dict[Any, Any], shapes: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the results of these names, zeros where there are none yet."""
+    """Return the results of these names; zeros if there are none yet."""
     return {name: results.get(name, zero) for name, zero in _zeros(shapes).items()}
 
 

@@ -13,7 +13,7 @@ from mllm_jax.sharding import collectives, mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 LENS_CHUNK = 128  # tokens whose logits exist at one time
-TOP_BLOCK = 128  # values of which `top_k` first compares the maxima
+TOP_BLOCK = 128  # values per block, whose maxima `top_k` compares first
 
 
 def read(
@@ -68,7 +68,7 @@ def sum_probabilities(
 
     Args:
       x: The states.
-      weights: How often each token counts.
+      weights: The weight of each token in each kind.
       lens: See `read`.
     """
     _, parts = _cut((weights > 0).any(-1), x, weights)
@@ -76,7 +76,7 @@ def sum_probabilities(
 
     def add(total, part):
         states, weight = part
-        # What is not counted may be anything, even nan.
+        # Tokens that are not counted may be anything, even NaN.
         states = jnp.where((weight > 0).any(-1, keepdims=True), states, 0)
 
         def added():
@@ -96,7 +96,7 @@ def _cut(selected: Bool[AnyArray, "B T"], *arrays: Array) -> tuple[Array, tuple[
 
     Returns:
       The order of the tokens, int[shards, n], and each array [B, T, ...] as
-      [chunks, shards, chunk, ...]; what fills up the last chunk is zero.
+      [chunks, shards, chunk, ...]; the last chunk is padded with zeros.
     """
     B, T = selected.shape
     shards = mesh.shard_count("B", B)
@@ -132,14 +132,14 @@ def _lens(logits: Float[Array, "... V"], is_selected: Bool[Array, ...], k: int) 
 
 
 def _sum_over_words(x: Float[Array, "... V"]) -> Float[Array, ...]:
-    """Return x.sum(-1) as a product with ones, in which a CPU adds eight numbers at a time."""
+    """Return x.sum(-1) as a product with ones, which is vectorised on CPUs."""
     return jnp.matmul(x, jnp.ones(x.shape[-1:], x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def top_k(x: Float[Array, "... V"], k: int) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
-    """Compute `jax.lax.top_k` within the k blocks of the highest maxima, which hold the result.
+    """Compute `jax.lax.top_k` within the k blocks with the highest maxima, which hold the result.
 
-    Of equal values the first comes first, as there.
+    As in `jax.lax.top_k`, of equal values the first comes first.
     """
     blocks = -(-x.shape[-1] // TOP_BLOCK)
     if blocks <= 2 * k:

@@ -1,4 +1,4 @@
-"""What a pass needs of a model: the protocol that every family fulfils."""
+"""The protocol of models, which every family implements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LanguageModel(Protocol):
         """Return the logits of a residual as if it were the last."""
 
     def layers_one_by_one(self) -> tuple[Any, ...]:
-        """Return the layers with arrays of their own."""
+        """Return the layers with separate arrays."""
 
 
 class Model(Protocol):
@@ -48,21 +48,21 @@ class Model(Protocol):
         """The language model."""
 
     def token_maps(self, batch: Batch) -> dict[str, TokenMap]:
-        """Return the token map of each module, and of sites that have one of their own."""
+        """Return the token map of each module, and of sites that have their own."""
 
     def unshared(self, batch: Batch) -> Batch:
-        """Return the batch with tiles of its own for each row."""
+        """Return the batch with separate tiles for each row."""
 
     def features(self, batch: Batch, taps: Taps) -> Float[Array, "I P E"]:
-        """Return what the vision tower gives to the projector."""
+        """Return the features of the vision tower that the projector reads."""
 
     def __call__(self, batch: Batch, taps: Taps) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return the final normed states of every token, and their keys and values."""
+        """Return the final normalised states of every token, and their keys and values."""
 
     def embed(
         self, batch: Batch, taps: Taps
     ) -> tuple[Float[Array, "B T D"], Float[Array, "k B T D"] | None]:
-        """Return embeddings with the images merged, and what is added after the first k layers."""
+        """Return embeddings with the images merged, and features added after the first k layers."""
 
     def read(
         self,
@@ -76,4 +76,4 @@ class Model(Protocol):
         """Run the language model on embeddings into which the images are already merged."""
 
     def logits(self, x: Float[Array, "B T D"], taps: Taps) -> Float[Array, "B T V"]:
-        """Return the float32 logits of normed states."""
+        """Return the float32 logits of normalised states."""

@@ -1,4 +1,4 @@
-"""Receipts: what each edit did in a pass."""
+"""Receipts: the effect of each edit in a pass."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mllm_jax.typing import AnyArray, Array, Bool, Float, Int, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What one edit did in each layer. Padding never counts.
+    """The effect of one edit in each layer. Padding is never counted.
 
     Attributes:
       edit: The kind and the site of the edit. Static.
-      tokens: How many tokens it matched, int32[L].
-      elements: How many of the selected elements changed their value, int32[L]; NaN counts as a
+      tokens: The number of tokens that it matched, int32[L].
+      elements: The number of selected elements whose value changed, int32[L]; NaN counts as a
         change.
-      norm: The L2 norm of the change, float32[L]; NaN where the edit made or met NaN.
+      norm: The L2 norm of the change, float32[L]; NaN if there is NaN before or after the edit.
     """
 
     edit: str = dataclasses.field(metadata={"static": True})
@@ -52,19 +52,19 @@ def measure(
     mask: Bool[AnyArray, ...],
     token_axes: tuple[int, ...],
 ) -> tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]]:
-    """Return tokens, elements and norm of one edit in one layer, as a receipt has them.
+    """Return tokens, elements and norm of one edit in one layer; see `Receipt`.
 
     Args:
       before: The tensor of the site.
-      after: The tensor that the edit makes of it.
-      mask: Where the edit acts; it broadcasts to the site.
+      after: The tensor after the edit.
+      mask: True where the edit acts; it broadcasts to the site.
       token_axes: The axes of the site that are rows and tokens.
     """
     rest = tuple(i for i in range(mask.ndim) if i not in token_axes)
     # Elsewhere there may be NaN as well, from an earlier edit.
     change = jnp.where(mask, at_least_float32(after) - at_least_float32(before), 0)
     squares = jnp.sum(change * change)
-    changed = squares != 0  # a root has no derivative at 0, the norm of an edit without effect
+    changed = squares != 0  # the root has no derivative at 0, for an edit without effect
     return (
         jnp.sum(mask.any(rest), dtype=jnp.int32),
         jnp.sum(mask & (after != before), dtype=jnp.int32),

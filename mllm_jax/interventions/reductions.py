@@ -61,7 +61,7 @@ def read_mean(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[A
 
 
 def read_mass(capture: BoundCapture, x: Array, lens: Callable | None) -> Float[Array, "B N"] | Mass:
-    """Return the attention that the selected queries of each row pay to its keys, on average."""
+    """Return the mean attention of the selected queries of each row to the selected keys."""
     groups = attention_maps.group_keys(capture)
     seen = full_einsum("BNTS,BSk->BNTk", at_least_float32(x), groups)
     total = jnp.where(capture.tokens[:, None, :, None], seen, 0).sum(2)
@@ -112,7 +112,7 @@ def read_stats(capture: BoundCapture, x: Array, lens: Callable | None) -> Stats:
     counts = hot.sum(1)
     counts = counts.reshape(len(hot), *(1,) * (sums.ndim - 2), -1)
     count, total = counts.sum(0), sums.sum(0)
-    # The mean of a row minus the mean of all, corrected by what each was rounded by, so that large
+    # The mean of a row minus the mean of all, corrected for the rounding of each, so that large
     # means lose no precision.
     apart = sums / jnp.maximum(counts, 1) - total / jnp.maximum(count, 1)
     apart = apart + rounding / jnp.maximum(counts, 1)
@@ -136,7 +136,7 @@ def read_histogram(capture: BoundCapture, x: Array, lens: Callable | None) -> Hi
 
 
 def _weights(capture: BoundCapture) -> Float[Array, "B T kinds"]:
-    """Return how often each selected token counts: a tile, once for each row that reads it."""
+    """Return the weight of each selected token: a tile counts once for each row that reads it."""
     hot = _one_hot(capture)
     if capture.readers is None:
         return hot
@@ -150,11 +150,11 @@ def _row_stats(
 
     Args:
       x: The values.
-      hot: How often a token counts, in one kind at most.
+      hot: The weight of each token, in at most one kind.
 
     Returns:
-      How many values are positive, their sum, the rounding error of that sum, the sum of squared
-      deviations from the mean, and the maximum.
+      The number of positive values, the sum of all values, the rounding error of that sum, the sum
+      of squared deviations from the mean, and the maximum.
     """
 
     def total(values):  # counts stay exact in float32: far fewer than 2^24 tokens in one row
@@ -168,7 +168,7 @@ def _row_stats(
     sums, counts = total(x), jnp.maximum(hot.sum(1), 1)
     counts = counts.reshape(*counts.shape, *(1,) * (x.ndim - 2))
     mean = full_einsum("BTk,Bk...->BT...", (hot > 0).astype(x.dtype), sums / counts)
-    rounding = total(x - mean)  # zero, but for the rounding of the mean
+    rounding = total(x - mean)  # zero except for the rounding of the mean
     centred = jnp.maximum(total((x - mean) ** 2) - rounding**2 / counts, 0)
     kinds = [highest(hot[..., i]) for i in range(hot.shape[-1])]
     return total((x > 0).astype(x.dtype)), sums, rounding, centred, jnp.stack(kinds, 1)
@@ -182,7 +182,7 @@ def _average(capture: BoundCapture, total: AnyArray, count: AnyArray) -> Float[A
 
 
 def _sum_by_row(capture: BoundCapture, total: AnyArray) -> AnyArray:
-    """Add up the sums of tiles [I, ...] over the tiles that each row reads: [B, ...]."""
+    """Sum the sums of tiles [I, ...] over the tiles that each row reads: [B, ...]."""
     if capture.readers is None:
         return total
     reads = jnp.asarray(capture.readers).reshape(*capture.readers.shape, *(1,) * (total.ndim - 1))

@@ -1,4 +1,4 @@
-"""Results of captures: what leaves a pass, and how the results of several batches merge."""
+"""Results of captures, and how the results of several batches are merged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Stats:
     """Statistics of every unit. The layer axis leads; with `by`, the last axis is kinds.
 
     Attributes:
-      positive: How often the value was above zero, int32[L, F, kinds].
+      positive: The number of values above zero, int32[L, F, kinds].
       sum: The sum of the values, float32[L, F, kinds].
       squares: The sum of their squares, float32[L, F, kinds].
-      max: Their maximum, float32[L, F, kinds]; -inf where there was no token.
-      tokens: How many tokens there were, int32[L, kinds].
+      max: Their maximum, float32[L, F, kinds]; -inf if there was no token.
+      tokens: The number of tokens, int32[L, kinds].
       centred: The sum of squared deviations from the mean, float32[L, F, kinds], which cannot be
         recovered from `squares` where the mean is large.
       kinds: The names along the last axis; empty without `by`. Static.
@@ -38,12 +38,12 @@ class Stats:
 
     @property
     def mean(self) -> Float[np.ndarray, "L F kinds"]:
-        """The mean, float64; NaN where there was no token."""
+        """The mean, float64; NaN if there was no token."""
         return self._per_token(self.sum)
 
     @property
     def variance(self) -> Float[np.ndarray, "L F kinds"]:
-        """The variance of the population, float64; NaN where there was no token."""
+        """The population variance, float64; NaN if there was no token."""
         return self._per_token(self.centred)
 
     @property
@@ -66,7 +66,7 @@ class Stats:
         )
 
     def wide(self) -> Stats:
-        """Return the same in int64 and float64 on the host, to be added up over a data set."""
+        """Return the same in int64 and float64 on the host, to be summed over a data set."""
         return Stats(
             positive=np.asarray(self.positive, np.int64),
             sum=np.asarray(self.sum, np.float64),
@@ -78,7 +78,7 @@ class Stats:
         )
 
     def _count(self) -> np.ndarray:
-        """Return `tokens` in float64, with axes of length 1 for those of units."""
+        """Return `tokens` in float64, with axes of length 1 for the axes of units."""
         count, kinds = np.asarray(self.tokens, np.float64), bool(self.kinds)
         lead = count.ndim - kinds
         ones = (1,) * (np.ndim(self.sum) - count.ndim)
@@ -110,8 +110,7 @@ class Sparse:
     Attributes:
       indices: The units, largest first, int32[L, B, T, k]; -1 where not selected.
       values: Their values, float32[L, B, T, k]; 0 where not selected.
-      active: How many units are above zero, int32[L, B, T]: more than k means that some are left
-        out.
+      active: The number of units above zero, int32[L, B, T]; above k, some are left out.
     """
 
     indices: Int[AnyArray, "L B T k"]
@@ -125,7 +124,7 @@ class Lens:
     """The distribution over words that the head reads from each token's residual.
 
     Attributes:
-      ids: The most probable words, best first, int32[L, B, T, k]; -1 where not selected. Of the
+      ids: The most probable words, best first, int32[L, B, T, k]; -1 where not selected. For the
         projector [L, I, P, k], tile by tile.
       log_probs: Their log-probabilities, float32[L, B, T, k]; 0 where not selected.
       entropy: The entropy in nats, float32[L, B, T]; 0 where not selected.
@@ -145,11 +144,11 @@ class Lens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """The distributions over words of the lens, added up over tokens. With `by`, by kind.
+    """The lens's distributions over words, summed over tokens; with `by`, for each kind.
 
     Attributes:
       sum: The sum of the distributions, float32[L, kinds, V].
-      tokens: How many tokens there were, int32[L, kinds].
+      tokens: The number of tokens, int32[L, kinds].
       kinds: The names along the axis of kinds; empty without `by`, and then the axis is absent.
         Static.
     """
@@ -160,12 +159,12 @@ class Distribution:
 
     @property
     def mean(self) -> Float[np.ndarray, "L kinds V"]:
-        """The mean distribution, float64; NaN where there was no token."""
+        """The mean distribution, float64; NaN if there was no token."""
         with np.errstate(invalid="ignore"):
             return np.asarray(self.sum, np.float64) / np.asarray(self.tokens)[..., None]
 
     def top(self, k: int) -> tuple[Int[np.ndarray, "L kinds k"], Float[np.ndarray, "L kinds k"]]:
-        """Return the k words of the highest mean probability, best first, and the probabilities."""
+        """Return the k words with the highest mean probability, best first, with probabilities."""
         mean = self.mean
         ids = np.argsort(-mean, axis=-1, kind="stable")[..., :k]
         return ids, np.take_along_axis(mean, ids, -1)
@@ -201,7 +200,7 @@ class Entropy:
     Attributes:
       sum: The summed entropy in nats, float32[L, B, kinds].
       top: The summed probability of the most probable word, float32[L, B, kinds].
-      tokens: How many tokens there were, int32[L, B, kinds].
+      tokens: The number of tokens, int32[L, B, kinds].
       kinds: The names along the last axis. Static.
     """
 

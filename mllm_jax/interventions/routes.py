@@ -1,4 +1,4 @@
-"""Routes of patches: which token of which row is read for each token that is written."""
+"""Routes of patches: the row and the token that are read for each token that is written."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def bind_route(
     source: Int[AnyArray, ...],
     into: Int[AnyArray, ...],
 ) -> tuple[Bool[AnyArray, "B T"], dict[str, Int[AnyArray, "B T"]]]:
-    """Return where a patch writes, and the row and the token that it reads there.
+    """Return the tokens that a patch writes, and the row and the token that it reads for each.
 
-    At a site of tiles B is tiles, and the tokens of a row are those of the tiles that it reads, one
-    tile after the other. Rows out of range, rows with different numbers of selected tokens, rows
-    that are written twice, and tiles that another row reads as well cannot be patched: they are an
-    error where the arrays are known, and are not written where they are traced.
+    At a site of tiles B counts tiles, and the tokens of a row are those of the tiles that it reads,
+    one tile after the other. Rows out of range, rows with different numbers of selected tokens,
+    rows that are written twice, and tiles that another row reads as well cannot be patched: they
+    raise an error if the arrays are known, and are not written if they are traced.
 
     Args:
       site: The site of the patch.
       where: The selected tokens.
-      readers: Which rows read each tile, at a site of tiles; None where B is rows.
+      readers: Which rows read each tile, at a site of tiles; None if B counts rows.
       source: The rows that are read.
       into: The rows that are written.
     """
@@ -56,7 +56,7 @@ def bind_route(
     # The tokens that are read come first; the n-th written token takes the n-th of them.
     order = xp.argsort(~read, axis=1, stable=True)
     at = xp.take_along_axis(order, xp.maximum(xp.cumsum(written, 1) - 1, 0), 1)
-    at = xp.where(written, at, 0).sum(0).reshape(B, T)  # one pair at most writes a token
+    at = xp.where(written, at, 0).sum(0).reshape(B, T)  # at most one pair writes a token
     along = {"row": (at // T).astype(xp.int32), "at": (at % T).astype(xp.int32)}
     return written.any(0).reshape(B, T), along
 
@@ -79,5 +79,5 @@ def _check(site: Site, rows: int, source, into, counts, shared) -> None:
         if is_shared:
             raise ValueError(
                 f"the patch of {site.name} writes the pictures of row {b}, which another row of "
-                "the batch shares: make each its own with model.unshared(batch)"
+                "the batch shares: give each row its own with model.unshared(batch)"
             )

@@ -1,4 +1,4 @@
-"""The sites of a model and their shapes, found without computing anything."""
+"""The sites of a model and their shapes, determined without computation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mllm_jax.sites import LATENTS, Site, SiteShape
 
 
 def site_shapes(model: Model, batch: Batch) -> dict[str, SiteShape]:
-    """Return the sites that a pass of this batch runs through, by name."""
+    """Return the sites of a pass of this batch with their shapes, by name."""
     leaves, structure = jax.tree.flatten((model, batch))
     return _site_shapes(structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
 

@@ -1,4 +1,4 @@
-"""Which sites a kind of edit changes and a form of capture reads; imports no JAX."""
+"""The sites to which each kind of edit and form of capture applies; imports no JAX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_edit(kind: str, site: Site) -> None:
     """Check that a kind of edit applies to a site.
 
     Raises:
-      ValueError: It does not.
+      ValueError: It does not apply to the site.
     """
     if (kind == "knockout") != (site in sites.MASKS):
         raise ValueError(
@@ -20,7 +20,7 @@ def check_edit(kind: str, site: Site) -> None:
         )
     if kind == "splice" and not site.has_latents:
         raise ValueError(
-            f"splice does not apply to {site}: a dictionary reads one vector for each token, and "
+            f"splice does not apply to {site}: a dictionary reads one vector for each token, but "
             f"the site is [{site.shape}]"
         )
     if kind == "patch" and site in sites.PATTERNS:
@@ -39,7 +39,7 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
       all_units: Whether all units of the site are read.
 
     Raises:
-      ValueError: It does not read the site, or not some units of it.
+      ValueError: It does not read the site, or does not read only some of its units.
     """
     if form in ("mean", "stats") and site.token_axis != 1:
         raise ValueError(
@@ -56,8 +56,8 @@ def check_capture(form: str, site: Site, all_units: bool) -> None:
         raise ValueError(f"{form} does not read {site}; {form} reads {known}")
     if form == "rollout" and site.keys:
         raise ValueError(
-            f"a rollout multiplies attention among the same tokens, and {site} is of queries on "
-            f"{site.keys} tokens: read it by attention_map"
+            f"a rollout multiplies attention among the same tokens, but {site} is of queries on "
+            f"{site.keys} tokens: use attention_map"
         )
     if form in ("lens", "entropy", "distribution"):
         if site.axes[-1] != "D":

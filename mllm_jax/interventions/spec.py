@@ -1,4 +1,4 @@
-"""Edits and captures as text, for the command line, and as JSON, to be stored beside a result.
+"""Edits and captures as text, for the command line, and as JSON, to be stored with a result.
 
     ablate lm.mlp.act[12,@neurons.json] >> add lm.resid_post[18:24] @v.npy*4 where=text
     fire=stats lm.mlp.act by=kind; lens=lens lm.resid_post[18:24] k=5 where=image
@@ -70,7 +70,7 @@ def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
       root: The folder that `@files` are relative to.
 
     Raises:
-      ValueError: A part is not understood; the message says which, and what is expected.
+      ValueError: A part is invalid; the message states which, and what is expected.
     """
     chain = Edits()
     for item in grammar.parse(text, root):
@@ -80,7 +80,7 @@ def parse(text: str, root: str | pathlib.Path = ".") -> Edits:
 
 
 def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Capture]:
-    """Parse captures, separated by `;`, by name; arguments and errors as `parse`."""
+    """Parse captures, separated by `;`, by name; arguments and errors as in `parse`."""
     captures: dict[str, Capture] = {}
     for name, item in grammar.parse_captures(text, root).items():
         with grammar.located(item.place):
@@ -91,7 +91,7 @@ def parse_captures(text: str, root: str | pathlib.Path = ".") -> dict[str, Captu
 
 
 def parse_where(text: str, root: str | pathlib.Path = ".") -> tokens.Where:
-    """Parse a selector of tokens; arguments and errors as `parse`."""
+    """Parse a selector of tokens; arguments and errors as in `parse`."""
     with grammar.located(f"where='{text}'"):
         return _where(grammar.parse_where(text, pathlib.Path(root)))
 
@@ -183,8 +183,8 @@ def _edit_json(edit: Edit) -> dict[str, Any]:
         raise ValueError(f"a call of {edit.fn} is code and cannot be written as JSON")
     if edit.splice is not None:
         raise ValueError(
-            f"the splice at {edit.address.site} holds a dictionary, which is no JSON: note its "
-            "file, and write the edits of its latents without it"
+            f"the splice at {edit.address.site} holds a dictionary, which has no JSON form: record "
+            "its file, and write the edits of its latents without it"
         )
     return {
         "kind": edit.kind,

@@ -1,13 +1,13 @@
-"""Splices: a dictionary in place of a site, whose latents are a site of their own.
+"""Splices: replace a site by its reconstruction from a dictionary, whose latents become a site.
 
-A splice encodes what it reads, lets the tap of the latents edit and capture them, and changes its
-site by what the edited latents change in the reconstruction. Which layer it stands in is data; how
-many splices a site has is structure, so that edits of latents lead with an axis over splices, not
-over layers.
+A splice encodes its input, passes the latents through their tap, which edits and captures them, and
+changes its site by the effect of the edited latents on the reconstruction. The layer of a splice is
+data; the number of splices at a site is structure, so edits of latents have a leading axis over
+splices, not over layers.
 
-A cross-layer transcoder stands in all layers, and the latents of a layer write to it and to all
-later ones. What they write is carried from layer to layer, [L, B, T, E] by the layer that is
-written, and each layer takes what is its own.
+A cross-layer transcoder is in all layers, and the latents of a layer write to it and to all later
+ones. The written values are carried from layer to layer, [L, B, T, E] by the layer that is written,
+and each layer takes its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Dictionary(Protocol):
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """The widths of what it reads, of its latents and of what it returns."""
+        """The widths of its input, of its latents and of its output."""
 
     def encode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B M"]:
         """Return the latents of x, in float32 or better."""
@@ -45,7 +45,7 @@ class Dictionary(Protocol):
     def decode_change(
         self, change: Float[Array, "*B M"], x: Float[Array, "*B D"]
     ) -> Float[Array, ...]:
-        """Return what a change of the latents changes in the reconstruction."""
+        """Return the change of the reconstruction for a change of the latents."""
 
 
 Layer = int | Int[AnyArray, ""]
@@ -57,7 +57,7 @@ class CrossLayerDictionary(Protocol):
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """The widths of what it reads, of the latents of a layer and of what it returns."""
+        """The widths of its input, of the latents of a layer and of its output."""
 
     @property
     def layers(self) -> int:
@@ -70,17 +70,17 @@ class CrossLayerDictionary(Protocol):
         """Return what the latents of one layer add to the reconstruction of each layer."""
 
     def constant(self, x: Float[Array, "*B D"], layer: Layer) -> Float[Array, ...]:
-        """Return what the reconstruction of one layer has beside what latents add."""
+        """Return the part of the reconstruction of one layer that no latent adds."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Splice:
-    """What a splice has beside its site and its tokens.
+    """The dictionary and the settings of a splice.
 
     Attributes:
       dictionary: The dictionary.
-      error: Whether to add what it does not reconstruct. Static.
+      error: Whether to add the reconstruction error back. Static.
       reads: The site that is encoded. Static.
     """
 
@@ -95,27 +95,27 @@ class Splice:
 
     @property
     def widest(self) -> int:
-        """The numbers that it holds for each token: latents, or what is carried between layers."""
+        """The size per token of its largest array: the latents, or those carried between layers."""
         _, latents, width = self.dictionary.widths
         if isinstance(self.dictionary, CrossLayerDictionary):
             return max(latents, self.dictionary.layers * width)
         return latents
 
     def carry(self, x: Float[Array, "B T ..."]) -> Float[Array, "L B T E"]:
-        """Return what is carried into the first layer of a cross-layer transcoder.
+        """Return the array that a cross-layer transcoder carries into the first layer.
 
         Args:
-          x: What enters that layer.
+          x: The input of that layer.
         """
         assert isinstance(self.dictionary, CrossLayerDictionary), "others carry nothing"
         shape = self.dictionary.layers, *x.shape[:2], self.dictionary.widths[2]
         return jnp.zeros(shape, precision.at_least_float32_dtype(x.dtype))
 
     def encode(self, read: Float[Array, "B T ..."], layer: Layer | None) -> Float[Array, "B T M"]:
-        """Return the latents of what it reads; the layer is that of a cross-layer transcoder."""
+        """Return the latents of its input; the layer is needed for a cross-layer transcoder."""
         vectors = as_vectors(read)
         if isinstance(self.dictionary, CrossLayerDictionary):
-            assert layer is not None, "it stands in all layers"
+            assert layer is not None, "it is in all layers"
             return self.dictionary.encode(vectors, layer)
         return self.dictionary.encode(vectors)
 
@@ -128,19 +128,19 @@ class Splice:
         layer: Layer | None = None,
         carried: Float[Array, "L B T E"] | None = None,
     ) -> tuple[Float[Array, "B T ..."], Float[Array, "L B T E"] | None]:
-        """Return the site with the reconstruction from edited latents, and what is carried on.
+        """Return the site with the reconstruction from edited latents, and the carried array.
 
         With the error it is x - decode_change(before - after), which is x to the bit where no
         latent changed: a difference of equal numbers is +0, and so is its product.
 
         Args:
           x: The site.
-          read: What was encoded.
+          read: The encoded input.
           before: Its latents.
           after: The latents after their edits.
-          layer: The layer, of a cross-layer transcoder.
-          carried: What the latents of earlier layers write to each layer; with the error, what
-            their edits take away.
+          layer: The layer, for a cross-layer transcoder.
+          carried: The values that latents of earlier layers write to each layer; with the error,
+            the values that their edits remove.
         """
         vectors, dictionary = as_vectors(read), self.dictionary
         wide = precision.at_least_float32(as_vectors(x))
@@ -157,7 +157,7 @@ class Splice:
 
 
 def as_vectors(x: Float[Array, "B T ..."]) -> Float[Array, "B T D"]:
-    """Return one vector for each token: the results of all heads are one."""
+    """Return one vector for each token, which joins the results of all heads."""
     return x.reshape(*x.shape[:2], -1)
 
 
@@ -166,7 +166,7 @@ class LatentSite:
     """The latents of a site in a pass.
 
     Attributes:
-      spec: Their shape, where `layers` are those of the site.
+      spec: Their shape, with `layers` of the site.
       layers: The layer of each splice, in the order of the splices.
     """
 
@@ -196,7 +196,7 @@ class LatentSite:
         return units & here
 
     def selection(self, layers: Selection, name: str) -> Selection:
-        """Return the layers of a capture: all means those that have a dictionary.
+        """Return the layers of a capture, where "all" means those that have a dictionary.
 
         Raises:
           ValueError: One of the layers has no dictionary.
@@ -218,7 +218,7 @@ class LatentSite:
 def latent_sites(
     edits: Iterable[Edit] | None, shapes: Mapping[str, SiteShape]
 ) -> dict[str, LatentSite]:
-    """Return the latents that the splices of a pass make, by the name of their site.
+    """Return the latents of the splices of a pass, by the name of their site.
 
     Args:
       edits: All edits of the pass.
@@ -242,7 +242,7 @@ def _latent_site(site: Site, splices: list[Edit], shapes: Mapping[str, SiteShape
     if len(widths) > 1:
         raise ValueError(
             f"the dictionaries at {site} have {' and '.join(map(str, sorted(widths)))} latents: "
-            "those of one pass have equally many"
+            "in one pass they must have equally many"
         )
     layers = _layers(site, splices, spec.layers)
     if isinstance(layers, np.ndarray) and len(np.unique(layers)) < len(layers):
@@ -256,7 +256,7 @@ def _layers(site: Site, splices: list[Edit], count: int) -> Int[AnyArray, " spli
     if any(edit.splice is not None and edit.splice.crosses_layers for edit in splices):
         if len(splices) > 1:
             raise ValueError(
-                f"a cross-layer transcoder is spliced at {site}: it stands alone there"
+                f"a cross-layer transcoder is spliced at {site}: it must be the only splice there"
             )
         return np.arange(count, dtype=np.int32)
     given = [edit.address.layers.value if site.stacked else np.int32(0) for edit in splices]
@@ -267,7 +267,7 @@ def _layers(site: Site, splices: list[Edit], count: int) -> Int[AnyArray, " spli
 
 
 def check_splice(edit: Edit, shapes: Mapping[str, SiteShape]) -> None:
-    """Check that a dictionary fits what it reads and the site that it is spliced at.
+    """Check that a dictionary fits the site that it reads and the site that it is spliced at.
 
     Raises:
       ValueError: It does not fit.

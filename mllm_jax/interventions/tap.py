@@ -1,10 +1,9 @@
 """Taps: how a network offers its sites.
 
 A network calls `x = tap(site, x)` where it computes the tensor of a site. While a program is
-traced, the tap applies the edits of that site and reads its captures; where there are none, it
-leaves nothing behind. A tensor that would be computed for its site alone is computed unless
-`tap.idle(site, shape)`. Taps live during one trace: they are how a pure function is written, not
-state that outlives it.
+traced, the tap applies the edits of that site and reads its captures; without any, it adds nothing
+to the program. A tensor that only its site needs is not computed if `tap.idle(site, shape)`. Taps
+exist during one trace: they are internal to a pure function, not state that outlives it.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from mllm_jax.typing import AnyArray, Array, Float, Int, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """Where a pass resumes in the middle of a module's layers.
+    """The point at which a pass resumes in the middle of a module's layers.
 
     Attributes:
       start: The first layer to run, int32[].
-      x: What enters that layer; None for what the pass itself computes, at the first layer of all.
+      x: The input of that layer; None for the input that the pass itself computes, at layer 0.
       captured: The results of the captures in a pass through all layers, which the layers below
         `start` keep.
-      stop: The first layer that runs for `places` alone, int32[]: the last layer, or their number.
+      stop: The first layer that runs only for `places`, int32[]: the last layer, or L for none.
       places: The tokens whose final states are needed, int32[B]; None for all.
     """
 
@@ -48,16 +47,16 @@ class Resume:
 
 
 class Taps:
-    """The edits and captures of one forward pass, and the results that they leave.
+    """The edits and captures of one forward pass, and their results.
 
     Attributes:
       edits: Edits bound to the shapes of this pass.
       captures: Captures bound to the shapes of this pass, by name.
       at: The position in the token masks of the first token of this pass, int32[]; not 0 when a
         pass continues from a cache.
-      resume: Where to resume, for modules whose lower layers were run before.
-      remat: Whether a layer's tensors are computed again in the backward pass.
-      shapes: The sites that the pass ran through, by name.
+      resume: The points at which to resume, for modules whose lower layers were run before.
+      remat: Whether a layer's tensors are recomputed in the backward pass.
+      shapes: The sites of the pass, by name.
       receipts: The measurements of each edit, by its number; see `receipts.measure`.
       captured: The results of the captures, by name.
     """
@@ -81,7 +80,7 @@ class Taps:
         self.captured: dict[str, Any] = {}
 
     def with_items(self, edits: tuple[BoundEdit, ...], captures: dict[str, BoundCapture]) -> Taps:
-        """Return taps of other edits and captures, which leave their results in these."""
+        """Return taps of other edits and captures, whose results are added to these taps."""
         taps = Taps(edits, captures, at=self.at, resume=self.resume, remat=self.remat)
         taps.shapes, taps.receipts, taps.captured = self.shapes, self.receipts, self.captured
         return taps
@@ -91,7 +90,7 @@ class Taps:
         return ModuleTap(self, name, lens)
 
     def results(self) -> dict[str, Any]:
-        """Return the results of the captures by name, as a pass hands them on."""
+        """Return the results of the captures by name, as a pass returns them."""
         return forms.complete(self.captures, self.captured)
 
     def receipt_list(self) -> tuple[receipts.Receipt, ...]:
@@ -126,7 +125,7 @@ class ModuleTap:
         return x
 
     def only(self, *chosen: sites.Site) -> ModuleTap:
-        """Return the taps of some sites of the module, where its sites have unequal layers."""
+        """Return the taps of some sites of a module whose sites have unequal numbers of layers."""
         tap = ModuleTap(self.taps, self.name, self.lens)
         tap.edits = {i: edit for i, edit in self.edits.items() if edit.site in chosen}
         tap.captures = {n: c for n, c in self.captures.items() if c.site in chosen}
@@ -138,12 +137,12 @@ class ModuleTap:
         """Run x through every layer with one compiled body.
 
         Args:
-          step: (layer, x, tap, extra) -> (x, out). Where a pass may need some tokens alone, it also
+          step: (layer, x, tap, extra) -> (x, out). If a pass may need only some tokens, it also
             takes `only=places`, int32[B], and then returns x as [B, 1, D].
-          layers: A module whose arrays lead with L; or the layers one by one, which are traced
-            without a scan.
-          x: What enters the first layer.
-          extra: Further arrays that lead with L; each step gets its slice.
+          layers: A module whose arrays have a leading axis L; or a sequence of layers, which are
+            traced without a scan.
+          x: The input of the first layer.
+          extra: Further arrays with a leading axis L; each step gets its slice.
 
         Returns:
           x after the last layer, and the stacked outs [L, ...].
@@ -209,7 +208,7 @@ class ModuleTap:
             y, _ = step(layer, x, self._tap(count, {}, {}), more, only=resume.places)
             return x.at[jnp.arange(len(x)), resume.places].set(y[:, 0])
 
-        # No edit comes before the layer at which a pass resumes: nothing is carried into it.
+        # No edit precedes the layer at which a pass resumes, so nothing is carried into it.
         carried = _carried(edits, x)
         _, receipt, _, _, out = jax.eval_shape(run_layer, 0, x, carried)
         receipts_ = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), receipt)
@@ -229,7 +228,7 @@ class ModuleTap:
         """Return a step that keeps its matrix products for the backward pass; with remat, nothing.
 
         The products cost most of the time, the tensors between them most of the memory. Latents are
-        computed again as well: every layer of a scan would keep room for those of every splice.
+        recomputed as well: otherwise every layer of a scan would store those of every splice.
         """
         policies = jax.checkpoint_policies
         policy: Callable = policies.dots_with_no_batch_dims_saveable
@@ -266,9 +265,9 @@ class ModuleTap:
         """Run x through layers without a scan; `scan` describes the step.
 
         Args:
-          step: What is traced for each layer.
+          step: The function that is traced for each layer.
           layers: The layers.
-          x: What enters the first.
+          x: The input of the first layer.
           extra: Further arguments of each step.
 
         Returns:
@@ -346,12 +345,12 @@ def _at(items: dict, stacked: bool) -> dict:
 
 
 def _stacked(edits: dict) -> dict:
-    """Return the arrays of edits that lead with L; those of latents lead with splices."""
+    """Return the arrays of edits with a leading axis L, or of splices for edits of latents."""
     return {i: (edit.units, edit.values) for i, edit in edits.items() if not edit.site.is_latents}
 
 
 def _unstack(edits: dict, arrays: dict) -> dict:
-    """Return edits with the arrays of one layer; those of latents keep all of theirs."""
+    """Return edits with the arrays of one layer; edits of latents keep all arrays."""
     return edits | {
         i: dataclasses.replace(edits[i], units=units, values=values)
         for i, (units, values) in arrays.items()
@@ -359,7 +358,7 @@ def _unstack(edits: dict, arrays: dict) -> dict:
 
 
 def _carried(edits: dict[int, BoundEdit], x: Float[Array, "B T D"]) -> dict[int, Array]:
-    """Return what cross-layer splices carry into the first layer, where they change something."""
+    """Return the arrays that cross-layer splices carry into the first layer, if they have edits."""
     edited = {edit.site for edit in edits.values()}
     return {
         number: edit.splice.carry(x)
@@ -379,7 +378,7 @@ def _slots(captures: dict) -> dict:
 
 
 def _with_slots(captures: dict, slots: dict, states: dict | None = None) -> dict:
-    """Return captures for one layer: the slot of its result, and what is carried into it."""
+    """Return captures for one layer: the slot of its result, and the carried state."""
     carried = states or {}
     return {
         name: dataclasses.replace(c, slots=slots.get(name), state=carried.get(name))

@@ -33,14 +33,14 @@ class Top:
 
     Attributes:
       value: The value of the unit, float32[L, F, k]; NaN where there are fewer than k tokens. A
-        value that is NaN itself comes first, and has an example.
+        token whose value is NaN comes first, and has an example.
       example: The example, counted from 0 through the data, int32[L, F, k]; -1 where there is none.
       token: The token of the example, counted without padding, or of the tile, int32[L, F, k].
       tile: The tile within the example, int16[L, F, k]; -1 for text.
       row: The row on the grid of the tile, int16[L, F, k]; -1 elsewhere.
       column: The column on that grid, int16[L, F, k]; -1 elsewhere.
       examples: The number of examples that were read, int32[].
-      order: Which tokens are kept. Static.
+      order: The order by which tokens are kept. Static.
     """
 
     value: Float[AnyArray, "L F k"]
@@ -53,7 +53,7 @@ class Top:
     order: Order = dataclasses.field(metadata={"static": True})
 
     def merge(self, other: Top) -> Top:
-        """Return the best of both, where the examples of `other` follow these."""
+        """Return the best tokens of both; the examples of `other` follow these."""
         shifted = np.where(other.example < 0, -1, other.example + self.examples)
         other = dataclasses.replace(other, example=shifted)
         names = ("value", "example", "token", "tile", "row", "column")
@@ -81,14 +81,14 @@ class Top:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How often each unit has a value in each bin. With `by`, the last axis is kinds.
+    """The number of values of each unit in each bin. With `by`, the last axis is kinds.
 
     Attributes:
       counts: int32[L, F, bins, kinds]; bin i holds edges[i - 1] <= value < edges[i], the first bin
-        what is below all edges, the last what is at or above all.
+        values below all edges, the last bin values at or above all.
       edges: The edges of the bins, float32[bins - 1].
       kinds: The names along the last axis; empty without `by`. Static.
-      nan: How often the value was NaN, which is in no bin, int32[L, F, kinds].
+      nan: The number of NaN values, which are in no bin, int32[L, F, kinds].
     """
 
     counts: Int[AnyArray, "L F bins kinds"]
@@ -140,7 +140,7 @@ def read_sample(capture: BoundCapture, x: Array, lens: Callable | None) -> Top:
 def read_histogram(
     capture: BoundCapture, x: Array, lens: Callable | None, weight: Float[Array, "B T kinds"]
 ) -> Histogram:
-    """Return how often each unit has a value in each bin, counting tokens by their weight."""
+    """Return the number of values of each unit in each bin, with tokens counted by weight."""
     edges, y = jnp.asarray(capture.edges, jnp.float32), at_least_float32(x)
     below = _count_below(y, weight, jnp.append(-jnp.inf, edges))
     nan, total = below[0], jnp.broadcast_to(weight.sum((0, 1)), below.shape[1:])
@@ -154,14 +154,14 @@ def read_histogram(
 def _count_below(
     x: Float[Array, "B T F"], weight: Float[Array, "B T kinds"], edges: Float[Array, " n"]
 ) -> Float[Array, "n F kinds"]:
-    """Return how many tokens, counted by their weight, are not at or above each edge in each unit.
+    """Return the number of tokens, by weight, whose value is not at or above each edge.
 
-    NaN is not, and alone so of -inf. The sums are exact in float32: a batch has far fewer than 2^24
-    tokens.
+    NaN is counted for every edge, and is the only value counted for the edge -inf. The sums are
+    exact in float32: a batch has far fewer than 2^24 tokens.
     """
 
     def edge_by_edge(x, weight):
-        # A sum fuses with the comparison, a product would write every comparison to memory.
+        # A sum fuses with the comparison; a product would write every comparison to memory.
         by_kind = [weight[..., kind, None] for kind in range(weight.shape[-1])]
         return jax.lax.map(
             lambda edge: jnp.stack([jnp.where(x >= edge, 0, w).sum((0, 1)) for w in by_kind], -1),
@@ -218,9 +218,9 @@ def _padded(array: Float[Array, "F n"] | Int[Array, "F n"], k: int, missing: Any
 
 
 def _strength(value: AnyArray, token: AnyArray, order: Order, xp: Any) -> AnyArray:
-    """Return what tokens are ranked by: the value, or a hash of the value and the token.
+    """Return the key by which tokens are ranked: the value, or a hash of the value and the token.
 
-    NaN ranks first, so that it is seen; zeros of both signs are equal, and no token has -inf.
+    NaN ranks first, so that it is noticed; zeros of both signs are equal, and -inf means no token.
     """
     if order != "random":
         strength = value if order == "largest" else -value

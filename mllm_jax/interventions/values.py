@@ -1,4 +1,4 @@
-"""Values of edits, in the shape of a site: how axes are recognised, and bases orthonormalised."""
+"""Values of edits in the shape of a site: infer their axes, and orthonormalise bases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mllm_jax.typing import AnyArray, Shaped
 def is_real(array: AnyArray) -> bool:
     """Return whether an array holds real numbers.
 
-    Casting drops the imaginary parts of others, and makes None NaN.
+    Casting would drop the imaginary part of a complex number, and turn None into NaN.
     """
     return any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_))
 
@@ -62,7 +62,7 @@ def fit_basis(
 
 
 def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None:
-    """Raise ValueError if a finite value is an infinity in the dtype of a site, where known."""
+    """Raise ValueError if a finite value is known to be infinite in the dtype of a site."""
     if isinstance(value, jax.core.Tracer) or value.dtype == cast.dtype:
         return
     if np.isfinite(value).all() and not np.isfinite(cast).all():
@@ -76,7 +76,7 @@ def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None
 def _require_numbers(value: Shaped[AnyArray, ...], address: Address) -> None:
     """Raise ValueError unless a value is real."""
     if not is_real(value):
-        raise ValueError(f"{address.site.name}: a value holds real numbers, not {value.dtype}")
+        raise ValueError(f"{address.site.name}: a value must hold real numbers, not {value.dtype}")
 
 
 def _broadcastable_shape(
@@ -84,8 +84,7 @@ def _broadcastable_shape(
 ) -> tuple[int, ...]:
     """Return the shape of a value with all axes of the site, 1 where it repeats.
 
-    The number and the lengths of the given axes decide which axes they are; there must be one way
-    to read them.
+    The axes are inferred from their number and lengths, and must be unambiguous.
     """
     site = address.site
     letters, full = ("L", *site.axes), (spec.layers, *spec.shape)
@@ -127,7 +126,7 @@ def _require_layers_in_order(address: Address, layers: int) -> None:
 
 
 def _num_listed(address: Address) -> int | None:
-    """Return how many units the address lists, None where it lists none."""
+    """Return the number of units that the address lists; None if it lists none."""
     return len(address.units.value) if address.units.form == "index" else None
 
 
@@ -139,7 +138,7 @@ def _per_layer(array: AnyArray, layers: int) -> AnyArray:
 
 
 def _scatter_units(value: AnyArray, address: Address, spec: SiteShape) -> AnyArray:
-    """Put values that are given for the listed units alone in the places of these units."""
+    """Put values that are given only for the listed units at the positions of these units."""
     axis = 1 + address.site.unit_axis
     if value.shape[axis] != _num_listed(address):
         return value
@@ -150,8 +149,8 @@ def _scatter_units(value: AnyArray, address: Address, spec: SiteShape) -> AnyArr
         number, times = np.unique(np.asarray(units) % shape[axis], return_counts=True)
         if (times > 1).any():
             raise ValueError(
-                f"{address.site.name}: unit {number[times > 1][0]} is listed twice, with a value "
-                "each: list it once"
+                f"{address.site.name}: unit {number[times > 1][0]} is listed twice with separate "
+                "values: list it once"
             )
     if isinstance(value, jax.Array) or isinstance(units, jax.Array):
         return jnp.zeros(shape, value.dtype).at[at].set(value)

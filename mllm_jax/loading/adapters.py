@@ -106,7 +106,7 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
     """Return the fields of an `adapter_config.json`.
 
     Raises:
-      ValueError: The adapter is not a LoRA, or has unsupported fields, which are named.
+      ValueError: The adapter is not a LoRA, or has unsupported fields, which the message lists.
     """
     path = directory / CONFIG
     problems: list[str] = []
@@ -138,7 +138,7 @@ def merge(
     Args:
       base: The tensors of the model by canonical key.
       directory: The directory of the adapter.
-      problems: The problems of its files are appended here.
+      problems: A list to which the problems of its files are appended.
       canonical_key: Maps any spelling of a key to the canonical one.
 
     Returns:
@@ -164,7 +164,7 @@ def merge(
             continue
         module, letter, factor = known
         if factors.setdefault(module, {}).setdefault(letter, factor) is not factor:
-            wrong.append(f"{files.line(module, 80)} is there twice")
+            wrong.append(f"{files.line(module, 80)} occurs twice")
     own = tensors.by_name(
         itertools.chain(replaced, whole),
         problems,
@@ -194,7 +194,7 @@ def _factor(tensor: Stored) -> tuple[str, str, Stored] | None:
     if match := _FACTOR.fullmatch(tensor.key):
         return match[1], match[2], tensor
     if match := _EMBEDDING_FACTOR.fullmatch(tensor.key):
-        # PEFT adds (B A)^T to an embedding [V, D]: A^T stands where B does elsewhere.
+        # PEFT adds (B A)^T to an embedding [V, D]: A^T takes the role of B.
         turned = tensor._replace(shape=tensor.shape[::-1], strides=tensor.strides[::-1])
         return match[1], {"A": "B", "B": "A"}[match[2]], turned
     return None
@@ -210,16 +210,16 @@ def _misfit(
         (factor,) = pair.values()
         return f"has {factor.key[factor.key.rindex('lora_') :].removesuffix('.weight')} alone"
     if not all(jnp.issubdtype(factor.dtype, jnp.floating) for factor in pair.values()):
-        return "is not of floating point"
+        return "is not floating-point"
     a, b = pair["A"].shape, pair["B"].shape
     if base is None or (base.shape == (*b[:1], *a[1:]) and a[:1] == b[1:] == (rank,)):
         return None
     shapes = f"{files.shown(list(b))} x {files.shown(list(a))}"
-    return f"{shapes} of rank {rank} does not change {list(base.shape)}"
+    return f"{shapes} of rank {rank} does not fit {list(base.shape)}"
 
 
 def _module_setting(pattern: str, default: str, fields: Mapping[str, Any], module: str) -> Any:
-    """Return a setting of one module: that of the first pattern that names it, or the default."""
+    """Return a setting of one module: that of the first matching pattern, or the default."""
     for name, value in (fields[pattern] or {}).items():
         plain = name.removeprefix("^").replace("\\.", ".")
         if module == plain or (not name.startswith("^") and module.endswith(f".{plain}")):

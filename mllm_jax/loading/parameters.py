@@ -1,4 +1,4 @@
-"""Read tensors of a checkpoint into parameters, each part once and into memory that JAX keeps."""
+"""Read tensors of a checkpoint into parameters, each part once and without further copies."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def read(
     dtype: np.dtype,
     places: Mapping[str, jax.sharding.Sharding] | None,
 ) -> dict[str, jax.Array]:
-    """Return the parameters by path, each read into its place.
+    """Return the parameters by path, each read onto its devices.
 
     Args:
       stored: The tensors of a checkpoint, by key.
-      slots: Where each tensor goes; those of one parameter follow each other.
+      slots: The slot of each tensor; those of one parameter follow each other.
       shapes: The shapes of the parameters, by path.
       dtype: The dtype of the parameters.
       places: Their shardings, by path; None for one device.
@@ -66,7 +66,7 @@ def _read_part(
     dtype: np.dtype,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """Return the part of one parameter at an index, each layer at its place of the L axis."""
+    """Return the part of one parameter at an index, each layer at its position on the L axis."""
     array = _empty(tuple(part.stop - part.start for part in index), dtype)
     for slot in slots:
         place, at = (..., index) if slot.layer is None else (slot.layer, index[1:])

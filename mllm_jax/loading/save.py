@@ -37,7 +37,7 @@ _PROCESSOR_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
-# Fields of the source that are no longer true, or that are written in another form.
+# Fields of the source that no longer apply, or that are written in another form.
 _OUTDATED_FIELDS = (
     "dtype",
     "image_token_id",
@@ -74,7 +74,7 @@ def save_hf(
     directory = pathlib.Path(directory)
     taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if hosts.broadcast_from_primary(taken):
-        raise FileExistsError(f"{directory}: exists and is not empty; delete it or name another")
+        raise FileExistsError(f"{directory}: exists and is not empty; delete it or choose another")
     arrays = _tensors(model) | families.of(model.config).unused_tensors(model)
     if hosts.is_primary():
         _write(model, arrays, processor, directory)
@@ -113,7 +113,7 @@ def projector_tensors(model: MultimodalModel) -> dict[str, np.ndarray]:
 def write_projector(
     model: MultimodalModel, path: str | os.PathLike, dtype: jax.typing.DTypeLike = np.float16
 ) -> None:
-    """Write the projector alone, for `load(..., projector=path)` and `read_projector`.
+    """Write only the projector, for `load(..., projector=path)` and `read_projector`.
 
     Args:
       model: The model.
@@ -128,7 +128,7 @@ def write_projector(
     with np.errstate(over="ignore"):  # checked below
         arrays = {key: value.astype(dtype) for key, value in projector_tensors(model).items()}
     if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
-        raise ValueError(f"{path}: not finite as {np.dtype(dtype).name}: {', '.join(bad)}")
+        raise ValueError(f"{path}: not finite in {np.dtype(dtype).name}: {', '.join(bad)}")
     if path.suffix == ".safetensors":
         tensors.write(arrays, path)
     elif path.suffix == ".bin":
@@ -185,7 +185,7 @@ def _tensors(model: MultimodalModel, part: str | None = None) -> dict[str, _HfTe
 
 
 def _source_config(source: pathlib.Path | None) -> dict[str, Any]:
-    """Return further fields of the source config: special token ids, context length and so on."""
+    """Return other fields of the source config: special token ids, context length and so on."""
     if source is None or not (source / "config.json").exists():
         return {}
     fields = files.read_json(source / "config.json")

@@ -55,7 +55,7 @@ def check(pictures: pathlib.Path, texts: pathlib.Path, side: int | None) -> None
     Args:
       pictures: The directory with the settings of the image processor.
       texts: The directory of the tokenizer.
-      side: The side of the images that the tower reads, in pixels; None where they have any.
+      side: The side of the images that the tower reads, in pixels; None if it reads any size.
 
     Raises:
       ValueError: A value is not supported, or images have another size than the tower reads.
@@ -96,7 +96,7 @@ def _check_pictures(path: pathlib.Path, side: int | None) -> None:
     edges = ("height", "width") if side is not None else ()
     wrong = [final[edge] for edge in edges if final.get(edge, side) != side]
     if wrong:
-        problems.append(f"makes pictures of {wrong[0]} pixels, and the vision tower sees {side}")
+        problems.append(f"makes pictures of {wrong[0]} pixels, but the vision tower reads {side}")
     if problems:
         raise ValueError(files.refusal(path, problems))
 

@@ -35,7 +35,7 @@ def locate(name: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
       weights: Whether to fetch the weights as well as the settings.
 
     Raises:
-      FileNotFoundError: The name is no directory, and the hub does not provide it.
+      FileNotFoundError: The name is not a directory, and the hub does not provide it.
     """
     if name == "embedded":
         return embedded.directory()
@@ -76,7 +76,7 @@ def read_fields(directory: pathlib.Path) -> dict[str, Any]:
 def named_directory(
     config: pathlib.Path, fields: Mapping[str, Any], field: str, *, weights: bool
 ) -> pathlib.Path:
-    """Return the directory of another checkpoint that a config names.
+    """Return the directory of another checkpoint whose name is in a config.
 
     Args:
       config: The path of the config; the name may be a directory relative to it.
@@ -111,7 +111,7 @@ def base_directory(
     """Return the directory of the model that an adapter changes, or of the checkpoint itself."""
     if not adapters.is_adapter(directory):
         if base is not None:
-            problem = f"base= is for a folder with {adapters.CONFIG}, and there is none"
+            problem = f"base= needs a folder with {adapters.CONFIG}, which this one lacks"
             raise ValueError(files.refusal(directory, [problem]))
         return directory
     if base is not None:
@@ -143,11 +143,11 @@ def open_tensors(
       settings: The directory with its `config.json`.
       base: The base model of an adapter, see `base_directory`.
       family: The family of the model.
-      problems: The problems of the files are appended here.
+      problems: A list to which the problems of the files are appended.
 
     Returns:
-      The tensors by canonical key. Empty where a file without an index cannot be opened, because
-      the missing keys are then not known.
+      The tensors by canonical key. Empty if a file without an index cannot be opened, because the
+      missing keys are then unknown.
     """
     model_directory = base_directory(directory, base, weights=True)
     tensors = _open_model(model_directory, settings, family, problems)

@@ -1,4 +1,4 @@
-"""One file per network. Networks know sites; they know no data, files or experiments."""
+"""Networks, one per file. They depend on sites, but not on data, files or experiments."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Attention: all scores at once, or a block of keys at a time where rows are long."""
+"""Attention: all scores at once, or a block of keys at a time if rows are long."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from mllm_jax.typing import Array, Bool, Float
 
 KeysAndValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
-# Scores of a head above which queries come in blocks, each of which computes its scores again in a
-# backward pass; and above which keys come in blocks too. Each block of keys reads and writes the
-# heads once more: on an H100, rows of 3,072 tokens would move 1.4 times the bytes.
+# The number of scores of a head above which queries are processed in blocks, each of which
+# recomputes its scores in the backward pass; and the number above which keys are processed in
+# blocks too. Each block of keys reads and writes the heads once more: on an H100, rows of 3,072
+# tokens would move 1.4 times the bytes.
 MAX_SCORES_AT_ONCE = 2**18
 MAX_SCORES_OF_ALL_KEYS = 2**24
 QUERY_BLOCKS = 4
@@ -43,14 +44,15 @@ def attend(
       query: The queries.
       key: The keys.
       value: The values.
-      mask: True where a query may attend; None for everywhere. The result of a query that may
-        attend nowhere is zero.
+      mask: True where a query may attend to a key; None for all keys. The result of a query that
+        may not attend to any key is zero.
       past: Earlier keys and values; S of the mask counts both.
       pattern: A function applied to the probabilities [B, N, T, S] before they multiply the
-        values. With None they are not all computed at the same time.
+        values. With None the probabilities need not all exist at the same time.
       causal: Whether the mask is causal, so that products with later keys can be left out.
       scale: The factor of the products; 1 / sqrt(H) by default.
-      softcap: The bound c of the products s, which become c tanh(s / c) (Gemma 2); None for none.
+      softcap: The bound c of the products s, which become c tanh(s / c) (Gemma 2); None if there
+        is none.
     """
     parts = [(key, value)] if past is None else [past, (key, value)]
     causal = causal and past is None
@@ -73,7 +75,7 @@ def _by_query_block(
     attend_part: Callable[..., Array], causal: bool, query: Array,
     parts: Sequence[KeysAndValues], mask: Array | None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
-    """Attend in blocks of queries; if causal, each with the keys up to its end alone."""
+    """Attend in blocks of queries; if causal, each only to the keys up to its end."""
     T = query.shape[1]
     count = min(QUERY_BLOCKS, T)
     ends = [T * n // count for n in range(count + 1)]

@@ -1,9 +1,9 @@
 """Softmax attention a block of keys at a time, so that the scores [T, S] are never in memory.
 
-The softmax is a running one: each block brings a maximum, a sum and weighted values, which are
-scaled to the larger maximum when the next block is added (Milakov & Gimelshein 2018, Rabe & Staats
-2021, Dao et al. 2022). The derivative computes the scores of each block again. It is given as the
-linear function that forward mode applies; JAX transposes it for gradients.
+The softmax is a running one: a maximum, a sum and weighted values are accumulated over blocks and
+rescaled to the larger maximum (Milakov & Gimelshein 2018, Rabe & Staats 2021, Dao et al. 2022). The
+derivative recomputes the scores of each block. It is defined as a JVP, which JAX transposes for
+gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ScoreRule:
 
     Attributes:
       scale: The factor of the products.
-      softcap: The bound c; None for none.
+      softcap: The bound c; None if there is none.
     """
 
     scale: float
@@ -44,7 +44,7 @@ class ScoreRule:
         return self.softcap * jnp.tanh(scores / self.softcap)
 
     def slope(self, scores: Float[Array, "*"]) -> Float[Array, "*"] | float:
-        """Return the derivative of the scores by the products."""
+        """Return the derivative of the scores with respect to the products."""
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - jnp.square(scores / self.softcap))
@@ -88,12 +88,12 @@ def attend(
     """Compute softmax(rule(q k)) v in float32 or better.
 
     Args:
-      rule: How products become scores.
+      rule: The function from products to scores.
       query: The queries, G = N / K heads for each head of keys.
       key: The keys.
       value: The values.
-      mask: True where a query may attend; None for everywhere. The result of a query that may
-        attend nowhere is zero.
+      mask: True where a query may attend to a key; None for all keys. The result of a query that
+        may not attend to any key is zero.
     """
     S = key.shape[2]
     count = -(-S // KEYS)
@@ -119,7 +119,7 @@ def _attend(
     values: Float[Array, "n B K c H"],
     mask: Mask,
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
-    """Return the heads, and by query log(sum(exp(score))): 0 where it may attend nowhere."""
+    """Return the heads, and log(sum(exp(score))) by query; 0 if it may not attend to any key."""
     dtype = precision.at_least_float32_dtype(query.dtype)
     lowest = float(jnp.finfo(dtype).min)
 
@@ -188,7 +188,7 @@ def _weighted(
 def _masked(
     scores: Float[Array, "B K G T c"], mask: Mask, number: Int[Array, ""], lowest: float
 ) -> Float[Array, "B K G T c"]:
-    """Return the scores of a block, the lowest number where a query may not attend."""
+    """Return the scores of a block, with `lowest` where a query may not attend."""
     if mask is None:
         return scores
     size = scores.shape[-1]

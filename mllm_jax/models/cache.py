@@ -13,7 +13,7 @@ from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values by layer. A slot is an index in the cache; its position is its token's own.
+    """Keys and values by layer. A slot is an index in the cache; a position is one in the row.
 
     Attributes:
       key: The keys, float[L, B, K, S, H], heads first, as attention reads them.

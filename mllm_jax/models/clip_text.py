@@ -1,4 +1,4 @@
-"""CLIP's text transformer, and both towers in the space they share (Radford et al. 2021)."""
+"""CLIP's text transformer, and both towers with their shared space (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ class ClipTextConfig:
     """A CLIP text tower.
 
     Attributes:
-      vocab: V. positions: most tokens of a text.
-      width: D. layers: blocks. heads: N. mlp: F.
-      act: "quick_gelu" (OpenAI's weights) or "gelu". eps: of the layer norms.
-      end: Id of the token that ends a text, the first if there are several; None where that is the
-        highest id of the text.
+      vocab: The vocabulary size V.
+      positions: The largest number of tokens of a text.
+      width: The width D.
+      layers: The number of blocks.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
+      act: "quick_gelu" (OpenAI's weights) or "gelu".
+      eps: The epsilon of the layer norms.
+      end: The id of the token that ends a text, the first if there are several; None if that is
+        the highest id of the text.
     """
 
     vocab: int = 49408
@@ -48,8 +53,9 @@ class ClipPairConfig:
     """Both towers of a CLIP.
 
     Attributes:
-      vision: Read at its last layer, CLS with it. text: the other.
-      width: Of the space they share.
+      vision: The vision tower, read at its last layer, CLS included.
+      text: The text tower.
+      width: The width of the shared space.
     """
 
     vision: clip.ClipConfig
@@ -58,7 +64,7 @@ class ClipPairConfig:
 
 
 class ClipText(nnx.Module):
-    """Texts to the normed state of their last token. It offers no sites."""
+    """Texts to the normalised state of their last token. It offers no sites."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
@@ -71,10 +77,10 @@ class ClipText(nnx.Module):
         self.norm = layers.LayerNorm(config.width, eps=config.eps, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
-        """The state where each text ends.
+        """Return the state at the end of each text.
 
         Args:
-          ids: A text a row; whatever fills it up comes after its end, and is not seen.
+          ids: One text per row; padding follows its end and is not attended to.
         """
         B, T = ids.shape
         x = self.words[...][ids] + self.position[:T]
@@ -96,7 +102,7 @@ class _NoTap:
 
 
 class Clip(nnx.Module):
-    """Pictures and texts as directions in one space."""
+    """Both towers of CLIP, which map pictures and texts to unit vectors in one space."""
 
     def __init__(self, config: ClipPairConfig, *, rngs: nnx.Rngs):
         vision, text = config.vision, config.text
@@ -109,23 +115,23 @@ class Clip(nnx.Module):
         self.scale = nnx.Param(jnp.zeros(()))
 
     def pictures(self, pixels: Float[Array, "I row column 3"], taps) -> Float[Array, "I joint"]:
-        """Unit vectors of pictures: of the CLS token, after the last layer.
+        """Return the unit vector of each picture: its CLS token after the last layer, projected.
 
         Args:
-          pixels: Normalised, image_size squared.
-          taps: Of the pass; the vision tower has its sites.
+          pixels: Normalised pictures of image_size x image_size pixels.
+          taps: The taps of the pass; the vision tower has its sites.
         """
         x = self.vision(pixels.astype(self.vision.cls.dtype), taps.module("vision"))
         return _unit(self.vision_out(self.vision_norm(x[:, 0])))
 
     def texts(self, ids: Int[Array, "C T"]) -> Float[Array, "C joint"]:
-        """Unit vectors of texts; see `ClipText`."""
+        """Return the unit vectors of texts; see `ClipText`."""
         return _unit(self.text_out(self.text(ids)))
 
     def logits(
         self, pictures: Float[Array, "I joint"], texts: Float[Array, "C joint"]
     ) -> Float[Array, "I C"]:
-        """How well each text fits each picture: exp(scale) times the cosine."""
+        """Return the similarity of each picture and text: exp(scale) times the cosine."""
         scale = jnp.exp(precision.at_least_float32(self.scale[...]))
         return precision.matmul(scale * pictures, texts.T)
 

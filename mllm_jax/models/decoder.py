@@ -24,32 +24,32 @@ class DecoderConfig:
     """A language model.
 
     Attributes:
-      vocab: V.
-      width: D.
-      layers: L.
-      heads: N.
-      kv_heads: K.
-      head_width: H.
-      mlp: F.
+      vocab: The vocabulary size V.
+      width: The width D.
+      layers: The number of layers L.
+      heads: The number of heads N.
+      kv_heads: The number of key-value heads K.
+      head_width: The head width H.
+      mlp: The number of neurons of an MLP, F.
       act: The activation of the gate.
       rope_theta: The base of the rotary angles.
-      rope_scaling: How the frequencies are scaled for long rows; None for not at all.
-      rope_sections: The axis of position that each frequency turns by (mRoPE); None where a
-        position is one number.
+      rope_scaling: The scaling of the frequencies for long rows; None for no scaling.
+      rope_sections: The axis of position of each frequency (mRoPE); None if a position is one
+        number.
       local_rope_theta: The base, without scaling, in layers with a window (Gemma 3); None for
         `rope_theta`.
-      windows: The number of last positions that each layer attends to, 0 for all; empty where no
+      windows: The number of last positions that each layer attends to, 0 for all; empty if no
         layer has a window.
-      window_within_block: Whether a window also bounds what the tokens of a block attend to in
-        it (Gemma 3), or only what they attend to elsewhere (PaliGemma 2).
+      window_within_block: Whether a window also limits attention within a block of tokens
+        (Gemma 3), or only attention to other tokens (PaliGemma 2).
       eps: The epsilon of the norms.
       unit_offset: Whether the factor of a norm is 1 + scale (Gemma).
-      biases: The maps of attention that have a bias: "", "qkv" (Qwen2) or "qkvo".
-      qk_norm: Whether queries and keys are normed by head (Qwen3, Gemma 3).
-      post_norms: Whether the outputs of attention and MLP are normed as well (Gemma 2).
+      biases: The attention projections that have a bias: "", "qkv" (Qwen2) or "qkvo".
+      qk_norm: Whether queries and keys are normalised by head (Qwen3, Gemma 3).
+      post_norms: Whether the outputs of attention and MLP are normalised as well (Gemma 2).
       query_scale: The factor of the products of queries and keys; None for 1 / sqrt(H).
-      attention_softcap: The bound of these products (Gemma 2); None for none.
-      logit_softcap: The bound of the logits (Gemma 2); None for none.
+      attention_softcap: The bound of these products (Gemma 2); None if there is none.
+      logit_softcap: The bound of the logits (Gemma 2); None if there is none.
       embedding_scale: The factor of word embeddings, rounded to their dtype: sqrt(D) in Gemma.
       tied: Whether the head shares the matrix of the embedding.
     """
@@ -140,13 +140,13 @@ class DecoderConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """What a layer reads beside the states; in a scan each array leads with L.
+    """The inputs of a layer besides the states; in a scan each array has a leading axis L.
 
     Attributes:
       past: The keys and values of earlier tokens, [B, K, S, H] each; or None.
-      window: The number of last positions that it attends to, int32[], 0 for all; None where no
+      window: The number of last positions that it attends to, int32[], 0 for all; None if no
         layer has a window.
-      number: The number of the layer, int32[]; None where no layer needs it.
+      number: The number of the layer, int32[]; None if no layer needs it.
     """
 
     past: tuple[Array, Array] | None = None
@@ -157,7 +157,7 @@ class LayerInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """Which keys the queries attend to, and how both are rotated.
+    """The keys that the queries attend to, and the rotation of both.
 
     Attributes:
       mask: bool[B, N or 1, T, S].
@@ -244,7 +244,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm decoder layer; with `post_norms` what it adds is normed too."""
+    """A pre-norm decoder layer; with `post_norms` its outputs are normalised too."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.attn_norm = _norm(config, config.width, rngs)
@@ -267,15 +267,15 @@ class Block(nnx.Module):
         return tap(S.resid_post, x + self.added_by_mlp(x, tap)), kv
 
     def added_by_mlp(self, x: Float[Array, "B T D"], tap) -> Float[Array, "B T D"]:
-        """Return what the MLP adds to the residual."""
+        """Return the output of the MLP, which is added to the residual."""
         out = self.mlp(self.mlp_norm(x), tap)
         return tap(S.mlp.out, self.mlp_post_norm(out) if self.post_norms else out)
 
     def split_by_head(self, heads: Float[Array, "*B N H"]) -> Float[Array, "*B N D"]:
-        """Return what each head adds to the residual, in float32 or better.
+        """Return the contribution of each head to the residual, in float32 or better.
 
-        The sum over the heads is the output of attention without the bias of its last map. The
-        factor of a norm after attention counts as a constant.
+        The sum over the heads is the output of attention without the bias of its output projection.
+        The factor of a norm after attention is treated as a constant.
 
         Args:
           heads: The result of each head, as at `lm.attn.heads`.
@@ -296,7 +296,7 @@ def _norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> layers.RMSNorm:
 
 
 def _take(array: Array, places: Int[Array, " B"], axis: int = 1) -> Array:
-    """Take one place of an axis for each row, and keep the axis."""
+    """Take one index of an axis for each row, and keep the axis."""
     index = places.reshape(-1, *(1,) * (array.ndim - 1))
     return jnp.take_along_axis(array, index, axis)
 
@@ -308,11 +308,11 @@ def _reach(
     window: Int[Array, ""] | None,
     causal: bool,
 ) -> Reach:
-    """Return what a layer attends to.
+    """Return the reach of a layer.
 
     Args:
-      mask: What it attends to without a window.
-      distance: How far before each query a key is; None where no layer has a window.
+      mask: The attention mask without a window.
+      distance: The position of each query minus that of each key; None if no layer has a window.
       rotations: As `Decoder._rotations` returns them.
       window: The window of the layer, 0 for none.
       causal: Whether no query attends to a later key.
@@ -333,7 +333,7 @@ def _add_deepstack(
     number: Int[Array, ""] | None,
     only: Int[Array, " B"] | None,
 ) -> Float[Array, "B T D"]:
-    """Add what belongs to the states after the layer of this number, if there is something."""
+    """Add the DeepStack features for the states after the layer of this number, if any."""
     if deepstack is None or number is None:
         return x
     count = len(deepstack)
@@ -356,7 +356,7 @@ class Decoder(nnx.Module):
 
     def embeddings(self, ids: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
         """Return word embeddings; ids outside the vocabulary (placeholders) count as id 0."""
-        # Gather the columns that chips share; without this they would gather rows and the result.
+        # Gather the sharded columns; otherwise devices would gather rows and the result.
         table = mesh.constrain(self.embed[...], ("V", "D"))
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab), ids, 0)
         words = indexing.index_without_upcast(table[ids], table, ids)
@@ -372,16 +372,16 @@ class Decoder(nnx.Module):
         deepstack: Float[Array, "k B T D"] | None = None,
         layers: tuple[Block, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return the final normed states, and the cache of these T tokens.
+        """Return the final normalised states, and the cache of these T tokens.
 
         Args:
           x: Embeddings.
-          positions: Where the tokens stand, and which of them attend to which.
+          positions: The positions of the tokens, and which of them attend to which.
           tap: The taps of the language model.
           past: The cache of earlier tokens, with S slots.
-          deepstack: What is added to the states after each of the first k layers (DeepStack,
-            Meng et al. 2024); None for nothing.
-          layers: The layers one by one, as `layers_one_by_one` returns them; None for a scan.
+          deepstack: The features added to the states after each of the first k layers (DeepStack,
+            Meng et al. 2024); None if there are none.
+          layers: Separate layers, as `layers_one_by_one` returns them; None for a scan.
         """
         order, valid = positions.order, positions.valid
         if past is not None:
@@ -409,10 +409,10 @@ class Decoder(nnx.Module):
         return tap(S.norm, self.norm(x)), cache
 
     def layers_one_by_one(self) -> tuple[Block, ...]:
-        """Return the layers with arrays of their own, for passes of few tokens.
+        """Return the layers with separate arrays, for passes of few tokens.
 
-        A scan takes each layer's weights out of the stacked arrays, writes and reads them again;
-        where there are few tokens, this costs more than the products.
+        A scan slices each layer's weights from the stacked arrays, writes them and reads them
+        again; with few tokens, this costs more than the products.
         """
         graph, state = nnx.split(self.layers)
         count = self.config.layers
@@ -434,7 +434,7 @@ class Decoder(nnx.Module):
         return whole, rotation(config.local_rope_theta, None)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Return next-token logits of normed states, in float32 or better."""
+        """Return next-token logits of normalised states, in float32 or better."""
         if self.config.tied:
             table = mesh.constrain(self.embed[...], ("V", "D"))
             logits = precision.einsum("...D,VD->...V", x, table, into_float32=True)

@@ -26,7 +26,7 @@ class EvaConfig(vit.VitConfig):
 
     @property
     def has_norm(self) -> bool:
-        """Whether the features are normed."""
+        """Whether the features are normalised."""
         return True
 
     @classmethod

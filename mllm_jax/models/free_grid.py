@@ -1,4 +1,4 @@
-"""Models that read each picture at its own size: a grid of patches, padded to few lengths."""
+"""Models that read pictures at native resolution: a grid of patches, padded to few lengths."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mllm_jax.batch import Batch, Layout
 from mllm_jax.models.multimodal import MultimodalConfig, MultimodalModel, Size
 from mllm_jax.typing import Array, Float, Int
 
-# Smaller pictures are padded to so many patches, larger ones to a power of 2: eight lengths up to
-# the largest picture that a Qwen reads.
+# Smaller pictures are padded to this number of patches, larger ones to a power of 2: eight lengths
+# up to the largest picture of the Qwen-VL models.
 MIN_PLACES = 512
 
 
 def places(patches: int, merge: int) -> int:
-    """Return the number of places that pictures of at most this many patches are padded to.
+    """Return the padded number of patches for pictures of at most this many patches.
 
     Args:
       patches: The number of patches.
-      merge: The side of the square of patches that becomes one token; squares are whole.
+      merge: The side of the square of patches that becomes one token; only whole squares occur.
     """
     power = max(MIN_PLACES, 2 ** max(0, patches - 1).bit_length()) if patches else 0
     return -(-power // merge**2) * merge**2
@@ -35,7 +35,7 @@ class FreeGridTower(Protocol):
     def __call__(
         self, patches: Float[Array, "I P pixel"], grid: Int[Array, "I 2"], tap
     ) -> Float[Array, "I P E"]:
-        """Return the features; those of padding mean nothing."""
+        """Return the features; those of padding are arbitrary."""
 
 
 class FreeGridTowerConfig(Protocol):
@@ -59,9 +59,9 @@ class FreeGridTowerConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FreeGridConfig(MultimodalConfig):
-    """The config of a model that reads each picture at its own size.
+    """The config of a model that reads each picture at its native resolution.
 
-    Each picture is one tile. Its patches stand in squares of `merge` x `merge`, each of which
+    Each picture is one tile. Its patches are grouped in squares of `merge` x `merge`, each of which
     becomes one token of the language model.
 
     Attributes:
@@ -89,12 +89,12 @@ class FreeGridConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """The number of places for tokens of the largest picture."""
+        """The padded number of tokens of the largest picture."""
         return self.pixel_shape[0] // self.merge**2
 
     @property
     def tile_side(self) -> None:
-        """None: each picture has a size of its own."""
+        """None, because each picture has its own size."""
 
     @property
     def pixel_shape(self) -> Size:
@@ -104,7 +104,7 @@ class FreeGridConfig(MultimodalConfig):
 
     @property
     def token_grid(self) -> int:
-        """0: each picture has a grid of its own."""
+        """0, because each picture has its own grid."""
         return 0
 
     @property
@@ -114,17 +114,17 @@ class FreeGridConfig(MultimodalConfig):
         return rows * self.patch_side, columns * self.patch_side
 
     def tile_tokens(self, batch: Batch) -> int:
-        """Return the number of places for tokens that each picture of a batch has in the LM."""
+        """Return the padded number of tokens of each picture of a batch in the LM."""
         patches = batch.pixels if batch.features is None else batch.features
         return patches.shape[1] // self.merge**2
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how an image of this (height, width), a multiple of what is merged, is read."""
+        """Return the layout of an image of this (height, width), multiples of merged patches."""
         rows, columns = size or self.largest
         return self.layout_of_grid((rows // self.patch_side, columns // self.patch_side))
 
     def layout_of_grid(self, grid: Size) -> Layout:
-        """Return how a picture of this many rows and columns of patches is read."""
+        """Return the layout of a picture with these rows and columns of patches."""
         rows, columns = (n // self.merge for n in grid)
         index = np.arange(rows * columns)
         places = np.stack(np.divmod(index, max(columns, 1)), 1)
@@ -132,7 +132,7 @@ class FreeGridConfig(MultimodalConfig):
 
 
 class FreeGridModel(MultimodalModel):
-    """A network that reads each picture at its own size."""
+    """A network that reads each picture at its native resolution."""
 
     config: FreeGridConfig
     vision: FreeGridTower  # type: ignore[assignment]  # reads grids beside patches

@@ -1,8 +1,8 @@
-"""Grids of patches of any size: where each patch stands, and which patches attend to each other.
+"""Grids of patches of any size: the position of each patch, and which patches attend to each other.
 
-The pictures of a batch have one number of places for patches, P. The rows x columns patches of a
+The pictures of a batch are padded to one number of patches, P. The rows x columns patches of a
 picture come first, in blocks of m x m that are later merged into one token: block row, block
-column, row within the block, column within the block. What remains is padding.
+column, row within the block, column within the block. The rest is padding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mllm_jax.typing import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the patches of pictures stand.
+    """The positions of the patches of pictures.
 
     Attributes:
       row: The row of each patch.
       column: The column of each patch.
-      valid: False for padding, whose row and column mean nothing.
+      valid: False for padding, whose row and column are arbitrary.
     """
 
     row: Int[Array, "I P"]
@@ -32,12 +32,12 @@ class Places:
 
     @classmethod
     def of(cls, grid: Int[Array, "I 2"], count: int, merge: int) -> Places:
-        """Return the places of the patches of pictures.
+        """Return the positions of the patches of pictures.
 
         Args:
           grid: The rows and columns of patches of each picture; 0, 0 for none.
-          count: P.
-          merge: m, the side of a block.
+          count: The padded number of patches P.
+          merge: The side m of a block.
         """
         number = jnp.arange(count, dtype=jnp.int32)
         block, within = number // merge**2, number % merge**2
@@ -63,8 +63,8 @@ class Places:
         """Return cosine and sine of the angles of patches, in the layout of two halves.
 
         Args:
-          row: The frequencies that turn with the row; n is a quarter of the head width.
-          column: The frequencies that turn with the column.
+          row: The frequencies of the row; n is a quarter of the head width.
+          column: The frequencies of the column.
         """
         position = jnp.stack([self.row, self.column])
         sections = rotary.RopeSections((len(row), len(column), 0))
@@ -73,10 +73,10 @@ class Places:
     def interpolate(
         self, table: Float[Array, "places E"], grid: Int[Array, "I 2"]
     ) -> Float[Array, "I P E"]:
-        """Return the entries of a square table, stretched bilinearly so that corners coincide.
+        """Return the entries of a square table, resized bilinearly with aligned corners.
 
         Args:
-          table: One entry for each place of a square, row by row.
+          table: One entry for each cell of a square, row by row.
           grid: The rows and columns of patches of each picture.
         """
         side = round(len(table) ** 0.5)
@@ -91,7 +91,7 @@ def _between(
 ) -> tuple[tuple[Int[Array, "I P"], Float[Array, "I P"]], ...]:
     """Return the two entries of an axis of the table around each patch, and their weights."""
     steps = jnp.maximum(count - 1, 1)
-    distance = at * (side - 1)  # in parts of a step: whole numbers, so that nothing is rounded
+    distance = at * (side - 1)  # in integer fractions of a step, so that nothing is rounded
     low = jnp.clip(distance // steps, 0, side - 1)
     weight = (distance % steps).astype(jnp.float32) / steps
     return (low, 1 - weight), (jnp.minimum(low + 1, side - 1), weight)

@@ -1,6 +1,6 @@
 """InternViT (Chen et al. 2024), the vision transformer of InternVL.
 
-Its blocks scale what they add to the residual, and may norm queries and keys.
+Its blocks scale their outputs, and may normalise queries and keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class InternVitConfig(vit.VitConfig):
     Attributes:
       norm: Layer norms or RMS norms.
       qkv_bias: Whether the maps to queries, keys and values have a bias.
-      qk_norm: Whether queries and keys are normed.
+      qk_norm: Whether queries and keys are normalised.
       final_norm: Whether a norm follows the last block.
       feature_layer: The hidden state that is read, counted as in HF: 0 is the embedding, -1 the
         output of the tower, after its final norm.
@@ -52,7 +52,7 @@ class InternVitConfig(vit.VitConfig):
 
     @property
     def has_norm(self) -> bool:
-        """Whether the features are normed."""
+        """Whether the features are normalised."""
         return self.final_norm and self.feature_layer == -1
 
     @property

@@ -25,10 +25,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A matrix W + scale A B in the place of a kernel; `Linear` multiplies by it without the sum.
+    """A matrix W + scale A B in place of a kernel; `Linear` multiplies by it without the sum.
 
-    In a dtype narrower than float32 a small change would be rounded away in the sum. Other code
-    reads the sum by `[...]`.
+    In a dtype narrower than float32 the sum would round a small change away. Other code reads the
+    sum with `[...]`.
 
     Attributes:
       weight: float[*L, n, m], W.
@@ -86,7 +86,7 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(  # type: ignore[override]  # narrower than the base
         self, x: Float[Array, "*B E"]
     ) -> Float[Array, "*B E"]:
-        """Return the normed array in the dtype of x."""
+        """Return the normalised array in the dtype of x."""
         return super().__call__(at_least_float32(x)).astype(x.dtype)
 
 
@@ -94,11 +94,11 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 or better.
 
     Args:
-      width: D.
+      width: The width D.
       eps: The epsilon.
       unit_offset: Whether the factor is 1 + scale, multiplied before the result is rounded to
-        the dtype of x, as Gemma has it.
-      rngs: Not used: the norm starts as the identity.
+        the dtype of x, as in Gemma.
+      rngs: Unused: the scale starts as the identity.
     """
 
     def __init__(self, width: int, *, eps: float, unit_offset: bool = False, rngs: nnx.Rngs):
@@ -108,7 +108,7 @@ class RMSNorm(nnx.Module):
         self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Return the normed array in the dtype of x."""
+        """Return the normalised array in the dtype of x."""
         y = at_least_float32(x)
         y = y * self._inverse_rms(y)
         if self.unit_offset:
@@ -116,7 +116,7 @@ class RMSNorm(nnx.Module):
         return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
 
     def factor(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Return what the norm multiplies x by, scale / rms(x), in float32 or better."""
+        """Return the factor of x in the norm, scale / rms(x), in float32 or better."""
         scale = at_least_float32(self.scale[...]) + self.unit_offset
         return scale * self._inverse_rms(at_least_float32(x))
 

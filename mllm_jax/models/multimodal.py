@@ -1,4 +1,4 @@
-"""What all families share: the tokens of images merged into those of a language model."""
+"""The base of all families: image tokens merged into those of a language model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Size = tuple[int, int]  # height, width
 
 
 def require_size(size: Size | None, reads: str) -> Size:
-    """Return the (height, width) of a picture, on which everything depends.
+    """Return the (height, width) of a picture, which its layout needs.
 
     Args:
-      size: The size, or None where features stand in the place of the picture.
+      size: The size, or None if features replace the picture.
       reads: How the model reads a picture, for the error.
 
     Raises:
@@ -37,7 +37,7 @@ def require_size(size: Size | None, reads: str) -> Size:
     """
     if size is None:
         raise ValueError(
-            f"{reads}: beside features= give sizes=[(height, width), ...] of the pictures"
+            f"{reads}: with features= also give sizes=[(height, width), ...] of the pictures"
         )
     return size
 
@@ -48,12 +48,12 @@ class MultimodalConfig(abc.ABC):
 
     Attributes:
       vision: The vision tower.
-      projector: The projector from the tower, or from what follows it, to the language model.
+      projector: The projector from the tower, or from the Q-Former, to the language model.
       lm: The language model.
       image_token: The id of an image token in the text.
-      pinpoints: The resolutions (height, width) at which an image may be cut into tiles; empty
-        where each image is one square.
-      attends_forward: Which tokens attend to each other whatever their order: those of a picture,
+      pinpoints: The resolutions (height, width) at which an image may be cut into tiles; empty if
+        each image is one square.
+      attends_forward: The tokens with bidirectional attention to each other: those of a picture,
         those of the prompt, or none.
     """
 
@@ -70,14 +70,14 @@ class MultimodalConfig(abc.ABC):
         """The number of tokens of one tile in the language model."""
 
     def tile_tokens(self, batch: Batch) -> int:
-        """Return the number of places for tokens that each tile of a batch has in the LM."""
+        """Return the padded number of tokens of each tile of a batch in the LM."""
         del batch
         return self.image_tokens
 
     @property
     @abc.abstractmethod
     def token_grid(self) -> int:
-        """The side of the square that the tokens of a tile form; 0 where they form none."""
+        """The side of the square grid of the tokens of a tile; 0 if there is none."""
 
     @abc.abstractmethod
     def build(self, *, rngs: nnx.Rngs) -> MultimodalModel:
@@ -85,31 +85,31 @@ class MultimodalConfig(abc.ABC):
 
     @property
     def tile_side(self) -> int | None:
-        """The side of the squares that the tower reads; None where a picture has its own."""
+        """The side of the squares that the tower reads; None if pictures keep their own size."""
         return self.vision.image_size
 
     @property
     def pixel_shape(self) -> Size | tuple[int, int, int]:
-        """The shape of the pixels of a tile, of the largest one where sizes differ."""
+        """The shape of the pixels of a tile, of the largest one if sizes differ."""
         return (self.vision.image_size, self.vision.image_size, 3)
 
     @property
     def depends_on_size(self) -> bool:
-        """Whether how an image is read depends on its size."""
+        """Whether the layout of an image depends on its size."""
         return self.tile_side is None or self.tiles > 1
 
     @property
     def tiles(self) -> int:
-        """The number of places for tiles that an image has in a batch."""
+        """The number of tiles to which an image is padded in a batch."""
         return 1
 
     @property
     def largest(self) -> Size:
-        """The (height, width) of an image with the most tokens that one can have."""
+        """The (height, width) of an image with the largest number of tokens."""
         return (self.vision.image_size,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how an image of this (height, width) is read."""
+        """Return the layout of an image of this (height, width)."""
         del size
         return Layout(1, np.arange(self.image_tokens))
 
@@ -125,18 +125,19 @@ class MultimodalConfig(abc.ABC):
             read[at] = True
         else:
             read = read.at[at].set(True)
-        # A tile that shows nothing but bars has no token in the LM, but its image is read.
+        # A tile of only padding has no token in the LM, but its image is read.
         slot = xp.cumsum(batch.tile == 0)
         return (read[:, :tiles, None] & (slot[:, None] == slot)).any(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokens:
-    """The image tokens of a batch, tile by tile, and then tokens for every row.
+    """The image tokens of a batch, tile by tile, followed by tokens that all rows share.
 
     Attributes:
-      tokens: What the language model reads in the place of word embeddings, [n, D].
-      deepstack: What is added to the states after each of its first k layers, [k, n, D]; or None.
+      tokens: The embeddings that the language model reads in place of word embeddings, [n, D].
+      deepstack: The features added to the states after each of its first k layers, [k, n, D]; or
+        None.
     """
 
     tokens: Float[Array, "n D"]
@@ -179,9 +180,9 @@ class MultimodalModel(nnx.Module):
         return {name: dataclasses.replace(map_, readers=readers) for name, map_ in maps.items()}
 
     def unshared(self, batch: Batch) -> Batch:
-        """Return the batch with tiles of its own for each row, or itself if rows share none.
+        """Return the batch with separate tiles for each row, or itself if rows share none.
 
-        A traced batch is returned as it is: the number of tiles must be known.
+        A traced batch is returned unchanged, because the number of tiles must be known.
         """
         known = self.config.readers(batch)
         if isinstance(known, jax.core.Tracer):
@@ -190,7 +191,7 @@ class MultimodalModel(nnx.Module):
         if (readers.sum(0) <= 1).all():
             return batch
         rows, size = len(readers), int(np.max(batch.tile)) + 1  # places for tiles in each row
-        first = readers.argmax(1) // size * size  # the tiles of a row stand side by side
+        first = readers.argmax(1) // size * size  # the tiles of a row are adjacent
         at = (first[:, None] + np.arange(size)).reshape(-1)
         real = np.asarray(batch.is_real_tile)[at] & np.repeat(readers.any(1), size)
 
@@ -221,7 +222,7 @@ class MultimodalModel(nnx.Module):
         return self.vision.patch.kernel[...].dtype
 
     def features(self, batch: Batch, taps) -> Float[Array, "I P E"]:
-        """Return what the vision tower gives to the projector."""
+        """Return the features of the vision tower that the projector reads."""
         if batch.features is not None:
             return jnp.asarray(batch.features, self.dtype)
         inputs = [jnp.asarray(batch.pixels, self.dtype)]
@@ -242,10 +243,10 @@ class MultimodalModel(nnx.Module):
     def embed(
         self, batch: Batch, taps
     ) -> tuple[Float[Array, "B T D"], Float[Array, "k B T D"] | None]:
-        """Return word embeddings with the image tokens merged, and what DeepStack adds later."""
+        """Return word embeddings with the image tokens merged, and the features of DeepStack."""
         words = self.lm.embeddings(batch.ids)
         tap = taps.module("lm", lens=self.lm.lens)
-        if not len(batch.is_real_tile):  # text alone: neither vision nor projector are run
+        if not len(batch.is_real_tile):  # only text: run neither vision nor projector
             return tap(sites.lm.embed, words), None
         images, is_image = self.images(batch, taps), (batch.image_token_index >= 0)[..., None]
         merged = jnp.where(is_image, _take(images.tokens, batch).astype(words.dtype), words)
@@ -256,7 +257,7 @@ class MultimodalModel(nnx.Module):
         return tap(sites.lm.embed, merged), deepstack
 
     def __call__(self, batch: Batch, taps) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return the final normed states of every token, and the cache."""
+        """Return the final normalised states of every token, and the cache."""
         x, deepstack = self.embed(batch, taps)
         return self.read(x, batch.positions, taps, deepstack=deepstack)
 
@@ -274,12 +275,12 @@ class MultimodalModel(nnx.Module):
         return self.lm(x, positions, tap, past, deepstack, layers)
 
     def logits(self, x: Float[Array, "B T D"], taps) -> Float[Array, "B T V"]:
-        """Return the float32 logits of normed states."""
+        """Return the float32 logits of normalised states."""
         return taps.module("logits")(sites.logits, self.lm.logits(x))
 
 
 def _take(images: Float[Array, "n D"], batch: Batch) -> Float[Array, "B T D"]:
-    """Return the image token that stands at each place, something else where none does."""
+    """Return the image token at each position; the value at other positions is arbitrary."""
     tiles = len(batch.is_real_tile)
 
     def take(index):

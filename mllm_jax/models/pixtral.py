@@ -18,10 +18,10 @@ class PixtralConfig:
     """A Pixtral vision tower.
 
     Attributes:
-      width: E.
+      width: The width E.
       layers: The number of blocks in the checkpoint.
-      heads: N.
-      mlp: F.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
       patch: The side of a patch in pixels.
       image_size: The longest side of an image in pixels.
       act: The activation of the MLPs.
@@ -108,7 +108,7 @@ class PixtralVision(nnx.Module):
           patches: Normalised patches in the order of `models.grids`; the values of one are
             (channel, row, column).
           grid: The rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
-            picture that only fills up the batch.
+            picture that only pads the batch.
           tap: The taps of the vision module.
         """
         config = self.config

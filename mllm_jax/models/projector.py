@@ -1,7 +1,7 @@
 """The projector: from vision features to tokens of the language model (Liu et al. 2023).
 
-A square of patches may become one token, before a stack of linear maps with an activation between
-them. All families have this form; `ProjectorConfig` says what differs.
+A square of patches may become one token, before a stack of linear maps with activations between
+them. All families have this form; `ProjectorConfig` contains the differences.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class ProjectorConfig:
     """A projector.
 
     Attributes:
-      in_width: E.
-      out_width: D.
+      in_width: The input width E.
+      out_width: The output width D.
       hidden_width: F, the width between the linear maps; None for D.
       depth: The number of linear maps: 1 is "linear", N is "mlpNx_gelu".
       act: The activation between the maps.
       bias: Whether the maps have a bias.
       fold: The side of the square of patches that becomes one token; 1 keeps every patch.
-      fold_to: What becomes of a square: its patches are concatenated, "merged" by a linear map
+      fold_to: The reduction of a square: its patches are concatenated, "merged" by a linear map
         without a bias from all of them to E (Mistral 3), or averaged (Gemma 3).
-      channels_first: Whether concatenated patches are ordered by channel and then by place
+      channels_first: Whether concatenated patches are ordered by channel and then by position
         (Mistral 3), instead of patch by patch.
       in_blocks: Whether patches come square by square (see `models.grids`), not row by row.
-      norm: The norm before the linear maps; None for none.
-      norm_after: Whether the norm follows the fold, instead of norming each patch.
+      norm: The norm before the linear maps; None if there is none.
+      norm_after: Whether the norm follows the fold, instead of normalising each patch.
       eps: The epsilon of the norm.
       deepstack: K, the number of further projectors of this kind, with a norm after the fold, for
-        the features that DeepStack hands on (Qwen3-VL).
+        the features of DeepStack (Qwen3-VL).
     """
 
     in_width: int
@@ -86,7 +86,7 @@ class ProjectorConfig:
     def qwen(
         cls, in_width: int, out_width: int, *, norm: Norm, fold: int = 2, deepstack: int = 0
     ) -> ProjectorConfig:
-        """Return the config of a Qwen's merger: an RMS norm in Qwen2.5-VL, else a layer norm."""
+        """Return the config of a Qwen-VL merger: an RMS norm in Qwen2.5-VL, else a layer norm."""
         return cls(
             in_width=in_width, out_width=out_width, hidden_width=in_width * fold**2, fold=fold,
             in_blocks=True, norm=norm, deepstack=deepstack,
@@ -141,7 +141,7 @@ class Projector(nnx.Module):
         """Return the image tokens of the language model.
 
         Args:
-          x: The features. What DeepStack has put beside them is left to `deepstack_tokens`.
+          x: The features. The features of DeepStack beside them are left to `deepstack_tokens`.
           tap: The taps of the projector.
         """
         act, x = layers.ACTIVATIONS[self.config.act], self.fold(x[..., : self.config.in_width])
@@ -150,7 +150,7 @@ class Projector(nnx.Module):
         return tap(S.out, self.linears[-1](x))
 
     def deepstack_tokens(self, x: Float[Array, "I P F"], tap) -> Float[Array, "K I P D"]:
-        """Return what is added to the image tokens after each of the first K layers.
+        """Return the features added to the image tokens after each of the first K layers.
 
         Args:
           x: The features, in which K of width E follow those of the tower's last layer.
@@ -173,7 +173,7 @@ class Projector(nnx.Module):
         return self.linears[-1](x)
 
     def fold(self, x: Float[Array, "I P E"]) -> Float[Array, "I P E"]:
-        """Return the normed squares of patches, as the first linear map reads them."""
+        """Return the normalised squares of patches, as the first linear map reads them."""
         config = self.config
         norm: Callable = (lambda x: x) if config.norm is None else self.norm
         x = x if config.norm_after else norm(x)

@@ -26,15 +26,15 @@ class QFormerConfig:
     """A Q-Former.
 
     Attributes:
-      queries: Q.
-      vocab: V of its text.
+      queries: The number of queries Q.
+      vocab: The vocabulary size V of its text.
       positions: The largest number of tokens of its text.
-      width: W.
-      layers: L.
-      heads: N.
-      mlp: F.
-      vision_width: E of the image features.
-      look_every: Every how many layers the queries attend to the image, starting with the first.
+      width: The width W.
+      layers: The number of layers L.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
+      vision_width: The width E of the image features.
+      look_every: The period of layers in which the queries attend to the image, from the first on.
       act: The activation of the MLPs.
       eps: The epsilon of the layer norms.
     """
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "I 1 1 S"] | None = None,
         pattern: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "I T W"]:
-        """Return the normed states; `pattern` is applied to the probabilities [I, N, T, S]."""
+        """Return the normalised states; `pattern` is applied to the probabilities [I, N, T, S]."""
         q, k, v = (
             f(a).reshape(*a.shape[:2], self.heads, -1)
             for f, a in ((self.q, x), (self.k, source), (self.v, source))
@@ -103,7 +103,7 @@ class MLP(nnx.Module):
         self.act = config.act
 
     def __call__(self, x: Float[Array, "I T W"], site: Site, tap) -> Float[Array, "I T W"]:
-        """Return the normed states; the activation is tapped at `site`."""
+        """Return the normalised states; the activation is tapped at `site`."""
         act = tap(site, layers.ACTIVATIONS[self.act](self.up(x)))
         return self.norm(x + self.down(act))
 
@@ -136,8 +136,8 @@ def _pattern_shape(attn: Attention, x: Array, source: Array) -> jax.ShapeDtypeSt
 class QFormer(nnx.Module):
     """The network from image features to the states of Q queries.
 
-    `look` stacks the cross-attention of the layers that have one. Without it all layers are alike,
-    so that one scan runs them and takes from `look` where it is due.
+    `look` stacks the cross-attention of the layers that have it. Without it all layers have equal
+    shapes, so that one scan runs them and indexes `look` where needed.
     """
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):

@@ -1,7 +1,7 @@
 """The vision transformers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, for pictures of any size.
 
 Their positions are rotary in two dimensions. Qwen2.5-VL attends in windows except in a few layers;
-Qwen3-VL has learned positions as well, and hands on what leaves some layers (DeepStack, Meng et al.
+Qwen3-VL also has learned positions, and returns the outputs of some layers (DeepStack, Meng et al.
 2024).
 """
 
@@ -20,13 +20,13 @@ from mllm_jax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
-    """A vision tower of a Qwen.
+    """A vision tower of a Qwen-VL model.
 
     Attributes:
-      width: E.
+      width: The width E.
       layers: The number of blocks.
-      heads: N.
-      mlp: F.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
       patch: The side of a patch in pixels.
       frames: The number of frames in a patch; a picture fills all of them.
       merge: The side of the square of patches that becomes one token.
@@ -36,10 +36,10 @@ class QwenVisionConfig:
       gated: Whether the MLPs have a gate.
       patch_bias: Whether the embedding of patches has a bias.
       theta: The base of the rotary angles.
-      table: The side of the square table of learned positions; 0 for none.
-      window: The side in patches of the windows of attention; None where all is attended to.
-      full_layers: The layers that attend to the whole picture in spite of windows.
-      deepstack: The layers whose output is handed on beside the last one's.
+      table: The side of the square table of learned positions; 0 if there is none.
+      window: The side of the attention windows, in patches; None if there are none.
+      full_layers: The layers that attend to the whole picture instead of windows.
+      deepstack: The layers whose outputs are returned in addition to that of the last one.
     """
 
     width: int
@@ -72,7 +72,7 @@ class QwenVisionConfig:
 
     @property
     def feature_width(self) -> int:
-        """The width of the features, with those that DeepStack hands on."""
+        """The width of the features, including those of DeepStack."""
         return self.width * (1 + len(self.deepstack))
 
     @property
@@ -150,7 +150,7 @@ class QwenVision(nnx.Module):
           patches: Normalised patches in the order of `models.grids`; the values of one are
             (channel, frame, row, column), as in `pixel_values` of transformers.
           grid: The rows and columns of patches of each picture, multiples of `merge`; 0, 0 for a
-            picture that only fills up the batch.
+            picture that only pads the batch.
           tap: The taps of the vision module.
         """
         config = self.config
@@ -181,7 +181,7 @@ class QwenVision(nnx.Module):
         return jnp.concatenate([x, *handed_on], -1)
 
     def _by_layer(self) -> tuple[Array, Array]:
-        """Return whether each layer attends to all, and its number among those handed on."""
+        """Return whether each layer attends to all patches, and its number in `deepstack`."""
         config, number = self.config, np.arange(self.config.layers)
         slot = np.full(config.layers, len(config.deepstack), np.int32)
         slot[list(config.deepstack)] = np.arange(len(config.deepstack))

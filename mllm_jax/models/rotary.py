@@ -16,14 +16,14 @@ Rotation = tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]  # cosine, si
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How frequencies are scaled for rows longer than a model was first trained on.
+    """The scaling of frequencies for rows longer than those of a model's first training.
 
     Attributes:
-      kind: "linear" divides all by the factor (Chen et al. 2023); "llama3" divides the low ones
-        and interpolates up to the high ones, which stay (Llama 3.1).
+      kind: "linear" divides all frequencies by the factor (Chen et al. 2023); "llama3" divides low
+        ones, keeps high ones, and interpolates between (Llama 3.1).
       factor: The factor.
-      low: Periods of at least original_length / low are divided by the factor.
-      high: Periods of at most original_length / high stay.
+      low: Frequencies with periods of at least original_length / low are divided by the factor.
+      high: Frequencies with periods of at most original_length / high are kept.
       original_length: The length of the rows of the first training.
     """
 
@@ -50,9 +50,9 @@ def frequencies(
     head_width: int, theta: float, scaling: RopeScaling | None = None
 ) -> Float[np.ndarray, " H/2"]:
     """Return the frequencies of a head in float32: theta^(-2i / H) for i below H / 2."""
-    # On the host and in this order, as the weights were trained. The power is rounded once from
-    # float64: in float32 its last bit depends on the CPU, and one ulp of a frequency is an
-    # angle off by 1e-4 at position 4096.
+    # On the host and in this order, as in training. The power is rounded once from float64: in
+    # float32 its last bit depends on the CPU, and one ulp of a frequency changes the angle by 1e-4
+    # at position 4096.
     exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
     power = np.float64(theta) ** exponent.astype(np.float64)
     frequency = np.float32(1) / power.astype(np.float32)
@@ -61,11 +61,11 @@ def frequencies(
 
 @dataclasses.dataclass(frozen=True)
 class RopeSections:
-    """The axis of position that each frequency turns by: time, row or column (mRoPE).
+    """The axis of position of each frequency: time, row or column (mRoPE).
 
     Attributes:
       sizes: The number of frequencies of each axis.
-      interleaved: Whether the axes take turns, with the rest for time at the end (Qwen3-VL), or
+      interleaved: Whether the axes alternate, with the rest for time at the end (Qwen3-VL), or
         follow each other (Qwen2-VL, Qwen2.5-VL).
     """
 
@@ -90,7 +90,7 @@ def rotation(
     """Return cosine and sine of the angle of each token.
 
     Args:
-      position: The positions; by axis where there are sections.
+      position: The positions; by axis if there are sections.
       frequency: The frequencies.
       sections: The axis of each frequency.
     """

@@ -1,7 +1,7 @@
 """The vision transformer of SigLIP (Zhai et al. 2023), whole or read at one hidden layer.
 
 It has no CLS token, and a bias in the embedding of patches. Idefics3 and SmolVLM have the same
-tower: the places of the patches of a full square tile are those of the table.
+tower: the positions of the patches of a full square tile are those of the table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SiglipConfig(vit.VitConfig):
 
     @property
     def has_norm(self) -> bool:
-        """Whether the features are normed."""
+        """Whether the features are normalised."""
         return self.feature_layer is None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Models that read text alone: a language model without a vision tower and a projector."""
+"""Models that reads only text: a language model without a vision tower and a projector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mllm_jax.typing import Array, Bool, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(MultimodalConfig):
-    """The config of a model that reads text alone.
+    """The config of a model that reads only text.
 
     Attributes:
       vision: None.
@@ -33,22 +33,22 @@ class TextConfig(MultimodalConfig):
 
     @property
     def image_tokens(self) -> int:
-        """0: there are no image tokens."""
+        """0, because there are no image tokens."""
         return 0
 
     @property
     def token_grid(self) -> int:
-        """0: there are no image tokens."""
+        """0, because there are no image tokens."""
         return 0
 
     @property
     def tiles(self) -> int:
-        """0: a batch has no places for images."""
+        """0, because a batch has no images."""
         return 0
 
     @property
     def tile_side(self) -> None:
-        """None: there are no tiles."""
+        """None, because there are no tiles."""
 
     @property
     def pixel_shape(self) -> tuple[int, int, int]:
@@ -76,7 +76,7 @@ class TextConfig(MultimodalConfig):
 
 
 class TextModel(MultimodalModel):
-    """A language model alone."""
+    """A language model without vision tower and projector."""
 
     config: TextConfig
 
@@ -99,4 +99,4 @@ class TextModel(MultimodalModel):
 
     def images(self, batch: Batch, taps) -> ImageTokens:
         """Raise ValueError: only the batch of another model's processor has pictures."""
-        raise ValueError("this model reads text alone, and the batch has pictures")
+        raise ValueError("this model reads only text, but the batch has pictures")

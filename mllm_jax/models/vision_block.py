@@ -23,9 +23,9 @@ class BlockConfig:
     """A block of a vision tower.
 
     Attributes:
-      width: E.
-      heads: N.
-      mlp: F.
+      width: The width E.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
       act: The activation of the MLP.
       eps: The epsilon of the norms.
       norm: Layer norms or RMS norms.
@@ -155,8 +155,8 @@ class Block(nnx.Module):
         Args:
           x: The residual before the block.
           tap: The taps of this layer.
-          mask: Which patches each patch attends to, for all patches or for each; None where it
-            attends to all.
+          mask: The patches that each patch attends to, the same for all or for each; None for all
+            patches.
           rope: Cosine and sine of the angles by which queries and keys are rotated.
         """
         x = tap(S.resid_pre, x)

@@ -18,17 +18,17 @@ class VitConfig:
     """A vision transformer of square pictures.
 
     Attributes:
-      width: E.
+      width: The width E.
       layers: The number of blocks in the checkpoint.
-      heads: N.
-      mlp: F.
+      heads: The number of heads N.
+      mlp: The number of neurons of an MLP, F.
       image_size: The side of an image in pixels.
       patch: The side of a patch in pixels.
       act: The activation of the MLPs.
       eps: The epsilon of the norms.
-      has_cls: Whether a CLS token stands before the patches inside of the tower.
+      has_cls: Whether a CLS token precedes the patches inside the tower.
       patch_bias: Whether the embedding of patches has a bias.
-      has_pre_norm: Whether a norm stands before the first block.
+      has_pre_norm: Whether there is a norm before the first block.
     """
 
     width: int
@@ -55,7 +55,7 @@ class VitConfig:
 
     @property
     def has_norm(self) -> bool:
-        """Whether the features are normed."""
+        """Whether the features are normalised."""
         return False
 
     @property
@@ -102,8 +102,8 @@ class Vit(nnx.Module):
         """Return the features of the selected layer.
 
         Args:
-          pixels: Normalised images of image_size x image_size pixels. Those that no patch fills
-            are left out: of 384 pixels, patches of 14 fill 378.
+          pixels: Normalised images of image_size x image_size pixels. Pixels beyond the last whole
+            patch are dropped: of 384 pixels, patches of 14 cover 378.
           tap: The taps of the vision module.
         """
         config = self.config

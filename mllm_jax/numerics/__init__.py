@@ -1,1 +1,1 @@
-"""Numerics: precision, indexing of bfloat16 arrays, rows in turn, matrix products on CPUs."""
+"""Numerics: precision, indexing of bfloat16 arrays, batches row by row, matrix products on CPUs."""

@@ -2,9 +2,9 @@
 
 XLA on CPU does not index bfloat16 arrays: it converts the array to float32 and indexes the result.
 In a loop over one array the conversion is then hoisted out of the loop, so that all layers of a
-model exist once more at twice their size. An optimization barrier that depends on the index keeps
-the conversion inside the loop, where XLA fuses it with the indexing and converts only the elements
-that are read.
+model exist a second time at twice their size. An optimization barrier that depends on the index
+keeps the conversion inside the loop, where XLA fuses it with the indexing and converts only the
+elements that are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layer_indices(stack: Any) -> Int[Array, " L"] | None:
       stack: A pytree of arrays whose leading axis is L.
 
     Returns:
-      int32[L], or None where no array is narrower than float32 and no index is needed.
+      int32[L], or None if no array is narrower than float32 and no index is needed.
     """
     leaves = jax.tree.leaves(stack)
     if not any(map(_is_low_precision, leaves)):
@@ -36,7 +36,7 @@ def layer_indices(stack: Any) -> Int[Array, " L"] | None:
 
 
 def index_without_upcast(indexed: Tree, arrays: Any, index: Int[Array, ...]) -> Tree:
-    """Return `indexed`, recomputed on CPU where its floats are narrower than float32.
+    """Return `indexed`, recomputed on CPU if its floats are narrower than float32.
 
     Args:
       indexed: A pytree of `arrays[index]`, computed in any way. Gradients flow through it.

@@ -1,9 +1,9 @@
 """Compute norms, softmax, logits, entropies and statistics in float32 or better.
 
-A product of float32 arrays is a product in float32 on every chip. By default JAX multiplies such
+A product of float32 arrays is a product in float32 on every device. By default JAX multiplies such
 arrays in TF32 on an H100 and in bfloat16 passes on a TPU. A setting of the user
 (`jax.default_matmul_precision`, or `jax.config.update("jax_default_matmul_precision", ...)`) takes
-precedence. Products of narrower arrays use the chip's own arithmetic and accumulate in float32.
+precedence. Products of narrower arrays use the device's own arithmetic and accumulate in float32.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PARAMETER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    """Convert x to float32; a float64 array stays as it is, so that float64 models stay exact."""
+    """Convert x to float32; float64 arrays are unchanged, so that float64 models stay exact."""
     return x.astype(at_least_float32_dtype(x.dtype))
 
 
 def at_least_float32_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Return float32, or the dtype itself where it is wider."""
+    """Return float32, or the dtype itself if it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -35,7 +35,7 @@ def product_precision(*operands: ArrayLike) -> jax.lax.Precision | None:
 
 
 def einsum(equation: str, *operands: jax.Array, into_float32: bool = False) -> jax.Array:
-    """Compute `jnp.einsum`, in float32 where the operands are float32.
+    """Compute `jnp.einsum`, in float32 if the operands are float32.
 
     Args:
       equation: The equation, in axis letters.
@@ -74,14 +74,14 @@ def _result_dtype(into_float32: bool, *operands: jax.Array) -> jnp.dtype | None:
 def orthonormalize(x: Float[Array, "D r"]) -> Float[Array, "D r"]:
     """Return orthonormal columns with the span of those of x, by QR.
 
-    R has a positive diagonal, so that columns that are orthonormal already stay as they are. The
-    derivative is defined here so that its products have the precision of `matmul` too.
+    R has a positive diagonal, so that columns that are already orthonormal are unchanged. The
+    derivative is defined here so that its products also have the precision of `matmul`.
     """
     return _positive_qr(x)[0]
 
 
 def _positive_qr(x: Float[Array, "D r"]) -> tuple[Float[Array, "D r"], Float[Array, "r r"]]:
-    """Return the QR decomposition of which R has a positive diagonal, which is unique."""
+    """Return the QR decomposition with a positive diagonal of R, which is unique."""
     q, r = jnp.linalg.qr(x)
     signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
     return q * signs, signs[:, None] * r
@@ -115,5 +115,5 @@ def parameter_dtype(dtype: DTypeLike | None) -> jnp.dtype:
         resolved = None
     if resolved is None or resolved.name not in supported:
         name = getattr(resolved, "name", dtype)
-        raise ValueError(f"dtype={name!s} is none of {', '.join(supported)}")
+        raise ValueError(f"dtype={name!s} is not one of {', '.join(supported)}")
     return resolved

@@ -1,10 +1,9 @@
 """Choose the library that multiplies matrices on a CPU.
 
-YNNPACK, the default of current XLA versions, computes the same bits for a row whatever other rows
-stand beside it, and so for any number of lanes in a sweep. Eigen, the former default, is faster for
-very many or very few rows, as in sweeps and in decoding; it is several times slower for about a
-hundred rows times a tied vocabulary, as in the logit lens; and its last bits depend on the number
-of rows.
+YNNPACK, the default of current XLA versions, computes the same bits for a row whatever the other
+rows are, and so for any number of lanes in a sweep. Eigen, the former default, is faster for very
+many or very few rows, as in sweeps and in decoding; it is several times slower for about a hundred
+rows times a tied vocabulary, as in the logit lens; and its last bits depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_
 
 
 def avoid_reductions() -> None:
-    """Make YNNPACK compute products alone, no reductions, if this process has only CPUs.
+    """Make YNNPACK compute only products, no reductions, if this process has only CPUs.
 
     `import mllm_jax` calls it; it has no effect after JAX has computed something.
 
     In jaxlib 0.10, YNNPACK returns wrong values, without an error, for sums over a product with an
-    array that all lanes share, from some 120,000 elements on: the pullback of an RMSNorm with
-    `jax.vmap` over cotangents is one. jaxlib 0.11 returns the right values.
+    array that all lanes share, from about 120,000 elements on, such as the pullback of an RMSNorm
+    with `jax.vmap` over cotangents. jaxlib 0.11 returns the correct values.
     """
     _set_flag(_PRODUCTS)
 

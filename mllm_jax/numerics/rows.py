@@ -15,15 +15,14 @@ MAX_ELEMENTS_AT_ONCE = 2**20  # intermediate elements above which a CPU takes on
 def map_rows_on_cpu(fn: Callable[..., Any], *batch: Any, num_elements: int) -> Any:
     """Compute fn(*batch) for a function in which the rows of a batch do not interact.
 
-    Accelerators compute all rows at once, and so does a CPU where there are few intermediate
-    elements.
+    Accelerators compute all rows at once, and so does a CPU if there are few intermediate elements.
 
     Args:
-      fn: The function; its results lead with B as its arguments do.
-      *batch: Pytrees of arrays that lead with B.
+      fn: The function; its arguments and results have a leading axis B.
+      *batch: Pytrees of arrays with a leading axis B.
       num_elements: The number of intermediate elements of all rows together.
     """
-    # On a mesh rows may lie on different devices.
+    # On a mesh rows may be on different devices.
     if num_elements <= MAX_ELEMENTS_AT_ONCE or mesh.is_active():
         return fn(*batch)
 

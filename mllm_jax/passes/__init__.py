@@ -1,1 +1,1 @@
-"""What is done: run, generate, score, sweep and its clean pass, reduce, collect."""
+"""Passes through a model: run, generate, score, sweep and its clean pass, reduce, collect."""

@@ -1,4 +1,4 @@
-"""What a pass is given, checked at its door: one line in place of an error deep inside."""
+"""Checks of the arguments of passes, which raise an error of one line before any computation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def check(model: Any, batch: Any, edits: Any = None, captures: Any = None) -> No
 
     Args:
       model: The model.
-      batch: What it reads.
-      edits: What to change.
-      captures: What to bring back, by name.
+      batch: The batch that it reads.
+      edits: The edits to apply.
+      captures: The captures to return, by name.
 
     Raises:
-      ValueError: One of them is of another type.
+      ValueError: One of them has a wrong type.
     """
     check_model(model)
     if not isinstance(batch, Batch):
-        raise type_error("batch", batch, "a batch that a processor makes: processor(images, texts)")
+        raise type_error("batch", batch, "a batch from a processor: processor(images, texts)")
     _check_tiles(batch)
     _check_words(batch, model.config.lm.vocab)
     if edits is not None:
@@ -73,13 +73,15 @@ def check_stream(captures: Any, model: Any, batches: Any, edits: Any) -> None:
 def check_model(model: Any) -> None:
     """Check that a model is one; see `check`."""
     if isinstance(model, type) or not hasattr(model, "token_maps"):
-        raise type_error("model", model, "the first of what mj.load returns: model, processor")
+        raise type_error("model", model, "a model: model, processor = mj.load(name)")
 
 
 def check_edits(edits: Any) -> None:
     """Check that edits are edits; see `check`."""
     if not isinstance(edits, Edits) or not all(isinstance(edit, Edit) for edit in edits):
-        raise type_error("edits", edits, "what mj.ablate, ... return; first >> second composes")
+        raise type_error(
+            "edits", edits, "edits from mj.ablate, ...; compose them with first >> second"
+        )
 
 
 def check_captures(captures: Any) -> None:
@@ -90,18 +92,20 @@ def check_captures(captures: Any) -> None:
         if not isinstance(name, str):
             raise type_error(f"the name {name!r:.40} of a capture", name, "a string")
         if not isinstance(capture, Capture):
-            raise type_error(f"capture '{name:.40}'", capture, "what mj.keep, mj.stats, ... return")
+            raise type_error(
+                f"capture '{name:.40}'", capture, "a capture from mj.keep, mj.stats, ..."
+            )
 
 
 def check_batches(batches: Any, *, by_number: bool = False) -> None:
-    """Check that batches are several.
+    """Check that batches are an iterable of batches.
 
     Args:
       batches: The batches.
-      by_number: Whether they are read by number, in any order.
+      by_number: Whether they are read by index, in any order.
 
     Raises:
-      ValueError: They are one batch, text, or nothing that gives batches.
+      ValueError: They are a single batch, a string, or not an iterable of batches.
     """
     indexed = hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
     wrong = isinstance(batches, Batch | str | bytes | dict)
@@ -110,5 +114,5 @@ def check_batches(batches: Any, *, by_number: bool = False) -> None:
 
 
 def as_partial(metric: Callable[..., Any]) -> jax.tree_util.Partial:
-    """Return a function as a pytree, with the arrays that were given to it as leaves."""
+    """Return a function as a pytree, with its bound arrays as leaves."""
     return metric if isinstance(metric, jax.tree_util.Partial) else jax.tree_util.Partial(metric)

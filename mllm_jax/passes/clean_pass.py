@@ -1,4 +1,4 @@
-"""The clean pass of a sweep: what its lanes share, computed once."""
+"""The clean pass of a sweep: the work that its lanes share, done once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mllm_jax.typing import AnyArray, Bool, Float, Int
 
 BUDGET = 2**30  # bytes of the states that are kept
 PREFIX = 16  # tokens: a shared prefix is a multiple of this, so that programs are few
-_STATE = "what enters a layer"  # the name of our own capture
+_STATE = "what enters a layer"  # the name of an internal capture
 
 Lane = tuple[BoundEdit, ...]
 Captures = dict[str, BoundCapture]
@@ -35,18 +35,18 @@ Captures = dict[str, BoundCapture]
 
 @dataclasses.dataclass(frozen=True)
 class CleanPass:
-    """What all lanes share, computed once.
+    """The results that all lanes share, computed once.
 
     Attributes:
-      batch: The batch, with the vision features where no edit changes them.
+      batch: The batch, with vision features if no edit changes them.
       first: The first layer of the module that each lane must run, int[R].
-      stop: The first layer of the LM that each lane runs for the last tokens alone, int[R], the
-        number of layers if there is none; None where all tokens are needed.
-      prefix: How many tokens at the start each lane leaves clean, int[R].
-      module: The module whose lower layers are shared; None for none.
-      layers: How many layers the module has.
+      stop: The first layer of the LM that each lane runs only for the last tokens, int[R], the
+        number of layers if there is none; None if all tokens are needed.
+      prefix: The number of tokens at the start that each lane leaves clean, int[R].
+      module: The module whose lower layers are shared; None if there is none.
+      layers: The number of layers of the module.
       every: The number of layers from one kept state to the next.
-      states: What enters each of these layers, [layers / every, B, T, D].
+      states: The inputs of each of these layers, [layers / every, B, T, D].
       captured: The results of the captures in a pass without edits.
       past: The LM's cache of the longest prefix, or None.
     """
@@ -63,7 +63,7 @@ class CleanPass:
     past: Cache | None = None
 
     def resume(self, lanes: Int[np.ndarray, " n"]) -> tuple[dict[str, Resume], Cache | None]:
-        """Return where lanes of one prefix resume, by module, and the cache of that prefix."""
+        """Return the resume points by module, and the cache, of lanes that share one prefix."""
         prefix, resume, past = int(self.prefix[lanes[0]]), {}, None
         if self.module is not None:
             assert self.states is not None, "a shared module has states"
@@ -128,7 +128,7 @@ def compute_clean_pass(
     modules = {site.module for site in edited} - {"logits"}
     reads_vision = any(c.site.module == "vision" for c in captures.values())
     if "vision" in modules:
-        # DeepStack hands on what leaves layers below the one at which a lane would resume.
+        # DeepStack uses the outputs of layers below the one at which a lane would resume.
         resumes = sites.vision.embed not in edited and "projector.deepstack" not in shapes
         module = "vision" if resumes else None
     else:
@@ -149,7 +149,7 @@ def compute_clean_pass(
     state = binding.bind(model, batch, None, {_STATE: keep(site[0:layers:every])})[1][_STATE]
     # Padding is carried along as well.
     state = dataclasses.replace(state, tokens=np.ones_like(state.tokens))
-    # No lane takes the latents of a lower layer from here; their captures still have a shape.
+    # No lane uses the latents of a lower layer from here; their captures still need a shape.
     splices = tuple(edit for edit in lanes[0] if edit.splice is not None)
     states, captured, past = _clean(
         model, batch, captures | {_STATE: state}, splices, module=module, prefix=int(prefix.max())
@@ -187,14 +187,14 @@ def _features(model: Model, batch: Batch):
 
 
 def _first_edited_layer(lane: Lane, module: str, layers: int) -> int:
-    """Return the first layer of the module that an edit of this lane reaches."""
+    """Return the first layer of the module that an edit of this lane changes."""
     edited = [np.flatnonzero(layers) for layers in _edited_layers(lane, module)]
-    # The state above the last layer is not kept, so that layer at least runs again.
+    # The state above the last layer is not kept, so at least that layer runs again.
     return int(min((at[0] for at in edited), default=layers - 1))
 
 
 def _edited_layers(lane: Lane, module: str) -> list[Bool[np.ndarray, " L"]]:
-    """Return the layers that each edit of a module reaches; a splice stands for its latents."""
+    """Return the layers that each edit of a module changes; a splice represents its latents."""
     edits = [edit for edit in lane if edit.site.module == module and edit.site.stacked]
     units = [np.asarray(edit.units) for edit in edits if not edit.site.is_latents]
     return [np.any(mask, axis=-1) for mask in units]
@@ -203,7 +203,7 @@ def _edited_layers(lane: Lane, module: str) -> list[Bool[np.ndarray, " L"]]:
 def stop_layers(
     lanes: Sequence[Lane], captures: Captures, logits: Logits, layers: int
 ) -> Int[np.ndarray, " R"] | None:
-    """Return the layers from which lanes run the last tokens alone, see `CleanPass.stop`."""
+    """Return the layers from which lanes run only the last tokens, see `CleanPass.stop`."""
     reads_states = any(capture.site.module == "lm" for capture in captures.values())
     edits_norm = any(edit.site == sites.lm.norm for lane in lanes for edit in lane)
     if logits != "last" or reads_states or edits_norm:
@@ -216,7 +216,7 @@ def stop_layers(
 
 
 def prefix_length(batch: Batch, lane: Lane, captures: Captures, logits: Logits) -> int:
-    """Return how many tokens at the start no edit changes and no capture reads."""
+    """Return the number of tokens at the start that no edit changes and no capture reads."""
     keeps_tokens = any(FORMS[c.form].by == "token" for c in captures.values())
     outside = any(c.site.module not in ("lm", "logits") for c in captures.values())
     if logits == "all" or keeps_tokens or outside or batch.segment is not None:

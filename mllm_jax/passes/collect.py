@@ -1,7 +1,7 @@
-"""Collect activations on disk, each vector with its place in the data, and read them in any order.
+"""Collect activations on disk, with their positions in the data, and read them in any order.
 
 The files are safetensors: PyTorch, NumPy and JAX read them by memory map without this library, an
-array of n vectors is one block of bytes, and bfloat16 is one of their types.
+array of n vectors is contiguous, and the format has bfloat16.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from mllm_jax.sharding import hosts
 from mllm_jax.typing import Bool, Float, Int
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-SHARD_BYTES = 2**27  # a killed run repeats the work of one shard at most
+SHARD_BYTES = 2**27  # a killed run repeats the work of at most one shard
 
 
 class Vectors(NamedTuple):
-    """Vectors and their places in the data; of a single vector, the axis n is absent.
+    """Vectors and their positions in the data; a single vector has no axis n.
 
     Attributes:
-      value: The activations, [n, F], or [n, L, F] of several layers. A site with heads keeps its
+      value: The activations, [n, F], or [n, L, F] for several layers. A site with heads keeps its
         axes, such as [n, N, H].
       example: The example, counted from 0 through the data, int64[n].
       token: The token of the example, counted without padding, or of the tile, int32[n].
@@ -66,8 +66,8 @@ class Vectors(NamedTuple):
 class VectorSource:
     """The vectors of one capture of a collection, in the order of the data: a data source.
 
-    `len(source)`, `source[i]` and `source.__getitems__([i, j])` are what the data loaders of Grain
-    and PyTorch ask for. An array or a slice as index gives all those vectors at one time.
+    `len(source)`, `source[i]` and `source.__getitems__([i, j])` are the interface of data sources
+    in Grain and PyTorch. An array or a slice as index returns all those vectors at once.
 
     Args:
       folder: The folder of the collection.
@@ -79,7 +79,7 @@ class VectorSource:
         self._reader = TableReader(self.folder, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Open the files again in another process, instead of copying what they hold."""
+        """Reopen the files in another process, instead of copying their content."""
         return VectorSource, (self.folder, self.name)
 
     def __repr__(self) -> str:
@@ -106,7 +106,7 @@ class VectorSource:
         return self._take(self._whole(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Vectors]:
-        """Return several vectors one by one, read at one time."""
+        """Return a list of vectors, read at once."""
         taken = self._take(self._whole(indices))
         return [Vectors(*one) for one in zip(*taken, strict=True)]
 
@@ -114,9 +114,9 @@ class VectorSource:
         """Yield all vectors once, in random order.
 
         Args:
-          size: How many at one time.
+          size: The number of vectors to yield at once.
           seed: The seed of the order; give each epoch its own.
-          drop_last: Whether to leave out the last ones where they are fewer.
+          drop_last: Whether to drop the last vectors if they are fewer than `size`.
         """
         order = np.random.default_rng(seed).permutation(len(self))
         end = len(self) - len(self) % size if drop_last else len(self)
@@ -124,10 +124,10 @@ class VectorSource:
             yield self._take(order[start : start + size])
 
     def _whole(self, index: Any) -> Int[np.ndarray, " n"]:
-        """Return an index as numbers; a mask of all vectors selects some.
+        """Return an index, which may be a mask of all vectors, as integers.
 
         Raises:
-          IndexError: It holds something else, or is a mask of another length.
+          IndexError: It is neither, or is a mask of another length.
         """
         array = np.asarray(index)
         if array.dtype == bool and array.shape == (len(self),):
@@ -147,7 +147,7 @@ class Collection(Mapping[str, VectorSource]):
     """The collected captures of a folder, by name; see `read_collection`.
 
     Attributes:
-      examples: The number of examples that were read, also those of which no token was selected.
+      examples: The number of examples that were read, including those without a selected token.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -169,7 +169,7 @@ class Collection(Mapping[str, VectorSource]):
 
 
 def read_collection(path: str | pathlib.Path) -> Collection:
-    """Open what `collect` wrote to a folder; files that changed are verified first.
+    """Open the collection that `collect` wrote to a folder; changed files are verified first.
 
     Raises:
       ValueError: The folder is damaged.
@@ -192,10 +192,10 @@ def collect(
 ) -> Collection:
     """Write the kept activations of selected tokens to disk, for probes and dictionaries.
 
-    Before the first pass it prints how many bytes an example takes, and all batches where their
-    number is known, estimated from the first. A killed run, or one whose disk was full, continues
-    where its last shard ended and ends with the same bytes; further batches are added to them.
-    Finished batches are made again to compare their content, but are not run.
+    Before the first pass it prints the estimated bytes of an example, and of all batches if their
+    number is known. A run that was killed or whose disk was full continues after its last shard and
+    produces the same bytes; further batches are appended. Finished batches are made again to
+    compare their content, but are not run.
 
     Args:
       captures: `keep` of some sites, layers, units and tokens, by name.
@@ -203,19 +203,19 @@ def collect(
       batches: A sequence or an iterable, read one by one.
       path: A folder for the shards, with fingerprints of the model, the captures, the edits, the
         batches and the settings.
-      edits: What to change.
-      dtype: The type in which vectors are stored.
-      shard_bytes: The least size of a full shard.
-      restart: Whether to remove what is collected there.
+      edits: The edits to apply.
+      dtype: The dtype in which vectors are stored.
+      shard_bytes: The smallest size of a full shard.
+      restart: Whether to remove an existing collection.
       label: The label of the progress bar.
 
     Returns:
       The collection, from which `collection["name"]` reads vectors in any order.
 
     Raises:
-      ValueError: A capture is not `keep`, there is no batch, or the folder is of something else or
-        damaged.
-      OSError: The disk has too little space for it, or is full.
+      ValueError: A capture is not `keep`, there is no batch, or the folder is damaged or belongs to
+        other arguments.
+      OSError: The disk has too little space, or is full.
     """
     arguments.check_stream(captures, model, batches, edits)
     shard_bytes = require_whole("shard_bytes", shard_bytes, most=2**63 - 1)
@@ -228,7 +228,7 @@ def collect(
                 "each token: collect reads keep; for other captures use reduce, for attention run"
             )
     if dtype not in DTYPES:
-        raise ValueError(f'dtype="{dtype}" is none of {", ".join(DTYPES)}')
+        raise ValueError(f'dtype="{dtype}" is not one of {", ".join(DTYPES)}')
     store = ShardStore(
         path, shard_bytes=shard_bytes, restart=restart, model=model, captures=captures,
         edits=edits, settings={"dtype": dtype, "shard_bytes": shard_bytes},
@@ -263,10 +263,10 @@ class _Selection(NamedTuple):
 
     Attributes:
       mask: The selected tokens, bool[B, T].
-      places: Where the tokens are in the batch.
-      layered: Whether the kept array leads with layers.
+      places: The positions of the tokens in the batch.
+      layered: Whether the kept array has a leading layer axis.
       shape: The shape of a vector.
-      dtype: The type in which it is stored.
+      dtype: The dtype in which it is stored.
     """
 
     mask: Bool[np.ndarray, "B T"]
@@ -281,7 +281,7 @@ class _Selection(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The bytes of the vectors and their places."""
+        """The bytes of the vectors and their positions."""
         each = math.prod(self.shape) * self.dtype.itemsize + 18
         return int(self.mask.sum()) * each
 
@@ -289,7 +289,7 @@ class _Selection(NamedTuple):
         """Return the selected tokens of a kept array.
 
         Args:
-          kept: What `keep` returned.
+          kept: The result of `keep`.
           first: The number of the first example of the batch.
         """
         at = np.nonzero(self.mask)
@@ -333,13 +333,13 @@ def _vector_shape(bound: BoundCapture, site: tuple[int, ...]) -> tuple[int, ...]
 def _announce_size(
     store: ShardStore, label: str, selections: dict[str, _Selection], batches: int | None
 ) -> None:
-    """Print the size of what is collected; refuse it where the disk has no space for it.
+    """Print the size of the collection; raise an error if the disk lacks the space.
 
     Args:
-      store: Where it goes.
-      label: The name of the work.
+      store: The store that it is written to.
+      label: The label of the progress bar.
       selections: The selections of the first batch.
-      batches: The number of batches, where it is known.
+      batches: The number of batches, if known.
 
     Raises:
       OSError: The disk has too little space.
@@ -353,7 +353,7 @@ def _announce_size(
     if hosts.broadcast_from_primary(needed > free):
         raise OSError(
             f"{label}: {total}, does not fit in {place}, where {_readable(free)} are free: select "
-            "fewer tokens or layers, give another path, or free some space and start again"
+            "fewer tokens or layers, give another path, or free some space, and start again"
         )
     if hosts.is_primary():
         print(f"{label}: {total}; {_readable(free)} are free in {place}", file=sys.stderr)

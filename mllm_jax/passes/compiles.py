@@ -17,5 +17,5 @@ jax.monitoring.register_event_duration_secs_listener(_count_compile)
 
 
 def compiles() -> int:
-    """Return how many programs XLA has compiled in this process since mllm_jax was imported."""
+    """Return the number of programs that XLA has compiled since mllm_jax was imported."""
     return _count

@@ -31,12 +31,12 @@ from mllm_jax.passes.run import (
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
-# A CPU decodes without a scan over layers, where each layer has arrays of its own that are read
-# once a token, from this number of tokens on, which pays for the longer compilation, and up to
-# this number of bytes of weights, of which there are two copies then.
+# A CPU decodes without a scan over layers, with separate arrays for each layer that are read once
+# per token: from this number of tokens on, which pays for the longer compilation, and up to this
+# number of bytes of weights, because there are then two copies.
 ONE_BY_ONE_STEPS = 16
 ONE_BY_ONE_BYTES = 2**31
-NOT_A_NUMBER = -2  # stands for a token whose logits are NaN
+NOT_A_NUMBER = -2  # the id in place of a token whose logits are NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Generation:
     Attributes:
       tokens: The generated tokens, int32[B, N]; after a stop, the first of the processor's stop
         ids.
-      text: One string a row, or None where the batch knows no processor.
+      text: One string per row, or None if the batch has no processor.
       receipts: One for each edit, over all tokens that were read: the prompt, and each row's
-        generated tokens except the last, after which no token is chosen.
+        generated tokens except the last.
       captures: The captures by name, of the tokens that were read, as `run` returns them of
         `batch`; `generation["name"]` for short.
       batch: The prompts, each followed by the generated tokens that were read, from column T of the
@@ -84,25 +84,25 @@ def generate(
 ) -> Generation:
     """Continue each row's prompt, greedily or by seeded sampling.
 
-    The prompt alone is read: answers that the batch holds are not seen.
+    Only the prompt is read: answers in the batch are ignored.
 
-    An edit means the same as in `run`: its `where` selects absolute positions, and generated tokens
-    are of kind answer. So `where=tokens.last` selects the last token of the prompt and nothing
-    after it; to steer every step use `where=tokens.generating`, which is `tokens.last |
+    An edit has the same meaning as in `run`: its `where` selects absolute positions, and generated
+    tokens are of kind answer. So `where=tokens.last` selects the last token of the prompt and
+    nothing after it; to steer every step use `where=tokens.generating`, which is `tokens.last |
     tokens.answer`. A mask bool[B, T] selects nothing after the prompt; a value with a token axis
-    [B, T, F] continues with that of the row's last prompt token; `per_step` gives each step a
-    strength of its own.
+    [B, T, F] continues with that of the row's last prompt token; `per_step` gives each step its own
+    strength.
 
     Args:
       model: See `run`.
       batch: See `run`.
-      edits: What to change.
-      captures: What to bring back, by name: of the prompt, and of each generated token that was
-        read, whose kind is answer. They are computed in one further pass over the whole text, with
-        the same edits. Padding, and rows that have ended, do not count.
+      edits: The edits to apply.
+      captures: The captures to return, by name, over the prompt and the generated tokens that were
+        read, which are of kind answer. They are computed in one further pass over the whole text,
+        with the same edits. Padding, and tokens after the end of a row, are not counted.
       max_new_tokens: The number N of tokens to generate.
-      stop: Whether to end a row at one of `processor.stop_ids`, where transformers stops, and
-        the whole batch when every row has ended.
+      stop: Whether to end a row at one of `processor.stop_ids`, as transformers does, and the whole
+        batch when every row has ended.
       temperature: 0 is greedy; above 0, tokens are sampled and `key` is needed.
       key: A `jax.random.key`.
 
@@ -121,7 +121,7 @@ def generate(
         raise ValueError("stop=True needs a batch made by a processor, which knows the stop token")
     if stop and not len(processor.stop_ids):
         raise ValueError(
-            "stop=True, but the checkpoint names no token to stop at: set eos_token_id in its "
+            "stop=True, but the checkpoint has no token to stop at: set eos_token_id in its "
             "generation_config.json"
         )
     bound = binding.bind_continuation(model, batch, edits, max_new_tokens)
@@ -154,7 +154,7 @@ def _check_sampling(temperature: float, key: Array | None) -> None:
 def _capture(
     model: Model, prompts: Batch, whole: Batch, edits: Edits | None, captures: dict[str, Capture]
 ) -> dict[str, Any]:
-    """Return captures of prompts and what follows them, under edits of a generation."""
+    """Return captures of prompts and generated tokens, under the edits of a generation."""
     bound_captures = binding.bind_captures(
         captures, site_shapes(model, whole), model.token_maps(whole), edits
     )
@@ -184,7 +184,7 @@ def _check_no_nan(tokens: Int[AnyArray, "B N"]) -> None:
         row, step = wrong[wrong[:, 1].argmin()]
         raise ValueError(
             f"row {row}: the logits of its generated token {step} are NaN, so no token can be "
-            "chosen: run(model, batch, edits, check_finite=True) names the first site with NaN"
+            "chosen: run(model, batch, edits, check_finite=True) finds the first site with NaN"
         )
 
 
@@ -263,25 +263,25 @@ def _choose(
 
 
 def embed_words(model: Model, ids: Int[Array, "B T"], taps: Taps) -> Float[Array, "B T D"]:
-    """Embed the words that follow a prompt; no image is among them."""
+    """Embed the words that follow a prompt, without images."""
     return taps.module("lm")(sites.lm.embed, model.lm.embeddings(ids))
 
 
 def _restrict_to_rows(
     edits: tuple[BoundEdit, ...], rows: Bool[Array, " B"]
 ) -> tuple[BoundEdit, ...]:
-    """Return the edits in these rows alone: a row that has ended no longer counts."""
+    """Return the edits in only these rows: rows that have ended are no longer counted."""
 
     def restrict(edit):
         if edit.site.module not in ("lm", "logits"):
-            return edit  # the pass does not run through its site after the prompt
+            return edit  # the pass does not reach its site after the prompt
         return dataclasses.replace(edit, tokens=edit.tokens & rows[:, None])
 
     return tuple(restrict(edit) for edit in edits)
 
 
 def _add_receipts(receipts: tuple[Receipt, ...], taps: Taps) -> tuple[Receipt, ...]:
-    """Return receipts with those of a pass without vision, whose sites it may not reach."""
+    """Add the receipts of a pass without vision, which may not reach all sites."""
 
     def add(number: int, old: Receipt) -> Receipt:
         if number not in taps.receipts:

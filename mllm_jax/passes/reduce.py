@@ -41,20 +41,20 @@ def reduce(
     every: int = 8,
     label: str = "reduce",
 ) -> dict[str, Any]:
-    """Add up captures over batches, integers exactly in int64.
+    """Merge captures over batches, with integers summed exactly in int64.
 
     Args:
       captures: Captures that can be merged: `stats`, `top`, `sample`, `histogram`, `distribution`,
         and `lens` with `by`.
       model: See `run`.
       batches: A sequence or an iterable, read one by one.
-      edits: What to change.
+      edits: The edits to apply.
       save: An .npz file for the sums, with fingerprints of the model, the captures, the edits and
-        the batches so far. A killed run continues from it and ends with the same numbers. Batches
-        that were already added are made again to compare their content, but are not run; further
-        batches are added to them.
-      restart: Whether to remove what is saved there.
-      every: How many batches lie between two writes.
+        the batches so far. A killed run continues from it and returns the same numbers. Batches
+        that were already merged are made again to compare their content, but are not run; further
+        batches are added.
+      restart: Whether to remove saved results.
+      every: The number of batches between two writes.
       label: The label of the progress bar.
 
     Returns:
@@ -62,15 +62,15 @@ def reduce(
       `top_tokens.Top` or `top_tokens.Histogram`.
 
     Raises:
-      ValueError: A capture cannot be added up, there is no batch, or `save` holds sums of another
-        model, other captures, edits or batches, of more batches, or is damaged.
+      ValueError: A capture cannot be merged, there is no batch, or `save` is damaged or holds sums
+        of another model, other captures, edits or batches, or of more batches.
     """
     arguments.check_stream(captures, model, batches, edits)
     every = require_whole("every", every)
     for name, capture in captures.items():
         if not FORMS[capture.form].merges:
             raise ValueError(
-                f"capture '{name}' ({capture.form}) cannot be added up over batches; "
+                f"capture '{name}' ({capture.form}) cannot be merged over batches; "
                 "use stats, top, sample, histogram, distribution, or lens(..., by=tokens.kind)"
             )
     store = Store(save, restart=restart, model=model, captures=captures, edits=edits)

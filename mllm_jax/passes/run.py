@@ -73,23 +73,22 @@ def run(
 ) -> Out:
     """Run one forward pass.
 
-    Pure: it can stand inside `jax.jit`, `vmap` and `grad`. Called on its own, it compiles once
-    per structure and keeps the program.
+    It is a pure function, which can be called inside `jax.jit`, `vmap` and `grad`. Outside of these
+    it compiles once per structure and keeps the program.
 
     Args:
       model: A network with sites.
-      batch: What it reads.
-      edits: What to change.
-      captures: What to bring back, by name.
+      batch: The batch that it reads.
+      edits: The edits to apply.
+      captures: The captures to return, by name.
       logits: "last" at each row's last token, "all", or "none".
-      remat: Whether to compute a layer's tensors again in the backward pass instead of keeping
-        them.
-      check_finite: Whether to look at every site for NaN and infinities, apart from padding, and
-        name the first. Inside `jax.jit` no error can be raised: look at `Out.finite` there.
+      remat: Whether to recompute a layer's tensors in the backward pass instead of keeping them.
+      check_finite: Whether to check every site for NaN and infinities, apart from padding, and
+        report the first. Inside `jax.jit` no error can be raised: use `Out.finite` there.
 
     Raises:
-      ValueError: An argument is of another type; an edit or capture does not fit, or selects
-        nothing; or, with `check_finite`, a site is not finite.
+      ValueError: An argument has a wrong type; an edit or capture does not fit, or selects nothing;
+        or, with `check_finite`, a site is not finite.
     """
     arguments.check(model, batch, edits, captures)
     check_logits(logits, batch)
@@ -110,9 +109,9 @@ def run(
 
 
 def check_logits(logits: Logits, batch: Batch) -> None:
-    """Raise ValueError unless this names the logits that a pass of a batch can compute."""
+    """Raise ValueError unless a value is one of LOGITS that a pass of the batch can compute."""
     if not isinstance(logits, str) or logits not in LOGITS:
-        raise ValueError(f'logits="{logits!s:.60}" is none of {", ".join(LOGITS)}')
+        raise ValueError(f'logits="{logits!s:.60}" is not one of {", ".join(LOGITS)}')
     segment = batch.segment
     if logits != "last" or segment is None or isinstance(segment, jax.core.Tracer):
         return
@@ -125,7 +124,7 @@ def check_logits(logits: Logits, batch: Batch) -> None:
 
 
 def unshare_patched(model: Model, batch: Batch, edits: Edits | None) -> Batch:
-    """Return the batch, with pictures of their own for its rows if a patch writes pictures."""
+    """Return the batch, with separate pictures for each row if a patch writes pictures."""
     patched = any(e.kind == "patch" and "I" in e.address.site.axes for e in edits or ())
     return model.unshared(batch) if patched else batch
 
@@ -133,11 +132,11 @@ def unshare_patched(model: Model, batch: Batch, edits: Edits | None) -> Batch:
 def shard_edits(
     bound: tuple[BoundEdit, ...], put: Callable[[Any, tuple], Any] = mesh.shard
 ) -> tuple[BoundEdit, ...]:
-    """Return edits of which each device holds what its part of the site needs.
+    """Return edits sharded so that each device holds the values for its part of the site.
 
     Args:
       bound: The edits.
-      put: Places an array by its axis letters, see `mesh.shard`.
+      put: A function that shards an array by its axis letters, see `mesh.shard`.
     """
     return tuple(_shard_edit(edit, put) for edit in bound)
 
@@ -183,7 +182,7 @@ def logits_at_last(
 
 
 def _taps_at_last(taps: Taps, batch: Batch) -> Taps:
-    """Return taps whose masks of the logits site are of each row's last token alone.
+    """Return taps whose masks of the logits site cover only each row's last token.
 
     They collect their results in the given taps.
     """
@@ -225,7 +224,7 @@ def compiled_run(
     logits: Logits,
     remat: bool,
 ) -> Out:
-    """Run one forward pass of what is bound already; see `run`."""
+    """Run one forward pass of bound edits and captures; see `run`."""
     taps = Taps(edits, captures, remat=remat)
     scores, _ = forward(model, batch, taps, logits)
     return Out(scores, taps.results(), taps.receipt_list())

@@ -1,4 +1,4 @@
-"""Scoring: the log-likelihood of given answers, with one pass over the prompt for all of them."""
+"""Scoring: the log-likelihood of candidate answers, with a single pass over the prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHUNK_TOKENS = 512  # tokens of candidates, over all rows, whose logits exist at
 
 
 class Tokenizing(Protocol):
-    """What scoring needs of a processor."""
+    """The method of a processor that scoring needs."""
 
     def answer_ids(self, text: str, *, end: bool = True) -> list[int]:
         """Return an answer as token ids, with the end of its turn unless `end` is False."""
@@ -60,19 +60,19 @@ def score(
 ) -> Float[Array, "B C"]:
     """Compute the natural log-likelihood of each candidate answer, including its end of turn.
 
-    The prompt alone is read: answers that the batch holds are not seen.
+    Only the prompt is read: answers in the batch are ignored.
 
     Args:
       model: See `run`.
       batch: See `run`.
-      candidates: C strings for all rows; a list of strings for each row, of which shorter lists are
-        filled up with -inf; or token ids int32[B, C, A], filled up with -1. Rows that only fill up
-        the batch need none.
-      edits: What to change in the prompt and in the candidates, whose tokens are of kind answer.
+      candidates: C strings for all rows; a list of strings for each row, where missing candidates
+        of shorter lists get -inf; or token ids int32[B, C, A], padded with -1. Rows that only fill
+        up the batch need none.
+      edits: The edits of the prompt and of the candidates, whose tokens are of kind answer.
 
     Raises:
-      ValueError: The candidates are no such list, or one is empty; a row has none, or holds several
-        questions; or an edit does not fit.
+      ValueError: The candidates have another form, or one is empty; a row has none, or holds
+        several questions; or an edit does not fit.
     """
     return score_with(model, batch, candidates, edits).values
 
@@ -100,29 +100,29 @@ def score_with(
 def _as_ids(
     candidates: Candidates, processor: Tokenizing | None, rows: int, words: int
 ) -> Int[AnyArray, "B C A"]:
-    """Return candidates as token ids, of a vocabulary of so many words."""
+    """Return candidates as token ids of a vocabulary with this number of words."""
     if jnp.issubdtype(getattr(candidates, "dtype", object), np.integer):
         ids = cast(AnyArray, candidates)
     elif processor is None:
-        raise ValueError("candidates as text need a batch made by a processor; or give ids")
+        raise ValueError("candidates as strings need a batch made by a processor; or give ids")
     else:
         ids = candidate_ids(processor, cast(Sequence, candidates), rows)
     if ids.ndim != 3 or len(ids) != rows:
-        raise ValueError(f"candidates as ids are int32[B, C, A] of {rows} rows, not {ids.shape}")
+        raise ValueError(f"candidates as ids must be int32[{rows}, C, A], not {ids.shape}")
     if not isinstance(ids, jax.core.Tracer):
         _check_ids(np.asarray(ids), words)
     return ids
 
 
 def _check_ids(ids: Int[np.ndarray, "B C A"], words: int) -> None:
-    """Raise an error for ids that no word has, and for words after the end of a candidate."""
+    """Raise an error for ids outside the vocabulary, and for ids after the end of a candidate."""
     wrong = (ids < -1) | (ids >= words)
     wrong[..., 1:] |= (ids[..., 1:] >= 0) & (ids[..., :-1] < 0)
     if wrong.any():
         row, number, at = np.argwhere(wrong)[0]
         raise ValueError(
             f"candidates, row {row}, number {number}: id {ids[row, number, at]} at token {at}: ids "
-            f"are below {words}, the size of the vocabulary, and -1 after the last"
+            f"must be below {words}, the size of the vocabulary, and -1 after the last token"
         )
 
 
@@ -156,12 +156,12 @@ def candidate_ids(
     length: int | None = None,
     end: bool = True,
 ) -> Int[np.ndarray, "B C A"]:
-    """Return candidates as token ids, int32[B, C, A], filled up with -1.
+    """Return candidates as token ids, int32[B, C, A], padded with -1.
 
     Args:
       processor: The processor of the batch.
       candidates: Strings for all rows, or a list of strings for each row.
-      rows: The number B of rows; those beyond the lists are all -1.
+      rows: The number B of rows; rows beyond the lists are all -1.
       length: The length A; by default the longest, rounded up so that few programs are compiled.
       end: Whether the candidates end their turn.
     """
@@ -197,7 +197,7 @@ def _lists_by_row(candidates: Any, rows: int) -> list[list[str]]:
 
 def _encode(processor: Tokenizing, text: Any, end: bool, where: str) -> list[int]:
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where}: {text!r:.60} is not an answer: give a string that is not empty")
+        raise ValueError(f"{where}: {text!r:.60} is not an answer: give a non-empty string")
     try:
         return processor.answer_ids(text, end=end)
     except ValueError as error:
@@ -234,7 +234,7 @@ def compiled_score(
 
     B, C, _ = ids.shape
     chunks = -(-C // max(1, CHUNK_TOKENS // (B * A)))
-    size = -(-C // chunks)  # chunks of one size, as each size is a program of its own
+    size = -(-C // chunks)  # chunks of equal size, because each size compiles a program
     ids = jnp.pad(ids, ((0, 0), (0, chunks * size - C), (0, 0)), constant_values=-1)
     values = jax.lax.map(jax.vmap(score_candidate), ids.swapaxes(0, 1).reshape(chunks, size, B, A))
     return Scores(values.reshape(-1, B)[:C].T, taps.results(), taps.receipt_list())

@@ -1,16 +1,16 @@
 """Sweeps: many edits of one structure on one batch, in parallel lanes of one program.
 
-What no edit of the sweep reaches is computed once for all lanes, in a clean pass before them, or
+Work that no edit of the sweep affects is done once for all lanes, in a clean pass before them, or
 not at all:
 
-* The vision tower, when no edit is in it.
+* The vision tower, if no edit is in it.
 * The layers below the first edited one: lanes are sorted by that layer, and each chunk resumes from
-  the state that enters its lowest. Where it resumes is data, so that one program serves every
-  chunk.
-* The last layer, when no edit is in it and only the logits of the last token are needed: it runs
-  for that token alone.
-* The keys and values of the tokens before the first that an edit or capture reaches, such as
-  those of the picture when the text alone is edited. Lanes with one such prefix share a chunk.
+  the input of its lowest edited layer. The point of resumption is data, so that one program serves
+  every chunk.
+* The last layer, if no edit is in it and only the logits of the last token are needed: it runs only
+  for that token.
+* The keys and values of the tokens before the first that an edit or capture selects, such as those
+  of the picture if only the text is edited. Lanes in a chunk have the same prefix.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from mllm_jax.typing import Int
 
 Splices = dict[int, BoundEdit]
 BUDGET = 2**30  # bytes of one layer's widest tensor over all lanes of a chunk; see `lane_budget`
-PART = 8  # that tensor takes a PART-th of what a model leaves of a device: several live at a time
+PART = 8  # that tensor takes 1 / PART of a device's free memory, because several live at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Edits to sweep over: kinds and sites are the same in each, all data may differ.
+    """Edits to sweep over. Their kinds and sites are the same; all data may differ.
 
     Attributes:
       items: The edits of each lane.
@@ -93,15 +93,15 @@ def stack(edits: Sequence[Edits]) -> Stack:
         if _structure(item) != structure:
             raise ValueError(
                 f"edit {number} of the sweep is {_kinds(item)}, the first is {_kinds(items[0])}: "
-                "the edits of one sweep have the same kinds and sites, the same function in a call "
-                "and a basis in each patch or in none (np.eye(width) is the whole space), and one "
-                "dictionary in each splice, at one layer"
+                "the edits of one sweep need the same kinds and sites, the same function in a "
+                "call, a basis in each patch or in none (np.eye(width) is the whole space), and "
+                "the same dictionary in each splice, at one layer"
             )
     return Stack(items)
 
 
 def _structure(edits: Edits) -> list[tuple]:
-    """Return what all lanes must have in common; `_equalise_lanes` makes the rest equal."""
+    """Return the structure that all lanes must share; `_equalise_lanes` makes the rest equal."""
 
     def splice(edit: Edit) -> tuple | None:
         if edit.splice is None:
@@ -142,31 +142,31 @@ def sweep(
 
     Args:
       metric: A pure function of one pass, such as `lambda out: out.logits[:, token]`. Each function
-        is a program of its own, so define it once, and give it the arrays that vary by batch as
+        compiles a new program, so define it once, and give it the arrays that vary by batch as
         `jax.tree_util.Partial(metric, ids=...)`.
       model: See `run`.
       batch: See `run`.
       edits: See `stack`.
       captures: See `run`.
       logits: See `run`.
-      chunk: How many lanes run at one time; by default, of the powers of two that keep the widest
-        tensor of a layer within `lane_budget`, the one that computes the fewest layers and tokens.
-        Each chunk counts as one lane more than it has.
-      share: Whether what is clean is computed once; False runs all of each lane.
-      check_finite: Whether to look at every site of every lane for NaN and infinities, as `run`
-        does, and name the first. No lane then skips tokens.
+      chunk: The number of lanes that run at one time; by default, among the powers of two that keep
+        the widest tensor of a layer within `lane_budget`, the one that computes the fewest layers
+        and tokens, where each chunk counts as one additional lane.
+      share: Whether clean work is done once; False runs every lane in full.
+      check_finite: Whether to check every site of every lane for NaN and infinities, as `run` does,
+        and report the first. No lane then skips tokens.
       save: An .npz file for finished rows, with fingerprints of everything that they depend on; a
-        killed sweep continues from it, also with further edits after these.
-      restart: Whether to remove what is saved there.
+        killed sweep continues from it, also with further edits at the end.
+      restart: Whether to remove saved results.
       label: The label of the progress bar.
 
     Returns:
       The metrics, stacked: [R, ...] on the host.
 
     Raises:
-      ValueError: An edit does not fit; with `check_finite`, a site is not finite; or `save` holds
-        rows of another metric (its code, or the arrays given to it), model, batch, other captures
-        or edits, of more edits, or is damaged.
+      ValueError: An edit does not fit; with `check_finite`, a site is not finite; or `save` is
+        damaged or holds rows of another metric (its code or its bound arrays), model, batch, other
+        captures or edits, or of more edits.
     """
     if not callable(metric):
         raise type_error("metric", metric, "a function of the results of a pass")
@@ -192,7 +192,9 @@ def sweep(
     bound_captures = binding.bind(model, batch, splices, captures, logits)[1]
     leaves = jax.tree.leaves((lanes, bound_captures, batch))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise ValueError("a sweep loops on the host: inside jit, vmap or grad use jax.vmap of run")
+        raise ValueError(
+            "a sweep loops on the host: inside jit, vmap or grad use jax.vmap over run"
+        )
     with mesh.use_mesh_of(model):
         share = share and not rows.done.all()  # nothing runs for rows that are finished
         _run_chunks(
@@ -231,7 +233,7 @@ def _run_chunks(
     splices, own = separate_splices(lanes)  # first, as it may refuse the lanes
     compute = clean_pass.compute_clean_pass if share else clean_pass.without_sharing
     clean = compute(model, batch, lanes, captures, logits)
-    shards = mesh.shard_count("R")  # each runs as many lanes
+    shards = mesh.shard_count("R")  # each shard runs equally many lanes
     if chunk is None:
         widest = _widest(site_shapes(model, batch), splices)
         chunk = _chunk_size(clean, widest, shards, lane_budget(model))
@@ -274,7 +276,7 @@ def _run_chunks(
 def _equalise_lanes(lanes: list[Lane]) -> list[Lane]:
     """Return lanes of one structure: a strength in each, if in one, and bases of one width.
 
-    A strength of 1 is the edit, and columns of zeros add nothing to an orthonormal basis.
+    A strength of 1 is the plain edit, and columns of zeros add nothing to an orthonormal basis.
     """
     columns = [_equalise(column) for column in zip(*lanes, strict=True)]
     return list(zip(*columns, strict=True)) if columns else lanes
@@ -303,8 +305,8 @@ def separate_splices(lanes: list[Lane]) -> tuple[Splices, list[Lane]]:
     for number, lane in enumerate(lanes):
         if any(not np.array_equal(lane[i].tokens, one.tokens) for i, one in splices.items()):
             raise ValueError(
-                f"edit {number} of the sweep splices other tokens than the first: give where= to "
-                "the edits of latents instead"
+                f"edit {number} of the sweep splices other tokens than the first edit: give where= "
+                "to the edits of latents instead"
             )
     rest = [tuple(e for i, e in enumerate(lane) if i not in splices) for lane in lanes]
     return splices, rest
@@ -371,13 +373,13 @@ def _is_shape(node: Any) -> bool:
 
 
 def lane_budget(model: Model) -> int:
-    """Return how many bytes one layer's widest tensor may take, over the lanes of one device.
+    """Return the largest bytes of one layer's widest tensor, over the lanes of one device.
 
-    Only what is equal in all processes counts: how much memory a device gives, and the model.
+    It depends only on values that are equal in all processes: the memory of a device and the model.
 
     Returns:
-      A PART-th of the memory that the model leaves of its device; BUDGET where the device does not
-      know its memory, as a CPU.
+      1 / PART of the device memory that the model leaves free; BUDGET if the device does not report
+      its memory, as a CPU.
     """
     leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
     devices: set[Any] = leaves[0].sharding.addressable_devices
@@ -390,7 +392,7 @@ def lane_budget(model: Model) -> int:
 
 
 def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
-    """Return the bytes of the widest tensor of one layer: logits are of the last token alone."""
+    """Return the bytes of the widest tensor of one layer, with logits of only the last token."""
     sizes = {name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for name, s in shapes.items()}
     latents = [
         math.prod(shapes[edit.site.name].shape[:2]) * edit.splice.widest * 4
@@ -401,7 +403,7 @@ def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:
 
 
 def _chunk_size(clean: CleanPass, widest: int, shards: int, budget: int) -> int:
-    """Return how many lanes to run at one time: a power of two within a budget for each shard."""
+    """Return the number of lanes to run at one time: a power of two within a budget per shard."""
     most = max(1, min(budget // widest, -(-len(clean.first) // shards)))
     candidates = (shards * 2**i for i in range(most.bit_length()))
     return min(candidates, key=lambda n: (clean.cost(n), -n))
@@ -427,7 +429,7 @@ class _Rows:
 
     def _check(self, saved: np.ndarray) -> None:
         """Raise an error unless the saved rows are of these edits, or of the first of them."""
-        assert self._store.path is not None, "what is saved has a path"
+        assert self._store.path is not None, "saved rows have a path"
         if not np.array_equal(saved[: len(self._edits)], self._edits[: len(saved)]):
             raise mismatch_error(self._store.path, ["edits"])
         if len(saved) > len(self._edits):

@@ -19,7 +19,7 @@ and of a GPU, from the product pages of NVIDIA (dense products: half of the rate
     l40s  https://www.nvidia.com/en-us/data-center/l40s/   362.05 TFLOPs, 48 GB, 864 GB/s, PCIe of
           64 GB/s both ways
 
-The memory of a GPU is what the driver reports, which is less than the nominal size.
+The memory of a GPU is that reported by the driver, which is less than the nominal size.
 
 A chip can receive half of what its links carry in both directions. A slice that is not a torus does
 not use all links, so times computed from these figures are lower bounds.
@@ -43,8 +43,8 @@ class Chip:
       memory: Bytes of HBM.
       bandwidth: Bytes per second from HBM.
       links: Bytes per second that it can receive from other chips.
-      slices: The available topologies, the smallest first; of GPUs their number in one host.
-      platform: The name that JAX has for chips of this kind.
+      slices: The available topologies, the smallest first; for GPUs their number in one host.
+      platform: JAX's name of the platform.
     """
 
     flops: float
@@ -79,7 +79,7 @@ class Slice:
 
     @classmethod
     def parse(cls, name: str) -> Slice:
-        """Parse the name of a topology; the name of a GPU alone is one GPU.
+        """Parse the name of a topology; the name of a GPU without a number is one GPU.
 
         Raises:
           ValueError: The chip is unknown, or not available in that shape.

@@ -2,7 +2,7 @@
 
 The compiler for TPUs comes with the package `libtpu` and needs no TPU. The compiler for GPUs comes
 with JAX's plugin for CUDA and needs no GPU and no driver, but the assembler `ptxas` and NVIDIA's
-library of device functions, of a CUDA toolkit or of packages.
+library of device functions, from a CUDA toolkit or from packages.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def has_compiler(slice_: Slice) -> bool:
     """Return whether there is a compiler for a slice.
 
     Raises:
-      ValueError: The compiler for GPUs is not installed. Without the one for TPUs a plan is made
-        from shapes.
+      ValueError: The compiler for GPUs is not installed. (Without the compiler for TPUs a plan is
+        made from shapes.)
     """
     if slice_.chip.platform == "tpu":
         return has_tpu_compiler()
@@ -69,7 +69,7 @@ def topology_devices(slice_: Slice) -> list[Any]:
 
 
 def topology_options(slice_: Slice) -> CompilerOptions:
-    """Return the options of the compiler for chips that are not here, where nothing is timed."""
+    """Return the compiler options for chips that are absent, so that nothing can be timed."""
     return {"xla_gpu_autotune_level": "0"} if slice_.chip.platform == "cuda" else {}
 
 
@@ -78,11 +78,11 @@ class Compiled:
     """The findings of the compiler about a program.
 
     Attributes:
-      text: The text of the program; None where the program does not fit.
+      text: The text of the program; None if the program does not fit.
       temporary: Bytes of intermediate arrays.
       results: Bytes of results that do not reuse the memory of arguments.
       code: Bytes of code.
-      used: Bytes that a program needs that does not fit.
+      used: Bytes that the program needs, if it does not fit.
     """
 
     text: str | None
@@ -118,7 +118,7 @@ def compile_lowered(
     """
     try:
         with warnings.catch_warnings():
-            # A cache of programs holds none that are compiled for a chip that is not here.
+            # The cache cannot hold programs that are compiled for absent chips.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
@@ -131,7 +131,7 @@ def compile_lowered(
             raise
         return Compiled(None, used=int(float(match[1]) * _UNITS[match[2]]))
     memory = compiled.memory_analysis()
-    assert memory is not None, "the compiler of this platform analyses no memory"
+    assert memory is not None, "the compiler of this platform has no memory analysis"
     return Compiled(
         compiled.as_text(),
         temporary=memory.temp_size_in_bytes,

@@ -1,4 +1,4 @@
-"""Describe what chips exchange, by the shapes of the network."""
+"""Describe the arrays that chips exchange, by the shapes of the network."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def group_collectives(
 
 
 def classifier(network: MultimodalModel, mesh: Mesh | AbstractMesh) -> Callable[[hlo.Array], str]:
-    """Return a function that names the role of an exchanged array by its shape.
+    """Return a function that returns the role of an exchanged array by its shape.
 
     The names are: numbers (a few bytes), indices, layer (the weights of one layer), weights
     (outside of layers), stack (the weights of all layers), vocabulary (its matrix, or logits) and
-    activation. Under `fsdp` an array that is complete but for the split over `model` is in use:
-    there a matrix of the vocabulary counts as weights, and an attention matrix as a layer even
-    where its heads are an axis of their own.
+    activation. Under `fsdp` an array that is complete except for the sharding over `model` is in
+    use: there a matrix of the vocabulary counts as weights, and an attention matrix as a layer even
+    if its heads are a separate axis.
     """
     shares = {math.prod(s) for s in itertools.product(*((1, n) for n in mesh.shape.values()))}
     shapes = parameter_shapes(network)

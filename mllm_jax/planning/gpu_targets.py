@@ -1,6 +1,6 @@
-"""Describe GPUs to the compiler, which then needs none.
+"""Describe GPUs to the compiler, so that it needs no hardware.
 
-The figures are those that the driver reports of a device; the compiler chooses tiles and counts
+The figures are those that the driver reports for a device; the compiler chooses tiles and counts
 memory by them.
 """
 
@@ -50,8 +50,8 @@ class GpuTarget:
       fpus_per_core: The float32 units of each.
       threads_per_core: The threads that each holds.
       shared_memory_per_core: Bytes of its shared memory.
-      shared_memory_per_block: The most of these that a block may take.
-      l2_cache: Bytes of the cache that all share.
+      shared_memory_per_block: The largest number of these bytes that a block may use.
+      l2_cache: Bytes of the L2 cache.
       clock_ghz: The highest clock rate.
     """
 

@@ -74,7 +74,7 @@ class Op:
 
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
-        """The names of the computations that it calls, by the attribute that names them."""
+        """The names of the computations that it calls, by attribute."""
         return {
             how: [name.strip(" %") for name in names.strip("{}").split(",")]
             for how, names in _CALLS.findall(self.text)
@@ -121,8 +121,8 @@ class Program:
     def trips(self, op: Op) -> int | None:
         """Return the trips of a loop, or None.
 
-        The number stands next to the loop, or is the bound that its counter is compared with. A
-        counter of JAX starts at 0 unless it starts with data; then this is an upper bound.
+        The number is written next to the loop, or is the bound that its counter is compared with. A
+        counter of JAX starts at 0 unless its start is data; then this is an upper bound.
         """
         if found := _TRIPS.search(op.text):
             return int(found.group(1))

@@ -1,4 +1,4 @@
-"""Read the collectives of a compiled program: what chips exchange, and how many take part."""
+"""Read the collectives of a compiled program: the exchanged arrays and the sizes of groups."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def passes_through(op: Op, ops: Mapping[str, Op]) -> bool:
 
 
 def kept_part(op: Op, ops: Mapping[str, Op]) -> Op | None:
-    """Return the part of an all-reduce that a chip keeps, where it keeps only a slice."""
+    """Return the part of an all-reduce that a chip keeps, if it keeps only a slice."""
     root = next((o for o in ops.values() if o.root), None)
     kept = root is not None and root.code == "dynamic-slice" and root.operands[0] == op.name
     return root if kept and op.code == "all-reduce" else None

@@ -1,8 +1,8 @@
 """Count the work of a compiled program: matrix products, bytes moved and collectives.
 
-`cost_analysis` of a compiled program counts the body of a loop once. Here a body counts as often as
-it runs: XLA writes the number of trips next to a loop whose length it knows, and the caller gives
-it for the others.
+`cost_analysis` of a compiled program counts the body of a loop once. Here a body is counted once
+per trip: XLA writes the number of trips next to a loop whose length it knows, and the caller gives
+it for other loops.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Counter:
         return self._parts(next(named, None), inner)
 
     def _parts(self, name: str | None, ops: dict[str, Op]) -> int | None:
-        """Sum `_part` over the users of a name; None where it leaves the computation unchanged."""
+        """Sum `_part` over the users of a name; None if it leaves the computation unchanged."""
         if name is None or ops[name].root:
             return None
         total = 0

@@ -24,7 +24,7 @@ from mllm_jax.training import parts
 def topology_mesh(
     topology: str, network, study: str, data: int | None, fsdp: int, compile: bool
 ) -> Mesh | AbstractMesh:
-    """Return the mesh of a topology; an abstract one where nothing is compiled.
+    """Return the mesh of a topology; an abstract one if nothing is compiled.
 
     Args:
       topology: The name of a slice.

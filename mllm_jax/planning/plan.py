@@ -1,8 +1,8 @@
-"""Plan what a study takes on a topology, without weights and without hardware.
+"""Plan the resources of a study on a topology, without weights and without hardware.
 
 The program of the study is compiled for the topology: memory is the compiler's own analysis, work
 and traffic are read from the compiled program. Without the compiler for TPUs the plan is made from
-shapes alone, and says so.
+shapes only, and states so.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mllm_jax.report import tables
 COMPILED: Literal["compiled"] = "compiled"
 SHAPES: Literal["shapes"] = "shapes"
 NEVER_GATHERED = {"activation", "vocabulary", "stack"}
-GATHERED_IN_TURN = {"layer", "weights"}  # where chips share one copy of the model
+GATHERED_IN_TURN = {"layer", "weights"}  # if chips share one copy of the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The resources that a study takes of each chip.
+    """The resources that a study needs on each chip.
 
     Attributes:
       study: The name of the study.
@@ -43,17 +43,17 @@ class Plan:
       data: The size of the mesh axis `data`.
       fsdp: The size of the mesh axis `fsdp`.
       model: The size of the mesh axis `model`.
-      rows: B over all data shards.
-      tokens: T.
+      rows: The number of rows B over all data shards.
+      tokens: The number of tokens T of a row.
       lanes: Lanes of a sweep over all data shards; 0 for other studies.
-      how: "compiled" for the topology, or "shapes" where there is no compiler.
+      how: "compiled" for the topology, or "shapes" if there is no compiler.
       bytes: Bytes of a chip's memory by their use.
-      capacity: Bytes of a chip's memory; None where unknown.
-      fits: Whether the study fits; None where unknown.
+      capacity: Bytes of a chip's memory; None if unknown.
+      fits: Whether the study fits; None if unknown.
       flops: Operations of matrix products.
       ideal: These operations if the chips shared them evenly, without repetition.
       moved: Bytes from and to main memory; None without a compiler.
-      moved_per_token: Of a generation, those of each token after the first, all rows together.
+      moved_per_token: Bytes moved for each generated token after the first, all rows together.
       collectives: The exchanges between chips: kind, of (the role of the array), array, group,
         times, received (bytes) and source.
       seconds: Lower bounds of the time of a run by compute, memory and links, at the chip's
@@ -117,7 +117,7 @@ class Plan:
             f"{self.rows} rows of {self.tokens} tokens{lanes}"
         )
         if self.how == SHAPES:
-            head += "\nFrom shapes alone: no compiler was asked for activations and traffic."
+            head += "\nFrom shapes only: activations and traffic are unknown without a compiler."
         verdict = {True: "fits", False: "does not fit", None: "fits or not: not known"}[self.fits]
         rows = [(name, format_bytes(count)) for name, count in self.bytes.items() if count]
         rows.append(
@@ -155,11 +155,11 @@ def plan(
     dtype: DTypeLike = jnp.bfloat16,
     compile: bool = True,
 ) -> Plan:
-    """Plan what a study takes on a topology, without weights and without hardware.
+    """Plan the resources of a study on a topology, without weights and without hardware.
 
     Args:
       model: A network or its config; weights are not read.
-      batch: The rows and lanes of a data shard; or a batch of all data shards together.
+      batch: The rows and lanes of one data shard; or a batch of all data shards together.
       edits: The edits of each pass, besides those of the study.
       captures: The captures of each pass, besides those of the study.
       topology: The name of a slice such as "v5e:2x4", "h100" or "h100:8", see `chips`; or a mesh
@@ -167,7 +167,7 @@ def plan(
       study: A member of `programs.STUDIES`, or captures joined by "+", such as "counts+lens".
       data: The number of data shards, see `mj.mesh`; by default the largest number for which
         weights take at most a quarter of a chip.
-      fsdp: The size of the `fsdp` axis; the remaining chips share each layer.
+      fsdp: The size of the `fsdp` axis; each layer is sharded over the remaining chips.
       dtype: The dtype of the weights.
       compile: Whether to compile for the topology, if the compiler is installed.
 

@@ -36,12 +36,12 @@ class Size:
     """The sizes of the inputs of a program.
 
     Attributes:
-      rows: B over all data shards.
-      words: The least number of tokens in a row besides the image.
+      rows: The number of rows B over all data shards.
+      words: The smallest number of tokens in a row besides the image.
       lanes: The edits that a sweep runs at a time, over all data shards.
       steps: The number of tokens to generate.
       answer: The number of tokens of an answer to score or to train on.
-      candidates: C.
+      candidates: The number of candidates C.
       remat: Whether training recomputes layers in the backward pass.
     """
 
@@ -85,12 +85,12 @@ def abstract_model(config: MultimodalConfig, dtype: DTypeLike) -> MultimodalMode
 def abstract_batch(config: MultimodalConfig, size: Size, multiple: int = TOKEN_MULTIPLE) -> Batch:
     """Return a batch of rows with one image of the largest size, a system token and a question.
 
-    The arrays that edits and captures select tokens by have values; pixels and ids are shapes.
+    The arrays by which edits and captures select tokens have values; pixels and ids are shapes.
 
     Args:
       config: The config of the model.
       size: The sizes of the batch.
-      multiple: What T is a multiple of.
+      multiple: The number of which T is a multiple.
     """
     layout = config.layout(config.largest)
     patches, tiles, B = layout.patches, config.tiles, size.rows
@@ -154,7 +154,7 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
       study: A member of STUDIES, or captures joined by "+".
       model: The network, as shapes.
       batch: The batch.
-      edits: The edits of each pass; of a sweep those of its first lane.
+      edits: The edits of each pass; for a sweep those of its first lane.
       captures: The captures of each pass, besides those of the study.
       size: The sizes of the inputs.
 
@@ -162,7 +162,7 @@ def build(study: str, model, batch, edits, captures, size: Size) -> Program:
       ValueError: The study is unknown.
     """
     if study not in STUDIES and not study_captures(study):
-        raise ValueError(f"study {study!r} is none of {', '.join(STUDIES)}, counts+lens")
+        raise ValueError(f"study {study!r} is not one of {', '.join(STUDIES)}, counts+lens")
     make = STUDIES.get(study, _reduce)
     return make(model, batch, edits, study_captures(study) | (captures or {}), size)
 
@@ -196,7 +196,7 @@ def _sweep(model, batch, edits, captures, size: Size) -> Program:
     )  # fmt: skip
     stops = clean_pass.stop_layers([bound], found, "last", layers)
     resume = Resume(_shape(np.int32), _shape(x.dtype, *x.shape), captured)
-    if stops is not None:  # the last layer computes the last token alone
+    if stops is not None:  # the last layer computes only the last token
         places = _shape(np.int32, size.rows)
         resume = dataclasses.replace(resume, stop=_shape(np.int32), places=places)
     metric = jax.tree_util.Partial(_metric)

@@ -21,7 +21,7 @@ def smallest_topology(
     topology: str,
     **options: Any,
 ) -> Plan | None:
-    """Plan on the smallest slice that fits, of those that are at least as large as `topology`.
+    """Plan on the smallest slice that fits, among those at least as large as `topology`.
 
     Args:
       model: As in `plan`.
@@ -30,8 +30,8 @@ def smallest_topology(
       **options: Further arguments of `plan`.
 
     Returns:
-      The plan; None where no slice fits. Without a compiler, the plan on the first slice that is
-      not known to be too small.
+      The plan; None if no slice fits. Without a compiler, the plan on the first slice that is not
+      known to be too small.
     """
     for larger in Slice.parse(topology).larger():
         candidate = plan(model, batch, topology=str(larger), **options)
@@ -49,7 +49,7 @@ def largest_that_fits(
     """Find the largest number of rows or lanes of a data shard that fits.
 
     Memory is extrapolated linearly from compiled plans of the given number and of twice that
-    number. The prediction is compiled, and corrected where it does not fit.
+    number. The prediction is compiled, and corrected if it does not fit.
 
     Args:
       field: "rows" or "lanes".
@@ -58,7 +58,7 @@ def largest_that_fits(
       **options: Further arguments of `plan`.
 
     Returns:
-      The number and its plan. A larger number may fit where memory grows in steps.
+      The number and its plan. A larger number may fit, because memory grows in steps.
 
     Raises:
       ValueError: The given number does not fit, or there is no compiler.

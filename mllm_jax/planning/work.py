@@ -12,7 +12,7 @@ import jax
 def flops(fn: Callable[..., Any], *args: Any, unknown: int = 1, **static: Any) -> float:
     """Count the operations of matrix products; an addition and a multiplication are two.
 
-    Of the branches of a conditional the one with the most operations counts.
+    For a conditional, the branch with the most operations is counted.
 
     Args:
       fn: The function.

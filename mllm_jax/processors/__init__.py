@@ -1,1 +1,1 @@
-"""Pictures and text to batches: what the processors of all families share."""
+"""Convert pictures and text to batches: code that the processors of all families share."""

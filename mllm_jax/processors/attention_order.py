@@ -1,4 +1,4 @@
-"""How far tokens attend to later ones, and positions of three axes: arrays of a batch."""
+"""Arrays of a batch for attention to later tokens, and for positions with three axes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def blocks(rows: list[Row], length: int, left: bool, forward: Forward) -> np.nda
 
     Args:
       rows: The rows.
-      length: T, the tokens of a padded row.
+      length: The number of tokens T of a padded row.
       left: Whether rows are padded on the left.
-      forward: Which tokens attend to each other whatever their order: those of a picture that stand
-        side by side (Gemma 3), those of the prompt (PaliGemma), or none.
+      forward: The tokens with bidirectional attention: adjacent tokens of a picture (Gemma 3),
+        those of the prompt (PaliGemma), or none.
     """
     if forward == "none":
         return None
@@ -40,13 +40,13 @@ def blocks(rows: list[Row], length: int, left: bool, forward: Forward) -> np.nda
 def rotary_positions(rows: list[Row], length: int, left: bool) -> np.ndarray:
     """Return the time, row and column of each token, int32[3, B, T] (mRoPE, Wang et al. 2024).
 
-    A text advances all three together; the tokens of a picture have one time, and their row and
-    column count from it; what follows a picture comes after its longer side.
+    Text advances all three together; the tokens of a picture have one time, from which their row
+    and column are counted; tokens after a picture continue after its longer side.
     """
     position = np.zeros((3, len(rows), length), np.int32)
     for b, row in enumerate(rows):
         at, segment = token_columns(row, length, left), np.array(row.segments, int)
-        for number in range(1, segment.max(initial=0) + 1) or [0]:  # each packed question by itself
+        for number in range(1, segment.max(initial=0) + 1) or [0]:  # packed questions separately
             own = np.flatnonzero((segment == 0) | (segment == number))
             position[:, b, at[own]] = _of_sequence([row.tokens[i] for i in own])
     return position

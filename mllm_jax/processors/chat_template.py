@@ -36,7 +36,7 @@ class ChatTemplate:
         """Return a tokenizer's template, the one named default of several, or None.
 
         Raises:
-          ValueError: The tokenizer's chat_template is something else than text.
+          ValueError: The tokenizer's chat_template is not a string.
         """
         source: Any = tokenizer.chat_template
         if not source:
@@ -44,7 +44,7 @@ class ChatTemplate:
         source = source.get("default") if isinstance(source, dict) else source
         if not isinstance(source, str):
             raise ValueError(
-                f"{tokenizer_origin(tokenizer)}: chat_template is no string, nor one named default"
+                f"{tokenizer_origin(tokenizer)}: chat_template is no string and has no default"
             )
         special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         return _cached(source, tuple(special.items()))
@@ -81,10 +81,10 @@ class ChatTemplate:
         return self._render([m | {"content": self._adapt(m["content"])} for m in chat])
 
     def render(self, chat: Chat) -> tuple[str, Questions]:
-        """Return the text of a chat up to the assistant's turn, and where the user's texts are.
+        """Return the text of a chat up to the assistant's turn, and the spans of the user's texts.
 
         Raises:
-          ValueError: The template does not take the chat, or changes what the user says.
+          ValueError: The template rejects the chat, or changes the user's texts.
         """
         user_texts: list[str] = []
 
@@ -97,7 +97,7 @@ class ChatTemplate:
         pieces = _MARKS.split(self._render_adapted(map_user_text(chat, mark)))
         between, numbers = pieces[::2], [int(number) for number in pieces[1::2]]
         if numbers != list(range(len(user_texts))):
-            raise ValueError("it does not show what the user says once and in order")
+            raise ValueError("it does not contain the user's texts once and in order")
         text = self._render_adapted(chat)
         for variant in (user_texts, [words.strip() for words in user_texts]):  # as is, or trimmed
             parts = [between[0]]
@@ -107,7 +107,7 @@ class ChatTemplate:
                 starts = [sum(map(len, parts[: 2 * i + 1])) for i in range(len(variant))]
                 pairs = zip(starts, variant, strict=True)
                 return text, tuple(slice(start, start + len(words)) for start, words in pairs)
-        raise ValueError("it changes what the user says")
+        raise ValueError("it changes the user's texts")
 
 
 @functools.lru_cache(maxsize=32)

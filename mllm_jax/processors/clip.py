@@ -45,7 +45,7 @@ class ClipProcessor:
         """Return the ids of texts, int32[C, T], padded with 0.
 
         Raises:
-          ValueError: A text is too long, or its tokens are not the model's.
+          ValueError: A text is too long, or its tokens do not fit the model.
         """
         encoded = self.tokenizer(list(texts))["input_ids"]
         out = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
@@ -63,7 +63,7 @@ class ClipProcessor:
         if max(ids) >= config.vocab or config.end not in (None, *ids):
             raise ValueError(
                 f"the tokens {list(ids)} of {text!r} do not fit a CLIP of {config.vocab} tokens "
-                f"whose texts end in {config.end}: its tokenizer is another model's"
+                f"whose texts end in {config.end}: use the tokenizer of this model"
             )
 
     def pictures(self, pictures: Sequence) -> np.ndarray:

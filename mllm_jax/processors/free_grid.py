@@ -1,4 +1,4 @@
-"""Processors of models that read each picture at its own size, in few lengths."""
+"""Processors of models that read pictures at their native resolution, padded to few lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class FreeGridProcessor(Processor, abc.ABC):
       pictures: See `Processor`.
       config: The model's config.
       directory: See `Processor`.
-      max_pixels: The most pixels that a picture is scaled to; None for the checkpoint's setting.
+      max_pixels: The largest number of pixels of a picture; larger ones are scaled down. None means
+        the checkpoint's setting.
       **options: Further arguments of `Processor`.
     """
 
@@ -51,11 +52,11 @@ class FreeGridProcessor(Processor, abc.ABC):
             return image_processor
 
         if max_pixels is not None and max_pixels < (config.patch_side * config.merge) ** 2:
-            raise ValueError(f"max_pixels={max_pixels} is less than one token of a picture has")
+            raise ValueError(f"max_pixels={max_pixels} is less than the pixels of one image token")
         super().__init__(tokenizer, make, config, directory, **options)
 
     def _limit_pixels(self, image_processor: Any, most: int) -> None:
-        """Set the most pixels that the image processor scales a picture to."""
+        """Set the largest number of pixels to which the image processor scales a picture."""
         raise ValueError(f"max_pixels={most}: this family has no such setting")
 
     @abc.abstractmethod
@@ -70,25 +71,25 @@ class FreeGridProcessor(Processor, abc.ABC):
         """Accept any size: the grid of a picture follows from it."""
 
     def layout(self, size: tuple[int, int] | None) -> Layout:
-        """Return how a picture of this (height, width) is read.
+        """Return the layout of a picture of this (height, width).
 
         Raises:
-          ValueError: The size is not known, and everything depends on it.
+          ValueError: The size is not known, and the layout depends on it.
         """
-        size = require_size(size, "this model reads a picture at its own size")
+        size = require_size(size, "this model reads a picture at its native resolution")
         return self.config.layout_of_grid(self.patch_grid(size))
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Return the places P of vision features that pictures of these (height, width) share."""
+        """Return the padded number P of vision features of pictures of these (height, width)."""
         return self._places(map(self.patch_grid, set(sizes)))
 
     def _places(self, grids: Iterable[tuple[int, int]]) -> int:
-        """Return the number of places for patches that pictures of these grids share."""
+        """Return the padded number of patches of pictures with these grids."""
         most = max((rows * columns for rows, columns in grids), default=0)
         return free_grid.places(most, self.config.merge)
 
     def _are_places(self, given: int, needed: int) -> bool:
-        # Those of a data set have the places of its largest picture.
+        # Features of a data set are padded to its largest picture.
         return given >= needed and given % self.config.merge**2 == 0
 
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
@@ -97,7 +98,7 @@ class FreeGridProcessor(Processor, abc.ABC):
         return self._places(_grids(pictures)) // self.config.merge**2
 
     def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:
-        # One length for each length of pictures, so that programs are few.
+        # One row length for each padded length of pictures, to compile few programs.
         text = max(sum(not token.is_image for token in row.tokens) for row in encoded)
         longest = image_places + round_up_length(text)
         return super()._padded_length(encoded, image_places, length or longest)

@@ -22,7 +22,7 @@ def read(directory: pathlib.Path) -> Any:
     Code that comes with a checkpoint is never run.
 
     Raises:
-      FileNotFoundError: The directory has none.
+      FileNotFoundError: The directory has no image processor.
       ValueError: transformers has no such image processor.
     """
     from transformers import AutoImageProcessor
@@ -41,7 +41,7 @@ def read(directory: pathlib.Path) -> Any:
 
 
 def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-    """Return the image processor that `make` constructs; any error of its is a ValueError."""
+    """Return the image processor that `make` constructs; any error becomes a ValueError."""
     try:
         return make()
     except Exception as error:
@@ -51,7 +51,7 @@ def construct(path: pathlib.Path, make: Callable[[], Any]) -> Any:
 
 
 def check_size(processor: Any, side: int, directory: object) -> None:
-    """Raise ValueError if an image processor makes pictures that the vision tower does not read.
+    """Raise ValueError if an image processor produces sizes that the vision tower does not read.
 
     Args:
       processor: The image processor of transformers.
@@ -76,7 +76,7 @@ def check_size(processor: Any, side: int, directory: object) -> None:
 
 
 def preprocess(processor: Any, images: Sequence[Any], side: int, directory: object) -> np.ndarray:
-    """Return the pixels that an image processor makes of pictures.
+    """Return the pixels that an image processor computes for pictures.
 
     Args:
       processor: The image processor of transformers.
@@ -88,7 +88,7 @@ def preprocess(processor: Any, images: Sequence[Any], side: int, directory: obje
       float[n, ..., 3, side, side].
 
     Raises:
-      ValueError: It fails, or makes pixels that the tower does not read.
+      ValueError: It fails, or its pixels have a size that the tower does not read.
     """
     values = prepare(processor, images, directory)["pixel_values"]
     if values.shape[-2:] != (side, side):
@@ -103,26 +103,26 @@ def preprocess(processor: Any, images: Sequence[Any], side: int, directory: obje
 def prepare(
     processor: Any, images: Sequence[Any], directory: object, **settings: Any
 ) -> dict[str, np.ndarray]:
-    """Return the arrays that an image processor makes of pictures, `pixel_values` among them.
+    """Return the arrays that an image processor computes for pictures, including `pixel_values`.
 
     Args:
       processor: The image processor of transformers.
       images: Pictures of PIL, in RGB, or lists of those of each row.
       directory: The checkpoint's directory, for errors.
-      **settings: Settings of the image processor that the checkpoint's do not decide.
+      **settings: Settings of the image processor that override those of the checkpoint.
 
     Raises:
-      ValueError: It fails, or makes pixels that are not finite.
+      ValueError: It fails, or its pixels are not finite.
     """
     path = f"{files.line(directory, 150)}/preprocessor_config.json"
     try:
         made = processor(images, return_tensors="np", **settings)
         arrays = {name: np.asarray(made[name]) for name in made}
-    except Exception as error:  # whatever a wrong setting leads to
+    except Exception as error:  # a wrong setting can raise anything
         reason = tokenizers.first_line(error)
         raise ValueError(f"{path}: pictures cannot be prepared like this: {reason}") from error
     if not np.isfinite(arrays["pixel_values"]).all():
-        raise ValueError(f"{path}: pixels are not finite: look at image_mean and image_std")
+        raise ValueError(f"{path}: pixels are not finite: check image_mean and image_std")
     return arrays
 
 
@@ -147,7 +147,7 @@ def pad_to_square(image: PIL.Image.Image, mean: Sequence[float]) -> PIL.Image.Im
     if side**2 > pictures.MAX_PIXELS:
         raise ValueError(
             f"a picture of {image.width} x {image.height} (width x height) makes a square of more "
-            f"than {pictures.MAX_PIXELS:,} pixels: make it smaller"
+            f"than {pictures.MAX_PIXELS:,} pixels: scale it down"
         )
     square = PIL.Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

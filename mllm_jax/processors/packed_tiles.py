@@ -11,15 +11,15 @@ from mllm_jax.batch import Layout
 from mllm_jax.processors.processor import Processor
 from mllm_jax.processors.rows import Picture
 
-# Rows are given one of these numbers of places for tiles, so that batches share a few programs.
+# Rows are padded to one of these numbers of tiles, so that batches share a few programs.
 _TILES = (1, 2, 3, 4, 5, 7, 10, 13, 17, 25, 37, 50, 75, 100)
 
 
 class PackedTilesProcessor(Processor):
-    """A processor whose tiles of a row stand side by side.
+    """A processor that packs the tiles of a row without gaps between pictures.
 
-    A row has as many places for tiles as it needs, rounded up, and not as many as its pictures
-    could have.
+    A row is padded to the number of tiles that it needs, rounded up, instead of the largest number
+    that its pictures could have.
     """
 
     def first_tiles(self, layouts: Sequence[Layout]) -> list[int]:
@@ -28,12 +28,12 @@ class PackedTilesProcessor(Processor):
         return list(itertools.accumulate(counts, initial=0))[: len(counts)]
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Return the places P of vision features that pictures of these (height, width) share."""
+        """Return the padded number P of vision features of pictures of these (height, width)."""
         tiles = max((self.layout(size).tiles for size in set(sizes)), default=1)
         return tiles * self.config.vision.feature_tokens
 
     def _are_places(self, given: int, needed: int) -> bool:
-        # Those of a data set have the places of its picture of most tiles.
+        # Features of a data set are padded to its picture with the most tiles.
         return given >= needed and given % self.config.vision.feature_tokens == 0
 
     def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:

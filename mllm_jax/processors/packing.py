@@ -1,4 +1,4 @@
-"""Several questions on one picture in one row, and their rows apart again."""
+"""Pack several questions about one picture in one row, and unpack them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_turns(turns: Any) -> list[list[tuple[str, str]]]:
     """Return the (question, answer) pairs of each row.
 
     Raises:
-      ValueError: A row has no question, or something that is no pair of strings.
+      ValueError: A row has no question, or an item that is not a pair of strings.
     """
     return [_parse_pairs(pairs, row) for row, pairs in enumerate(as_list(turns, "turns"))]
 
@@ -31,25 +31,25 @@ def _parse_pairs(pairs: Any, row: int) -> list[tuple[str, str]]:
     for number, pair in enumerate(parsed, 1):
         if len(pair) != 2 or not all(isinstance(part, str) for part in pair) or not pair[0].strip():
             raise ValueError(
-                f"turns, row {row}, question {number}: {shown(pair)} is no pair of a question, "
-                "which is not empty, and its answer"
+                f"turns, row {row}, question {number}: {shown(pair)} is not a pair of a non-empty "
+                "question and its answer"
             )
     return parsed
 
 
 def unpack(batch: Batch, tiles: int, padding_id: int) -> Batch:
-    """Return a packed batch with one row a question.
+    """Return a packed batch with one row per question.
 
     Args:
       batch: The packed batch.
-      tiles: The number of places for tiles that the pictures of a question have.
+      tiles: The number of tiles to which the pictures of a question are padded.
       padding_id: The id of padding.
 
     Raises:
       ValueError: The batch is not packed.
     """
     if batch.segment is None:
-        raise ValueError("the batch is not packed: it has one question a row already")
+        raise ValueError("the batch is not packed: it has one question per row already")
     segment, kind = np.asarray(batch.segment), np.asarray(batch.tokens.kind)
     columns = [
         np.flatnonzero(((segment[b] == 0) & (kind[b] != tokens.CODE["pad"])) | (segment[b] == s))

@@ -1,10 +1,10 @@
-"""Pictures as a viewer shows them: one function opens every picture of the library.
+"""Read pictures as a viewer shows them: all pictures are opened by one function.
 
     pictures.read("scan.png")        # also bytes, an open file, an array, a picture of PIL
 
-The picture is turned by its EXIF orientation, its transparency is laid on white, and it has 8 bits
-a channel. Of an animation, or a file of several pages, the first frame is read. Colour profiles are
-not applied.
+The picture is rotated by its EXIF orientation, composed on white if it is transparent, and
+converted to 8 bits per channel. The first frame of an animation, or page of a file, is read. Colour
+profiles are not applied.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
-    """Return a picture in RGB, 8 bits a channel, as a viewer shows it.
+    """Return a picture in RGB, 8 bits per channel, as a viewer shows it.
 
-    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits where its file
-    says so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1
-    if no value is above 1, else from 0 to 255.
+    Values of more than 8 bits are scaled to 8: 16 bits by 1/257. Mode I has 16 bits if its file
+      says
+    so, else 8 bits if no value is above 255, and 16 bits otherwise. Mode F ranges from 0 to 1 if no
+    value is above 1, else from 0 to 255.
 
     Args:
       picture: A path; the bytes of a file, or the file, opened in binary mode; an array (of NumPy,
         JAX, torch) [row, column], or [row, column, channels] with 1, 3 or 4 channels, the fourth
         alpha: uint8, uint16, bool, or float from 0 to 1; or a picture of PIL, opened or not yet.
-      name: The picture's name in errors, where it has no path.
+      name: The picture's name in errors, if it has no path.
 
     Raises:
       ValueError: It cannot be read, or its values are ambiguous; one line with its path or name.
@@ -75,7 +76,7 @@ def read(picture: Any, name: str = "the picture") -> PIL.Image.Image:
         name = f"the picture {files.name(picture)}"
     try:
         return _to_rgb(_open(picture))
-    except Exception as error:  # whatever a decoder raises over damaged bytes
+    except Exception as error:  # a decoder can raise anything for damaged bytes
         raise ValueError(f"cannot read {name}: {files.reason(error)}") from error
 
 
@@ -112,7 +113,7 @@ def _open(picture: Any) -> PIL.Image.Image:
     if hasattr(picture, "__array__"):
         return from_array(np.asarray(picture))
     raise ValueError(
-        f"{type(picture).__name__} is no picture: give a path, bytes, an array or a picture of PIL"
+        f"{type(picture).__name__} is not a picture: give a path, bytes, an array or a PIL picture"
     )
 
 
@@ -128,7 +129,7 @@ def _read_file(file: Any) -> bytes:
         file.seek(0)
     content = file.read(MAX_BYTES + 1)
     if not isinstance(content, bytes):
-        raise ValueError("the file is open as text: open it in mode 'rb'")
+        raise ValueError("the file is open in text mode: open it in mode 'rb'")
     if len(content) > MAX_BYTES:
         raise ValueError(f"the file has more than {MAX_BYTES:,} bytes")
     return content
@@ -159,7 +160,7 @@ def _explain_unreadable(content: bytes) -> str:
         if content.lstrip()[: len(start)].lower() == start.lower():
             return f"it is {what}: save it as PNG or JPEG"
     known = ", ".join(name for name in FORMATS if name in PIL.Image.OPEN)
-    return f"it is damaged, or in a format that is not read ({known} are)"
+    return f"it is damaged, or in an unsupported format ({known} are read)"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -174,7 +175,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the picture in RGB, decoded, turned, on white."""
+    """Return the picture in RGB, decoded, rotated and composed on white."""
     raw = _raw_mode(picture)
     _load(picture)
     turn = TRANSPOSES.get(_orientation(picture) or 1)
@@ -194,15 +195,15 @@ def _lab_to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
     exact = PIL.ImageCms.Flags.NOOPTIMIZE  # else dark colours are off by 3
     rgb = PIL.ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB", flags=exact)
-    assert rgb is not None  # it is None only where the picture is changed in place
+    assert rgb is not None  # it is None only for changes in place
     return rgb
 
 
 def _load(picture: PIL.Image.Image) -> None:
     """Decode the pixels.
 
-    Pillow maps a TIFF with a file name into memory, and exchanges the sides of one that is to be
-    turned; without a name it reads it correctly.
+    Pillow maps a TIFF with a file name into memory, and swaps the sides of one that is to be
+    rotated; without a name it reads it correctly.
     """
     if picture.format != "TIFF":
         picture.load()
@@ -219,18 +220,18 @@ def _orientation(picture: PIL.Image.Image) -> int | None:
     """Return the EXIF orientation of a loaded picture (TIFF is turned by its reader)."""
     try:
         return picture.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF: viewers show the picture as it lies
+    except Exception:  # damaged EXIF: viewers show the picture without rotation
         return None
 
 
 def _raw_mode(picture: PIL.Image.Image) -> str:
-    """Return how a PNG that is not loaded stores its pixels, such as "L;4"; else ""."""
+    """Return the raw mode of a PNG that is not loaded, such as "L;4"; else ""."""
     tile = getattr(picture, "tile", None)
     return str(tile[0].args) if tile and picture.format == "PNG" else ""
 
 
 def _is_transparent(picture: PIL.Image.Image) -> bool:
-    """Return whether a picture of 8 bits a channel has transparency."""
+    """Return whether a picture of 8 bits per channel has transparency."""
     if picture.mode in ("1", "L", "P", "RGB"):
         return picture.has_transparency_data
     return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
@@ -258,7 +259,7 @@ def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
         shown = [np.minimum(band, alpha) + (255 - alpha) for band in bands[:-1]]
         return from_array(np.stack(shown, -1)).convert("RGB")
     white = PIL.Image.new("RGB", picture.size, "white")
-    for top in range(0, picture.height, STRIP):  # a copy of all takes a gigabyte
+    for top in range(0, picture.height, STRIP):  # a full copy could take a gigabyte
         box = (0, top, picture.width, min(top + STRIP, picture.height))
         strip = picture.crop(box).convert("RGBA")
         white.paste(strip, box, mask=strip)
@@ -290,7 +291,7 @@ def _unsigned(values: np.ndarray, has_16_bits: bool) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(
-            f"its values reach from {low} to {high}: scale them to 0 to 255, or 0 to 65535"
+            f"its values range from {low} to {high}: scale them to 0 to 255, or 0 to 65535"
         )
     return values.astype(np.uint16 if has_16_bits or high > 255 else np.uint8)
 
@@ -313,10 +314,10 @@ def _to_uint8(values: np.ndarray, top: int = 1) -> np.ndarray:
             f"its values are {values.dtype.name}: give uint8, uint16, or floats from 0 to 1"
         )
     low, high = float(values.min()), float(values.max())  # NaN if there is one
-    slack = 1e-3 * top  # what rounding in 16 bits adds
+    slack = 1e-3 * top  # for rounding in 16 bits
     if not (-slack <= low and high <= top + slack):
         ask = "0 to 1" if top == 1 else "0 to 1, or 0 to 255"
-        raise ValueError(f"its floats reach from {low:g} to {high:g}: give finite ones from {ask}")
+        raise ValueError(f"its floats range from {low:g} to {high:g}: give finite ones from {ask}")
     scale = np.float32(255 if high <= 1 + 1e-3 else 1)
     result = np.empty(values.shape, np.uint8)
     for row, into in zip(values, result, strict=True):  # one by one: a copy of all takes gigabytes

@@ -1,4 +1,4 @@
-"""The processor: pictures and prompts to a batch in which the kind of every token is known."""
+"""The processor, which makes a batch of pictures and prompts with the kind of every token."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Processor(PromptEncoder):
       tokenizer: A fast tokenizer of transformers (it must give character offsets).
       pictures: A function that makes the image processor of transformers (PIL backend); it is
         called when the image processor is first needed.
-      config: The model's config: which id is the image token, and how a picture is read.
+      config: The model's config: the id of the image token, and the layout of pictures.
       directory: The checkpoint's directory, for errors.
-      image_aspect_ratio: The option of that name of the original LLaVA. "square" leaves a picture
-        to the image processor, which crops it; "pad" first makes it square with bars of the mean
-        colour, as LLaVA-1.5 was trained; "anyres" is LLaVA-NeXT's. None is "anyres" where the
-        config has pinpoints, "keep" where a picture keeps its shape, else "square".
-      stop_ids: Ids that end an answer, beside the tokenizer's end of sequence.
+      image_aspect_ratio: The option of that name in the original LLaVA. "square" leaves a picture
+        to the image processor, which crops it; "pad" first pads it to a square with the mean
+        colour, as in the training of LLaVA-1.5; "anyres" is LLaVA-NeXT's. None means "anyres" if
+        the config has pinpoints, "keep" if pictures keep their shape, else "square".
+      stop_ids: Ids that end an answer, besides the tokenizer's end of sequence.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Processor(PromptEncoder):
         Args:
           directory: The checkpoint's directory.
           config: The model's config.
-          pictures: Makes the image processor; None is that of the directory.
+          pictures: A function that makes the image processor; by default that of the directory.
           image_aspect_ratio: See the class.
           **options: Further arguments of the class.
         """
@@ -92,7 +92,7 @@ class Processor(PromptEncoder):
         tokenizer = tokenizers.read_tokenizer(directory)
         reserved = 0 <= config.image_token < config.lm.vocab
         if cls.image_text and cls.image_text not in tokenizer.get_vocab() and not reserved:
-            # The original LLaVA code has none.
+            # The original LLaVA code has no chat template.
             tokenizer.add_special_tokens({"additional_special_tokens": [cls.image_text]})
             added = cast(int, tokenizer.convert_tokens_to_ids(cls.image_text))
             config = dataclasses.replace(config, image_token=added)
@@ -106,20 +106,20 @@ class Processor(PromptEncoder):
         """The image processor of transformers, checked against the config.
 
         Raises:
-          ValueError: It makes other pictures than the model reads.
+          ValueError: Its pictures have another size than the model reads.
         """
         image_processor = self._make_image_processor()
         self._check_image_processor(image_processor)
         return image_processor
 
     def _check_image_processor(self, image_processor: Any) -> None:
-        """Raise ValueError if an image processor makes other pictures than the model reads."""
+        """Raise ValueError if an image processor produces other sizes than the model reads."""
         pinpoints = getattr(image_processor, "image_grid_pinpoints", None) or ()
         pinpoints = tuple(map(tuple, pinpoints))
         if pinpoints != self.config.pinpoints:
             raise ValueError(
                 f"{self.directory}: the image processor cuts pictures at {pinpoints}, the model at "
-                f"{self.config.pinpoints}; make image_grid_pinpoints the same in both configs"
+                f"{self.config.pinpoints}; image_grid_pinpoints must be equal in both configs"
             )
         image_processors.check_size(image_processor, self._tile_side, self.directory)
 
@@ -129,14 +129,14 @@ class Processor(PromptEncoder):
         return self.config.tile_side or 0
 
     def picture_settings(self) -> list[Any]:
-        """Return what pixels depend on, beside the picture: for the fingerprints of stores."""
+        """Return the settings that pixels depend on, for the fingerprints of stores."""
         image_processor = self.image_processor
         has_settings = hasattr(image_processor, "to_dict")
         settings = image_processor.to_dict() if has_settings else image_processor
         return [self.image_aspect_ratio, self.config.pinpoints, settings]
 
     def _fingerprint_(self) -> list[Any]:
-        """Return what batches depend on, beside pictures and text."""
+        """Return the settings that batches depend on, besides pictures and text."""
         contents = map(
             tokenizers.tokenizer_content,
             [self.tokenizer, getattr(self, "qformer_tokenizer", None)],
@@ -155,31 +155,31 @@ class Processor(PromptEncoder):
         length: int | None = None,
         left: bool = False,
     ) -> Batch:
-        """Return a batch of one prompt a row.
+        """Return a batch of one prompt per row.
 
         Args:
-          images: One picture a row, or a list of pictures a row, or None for text. A picture is a
-            path, bytes, an array or a picture of PIL, see `pictures.read`. One that is given
-            several times, such as `[picture] * 4` with four prompts, is encoded once.
-          prompts: Strings or chats. A string with `<image>` in it is used as it stands; another is
-            set into the chat template, pictures first. A chat of several turns, see `prompts`: the
-            user's texts are of kind question, everything else is of kind system; its pictures are
-            those of `images`, or else those in its parts.
+          images: One picture or a list of pictures for each row, or None for text. A picture is a
+            path, bytes, an array or a PIL picture, see `pictures.read`. One that is given several
+            times, such as `[picture] * 4` with four prompts, is encoded once.
+          prompts: Strings or chats. A string that contains `<image>` is used verbatim; any other is
+            inserted into the chat template, pictures first. In a chat of several turns, see
+            `prompts`, the user's texts are of kind question, everything else is of kind system; its
+            pictures are those of `images`, or else those in its parts.
           answers: Plain texts, read after the prompts, with an end of turn; their tokens are of
             kind answer. The text of a special token is refused.
-          features: float[B, P, E], vision features of one picture a row, of all its places for
-            tiles, in place of images.
-          sizes: (height, width) of those pictures, where the model reads them by their size.
-          rows: The number of rows to fill up to with empty rows.
-          length: The length to pad to, instead of the nearest of LENGTHS.
+          features: float[B, P, E], vision features of one picture per row, padded to all its tiles,
+            in place of images.
+          sizes: (height, width) of those pictures, if their layout depends on it.
+          rows: The number of rows to which empty rows pad the batch.
+          length: The length to which rows are padded, instead of the nearest of LENGTHS.
           left: Whether to pad on the left.
 
         Raises:
-          ValueError: An argument is wrong; the message names the row.
+          ValueError: An argument is wrong; the message states the row.
         """
         prompts = prompts_.parse_prompts(prompts)
         if not prompts and not rows:
-            raise ValueError("prompts is empty: there is nothing to make a batch of")
+            raise ValueError("prompts is empty: give one or more")
         images = row_pictures.images_or_those_of_chats(images, prompts)
         pictures = self._read_pictures(images, features, sizes, len(prompts))
         if answers is not None:
@@ -204,13 +204,13 @@ class Processor(PromptEncoder):
         rows: int | None = None,
         length: int | None = None,
     ) -> Batch:
-        """Return a batch of several questions on one picture a row; the picture is encoded once.
+        """Return a batch of several questions about one picture per row, which is encoded once.
 
-        Each question with its answer is a segment of its own. It sees the picture and not the
-        other questions, at the positions that it would have alone.
+        Each question with its answer is a separate segment. It attends to the picture but not to
+        other questions, and has the positions that it would have alone.
 
         Args:
-          images: One picture a row.
+          images: One picture per row.
           turns: (question, answer) pairs of each row.
           features: As in a call.
           sizes: As in a call.
@@ -221,7 +221,7 @@ class Processor(PromptEncoder):
         if self.config.attends_forward == "prompt":
             raise ValueError(
                 "pack: each picture of this model attends to the question after it, so questions "
-                "cannot share one; give processor(images, prompts) a row for each"
+                "cannot share one; use processor(images, prompts) with a row for each"
             )
         pictures = self._read_pictures(images, features, sizes, len(parsed))
         packed = [
@@ -235,9 +235,9 @@ class Processor(PromptEncoder):
         return self._assemble(packed, pictures, features, rows, length, False)
 
     def unpack(self, batch: Batch) -> Batch:
-        """Return a packed batch with one row a question, for `generate` and `score`.
+        """Return a packed batch with one row per question, for `generate` and `score`.
 
-        The pictures stay as they are, read by several rows. Rows without a question are left out.
+        The pictures are unchanged, and read by several rows. Rows without a question are left out.
 
         Args:
           batch: A batch that `pack` made.
@@ -264,11 +264,11 @@ class Processor(PromptEncoder):
         length = None if length is None else require_whole("length", length)
         if rows < max(given, 1):
             raise ValueError(
-                f"rows={rows} for {given} prompts: a batch has a row for each, and one"
+                f"rows={rows} for {given} prompts: a batch needs one row per prompt, at least one"
             )
         missing = rows - given
         encoded, pictures = encoded + [Row()] * missing, pictures + [[]] * missing
-        # Every row has as many places for pictures, every picture as many for tiles: few shapes.
+        # Pad the pictures of a row and the tiles of a picture, for few shapes.
         of_row, count = rows_.assign_image_slots(pictures, encoded)
         tiles = self._slot_tiles(pictures, features)
         tile_tokens = self._tile_tokens(pictures, features)
@@ -300,12 +300,12 @@ class Processor(PromptEncoder):
         )
 
     def _padded_length(self, encoded: list[Row], image_places: int, length: int | None) -> int:
-        """Return T, the length that rows are padded to.
+        """Return T, the length to which rows are padded.
 
         Args:
           encoded: The rows.
-          image_places: The number of places for image tokens that each row has.
-          length: The length that the user asks for.
+          image_places: The padded number of image tokens of each row.
+          length: The length that the user requests.
         """
         del image_places
         longest = max(map(len, encoded))
@@ -315,37 +315,37 @@ class Processor(PromptEncoder):
         return T
 
     def _slot_tiles(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
-        """Return the number of places for tiles of the pictures of each row."""
+        """Return the padded number of tiles of the pictures of each row."""
         del features
         return self.config.tiles * max((len(row) for row in pictures), default=0)
 
     def _tile_tokens(self, pictures: list[list[Picture]], features: np.ndarray | None) -> int:
-        """Return the number of places for tokens of each tile."""
+        """Return the padded number of tokens of each tile."""
         del pictures, features
         return self.config.image_tokens
 
     def feature_places(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Return the places P of vision features that pictures of these (height, width) share."""
+        """Return the padded number P of vision features of pictures of these (height, width)."""
         del sizes
         return self.config.tiles * self.config.vision.feature_tokens
 
     def _check_features(
         self, features: np.ndarray, sizes: Sequence[tuple[int, int] | None]
     ) -> None:
-        """Raise ValueError unless features are [B, P, E] of as many places as pictures have."""
+        """Raise ValueError unless features are [B, P, E] with the padded length P of pictures."""
         places = self.feature_places([(row, column) for row, column in filter(None, sizes)])
         if np.ndim(features) != 3 or not self._are_places(features.shape[1], places):
             raise ValueError(
                 f"features has the shape {np.shape(features)}: it must be [rows, {places}, width], "
-                "one row for each place of a picture in the vision tower"
+                f"with {places} the padded number of features of a picture"
             )
 
     def _are_places(self, given: int, needed: int) -> bool:
-        """Return whether features of `given` places hold pictures of `needed` places."""
+        """Return whether features padded to `given` fit pictures that need `needed`."""
         return given == needed
 
     def tile_picture(self, batch: Batch, tile: int) -> PIL.Image.Image:
-        """Return a tile of a batch as a picture: what the vision tower sees."""
+        """Return a tile of a batch as a picture, as the vision tower reads it."""
         made = self.image_processor
         mean, std = (
             np.asarray(getattr(made, f"image_{n}", v)) for n, v in (("mean", 0), ("std", 1))
@@ -363,11 +363,11 @@ class Processor(PromptEncoder):
         return None
 
     def layout(self, size: tuple[int, int] | None) -> Layout:
-        """Return how a picture of this (height, width) is read."""
+        """Return the layout of a picture of this (height, width)."""
         return self.config.layout(size)
 
     def layouts(self, sizes: Sequence[tuple[int, int] | None]) -> list[Layout]:
-        """Return how the pictures of a row, of these (height, width), are read."""
+        """Return the layouts of the pictures of a row, of these (height, width)."""
         return [self.layout(size) for size in sizes]
 
     def _read_pictures(
@@ -387,12 +387,12 @@ class Processor(PromptEncoder):
             pictures = [[Picture(None, self.layout(size))] for size in sizes]
             self._check_features(features, sizes)
         elif sizes is not None:
-            raise ValueError("sizes= goes with features=: pictures say how large they are")
+            raise ValueError("sizes= is only for features=: pictures have their own sizes")
         else:
             opened = row_pictures.open_rows([[]] * rows if images is None else images)
             pictures = []
             for row in opened:
-                layouts = self.layouts([p.size[::-1] for p in row])  # PIL says the width first
+                layouts = self.layouts([p.size[::-1] for p in row])  # PIL gives the width first
                 pictures.append([Picture(*pair) for pair in zip(row, layouts, strict=True)])
         if len(pictures) != rows:
             raise ValueError(f"{len(pictures)} rows of pictures for {rows} prompts")
@@ -401,7 +401,7 @@ class Processor(PromptEncoder):
     def _pixels(
         self, pictures: list[list[Picture]], tiles: int, read: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return pixels [I, row, column, 3] of `tiles` places a slot, and which of the I are real.
+        """Return pixels [I, row, column, 3] with `tiles` per slot, and which of the I are real.
 
         Args:
           pictures: The pictures of each slot.
@@ -416,7 +416,7 @@ class Processor(PromptEncoder):
         return pixels, real
 
     def _real_tiles(self, pictures: list[list[Picture]], tiles: int) -> np.ndarray:
-        """Return which of the tiles of all slots show a part of a picture, bool[I]."""
+        """Return which tiles of all slots show a part of a picture, bool[I]."""
         is_real = np.zeros((len(pictures), tiles), bool)
         for slot, row in zip(is_real, pictures, strict=True):
             layouts = [picture.layout for picture in row]

@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 
 class PromptEncoder:
-    """A tokenizer and a chat template, which make rows of tokens of prompts and answers.
+    """A tokenizer and a chat template, which encode prompts and answers as rows of tokens.
 
     Args:
       tokenizer: A fast tokenizer of transformers (it must give character offsets).
-      config: The model's config: which id is the image token, and how many tokens a picture has.
+      config: The model's config: the id of the image token, and the number of tokens of a picture.
       directory: The checkpoint's directory, for errors.
-      stop_ids: Ids that end an answer, beside the tokenizer's end of sequence.
+      stop_ids: Ids that end an answer, besides the tokenizer's end of sequence.
 
     Attributes:
       reencode_per_question: Whether a packed row encodes its picture again for each question.
       image_text: The text of the image token in the tokenizer.
-      placeholder: What the chat template writes for a picture; `picture_text` replaces it.
-      written_placeholder: What the `<image>` of a prompt that is used as it stands becomes.
-      markers: The texts of the tokens that stand around and between those of a picture.
-      video_text: The text of the token of a video, which is refused; None where there is none.
-      end_of_turn: The text of the token that ends an answer, where it is not the tokenizer's end of
+      placeholder: The text for a picture in the chat template; `picture_text` replaces it.
+      written_placeholder: The text that replaces `<image>` in a prompt that is used verbatim.
+      markers: The texts of the tokens around and between those of a picture.
+      video_text: The text of the token of a video, which is refused; None if there is none.
+      end_of_turn: The text of the token that ends an answer, if it is not the tokenizer's end of
         sequence and the checkpoint stops at it.
     """
 
@@ -68,7 +68,7 @@ class PromptEncoder:
         self._check_image_tokens()
 
     def _check_image_tokens(self) -> None:
-        """Raise ValueError if the tokenizer has other tokens of a picture than the config."""
+        """Raise ValueError if the image tokens of the tokenizer and of the config differ."""
         vocab, config = self.tokenizer.get_vocab(), self.config
         place = f"{files.line(self.directory, 200)}/" if self.directory else ""
         needed = [self.image_text] if 0 <= config.image_token < config.lm.vocab else []
@@ -76,19 +76,19 @@ class PromptEncoder:
             if text not in vocab:
                 raise ValueError(
                     f"{place}tokenizer.json: the tokenizer has no token {text}, which this model "
-                    "reads with every picture: its files are incomplete, or another model's"
+                    "reads with every picture: its files are incomplete or of another model"
                 )
         theirs = vocab.get(self.image_text)
         if theirs is not None and config.image_token not in (-1, theirs):
             raise ValueError(
                 f"{place}config.json: image_token_index is {config.image_token}, but the "
                 f"tokenizer (tokenizer.json beside it) gives {self.image_text} the id {theirs}: "
-                "make them the same, else no picture would be seen"
+                "they must be equal, or no picture would be read"
             )
 
     @functools.cached_property
     def stop_ids(self) -> np.ndarray:
-        """int32[n], the ids that end an answer, those at which transformers stops.
+        """The ids that end an answer, at which transformers stops, int32[n].
 
         The first is the one that ends the answers of a batch.
         """
@@ -117,7 +117,7 @@ class PromptEncoder:
         tokenizers.check_vocab(self.tokenizer, ids, self.config.lm.vocab)
         if end and not len(self.stop_ids):
             raise ValueError(
-                f"the tokenizer of {self.directory or 'this model'} names no token that ends an "
+                f"the tokenizer of {self.directory or 'this model'} has no token that ends an "
                 "answer: set eos_token in tokenizer_config.json"
             )
         return ids + [int(token) for token in self.stop_ids[:end]]
@@ -142,23 +142,21 @@ class PromptEncoder:
         return cast(str, self.tokenizer.decode([int(token)]))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the whole text of a prompt with this many images, and where the question is."""
+        """Return the whole text of a prompt with its images, and the spans of the question."""
         if isinstance(prompt, str):
             if IMAGE in prompt or not self.chat_template:
                 before = "" if IMAGE in prompt else f"{IMAGE}\n" * images
                 return before + prompt, (slice(len(before), len(before) + len(prompt)),)
             prompt = [{"role": "user", "content": prompt}]
         if not self.chat_template:
-            raise ValueError(
-                f"{self.directory or 'this model'} has no chat template to set a chat into"
-            )
+            raise ValueError(f"{self.directory or 'this model'} has no chat template for a chat")
         try:
             return self.chat_template.render(prompts_.put_images_first(prompt, images))
         except ValueError as error:
             turn = "a plain user turn" if len(prompt) == 1 else "this chat"
             raise ValueError(
-                f"the chat template of {self.directory} does not take {turn} ({error}); "
-                f"write {IMAGE} into the prompt to use it as it stands"
+                f"the chat template of {self.directory} does not accept {turn} ({error}); "
+                f"write {IMAGE} into the prompt to use it verbatim"
             ) from error
 
     def _needs_special_tokens(self, prompt: str | Chat, text: str) -> bool:
@@ -177,8 +175,8 @@ class PromptEncoder:
         Args:
           prompt: The prompt.
           pictures: Its pictures.
-          where: Where it comes from, for errors.
-          first: How many pictures stand in the row before it.
+          where: The origin of the prompt, for errors.
+          first: The number of pictures before it in the row.
         """
         with _errors_at(where):
             row = self._encode_prompt(prompt, pictures, first)
@@ -194,7 +192,7 @@ class PromptEncoder:
         return row
 
     def picture_text(self, picture: Picture) -> str:
-        """Return the text that stands for a picture: `image_text` once for each of its runs."""
+        """Return the text that represents a picture: `image_text` once for each of its runs."""
         del picture
         return self.image_text
 
@@ -223,9 +221,7 @@ class PromptEncoder:
             for run in self._picture_runs(first * self.config.tiles + tile, picture)
         ]
         if ids.count(self.config.image_token) != len(runs):
-            raise ValueError(
-                f"the tokenizer makes other tokens of {self.image_text} than the image token"
-            )
+            raise ValueError(f"the tokenizer does not encode {self.image_text} as the image token")
         row, remaining = Row(), iter(runs)
         for token in rows_.text_tokens(ids, kinds):
             is_image = token.id == self.config.image_token
@@ -280,7 +276,7 @@ class PromptEncoder:
         for (question, _), place in zip(pairs, places, strict=True):
             if IMAGE in question:
                 raise ValueError(
-                    f"{place}: the packed question {shown(question)} names its picture again"
+                    f"{place}: the packed question {shown(question)} contains its picture again"
                 )
             single = self._encode_row(question, pictures, place, first=len(row.qformer_rows))
             row.qformer_rows += single.qformer_rows
@@ -300,10 +296,10 @@ class PromptEncoder:
 
 
 def _shared_tokens(rows: Sequence[Row]) -> int:
-    """Return how many tokens at the start of prompts are the same and of no question.
+    """Return the number of tokens that prompts share at their start, before any question.
 
-    Those before a question may differ, though their text does not: a token may hold the end of the
-    template and the beginning of the question.
+    Tokens before a question may differ although their text does not: a token may contain the end
+    of the template and the beginning of the question.
     """
     shared = min(row.column("kind").tolist().index(tokens.CODE["question"]) for row in rows)
     return rows_.same_at_start(row.tokens[:shared] for row in rows)
@@ -311,7 +307,7 @@ def _shared_tokens(rows: Sequence[Row]) -> int:
 
 @contextlib.contextmanager
 def _errors_at(where: str) -> Iterator[None]:
-    """Begin the message of a ValueError with the place that the wrong value comes from."""
+    """Begin the message of a ValueError with the origin of the wrong value."""
     try:
         yield
     except ValueError as error:
@@ -321,13 +317,13 @@ def _errors_at(where: str) -> Iterator[None]:
 def replaced(
     text: str, questions: Questions, old: str, new: Callable[[int], str]
 ) -> tuple[str, Questions]:
-    """Return a text with each `old` replaced, and where the questions are then.
+    """Return a text with each `old` replaced, and the new spans of the questions.
 
     Args:
       text: The text.
-      questions: The characters that the user wrote.
-      old: What is replaced.
-      new: the number of an occurrence -> its replacement, which is no part of a question.
+      questions: The spans of characters that the user wrote.
+      old: The text to replace.
+      new: number of an occurrence -> its replacement, which is not part of a question.
     """
     is_question = np.zeros(len(text), bool)
     for part in questions:

@@ -1,4 +1,4 @@
-"""Prompts as a user gives them: strings, or chats in the form that transformers has.
+"""Prompts of a user: strings, or chats in the format of transformers.
 
 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it ?"}]},
  {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "which ?"}]
@@ -20,17 +20,17 @@ def as_list(values: Any, name: str, what: str = "strings") -> list:
     """Return values as a list.
 
     Args:
-      values: Any iterable but a string, a mapping or a set.
+      values: Any iterable except a string, a mapping or a set.
       name: The name of the argument, for errors.
-      what: What the list holds, for errors.
+      what: A description of the items, for errors.
 
     Raises:
-      ValueError: The values are no list.
+      ValueError: The values are not such an iterable.
     """
     items = values.tolist() if hasattr(values, "tolist") else values
     single = isinstance(items, (str, bytes, Mapping, set, frozenset))
     if single or not isinstance(items, Iterable):
-        raise ValueError(f"{name} is a list of {what}, one a row; got {shown(values)}")
+        raise ValueError(f"{name} must be a list of {what}, one per row; got {shown(values)}")
     return list(items)
 
 
@@ -39,7 +39,7 @@ def as_strings(values: Any, name: str) -> list[str]:
     strings = as_list(values, name)
     for number, value in enumerate(strings):
         if not isinstance(value, str):
-            raise ValueError(f"{name}, row {number}: {shown(value)} is no text")
+            raise ValueError(f"{name}, row {number}: {shown(value)} is not a string")
     return strings
 
 
@@ -50,7 +50,7 @@ def parse_prompts(prompts: Any) -> list[str | Chat]:
       prompts: A list with a string or a chat for each row; or one chat.
 
     Raises:
-      ValueError: They are something else.
+      ValueError: They have another form.
     """
     rows = as_list(prompts, "prompts", "strings or chats")
     if rows and all(isinstance(message, Mapping) for message in rows):
@@ -65,11 +65,11 @@ def _parse_chat(messages: Any, row: int) -> Chat:
     where = f"prompts, row {row}"
     is_list = isinstance(messages, (list, tuple)) and messages
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"{where}: {shown(messages)} is neither text nor a list of messages")
+        raise ValueError(f"{where}: {shown(messages)} is neither a string nor a list of messages")
     chat = [_parse_message(message, f"{where}, message {i}") for i, message in enumerate(messages)]
     if chat[-1]["role"] == "assistant":
         raise ValueError(
-            f"{where}: the chat ends with what the assistant says: give that as answers="
+            f"{where}: the chat ends with a turn of the assistant: give that as answers="
         )
     if not any(message["role"] == "user" for message in chat):
         raise ValueError(f"{where}: no message of the chat has the role user")

@@ -1,4 +1,4 @@
-"""The pictures of each row: as a user gives them, or as the chats hold them."""
+"""The pictures of each row, from the images argument or from chats."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def open_rows(images: Any) -> list[list[PIL.Image.Image]]:
 
 
 def _key(picture: Any) -> int | str:
-    """Return what two mentions of the same picture have in common: the path, or the object."""
+    """Return the key that identifies a picture: the path, or the object."""
     return str(os.fspath(picture)) if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def images_or_those_of_chats(images: Any, prompts: Sequence[str | Chat]) -> Any:
-    """Return the images argument, or, where it is None, the pictures that the chats hold.
+    """Return the images argument, or, if it is None, the pictures in the chats.
 
     Raises:
-      ValueError: There are both.
+      ValueError: Both are given.
     """
     of_chats = [
         [part["image"] for part in image_parts(prompt) if "image" in part] for prompt in prompts
@@ -44,7 +44,7 @@ def images_or_those_of_chats(images: Any, prompts: Sequence[str | Chat]) -> Any:
     if not any(of_chats):
         return images
     if images is not None:
-        raise ValueError("the chats hold pictures in their parts: give those or images, not both")
+        raise ValueError("the chats contain pictures: give those or images, not both")
     return of_chats
 
 
@@ -55,7 +55,7 @@ def as_rows(images: Any) -> list[list[Any]]:
       images: For each row a picture, or a list of pictures.
 
     Raises:
-      ValueError: It is a single picture, or no list.
+      ValueError: It is a single picture, or not a list.
     """
     single = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
     if single or (hasattr(images, "ndim") and images.ndim < 4) or not isinstance(images, Iterable):

@@ -1,4 +1,4 @@
-"""Rows of a batch before padding, and the arrays that they become."""
+"""Rows of a batch before padding, and their conversion to arrays."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Picture:
     """One picture of a row.
 
     Attributes:
-      image: The picture in RGB, or None where features replace it.
-      layout: How the model reads it.
+      image: The picture in RGB, or None if features replace it.
+      layout: Its layout in the model.
     """
 
     image: PIL.Image.Image | None
@@ -40,12 +40,13 @@ class Token(NamedTuple):
       id: Its id.
       kind: Its kind, a code of `tokens.CODE`.
       tile: The tile of an image token, counted through the pictures of the row; -1 for text.
-      patch: Which token of that tile it is, in the order of the tower; -1 for text and newlines.
+      patch: The number of the token in that tile, in the order of the tower; -1 for text and
+        newlines.
       row: The row of an image token on the grid of its tile, -1 elsewhere.
       column: The column on that grid, -1 elsewhere.
-      sources: The tokens of all tiles of the row that an interpolated image token is a weighted sum
-        of; empty for other tokens.
-      weights: The weights of these.
+      sources: The tokens, among those of all tiles of the row, of which an interpolated image token
+        is a weighted sum; empty for other tokens.
+      weights: The weights of `sources`.
     """
 
     id: int
@@ -72,7 +73,7 @@ class Row:
       positions: The position of each token.
       segments: The packed question that each token belongs to, from 1 on, or 0.
       ends: The last token of the prompt, or of each packed question.
-      qformer_rows: For each image, the text that a Q-Former reads beside it.
+      qformer_rows: For each image, the text that a Q-Former reads with it.
     """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
@@ -109,8 +110,8 @@ class Row:
 
 
 def same_at_start(sequences: Iterable[Iterable[Any]]) -> int:
-    """Return how many entries at the start are the same in all sequences."""
-    at_each = zip(*sequences, strict=False)  # as far as the shortest
+    """Return the number of entries that all sequences share at their start."""
+    at_each = zip(*sequences, strict=False)  # up to the shortest
     return sum(1 for _ in itertools.takewhile(lambda found: len(set(found)) == 1, at_each))
 
 
@@ -125,7 +126,7 @@ def image_tokens(
     """Return the image tokens of one picture.
 
     Args:
-      layout: How the model reads the picture.
+      layout: The layout of the picture.
       image_token: The id of an image token.
       first_tile: The number of its first tile in the row.
       tile_tokens: The number of tokens of a tile.
@@ -139,7 +140,7 @@ def image_tokens(
         tile, at = divmod(patch, tile_tokens)
         if layout.places is not None:
             place = layout.places[number].tolist()
-        else:  # tokens that are no patch, such as CLS, come first in a tile
+        else:  # tokens that are not patches, such as CLS, come first in a tile
             on_grid = at - (tile_tokens - grid**2)
             place = divmod(on_grid, grid) if on_grid >= 0 and grid else (-1, -1)
         made.append(Token(image_token, tokens.CODE["image"], first_tile + tile, at, *place))
@@ -155,7 +156,7 @@ def image_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class ImageSlots:
-    """Where the image tokens of a batch stand among those of all its pictures.
+    """The positions of the image tokens of a batch among those of all its pictures.
 
     Rows with the same pictures share a slot.
 
@@ -176,7 +177,7 @@ def assign_image_slots(pictures: list[list[Picture]], rows: list[Row]) -> tuple[
     """Return the image slot of each row, and the number of slots.
 
     Rows with the same pictures, and the same text for a Q-Former, share a slot; the number of slots
-    is then a power of two, for few shapes. Where that would save none, each row has its own.
+    is then a power of two, for few shapes. If that would not save a slot, each row has its own.
     """
 
     def key(row_pictures: list[Picture], row: Row) -> tuple:
@@ -203,9 +204,9 @@ def token_arrays(
     """Return the fields of a batch that have one value for each token.
 
     Args:
-      rows: The rows; a row without tokens is padding alone.
-      length: T, the tokens of a padded row.
-      slots: Where the image tokens of each row stand.
+      rows: The rows; a row without tokens is only padding.
+      length: The number of tokens T of a padded row.
+      slots: The positions of the image tokens of each row.
       padding_id: The id of padding.
       left: Whether to pad on the left.
 
@@ -249,7 +250,7 @@ def token_arrays(
 def _interpolation(
     rows: list[Row], image_token_index: np.ndarray, slots: ImageSlots, left: bool
 ) -> Interpolation | None:
-    """Return how image tokens are interpolated; None where none is."""
+    """Return the interpolation of image tokens; None if no token is interpolated."""
     if not any(token.sources for row in rows for token in row.tokens):
         return None
     index = np.repeat(image_token_index[..., None], 4, -1)  # the others are their own sum
@@ -266,17 +267,17 @@ def _interpolation(
 
 
 def token_columns(row: Row, length: int, left: bool) -> np.ndarray:
-    """Return where the tokens of a row stand in a padded row of this length."""
+    """Return the positions of the tokens of a row in a padded row of this length."""
     return np.arange(len(row)) + (length - len(row) if left else 0)
 
 
 def place_features(features: np.ndarray, pictures: list[list[Picture]], places: int) -> np.ndarray:
-    """Return the features of one picture a row at each place where the row reads it.
+    """Return the features of one picture per row, repeated for each time that the row reads it.
 
     Args:
-      features: [B, ...], of one picture a row.
+      features: [B, ...], of one picture per row.
       pictures: The pictures of each row, all the same one.
-      places: The number of places for pictures that a row has.
+      places: The padded number of pictures of a row.
 
     Returns:
       [B, places, ...], zero where a row reads no picture.
@@ -288,13 +289,13 @@ def place_features(features: np.ndarray, pictures: list[list[Picture]], places: 
 
 
 def answer_positions(kind: np.ndarray) -> np.ndarray | None:
-    """Return where the answer tokens are.
+    """Return the positions of the answer tokens.
 
     Args:
       kind: int8[B, T], the kind of each token.
 
     Returns:
-      int32[B, A], padded with -1 to a multiple of 8, or None where there is no answer.
+      int32[B, A], padded with -1 to a multiple of 8, or None if there is no answer.
     """
     answer = kind == tokens.CODE["answer"]
     most = answer.sum(-1).max()

@@ -48,7 +48,7 @@ class Budget:
       steps: The number of steps.
       output: The number of characters of output.
       weight: The largest weight of a value.
-      end: The time by which it has to end.
+      end: The time by which it must end.
     """
 
     steps: int
@@ -68,20 +68,20 @@ class Budget:
         """Count a value as output."""
         self.output -= self.checked(value)
         if self.output < 0:
-            raise LimitError("its text grows too long")
+            raise LimitError("its text becomes too long")
 
     def checked(self, value: Any) -> int:
-        """Return the weight of a value, once it is below the limit."""
+        """Return the weight of a value; raise LimitError if it is above the limit."""
         weight = weigh(value, self.weight)
         if weight > self.weight:
-            raise LimitError("a value grows too large")
+            raise LimitError("a value becomes too large")
         return weight
 
     def product(self, operands: list[Any]) -> None:
         """Raise LimitError if the product of the two heaviest operands is beyond the limit."""
         sizes = (abs(o) if type(o) is int else self.checked(o) for o in operands)
         if math.prod(sorted(sizes)[-2:]) > max(PRODUCT, self.weight):
-            raise LimitError("an operation would make too large a value")
+            raise LimitError("the result of an operation would be too large")
 
 
 _BUDGET: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
@@ -133,7 +133,7 @@ def _operate(call: Callable, operands: list[Any], *, form: Any = None) -> Any:
     """Return the result of a call, with its operands and its result within the limits.
 
     Args:
-      call: Makes the result.
+      call: A function that computes the result.
       operands: The operands.
       form: The format string, if the call formats.
     """
@@ -222,7 +222,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         whole = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and whole and left.bit_length() * abs(right) > BITS:
-            raise LimitError("an integer grows too large")
+            raise LimitError("an integer becomes too large")
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         operands = [left, right] if operator == "*" and not numbers else [1]
         return _operate(compute, operands, form=left if operator == "%" else None)
@@ -239,7 +239,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """The blocks `{% generation %}` around the assistant's words, rendered as if not there."""
+    """The blocks `{% generation %}` around the assistant's words, which are ignored."""
 
     tags = {"generation"}
 
@@ -263,7 +263,7 @@ class _Namespace(jinja2.utils.Namespace):
             raise jinja2.exceptions.SecurityError(f"a namespace takes no attribute {name!r}")
         super().__setitem__(name, value)
 
-    def __repr__(self):  # nothing of what it holds, which may be large
+    def __repr__(self):  # without the content, which may be large
         return "<namespace>"
 
 
@@ -314,7 +314,7 @@ def render(source: str, messages: list[dict[str, Any]], **variables: Any) -> str
       **variables: Further variables of the template, such as the special tokens by name.
 
     Raises:
-      ValueError: The template is wrong, raises an exception, or goes beyond the limits.
+      ValueError: The template is invalid, raises an exception, or exceeds the limits.
     """
     if len(source) > SOURCE:
         raise ValueError(f"it has {len(source):,} characters, more than {SOURCE:,}")
@@ -329,7 +329,7 @@ def render(source: str, messages: list[dict[str, Any]], **variables: Any) -> str
         raise
     except RecursionError:
         raise LimitError("it calls itself without end") from None
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template can raise anything
         raise ValueError(str(error).split("\n")[0][:200] or type(error).__name__) from error
     finally:
         _BUDGET.reset(token)

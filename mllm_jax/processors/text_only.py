@@ -1,4 +1,4 @@
-"""The processor of models that read text alone."""
+"""The processor of models that read only text."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class TextProcessor(Processor):
         rows: int,
     ) -> list[list[Picture]]:
         if features is not None or sizes is not None or not _is_empty(images):
-            raise ValueError("this model reads text alone: give images=None")
+            raise ValueError("this model reads only text: give images=None")
         return [[] for _ in range(rows)]
 
 
 def _is_empty(images: Any) -> bool:
-    """Return whether an argument for pictures holds none: None, or a list of empty lists."""
+    """Return whether an images argument has no picture: None, or a list of empty lists."""
     if images is None:
         return True
     return isinstance(images, (list, tuple)) and all(map(_is_empty, images))

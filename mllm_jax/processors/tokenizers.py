@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: read without trust, and texts as ids and kinds of tokens."""
+"""Read untrusted tokenizers of checkpoints, and encode texts as ids and kinds of tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 
 def tokenizer_origin(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return where a tokenizer comes from, for errors."""
+    """Return the origin of a tokenizer, for errors."""
     return files.line(getattr(tokenizer, "name_or_path", None) or "this model", 120)
 
 
@@ -48,7 +48,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str, **options: Any) -> Bat
 
 
 def _guarded(call: Callable[[], Any], describe: Callable[[], str]) -> Any:
-    """Call into the tokenizers package, whose errors are of any kind, panics of Rust included."""
+    """Call into the tokenizers package, which may raise any error, including panics of Rust."""
     try:
         return call()
     except BaseException as error:
@@ -71,13 +71,13 @@ def tokenize(
     Args:
       tokenizer: A fast tokenizer of transformers.
       text: The text.
-      questions: The characters of the text that are the question.
+      questions: The spans of the question in the text.
       special: Whether the tokenizer adds its special tokens.
       vocab: The size of the model's vocabulary.
       image: The id of the image token.
 
     Raises:
-      ValueError: The tokenizer is broken, or not the model's.
+      ValueError: The tokenizer is damaged, or not that of the model.
     """
     encoding = encode(tokenizer, text, add_special_tokens=special, return_offsets_mapping=True)
     in_question = [
@@ -89,7 +89,7 @@ def tokenize(
     words = "".join(text[part] for part in questions).replace(IMAGE, "").strip()
     if words and not any(q and token != image for q, token in zip(in_question, ids, strict=True)):
         raise ValueError(
-            f"the tokenizer of {tokenizer_origin(tokenizer)} makes no token of "
+            f"the tokenizer of {tokenizer_origin(tokenizer)} returns no token for "
             f"{shown(words)}: its files are incomplete"
         )
     return ids, [tokens.CODE["question" if q else "system"] for q in in_question]
@@ -104,7 +104,7 @@ def check_vocab(
         raise ValueError(
             f"the tokenizer of {tokenizer_origin(tokenizer)} gives "
             f"{shown(tokenizer.decode(beyond[:1]))} the id {beyond[0]}, the model has {vocab} "
-            "words: the tokenizer is another model's"
+            "words: use the tokenizer of this model"
         )
 
 
@@ -121,20 +121,20 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
         plain = encode(tokenizer, answer, add_special_tokens=False, split_special_tokens=True)
         if plain["input_ids"] != ids:
             raise ValueError(
-                f"the answer {shown(answer)} holds {named[-1]}, which is a token of the model and "
-                "no text; leave it out (the end of a turn is added by itself)"
+                f"the answer {shown(answer)} contains the special token {named[-1]}: remove it "
+                "(the end of a turn is added automatically)"
             )
     return ids
 
 
 def read_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer saved in a directory; one of sentencepiece alone is a Llama's.
+    """Return the tokenizer saved in a directory; sentencepiece files are read as Llama's.
 
     Raises:
-      FileNotFoundError: There is none.
+      FileNotFoundError: There is no tokenizer.
       ValueError: It cannot be read.
     """
-    # A second to import: only when needed.
+    # Import only when needed: it takes a second.
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     for name, kind in (
@@ -154,19 +154,19 @@ def _load(path: pathlib.Path, kind: Any) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a file, of this class of transformers."""
     if not 0 < files.regular(path).stat().st_size <= _TOKENIZER_BYTES:
         raise ValueError(
-            f"{files.line(path, 200)}: {path.stat().st_size:,} bytes are no tokenizer; "
+            f"{files.line(path, 200)}: {path.stat().st_size:,} bytes are too many for a tokenizer; "
             "fetch it again"
         )
     tokenizer = _guarded(
         functools.partial(kind.from_pretrained, path.parent, trust_remote_code=False),
-        lambda: f"{files.line(path, 200)}: not readable as a tokenizer with the files by it",
+        lambda: f"{files.line(path, 200)}: not readable as a tokenizer with the files beside it",
     )
     tokenizer.chat_template = _read_chat_template(path.parent) or tokenizer.chat_template
     return tokenizer
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerFast | None) -> list[Any] | None:
-    """Return all that a fast tokenizer depends on, for fingerprints.
+    """Return the content of a fast tokenizer, for fingerprints.
 
     The padding and truncation of its last call are left out.
     """
@@ -178,15 +178,17 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerFast | None) -> list[Any] | 
 
 
 def _read_chat_template(directory: pathlib.Path) -> Any:
-    """Return the chat template of a processor, which counts before that of its tokenizer.
+    """Return the chat template of a processor, which takes precedence over that of its tokenizer.
 
-    The first of: that of the processor's settings; one wrapped in JSON, as older checkpoints have
-    it; one in a file of its own. The tokenizer under it may be that of a model of text alone.
+    It is the first of: that in the processor's settings; one wrapped in JSON, as in older
+    checkpoints; one in its own file. The tokenizer may be that of a text-only model.
     """
     for path in (directory / name for name in _WITH_TEMPLATES):
         source = files.read_json(path).get("chat_template") if path.exists() else None
         if source is not None and not isinstance(source, (str, dict)):
-            raise ValueError(files.refusal(path, [f"chat_template is no string: {shown(source)}"]))
+            raise ValueError(
+                files.refusal(path, [f"chat_template is not a string: {shown(source)}"])
+            )
         if source:
             return source
     plain = directory / "chat_template.jinja"
@@ -199,7 +201,7 @@ def _read_chat_template(directory: pathlib.Path) -> Any:
 
 
 def read_stop_ids(directory: pathlib.Path) -> list[int]:
-    """Return the ids at which transformers stops, of generation_config.json or else config.json."""
+    """Return the ids at which transformers stops, from generation_config.json or config.json."""
     path = directory / "generation_config.json"
     if not path.exists():
         path = directory / "config.json"

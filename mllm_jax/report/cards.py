@@ -1,4 +1,4 @@
-"""Parts of a page on single units: pictures with marked patches, words, and histograms."""
+"""Parts of a page about single units: pictures with marked patches, words, and histograms."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Bars of how often values lie in bins, a row of bars for each series, on a logarithmic scale.
+    """A histogram of values, with a row of bars for each series, on a logarithmic scale.
 
     Attributes:
       title: The heading.
       edges: The inner edges of the bins.
-      series: {name: counts}, the counts of one bin more than there are edges; at most two.
+      series: {name: counts}, the counts of len(edges) + 1 bins; at most two series.
     """
 
     title: str
@@ -104,7 +104,7 @@ class Histogram:
     series: Mapping[str, Sequence[int]]
 
     def html(self) -> str:
-        """Return the histogram as a drawing whose bars tell their share when pointed at."""
+        """Return the histogram as a drawing whose bars show their share on hover."""
         bins, width, height = len(self.edges) + 1, 20, 80
         slot = width / len(self.series)
         bars: list[str] = []
@@ -170,7 +170,7 @@ class WordMap:
     maps: Mapping[str, Sequence[Sequence[float]]]
 
     def html(self) -> str:
-        """Return the map as HTML, whose cells the page's script makes."""
+        """Return the map as HTML; the script of the page creates its cells."""
         rows, columns = self.grid
         data = markup.data(
             {"layers": list(self.layers), "rows": rows, "columns": columns,
@@ -193,6 +193,6 @@ class WordMap:
 
 
 def visible(word: str) -> str:
-    """Return a token with signs in place of white space, which would not be seen."""
+    """Return a token with visible signs in place of white space."""
     word = word.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
     return word if word.strip() else "\N{OPEN BOX}"

@@ -31,7 +31,7 @@ class Panel:
 
     Attributes:
       title: The title of the panel.
-      traces: What is drawn, in Plotly's words.
+      traces: The traces, in Plotly's format.
       x: The label of the horizontal axis.
       y: The label of the vertical axis.
       layout: Further settings of Plotly's layout.
@@ -68,7 +68,7 @@ def script() -> bytes:
 
 
 def label(text: str) -> str:
-    """Return a text in which Plotly finds neither tags nor formulas."""
+    """Return a text escaped so that Plotly finds neither tags nor formulas."""
     return markup.text(text).replace("$", "&#36;")
 
 
@@ -80,8 +80,8 @@ def curves(
 
     Args:
       title: The title of the panel.
-      curves: {name: {"mean": float[L]}}, or also "low" and "high", and the places "at" which
-        they were measured; 0, 1, ... by default.
+      curves: {name: {"mean": float[L]}}, optionally with "low", "high" and the positions "at" of
+        the points; 0, 1, ... by default.
       hue: The colour of each name.
       x: The label of the horizontal axis.
       y: The label of the vertical axis.
@@ -202,8 +202,8 @@ def matrix(
       columns: The names of the columns.
       bounds: The values at the ends of the colour scale.
       colours: A name of SCALES.
-      texts: [rows][columns], what is written in each cell.
-      hovers: [rows][columns], what appears over each cell.
+      texts: [rows][columns], the text in each cell.
+      hovers: [rows][columns], the text that appears on hover.
       opens: [rows][columns], the id of the element that a click on the cell opens.
       x: The label of the horizontal axis.
       y: The label of the vertical axis.

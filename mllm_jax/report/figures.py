@@ -72,7 +72,8 @@ def token_map(
     """
     entropy = np.asarray(entropy, np.float64)
     side = 0.46 * entropy.shape[2]  # inches; a word needs about 0.46 of them
-    side = max(3.0, side) if side < 12 else 4.5  # a larger grid has no room for words
+    # The cells of a larger grid are too small for words.
+    side = max(3.0, side) if side < 12 else 4.5
     panels = 1 + len(words)
     widest = panels if side * panels <= 13 else min(3 if side < 4.4 else 2, panels)
     columns = next((n for n in range(widest, 1, -1) if panels % n == 0), widest)  # fill all rows

@@ -24,16 +24,16 @@ Map = Float[np.ndarray, "rows columns"]
 def overlay(
     picture: PIL.Image.Image, values: Map, bounds: tuple[float, float] | None = None
 ) -> PIL.Image.Image:
-    """Return a picture in its own shape, with a square of the value's colour in each cell.
+    """Return a picture in its own shape, with a square in the colour of its value in each cell.
 
-    The squares are opaque, so that they have the colours of a colour bar. Cells of NaN, which the
-    model does not read, are dark.
+    The squares are opaque, so that they match a colour bar. Cells with NaN, which the model does
+    not read, are dark.
 
     Args:
       picture: The picture.
       values: A value for each cell of a grid over the picture.
-      bounds: The values of the first and the last colour; by default 0, or the least value if it is
-        negative, and the largest.
+      bounds: The values of the first and the last colour; by default 0, or the smallest value if
+        it is negative, and the largest.
     """
     low, high = bounds or bounds_of({0: values})
     rows, columns = values.shape
@@ -96,7 +96,7 @@ def figure(
       batch: See `overlays`.
       maps: See `overlays`.
       row: See `overlays`.
-      label: What the colours mean.
+      label: The label of the colour bar.
     """
     shown = overlays(batch, maps, row)
     columns = min(4, len(shown))
@@ -117,7 +117,7 @@ def figure(
 
 
 def _filled(values: Map, side: int) -> Map:
-    """Return a map with the last rows and columns of its square that the model does not read."""
+    """Pad a map with the last rows and columns of its square, which the model does not read."""
     rows, columns = values.shape
     missing = (0, max(0, side - rows)), (0, max(0, side - columns))
     return np.pad(np.asarray(values, np.float64), missing, constant_values=np.nan)

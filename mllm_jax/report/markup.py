@@ -1,4 +1,4 @@
-"""Text, attributes and data in HTML: whatever a name or an answer holds stays text."""
+"""Escape text, attributes and data in HTML, so that names and answers stay text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One self-contained HTML page: sections of a sentence, figures, a table and links to the numbers.
 
-No network, light or dark as the reader's system has it. Figures, tables and scripts are linked
-relative to the page, so that the folder can be moved or served as it is. Without scripts, and on
-paper, the images take the place of the charts.
+It needs no network, and is light or dark as the reader's system. Figures, tables and scripts are
+linked relative to the page, so that the folder can be moved or served. Without scripts, and in
+print, the images replace the charts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Figure:
       alt: The text for readers who cannot see the image.
       caption: The text below the image.
       width: The width on the page in CSS pixels; by default the width of the image.
-      chart: The same to hover over and to zoom; takes the place of the image on a screen.
+      chart: The same figure to hover over and to zoom; replaces the image on a screen.
       downloads: (name, path) of the figure in other formats.
     """
 
@@ -76,7 +76,7 @@ class Table:
     sortable: bool = False
 
     def numeric(self) -> list[bool]:
-        """Return whether each column holds numbers alone."""
+        """Return whether each column holds only numbers."""
         return [all(map(_is_number, cells)) for cells in zip(*self.rows, strict=True)] or [
             False
         ] * len(self.columns)
@@ -95,7 +95,7 @@ class Section:
       note: How the numbers were measured.
       widgets: Further parts, below the table.
       name: The id of the section, to which links lead; its number by default.
-      alone: Whether a link to the section shows it without the other ones of this kind.
+      alone: Whether a link to the section hides the other sections of this kind.
     """
 
     title: str

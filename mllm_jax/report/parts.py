@@ -40,7 +40,7 @@ def write_figure(
       figure: The figure.
       alt: The text for readers who cannot see it.
       caption: The text below it.
-      chart: The same to hover over and to zoom.
+      chart: The same figure to hover over and to zoom.
     """
     png, svg = f"figures/{name}.png", f"figures/{name}.svg"
     for path in (png, svg):

@@ -1,4 +1,4 @@
-"""The report of a study: how its page, figures and tables are built from its results."""
+"""The report of a study: its page, figures and tables, built from its results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mllm_jax import store
 from mllm_jax.report import page, tables
 
 FORMAT = 2  # the version of results.json, increased when its keys change
-RELOAD = 60  # seconds after which the page of a study that still runs is loaded again
-RUNNING = " The study still runs: this page shows what is known by now, and loads itself again."
+RELOAD = 60  # seconds after which the page of a running study is reloaded
+RUNNING = " The study is still running: this page shows its results so far, and reloads itself."
 Results = Mapping[str, Any]  # the content of results.json
 
 
@@ -26,11 +26,11 @@ class Report:
       study: The name of the study.
       keys: The keys that its results must have.
       title: The title of the page.
-      lead: Returns the question of the study in a sentence or two.
-      facts: Returns (number, label) of the row below the title.
-      overview: Writes the summary figure, and returns it or None.
-      sections: Write the figures and tables of a section, and return it, or None where a part of
-        the results is empty.
+      lead: A function that returns the question of the study in a sentence or two.
+      facts: A function that returns (number, label) of the row below the title.
+      overview: A function that writes the summary figure, and returns it or None.
+      sections: Functions that write the figures and tables of a section, and return it, or None if
+        that part of the results is empty.
     """
 
     study: str
@@ -57,11 +57,11 @@ class Report:
         self._write(workdir, results)
 
     def preview(self, workdir: str | os.PathLike, results: Results) -> None:
-        """Write the report of a study that still runs; its page loads itself again.
+        """Write the report of a running study; its page reloads itself.
 
         Args:
           workdir: See `write`.
-          results: What results.json will contain, as far as it is known.
+          results: The content of results.json so far.
         """
         self._write(workdir, {**{key: {} for key in self.keys}, **results}, reload=RELOAD)
 
@@ -98,6 +98,6 @@ def require_keys(results: Results, keys: Sequence[str], study: str) -> None:
         raise ValueError(f"results.json of {study} lacks {', '.join(missing)}; run the study again")
     if results.get("format") != FORMAT:
         raise ValueError(
-            f"results.json of {study} has format {results.get('format')}, and this version reads "
+            f"results.json of {study} has format {results.get('format')}, but this version reads "
             f"format {FORMAT}; run the study again"
         )

@@ -67,10 +67,10 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Lay a figure out once for all, at rounded positions.
+    """Lay out a figure once, at rounded positions.
 
-    The solver of constrained layout returns other last digits from call to call, of which ids in an
-    SVG are hashes.
+    The last digits of constrained layout vary from call to call, and ids in an SVG are hashes of
+    them.
     """
     engine = figure.get_layout_engine()
     if engine is None or isinstance(engine, PlaceHolderLayoutEngine):
@@ -85,7 +85,7 @@ P = ParamSpec("P")
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Let a function draw in the common style, on its own canvas and without global state."""
+    """Make a function draw in the common style, on its own canvas and without global state."""
 
     @functools.wraps(draw)
     def draw_styled(*args: P.args, **kwargs: P.kwargs) -> Figure:

@@ -57,7 +57,7 @@ def _escape_formula(cell: object) -> object:
 
 
 def latex(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Return a table for LaTeX's booktabs, in which every text is text.
+    """Return a table for LaTeX's booktabs, with all text escaped.
 
     Args:
       columns: The names of the columns.
@@ -74,7 +74,7 @@ def latex(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequen
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table whose columns are aligned in a terminal as well.
+    """Return a Markdown table whose columns are also aligned in a terminal.
 
     Args:
       head: The names of the columns.

@@ -1,6 +1,6 @@
 """Look up elements along a sharded axis without gathering the axis.
 
-Each device searches its own part, and only the results are exchanged. Where the axis is not sharded
+Each device searches its own part, and only the results are exchanged. If the axis is not sharded,
 these functions are the plain operations.
 """
 
@@ -23,7 +23,7 @@ def top_k(
     """Return the k largest elements along the vocabulary, and their indices.
 
     Args:
-      x: The array; its first axis is sharded as rows are.
+      x: The array; its first axis is sharded like rows.
       k: The number of elements.
       local_top_k: The function for one device, which takes the first of equal values.
     """
@@ -57,10 +57,10 @@ def take_image_tokens(
     """Return table[index], reading the tokens of a row's own tiles on the device of the row.
 
     Args:
-      table: n // tiles tokens of each tile, tile by tile, and then tokens for every row.
-      index: The place in the table of each token of a row.
-      tiles: I. Rows share images where the number of rows does not divide it.
-      shared: Whether they share images although it does.
+      table: n // tiles tokens of each tile, tile by tile, and then tokens that all rows share.
+      index: The index in the table of each token of a row.
+      tiles: The number of tiles I. Rows share images if their number does not divide I.
+      shared: Whether rows share images although their number divides I.
     """
     rows = mesh.axes_for("B", len(index))
     if rows is None:

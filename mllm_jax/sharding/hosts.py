@@ -29,10 +29,10 @@ from mllm_jax.sharding import liveness
 CONNECT_TIMEOUT = 40  # seconds until all processes have connected
 _HEARTBEAT_TIMEOUT = (
     24 * 3600
-)  # of JAX, which ends all when one is silent for so long: see `liveness`
+)  # of JAX, which ends all processes if one is silent for this long; see `liveness`
 _SHUTDOWN_TIMEOUT = 60  # seconds until all processes have reached the end
 _CAUSE_DELAY = 1.0  # seconds in which another process may report that it caused an error
-RESUME_HINT = "what was finished is saved; start again with the same flags to continue"
+RESUME_HINT = "finished work is saved; start again with the same flags to continue"
 _preempted = threading.Event()
 _exit_lock = threading.Lock()
 _interrupted = threading.Event()
@@ -57,9 +57,9 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     those about a lost process, go to a temporary file, which a normal end removes.
 
     Args:
-      coordinator: host:port of process 0; None where JAX detects it (TPU, Slurm, MPI).
-      processes: The number of processes; None where JAX detects it.
-      process: The number of this process; None where JAX detects it.
+      coordinator: host:port of process 0; None if JAX detects it (TPU, Slurm, MPI).
+      processes: The number of processes; None if JAX detects it.
+      process: The number of this process; None if JAX detects it.
 
     Raises:
       ValueError: The port is taken, or JAX cannot connect the processes.
@@ -112,7 +112,7 @@ def _check_port(host: str, port: int, coordinator: str) -> None:
 
 
 def _divert_stderr() -> None:
-    """Redirect what C++ code writes to stderr to a file; Python keeps writing to stderr."""
+    """Redirect messages of C++ code on stderr to a file; Python keeps writing to stderr."""
     handle, name = tempfile.mkstemp(prefix=f"mllm_jax-{os.getpid()}-", suffix=".log")
     _State.log = pathlib.Path(name)
     sys.stderr.flush()
@@ -123,7 +123,7 @@ def _divert_stderr() -> None:
 
 
 def _start_monitor() -> None:
-    """Start the monitor, by which all processes end when one of them fails."""
+    """Start the monitor, which ends all processes when one of them fails."""
     monitor = liveness.Monitor(_State.process, _exit_after_failure)
     listener, address = None, liveness.Address("", 0, "")
     if is_primary():
@@ -145,8 +145,8 @@ def _start_monitor() -> None:
 
 def _exit_unconnected(coordinator: str | None, processes: int | None) -> None:
     _exit_now(
-        f"error: not all {processes or ''} processes came to {coordinator or 'the first'} within "
-        f"{CONNECT_TIMEOUT} s: start one on every host, all with the same flags but for --process"
+        f"error: not all {processes or ''} processes connected to {coordinator or 'the first'} "
+        f"within {CONNECT_TIMEOUT} s: start one on every host, with the same flags except --process"
     )
 
 
@@ -193,7 +193,7 @@ def process_count() -> int:
 
 
 def is_primary() -> bool:
-    """Return whether this process is the one that writes files."""
+    """Return whether this is the process that writes files."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -258,13 +258,13 @@ def handle_sigterm() -> None:
 
 
 def interrupt() -> None:
-    """Handle Ctrl-C as SIGTERM: save and exit."""
+    """Handle Ctrl-C like SIGTERM: save and exit."""
     _interrupted.set()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def preemption_requested() -> bool:
-    """Return whether to save and call `exit_preempted`, because SIGTERM came.
+    """Return whether to save and call `exit_preempted`, because SIGTERM was received.
 
     All processes must call this equally often.
     """

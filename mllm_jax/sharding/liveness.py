@@ -1,8 +1,8 @@
 """Detect failed processes by a TCP connection from each process to process 0.
 
-The kernel closes the connections of a process that dies, however it dies, so that the others know
-at once. A process that is merely stopped keeps its connection, and the others wait for it. TCP
-keepalive detects a lost host. Messages are lines of JSON, `[kind, process, text]`.
+The kernel closes the connections of a process that dies, for whatever reason, so that the others
+notice at once. A process that is merely stopped keeps its connection, and the others wait for it.
+TCP keepalive detects a lost host. Messages are lines of JSON, `[kind, process, text]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OnFailure = Callable[[int, str | None], None]
 
 
 class Address(NamedTuple):
-    """The address of process 0, and the token that other processes prove themselves with."""
+    """The address of process 0, and the token that authenticates other processes."""
 
     host: str
     port: int
@@ -67,7 +67,7 @@ class Monitor:
         self._broadcast(["failed", self.process, text[: _MAX_MESSAGE_BYTES // 8]])
 
     def close(self) -> None:
-        """Announce a normal end; from now on the end of another process is no failure."""
+        """Announce a normal end; from now on the end of another process is not a failure."""
         self._closed = True
         self._broadcast(["done", self.process, ""])
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 _MAX_FETCH_BYTES = 2**26  # of an array that a process fetches from others at one time
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-# The mesh axes over which axes of activations are split; `rules` has those of parameters.
+# The mesh axes over which axes of activations are sharded; `rules` has those of parameters.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("BI", BATCH_AXES),
     "R": ("data",),
@@ -40,9 +40,9 @@ def mesh(
     """Create a mesh of `data` x `fsdp` x `model` devices, for `load`.
 
     Args:
-      data: The number of shards of a batch that have a copy of the model each; by default the
-        largest number for which there are devices.
-      model: The number of parts of each layer (tensor parallelism).
+      data: The number of shards of a batch with a copy of the model each (data parallelism); by
+        default the largest number for which there are devices.
+      model: The number of shards of each layer (tensor parallelism).
       fsdp: The number of further shards of a batch that share one copy of the model and gather
         each layer in turn (fully sharded data parallelism).
       devices: The devices; by default those of all processes.
@@ -58,12 +58,14 @@ def mesh(
         data = max(1, len(devices) // max(1, model * fsdp))
     call = f"mesh(data={data}, model={model}, fsdp={fsdp})"
     if min(data, model, fsdp) < 1:
-        raise ValueError(f"{call}: each is 1 or more")
+        raise ValueError(f"{call}: each must be 1 or more")
     size = data * model * fsdp
     if size > len(devices):
-        raise ValueError(f"{call} needs {size} devices, there are {len(devices)}; make it smaller")
+        raise ValueError(
+            f"{call} needs {size} devices, there are only {len(devices)}; make it smaller"
+        )
     if len({getattr(device, "slice_index", None) for device in devices[:size]}) > 1:
-        raise ValueError(f"{call}: its devices are of several slices; give it those of one")
+        raise ValueError(f"{call}: its devices are of several slices; use those of one slice")
     # An axis of the mesh may span parts of axes of the slice: 32 x 2 fits on 8 x 8.
     placed = mesh_utils.create_device_mesh(
         (data, fsdp, model), devices[:size], allow_split_physical_axes=True
@@ -156,8 +158,8 @@ def map_lanes(fn: Callable[..., Any], lanes: Any, *shared: Any) -> Any:
     """Compute fn(lanes, *shared) with the lanes split over the data axis and all else replicated.
 
     Args:
-      fn: The function; its results lead with R.
-      lanes: A pytree of arrays that lead with R; None where every shard computes the same.
+      fn: The function; its results have a leading axis R.
+      lanes: A pytree of arrays with a leading axis R; None if every shard computes the same.
       *shared: Pytrees of arrays.
     """
     leaves = jax.tree.leaves(lanes)
@@ -208,8 +210,8 @@ def shard_batch(batch: Any) -> Any:
     rows, parts = len(batch.ids), shard_count("B")
     if rows > 1 and rows % parts:
         raise ValueError(
-            f"a batch of {rows} rows does not divide over the {parts} parts that the mesh makes "
-            f"of it: give it a multiple of {parts} rows, or one"
+            f"a batch of {rows} rows does not divide over the {parts} shards of the mesh: give it "
+            f"a multiple of {parts} rows, or one"
         )
 
     def shard_rows(x):
@@ -220,7 +222,7 @@ def shard_batch(batch: Any) -> Any:
 
 
 def gather_to_host(tree: Any) -> Any:
-    """Copy arrays of which other processes hold parts to the host; leave others as they are."""
+    """Copy arrays that are partly on other processes to the host; leave others unchanged."""
     remote = [leaf for leaf in jax.tree.leaves(tree) if _is_remote(leaf)]
     if not remote:
         return tree
@@ -229,7 +231,7 @@ def gather_to_host(tree: Any) -> Any:
 
 def _replicated(tree: Any) -> NamedSharding:
     mesh = mesh_of(tree)
-    assert mesh is not None, "arrays of several processes lie on a mesh"
+    assert mesh is not None, "arrays of several processes are on a mesh"
     return NamedSharding(mesh, P())
 
 
@@ -245,7 +247,7 @@ def _reshard(tree: Any, place: NamedSharding) -> Any:
 
 
 def iterate_rows(x: Any) -> Iterator[np.ndarray]:
-    """Yield an array on the host in order, a few rows at a time where it is remote."""
+    """Yield an array on the host in order, a few rows at a time if it is remote."""
     if not _is_remote(x) or x.is_fully_replicated:
         yield np.asarray(x)
         return

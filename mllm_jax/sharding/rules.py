@@ -1,14 +1,14 @@
 """Shard parameters by rules in axis letters.
 
 A rule is a pattern of dotted paths and a PartitionSpec of axis letters (`typing.LETTERS`), where
-`None` is an axis that is never split. `PARAMETER_MESH_AXES` maps letters to axes of the mesh:
+`None` is an axis that is never sharded. `PARAMETER_MESH_AXES` maps letters to axes of the mesh:
 
 * heads, neurons and vocabulary over `model`, as Megatron-LM does (Shoeybi et al. 2019): one
   reduction after attention, one after the MLP;
 * the other axis of each matrix over `fsdp`: a device holds a share of every layer and gathers the
   layer in use (ZeRO 3, Rajbhandari et al. 2020).
 
-Parameters are replicated over `data`. Layers are stacked on the axis L, which is never split: a
+Parameters are replicated over `data`. Layers are stacked on the axis L, which is never sharded: a
 scan takes one after the other.
 """
 
@@ -84,7 +84,7 @@ DECODER = (
 def projector(depth: int) -> tuple[Rule, ...]:
     """Return the rules of a projector of `depth` linear maps.
 
-    The first of several maps is split by its neurons; a single or a later map is split by its
+    The first of several maps is sharded by its neurons; a single or a later map is sharded by its
     inputs and summed.
     """
     around = (
@@ -119,7 +119,7 @@ def match(paths: Iterable[str], table: Iterable[Rule]) -> dict[str, P]:
       table: The rules of the architecture.
 
     Raises:
-      ValueError: A parameter matches no rule, or several; the message names all of them.
+      ValueError: A parameter matches no rule, or several; the message lists all of them.
     """
     table = tuple(table)
     matches = {path: [rule for rule in table if re.fullmatch(rule[0], path)] for path in paths}
@@ -150,13 +150,13 @@ def specs(
 ) -> dict[str, P]:
     """Return the PartitionSpec on a mesh of each parameter by path.
 
-    An axis that the mesh does not divide is not split. Heads are never divided themselves.
+    An axis that the mesh does not divide is not sharded. A single head is never divided.
 
     Args:
       config: The config of the model, for its numbers of heads.
       table: The rules of its architecture.
       shapes: The shape of each parameter by dotted path, L axis included.
-      mesh: A mesh as `mesh.mesh` creates it, or an abstract one.
+      mesh: A mesh from `mesh.mesh`, or an abstract one.
 
     Raises:
       ValueError: A parameter matches no rule, or several.

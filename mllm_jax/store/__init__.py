@@ -1,10 +1,9 @@
-"""Write files atomically, and keep results that record what they were made for.
+"""Write files atomically, and keep results with a record of their dependencies.
 
 A store keeps arrays with fingerprints of everything that they depend on: model, edits, captures,
-data, settings, functions and the format of the file. It is read, or resumed where a killed run left
-it, only for the same dependencies; a store for something else, or a damaged one, is refused in one
-line. The steps of a study are such stores, so a killed study continues and ends with the same
-bytes.
+data, settings, functions and the format of the file. It is read, or resumed after a killed run,
+only for the same dependencies; a store with other dependencies, or a damaged one, is refused in one
+line. The steps of a study are such stores, so a killed study continues and produces the same bytes.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Write files atomically, remove what killed processes left, and find the user's cache."""
+"""Write files atomically, remove remains of killed processes, and find the user's cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def atomic(path: str | pathlib.Path):
     """
     path = pathlib.Path(path)
     if not (hosts.is_primary() or path.is_relative_to(cache_directory())):
-        with tempfile.TemporaryFile() as nowhere:  # zipfile needs a file that it can seek in
+        with tempfile.TemporaryFile() as nowhere:  # zipfile needs a seekable file
             yield nowhere
         return
     with naming_path(path):
@@ -61,7 +61,7 @@ def naming_path(path: pathlib.Path):
     except OSError as error:
         raise OSError(
             f"cannot write {path}: {error.strerror or error}; free some space and start again: "
-            "what was finished is kept",
+            "finished work is kept",
         ) from error
 
 
@@ -133,8 +133,8 @@ def damaged_error(path: str | pathlib.Path, why: object) -> ValueError:
     """Return the error about a damaged file."""
     reason = " ".join(str(why).split())[:80]
     return ValueError(
-        f"{path} is damaged ({reason}): remove it, or start over with restart=True (--restart of "
-        "a study)"
+        f"{path} is damaged ({reason}): remove it, or start over with restart=True (for a study, "
+        "--restart)"
     )
 
 
@@ -150,14 +150,14 @@ def parse_json_object(path: pathlib.Path, text: str) -> dict[str, Any]:
     """Parse the text of a file as a JSON object.
 
     Raises:
-      ValueError: It is none.
+      ValueError: It is not a JSON object.
     """
     try:
         value = json.loads(text)
     except ValueError as error:
         raise damaged_error(path, error) from error
     if not isinstance(value, dict):
-        raise damaged_error(path, "no JSON object")
+        raise damaged_error(path, "not a JSON object")
     return value
 
 
@@ -168,7 +168,7 @@ def remove(path: pathlib.Path) -> None:
     hosts.barrier(f"remove {path}")
 
 
-JOURNAL = ".written"  # in a workdir: lists the files that studies wrote, one per line
+JOURNAL = ".written"  # in a workdir: the list of files that studies wrote, one per line
 
 
 @functools.cache
@@ -184,7 +184,7 @@ def read_journal(journal: pathlib.Path) -> set[str]:
 
 
 def record_in_journal(path: pathlib.Path) -> None:
-    """Record in the journal that a study writes this file, or all of this folder."""
+    """Record in the journal that a study writes this file, or everything in this folder."""
     if journal := find_journal(path.parent):
         line = f"{path.relative_to(journal.parent)}{'/' if path.is_dir() else ''}"
         if line not in read_journal(journal):

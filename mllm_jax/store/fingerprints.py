@@ -36,7 +36,7 @@ def fingerprint(*values: Any) -> str:
     """Return a short hash of the content of values: arrays, pytrees, images, text, functions.
 
     Functions are hashed by bytecode, constants, defaults, closures and the globals that they read,
-    not by name. An object can define its own content: what its method `_fingerprint_()` returns is
+    not by name. An object can define its own content: the result of its method `_fingerprint_()` is
     hashed instead.
 
     Args:
@@ -198,7 +198,7 @@ class _Encoder:
         if isinstance(value, pathlib.PurePath):
             return self._all("path", str(value))
         state = _object_state(value)
-        if isinstance(state, dict):  # values of cached properties are no content
+        if isinstance(state, dict):  # values of cached properties are not content
             cached = {n for c in kind.__mro__ for n, m in vars(c).items()
                       if isinstance(m, functools.cached_property)}  # fmt: skip
             state = {name: item for name, item in state.items() if name not in cached}

@@ -1,7 +1,7 @@
-"""Keep arrays in one file with fingerprints of what they were made for.
+"""Keep arrays in one file with fingerprints of their dependencies.
 
-The file is read, or resumed where a killed run left it, for the same dependencies only; a file that
-was made for something else, or is damaged, is refused in one line.
+The file is read, or resumed after a killed run, only for the same dependencies; a file with other
+dependencies, or a damaged one, is refused in one line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mllm_jax.store.files import atomic_npz, damaged_error, parse_json_object, r
 from mllm_jax.store.fingerprints import fingerprint
 from mllm_jax.typing import Indexed
 
-FORMAT = 1  # of the files of a store; to be raised with every change of the format
+FORMAT = 1  # of the files of a store; increase it with every change of the format
 _RECORD = "record"  # the member of a store that holds its dependencies
 
 
@@ -42,10 +42,10 @@ class ResumableStore:
         """Return the items that are not done yet.
 
         Args:
-          items: All items. Those that are done are read again, to compare their content.
+          items: All items. Finished ones are read again, to compare their content.
 
         Raises:
-          ValueError: The first items differ from those that are done, or there are fewer.
+          ValueError: The first items differ from the finished ones, or there are fewer items.
         """
         count, data = self._kept
         if isinstance(items, Sized) and len(items) < count:
@@ -68,8 +68,8 @@ class ResumableStore:
 
     def _fewer(self, count: int, asked: int) -> ValueError:
         return ValueError(
-            f"{self.path} is made of {count}, and only {asked} are asked for: ask for as many or "
-            "more, give another path, or start over with restart=True (--restart of a study)"
+            f"{self.path} contains {count}, but only {asked} are requested: request at least as "
+            "many, give another path, or start over with restart=True (for a study, --restart)"
         )
 
     def _record(self) -> dict[str, Any]:
@@ -108,10 +108,10 @@ class Store(ResumableStore):
             remove(self.path)
 
     def read(self) -> dict[str, np.ndarray] | None:
-        """Return the arrays; None where there are none yet.
+        """Return the arrays; None if there are none yet.
 
         Raises:
-          ValueError: They were made for something else, or the file is damaged.
+          ValueError: They have other dependencies, or the file is damaged.
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return None
@@ -119,7 +119,7 @@ class Store(ResumableStore):
         record = parse_json_object(self.path, str(arrays.pop(_RECORD, "{}")))
         self._check(record)
         if sorted(arrays) != record.get("arrays"):
-            raise damaged_error(self.path, "it does not hold the arrays that it names")
+            raise damaged_error(self.path, "it does not hold the arrays that it lists")
         for name, dtype in record["dtypes"].items():
             arrays[name] = arrays[name].view(dtype)
         return arrays
@@ -138,7 +138,7 @@ class Store(ResumableStore):
 
 
 def part_fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fingerprint of each part; of a mapping with names, those of its entries."""
+    """Return the fingerprint of each part; for a mapping, those of its entries."""
     return {
         name: {key: fingerprint(item) for key, item in part.items()}
         if isinstance(part, dict) and part and all(isinstance(key, str) for key in part)
@@ -162,12 +162,12 @@ def require_same_parts(
 
 
 def mismatch_error(path: pathlib.Path | None, differ: Sequence[str]) -> ValueError:
-    """Return the error about a file that was made for something else."""
+    """Return the error about a file with other dependencies."""
     names = ", ".join(differ)
     names = names if len(names) < 160 else f"{names[:160]}..."
     return ValueError(
         f"{path} was made for something else: it differs in {names}; give another path, or start "
-        "over with restart=True (--restart of a study)"
+        "over with restart=True (for a study, --restart)"
     )
 
 

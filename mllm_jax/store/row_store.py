@@ -1,4 +1,4 @@
-"""Keep arrays on disk that grow by rows, with fingerprints of what they were made for."""
+"""Keep arrays on disk that grow by rows, with fingerprints of their dependencies."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MAX_READ_BYTES = 2**24  # bytes that are hashed at a time
 
 
 class RowStore(ResumableStore):
-    """Arrays that grow by rows: one .npy file for each, and a record of the rows that are done.
+    """Arrays that grow by rows: one .npy file for each, and a record of the finished rows.
 
-    Rows are on disk before the record counts them, so a killed run leaves no partial row. The
+    Rows are written before the record counts them, so a killed run leaves no partial row. The
     record holds a checksum of the rows. Process 0 writes, and all processes read.
 
     Args:
       record: The path of the record, a .json file.
-      file: Returns the path of the array of a name.
+      file: A function that returns the path of an array from its name.
       count: The number of rows when all are done.
       restart: Whether to remove an existing record.
       **parts: The dependencies, as in `Store`.
@@ -112,7 +112,7 @@ class RowStore(ResumableStore):
         return _npy_header(dtype, (self.count, *shape))
 
     def _shape(self, name: str) -> None:
-        """Allocate the file for all rows; existing rows stay."""
+        """Allocate the file for all rows; existing rows are kept."""
         if not hosts.is_primary():
             return
         path, (dtype, shape) = self._file(name), self._kinds[name]
@@ -145,7 +145,7 @@ def _starts_with(path: pathlib.Path, header: bytes) -> bool:
 def _verified_checksum(
     path: pathlib.Path, dtype: str, shape: tuple[int, ...], rows: int, digest: str
 ):
-    """Return the running checksum of the rows of a file that are done.
+    """Return the running checksum of the finished rows of a file.
 
     Raises:
       ValueError: They are not what was written.

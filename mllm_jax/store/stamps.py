@@ -20,11 +20,11 @@ def check(
     Args:
       folder: The folder.
       expected: The digest of each file, by name.
-      digest: Computes the digest of a file; called only for files that have changed since the
-        last check.
+      digest: A function that computes the digest of a file; called only for files that have changed
+        since the last check.
 
     Returns:
-      The name of the first file that differs; None if all are as expected.
+      The name of the first file that differs; None if none does.
     """
     before = _read(folder)
     now = {}

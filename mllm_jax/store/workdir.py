@@ -31,7 +31,7 @@ class Workdir:
     Args:
       path: The folder; created if it is missing.
       config: The config of the study, as plain JSON values.
-      restart: Whether to remove the files that a study wrote here before; other files stay.
+      restart: Whether to remove the files that a study wrote here before; other files are kept.
 
     Raises:
       ValueError: The folder belongs to another config.
@@ -39,7 +39,7 @@ class Workdir:
 
     def __init__(self, path: str | pathlib.Path, config: dict[str, Any], *, restart: bool = False):
         if not str(path).strip():
-            raise ValueError("the workdir has no name: give --workdir=FOLDER")
+            raise ValueError("the workdir is empty: give --workdir=FOLDER")
         self.path = pathlib.Path(path)
         self.config = json.loads(json.dumps(config))
         self.parts: dict[str, Any] = {}
@@ -73,12 +73,12 @@ class Workdir:
             atomic_json(config, self.config)
 
     def _clear(self) -> None:
-        """Remove the files that the journal names, and folders that are empty then."""
+        """Remove the files that the journal lists, and folders that are then empty."""
         journal = self / JOURNAL
         if not journal.exists():
             if (self / "config.json").exists():
                 raise ValueError(
-                    f"{self.path} does not say what a study wrote in it: remove it, or choose "
+                    f"{self.path} has no list of the files of a study: remove it, or choose "
                     "another --workdir"
                 )
             return
@@ -104,7 +104,7 @@ class Workdir:
           **parts: The dependencies of the study, as in `Store`.
 
         Raises:
-          ValueError: The folder was made for other parts.
+          ValueError: The folder belongs to other parts.
         """
         self.parts = part_fingerprints(parts)
         path = self / "made_for.json"
@@ -139,13 +139,13 @@ class Workdir:
             record = parse_json_object(path, path.read_text("utf-8", "replace"))
             require_same_parts(path, record, self.parts)
             if fingerprint(record.get("value")) != record.get("checksum"):
-                raise damaged_error(path, "its values are not those that were written")
+                raise damaged_error(path, "its values have changed")
             return record
 
         return self._step(name, read, write)["value"]
 
     def _step(self, name: str, read: Callable, write: Callable) -> Any:
-        """Read a step; compute and write it first where it does not exist."""
+        """Read a step; compute and write it first if it does not exist."""
         found = read()
         if found is None:
             write()
@@ -161,7 +161,7 @@ def save_figure(workdir: Workdir, name: str, picture) -> str:
 
     Args:
       workdir: The workdir of the study.
-      name: The name of the file; `.jpg` takes a fraction of the space of `.png`, and some detail.
+      name: The name of the file; `.jpg` takes a fraction of the space of `.png`, but loses detail.
       picture: The image.
     """
     encoded = io.BytesIO()

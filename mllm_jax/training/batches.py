@@ -1,4 +1,4 @@
-"""Training batches: one question a row with precomputed vision features, or collected vectors."""
+"""Training batches: one question per row with precomputed vision features, or collected vectors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnswerBatches:
       length: Number of tokens of a row.
       seed: Seed of the order.
       end: Whether the end of turn after an answer is learned.
-      sizes: The (height, width) of the pictures, where a model reads them by their size.
+      sizes: The (height, width) of the pictures, if their layout depends on it.
     """
 
     processor: Processor
@@ -75,7 +75,7 @@ class VectorBatches:
     """A deterministic sequence of batches of collected vectors; each epoch has its own order.
 
     Attributes:
-      source: The vectors. Those with several axes, as of heads, are read as one vector each.
+      source: The vectors. Those with several axes, such as heads, are flattened.
       size: Number of vectors of a batch.
       count: Number of batches.
       seed: Seed of the order.
@@ -90,7 +90,7 @@ class VectorBatches:
         """Check the fields.
 
         Raises:
-          ValueError: There is no vector, or a number is not whole or too small.
+          ValueError: There is no vector, or a number is not an integer or too small.
         """
         require_whole("size", self.size)
         require_whole("count", self.count)
@@ -114,7 +114,7 @@ class VectorBatches:
         return self.source[drawn].value.astype(np.float32).reshape(self.size, -1)
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
     """Return the order of an epoch, which its batches share."""
     order = np.random.default_rng([seed, epoch]).permutation(count)

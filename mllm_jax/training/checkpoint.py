@@ -1,9 +1,9 @@
-"""Checkpoints of training: Orbax keeps the arrays, the common store's key decides.
+"""Checkpoints of training: Orbax stores the arrays, and a record their dependencies.
 
-A folder holds `checkpoint.json`, the record of what the checkpoint was made for, and `steps/N`, the
-arrays after step N as Orbax wrote them. The record names the step and the digest of each of its
-files. It is replaced once Orbax has finished a step, and only then are other steps removed. A
-process that is killed at any moment therefore leaves a complete checkpoint, the new or the last.
+A folder holds `checkpoint.json`, the record of the dependencies, and `steps/N`, the arrays after
+step N as written by Orbax. The record contains the step and the digest of each of its files. It is
+replaced once Orbax has finished a step, and only then are other steps removed. A process that is
+killed at any moment therefore leaves a complete checkpoint, the new or the previous one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _DISK_ERROR = re.compile(r": ([^:]+) \[os_error_code=")
 
 
 class Checkpoint(ResumableStore):
-    """The newest state of a training run, with the key of a `mllm_jax.store.Store`.
+    """The newest state of a training run, with the dependencies of a `mllm_jax.store.Store`.
 
-    All processes save and load together, each its own parts of arrays that are spread over them.
+    All processes save and load together, each its own shards of the arrays.
     """
 
     def __init__(
         self, folder: str | pathlib.Path | None, *, restart: bool = False, **parts: Any
     ) -> None:
-        """Name the folder and compute the key.
+        """Set the folder and compute the fingerprints of the dependencies.
 
         Args:
-          folder: Where the checkpoint is kept; None keeps nothing.
-          restart: Whether to remove the checkpoint that is there.
-          **parts: What the training depends on, as of `Store`.
+          folder: The folder of the checkpoint; None stores nothing.
+          restart: Whether to remove an existing checkpoint.
+          **parts: The dependencies of the training, as in `Store`.
         """
         path = None if folder is None else pathlib.Path(folder) / "checkpoint.json"
         super().__init__(path, parts)
@@ -50,10 +50,10 @@ class Checkpoint(ResumableStore):
             self._remove_steps(but=None)
 
     def find(self) -> bool:
-        """Return whether there is a checkpoint to `load`, after a look at its key.
+        """Return whether there is a checkpoint to `load`, after a check of its dependencies.
 
         Raises:
-          ValueError: It was made for something else, or its record is damaged.
+          ValueError: It has other dependencies, or its record is damaged.
         """
         if self.path is None or not hosts.broadcast_from_primary(self.path.exists()):
             return False
@@ -69,14 +69,14 @@ class Checkpoint(ResumableStore):
         """Return the arrays of the checkpoint that `find` found.
 
         Args:
-          like: A pytree of arrays, each placed as the loaded one shall be; what is `...` instead
+          like: A pytree of arrays with the shardings of the loaded ones; `...` in place of an array
             is not read.
 
         Returns:
           The same pytree with the saved values.
 
         Raises:
-          ValueError: A file is missing or its bytes are not those that were written.
+          ValueError: A file is missing or its bytes have changed.
         """
         assert self.path is not None
         step = self._step(self._kept[0])
@@ -86,15 +86,15 @@ class Checkpoint(ResumableStore):
         try:
             with _quiet():
                 loaded = ocp.load(step, wanted)
-        except Exception as error:  # Orbax raises many kinds for what is not as it wrote it
+        except Exception as error:  # Orbax raises many kinds of errors for changed files
             raise files.damaged_error(step, error) from error
         return jax.tree.unflatten(structure, [loaded[name] for name in wanted])
 
     def save(self, tree: Any) -> None:
-        """Replace the checkpoint by a pytree of arrays and what is `done`.
+        """Replace the checkpoint by a pytree of arrays and the number of finished steps.
 
         Raises:
-          OSError: A file could not be written; the checkpoint from before is kept.
+          OSError: A file could not be written; the previous checkpoint is kept.
         """
         if self.path is None:
             return
@@ -122,7 +122,7 @@ class Checkpoint(ResumableStore):
         return self.path.absolute().parent / "steps" / str(number)
 
     def _remove_steps(self, but: pathlib.Path | None) -> None:
-        """Remove all steps but one, and what killed processes left of steps."""
+        """Remove all steps but one, and the remains of steps of killed processes."""
         folder = self._step(0).parent
         if not (hosts.is_primary() and folder.is_dir()):
             return
@@ -142,7 +142,7 @@ class Checkpoint(ResumableStore):
         changed = hosts.broadcast_from_primary(changed)
         if changed >= 0 or not names:
             name = names[changed] if names else ""
-            raise files.damaged_error(step / name, "its bytes are not those that were written")
+            raise files.damaged_error(step / name, "its bytes have changed")
 
 
 def _abstract(leaf: Any) -> Any:

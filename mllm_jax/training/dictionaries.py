@@ -1,18 +1,18 @@
-"""Dictionaries: sparse autoencoders that are trained on collected activations.
+"""Train dictionaries: sparse autoencoders on collected activations.
 
-Vectors are read less their mean and with a variance of 1, so that the loss is the share of the
-variance that is not reconstructed; the dictionary that is returned reads them as they are. `k` is
-the number of active latents of a token in every kind:
+Vectors are standardised to mean 0 and variance 1, so that the loss is the share of the variance
+that is not reconstructed; the returned dictionary reads the original vectors. `k` is the number of
+active latents of a token in every kind:
 
 * "topk" (Gao et al. 2024, "Scaling and evaluating sparse autoencoders"): the k largest.
-* "batch_topk" (Bussmann et al. 2024): the n k largest of n tokens; afterwards a threshold, the mean
-  of the least values that were kept.
-* "jumprelu" (Rajamanoharan et al. 2024b): what exceeds a threshold of each latent, which is trained
+* "batch_topk" (Bussmann et al. 2024): the n k largest of n tokens; after training a threshold, the
+  mean of the smallest values that were kept.
+* "jumprelu" (Rajamanoharan et al. 2024b): those above a threshold of each latent, which is trained
   with straight-through gradients and a penalty on (L0 / k - 1)^2.
 
-Directions of the decoder have length 1: gradients along them are removed, and each step ends on the
-sphere. Latents that were active on none of the last tokens reconstruct what the others leave over
-(the auxiliary loss of Gao et al.).
+Directions of the decoder have norm 1: gradients along them are removed, and each step ends on the
+sphere. Dead latents are trained to reconstruct the residual of the others (the auxiliary loss of
+Gao et al.).
 
     captures = {"x": mj.keep(S.lm.resid_post[14], where=tok.image)}
     batches = VectorBatches(mj.collect(captures, model, data, path)["x"], size=1024, count=2000)
@@ -46,13 +46,13 @@ from mllm_jax.typing import Array, Float, Indexed, Int
 Kind = Literal["topk", "batch_topk", "jumprelu"]
 BANDWIDTH = 0.1  # of the straight-through gradients of thresholds, in deviations of a vector
 START_THRESHOLD = 0.5  # of JumpReLU, in the same unit
-MEMORY = 0.95  # of the running mean of the least values that BatchTopK keeps
+MEMORY = 0.95  # decay of the running mean of the smallest values that BatchTopK keeps
 ADAM = optax.scale_by_adam()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a dictionary is trained.
+    """The settings of the training of a dictionary.
 
     Attributes:
       latents: The number M of latents.
@@ -80,7 +80,7 @@ class Recipe:
 
     @property
     def exact_k(self) -> int | None:
-        """The k of the dictionary: None where k is a mean."""
+        """The k of the dictionary; None if k is a mean."""
         return self.k if self.kind == "topk" else None
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Recipe:
           ValueError: A kind is not known, or a number is not finite, too small or too large.
         """
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} is none of {', '.join(get_args(Kind))}")
+            raise ValueError(f"kind={self.kind!r} is not one of {', '.join(get_args(Kind))}")
         for name in ("latents", "dead_after", "every"):
             require_whole(name, getattr(self, name))
         require_whole("k", self.k, most=self.latents)
@@ -120,7 +120,7 @@ class Fitted(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What Adam trains, for vectors with mean 0 and variance 1; see `Dictionary`."""
+    """The parameters that Adam trains, for standardised vectors; see `Dictionary`."""
 
     encoder: Float[Array, "D M"]
     encoder_bias: Float[Array, " M"]
@@ -133,12 +133,12 @@ _LETTERS = _Weights((None, "F"), ("F",), ("F", None), (None,), ("F",))  # type: 
 
 
 class _State(NamedTuple):
-    """All that a step changes.
+    """The state of the training.
 
     Attributes:
       weights: The weights.
       moments: The state of Adam.
-      cutoff: The running mean of the least values that BatchTopK keeps.
+      cutoff: The running mean of the smallest values that BatchTopK keeps.
       idle: The number of tokens since each latent was active.
     """
 
@@ -174,20 +174,20 @@ def fit(
 ) -> Fitted:
     """Train a dictionary, with one step on each batch.
 
-    On an active mesh latents are split over its axis "model", and tokens over the others.
+    On an active mesh latents are sharded over its axis "model", and tokens over the others.
 
     Args:
-      batches: Vectors in random order, all batches of one shape, such as `VectorBatches`. The first
-        one says what their mean and variance are.
-      recipe: How it is trained.
+      batches: Vectors in random order, all batches of one shape, such as `VectorBatches`. Mean and
+        variance are those of the first batch.
+      recipe: The settings of the training.
       save: A folder for the checkpoint, with fingerprints of the recipe and the batches. A killed
-        run continues from it and ends with the same bytes.
-      restart: Whether to remove the checkpoint that is there.
-      label: The text before the progress bar.
+        run continues from it and returns the same bytes.
+      restart: Whether to remove an existing checkpoint.
+      label: The label of the progress bar.
 
     Raises:
-      ValueError: There is no batch, one is not [n, D] as the first, the vectors of the first are
-        all the same or not finite, or `save` holds another training or is damaged.
+      ValueError: There is no batch, one does not have the shape [n, D] of the first, the vectors of
+        the first are all equal or not finite, or `save` is damaged or holds another training.
       FloatingPointError: A loss is not finite.
       OSError: The checkpoint cannot be written.
     """
@@ -208,7 +208,7 @@ def fit(
         if np.shape(batch) != first.shape:
             raise ValueError(
                 f"{label}: batch {number} is {list(np.shape(batch))}, the first is "
-                f"{list(first.shape)}: all batches of vectors have one shape"
+                f"{list(first.shape)}: all batches of vectors must have one shape"
             )
         x = mesh.shard(units.remove(batch), ("B", None))
         state, measured = _step(state, x, recipe=recipe, steps=steps)
@@ -233,7 +233,7 @@ def _first(batches: Batches) -> Float[np.ndarray, "n D"]:
     if first.ndim != 2 or not first.size:
         raise ValueError(f"a batch of vectors is {list(first.shape)}, expected [n, D]")
     if not np.isfinite(first).all() or not (first != first[0]).any():
-        raise ValueError("the vectors of the first batch are all the same, or not finite")
+        raise ValueError("the vectors of the first batch are all equal, or not finite")
     return first
 
 
@@ -261,7 +261,7 @@ def _start(recipe: Recipe, width: int) -> _State:
 
 
 def _placed(state: _State, place: Callable[[Any, Any], Any]) -> _State:
-    """Return a state with its latents split over the mesh.
+    """Return a state with its latents sharded over the mesh.
 
     Args:
       state: The state.
@@ -278,10 +278,11 @@ def _placed(state: _State, place: Callable[[Any, Any], Any]) -> _State:
 
 
 def _dictionary(weights: _Weights, cutoff: float, units: _Units, recipe: Recipe) -> Dictionary:
-    """Return the dictionary that reads vectors as they are.
+    """Return the dictionary for vectors that are not standardised.
 
     With x = mean + deviation x', relu((x' - b) W + e) deviation is relu((x - mean - deviation b) W
-    + deviation e): the weights stay, and biases and thresholds get the unit of the vectors.
+    + deviation e): the weights are unchanged, and biases and thresholds get the unit of the
+    vectors.
     """
     own = jax.tree.map(np.asarray, weights)
     bias = (units.mean + units.deviation * own.decoder_bias).astype(np.float32)
@@ -306,7 +307,7 @@ def _dictionary(weights: _Weights, cutoff: float, units: _Units, recipe: Recipe)
 def _step(
     state: _State, x: Float[Array, "n D"], *, recipe: Recipe, steps: int
 ) -> tuple[_State, Float[Array, " three"]]:
-    """Return the next state, and what `Fitted` says of this one."""
+    """Return the next state, and the values of `Fitted` for this one."""
     dead = state.idle >= recipe.dead_after
     done, warmup = state.moments.count, round(recipe.warmup * steps)
     rate = schedule(recipe.rate, warmup, steps)(done)
@@ -321,10 +322,12 @@ def _step(
         total = unexplained + pressure * penalty + recipe.auxiliary * auxiliary
         return total, (unexplained, latents > 0, least)
 
-    (_, (unexplained, active, least)), slope = jax.value_and_grad(loss, has_aux=True)(state.weights)
-    along = (slope.decoder * state.weights.decoder).sum(-1, keepdims=True)
-    slope = slope._replace(decoder=slope.decoder - along * state.weights.decoder)
-    change, moments = ADAM.update(slope, state.moments)
+    (_, (unexplained, active, least)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        state.weights
+    )
+    along = (gradient.decoder * state.weights.decoder).sum(-1, keepdims=True)
+    gradient = gradient._replace(decoder=gradient.decoder - along * state.weights.decoder)
+    change, moments = ADAM.update(gradient, state.moments)
     weights = jax.tree.map(lambda weight, by: weight - rate * by, state.weights, change)
     length = jnp.linalg.norm(weights.decoder, axis=-1, keepdims=True)
     weights = weights._replace(decoder=weights.decoder / length)
@@ -337,7 +340,7 @@ def _step(
 def _activate(
     pre: Float[Array, "n M"], weights: _Weights, recipe: Recipe
 ) -> tuple[Float[Array, "n M"], Float[Array, ""], Float[Array, ""]]:
-    """Return latents, the penalty on their number, and the least value that is kept."""
+    """Return latents, the penalty on their number, and the smallest value that is kept."""
     zero = jnp.zeros(())
     if recipe.kind == "jumprelu":
         threshold = jnp.exp(weights.log_threshold)
@@ -352,7 +355,7 @@ def _activate(
 def _auxiliary(
     pre: Float[Array, "n M"], dead: Array, left: Float[Array, "n D"], decoder: Float[Array, "M D"]
 ) -> Float[Array, ""]:
-    """Return the share of what is left over that D / 2 dead latents do not reconstruct."""
+    """Return the share of the residual that D / 2 dead latents do not reconstruct."""
 
     def of_dead() -> Array:
         among = jnp.where(dead, pre, 0)
@@ -364,18 +367,18 @@ def _auxiliary(
 
 
 def largest(x: Float[Array, "n M"], count: int, *, axis: int | None) -> Float[Array, ...]:
-    """Return the value of this rank among those above 0; the least positive one if they are fewer.
+    """Return the value of a rank among positive values; the smallest of them if they are fewer.
 
     The bits of positive floats, read as integers, are in the order of their values: the rank is
-    found by bisection in 31 counts, which is faster than a sort and splits over a mesh.
+    found by bisection in 31 counts, which is faster than a sort and can be sharded over a mesh.
 
     Args:
-      x: float32, of which values of 0 and less do not count.
+      x: Values float32; only those above 0 are ranked.
       count: The rank, from 1.
       axis: The axis along which values are ranked; None for all.
 
     Returns:
-      The value, with the axes of x, of which those that are ranked have length 1.
+      The value, with the axes of x; ranked axes have length 1.
     """
     bits = jax.lax.bitcast_convert_type(jax.nn.relu(jax.lax.stop_gradient(x)), jnp.int32)
 
@@ -401,10 +404,10 @@ def _jump_forward(x: Array, threshold: Array) -> tuple[Array, tuple[Array, Array
     return _jump(x, threshold), (x, threshold)
 
 
-def _jump_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _jump_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, threshold = kept
-    moved = -(threshold / BANDWIDTH) * _is_near(x, threshold) * slope
-    return jnp.where(x > threshold, slope, 0), moved.sum(0)
+    moved = -(threshold / BANDWIDTH) * _is_near(x, threshold) * gradient
+    return jnp.where(x > threshold, gradient, 0), moved.sum(0)
 
 
 _jump.defvjp(_jump_forward, _jump_backward)
@@ -420,9 +423,9 @@ def _step_above_forward(x: Array, threshold: Array) -> tuple[Array, tuple[Array,
     return _step_above(x, threshold), (x, threshold)
 
 
-def _step_above_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _step_above_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, threshold = kept
-    moved = -(1 / BANDWIDTH) * _is_near(x, threshold) * slope
+    moved = -(1 / BANDWIDTH) * _is_near(x, threshold) * gradient
     return jnp.zeros_like(x), moved.sum(0)
 
 

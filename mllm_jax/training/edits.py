@@ -1,7 +1,7 @@
-"""Learned edits of a frozen model: gates that open or close, or the subspace of a patch.
+"""Learned edits of a frozen model, such as gates or the subspace of a patch.
 
-The parameters are values of an edit, and the loss is that of a run with it, so that one loop learns
-any edit:
+The parameters are values of an edit, and the loss is computed from a run with it, so that one loop
+learns any edit:
 
     def loss(logits, model, batch, key):
         gates = HARD_CONCRETE.draw(logits, key)
@@ -11,8 +11,8 @@ any edit:
     logits, curve = learn(loss, start, model, batches, optax.adam(0.1))
 
 The subspace of distributed alignment search (Geiger et al. 2024) is `mj.patch(..., basis=params)`
-with params float32[D, r]: a patch makes its basis orthonormal, and is differentiated through that.
-Representation fine-tuning (Wu et al. 2024) is `dictionaries.reft.LoReFT`, whose params are itself.
+with params float32[D, r]: a patch orthonormalises its basis, and gradients flow through that.
+Representation fine-tuning (Wu et al. 2024) is `dictionaries.reft.LoReFT`, which is its own params.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def learn(
     """Minimise a loss over the parameters of an edit, with one step on each batch.
 
     Args:
-      loss: (params, model, batch, key) -> a scalar. It is pure; the model stays as it is.
+      loss: (params, model, batch, key) -> a scalar. It must be pure; the model is not changed.
       start: The initial parameters, a pytree. They are trained in float32 or wider, as is the
         optimiser's state, whatever the model's dtype.
       model: The frozen model.
       batches: Pytrees of one shape, each read once, in order.
       optimiser: The optimiser.
       seed: Seed of the keys.
-      label: The text before the progress bar.
+      label: The label of the progress bar.
 
     Returns:
       The trained parameters, and the loss of each step, float32[steps].
@@ -105,8 +105,8 @@ def learn(
     def step_on(
         params: Any, state: Any, model: Any, batch: Any, key: jax.Array
     ) -> tuple[Any, Any, jax.Array]:
-        value, slope = jax.value_and_grad(loss)(params, model, batch, key)
-        change, state = optimiser.update(slope, state, params)
+        value, gradient = jax.value_and_grad(loss)(params, model, batch, key)
+        change, state = optimiser.update(gradient, state, params)
         return optax.apply_updates(params, change), state, value
 
     curve = np.zeros((len(batches),), np.float32)

@@ -26,7 +26,7 @@ Batches: TypeAlias = Indexed[Batch]
 
 
 class Loss(Protocol):
-    """A loss of a batch: its sums, and what they are sums over, one of each a row."""
+    """A loss of a batch: a sum and the number of its terms for each row."""
 
     def __call__(
         self, model: Any, batch: Batch, *, remat: bool
@@ -37,17 +37,17 @@ class Loss(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a part of a model is trained.
+    """The settings of the training of a part of a model.
 
     Attributes:
-      part: What trains, see `parts.partition`.
+      part: The part that is trained, see `parts.partition`.
       lora: The low-rank adaptation, if the part has one.
       rate: Peak learning rate.
       projector_rate: Peak learning rate of the projector, if it has its own.
       warmup: Share of the steps in which the learning rate rises; see `schedule`.
-      weight_decay: Weight decay of AdamW, for matrices alone; see `parts.decays`.
+      weight_decay: Weight decay of AdamW, only for matrices; see `parts.decays`.
       clip: Largest norm of the gradient, 0 for none.
-      accumulate: Number of batches of a step.
+      accumulate: Number of batches per step.
       remat: Whether to recompute layers in the backward pass, which saves memory.
       every: Number of steps between two checkpoints.
     """
@@ -70,7 +70,7 @@ class Recipe:
           ValueError: One is not finite, too small or too large.
         """
         if not isinstance(self.part, str):
-            raise type_error("part", self.part, "the name of what trains, such as 'projector'")
+            raise type_error("part", self.part, "the name of a part, such as 'projector'")
         for name in ("rate", "weight_decay", "clip"):
             require_number(name, getattr(self, name))
         if self.projector_rate is not None:
@@ -81,7 +81,7 @@ class Recipe:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of plain values, as a config holds them."""
+        """Return the recipe of the plain values in a config."""
         lora = parts.Lora(**fields.get("lora", {}))
         return cls(**{**fields, "lora": lora})
 
@@ -133,32 +133,32 @@ def fit(
 ) -> tuple[Any, np.ndarray]:
     """Train a part of a model, with one step on every `recipe.accumulate` batches.
 
-    What trains is float32 until the end, with its gradient and the optimiser's moments, whatever
-    the model's dtype; see `parts`.
+    Trained parameters are float32 until the end, as are their gradients and the optimiser's
+    moments, whatever the model's dtype; see `parts`.
 
     Args:
-      model: It stays as it is.
-      batches: All of one shape. They are computed when they are read, and must be the same
-        whenever they are read.
-      recipe: What trains, and how.
-      neurons: The neurons that train, where the recipe trains some; see `parts.partition`.
-      save: A folder for the checkpoint: what trains, the optimiser's state and the curve, with
-        fingerprints of the start, the recipe, the loss and the batches so far. A killed run
-        continues from it and ends with the same weights. Batches of finished steps are read
-        again, to compare their content; a run that is finished trains nothing.
-      restart: Whether to remove the checkpoint that is there.
-      loss: (model, batch, remat=) -> sums float32[B] and what they are sums over [B], such as
-        tokens. All sums of a step are divided by all counts, so that it does not matter how a
-        step is divided into batches. A module-level function, so that a second run compiles
-        nothing.
-      label: The text before the progress bar.
+      model: The model, which is not changed.
+      batches: The batches, all of one shape. They are computed when they are read, and must be
+        equal each time.
+      recipe: The settings of the training.
+      neurons: The neurons to train, if the recipe trains neurons; see `parts.partition`.
+      save: A folder for the checkpoint: trained parameters, the optimiser's state and the curve,
+        with fingerprints of the start, the recipe, the loss and the batches so far. A killed run
+        continues from it and returns the same weights. Batches of finished steps are read again, to
+        compare their content; a finished run trains nothing.
+      restart: Whether to remove an existing checkpoint.
+      loss: (model, batch, remat=) -> sums float32[B] and their numbers of terms int32[B], such as
+        tokens. The total of a step is divided by its number of terms, so that the division of a
+        step into batches does not matter. Use a module-level function, so that a second run
+        compiles nothing.
+      label: The label of the progress bar.
 
     Returns:
       The trained model, and the loss of each step before its update, float32[steps].
 
     Raises:
       ValueError: The batches do not divide into steps, one has no answer token, or `save` is
-        damaged or holds the training of another start model, recipe, number of steps, loss or
+        damaged or holds a training with another start model, recipe, number of steps, loss or
         batches.
       FloatingPointError: A loss is not finite.
       OSError: The checkpoint cannot be written.
@@ -195,7 +195,7 @@ def fit(
 def _check_arguments(model: Any, batches: Any, recipe: Any, loss: Loss) -> None:
     """Raise ValueError unless these are a model, several batches by number, and a recipe.
 
-    A loss of the user's own may be of a model of any other kind.
+    With a user's own loss the model may be any pytree.
     """
     if loss is losses.answer_nll:
         arguments.check_model(model)
@@ -209,12 +209,12 @@ def _check_arguments(model: Any, batches: Any, recipe: Any, loss: Loss) -> None:
 def _count_steps(batches: Batches, recipe: Recipe) -> int:
     steps, remainder = divmod(len(batches), recipe.accumulate)
     if remainder:
-        raise ValueError(f"{len(batches)} batches are no steps of accumulate={recipe.accumulate}")
+        raise ValueError(f"{len(batches)} batches do not divide into steps of {recipe.accumulate}")
     return steps
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields of a recipe that change the result: how often it is saved does not."""
+    """Return the fields of a recipe that change the result, which excludes saving."""
     settings = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return settings | {"every": None}
 
@@ -222,14 +222,14 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _read_finished(
     checkpoint: Checkpoint, trained: Any, optimiser: optax.GradientTransformation, curve: jax.Array
 ) -> tuple[Any, jax.Array]:
-    """Read what was trained and the curve of a finished training, without the optimiser's state."""
+    """Read the parameters and the curve of a finished training, without the optimiser's state."""
     unread = jax.tree.map(lambda _: ..., jax.eval_shape(optimiser.init, trained))
     trained, _, curve = checkpoint.load((mesh.replicate(trained), unread, curve))
     return trained, curve
 
 
 def _copy_shared(trained: Any, model: Any) -> Any:
-    """Copy the arrays of the model itself: each step overwrites in memory those that it updates."""
+    """Copy arrays that are shared with the model, because each step overwrites its arguments."""
     own = set(map(id, jax.tree.leaves(model)))
     return jax.tree.map(lambda array: jnp.copy(array) if id(array) in own else array, trained)
 
@@ -240,10 +240,10 @@ class _Run:
 
     Attributes:
       step: (trained, state, frozen, batches) -> trained, state, loss.
-      recipe: When to save.
-      checkpoint: Where to save, and how many steps are done.
+      recipe: The recipe, which determines when to save.
+      checkpoint: The checkpoint, with the number of finished steps.
       curve: float32[steps], the loss of each step so far.
-      label: The text before the progress bar.
+      label: The label of the progress bar.
     """
 
     step: Callable[..., tuple[Any, Any, jax.Array]]
@@ -253,7 +253,7 @@ class _Run:
     label: str
 
     def train(self, trained: Any, state: Any, frozen: Any, rest: Iterator[list[Batch]]) -> Any:
-        """Return what trains after the remaining steps."""
+        """Return the trained parameters after the remaining steps."""
         done, steps = self.checkpoint.done, len(self.curve)
         bar = tqdm.tqdm(rest, desc=self.label, initial=done, total=steps, mininterval=1)
         for batches in bar:
@@ -273,11 +273,11 @@ class _Run:
         return trained
 
     def _check(self, number: int, batches: Sequence[Batch]) -> None:
-        """Raise an error for a batch whose labels hold no token; a loss may need no labels."""
+        """Raise an error for a batch whose labels hold no token; labels may be absent."""
         try:
             for batch in batches:
                 if not dataclasses.is_dataclass(batch):
-                    raise type_error("batch", batch, "a batch as a processor makes it")
+                    raise type_error("batch", batch, "a batch from a processor")
                 if getattr(batch, "labels", None) is not None:  # a loss may read batches of its own
                     losses.require_answers(batch)
             first, *others = map(_shapes, batches)
@@ -321,15 +321,15 @@ def update(
     """Compute one step on several batches.
 
     Args:
-      trained: What trains; its memory is reused.
+      trained: The trained parameters; their memory is reused.
       state: The optimiser's state; its memory is reused.
       frozen: The other arrays of the model.
       batches: The batches of the step, all of one shape.
       merge: (trained, frozen) -> the model.
-      recipe: How it is trained.
+      recipe: The settings of the training.
       steps: Number of steps of the whole training, for the learning rate.
       loss: The loss, see `fit`.
-      places: Sharding of each array of (trained, state), which the results keep.
+      places: The sharding of each array of (trained, state), also of the results.
 
     Returns:
       The new `trained` and `state`, and the loss before the step, float32[].
@@ -390,8 +390,8 @@ def evaluate(
       model: The model.
       batches: Batches with answers and vision features.
       wrong_batches: The same with wrong pictures. By default each row is given the features of the
-        row before, which makes sense where all pictures are read alike.
-      label: The text before the progress bar.
+        row before, which is valid if all pictures have the same layout.
+      label: The label of the progress bar.
 
     Returns:
       Both losses, in nats per answer token over all batches.
@@ -412,8 +412,8 @@ def evaluate(
             if wrong_batches is None:
                 if batch.features is None or len(batch.features) < 2:
                     raise ValueError(
-                        f"{label}: batch {number} has no vision features of several pictures, of "
-                        "which each row takes another's: give such batches, or wrong_batches"
+                        f"{label}: batch {number} has no vision features of several pictures to "
+                        "exchange between rows: give such batches, or wrong_batches"
                     )
                 swapped = batch.replace(features=jnp.roll(jnp.asarray(batch.features), 1, 0))
             else:

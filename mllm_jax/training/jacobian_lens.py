@@ -1,11 +1,11 @@
 """Jacobian lens: the logit lens after the average Jacobian from a layer's states to the last ones.
 
-The lens of a layer is head(J h), where J is the mean derivative of the last residual by the layer's
-residual: to first order, what the state makes the model say (Gurnee, Sofroniew, Lindsey et al.
-2026, "Verbalizable Representations Form a Global Workspace in Language Models"; reference code
-anthropics/jacobian-lens). As there, the derivatives of all later selected tokens by a selected
-token are summed, which makes one backward pass give one row of J of every layer, and averaged over
-the selected tokens of a row and then over rows. Nothing is trained.
+The lens of a layer is head(J h), where J is the mean derivative of the last residual with respect
+to the layer's residual: to first order, what the state makes the model say (Gurnee, Sofroniew,
+Lindsey et al. 2026, "Verbalizable Representations Form a Global Workspace in Language Models";
+reference code anthropics/jacobian-lens). As there, the derivatives of all later selected tokens
+with respect to a selected token are summed, so that one backward pass computes one row of J for
+every layer, and averaged over the selected tokens of a row and then over rows. Nothing is trained.
 
     lens = jacobian_lens.fit(model, batches, [5, 15, 29], where=tok.image | tok.question)
     lenses.compare(model, states, lens).kl                       # states [n, L, D] of these layers
@@ -34,8 +34,8 @@ from mllm_jax.tokens import Selector, Where
 from mllm_jax.training.lenses import AffineLens, require_layers
 from mllm_jax.typing import Array, Bool, Float, Int
 
-# Tokens whose derivatives are computed at a time, over all rows of the Jacobians: more take more
-# memory and are no faster.
+# The number of tokens whose derivatives are computed at a time, over all rows of the Jacobians:
+# more would take more memory without being faster.
 CHUNK_TOKENS = 2048
 
 
@@ -43,8 +43,8 @@ class Jacobians(NamedTuple):
     """The Jacobians of some rows, summed over these rows.
 
     Attributes:
-      values: d last residual / d residual of each layer but the last, float32[L - 1, D, D]; the
-        derivative of unit i of the last residual by unit j is at [i, j].
+      values: d last residual / d residual of each layer but the last, float32[L - 1, D, D]; entry
+        [i, j] is the derivative of unit i of the last residual with respect to unit j.
       rows: The number of rows.
     """
 
@@ -93,14 +93,14 @@ def jacobians(
 ) -> Jacobians:
     """Compute the Jacobians from the residual after some layers to the last one, of one batch.
 
-    One forward pass, and D backward passes through the language model, some at a time.
+    It takes one forward pass, and D backward passes through the language model, several at a time.
 
     Args:
       model: The model.
       batch: The batch. With features of its pictures the vision tower is not run.
       layers: The layers of the lens, of which the last is the model's last; all by default.
-      where: The tokens whose states are read, and from which and to which derivatives are taken;
-        all by default. The first token of a row, to which all others attend, is best left out.
+      where: The tokens between which derivatives are taken; all by default. It is best to leave out
+        the first token of a row, to which all others attend.
       edits: Edits of the pass.
 
     Raises:
@@ -137,14 +137,16 @@ def _sums(
         moved = edits >> edits_.add(S.lm.resid_post, shift, where=where)
         return run(model, batch, moved, {"last": last}, logits="none")["last"]
 
-    # A shift that all source tokens share: its slope is the sum over them.
+    # All source tokens share a shift, so its gradient is the sum over them.
     found, pull_back = jax.vjp(states, jnp.zeros((shape.layers, shape.shape[-1]), shape.dtype))
     share = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
     def row(unit: Int[Array, ""]) -> Float[Array, "L_1 D"]:
         target = jax.nn.one_hot(unit, found.shape[-1], dtype=found.dtype)
-        (slope,) = pull_back((share[..., None] * target).astype(found.dtype).reshape(found.shape))
-        return slope[layers].astype(jnp.float32)
+        (gradient,) = pull_back(
+            (share[..., None] * target).astype(found.dtype).reshape(found.shape)
+        )
+        return gradient[layers].astype(jnp.float32)
 
     rows = jax.lax.map(row, jnp.arange(found.shape[-1]), batch_size=chunk)
     return rows.swapaxes(0, 1)

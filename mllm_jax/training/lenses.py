@@ -1,8 +1,8 @@
 """Lenses that map a layer's states into the directions of the last layer, before the head.
 
-The logit lens applies the head to a state as it is (nostalgebraist 2020). `tuned_lens` trains an
-affine map of each layer for it, and `jacobian_lens` computes a linear one. Both return an
-`AffineLens`, and `compare` measures how near the words of any of them are to the model's own.
+The logit lens applies the head to a state directly (nostalgebraist 2020). `tuned_lens` trains an
+affine map for each layer, and `jacobian_lens` computes a linear one. Both return an `AffineLens`,
+and `compare` compares the distribution of a lens with the model's own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class AffineLens:
         """Return maps that change nothing: the logit lens.
 
         Args:
-          layers: The number of layers L, with the last.
-          width: D.
+          layers: The number of layers L, including the last.
+          width: The width D.
         """
         shape = layers - 1, width, width
         return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:2], jnp.float32))
@@ -67,23 +67,23 @@ def require_layers(name: str, layers: Sequence[int], count: int) -> list[int]:
       count: The number of layers of the model.
 
     Raises:
-      ValueError: They are fewer than two, not in rising order, or do not end with the last.
+      ValueError: They are fewer than two, not in increasing order, or do not end with the last.
     """
     chosen = list(layers)
     rising = len(chosen) > 1 and chosen == sorted(set(chosen))
     if not rising or chosen[0] < 0 or chosen[-1] != count - 1:
         raise ValueError(
-            f"{name}={layers}: name two or more in rising order, the last of which is the model's "
-            f"last, {count - 1}"
+            f"{name}={layers}: give two or more in increasing order, ending with the model's last, "
+            f"{count - 1}"
         )
     return chosen
 
 
 class Comparison(NamedTuple):
-    """The words that a lens reads in each state, against the model's own distribution.
+    """A lens of each state compared with the model's own distribution.
 
     Attributes:
-      kl: KL of the model's distribution from that of the lens, nats, float32[L, n].
+      kl: KL(model || lens), nats, float32[L, n].
       entropy: The entropy of the lens, nats, float32[L, n].
       agrees: Whether the most probable word is the same, bool[L, n].
       word: The most probable word of the lens, int32[L, n].
@@ -124,5 +124,5 @@ def _compare(model: Model, states: Float[Array, "n L D"], lens: AffineLens):
 
 
 def kl(own: Float[Array, "n V"], other: Float[Array, "n V"]) -> Float[Array, " n"]:
-    """Return the KL of one distribution from another, nats, both as log-probabilities."""
+    """Return KL(own || other) in nats, of distributions given as log-probabilities."""
     return (jnp.exp(own) * (own - other)).sum(-1)

@@ -46,14 +46,14 @@ def answer_log_probs(
     labels: Int[AnyArray, "B A"],
     taps: Taps,
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
-    """Compute how probable the answer tokens of a pass are.
+    """Compute the log-probabilities of the answer tokens of a pass.
 
     Args:
       model: The model.
-      x: The normed states of the pass, the site lm.norm.
+      x: The normalised states of the pass, the site lm.norm.
       ids: The token ids of the batch.
-      labels: The places of the answer tokens, see `Batch.labels`.
-      taps: Of the logits.
+      labels: The positions of the answer tokens, see `Batch.labels`.
+      taps: The taps of the pass, for the logits.
 
     Returns:
       The log-probability of each answer token, and whether it is the most probable one; 0 and True
@@ -69,7 +69,7 @@ def answer_log_probs(
 
 
 def require_answers(batch: Batch) -> Int[AnyArray, "B A"]:
-    """Return the labels of a batch with answers; labels that are traced cannot be looked at.
+    """Return the labels of a batch with answers; traced labels are not checked.
 
     Raises:
       ValueError: The batch has no labels, or they hold no token.

@@ -1,4 +1,4 @@
-"""Which part of a model trains. Gradients and optimiser state exist for that part alone.
+"""Partition a model into trained and frozen parts. Only trained parts have optimiser state.
 
     merge, trained, frozen = parts.partition(model, "projector+lora", lora=parts.Lora(rank=16))
     merge(trained, frozen)    # the model; a loss need not know which part of it trains
@@ -7,10 +7,10 @@ A part is a whole module, or a change of frozen weights: low-rank products that 
 matrices, or the weights of single neurons, which replace their columns and rows. The gradient of a
 matrix with such neurons exists as a whole while a step is computed, and is not kept.
 
-What trains is float32 for every model, as are its gradient and the optimiser's moments: a step at a
-learning rate of 2e-5 is below the resolution of bfloat16. It is cast to the model's dtype where it
-enters the pass. This takes 12 bytes a trained number, for the weight and two moments, and 4 for
-the gradient while a step is computed.
+Trained parameters are float32 for every model, as are their gradients and the optimiser's moments:
+a step at a learning rate of 2e-5 is below the resolution of bfloat16. They are cast to the model's
+dtype where they enter the pass. This takes 12 bytes per trained parameter, for the weight and two
+moments, and 4 for the gradient during a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Weights = dict[str, Any]  # arrays, or `LowRank`, by dotted name: lm.layers.attn
 class Lora:
     """Low-rank adaptation (Hu et al. 2021): W + alpha / rank * A B, without dropout.
 
-    A is uniform within 1 / sqrt(inputs), B is zero: at the start the model is what it was.
+    A is uniform within 1 / sqrt(inputs), B is zero: at the start the model is unchanged.
 
     Attributes:
       rank: Number of columns of A.
@@ -57,7 +57,7 @@ class Lora:
         names = sorted(name for name in weights if re.fullmatch(self.matrices, name))
         if not names:
             usual = ", ".join(name for name in weights if re.fullmatch(Lora.matrices, name))
-            raise ValueError(f"no weight is named {self.matrices}; there are {usual}")
+            raise ValueError(f"no weight is named {self.matrices}; known are {usual}")
         rng, low = np.random.default_rng(seed), {}
         for name in names:
             *stack, n, m = weights[name].shape
@@ -67,7 +67,7 @@ class Lora:
         return low
 
     def put(self, weights: Weights, low: dict[str, dict[str, jax.Array]]) -> dict[str, Any]:
-        """Return the weights with each product beside its matrix."""
+        """Return the weights with each low-rank product beside its matrix."""
         scale = self.alpha / self.rank
         return weights | {
             name: LowRank(weights[name], **pair, scale=scale) for name, pair in low.items()
@@ -81,7 +81,7 @@ def _neurons_start(
     own, at = {}, {}
     for matrix, mask in masks.items():
         if matrix not in ("gate", "up", "down"):
-            raise ValueError(f"neurons of {matrix!r}: an MLP has gate, up and down")
+            raise ValueError(f"neurons of {matrix!r}: the matrices of an MLP are gate, up and down")
         weight, mask = weights[MLP.format(matrix)], np.asarray(mask)
         L, F = weight.shape[0], weight.shape[1 if matrix == "down" else 2]
         if mask.shape != (L, F) or mask.dtype != bool or not mask.any():
@@ -97,7 +97,7 @@ def _neurons_start(
 
 
 def _neurons_put(weights: Weights, own: Weights, at: dict[str, dict[str, jax.Array]]) -> Weights:
-    """Return the weights with those of the chosen neurons in their places."""
+    """Return the weights with those of the chosen neurons replaced."""
     changed = {}
     for matrix, rows in own.items():
         name, (layer, neuron) = MLP.format(matrix), (at[matrix]["layer"], at[matrix]["neuron"])
@@ -170,13 +170,13 @@ def partition(
     neurons: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> Partition:
-    """Divide a model into what trains and what is frozen.
+    """Divide a model into trained and frozen parameters.
 
     Args:
       model: The model, or the shapes of one.
       part: One of PARTS, or several joined by "+": "projector+lora".
       lora: The matrices of a low-rank adaptation, and its rank.
-      neurons: {"up": bool[L, F], "down": bool[L, F]}, the neurons of the LM's MLPs that train. Each
+      neurons: {"up": bool[L, F], "down": bool[L, F]}, the trained neurons of the LM's MLPs. Each
         has a row of `up_proj` and a column of `down_proj` (NeFT, Xu et al. 2024).
       seed: Seed of the low-rank arrays.
 
@@ -185,11 +185,11 @@ def partition(
     """
     chosen = part.split("+")
     if unknown := [name for name in chosen if name not in PARTS]:
-        raise ValueError(f'part="{part}": {unknown[0]} is none of {", ".join(PARTS)}')
+        raise ValueError(f'part="{part}": {unknown[0]} is not one of {", ".join(PARTS)}')
     if "lm" in chosen and len({"lora", "neurons"} & set(chosen)):
         raise ValueError(f'part="{part}" trains weights of the LM twice: leave one of them out')
     if ("neurons" in chosen) != (neurons is not None):
-        raise ValueError(f'part="{part}" goes {"with" if neurons is None else "without"} neurons=')
+        raise ValueError(f'part="{part}" {"needs" if neurons is None else "takes no"} neurons=')
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     weights = {weight_name(path): leaf for path, leaf in leaves}
     dtypes = tuple(leaf.dtype for leaf in weights.values())
@@ -245,7 +245,7 @@ def _widened(leaf: Any) -> Any:
 
 
 def decays(trained: dict[str, Any]) -> dict[str, Any]:
-    """Return for each array that trains whether weight decay applies to it.
+    """Return whether weight decay applies to each trained array.
 
     Matrices decay, including word embeddings, low-rank products and neurons; biases and scales of
     norms do not. This is the rule of the trainer of transformers, which LLaVA was trained with.
@@ -263,5 +263,5 @@ def weight_name(path: tuple[Any, ...]) -> str:
 
 
 def size(tree: Any) -> int:
-    """Count the numbers in a tree of arrays."""
+    """Return the total number of elements of a pytree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

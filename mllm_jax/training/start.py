@@ -50,5 +50,5 @@ def scale_projector(
 
 
 def _placed_like(array: jax.Array, values: np.ndarray) -> jax.Array:
-    """Place values of the host as an array is placed, in its dtype, on the devices of all."""
+    """Put values of the host on devices with the sharding and dtype of an array."""
     return jax.device_put(np.asarray(values, array.dtype), array.sharding)

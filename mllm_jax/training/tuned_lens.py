@@ -1,9 +1,9 @@
-"""Tuned lens: the logit lens after an affine map of each layer that was trained for it.
+"""Tuned lens: the logit lens after a trained affine map for each layer.
 
-The logit lens applies the last layer's head to an earlier state, which is written in other
-directions; a tuned lens first maps the state, x + x W + b, so that the words are as near as can be
-to those of the model itself, by KL (Belrose et al. 2023, "Eliciting latent predictions"). The last
-layer has no map: its lens is the model's own distribution.
+The logit lens applies the head to an earlier state, which is written in other directions; a tuned
+lens first maps the state, x + x W + b, trained to minimise the KL divergence from the model's own
+distribution (Belrose et al. 2023, "Eliciting latent predictions"). The last layer has no map,
+because its lens is the model's own distribution.
 
     captures = {"x": mj.keep(S.lm.resid_post[[5, 15, 29]], where=tok.image)}   # the last one last
     source = mj.collect(captures, model, batches, folder)["x"]
@@ -46,24 +46,24 @@ def fit(
 ) -> Fitted:  # fmt: skip
     """Train a tuned lens with AdamW, one step for each chunk of states.
 
-    Each chunk should be of as many tokens as the others, and tokens in random order.
+    Chunks should have equally many tokens, in random order.
 
     Args:
-      model: The model, whose norm and head stay as they are.
+      model: The model, whose norm and head are not changed.
       chunks: States of `lm.resid_post` at some layers, of which the last is the model's last.
       rate: The learning rate.
-      weight_decay: See `optax.adamw`; it draws the maps to the logit lens.
+      weight_decay: See `optax.adamw`; it draws the maps towards the logit lens.
 
     Raises:
-      ValueError: There is no chunk, a chunk has one layer alone, or a loss is not finite.
+      ValueError: There is no chunk, a chunk has only one layer, or a loss is not finite.
     """
     optimiser = optax.adamw(rate, weight_decay=weight_decay)
     lens, state, losses = None, None, []
     for chunk in chunks:
         if chunk.ndim != 3 or chunk.shape[1] < 2:
             raise ValueError(
-                f"a chunk of states is {chunk.shape}, expected [n, L, D] of two layers or more, "
-                "the last of which is the model's last"
+                f"a chunk of states is {chunk.shape}, expected [n, L, D] of two or more layers, "
+                "ending with the model's last"
             )
         if lens is None:
             lens = AffineLens.identity(*chunk.shape[1:])
@@ -92,7 +92,7 @@ def _step(model: Model, lens: AffineLens, state, states: Float[Array, "n L D"], 
 
     # One layer at a time: the logits of one are as large as all the states.
     each = lens.weight, lens.bias, jnp.moveaxis(states[:, :-1], 1, 0)
-    losses, slopes = jax.lax.map(of_layer, each)
+    losses, gradients = jax.lax.map(of_layer, each)
     optimiser = optax.adamw(rate, weight_decay=weight_decay)
-    updates, state = optimiser.update(AffineLens(*slopes), state, lens)
+    updates, state = optimiser.update(AffineLens(*gradients), state, lens)
     return optax.apply_updates(lens, updates), state, losses

@@ -80,5 +80,5 @@ def test_it_is_pure_and_refuses_words_that_are_none(tiny_model, make_batch):
     found = direct_logits.attribute(tiny_model, batch, 5, 6)
     inside = jax.jit(lambda word: direct_logits.attribute(tiny_model, batch, word, 6).total)(5)
     np.testing.assert_allclose(inside, found.total, atol=1e-5)
-    with pytest.raises(ValueError, match="96 are not all ids of a vocabulary of 96"):
+    with pytest.raises(ValueError, match="96 are not all ids of the vocabulary, 0 to 95"):
         direct_logits.attribute(tiny_model, batch, 96)

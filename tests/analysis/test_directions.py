@@ -139,10 +139,10 @@ DAMAGE = {
     "heads": (lambda r: r | {"site": "lm.attn.heads"}, "one vector for each token"),
     "too few layers": (lambda r: r | {"layers": "[1]"}, "2 vectors for layers"),
     "a layer twice": (lambda r: r | {"layers": "[1, 1]"}, "listed once"),
-    "layers of text": (lambda r: r | {"layers": '["1", "3"]'}, "no list of numbers"),
-    "layers in parts": (lambda r: r | {"layers": "[1.5, 3]"}, "no list of numbers"),
-    "no JSON": (lambda r: r | {"layers": "1, 3"}, "no list of numbers|Extra data"),
-    "other norms": (lambda r: r | {"norms": "[1.0, 2.0]"}, "other norms"),
+    "layers of text": (lambda r: r | {"layers": '["1", "3"]'}, "not a list of numbers"),
+    "layers in parts": (lambda r: r | {"layers": "[1.5, 3]"}, "not a list of numbers"),
+    "no JSON": (lambda r: r | {"layers": "1, 3"}, "not a list of numbers|Extra data"),
+    "other norms": (lambda r: r | {"norms": "[1.0, 2.0]"}, "do not have the norms"),
     "unknown tokens": (lambda r: r | {"where": "pictures"}, "unknown token kind"),
     "tokens of a file": (lambda r: r | {"where": "@/etc/mask.npy"}, "no file"),
 }  # fmt: skip
@@ -193,7 +193,7 @@ def test_a_direction_of_another_width_or_depth_is_refused_by_the_pass(tiny_model
 
 
 WRONG = {
-    "kind": (lambda a, b: directions.find("mean", a, b, HERE), "kind='mean' is none of means"),
+    "kind": (lambda a, b: directions.find("mean", a, b, HERE), "kind='mean' is not one of means"),
     "width": (lambda a, b: directions.find("means", a, b[:, 1:], HERE), "unequal L or D"),
     "no pairs": (lambda a, b: directions.find("component", a, b[1:], HERE), "component takes pairs"),
     "one vector": (lambda a, b: directions.find("means", a[0], b[0], HERE), "states are"),
@@ -201,7 +201,7 @@ WRONG = {
     "nan": (lambda a, b: directions.find("means", a * np.nan, b, HERE), "must be finite"),
     "an empty row": (
         lambda a, b: directions.find("means", a, np.append(b, np.zeros((1, D)), 0), HERE),
-        "negative.12. is a state of zeros: leave out rows that fill up a batch",
+        "negative.12. is a state of zeros: leave out rows that pad a batch",
     ),
     "the same, but for rounding": (
         lambda a, b: directions.find("means", a, a[::-1].copy(), HERE), "do not differ",

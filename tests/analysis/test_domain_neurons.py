@@ -290,7 +290,7 @@ def test_thresholds_by_layer_are_those_of_each_layer_alone():
         np.testing.assert_array_equal(found.mask[:, [layer]], alone.mask)
         assert (found.threshold[layer], found.bar[layer]) == (alone.threshold, alone.bar)
     assert found.k == 20 and found.selected.sum(axis=-1).tolist() == [5, 5, 5, 5]
-    with pytest.raises(ValueError, match="thresholds='row' is none of"):
+    with pytest.raises(ValueError, match="thresholds='row' is not one of"):
         domain_neurons.select_modules(counts, tokens, thresholds="row")
 
 

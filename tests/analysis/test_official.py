@@ -66,7 +66,9 @@ def test_examples_counted():
     assert official.examples_counted([50_000, 50_000, 1]) == 2
     with pytest.raises(ValueError, match="2885 vision tokens are fewer than 100000"):
         official.examples_counted([2885])
-    with pytest.raises(ValueError, match="example 2 leads from below 100000 tokens to 300000"):
+    with pytest.raises(
+        ValueError, match="example 2 skips 100000: it leads from fewer tokens to 300000"
+    ):
         official.examples_counted([99_999, 200_001])
     with pytest.raises(ValueError, match="10001 vision tokens are fewer"):
         official.examples_counted([1] * 200_000)

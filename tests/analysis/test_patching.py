@@ -418,11 +418,11 @@ def test_what_does_not_correspond_is_refused(linear):
         patching.exact(linear, S.vision.mlp.act)
     with pytest.raises(ValueError, match="where= selects no token"):
         patching.exact(linear, S.lm.embed, over=("token",), where=tok.answer)
-    with pytest.raises(ValueError, match="lm.attn.q of layer 1: the receiver is not behind"):
+    with pytest.raises(ValueError, match="lm.attn.q of layer 1: the receiver must come after"):
         Path(S.lm.attn.heads[1, [0]], S.lm.attn.q[1, [0]]).edits(2, 3)
     with pytest.raises(ValueError, match="sites of the language model, not vision.embed"):
         Path(S.vision.embed, S.lm.mlp.out[0]).edits(2, 3)
-    with pytest.raises(ValueError, match="kinds=image, every: a token is of several"):
+    with pytest.raises(ValueError, match="kinds=image, every: a token belongs to several"):
         circuits.curves(linear, np.ones((2, 3, 5)), [1], kinds=("image", "every"))
     with pytest.raises(ValueError, match=r"sizes=\[16\]: there are 15 nodes"):
         circuits.curves(linear, np.ones((1, 3, 5)), [16])

@@ -115,7 +115,7 @@ def test_the_place_is_the_last_token_with_the_text(target):
     assert found.shape == target.ids.shape and np.flatnonzero(found[0]).tolist() == [last]
     with pytest.raises(ValueError, match="no token of the target has 'z' in it"):
         patchscope.place(named, "z")
-    with pytest.raises(ValueError, match="knows no processor"):
+    with pytest.raises(ValueError, match="has no processor"):
         patchscope.place(target)
 
 

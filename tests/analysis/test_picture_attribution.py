@@ -190,11 +190,11 @@ def test_rows_that_share_a_tile(tiny_model, make_batch):
 
 
 def test_errors(tiny_model, batch, make_batch):
-    with pytest.raises(ValueError, match='at="pixel" is none of lm.embed, pixels'):
+    with pytest.raises(ValueError, match='at="pixel" is not one of lm.embed, pixels'):
         pa.GatedPicture.of(word, tiny_model, batch, at="pixel")
     with pytest.raises(ValueError, match="the batch has no picture"):
         pa.GatedPicture.of(word, tiny_model, make_batch(images=(0, 0), words=(4, 3)))
-    with pytest.raises(ValueError, match="a baseline is of lm.embed"):
+    with pytest.raises(ValueError, match="takes no baseline"):
         pa.GatedPicture.of(word, tiny_model, batch, baseline=np.zeros(32), at="pixels")
     features = batch.replace(features=np.zeros((4, 16, 32), np.float32))
     with pytest.raises(ValueError, match="features in place of its pixels"):

@@ -33,7 +33,7 @@ def test_a_few_examples_decide_nothing():
     few, enough = (stages.find(*examples(THREE, 0.1, n=n)) for n in (15, 16))
     assert enough.claimed and not few.claimed
     assert few.boundaries is None
-    assert few.verdict == "undecided: 15 examples are too few, it takes 16"
+    assert few.verdict == "undecided: 15 examples are too few, at least 16 are needed"
     assert enough.verdict == "three stages as claimed (flat, falling, rising)"
 
 

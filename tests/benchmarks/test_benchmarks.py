@@ -138,7 +138,7 @@ def test_the_accelerator_command(tmp_path, capsys):
 def test_accelerator_states_what_is_missing(capsys):
     for argv, message in (
         ([], "JAX finds no accelerator; --tiny"),
-        (["--tasks=prefil"], "'prefil' is none of prefill, counts"),
+        (["--tasks=prefil"], "'prefil' is not one of prefill, counts"),
         (["--rivals=jax"], "jax: there are hf_careful"),
     ):
         with pytest.raises(SystemExit):

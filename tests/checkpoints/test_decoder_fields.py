@@ -241,7 +241,7 @@ def test_spellings():
         ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "rope_scaling.type="),
         ({"rope_scaling": {"type": "linear"}}, "of type 'linear' lacks factor"),
-        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has factor=8.0 and no rope_type"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has factor=8.0 but no rope_type"),
         ({"rope_scaling": LLAMA_31 | {"low_freq_factor": None}}, "lacks low_freq_factor"),
         ({"rope_scaling": LLAMA_31 | {"low_freq_factor": 4.0}}, "low_freq_factor=4.0 not below"),
         (

@@ -44,9 +44,9 @@ def test_pth_of_torch_without_its_empty_end(tmp_path):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"a": np.arange(3)}, "no list over domains"),
-        ([], "no list over domains"),
-        ([[np.arange(3)], [np.arange(3), np.arange(2)]], "as many layers each"),
+        ({"a": np.arange(3)}, "not a list over domains"),
+        ([], "not a list over domains"),
+        ([[np.arange(3)], [np.arange(3), np.arange(2)]], "over equally many layers"),
         ([[np.arange(3) / 2]], "domain 0, layer 0: not a list of neuron indices"),
         ([["a"]], "domain 0, layer 0: not a list of neuron indices"),
         (

@@ -144,7 +144,7 @@ def test_something_else_is_refused_and_stays(whole):
     for how, says in (({"model": "other"}, "differs in model"), ({"more": 1}, "differs in more")):
         with pytest.raises(ValueError, match=f"record.json was made for .* it {says}; give"):
             fill(whole, **how)
-    with pytest.raises(ValueError, match="is made of 7, and only 2 are asked for"):
+    with pytest.raises(ValueError, match="contains 7, but only 2 are requested"):
         fill(whole, ITEMS[:2])
     with pytest.raises(ValueError, match=r"differs in data \(what the first 7 were\)"):
         fill(whole, [0, 1, 2, 3, 4, 6, 5])

@@ -217,7 +217,7 @@ def test_what_is_wrong_is_said(tmp_path, built):
     dermnet(tmp_path / "dermnet")
     put(tmp_path / "dermnet" / "test" / "Skin" / "1.jpg", picture(0))
     with pytest.raises(
-        ValueError, match=r"dermnet: test/Skin/1.jpg .* label 'Skin', which is none"
+        ValueError, match=r"dermnet: test/Skin/1.jpg .* label 'Skin', which is not one"
     ):
         classification.build("dermnet", tmp_path, tmp_path / "root")
     assert not list((tmp_path / "root").rglob("dataset_info.json"))

@@ -69,7 +69,7 @@ def test_all_else_is_counted_by_what_it_is(folder, caplog):
     (folder / "tit" / os.fsdecode(b"\xff.png")).write_bytes(b"")
     assert said(caplog, folder).endswith(
         "birds: 11 files not used: .heic 1, .txt 2, beside the folders 1, in deeper folders 2, "
-        "named in other than UTF-8 1, not regular 3, without an ending 1"
+        "not regular 3, with names that are not UTF-8 1, without an extension 1"
     )
 
 
@@ -87,9 +87,9 @@ def test_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     for name in ("file", "pipe"):
-        with pytest.raises(FileNotFoundError, match="is no folder"):
+        with pytest.raises(FileNotFoundError, match="is not a folder"):
             domains.Domain.from_folder(tmp_path / name)
-        with pytest.raises(ValueError, match=r"no folder and no table: .*\.csv, \.tsv"):
+        with pytest.raises(ValueError, match=r"neither a folder nor a table.*\.csv, \.tsv"):
             domains.load_user_domains([tmp_path / name])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         domains.load_user_domains([tmp_path / "absent"])

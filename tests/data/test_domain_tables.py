@@ -84,13 +84,13 @@ class TestCsv:
             (b"image,question,answer,answer\na,b,c,d\n", "line 1: two columns are named 'answer'"),
             (b"image;question;reply\n1;2;3\n", r"lacks the columns \['answer'\].*'reply'"),
             (csv_text().encode("latin-1"), r"line 3: not UTF-8 .*save it as"),
-            (csv_text(rows=ROWS[:1]).encode("utf-16-le"), "NUL, so no text"),
+            (csv_text(rows=ROWS[:1]).encode("utf-16-le"), "a NUL character"),
             (csv_text().encode("utf-16")[:-1], "not UTF-16"),
             (b"image,question,answer\na.png,\0,b\n", "line 2: a NUL"),
             (b'image,question,answer\na.png,"open,b\n' + b"x,y,z\n" * 50, "line 2: .*left open"),
             (b'image,question,answer\na.png,"a"b,c\n', "line 2: not a row"),
             (b"image,question,answer\na.png,Which?,\n", r"line 2 lacks the fields \['answer'\]"),
-            (b"image,question,answer,id\na,b,c,1\nd,e,f,1\n", "line 3: the id '1' is that of"),
+            (b"image,question,answer,id\na,b,c,1\nd,e,f,1\n", "line 3: the id '1' is also that of"),
             (b"a" * 10**6, "line 1: not a row .*field larger"),
             (b"a" * 10**5, "lacks the columns"),
             (b",".join([b"a" * 99] * 10**4), "lacks the columns"),
@@ -111,7 +111,7 @@ class TestCsv:
             refused(tmp_path / name, "pipe or a device", FileNotFoundError)
         refused(tmp_path / "absent.jsonl", "No such file", FileNotFoundError)
         (tmp_path / "birds.xlsx").write_bytes(b"PK")
-        refused(tmp_path / "birds.xlsx", "no folder and no table")
+        refused(tmp_path / "birds.xlsx", "neither a folder nor a table")
 
     def test_rows_are_made_when_they_are_needed(self, tmp_path):
         path = tmp_path / "birds.csv"
@@ -231,10 +231,10 @@ class TestConversations:
     @pytest.mark.parametrize(
         ("conversation", "says"),
         [
-            ([], "not in turn of human and gpt"),
+            ([], "do not alternate human and gpt"),
             ("text", "conversations is not a list"),
-            ([{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}], "not in turn"),
-            ([{"from": "human", "value": "a"}], "not in turn"),
+            ([{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}], "do not alternate"),
+            ([{"from": "human", "value": "a"}], "do not alternate"),
             ([{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}], "not a list of"),
             ([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}], "question"),
         ],

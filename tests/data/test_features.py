@@ -113,7 +113,7 @@ def test_features_of_something_else_are_refused(tiny_model, examples, read, tmp_
         ) as said:
             read(some, model, aspect)
         assert len(str(said.value)) < 400
-    with pytest.raises(ValueError, match="is made of 3, and only 2 are asked for"):
+    with pytest.raises(ValueError, match="contains 3, but only 2 are requested"):
         read(examples[:2])
     np.testing.assert_array_equal(read(examples[:3]), found)
 

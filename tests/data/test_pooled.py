@@ -108,7 +108,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny_model, processor, example
     ):
         with pytest.raises(ValueError, match="progress.json was made for .* differs in data"):
             read(some, prompts)
-    with pytest.raises(ValueError, match="made of 5, and only 4 are asked for"):
+    with pytest.raises(ValueError, match="contains 5, but only 4 are requested"):
         read(examples[:4], PROMPTS[:4])
 
 

@@ -265,8 +265,8 @@ def test_prompt_of_driving():
             "unknown model 'llava'; there are llava_next, instructblip",
         ),
         (("vqav2", "?"), {"model": "llava_next", "of": "train"}, "unknown pass 'train'"),
-        (("vqav2", "?", ["a"]), {"model": "llava_next"}, "choices belong to pmc_vqa alone"),
-        (("pmc_vqa", "?"), {"model": "llava_next"}, "choices belong to pmc_vqa alone"),
+        (("vqav2", "?", ["a"]), {"model": "llava_next"}, "only pmc_vqa takes choices"),
+        (("pmc_vqa", "?"), {"model": "llava_next"}, "only pmc_vqa takes choices"),
     ],
 )
 def test_prompt_errors(arguments, how, message):

@@ -228,14 +228,14 @@ def test_what_does_not_fit_is_refused(model, batch):
     transcoder = make(draw())
     with pytest.raises(ValueError, match="all layers of a site, such as lm.mlp.out"):
         mj.splice(SITE[1], transcoder, reads=S.lm.resid_mid)
-    with pytest.raises(ValueError, match="say what its latents read"):
+    with pytest.raises(ValueError, match="needs the site that its latents read"):
         mj.splice(SITE, transcoder)
     splice = mj.splice(SITE, transcoder, reads=S.lm.resid_mid)
     own = Dictionary(
         encoder=jnp.ones((D, M)), encoder_bias=jnp.ones(M), decoder=jnp.ones((M, D)),
         decoder_bias=jnp.ones(D),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="spliced at lm.mlp.out: it stands alone there"):
+    with pytest.raises(ValueError, match="spliced at lm.mlp.out: it must be the only splice there"):
         mj.run(model, batch, splice >> mj.splice(SITE[1], own))
     few = mj.splice(SITE, make(draw(layers=2)), reads=S.lm.resid_mid)
     with pytest.raises(ValueError, match="has 2 layers, and the model has 3"):

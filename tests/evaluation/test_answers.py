@@ -179,7 +179,7 @@ def test_free_answers_are_those_of_mj_generate(batches, tiny_model):
 
 
 def test_what_is_wrong_is_said(batches, tiny_model, task):
-    with pytest.raises(ValueError, match="per='word' is none of answer, token"):
+    with pytest.raises(ValueError, match="per='word' is not one of answer, token"):
         answers.score_classes(tiny_model, batches, per="word")
     other = answers.question(task, task.test[0], wording="plain")
     mixed = batching.QuestionBatches(

@@ -74,5 +74,5 @@ def test_table():
     ("truth", "said"), [([0, 1], [0]), ([], []), ([0, 2], [0, 1]), ([0], [2]), ([-1], [0]), ([0], [-2])]
 )  # fmt: skip
 def test_what_is_wrong_is_refused(truth, said):
-    with pytest.raises(ValueError, match="one a picture|class ids lie in 0 to 1"):
+    with pytest.raises(ValueError, match="one per picture|class ids lie in 0 to 1"):
         classification.confusion(truth, said, 2)

@@ -163,7 +163,10 @@ def test_errors_come_before_anything_is_read(config_of):
         ({"partner": "any"}, "config.partner: 'any' is not one of class, domain"),
         ({"keep": "all"}, "config.keep: 'all' is not one of answered, apart"),
         ({"steps": -1}, "config.steps=-1"),
-        ({"sizes": (0, 4)}, r"config.sizes=\(0, 4\), config.circuit=5: numbers of nodes, 1 or"),
+        (
+            {"sizes": (0, 4)},
+            r"config.sizes=\(0, 4\), config.circuit=5: numbers of nodes must be 1 or",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             circuit.run(config_of(CONFIG, model="nowhere", **field), None)

@@ -48,10 +48,10 @@ def say(tmp_path_factory):
         ("", "--config is missing"),
         (EVALUATE, "--workdir is missing"),
         (f"{EVALUATE} --workdir=", "--workdir is missing"),
-        ("--config=none.py --workdir=W", "--config=none.py: there is no such file"),
-        ("--config none.py --workdir=W", "--config=none.py: there is no such file"),
+        ("--config=none.py --workdir=W", "--config=none.py: no such file"),
+        ("--config none.py --workdir=W", "--config=none.py: no such file"),
         ("--config=configs --workdir=W", "--config=configs: it is a folder"),
-        ("--config=configs/embedded.py:small --workdir=W", "embedded.py:small is none of full, quick"),
+        ("--config=configs/embedded.py:small --workdir=W", "embedded.py:small is not one of full, quick"),
         (f"{EVALUATE} --workdir=W --wrkdir=V", "unknown flag '--wrkdir'. Did you mean: workdir ?"),
         (f"{EVALUATE} --workdir", "Missing value for flag --workdir"),
         (f"{EVALUATE} --workdir=W extra", "unexpected arguments: extra"),
@@ -61,17 +61,17 @@ def say(tmp_path_factory):
         (f"{EVALUATE} --workdir=W --config.model=/no/model", "config.model=/no/model: neither a folder"),
         (f"{EVALUATE} --workdir=W --config.model=nomodel", "config.model=nomodel: neither a folder"),
         (f"{EVALUATE} --workdir=W --config.model=tests/nomodel", "config.model=tests/nomodel: neither"),
-        (f"{EVALUATE} --workdir=W --config.model=tests", "config.model=tests: no config.json in it"),
+        (f"{EVALUATE} --workdir=W --config.model=tests", "config.model=tests: not a checkpoint: it has no config.json"),
         (f"{EVALUATE} --workdir=W --config.paths=('/no/pictures',)", "/no/pictures does not exist"),
         (f"{EVALUATE} --workdir=W --config.paths=(", "config.paths: ( does not exist"),
-        (f"{EVALUATE} --workdir=W --mesh=2x4", "--mesh=2x4: it is written as data=2,model=4,fsdp=1"),
-        (f"{EVALUATE} --workdir=W --mesh=data=2,data=2", "it is written as data=2,model=4"),
-        (f"{EVALUATE} --workdir=W --mesh=data=0", "--mesh=data=0: data is at least 1"),
-        (f"{EVALUATE} --workdir=W --mesh=", "it is written as data=2,model=4"),
+        (f"{EVALUATE} --workdir=W --mesh=2x4", "--mesh=2x4: write it as data=2,model=4,fsdp=1"),
+        (f"{EVALUATE} --workdir=W --mesh=data=2,data=2", "write it as data=2,model=4"),
+        (f"{EVALUATE} --workdir=W --mesh=data=0", "--mesh=data=0: data must be at least 1"),
+        (f"{EVALUATE} --workdir=W --mesh=", "write it as data=2,model=4"),
         (f"{EVALUATE} --workdir=W --process=x", "--process=x: invalid literal"),
         (f"{EVALUATE} --workdir=W --process=0", "--process and --coordinator need --processes=N"),
-        (f"{EVALUATE} --workdir=W --processes=2", "--processes=2: it is a number, with --coordinator"),
-        (f"{EVALUATE} --workdir=W --processes=two", "--processes=two: it is a number, with"),
+        (f"{EVALUATE} --workdir=W --processes=2", "--processes=2: give a number, with --coordinator"),
+        (f"{EVALUATE} --workdir=W --processes=two", "--processes=two: give a number, with"),
     ],
 )  # fmt: skip
 def test_flags_and_paths(given, says, say):
@@ -120,11 +120,11 @@ def test_the_fields_of_every_config_pass(file):
         ("--coordinator=host:0 --processes=2 --process=0", "with a port of 1 to 65535"),
         ("--coordinator=host:70000 --processes=2 --process=0", "with a port of 1 to 65535"),
         ("--coordinator=host:-1 --processes=2 --process=0", "--coordinator=host:-1: it is written"),
-        ("--coordinator=host:1 --processes=2 --process=5", "--processes=2 it is 0 to 1"),
+        ("--coordinator=host:1 --processes=2 --process=5", "--processes=2 it must be 0 to 1"),
         ("--coordinator=host:1 --processes=2 --process=-1", "--process=-1: with --processes=2"),
-        ("--coordinator=host:1 --processes=0 --process=0", "--processes=0: it is at least 1"),
-        ("--coordinator=host:1 --processes=-2 --process=0", "--processes=-2: it is a number"),
-        ("--coordinator=host:1 --processes=2.5 --process=0", "--processes=2.5: it is a number"),
+        ("--coordinator=host:1 --processes=0 --process=0", "--processes=0: it must be at least 1"),
+        ("--coordinator=host:1 --processes=-2 --process=0", "--processes=-2: give a number"),
+        ("--coordinator=host:1 --processes=2.5 --process=0", "--processes=2.5: give a number"),
     ],
 )  # fmt: skip
 def test_flags_of_several_processes(given, says, say):
@@ -134,7 +134,7 @@ def test_flags_of_several_processes(given, says, say):
 def test_the_environment_says_the_same_as_flags(say):
     given = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JAX_NUM_PROCESSES": "2"}
     line = say(EVALUATE, "--workdir=W", **given, JAX_PROCESS_ID="0")
-    assert "--coordinator=127.0.0.1: it is written as host:port" in line
+    assert "--coordinator=127.0.0.1: write it as host:port" in line
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_the_environment_says_the_same_as_flags(say):
         ("def get_confi():\n    pass\n", "it defines no get_config()"),
         ("import nothere\n", "No module named 'nothere'"),
         ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
-        ("def get_config():\n    pass\n", "get_config() returns no ConfigDict"),
+        ("def get_config():\n    pass\n", "get_config() does not return a ConfigDict"),
     ],
 )
 def test_config_files(source, says, say, tmp_path):
@@ -156,12 +156,12 @@ def test_config_files(source, says, say, tmp_path):
 @pytest.mark.parametrize(
     ("study", "config", "given", "says"),
     [
-        ("train", "embedded_projector", "--edits=ablate lm.mlp.act", "this study takes no --edits"),
+        ("train", "embedded_projector", "--edits=ablate lm.mlp.act", "this study does not support --edits"),
         ("train", "embedded_projector", "--config.projector=no.safetensors", "config.projector: no.saf"),
         ("projection", "embedded_projection", "--config.clip=/no/clip", "config.clip=/no/clip: neither"),
         ("projection", "embedded_projection", "--captures=fire=stats lm.mlp.act", "no --captures"),
         ("domain_neurons", "embedded", "--config.masks=no/{module}.pth", "config.masks: no/ does not"),
-        ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; it lists them. Did you mean"),
+        ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; its file lists the fields. Did you mean"),
         ("mask", "embedded_mask", "--mesh=model", "--mesh=model: it is written as"),
         ("das", "embedded_das", "--workdir=", "--workdir is missing"),
         ("attribution", "embedded_attribution", "--nothing", "unknown flag '--nothing'"),
@@ -205,9 +205,9 @@ MODEL = "--model=llava-1.5-7b"
         ("describe", "--model=/no/model", "--model=/no/model: neither a released model, a folder"),
         ("describe", "--model=tests/nomodel", "--model=tests/nomodel: neither a released model"),
         ("describe", "--model=setup.py", "--model=setup.py: neither a released model"),
-        ("describe", "--model=tests", "--model=tests: no config.json in it"),
-        ("describe", f"{MODEL} --base=tests", "--base=tests: no config.json in it"),
-        ("describe", f"{MODEL} --json=tests", "--json=tests: it is a folder; name a file"),
+        ("describe", "--model=tests", "--model=tests: not a checkpoint: it has no config.json"),
+        ("describe", f"{MODEL} --base=tests", "--base=tests: not a checkpoint: it has no config.json"),
+        ("describe", f"{MODEL} --json=tests", "--json=tests: it is a folder; give a file"),
         ("plan", "", "--model is missing"),
         ("plan", "--model=/no/model", "--model=/no/model: neither a released model"),
         ("plan", f"{MODEL} --workdir=W", "unknown flag '--workdir'"),
@@ -219,13 +219,13 @@ MODEL = "--model=llava-1.5-7b"
         ("plan", f"{MODEL} --topology=v5e:3x3", "topology 'v5e:3x3': the slices of v5e are"),
         ("plan", f"{MODEL} --topology=v5e:2x4,tpu", "topology 'tpu': the chips are"),
         ("plan", f"{MODEL} --topology=h100:3", "topology 'h100:3': the slices of h100 are 1, 2, 4"),
-        ("plan", f"{MODEL} --out=setup.py", "--out=setup.py: it is a file; name a folder"),
+        ("plan", f"{MODEL} --out=setup.py", "--out=setup.py: it is a file; give a folder"),
         ("plan", f"{MODEL} --edits=abblate", "--edits: edit 1, 'abblate'"),
         ("plan", f"{MODEL} --captures=stats", "--captures: "),
         ("domains", "--domain=animals", "unknown flag '--domain'. Did you mean: domains ?"),
         ("domains", "all", "unexpected arguments: all"),
-        ("domains", "--root=setup.py", "--root=setup.py: it is a file; name a folder"),
-        ("domains", "--licences=tests", "--licences=tests: it is a folder; name a file"),
+        ("domains", "--root=setup.py", "--root=setup.py: it is a file; give a folder"),
+        ("domains", "--licences=tests", "--licences=tests: it is a folder; give a file"),
     ],
 )  # fmt: skip
 def test_programs_that_are_no_studies(program, given, says, say):
@@ -283,10 +283,10 @@ held.acquire()  # one instruction that does not end, as that of a compiler
 @pytest.mark.parametrize(
     ("how", "numbers", "status", "lines"),
     [
-        ((), [signal.SIGINT], 130, ["stopped by Ctrl-C: what was finished is saved; start again"]),
-        ((), [signal.SIGTERM], 143, ["stopped by SIGTERM: what was finished is saved; start again"]),
+        ((), [signal.SIGINT], 130, ["stopped by Ctrl-C: finished work is saved; start again"]),
+        ((), [signal.SIGTERM], 143, ["stopped by SIGTERM: finished work is saved; start again"]),
         (("save",), [signal.SIGINT], 7, []),
-        (("save", "never"), [signal.SIGINT] * 2, 130, ["stopped by Ctrl-C: what was finished"]),
+        (("save", "never"), [signal.SIGINT] * 2, 130, ["stopped by Ctrl-C: finished work"]),
     ],
 )  # fmt: skip
 def test_interrupts_are_one_line(how, numbers, status, lines):
@@ -313,7 +313,7 @@ def test_interrupts_are_one_line(how, numbers, status, lines):
         (ValueError("x" * 1000), 0, "error: " + "x" * 387 + "..."),
         (MemoryError(), 0, "error: MemoryError"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 0, "error: RESOURCE_EXHAUSTED: Out of"),
-        (TypeError("a bug"), 2, "error: TypeError: a bug (a fault of the program: please report it)"),
+        (TypeError("a bug"), 2, "error: TypeError: a bug (a bug in the program: please report it)"),
     ],
 )  # fmt: skip
 def test_an_error_of_a_study_ends_in_one_line(error, before, last):

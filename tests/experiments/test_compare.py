@@ -169,11 +169,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     cut = evaluated(tmp_path / "cut", BEFORE)
     (cut / "results.json").write_text('{"format": 2, ')
     for folder, message in (
-        (half, r"half is no finished study: it has no manifest.json"),
+        (half, r"half is not a finished study: it has no manifest.json"),
         (other, r"other is a run of mask, and .*whole one of evaluate"),
         (old, r"old: its results.json has format 1"),
         (cut, r"results.json is damaged"),
-        (tmp_path, r"is no finished study: it has no results.json"),
+        (tmp_path, r"is not a finished study: it has no results.json"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             runs.read([whole, folder])
@@ -194,7 +194,7 @@ def test_the_command_line(tmp_path):
         ((folders[0], folders[0]), "error: a run is named twice"),
         ((*folders, f"--workdir={folders[0]}"), "is one of the runs"),
         ((folders[0], tmp_path / "gone"), "gone does not exist"),
-        ((folders[0], tmp_path), "is no finished study"),
+        ((folders[0], tmp_path), "is not a finished study"),
     ):
         refused = compare(*arguments)
         assert refused.returncode == 1 and message in refused.stderr

@@ -120,7 +120,7 @@ def test_a_killed_study_ends_with_the_same_bytes(study, whole, tmp_path):
         ),
         ({"site": "lm.resid_post.latents"}, "config.site=lm.resid_post.latents: this study reads"),
         ({"shown": 0}, "config.shown=0 is not a whole number from 1"),
-        ({"recipe.kind": "gated"}, "kind='gated' is none of topk, batch_topk, jumprelu"),
+        ({"recipe.kind": "gated"}, "kind='gated' is not one of topk, batch_topk, jumprelu"),
         ({"recipe.k": 999}, "k=999 is not a whole number from 1 to 256"),
     ],
 )

@@ -353,7 +353,7 @@ def test_features_of_the_colours_lie_apart(finished):
         ({"modules": ("lm", "query")}, "the model has no neurons in 'query'; it has vision, proj"),
         (
             {"masks": "neurons.pth"},
-            "config.masks='neurons.pth': write FILE.npz, or FOLDER/{module}.pth",
+            "config.masks='neurons.pth': give FILE.npz, or FOLDER/{module}.pth",
         ),
     ],
 )
@@ -392,7 +392,7 @@ def test_another_config_is_refused(finished, command, execute):
 )
 def test_unknown_field_is_named(field, near, command, execute, tmp_path):
     done = execute(command("domain_neurons", QUICK, tmp_path, f"--config.{field}=0.1"))
-    said = f"error: the config has no field '{field}'; it lists them.{near}"
+    said = f"error: the config has no field '{field}'; its file lists the fields.{near}"
     assert done.returncode == 1 and done.stderr.splitlines() == [said]
 
 

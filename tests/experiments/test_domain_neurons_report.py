@@ -378,7 +378,7 @@ def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
         known |= {name: results[name] for name in names}
         report.preview(tmp_path, known)
         text = (tmp_path / "index.html").read_text(encoding="utf-8")
-        assert "The study still runs" in text and 'http-equiv="refresh"' in text
+        assert "The study is still running" in text and 'http-equiv="refresh"' in text
         assert "nan" not in text.replace("Nan", "") and "results.json" not in text
         sections.append(Reader(text).tags.count("section"))
     report.write(tmp_path, results)

@@ -19,8 +19,8 @@ from mllm_jax.store import stamps
 from tests.helpers.studies import ENVIRONMENT, EVALUATE, LABELS, ROOT, STUDIES, several
 
 pytestmark = pytest.mark.slow
-LOST = "was lost (killed, or its host failed): what was finished is saved; start again with the"
-STOPPED = "what was finished is saved; start again with the same flags to continue"
+LOST = "was lost (killed, or its host failed): finished work is saved; start again with the"
+STOPPED = "finished work is saved; start again with the same flags to continue"
 
 
 @pytest.fixture

@@ -87,14 +87,14 @@ def test_a_host_that_does_not_come_is_an_error(command, execute, tmp_path):
     start = time.monotonic()
     done = execute(line)
     assert done.returncode == 1 and time.monotonic() - start < 75
-    assert "error: not all 2 processes came to 127.0.0.1" in done.stderr.splitlines()[-1]
+    assert "error: not all 2 processes connected to 127.0.0.1" in done.stderr.splitlines()[-1]
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_one_line(command, execute, tmp_path):
     done = execute(command("evaluate", EVALUATE, tmp_path / "work", "--mesh=data=64"))
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
-    assert "error: mesh(data=64, model=1, fsdp=1) needs 64 devices, there are" in line
+    assert "error: mesh(data=64, model=1, fsdp=1) needs 64 devices, there are only" in line
 
 
 @pytest.mark.slow
@@ -178,7 +178,10 @@ def test_batches_that_do_not_divide_are_refused_before_anything_is_read(command,
     for each in done:
         (line,) = each.stderr.splitlines()
         assert each.returncode == 1
-        assert "error: config.batch_size=3: batches of 3 rows do not divide over the 2 data" in line
+        assert (
+            "error: config.batch_size=3: batches of 3 rows cannot be divided into the 2 data"
+            in line
+        )
 
 
 QUICK = "configs/embedded.py:quick"

@@ -121,7 +121,7 @@ def test_pairs_have_different_answers():
     assert found.shape == (50, 2) and (labels[found[:, 0]] != labels[found[:, 1]]).all()
     assert set(found.ravel()) == set(range(5))
     np.testing.assert_array_equal(found, das.pairs(labels, 50, seed=1))
-    with pytest.raises(ValueError, match="the model gives all pictures one answer"):
+    with pytest.raises(ValueError, match="the model gives all pictures the same answer"):
         das.pairs(np.zeros(3, int), 2, seed=0)
 
 

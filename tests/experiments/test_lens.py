@@ -178,9 +178,9 @@ def test_rows_are_sums_over_tokens_and_differences_are_of_the_same_tokens():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"layers": (1, 2)}, r"config.layers=\(1, 2\): name two or more .* model's last, 3"),
-        ({"layers": (2, 1, 3)}, "in rising order"),
-        ({"layers": (3,)}, "name two or more"),
+        ({"layers": (1, 2)}, r"config.layers=\(1, 2\): give two or more .* model's last, 3"),
+        ({"layers": (2, 1, 3)}, "in increasing order"),
+        ({"layers": (3,)}, "give two or more"),
         ({"layers": (1, 3), "word_layers": (2,)}, "config.word_layers: 2 is not among"),
     ],
 )

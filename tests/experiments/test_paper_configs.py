@@ -51,7 +51,7 @@ def test_fields_are_those_of_the_study(family, config_of):
     assert {field for field in paper if paper[field] != changed[field]} == {
         "compat", "prompts", "scope", "train_tokens", "groups", "new_tokens",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="small is none of paper, official"):
+    with pytest.raises(ValueError, match="small is not one of paper, official"):
         config_of(f"{CONFIGS[family]}:small")
 
 

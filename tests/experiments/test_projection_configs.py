@@ -84,7 +84,7 @@ def test_a_step_of_7b_gives_back_what_trains(variant, numbers):
 
 def test_an_unknown_name_is_refused():
     for which in ("imagenet", "dtd-my"):
-        with pytest.raises(ValueError, match=f"{which} is none of plantdoc, dtd"):
+        with pytest.raises(ValueError, match=f"{which} is not one of plantdoc, dtd"):
             get_config("projection_llava.py", which)
 
 

@@ -153,7 +153,7 @@ def test_a_study_of_one_task_one_seed_and_one_probe(tmp_path, undrawn, results):
 def test_one_seed_and_a_projector_that_saw_the_domains_are_told(tmp_path, undrawn, results):
     report.write(tmp_path, {**results, "seeds": [3], "model": "embedded"})
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "There is one seed (3): the intervals are over pictures alone" in text
+    assert "There is one seed (3): the intervals are over pictures only" in text
     assert "Original is not naive" in text
     report.write(tmp_path, {**results, "model": "embedded", "projector": "without_objects.npz"})
     assert "is not naive" not in (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -91,7 +91,7 @@ def test_a_workdir_belongs_to_its_edits(evaluated, command, execute):
     ("study", "config", "flag", "says"),
     [
         ("train", "configs/embedded_projector.py", "--edits=ablate lm.mlp.act",
-         "error: this study takes no --edits: it runs the model as it is"),
+         "error: this study does not support --edits; remove the flag"),
         ("evaluate", EVALUATE, "--edits=ablate lm.mlp.akt", "unknown site 'lm.mlp.akt'; nearest"),
         ("evaluate", EVALUATE, "--captures=keep lm.embed", "a capture begins with its name"),
     ],

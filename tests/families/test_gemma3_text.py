@@ -198,7 +198,7 @@ def test_the_chat_template_is_theirs(family, loaded):
     ],
 )  # fmt: skip
 def test_a_picture_is_refused(call, loaded):
-    with pytest.raises(ValueError, match="this model reads text alone: give images=None"):
+    with pytest.raises(ValueError, match="this model reads only text: give images=None"):
         call(loaded[1])
 
 

@@ -128,7 +128,7 @@ def test_where_the_queries_look(name, make_batch):
     np.testing.assert_allclose(
         np.asarray(out["mass"].values)[::every].sum(-1), 1, rtol=0, atol=1e-5
     )
-    with pytest.raises(ValueError, match="qformer.cross.pattern has their attention on patches"):
+    with pytest.raises(ValueError, match="qformer.cross.pattern for their attention to patches"):
         out["lm"].maps(0)
 
 

@@ -231,14 +231,17 @@ def test_the_settings_of_pictures(processors, tmp_path):
         ({"patch_size": 14}, "'patch_size': 14"),
         ({"merge_size": 1}, "'merge_size': 1"),
         ({"do_resize": False}, "'do_resize': False"),
-        ({"size": {"shortest_edge": 9, "longest_edge": 8}}, "the least and the most pixels"),
+        (
+            {"size": {"shortest_edge": 9, "longest_edge": 8}},
+            "the smallest and largest number of pixels",
+        ),
     ):
         wrong = QwenVLProcessor(tokenizer, make(**settings), config)
         with pytest.raises(ValueError, match=message):
             wrong([tiny.picture(0)], ["what"])
     with pytest.raises(ValueError, match="image_aspect_ratio='pad': this model has keep"):
         QwenVLProcessor(tokenizer, make(), config, image_aspect_ratio="pad")
-    with pytest.raises(ValueError, match="less than one token"):
+    with pytest.raises(ValueError, match="less than the pixels of one image token"):
         QwenVLProcessor(tokenizer, make(), config, max_pixels=63)
 
 

@@ -243,7 +243,7 @@ def test_a_layer_of_a_capture_may_be_traced(model, batch, seen):
         *((lambda by=by: mj.stats(S.lm.mlp.act, by=by), ValueError, "by is of type .*, expected tok")
           for by in (3, tok.image, [tok.image])),
         *((lambda edges=edges: mj.histogram(S.lm.mlp.act, edges=edges), ValueError,
-           "the edges of bins are numbers that increase") for edges in ("abc", [1j, 2j], {}, 5)),
+           "the edges of bins must be increasing numbers") for edges in ("abc", [1j, 2j], {}, 5)),
         (lambda: mj.stats(S.lm.mlp.act, by=("cls",)), ValueError, "by=cls: kinds of lm tokens are"),
     ],
 )  # fmt: skip

@@ -332,13 +332,19 @@ def test_values_without_one_reading_are_refused(layers, site, given, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mj.add(RESID, V * 1j), "lm.resid_.*: a value holds real numbers, not complex"),
-        (lambda: mj.replace(RESID, None), "a value holds real numbers, not object"),
-        (lambda: mj.scale(ACT, "2"), "a value holds real numbers, not <U1"),
-        (lambda: mj.project_out(RESID, V * 1j), "a value holds real numbers, not complex"),
+        (lambda: mj.add(RESID, V * 1j), "lm.resid_.*: a value must hold real numbers, not complex"),
+        (lambda: mj.replace(RESID, None), "a value must hold real numbers, not object"),
+        (lambda: mj.scale(ACT, "2"), "a value must hold real numbers, not <U1"),
+        (lambda: mj.project_out(RESID, V * 1j), "a value must hold real numbers, not complex"),
         (lambda: mj.project_out(RESID, V * np.nan), "the basis has numbers that are not finite"),
-        (lambda: mj.patch(RESID, 0.9, 1), "numbers of rows, source and into, not float64"),
-        (lambda: mj.patch(RESID, 0, True), "numbers of rows, source and into, not bool"),
+        (
+            lambda: mj.patch(RESID, 0.9, 1),
+            "source and into of patch must be row numbers, not float64",
+        ),
+        (
+            lambda: mj.patch(RESID, 0, True),
+            "source and into of patch must be row numbers, not bool",
+        ),
         (lambda: mj.call(RESID, lambda x: None), "the call lm.resid_.* returned NoneType: return"),
         (lambda: mj.call(RESID, lambda x: x * 1j), "returned complex64: return an array of real"),
         (lambda: mj.call(RESID, lambda x: x.sum()), r"returned \(\) for an x of \(8, 15, 32\)"),
@@ -604,7 +610,7 @@ def test_masks_of_pictures_are_by_tile_or_by_row(model, mixed):
             ValueError, match=r"tokens \(9, 17\) by tile or \(8, tiles of a row, 17"
         ):
             mj.run(model, mixed, mj.add(S.vision.mlp.out, 1.0, where=mask))
-    with pytest.raises(ValueError, match="of 1 tiles a row, the batch has 2"):
+    with pytest.raises(ValueError, match="1 tiles per row, the batch has 2"):
         mj.run(model, mixed, mj.add(S.vision.mlp.out, 1.0, where=by_row[:, :1]))
 
 
@@ -653,7 +659,7 @@ def test_a_patch_of_logits_reads_the_token_that_is_matched(model, batch, clean):
 @pytest.mark.parametrize("edit", [mj.add(S.logits, 1.0, where=tok.image),
                                   mj.patch(S.logits, 0, 2, where=tok.image)])  # fmt: skip
 def test_an_edit_of_logits_that_are_not_computed_is_refused(edit, model, batch):
-    said = "computes the logits of each row's last token alone"
+    said = "computes the logits of each row's last token only"
     with pytest.raises(ValueError, match=said):
         mj.run(model, batch, edit)
     with pytest.raises(ValueError, match=said):
@@ -729,7 +735,7 @@ def test_a_basis_is_made_orthonormal_in_float32():
          r"\[L B T D\] = \[3, 8, 15, 32\]"),
         (lambda: mj.scale(S.lm.mlp.act[1, [3, 5]], np.ones(3)), r"shape \(3,\) does not fit"),
         (lambda: mj.add(S.lm.resid_post[1:3], np.ones((2, 32))), r"shape \(2, 32\) does not fit"),
-        (lambda: mj.add(S.lm.mlp.act[1, [3, 5, 3]], [1.0, 2.0, 4.0]), "unit 3 is listed twice, with"),
+        (lambda: mj.add(S.lm.mlp.act[1, [3, 5, 3]], [1.0, 2.0, 4.0]), "unit 3 is listed twice with"),
         (lambda: mj.scale(S.lm.mlp.act[1, [3, -45]], [1.0, 2.0]), "lm.mlp.act: unit 3 is listed tw"),
         (lambda: mj.project_out(S.lm.resid_post, np.ones((31, 2))),
          r"lm.resid_post: the basis is \(31, 2\), expected \[32, directions\]"),

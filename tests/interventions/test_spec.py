@@ -314,7 +314,7 @@ def test_the_tables_of_the_page_are_those_of_the_grammar():
         ("a=mass lm.attn.pattern", "mass needs the option on="),
         ("a=stats lm.mlp.act by=tile", "by=tile: kinds of lm tokens are"),
         ("a=attention lm.attn.pattern heads=some", 'heads="some" is neither each nor mean'),
-        ("a=rollout qformer.cross.pattern", "read it by attention_map"),
+        ("a=rollout qformer.cross.pattern", "use attention_map"),
     ],
 )
 def test_captures_that_are_not_understood_are_said(text, says, root):

@@ -296,7 +296,7 @@ def test_what_can_be_seen_at_once_is_refused_at_once(model, batch):
         S.logits.latents  # noqa: B018
     with pytest.raises(ValueError, match="has no strength for per_step"):
         mj.per_step(mj.splice(HERE, make()), [1.0])
-    with pytest.raises(ValueError, match="one dictionary in each splice"):
+    with pytest.raises(ValueError, match="same dictionary in each splice"):
         mj.stack([mj.splice(HERE, make(i)) >> mj.ablate(LATENTS[1, 0]) for i in (0, 1)])
     with pytest.raises(ValueError, match="layer 0 has no dictionary"):
         mj.run(model, batch, mj.splice(HERE, make()), {"z": mj.keep(LATENTS[0])})

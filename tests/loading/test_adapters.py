@@ -169,7 +169,7 @@ def test_embedding_and_head(base, whole, tmp_path, kind, default):
         ({f"{EMBEDDING}.weight": (98, 32)}, r"another shape: .*embed_tokens.weight is \[98, 32\]"),
         ({f"{EMBEDDING}.lora_embedding_A": (3, 96)}, "embed_tokens: has lora_embedding_A alone"),
         ({f"{EMBEDDING}.lora_embedding_A": (3, 98), f"{EMBEDDING}.lora_embedding_B": (32, 3)},
-         "embed_tokens: .* does not change"),
+         "embed_tokens: .* does not fit"),
         ({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (2, 32)}, "left over: .*tokens_delta"),
         ({f"{HEAD}.weight": (96, 32), f"{HEAD}.modules_to_save.weight": (96, 32)}, "same tensor"),
     ],
@@ -254,7 +254,7 @@ def test_the_processor_is_that_of_the_base(base, whole, tmp_path):
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ({"lora_alpha": "6"}, "lora_alpha='6'"),
     ({"r": 0}, "r=0"),
-    ({"r": 4}, "of rank 4 does not change"),
+    ({"r": 4}, "of rank 4 does not fit"),
     ({"layer_replication": [[0, 4]]}, "unknown field layer_replication"),
     ({"alora_invocation_tokens": [1]}, "unknown field alora_invocation_tokens"),
     ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern.q_proj='x'"),
@@ -274,8 +274,8 @@ def test_adapters_that_do_not_fit(base, whole, tmp_path, monkeypatch):
     name, (a, b) = next(iter(pairs.items()))
     for change, says in (
         ({f"{LM}.9.self_attn.q_proj": (a, b)}, "the base model has no such tensor"),
-        ({name: (a[:, :5], b)}, "does not change"),
-        ({name: (a.astype(np.int32), b)}, "is not of floating point"),
+        ({name: (a[:, :5], b)}, "does not fit"),
+        ({name: (a.astype(np.int32), b)}, "is not floating-point"),
     ):
         place = written(pairs | change, tmp_path / "a")
         read = functools.partial(load.read_model, place, base=base)
@@ -291,7 +291,7 @@ def test_adapters_that_do_not_fit(base, whole, tmp_path, monkeypatch):
     (place / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has neither adapter_model.safetensors nor"):
         load.read_model(place, base=base)
-    with pytest.raises(ValueError, match="base= is for a folder with adapter_config.json"):
+    with pytest.raises(ValueError, match="base= needs a folder with adapter_config.json"):
         load.read_model(base, base=base)
     written(pairs, place, base_model_name_or_path="somebody/no-such-model")
     with pytest.raises(FileNotFoundError, match="adapter_config.json: base_model_name_or_path: "):

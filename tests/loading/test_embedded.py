@@ -169,7 +169,7 @@ def test_damaged_cache(name, damage, folder, readers):
         flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
         path.write_bytes(flipped if damage == "flip" else content[:-1])
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{name}: it is not what was written; delete .*again"):
+        with pytest.raises(ValueError, match=f"{name}: its content has changed; delete .*again"):
             embedded.directory()
     path.write_bytes(content)
     assert embedded.directory() == path.parent
@@ -188,7 +188,7 @@ def test_files_are_read_again_only_when_they_changed(folder, readers, monkeypatc
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     embedded.directory()  # of the same size and time: nothing is seen
     stamps.forget(store.cache_directory())  # as --verify does
-    with pytest.raises(ValueError, match="model.safetensors: it is not what was written"):
+    with pytest.raises(ValueError, match="model.safetensors: its content has changed"):
         embedded.directory()
 
 

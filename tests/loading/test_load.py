@@ -233,7 +233,7 @@ def test_hostile_weights_are_refused(editable, tmp_path):
         archive.writestr("x/data.pkl", pickle.dumps({"weight": Trap()}, 2))
     with pytest.raises(ValueError) as error:
         load.read_model(directory)
-    refused = f"{directory / 'pytorch_model.bin'}: refused, it asks for {os.mkdir.__module__}.mkdir"
+    refused = f"{directory / 'pytorch_model.bin'}: refused, it calls {os.mkdir.__module__}.mkdir"
     assert str(error.value).startswith(refused) and "missing" not in str(error.value)
     assert not (tmp_path / "trap").exists()
     for value, message in (
@@ -362,6 +362,8 @@ def test_names(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load.locate(tmp_path) == tmp_path
     for name in ("somebody/no-such-model", "./no/such/directory", "two words"):
-        with pytest.raises(FileNotFoundError, match="neither a directory nor to be had") as error:
+        with pytest.raises(
+            FileNotFoundError, match="is not a directory and not available"
+        ) as error:
             load.locate(name)
         assert "\n" not in str(error.value)

@@ -216,5 +216,5 @@ def test_dtypes_that_parameters_may_have(dtype):
 )
 def test_all_other_dtypes_are_refused_in_a_line(dtype, tmp_path):
     for read in (load.load, load.read_model):
-        with pytest.raises(ValueError, match=r"dtype=.* is none of float32, bfloat16, float16$"):
+        with pytest.raises(ValueError, match=r"dtype=.* is not one of float32, bfloat16, float16$"):
             read(tmp_path, dtype=dtype)

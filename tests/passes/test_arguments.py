@@ -202,15 +202,15 @@ def test_wrong_arguments_of_sweeps(model, batch):
             lambda w=wrong: mj.run(model, batch, logits=w),
         ]
         for pass_ in work:
-            refused(pass_, f'logits="{wrong}" is none of last, all, none')
+            refused(pass_, f'logits="{wrong}" is not one of last, all, none')
 
 
 @pytest.mark.parametrize(
     ("ids", "says"),
     [
-        ([[[3, 96]]] * 8, "row 0, number 0: id 96 at token 1: ids are below 96"),
+        ([[[3, 96]]] * 8, "row 0, number 0: id 96 at token 1: ids must be below 96"),
         ([[[3, 4], [-7, -1]]] * 8, "number 1: id -7 at token 0"),
-        ([[[3, -1, 4]]] * 8, "id 4 at token 2: ids are below 96, .* and -1 after the last"),
+        ([[[3, -1, 4]]] * 8, "id 4 at token 2: ids must be below 96, .* and -1 after the last"),
         ([[[-1, 4]]] * 8, "id 4 at token 1"),
         ([[[10**6, -1]]] * 8, "id 1000000"),
     ],

@@ -247,7 +247,7 @@ def test_errors(tiny_model, batches, tmp_path):
         with pytest.raises(ValueError, match=says):
             mj.collect({"x": capture}, tiny_model, batches, tmp_path / "x")
     some = {"image": CAPTURES["image"]}
-    with pytest.raises(ValueError, match='dtype="int8" is none of bfloat16, float32'):
+    with pytest.raises(ValueError, match='dtype="int8" is not one of bfloat16, float32'):
         mj.collect(some, tiny_model, batches, tmp_path / "x", dtype="int8")
     with pytest.raises(ValueError, match="collect: there was no batch"):
         mj.collect(some, tiny_model, [], tmp_path / "x")

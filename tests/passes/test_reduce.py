@@ -170,7 +170,7 @@ def test_other_or_fewer_batches_are_refused(lazy, tiny_model, batches, kept):
         ValueError, match=r"differs in data \(what the first 2 were\); give another"
     ):
         mj.reduce(FIRE, tiny_model, form(other), save=save)
-    with pytest.raises(ValueError, match=r"is made of 2, and only 1 are asked for"):
+    with pytest.raises(ValueError, match=r"contains 2, but only 1 are requested"):
         mj.reduce(FIRE, tiny_model, form(batches[:1]), save=save)
     assert save.read_bytes() == before
     start_over = mj.reduce(FIRE, tiny_model, form(other), save=save, restart=True)["fire"]
@@ -196,7 +196,7 @@ def test_sums_of_another_model_are_refused(tiny_model, batches, kept):
 
 
 def test_errors(tiny_model, batches):
-    message = r"capture 'x' \(keep\) cannot be added up over batches; use stats"
+    message = r"capture 'x' \(keep\) cannot be merged over batches; use stats"
     with pytest.raises(ValueError, match=message):
         mj.reduce({"x": mj.keep(S.lm.embed)}, tiny_model, batches)
     with pytest.raises(ValueError, match="counts: there was no batch to reduce"):

@@ -27,7 +27,7 @@ def test_last_all_none(tiny_model, text):
     last, all_, none = (mj.run(tiny_model, text, logits=x).logits for x in run.LOGITS)
     assert none is None and last.shape == (2, 96) and all_.shape == (2, 9, 96)
     np.testing.assert_allclose(last, all_[text.tokens.last], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match='logits="first" is none of last, all, none'):
+    with pytest.raises(ValueError, match='logits="first" is not one of last, all, none'):
         mj.run(tiny_model, text, logits="first")
 
 

@@ -106,7 +106,9 @@ def test_candidates_as_text():
 
 def test_errors(tiny_model, make_batch):
     batch = make_batch()
-    with pytest.raises(ValueError, match="candidates as text need a batch made by a processor; or"):
+    with pytest.raises(
+        ValueError, match="candidates as strings need a batch made by a processor; or"
+    ):
         mj.score(tiny_model, batch, ["A"])
     with pytest.raises(ValueError, match="no candidates to score"):
         mj.score(tiny_model, batch.replace(processor=Letters()), [])

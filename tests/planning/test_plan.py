@@ -284,7 +284,7 @@ def test_shapes_alone_tell_what_a_chip_holds(study, monkeypatch):
     whole = plan.plan(TINY, SIZE, topology="v5e:1x1", study=study, data=1)
     assert found.how == plan.SHAPES and found.fits is None
     assert (found.data, found.fsdp, found.model) == (2, 1, 4)
-    assert "From shapes alone" in found.table()
+    assert "From shapes only" in found.table()
     network = programs.abstract_model(TINY, jnp.bfloat16)
     trained = {"projection": (network.projector,), "e2e": (network.projector, network.lm)}
     count = parts.size(trained.get(study, ()))  # float32, as its two moments
@@ -320,7 +320,7 @@ def test_what_is_lowered_for_a_tpu_takes_the_branches_of_accelerators(monkeypatc
     [
         ({"topology": "v9:2x4"}, "the chips are v4, v5e, v5p, v6e"),
         ({"topology": "v5e:3x3"}, "the slices of v5e are 1x1"),
-        ({"study": "guess"}, "is none of run, counts"),
+        ({"study": "guess"}, "is not one of run, counts"),
         ({"data": 3}, "does not divide the 8 chips"),
         ({"study": "projection", "edits": mj.ablate(S.lm.mlp.act[0])}, "takes no edits"),
     ],

@@ -284,8 +284,8 @@ class TestArrays:
             (np.array(3.0), r"shape \(\)"),
             (np.zeros((0, 4, 3), np.uint8), "no pixels"),
             (np.zeros((4, 0, 3), np.uint8), "no pixels"),
-            (RGB / 255 * 2 - 1, "reach from -.* give finite ones from 0 to 1"),
-            (RGB.astype(np.float32), "reach from 0 to 249: give"),
+            (RGB / 255 * 2 - 1, "range from -.* give finite ones from 0 to 1"),
+            (RGB.astype(np.float32), "range from 0 to 249: give"),
             (np.full((2, 2), np.nan), "nan"),
             (np.full((2, 2), np.inf), "inf"),
             (RGB.astype(np.int64), "values are int64: give uint8"),
@@ -307,7 +307,7 @@ class TestArrays:
 
     @pytest.mark.parametrize("values", [[[-1, 5]], [[0, 65536]], [[-(2**31), 2**31 - 1]]])
     def test_mode_i_out_of_range(self, values):
-        refused(PIL.Image.fromarray(np.array(values, np.int32)), "values reach from .*: scale them")
+        refused(PIL.Image.fromarray(np.array(values, np.int32)), "values range from .*: scale them")
 
 
 def refused(picture, says: str, name: str = "the picture") -> str:
@@ -428,7 +428,7 @@ class TestRefused:
         path = tmp_path / "a.png"
         for content, says in (
             (whole[: len(whole) // 2], "."), (whole[:20], "Truncated"), (b"", "it is empty"),
-            (b"hello", "format that is not read"), (b"<!doctype html><html>", "a web page"),
+            (b"hello", "unsupported format"), (b"<!doctype html><html>", "a web page"),
             (b"\x00\x00\x00\x18ftypheic\0\0\0\0mif1heic", "HEIC is not read.*convert"),
             (b"%PDF-1.7", "PDF"), (b"<svg xmlns='x'/>", "SVG"),
             (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
@@ -473,7 +473,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("given", [None, 3, {"a": 1}, object(), open])
     def test_what_is_no_picture(self, given):
-        refused(given, "is no picture: give a path", "picture 3 of row 2")
+        refused(given, "is not a picture: give a path", "picture 3 of row 2")
 
     def test_a_file_open_as_text_and_a_closed_picture(self, tmp_path):
         path = tmp_path / "a.png"
@@ -483,7 +483,7 @@ class TestRefused:
         refused(closed, ".")
         path.write_text("text")
         with path.open() as file:
-            refused(file, "open as text")
+            refused(file, "open in text mode")
 
 
 class TestProcessor:

@@ -430,7 +430,7 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda p: p(None, "what ?"), ValueError, "prompts is a list of strings or chats, one a row"),
+        (lambda p: p(None, "what ?"), ValueError, "prompts must be a list of strings or chats, one per row"),
         (lambda p: p([tiny.picture(0)], ["a", "b"]), ValueError, "1 rows of pictures for 2 prompts"),
         (lambda p: p(None, ["a"], answers=["b", "c"]), ValueError, "2 answers for 1 prompts"),
         (lambda p: p(None, ["<image> a"]), ValueError,
@@ -449,10 +449,10 @@ def test_a_checkpoint_without_its_files(tiny_config, tmp_path):
           for rows in (0, -1, 2.5, "3", True)),
         *((lambda p, n=n: p(None, ["a"], length=n), ValueError, "length=.* is not a whole number")
           for n in (0, -1, 64.0, "64")),
-        (lambda p: p(None, ["a", "b"], rows=1), ValueError, "rows=1 for 2 prompts: a batch has a row"),
+        (lambda p: p(None, ["a", "b"], rows=1), ValueError, "rows=1 for 2 prompts: a batch needs one row"),
         (lambda p: p.pack(None, []), ValueError, "rows=0 for 0 prompts"),
         (lambda p: p.pack(None, [[("<image> a", "b")]], features=np.ones((1, 16, 32))), ValueError,
-         "the packed question '<image> a' names its picture again"),
+         "the packed question '<image> a' contains its picture again"),
     ],
 )  # fmt: skip
 def test_errors(call, error, message, processor):
@@ -463,12 +463,12 @@ def test_errors(call, error, message, processor):
 def test_errors_of_pictures_that_are_cut(cutter):
     features = np.ones((1, 80, 32), np.float32)
     with pytest.raises(
-        ValueError, match=r"cuts a picture by its size: beside features= give sizes"
+        ValueError, match=r"cuts a picture by its size: with features= also give sizes"
     ):
         cutter(None, ["a"], features=features)
     with pytest.raises(ValueError, match="2 rows of pictures for 1 prompts"):
         cutter(None, ["a"], features=features, sizes=[(24, 24)] * 2)
-    with pytest.raises(ValueError, match="sizes= goes with features="):
+    with pytest.raises(ValueError, match="sizes= is only for features="):
         cutter([tiny.picture(0)], ["a"], sizes=[(24, 24)])
     config = cutter.config
     with pytest.raises(ValueError, match="image_aspect_ratio='pad': this model has anyres"):
@@ -490,6 +490,6 @@ def test_an_unknown_aspect_ratio(processor):
 def test_a_template_that_wants_something_else(tiny_config):
     strict = tiny.processor(tiny_config, "{{ raise_exception('only tools') }}")
     with pytest.raises(
-        ValueError, match=r"does not take a plain user turn \(only tools\); write <im"
+        ValueError, match=r"does not accept a plain user turn \(only tools\); write <im"
     ):
         strict(None, ["what ?"])

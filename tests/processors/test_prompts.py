@@ -136,7 +136,7 @@ def test_white_space_of_a_prompt_is_the_users(tiny_config):
 
 
 BAD_CHATS = {
-    "assistant last": (PLAIN[:2], "the chat ends with what the assistant says: give that as answers="),
+    "assistant last": (PLAIN[:2], "the chat ends with a turn of the assistant: give that as answers="),
     "no user": ([{"role": "system", "content": "what"}], "no message of the chat has the role user"),
     "no role": ([{"content": "what ?"}], 'a message has "role", a string, and "content"'),
     "no content": ([{"role": "user"}], "message 0: a message has"),
@@ -145,11 +145,11 @@ BAD_CHATS = {
     "two pictures": ([{"role": "user", "content": [{"type": "image"}] * 2}], "has 2 <image> for 1 pict"),
     "named too": ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<image>"}]}],
                   "has 2 <image> for 1 pictures"),
-    "empty": ([], "neither text nor a list of messages"),
-    "none": (None, "None is neither text nor a list of messages"),
-    "number": (7, "7 is neither text nor"),
-    "bytes": (b"what", "neither text nor"),
-    "mixed": ([PLAIN[0], "what"], "neither text nor"),
+    "empty": ([], "neither a string nor a list of messages"),
+    "none": (None, "None is neither a string nor a list of messages"),
+    "number": (7, "7 is neither a string nor"),
+    "bytes": (b"what", "neither a string nor"),
+    "mixed": ([PLAIN[0], "what"], "neither a string nor"),
 }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_a_chat_needs_a_template(tiny_config):
     ("template", "message"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes"),
-        ("{{ messages[0]['content'] * 10**9 }}", "too large a value"),
+        ("{{ messages[0]['content'] * 10**9 }}", "would be too large"),
         ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "once and in order"),
         ("user {{ messages[0]['content']|replace('what', 'which') }} assistant", "once and in order"),
         ("user {{ messages[0]['content'][:2000] }}", "write <image> into the prompt"),
@@ -210,11 +210,11 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ("what ?", "prompts is a list of strings or chats, one a row; got 'what .'"),
-            (None, "prompts is a list"),
-            ({"role": "user", "content": "what ?"}, "prompts is a list"),
+            ("what ?", "prompts must be a list of strings or chats, one per row; got 'what .'"),
+            (None, "prompts must be a list"),
+            ({"role": "user", "content": "what ?"}, "prompts must be a list"),
             ([], "prompts is empty"),
-            (["what ?", 3], "prompts, row 1: 3 is neither text nor"),
+            (["what ?", 3], "prompts, row 1: 3 is neither a string nor"),
         ],
     )
     def test_prompts(self, given, message, processor):
@@ -225,10 +225,10 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("answers", "message"),
         [
-            ("yes", "answers is a list of strings, one a row; got 'yes'"),
+            ("yes", "answers must be a list of strings, one per row; got 'yes'"),
             (["yes", "no"], "2 answers for 1 prompts"),
-            ([None], "answers, row 0: None is no text"),
-            ([["yes"]], "answers, row 0: .*is no text"),
+            ([None], "answers, row 0: None is not a string"),
+            ([["yes"]], "answers, row 0: .*is not a string"),
         ],
     )
     def test_answers(self, answers, message, processor):
@@ -237,13 +237,13 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("turns", "message"),
         [
-            ([[("", "a")]], "turns, row 0, question 1: .* which is not empty"),
+            ([[("", "a")]], "turns, row 0, question 1: .* non-empty"),
             ([[("which ?", "a"), (" \n", "a")]], "turns, row 0, question 2"),
             ([[]], "turns, row 0: there is no question"),
-            ([[("what ?",)]], "no pair of a question"),
-            ([["what ?"]], "turns, row 0 is a list of pairs"),
-            ([[("what ?", None)]], "no pair of a question"),
-            ("what ?", "turns is a list of"),
+            ([[("what ?",)]], "not a pair of a non-empty"),
+            ([["what ?"]], "turns, row 0 must be a list of pairs"),
+            ([[("what ?", None)]], "not a pair of a non-empty"),
+            ("what ?", "turns must be a list of"),
             ([[("which ?", "a <image>")]], "turns, row 0, question 1: the answer"),
         ],
     )
@@ -265,23 +265,23 @@ class TestCandidates:
     @pytest.mark.parametrize(
         ("candidates", "message"),
         [
-            ("yes", "candidates is a list of strings, or of lists of strings, .*got 'yes'"),
-            (np.array("yes"), "no candidates|candidates is a list"),
-            ({"yes", "no"}, "candidates is a list"),
-            (None, "candidates is a list"),
+            ("yes", "candidates must be a list of strings, or of lists of strings, .*got 'yes'"),
+            (np.array("yes"), "no candidates|candidates must be a list"),
+            ({"yes", "no"}, "candidates must be a list"),
+            (None, "candidates must be a list"),
             ([], "no candidates to score"),
             ([[], []], "no candidates to score"),
             ([""], "candidates, row 0, number 0: '' is not an answer"),
             (["yes", None], "candidates, row 0"),
             ([["yes"], ["no", 3]], "candidates, row 1, number 1: 3 is not an answer"),
-            ([["yes"], "no"], "candidates, row 1: is a list"),
+            ([["yes"], "no"], "candidates, row 1: must be a list"),
             ([["yes"]] * 3, "candidates for 3 rows, but the batch has 2"),
             (
                 ["yes", "a <image>"],
-                "candidates, row 0, number 1: the answer 'a <image>' holds <image>",
+                "candidates, row 0, number 1: the answer 'a <image>' contains the special token <image>",
             ),
-            (np.zeros((2, 3), np.int32), r"int32\[B, C, A\] of 2 rows, not \(2, 3\)"),
-            (np.zeros((1, 3, 4), np.int32), "of 2 rows, not"),
+            (np.zeros((2, 3), np.int32), r"int32\[2, C, A\], not \(2, 3\)"),
+            (np.zeros((1, 3, 4), np.int32), r"must be int32\[2, C, A\], not"),
             (np.zeros((2, 3, 4)), "is not an answer|is a list"),
         ],
     )
@@ -307,7 +307,8 @@ def test_an_answer_is_plain_text(special, processor):
     """The text of a special token is no word, and would become that token."""
     for answer in (special, f"a {special} cat"):
         refused(
-            lambda a=answer: processor.answer_ids(a), f"holds {special.replace('|', '.')}, which"
+            lambda a=answer: processor.answer_ids(a),
+            f"contains the special token {special.replace('|', '.')}:",
         )
         refused(
             lambda a=answer: processor(None, ["a", "b"], answers=["no", a]), "answers, row 1: the"
@@ -374,7 +375,7 @@ class TestEnds:
         made = Processor(tokenizer, None, tiny_config)
         batch = made(None, ["what ?"], rows=2)
         assert mj.generate(tiny_model, batch, max_new_tokens=2).text[1] == ""
-        refused(lambda: mj.generate(tiny_model, batch, stop=True), "names no token to stop at")
+        refused(lambda: mj.generate(tiny_model, batch, stop=True), "has no token to stop at")
         refused(lambda: mj.score(tiny_model, batch, ["yes"]), "row 0, number 0: .*set eos_token in")
         assert made.answer_ids("yes", end=False)
         listed = Processor(tokenizer, None, tiny_config, stop_ids=[9])
@@ -432,14 +433,14 @@ class TestFiles:
         made = Processor(lose, None, processor.config)
         lose.chat_template = None
         refused(
-            lambda: made(None, ["what ?"]), "of somewhere makes no token of 'what .': its files"
+            lambda: made(None, ["what ?"]), "of somewhere returns no token for 'what .': its files"
         )
 
     def test_a_tokenizer_of_another_model(self, processor):
         lm = dataclasses.replace(processor.config.lm, vocab=20)
         made = Processor(processor.tokenizer, None, dataclasses.replace(processor.config, lm=lm))
         refused(lambda: made(None, ["what"]), "row 0: .*'user' the id 28, the model has 20 words")
-        refused(lambda: made.answer_ids("kind"), "the tokenizer is another model's")
+        refused(lambda: made.answer_ids("kind"), "use the tokenizer of this model")
 
     @pytest.mark.parametrize("name", ["llava", "llava-next", "instructblip"])
     def test_another_image_token(self, name, tiny_config, tmp_path):

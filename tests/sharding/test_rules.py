@@ -142,8 +142,11 @@ def test_parameters_without_a_rule_or_with_two_are_listed():
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"data": 2, "model": 4}, "mesh(data=2, model=4, fsdp=1) needs 8 devices, there are 1"),
-        ({"data": 0}, "mesh(data=0, model=1, fsdp=1): each is 1 or more"),
+        (
+            {"data": 2, "model": 4},
+            "mesh(data=2, model=4, fsdp=1) needs 8 devices, there are only 1",
+        ),
+        ({"data": 0}, "mesh(data=0, model=1, fsdp=1): each must be 1 or more"),
     ],
 )
 def test_a_mesh_has_as_many_devices_as_there_are(how, says):

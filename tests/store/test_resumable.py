@@ -64,7 +64,7 @@ def test_it_goes_on_where_it_was_left(written):
     assert list(made.resume(iter(["one", "two", "three"]))) == ["three"] and made.done == 2
     for items, says in (
         (["one", "2", "three"], "differs in data"),
-        (["one"], "is made of 2, and only 1"),
+        (["one"], "contains 2, but only 1"),
     ):
         for form in (list, iter):
             made = make(path)

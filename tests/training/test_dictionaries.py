@@ -206,7 +206,7 @@ def test_a_rank_is_that_of_a_sort(axis):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"kind": "gated"}, "kind='gated' is none of topk, batch_topk, jumprelu"),
+        ({"kind": "gated"}, "kind='gated' is not one of topk, batch_topk, jumprelu"),
         ({"k": 65}, "k=65 is not a whole number from 1 to 64"),
         ({"k": 0}, "k=0 is not a whole number from 1"),
         ({"latents": 2.5}, "latents=2.5 is not a whole number"),
@@ -230,7 +230,7 @@ def test_wrong_vectors_are_refused(planted):
     with pytest.raises(ValueError, match=r"a batch of vectors is \[0, 24\], expected"):
         dictionaries.fit([np.zeros((0, D))], recipe)
     for wrong in (np.ones((4, D)), np.full((4, D), np.nan)):
-        with pytest.raises(ValueError, match="all the same, or not finite"):
+        with pytest.raises(ValueError, match="all equal, or not finite"):
             dictionaries.fit([wrong], recipe)
     with pytest.raises(ValueError, match=r"batch 1 is \[9, 24\], the first is \[256, 24\]"):
         dictionaries.fit([batches[0], batches[1][:9]], recipe)

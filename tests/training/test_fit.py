@@ -203,7 +203,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(model, processor, features):
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-5)
     assert curve[-1] < curve[0]
-    with pytest.raises(ValueError, match="3 batches are no steps of accumulate=2"):
+    with pytest.raises(ValueError, match="3 batches do not divide into steps of 2"):
         fit.fit(model, [rows(0, 1)] * 3, halved)
 
 

@@ -86,10 +86,10 @@ def test_layers_count_from_either_end_and_rows_from_several_batches(tiny_model, 
 @pytest.mark.parametrize(
     ("layers", "where", "says"),
     [
-        ([1, 2], SEEN, r"layers=\[1, 2\]: name two or more in rising order, .* last, 3"),
-        ([3], SEEN, "name two or more"),
-        ([2, 1, 3], SEEN, "in rising order"),
-        ([-9, 3], SEEN, "name two or more"),
+        ([1, 2], SEEN, r"layers=\[1, 2\]: give two or more in increasing order, .* last, 3"),
+        ([3], SEEN, "give two or more"),
+        ([2, 1, 3], SEEN, "in increasing order"),
+        ([-9, 3], SEEN, "give two or more"),
         (None, tok.answer, "where= selects no token"),
     ],
 )

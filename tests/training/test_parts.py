@@ -168,14 +168,14 @@ def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
 @pytest.mark.parametrize(
     ("part", "how", "says"),
     [
-        ("vison", {}, 'part="vison": vison is none of projector, lm, lora, neurons'),
+        ("vison", {}, 'part="vison": vison is not one of projector, lm, lora, neurons'),
         ("lm+lora", {}, "trains weights of the LM twice"),
-        ("neurons", {}, 'part="neurons" goes with neurons='),
-        ("lm", {"neurons": {}}, 'part="lm" goes without neurons='),
+        ("neurons", {}, 'part="neurons" needs neurons='),
+        ("lm", {"neurons": {}}, 'part="lm" takes no neurons='),
         ("lora+neurons", {"neurons": {"up": np.ones((2, 48), bool)}},
          r"trains lm.layers.mlp.up.kernel twice: leave the matrices of neurons= out"),
         ("lora", {"lora": parts.Lora(matrices="lm.head")}, "no weight is named lm.head; there are"),
-        ("neurons", {"neurons": {"uq": None}}, "neurons of 'uq': an MLP has gate, up and down"),
+        ("neurons", {"neurons": {"uq": None}}, "neurons of 'uq': the matrices of an MLP are gate, up and down"),
         ("neurons", {"neurons": {"up": np.zeros((2, 48), bool)}},
          r"neurons of up: expected bool\[2, 48\] with some of them True, got bool\[2, 48\] with 0"),
     ],

@@ -18,7 +18,7 @@ from mllm_jax.typing import Bool, Float
 
 
 def accuracy(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the accuracy of the unedited model; None where not measured."""
+    """Build the section on the accuracy of the unedited model; None if not measured."""
     baseline = results["baseline"]
     if not baseline:
         return None
@@ -61,7 +61,7 @@ class Changes(NamedTuple):
 
     Attributes:
       selected: float[D_, D_], with the neurons of a domain ablated; NaN where not measured.
-      star: bool[D_, D_], where `selected` is beyond chance.
+      star: bool[D_, D_], whether `selected` is beyond chance.
       controls: float[D_, D_] by kind of control, the mean over draws.
     """
 
@@ -71,7 +71,7 @@ class Changes(NamedTuple):
 
 
 def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the changes of accuracy by ablation; None where not measured."""
+    """Build the section on the changes of accuracy by ablation; None if not measured."""
     runs = results["ablation"]
     if not runs:
         return None
@@ -112,14 +112,14 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
                 "ablation",
                 figure,
                 "Accuracy change by mask, data and module",
-                "A click on a cell of the chart shows the answers that changed.",
+                "Click on a cell of the chart to see the answers that changed.",
                 chart=panels.ablation(results, bound),
             )
         ],
         table=page.Table(columns, rows),
         note=f"Rows: the domain whose neurons ({ABLATED[results['ablated']]}) are set to zero, at "
-        "every token and every step. Columns: the domain tested, on n questions. The colours reach "
-        "at least to the smallest change that could be found. Controls match in number, layer and "
+        "every token and every step. Columns: the domain tested, on n questions. The colour scale "
+        "extends at least to the smallest detectable change. Controls match in number, layer and "
         "module, rate-matched ones "
         "also in how often and how strongly they are active. Beyond chance: p below "
         f"{power.LEVEL} by flipping signs of paired differences, corrected (Holm) for the cells of "
@@ -135,8 +135,8 @@ def changes(folder: pathlib.Path, results: Results) -> page.Section | None:
 def colour_bound(results: Results) -> float:
     """Return the change of accuracy at the ends of the colour scale.
 
-    The scale reaches as far as the smallest change that could be found: of few questions, what may
-    be chance is not of the deepest colour.
+    The scale extends at least to the smallest detectable change: with few questions, what may
+    be due to chance does not get the deepest colour.
     """
     largest = max((abs(run["difference"]) for run in results["ablation"]), default=0.0)
     possible = [row["possible"] for row in results["power"]]
@@ -150,7 +150,7 @@ def _own_domain(results: Results) -> Bool[np.ndarray, "domains domains"]:
 
 
 def _read_power(results: Results) -> str:
-    """Return the sentence on the smallest changes that the tests of the cells could find."""
+    """Return the sentence on the smallest changes that the tests of the cells could detect."""
     clauses = []
     for name in ("own", "other"):
         rows = [row for row in results["power"] if row["family"] == name]
@@ -246,6 +246,6 @@ def change_matrix(
 
 
 def widest_module(results: Results) -> str | None:
-    """Return the ablated module of most neurons: all together, or the last; None for none."""
+    """Return the ablated module with the most neurons: all, else the last; None if none."""
     modules = [run["module"] for run in results["ablation"]]
     return widest(modules) if modules else None

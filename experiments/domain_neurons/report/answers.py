@@ -1,4 +1,4 @@
-"""The answers that an ablation changed, before and after, of each cell of the matrix."""
+"""The answers that an ablation changed, before and after, for each cell of the matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Mapping[str, Any]  # an entry of `ablation` in results.json
 
 @dataclasses.dataclass(frozen=True)
 class ChangedAnswers:
-    """A list of cells that open, each with its changed answers as a table.
+    """A list of expandable cells, each with its changed answers as a table.
 
     Attributes:
       results: The content of results.json.
@@ -36,7 +36,7 @@ class ChangedAnswers:
         rows = [row[2:] for row in _rows(self.results, run)]
         rest = run["changes"] - len(rows)
         more = f'<p class="note">{rest:,} more in the steps of the study.</p>' if rest else ""
-        name = f"{parts.title(run['module'])}: neurons of {run['mask']} off, on {run['data']}"
+        name = f"{parts.title(run['module'])}: neurons of {run['mask']} ablated, on {run['data']}"
         shown = page.table(page.Table(COLUMNS[2:], rows), name) + more if rows else "<p>None.</p>"
         return (
             f'<details id="{panels.cell_id(run["module"], mask, data)}"><summary>'
@@ -50,7 +50,7 @@ COLUMNS = ("neurons of", "tested on", "picture", "question", "right", "before", 
 
 
 def changed(results: Results) -> list[page.Widget]:
-    """Return the list of changed answers; none where nothing was ablated."""
+    """Return the list of changed answers; empty if nothing was ablated."""
     return [ChangedAnswers(results)] if _selected(results) else []
 
 

@@ -11,7 +11,7 @@ COLUMNS = ("claim", "verdict", "criterion", "found", "power")
 
 
 def claims(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the claims; None while the study still runs."""
+    """Build the section on the claims; None while the study is running."""
     rows = results["claims"]
     if not rows:
         return None

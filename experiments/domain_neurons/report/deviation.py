@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def last_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on how far ablation moves the hidden states; None where not measured."""
+    """Build the section on how far ablation moves the hidden states; None if not measured."""
     runs = [run for run in results["ablation"] if run["deviation"]]
     on_own_data = [run for run in runs if run["mask"] == run["data"]]
     if not any(run["control"] is None for run in on_own_data):
@@ -122,7 +122,7 @@ def _mean_deviations(runs: Iterable[Mapping[str, Any]]) -> Deviations:
 
 
 def by_layer(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the deviation after each layer; None where there is none."""
+    """Build the section on the deviation after each layer; None if there is none."""
     rows, layers = results["deviation_by_layer"], results["deviation_layers"]
     if not rows:
         return None
@@ -182,7 +182,7 @@ def _count(row: Row) -> tuple[int, int, int]:
 def _read_layers(against: Sequence[Row], layers: Sequence[int]) -> str:
     """Return the sentences on where own neurons differ from rate-matched ones."""
     if not against:
-        return "No interval of own less rate-matched neurons is known: that takes several draws."
+        return "Own less rate-matched neurons has no interval: that needs several draws."
     counts = [_count(row) for row in against]
     largest = [int(np.argmax(row["difference"])) for row in against]
     places = ", ".join(

@@ -1,4 +1,4 @@
-"""Section of the report on own neurons against controls, and what tests could have found."""
+"""Section of the report on own neurons against controls, and the effects that tests could find."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 def smallest(possible: Iterable[float | None]) -> float | None:
-    """Return the smallest effect that every one of several tests could have found, if any."""
+    """Return the smallest effect that each of several tests could find, if any."""
     values = list(possible)
     known = [value for value in values if value is not None and value <= 1]
     return max(known) if known and len(known) == len(values) else None
@@ -53,7 +53,7 @@ def family(results: Results, name: str) -> tuple[float | None, float | None]:
 def select(
     results: Results, module: str, control: str, measure: str, tokens: str | None = None
 ) -> list[Row]:
-    """Return the effects of a module, one a domain."""
+    """Return the effects of a module, one per domain."""
     wanted = {"module": module, "control": control, "measure": measure, "tokens": tokens}
     return [r for r in results["effects"] if all(r[k] == value for k, value in wanted.items())]
 
@@ -65,7 +65,7 @@ def beyond(rows: Sequence[Row]) -> str:
 
 
 def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on own neurons against controls; None where there are none."""
+    """Build the section on own neurons against controls; None if there are none."""
     rows = results["effects"]
     if not rows:
         return None
@@ -99,11 +99,12 @@ def effects(folder: pathlib.Path, results: Results) -> page.Section | None:
         "of the domain's tokens, and about as strongly; random: any neurons of the same layers; "
         "high-entropy: neurons of the same layers that are as active in every domain. Draws: "
         f"{', '.join(f'{_draws(rows, kind)} {CONTROLS[kind]}' for kind in kinds)}. Brackets are "
-        "95 % t intervals over pictures and draws, both taken as samples; a single draw has none, "
-        "and few draws have wide ones. Likely found: the difference of accuracy that four of five "
-        f"such studies would find beyond chance (Holm); {NEVER} if no difference can be. Verdict, "
-        f"of accuracy: an effect (Holm), none within {100 * rows[0]['margin']:g} points (two "
-        "one-sided tests), or undecided: what is not significant may still be there.",
+        "95 % t intervals over pictures and draws, both taken as samples; a single draw has no "
+        "interval, and few draws have wide ones. Likely found: the difference of accuracy that "
+        f"four of five such studies would find beyond chance (Holm); {NEVER} if no difference "
+        "can be. Verdict, of accuracy: an effect (Holm), none within "
+        f"{100 * rows[0]['margin']:g} points (two one-sided tests), or undecided: an effect that "
+        "is not significant may still exist.",
         data=[_effects_csv(folder, rows), *_controls_csv(folder, results),
               *_power_csv(folder, results)],
     )  # fmt: skip
@@ -113,7 +114,7 @@ def _read_rates(results: Results, kinds: Sequence[str]) -> str:
     """Return the sentences on how active the neurons and their controls are."""
     rows = results["controls"]
     if not rows:
-        return "No activations were counted, so that the controls match by layer alone."
+        return "No activations were counted, so the controls match only by layer."
     clauses = []
     for kind in kinds:
         of = [row for row in rows if row["control"] == kind and row["drawn_rate"] is not None]
@@ -133,7 +134,7 @@ def _read_rates(results: Results, kinds: Sequence[str]) -> str:
     gaps = [abs(u["difference"]) for u in missed if u["difference"] is not None]
     largest = f", by up to {100 * max(gaps):.0f} points" if gaps else ""
     lacking = sum(u["missing"] for u in missed)
-    short = f"; {lacking:,} neurons have no counterpart at all" if lacking else ""
+    short = f"; {lacking:,} neurons have no counterpart" if lacking else ""
     return (
         f"{text} In {len(missed):,} of {layers:,} layers with neurons there are too few others "
         f"that are as active, and the controls miss{largest}{short} (tables/controls.csv)."

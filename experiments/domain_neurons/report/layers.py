@@ -21,7 +21,7 @@ CURVE = ("domain", "kind", "layer", *STATISTICS)
 
 
 def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the logit lens by layer; None where not measured."""
+    """Build the section on the logit lens by layer; None if not measured."""
     lens, stages = results["lens"], results["stages"]
     if not lens:
         return None
@@ -54,7 +54,7 @@ def lens(folder: pathlib.Path, results: Results) -> page.Section | None:
         f"boundaries: {stages['rule']}. A second rule, the two layers at which the slope "
         "changes most, confirms a boundary (✓) if one lies in its interval or in a layer next to "
         "it. The curve of the number of neurons is that of the language model; its intervals are "
-        "over groups of pictures, which are resampled and selected by again.",
+        "over groups of pictures, by resampling them and repeating the selection.",
         data=[_lens_csv(folder, lens), _stages_csv(folder, by_curve)],
     )
 
@@ -132,7 +132,7 @@ def _agreement(stages: Results) -> str:
 
 
 def words(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on mean distributions over words; None where not measured."""
+    """Build the section on mean distributions over words; None if not measured."""
     rows = results["lens_words"]
     if not rows:
         return None
@@ -178,7 +178,7 @@ def _words_csv(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> tuple
 
 
 def features(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the clusters of pictures by domain; None where not measured."""
+    """Build the section on the clusters of pictures by domain; None if not measured."""
     by_module = results["features"]
     if not by_module:
         return None
@@ -213,7 +213,7 @@ def features(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 
 def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on single pictures and their image tokens; None where there are none."""
+    """Build the section on single pictures and their image tokens; None if there are none."""
     pictures = results["pictures"]
     if not pictures:
         return None
@@ -231,8 +231,8 @@ def pictures(folder: pathlib.Path, results: Results) -> page.Section | None:
         data=_picture_page(folder, pictures),
         note="The lower the entropy, the deeper the colour, on one scale for all "
         "pictures. ↵ is a line break, ␣ white space, ▯ a character that the font lacks; long "
-        "words are cut. The picture is the input of the vision encoder; if it is also read in "
-        "parts, the entropies of their tokens follow.",
+        "words are truncated. The picture is the input of the vision encoder; if it is also read "
+        "in parts, the entropies of their tokens follow.",
     )
 
 
@@ -262,7 +262,7 @@ def _picture_page(folder: pathlib.Path, pictures: Sequence[Picture]) -> list[tup
     content = page.Page(
         title="Single pictures",
         lead="The words that a logit lens reads at each image token, layer by layer. Point at a "
-        "patch, or move with the arrow keys, for its most likely words.",
+        "patch, or use the arrow keys, to see its most likely words.",
         sections=[section(*numbered) for numbered in enumerate(pictures)],
         data=[("back to the study", "index.html"), ("all pictures", "pictures.html")],
     )
@@ -281,7 +281,7 @@ def _describe(picture: Picture) -> str:
 def _full_picture(
     folder: pathlib.Path, number: int, picture: Picture, bounds: tuple[float, float]
 ) -> page.Figure:
-    """Draw the tokens of the full picture, in all layers that were read, on a common scale."""
+    """Draw the tokens of the full picture at all layers that were read, on a common scale."""
     figure = figures.token_map(
         read_picture(folder, picture), picture["words"], picture["entropy"],
         [f"layer {layer}" for layer in picture["layers"]], bounds,

@@ -18,7 +18,7 @@ TOPS = {"image": "Strongest image tokens", "query": "Pictures of the strongest q
 
 
 def single(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on single neurons, and their page; None where there is no evidence."""
+    """Build the section on single neurons, and their page; None if there is no evidence."""
     evidence = results["evidence"]
     if not evidence:
         return None
@@ -26,7 +26,7 @@ def single(folder: pathlib.Path, results: Results) -> page.Section | None:
     content = page.Page(
         title="Single neurons",
         lead="What each neuron responds to: the tokens on which it is strongest, its values, its "
-        "rates, and the words that its output raises.",
+        "rates, and the words that its output promotes.",
         sections=[_neuron_section(results, neuron) for neuron in neurons],
         data=[("back to the study", "index.html"), ("all neurons", PAGE)],
         contents=False,
@@ -47,13 +47,13 @@ def single(folder: pathlib.Path, results: Results) -> page.Section | None:
             links=[f"{PAGE}#{_id(neuron)}" for neuron in neurons],
             sortable=True,
         ),
-        note="The neurons of lowest entropy of each domain and module; a click on one shows its "
+        note="The neurons of lowest entropy of each domain and module; click on one to see its "
         "evidence. p: the share of studies with shuffled domains in which a neuron of the module "
         "has so low an entropy (Westfall and Young). Rates: the share of a domain's tokens on "
-        "which it is active. Raises: the word that its output raises most through the head. "
-        "Effects: those of switching it off on the log likelihood of right answers of its own "
-        "domain, per question: estimated to first order, and alone, measured for those of the "
-        f"largest estimates.{_read_exact(neurons)}",
+        "which it is active. Raises: the word whose logit its output increases most. "
+        "Effects: those of ablating it on the log-likelihood of right answers of its own "
+        "domain, per question: estimated to first order, and, for the largest estimates, "
+        f"measured.{_read_exact(neurons)}",
         data=[_csv(folder, results), ("all neurons, each with its evidence", PAGE)],
         name="neurons",
     )  # fmt: skip
@@ -139,8 +139,8 @@ def _neuron_section(results: Results, neuron: Neuron) -> page.Section:
     ]
     words = neuron["words"]
     raised = (
-        [cards.Words("Words that its output raises", words["raised"]),
-         cards.Words("Words that its output lowers", words["lowered"])]
+        [cards.Words("Words that its output promotes", words["raised"]),
+         cards.Words("Words that its output suppresses", words["lowered"])]
         if words else []
     )  # fmt: skip
     entropy = "" if neuron["entropy"] is None else f" Entropy: {neuron['entropy']:.3f} nats."

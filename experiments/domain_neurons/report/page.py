@@ -53,7 +53,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _overview(folder: pathlib.Path, results: Results) -> page.Figure | None:
-    """Write the summary figure; None where there was no ablation or no lens."""
+    """Write the summary figure; None if there was no ablation or no lens."""
     module, lens = ablation.widest_module(results), results["lens"]
     if module is None or not lens:
         return None
@@ -74,7 +74,7 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure | None:
         ablation.colour_bound(results),
     )
     left = (
-        "Left: the most likely word of a logit lens at each image token, where there is room; the "
+        "Left: the most likely word of a logit lens at each image token, if space allows; the "
         "lower the entropy, the deeper the colour. Middle: e"
     )
     return parts.write_figure(

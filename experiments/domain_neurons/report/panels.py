@@ -1,4 +1,4 @@
-"""Charts of the domain-neuron study to hover over and to zoom, from its results."""
+"""Interactive charts of the domain-neuron study, from its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def accuracy(baseline: Mapping[str, Mapping[str, Any]]) -> charts.Chart:
 
 
 def neurons(selection: Mapping[str, Any], domains: Sequence[str]) -> charts.Chart:
-    """Return the number of selected neurons by layer, a panel for each module."""
+    """Return the number of selected neurons by layer, one panel per module."""
     hue = style.palette(domains)
     return [
         charts.bars(parts.title(module), of["per_layer"], hue, "layer", "neurons")
@@ -37,7 +37,7 @@ def neurons(selection: Mapping[str, Any], domains: Sequence[str]) -> charts.Char
 
 
 def shared(jaccard: Matrices, names: Sequence[str]) -> charts.Chart:
-    """Return the Jaccard indices of pairs, a panel for each title."""
+    """Return the Jaccard indices of pairs, one panel per title."""
     pairs = np.tri(len(names), k=-1, dtype=bool)
     below = {
         title: np.where(pairs, np.asarray(of), np.nan)[1:, :-1] for title, of in jaccard.items()
@@ -74,7 +74,7 @@ def halves(tests: Mapping[str, Mapping[str, Any]], domains: Sequence[str]) -> ch
 
 
 def ablation(results: Results, bound: float) -> charts.Chart:
-    """Return the changes of accuracy, a panel for each module; a click opens a cell's answers.
+    """Return the changes of accuracy, one panel per module; a click opens a cell's answers.
 
     Args:
       results: The content of results.json.
@@ -109,7 +109,7 @@ def describe_cell(results: Results, run: Mapping[str, Any]) -> str:
     count = results["baseline"].get(run["data"], {}).get("n")
     size = f", n = {count:,}" if count else ""
     return (
-        f"{run['neurons']:,} neurons of {run['mask']} off, tested on {run['data']}: "
+        f"{run['neurons']:,} neurons of {run['mask']} ablated, tested on {run['data']}: "
         f"{points(run['difference'])} points [{points(run['low'])}, {points(run['high'])}]"
         f"{size}, p = {run['p']:.2g}, corrected {run['p_holm']:.2g}"
     )
@@ -123,7 +123,7 @@ def cell_id(module: str, mask: int, data: int) -> str:
 def deviation(
     selected: Mapping[str, Any], controls: Mapping[str, Any], measure: str, label: str
 ) -> charts.Chart:
-    """Return the deviation of hidden states, a panel for each module.
+    """Return the deviation of hidden states, one panel per module.
 
     Args:
       selected: {module: {kind: {domain: {measure: value}}}}, of a domain's own neurons.
@@ -154,7 +154,7 @@ def deviation(
 
 
 def lens(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[str]) -> charts.Chart:
-    """Return the entropy of the lens by layer, a panel for each kind of token."""
+    """Return the entropy of the lens by layer, one panel per kind of token."""
     hue = style.palette(list(curves))
     return [
         charts.curves(
@@ -169,14 +169,14 @@ def lens(curves: Mapping[str, Mapping[str, Any]], kinds: Sequence[str]) -> chart
 def curves_by_domain(
     curves: Mapping[str, Mapping[str, Mapping[str, Any]]], hue: Mapping[str, str], label: str
 ) -> charts.Chart:
-    """Return curves by layer, a panel for each domain; see `plots.curves_by_domain`."""
+    """Return curves by layer, one panel per domain; see `plots.curves_by_domain`."""
     return [
         charts.curves(domain, by_name, hue, "layer", label) for domain, by_name in curves.items()
     ]
 
 
 def features(by_module: Mapping[str, Mapping[str, Any]]) -> charts.Chart:
-    """Return pictures on two principal components, a panel for each module."""
+    """Return pictures on two principal components, one panel per module."""
     chart: list[charts.Panel] = []
     for module, of in by_module.items():
         values = {

@@ -26,7 +26,7 @@ Deviations = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
 def neurons_per_layer(
     counts: Mapping[str, Mapping[str, Sequence[int]]], subtitles: Mapping[str, str]
 ) -> Figure:
-    """Draw the number of neurons by layer: a row for each domain, a column for each module.
+    """Draw the number of neurons by layer: one row per domain, one column per module.
 
     Args:
       counts: {module: {domain: int[L]}}.

@@ -151,8 +151,8 @@ def comparison(folder: pathlib.Path, results: Results) -> page.Section | None:
             ],
         ),
         note="Every selector selects as many neurons of a domain as the entropy does. AUROC: how "
-        "well the mean activation of a picture tells its domain (AurA), and the size of the effect "
-        "where two are equal; mean difference: "
+        "well the mean activation of a picture predicts its domain (AurA), ties by the size of "
+        "the effect; mean difference: "
         "in standard deviations; attribution: gradient of the likelihood of right answers. Table: "
         "Jaccard index with the study's own neurons if one setting is changed, mean over domains.",
         data=[

@@ -19,7 +19,7 @@ RULES = {
     "other": "Selected are the best neurons of each domain by another selector, as many as the "
     "entropy (DAPE) selects.",
 }
-MIN_NEURONS = 10  # of two domains together, before they are called close
+MIN_NEURONS = 10  # of two domains together, for them to be called close
 _SHAPE, _SELECTED = ["site", "layers", "width"], ["k", "threshold", "bar", "selected", "share"]
 
 
@@ -61,7 +61,7 @@ def neurons(folder: pathlib.Path, results: Results) -> page.Section:
         ],
         table=page.Table(["module", "neurons", "selected", "share", *domains], table),
         note=f"{RULES.get(results['selector'], RULES['other'])} A neuron belongs to every domain "
-        "in which it passes the bar, so the domains may add up to more than the selection.",
+        "in which it passes the threshold, so the domains may add up to more than the selection.",
         data=_neurons_csv(folder, results),
     )
 
@@ -101,7 +101,7 @@ def _closeness(
 ) -> tuple[float, str]:
     """Return the Jaccard index of a pair of domains, and the words on it.
 
-    Two domains of a handful of neurons are close by chance: they rank last, without words.
+    Two domains with few neurons may be close by chance: they rank last, without words.
     """
     counts = [selection[module]["neurons_per_domain"][name] for name in (first, second)]
     common = round(jaccard / (1 + jaccard) * sum(counts))

@@ -22,7 +22,7 @@ MEASURES = {
 
 
 def sparsity(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on image and text tokens at the last layer; None where not measured."""
+    """Build the section on image and text tokens at the last layer; None if not measured."""
     rows = results["sparsity"]
     if not rows:
         return None
@@ -43,8 +43,8 @@ def sparsity(folder: pathlib.Path, results: Results) -> page.Section | None:
             ],
         ),
         note="The logit lens at the last layer, the mean over the tokens of a picture and then "
-        "over pictures, with 95 % bootstrap intervals over pictures. Verdicts are by flipping the "
-        "signs of what lies beyond the claimed bound, corrected for the domains (Holm).",
+        "over pictures, with 95 % bootstrap intervals over pictures. Verdicts are by sign-flip "
+        "tests of the differences from the claimed bound, corrected for the domains (Holm).",
         data=[
             parts.write_csv(folder, "sparsity", COLUMNS, cells),
             _curves_csv(folder, "lens_top", {"resid_post": results["lens_top"]}),
@@ -67,7 +67,7 @@ def _read(rows: list[Mapping[str, Any]]) -> str:
 
 
 def sites(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the lens at further sites; None where there are none."""
+    """Build the section on the lens at further sites; None if there are none."""
     by_site = results["lens_sites"]
     if not by_site:
         return None
@@ -81,8 +81,8 @@ def sites(folder: pathlib.Path, results: Results) -> page.Section | None:
             )  # fmt: skip
     return page.Section(
         title="The lens inside the blocks",
-        reading="The same lens after attention, and at the outputs of attention and of the MLP "
-        "alone, which are read as if they were the residual.",
+        reading="The same lens after attention, and at the outputs of attention and of the MLP, "
+        "each read as if it were the residual.",
         table=page.Table(["site", "tokens", "first layer", "lowest", "at layer", "last"], rows),
         note="Entropy in nats, the mean over domains. The table file has each domain, with 95 % "
         "bootstrap intervals over pictures.",

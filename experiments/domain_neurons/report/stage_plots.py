@@ -19,11 +19,11 @@ def entropy_curves(
     overall: Mapping[str, Any] | None = None,
     staged_kind: str = "image",
 ) -> Figure:
-    """Draw the entropy of the logit lens by layer, a panel for each kind of token.
+    """Draw the entropy of the logit lens by layer, with one panel per kind of token.
 
     Args:
       curves: {domain: {kind: {"mean", "low", "high": float[L]}}}, in nats.
-      stages: {domain: {"boundaries", "low", "high"}}; boundaries are None where undecided.
+      stages: {domain: {"boundaries", "low", "high"}}; boundaries are None if undecided.
       overall: The same for all domains together.
       staged_kind: The kind of token whose curves have these stages.
     """
@@ -66,7 +66,7 @@ STAGE_NAMES = ("alignment", "processing", "token selection")
 def draw_stages(ax: Axes, stage: Mapping[str, Any]) -> None:
     """Draw the boundaries of stages with their intervals.
 
-    Segments have the names of the stages only where they have the claimed pattern.
+    Segments have the names of the stages only if they have the claimed pattern.
     """
     if stage["boundaries"] is None:
         ax.text(
@@ -82,7 +82,9 @@ def draw_stages(ax: Axes, stage: Mapping[str, Any]) -> None:
         return
     edges = [0, *(b - 0.5 for b in stage["boundaries"]), last]
     for name, left, right in zip(STAGE_NAMES, edges, edges[1:], strict=False):
-        is_narrow = name == STAGE_NAMES[1] and right - left < last / 4  # write it one line lower
+        is_narrow = (
+            name == STAGE_NAMES[1] and right - left < last / 4
+        )  # put its name one line lower
         ax.text(
             (left + right) / 2, 0.93 if is_narrow else 0.985, name,
             transform=ax.get_xaxis_transform(), ha="center", va="top", color=style.GREY, fontsize=8,

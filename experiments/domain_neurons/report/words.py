@@ -13,7 +13,7 @@ from mllm_jax.report.report import Results
 
 
 def released(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the selection by released prompts; None where not measured."""
+    """Build the section on the selection by released prompts; None if not measured."""
     other = results["released"]
     if not other:
         return None
@@ -42,9 +42,9 @@ def released(folder: pathlib.Path, results: Results) -> page.Section | None:
             rows,
         ),
         note="Shared: Jaccard index of the two selections, the mean over domains, and that of "
-        "random sets of these sizes. What two halves of the pictures share under the study's own "
-        "prompts is what other pictures of half the number change. The settings below change one "
-        "thing at a time.",
+        "random sets of these sizes. The index of two halves of the pictures under the study's "
+        "own prompts shows the effect of other pictures, half as many. The settings below change "
+        "one thing at a time.",
         data=[_csv(folder, results["domains"], selection, other)],
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def _read(other: Mapping[str, Any], module: str) -> str:
         f"The study counts {_describe(own)}. The released code counts "
         f"{_describe(other)}: questions that name what the pictures of a domain show, so that "
         "words select neurons as well. Of the "
-        f"{parts.title(module).lower()}'s neurons both ways select {np.mean(of['jaccard']):.2f} "
+        f"{parts.title(module).lower()}'s neurons, both ways select {np.mean(of['jaccard']):.2f} "
         f"(Jaccard index; chance gives {np.mean(of['chance']):.2f})."
     )
 

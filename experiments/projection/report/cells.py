@@ -64,12 +64,12 @@ def _mark(change: Row) -> str:
 
 
 def one_seed(results: Mapping[str, Any]) -> str:
-    """Return the sentence on a study of one seed; none where there are more."""
+    """Return the sentence on a study of one seed; empty if there are more."""
     if len(results["seeds"]) > 1:
         return ""
     return (
-        f"There is one seed ({results['seeds'][0]}): the intervals are over pictures alone, and "
-        "do not tell how much another fine-tuning would differ. "
+        f"There is one seed ({results['seeds'][0]}): the intervals are over pictures only, and "
+        "do not include the variance between fine-tunings. "
     )
 
 
@@ -79,12 +79,12 @@ def percent(share: float) -> str:
 
 
 def pick(values: Row | None, keys: Sequence[str]) -> list[float | None]:
-    """Return the values of some keys, None where there are no values."""
+    """Return the values of some keys; None if there are no values."""
     return [None if values is None else values.get(key) for key in keys]
 
 
 def change(change: Row | None) -> str:
-    """Return a change with its relative size as text; a dash where it was not measured."""
+    """Return a change with its relative size as text; a dash if it was not measured."""
     if change is None:
         return page.DASH
     return page.signed(change["value"]) + relative(change)

@@ -15,7 +15,7 @@ from mllm_jax.report.report import Results
 
 
 def neurons(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the number of selected neurons; None where not measured."""
+    """Build the section on the number of selected neurons; None if not measured."""
     rows = results.get("neurons")
     if not rows:
         return None
@@ -97,7 +97,7 @@ def _read_seeds(seeds: Sequence[int]) -> str:
 
 
 def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on scores without the selected neurons; None where not measured."""
+    """Build the section on scores without the selected neurons; None if not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" not in row]
     if not rows:
         return None
@@ -128,7 +128,7 @@ def ablation(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 
 def suppression(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the recall of suppressed classes; None where not measured."""
+    """Build the section on the recall of suppressed classes; None if not measured."""
     rows = [row for row in results.get("ablation", ()) if "recall" in row]
     if not rows:
         return None
@@ -156,7 +156,7 @@ def suppression(folder: pathlib.Path, results: Results) -> page.Section | None:
             ],
         ),
         note="AurA (Suau et al. 2024) scales a neuron by 1 minus its advantage over chance at "
-        "telling the class; experts are the neurons of largest advantage, which are ablated.",
+        "detecting the class; experts are the neurons of largest advantage, which are ablated.",
         data=[_ablation_csv(folder, "suppression", rows)],
     )  # fmt: skip
 

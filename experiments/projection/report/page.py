@@ -1,8 +1,8 @@
 """The page of the projection study: figures, tables and index.html from its results.json.
 
 The keys of results.json follow. A *value* is {"mean", "low", "high"}, a mean over runs with its
-95 % interval, and has "deviation" where it is of several runs; a *change* is {"value", "low",
-"high", "relative", "equivalent"}. Both are as `analysis.projection` makes them. Keys in brackets
+95 % interval, and has "deviation" if there are several runs; a *change* is {"value", "low",
+"high", "relative", "equivalent"}. `analysis.projection` computes both. Keys in brackets
 may be empty or absent.
 
     format             the version of these keys
@@ -12,18 +12,18 @@ may be empty or absent.
     answers            Table 1: rows of `projection.table` over Original, each with its "task"
     richness           Tables 2 and 3: such rows, each with its "task" and "probe" ("paper",
                        "linear", "matched"); the variant "before" is before the projection
-    claims             what `projection.claims` gives
+    claims             the result of `projection.claims`
     [controls]         the same of `projection.controls`
     rule               `projection.RULE`
     [depth]            {"task", "variant", "tokens" ("image", "last"), "layer"} and a value: the F1
-                       of a linear probe on what leaves each layer of the LM
+                       of a linear probe on the output of each layer of the LM
     [factors]          {"task", "recipe", "factor", "setting", "f1": value, "change": change over
                        the first recipe or None, "probe": value of the paper's probe or None}
     [neurons]          rows of `projection.moved`, each with its "task" and "variant"
     [changed]          {"task", "variant", "domain neurons" (before or after), "neurons", "jaccard",
                        "chance"}: those of most changed weights and the domain's
     [trained]          {"task", "variant", "neurons", "f1": value, "change": change over Original}:
-                       fine-tuning of selected neurons alone
+                       fine-tuning of selected neurons only
     [ablation]         {"task", "variant", "ablated" (whose neurons), "neurons", "f1": value,
                        "change": change against no ablation}; suppression of one of two classes
                        has "recall" as well: {class: share of its pictures given its name}
@@ -48,7 +48,7 @@ KEYS = ("model", "projector", "seeds", "tasks", "answers", "richness", "claims",
 def _lead(results: Results) -> str:
     return (
         f"Where are domain-specific visual attributes of {page.model_name(results)} modelled after "
-        "fine-tuning, in the projection or in the language model? Fine-tuned: the projector alone "
+        "fine-tuning, in the projection or in the language model? Fine-tuned: the projector only "
         f"({PROJ}), and projector and language model end to end ({E2E})."
     )
 
@@ -80,8 +80,8 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure:
     probe = [row for row in results["richness"] if row["probe"] == PAPER]
     figure = plots.slopes(
         {
-            "What the model answers": points(results["answers"], (ORIGINAL, PROJ, E2E), {}),
-            "What a probe reads": points(probe, (BEFORE, ORIGINAL, PROJ, E2E), stages),
+            "Answers of the model": points(results["answers"], (ORIGINAL, PROJ, E2E), {}),
+            "Scores of a probe": points(probe, (BEFORE, ORIGINAL, PROJ, E2E), stages),
         },
         "macro-F1",
     )
@@ -89,7 +89,7 @@ def _overview(folder: pathlib.Path, results: Results) -> page.Figure:
         folder, "overview", figure,
         "Macro-F1 of the model and of a probe, before and after fine-tuning",
         "Left: the model's answers. Right: the paper's probes on the features before and after "
-        "the projection. A line for each task; bars are 95 % intervals.",
+        "the projection. One line per task; bars are 95 % intervals.",
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _paper(folder: pathlib.Path, results: Results) -> page.Section:
     return page.Section(
         title="Results of the paper",
         reading="LLaVA-1.5-7B on four data sets: fine-tuning raises the model's F1 on every task, "
-        "and lowers what a probe reads after the projection.",
+        "and lowers the F1 of a probe after the projection.",
         table=page.Table(("macro-F1 / accuracy", *projection.TASKS), [*models, before, *after]),
         note="Verma et al. 2024, Cross-Modal Projection in Multimodal LLMs Doesn't Really Project "
         "Visual Attributes to Textual Space, Tables 1 to 3.",

@@ -21,7 +21,7 @@ def forest(
     against: str | None = None,
     format_value: Callable[[float], str] = "{:.2f}".format,
 ) -> Figure:
-    """Draw values with intervals: a row of panels for each group, a panel for each task.
+    """Draw values with intervals: one row of panels per group, one panel per task.
 
     Args:
       panels: {group: {task: {name: {"mean", "low", "high"}}}}; a group may lack names and tasks.
@@ -91,7 +91,7 @@ def _forest_line(
 def slopes(
     panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]], label: str
 ) -> Figure:
-    """Draw values by stage: a line for each task, a panel for each measure.
+    """Draw values by stage: one line per task, one panel per measure.
 
     Args:
       panels: {title: {task: {stage: {"mean", "low", "high"}}}}, stages in order.
@@ -139,7 +139,7 @@ def depth(
     levels: Mapping[str, float],
     label: str,
 ) -> Figure:
-    """Draw the scores of probes by layer: a row of panels for each kind of token.
+    """Draw the scores of probes by layer: one row of panels per kind of token.
 
     Args:
       curves: {kind: {task: {variant: {"mean", "low", "high": float[L]}}}}.
@@ -174,7 +174,7 @@ def depth(
 def migration(
     neurons: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]], hue: Mapping[str, str]
 ) -> Figure:
-    """Draw the neurons that a domain kept, lost and gained: a panel for each module.
+    """Draw the neurons that a domain kept, lost and gained: one panel per module.
 
     Args:
       neurons: {module: {task: {variant: {"before", "after", "kept", "jaccard"}}}}.

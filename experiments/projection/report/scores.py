@@ -27,7 +27,7 @@ def answers(folder: pathlib.Path, results: Results) -> page.Section:
     )  # fmt: skip
     above = {v: sum(_above(row) for row in rows if row["variant"] == v) for v in (PROJ, E2E)}
     return page.Section(
-        title="What the model answers",
+        title="Answers of the model",
         reading=f"Zero-shot, the model's macro-F1 is {_mean(rows, ORIGINAL)} on average over "
         f"tasks; with its projector tuned {_mean(rows, PROJ)}, tuned end to end "
         f"{_mean(rows, E2E)}. The interval of the change lies above zero in {above[PROJ]} of "
@@ -46,14 +46,14 @@ def answers(folder: pathlib.Path, results: Results) -> page.Section:
             ],
         ),
         note="± is the standard deviation of the runs. Intervals are 95 % bootstraps over test "
-        f"pictures and runs; the dashed line is the model as it was. {cells.MARKS} "
+        f"pictures and runs; the dashed line is the original model. {cells.MARKS} "
         f"{cells.one_seed(results)}Table 1 of the paper.",
         data=[_rows_csv(folder, "answers", ("task",), rows)],
     )  # fmt: skip
 
 
 def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on probes before and after the projector; None where not measured."""
+    """Build the section on probes before and after the projector; None if not measured."""
     rows = results["richness"]
     if not rows:
         return None
@@ -78,7 +78,7 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         else ""
     )
     return page.Section(
-        title="What a probe reads",
+        title="Scores of the probes",
         reading=f"The paper's probes reach a macro-F1 of {_mean(own, BEFORE)} before the "
         f"projection, on average over tasks, and after it {_mean(own, ORIGINAL)} in the original "
         f"model, {_mean(own, PROJ)} after {PROJ} and {_mean(own, E2E)} after {E2E}.{equal}",
@@ -95,16 +95,16 @@ def richness(folder: pathlib.Path, results: Results) -> page.Section | None:
         note="Features are means over the patches of a picture. The paper's probes differ in "
         "depth and width before and after the projection; the matched probe has the same on both "
         "sides, and as many inputs; the linear one has no hidden layer. The unseen one is linear "
-        "too, but learns from pictures that fine-tuning did not see: it is fitted to a part of the "
-        "test pictures and reads the others, in turns, so that features which fit the training "
-        "pictures alone do not count. In square brackets 95 % intervals, in round ones the change "
+        "too, but trained on pictures that fine-tuning did not see, by cross-validation over the "
+        "test pictures, so that features which fit only the training pictures do not count. In "
+        "square brackets 95 % intervals, in round ones the change "
         f"against Original. {cells.MARKS} Tables 2 and 3 of the paper.",
         data=[_rows_csv(folder, "richness", ("probe", "task"), rows)],
     )  # fmt: skip
 
 
 def _panels(rows: Sequence[cells.Row]) -> charts.Chart:
-    """Return the macro-F1 of each variant with its interval, a panel for each task."""
+    """Return the macro-F1 of each variant with its interval, one panel per task."""
     hue = cells.colours(rows)
     chart: list[charts.Panel] = []
     for task, by_variant in cells.group(rows, "task", "variant").items():
@@ -119,7 +119,7 @@ def _panels(rows: Sequence[cells.Row]) -> charts.Chart:
 
 
 def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on probes by layer of the language model; None where not measured."""
+    """Build the section on probes by layer of the language model; None if not measured."""
     rows = results.get("depth")
     if not rows:
         return None
@@ -141,7 +141,7 @@ def depth(folder: pathlib.Path, results: Results) -> page.Section | None:
     )  # fmt: skip
     columns = ("task", "variant", "tokens", "layer", "mean", "low", "high")
     return page.Section(
-        title="Along the depth of the language model",
+        title="Probes by layer of the language model",
         reading=" ".join(_rise(names.get(kind, kind), curves[kind]) for kind in curves),
         figures=[
             parts.write_figure(
@@ -186,7 +186,7 @@ def _rise(kind: str, by_task: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on changes of one setting at a time; None where not measured."""
+    """Build the section on changes of one setting at a time; None if not measured."""
     rows = results.get("factors")
     if not rows:
         return None
@@ -212,7 +212,7 @@ def factors(folder: pathlib.Path, results: Results) -> page.Section | None:
         key=lambda recipe: abs(_mean_change(rows, recipe)),
     )
     return page.Section(
-        title="What the recipe changes",
+        title="Effects of the recipe",
         reading=f"Against {recipes[0]}, the largest change of the model's F1 is that of {largest}: "
         f"{page.signed(_mean_change(rows, largest))} on average over tasks.",
         figures=[parts.write_figure(folder, "factors", figure, "Macro-F1 by recipe and task")],
@@ -256,7 +256,7 @@ def _interval(value: cells.Row) -> str:
 
 
 def _pivot(rows: Sequence[cells.Row], named: Mapping[str, str]) -> page.Table:
-    """Return F1 and its relative change: a row for each pair of keys, a column for each task."""
+    """Return F1 and its relative change: one row per pair of keys, one column per task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     texts: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Sections of the report on neurons whose weights change by fine-tuning, or alone are trained."""
+"""Sections of the report on neurons whose weights change most, or are the only ones trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mllm_jax.report.report import Results
 
 
 def changed(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on the neurons of most changed weights; None where not measured."""
+    """Build the section on the neurons of most changed weights; None if not measured."""
     rows = results.get("changed")
     if not rows:
         return None
@@ -34,7 +34,7 @@ def changed(folder: pathlib.Path, results: Results) -> page.Section | None:
                 for row in rows
             ],
         ),
-        note="As many neurons are taken as the domain has, by one less the cosine of the columns "
+        note="As many neurons as the domain has, selected by 1 minus the cosine of the columns "
         "of `up` before and after. Their ablation is in the next section.",
         data=[
             parts.write_csv(folder, "changed", columns, [[row[c] for c in columns] for row in rows])
@@ -43,7 +43,7 @@ def changed(folder: pathlib.Path, results: Results) -> page.Section | None:
 
 
 def trained(folder: pathlib.Path, results: Results) -> page.Section | None:
-    """Build the section on fine-tuning of selected neurons alone; None where not measured."""
+    """Build the section on fine-tuning of selected neurons only; None if not measured."""
     rows = results.get("trained")
     if not rows:
         return None
@@ -58,10 +58,10 @@ def trained(folder: pathlib.Path, results: Results) -> page.Section | None:
         for row in rows
     ]  # fmt: skip
     return page.Section(
-        title="Fine-tuning the neurons alone",
-        reading="The weights of a domain's neurons in the language model are fine-tuned and all "
-        "others are not, beside those of as many random neurons of the same layers, and of the "
-        "whole model.",
+        title="Fine-tuning of the neurons only",
+        reading="Only the weights of a domain's neurons in the language model are fine-tuned, "
+        "compared with those of as many random neurons of the same layers, and with the whole "
+        "model.",
         table=page.Table(
             ("task", "variant", "neurons", "macro-F1", "interval", "change of F1"),
             [
@@ -73,7 +73,7 @@ def trained(folder: pathlib.Path, results: Results) -> page.Section | None:
                 for row in rows
             ],
         ),
-        note=f"Rows of `up` and columns of `down` train. {cells.MARKS} One fine-tuning of each "
-        f"kind, with seed {results['seeds'][0]}: intervals are over pictures alone.",
+        note=f"Rows of `up` and columns of `down` are trained. {cells.MARKS} One fine-tuning of "
+        f"each kind, with seed {results['seeds'][0]}: intervals are over pictures only.",
         data=[parts.write_csv(folder, "trained", columns, lines)],
     )  # fmt: skip

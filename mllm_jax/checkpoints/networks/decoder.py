@@ -27,8 +27,8 @@ def nested(fields: Mapping[str, Any], default: str) -> tuple[dict[str, Any], dic
 
     Args:
       fields: The content of `config.json`. The first Qwen2-VL and Qwen2.5-VL checkpoints have
-        all fields at its root; some have them there and in `text_config`, which counts.
-      default: The model type of the language model where `text_config` does not say it.
+        all fields at its root; some have them there and in `text_config`, which takes precedence.
+      default: The model type of the language model if `text_config` does not state it.
 
     Returns:
       The fields of the whole model, and those of the language model.
@@ -53,9 +53,9 @@ def read(
 
     Args:
       fields: The content of a `text_config`.
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
       types: The model types that the family has.
-      default: The model type where the fields do not say it.
+      default: The model type if the fields do not state it.
       prefix: The prefix of the names, for an error.
 
     Returns:
@@ -86,7 +86,7 @@ def read(
 
 
 def _check_heads(text: Mapping[str, Any], prefix: str, problems: list[str]) -> None:
-    """Append to `problems` where the numbers of heads do not fit."""
+    """Append to `problems` if the numbers of heads do not fit."""
     heads = "num_attention_heads", text["num_attention_heads"]
     kv_heads = "num_key_value_heads", text["num_key_value_heads"]
     width = f"{prefix}hidden_size", text["hidden_size"]
@@ -101,7 +101,7 @@ def _check_heads(text: Mapping[str, Any], prefix: str, problems: list[str]) -> N
 
 
 def _windows(text: Mapping[str, Any], prefix: str, problems: list[str]) -> tuple[int, ...]:
-    """Return the window of each layer, 0 for none; empty where no layer has one."""
+    """Return the window of each layer, 0 for none; empty if no layer has one."""
     layers, window = range(text["num_hidden_layers"]), text.get("sliding_window")
     if not text.get("use_sliding_window", True):
         window = None
@@ -132,8 +132,8 @@ def config(text: Mapping[str, Any], *, tied: bool | None = None) -> DecoderConfi
 
     Args:
       text: The fields.
-      tied: Whether the head is tied to the embedding, where the config of the whole model says
-        it; None for what these fields say.
+      tied: Whether the head is tied to the embedding according to the config of the whole model;
+        None to use these fields.
     """
     model, gemma = MODELS[text["model_type"]], "hidden_activation" in text
     parts = dict(model.parts)
@@ -176,10 +176,10 @@ def _activation(text: Mapping[str, Any]) -> str:
 def to_hf(lm: DecoderConfig) -> dict[str, Any]:
     """Return the `text_config` of a language model; a Mistral without a window is a Llama.
 
-    Qwen2-VL's is that of Qwen2.5-VL but for the `model_type`.
+    That of Qwen2-VL equals that of Qwen2.5-VL except for the `model_type`.
 
     Raises:
-      ValueError: transformers has no model of these parts.
+      ValueError: transformers has no model with these parts.
     """
     kind = _model_type(lm)
     known = MODELS[kind].fields
@@ -245,10 +245,10 @@ def table(
 
     Args:
       lm: The language model.
-      prefix: What its keys begin with in the canonical spelling of the family.
-      head: The same of the head.
+      prefix: The prefix of its keys in the canonical spelling of the family.
+      head: The prefix of the keys of its head.
     """
-    # Where outputs are normed as well, `post_attention_layernorm` is the norm of the output.
+    # If outputs are normalised as well, `post_attention_layernorm` is the norm of the output.
     after = "pre_feedforward_layernorm" if lm.post_norms else "post_attention_layernorm"
     norms = {"input_layernorm": "attn_norm", after: "mlp_norm"}
     if lm.post_norms:

@@ -116,9 +116,9 @@ class Model:
 
     Attributes:
       fields: The fields that are read, with the defaults of transformers.
-      theta: The base of the rotary angles where no field has it.
-      sections: The sections of mRoPE where no field has them.
-      parts: The fields of `DecoderConfig` that its kind decides.
+      theta: The base of the rotary angles if no field has it.
+      sections: The sections of mRoPE if no field has them.
+      parts: The fields of `DecoderConfig` that the model type determines.
     """
 
     fields: schema.Table

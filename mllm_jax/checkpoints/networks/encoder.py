@@ -57,7 +57,7 @@ def check_feature_layer(tower: Mapping[str, Any], at: int, problems: list[str]) 
     Args:
       tower: The fields of the tower.
       at: The number of the hidden state; 0, the embedding, is not supported.
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
     """
     layers = tower["num_hidden_layers"]
     if not (1 <= at <= layers or -layers <= at <= -1):

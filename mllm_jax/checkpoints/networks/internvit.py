@@ -37,8 +37,8 @@ _IGNORED = fields_.IGNORED | {
     "hidden_dropout_prob", "layer_scale_init_value", "projection_dropout", "tie_word_embeddings",
 }  # fmt: skip
 
-# Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's. What is
-# added to the residual is `attention` times `lambda_1`, and `mlp` times `lambda_2`.
+# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP. The
+# residual gets `attention` times `lambda_1`, and `mlp` times `lambda_2`.
 SITES = {
     "vision.embed": "embeddings (output)",
     "vision.resid_pre": "encoder.layer.{i} (input)",

@@ -29,7 +29,7 @@ _ROPE = {
 }
 _IGNORED = fields_.IGNORED | {"tie_word_embeddings", "vocab_size"}
 
-# Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's.
+# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP.
 SITES = {
     "vision.embed": "ln_pre (output)",
     "vision.resid_pre": "transformer.layers.{i} (input)",
@@ -82,7 +82,7 @@ def read(fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(f"vision_config has two values of rope_theta: {sorted(thetas)}")
     pixtral["rope_theta"] = float(next(iter(thetas), 10000.0))
     width, heads = pixtral["hidden_size"], pixtral["num_attention_heads"]
-    part = "4 x num_attention_heads", 4 * heads  # a quarter of a head turns with row and column
+    part = "4 x num_attention_heads", 4 * heads  # rows and columns rotate a quarter of a head
     schema.divides(part, ("vision_config.hidden_size", width), problems)
     if pixtral["head_dim"] not in (None, width // heads):
         problems.append(

@@ -49,15 +49,15 @@ _QWEN3 = _TOWER | {
 }
 TABLES = {"2": _QWEN2, "2.5": _QWEN2_5, "3": _QWEN3}  # by version
 _ROPE = {
-    "rope_type": (schema.only("axial", "default"), "axial"),  # transformers takes both for one
+    "rope_type": (schema.only("axial", "default"), "axial"),  # the same in transformers
     "rope_theta": (schema.real(1, 1e12), 10000.0),
 }
 _IGNORED = fields_.IGNORED | {  # transformers reads none of them in an image tower
     "spatial_patch_size", "tie_word_embeddings", "tokens_per_second",
 }  # fmt: skip
 
-# Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's. With
-# Qwen3-VL `vision.embed` is followed by no module: it is what enters the first block.
+# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP. In
+# Qwen3-VL no module returns `vision.embed`: it is the input of the first block.
 SITES = {
     "vision.embed": "blocks.0 (input)",
     "vision.resid_pre": "blocks.{i} (input)",
@@ -109,13 +109,13 @@ def read(fields: Mapping[str, Any], version: str, problems: list[str]) -> dict[s
     Args:
       fields: The content of the part.
       version: "2", "2.5" or "3".
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
     """
     qwen = schema.read(fields, TABLES[version], _IGNORED, "vision_config.", problems)
     rope = qwen["rope_parameters"] or {}
     qwen |= schema.read(rope, _ROPE, (), "vision_config.rope_parameters.", problems)
     width = "embed_dim" if version == "2" else "hidden_size"
-    heads = "4 x num_heads", 4 * qwen["num_heads"]  # a quarter of a head turns with row and column
+    heads = "4 x num_heads", 4 * qwen["num_heads"]  # rows and columns rotate a quarter of a head
     schema.divides(heads, (f"vision_config.{width}", qwen[width]), problems)
     if version == "2.5":
         merged = qwen["patch_size"] * qwen["spatial_merge_size"]
@@ -157,7 +157,7 @@ def config(qwen: Mapping[str, Any], version: str) -> QwenVisionConfig:
 
 
 def to_hf(vision: QwenVisionConfig, version: str, out_width: int) -> dict[str, Any]:
-    """Return the `vision_config` of a tower whose merger leads to `out_width`, D."""
+    """Return the `vision_config` of a tower whose merger has the output width `out_width`, D."""
     shared = {
         "model_type": TABLES[version]["model_type"][1],
         "depth": vision.layers,

@@ -45,14 +45,14 @@ def read(
     prefix: str,
     problems: list[str],
 ) -> Rope:
-    """Read the rotary embeddings of a model whose layers all have the same.
+    """Read the rotary embeddings of a model in which they are the same in all layers.
 
     Args:
       text: The fields of the model.
-      theta: The base where no field has it.
-      sections: The sections where no field has them; None where a position is one number.
+      theta: The base if no field has it.
+      sections: The sections if no field has them; None if a position is one number.
       prefix: The prefix of the names, for an error.
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
     """
     names = [name for name in ("rope_scaling", "rope_parameters") if text[name]]
     parts = [_read_part(text[n], sections, f"{prefix}{n}.", problems) for n in names]
@@ -73,14 +73,14 @@ def read(
 def read_by_layer_type(
     text: Mapping[str, Any], theta: float, local: float, prefix: str, problems: list[str]
 ) -> Rope:
-    """Read the rotary embeddings of a model (Gemma 3) with others in layers with a window.
+    """Read the rotary embeddings of a model (Gemma 3) whose layers with a window have their own.
 
     Args:
       text: The fields of the model, `rope_parameters` by layer type.
-      theta: The base of layers without a window where no field has it.
-      local: The base of layers with a window where no field has it.
+      theta: The base of layers without a window if no field has it.
+      local: The base of layers with a window if no field has it.
       prefix: The prefix of the names, for an error.
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
     """
     by_type = schema.read(
         text["rope_parameters"] or {}, _BY_LAYER_TYPE, (), f"{prefix}rope_parameters.", problems
@@ -134,7 +134,7 @@ def _read_part(
     part: Mapping[str, Any], sections: RopeSections | None, prefix: str, problems: list[str]
 ) -> dict[str, Any]:
     """Return the fields of `rope_scaling` or `rope_parameters`; `kind` is the type."""
-    # Qwen2-VL has called its sections a type of scaling.
+    # Qwen2-VL configs call the sections a type of scaling.
     kinds = schema.only(*_KINDS, "mrope") if sections else schema.only(*_KINDS)
     table: dict[str, tuple[schema.Kind, Any]] = {
         **_SCALING,
@@ -161,7 +161,7 @@ def _scaling(
     kind, factor = part["kind"], part["factor"]
     if kind == "default":
         if factor not in (None, 1):
-            problems.append(f"{where} has factor={factor} and no rope_type of scaling to use it")
+            problems.append(f"{where} has factor={factor} but no rope_type that uses it")
         return None
     needed = ("factor", *(_LLAMA3 if kind == "llama3" else ()))
     missing = [name for name in needed if part[name] is None]

@@ -27,7 +27,7 @@ _IGNORED = fields_.IGNORED | {
     "tie_word_embeddings", "use_base_siglip", "vision_use_head", "vocab_size",
 }  # fmt: skip
 
-# Our sites under the prefix of the tower, as the `hf` column of `sites.TABLE` has CLIP's.
+# Our sites under the prefix of the tower, like the `hf` column of `sites.TABLE` for CLIP.
 SITES = {
     "vision.embed": "embeddings (output)",
     "vision.resid_pre": "encoder.layers.{i} (input)",
@@ -60,8 +60,8 @@ def read(
 
     Args:
       fields: The content of the `vision_config`.
-      problems: What is wrong is appended here.
-      table: The fields, where their defaults are others than SigLIP's.
+      problems: A list to which problems are appended.
+      table: The table of fields; SigLIP's by default.
     """
     # The side of an image need not be a multiple of that of a patch: the rest is cut off.
     siglip = schema.read(fields, table, _IGNORED, "vision_config.", problems)

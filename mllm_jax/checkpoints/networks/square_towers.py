@@ -21,8 +21,8 @@ def read(
 
     Args:
       fields: The content of a `vision_config`.
-      problems: What is wrong is appended here.
-      default: The model type where the fields do not say it.
+      problems: A list to which problems are appended.
+      default: The model type if the fields do not state it.
     """
     kind = fields.get("model_type", default)
     if not isinstance(kind, str) or kind not in _TYPES:
@@ -41,7 +41,7 @@ def check(tower: Mapping[str, Any], feature_layer: int, select: str, problems: l
       tower: The fields from `read`.
       feature_layer: The hidden state that is used; 0, the embedding, is not supported.
       select: The tokens that are used, see `config`.
-      problems: What is wrong is appended here.
+      problems: A list to which problems are appended.
     """
     encoder.check_feature_layer(tower, feature_layer, problems)
     if select == "patch" and tower["model_type"] == "siglip_vision_model":

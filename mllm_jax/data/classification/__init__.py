@@ -1,10 +1,10 @@
 """The four data sets of the projection study (Verma et al. 2024): TFDS builders and tasks.
 
     classification.build("plantdoc", manual="/data/tasks")   # from /data/tasks/plantdoc, once
-    task = classification.task("plantdoc")                   # a Task, as those of the embedded data
-    print(classification.instructions("plantdoc"))           # what to download, and where it goes
+    task = classification.task("plantdoc")                   # a Task, like those of embedded data
+    print(classification.instructions("plantdoc"))           # what to download, and to which folder
 
-No TensorFlow is needed. `tfds.builder_from_directory` reads what is built as well.
+No TensorFlow is needed. `tfds.builder_from_directory` also reads the built data sets.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SPELLINGS: tuple[Spelling, ...] = ("corrected", "official")
 
 
 def instructions(name: str) -> str:
-    """Return what to download for a data set, and where it goes."""
+    """Return what to download for a data set, and to which folder."""
     return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
 
 
 def build(
     name: str, manual: str | os.PathLike, root: str | os.PathLike | None = None
 ) -> pathlib.Path:
-    """Build a data set into array_record files, unless it is there.
+    """Build a data set into array_record files, unless it exists.
 
     Args:
       name: One of NAMES.
@@ -44,7 +44,7 @@ def build(
       The folder of the built data set.
 
     Raises:
-      FileNotFoundError: Files are missing; the message lists them and where they come from.
+      FileNotFoundError: Files are missing; the message lists them and their sources.
     """
     return _builder(name).build(manual, _root(root))
 
@@ -61,7 +61,7 @@ def load(name: str, split: str, *, root: str | os.PathLike | None = None) -> dom
       The domain. The labels are those of the data set; its examples have no questions.
 
     Raises:
-      FileNotFoundError: It is not built; the message says how.
+      FileNotFoundError: It is not built; the message states how to build it.
     """
     kind, root = _builder(name), _root(root)
     source = kind.source(root, domains.require_known("split", split, kind.SPLITS))
@@ -86,13 +86,13 @@ def task(
 
     Args:
       name: One of NAMES.
-      spelling: The spelling of the classes. "official" leaves the underscores of labels
-        out, as the released code does ("Bellpepper leaf"); "corrected" has spaces for them.
-      held: The share of each class of train that is held, for a data set without "val".
-      near_copy: The correlation from which on two pictures are near copies, such as 0.98: near
-        copies of test and held pictures are removed from train. None compares nothing and keeps
-        the splits as they are.
-      seed: The seed of the held pictures.
+      spelling: The spelling of the classes. "official" removes the underscores of labels, as the
+        released code does ("Bellpepper leaf"); "corrected" replaces them by spaces.
+      held: The share of each class of train that is held out, for a data set without "val".
+      near_copy: The correlation from which two pictures are near-duplicates, such as 0.98:
+        near-duplicates of test and held-out pictures are removed from train. None compares nothing
+        and keeps the splits unchanged.
+      seed: The seed of the choice of held-out pictures.
       root: The folder where data sets are kept; the user's cache by default.
     """
     kind = _builder(name)

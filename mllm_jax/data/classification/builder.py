@@ -30,12 +30,12 @@ class Row:
 class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
     """Pictures of one class each.
 
-    A subclass defines the files it needs, and the rows of a split where they are not in folders.
+    A subclass defines the files it needs, and the rows of a split if they are not in folders.
 
     Attributes:
       LABELS: The labels of the data set; a label's index is its id.
-      CLASSES: Those of the paper (Verma et al. 2024), {class in prompts: label}.
-      TOPIC: What the classes are, for the prompt.
+      CLASSES: The classes of the paper (Verma et al. 2024), {class in prompts: label}.
+      TOPIC: A description of the classes, for the prompt.
     """
 
     LABELS: ClassVar[tuple[str, ...]] = ()
@@ -59,8 +59,8 @@ class ClassificationBuilder(manual.ManualBuilder, skip_registration=True):
         for row in self.rows(folder, split):
             if row.label not in self.LABELS:
                 raise ValueError(
-                    f"{self.name}: {row.id} in {folder} has the label {row.label!r}, which is none "
-                    f"of the {len(self.LABELS)} labels of the data set"
+                    f"{self.name}: {row.id} in {folder} has the label {row.label!r}, which is not "
+                    f"one of the {len(self.LABELS)} labels of the data set"
                 )
             picture = manual.encoded(self.name, row.file)
             yield {"id": row.id, "label": row.label, "picture": picture}

@@ -1,10 +1,10 @@
 """CrisisMMD v2.0 (Alam et al. 2018): pictures of tweets in seven natural disasters.
 
-The official division of all tweets, 13,608, 2,237 and 2,237 pictures, with what people saw in the
-picture (`label_image`, whatever the text says). Cross-Modal Projection (Verma et al.
-2024) has 10,461 pictures of the four classes that its Figure 3 shows, and does not say which labels
-they are; the labels of those names are taken here, and pictures of the other four are built but
-belong to no class of the task.
+The splits are the official ones of all tweets, 13,608, 2,237 and 2,237 pictures, and the labels
+those of the picture (`label_image`, not of the text). Cross-Modal Projection (Verma et al. 2024)
+has 10,461 pictures of the four classes that its Figure 3 shows, and does not state their labels;
+the labels with these names are used here, and pictures of the other four are built but belong to
+no class of the task.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMES = {"train": "train", "val": "dev", "test": "test"}
 
 
 class Crisismmd(builder.ClassificationBuilder):
-    """Pictures of tweets in disasters, by what they say to humanitarian aid."""
+    """Pictures of tweets in disasters, by their humanitarian category."""
 
     HOMEPAGE = "https://crisisnlp.qcri.org/crisismmd"
     LICENCE = "CC BY-NC-SA 4.0"
@@ -53,7 +53,7 @@ class Crisismmd(builder.ClassificationBuilder):
         """Yield the rows of a split, in the order of the official table."""
         path = folder / _TABLES.format(_NAMES[split])
         with path.open(encoding="utf-8", newline="") as file:
-            # Tweets hold quotation marks that quote nothing.
+            # Tweets contain unpaired quotation marks.
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
                 yield builder.Row(row["image_id"], row["label_image"], folder / row["image"])
 

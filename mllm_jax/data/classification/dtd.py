@@ -1,7 +1,7 @@
 """Describable Textures (Cimpoi et al. 2014): 47 textures, 120 pictures each.
 
 The first of ten official partitions, as in Cross-Modal Projection (Verma et al. 2024): 1,880
-pictures a split. That paper leaves the pictures of `val1` out. `load` and `task` also read what
+pictures per split. That paper leaves the pictures of `val1` out. `load` and `task` also read what
 TFDS's own `dtd` has prepared as array_record, if `root` is its data_dir.
 """
 

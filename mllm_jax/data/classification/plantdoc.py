@@ -1,4 +1,4 @@
-"""PlantDoc (Singh et al. 2020): leaves, healthy or with a disease, out of the web.
+"""PlantDoc (Singh et al. 2020): leaves from the web, healthy or with a disease.
 
 2,342 pictures of 28 classes to train on and 236 of 27 to test on, at commit 5467f60 of its
 repository. The projection paper counts 2,598 pictures and 17 classes, the number of diseases; its

@@ -28,7 +28,7 @@ from mllm_jax.data.embedded import recipe as recipe_lib
 from mllm_jax.store import stamps
 
 EMBEDDED = tuple(questions_lib.KINDS)
-ABANDONED_SECONDS = 7200.0  # a partial build of this age is not running any more
+ABANDONED_SECONDS = 7200.0  # a partial build of this age is not running anymore
 
 
 def embedded(
@@ -40,8 +40,8 @@ def embedded(
 
     Args:
       split: "test" or "train".
-      domains: Names out of EMBEDDED; all by default. A domain named here that cannot be built is an
-        error; of all domains, one that cannot be built is reported in one line and left out.
+      domains: Names from EMBEDDED; all by default. A named domain that cannot be built raises an
+        error; by default such a domain is reported in one line and left out.
       root: The folder where they are kept; the user's cache by default.
 
     Returns:
@@ -71,7 +71,7 @@ def default_root() -> pathlib.Path:
 
 
 def recipe(name: str) -> recipe_lib.Recipe:
-    """Return how an embedded domain is made.
+    """Return the recipe of an embedded domain.
 
     Raises:
       MissingPackage: A Python package that it needs is not installed.
@@ -86,10 +86,10 @@ def recipe(name: str) -> recipe_lib.Recipe:
 
 
 def build(name: str, root: pathlib.Path) -> dict[str, Any]:
-    """Build one embedded domain under `root/name`, unless it is there.
+    """Build one embedded domain under `root/name`, unless it exists.
 
-    All files are written to a hidden folder, read back, and moved into place at once: a build that
-    is killed, or a disk that fills up, leaves no half domain behind.
+    All files are written to a hidden folder, read back, and moved into place at once: a killed
+    build or a full disk leaves no partial domain behind.
 
     Returns:
       The index: counts, sources, licences, and the parts that are missing.
@@ -121,7 +121,7 @@ def build(name: str, root: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_index(name: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Return the index of a domain that is there, once its files have the fingerprints in it."""
+    """Return the index of an existing domain after a check of its files' fingerprints."""
     mend = f"delete {folder} to build it again"
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def _example(domain_recipe: recipe_lib.Recipe, picture: recipe_lib.Picture) -> E
 
 
 def _remove_abandoned(root: pathlib.Path) -> None:
-    """Remove what killed builds left; a build that runs beside this one is younger."""
+    """Remove the remains of killed builds; a build that still runs is younger."""
     for partial in root.glob(".*.partial.*"):
         if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)

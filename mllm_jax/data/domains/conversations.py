@@ -24,7 +24,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def flattened(path: pathlib.Path, records: Iterable[Record]) -> Iterator[Record]:
-    """Yield records with a question and an answer in place of their conversations, if any.
+    """Yield records with conversations replaced by their first question and answer.
 
     Args:
       path: The file, for the warning.
@@ -63,5 +63,5 @@ def _turns(conversation: Any, where: str) -> list[str]:
         texts.append(turn["value"].replace(IMAGE, "").strip())
     in_turn = ["user", "assistant"] * (len(texts) // 2) + ["user"] * (len(texts) % 2)
     if len(texts) < 2 or roles != in_turn:
-        raise ValueError(f"{where}: the conversation is not in turn of human and gpt")
+        raise ValueError(f"{where}: the turns of the conversation do not alternate human and gpt")
     return texts

@@ -1,4 +1,4 @@
-"""A domain: a named sequence of examples, embedded or out of a user's files."""
+"""A domain: a named sequence of examples, embedded or from a user's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def require_known(what: str, name: str, names: Sequence[str]) -> str:
     """Return a name if it is one of the known names.
 
     Args:
-      what: What the name is of, for the error: "split".
+      what: The kind of name, for the error, such as "split".
       name: The name.
       names: The known names.
 
@@ -26,7 +26,7 @@ def require_known(what: str, name: str, names: Sequence[str]) -> str:
       ValueError: The name is unknown; the message lists the known ones.
     """
     if name not in names:
-        raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(names)}")
     return name
 
 
@@ -37,7 +37,7 @@ class Domain(Sequence[Example]):
 
     Args:
       name: The domain's name, such as "medical".
-      split: "test", "train" or what the user calls it.
+      split: "test", "train" or the user's own name.
       examples: A sequence of examples; it is indexed only when an example is needed.
 
     Raises:
@@ -46,7 +46,7 @@ class Domain(Sequence[Example]):
 
     def __init__(self, name: str, split: str, examples: Sequence[Example]):
         if not len(examples):
-            raise ValueError(f"domain {name!r} ({split}) is empty: it needs an example or more")
+            raise ValueError(f"domain {name!r} ({split}) is empty: it needs one or more examples")
         self.name = name
         self.split = split
         self._examples = examples
@@ -80,8 +80,8 @@ class Domain(Sequence[Example]):
     def fingerprint(self) -> str:
         """The sha256 of all images and questions in their order, for manifests.
 
-        The data sets of MMNeuron are too large to be read for it: their examples have a fingerprint
-        of their own.
+        The data sets of MMNeuron are too large to be read for this: their examples provide a
+        fingerprint.
         """
         if known := getattr(self._examples, "fingerprint", None):
             return known
@@ -128,7 +128,7 @@ class Domain(Sequence[Example]):
     def from_jsonl(
         cls, path: str | os.PathLike, name: str | None = None, split: str = "test"
     ) -> Domain:
-        """Return the domain of a file with one JSON object a line, with the fields of `from_csv`.
+        """Return the domain of a file with one JSON object per line, with the fields of `from_csv`.
 
         `options` is a list here. Objects may have LLaVA's `conversations`, see `from_json`.
         """
@@ -169,10 +169,10 @@ def require_domains(domains: Mapping[str, Domain], at_least: int = 2) -> None:
 
     Args:
       domains: The domains by name.
-      at_least: How many the study needs.
+      at_least: The number of domains that the study needs.
 
     Raises:
-      ValueError: There are fewer.
+      ValueError: There are fewer domains.
     """
     if len(domains) < at_least:
         raise ValueError(

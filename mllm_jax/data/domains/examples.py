@@ -1,4 +1,4 @@
-"""Examples, images with their questions, and sequences of those whose images are files."""
+"""Examples, which are images with their questions, and sequences of examples in image files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example:
     Attributes:
       id: A name that is unique in its domain.
       domain: Its domain's name.
-      label: What it shows.
+      label: The class that it shows.
       encoded: The image file's bytes.
       questions: The questions about it, with answers and options.
       source: Where the image comes from.
@@ -53,7 +53,7 @@ class Example:
         """Return the first question of a style.
 
         Raises:
-          ValueError: There is none.
+          ValueError: There is no such question.
         """
         for question in self.questions:
             if question.style == style:
@@ -73,7 +73,7 @@ class Row:
       id: As in `Example`.
       label: As in `Example`.
       file: The image file.
-      questions: Returns the questions.
+      questions: A function that returns the questions.
       licence: As in `Example`.
     """
 

@@ -36,7 +36,7 @@ def read(root: pathlib.Path, name: str, question: str | None) -> list[Row]:
       ValueError: It holds no images in folders named by their label.
     """
     if not root.is_dir():
-        missing = "is no folder" if root.exists() else "does not exist"
+        missing = "is not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(f"domain folder {files.name(root)} {missing}")
     try:
         images, unused = _find_images(root)
@@ -101,11 +101,11 @@ def _unused(file: pathlib.Path) -> list[str]:
     if _is_system(file.name):
         return ["hidden or system"]
     if not files.is_text(f"{file.parent.name}/{file.name}"):
-        return ["named in other than UTF-8"]
+        return ["with names that are not UTF-8"]
     if file.is_dir():
         return ["in deeper folders"] * sum(1 for _ in _deeper(file))
     if file.suffix.lower() not in pictures.EXTENSIONS:
-        return [files.name(file.suffix.lower(), 20) or "without an ending"]
+        return [files.name(file.suffix.lower(), 20) or "without an extension"]
     return [] if file.is_file() else ["not regular"]
 
 

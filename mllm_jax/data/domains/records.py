@@ -39,7 +39,7 @@ def unpack(record: bytes) -> Example:
 
 
 def write(path: pathlib.Path, examples: Iterable[Example]) -> None:
-    """Write examples into a new array_record file, one record a group."""
+    """Write examples into a new array_record file, one record per group."""
     from array_record.python import array_record_module
 
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")

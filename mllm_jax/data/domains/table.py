@@ -1,7 +1,7 @@
 """Tables of a user: CSV, JSON lines and JSON, read into records and grouped by image.
 
 A record is a dict with the fields image, question and answer, and optionally options, style, label,
-id and licence. Each is paired with its place in the file, for errors: "birds.csv, line 3".
+id and licence. Each is paired with its position in the file, for errors: "birds.csv, line 3".
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Entry(NamedTuple):
 
 
 def from_csv(path: pathlib.Path) -> Iterator[Record]:
-    """Yield the records of a table with commas, semicolons or tabs, as its header has them."""
+    """Yield the records of a table that has the delimiter of its header (comma, semicolon, tab)."""
     text = _text(path)
     header_line = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     reader = csv.reader(
@@ -83,8 +83,8 @@ def from_csv(path: pathlib.Path) -> Iterator[Record]:
         where = f"{named}, line {number}"
         if len(cells) != len(header):
             raise ValueError(
-                f"{where}: {len(cells)} cells under {len(header)} columns; a cell that holds the "
-                "delimiter stands in double quotes"
+                f"{where}: {len(cells)} cells under {len(header)} columns; put a cell that "
+                "contains the delimiter in double quotes"
             )
         yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
 
@@ -117,7 +117,7 @@ def _delimiter(header: str) -> str:
 
 
 def from_jsonl(path: pathlib.Path) -> Iterator[Record]:
-    """Yield the records of a file with one JSON object a line."""
+    """Yield the records of a file with one JSON object per line."""
     named = files.name(path)
     for number, line in enumerate(io.StringIO(_text(path)), 1):
         if line.strip():
@@ -131,8 +131,8 @@ def from_json(path: pathlib.Path) -> Iterator[Record]:
     objects = _json(_text(path), named)
     if not isinstance(objects, list):
         raise ValueError(
-            f"{named}: a JSON {type(objects).__name__}, not a list of objects; one object "
-            "a line is read from a .jsonl"
+            f"{named}: a JSON {type(objects).__name__}, not a list of objects; for one object per "
+            "line, name the file .jsonl"
         )
     for number, value in enumerate(objects):
         where = f"{named}, record {number}"
@@ -172,7 +172,7 @@ def _text(path: pathlib.Path) -> str:
         ) from error
     if (at := text.find("\0")) >= 0:
         line = text.count("\n", 0, at) + 1
-        raise ValueError(f"{files.name(path)}, line {line}: a NUL, so no text; save it as UTF-8")
+        raise ValueError(f"{files.name(path)}, line {line}: a NUL character; save it as UTF-8 text")
     return text
 
 
@@ -220,7 +220,7 @@ def grouped(name: str, path: pathlib.Path, records: Iterable[Record]) -> Rows:
         key, where = entry.key, places[image]
         if key in seen:
             raise ValueError(
-                files.line(f"{where}: the id {files.name(key, 60)!r} is that of {seen[key]} too")
+                files.line(f"{where}: the id {files.name(key, 60)!r} is also that of {seen[key]}")
             )
         seen[key] = where
     families = {style: tuple(of_style) for style, of_style in answers.items()}
@@ -253,7 +253,7 @@ class Rows(Sequence[Row]):
 
     Attributes:
       name: The domain's name.
-      folder: What relative images are in, with a separator at its end.
+      folder: The folder of relative images, with a separator at its end.
       first: The first entry of each image.
       others: The further entries of an image.
       families: The answers of each style.

@@ -65,7 +65,7 @@ def read_rows(path: pathlib.Path) -> tuple[str, Sequence[Row]]:
         return name, folder.read(path, name, None)
     if read is None:
         raise ValueError(
-            f"domain {files.name(path)} is no folder and no table: its ending must be one of "
-            f"{', '.join(TABLES)}"
+            f"domain {files.name(path)} is neither a folder nor a table, whose extension must be "
+            f"one of {', '.join(TABLES)}"
         )
     return path.stem, read_table(path, path.stem, read)

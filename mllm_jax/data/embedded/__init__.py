@@ -1,1 +1,1 @@
-"""The five embedded domains: real images out of packages, one module each."""
+"""The five embedded domains: real images from packages, one module each."""

@@ -83,7 +83,7 @@ class Catalogue:
 
 
 def label_of(kind: int, morphology: str) -> str | None:
-    """Return the label of a catalogue entry; None for one of no label."""
+    """Return the label of a catalogue entry; None if it has none."""
     if kind in GALAXIES:
         spiral = re.match(r"\(?[R']*\)?S(?!0|A0|B0|AB0|.*0)|^[1-9]$", morphology)
         return "a spiral galaxy" if spiral else None

@@ -43,7 +43,7 @@ DIGITS = tuple(f"the digit {number}" for number in NUMBERS)
 
 
 def page_label(text: str, fonts: dict[str, float], drawn: int) -> str | None:
-    """Return the label of a page; None for one of several kinds of content, or almost none.
+    """Return the label of a page; None if it has several kinds of content, or almost none.
 
     Args:
       text: Its text layer.

@@ -1,7 +1,7 @@
 """Medical: magnetic-resonance slices of the brain, of two templates.
 
-Training slices come from the MNI152 template of nilearn. Test slices come from depths that training
-keeps a gap from: tissue maps from the same template, T1 slices from another brain (ch2bet of
+Training slices come from the MNI152 template of nilearn. Test slices come from depths at a distance
+from those of training: tissue maps from the same template, T1 slices from another brain (ch2bet of
 MRIcron; both brains come without the skull).
 The template is symmetric, so a sagittal slice on the right is the mirror image of the one on the
 left: only the left half is used.

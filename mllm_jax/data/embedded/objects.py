@@ -37,7 +37,7 @@ LICENCES = {
     "Scopia": "CC-BY-3.0",
 }
 
-# Which folder of stamps, and which last word of a catalogue entry's name, means which label.
+# The label for each folder of stamps, and for each last word of a catalogue entry's name.
 FOLDERS = {
     "animals": "an animal",
     "food/fruit": "a fruit or vegetable",
@@ -68,7 +68,7 @@ NOT_WHAT_THEY_SAY = {
     "clothes horse", "rocking horse", "hot dog", "abdominal bench", "bowl with fruits",
     "bowl with salad", "mannequin female", "mannequin male", "chicken",
 }  # fmt: skip
-# Stamps that are drawn, mirrored, or show only a part: what path or description then says.
+# Words in the path or description of stamps that are drawn, mirrored, or show only a part.
 NOT_PICTURES = re.compile(
     r"cartoon|_mirror|/toys|/plastic|wheel|emblem|balloon|wings|clothespin|hanger|button|nutcracker",
     re.IGNORECASE,

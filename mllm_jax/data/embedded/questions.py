@@ -21,7 +21,7 @@ KINDS = {
     "astronomy": "an astronomy photograph",
 }
 STYLES = ("kind", "category", "yesno", "choice")
-MANY = 1000  # from this many names of a family a few are drawn, rather than all put in order
+MANY = 1000  # names of a family from which a few are drawn instead of sorting all
 
 PROMPTS = {
     "kind": (
@@ -77,12 +77,12 @@ def shuffled(items: Iterable[str], key: str) -> list[str]:
 def others(answer: str, family: Sequence[str], key: str, count: int) -> list[str]:
     """Return members of a family that are not the answer.
 
-    Of a large family they are drawn, so that the time of a question does not grow with the family.
+    From a large family they are drawn, so that the time does not grow with the family.
 
     Args:
       answer: The answer.
       family: The family.
-      key: The text that decides which members.
+      key: The text that determines the choice.
       count: The number of members; a smaller family gives all.
     """
     drawn: dict[str, None] = {}

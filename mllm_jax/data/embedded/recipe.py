@@ -1,7 +1,7 @@
-"""The making of a domain out of candidate images: split by group, balance, drop near copies.
+"""Build a domain from candidate images: split by group, balance, drop near-duplicates.
 
-No random numbers are drawn: every order is that of the hashes of names, so the same packages give
-the same data set on every machine.
+No random numbers are drawn: everything is ordered by hashes of names, so the same packages give the
+same data set on every machine.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Candidate:
       name: A name that is unique in its domain; it becomes the example's id.
       label: What it shows, the answer to the category question.
       group: The name of its group (one object, one block of slices); a group stays in one split.
-      source: Its package and its place in it, for the record.
+      source: Its package and its position in it, for the record.
       licence: The image's licence.
-      image: Makes the picture; called only for the images that are taken.
-      split: "train" or "test" where the source decides, None to split by group.
+      image: A function that makes the picture; called only for the images that are taken.
+      split: "train" or "test" if the source determines it, None to split by group.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Recipe:
 
 
 def hashed(text: str) -> bytes:
-    """Return the sha256 of a text, by which things are put in order."""
+    """Return the sha256 of a text, the key by which candidates are ordered."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -104,12 +104,12 @@ def split_by_group(
 ) -> dict[str, list[AnyCandidate]]:
     """Divide candidates into "test" and "train" so that no group is on both sides.
 
-    Groups come in the order of their hash; a group goes to the test split while each of its labels
-    has room there. Groups whose source decided stay where they are.
+    Groups are taken in the order of their hash; a group goes to the test split while each of its
+    labels has room there. Groups with a given split keep it.
 
     Args:
       candidates: The candidates in any order.
-      quota: Returns the number of test images of a label.
+      quota: A function that returns the number of test images of a label.
 
     Returns:
       Candidates by split, ordered by the hash of their names.
@@ -190,7 +190,8 @@ def find(recipe: Recipe) -> tuple[list[Candidate], list[str]]:
 def choose(recipe: Recipe, candidates: Sequence[Candidate]) -> Iterator[tuple[str, Picture]]:
     """Yield ("test" or "train", picture), the test split first.
 
-    A training picture that is a near copy of a test picture is dropped, and the next one taken.
+    A training picture that is a near-duplicate of a test picture is dropped, and the next one
+    taken.
     """
     sides = split_by_group(candidates, lambda label: recipe.family(label).test)
     seen = []
@@ -235,7 +236,7 @@ def squared(
     Args:
       image: The image.
       background: The colour behind transparency and padding.
-      margin: The width of the padding on each side, in longer sides of the image.
+      margin: The width of the padding on each side, as a fraction of the longer side of the image.
     """
     image = image.convert("RGBA")
     side = round(max(image.size) * (1 + 2 * margin))

@@ -29,7 +29,7 @@ GEOPANDAS = packages.Wheel(
 TILE = 64  # pixels of 7.4 km
 GAP = 8  # pixels between any two tiles
 URAL_DEGREES = 60.0
-# Ice shelves are sea on the map and land in the picture: no coast or ocean is taken beyond this.
+# Ice shelves are sea on the map and land in the picture: no coast or ocean beyond this latitude.
 POLAR_DEGREES = 58.0
 # The smallest standard deviation of grey levels; tiles below it are blank and look the same.
 BLANK = 2.5
@@ -68,14 +68,14 @@ def continent_map(width: int, height: int) -> np.ndarray:
                 pixels = [((x + 180) / 360 * width, (90 - y) / 180 * height) for x, y in ring]
                 draw.polygon(pixels, fill=value)
     grid = np.array(canvas, np.int8)
-    # The record of Russia says Europe; east of the Urals it is Asia.
+    # The map assigns all of Russia to Europe; east of the Urals it is Asia.
     east = grid[:, round((URAL_DEGREES + 180) / 360 * width) :]
     east[east == 1 + names.index("Europe")] = 1 + names.index("Asia")
     return grid
 
 
 def label_of(tile: np.ndarray, latitude: float) -> str | None:
-    """Return the label of a tile of the continent map; None where it would be doubtful.
+    """Return the label of a tile of the continent map; None if it is ambiguous.
 
     Args:
       tile: int8[TILE, TILE].

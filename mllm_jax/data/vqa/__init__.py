@@ -5,9 +5,9 @@
     print(vqa.instructions("vqav2"))                 # what to download, and where it goes
 
 A data set has the splits "train" (where neurons are counted) and "val" (where answers are scored),
-in the order in which the released code goes through it, one question a picture but for lingoqa. The
-size "paper" has the first 10,001 and 1,001 of them, "full" has all. `tfds.builder_from_directory`
-reads what is built as well.
+in the order of the released code, with one question per picture except in lingoqa. The size "paper"
+has the first 10,001 and 1,001 examples, "full" has all. `tfds.builder_from_directory` also reads
+the built data sets.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES: tuple[Size, ...] = ("paper", "full")
 
 
 def instructions(name: str) -> str:
-    """Return what to download for a data set, and where it goes."""
+    """Return what to download for a data set, and to which folder."""
     return _builder(name).MANUAL_DOWNLOAD_INSTRUCTIONS
 
 
@@ -49,7 +49,7 @@ def build(
     root: str | os.PathLike | None = None,
     size: Size = "paper",
 ) -> pathlib.Path:
-    """Build a data set into array_record files, unless it is there.
+    """Build a data set into array_record files, unless it exists.
 
     Args:
       name: One of NAMES.
@@ -61,7 +61,7 @@ def build(
       The folder of the built data set.
 
     Raises:
-      FileNotFoundError: Files are missing; the message lists them and where they come from.
+      FileNotFoundError: Files are missing; the message lists them and their sources.
     """
     return _builder(name).build(manual, _root(root), domains.require_known("size", size, SIZES))
 
@@ -80,7 +80,7 @@ def load(
     Args:
       name: One of NAMES.
       split: "train" or "val".
-      model: "llava_next", "instructblip", or "chat" for the template of any other model.
+      model: "llava_next", "instructblip", or "chat" for the chat template of any other model.
       of: "activation", "lens" or "generation"; see `prompts.prompt`.
       root: The folder where data sets are kept, which may be a bucket, "gs://..."; the user's
         cache by default.
@@ -90,7 +90,7 @@ def load(
       The domain; each example has one VqaQuestion. Pictures are read when they are needed.
 
     Raises:
-      FileNotFoundError: It is not built; the message says how.
+      FileNotFoundError: It is not built; the message states how to build it.
     """
     root = _root(root)
     domains.require_known("split", split, SPLITS)
@@ -104,7 +104,7 @@ def load(
 
 
 def side_by_side(pictures: Sequence[bytes]) -> bytes:
-    """Return one picture of several, left to right, encoded without loss.
+    """Join pictures from left to right into one, encoded without loss.
 
     Raises:
       ValueError: Their heights differ.

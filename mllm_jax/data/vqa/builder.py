@@ -43,11 +43,11 @@ class Row:
 
 @dataclasses.dataclass
 class Size(tfds.core.BuilderConfig):
-    """The number of examples of each split, where None is all.
+    """The number of examples of each split; None for all.
 
     Attributes:
-      train: Of the training split.
-      val: Of the validation split.
+      train: The number of examples of the training split.
+      val: The number of examples of the validation split.
     """
 
     train: int | None = None

@@ -1,8 +1,8 @@
 """LingoQA (Marcu et al. 2023): questions about drives, the frames of a segment side by side.
 
-Every row of the tables is taken: rows that share a question's id are answers of several people to
-one question. The paper does not say whether it counts neurons on the part `scenery` or `action`;
-what lies in train/ is taken.
+Every row of the tables is used: rows that share a question's id are answers of several people to
+one question. The paper does not state whether it counts neurons on the part `scenery` or `action`;
+the part in train/ is used.
 """
 
 from __future__ import annotations

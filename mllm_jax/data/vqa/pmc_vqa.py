@@ -1,8 +1,8 @@
 """PMC-VQA (Zhang et al. 2023): figures of medical articles with four choices.
 
-The released code wants a `val.csv`, which the data set does not have; the checked test set stands
-in for it. It also reads the training table twice; the order that this gives is kept, and does no
-harm, since one question of each picture is taken.
+The released code expects a `val.csv`, which the data set does not have; the verified test set
+replaces it. It also reads the training table twice; the resulting order is kept, which is harmless
+since one question of each picture is used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PmcVqa(builder.VqaBuilder):
             answer = row.get("Answer_label", "").strip()
             answer = answer if answer in tuple(_LETTERS) else row["Answer"].strip()
             if answer not in tuple(_LETTERS):
-                raise ValueError(f"{path}, row {index + 1}: the answer {answer!r} is no letter")
+                raise ValueError(f"{path}, row {index + 1}: the answer {answer!r} is not a letter")
             yield Row(
                 id=f"{split} {index}",
                 picture=row["Figure_path"],

@@ -1,7 +1,7 @@
-"""The prompts of MMNeuron, to the letter (Huo et al. 2024; its released code, December 2024).
+"""The prompts of MMNeuron, verbatim (Huo et al. 2024; its released code, December 2024).
 
-`<image>` stands in each of them, so that the processor adds no chat template. For models that the
-paper does not have, "chat" leaves it out in generation: the checkpoint's own template is used.
+Each of them contains `<image>`, so that the processor adds no chat template. For models that the
+paper does not have, "chat" omits it in generation, so that the checkpoint's own template is used.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def prompt(
     Args:
       dataset: One of DATASETS.
       question: The question in the data set's words.
-      choices: Its options in the data set's words, "A:..." included; of pmc_vqa alone.
-      model: One of MODELS; it matters in generation only.
-      of: The pass that reads it: "activation", where neurons are counted: the bare question;
-        "lens": the question with its instruction; "generation": that within the model's
+      choices: Its options in the data set's words, "A:..." included; only for pmc_vqa.
+      model: One of MODELS; used for generation only.
+      of: The pass that reads the prompt: "activation", where neurons are counted, gives the bare
+        question; "lens" the question with its instruction; "generation" the same in the model's
         template.
 
     Raises:
@@ -57,9 +57,9 @@ def prompt(
         ("data set", dataset, DATASETS), ("model", model, MODELS), ("pass", of, PASSES),
     ):  # fmt: skip
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}")
     if (dataset == "pmc_vqa") != bool(choices):
-        raise ValueError(f"choices belong to pmc_vqa alone; {dataset} was given {list(choices)}")
+        raise ValueError(f"only pmc_vqa takes choices; {dataset} was given {list(choices)}")
     if of == "activation":
         return f"<image>\n{question}"
     body = _body(dataset, question, choices)

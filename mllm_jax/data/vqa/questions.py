@@ -13,15 +13,15 @@ class VqaQuestion(questions.Question):
 
     Attributes:
       style: "choice" with options, else "open".
-      prompt: What the model reads.
+      prompt: The prompt that the model reads.
       answer: One right answer: the letter of an option, or the first of `answers`.
       options: The candidates for scoring: the letters, or the distinct answers.
       id: The id in the data set. In lingoqa several rows ask the same question and share it.
-      text: The question alone.
+      text: The question without a prompt.
       answers: All answers: of ten people (vqav2), of each annotator (docvqa), or one.
-      confidence: How sure each person was, "yes", "maybe" or "no" (vqav2 alone).
-      choices: The texts of the options (pmc_vqa alone).
-      type: The type of question, such as "count"; empty where the data set has none.
+      confidence: How sure each person was, "yes", "maybe" or "no" (vqav2 only).
+      choices: The texts of the options (pmc_vqa only).
+      type: The type of question, such as "count"; empty if the data set has none.
     """
 
     id: str = ""

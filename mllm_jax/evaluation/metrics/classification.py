@@ -30,7 +30,9 @@ def confusion(truth: ArrayLike, predicted: ArrayLike, classes: int) -> np.ndarra
     """
     true, said = _integers(truth, "truth"), _integers(predicted, "predicted")
     if true.shape != said.shape or true.ndim != 1 or not true.size:
-        raise ValueError(f"{said.shape} answers for {true.shape} classes; both need one a picture")
+        raise ValueError(
+            f"{said.shape} answers for {true.shape} classes; both need one per picture"
+        )
     if true.min() < 0 or true.max() >= classes or said.min() < -1 or said.max() >= classes:
         raise ValueError(f"class ids lie in 0 to {classes - 1}, and -1 is an answer of no class")
     place = true * (classes + 1) + np.where(said < 0, classes, said)
@@ -44,13 +46,13 @@ def accuracy(counts: np.ndarray) -> float:
 
 
 def precision(counts: np.ndarray) -> np.ndarray:
-    """Return the share of the answers of each class that are correct, float64[C]; 0 of none."""
+    """Return the share of the answers of each class that are correct, float64[C]; 0 if none."""
     counts = _checked(counts)
     return _over(np.diagonal(counts), counts[:, :-1].sum(0))
 
 
 def recall(counts: np.ndarray) -> np.ndarray:
-    """Return the share of the pictures of each class that are found, float64[C]; 0 of none."""
+    """Return the share of the pictures of each class that are found, float64[C]; 0 if none."""
     counts = _checked(counts)
     return _over(np.diagonal(counts), counts.sum(1))
 
@@ -95,7 +97,7 @@ def _checked(counts: np.ndarray) -> np.ndarray:
     if counts.ndim != 2 or counts.shape[1] != counts.shape[0] + 1:
         raise ValueError(f"counts must be [C, C + 1], as `confusion` gives them: {counts.shape}")
     if not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any() or not counts.any():
-        raise ValueError("counts must be integers from 0, and not all of them 0")
+        raise ValueError("counts must be integers of 0 or more, and not all 0")
     return counts
 
 

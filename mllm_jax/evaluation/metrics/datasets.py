@@ -66,7 +66,7 @@ def score(
     if len(predictions) != len(questions) or not len(questions):
         raise ValueError(
             f"{len(predictions)} predictions for {len(questions)} questions of {dataset}; "
-            "both are needed, one for one"
+            "each question needs one prediction"
         )
     text.strings(predictions, "predictions")
     if dataset != "lingoqa":
@@ -99,7 +99,7 @@ def name(dataset: str, *, judge: Judge | None = None, compat: str | None = None)
 
 def _table(dataset: str, compat: str | None) -> Mapping[str, tuple[str, Callable[..., Any]]]:
     if dataset not in NAMES:
-        raise ValueError(f"unknown data set {dataset!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown data set {dataset!r}; known are {', '.join(NAMES)}")
     if compat not in (None, "official"):
         raise ValueError(f"compat={compat!r} is neither None nor 'official'")
     return _OFFICIAL if compat else _STANDARD

@@ -4,7 +4,7 @@
     judge.right(question, references, prediction)  # bool
 
 The classifier runs in transformers with torch. Without its weights `load` raises an error, unless
-a fallback is allowed: common words, a different metric, as `Judge.name` and every table say.
+a fallback is allowed: token F1, a different metric, which `Judge.name` and every table state.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Judge:
         probability = self.probability(question, reference, prediction)
         if not 0 <= probability <= 1:
             raise ValueError(
-                f"{self.name} gave {probability} for question {question!r:.80}, no probability"
+                f"{self.name} gave {probability} for question {question!r:.80}, not a probability"
             )
         return probability
 
@@ -69,7 +69,7 @@ def load(source: str | pathlib.Path = WEIGHTS, *, fallback: bool = False) -> Jud
 
     Args:
       source: A folder, or a name in the local cache of the hub; nothing is downloaded.
-      fallback: Whether to use token F1 where the classifier cannot be loaded.
+      fallback: Whether to use token F1 if the classifier cannot be loaded.
 
     Raises:
       FileNotFoundError: The classifier or torch is missing, and no fallback is allowed.

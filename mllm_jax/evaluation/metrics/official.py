@@ -1,7 +1,7 @@
-"""The metrics of MMNeuron's released code, oddities included: for comparison with its numbers.
+"""The metrics of MMNeuron's released code, including its errors, to compare with its numbers.
 
-Each returns one number a question; the paper reports their mean. docs/official.md explains how they
-differ from the standard metrics, and why those are the default.
+Each returns one number per question; the paper reports their mean. docs/official.md explains how
+they differ from the standard metrics, and why those are the default.
 """
 
 from __future__ import annotations

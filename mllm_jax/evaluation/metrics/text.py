@@ -1,6 +1,6 @@
 """Metrics of short answers: ANLS, option letters, exact match; and averages by type of question.
 
-Each returns one number a question, from which `mllm_jax.analysis.intervals` computes intervals of
+Each returns one number per question, from which `mllm_jax.analysis.intervals` computes intervals of
 the mean and tests of paired differences.
 """
 
@@ -42,17 +42,17 @@ def anls(prediction: str, answers: Sequence[str], threshold: float | None = 0.5)
 
 
 def strings(texts: Sequence[str], name: str) -> None:
-    """Refuse what is no list of texts, such as a single text, which is a sequence of letters.
+    """Raise an error unless an argument is a list of strings; a single string is refused too.
 
     Args:
       texts: The argument.
       name: Its name, for the error message.
     """
     if isinstance(texts, str) or not isinstance(texts, (list, tuple, np.ndarray)):
-        raise ValueError(f"{name} must be a list of texts, got {type(texts).__name__}")
+        raise ValueError(f"{name} must be a list of strings, got {type(texts).__name__}")
     for place, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name}[{place}] is {text!r:.40}, no text")
+            raise ValueError(f"{name}[{place}] is {text!r:.40}, not a string")
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -129,7 +129,7 @@ def by_type(values: ArrayLike, types: ArrayLike) -> ByType:
     """
     metric, kinds = np.asarray(values, np.float64), np.asarray(types, np.str_)
     if not metric.size or metric.shape != kinds.shape:
-        raise ValueError(f"{metric.size} values for {kinds.size} types; both need one a question")
+        raise ValueError(f"{metric.size} values for {kinds.size} types; both need one per question")
     if not np.isfinite(metric).all():
         place = np.argwhere(~np.isfinite(metric))[0].tolist()
         raise ValueError(f"values{place} is {metric[tuple(place)]}; every value must be finite")

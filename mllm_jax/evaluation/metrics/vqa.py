@@ -2,9 +2,9 @@
 
     accuracy("2 dogs.", ["two dogs", "2", ...])   # 1.0 if three people or more said "2 dogs"
 
-Text is normalised as in the official evaluation, oddities included, so that numbers agree with
-published ones: a number word becomes a digit only as a separate word, "none" is "0", and people's
-answers are normalised only if they differ.
+Text is normalised exactly as in the official evaluation, so that numbers agree with published ones:
+a number word becomes a digit only as a separate word, "none" is "0", and people's answers are
+normalised only if they differ.
 """
 
 from __future__ import annotations

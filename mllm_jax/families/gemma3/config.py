@@ -22,7 +22,7 @@ _FIELDS = fields_.TOKEN_IDS | {
     "text_config": (schema.PART, None),
     "vision_config": (schema.PART, None),
 }
-# Before and after a picture stand the tokens that the tokenizer has for that.
+# Special tokens of the tokenizer enclose a picture.
 _IGNORED = fields_.IGNORED | {
     "boi_token_id", "boi_token_index", "eoi_token_id", "eoi_token_index",
 }  # fmt: skip
@@ -44,7 +44,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Gemma3
 
     def config() -> Gemma3Config:
         lm = decoder.config(text, tied=gemma["tie_word_embeddings"])
-        # transformers caps the logits of the language model alone, and not these.
+        # transformers applies the cap only in the text-only model, not here.
         lm = dataclasses.replace(lm, logit_softcap=None)
         vision, token = siglip.config(tower), gemma["image_token_index"]
         return Gemma3Config.of(vision, lm, pool=patches // side, image_token=token)

@@ -28,7 +28,7 @@ class Gemma3Config(LlavaConfig):
     def of(  # type: ignore[override]  # pools patches instead of folding them
         cls, vision: SiglipConfig, lm: DecoderConfig, *, pool: int, **fields: Any
     ) -> Self:
-        """Return a Gemma 3 of two networks, of which pool x pool patches become one token."""
+        """Return a Gemma 3 of a tower and a language model; pool² patches become one token."""
         projector = ProjectorConfig.pooled(vision.width, lm.width, pool=pool, eps=vision.eps)
         return cls(vision=vision, projector=projector, lm=lm, **fields)
 
@@ -70,11 +70,11 @@ def language_model(
     """Return the config of a language model of Gemma 3.
 
     Args:
-      width: D.
-      layers: L.
+      width: The width D.
+      layers: The number of layers L.
       window: The window of most layers.
-      every: Each layer whose number is a multiple of it, counted from 1, has no window.
-      head_width: H.
+      every: Every such layer, counted from 1, has no window.
+      head_width: The head width H.
       **fields: Further fields.
     """
     same: dict[str, Any] = {

@@ -10,9 +10,9 @@ _BEGIN, _END = "<start_of_image>", "<end_of_image>"
 
 
 class Gemma3Processor(Processor):
-    """A processor that marks where a picture begins and ends, on lines of its own.
+    """A processor that marks the beginning and end of a picture, on separate lines.
 
-    Pictures are made square and not cut ("pan and scan").
+    Pictures are resized to a square; there are no crops ("pan and scan").
     """
 
     image_text = "<image_soft_token>"
@@ -22,6 +22,6 @@ class Gemma3Processor(Processor):
     markers = _BEGIN, _END
 
     def picture_text(self, picture: Picture) -> str:
-        """Return the text that stands for a picture."""
+        """Return the text that represents a picture in the prompt."""
         del picture
         return f"\n\n{_BEGIN}{self.image_text}{_END}\n\n"

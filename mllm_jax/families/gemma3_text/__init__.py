@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025), the sizes that read text alone."""
+"""Gemma 3 (Gemma Team 2025), the sizes that reads only text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPELLINGS = (  # of a part of a larger model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma3TextConfig(TextConfig):
-    """A Gemma 3 model that reads text alone."""
+    """A Gemma 3 model that reads only text."""
 
     @classmethod
     def it_270m(cls) -> Gemma3TextConfig:
@@ -88,7 +88,7 @@ FAMILY = Family(
     key_table=key_table,
     canonical_key=canonical_key,
     is_unused=is_unused,
-    projector_prefix="multi_modal_projector.",  # there is none
+    projector_prefix="multi_modal_projector.",  # unused: there is no projector
     sharding_rules=lambda config: rules.DECODER,
     processor=Gemma3TextProcessor,
     released={

@@ -39,11 +39,11 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
 
     Args:
       fields: The content of `config.json`.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
       kind: The config class.
 
     Raises:
-      Refused: There are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; the message lists all.
     """
     problems: list[str] = []
     table = {"model_type": (schema.only(kind.model_type), kind.model_type), **_FIELDS}
@@ -55,7 +55,7 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     schema.divides(("scale_factor", known["scale_factor"]), grid, problems)
 
     def make() -> Config:
-        # The flag of the language model counts for nothing in transformers.
+        # transformers ignores the flag of the language model.
         lm = decoder.config(text, tied=known["tie_word_embeddings"])
         return kind.of(
             siglip.config(vision),

@@ -20,7 +20,7 @@ def key_table(config: Idefics3Config) -> tuple[keys.Row, ...]:
 
 
 def projector(hf: str, ours: str) -> tuple[keys.Row, ...]:
-    """Return the key table of the linear map behind the pixel shuffle."""
+    """Return the key table of the linear map after the pixel shuffle."""
     return keys.rows(hf, ours, *keys.linear("modality_projection.proj", "linears.0"))
 
 

@@ -1,7 +1,8 @@
 """Idefics3 (Laurençon et al. 2024): SigLIP on tiles, one linear map and a Llama.
 
-A picture is scaled to a size of whole tiles and cut; the tiles stand in rows, and the whole
-picture, scaled to one tile, follows them. SmolVLM (Marafioti et al. 2025) is the same network.
+A picture is scaled to a size of whole tiles and cut; its tokens are those of the tiles, row by row,
+followed by those of the whole picture, scaled to one tile. SmolVLM (Marafioti et al. 2025) is the
+same network.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Idefics3Config(LlavaConfig):
 
     Attributes:
       model_type: The `model_type` of its `config.json`.
-      longest_tiles: The number of tiles along the longer side of a picture, as the released image
-        processors have it; a checkpoint's own may have another.
+      longest_tiles: The number of tiles along the longer side of a picture in the released image
+        processors; that of a checkpoint may differ.
     """
 
     model_type: ClassVar[str] = "idefics3"
@@ -81,7 +82,7 @@ class Idefics3Config(LlavaConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         lm = DecoderConfig.tiny()
         return cls.of(SiglipConfig.tiny(), lm, fold=2, image_token=95)
 
@@ -92,18 +93,18 @@ class Idefics3Config(LlavaConfig):
 
     @property
     def largest(self) -> Size:
-        """The (height, width) of a picture with the most tokens that one can have."""
+        """The (height, width) of a picture with the largest number of tokens."""
         return (self.longest_tiles * self.vision.image_size,) * 2
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how a picture of this (height, width) is read; None for a square."""
+        """Return the layout of a picture of this (height, width); None for a square."""
         side = self.vision.image_size
         return self.layout_of_tiles(
             tile_grid(size or self.largest, side, self.longest_tiles * side)
         )
 
     def layout_of_tiles(self, grid: Size) -> Layout:
-        """Return how a picture that is cut into these rows and columns of tiles is read."""
+        """Return the layout of a picture that is cut into these rows and columns of tiles."""
         tiles = grid[0] * grid[1] + 1  # the last is the whole picture
         tokens = self.image_tokens
         index = np.arange(tiles * tokens)
@@ -116,7 +117,7 @@ def tile_grid(size: Size, side: int, longest: int | None) -> Size:
     Args:
       size: The (height, width) of the picture.
       side: The side of a tile.
-      longest: What the longer side is scaled to first; None for its own length.
+      longest: The length to which the longer side is scaled first; None to keep it.
     """
     height, width = size
     if longest is not None:

@@ -1,4 +1,4 @@
-"""The processor of Idefics3 and SmolVLM: tiles in rows, each behind the name of its place."""
+"""The processor of Idefics3 and SmolVLM: tiles in rows, each after a marker of its position."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Idefics3Processor(PackedTilesProcessor):
     markers = (_AROUND,)  # some checkpoints write the others as words
 
     def layout(self, size: tuple[int, int] | None) -> Layout:
-        """Return how a picture of this (height, width) is read.
+        """Return the layout of a picture of this (height, width).
 
         Raises:
-          ValueError: The size is not known, and everything depends on it.
+          ValueError: The size is not known, and the layout depends on it.
         """
         size = require_size(size, "this model cuts a picture by its size")
         how, grid = self.image_processor, (0, 0)
@@ -54,7 +54,7 @@ class Idefics3Processor(PackedTilesProcessor):
         if tile != side:
             raise ValueError(
                 f"{path}/preprocessor_config.json: max_image_size cuts tiles of {tile} pixels, the "
-                f"vision tower reads {side} (image_size in config.json): make them the same"
+                f"vision tower reads {side} (image_size in config.json): they must be equal"
             )
         longest = _longest(image_processor.size)
         if image_processor.do_resize and longest is None:

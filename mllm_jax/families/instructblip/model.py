@@ -29,7 +29,7 @@ class InstructBlipConfig(MultimodalConfig):
       qformer: The Q-Former.
       projector: The linear map from the Q-Former to the language model.
       lm: The language model.
-      image_token: The id of an image token in the text; -1 where none is reserved, as in
+      image_token: The id of an image token in the text; -1 if none is reserved, as in
         checkpoints of 2023.
     """
 
@@ -43,7 +43,7 @@ class InstructBlipConfig(MultimodalConfig):
 
     @property
     def token_grid(self) -> int:
-        """0: queries do not lie on a grid."""
+        """0, because queries are not on a grid."""
         return 0
 
     def build(self, *, rngs: nnx.Rngs) -> InstructBlip:
@@ -54,7 +54,7 @@ class InstructBlipConfig(MultimodalConfig):
     def of(
         cls, vision: EvaConfig, qformer: QFormerConfig, lm: DecoderConfig, **fields
     ) -> InstructBlipConfig:
-        """Return an InstructBLIP of three networks, with one linear map before the LM."""
+        """Return an InstructBLIP of three networks, with a linear projector before the LM."""
         projector = ProjectorConfig(in_width=qformer.width, out_width=lm.width, depth=1)
         return cls(vision=vision, qformer=qformer, projector=projector, lm=lm, **fields)
 
@@ -66,7 +66,7 @@ class InstructBlipConfig(MultimodalConfig):
 
     @classmethod
     def tiny(cls) -> InstructBlipConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         return cls.of(EvaConfig.tiny(), QFormerConfig.tiny(), DecoderConfig.tiny(), image_token=95)
 
 
@@ -85,8 +85,8 @@ class InstructBlip(MultimodalModel):
     def token_maps(self, batch: Batch) -> dict[str, tokens.TokenMap]:
         """Return the token map of each module by its name.
 
-        Their axes are vision [I, P], qformer [I, Q + T], projector [I, Q] and LM [B, T]. Both
-        branches of the Q-Former have a map of their own: the queries [I, Q] and the text [I, T].
+        Their axes are vision [I, P], qformer [I, Q + T], projector [I, Q] and LM [B, T]. Each
+        branch of the Q-Former also has a map: the queries [I, Q] and the text [I, T].
         """
         grid, Q = (self.config.vision.grid,) * 2, self.config.qformer.queries
         images = batch.tile, batch.is_real_tile
@@ -108,7 +108,7 @@ class InstructBlip(MultimodalModel):
     def images(self, batch: Batch, taps) -> ImageTokens:
         """Return the image tokens of all pictures, one after the other."""
         if batch.qformer_ids is None:
-            raise ValueError("this batch has no text for the Q-Former: its processor is another's")
+            raise ValueError("this batch has no text for the Q-Former: use this model's processor")
         features = self.features(batch, taps)
         ids, kind = jnp.asarray(batch.qformer_ids), jnp.asarray(batch.qformer_kind)
         valid = kind != tokens.CODE["pad"]

@@ -57,7 +57,7 @@ class InstructBlipProcessor(Processor):
         return cast(InstructBlipProcessor, super().from_directory(directory, config, **options))
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the text of a prompt without its pictures, and the parts that are the question."""
+        """Return the text of a prompt without its pictures, and the spans of the question."""
         if not isinstance(prompt, str):
             if len(prompts_.image_parts(prompt)) not in (0, images):
                 raise ValueError(
@@ -77,7 +77,7 @@ class InstructBlipProcessor(Processor):
     def _encode_prompt(self, prompt: str | Chat, pictures: Sequence[Picture], first: int) -> Row:
         text, questions = self.render(prompt, len(pictures))
         if IMAGE in text:
-            raise ValueError(f"{IMAGE} stands in the text: InstructBLIP reads pictures before it")
+            raise ValueError(f"{IMAGE} is inside the text: InstructBLIP reads pictures before it")
         row = Row()
         for number, picture in enumerate(pictures, first):
             for run in self._picture_runs(number, picture):

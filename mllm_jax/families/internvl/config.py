@@ -27,7 +27,7 @@ _FIELDS = fields_.TOKEN_IDS | {
     "tie_word_embeddings": (schema.optional(schema.FLAG), None),
     "text_config": (schema.PART, None),
     "vision_config": (schema.PART, None),
-    # Of the original code; transformers has them in the image processor.
+    # Fields of the original code; transformers has them in the image processor.
     **_TILES,
 }  # fmt: skip
 
@@ -68,8 +68,8 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Intern
 def _without_dynamic_scaling(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return a `text_config` without "dynamic" scaling.
 
-    It changes rows longer than `max_position_embeddings` (32,768) alone, and released models have
-    it in their config.
+    It changes only rows longer than `max_position_embeddings` (32,768), and released models have it
+    in their config.
     """
 
     def is_dynamic(value: object) -> bool:

@@ -26,7 +26,7 @@ def key_table(config: InternVlConfig) -> tuple[keys.Row, ...]:
 
 
 def canonical_key(key: str) -> str:
-    """Return the canonical spelling of a key; the names are LLaVA's but for those of the tower."""
+    """Return the canonical spelling of a key; only those of the tower differ from LLaVA's."""
     return llava_key(key).replace(f"{_TOWER}.vision_model.", f"{_TOWER}.", 1)
 
 

@@ -1,7 +1,7 @@
 """InternVL 3 and 3.5 (Zhu et al. 2025): a LLaVA with an InternViT, of pictures cut into tiles.
 
-A picture is stretched to the grid of tiles whose shape is nearest to its own, and stands there once
-more as a whole, as the last tile, where there are several.
+A picture is stretched to the grid of tiles whose aspect ratio is nearest to its own. If there are
+several tiles, the whole picture follows as the last tile.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class InternVlConfig(LlavaConfig):
     """An InternVL model.
 
     Attributes:
-      vision, projector, lm, image_token: As LLaVA has them.
-      min_tiles: The least number of tiles that a picture is cut into.
-      max_tiles: The largest number, without the picture as a whole.
+      vision, projector, lm, image_token: As in `LlavaConfig`.
+      min_tiles: The smallest number of tiles that a picture is cut into.
+      max_tiles: The largest number, without the tile of the whole picture.
     """
 
     vision: InternVitConfig  # type: ignore[assignment]  # another tower
@@ -41,12 +41,12 @@ class InternVlConfig(LlavaConfig):
 
     @property
     def largest(self) -> Size:
-        """The (height, width) of a picture that is cut into most tiles."""
+        """The (height, width) of a picture with the largest number of tiles."""
         side = self.vision.image_size
         return side, side * self.max_tiles
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how a picture of this (height, width) is read.
+        """Return the layout of a picture of this (height, width).
 
         Raises:
           ValueError: The size is not known, and the number of tiles depends on it.
@@ -61,9 +61,9 @@ class InternVlConfig(LlavaConfig):
         return Layout(tiles, index, tile_grid=(rows, columns), whole=tiles - 1)
 
     def tile_grid(self, size: Size) -> Size:
-        """Return the rows and columns of tiles of a picture: the grid nearest in shape.
+        """Return the rows and columns of tiles of a picture: the grid nearest in aspect ratio.
 
-        Of several of the same shape, a larger one is taken only while the picture has more than
+        Among grids of equal aspect ratio, a larger one is used only if the picture has more than
         half of its pixels.
         """
         height, width = size

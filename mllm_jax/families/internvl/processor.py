@@ -22,8 +22,8 @@ class InternVlProcessor(PackedTilesProcessor):
 
     Args:
       tokenizer: As in `Processor`.
-      pictures: As in `Processor`; the image processor cuts pictures, whatever its settings say, as
-        that of transformers does.
+      pictures: As in `Processor`; as in transformers, the image processor cuts pictures regardless
+        of its settings.
       config: As in `Processor`.
       directory: As in `Processor`.
       **options: Further arguments of `Processor`.
@@ -52,7 +52,7 @@ class InternVlProcessor(PackedTilesProcessor):
         super().__init__(tokenizer, cutting, config, directory, **options)
 
     def picture_text(self, picture: Picture) -> str:
-        """Return the text that stands for a picture."""
+        """Return the text that represents a picture in the prompt."""
         del picture
         return f"<img>{self.image_text}</img>"
 
@@ -64,7 +64,7 @@ class InternVlProcessor(PackedTilesProcessor):
             raise ValueError(
                 f"{self.directory}: the image processor cuts a picture into {low} to {high} tiles, "
                 f"the model into {self.config.min_tiles} to {self.config.max_tiles}: put "
-                f"min_dynamic_patch={low} and max_dynamic_patch={high} into config.json"
+                f"min_dynamic_patch={low} and max_dynamic_patch={high} in config.json"
             )
 
     def _tiles(self, pictures: list[Picture]) -> list[np.ndarray]:

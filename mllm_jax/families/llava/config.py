@@ -44,7 +44,7 @@ _DEFAULT_CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }  # the defaults of transformers without a vision_config
-_IGNORED = fields_.IGNORED | {"vocab_size"}  # a stray one
+_IGNORED = fields_.IGNORED | {"vocab_size"}  # not used at this level
 
 
 class Fields(NamedTuple):
@@ -66,10 +66,10 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaC
 
     Args:
       fields: The content of `config.json`. Both `rope_theta` and `rope_parameters` are read.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
 
     Raises:
-      Refused: There are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; the message lists all.
     """
     problems: list[str] = []
     known = read(fields, FIELDS, source, problems)
@@ -90,8 +90,8 @@ def read(
     Args:
       fields: The content of `config.json`.
       table: The fields of the model.
-      source: The name of the file in an error.
-      problems: What is wrong is appended here.
+      source: The name of the file, for the error.
+      problems: A list to which problems are appended.
       tower: The `vision_config` of models without one; its `model_type` is the default.
       text: The default model type of the language model.
 
@@ -100,8 +100,8 @@ def read(
     """
     if "mm_vision_tower" in fields:
         problem = (
-            "a config of the original LLaVA code; give it the config.json of its "
-            "transformers conversion (llava-hf/...), the tensors are read as they are"
+            "a config of the original LLaVA code; replace it with the config.json of its "
+            "transformers conversion (llava-hf/...), the tensors can stay as they are"
         )
         raise ValueError(files.refusal(source, [problem]))
     llava = schema.read(fields_.renamed(fields), table, _IGNORED, "", problems)
@@ -156,7 +156,7 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
     vision, projector, lm = config.vision, config.projector, config.lm
     if isinstance(vision, SiglipConfig) and vision.has_norm:
         raise ValueError(
-            "a LLaVA reads SigLIP without its last norm, and this model reads it with it: build it "
+            "a LLaVA reads SigLIP without its last norm, but this model uses that norm: build it "
             "with SiglipConfig(feature_layer=-1), or a checkpoint would lose the norm"
         )
     own = {"projector_fold": projector.fold, "projector_depth": projector.depth}
@@ -174,5 +174,5 @@ def parts_to_hf(config: LlavaConfig) -> dict[str, Any]:
 
 
 def drops_cls(vision: ClipConfig | SiglipConfig) -> bool:
-    """Return whether the features of a tower are without its CLS token."""
+    """Return whether the features of a tower exclude its CLS token."""
     return vision.has_cls and vision.feature_tokens == vision.grid**2

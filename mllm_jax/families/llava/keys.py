@@ -89,7 +89,7 @@ _SIGLIP_HEAD = "vision_tower.vision_model.head."
 def is_unused(key: str, config: LlavaConfig) -> bool:
     """Return whether a checkpoint may hold this tensor although the model does not use it.
 
-    True for buffers, for what follows the vision layer whose output is used, and for the second
+    True for buffers, for parameters after the vision layer whose output is used, and for the second
     copy of a tied embedding.
 
     Args:

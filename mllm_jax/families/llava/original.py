@@ -72,7 +72,7 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
     Args:
       fields: The fields of the original `config.json`.
       tower: The fields of the `config.json` of the vision tower, with or without a text tower.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
 
     Returns:
       The fields, for `config.from_hf`; unknown fields are in `text_config`. The original code has
@@ -80,7 +80,7 @@ def to_hf(fields: Mapping[str, Any], tower: Mapping[str, Any], source: object) -
       assigns to `<image>`.
 
     Raises:
-      ValueError: Values are not supported; one line states all.
+      ValueError: values are not supported; the message lists all.
     """
     problems: list[str] = []
     tiled = fields.get("mm_patch_merge_type") == "spatial_unpad"

@@ -42,7 +42,7 @@ def to_hf(config: LlavaNextConfig) -> dict[str, Any]:
 
 
 def pinpoints(known: llava.Fields, problems: list[str]) -> dict[str, Any]:
-    """Return the field of LlavaNextConfig, or nothing where the config has none."""
+    """Return the field of LlavaNextConfig; empty if the config has none."""
     given, side = known.llava["image_grid_pinpoints"], known.tower["image_size"]
     if given is None:
         return {}

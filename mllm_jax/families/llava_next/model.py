@@ -1,8 +1,8 @@
 """LLaVA-NeXT (Liu et al. 2024): LLaVA that also reads tiles of a picture at higher resolution.
 
-A picture is read twice: as one small square, the base, and large. The large picture is fitted into
-the best resolution and cut into tiles of the size of the base. The LM reads the base, then the
-large picture row by row, without the padding around it and with a newline after each row. This
+A picture is read twice: as one small square, the base, and at high resolution. The large picture is
+fitted into the best resolution and cut into tiles of the size of the base. The LM reads the base,
+then the large picture row by row, without its padding and with a newline after each row. This
 depends only on the size of the picture, so it is arithmetic on indices: the network computes every
 patch of every tile, and `Batch.image_token_index` selects the patches that the LM reads.
 """
@@ -63,7 +63,7 @@ class LlavaNextConfig(LlavaConfig):
 
     @classmethod
     def tiny(cls) -> LlavaNextConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         pinpoints = ((24, 48), (48, 24), (48, 48), (72, 24), (24, 72))
         return cls.of(ClipConfig.tiny(), DecoderConfig.tiny(), image_token=95, pinpoints=pinpoints)
 
@@ -75,11 +75,11 @@ class LlavaNextConfig(LlavaConfig):
 
     @property
     def largest(self) -> Size:
-        """The (height, width) of which a picture has the most image tokens."""
+        """The (height, width) of a picture with the largest number of image tokens."""
         return max(self.pinpoints, key=lambda size: len(self.layout(size).patches))
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how a picture of this (height, width) is read.
+        """Return the layout of a picture of this (height, width).
 
         Raises:
           ValueError: The size is not known.
@@ -91,7 +91,7 @@ class LlavaNextConfig(LlavaConfig):
         return Layout(tiles, patches, tile_grid=self.tile_grid(size))
 
     def large_picture(self, size: Size) -> tuple[int, Int[np.ndarray, "row column"]]:
-        """Return the number of tiles, and the patches of the large picture without the bars.
+        """Return the number of tiles, and the patches of the large picture without padding.
 
         Args:
           size: The (height, width) of the picture.
@@ -128,7 +128,7 @@ class LlavaNext(Llava):
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
-    """Return the resolution that keeps most pixels of a picture; the smallest of equal ones.
+    """Return the resolution that keeps the most pixels of a picture; the smallest among equals.
 
     Args:
       size: The (height, width) of the picture.
@@ -152,7 +152,7 @@ def unpadded(size: Size, grid: Size) -> tuple[slice, slice]:
       grid: The numbers of rows and columns of patches.
     """
     (height, width), (rows, columns) = size, grid
-    # Rounded to 7 places, then down: as the released models were trained.
+    # Round to 7 decimals, then down, as in the training of the released models.
     if width / height > columns / rows:
         bar = (rows - int(round(height * (columns / width), 7))) // 2
         return slice(bar, rows - bar), slice(columns)

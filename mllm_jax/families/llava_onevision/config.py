@@ -43,7 +43,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> LlavaO
     """Read the config of a LLaVA-OneVision checkpoint; see `from_hf` of LLaVA."""
     problems: list[str] = []
     fields = dict(fields)
-    if "video_token_id" in fields:  # as transformers 5 names it
+    if "video_token_id" in fields:  # its name in transformers 5
         fields.setdefault("video_token_index", fields.pop("video_token_id"))
     known = llava.read(fields, _FIELDS, source, problems, tower=_DEFAULT_SIGLIP, text="qwen2")
     if known.tower["model_type"] != "siglip_vision_model":

@@ -1,9 +1,9 @@
 """LLaVA-OneVision (Li et al. 2024): LLaVA-NeXT with SigLIP, and finer pictures.
 
-A picture that is alone in its row is read as LLaVA-NeXT reads it, cut into up to 36 tiles. If these
-have many more patches than `max_tiles` tiles, the large picture is made smaller after the
-projector: each of its tokens is the sum of four patches, weighted as bilinear resizing does it. The
-pictures of a row with several are one tile each.
+A picture that is alone in its row is read as in LLaVA-NeXT, cut into up to 36 tiles. If these have
+many more patches than `max_tiles` tiles, the large picture is downsampled after the projector: each
+of its tokens is the sum of four patches with the weights of bilinear resizing. If a row has several
+pictures, each of them is one tile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mllm_jax.models.siglip import SiglipConfig
 from mllm_jax.typing import Float, Int
 
 _STEPS = range(384, 2305, 384)
-_SHRINK = 1.1  # a picture whose side is at most this many times too long keeps its patches
+_SHRINK = 1.1  # a picture is downsampled only if its side is longer by more than this factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class LlavaOneVisionConfig(LlavaNextConfig):
     """A LLaVA-OneVision model.
 
     Attributes:
-      vision, projector, lm, image_token, pinpoints: As LLaVA-NeXT has them.
-      max_tiles: The number of tiles whose patches a picture may have without being made smaller.
+      vision, projector, lm, image_token, pinpoints: As in `LlavaNextConfig`.
+      max_tiles: The number of tiles whose patches a picture may have without being downsampled.
     """
 
     vision: SiglipConfig
@@ -57,7 +57,7 @@ class LlavaOneVisionConfig(LlavaNextConfig):
 
     @classmethod
     def tiny(cls) -> LlavaOneVisionConfig:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         vision = dataclasses.replace(SiglipConfig.tiny(), feature_layer=-1)
         lm = dataclasses.replace(DecoderConfig.tiny(), biases="qkv")
         pinpoints = tuple((h, w) for h in (24, 48, 72) for w in (24, 48, 72))
@@ -65,14 +65,14 @@ class LlavaOneVisionConfig(LlavaNextConfig):
 
     @property
     def largest(self) -> Size:
-        """The (height, width) of which a picture has the most image tokens."""
+        """The (height, width) of a picture with the largest number of image tokens."""
         return _largest(self)
 
     def layout(self, size: Size | None = None) -> Layout:
-        """Return how a picture of this (height, width) is read if it is alone in its row.
+        """Return the layout of a picture of this (height, width) if it is alone in its row.
 
         Raises:
-          ValueError: The size is not known, and everything depends on it.
+          ValueError: The size is not known, and the layout depends on it.
         """
         if size is None:
             return super().layout(size)
@@ -95,11 +95,11 @@ class LlavaOneVisionConfig(LlavaNextConfig):
         )
 
     def ratio(self, large: Int[np.ndarray, "row column"]) -> float:
-        """Return how many times too long the sides of a large picture are."""
+        """Return the factor by which the sides of a large picture exceed the limit."""
         return math.sqrt(large.size / (self.max_tiles * self.image_tokens))
 
     def layouts(self, sizes: Sequence[Size | None]) -> list[Layout]:
-        """Return how the pictures of a row are read."""
+        """Return the layouts of the pictures of a row."""
         if len(sizes) == 1:
             return [self.layout(sizes[0])]
         return [Layout(1, np.append(np.arange(self.image_tokens), -1)) for _ in sizes]
@@ -113,7 +113,7 @@ def _tower() -> SiglipConfig:
 def shrunk(
     grid: Int[np.ndarray, "row column"], size: Size
 ) -> tuple[Int[np.ndarray, "h w 4"], Float[np.ndarray, "h w 4"]]:
-    """Return what bilinear resizing makes each place of a smaller grid of: four values, weighted.
+    """Return the four values and weights of bilinear resizing at each point of a smaller grid.
 
     Args:
       grid: The values.
@@ -131,9 +131,9 @@ def shrunk(
 def _neighbours(
     length: int, smaller: int
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Return the places before and after each of fewer, evenly spaced places, and the weight after.
+    """Return the neighbours of each of fewer, evenly spaced points, and the weight of the second.
 
-    Rounded to float32 where torch rounds, with corners that are not aligned.
+    Rounds to float32 where torch does, with align_corners=False.
     """
     step = np.float32(length) / np.float32(smaller)
     place = np.float64(step) * (np.arange(smaller) + 0.5) - 0.5
@@ -144,7 +144,7 @@ def _neighbours(
 
 @functools.lru_cache
 def _largest(config: LlavaOneVisionConfig) -> Size:
-    """Return the size of most image tokens; it may leave bars, so that it is not made smaller."""
+    """Return the size with the most image tokens; it may have padding, to avoid downsampling."""
     side, patch = config.vision.image_size, config.vision.patch
     sizes = set(config.pinpoints)
     for height, width in config.pinpoints:

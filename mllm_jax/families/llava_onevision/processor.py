@@ -14,13 +14,13 @@ from mllm_jax.processors.rows import Picture
 
 
 class LlavaOneVisionProcessor(PackedTilesProcessor):
-    """A processor that cuts a picture into tiles where it is alone in its row."""
+    """A processor that cuts a picture into tiles if it is alone in its row."""
 
     config: LlavaOneVisionConfig
     video_text = "<video>"
 
     def layouts(self, sizes: Sequence[tuple[int, int] | None]) -> list[Layout]:
-        """Return how the pictures of a row, of these (height, width), are read."""
+        """Return the layouts of the pictures of a row, of these (height, width)."""
         return self.config.layouts(sizes)
 
     def _tiles(self, pictures: list[Picture]) -> list[np.ndarray]:

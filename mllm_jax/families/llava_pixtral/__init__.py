@@ -1,4 +1,4 @@
-"""Pixtral (Agrawal et al. 2024) in the format of LLaVA, that of its conversion."""
+"""Pixtral (Agrawal et al. 2024) in the format of LLaVA, as converted to transformers."""
 
 import dataclasses
 

@@ -16,7 +16,7 @@ _FIELDS = {
     name: field for name, field in llava.FIELDS.items() if not name.startswith("projector_")
 } | {
     "projector_hidden_act": llava.FIELDS["projector_hidden_act"],
-    # Of another strategy, the default, the first patch would be left out.
+    # Another strategy, such as the default, would drop the first patch.
     "vision_feature_select_strategy": (schema.only("full"), "default"),
 }
 

@@ -32,6 +32,6 @@ class LlavaPixtralConfig(Mistral3Config):
 
     @classmethod
     def tiny(cls) -> Self:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         vision = dataclasses.replace(PixtralConfig.tiny(), patch=8)
         return cls.of(vision, DecoderConfig.tiny(), image_token=95)

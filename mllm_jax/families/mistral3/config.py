@@ -37,10 +37,10 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> Mistra
 
     Args:
       fields: The content of `config.json`.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
 
     Raises:
-      Refused: There are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; the message lists all.
     """
     problems: list[str] = []
     known = schema.read(fields_.renamed(fields), FIELDS, _IGNORED, "", problems)
@@ -70,7 +70,7 @@ def read(
       known: The fields of the whole model.
       vision_fields: The content of the `vision_config`.
       text: The fields of the language model, read.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
       problems: What is wrong with the fields.
 
     Raises:

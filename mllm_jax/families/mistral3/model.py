@@ -1,6 +1,6 @@
 """Mistral 3 (Mistral Small 3.1 and 3.2): Pixtral's tower, a patch merger and a Mistral.
 
-Each picture is read at its own size; in the text a token stands between the rows of its tokens.
+Each picture is read at its native resolution; a token separates the rows of its image tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mistral3Config(FreeGridConfig):
     image_token: int = 10
 
     def layout_of_grid(self, grid: Size) -> Layout:
-        """Return how a picture of this many rows and columns of patches is read: row by row."""
+        """Return the layout of a picture with these rows and columns of patches: row by row."""
         rows, columns = (n // self.merge for n in grid)
         return dataclasses.replace(super().layout_of_grid(grid), runs=(columns,) * rows)
 
@@ -72,7 +72,7 @@ class Mistral3Config(FreeGridConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """Return a config small enough for tests."""
+        """Return a config for tests."""
         vision = dataclasses.replace(PixtralConfig.tiny(), merge=2)
         return cls.of(vision, DecoderConfig.tiny(), image_token=95)
 

@@ -33,7 +33,7 @@ class Mistral3Processor(FreeGridProcessor):
         """Return the rows and columns of patches of a picture of this (height, width).
 
         Raises:
-          ValueError: The picture is too long for its width.
+          ValueError: The aspect ratio of the picture is too large.
         """
         height, width = size
         most = _limits(self.image_processor.size)
@@ -49,7 +49,7 @@ class Mistral3Processor(FreeGridProcessor):
         return rows * self.config.merge, columns * self.config.merge
 
     def picture_text(self, picture: Picture) -> str:
-        """Return the text of a picture: one mention for each row of tokens, and what ends it."""
+        """Return the text of a picture: image tokens row by row, each with its end token."""
         return _BREAK.join([_IMAGE] * len(picture.layout.runs)) + _END
 
     def _check_image_processor(self, image_processor: Any) -> None:
@@ -87,7 +87,7 @@ class Mistral3Processor(FreeGridProcessor):
 
 
 def _limits(size: Any) -> tuple[Any, Any]:
-    """Return the most rows and columns of pixels of a size of transformers."""
+    """Return the largest height and width of a size setting of transformers."""
     longest, height, width = (
         getattr(size, name, None) for name in ("longest_edge", "height", "width")
     )

@@ -44,7 +44,7 @@ def from_hf(fields: Mapping[str, Any], source: object = "config.json") -> PaliGe
     gemma = schema.read(fields_.renamed(fields), _FIELDS, _IGNORED, "", problems)
     tower = siglip.read(gemma["vision_config"] or _DEFAULT_SIGLIP, problems)
     given = dict(gemma["text_config"] or _DEFAULT_GEMMA)
-    given.pop("use_bidirectional_attention", None)  # the prompt is, whatever it says
+    given.pop("use_bidirectional_attention", None)  # the prompt is always bidirectional
     text = decoder.read(given, problems, types=("gemma", "gemma2"), default="gemma")
     width = text["hidden_size"]
     if gemma["projection_dim"] != width:

@@ -1,4 +1,4 @@
-"""The key table of PaliGemma; its keys are spelled as LLaVA's."""
+"""The key table of PaliGemma; its keys are spelled like LLaVA's."""
 
 from __future__ import annotations
 

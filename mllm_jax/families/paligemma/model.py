@@ -87,7 +87,7 @@ def gemma(*, width: int, **fields: Any) -> DecoderConfig:
     """Return the config of a Gemma.
 
     Args:
-      width: D.
+      width: The width D.
       **fields: Further fields.
     """
     same: dict[str, Any] = {
@@ -101,8 +101,8 @@ def gemma2(*, layers: int, window: int = 4096, **fields: Any) -> DecoderConfig:
     """Return the config of a Gemma 2.
 
     Args:
-      layers: L.
-      window: The window of every other layer, the first included.
+      layers: The number of layers L.
+      window: The window of every other layer, starting with the first.
       **fields: Further fields.
     """
     same: dict[str, Any] = {

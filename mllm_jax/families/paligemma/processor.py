@@ -8,10 +8,10 @@ from mllm_jax.processors.prompts import IMAGE, Chat
 
 
 class PaliGemmaProcessor(Processor):
-    """A processor of plain prompts: the pictures, a begin of sequence, the text and a newline."""
+    """A processor of plain prompts: the pictures, a BOS token, the text and a newline."""
 
     def render(self, prompt: str | Chat, images: int) -> tuple[str, Questions]:
-        """Return the whole text of a prompt with this many images, and where the question is."""
+        """Return the whole text of a prompt with its images, and the spans of the question."""
         if not isinstance(prompt, str):
             return super().render(prompt, images)
         written = prompt if IMAGE in prompt else IMAGE * images + prompt

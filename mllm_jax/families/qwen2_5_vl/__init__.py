@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (Bai et al. 2025), and what it shares with the other Qwens."""
+"""Qwen2.5-VL (Bai et al. 2025), and the code that it shares with the other Qwen-VL families."""
 
 import functools
 

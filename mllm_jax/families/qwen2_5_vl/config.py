@@ -30,11 +30,11 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     Args:
       fields: The content of `config.json`. The first checkpoints of Qwen2-VL and Qwen2.5-VL have
         the fields of the language model at its root.
-      source: The name of the file in an error.
+      source: The name of the file, for the error.
       kind: The config class.
 
     Raises:
-      Refused: There are unknown fields or unsupported values; one line states all.
+      Refused: There are unknown fields or unsupported values; the message lists all.
     """
     problems: list[str] = []
     version, default = kind.version, _TEXT[kind.version]
@@ -53,11 +53,11 @@ def from_hf(fields: Mapping[str, Any], source: object, kind: type[Config]) -> Co
     out = vision["hidden_size" if version == "2" else "out_hidden_size"]
     if out != text["hidden_size"]:
         problems.append(
-            f"vision_config leads to tokens of width {out}, and the language model reads "
+            f"vision_config leads to tokens of width {out}, but the language model reads "
             f"hidden_size={text['hidden_size']}"
         )
     tied = whole["tie_word_embeddings"]
-    if version != "3":  # transformers takes the flag of either
+    if version != "3":  # transformers reads either flag
         tied = tied or text["tie_word_embeddings"]
 
     def make() -> Config:

@@ -13,7 +13,7 @@ from mllm_jax.families.qwen2_5_vl.model import QwenVLConfig
 VISION, LM, HEAD = "visual", "model", "lm_head"
 PROJECTOR_PREFIX = f"{VISION}.merger."
 
-_SPELLINGS = (  # the first prefix that fits, and the same in Qwen2-VL
+_SPELLINGS = (  # the first prefix that matches, and its form in Qwen2-VL
     ("model.visual.", "visual."),  # transformers in memory, and late files
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),

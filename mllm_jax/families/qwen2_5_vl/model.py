@@ -1,7 +1,7 @@
-"""The Qwen-VL models (Wang et al. 2024, Bai et al. 2025): pictures at their own size, and mRoPE.
+"""The Qwen-VL models (Wang et al. 2024, Bai et al. 2025): native resolution and mRoPE.
 
-Qwen2-VL, Qwen2.5-VL and Qwen3-VL have one network of other parts. In Qwen3-VL the outputs of some
-layers of the tower are added to the states after the first layers of the LM (DeepStack).
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL share one network with different parts. In Qwen3-VL the outputs of
+some layers of the tower are added to the states after the first layers of the LM (DeepStack).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Version = Literal["2", "2.5", "3"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVLConfig(FreeGridConfig):
-    """A Qwen2.5-VL model, and the base of the other Qwens; see `FreeGridConfig`.
+    """A Qwen2.5-VL model, and the base of the other Qwen-VL families; see `FreeGridConfig`.
 
     Attributes:
-      version: The generation; its tower and its language model have their own fields.
+      version: The generation, which determines the fields of the tower and the language model.
     """
 
     version: ClassVar[Version] = "2.5"
@@ -85,7 +85,7 @@ def qwen2_lm(
     *, width: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int = 152064,
     tied: bool = False,
 ) -> DecoderConfig:  # fmt: skip
-    """Return the config of a Qwen2 with mRoPE, as Qwen2-VL and Qwen2.5-VL have it."""
+    """Return the config of the Qwen2 with mRoPE of Qwen2-VL and Qwen2.5-VL."""
     return DecoderConfig(
         vocab=vocab, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
         head_width=width // heads, mlp=mlp, rope_theta=1e6,
@@ -109,7 +109,7 @@ def lm_72b() -> DecoderConfig:
 
 
 class QwenVL(FreeGridModel):
-    """The network of the Qwens."""
+    """The network of the Qwen-VL families."""
 
     config: QwenVLConfig
     vision: QwenVision

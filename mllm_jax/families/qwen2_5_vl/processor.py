@@ -51,7 +51,7 @@ class QwenVLProcessor(FreeGridProcessor):
         if not (least and most) or least > most:
             raise ValueError(
                 f"{path}/preprocessor_config.json: size has shortest_edge={least} and "
-                f"longest_edge={most}: give the least and the most pixels of a picture"
+                f"longest_edge={most}: give the smallest and largest number of pixels of a picture"
             )
 
     def _limit_pixels(self, image_processor: Any, most: int) -> None:
@@ -81,11 +81,11 @@ def resized(size: tuple[int, int], factor: int, least: int, most: int) -> tuple[
     Args:
       size: The (height, width) of the picture.
       factor: The side of the square of pixels that becomes one token.
-      least: The least number of pixels.
-      most: The most pixels; a picture of one row or column of tokens may have more.
+      least: The smallest number of pixels.
+      most: The largest number of pixels; a picture of one row or column of tokens may exceed it.
 
     Raises:
-      ValueError: The picture is too long for its width.
+      ValueError: The aspect ratio of the picture is too large.
     """
     height, width = size
     if max(size) > MAX_RATIO * min(size):

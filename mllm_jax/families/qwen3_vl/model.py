@@ -41,7 +41,7 @@ class Qwen3VLConfig(qwen.QwenVLConfig):
 
     @classmethod
     def tiny(cls) -> Self:
-        """Return a config for tests; the width of the heads of its LM is no share of its width."""
+        """Return a config for tests; the heads of its LM do not divide its width."""
         lm = dataclasses.replace(
             DecoderConfig.tiny(), head_width=16, qk_norm=True,
             rope_sections=RopeSections((4, 2, 2), interleaved=True),
