@@ -66,7 +66,7 @@ def _require_in_range(value: AnyArray, cast: AnyArray, address: Address) -> None
     if isinstance(value, jax.core.Tracer) or value.dtype == cast.dtype:
         return
     if np.isfinite(value).all() and not np.isfinite(cast).all():
-        largest = float(abs(value).max())
+        largest = float(np.abs(np.asarray(value)).max())
         raise ValueError(
             f"{address.site.name}: a value of {largest:.3g} is infinite in the site's dtype "
             f"{cast.dtype}"
