@@ -156,7 +156,7 @@ def test_something_else_is_refused_and_stays(whole):
 def test_rows_of_another_shape_are_refused(tmp_path):
     made = store(tmp_path)
     made.append(6, rows_of(6), 1)  # a full shard
-    with pytest.raises(ValueError, match=r"t/n of item 1 has rows \(\) in int32, those before"):
+    with pytest.raises(ValueError, match=r"t/n of item 1 has rows \(\) in int32, earlier items"):
         made.append(7, {"t": rows_of(3)["t"] | {"n": np.zeros(3, np.int32)}}, 1)
 
 

@@ -724,7 +724,7 @@ def test_a_basis_is_made_orthonormal_in_float32():
         (lambda: mj.ablate(S.vision.mlp.act[2]), "vision.mlp.act: layer 2 .* feature layer never"),
         (lambda: mj.ablate(S.lm.mlp.act[1, 48]), "lm.mlp.act: unit 48 is out of range"),
         (lambda: mj.ablate(np.ones((4, 5), bool)), r"lm.mlp.act: the mask is \(4, 5\), the model "),
-        (lambda: mj.ablate(S.lm.resid_post, where=np.ones((2, 3), bool)), r"mask is \(2, 3\), the b"),
+        (lambda: mj.ablate(S.lm.resid_post, where=np.ones((2, 3), bool)), r"mask is \(2, 3\), but the b"),
         (lambda: mj.ablate(S.lm.resid_post, where=tok.answer),
          r"the edit of lm.resid_post selects no token of this batch \(see where=\)"),
         (lambda: mj.ablate(S.lm.mlp.act[1, []]), "the edit of lm.mlp.act selects no layer or unit"),

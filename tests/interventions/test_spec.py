@@ -313,7 +313,7 @@ def test_the_tables_of_the_page_are_those_of_the_grammar():
         ("a=mass lm.mlp.act on=image", "mass does not read lm.mlp.act"),
         ("a=mass lm.attn.pattern", "mass needs the option on="),
         ("a=stats lm.mlp.act by=tile", "by=tile: kinds of lm tokens are"),
-        ("a=attention lm.attn.pattern heads=some", 'heads="some" is neither each nor mean'),
+        ("a=attention lm.attn.pattern heads=some", 'heads="some" is neither "each" nor "mean"'),
         ("a=rollout qformer.cross.pattern", "use attention_map"),
     ],
 )

@@ -244,9 +244,9 @@ def test_tiles_count_for_the_first_row_that_reads_them(tiny_model, make_batch):
 
 @pytest.mark.parametrize("make, match", [
     (lambda: mj.top(S.lm.mlp.act, k=0), "top k=0"),
-    (lambda: mj.histogram(S.lm.mlp.act, edges=(1, 0)), "increase"),
-    (lambda: mj.sample(S.lm.mlp.act, edges=()), "increase"),
-    (lambda: mj.histogram(S.lm.mlp.act, edges=[np.nan]), "increase"),
+    (lambda: mj.histogram(S.lm.mlp.act, edges=(1, 0)), "increasing"),
+    (lambda: mj.sample(S.lm.mlp.act, edges=()), "increasing"),
+    (lambda: mj.histogram(S.lm.mlp.act, edges=[np.nan]), "increasing"),
 ])  # fmt: skip
 def test_wrong_arguments(make, match):
     with pytest.raises(ValueError, match=match):
