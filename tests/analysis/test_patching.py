@@ -471,5 +471,5 @@ def test_pictures_of_other_rows(random_model):
     uneven = random_inputs.make_batch(images=(2, 1), words=(5, 8))
     with pytest.raises(ValueError, match="row 0 cannot get the pictures of row 1"):
         corruption.exchange(model, uneven, [1, 1])
-    with pytest.raises(ValueError, match=r"pictures_of=\[3, 0, 0\]: one row of the batch"):
+    with pytest.raises(ValueError, match=r"pictures_of=\[3, 0, 0\] must give a row for each"):
         corruption.exchange(model, batch, [3, 0, 0])

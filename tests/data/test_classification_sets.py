@@ -206,11 +206,11 @@ def test_what_is_missing_is_listed(name, tmp_path):
 
 
 def test_what_is_wrong_is_said(tmp_path, built):
-    with pytest.raises(ValueError, match="unknown data set 'coco'; there are plantdoc, dtd"):
+    with pytest.raises(ValueError, match="unknown data set 'coco'; known are plantdoc, dtd"):
         classification.instructions("coco")
-    with pytest.raises(ValueError, match="unknown split 'val'; there are train, test"):
+    with pytest.raises(ValueError, match="unknown split 'val'; known are train, test"):
         classification.load("dermnet", "val", root=built)
-    with pytest.raises(ValueError, match="unknown spelling 'my'; there are corrected, official"):
+    with pytest.raises(ValueError, match="unknown spelling 'my'; known are corrected, official"):
         classification.task("dtd", spelling="my", root=built)
     with pytest.raises(FileNotFoundError, match=r"dtd is not built in .* run .*build\('dtd'"):
         classification.load("dtd", "train", root=tmp_path)

@@ -195,7 +195,7 @@ def test_a_missing_picture_is_named_and_leaves_nothing(tmp_path):
 
 
 def test_names_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="unknown data set 'coco'; there are lingoqa"):
+    with pytest.raises(ValueError, match="unknown data set 'coco'; known are lingoqa"):
         vqa.instructions("coco")
     with pytest.raises(ValueError, match="unknown split 'test'"):
         load(tmp_path, "vqav2", "test")
@@ -262,7 +262,7 @@ def test_prompt_of_driving():
         (
             ("vqav2", "?"),
             {"model": "llava"},
-            "unknown model 'llava'; there are llava_next, instructblip",
+            "unknown model 'llava'; known are llava_next, instructblip",
         ),
         (("vqav2", "?"), {"model": "llava_next", "of": "train"}, "unknown pass 'train'"),
         (("vqav2", "?", ["a"]), {"model": "llava_next"}, "only pmc_vqa takes choices"),

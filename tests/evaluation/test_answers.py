@@ -58,7 +58,7 @@ class TestPrompts:
         assert orders() != orders(seed=1) and orders() != orders(epoch=1)
 
     def test_an_unknown_wording_is_refused(self, task):
-        with pytest.raises(ValueError, match="unknown wording 'chat'; there are paper, released"):
+        with pytest.raises(ValueError, match="unknown wording 'chat'; known are paper, released"):
             answers.question(task, task.test[0], wording="chat")
 
 

@@ -247,7 +247,7 @@ def test_lingoqa_rows_and_questions():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("coco", ["a"], [question("a")]), "unknown data set 'coco'; there are lingoqa, docvqa"),
+        (("coco", ["a"], [question("a")]), "unknown data set 'coco'; known are lingoqa, docvqa"),
         (("docvqa", ["a"], []), "1 predictions for 0 questions of docvqa"),
         (("lingoqa", ["a"], [question("a")]), "pass judge=lingo_judge.load"),
     ],

@@ -383,7 +383,7 @@ def test_the_page_grows_while_the_study_runs(tmp_path, undrawn):
         sections.append(Reader(text).tags.count("section"))
     report.write(tmp_path, results)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "still runs" not in text and "http-equiv" not in text
+    assert "is still running" not in text and "http-equiv" not in text
     assert sections == [5, 10, 12] and Reader(text).tags.count("section") == 18
 
 

@@ -154,7 +154,7 @@ def test_clip_is_a_variant_that_is_kept(clip_directory, folders, config_of, tmp_
         return study.Study(config=config, workdir=folder, model=reader, processor=None, tasks=own)
 
     assert study.match(of("")) == {"reds": {}}
-    with pytest.raises(FileNotFoundError, match="neither a directory nor"):
+    with pytest.raises(FileNotFoundError, match="not a directory and not"):
         study.match(of("/no/such/clip"))
     said = study.match(of(clip_directory))["reds"][projection.CLIP]
     assert said.shape == (1, 6) and set(said[0]) <= set(range(len(LABELS)))

@@ -224,7 +224,7 @@ def test_either_flag_ties_the_head_of_qwen2(root, text, tied):
         ({"audio_config": {}}, "unknown field audio_config"),
         ({"model_type": "qwen3_vl_moe"}, "model_type='qwen3_vl_moe' is not supported"),
         ({"model_type": "qwen2_5_omni"}, "model_type='qwen2_5_omni' is not supported"),
-        ({"hidden_size": 7168}, "tokens of width 3584, and the language model reads hidden_size"),
+        ({"hidden_size": 7168}, "tokens of width 3584, but the language model reads hidden_size"),
         ({"vision_config": {"window_size": 100}}, r"patch_size x spatial_merge_size"),
         ({"vision_config": {"temporal": 1}}, "unknown field vision_config.temporal"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),

@@ -88,7 +88,7 @@ def test_configs_that_are_refused(fields, says):
 
 
 def test_no_clip_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="/no/such/clip' is neither a directory nor"):
+    with pytest.raises(FileNotFoundError, match="/no/such/clip' is not a directory and not"):
         clip.load("/no/such/clip")
     with pytest.raises(
         FileNotFoundError, match="config.json: missing, so this is not a checkpoint"

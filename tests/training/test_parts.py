@@ -174,7 +174,7 @@ def test_weight_decay_is_of_matrices(part, projector_rate, model, masks):
         ("lm", {"neurons": {}}, 'part="lm" takes no neurons='),
         ("lora+neurons", {"neurons": {"up": np.ones((2, 48), bool)}},
          r"trains lm.layers.mlp.up.kernel twice: leave the matrices of neurons= out"),
-        ("lora", {"lora": parts.Lora(matrices="lm.head")}, "no weight is named lm.head; there are"),
+        ("lora", {"lora": parts.Lora(matrices="lm.head")}, "no weight is named lm.head; known are"),
         ("neurons", {"neurons": {"uq": None}}, "neurons of 'uq': the matrices of an MLP are gate, up and down"),
         ("neurons", {"neurons": {"up": np.zeros((2, 48), bool)}},
          r"neurons of up: expected bool\[2, 48\] with some of them True, got bool\[2, 48\] with 0"),
