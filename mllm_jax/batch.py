@@ -152,7 +152,12 @@ class Batch:
     @property
     def valid(self) -> Bool[AnyArray, "B T"]:
         """False for padding."""
-        return self.tokens.kind != tokens.CODE["pad"]
+        return self.tokens.valid
+
+    @property
+    def valid_row(self) -> Bool[AnyArray, " B"]:
+        """False for rows that only pad the batch."""
+        return self.tokens.valid_row
 
     @property
     def positions(self) -> Positions:

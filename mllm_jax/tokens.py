@@ -138,12 +138,21 @@ class TokenMap:
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
         return jax.tree.map(lambda a, b: xp.concatenate([a, b], 1), self, other)
 
+    @property
+    def valid(self) -> Bool[AnyArray, "B T"]:
+        """False for padding."""
+        return self.kind != CODE["pad"]
+
+    @property
+    def valid_row(self) -> Bool[AnyArray, " B"]:
+        """False for rows that only pad the batch."""
+        return self.valid.any(-1)
+
     def extended(self, steps: int) -> TokenMap:
         """Return the map with `steps` generated tokens after each prompt, padding in empty rows."""
         xp = np if isinstance(self.kind, np.ndarray) else jax.numpy
-        real = (self.kind != CODE["pad"]).any(-1, keepdims=True)
         fill = {
-            "kind": xp.where(real, CODE["answer"], CODE["pad"]),
+            "kind": xp.where(self.valid_row[:, None], CODE["answer"], CODE["pad"]),
             "row": -1, "column": -1, "tile": -1, "last": False,
         }  # fmt: skip
 
@@ -165,7 +174,7 @@ class TokenMap:
         is_answer = self.kind == CODE["answer"]
         count = xp.cumsum(is_answer, -1, dtype=np.int32)
         # Several questions may share a row: the count restarts after every token of a prompt.
-        prompt = xp.where(is_answer | (self.kind == CODE["pad"]), 0, count)
+        prompt = xp.where(is_answer | ~self.valid, 0, count)
         return count - (np.maximum.accumulate if xp is np else jax.lax.cummax)(prompt, axis=1)
 
 
@@ -203,7 +212,7 @@ class Where:
 
     def mask(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
         """Return the selected tokens of a module, without padding."""
-        return self._resolve(tokens) & (tokens.kind != CODE["pad"])
+        return self._resolve(tokens) & tokens.valid
 
     def _resolve(self, tokens: TokenMap) -> Bool[AnyArray, "B T"]:
         parts = [part._resolve(tokens) for part in self.parts]

@@ -187,7 +187,7 @@ class _Shown:
     def words(self, domain: str, example: int, token: int) -> dict[str, str]:
         """Return a token of the prompt as text, and the text before it."""
         batch = self.batch(domain, example)
-        is_real = np.asarray(batch.tokens.kind)[0] != tok.CODE["pad"]
+        is_real = np.asarray(batch.valid)[0]
         ids, kinds = np.asarray(batch.ids)[0][is_real], np.asarray(batch.tokens.kind)[0][is_real]
         start = max(0, token - CONTEXT)
         before = [

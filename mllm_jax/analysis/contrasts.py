@@ -93,7 +93,7 @@ class Contrast:
     @property
     def is_row(self) -> Bool[np.ndarray, " B"]:
         """False for rows that only pad the batches."""
-        return np.asarray(np.any(np.asarray(self.clean.valid), -1))
+        return np.asarray(self.clean.valid_row)
 
     def metric_of(self, batch: Batch) -> Float[np.ndarray, " B"]:
         """Return the metric of one of the batches."""

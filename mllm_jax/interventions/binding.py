@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax import sites, tokens
+from mllm_jax import sites
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.bound_capture import BoundCapture, Places
 from mllm_jax.interventions.captures import Capture
@@ -274,7 +274,7 @@ def _bind_capture(
         tokens=capture.where.mask(token_map),
         kind=token_map.kind,
         on=None if capture.on is None else capture.on.mask(keys),
-        rows=(maps["lm"].kind != tokens.CODE["pad"]).any(-1),
+        rows=maps["lm"].valid_row,
         readers=token_map.readers,
         edges=capture.edges,
         places=places_of(token_map, maps["lm"]) if form.needs_places else None,
@@ -330,11 +330,11 @@ def places_of(token_map: TokenMap, rows: TokenMap) -> Places:
       rows: The token map of the rows of the batch.
     """
     xp: Any = np if isinstance(token_map.kind, np.ndarray) else jnp
-    is_row = (rows.kind != tokens.CODE["pad"]).any(-1)
+    is_row = rows.valid_row
     number = xp.cumsum(is_row) - 1
     if token_map.readers is None:
         example = number
-        token = xp.cumsum(token_map.kind != tokens.CODE["pad"], -1) - 1
+        token = xp.cumsum(token_map.valid, -1) - 1
     else:
         example = number[xp.asarray(token_map.readers).argmax(0)]
         token = xp.broadcast_to(xp.arange(token_map.kind.shape[1]), token_map.kind.shape)

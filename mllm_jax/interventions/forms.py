@@ -180,7 +180,7 @@ def join(
             return functools.reduce(lambda a, b: a.merge(b), (result.wide() for result in results))
         site = capture.address.site
         tiled = form.by == "token" and site.module not in ("lm", "logits")
-        real = [np.asarray(b.is_real_tile if tiled else b.valid.any(-1)) for b in batches]
+        real = [np.asarray(b.is_real_tile if tiled else b.valid_row) for b in batches]
         axis = int(site.stacked and capture.address.layers.form != "one")
         if form.join is not None:
             return form.join(results, real, axis)

@@ -12,7 +12,6 @@ from mllm_jax.arguments import type_error
 from mllm_jax.batch import Batch
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edit, Edits
-from mllm_jax.tokens import CODE
 
 
 def check(model: Any, batch: Any, edits: Any = None, captures: Any = None) -> None:
@@ -48,11 +47,11 @@ def _check_tiles(batch: Batch) -> None:
 
 def _check_words(batch: Batch, words: int) -> None:
     """Check that the model knows the words of a batch, where the batch is known on the host."""
-    arrays = batch.ids, batch.tokens.kind, batch.image_token_index
+    arrays = batch.ids, batch.valid, batch.image_token_index
     if not all(isinstance(array, np.ndarray) for array in arrays):
         return
-    ids, kind, image = arrays
-    wrong = ((ids < 0) | (ids >= words)) & (kind != CODE["pad"]) & (image < 0)
+    ids, valid, image = arrays
+    wrong = ((ids < 0) | (ids >= words)) & valid & (image < 0)
     if wrong.any():
         row, at = np.argwhere(wrong)[0]
         raise ValueError(

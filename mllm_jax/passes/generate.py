@@ -232,7 +232,7 @@ def compiled_generate(
         receipts = _add_receipts(receipts, taps)
         return step + 1, cache.write(new, at), token, done, tokens, receipts
 
-    empty = ~jnp.asarray(batch.valid).any(-1)
+    empty = ~jnp.asarray(batch.valid_row)
     start = append(logits, 0, empty, jnp.full((B, steps), stops[0]))
     state = (jnp.int32(1), cache.extended(steps - 1), *start, receipts)
 

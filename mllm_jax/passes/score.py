@@ -89,7 +89,7 @@ def score_with(
     processor, batch = batch.processor, batch.prompts().replace(processor=None)
     batch = unshare_patched(model, batch, edits)
     ids = _as_ids(candidates, processor, len(batch.ids), model.config.lm.vocab)
-    _check_every_row(ids, batch.valid)
+    _check_every_row(ids, batch.valid_row)
     bound_edits = binding.bind_continuation(model, batch, edits, ids.shape[-1])
     _, bound_captures = binding.bind(model, batch, binding.splices(edits), captures, "last")
     with mesh.use_mesh_of(model):
@@ -126,11 +126,11 @@ def _check_ids(ids: Int[np.ndarray, "B C A"], words: int) -> None:
         )
 
 
-def _check_every_row(ids: Int[AnyArray, "B C A"], valid: Bool[AnyArray, "B T"]) -> None:
+def _check_every_row(ids: Int[AnyArray, "B C A"], valid: Bool[AnyArray, " B"]) -> None:
     """Raise an error for a row of the batch that has no candidate, where this is known."""
     if isinstance(ids, jax.core.Tracer) or isinstance(valid, jax.core.Tracer):
         return
-    without = np.flatnonzero(np.asarray(valid).any(-1) & ~(np.asarray(ids) >= 0).any((1, 2)))
+    without = np.flatnonzero(np.asarray(valid) & ~(np.asarray(ids) >= 0).any((1, 2)))
     if len(without):
         raise ValueError(
             f"candidates: row {without[0]} of the batch has none: give each row a list that is not "
