@@ -146,7 +146,7 @@ CLAIMS = (
         paper="8 of 8, by +20 % to +652 %",
     ),
     Claim(
-        "It lowers the F1 of a probe after the projection, on every task",
+        "Fine-tuning lowers the F1 of a probe after the projection, on every task",
         ((PAPER, PROJ), (PAPER, E2E)), (PAPER, ORIGINAL), -1,
         paper="8 of 8, by \N{MINUS SIGN}3 % to \N{MINUS SIGN}30 %",
     ),

@@ -73,8 +73,8 @@ def test_publishing_twice_changes_nothing(repository, run):
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("results.json", None, "is no finished study: it has no results.json"),
-        ("manifest.json", None, "is no finished study: it has no manifest.json"),
+        ("results.json", None, "is not a finished study: it has no results.json"),
+        ("manifest.json", None, "is not a finished study: it has no manifest.json"),
         ("results.json", '{"format": 2, "stu', "results.json is damaged"),
         ("results.json", '{"format": 1, "study": "projection"}', "format 1, this version reads 2"),
         ("results.json", '{"format": 2, "study": "projection"}', "claims"),
