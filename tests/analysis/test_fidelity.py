@@ -53,7 +53,7 @@ def test_vectors_that_do_not_fit_are_refused(dictionary):
     with pytest.raises(ValueError, match="reads vectors of 6 and returns 9: it is a transcoder"):
         fidelity.measure(wide, [])
     skipping = dataclasses.replace(dictionary, skip=np.zeros((D, D), np.float32))
-    with pytest.raises(ValueError, match="has a skip map: a transcoder"):
+    with pytest.raises(ValueError, match="has a skip map: it is a transcoder"):
         fidelity.measure(skipping, [])
 
 
