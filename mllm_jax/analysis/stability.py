@@ -249,7 +249,7 @@ def shuffle_test(
     if power(domain, shuffles, level) < POWER:
         raise ValueError(
             f"level={level} cannot be reached by {len(domain)} examples: one shuffle of "
-            f"{1 / _chance_of_true_division(domain):.0f} gives the true labels again; count "
+            f"{1 / _chance_of_true_division(domain):.0f} gives the true labels; count "
             "more examples, or smaller groups of them"
         )
 

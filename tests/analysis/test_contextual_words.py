@@ -38,7 +38,7 @@ def test_equal_words_come_in_the_order_of_the_bank_and_zeros_are_like_nothing():
 @pytest.mark.parametrize(
     ("states", "bank", "k", "says"),
     [
-        (np.zeros((2, 3)), np.zeros((4, 5)), 1, r"states are \(2, 3\) and the bank \(4, 5\)"),
+        (np.zeros((2, 3)), np.zeros((4, 5)), 1, r"states are \(2, 3\) and the bank is \(4, 5\)"),
         (np.zeros((2, 3)), np.zeros((4, 3)), 5, "k=5: the bank holds 4 words"),
         (np.zeros((2, 3)), np.zeros((4, 3)), 0, "k"),
         (np.full((2, 3), np.nan), np.zeros((4, 3)), 1, "states"),

@@ -50,10 +50,10 @@ def test_vectors_that_do_not_fit_are_refused(dictionary):
     with pytest.raises(ValueError, match=r"vectors are \[3, 7\], expected \[n, 6\]"):
         fidelity.measure(dictionary, [np.zeros((3, 7), np.float32)])
     wide = dataclasses.replace(dictionary, decoder=np.zeros((M, 9), np.float32))
-    with pytest.raises(ValueError, match="reads vectors of 6 and returns 9: a transcoder"):
+    with pytest.raises(ValueError, match="reads vectors of 6 and returns 9: it is a transcoder"):
         fidelity.measure(wide, [])
     skipping = dataclasses.replace(dictionary, skip=np.zeros((D, D), np.float32))
-    with pytest.raises(ValueError, match="has a skip map: a transcoder"):
+    with pytest.raises(ValueError, match="has a skip map: it is a transcoder"):
         fidelity.measure(skipping, [])
 
 

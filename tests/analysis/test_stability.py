@@ -172,7 +172,7 @@ def test_shuffles_that_are_the_truth_again(sizes, again):
 def test_too_few_examples_to_tell_are_an_error():
     counts, tokens, domain = examples(0, each=2, planted=True)
     two = domain < 2
-    with pytest.raises(ValueError, match="by 4 examples: one shuffle of 3 gives the true division"):
+    with pytest.raises(ValueError, match="by 4 examples: one shuffle of 3 gives the true labels"):
         stability.shuffle_test(counts[two], tokens[two], domain[two], **RATES)
 
 

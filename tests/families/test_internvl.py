@@ -218,7 +218,7 @@ def test_numbers_of_tiles_that_disagree_are_refused(checkpoint, tmp_path):
     name = tmp_path / "preprocessor_config.json"
     name.write_text(json.dumps(json.loads(name.read_text()) | {"max_patches": 6}))
     processor = mj.load(tmp_path)[1]
-    with pytest.raises(ValueError, match="put min_dynamic_patch=1 and max_dynamic_patch=6 into"):
+    with pytest.raises(ValueError, match="put min_dynamic_patch=1 and max_dynamic_patch=6 in"):
         processor([tiny.picture(0)], ["<image>"])
     fields = json.loads((tmp_path / "config.json").read_text()) | {"max_dynamic_patch": 6}
     (tmp_path / "config.json").write_text(json.dumps(fields))
