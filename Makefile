@@ -20,6 +20,9 @@ CORE := tests/test_sites.py tests/test_tokens.py tests/test_batch.py tests/numer
 	tests/passes/test_generate.py tests/passes/test_score.py tests/passes/test_reduce.py \
 	tests/training/test_fit.py
 
+# Tests and studies start many processes: without its bytecode each would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test slow long core test-device lint install clean
 
 $(BIN)/python:
