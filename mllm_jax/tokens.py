@@ -146,7 +146,7 @@ class TokenMap:
     @property
     def valid_row(self) -> Bool[AnyArray, " B"]:
         """False for rows that only pad the batch."""
-        return self.valid.any(-1)
+        return cast(AnyArray, self.valid.any(-1))
 
     def extended(self, steps: int) -> TokenMap:
         """Return the map with `steps` generated tokens after each prompt, padding in empty rows."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.domain_neurons import selection
 from experiments.domain_neurons.context import Study
-from mllm_jax.analysis import domain_neurons, selectors
+from mllm_jax.analysis import domain_neurons, jaccard, selectors
 from mllm_jax.analysis import stability as stability_
 from mllm_jax.analysis.domain_neurons import SelectedNeurons
 
@@ -73,7 +73,7 @@ def _setting(
         "field": field,
         "value": value or "default",
         "jaccard": {
-            module: float(stability_.jaccard(neurons[module].mask, other.mask).mean())
+            module: float(jaccard.of_masks(neurons[module].mask, other.mask).mean())
             for module, other in others.items()
         },
         "selected": {module: int(other.selected.sum()) for module, other in others.items()},
