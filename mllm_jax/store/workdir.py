@@ -39,7 +39,7 @@ class Workdir:
 
     def __init__(self, path: str | pathlib.Path, config: dict[str, Any], *, restart: bool = False):
         if not str(path).strip():
-            raise ValueError("the workdir is empty: give --workdir=FOLDER")
+            raise ValueError("the name of the workdir is empty: give --workdir=FOLDER")
         self.path = pathlib.Path(path)
         self.config = json.loads(json.dumps(config))
         self.parts: dict[str, Any] = {}

@@ -343,7 +343,7 @@ def test_a_feature_that_does_not_vary():
         (lambda: intervals.mean(["a", "b"]), "values must hold real numbers"),
         (lambda: attribution.top(np.ones(3), -1), "count=-1 is below 0"),
         (lambda: components.between(np.zeros((0, 3)), np.zeros(0, int)), "of no example"),
-        (lambda: domain_neurons.select_modules({}, {}), "counts of no module"),
+        (lambda: domain_neurons.select_modules({}, {}), "counts are of no module"),
         (lambda: selectors.mean_difference(COUNTS[:1], None, [20]), "two or more"),
         (lambda: selectors.auroc(np.zeros((0, 1, 2)), np.zeros(0, int)), "are of no example"),
         (lambda: selectors.weight_change(WEIGHTS, []), "weights must be"),

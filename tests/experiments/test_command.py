@@ -159,7 +159,7 @@ def test_config_files(source, says, say, tmp_path):
         ("train", "embedded_projector", "--edits=ablate lm.mlp.act", "this study does not support --edits"),
         ("train", "embedded_projector", "--config.projector=no.safetensors", "config.projector: no.saf"),
         ("projection", "embedded_projection", "--config.clip=/no/clip", "config.clip=/no/clip: neither"),
-        ("projection", "embedded_projection", "--captures=fire=stats lm.mlp.act", "no --captures"),
+        ("projection", "embedded_projection", "--captures=fire=stats lm.mlp.act", "does not support --captures"),
         ("domain_neurons", "embedded", "--config.masks=no/{module}.pth", "config.masks: no/ does not"),
         ("sweep", "embedded_sweep", "--config.grd=x", "no field 'grd'; its file lists the fields. Did you mean"),
         ("mask", "embedded_mask", "--mesh=model", "--mesh=model: write it as"),

@@ -132,7 +132,7 @@ def test_readers_are_needed_for_the_conversion_alone(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert re.fullmatch(r"gguf is not installed.*run: pip install gguf onnx\n", out)
+    assert re.fullmatch(r"gguf.* is not installed; run: pip install gguf onnx\n", out)
 
 
 def test_no_room(folder, readers, monkeypatch):

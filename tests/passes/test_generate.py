@@ -98,7 +98,7 @@ def test_a_mask_of_the_prompt_means_the_prompt(tiny_model, prompts):
     a, b = (mj.generate(tiny_model, batch, e, max_new_tokens=4) for e in (steer, same))
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.receipts[0].tokens, [0, 2, 0, 0])
-    with pytest.raises(ValueError, match=r"mask is \(2, 9\), the batch has tokens \(2, 16\)"):
+    with pytest.raises(ValueError, match=r"mask is \(2, 9\), but the batch has tokens \(2, 16\)"):
         mj.generate(tiny_model, batch, mj.ablate(S.lm.embed, where=np.ones((2, 9), bool)))
 
 

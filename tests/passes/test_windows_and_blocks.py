@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,7 +52,7 @@ def longer(batch, tokens: np.ndarray):
     return batch.replace(
         ids=np.concatenate([batch.ids, tokens], 1).astype(np.int32),
         position=order.astype(np.int32),
-        tokens=type("Kinds", (), {"kind": kind})(),
+        tokens=dataclasses.replace(batch.tokens, kind=kind),
         rotary_position=rotary,
         block=None if block is None else np.pad(block, ((0, 0), (0, n))),
     )

@@ -252,5 +252,5 @@ def test_restart_removes_no_file_of_others(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "  "])
 def test_a_workdir_has_a_name(name):
-    with pytest.raises(ValueError, match="no name"):
+    with pytest.raises(ValueError, match="the name of the workdir is empty"):
         Workdir(name, {})
