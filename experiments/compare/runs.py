@@ -85,7 +85,7 @@ def read(folders: Sequence[str]) -> list[Run]:
     for run in found[1:]:
         if run.results["study"] != first.results["study"]:
             raise ValueError(
-                f"{run.folder} is a run of {run.results['study']}, but {first.folder} one of "
+                f"{run.folder} is a run of {run.results['study']}, but {first.folder} is one of "
                 f"{first.results['study']}: compare runs of one study"
             )
     names = _names([run.folder for run in found])

@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (cut / "results.json").write_text('{"format": 2, ')
     for folder, message in (
         (half, r"half is not a finished study: it has no manifest.json"),
-        (other, r"other is a run of mask, but .*whole one of evaluate"),
+        (other, r"other is a run of mask, but .*whole is one of evaluate"),
         (old, r"old: its results.json has format 1"),
         (cut, r"results.json is damaged"),
         (tmp_path, r"is not a finished study: it has no results.json"),
