@@ -150,7 +150,7 @@ def test_occlusion_at_the_pixels_is_a_loop_of_runs(tiny_model, batch):
 def free():
     """A model whose pictures keep their shape, and two of them."""
     config = families.FAMILIES["qwen2_5_vl"].config.tiny()
-    pictures = [[tiny.picture(0, 28, 57)], [tiny.picture(1, 40, 28)]]
+    pictures = [[tiny.picture(0, 16, 32)], [tiny.picture(1, 24, 16)]]
     batch = qwen.processor(config)(pictures, ["<image> what is it ?"] * 2)
     return random_inputs.random_model(config), batch
 
