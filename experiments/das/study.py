@@ -59,8 +59,7 @@ class Study(context.Context):
 
     def scores(self, model, batch, edits: Edits, count: int) -> jax.Array:
         """Return float32[count, C], the log-likelihoods of all answers in the first rows."""
-        rows = jnp.arange(len(batch.ids)) < count
-        ids = jnp.where(rows[:, None, None], self.ids, -1)
+        ids = jnp.broadcast_to(self.ids, (len(batch.ids), *self.ids.shape))
         return mj.score(model, batch, ids, self.edits >> edits)[:count]
 
 
