@@ -211,7 +211,9 @@ def test_no_tower(copy, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as error:
         load.read_model(copy(mm_vision_tower="somebody/no-such-tower"))
-    assert "config.json: mm_vision_tower: 'somebody/no-such-tower' is not a directory" in str(error.value)
+    assert "config.json: mm_vision_tower: 'somebody/no-such-tower' is not a directory" in str(
+        error.value
+    )
     assert str(error.value).endswith("it may be a local directory")
 
 
