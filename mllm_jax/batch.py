@@ -160,6 +160,14 @@ class Batch:
         return self.tokens.valid_row
 
     @property
+    def packed_rows(self) -> dict[int, int]:
+        """The number of questions of each row that holds several; the batch must not be traced."""
+        if self.segment is None:
+            return {}
+        questions = np.asarray(self.segment).max(-1)
+        return {int(row): int(questions[row]) for row in np.flatnonzero(questions > 1)}
+
+    @property
     def positions(self) -> Positions:
         """The positions of the tokens in the language model."""
         rotary, block = self.rotary_position, self.block
@@ -221,7 +229,7 @@ class Batch:
           ValueError: A row holds several questions.
         """
         if self.segment is not None:
-            _check_one_question(self.segment)
+            _check_one_question(self)
         xp = np if isinstance(self.tokens.kind, np.ndarray) else jnp
         after = xp.arange(self.ids.shape[-1]) > self.last[:, None]
         kind = xp.where(after, np.int8(tokens.CODE["pad"]), self.tokens.kind)
@@ -317,16 +325,16 @@ def join(first: Batch, second: Batch, tile_tokens: int) -> Batch:
     )
 
 
-def _check_one_question(segment: Int[AnyArray, "B T"]) -> None:
+def _check_one_question(batch: Batch) -> None:
     """Raise an error if a row holds several questions: which of them to continue is ambiguous."""
-    if isinstance(segment, jax.core.Tracer):
+    if isinstance(batch.segment, jax.core.Tracer):
         raise ValueError(
             "packed rows inside a transformation of JAX: the number of questions in a row is "
             "unknown there; processor.unpack(batch) gives one question per row"
         )
-    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
-    if len(several):
+    if packed := batch.packed_rows:
+        row = min(packed)
         raise ValueError(
-            f"row {several[0]} holds {np.asarray(segment)[several[0]].max()} packed questions: "
+            f"row {row} holds {packed[row]} packed questions: "
             "generate and score read one prompt per row; processor.unpack(batch) gives such rows"
         )

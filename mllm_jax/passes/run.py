@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mllm_jax import notebook_results, sites
 from mllm_jax.batch import Batch
@@ -112,13 +111,11 @@ def check_logits(logits: Logits, batch: Batch) -> None:
     """Raise ValueError unless a value is one of LOGITS that a pass of the batch can compute."""
     if not isinstance(logits, str) or logits not in LOGITS:
         raise ValueError(f'logits="{logits!s:.60}" is not one of {", ".join(LOGITS)}')
-    segment = batch.segment
-    if logits != "last" or segment is None or isinstance(segment, jax.core.Tracer):
+    if logits != "last" or isinstance(batch.segment, jax.core.Tracer):
         return
-    several = np.flatnonzero(np.asarray(segment).max(-1) > 1)
-    if len(several):
+    if packed := batch.packed_rows:
         raise ValueError(
-            f'row {several[0]} holds several packed questions, and logits="last" are of one: use '
+            f'row {min(packed)} holds several packed questions, and logits="last" are of one: use '
             'logits="all" or "none", or the rows of processor.unpack(batch)'
         )
 
