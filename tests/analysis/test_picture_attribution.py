@@ -155,6 +155,7 @@ def free():
     return random_inputs.random_model(config), batch
 
 
+@pytest.mark.slow
 def test_a_free_grid(free):
     model, batch = free
     gated = pa.GatedPicture.of(word, model, batch, at="pixels")

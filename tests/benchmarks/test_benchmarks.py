@@ -28,7 +28,12 @@ def done(tmp_path_factory) -> work.Work:
     return work.make(work.SIZES["tiny"], tmp_path_factory.mktemp("work"), pictures=2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("sweep", "counts", "generate", "score")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES]
+)
 def test_our_sides(name, done):
     benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
     assert benchmark.name == name

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from experiments.describe import description
-from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
+from tests.helpers import released
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_neurons_and_sites(seven):
         assert len(site["axes"]) == len(site["shape"])
 
 
-@pytest.mark.parametrize("name", families.RELEASED)
+@pytest.mark.parametrize("name", released.EVERY)
 def test_every_released_model(name):
     found = description.describe(description.find(name))
     assert found["parameters"]["all"] > 1e8

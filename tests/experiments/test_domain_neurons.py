@@ -22,6 +22,8 @@ from mllm_jax.analysis.stages import find_resampled
 from mllm_jax.checkpoints import masks
 from mllm_jax.data import domains
 
+pytestmark = pytest.mark.slow
+
 QUICK = "configs/embedded.py:quick"
 SMALL = (
     "--config.train_per_domain=6", "--config.test_per_domain=4", "--config.lens_per_domain=4",

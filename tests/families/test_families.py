@@ -21,15 +21,25 @@ PICTURES = [
 ]
 PROMPTS = ["<image> what is it ?", "<image> a <image> cat or dog ?", "yes no", "is <image> it"]
 STEPS = 32
+PADDED = ["left", pytest.param("right", marks=pytest.mark.slow)]
 
 
-EVERY = [
-    *families.ALL,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in families.VARIANTS),
-]
+# The families that the quick suite also saves, and lets generate.
+QUICK = ("llava", "gemma3", "qwen2.5-vl")
 
 
-@pytest.fixture(scope="module", params=EVERY)
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        takes_long = metafunc.function in (test_greedy_generation, test_save_hf)
+        quick = QUICK if takes_long else families.ALL
+        each = [
+            pytest.param(name, marks=[] if name in quick else pytest.mark.slow)
+            for name in families.ALL | families.VARIANTS
+        ]
+        metafunc.parametrize("family", each, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     make = (families.ALL | families.VARIANTS)[request.param]
     return make(tmp_path_factory.mktemp(request.param))
@@ -58,7 +68,7 @@ def test_config(family, loaded):
     assert loaded[0].config == family.config
 
 
-@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("pad", PADDED)
 def test_every_site(pad, family, loaded, batches):
     """From pictures of several shapes, several in a row, none in a row, and an empty row."""
     model, batch = loaded[0], batches[pad]
@@ -98,7 +108,7 @@ def greedy(family, batches):
     return tokens
 
 
-@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("pad", PADDED)
 def test_greedy_generation(pad, loaded, batches, greedy):
     got = mj.generate(loaded[0], batches[pad], max_new_tokens=STEPS).tokens
     np.testing.assert_array_equal(np.asarray(got)[: len(PROMPTS)], greedy)

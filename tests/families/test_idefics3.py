@@ -7,7 +7,6 @@ import itertools
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import mllm_jax as mj
 from mllm_jax import families
@@ -16,6 +15,7 @@ from mllm_jax.data import features as features_
 from mllm_jax.families.idefics3.processor import Idefics3Processor
 from mllm_jax.processors.rows import Picture
 from tests.helpers import hf, idefics3, tiny
+from tests.helpers.random_inputs import random_model
 
 CONFIG = families.FAMILIES["idefics3"].config.tiny()
 SHAPES = [
@@ -125,7 +125,7 @@ def test_features_are_pixels():
     _, ours = processors()
     pictures = [tiny.picture(0, 48, 72), tiny.picture(1, 20, 20)]
     want = ours(pictures, ["<image> a", "<image> what ?"])
-    model = CONFIG.build(rngs=nnx.Rngs(0))
+    model = random_model(CONFIG)
     features = np.asarray(features_.encode_pictures(model, want.replace(processor=None)))
     places = CONFIG.tiles * CONFIG.vision.feature_tokens
     slots = features.reshape(2, -1, features.shape[-1])

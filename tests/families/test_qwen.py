@@ -297,7 +297,13 @@ def test_what_is_trained(checkpoints):
         assert same == (part != "projector")
 
 
-@pytest.mark.parametrize("study", [*programs.STUDIES, "counts+lens"])
+@pytest.mark.parametrize(
+    "study",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in programs.STUDIES),
+        "counts+lens",
+    ],
+)
 def test_every_study_can_be_planned(study, monkeypatch):
     monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     config = families.FAMILIES["qwen3_vl"].config.tiny()

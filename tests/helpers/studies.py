@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import tokenizers
-from flax import nnx
 
 from mllm_jax import families
 from mllm_jax.families.llava import model as llava
 from mllm_jax.loading import save
+from tests.helpers import random_inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEMPLATE = (
@@ -83,7 +83,7 @@ LM = llava.DecoderConfig(
 
 def write_checkpoint(folder: pathlib.Path, config, **pictures) -> pathlib.Path:
     """A random model in the form of the hub, a tokenizer of bytes, and its image processor."""
-    save.save_hf(config.build(rngs=nnx.Rngs(0)), None, folder)
+    save.save_hf(random_inputs.random_model(config), None, folder)
     write_tokenizer(folder, config)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     write_json(folder / "preprocessor_config.json", pictures)

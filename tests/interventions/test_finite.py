@@ -99,7 +99,7 @@ def test_under_jit_the_answer_comes_back(model, batch):
     assert finite.first_not_finite(found[1]) is None
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_generation_says_no_word_of_nan(steps, model, batch):
     edit = mj.add(S.lm.resid_post[1], V, where=tok.last if not steps else tok.answer)
     edit = mj.per_step(edit, [0.0] * steps + [1.0]) if steps else edit

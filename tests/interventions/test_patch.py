@@ -19,7 +19,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.families.llava_next import model as llava_next
 from tests.helpers import oracle, tiny
 
-pytestmark = pytest.mark.usefixtures("op_by_op")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("op_by_op")]
 
 ELSEWHERE = (S.projector.deepstack,)  # of Qwen3-VL alone
 TILES = [s for s in S.TABLE if s.axes[0] == "I" and "S" not in s.axes and s not in ELSEWHERE]
@@ -98,17 +98,17 @@ def last(batch, logits) -> np.ndarray:
 
 
 def every_pair():
-    """All; in the quick suite one family, two pictures a row and a few sites; more in the slow."""
-    few = {S.vision.resid_post, S.projector.out, S.lm.attn.heads, S.logits}
-    sample = few | {S.vision.attn_out, S.projector.act, S.lm.mlp.act, S.lm.embed}
+    """All; those of two pictures a row and of some sites are not `long`."""
+    sample = {
+        S.vision.resid_post, S.projector.out, S.lm.attn.heads, S.logits,
+        S.vision.attn_out, S.projector.act, S.lm.mlp.act, S.lm.embed,
+    }  # fmt: skip
     for family, count in [(f, n) for f in CONFIGS for n in (1, 2, 3)]:
         sites = [s for s in TILES if s.module != "qformer" or family == "instructblip"]
         if family == "instructblip":  # one linear map has no activation, and CLS no norm before it
             sites = [s for s in sites if s != S.projector.act]
         for site in [*sites, *OTHERS]:
-            quick = family == "next" and count == 2 and site in few
-            marks = [] if quick else [pytest.mark.slow]
-            marks += [pytest.mark.long] if count != 2 or site not in sample else []
+            marks = [pytest.mark.long] if count != 2 or site not in sample else []
             yield pytest.param(family, count, site, id=f"{family}-{count}-{site}", marks=marks)
 
 

@@ -18,6 +18,7 @@ def batch(make_batch):
     return make_batch(images=(0, 0), words=(9, 6))
 
 
+@pytest.mark.slow
 def test_layers_and_units_out_of_range_select_nothing(tiny_model, batch):
     """Of the 4 layers and 48 units: outside of jit this is an error."""
 

@@ -29,7 +29,9 @@ def batch(make_batch, request):
     return make_batch(images=(1, 2, 1), words=(9, 5, 12), pad=request.param)
 
 
-@pytest.mark.parametrize("edits", [None, EDITS], ids=["clean", "edited"])
+@pytest.mark.parametrize(
+    "edits", [pytest.param(None, marks=pytest.mark.slow), EDITS], ids=["clean", "edited"]
+)
 def test_against_run_on_the_whole_text(tiny_model, make_batch, batch, edits):
     out = mj.generate(tiny_model, batch, edits, CAPTURES, max_new_tokens=N)
     plain = mj.generate(tiny_model, batch, edits, max_new_tokens=N)

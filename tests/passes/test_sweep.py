@@ -162,7 +162,8 @@ def test_captures_are_those_of_a_run(tiny_model, make_batch):
             np.testing.assert_allclose(x[i], y, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pad", [pytest.param("right", marks=pytest.mark.slow), "left"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", ["right", "left"])
 def test_clean_tokens_are_read_once(pad, tiny_model, make_batch):
     """Edits of the last tokens leave a prefix clean, whose keys and values all lanes share."""
     batch = make_batch(images=(4, 3), words=(21, 23), pad=pad)

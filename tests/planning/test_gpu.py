@@ -181,6 +181,7 @@ def test_bytes_of_each_trip_count_a_copied_layer_three_times():
     assert hlo_work.count_work(program, unknown=5).moved == 5 * trip + 3 * x
 
 
+@pytest.mark.slow
 def test_a_generation_says_what_a_token_moves():
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "model"))
     found = plan.plan(TINY, SIZE, topology=mesh, study="generate")

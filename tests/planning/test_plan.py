@@ -377,7 +377,8 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("study", ["projection", pytest.param("e2e", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["projection", "e2e"])
 def test_what_trains_reuses_its_memory(study):
     """As training donates it: of all that a step gives, only the loss is new."""
     found = plan.plan(TINY, SIZE, topology=one_device(), study=study)

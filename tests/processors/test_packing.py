@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +15,7 @@ from mllm_jax.families.instructblip.model import InstructBlipConfig
 from mllm_jax.families.llava.model import LlavaConfig
 from mllm_jax.families.llava_next.model import LlavaNextConfig
 from tests.helpers import tiny
+from tests.helpers.random_inputs import random_model
 
 TURNS = [
     [("what is shown ?", "a cat"), ("which ?", "red"), ("is it ?", "no")],
@@ -54,7 +54,7 @@ def test_each_row_has_the_tokens_of_its_prompt_alone(case):
 def test_each_row_reads_the_pictures_of_its_prompt_alone(case):
     """Through everything: the vision tower, a Q-Former's text and the language model."""
     processor, packed, alone = case
-    model = processor.config.build(rngs=nnx.Rngs(0))
+    model = random_model(processor.config)
     read = {"image": mj.keep(sites.lm.embed)}
     rows, want = (mj.run(model, b, None, read) for b in (processor.unpack(packed), alone))
     np.testing.assert_allclose(rows.logits, want.logits, rtol=0, atol=1e-5)
@@ -63,7 +63,7 @@ def test_each_row_reads_the_pictures_of_its_prompt_alone(case):
 
 def test_the_rows_of_an_unpacked_batch_continue(case):
     processor, packed, alone = case
-    model = jax.eval_shape(lambda: processor.config.build(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: processor.config.build(rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"processor\.unpack"):
         mj.generate(model, packed, max_new_tokens=2)
     unpacked = processor.unpack(packed).prompts()
@@ -73,7 +73,7 @@ def test_the_rows_of_an_unpacked_batch_continue(case):
 def test_each_question_of_a_row_has_a_last_token(case):
     """That of the first alone was selected, and read where the last logits are asked for."""
     processor, packed, alone = case
-    model = processor.config.build(rngs=nnx.Rngs(0))
+    model = random_model(processor.config)
     last = tokens.last.mask(packed.tokens)
     np.testing.assert_array_equal(last.sum(-1), [*map(len, TURNS), 0])
     want = mj.run(model, alone).logits

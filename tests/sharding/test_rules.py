@@ -17,6 +17,7 @@ from mllm_jax.loading import load
 from mllm_jax.models import internvit, pixtral, qwen_vision, siglip
 from mllm_jax.models.projector import Projector, ProjectorConfig
 from mllm_jax.sharding import mesh, rules
+from tests.helpers import released
 
 TINY = (llava.LlavaConfig, llava_next.LlavaNextConfig, instructblip.InstructBlipConfig)
 
@@ -54,7 +55,7 @@ def stays_whole(config, path: str) -> bool:
     return path in ("qformer.words", "vision.position")
 
 
-@pytest.mark.parametrize("name", families.RELEASED)
+@pytest.mark.parametrize("name", released.EVERY)
 def test_every_parameter_of_a_released_model_has_a_rule(name):
     """And nearly all bytes are split (not norms and patches), also over both axes; layers never."""
     config = families.RELEASED[name]()

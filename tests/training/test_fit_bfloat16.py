@@ -12,7 +12,6 @@ from mllm_jax.training import edits, fit, losses, parts
 from tests.helpers import lesson
 
 STEPS, RATE = 80, 2e-5  # the paper's rate
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +47,8 @@ def nll(model, batch):
     return total.sum() / count.sum()
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=() if part == "lora" else SLOW) for part in parts.PARTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", parts.PARTS)
 def test_the_loss_falls_as_far_as_in_float32(part, exact, narrow, batch, masks):
     """By the curve, and by what comes out in the model's own dtype."""
     recipe = fit.Recipe(part=part, rate=RATE)
