@@ -15,6 +15,7 @@ import numpy as np
 
 from mllm_jax import notebook_results
 from mllm_jax.interventions.bound_capture import BoundCapture
+from mllm_jax.numerics import rows
 from mllm_jax.numerics.precision import at_least_float32
 from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
@@ -56,14 +57,17 @@ class Top:
         """Return the best tokens of both; the examples of `other` follow these."""
         shifted = np.where(other.example < 0, -1, other.example + self.examples)
         other = dataclasses.replace(other, example=shifted)
-        names = ("value", "example", "token", "tile", "row", "column")
-        both = {n: np.concatenate([getattr(self, n), getattr(other, n)], -1) for n in names}
-        strength = _strength(both["value"], both["token"], self.order, np)
+
+        def both(name: str) -> AnyArray:
+            return np.concatenate([getattr(self, name), getattr(other, name)], -1)
+
+        strength = _strength(both("value"), both("token"), self.order, np)
         # Both are in order, and a stable sort keeps it among equals: these examples come first.
-        missing = both["example"] < 0
-        order = np.argsort(np.where(missing, np.inf, -strength), axis=-1, kind="stable")
-        best = order[..., : self.value.shape[-1]]
-        picked = {n: np.take_along_axis(array, best, -1) for n, array in both.items()}
+        order = np.argsort(np.where(both("example") < 0, np.inf, -strength), axis=-1, kind="stable")
+        starts = np.arange(0, order.size, order.shape[-1]).reshape(*order.shape[:-1], 1)
+        best = order[..., : self.value.shape[-1]] + starts
+        names = ("value", "example", "token", "tile", "row", "column")
+        picked = {name: both(name).reshape(-1).take(best) for name in names}
         return Top(**picked, examples=self.examples + other.examples, order=self.order)
 
     def wide(self) -> Top:
@@ -189,18 +193,24 @@ def _top(
     places = capture.places
     assert places is not None, "a form that needs places has them"
     B, T, F = x.shape
-    value, token = at_least_float32(x).reshape(B * T, F), jnp.asarray(places.token).reshape(-1)
-    strength = _strength(value, token[:, None], order, jnp)
-    strength = jnp.where(mask.reshape(B * T, -1), strength, -jnp.inf).T
+    value = at_least_float32(x)
+
+    def of_tokens(value, token, mask):
+        return jnp.where(mask, _strength(value, token[..., None], order, jnp), -jnp.inf)
+
+    # As one operation with the transpose, a CPU would jump through memory for every element.
+    strength = rows.map_rows_on_cpu(
+        of_tokens, value, jnp.asarray(places.token), mask, num_elements=2 * x.size
+    )
     k = min(capture.k, B * T)
-    best, at = jax.lax.top_k(strength, k)
+    best, at = jax.lax.top_k(strength.reshape(B * T, F).T, k)
     is_token = best > -jnp.inf
 
     def pick(array: AnyArray, missing: Any) -> Array:
         by_token = jnp.broadcast_to(jnp.asarray(array).reshape(B, -1), (B, T)).reshape(-1)
         return _padded(jnp.where(is_token, by_token[at], missing), capture.k, missing)
 
-    picked = jnp.take_along_axis(value.T, at, -1)
+    picked = value.reshape(B * T, F)[at, jnp.arange(F)[:, None]]
     return Top(
         value=_padded(jnp.where(is_token, picked, jnp.nan), capture.k, jnp.nan),
         example=pick(places.example, -1),

@@ -12,6 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions import top_tokens
+from mllm_jax.numerics import rows
 
 EDGES = (-1.0, -0.1, 0.0, 0.1, 1.0)
 
@@ -49,9 +50,12 @@ def batch(make_batch):
     return make_batch(images=(1, 2, 0), words=(9, 5, 12), pad="left")
 
 
-@pytest.mark.parametrize("largest", [True, False])
-def test_top_is_a_loop_over_kept_values(tiny_model, batch, largest):
-    site, k, sign = S.lm.mlp.act, 7, 1 if largest else -1
+@pytest.mark.parametrize(("largest", "row_by_row"), [(True, False), (False, False), (True, True)])
+def test_top_is_a_loop_over_kept_values(tiny_model, batch, monkeypatch, largest, row_by_row):
+    site, sign = S.lm.mlp.act, 1 if largest else -1
+    k = 6 if row_by_row else 7  # another program
+    if row_by_row:
+        monkeypatch.setattr(rows, "MAX_ELEMENTS_AT_ONCE", 0)
     out = mj.run(tiny_model, batch, None, {
         "x": mj.keep(site, where=tok.image), "top": (mj.top if largest else mj.bottom)(site, k=k, where=tok.image),
     })  # fmt: skip
