@@ -1,10 +1,10 @@
 """Index bfloat16 arrays without a float32 copy of the whole array.
 
-XLA on CPU does not index bfloat16 arrays: it converts the array to float32 and indexes the result.
-In a loop over one array the conversion is then hoisted out of the loop, so that all layers of a
-model exist a second time at twice their size. An optimization barrier that depends on the index
-keeps the conversion inside the loop, where XLA fuses it with the indexing and converts only the
-elements that are read.
+Before jaxlib 0.12, XLA on CPU does not index bfloat16 arrays: it converts the array to float32 and
+indexes the result. In a loop over one array the conversion is then hoisted out of the loop, so that
+all layers of a model exist a second time at twice their size. An optimization barrier that depends
+on the index keeps the conversion inside the loop, where XLA fuses it with the indexing and converts
+only the elements that are read.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from mllm_jax.numerics import indexing
 
 L, B, T, D, F = 16, 1, 4, 128, 256
 STACK = 2 * L * D * F * 4  # bytes in float32
+CONVERTS_ALL = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 12)
 
 
 def weights(dtype=jnp.bfloat16):
@@ -70,8 +72,8 @@ def test_one_layer_is_converted_at_a_time(function):
 
 
 def test_without_it_they_all_are():
-    """The day this fails, XLA has learnt it, and the module can go."""
-    assert temporary(plain, weights(), states()) > STACK
+    """Before jaxlib 0.12. When that is the oldest that is supported, the module can go."""
+    assert (temporary(plain, weights(), states()) > STACK) == CONVERTS_ALL
 
 
 def test_a_row_of_a_table():
@@ -84,7 +86,8 @@ def test_a_row_of_a_table():
         return indexing.index_without_upcast(table[ids], table, ids)
 
     sizes = [temporary(lambda *a, r=r: words(*a, r), table, ids) for r in (ours, lambda t, i: t[i])]
-    assert sizes[0] < table.size < sizes[1]
+    assert sizes[0] < table.size
+    assert (table.size < sizes[1]) == CONVERTS_ALL
     np.testing.assert_array_equal(jax.jit(ours)(table, ids), table[ids])
 
 
