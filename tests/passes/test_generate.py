@@ -12,6 +12,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.passes import generate
 from tests.helpers import cases
 from tests.helpers.longer import continued, places
 
@@ -51,6 +52,21 @@ def test_cached_is_recomputed(case, pad, tiny_model, prompts, clean):
     assert said.shape == (2, STEPS) and out.text is None
     assert np.array_equal(said, clean) == (case == "nothing")  # else it would show nothing
     assert_recomputed(tiny_model, batch, out, seen, edits)
+
+
+def test_a_single_row_is_recomputed(tiny_model, make_batch, monkeypatch):
+    """Its layers have arrays of their own on a CPU."""
+    read = []
+    own = type(tiny_model.lm).layers_one_by_one
+    monkeypatch.setattr(
+        type(tiny_model.lm), "layers_one_by_one", lambda lm: read.append(1) or own(lm)
+    )
+    batch, edits = make_batch(images=(1,), words=(9,)), edited("add last and answer")
+    SEEN.clear()
+    out = mj.generate(tiny_model, batch, edits, max_new_tokens=generate.ONE_BY_ONE_STEPS)
+    jax.effects_barrier()
+    assert read
+    assert_recomputed(tiny_model, batch, out, list(SEEN), edits)
 
 
 def assert_recomputed(model, batch, out, seen, edits):
