@@ -32,7 +32,6 @@ BENCHMARK = harness.Benchmark(
     rivals=("hf_careful",),
     bounds=(harness.faster("hf_careful", 1.5),),
     codes=("tokens",),
-    eigen=True,
 )
 
 if __name__ == "__main__":
