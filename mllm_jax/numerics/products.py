@@ -2,8 +2,8 @@
 
 YNNPACK, the default of current XLA versions, computes the same bits for a row whatever the other
 rows are, and so for any number of lanes in a sweep. Eigen, the former default, is faster for very
-many or very few rows, as in sweeps and in decoding; it is several times slower for about a hundred
-rows times a tied vocabulary, as in the logit lens; and its last bits depend on the number of rows.
+many rows, as in sweeps; it is several times slower for about a hundred rows times a tied
+vocabulary, as in the logit lens; and its last bits depend on the number of rows.
 """
 
 from __future__ import annotations
