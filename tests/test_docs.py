@@ -12,6 +12,8 @@ import re
 import jax
 import pytest
 
+from tests.helpers import tiers
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 SITE = DOCS.with_name("mkdocs.yml")
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
@@ -44,11 +46,7 @@ def _release():
 @pytest.mark.usefixtures("_release")
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=() if page in QUICK else pytest.mark.slow)
-        for page in PAGES
-        if blocks(page) and page not in ELSEWHERE
-    ],
+    tiers.slow_except(QUICK, [p for p in PAGES if blocks(p) and p not in ELSEWHERE]),
 )
 def test_page_runs(page, tmp_path, monkeypatch, capsys):
     if page not in QUICK:

@@ -58,7 +58,7 @@ class Top:
         shifted = np.where(other.example < 0, -1, other.example + self.examples)
         other = dataclasses.replace(other, example=shifted)
 
-        def both(name: str) -> AnyArray:
+        def both(name: str) -> AnyArray:  # one at a time: all of them are large
             return np.concatenate([getattr(self, name), getattr(other, name)], -1)
 
         strength = _strength(both("value"), both("token"), self.order, np)

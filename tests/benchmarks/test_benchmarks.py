@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator, chip, clock, collect, evidence, harness, kernels, profile, work
+from tests.helpers import tiers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -21,6 +22,7 @@ NAMES = (
     "sweep", "dictionary", "counts", "lens", "score", "generate", "prefill", "finetune",
     "finetune_lora",
 )  # fmt: skip
+QUICK = ("sweep", "counts", "generate", "score")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,7 @@ def done(tmp_path_factory) -> work.Work:
     return work.make(work.SIZES["tiny"], tmp_path_factory.mktemp("work"), pictures=2)
 
 
-QUICK = ("sweep", "counts", "generate", "score")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", tiers.slow_except(QUICK, NAMES))
 def test_our_sides(name, done):
     benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
     assert benchmark.name == name

@@ -10,12 +10,11 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from tests.families.test_families import PICTURES, PROMPTS, continued
-from tests.helpers import families, hf, hooks
+from tests.helpers import families, hf, hooks, tiers
 
 torch = hf.torch
-QUICK = "qwen2.5-vl"
 MAKERS = families.ALL | {name: families.VARIANTS[name] for name in ("pixtral", "smolvlm")}
-NAMES = [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in MAKERS]
+NAMES = tiers.slow_except(["qwen2.5-vl"], MAKERS)
 STEPS = 32
 VECTOR = np.linspace(-2, 2, 32, dtype=np.float32)
 

@@ -11,7 +11,7 @@ import pytest
 import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax.interventions.shapes import site_shapes
-from tests.helpers import families, hf, tiny
+from tests.helpers import families, hf, tiers, tiny
 
 PICTURES = [
     [tiny.picture(0, 40, 60)],
@@ -21,9 +21,7 @@ PICTURES = [
 ]
 PROMPTS = ["<image> what is it ?", "<image> a <image> cat or dog ?", "yes no", "is <image> it"]
 STEPS = 32
-PADDED = ["left", pytest.param("right", marks=pytest.mark.slow)]
-
-
+PADDED = tiers.slow_except(["left"], ["left", "right"])
 # The families that the quick suite also saves, and lets generate.
 QUICK = ("llava", "gemma3", "qwen2.5-vl")
 
@@ -32,10 +30,7 @@ def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
         takes_long = metafunc.function in (test_greedy_generation, test_save_hf)
         quick = QUICK if takes_long else families.ALL
-        each = [
-            pytest.param(name, marks=[] if name in quick else pytest.mark.slow)
-            for name in families.ALL | families.VARIANTS
-        ]
+        each = tiers.slow_except(quick, families.ALL | families.VARIANTS)
         metafunc.parametrize("family", each, indirect=True, scope="module")
 
 

@@ -21,7 +21,7 @@ from mllm_jax.families.instructblip import model as instructblip
 from mllm_jax.interventions import edits, tap
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.loading import load
-from tests.helpers import hf, random_inputs
+from tests.helpers import hf, random_inputs, tiers
 
 SITES = (
     "vision.embed", "vision.resid_pre", "vision.attn.pattern", "vision.attn.heads",
@@ -90,7 +90,7 @@ def batch(make_batch):
     return told(make_batch(TINY, images=(2, 1), words=(6, 9), fill=1), TINY)
 
 
-@pytest.mark.parametrize("pad", ["right", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pad", tiers.slow_except(["right"], ["right", "left"]))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_site(name, pad, make_batch):
     theirs, ours = pair(name)
@@ -146,7 +146,7 @@ def test_an_edit_of_where_queries_look_counts_only_where_they_do():
     assert not np.asarray(nowhere.receipts[0].tokens).any()
 
 
-@pytest.mark.parametrize("pad", ["right", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pad", tiers.slow_except(["right"], ["right", "left"]))
 def test_greedy_generation(pad, make_batch):
     theirs, ours = pair()
     there, here = (

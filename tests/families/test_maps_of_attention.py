@@ -11,15 +11,13 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.report import heat_maps
-from tests.helpers import random_inputs, tiny, tiny_families
+from tests.helpers import random_inputs, tiers, tiny, tiny_families
 
 NAMES = sorted(set(tiny_families.CONFIGS) - {"gemma3_text", "instructblip"})
 QUICK = {"qwen2_5_vl"}  # windows, and a grid for each picture
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", tiers.slow_except(QUICK, NAMES))
 def test_a_map_is_the_kept_pattern(name):
     model = random_inputs.random_model(tiny_families.CONFIGS[name])
     processor = tiny_families.processor(name)

@@ -18,7 +18,7 @@ from mllm_jax.data.embedded.questions import Question
 from mllm_jax.families.qwen2_5_vl.processor import QwenVLProcessor, resized
 from mllm_jax.planning import compilation, plan, programs
 from mllm_jax.training import fit, parts
-from tests.helpers import hf, qwen, tiny
+from tests.helpers import hf, qwen, tiers, tiny
 
 VERSIONS = ("2", "2.5", "3")
 # (height, width): odd, small, long and large.
@@ -298,11 +298,7 @@ def test_what_is_trained(checkpoints):
 
 
 @pytest.mark.parametrize(
-    "study",
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in programs.STUDIES),
-        "counts+lens",
-    ],
+    "study", tiers.slow_except(["counts+lens"], [*programs.STUDIES, "counts+lens"])
 )
 def test_every_study_can_be_planned(study, monkeypatch):
     monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)

@@ -11,7 +11,7 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.passes import clean_pass
-from tests.helpers import hf
+from tests.helpers import hf, tiers
 from tests.models import text_models as text
 
 torch = hf.torch
@@ -27,7 +27,7 @@ CASES = {  # name -> how transformers makes the mask of blocks, and the blocks
 
 def some(*names: str, quick: str):
     """Cases of which all but a few are slow."""
-    return [pytest.param(n, marks=() if n in quick.split() else pytest.mark.slow) for n in names]
+    return tiers.slow_except(quick.split(), names)
 
 
 def batch_of(make_batch, name: str, words=(12, 5, 9), pad: str = "left", **how):
