@@ -48,15 +48,20 @@ def pytest_collection_finish():
     gc.enable()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _drop_programs():
-    """Drop compiled programs before their memory maps are as many as Linux allows (65,530).
+_quick = False  # whether the programs in memory are those of `quick_to_compile`
 
-    Beyond that a process ends by a segmentation fault. The cache on disk still has the programs.
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs(request):
+    """Drop compiled programs where they would be wrong, or too many; the cache on disk has them.
+
+    A module runs no program of another that was optimized otherwise: its rounding differs. Beyond
+    the memory maps that Linux allows (65,530), a process ends by a segmentation fault.
     """
-    yield
+    global _quick
+    before, _quick = _quick, "quick_to_compile" in request.fixturenames
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if _quick != before or (maps.exists() and maps.read_bytes().count(b"\n") > 20_000):
         jax.clear_caches()
         gc.collect()
 

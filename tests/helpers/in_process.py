@@ -67,7 +67,14 @@ def assert_same_files(
     whole: Workdir, again: Workdir, *, apart_from: Callable[[pathlib.Path], bool] = lambda _: False
 ) -> None:
     """The files of one workdir are in the other, with the same bytes, apart from the manifest."""
-    for path in whole.path.rglob("*"):
+    differing = {}
+    for path in sorted(path for path in whole.path.rglob("*") if path.is_file()):
         name = path.relative_to(whole.path)
-        if path.is_file() and name.name != "manifest.json" and not apart_from(name):
-            assert (again.path / name).read_bytes() == path.read_bytes(), name
+        if name.name == "manifest.json" or apart_from(name):
+            continue
+        own, other = path.read_bytes(), (again.path / name).read_bytes()
+        if own != other:
+            pairs = enumerate(zip(own, other, strict=False))
+            at = next((n for n, (a, b) in pairs if a != b), min(len(own), len(other)))
+            differing[str(name)] = own[max(0, at - 40) : at + 20], other[max(0, at - 40) : at + 20]
+    assert not differing
