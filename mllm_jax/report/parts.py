@@ -70,8 +70,8 @@ def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
     """Return the sentence on how many of a paper's claims hold."""
     count = {name: sum(row["verdict"] == name for row in claims) for name in VERDICTS}
     return (
-        f"Of the paper's {len(claims)} claims, {count['holds']} hold here, {count['fails']} fail, "
-        f"and {count['undecided']} are undecided at this sample size."
+        f"The paper's {len(claims)} claims here: {count['holds']} supported, {count['fails']} "
+        f"refuted, {count['undecided']} undecided at this sample size."
     )
 
 
