@@ -70,8 +70,8 @@ def count_verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
     """Return the sentence on how many of a paper's claims hold."""
     count = {name: sum(row["verdict"] == name for row in claims) for name in VERDICTS}
     return (
-        f"The paper's {len(claims)} claims here: {count['holds']} supported, {count['fails']} "
-        f"refuted, {count['undecided']} undecided at this sample size."
+        f"Verdicts on the paper's {len(claims)} claims at this sample size: "
+        f"holds {count['holds']}, fails {count['fails']}, undecided {count['undecided']}."
     )
 
 

@@ -88,7 +88,7 @@ def test_sentences_follow_from_the_numbers(folder, results):
     assert f"for both sides, {sides[0]} before and {sides[1]} after it" in text
     verdicts = [row["verdict"] for row in results["claims"]]
     held, undecided = verdicts.count("holds"), verdicts.count("undecided")
-    assert f"{held} supported, 0 refuted, {undecided} undecided" in text
+    assert f"holds {held}, fails 0, undecided {undecided}." in text
     assert "not measured: CLIP zero-shot" in text
     assert "config.clip names no CLIP with a text tower" in text
     assert "There is one seed" not in text and "is not naive" not in text
