@@ -23,7 +23,9 @@ from mllm_jax.planning.chips import Slice
 from mllm_jax.planning.programs import Program
 
 CompilerOptions = dict[str, str | bool]
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# The two ways in which the compiler for TPUs says that a program is too large.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_TEMPORARY = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOOLS = re.compile(r"libdevice|ptxas")  # parts of the compiler for GPUs, by its messages
 _GPU_PACKAGES = "pip install 'mllm-jax[plan-gpu]', or plan from shapes (compile=False, --shapes)"
@@ -79,10 +81,10 @@ class Compiled:
 
     Attributes:
       text: The text of the program; None if the program does not fit.
-      temporary: Bytes of intermediate arrays.
+      temporary: Bytes of intermediate arrays, if they are known.
       results: Bytes of results that do not reuse the memory of arguments.
       code: Bytes of code.
-      used: Bytes that the program needs, if it does not fit.
+      used: Bytes that a program needs that does not fit, if they are known.
     """
 
     text: str | None
@@ -126,10 +128,10 @@ def compile_lowered(
             raise ValueError(
                 f"the compiler for GPUs does not find {missing[0]}: {_GPU_PACKAGES}"
             ) from error
-        match = _USED.search(str(error))
-        if not match:
+        used, temporary = (_bytes(said, str(error)) for said in (_USED, _TEMPORARY))
+        if not used and not temporary:
             raise
-        return Compiled(None, used=int(float(match[1]) * _UNITS[match[2]]))
+        return Compiled(None, used=used, temporary=temporary)
     memory = compiled.memory_analysis()
     assert memory is not None, "the compiler of this platform has no memory analysis"
     return Compiled(
@@ -138,3 +140,9 @@ def compile_lowered(
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
+
+
+def _bytes(said: re.Pattern, message: str) -> int:
+    """Return the bytes that a message names, 0 for none."""
+    match = said.search(message)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else 0

@@ -257,9 +257,10 @@ def _findings(
     capacity = chip.memory if chip else None
     resident = sum(held.values())
     if compiled is None or compiled.text is None:
-        used = compiled.used if compiled else 0
-        more = {"activations": max(0, used - resident)} if used else {}
-        too_much = max(used, resident) > (capacity or math.inf) or bool(used)
+        too_much, more = resident > (capacity or math.inf), {}
+        if compiled is not None:  # refused, because it does not fit
+            too_much = True
+            more = {"activations": max(compiled.used - resident, compiled.temporary)}
         return {
             "how": COMPILED if compiled else SHAPES,
             "bytes": held | more,

@@ -13,7 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax.families.llava import model as llava
-from mllm_jax.planning import chips, compilation, gpu_targets, hlo, hlo_work, plan, programs, search
+from mllm_jax.planning import (
+    chips,
+    compilation,
+    gpu_targets,
+    hlo,
+    hlo_work,
+    placement,
+    plan,
+    programs,
+    search,
+)  # fmt: skip
 
 TINY = llava.LlavaConfig.tiny()
 SIZE = programs.Size(rows=2, words=20, steps=5, lanes=3)
@@ -206,6 +216,32 @@ def test_a_missing_part_of_the_compiler_is_named(message):
     message = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compilation.compile_lowered(Lowered())
+
+
+@pytest.mark.parametrize(
+    ("message", "used", "temporary"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. "
+         "Exceeded hbm capacity by 1.75G.", 17.5, 0),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (16.25G) exceeds available HBM (15.75G).", 0, 16.25),
+    ],
+)  # fmt: skip
+def test_a_program_that_the_compiler_for_tpus_refuses_does_not_fit(
+    message, used, temporary, monkeypatch
+):
+    class Lowered:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "model"))
+    monkeypatch.setattr(compilation, "lower", lambda program, mesh: Lowered())
+    monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: True)
+    monkeypatch.setattr(placement, "topology_mesh", lambda *how: mesh)
+    found = plan.plan(TINY, SIZE, topology="v5e:2x4", study="counts")
+    held = found.total - found.bytes["activations"]
+    assert found.fits is False and 0 < held < 2**30
+    assert found.bytes["activations"] == max(int(used * 2**30) - held, int(temporary * 2**30))
 
 
 def test_the_extra_installs_the_plugin_of_the_version_of_jax():
