@@ -11,6 +11,7 @@ from mllm_jax.planning.plan import Plan, plan
 from mllm_jax.planning.programs import Size
 
 MAX_COMPILATIONS = 4  # in the search for the largest number that fits
+MAX_GROWTH = 16  # between two compilations, where memory has hardly grown so far
 USABLE = 0.98  # the fraction of a chip's memory that is not the system's
 
 
@@ -84,6 +85,7 @@ def largest_that_fits(
             failed = number
         assert best.capacity is not None  # it fits
         most = few + int((best.capacity * USABLE - best.total) / max(slope, 1))
+        most = min(most, MAX_GROWTH * number)
         most = most if failed is None else min(most, failed - 1)
         if most <= few:
             break

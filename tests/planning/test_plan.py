@@ -363,6 +363,26 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
         search.largest_that_fits("rows", TINY, many, topology="v5e:2x4", study="counts")
 
 
+def test_the_largest_batch_where_few_rows_take_no_memory(monkeypatch):
+    """The compiler's memory is the same up to 10 rows, and then 0.5 GiB a row more."""
+
+    def compiled(program, options):
+        rows = len(dict(program.args)["batch"].ids)
+        asked.append(rows)
+        return compilation.Compiled(
+            nothing, temporary=int((3 + 0.5 * max(0, rows - 10)) * chips.GIB)
+        )
+
+    asked, nothing = [], "ENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}"
+    monkeypatch.setattr(compilation, "lower", lambda program, mesh: program)
+    monkeypatch.setattr(compilation, "compile_lowered", compiled)
+    monkeypatch.setattr(placement, "topology_mesh", lambda *how: one_device())
+    four = programs.Size(rows=4)
+    number, found = search.largest_that_fits("rows", TINY, four, topology="v5e:2x4", study="counts")
+    assert found.fits and 10 < number <= 10 + int((16 * search.USABLE - 3) / 0.5)
+    assert max(asked) <= 8 * search.MAX_GROWTH
+
+
 def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compilation, "has_tpu_compiler", lambda: False)
     options = planning.Options(
