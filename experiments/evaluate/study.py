@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from experiments import context, examples
 from experiments.context import Context
 from mllm_jax import store
 from mllm_jax.analysis import intervals
+from mllm_jax.batch import Batch
 from mllm_jax.data import batching
+from mllm_jax.evaluation import answers
 from mllm_jax.interventions import forms
 from mllm_jax.interventions.captures import Capture
 from mllm_jax.interventions.edits import Edits
@@ -25,6 +27,7 @@ from mllm_jax.passes import score
 from mllm_jax.report import figures, style, tables
 
 COLUMNS = ("accuracy", "low", "high", "n", "chance")
+MEASURES = ("options", "answers")
 
 
 def run(
@@ -41,6 +44,7 @@ def run(
       edits: Edits of every pass.
       captures: Captures to read during the prompts.
     """
+    context.require_choice("config.measure", config.measure, MEASURES)
     if not config.styles:
         raise ValueError("config.styles is empty: name the styles of the questions, such as choice")
     model, processor = mj.load(config.model)
@@ -74,7 +78,7 @@ def write(workdir: pathlib.Path, results: Mapping[str, Any]) -> None:
 def _accuracy(study: Context, name: str, pictures: list, wording: str) -> dict[str, Any]:
     """Return the accuracy on a domain with its interval, and print it."""
     step = study.workdir.arrays(
-        f"{name}-{wording}", functools.partial(score_options, study, name, pictures, wording)
+        f"{name}-{wording}", functools.partial(answer, study, name, pictures, wording)
     )
     value, low, high = intervals.mean(step["right"].astype(float))
     count = len(step["right"])
@@ -85,8 +89,8 @@ def _accuracy(study: Context, name: str, pictures: list, wording: str) -> dict[s
     }  # fmt: skip
 
 
-def score_options(study: Context, name: str, pictures: list, wording: str) -> dict[str, np.ndarray]:
-    """Score the options of each question.
+def answer(study: Context, name: str, pictures: list, wording: str) -> dict[str, np.ndarray]:
+    """Answer the questions about a domain, and write the captures.
 
     Args:
       study: The study.
@@ -95,7 +99,7 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
       wording: The style of the questions.
 
     Returns:
-      `right`, bool[N], whether the best option is the right one; `chance`, the share of a guess.
+      `right`, bool[N], whether the answer is the right one; `chance`, the share of a guess.
     """
     pairs = batching.ask(pictures, (wording,))
     length = batching.row_length(study.processor, pairs)
@@ -103,11 +107,10 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
     right, captured, batches = [], [], []
     label = f"{pictures[0].domain}, {wording}"
     for i in tqdm.tqdm(range(len(questions)), desc=label, leave=False):
-        batch, options = questions[i], questions.candidates(i)
-        out = score.score_with(study.model, batch, options, study.edits, study.captures)
-        right.append(np.asarray(out.values)[: len(options)].argmax(-1) == questions.right(i))
+        chosen, captures, batch = choose(study, questions[i], questions.candidates(i))
+        right.append(chosen == questions.right(i))
         if study.captures:
-            captured.append(jax.tree.map(np.asarray, out.captures))
+            captured.append(jax.tree.map(np.asarray, captures))
             batches.append(batch.replace(pixels=None, features=None))
     if study.captures:
         joined = forms.join(study.captures, captured, batches)
@@ -115,3 +118,30 @@ def score_options(study: Context, name: str, pictures: list, wording: str) -> di
         context.write_captures(path, joined)
     chance = np.mean([1 / len(question.options) for _, question in pairs])
     return {"right": np.concatenate(right), "chance": np.asarray(chance)}
+
+
+def choose(
+    study: Context, batch: Batch, options: Sequence[tuple[str, ...]]
+) -> tuple[np.ndarray, dict[str, Any], Batch]:
+    """Return the option that the model gives each question, and what was captured.
+
+    Args:
+      study: The study.
+      batch: The questions.
+      options: The options of each question.
+
+    Returns:
+      int[n], the index of the option, -1 for an answer that names none or several; the captures;
+      the batch that they are of, which includes a generated answer.
+    """
+    if study.config.measure == "options":
+        out = score.score_with(study.model, batch, options, study.edits, study.captures)
+        return np.asarray(out.values)[: len(options)].argmax(-1), out.captures, batch
+    generated = mj.generate(
+        study.model, batch, study.edits, study.captures, max_new_tokens=study.config.new_tokens,
+        stop=True,
+    )  # fmt: skip
+    assert generated.text is not None  # the batch has a processor
+    texts = zip(generated.text, options, strict=False)  # empty rows pad the batch
+    chosen = np.array([answers.parse(text, own).id for text, own in texts])
+    return chosen, generated.captures, generated.batch or batch
