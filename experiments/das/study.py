@@ -22,6 +22,7 @@ from mllm_jax import tokens as tok
 from mllm_jax.analysis import intervals
 from mllm_jax.data import batching, features
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.models.decoder import DecoderConfig
 from mllm_jax.passes import score
 from mllm_jax.sharding import mesh
 from mllm_jax.training import edits as training
@@ -78,6 +79,7 @@ def run(
             "--edits: this study takes no edits of the vision tower, which it runs once"
         )
     model, processor = mj.load(config.model)
+    _check_subspaces(config, model.config.lm)
     questions = {
         split: batching.ask(examples.examples_of(config, split, count), (config.style,))
         for split, count in (("train", config.train_per_domain), ("test", config.test_per_domain))
@@ -169,6 +171,19 @@ def _interchange(study: Study, layer: int, basis) -> Edits:
     """Return the edit that patches the second half of the rows into the first half."""
     half = np.arange(study.config.batch_size)
     return mj.patch(S.lm.resid_post[layer], half + len(half), half, where=tok.last, basis=basis)
+
+
+def _check_subspaces(config: ml_collections.ConfigDict, lm: DecoderConfig) -> None:
+    """Refuse layers that the model does not have, and subspaces wider than its states."""
+    if not config.layers:
+        raise ValueError("config.layers is empty: name the layers whose subspaces are trained")
+    for layer in config.layers:
+        if layer not in range(lm.layers):
+            raise ValueError(
+                f"config.layers: {layer} is not a layer of the model, 0 to {lm.layers - 1}"
+            )
+    if config.rank > lm.width:
+        raise ValueError(f"config.rank={config.rank}: the model's states have width {lm.width}")
 
 
 def train(study: Study, layer: int, labels: np.ndarray) -> dict[str, np.ndarray]:

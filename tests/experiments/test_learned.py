@@ -134,3 +134,18 @@ def test_errors_come_before_anything_is_read(config_of):
     config = config_of("configs/embedded_das.py", model="nowhere")
     with pytest.raises(ValueError, match="takes no edits of the vision tower"):
         das.run(config, None, spec.parse("ablate vision.mlp.act"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"layers": (3, 4)}, "config.layers: 4 is not a layer of the model, 0 to 3"),
+        ({"layers": (-1,)}, "config.layers: -1 is not a layer of the model, 0 to 3"),
+        ({"layers": ()}, "config.layers is empty"),
+        ({"rank": 33}, "config.rank=33: the model's states have width 32"),
+    ],
+)
+def test_subspaces_that_the_model_does_not_have(fields, says, config_of, tiny_model, tmp_path):
+    config = config_of("configs/embedded_das.py", **{"layers": (3,)} | fields)
+    with pytest.raises(ValueError, match=says):
+        in_process.run(das, config, tmp_path / "work", (tiny_model, None))
