@@ -147,7 +147,9 @@ class Rival:
     def __enter__(self) -> Rival:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self.process.kill()  # it may be in the middle of a long task
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
