@@ -42,7 +42,7 @@ def run(
       config: Its settings, see configs/embedded_evaluate.py.
       workdir: The folder of its steps and results.
       edits: Edits of every pass.
-      captures: Captures to read during the prompts.
+      captures: Captures to read during the prompts and generated answers.
     """
     context.require_choice("config.measure", config.measure, MEASURES)
     if not config.styles:

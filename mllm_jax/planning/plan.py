@@ -257,10 +257,10 @@ def _findings(
     capacity = chip.memory if chip else None
     resident = sum(held.values())
     if compiled is None or compiled.text is None:
-        too_much, more = resident > (capacity or math.inf), {}
-        if compiled is not None:  # refused, because it does not fit
-            too_much = True
+        more = {}
+        if compiled:  # refused, because it does not fit
             more = {"activations": max(compiled.used - resident, compiled.temporary)}
+        too_much = compiled is not None or resident > (capacity or math.inf)
         return {
             "how": COMPILED if compiled else SHAPES,
             "bytes": held | more,

@@ -17,6 +17,8 @@ from mllm_jax.data import batching, domains
 from mllm_jax.interventions import spec
 from tests.helpers import contrasts, in_process, random_inputs, tiny
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = "configs/embedded_circuit.py:quick"
 LABELS = ("a cat", "a dog", "a ship")
 LAYER, HEAD = 2, 1  # where the circuit is planted
@@ -25,11 +27,6 @@ SMALL = {
     "train_per_domain": 24, "test_per_domain": 24, "sizes": (1, 6), "circuit": 2, "draws": 2,
     "exact_nodes": 4, "exact_pairs": 3, "batch_size": 3, "edges": 6,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_to_compile):
-    """These programs run once: compiling them is what takes the time."""
 
 
 def question(prompt: str, answer: str, style: str = "category") -> domains.Question:

@@ -13,10 +13,7 @@ from mllm_jax.store import Workdir, stamps
 from mllm_jax.training import dictionaries
 from tests.helpers import in_process, studies, tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_to_compile):
-    """These programs run once: compiling them is what takes the time."""
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,9 @@ from mllm_jax import sites as S
 from mllm_jax.data import batching
 from tests.helpers import in_process, random_inputs, studies, tiny
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 LABELS = ("not", "tree", "which", "yes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_to_compile):
-    """These programs run once: compiling them is what takes the time."""
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from experiments.describe import description
 from mllm_jax.store import Workdir
 from tests.helpers import studies, study_checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 SWEEP = "configs/embedded_sweep.py:tokens"
 SMALL = {
     "domain_neurons": {
@@ -32,11 +34,6 @@ SMALL = {
 }  # fmt: skip
 QUICK = {("sweep", "qwen2.5-vl"), ("train", "paligemma"), ("train", "idefics3")}
 FAMILIES = [name for name in study_checkpoints.FAMILIES if name != "gemma3-text"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_to_compile):
-    """These programs run once: compiling them is what takes the time."""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from mllm_jax.planning import (
     plan,
     programs,
     search,
-)  # fmt: skip
+)
 
 TINY = llava.LlavaConfig.tiny()
 SIZE = programs.Size(rows=2, words=20, steps=5, lanes=3)

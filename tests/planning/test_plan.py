@@ -341,16 +341,25 @@ def test_slices_in_order():
         assert counts == sorted(counts)
 
 
-def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
-    # A compiler whose programs take 3 GiB and 0.5 GiB a row, beside the weights.
-    def compiled(program, options):
-        rows = len(dict(program.args)["batch"].ids)
-        return compilation.Compiled(nothing, temporary=int((3 + 0.5 * rows) * chips.GIB))
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets a compiler by the GiB of its programs' intermediate arrays for a number of rows."""
 
-    nothing = "ENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}"
-    monkeypatch.setattr(compilation, "lower", lambda program, mesh: program)
-    monkeypatch.setattr(compilation, "compile_lowered", compiled)
-    monkeypatch.setattr(placement, "topology_mesh", lambda *how: one_device())
+    def install(gib):
+        def compiled(program, options):
+            rows = len(dict(program.args)["batch"].ids)
+            return compilation.Compiled(nothing, temporary=int(gib(rows) * chips.GIB))
+
+        nothing = "ENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}"
+        monkeypatch.setattr(compilation, "lower", lambda program, mesh: program)
+        monkeypatch.setattr(compilation, "compile_lowered", compiled)
+        monkeypatch.setattr(placement, "topology_mesh", lambda *how: one_device())
+
+    return install
+
+
+def test_the_smallest_slice_and_the_largest_batch(compiler):
+    compiler(lambda rows: 3 + 0.5 * rows)
     number, found = search.largest_that_fits("rows", TINY, SIZE, topology="v5e:2x4", study="counts")
     assert number == int((16 * search.USABLE - 3) / 0.5) and found.fits
     many = programs.Size(rows=40)
@@ -363,20 +372,10 @@ def test_the_smallest_slice_and_the_largest_batch(monkeypatch):
         search.largest_that_fits("rows", TINY, many, topology="v5e:2x4", study="counts")
 
 
-def test_the_largest_batch_where_few_rows_take_no_memory(monkeypatch):
-    """The compiler's memory is the same up to 10 rows, and then 0.5 GiB a row more."""
-
-    def compiled(program, options):
-        rows = len(dict(program.args)["batch"].ids)
-        asked.append(rows)
-        return compilation.Compiled(
-            nothing, temporary=int((3 + 0.5 * max(0, rows - 10)) * chips.GIB)
-        )
-
-    asked, nothing = [], "ENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}"
-    monkeypatch.setattr(compilation, "lower", lambda program, mesh: program)
-    monkeypatch.setattr(compilation, "compile_lowered", compiled)
-    monkeypatch.setattr(placement, "topology_mesh", lambda *how: one_device())
+def test_the_largest_batch_where_few_rows_take_no_memory(compiler):
+    """Up to 10 rows the memory is the same."""
+    asked = []
+    compiler(lambda rows: asked.append(rows) or 3 + 0.5 * max(0, rows - 10))
     four = programs.Size(rows=4)
     number, found = search.largest_that_fits("rows", TINY, four, topology="v5e:2x4", study="counts")
     assert found.fits and 10 < number <= 10 + int((16 * search.USABLE - 3) / 0.5)
