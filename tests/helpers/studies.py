@@ -55,7 +55,7 @@ STUDIES = {
             **PICTURES,
         },
     ),
-    "das": ("configs/embedded_das.py:quick", {"style": "category", **PICTURES}),
+    "das": ("configs/embedded_das.py:quick", {"style": "category", "layers": (4,), **PICTURES}),
     "dictionary": (
         "configs/embedded_dictionary.py:quick",
         {
