@@ -5,7 +5,7 @@
 Programs are compiled for chips that are not here (docs/pods.md, docs/gpu.md say what to install),
 with pictures of the largest size, and are not run. DIR receives `released.json` after each plan, so
 that a run that is stopped continues, and `released.md`, a row for each model. The number of rows is
-searched as `experiments.plan --find=rows` does.
+searched as `experiments.plan --find=rows` does, from the number that fits the slice before.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def main(argv: Sequence[str] | None = None) -> Found:
         raise ValueError(f"{path}: it is of --study={content['study']}; give another --out")
     found: Found = content["plans"]
     for model in args.models.split(","):
+        rows = args.rows
         for topology in topologies:
             name = f"{model} on {topology}"
-            if name in found:
-                continue
-            start = time.process_time()
-            found[name] = measure(model, topology, args.study, args.rows)
-            seconds = time.process_time() - start
-            print(f"{name}: {_cell(found[name])} ({seconds:.0f} s of CPU)", flush=True)
-            store.atomic_json(path, content)
+            if name not in found:
+                start = time.process_time()
+                found[name] = measure(model, topology, args.study, rows)
+                seconds = time.process_time() - start
+                print(f"{name}: {_cell(found[name])} ({seconds:.0f} s of CPU)", flush=True)
+                store.atomic_json(path, content)
+            rows = found[name]["rows"] or rows
     store.write(args.out / "released.md", table(found, topologies) + "\n")
     return found
 
@@ -73,7 +74,7 @@ def measure(model: str, topology: str, study: str, rows: int) -> dict[str, Any]:
     how: dict[str, Any] = {"topology": topology, "study": study}
     most, fitting = 0, plan.plan(config, Size(rows=1), compile=False, **how)
     # Where the weights alone are too large, nothing is compiled.
-    for begin in dict.fromkeys((rows, 1)) if fitting.fits is not False else ():
+    for begin in dict.fromkeys((rows, min(rows, 4), 1)) if fitting.fits is not False else ():
         try:
             most, fitting = search.largest_that_fits("rows", config, Size(rows=begin), **how)
             break

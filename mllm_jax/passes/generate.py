@@ -28,15 +28,13 @@ from mllm_jax.passes.run import (
     shard_edits,
     unshare_patched,
 )
-from mllm_jax.sharding import mesh
+from mllm_jax.sharding import memory, mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
-# A CPU decodes a single row without a scan over layers, with separate arrays for each layer that
-# are read once per token: from this number of tokens on, which pays for the longer compilation, and
-# up to this number of bytes of weights, because there are then two copies. With four rows or more
-# the scan takes a quarter less time per token.
-ONE_BY_ONE_STEPS = 16
-ONE_BY_ONE_BYTES = 2**31
+# From this number of tokens on, decoding with separate layers pays for its longer compilation; on a
+# CPU, whose memory is not known, up to this number of bytes of weights.
+SEPARATE_STEPS = 16
+SEPARATE_BYTES_ON_CPU = 2**31
 NOT_A_NUMBER = -2  # the id in place of a token whose logits are NaN
 
 
@@ -131,6 +129,7 @@ def generate(
         outputs = compiled_generate(
             model, mesh.shard_batch(batch), shard_edits(bound), stops, np.float32(temperature or 1),
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,
+            separate_layers=_separates_layers(model, len(batch.ids), max_new_tokens),
         )  # fmt: skip
         tokens, receipts = mesh.gather_to_host(outputs)
     _check_no_nan(tokens)
@@ -189,7 +188,38 @@ def _check_no_nan(tokens: Int[AnyArray, "B N"]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "greedy"))
+def separates_layers(platform: str, rows: int, steps: int, weights: int, free: int | None) -> bool:
+    """Return whether decoding reads the layers from separate arrays.
+
+    A scan over layers slices each layer's weights from the stacked arrays. A GPU writes the slice
+    and reads it again in the product, three times the bytes that a token needs; separate arrays are
+    read in place, but they are a second copy of the language model during decoding. A TPU reads
+    slices in place. A CPU is faster with separate layers for a single row alone: with four rows or
+    more the scan takes a quarter less time per token.
+
+    Args:
+      platform: JAX's name of the platform.
+      rows: The number of rows.
+      steps: The number of tokens to generate.
+      weights: The bytes of the language model on one device.
+      free: The bytes of a device's memory that the model leaves free; None if they are unknown.
+    """
+    if steps < SEPARATE_STEPS or platform == "tpu":
+        return False
+    if platform == "cpu":
+        return rows == 1 and weights <= SEPARATE_BYTES_ON_CPU and not mesh.is_active()
+    return free is not None and weights <= free // 2
+
+
+def _separates_layers(model: Model, rows: int, steps: int) -> bool:
+    """Return `separates_layers` on the devices of a model; False while it is traced."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
+        return False
+    platform, weights = memory.first_device(model).platform, memory.bytes_on_device(model.lm)
+    return separates_layers(platform, rows, steps, weights, memory.free_bytes(model))
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "greedy", "separate_layers"))
 def compiled_generate(
     model: Model,
     batch: Batch,
@@ -200,8 +230,9 @@ def compiled_generate(
     *,
     steps: int,
     greedy: bool,
+    separate_layers: bool = False,
 ) -> tuple[Int[Array, "B N"], tuple[Receipt, ...]]:
-    """Prefill and decode; see `generate`."""
+    """Prefill and decode; see `generate` and `separates_layers`."""
     B, T = batch.ids.shape
     taps = Taps(edits)
     x, cache = model(batch, taps)
@@ -222,7 +253,9 @@ def compiled_generate(
         step, _, _, done, *_ = state
         return (step < steps) & ~done.all()
 
-    def advance(layers, state):
+    layers = model.lm.layers_one_by_one() if separate_layers else None
+
+    def advance(state):
         step, cache, token, done, tokens, receipts = state
         at = T + step - 1
         taps = Taps(_restrict_to_rows(edits, ~done), at=at)
@@ -237,20 +270,7 @@ def compiled_generate(
     start = append(logits, 0, empty, jnp.full((B, steps), stops[0]))
     state = (jnp.int32(1), cache.extended(steps - 1), *start, receipts)
 
-    def decode(state, layers=None):
-        return jax.lax.while_loop(unfinished, functools.partial(advance, layers), state)
-
-    def decode_one_by_one(state):
-        return decode(state, model.lm.layers_one_by_one())
-
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
-    long = steps >= ONE_BY_ONE_STEPS and weights <= ONE_BY_ONE_BYTES
-    if B == 1 and long and not mesh.is_active():
-        *_, tokens, receipts = jax.lax.platform_dependent(
-            state, cpu=decode_one_by_one, default=decode
-        )
-    else:
-        *_, tokens, receipts = decode(state)
+    *_, tokens, receipts = jax.lax.while_loop(unfinished, advance, state)
     return tokens, receipts
 
 

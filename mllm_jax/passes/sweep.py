@@ -47,7 +47,7 @@ from mllm_jax.passes.run import (
     logits_at_last,
     unshare_patched,
 )
-from mllm_jax.sharding import hosts, mesh
+from mllm_jax.sharding import hosts, memory, mesh
 from mllm_jax.sites import SiteShape
 from mllm_jax.store import Store, fingerprint, mismatch_error
 from mllm_jax.typing import Int
@@ -375,20 +375,12 @@ def _is_shape(node: Any) -> bool:
 def lane_budget(model: Model) -> int:
     """Return the largest bytes of one layer's widest tensor, over the lanes of one device.
 
-    It depends only on values that are equal in all processes: the memory of a device and the model.
-
     Returns:
       1 / PART of the device memory that the model leaves free; BUDGET if the device does not report
       its memory, as a CPU.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
-    devices: set[Any] = leaves[0].sharding.addressable_devices
-    stats = min(devices, key=lambda device: device.id).memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return BUDGET
-    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves)
-    weights = sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
-    return max(0, stats["bytes_limit"] - weights) // PART
+    free = memory.free_bytes(model)
+    return BUDGET if free is None else free // PART
 
 
 def _widest(shapes: dict[str, SiteShape], splices: Splices) -> int:

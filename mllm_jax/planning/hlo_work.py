@@ -154,12 +154,18 @@ class _Counter:
                 continue
             for number, operand in enumerate(user.operands):
                 if operand == name:
-                    bitcast = user.code == "bitcast"
-                    part = self._parts(user.name, ops) if bitcast else self._part(user, number)
+                    part = self._part_of_user(name, number, user, ops)
                     if part is None:
                         return None
                     total += part
         return total
+
+    def _part_of_user(self, name: str, number: int, user: Op, ops: dict[str, Op]) -> int | None:
+        """Return `_part` of a user of a name; within a fusion, conversions are not materialised."""
+        if user.code not in ("bitcast", "convert"):
+            return self._part(user, number)
+        part = self._parts(user.name, ops)
+        return part if part is None else part * ops[name].bytes // user.bytes
 
     def _written(self, op: Op) -> float:
         """Return the bytes that an instruction writes; updates in place write only the update."""

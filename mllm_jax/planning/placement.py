@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax import families
-from mllm_jax.passes import run
+from mllm_jax.passes import generate, run
 from mllm_jax.planning import compilation
-from mllm_jax.planning.chips import Slice
+from mllm_jax.planning.chips import Chip, Slice
 from mllm_jax.planning.programs import Program, Size
 from mllm_jax.sharding import mesh as mesh_
 from mllm_jax.sharding import rules
@@ -117,6 +117,22 @@ def place_program(program: Program, network, mesh, lanes: bool) -> Program:
             args=tuple(place(*arg) for arg in program.args),
             kept=tuple(place(*kept) for kept in program.kept),
         )
+
+
+def place_layers(program: Program, chip: Chip, size: Size) -> Program:
+    """Return the program of `generate` with the layers stacked or separate, as on a chip.
+
+    Args:
+      program: The program, placed on a mesh of chips.
+      chip: The kind of chip.
+      size: The sizes of its inputs.
+    """
+    model = dict(program.args)["weights"]
+    separate = generate.separates_layers(
+        chip.platform, size.rows, size.steps, bytes_per_chip(model.lm),
+        max(0, chip.memory - bytes_per_chip(model)),
+    )  # fmt: skip
+    return dataclasses.replace(program, static=program.static | {"separate_layers": separate})
 
 
 def _leading_spec(letter: str, leaf) -> P:

@@ -189,15 +189,17 @@ def plan(
         batch = programs.abstract_batch(config, size)
     program = programs.build(study, network, batch.replace(processor=None), edits, captures, size)
     program = placement.place_program(program, network, mesh, lanes=study == "sweep")
+    chip = None if isinstance(topology, Mesh) else Slice.parse(topology).chip
+    if study == "generate" and chip:
+        program = placement.place_layers(program, chip, size)
     args = [tree for _, tree in program.args]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         flops = work.flops(program.fn, *args, unknown=program.unknown, **program.static)
     options: compilation.CompilerOptions = {}
     if isinstance(topology, Mesh):
-        name, chip = f"{topology.size} x {topology.devices.flat[0].device_kind}", None
+        name = f"{topology.size} x {topology.devices.flat[0].device_kind}"
     else:
-        slice_ = Slice.parse(topology)
-        name, chip, options = topology, slice_.chip, compilation.topology_options(slice_)
+        name, options = topology, compilation.topology_options(Slice.parse(topology))
     compiled = None
     if compile and isinstance(mesh, Mesh):
         compiled = compilation.compile_lowered(compilation.lower(program, mesh), options)

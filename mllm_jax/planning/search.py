@@ -10,8 +10,10 @@ from mllm_jax.planning.chips import Slice
 from mllm_jax.planning.plan import Plan, plan
 from mllm_jax.planning.programs import Size
 
-MAX_COMPILATIONS = 4  # in the search for the largest number that fits
-MAX_GROWTH = 16  # between two compilations, where memory has hardly grown so far
+MAX_COMPILATIONS = 4  # in the search for the largest number that fits, after the first one
+FIRST_GROWTH = 8  # from the first number that is compiled to the second
+MAX_GROWTH = 16  # from one number to the next, where memory has hardly grown so far
+FULL = 0.95  # the fraction of the usable memory above which no larger number is searched for
 USABLE = 0.98  # the fraction of a chip's memory that is not the system's
 
 
@@ -49,8 +51,9 @@ def largest_that_fits(
 ) -> tuple[int, Plan]:
     """Find the largest number of rows or lanes of a data shard that fits.
 
-    Memory is extrapolated linearly from compiled plans of the given number and of twice that
-    number. The prediction is compiled, and corrected if it does not fit.
+    Memory is extrapolated linearly from the largest number known to fit and the number compiled
+    last. The prediction is compiled, until what fits uses 95 % of the memory or no larger number
+    is expected to fit.
 
     Args:
       field: "rows" or "lanes".
@@ -71,25 +74,27 @@ def largest_that_fits(
         return plan(model, dataclasses.replace(batch, **sizes), **options)
 
     few = getattr(batch, field)
-    best, next_ = plan_for(few), plan_for(2 * few)
+    best = plan_for(few)
     if not best.fits:
         reason = "there is no compiler" if best.fits is None else f"{few} {field} do not fit"
         raise ValueError(f"the largest {field}: {reason}")
-    failed = None
+    assert best.capacity is not None  # it fits
+    usable = best.capacity * USABLE
+    most, failed = FIRST_GROWTH * few, None
     for _ in range(MAX_COMPILATIONS):
-        number = _per_shard(next_, field)
-        slope = (next_.total - best.total) / (number - few)
-        if next_.fits:
-            best, few = next_, number
+        if best.total > FULL * usable or most <= few:
+            break
+        tried = plan_for(most)
+        number = _per_shard(tried, field)
+        slope = (tried.total - best.total) / (number - few)
+        if tried.fits:
+            best, few = tried, number
         else:
             failed = number
-        assert best.capacity is not None  # it fits
-        most = few + int((best.capacity * USABLE - best.total) / max(slope, 1))
-        most = min(most, MAX_GROWTH * number)
-        most = most if failed is None else min(most, failed - 1)
-        if most <= few:
-            break
-        next_ = plan_for(most)
+        most = few + int((usable - best.total) / max(slope, 1))
+        most = min(most, MAX_GROWTH * few)
+        if failed is not None:
+            most = min(most, failed - 1)
     return few, best
 
 

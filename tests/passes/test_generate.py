@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions.edits import Edits
 from mllm_jax.passes import generate
+from mllm_jax.sharding import memory
 from tests.helpers import cases
 from tests.helpers.longer import continued, places
 
@@ -54,19 +56,48 @@ def test_cached_is_recomputed(case, pad, tiny_model, prompts, clean):
     assert_recomputed(tiny_model, batch, out, seen, edits)
 
 
-def test_a_single_row_is_recomputed(tiny_model, make_batch, monkeypatch):
-    """Its layers have arrays of their own on a CPU."""
+def test_separate_layers_are_recomputed(tiny_model, prompts, monkeypatch):
+    """As a GPU with enough memory decodes."""
     read = []
     own = type(tiny_model.lm).layers_one_by_one
     monkeypatch.setattr(
         type(tiny_model.lm), "layers_one_by_one", lambda lm: read.append(1) or own(lm)
     )
-    batch, edits = make_batch(images=(1,), words=(9,)), edited("add last and answer")
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**30})
+    monkeypatch.setattr(memory, "first_device", lambda model: gpu)
+    batch, edits = prompts["left"], edited("add last and answer")
     SEEN.clear()
-    out = mj.generate(tiny_model, batch, edits, max_new_tokens=generate.ONE_BY_ONE_STEPS)
+    out = mj.generate(tiny_model, batch, edits, max_new_tokens=generate.SEPARATE_STEPS)
     jax.effects_barrier()
     assert read
     assert_recomputed(tiny_model, batch, out, list(SEEN), edits)
+
+
+@pytest.mark.parametrize(
+    ("separate", "platform", "rows", "steps", "weights", "free"),
+    [
+        (True, "gpu", 8, 16, 100, 200),
+        (True, "cuda", 1, 16, 100, 200),
+        (False, "gpu", 8, 15, 100, 200),
+        (False, "gpu", 8, 16, 100, 199),
+        (False, "gpu", 8, 16, 100, None),
+        (False, "tpu", 1, 64, 100, 2**40),
+        (True, "cpu", 1, 16, 2**31, None),
+        (False, "cpu", 2, 64, 100, None),
+        (False, "cpu", 1, 64, 2**31 + 1, None),
+    ],
+)
+def test_when_layers_are_separate(separate, platform, rows, steps, weights, free):
+    assert generate.separates_layers(platform, rows, steps, weights, free) == separate
+
+
+def test_traced_layers_are_stacked(tiny_model, prompts, monkeypatch):
+    monkeypatch.setattr(memory, "first_device", None)  # tracers have no device
+    steps = generate.SEPARATE_STEPS
+    out = jax.eval_shape(
+        lambda m: mj.generate(m, prompts["left"], max_new_tokens=steps).tokens, tiny_model
+    )
+    assert out.shape == (2, steps)
 
 
 def assert_recomputed(model, batch, out, seen, edits):

@@ -12,6 +12,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import mllm_jax as mj
+from mllm_jax import families
+from mllm_jax import sites as S
+from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
 from mllm_jax.planning import (
     chips,
@@ -191,6 +195,47 @@ def test_bytes_of_each_trip_count_a_copied_layer_three_times():
     assert hlo_work.count_work(program, unknown=5).moved == 5 * trip + 3 * x
 
 
+# A GPU converts while it reads: of three layers this reads one.
+CONVERTED = """HloModule jit_f, is_scheduled=true
+
+%fused (p.0: bf16[3,8,8]) -> f32[1,8,8] {
+  %p.0 = bf16[3,8,8]{2,1,0} parameter(0)
+  %wide = f32[3,8,8]{2,1,0} convert(%p.0)
+  ROOT %layer = f32[1,8,8]{2,1,0} slice(%wide), slice={[1:2], [0:8], [0:8]}
+}
+
+ENTRY %main (a.0: bf16[3,8,8]) -> f32[1,8,8] {
+  %a.0 = bf16[3,8,8]{2,1,0} parameter(0)
+  ROOT %out = f32[1,8,8]{2,1,0} fusion(%a.0), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_slice_of_what_is_converted_reads_the_slice():
+    assert hlo_work.count_work(hlo.Program(CONVERTED)).moved == 8 * 8 * (2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("separate", "topology", "steps"),
+    [(True, "h100", 64), (False, "h100", 8), (False, "l40s", 64), (False, "v5e:2x4", 64)],
+)
+def test_layers_are_separate_where_a_second_copy_fits(separate, topology, steps, monkeypatch):
+    """Of a model whose language model takes 24.2 GiB: half of the rest of 79 GiB, not of 44."""
+    config, placed = families.RELEASED["llava-1.5-13b"](), []
+    monkeypatch.setattr(placement, "place_layers", _recording(placement.place_layers, placed))
+    size = programs.Size(rows=8, steps=steps)
+    plan.plan(config, size, topology=topology, study="generate", compile=False)
+    assert [program.static["separate_layers"] for program in placed] == [separate]
+
+
+def _recording(function, results):
+    def recorded(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return recorded
+
+
 @pytest.mark.slow
 def test_a_generation_says_what_a_token_moves():
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "model"))
@@ -280,3 +325,18 @@ def test_compiled_for_gpus_a_study_does_the_work_of_its_shapes(study, topology):
     assert found.how == plan.COMPILED and found.fits and not found.gathers()
     assert found.flops == pytest.approx(found.ideal, rel=0.01)
     assert found.moved > found.bytes["weights"] and found.bytes["activations"] > 0
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 8])
+def test_compiled_for_gpus_a_token_reads_weights_and_cache_once(rows):
+    config = families.RELEASED["llava-1.5-7b"]()
+    edits = mj.ablate(S.lm.mlp.act[12], where=tok.generating)
+    size = programs.Size(rows=rows, steps=64)
+    found = plan.plan(config, size, edits, topology="h100", study="generate")
+    model = programs.abstract_model(config, jnp.bfloat16)
+    read = placement.bytes_per_chip((model.lm.layers, model.lm.head))
+    lm, slots = config.lm, found.tokens + size.steps - 1
+    cache = 2 * 2 * lm.layers * rows * lm.kv_heads * slots * lm.head_width
+    assert found.moved_per_token <= 1.15 * (read + cache)
