@@ -10,7 +10,7 @@ from mllm_jax.planning.chips import Slice
 from mllm_jax.planning.plan import Plan, plan
 from mllm_jax.planning.programs import Size
 
-MAX_COMPILATIONS = 4  # in the search for the largest number that fits, after the first one
+MAX_COMPILATIONS = 6  # in the search for the largest number that fits, after the first one
 FIRST_GROWTH = 8  # from the first number that is compiled to the second
 MAX_GROWTH = 16  # from one number to the next, where memory has hardly grown so far
 FULL = 0.95  # the fraction of the usable memory above which no larger number is searched for
