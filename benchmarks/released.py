@@ -5,7 +5,8 @@
 Programs are compiled for chips that are not here (docs/pods.md, docs/gpu.md say what to install),
 with pictures of the largest size, and are not run. DIR receives `released.json` after each plan, so
 that a run that is stopped continues, and `released.md`, a row for each model. The number of rows is
-searched as `experiments.plan --find=rows` does, from the number that fits the slice before.
+searched as `experiments.plan --find=rows` does. On a larger slice of the same chips, over which the
+mesh splits the model alike, it is that of the smaller slice, if it fits there.
 """
 
 from __future__ import annotations
@@ -39,21 +40,23 @@ def main(argv: Sequence[str] | None = None) -> Found:
         raise ValueError(f"{path}: it is of --study={content['study']}; give another --out")
     found: Found = content["plans"]
     for model in args.models.split(","):
-        rows = args.rows
         for topology in topologies:
             name = f"{model} on {topology}"
-            if name not in found:
-                start = time.process_time()
-                found[name] = measure(model, topology, args.study, rows)
-                seconds = time.process_time() - start
-                print(f"{name}: {_cell(found[name])} ({seconds:.0f} s of CPU)", flush=True)
-                store.atomic_json(path, content)
-            rows = found[name]["rows"] or rows
+            if name in found:
+                continue
+            start = time.process_time()
+            known = [found[f"{model} on {t}"] for t in topologies if f"{model} on {t}" in found]
+            found[name] = measure(model, topology, args.study, args.rows, known)
+            seconds = time.process_time() - start
+            print(f"{name}: {_cell(found[name])} ({seconds:.0f} s of CPU)", flush=True)
+            store.atomic_json(path, content)
     store.write(args.out / "released.md", table(found, topologies) + "\n")
     return found
 
 
-def measure(model: str, topology: str, study: str, rows: int) -> dict[str, Any]:
+def measure(
+    model: str, topology: str, study: str, rows: int, known: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Find the largest number of rows of a model on a topology.
 
     Args:
@@ -61,6 +64,7 @@ def measure(model: str, topology: str, study: str, rows: int) -> dict[str, Any]:
       topology: The slice.
       study: The name of the study.
       rows: The number of rows of a data shard that the search begins with.
+      known: What was found for the model on other slices.
 
     Returns:
       `mesh`, `capacity` and `total`, the bytes of a chip; `rows` of a data shard, 0 where a
@@ -72,20 +76,28 @@ def measure(model: str, topology: str, study: str, rows: int) -> dict[str, Any]:
 
     config = families.RELEASED[model]()
     how: dict[str, Any] = {"topology": topology, "study": study}
-    most, fitting = 0, plan.plan(config, Size(rows=1), compile=False, **how)
-    # Where the weights alone are too large, nothing is compiled.
-    for begin in dict.fromkeys((rows, min(rows, 4), 1)) if fitting.fits is not False else ():
+    shapes = plan.plan(config, Size(rows=1), compile=False, **how)
+    if shapes.fits is False:  # the weights alone are too large: nothing is compiled
+        return _found(0, shapes)
+    split = shapes.mesh.split(" x ", 1)[1], shapes.capacity  # fsdp x model
+    for other in known:
+        if other["rows"] and (other["mesh"].split(" x ", 1)[1], other["capacity"]) == split:
+            fitting = plan.plan(config, Size(rows=other["rows"]), **how)
+            if fitting.fits:
+                return _found(other["rows"], fitting)
+    for begin in dict.fromkeys((rows, 1)):
         try:
-            most, fitting = search.largest_that_fits("rows", config, Size(rows=begin), **how)
-            break
+            return _found(*search.largest_that_fits("rows", config, Size(rows=begin), **how))
         except ValueError as error:
             if "do not fit" not in str(error):
                 raise
-            fitting = plan.plan(config, Size(rows=begin), **how)
+    return _found(0, plan.plan(config, Size(rows=1), **how))
+
+
+def _found(rows: int, plan: Any) -> dict[str, Any]:
     return {
-        "mesh": fitting.mesh, "tokens": fitting.tokens, "rows": most,
-        "batch": most * fitting.data * fitting.fsdp, "total": fitting.total,
-        "capacity": fitting.capacity,
+        "mesh": plan.mesh, "tokens": plan.tokens, "rows": rows,
+        "batch": rows * plan.data * plan.fsdp, "total": plan.total, "capacity": plan.capacity,
     }  # fmt: skip
 
 

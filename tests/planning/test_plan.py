@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -501,3 +502,23 @@ def test_plans_of_released_models_are_kept_and_a_stopped_run_continues(tmp_path,
     assert released.main(argv) == found and len(measured) == 2
     with pytest.raises(ValueError, match="it is of --study=run; give another --out"):
         released.main([*argv, "--study=counts"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fits", "rows"),
+    [("2 x 1 x 4", True, 41), ("1 x 1 x 8", True, 7), ("2 x 1 x 4", False, 7)],
+)
+def test_a_larger_slice_has_the_rows_of_a_smaller_one(mesh, fits, rows, monkeypatch):
+    """If it splits the model alike, and if they fit there."""
+    planned = types.SimpleNamespace(
+        mesh="16 x 1 x 4", data=16, fsdp=1, tokens=128, total=10, capacity=16
+    )
+    monkeypatch.setattr(
+        plan, "plan", lambda config, size, **how: types.SimpleNamespace(
+            fits=None if "compile" in how else fits, **vars(planned)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(search, "largest_that_fits", lambda *args, **how: (7, planned))
+    small = {"mesh": mesh, "rows": 41, "capacity": 16}
+    found = released.measure("smolvlm-256m", "v5e:8x8", "run", 4, [small])
+    assert found["rows"] == rows and found["batch"] == 16 * rows
