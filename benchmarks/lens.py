@@ -33,7 +33,7 @@ def sides(work: Work):
 
 def _products(model, states):
     """Compute the matrix products of the lens alone; only the maximum of the logits is kept."""
-    chunk = logit_lens.LENS_CHUNK
+    chunk = logit_lens.chunk_size(model.config.lm.vocab, jax.default_backend())
     parts = states.reshape(-1, min(chunk, len(states)), states.shape[-1])
     return jax.lax.map(lambda part: model.lm.logits(part).max(-1), parts)
 

@@ -1,8 +1,14 @@
-"""The logit lens: the words that the head reads from each token's state, in chunks of tokens."""
+"""The logit lens: the words that the head reads from each token's state, in chunks of tokens.
+
+Each chunk reads the matrix of the head once. On a CPU the logits of a chunk stay in the cache. On
+an accelerator chunks are larger, because the products of few tokens are limited by that reading.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +18,9 @@ from mllm_jax.numerics import precision
 from mllm_jax.sharding import collectives, mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
-LENS_CHUNK = 128  # tokens whose logits exist at one time
+LENS_CHUNK = 128  # tokens whose logits exist at one time on a CPU, and at least elsewhere
+LARGEST_CHUNK = 1024  # on an accelerator, and
+CHUNK_BYTES = 2**28  # up to this size of their logits
 TOP_BLOCK = 128  # values per block, whose maxima `top_k` compares first
 
 
@@ -32,18 +40,58 @@ def read(
       lens: A function from states [..., D] to logits float32[..., V].
       k: How many words to name.
     """
+    compute = functools.partial(_read, lens=lens, k=k)
+    return _in_chunks(compute, lens, x, selected)
+
+
+def chunk_size(vocab: int, platform: str) -> int:
+    """Return the number of tokens whose logits exist at one time.
+
+    Args:
+      vocab: The vocabulary size V.
+      platform: JAX's name of the platform.
+    """
+    if platform == "cpu":
+        return LENS_CHUNK
+    fitting = CHUNK_BYTES // (4 * vocab) // LENS_CHUNK * LENS_CHUNK
+    return max(LENS_CHUNK, min(LARGEST_CHUNK, fitting))
+
+
+def _in_chunks(
+    compute: Callable[..., Any],
+    lens: Callable[[Array], Array],
+    x: Float[Array, "B T D"],
+    *more: Any,
+) -> Any:
+    """Return compute(chunk, x, *more) with the chunk size of the platform of the program."""
+    vocab = jax.eval_shape(lens, x[:, :1]).shape[-1]
+    small, large = (chunk_size(vocab, platform) for platform in ("cpu", "accelerator"))
+    if min(large, x.shape[0] * x.shape[1]) <= small:
+        return compute(small, x, *more)
+    of_cpu, of_others = (functools.partial(compute, chunk) for chunk in (small, large))
+    return jax.lax.platform_dependent(x, *more, cpu=of_cpu, default=of_others)
+
+
+def _read(
+    chunk: int,
+    x: Float[Array, "B T D"],
+    selected: Bool[AnyArray, "B T"],
+    lens: Callable[[Array], Array],
+    k: int,
+) -> Lens:
     B, T, _ = x.shape
-    order, (states, is_selected) = _cut(selected, x, jnp.asarray(selected))
-    _, shards, chunk = is_selected.shape
+    order, (states, is_selected) = _cut(chunk, selected, x, jnp.asarray(selected))
+    _, *leading = is_selected.shape
+    shards = leading[0]
     n = B * T // shards
     shape = jax.eval_shape(lens, states[0])
 
     def read_chunk(args):
         states, is_selected = args
         skipped = Lens(
-            jnp.full((shards, chunk, k), -1, jnp.int32),
-            jnp.zeros((shards, chunk, k), shape.dtype),
-            jnp.zeros((shards, chunk), shape.dtype),
+            jnp.full((*leading, k), -1, jnp.int32),
+            jnp.zeros((*leading, k), shape.dtype),
+            jnp.zeros(leading, shape.dtype),
         )
         return jax.lax.cond(
             is_selected.any(), lambda: _lens(lens(states), is_selected, k), lambda: skipped
@@ -71,7 +119,17 @@ def sum_probabilities(
       weights: The weight of each token in each kind.
       lens: See `read`.
     """
-    _, parts = _cut((weights > 0).any(-1), x, weights)
+    compute = functools.partial(_sum_probabilities, lens=lens)
+    return _in_chunks(compute, lens, x, weights)
+
+
+def _sum_probabilities(
+    chunk: int,
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T kinds"],
+    lens: Callable[[Array], Array],
+) -> Float[Array, "kinds V"]:
+    _, parts = _cut(chunk, (weights > 0).any(-1), x, weights)
     shape = jax.eval_shape(lens, parts[0][0])
 
     def add(total, part):
@@ -89,7 +147,9 @@ def sum_probabilities(
     return jax.lax.scan(add, nothing, parts)[0]
 
 
-def _cut(selected: Bool[AnyArray, "B T"], *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+def _cut(
+    chunk: int, selected: Bool[AnyArray, "B T"], *arrays: Array
+) -> tuple[Array, tuple[Array, ...]]:
     """Sort the selected tokens to the front, and cut arrays of tokens into chunks.
 
     On a mesh each data shard sorts its own tokens, so that none moves.
@@ -101,7 +161,7 @@ def _cut(selected: Bool[AnyArray, "B T"], *arrays: Array) -> tuple[Array, tuple[
     B, T = selected.shape
     shards = mesh.shard_count("B", B)
     n = B * T // shards
-    chunk = min(LENS_CHUNK, n)
+    chunk = min(chunk, n)
     order = jnp.argsort(~jnp.asarray(selected).reshape(shards, n), axis=1, stable=True)
 
     def cut(array):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -41,6 +42,32 @@ def test_words_and_entropy(where, model, batch, log_probs, monkeypatch):
     want = np.where(mask[..., None], best, 0)
     np.testing.assert_allclose(found.log_probs, want, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.entropy, np.where(mask, entropy, 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "platform", "size"),
+    [(32064, "cpu", 128), (32064, "cuda", 1024), (152064, "tpu", 384), (10**6, "cuda", 128)],
+)
+def test_chunks_are_larger_on_accelerators(vocab, platform, size):
+    assert logit_lens.chunk_size(vocab, platform) == size
+
+
+@pytest.mark.parametrize(("platform", "size"), [("cpu", 128), ("cuda", 1024), ("tpu", 1024)])
+@pytest.mark.parametrize(
+    "asked", [mj.lens(S.lm.resid_post[0]), mj.distribution(S.lm.resid_post[0])]
+)
+def test_the_platform_of_a_program_decides_its_chunks(platform, size, asked, model):
+    x = jax.ShapeDtypeStruct((2, 2048, model.config.lm.width), jnp.float32)
+
+    def found(x):
+        if asked.form == "lens":
+            return logit_lens.read(x, jnp.ones(x.shape[:2], bool), model.lm.lens, 1)
+        return logit_lens.sum_probabilities(x, jnp.ones((*x.shape[:2], 1)), model.lm.lens)
+
+    text = jax.jit(found).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert f"tensor<1x{size}x{model.config.lm.vocab}xf32>" in text
+    for other in {128, 1024} - {size}:
+        assert f"tensor<1x{other}x{model.config.lm.vocab}xf32>" not in text
 
 
 @pytest.fixture(scope="module")
