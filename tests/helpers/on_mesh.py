@@ -147,12 +147,18 @@ def test_sweep(family):
         mj.sweep(first, m, batch, edits, captures) for m in (one, many)
     )
     assert_same((logits, receipts), (same, equal))
-    # Partial sums are added in another order: only the sign of a value near 0 may differ.
-    assert (fire != counts).mean() < 1e-3
-    for lane, layer, unit, kind in np.argwhere(fire != counts):
-        kept = mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])
-        values = np.asarray(mj.run(one, batch, edits[lane], {"act": kept})["act"])
-        assert abs(fire - counts)[lane, layer, unit, kind] <= (abs(values) < ZERO).sum()
+    assert (fire != counts).any(0).sum() <= 2  # most lanes share the values of a unit
+    for lane in np.unique(np.nonzero(fire != counts)[0]):
+        assert_same_counts(fire[lane], counts[lane], one, [batch], edits[lane])
+
+
+def assert_same_counts(fire, counts, model, batches, edits=None) -> None:
+    """Partial sums are added in another order: only the sign of a value near 0 may differ."""
+    for layer, unit, kind in np.argwhere(fire != counts):
+        kept = {"act": mj.keep(S.lm.mlp.act[int(layer), [int(unit)]])}
+        values = [np.asarray(mj.run(model, batch, edits, kept)["act"]) for batch in batches]
+        near = sum((abs(v) < ZERO).sum() for v in values)
+        assert abs(fire - counts)[layer, unit, kind] <= near
 
 
 ZERO = 1e-7  # of values of order 1: their sign is rounding, and no program's own
@@ -162,14 +168,19 @@ def test_reduce(family):
     one, many, processor = family
     batches = [batch_of(processor, count) for count in (8, 8, 3)]
     captures = {name: CAPTURES[name] for name in ("fire", "says")}
-    assert_same(*(of_order_1(mj.reduce(captures, m, batches)) for m in (one, many)))
+    found, same = (mj.reduce(captures, m, batches) for m in (one, many))
+    fire, counts = (out["fire"].positive for out in (found, same))
+    assert (fire != counts).sum() <= 2
+    assert_same_counts(fire, counts, one, batches)
+    assert_same(*(of_order_1(out, fire) for out in (found, same)))
 
 
-def of_order_1(found):
+def of_order_1(found, counts):
     """Sums of values of both signs cancel: they are told as parts of the most they could be."""
     fire = found["fire"]
     most = np.sqrt(fire.tokens[:, None] * fire.squares)  # by Cauchy and Schwarz
-    return found | {"fire": dataclasses.replace(fire, sum=fire.sum / np.where(most, most, 1))}
+    total = fire.sum / np.where(most, most, 1)
+    return found | {"fire": dataclasses.replace(fire, sum=total, positive=counts)}
 
 
 def lessons(processor):
@@ -236,7 +247,8 @@ def test_a_pass_inside_of_a_program_of_the_user(family):
         out = mj.run(model, batch, mj.scale(S.lm.mlp.act, gate), {"lens": CAPTURES["lens"]})
         return out.logits, out["lens"]
 
-    assert_same(*(both(m, np.linspace(0, 1, 48, dtype=np.float32)) for m in (one, many)))
+    gate = np.linspace(0, 1, many.config.lm.mlp, dtype=np.float32)
+    assert_same(*(both(m, gate) for m in (one, many)))
 
 
 def test_a_checkpoint_is_read_once(family, on_mesh, tmp_path, monkeypatch):
