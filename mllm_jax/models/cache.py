@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from mllm_jax.sharding import mesh
 from mllm_jax.typing import AnyArray, Array, Bool, Float, Int
 
 
@@ -26,6 +29,20 @@ class Cache:
     value: Float[Array, "L B K S H"]
     position: Int[AnyArray, "B S"]
     valid: Bool[AnyArray, "B S"]
+
+    @staticmethod
+    def bytes_on_device(config: Any, rows: int, slots: int, dtype: DTypeLike) -> int:
+        """Return the bytes of keys and values on one device of the active mesh.
+
+        Args:
+          config: The config of the language model.
+          rows: The number of rows B.
+          slots: The number of slots S.
+          dtype: The dtype of the keys and values.
+        """
+        shards = mesh.shard_count("B", rows) * mesh.shard_count("K", config.kv_heads)
+        numbers = 2 * config.layers * rows * config.kv_heads * slots * config.head_width
+        return numbers * jnp.dtype(dtype).itemsize // shards
 
     def extended(self, slots: int) -> Cache:
         """Return the cache with `slots` empty slots at the end."""

@@ -20,6 +20,7 @@ from mllm_jax.interventions.model import Model
 from mllm_jax.interventions.receipts import Receipt
 from mllm_jax.interventions.shapes import site_shapes
 from mllm_jax.interventions.tap import Taps
+from mllm_jax.models.cache import Cache
 from mllm_jax.passes import arguments
 from mllm_jax.passes.run import (
     Logits,
@@ -129,7 +130,7 @@ def generate(
         outputs = compiled_generate(
             model, mesh.shard_batch(batch), shard_edits(bound), stops, np.float32(temperature or 1),
             key if temperature else None, steps=max_new_tokens, greedy=not temperature,
-            separate_layers=_separates_layers(model, len(batch.ids), max_new_tokens),
+            separate_layers=_separates_layers(model, batch, max_new_tokens),
         )  # fmt: skip
         tokens, receipts = mesh.gather_to_host(outputs)
     _check_no_nan(tokens)
@@ -188,7 +189,9 @@ def _check_no_nan(tokens: Int[AnyArray, "B N"]) -> None:
         )
 
 
-def separates_layers(platform: str, rows: int, steps: int, weights: int, free: int | None) -> bool:
+def separates_layers(
+    platform: str, rows: int, steps: int, weights: int, cache: int, free: int | None
+) -> bool:
     """Return whether decoding reads the layers from separate arrays.
 
     A scan over layers slices each layer's weights from the stacked arrays. A GPU writes the slice
@@ -202,21 +205,26 @@ def separates_layers(platform: str, rows: int, steps: int, weights: int, free: i
       rows: The number of rows.
       steps: The number of tokens to generate.
       weights: The bytes of the language model on one device.
+      cache: The bytes of the keys and values of all tokens on one device.
       free: The bytes of a device's memory that the model leaves free; None if they are unknown.
     """
     if steps < SEPARATE_STEPS or platform == "tpu":
         return False
     if platform == "cpu":
         return rows == 1 and weights <= SEPARATE_BYTES_ON_CPU and not mesh.is_active()
-    return free is not None and weights <= free // 2
+    return free is not None and weights + 2 * cache <= free // 2  # the prompt has a cache too
 
 
-def _separates_layers(model: Model, rows: int, steps: int) -> bool:
+def _separates_layers(model: Model, batch: Batch, steps: int) -> bool:
     """Return `separates_layers` on the devices of a model; False while it is traced."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
         return False
-    platform, weights = memory.first_device(model).platform, memory.bytes_on_device(model.lm)
-    return separates_layers(platform, rows, steps, weights, memory.free_bytes(model))
+    rows, slots = batch.ids.shape[0], batch.ids.shape[1] + steps - 1
+    return separates_layers(
+        memory.first_device(model).platform, rows, steps, memory.bytes_on_device(model.lm),
+        Cache.bytes_on_device(model.config.lm, rows, slots, model.lm.norm.scale.dtype),
+        memory.free_bytes(model),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "greedy", "separate_layers"))

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mllm_jax import families
+from mllm_jax.models.cache import Cache
 from mllm_jax.passes import generate, run
 from mllm_jax.planning import compilation
 from mllm_jax.planning.chips import Chip, Slice
@@ -119,18 +120,23 @@ def place_program(program: Program, network, mesh, lanes: bool) -> Program:
         )
 
 
-def place_layers(program: Program, chip: Chip, size: Size) -> Program:
+def place_layers(program: Program, mesh, chip: Chip, size: Size, slots: int) -> Program:
     """Return the program of `generate` with the layers stacked or separate, as on a chip.
 
     Args:
-      program: The program, placed on a mesh of chips.
+      program: The program, placed on a mesh.
+      mesh: The mesh.
       chip: The kind of chip.
       size: The sizes of its inputs.
+      slots: The number of slots of the cache.
     """
     model = dict(program.args)["weights"]
+    weights, dtype = bytes_per_chip(model), jax.tree.leaves(model)[0].dtype
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        cache = Cache.bytes_on_device(model.config.lm, size.rows, slots, dtype)
     separate = generate.separates_layers(
-        chip.platform, size.rows, size.steps, bytes_per_chip(model.lm),
-        max(0, chip.memory - bytes_per_chip(model)),
+        chip.platform, size.rows, size.steps, bytes_per_chip(model.lm), cache,
+        max(0, chip.memory - weights),
     )  # fmt: skip
     return dataclasses.replace(program, static=program.static | {"separate_layers": separate})
 

@@ -191,7 +191,8 @@ def plan(
     program = placement.place_program(program, network, mesh, lanes=study == "sweep")
     chip = None if isinstance(topology, Mesh) else Slice.parse(topology).chip
     if study == "generate" and chip:
-        program = placement.place_layers(program, chip, size)
+        slots = batch.ids.shape[1] + size.steps - 1
+        program = placement.place_layers(program, mesh, chip, size, slots)
     args = [tree for _, tree in program.args]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         flops = work.flops(program.fn, *args, unknown=program.unknown, **program.static)

@@ -13,6 +13,8 @@ import mllm_jax as mj
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.interventions.edits import Edits
+from mllm_jax.interventions.tap import Taps
+from mllm_jax.models.cache import Cache
 from mllm_jax.passes import generate
 from mllm_jax.sharding import memory
 from tests.helpers import cases
@@ -74,21 +76,29 @@ def test_separate_layers_are_recomputed(tiny_model, prompts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("separate", "platform", "rows", "steps", "weights", "free"),
+    ("separate", "platform", "rows", "steps", "weights", "cache", "free"),
     [
-        (True, "gpu", 8, 16, 100, 200),
-        (True, "cuda", 1, 16, 100, 200),
-        (False, "gpu", 8, 15, 100, 200),
-        (False, "gpu", 8, 16, 100, 199),
-        (False, "gpu", 8, 16, 100, None),
-        (False, "tpu", 1, 64, 100, 2**40),
-        (True, "cpu", 1, 16, 2**31, None),
-        (False, "cpu", 2, 64, 100, None),
-        (False, "cpu", 1, 64, 2**31 + 1, None),
+        (True, "gpu", 8, 16, 100, 20, 280),
+        (True, "cuda", 1, 16, 100, 20, 280),
+        (False, "gpu", 8, 15, 100, 20, 280),
+        (False, "gpu", 8, 16, 100, 20, 279),
+        (False, "gpu", 8, 16, 100, 20, None),
+        (False, "tpu", 1, 64, 100, 20, 2**40),
+        (True, "cpu", 1, 16, 2**31, 20, None),
+        (False, "cpu", 2, 64, 100, 20, None),
+        (False, "cpu", 1, 64, 2**31 + 1, 20, None),
     ],
 )
-def test_when_layers_are_separate(separate, platform, rows, steps, weights, free):
-    assert generate.separates_layers(platform, rows, steps, weights, free) == separate
+def test_when_layers_are_separate(separate, platform, rows, steps, weights, cache, free):
+    found = generate.separates_layers(platform, rows, steps, weights, cache, free)
+    assert found == separate
+
+
+def test_the_bytes_of_a_cache(tiny_model, prompts):
+    cache = tiny_model(prompts["left"], Taps())[1]
+    (rows, slots), dtype = prompts["left"].ids.shape, cache.key.dtype
+    found = Cache.bytes_on_device(tiny_model.config.lm, rows, slots, dtype)
+    assert found == cache.key.nbytes + cache.value.nbytes
 
 
 def test_traced_layers_are_stacked(tiny_model, prompts, monkeypatch):

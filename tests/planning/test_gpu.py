@@ -216,14 +216,17 @@ def test_a_slice_of_what_is_converted_reads_the_slice():
 
 
 @pytest.mark.parametrize(
-    ("separate", "topology", "steps"),
-    [(True, "h100", 64), (False, "h100", 8), (False, "l40s", 64), (False, "v5e:2x4", 64)],
-)
-def test_layers_are_separate_where_a_second_copy_fits(separate, topology, steps, monkeypatch):
-    """Of a model whose language model takes 24.2 GiB: half of the rest of 79 GiB, not of 44."""
-    config, placed = families.RELEASED["llava-1.5-13b"](), []
+    ("separate", "topology", "rows", "steps"),
+    [
+        (True, "h100", 8, 64), (False, "h100", 8, 8), (False, "l40s", 8, 64),
+        (False, "v5e:2x4", 8, 64), (False, "h100", 64, 64), (True, "h100:2", 8, 64),
+    ],
+)  # fmt: skip
+def test_layers_are_separate_where_a_second_copy_fits(separate, topology, rows, steps, monkeypatch):
+    """Of LLaVA-1.5-7B with 8 rows: half of the rest of 79 GiB, not of 44."""
+    config, placed = families.RELEASED["llava-1.5-7b"](), []
     monkeypatch.setattr(placement, "place_layers", _recording(placement.place_layers, placed))
-    size = programs.Size(rows=8, steps=steps)
+    size = programs.Size(rows=rows, steps=steps)
     plan.plan(config, size, topology=topology, study="generate", compile=False)
     assert [program.static["separate_layers"] for program in placed] == [separate]
 
