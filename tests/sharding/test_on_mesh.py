@@ -47,6 +47,11 @@ def test_a_mesh_gives_what_one_device_gives(shape, family):
 
 
 @pytest.mark.slow
+def test_no_pass_of_any_family_gathers_anything_large():
+    run("2x4", " ".join(FAMILIES), "-k", "gathered and run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["1x1x8", "2x2x2"])
 def test_chips_that_share_one_copy_gather_one_layer_at_a_time(shape):
     run(shape, "llava", "-k", "layer_in_use")
