@@ -10,9 +10,12 @@ import jax
 
 def bytes_on_device(tree: Any) -> int:
     """Return the bytes of a pytree of arrays on one of the devices that hold it."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves)
-    return sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
+
+    def size(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def free_bytes(model: Any) -> int | None:
@@ -30,7 +33,11 @@ def free_bytes(model: Any) -> int | None:
 
 
 def first_device(model: Any) -> Any:
-    """Return the device of this process with the lowest id that holds a part of a model."""
-    leaf = next(leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array))
-    devices: set[Any] = leaf.sharding.addressable_devices
-    return min(devices, key=lambda device: device.id)
+    """Return the device of this process with the lowest id that holds a part of a model.
+
+    A model of NumPy arrays will be on the default device.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array))
+    leaf = next(arrays, None)
+    devices: set[Any] = leaf.sharding.addressable_devices if leaf is not None else set()
+    return min(devices or jax.local_devices()[:1], key=lambda device: device.id)

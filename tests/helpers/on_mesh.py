@@ -26,7 +26,7 @@ from mllm_jax.interventions import binding, logit_lens
 from mllm_jax.loading import load, parameters, save
 from mllm_jax.passes import generate, run, score
 from mllm_jax.planning import exchanges, plan, programs
-from mllm_jax.sharding import hosts, mesh, rules
+from mllm_jax.sharding import hosts, memory, mesh, rules
 from mllm_jax.training import fit
 from tests.helpers import tiny, tiny_families
 
@@ -249,6 +249,12 @@ def test_a_pass_inside_of_a_program_of_the_user(family):
 
     gate = np.linspace(0, 1, many.config.lm.mlp, dtype=np.float32)
     assert_same(*(both(m, gate) for m in (one, many)))
+
+
+def test_bytes_on_a_device(family):
+    _, many, _ = family
+    parts = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(many)]
+    assert memory.bytes_on_device(many) == sum(part.nbytes for part in parts)
 
 
 def test_a_checkpoint_is_read_once(family, on_mesh, tmp_path, monkeypatch):
