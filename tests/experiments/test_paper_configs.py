@@ -198,6 +198,7 @@ def test_gemma_to_its_page(study):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_llava_next_as_released(study):
     """Neurons as the transcription of the procedure finds them in what was counted."""
     published = pytest.importorskip("tests.helpers.published")
