@@ -14,6 +14,7 @@ from typing import Literal
 from flax import nnx
 
 from mllm_jax.models import layers
+from mllm_jax.sharding import mesh
 from mllm_jax.sites import projector as S
 from mllm_jax.typing import Array, Float
 
@@ -144,10 +145,13 @@ class Projector(nnx.Module):
           x: The features. The features of DeepStack beside them are left to `deepstack_tokens`.
           tap: The taps of the projector.
         """
-        act, x = layers.ACTIVATIONS[self.config.act], self.fold(x[..., : self.config.in_width])
+        # A mesh splits the input of the last map. If that is the only one, the compiler would split
+        # all states of the tower or the Q-Former alike, and gather them before products.
+        x = mesh.constrain(x[..., : self.config.in_width], ("I", None, None))
+        act, x = layers.ACTIVATIONS[self.config.act], self.fold(x)
         tap_act = tap.only(S.act)
         x = tap_act.loop(lambda linear, x, tap: tap(S.act, act(linear(x))), self.linears[:-1], x)
-        return tap(S.out, self.linears[-1](x))
+        return tap(S.out, self.linears[-1](mesh.constrain(x, ("I", None, "F"))))
 
     def deepstack_tokens(self, x: Float[Array, "I P F"], tap) -> Float[Array, "K I P D"]:
         """Return the features added to the image tokens after each of the first K layers.

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm_jax.models import attention, layers
-from mllm_jax.sharding import mesh
 from mllm_jax.sites import Site
 from mllm_jax.sites import qformer as S
 from mllm_jax.typing import Array, Bool, Float, Int
@@ -201,6 +200,4 @@ class QFormer(nnx.Module):
             return layer(x, mask, maybe, tap), None
 
         x, _ = tap.scan(step, self.layers, x, jnp.arange(self.config.layers))
-        # The projector splits W over a mesh. Without this the compiler would split all states
-        # alike, and gather them before each product.
-        return mesh.constrain(x[:, :Q], ("B", None, None))
+        return x[:, :Q]
