@@ -81,17 +81,16 @@ def _read(
 ) -> Lens:
     B, T, _ = x.shape
     order, (states, is_selected) = _cut(chunk, selected, x, jnp.asarray(selected))
-    _, *leading = is_selected.shape
-    shards = leading[0]
+    _, shards, chunk = is_selected.shape
     n = B * T // shards
     shape = jax.eval_shape(lens, states[0])
 
     def read_chunk(args):
         states, is_selected = args
         skipped = Lens(
-            jnp.full((*leading, k), -1, jnp.int32),
-            jnp.zeros((*leading, k), shape.dtype),
-            jnp.zeros(leading, shape.dtype),
+            jnp.full((shards, chunk, k), -1, jnp.int32),
+            jnp.zeros((shards, chunk, k), shape.dtype),
+            jnp.zeros((shards, chunk), shape.dtype),
         )
         return jax.lax.cond(
             is_selected.any(), lambda: _lens(lens(states), is_selected, k), lambda: skipped

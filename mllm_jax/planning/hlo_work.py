@@ -165,7 +165,7 @@ class _Counter:
         if user.code not in ("bitcast", "convert"):
             return self._part(user, number)
         part = self._parts(user.name, ops)
-        return part if part is None else part * ops[name].bytes // user.bytes
+        return part and part * ops[name].bytes // user.bytes
 
     def _written(self, op: Op) -> float:
         """Return the bytes that an instruction writes; updates in place write only the update."""

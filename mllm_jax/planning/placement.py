@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +16,8 @@ from mllm_jax.passes import generate, run
 from mllm_jax.planning import compilation
 from mllm_jax.planning.chips import Chip, Slice
 from mllm_jax.planning.programs import Program, Size
+from mllm_jax.sharding import memory, rules
 from mllm_jax.sharding import mesh as mesh_
-from mllm_jax.sharding import rules
 from mllm_jax.training import parts
 
 
@@ -164,9 +163,5 @@ def parameter_shapes(network) -> dict[str, tuple[int, ...]]:
 
 def bytes_per_chip(tree: Any) -> int:
     """Return the bytes that a chip holds of a pytree of shapes."""
-
-    def one(leaf) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(map(one, (a for a in jax.tree.leaves(tree) if isinstance(a, jax.ShapeDtypeStruct))))
+    shapes = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.ShapeDtypeStruct)]
+    return memory.bytes_on_device(shapes)

@@ -9,10 +9,11 @@ import jax
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Return the bytes of a pytree of arrays on one of the devices that hold it."""
+    """Return the bytes of a pytree of arrays, or of their shapes, on one of its devices."""
 
     def size(leaf) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+        sharding = getattr(leaf, "sharding", None)  # which NumPy's arrays lack
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
         return math.prod(shape) * leaf.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
