@@ -55,9 +55,9 @@ setuptools.setup(
         "embedded": ["gguf", "nibabel", "onnx", "pypdfium2", "pyshp", "scikit-learn"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        # What compiles for a GPU that is not here: the plugin of JAX's version, without the CUDA
-        # libraries, and the assembler `ptxas`.
-        "plan-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc"],
+        # What compiles for a GPU that is not here: the plugin of JAX's version, the assembler
+        # `ptxas` and cuDNN, without the other CUDA libraries.
+        "plan-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13"],
         "vqa": ["pyarrow"],  # what reads LingoQA and DocVQA as they are downloaded
         "docs": ["mkdocs>=1.6"],  # docs/ as a site
         "test": ["hypothesis", "mypy", "pyarrow", "pytest", "pytest-xdist", "ruff"],

@@ -1,4 +1,4 @@
-"""Attention: all scores at once, or a block of keys at a time if rows are long."""
+"""Attention: by cuDNN, or all scores at once, or a block of keys at a time if rows are long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mllm_jax.models import blockwise_attention
+from mllm_jax.models import blockwise_attention, cudnn_attention
 from mllm_jax.models.blockwise_attention import ScoreRule
 from mllm_jax.numerics import precision, rows
 from mllm_jax.typing import Array, Bool, Float
@@ -54,17 +54,34 @@ def attend(
       softcap: The bound c of the products s, which become c tanh(s / c) (Gemma 2); None if there
         is none.
     """
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scale is None else scale, softcap)
     parts = [(key, value)] if past is None else [past, (key, value)]
-    causal = causal and past is None
-    (B, T, N, H), S = query.shape, sum(key.shape[2] for key, _ in parts)
-    rule = ScoreRule(H**-0.5 if scale is None else scale, softcap)
     if pattern is not None:
         return _attend_at_once(rule, query, parts, mask, pattern)
+    if past is not None:
+        return _attend_plainly(rule, False, query, parts, mask)
+
+    def plainly(query, key, value, mask):
+        return _attend_plainly(rule, causal, query, [(key, value)], mask)
+
+    if cudnn_attention.supports(query, softcap):
+        return cudnn_attention.attend(
+            plainly, query, key, value, mask, scale=rule.scale, causal=causal
+        )
+    return plainly(query, key, value, mask)
+
+
+def _attend_plainly(
+    rule: ScoreRule, causal: bool, query: Array, parts: Sequence[KeysAndValues], mask: Array | None
+) -> Float[Array, "B T N H"]:
+    """Attend by operations of XLA, with as many scores at a time as the rows are long."""
+    (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
+    if mask is not None:  # whose rows a CPU may take one by one
+        mask = jnp.broadcast_to(mask, (B, *mask.shape[1:]))
     scores = B * N * T * S
-    attend_part = functools.partial(
-        _attend_in_blocks if T * S > MAX_SCORES_OF_ALL_KEYS else _attend_at_once, rule
-    )
+    attend_part = functools.partial(_attend_at_once, rule)
     if T * S > MAX_SCORES_AT_ONCE:
+        attend_part = functools.partial(_attend_long, rule, T * S > MAX_SCORES_OF_ALL_KEYS)
         attend_part = functools.partial(_by_query_block, jax.checkpoint(attend_part), causal)
     elif causal and scores > rows.MAX_ELEMENTS_AT_ONCE:
         attend_part = functools.partial(_by_query_block, attend_part, causal)
@@ -89,6 +106,18 @@ def _by_query_block(
         return attend_part(query[:, start:stop], keys, seen)
 
     return jnp.concatenate([attend_block(i, j) for i, j in itertools.pairwise(ends)], 1)
+
+
+def _attend_long(
+    rule: ScoreRule, in_blocks: bool, query: Array, parts: Sequence[KeysAndValues],
+    mask: Array | None,
+) -> Float[Array, "B T N H"]:  # fmt: skip
+    """Attend in blocks of keys; unless `in_blocks`, only where the platform is a TPU."""
+    blocks = functools.partial(_attend_in_blocks, rule)
+    if in_blocks:
+        return blocks(query, parts, mask)
+    at_once = functools.partial(_attend_at_once, rule)
+    return jax.lax.platform_dependent(query, parts, mask, tpu=blocks, default=at_once)
 
 
 def _attend_in_blocks(

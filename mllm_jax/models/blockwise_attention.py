@@ -16,9 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from mllm_jax.numerics import precision
+from mllm_jax.sharding import mesh
 from mllm_jax.typing import Array, Bool, Float, Int
 
+# The scores of a block, of all rows and heads on a device: so few that a TPU keeps them on chip.
+MAX_SCORES = 2**23
 KEYS = 512  # in a block, at most
+SMALLEST = 128  # queries or keys of a block, unless there are fewer
 _MULTIPLE = 16  # of the keys of a block, so that products have whole tiles
 
 Mask = Bool[Array, "#B #K #G #T S"] | None
@@ -95,20 +99,57 @@ def attend(
       mask: True where a query may attend to a key; None for all keys. The result of a query that
         may not attend to any key is zero.
     """
-    S = key.shape[2]
-    count = -(-S // KEYS)
-    size = -(-S // (count * _MULTIPLE)) * _MULTIPLE
-    missing = count * size - S
+    T, S = query.shape[3], key.shape[2]
+    queries, most_keys = _block_size(query, S)
+    size = _even_part(S, most_keys)
+    missing = -S % size
 
     def blocks(array):
         array = jnp.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        return jnp.moveaxis(array.reshape(*array.shape[:2], count, size, -1), 2, 0)
+        return jnp.moveaxis(array.reshape(*array.shape[:2], -1, size, array.shape[-1]), 2, 0)
 
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 0), (0, missing)))
     elif missing:
-        mask = (jnp.arange(count * size) < S)[None, None, None, None]
-    return _attend(rule, query, blocks(key), blocks(value), mask)[0]
+        mask = (jnp.arange(S + missing) < S)[None, None, None, None]
+    keys, values = blocks(key), blocks(value)
+    if queries >= T:
+        return _attend(rule, query, keys, values, mask)[0]
+    return _by_queries(rule, _even_part(T, queries), query, keys, values, mask)
+
+
+def _block_size(query: Float[Array, "B K G T H"], keys: int) -> tuple[int, int]:
+    """Return the largest numbers of queries and keys of a block, for all rows and heads."""
+    B, K, G, T, _ = query.shape
+    heads = B * K * G // (mesh.shard_count("B", B) * mesh.shard_count("K", K))
+    keys = min(keys, max(SMALLEST, min(KEYS, MAX_SCORES // (heads * SMALLEST))))
+    return min(T, max(SMALLEST, MAX_SCORES // (heads * keys) // SMALLEST * SMALLEST)), keys
+
+
+def _even_part(length: int, most: int) -> int:
+    """Return the size of the fewest parts of equal size of at most `most`, in whole tiles."""
+    count = -(-length // most)
+    return -(-length // (count * _MULTIPLE)) * _MULTIPLE
+
+
+def _by_queries(
+    rule: ScoreRule, size: int, query: Array, keys: Array, values: Array, mask: Mask
+) -> Float[Array, "B K G T H"]:
+    """Attend with `size` queries at a time."""
+    T = query.shape[3]
+
+    def parts(array):
+        array = jnp.pad(array, ((0, 0),) * 3 + ((0, -T % size), (0, 0)))
+        return jnp.moveaxis(array.reshape(*array.shape[:3], -1, size, array.shape[-1]), 3, 0)
+
+    if mask is None or mask.shape[3] == 1:
+        heads = jax.lax.map(lambda q: _attend(rule, q, keys, values, mask)[0], parts(query))
+    else:
+        heads = jax.lax.map(
+            lambda part: _attend(rule, part[0], keys, values, part[1])[0],
+            (parts(query), parts(mask)),
+        )
+    return jnp.moveaxis(heads, 0, 3).reshape(*query.shape[:3], -1, query.shape[-1])[:, :, :, :T]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,8 +1,8 @@
 """Compile programs for TPU and GPU topologies, without the hardware.
 
 The compiler for TPUs comes with the package `libtpu` and needs no TPU. The compiler for GPUs comes
-with JAX's plugin for CUDA and needs no GPU and no driver, but the assembler `ptxas` and NVIDIA's
-library of device functions, from a CUDA toolkit or from packages.
+with JAX's plugin for CUDA and needs no GPU and no driver, but the assembler `ptxas`, NVIDIA's
+library of device functions and cuDNN, from a CUDA toolkit or from packages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mllm_jax.models import cudnn_attention
 from mllm_jax.planning import gpu_targets
 from mllm_jax.planning.chips import Slice
 from mllm_jax.planning.programs import Program
@@ -45,13 +46,15 @@ def has_compiler(slice_: Slice) -> bool:
     """Return whether there is a compiler for a slice.
 
     Raises:
-      ValueError: The compiler for GPUs is not installed. (Without the compiler for TPUs a plan is
-        made from shapes.)
+      ValueError: The compiler for GPUs, or cuDNN, is not installed. (Without the compiler for TPUs
+        a plan is made from shapes.)
     """
     if slice_.chip.platform == "tpu":
         return has_tpu_compiler()
     if not has_gpu_compiler():
         raise ValueError(f"topology '{slice_}': the compiler for GPUs is missing: {_GPU_PACKAGES}")
+    if not cudnn_attention.is_available():  # a GPU would run another program
+        raise ValueError(f"topology '{slice_}': cuDNN is missing: {_GPU_PACKAGES}")
     return True
 
 

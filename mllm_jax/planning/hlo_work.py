@@ -190,6 +190,8 @@ def _all_bytes(op: Op | None) -> int:
 
 
 def _flops(op: Op, ops: dict[str, Op]) -> float:
+    if op.code == "custom-call" and "__cudnn$fmha" in op.text:
+        return _attention_flops(op, ops)
     if op.code not in ("dot", "convolution"):
         return 0
     left, right = (ops[name].arrays[0].shape for name in op.operands[:2])
@@ -198,6 +200,13 @@ def _flops(op: Op, ops: dict[str, Op]) -> float:
         axes = [int(n) for n in op.field("lhs_contracting_dims").split(",") if n]
         return 2 * math.prod(out) * math.prod(left[axis] for axis in axes)
     return _convolution_flops(op, left, right, out)
+
+
+def _attention_flops(op: Op, ops: dict[str, Op]) -> float:
+    """Count the products of cuDNN's attention; if causal, those of earlier keys only."""
+    query, key = (ops[name].arrays[0].shape for name in op.operands[:2])  # [B, T, N, H]
+    products = 4 * math.prod(query) * key[1]
+    return products / 2 if '"mask_type": "CAUSAL"' in op.text else products
 
 
 def _convolution_flops(

@@ -11,7 +11,6 @@ from mllm_jax.planning.plan import Plan, plan
 from mllm_jax.planning.programs import Size
 
 MAX_COMPILATIONS = 6  # in the search for the largest number that fits, after the first one
-FIRST_GROWTH = 8  # from the first number that is compiled to the second
 MAX_GROWTH = 16  # from one number to the next, where memory has hardly grown so far
 FULL = 0.95  # the fraction of the usable memory above which no larger number is searched for
 USABLE = 0.98  # the fraction of a chip's memory that is not the system's
@@ -51,9 +50,9 @@ def largest_that_fits(
 ) -> tuple[int, Plan]:
     """Find the largest number of rows or lanes of a data shard that fits.
 
-    Memory is extrapolated linearly from the largest number known to fit and the number compiled
-    last. The prediction is compiled, until what fits uses 95 % of the memory or no larger number
-    is expected to fit.
+    Memory is extrapolated linearly: first from the weights and the given number, then from the
+    largest number known to fit and the number compiled last. The prediction is compiled, until what
+    fits uses 95 % of the memory or no larger number is expected to fit.
 
     Args:
       field: "rows" or "lanes".
@@ -80,8 +79,10 @@ def largest_that_fits(
         raise ValueError(f"the largest {field}: {reason}")
     assert best.capacity is not None  # it fits
     usable = best.capacity * USABLE
-    most, failed = FIRST_GROWTH * few, None
+    slope, failed = (best.total - best.bytes["weights"]) / few, None
     for _ in range(MAX_COMPILATIONS):
+        most = few + int((usable - best.total) / max(slope, 1))
+        most = min(most, MAX_GROWTH * few, most if failed is None else failed - 1)
         if best.total > FULL * usable or most <= few:
             break
         tried = plan_for(most)
@@ -91,10 +92,6 @@ def largest_that_fits(
             best, few = tried, number
         else:
             failed = number
-        most = few + int((usable - best.total) / max(slope, 1))
-        most = min(most, MAX_GROWTH * few)
-        if failed is not None:
-            most = min(most, failed - 1)
     return few, best
 
 

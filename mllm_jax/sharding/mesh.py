@@ -106,6 +106,11 @@ def is_active() -> bool:
     return jax.sharding.get_abstract_mesh().axis_names == AXES
 
 
+def is_split() -> bool:
+    """Return whether a mesh of several devices is active."""
+    return is_active() and jax.sharding.get_abstract_mesh().size > 1
+
+
 def axes_for(letter: str | None, size: int) -> tuple[str, ...] | None:
     """Return the axes of the active mesh that split an axis of this letter and size, or None."""
     active = jax.sharding.get_abstract_mesh()

@@ -17,6 +17,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.models import attention, blockwise_attention
 from mllm_jax.numerics import rows
 from mllm_jax.planning import programs
+from tests.models.attention_loop import KINDS, assert_near, attend_in_a_loop, masks
 
 
 def arrays(past: int, masked: bool):
@@ -51,6 +52,14 @@ def test_attention(at_once, past, masked, monkeypatch):
     np.testing.assert_allclose(got, by_hand(*inputs, before), rtol=0, atol=1e-6)
 
 
+def test_rows_may_share_a_mask(monkeypatch):
+    monkeypatch.setattr(rows, "MAX_ELEMENTS_AT_ONCE", 0)
+    query, key, value, mask, _ = arrays(0, True)
+    got = attention.attend(query, key, value, mask[1:2])
+    want = by_hand(query, key, value, mask[[1, 1, 1]], None)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
 def test_row_by_row_has_the_same_slope(monkeypatch):
     query, *rest, _ = arrays(0, True)
 
@@ -78,68 +87,13 @@ def in_blocks(monkeypatch):
     monkeypatch.setattr(blockwise_attention, "KEYS", 16)
 
 
-def masks(kind: str, rng, B: int, N: int, T: int, S: int) -> np.ndarray | None:
-    """The masks of the library: bool[B, 1 or N, T or 1, S]."""
-    causal = np.tril(np.ones((T, S), bool), S - T)[None, None].repeat(B, 0)
-    if kind == "none":
-        return None
-    if kind == "vision":  # for all queries of a tile
-        return rng.random((B, 1, 1, S)) < 0.7
-    if kind == "padding":
-        return causal & (np.arange(S) >= rng.integers(0, S, (B, 1, 1, 1)))
-    if kind == "segments":
-        segment = np.sort(rng.integers(0, 3, (B, S)), 1)
-        own = segment[:, None, :] == segment[:, S - T :, None]
-        return causal & ((segment == 0)[:, None, :] | own)[:, None]
-    if kind == "forward":
-        block = np.sort(rng.integers(0, 3, (B, S)), 1)
-        return causal | (block[:, None, None, :] == block[:, None, S - T :, None])
-    if kind == "window":
-        return causal & np.triu(np.ones((T, S), bool), S - T - 4)
-    knocked_out = rng.random((B, N, T, S)) < 0.4
-    return causal & ~knocked_out
-
-
-KINDS = ("none", "vision", "padding", "segments", "forward", "window", "knockout")
-
-
-def attend_in_a_loop(query, key, value, mask, weight, scale, softcap):
-    """The heads, and the gradients of sum(weight * heads), a query at a time in float64."""
-    query, key, value, weight = (np.asarray(a, np.float64) for a in (query, key, value, weight))
-    (B, T, N, H), S = query.shape, key.shape[2]
-    heads, *slopes = np.zeros((B, T, N, H)), *map(np.zeros_like, (query, key, value))
-    mask = np.broadcast_to(True if mask is None else mask, (B, N, T, S))
-    for b, t, n in np.ndindex(B, T, N):
-        k, at = n * key.shape[1] // N, np.flatnonzero(mask[b, n, t])
-        if not len(at):
-            continue
-        scores = scale * key[b, k, at] @ query[b, t, n]
-        slope = np.full(len(at), scale)
-        if softcap is not None:
-            scores = softcap * np.tanh(scores / softcap)
-            slope = scale * (1 - (scores / softcap) ** 2)
-        shares = np.exp(scores - scores.max())
-        shares /= shares.sum()
-        heads[b, t, n] = shares @ value[b, k, at]
-        by_share = value[b, k, at] @ weight[b, t, n]
-        by_product = slope * shares * (by_share - shares @ by_share)
-        slopes[0][b, t, n] = by_product @ key[b, k, at]
-        slopes[1][b, k, at] += np.outer(by_product, query[b, t, n])
-        slopes[2][b, k, at] += np.outer(shares, weight[b, t, n])
-    return heads, slopes
-
-
-def assert_near(got, want, tolerance=1e-6):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
-
-
 @hypothesis.given(
     kind=st.sampled_from(KINDS),
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     T=st.integers(1, 40),
     past=st.sampled_from([0, 0, 7]),
     most=st.sampled_from([0, 0, 2**24]),  # scores of all keys: 0 for keys in blocks
+    block=st.sampled_from([1, 1, 2**23]),  # scores of a block: 1 for few queries too
     scale=st.sampled_from([None, 0.3]),
     softcap=st.sampled_from([None, 1.5]),
     seed=st.integers(0, 1000),
@@ -149,9 +103,11 @@ def assert_near(got, want, tolerance=1e-6):
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 def test_blocks_are_a_loop_over_queries(
-    in_blocks, monkeypatch, kind, heads, T, past, most, scale, softcap, seed
+    in_blocks, monkeypatch, kind, heads, T, past, most, block, scale, softcap, seed
 ):
     monkeypatch.setattr(attention, "MAX_SCORES_OF_ALL_KEYS", most)
+    monkeypatch.setattr(blockwise_attention, "MAX_SCORES", block)
+    monkeypatch.setattr(blockwise_attention, "SMALLEST", 4)
     rng, (N, K), S = np.random.default_rng(seed), heads, T + past
     query, weight = rng.normal(size=(2, 2, T, N, 5)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, K, S, 5)).astype(np.float32)
@@ -177,6 +133,39 @@ def test_blocks_are_a_loop_over_queries(
     if S > 1:  # of one key nothing depends on queries and keys
         for slope, want_slope in zip(slopes, want_slopes, strict=True):
             assert_near(slope, want_slope)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_few_queries(in_blocks, monkeypatch, kind):
+    """Where so many rows have heads that a block of all queries is too large."""
+    B, T, N, K = 2, 21, 4, 2
+    monkeypatch.setattr(attention, "QUERY_BLOCKS", 1)
+    monkeypatch.setattr(blockwise_attention, "MAX_SCORES", B * N * 8 * 16)
+    monkeypatch.setattr(blockwise_attention, "SMALLEST", 8)
+    rng = np.random.default_rng(0)
+    query, weight = rng.normal(size=(2, B, T, N, 5)).astype(np.float32)
+    key, value = rng.normal(size=(2, B, K, T, 5)).astype(np.float32)
+    mask = masks(kind, rng, B, N, T, T)
+    assert blockwise_attention._block_size(query.reshape(B, K, N // K, T, 5), T) == (8, 16)
+    heads, back = jax.vjp(lambda *arrays: attention.attend(*arrays, mask), query, key, value)
+    want, slopes = attend_in_a_loop(query, key, value, mask, weight, 5**-0.5, None)
+    assert_near(heads, want)
+    for got, slope in zip(back(jnp.asarray(weight)), slopes, strict=True):
+        assert_near(got, slope)
+
+
+@hypothesis.given(
+    B=st.integers(1, 300), heads=st.integers(1, 64), T=st.integers(1, 9000), S=st.integers(1, 9000)
+)
+@hypothesis.settings(max_examples=50, derandomize=True, database=None)
+def test_the_scores_of_a_block_fit(B, heads, T, S):
+    """Unless they are the fewest; and no fewer than fit."""
+    query = jax.ShapeDtypeStruct((B, heads, 2, T, 8), jnp.float32)
+    queries, keys = blockwise_attention._block_size(query, S)
+    least, most = blockwise_attention.SMALLEST, blockwise_attention.MAX_SCORES
+    assert 1 <= queries <= T and 1 <= keys <= min(S, blockwise_attention.KEYS)
+    assert B * heads * 2 * queries * keys <= most or (queries <= least and keys <= least)
+    assert queries == T or B * heads * 2 * (queries + least) * keys > most
 
 
 def test_blocks_are_differentiated_forward_and_twice(in_blocks, monkeypatch):

@@ -1,0 +1,128 @@
+"""Attention on NVIDIA GPUs by cuDNN: scores are never in memory (FlashAttention, Dao et al. 2022).
+
+`jax.nn.dot_product_attention` calls it. Here are the conditions under which it applies, and what it
+lacks for this library: lanes of `jax.vmap`, masks without a row for each query, and queries that
+may not attend to any key.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mllm_jax.sharding import mesh
+from mllm_jax.typing import Array, Bool, Float
+
+Attend = Callable[[Array, Array, Array, Array | None], Array]
+IMPLEMENTATION = "cudnn"
+MAX_WIDTH = 128  # of a head, on every generation of GPUs
+_WIDTH_MULTIPLE = 8
+
+
+@functools.cache
+def is_available() -> bool:
+    """Return whether JAX finds cuDNN, whether or not there is a GPU."""
+    array = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    call = functools.partial(jax.nn.dot_product_attention, implementation=IMPLEMENTATION)
+    try:
+        jax.eval_shape(call, array, array, array)
+    except RuntimeError:  # cuDNN, or JAX's plugin for CUDA, is not installed
+        return False
+    return True
+
+
+def supports(query: Float[Array, "B T N H"], softcap: float | None) -> bool:
+    """Return whether cuDNN computes attention of these queries, if the platform is CUDA."""
+    H = query.shape[-1]
+    return (
+        query.dtype in (jnp.bfloat16, jnp.float16)
+        and H <= MAX_WIDTH
+        and H % _WIDTH_MULTIPLE == 0
+        and softcap is None
+        and not mesh.is_split()
+        and is_available()
+    )
+
+
+def attend(
+    otherwise: Attend,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B #N #T S"] | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Float[Array, "B T N H"]:
+    """Compute softmax(scale q k^T) v by cuDNN where the platform is CUDA.
+
+    Args:
+      otherwise: The same function of queries, keys, values and mask, for all other platforms and
+        for derivatives (those of cuDNN exist only in reverse mode and with few masks).
+      query: The queries.
+      key: The keys.
+      value: The values.
+      mask: True where a query may attend to a key; None for all keys. The result of a query that
+        may not attend to any key is zero.
+      scale: The factor of the products.
+      causal: Whether the mask, of as many queries as keys, is causal, so that products with later
+        keys can be left out.
+    """
+
+    @jax.custom_jvp
+    def call(query, key, value, mask):
+        fused = functools.partial(_attend_in_lanes, scale, causal)
+        return jax.lax.platform_dependent(query, key, value, mask, cuda=fused, default=otherwise)
+
+    @call.defjvp
+    def _(primals, tangents):
+        *arrays, mask = primals
+        _, change = jax.jvp(lambda *a: otherwise(*a, mask), tuple(arrays), tuple(tangents[:3]))
+        return call(*primals), change
+
+    return call(query, key, value, mask)
+
+
+def _attend_in_lanes(
+    scale: float, causal: bool, query: Array, key: Array, value: Array, mask: Array | None
+) -> Float[Array, "B T N H"]:
+    """Attend; under `jax.vmap`, lanes are further rows, since cuDNN has one axis of rows only."""
+
+    @jax.custom_batching.custom_vmap
+    def call(query, key, value, *mask):
+        return _attend(scale, causal, query, key, value, *mask)
+
+    @call.def_vmap
+    def _(lanes, batched, *arrays):
+        def rows(array, is_batched):
+            if not is_batched:
+                array = jnp.broadcast_to(array, (lanes, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        B = arrays[0].shape[1 if batched[0] else 0]
+        if len(arrays) == 4 and arrays[3].shape[1 if batched[3] else 0] != B:  # of all rows
+            *rest, mask = arrays
+            mask = jnp.repeat(mask, B, 1 if batched[3] else 0)
+            arrays = (*rest, mask)
+        out = call(*map(rows, arrays, batched))
+        return out.reshape(lanes, B, *out.shape[1:]), True
+
+    return call(query, key, value, *(() if mask is None else (mask,)))
+
+
+def _attend(
+    scale: float, causal: bool, query: Array, key: Array, value: Array, mask: Array | None = None
+) -> Float[Array, "B T N H"]:
+    attend = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, implementation=IMPLEMENTATION
+    )
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    if mask is None:
+        return attend(query, key, value, is_causal=causal)
+    T, S = query.shape[1], key.shape[1]
+    rows = jnp.broadcast_to(mask, (*mask.shape[:2], T, S))
+    heads = attend(query, key, value, mask=rows, is_causal=causal)
+    return jnp.where(mask.any(-1).swapaxes(1, 2)[..., None], heads, 0)
