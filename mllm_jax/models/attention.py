@@ -19,8 +19,8 @@ KeysAndValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
 # The number of scores of a head above which queries are processed in blocks, each of which
 # recomputes its scores in the backward pass; and the number above which keys are processed in
-# blocks too. Each block of keys reads and writes the heads once more: on an H100, rows of 3,072
-# tokens would move 1.4 times the bytes.
+# blocks too (on TPUs the first one). Each block of keys reads and writes the heads once more: on an
+# H100, rows of 3,072 tokens would move 1.4 times the bytes. A TPU keeps small blocks on the chip.
 MAX_SCORES_AT_ONCE = 2**18
 MAX_SCORES_OF_ALL_KEYS = 2**24
 QUERY_BLOCKS = 4

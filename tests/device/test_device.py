@@ -6,6 +6,7 @@ tests also pass where the CPU is the only device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from benchmarks import chip
 from mllm_jax import sites as S
 from mllm_jax import tokens as tok
 from mllm_jax.families.llava import model as llava
+from mllm_jax.models import attention
 from mllm_jax.training import fit
 from tests.helpers import random_inputs
+from tests.models import attention_loop
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -46,6 +49,26 @@ def on_cpu(run: Callable[[Any], Any], model: Any) -> Any:
     """Run on the CPU of this machine."""
     with chip.default_device(CPU):
         return run(jax.tree.map(jnp.asarray, jax.device_get(model)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "T"), [*((kind, 48) for kind in attention_loop.KINDS), ("none", 600), ("padding", 600)]
+)
+def test_attention_of_bfloat16(kind, T):
+    """By cuDNN on NVIDIA GPUs, and in blocks on TPUs where rows are long; a loop on the CPU."""
+    rng, (B, N, K, H) = np.random.default_rng(0), (2, 4, 2, 64)
+    query = rng.normal(size=(B, T, N, H))
+    key, value = rng.normal(size=(2, B, K, T, H))
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, value)]
+    mask = attention_loop.masks(kind, rng, B, N, T, T)
+    causal = kind not in ("none", "vision", "forward")
+    attend = functools.partial(attention.attend, mask=mask, causal=causal)
+    heads, back = jax.vjp(jax.jit(attend), *arrays)
+    weight = jnp.asarray(rng.normal(size=heads.shape), jnp.bfloat16)
+    slopes = back(weight)
+    want = attention_loop.attend_in_a_loop(*arrays, mask, weight, H**-0.5, None)
+    for got, reference in zip((heads, *slopes), (want[0], *want[1]), strict=True):
+        attention_loop.assert_near(got, reference, 1e-2)
 
 
 @pytest.fixture(scope="module")
