@@ -20,8 +20,10 @@ KeysAndValues = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 # The number of scores of a head above which queries are processed in blocks, each of which
 # recomputes its scores in the backward pass; and the number above which keys are processed in
 # blocks too (on TPUs the first one). Each block of keys reads and writes the heads once more: on an
-# H100, rows of 3,072 tokens would move 1.4 times the bytes. A TPU keeps small blocks on the chip.
+# H100, rows of 3,072 tokens would move 1.4 times the bytes. A TPU keeps a block on the chip if the
+# rows and heads of which it is have few scores.
 MAX_SCORES_AT_ONCE = 2**18
+MAX_SCORES_ON_CHIP = 2**22
 MAX_SCORES_OF_ALL_KEYS = 2**24
 QUERY_BLOCKS = 4
 
@@ -113,16 +115,17 @@ def _attend_long(
     mask: Array | None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
     """Attend in blocks of keys; unless `in_blocks`, only where the platform is a TPU."""
-    blocks = functools.partial(_attend_in_blocks, rule)
+    small = functools.partial(_attend_in_blocks, rule, MAX_SCORES_ON_CHIP)
+    default = functools.partial(_attend_at_once, rule)
     if in_blocks:
-        return blocks(query, parts, mask)
-    at_once = functools.partial(_attend_at_once, rule)
-    return jax.lax.platform_dependent(query, parts, mask, tpu=blocks, default=at_once)
+        default = functools.partial(_attend_in_blocks, rule, None)
+    return jax.lax.platform_dependent(query, parts, mask, tpu=small, default=default)
 
 
 def _attend_in_blocks(
-    rule: ScoreRule, query: Array, parts: Sequence[KeysAndValues], mask: Array | None
-) -> Float[Array, "B T N H"]:
+    rule: ScoreRule, max_scores: int | None, query: Array, parts: Sequence[KeysAndValues],
+    mask: Array | None,
+) -> Float[Array, "B T N H"]:  # fmt: skip
     """Attend without the scores of all keys in memory; see `blockwise_attention`."""
     key, value = (jnp.concatenate(arrays, 2) for arrays in zip(*parts, strict=True))
     (B, T, N, H), K = query.shape, key.shape[1]
@@ -130,8 +133,8 @@ def _attend_in_blocks(
     if mask is not None:
         groups = (1, 1) if mask.shape[1] == 1 else (K, N // K)
         mask = mask.reshape(mask.shape[0], *groups, *mask.shape[2:])
-    heads = blockwise_attention.attend(rule, grouped, key, value, mask).astype(query.dtype)
-    return heads.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    heads = blockwise_attention.attend(rule, grouped, key, value, mask, max_scores)
+    return heads.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def _attend_at_once(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,9 @@ import jax.numpy as jnp
 
 from mllm_jax.numerics import precision
 from mllm_jax.sharding import mesh
-from mllm_jax.typing import Array, Bool, Float, Int
+from mllm_jax.typing import Array, Bool, Float, Int, Shaped
 
-# The scores of a block, of all rows and heads on a device: so few that a TPU keeps them on chip.
-MAX_SCORES = 2**23
 KEYS = 512  # in a block, at most
-SMALLEST = 128  # queries or keys of a block, unless there are fewer
 _MULTIPLE = 16  # of the keys of a block, so that products have whole tiles
 
 Mask = Bool[Array, "#B #K #G #T S"] | None
@@ -88,6 +86,7 @@ def attend(
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
     mask: Mask,
+    max_scores: int | None = None,
 ) -> Float[Array, "B K G T H"]:
     """Compute softmax(rule(q k)) v in float32 or better.
 
@@ -98,58 +97,94 @@ def attend(
       value: The values.
       mask: True where a query may attend to a key; None for all keys. The result of a query that
         may not attend to any key is zero.
+      max_scores: The largest number of scores of a block on each device, for which rows and heads
+        are processed in parts; None for all rows and heads at the same time.
     """
-    T, S = query.shape[3], key.shape[2]
-    queries, most_keys = _block_size(query, S)
-    size = _even_part(S, most_keys)
-    missing = -S % size
+    parts = Parts.of(query, max_scores)
+    if parts.count == 1:
+        return _attend_by_blocks(rule, query, key, value, mask)
+    arrays = parts.split(query), parts.split(key), parts.split(value)
+    if mask is None:
+        heads = jax.lax.map(lambda part: _attend_by_blocks(rule, *part, None), arrays)
+    else:
+        heads = jax.lax.map(
+            lambda part: _attend_by_blocks(rule, *part), (*arrays, parts.split(mask))
+        )
+    return parts.join(heads)
+
+
+def _attend_by_blocks(
+    rule: ScoreRule, query: Array, key: Array, value: Array, mask: Mask
+) -> Float[Array, "B K G T H"]:
+    S = key.shape[2]
+    count = -(-S // KEYS)
+    size = -(-S // (count * _MULTIPLE)) * _MULTIPLE
+    missing = count * size - S
 
     def blocks(array):
         array = jnp.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        return jnp.moveaxis(array.reshape(*array.shape[:2], -1, size, array.shape[-1]), 2, 0)
+        return jnp.moveaxis(array.reshape(*array.shape[:2], count, size, -1), 2, 0)
 
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 0), (0, missing)))
     elif missing:
-        mask = (jnp.arange(S + missing) < S)[None, None, None, None]
-    keys, values = blocks(key), blocks(value)
-    if queries >= T:
-        return _attend(rule, query, keys, values, mask)[0]
-    return _by_queries(rule, _even_part(T, queries), query, keys, values, mask)
+        mask = (jnp.arange(count * size) < S)[None, None, None, None]
+    return _attend(rule, query, blocks(key), blocks(value), mask)[0]
 
 
-def _block_size(query: Float[Array, "B K G T H"], keys: int) -> tuple[int, int]:
-    """Return the largest numbers of queries and keys of a block, for all rows and heads."""
-    B, K, G, T, _ = query.shape
-    heads = B * K * G // (mesh.shard_count("B", B) * mesh.shard_count("K", K))
-    keys = min(keys, max(SMALLEST, min(KEYS, MAX_SCORES // (heads * SMALLEST))))
-    return min(T, max(SMALLEST, MAX_SCORES // (heads * keys) // SMALLEST * SMALLEST)), keys
+class Parts(NamedTuple):
+    """A division of the rows and key heads of each device into parts of equal size.
 
+    Attributes:
+      counts: The numbers of parts of the rows, and of the heads of keys.
+      shards: The numbers of devices that share the rows, and the heads of keys.
+    """
 
-def _even_part(length: int, most: int) -> int:
-    """Return the size of the fewest parts of equal size of at most `most`, in whole tiles."""
-    count = -(-length // most)
-    return -(-length // (count * _MULTIPLE)) * _MULTIPLE
+    counts: tuple[int, int]
+    shards: tuple[int, int]
 
+    @classmethod
+    def of(cls, query: Float[Array, "B K G T H"], max_scores: int | None) -> Parts:
+        """Return the fewest parts with at most `max_scores` scores of a block, if there are any."""
+        B, K, G, T, _ = query.shape
+        shards = mesh.shard_count("B", B), mesh.shard_count("K", K)
+        if max_scores is None:
+            return cls((1, 1), shards)
+        heads = max_scores // (G * T * KEYS)  # of keys, in a part
+        rows, all_heads = B // shards[0], K // shards[1]
+        count = _smallest_divisor(rows, heads // all_heads)
+        return cls((count, _smallest_divisor(all_heads, heads) if count == rows else 1), shards)
 
-def _by_queries(
-    rule: ScoreRule, size: int, query: Array, keys: Array, values: Array, mask: Mask
-) -> Float[Array, "B K G T H"]:
-    """Attend with `size` queries at a time."""
-    T = query.shape[3]
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return math.prod(self.counts)
 
-    def parts(array):
-        array = jnp.pad(array, ((0, 0),) * 3 + ((0, -T % size), (0, 0)))
-        return jnp.moveaxis(array.reshape(*array.shape[:3], -1, size, array.shape[-1]), 3, 0)
-
-    if mask is None or mask.shape[3] == 1:
-        heads = jax.lax.map(lambda q: _attend(rule, q, keys, values, mask)[0], parts(query))
-    else:
-        heads = jax.lax.map(
-            lambda part: _attend(rule, part[0], keys, values, part[1])[0],
-            (parts(query), parts(mask)),
+    def split(self, array: Shaped[Array, "B K *rest"]) -> Shaped[Array, "n b k *rest"]:
+        """Return the parts of an array; axes of length 1 are in all of them."""
+        axes: list[int] = []
+        for size, count, shards in zip(array.shape, self.counts, self.shards, strict=False):
+            axes += (1, 1, 1) if size == 1 else (shards, count, size // shards // count)
+        array = array.reshape(*axes, *array.shape[2:])
+        array = jnp.broadcast_to(
+            array, (axes[0], self.counts[0], *axes[2:4], self.counts[1], axes[5], *array.shape[6:])
         )
-    return jnp.moveaxis(heads, 0, 3).reshape(*query.shape[:3], -1, query.shape[-1])[:, :, :, :T]
+        array = jnp.moveaxis(array, (1, 4), (0, 1))
+        return array.reshape(self.count, axes[0] * axes[2], axes[3] * axes[5], *array.shape[6:])
+
+    def join(self, parts: Shaped[Array, "n b k *rest"]) -> Shaped[Array, "B K *rest"]:
+        """Return the array of which these are the parts."""
+        _, b, k, *rest = parts.shape
+        (rows, heads), (row_shards, head_shards) = self.counts, self.shards
+        array = parts.reshape(
+            rows, heads, row_shards, b // row_shards, head_shards, k // head_shards, *rest
+        )
+        return jnp.moveaxis(array, (0, 1), (1, 4)).reshape(b * rows, k * heads, *rest)
+
+
+def _smallest_divisor(length: int, most: int) -> int:
+    """Return the smallest number of equal parts of at most `most`, or of 1."""
+    return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

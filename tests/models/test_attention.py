@@ -17,6 +17,7 @@ from mllm_jax.families.llava import model as llava
 from mllm_jax.models import attention, blockwise_attention
 from mllm_jax.numerics import rows
 from mllm_jax.planning import programs
+from mllm_jax.sharding.mesh import AXES
 from tests.models.attention_loop import KINDS, assert_near, attend_in_a_loop, masks
 
 
@@ -93,7 +94,6 @@ def in_blocks(monkeypatch):
     T=st.integers(1, 40),
     past=st.sampled_from([0, 0, 7]),
     most=st.sampled_from([0, 0, 2**24]),  # scores of all keys: 0 for keys in blocks
-    block=st.sampled_from([1, 1, 2**23]),  # scores of a block: 1 for few queries too
     scale=st.sampled_from([None, 0.3]),
     softcap=st.sampled_from([None, 1.5]),
     seed=st.integers(0, 1000),
@@ -103,11 +103,9 @@ def in_blocks(monkeypatch):
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 def test_blocks_are_a_loop_over_queries(
-    in_blocks, monkeypatch, kind, heads, T, past, most, block, scale, softcap, seed
+    in_blocks, monkeypatch, kind, heads, T, past, most, scale, softcap, seed
 ):
     monkeypatch.setattr(attention, "MAX_SCORES_OF_ALL_KEYS", most)
-    monkeypatch.setattr(blockwise_attention, "MAX_SCORES", block)
-    monkeypatch.setattr(blockwise_attention, "SMALLEST", 4)
     rng, (N, K), S = np.random.default_rng(seed), heads, T + past
     query, weight = rng.normal(size=(2, 2, T, N, 5)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, K, S, 5)).astype(np.float32)
@@ -136,36 +134,57 @@ def test_blocks_are_a_loop_over_queries(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_few_queries(in_blocks, monkeypatch, kind):
-    """Where so many rows have heads that a block of all queries is too large."""
-    B, T, N, K = 2, 21, 4, 2
-    monkeypatch.setattr(attention, "QUERY_BLOCKS", 1)
-    monkeypatch.setattr(blockwise_attention, "MAX_SCORES", B * N * 8 * 16)
-    monkeypatch.setattr(blockwise_attention, "SMALLEST", 8)
+@pytest.mark.parametrize("most", [0, 2 * 2 * 21 * 16, 4 * 2 * 21 * 16])  # heads of keys: 1, 2, 4
+def test_blocks_of_few_rows_and_heads(in_blocks, most, kind):
+    """As on a TPU, where a block of all of them does not stay on the chip."""
+    B, T, N, K, H = 3, 21, 4, 2, 5
     rng = np.random.default_rng(0)
-    query, weight = rng.normal(size=(2, B, T, N, 5)).astype(np.float32)
-    key, value = rng.normal(size=(2, B, K, T, 5)).astype(np.float32)
+    query, weight = rng.normal(size=(2, B, T, N, H)).astype(np.float32)
+    key, value = rng.normal(size=(2, B, K, T, H)).astype(np.float32)
     mask = masks(kind, rng, B, N, T, T)
-    assert blockwise_attention._block_size(query.reshape(B, K, N // K, T, 5), T) == (8, 16)
-    heads, back = jax.vjp(lambda *arrays: attention.attend(*arrays, mask), query, key, value)
-    want, slopes = attend_in_a_loop(query, key, value, mask, weight, 5**-0.5, None)
+
+    def attend(*arrays):
+        return attention._attend_in_blocks(
+            attention.ScoreRule(H**-0.5), most, arrays[0], [arrays[1:]], mask
+        )
+
+    heads, back = jax.vjp(attend, query, key, value)
+    want, slopes = attend_in_a_loop(query, key, value, mask, weight, H**-0.5, None)
     assert_near(heads, want)
     for got, slope in zip(back(jnp.asarray(weight)), slopes, strict=True):
         assert_near(got, slope)
 
 
 @hypothesis.given(
-    B=st.integers(1, 300), heads=st.integers(1, 64), T=st.integers(1, 9000), S=st.integers(1, 9000)
-)
-@hypothesis.settings(max_examples=50, derandomize=True, database=None)
-def test_the_scores_of_a_block_fit(B, heads, T, S):
-    """Unless they are the fewest; and no fewer than fit."""
-    query = jax.ShapeDtypeStruct((B, heads, 2, T, 8), jnp.float32)
-    queries, keys = blockwise_attention._block_size(query, S)
-    least, most = blockwise_attention.SMALLEST, blockwise_attention.MAX_SCORES
-    assert 1 <= queries <= T and 1 <= keys <= min(S, blockwise_attention.KEYS)
-    assert B * heads * 2 * queries * keys <= most or (queries <= least and keys <= least)
-    assert queries == T or B * heads * 2 * (queries + least) * keys > most
+    B=st.integers(1, 60), K=st.integers(1, 16), G=st.integers(1, 4), T=st.integers(1, 2000),
+    most=st.integers(0, 2**24), shards=st.sampled_from([(1, 1), (4, 2), (8, 1)]),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_parts_of_rows_and_heads(B, K, G, T, most, shards):
+    """They are as few as possible, and together the whole."""
+    B, K = B * shards[0], K * shards[1]
+    query = jax.ShapeDtypeStruct((B, K, G, T, 8), jnp.float32)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((shards[0], 1, shards[1]), AXES)):
+        parts = blockwise_attention.Parts.of(query, most)
+    assert parts.shards == shards
+    rows, heads = (n // s // c for n, s, c in zip((B, K), shards, parts.counts, strict=True))
+    of_a_head = G * T * blockwise_attention.KEYS
+    assert rows * heads * of_a_head <= most or rows == heads == 1
+    assert rows == 1 or parts.counts[1] == 1
+    assert parts.counts[0] == 1 or (parts.counts[0] - 1) * rows < B // shards[0]
+    whole = np.arange(B * K * 3).reshape(B, K, 3)
+    split = parts.split(whole)
+    assert split.shape == (parts.count, rows * shards[0], heads * shards[1], 3)
+    np.testing.assert_array_equal(parts.join(split), whole)
+    # A device keeps its own rows: those of a part are from every shard.
+    own = B // shards[0] * K * 3
+    of_shards = np.asarray(split)[:, :, 0, 0].reshape(parts.count, shards[0], rows) // own
+    np.testing.assert_array_equal(
+        of_shards, np.broadcast_to(np.arange(shards[0])[:, None], of_shards.shape)
+    )
+    np.testing.assert_array_equal(
+        parts.split(whole[:1]), parts.split(whole[:1].repeat(B, 0))[:, :1]
+    )
 
 
 def test_blocks_are_differentiated_forward_and_twice(in_blocks, monkeypatch):
