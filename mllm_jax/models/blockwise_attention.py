@@ -103,14 +103,8 @@ def attend(
     parts = Parts.of(query, max_scores)
     if parts.count == 1:
         return _attend_by_blocks(rule, query, key, value, mask)
-    arrays = parts.split(query), parts.split(key), parts.split(value)
-    if mask is None:
-        heads = jax.lax.map(lambda part: _attend_by_blocks(rule, *part, None), arrays)
-    else:
-        heads = jax.lax.map(
-            lambda part: _attend_by_blocks(rule, *part), (*arrays, parts.split(mask))
-        )
-    return parts.join(heads)
+    arrays = jax.tree.map(parts.split, (query, key, value, mask))
+    return parts.join(jax.lax.map(lambda part: _attend_by_blocks(rule, *part), arrays))
 
 
 def _attend_by_blocks(
@@ -132,7 +126,8 @@ def _attend_by_blocks(
     return _attend(rule, query, blocks(key), blocks(value), mask)[0]
 
 
-class Parts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Parts:
     """A division of the rows and key heads of each device into parts of equal size.
 
     Attributes:

@@ -164,7 +164,8 @@ def test_parts_of_rows_and_heads(B, K, G, T, most, shards):
     """They are as few as possible, and together the whole."""
     B, K = B * shards[0], K * shards[1]
     query = jax.ShapeDtypeStruct((B, K, G, T, 8), jnp.float32)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((shards[0], 1, shards[1]), AXES)):
+    size, types = (shards[0], 1, shards[1]), (jax.sharding.AxisType.Auto,) * 3
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(size, AXES, types)):
         parts = blockwise_attention.Parts.of(query, most)
     assert parts.shards == shards
     rows, heads = (n // s // c for n, s, c in zip((B, K), shards, parts.counts, strict=True))

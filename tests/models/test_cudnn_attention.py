@@ -147,7 +147,8 @@ def test_the_choice(monkeypatch):
     assert supports() and supports(128) and supports(72) and supports(dtype=jnp.float16)
     assert not supports(dtype=jnp.float32) and not supports(softcap=50.0)
     assert not supports(256) and not supports(60)
-    one, two = (jax.sharding.AbstractMesh((n, 1, 1), mesh.AXES) for n in (1, 2))
+    types = (jax.sharding.AxisType.Auto,) * 3
+    one, two = (jax.sharding.AbstractMesh((n, 1, 1), mesh.AXES, types) for n in (1, 2))
     with jax.sharding.use_abstract_mesh(one):
         assert supports()
     with jax.sharding.use_abstract_mesh(two):
