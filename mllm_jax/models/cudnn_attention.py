@@ -20,18 +20,22 @@ Attend = Callable[[Array, Array, Array, Array | None], Array]
 IMPLEMENTATION = "cudnn"
 MAX_WIDTH = 128  # of a head, on every generation of GPUs
 _WIDTH_MULTIPLE = 8
+_FIRST_GENERATION = 8  # Ampere, by compute capability
 
 
 @functools.cache
 def is_available() -> bool:
-    """Return whether JAX finds cuDNN, whether or not there is a GPU."""
+    """Return whether JAX finds cuDNN, and the GPUs, if there are any, have its attention."""
     array = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
     call = functools.partial(jax.nn.dot_product_attention, implementation=IMPLEMENTATION)
     try:
         jax.eval_shape(call, array, array, array)
     except RuntimeError:  # cuDNN, or JAX's plugin for CUDA, is not installed
         return False
-    return True
+    if jax.default_backend() != "gpu":
+        return True
+    generations = (int(d.compute_capability.split(".")[0]) for d in jax.local_devices())
+    return min(generations) >= _FIRST_GENERATION
 
 
 def supports(query: Float[Array, "B T N H"], softcap: float | None) -> bool:

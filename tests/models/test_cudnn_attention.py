@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 
 import hypothesis
 import jax
@@ -147,14 +148,29 @@ def test_the_choice(monkeypatch):
     assert supports() and supports(128) and supports(72) and supports(dtype=jnp.float16)
     assert not supports(dtype=jnp.float32) and not supports(softcap=50.0)
     assert not supports(256) and not supports(60)
-    types = (jax.sharding.AxisType.Auto,) * 3
-    one, two = (jax.sharding.AbstractMesh((n, 1, 1), mesh.AXES, types) for n in (1, 2))
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    one, two = (jax.sharding.AbstractMesh((n, 1, 1), mesh.AXES, auto) for n in (1, 2))
     with jax.sharding.use_abstract_mesh(one):
         assert supports()
     with jax.sharding.use_abstract_mesh(two):
         assert not supports()
     monkeypatch.setattr(cudnn_attention, "is_available", lambda: False)
     assert not supports()
+
+
+@pytest.mark.parametrize(
+    ("backend", "capabilities", "available"),
+    [
+        ("cpu", (), True), ("gpu", ("9.0",), True), ("gpu", ("8.0", "8.9"), True),
+        ("gpu", ("7.5",), False), ("gpu", ("10.0", "7.0"), False),
+    ],
+)  # fmt: skip
+def test_gpus_before_ampere_have_no_such_attention(backend, capabilities, available, monkeypatch):
+    devices = [types.SimpleNamespace(compute_capability=c) for c in capabilities]
+    monkeypatch.setattr(cudnn_attention, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert cudnn_attention.is_available.__wrapped__() == available
 
 
 def test_cudnn_may_be_missing(monkeypatch):
