@@ -60,17 +60,15 @@ def attend(
     parts = [(key, value)] if past is None else [past, (key, value)]
     if pattern is not None:
         return _attend_at_once(rule, query, parts, mask, pattern)
-    if past is not None:
-        return _attend_plainly(rule, False, query, parts, mask)
-
-    def plainly(query, key, value, mask):
-        return _attend_plainly(rule, causal, query, [(key, value)], mask)
-
-    if cudnn_attention.supports(query, softcap):
+    if mask is not None:  # neither rows on a CPU nor lanes of cuDNN share a mask
+        mask = jnp.broadcast_to(mask, (len(query), *mask.shape[1:]))
+    plainly = functools.partial(_attend_plainly, rule, causal and past is None)
+    if past is None and cudnn_attention.supports(query, softcap):
         return cudnn_attention.attend(
-            plainly, query, key, value, mask, scale=rule.scale, causal=causal
-        )
-    return plainly(query, key, value, mask)
+            lambda query, key, value, mask: plainly(query, [(key, value)], mask),
+            query, key, value, mask, scale=rule.scale, causal=causal,
+        )  # fmt: skip
+    return plainly(query, parts, mask)
 
 
 def _attend_plainly(
@@ -78,8 +76,6 @@ def _attend_plainly(
 ) -> Float[Array, "B T N H"]:
     """Attend by operations of XLA, with as many scores at a time as the rows are long."""
     (B, T, N, _), S = query.shape, sum(key.shape[2] for key, _ in parts)
-    if mask is not None:  # whose rows a CPU may take one by one
-        mask = jnp.broadcast_to(mask, (B, *mask.shape[1:]))
     scores = B * N * T * S
     attend_part = functools.partial(_attend_at_once, rule)
     if T * S > MAX_SCORES_AT_ONCE:

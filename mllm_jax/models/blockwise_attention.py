@@ -100,9 +100,9 @@ def attend(
       max_scores: The largest number of scores of a block on each device, for which rows and heads
         are processed in parts; None for all rows and heads at the same time.
     """
-    parts = Parts.of(query, max_scores)
-    if parts.count == 1:
+    if max_scores is None:
         return _attend_by_blocks(rule, query, key, value, mask)
+    parts = Parts.of(query, max_scores)
     arrays = jax.tree.map(parts.split, (query, key, value, mask))
     return parts.join(jax.lax.map(lambda part: _attend_by_blocks(rule, *part), arrays))
 
@@ -139,16 +139,14 @@ class Parts:
     shards: tuple[int, int]
 
     @classmethod
-    def of(cls, query: Float[Array, "B K G T H"], max_scores: int | None) -> Parts:
+    def of(cls, query: Float[Array, "B K G T H"], max_scores: int) -> Parts:
         """Return the fewest parts with at most `max_scores` scores of a block, if there are any."""
         B, K, G, T, _ = query.shape
         shards = mesh.shard_count("B", B), mesh.shard_count("K", K)
-        if max_scores is None:
-            return cls((1, 1), shards)
         heads = max_scores // (G * T * KEYS)  # of keys, in a part
         rows, all_heads = B // shards[0], K // shards[1]
-        count = _smallest_divisor(rows, heads // all_heads)
-        return cls((count, _smallest_divisor(all_heads, heads) if count == rows else 1), shards)
+        count = _fewest_parts(rows, heads // all_heads)
+        return cls((count, _fewest_parts(all_heads, heads) if count == rows else 1), shards)
 
     @property
     def count(self) -> int:
@@ -177,8 +175,8 @@ class Parts:
         return jnp.moveaxis(array, (0, 1), (1, 4)).reshape(b * rows, k * heads, *rest)
 
 
-def _smallest_divisor(length: int, most: int) -> int:
-    """Return the smallest number of equal parts of at most `most`, or of 1."""
+def _fewest_parts(length: int, most: int) -> int:
+    """Return the smallest number of equal parts that are of at most `most`, or of 1."""
     return next((n for n in range(1, length) if length % n == 0 and length // n <= most), length)
 
 

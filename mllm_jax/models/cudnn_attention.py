@@ -56,7 +56,7 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B #N #T S"] | None,
+    mask: Bool[Array, "B ... S"] | None,
     *,
     scale: float,
     causal: bool,
@@ -69,8 +69,8 @@ def attend(
       query: The queries.
       key: The keys.
       value: The values.
-      mask: True where a query may attend to a key; None for all keys. The result of a query that
-        may not attend to any key is zero.
+      mask: True where a query may attend to a key, [B, 1 or N, 1 or T, S]; None for all keys. The
+        result of a query that may not attend to any key is zero.
       scale: The factor of the products.
       causal: Whether the mask, of as many queries as keys, is causal, so that products with later
         keys can be left out.
@@ -96,37 +96,31 @@ def _attend_in_lanes(
     """Attend; under `jax.vmap`, lanes are further rows, since cuDNN has one axis of rows only."""
 
     @jax.custom_batching.custom_vmap
-    def call(query, key, value, *mask):
-        return _attend(scale, causal, query, key, value, *mask)
+    def call(query, key, value, mask):
+        return _attend(scale, causal, query, key, value, mask)
 
     @call.def_vmap
     def _(lanes, batched, *arrays):
-        def rows(array, is_batched):
+        def to_rows(array, is_batched):
             if not is_batched:
                 array = jnp.broadcast_to(array, (lanes, *array.shape))
             return array.reshape(-1, *array.shape[2:])
 
-        B = arrays[0].shape[1 if batched[0] else 0]
-        if len(arrays) == 4 and arrays[3].shape[1 if batched[3] else 0] != B:  # of all rows
-            *rest, mask = arrays
-            mask = jnp.repeat(mask, B, 1 if batched[3] else 0)
-            arrays = (*rest, mask)
-        out = call(*map(rows, arrays, batched))
-        return out.reshape(lanes, B, *out.shape[1:]), True
+        out = call(*jax.tree.map(to_rows, arrays, tuple(batched)))
+        return out.reshape(lanes, -1, *out.shape[1:]), True
 
-    return call(query, key, value, *(() if mask is None else (mask,)))
+    return call(query, key, value, mask)
 
 
 def _attend(
-    scale: float, causal: bool, query: Array, key: Array, value: Array, mask: Array | None = None
+    scale: float, causal: bool, query: Array, key: Array, value: Array, mask: Array | None
 ) -> Float[Array, "B T N H"]:
-    attend = functools.partial(
-        jax.nn.dot_product_attention, scale=scale, implementation=IMPLEMENTATION
-    )
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, query, key, value,
+        scale=scale, is_causal=causal, implementation=IMPLEMENTATION,
+    )  # fmt: skip
     if mask is None:
-        return attend(query, key, value, is_causal=causal)
-    T, S = query.shape[1], key.shape[1]
-    rows = jnp.broadcast_to(mask, (*mask.shape[:2], T, S))
-    heads = attend(query, key, value, mask=rows, is_causal=causal)
+        return attend()
+    heads = attend(mask=jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1])))
     return jnp.where(mask.any(-1).swapaxes(1, 2)[..., None], heads, 0)

@@ -5,7 +5,6 @@ Without a GPU, JAX's own implementation of the same function takes the place of 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import types
 
@@ -82,26 +81,21 @@ def test_lanes_are_further_rows(kind, stand_in):
     B, T, lanes = 2, 6, 3
     arrays, mask, weight = inputs(kind, (4, 2), B, T, 0)
     rng = np.random.default_rng(1)
-    shared = [] if mask is None else [mask, mask[:1]]
-    for given in [(*arrays, *m) for m in ([m] for m in shared)] or [arrays]:
-        stacked = [np.stack([a] * lanes) for a in given]
-        stacked[:3] = [
-            a * rng.uniform(0.5, 1.5, (lanes, *[1] * 4)).astype("f") for a in stacked[:3]
-        ]
-        if len(given) == 4:
-            stacked[3] = np.stack([np.roll(given[3], n, -1) for n in range(lanes)])
-        for batched in itertools.product([True, False], repeat=len(given)):
+    factors = rng.uniform(0.5, 1.5, (3, lanes, 1, 1, 1, 1)).astype(np.float32)
+    for mask_ in [None] if mask is None else [mask, mask[:1]]:
+        given = [*arrays, mask_]
+        in_lanes = [array * factor for array, factor in zip(arrays, factors, strict=True)]
+        in_lanes.append(
+            None if mask_ is None else np.stack([np.roll(mask_, n, -1) for n in range(lanes)])
+        )
+        for batched in itertools.product([True, False], repeat=4):
+            batched = [b and array is not None for b, array in zip(batched, given, strict=True)]
             if not any(batched):
                 continue
-            args = [s if b else g for s, g, b in zip(stacked, given, batched, strict=True)]
-            attend = functools.partial(attention.attend, causal=False)
-            attend = attend if len(given) == 4 else functools.partial(attend, mask=None)
-            got = jax.vmap(attend, [0 if b else None for b in batched])(*args)
+            args = [s if b else g for s, g, b in zip(in_lanes, given, batched, strict=True)]
+            got = jax.vmap(attention.attend, [0 if b else None for b in batched])(*args)
             for n in range(lanes):
                 lane = [a[n] if b else a for a, b in zip(args, batched, strict=True)]
-                lane += [None] * (4 - len(lane))
-                if lane[3] is not None:
-                    lane[3] = np.broadcast_to(lane[3], (B, *lane[3].shape[1:]))
                 want, _ = attend_in_a_loop(*lane, weight, 8**-0.5, None)
                 assert_near(got[n], want)
 
